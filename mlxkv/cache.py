@@ -15,7 +15,7 @@ without its defects on chunks that wrap: docs/design.md says which.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -84,6 +84,11 @@ class CacheSpec:
         row = kv.row_bytes(self.k_dim) + kv.row_bytes(self.v_dim)
         return self.n_kv_heads * row * self.n_rows(n_tokens)
 
+    @property
+    def opaque(self) -> bool:
+        """Whether what the layer keeps is something else than keys and values of tokens."""
+        return self.n_kv_heads == 0
+
     def make(self) -> Cache:
         """An empty cache for this layer."""
         return KVCache(self) if self.window is None else RotatingKVCache(self.window, self)
@@ -98,6 +103,26 @@ class Slice:
     start: int
     stop: int
 
+    @property
+    def arrays(self) -> tuple[mx.array, ...]:
+        """What to evaluate or store; tokens lie along axis 2 of each."""
+        return self.k, self.v
+
+    @classmethod
+    def of(cls, arrays: Sequence[mx.array], start: int, stop: int) -> Slice:
+        """The inverse of `arrays`."""
+        k, v = arrays
+        return cls(k, v, start, stop)
+
+    @classmethod
+    def join(cls, parts: Sequence[Slice]) -> Slice:
+        """Consecutive slices as one, in arrays of their own: a view would keep a buffer alive."""
+        joined = [
+            mx.concatenate(list(arrays), axis=2)
+            for arrays in zip(*(part.arrays for part in parts), strict=True)
+        ]
+        return cls.of([mx.contiguous(x) for x in joined], parts[0].start, parts[-1].stop)
+
 
 class Cache(Protocol):
     """What one layer remembers, for B sequences of equal length."""
@@ -110,7 +135,10 @@ class Cache(Protocol):
     def __len__(self) -> int: ...
     def update(self, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]: ...
     def mask(self, L: int) -> Mask: ...
+    @property
+    def first(self) -> int: ...
     def read(self, start: int, stop: int) -> Slice: ...
+    def load(self, parts: Sequence[Slice]) -> None: ...
     def rewind(self, offset: int) -> bool: ...
     @property
     def state(self) -> list[mx.array]: ...
@@ -199,6 +227,31 @@ class _Buffers:
         if not 0 <= offset <= self.offset:
             raise UsageError(f"cannot rewind to {offset}: allowed is 0 to {self.offset}")
 
+    def _load(self, parts: Sequence[Slice], first_needed: int, capacity: int) -> int:
+        """Take over consecutive slices, the rows from `first_needed` on; how many those are."""
+        start, stop = parts[0].start, parts[-1].stop
+        at = start
+        for part in parts:
+            n = part.stop - part.start
+            if part.start != at or part.k.shape[2] != n or part.v.shape[2] != n:
+                raise UsageError(
+                    f"slices must follow each other; [{part.start}, {part.stop}) does "
+                    f"not go on from {at}"
+                )
+            at = part.stop
+        if start > first_needed:
+            raise UsageError(f"positions [{first_needed}, {start}) are missing")
+        self.reset()
+        self._check(parts[0].k, parts[0].v)
+        n = min(stop - start, capacity)
+        first = stop - n
+        kept = [part for part in parts if part.stop > first]
+        skip = first - kept[0].start
+        self.keys = _filled([part.k for part in kept], skip, capacity)
+        self.values = _filled([part.v for part in kept], skip, capacity)
+        self.offset = stop
+        return n
+
     def _nothing(self) -> tuple[mx.array, mx.array]:
         spec = self.spec or CacheSpec(0, 0, 0)
         H = spec.n_kv_heads
@@ -228,6 +281,15 @@ def _rows_like(x: mx.array, n_rows: int) -> mx.array:
 def _extended(buffer: mx.array, n_used: int, capacity: int) -> mx.array:
     room = _rows_like(buffer, capacity - n_used)
     return mx.concatenate([buffer[:, :, :n_used], room], axis=2)
+
+
+def _filled(arrays: Sequence[mx.array], skip: int, capacity: int) -> mx.array:
+    """A buffer of `capacity` rows that begins with the rows of `arrays`, the first few skipped."""
+    first, *rest = arrays
+    arrays = [first[:, :, skip:], *rest]
+    n = sum(x.shape[2] for x in arrays)
+    room = [_rows_like(first, capacity - n)] if n < capacity else []
+    return mx.contiguous(mx.concatenate([*arrays, *room], axis=2))
 
 
 class KVCache(_Buffers):
@@ -273,6 +335,19 @@ class KVCache(_Buffers):
         if return_array and N > 1:
             return windowed_mask(N, self.offset, stop)
         return self.mask(N)
+
+    @property
+    def first(self) -> int:
+        """The oldest position held."""
+        return 0
+
+    def load(self, parts: Sequence[Slice]) -> None:
+        """Hold exactly the tokens of consecutive slices, from position 0 on.
+
+        Raises:
+            UsageError: they do not begin at 0, leave a gap, or have other shapes.
+        """
+        self._load(parts, 0, ceil_step(parts[-1].stop))
 
     def read(self, start: int, stop: int) -> Slice:
         """KV of the positions `[start, stop)`.
@@ -427,13 +502,31 @@ class RotatingKVCache(_Buffers):
             return windowed_mask(N, min(self._n, self.max_size - 1), window)
         return self.mask(N)
 
+    @property
+    def first(self) -> int:
+        """The oldest position held."""
+        return self.offset - self._n
+
+    def load(self, parts: Sequence[Slice]) -> None:
+        """Go on behind consecutive slices: what the window needs of them is held.
+
+        Raises:
+            UsageError: they hold less than `max_size - 1` tokens before their end and do not begin
+                at 0, leave a gap, or have other shapes.
+        """
+        stop = parts[-1].stop
+        needed = max(0, stop - (self.max_size - 1))
+        # A whole window where there is one: the next single token then meets the very rows that a
+        # cache which never stopped has.
+        self._n = self._load(parts, needed, min(ceil_step(stop), self.max_size))
+
     def read(self, start: int, stop: int) -> Slice:
         """KV of the positions `[start, stop)`, in temporal order.
 
         Raises:
             UsageError: some of them are not held.
         """
-        first = self.offset - self._n
+        first = self.first
         self._check_range(start, stop, first)
         if self.keys is None:
             return Slice(*self._nothing(), start, stop)
@@ -451,7 +544,7 @@ class RotatingKVCache(_Buffers):
         self._check_rewind(offset)
         if offset == self.offset:
             return True
-        first = self.offset - self._n
+        first = self.first
         first_needed = max(0, offset - (self.max_size - 1))
         if first_needed < offset and first > first_needed:
             return False

@@ -116,6 +116,13 @@ class OpaqueCache:
     def read(self, start: int, stop: int) -> Slice:
         raise UsageError("this layer keeps a state of its own and has no keys and values")
 
+    @property
+    def first(self) -> int:
+        return self.offset
+
+    def load(self, parts: Sequence[Slice]) -> None:
+        raise UsageError("this layer keeps a state of its own and has no keys and values")
+
     def rewind(self, offset: int) -> bool:
         """True at the tip and for 0, which starts again; what lies between is gone."""
         if not 0 <= offset <= self.offset:
