@@ -10,6 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlxkv.cache import STEP
 from mlxkv.errors import UsageError
 from mlxkv.generate import Restored
 from mlxkv.parsing import Content, Event, OutputParser, PlainParser, Reasoning, ToolCall
@@ -19,6 +20,30 @@ from mlxkv.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
 EFFORTS = ("low", "medium", "high")
+AROUND = 12
+"""Tokens shown on either side of where a prompt left what was held."""
+
+
+@dataclass(frozen=True, slots=True)
+class Miss:
+    """Why more of a prompt was computed than what was held has of it.
+
+    Args:
+        reason: `diverged`: the prompt differs from what was held; `dropped`: it does not, but KV
+            that is needed to go on there was given up for lack of memory.
+        token: position of the first token that differs, or from which on KV was missing.
+        held: text around it in what was held, the place marked by `|`.
+        prompt: the same in the prompt.
+        n_tokens: tokens that were computed and would have been restored otherwise.
+        cost_s: the part of the prefill that they took, in seconds.
+    """
+
+    reason: str
+    token: int
+    held: str
+    prompt: str
+    n_tokens: int
+    cost_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +53,8 @@ class Stats:
     Args:
         prompt_tokens: length of the prompt.
         restored_tokens: leading tokens of it whose KV was held.
+        restored_ram_tokens: those of them that were in memory.
+        restored_ssd_tokens: those that were read from disk.
         computed_tokens: the rest, which was prefilled.
         generated_tokens: tokens of the answer, its end token included.
         prefill_s: seconds of prefill, up to the first token's logits.
@@ -36,10 +63,13 @@ class Stats:
         peak_bytes: MLX's peak memory during the answer, weights included.
         kv_bytes: allocated KV at the end.
         diverged_at: the first prompt token that differs from what was held, if one did.
+        miss: why not more was restored; None where everything was that could be.
     """
 
     prompt_tokens: int
     restored_tokens: int
+    restored_ram_tokens: int
+    restored_ssd_tokens: int
     computed_tokens: int
     generated_tokens: int
     prefill_s: float
@@ -48,6 +78,7 @@ class Stats:
     peak_bytes: int
     kv_bytes: int
     diverged_at: int | None = None
+    miss: Miss | None = None
 
     @property
     def prefill_tps(self) -> float:
@@ -173,11 +204,21 @@ class Clock:
         if self.first is None:
             self.first = self.last
 
-    def stats(self, n_prompt: int, restored: Restored, n_generated: int, kv_bytes: int) -> Stats:
+    def stats(
+        self,
+        prompt: Sequence[int],
+        restored: Restored,
+        n_generated: int,
+        kv_bytes: int,
+        tokenizer: Tokenizer,
+    ) -> Stats:
         first = self.last if self.first is None else self.first
+        n_prompt = len(prompt)
         return Stats(
             prompt_tokens=n_prompt,
             restored_tokens=restored.n_tokens,
+            restored_ram_tokens=restored.n_tokens - restored.ssd_tokens,
+            restored_ssd_tokens=restored.ssd_tokens,
             computed_tokens=n_prompt - restored.n_tokens,
             generated_tokens=n_generated,
             prefill_s=first - self.start,
@@ -185,8 +226,38 @@ class Clock:
             first_token_s=first - self.start,
             peak_bytes=mx.get_peak_memory(),
             kv_bytes=kv_bytes,
-            diverged_at=restored.diverged_at,
+            diverged_at=restored.diverged_at(n_prompt),
+            miss=explain_miss(prompt, restored, first - self.start, tokenizer),
         )
+
+
+def explain_miss(
+    prompt: Sequence[int], restored: Restored, prefill_s: float, tokenizer: Tokenizer
+) -> Miss | None:
+    """Why not more of a prompt was restored; None where there was no more to restore.
+
+    Up to a page of what is shared is computed again as a rule, and is no miss.
+    """
+    token = restored.diverged_at(len(prompt))
+    n_lost = min(restored.n_known, len(prompt) - 1) - restored.n_tokens
+    reason = "diverged"
+    if restored.shared - restored.n_tokens > STEP:
+        reason, token = "dropped", restored.n_tokens
+    if token is None or n_lost <= 0:
+        return None
+
+    def around(tokens: Sequence[int], at: int) -> str:
+        before, after = tokens[max(0, at - AROUND) : at], tokens[at : at + AROUND]
+        return tokenizer.decode(list(before)) + "|" + tokenizer.decode(list(after))
+
+    return Miss(
+        reason,
+        token,
+        around(restored.held, token - restored.held_from) if reason == "diverged" else "",
+        around(prompt, token),
+        n_lost,
+        prefill_s * n_lost / (len(prompt) - restored.n_tokens),
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from mlxkv import __version__
+from mlxkv import __version__, kv_cli
 from mlxkv.errors import INTERRUPTED, MlxkvError, UsageError
 
 if TYPE_CHECKING:
@@ -25,6 +25,8 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+app.add_typer(kv_cli.app)
 
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="Name, path, .gguf file or Hugging Face org/name.")
@@ -120,6 +122,10 @@ def run(
             "reasoning goes to stderr.",
         ),
     ] = None,
+    kv_from: Annotated[
+        str | None,
+        typer.Option("--kv-from", metavar="NAME", help="Start from KV of `mlxkv kv save NAME`."),
+    ] = None,
     raw: Annotated[bool, typer.Option("--raw", help="No chat template: continue PROMPT.")] = False,
     truncate: Annotated[
         bool, typer.Option("--truncate", help="Cut the start of a prompt that is too long.")
@@ -131,7 +137,8 @@ def run(
         str | None, typer.Option(help="Limit, such as 16GiB; the machine's without it.")
     ] = None,
     verbose: Annotated[
-        bool, typer.Option("--verbose", "-v", help="Print tokens/s and memory to stderr.")
+        bool,
+        typer.Option("--verbose", "-v", help="Print tokens/s, reuse and memory to stderr."),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> int:
@@ -141,7 +148,7 @@ def run(
     """
     from mlxkv import run as one_shot
 
-    name, prompt = one_shot.split_words(words or [], model)
+    name, prompt = one_shot.split_words(words or [], model, kv_from)
     piped = one_shot.read_piped()
     text = one_shot.join_prompt(prompt, piped)
     chat = text is None
@@ -154,24 +161,33 @@ def run(
         tuple(stop or ()), truncate, think,
     )  # fmt: skip
     one_shot.check(settings)
-    llm = _load(name, dtype, memory)
-    if text is None:
-        from mlxkv.repl import chat as start_chat
+    with load_model(name, dtype, memory) as llm:
+        if text is None:
+            from mlxkv.repl import chat as start_chat
 
-        return start_chat(llm, name, settings, system=system, dtype=dtype, verbose=verbose)
-    return one_shot.one_answer(
-        llm,
-        text,
-        name=name,
-        system=system,
-        settings=settings,
-        raw=raw,
-        as_json=as_json,
-        verbose=verbose,
-    )
+            return start_chat(
+                llm,
+                name,
+                settings,
+                system=system,
+                dtype=dtype,
+                verbose=verbose,
+                kv_from=kv_from,
+            )
+        return one_shot.one_answer(
+            llm,
+            text,
+            name=name,
+            system=system,
+            settings=settings,
+            raw=raw,
+            as_json=as_json,
+            verbose=verbose,
+            kv_from=kv_from,
+        )
 
 
-def _load(name: str, dtype: str, memory: str | None) -> LLM:
+def load_model(name: str, dtype: str, memory: str | None) -> LLM:
     """The model of that name, with progress on stderr."""
     from mlxkv import store
     from mlxkv.terminal import ProgressLine
@@ -343,6 +359,32 @@ def plan(
     path = store.resolve(model, fetch=False)
     needs = planner.plan(path, context, sequences, kv_type, memory, dtype)
     print(json.dumps(card.plan_dict(needs)) if as_json else card.plan_text(needs))
+
+
+@app.command()
+def verify(
+    model: Model,
+    tokens: Annotated[
+        int | None,
+        typer.Option(help="Length of the prompt; past the second wrap of every window without it."),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")] = "auto",
+    memory: Annotated[str | None, typer.Option(help="Limit, such as 16GiB.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> int:
+    """Prove on a model of yours that restored KV gives what computing gives.
+
+    Runs one prompt cold, in other chunks, after a rewind, from pages in RAM and on disk, and in
+    each KV format; exits with 1 if a path differs by more than the order of sums explains.
+    """
+    import json
+
+    from mlxkv import verify as check
+
+    with load_model(model, dtype, memory) as llm:
+        report = check.verify(llm, tokens)
+    print(json.dumps(check.to_dict(report)) if as_json else check.text(report))
+    return 0 if report.passed else 1
 
 
 @app.command()

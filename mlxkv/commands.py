@@ -70,6 +70,7 @@ class Chat:
         dtype: what it was loaded with, for the next one.
         settings: how answers are made.
         verbose: print figures after an answer.
+        kv_from: name of saved KV that conversations go on from.
         conversation: the messages and their KV.
         system: the system prompt.
         told: the user knows that the template rewrites earlier answers.
@@ -80,6 +81,7 @@ class Chat:
     dtype: str
     settings: Settings
     verbose: bool = False
+    kv_from: str | None = None
     conversation: Conversation = field(init=False)
     system: str | None = field(default=None, init=False)
     told: bool = field(default=False, init=False)
@@ -92,7 +94,7 @@ class Chat:
     def begin(self, system: str | None) -> None:
         """Starts a conversation."""
         self.system, self.told = system, False
-        self.conversation = self.llm.conversation(system=system)
+        self.conversation = self.llm.conversation(system=system, kv_from=self.kv_from)
 
 
 def execute(chat: Chat, line: str) -> str:
@@ -271,7 +273,8 @@ def _load(chat: Chat, rest: str) -> str:
     llm = load(store.resolve(rest), dtype=chat.dtype)
     if llm.tokenizer.chat_template is None:
         raise UsageError(f"{rest} has no chat template (it is a base model) and cannot chat")
-    chat.llm, chat.name = llm, rest
+    chat.llm.close()
+    chat.llm, chat.name, chat.kv_from = llm, rest, None
     chat.begin(chat.system)
     return f"{rest} is loaded; the conversation begins anew"
 
@@ -280,8 +283,8 @@ def _load_conversation(chat: Chat, path: Path) -> str:
     content = _read(path)
     settings, (system, turns) = _parameters_of(content, path), _messages_of(content, path)
     settings = replace(settings, think=chat.settings.think)
-    chat.settings, chat.system = settings, system
-    chat.conversation.set_system(system)
+    chat.settings, chat.kv_from = settings, None  # the file has all messages
+    chat.begin(system)
     chat.conversation.restore_turns(turns)
     text = f"{len(chat.conversation.messages)} messages"
     model = content.get("model")

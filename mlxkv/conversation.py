@@ -6,12 +6,13 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from mlxkv import saved_prefix
 from mlxkv.answer import Chunk, Message, Request, join_parts, read_answer
 from mlxkv.chat import ChatTemplate, append_only_suffix
 from mlxkv.errors import TemplateError, UsageError
-from mlxkv.generate import Session
 
 if TYPE_CHECKING:
+    from mlxkv.kv_names import NamedKV
     from mlxkv.llm import LLM
 
 # Switches of templates that would drop the reasoning of earlier turns: GLM-4.7's, Qwen's.
@@ -33,18 +34,20 @@ class Conversation:
     Args:
         llm: the model.
         system: system prompt.
+        saved: named KV that the conversation goes on from.
 
     Attributes:
         append_only: whether the template let the last turn go on where the one before it ended;
             None as long as that did not come up.
     """
 
-    def __init__(self, llm: LLM, system: str | None = None):
+    def __init__(self, llm: LLM, system: str | None = None, saved: NamedKV | None = None):
         self.llm = llm
         self.system = system
+        self.saved = saved
         self.turns: list[dict[str, Any]] = []
         self.append_only: bool | None = None
-        self._session = Session(llm.model, llm.kv_type)
+        self._session = llm.session()
         self._prompt: str | None = None
         self._tokens: list[int] = []
         self._answer = ""
@@ -54,9 +57,9 @@ class Conversation:
 
     @property
     def messages(self) -> list[dict[str, Any]]:
-        """The system prompt and all turns."""
+        """What was saved, the system prompt and all turns."""
         head = [{"role": "system", "content": self.system}] if self.system else []
-        return head + self.turns
+        return saved_prefix.with_saved(self.saved, head + self.turns)
 
     @property
     def kv_bytes(self) -> int:
@@ -132,7 +135,7 @@ class Conversation:
             if same_options:
                 self.append_only = False
         prompt = self.llm.render([*self._history(), user], **options)
-        return prompt, self.llm.encode_text(prompt)
+        return prompt, saved_prefix.encode(self.llm, prompt, self.saved)
 
     def _suffix(
         self, template: ChatTemplate, prompt: str, user: dict[str, Any], options: dict[str, Any]

@@ -8,7 +8,7 @@ Invariants:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import mlx.core as mx
@@ -17,6 +17,8 @@ from mlxkv import device
 from mlxkv.cache import STEP, Cache, make_caches
 from mlxkv.errors import CheckpointError, UsageError
 from mlxkv.layers import CausalLM
+from mlxkv.page_cutter import Cutter
+from mlxkv.pages import Link, Match, Pages
 from mlxkv.sampling import Sampler, is_broken
 
 CPU_CHUNK = 256
@@ -153,16 +155,30 @@ def _token_of(step: tuple[mx.array, mx.array]) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Restored:
-    """What a session could keep of a prompt.
+    """What did not have to be computed of a prompt.
 
     Args:
-        n_tokens: leading tokens whose KV is held.
-        diverged_at: the first token that differs from what was held; None where nothing was, or
-            the prompt goes on where it ended.
+        n_tokens: leading tokens whose KV was there.
+        ssd_tokens: those of them that came from disk; the others were in memory.
+        shared: leading tokens that what was held shares with the prompt.
+        held: tokens of that sequence from `held_from` on, to say what differs.
+        held_from: their position.
+        n_known: how far that sequence is known.
     """
 
     n_tokens: int
-    diverged_at: int | None = None
+    ssd_tokens: int = 0
+    shared: int = 0
+    held: tuple[int, ...] = ()
+    held_from: int = 0
+    n_known: int = 0
+
+    def diverged_at(self, n_prompt: int) -> int | None:
+        """The first token that differs from what was held.
+
+        None where nothing was, or one is the beginning of the other.
+        """
+        return self.shared if 0 < self.shared < min(n_prompt, self.n_known) else None
 
 
 class Session:
@@ -171,12 +187,16 @@ class Session:
     Args:
         model: the model.
         kv_type: format of the KV, see `make_caches`.
+        pages: where prefixes come from and go to; None for a sequence that keeps to itself.
     """
 
-    def __init__(self, model: CausalLM, kv_type: str = "native"):
-        self.model = model
+    def __init__(self, model: CausalLM, kv_type: str = "native", pages: Pages | None = None):
+        self.model, self.kv_type = model, kv_type
         self.caches: list[Cache] = make_caches(model, kv_type)
         self._known: list[int] = []
+        self._pages = pages
+        self._cutter = None if pages is None else Cutter(pages, self.caches)
+        self._longest = 0  # tokens that the caches have held since they were empty
 
     @property
     def tokens(self) -> list[int]:
@@ -192,23 +212,59 @@ class Session:
         """Forget everything."""
         for cache in self.caches:
             cache.reset()
-        self._known = []
+        self._known, self._longest = [], 0
 
     def restore(self, tokens: Sequence[int]) -> Restored:
-        """Keep the longest prefix of `tokens` that the caches can go on from.
+        """Keep or bring back the longest prefix of `tokens` that can be gone on from.
 
         At least one token is left to compute, whose logits are the answer's first.
         """
         held = self.tokens
-        n = next((i for i, (a, b) in enumerate(zip(held, tokens, strict=False)) if a != b), None)
-        diverged = n
-        if n is None:
-            n = min(len(held), len(tokens))
-        n = min(n, len(tokens) - 1)
-        if not self._rewind(n):
-            n = 0
-        self._known = list(tokens[:n])
-        return Restored(n, diverged)
+        shared = n_shared(held, tokens)
+        live = Restored(
+            min(shared, len(tokens) - 1),
+            shared=shared,
+            held=tuple(held[max(0, shared - STEP) : shared + STEP]),
+            held_from=max(0, shared - STEP),
+            n_known=len(held),
+        )
+        if live.n_tokens == len(held) > 0:
+            return live  # the sequence goes on; what it holds is what its pages would give
+        restored = self._from_pages(tokens, live)
+        if restored.n_tokens == 0:
+            self.reset()
+        self._known = list(tokens[: restored.n_tokens])
+        return restored
+
+    def _from_pages(self, tokens: Sequence[int], live: Restored) -> Restored:
+        """Go back to the shared prefix, or to what pages have of it, whichever is longer."""
+        match = self._match(tokens)
+        while match.n_tokens > live.n_tokens or not self._rewind(live.n_tokens):
+            live = replace(live, n_tokens=0)
+            if self._pages is None or match.n_tokens == 0:
+                continue
+            ssd_tokens = self._pages.load(match, self.caches)
+            if ssd_tokens is not None:
+                self._longest = match.n_tokens
+                self._cut_from(tokens[: match.n_tokens], match)
+                return _explained(Restored(match.n_tokens, ssd_tokens), live, match)
+            # A damaged file: what is left of the chain is looked up anew.
+            self.reset()
+            match = self._match(tokens)
+        self._cut_from(tokens[: live.n_tokens])
+        return _explained(live, live, match)
+
+    def _match(self, tokens: Sequence[int]) -> Match:
+        if self._pages is None:
+            return Match()
+        return self._pages.match(tokens, len(tokens) - 1)
+
+    def _cut_from(self, tokens: Sequence[int], match: Match | None = None) -> None:
+        if self._cutter is None or self._pages is None:
+            return
+        tip = match.links[-1] if match and match.links else None
+        rows = self._pages.tip_rows(tip) if tip and tip.n_tokens < STEP else None
+        self._cutter.restart(tokens, rows)
 
     def prefill(
         self,
@@ -220,8 +276,14 @@ class Session:
         """Run what `restore` left of a prompt; lazy logits `[1, V]` after its last token."""
         start = self._settle()
         self._known = list(tokens)
+
+        def after_chunk(done: int, total: int) -> None:
+            self._cut(start + done)
+            if on_progress is not None:
+                on_progress(done, total)
+
         return prefill(
-            self.model, tokens[start:], self.caches, chunk=chunk, on_progress=on_progress
+            self.model, tokens[start:], self.caches, chunk=chunk, on_progress=after_chunk
         )
 
     def decode(
@@ -233,6 +295,30 @@ class Session:
         ):
             self._known.append(token)
             yield token
+            n = self.caches[0].offset
+            if self._cutter is not None and self._cutter.is_due(n):
+                self._cut(n)
+
+    def finish(self) -> list[Link]:
+        """Give the pages what this sequence has computed, its unfinished page too.
+
+        Returns:
+            Its pages; none where there is nobody to give them to.
+        """
+        n = self._settle()
+        if self._cutter is None or n == 0 or not self._shareable(n):
+            return []
+        return self._cutter.finish(self._known, n)
+
+    def _cut(self, n: int) -> None:
+        if self._cutter is not None and n <= len(self._known) and self._shareable(n):
+            self._cutter.advance(self._known, n)
+
+    def _shareable(self, n: int) -> bool:
+        """Whether the KV of `n` tokens is the one that any prompt with them has."""
+        self._longest = max(self._longest, n)
+        limit = None if self._pages is None else self._pages.stable
+        return limit is None or self._longest <= limit
 
     def _settle(self) -> int:
         """Tokens that every cache holds: an interrupt may have come between two layers."""
@@ -246,3 +332,21 @@ class Session:
         if not done:
             self.reset()
         return done
+
+
+def _explained(restored: Restored, live: Restored, match: Match) -> Restored:
+    """With the known sequence that shares most with the prompt."""
+    best = max(live, match, key=lambda known: known.shared)
+    return replace(
+        restored,
+        shared=best.shared,
+        held=best.held,
+        held_from=best.held_from,
+        n_known=best.n_known,
+    )
+
+
+def n_shared(a: Sequence[int], b: Sequence[int]) -> int:
+    """Leading tokens that two sequences have in common."""
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))

@@ -12,6 +12,7 @@ import mlx.nn as nn
 from mlxkv import device
 from mlxkv.cache import Cache, CacheSpec, Mask, windowed_mask
 from mlxkv.linear import Linear, fused
+from mlxkv.rope import RoPE
 
 SPLIT_QUERIES = 64
 """Queries from which a chunk's attention is divided over the cores of the CPU backend."""
@@ -298,9 +299,13 @@ class CausalLM(nn.Module):
     """What the engine asks of a model.
 
     A family's `Model` sets `config`, has a `hidden` and a `logits`, and one cache spec per layer.
+
+    Attributes:
+        compute_dtype: what it computes in, and keeps KV in; the loader sets it.
     """
 
     config: Any
+    compute_dtype: mx.Dtype = mx.float32
 
     def weights_root(self) -> nn.Module:
         """The module whose parameters have the checkpoint's names."""
@@ -313,6 +318,15 @@ class CausalLM(nn.Module):
     def cache_specs(self) -> list[CacheSpec | None]:
         """One per layer; None where a layer reads another layer's KV."""
         raise NotImplementedError
+
+    @property
+    def stable_tokens(self) -> int | None:
+        """Length up to which the KV of a token does not depend on what follows it; None for any.
+
+        Rotary embeddings that stretch with the sequence turn every key anew past their context.
+        """
+        limits = [module.stable_tokens for module in self.modules() if isinstance(module, RoPE)]
+        return min((n for n in limits if n is not None), default=None)
 
     def hidden(self, tokens: mx.array, caches: Sequence[Cache] | None = None) -> mx.array:
         """Final hidden states `[B, L, E]` of tokens `[B, L]`; the caches take their KV."""

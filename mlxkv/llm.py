@@ -6,13 +6,15 @@ The way of a request: text -> tokens -> the session keeps the prefix it holds ->
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
 
-from mlxkv import device, planner
+from mlxkv import device, planner, saved_prefix
 from mlxkv.answer import (
     AnswerReader,
     Chunk,
@@ -30,9 +32,14 @@ from mlxkv.errors import ContextExceeded, TemplateError, UsageError
 from mlxkv.generate import Session
 from mlxkv.layers import CausalLM
 from mlxkv.loader import load_model
+from mlxkv.page_disk import open_pages
+from mlxkv.pages import Pages
 from mlxkv.parsing import OutputParser, parser_for, thinks
 from mlxkv.sampling import Sampler, SamplingParams
 from mlxkv.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from mlxkv.kv_names import NamedKV
 
 Prompt = str | Sequence[Message] | Sequence[int]
 
@@ -63,7 +70,7 @@ def load(
 
     path = resolve(str(model))
     limit = planner.parse_bytes(memory) or device.memory_limit()
-    return LLM(load_model(path, dtype, limit), Tokenizer.from_dir(path), path, kv_type)
+    return LLM(load_model(path, dtype, limit), Tokenizer.from_dir(path), path, kv_type, limit)
 
 
 class LLM:
@@ -74,11 +81,39 @@ class LLM:
         tokenizer: its tokenizer.
         path: the directory it came from.
         kv_type: format of the KV cache.
+        limit_bytes: what it may take in memory; None for what the machine allows.
+
+    Attributes:
+        pages: prefixes that were computed before; None where the model keeps something else than
+            keys and values.
     """
 
-    def __init__(self, model: CausalLM, tokenizer: Tokenizer, path: Path, kv_type: str = "native"):
+    def __init__(
+        self,
+        model: CausalLM,
+        tokenizer: Tokenizer,
+        path: Path,
+        kv_type: str = "native",
+        limit_bytes: int | None = None,
+    ):
         self.model, self.tokenizer, self.path, self.kv_type = model, tokenizer, path, kv_type
         self.config = model.config
+        weights_bytes = sum(
+            x.nbytes for _, x in tree_flatten(model.parameters()) if isinstance(x, mx.array)
+        )
+        budget = planner.pages_bytes(limit_bytes or device.memory_limit(), weights_bytes)
+        self.pages = open_pages(model, path, kv_type, budget)
+        self._closing = weakref.finalize(self, _close, self.pages)
+
+    def close(self) -> None:
+        """Write prefixes to disk that are worth keeping, and forget them; also done at exit."""
+        self._closing()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
     @property
     def context(self) -> int:
@@ -93,11 +128,14 @@ class LLM:
             return SamplingParams()
         return SamplingParams.from_generation_config(read_json(source), str(source))
 
-    def stream(self, prompt: Prompt, **options: Any) -> Iterator[Chunk]:
+    def stream(
+        self, prompt: Prompt, *, kv_from: str | NamedKV | None = None, **options: Any
+    ) -> Iterator[Chunk]:
         """Stream an answer.
 
         Args:
             prompt: a text (used as it is), messages (rendered by the chat template), or token ids.
+            kv_from: name of saved KV that the prompt goes on from, see `save_kv`.
             **options: `max_tokens`, `stop`, `truncate`, `on_progress`, for messages `think` and
                 `tools` (see `Request`), and the fields of `SamplingParams`: `temperature` (0,
                 greedy, by default), `top_k`, `top_p`, `min_p`, `repeat_penalty`, `repeat_last_n`,
@@ -113,13 +151,15 @@ class LLM:
             TemplateError: messages, and the model has no chat template or it fails.
         """
         request = Request.of(**options)
-        session = Session(self.model, self.kv_type)
+        session, saved = self.session(), self.saved_kv(kv_from)
         if not isinstance(prompt, str) and prompt and isinstance(prompt[0], Mapping):
-            text = self.render(prompt, **self.template_options(request))  # pyright: ignore[reportArgumentType]
-            return self.run(session, self.encode_text(text), request, self.parser(text, request))
+            messages = saved_prefix.with_saved(saved, prompt)  # pyright: ignore[reportArgumentType]
+            text = self.render(messages, **self.template_options(request))
+            tokens = saved_prefix.encode(self, text, saved)
+            return self.run(session, tokens, request, self.parser(text, request))
         if request.think is not None or request.tools:
             raise UsageError("think and tools are for messages: a text goes to the model as it is")
-        return self.run(session, self.encode(prompt), request)
+        return self.run(session, saved_prefix.behind(self, saved, prompt), request)
 
     def generate(self, prompt: Prompt, **options: Any) -> Result:
         """The whole answer at once; arguments as for `stream`."""
@@ -131,9 +171,51 @@ class LLM:
             raise UsageError('messages must be a list like [{"role": "user", "content": "..."}]')
         return self.generate(messages, **options)
 
-    def conversation(self, system: str | None = None) -> Conversation:
-        """A chat that keeps its KV between turns."""
-        return Conversation(self, system)
+    def conversation(
+        self, system: str | None = None, kv_from: str | NamedKV | None = None
+    ) -> Conversation:
+        """A chat that keeps its KV between turns.
+
+        Args:
+            system: system prompt.
+            kv_from: name of saved KV whose messages come before it.
+        """
+        return Conversation(self, system, self.saved_kv(kv_from))
+
+    def save_kv(
+        self,
+        name: str,
+        prompt: Prompt,
+        *,
+        model: str | None = None,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> NamedKV:
+        """Compute a prompt once and keep its KV on disk under a name.
+
+        Many answers can then start from it (`kv_from`), also in other processes. The KV of a name
+        is not given up for anonymous prefixes; `mlxkv kv pin` keeps it for good.
+
+        Args:
+            name: letters, digits, `.`, `_`, `-`; what it named before is replaced.
+            prompt: a text, token ids, or messages (a codebase as the system message, say), which
+                later ones are appended to.
+            model: what to show as the model's name; None for its directory's.
+            on_progress: called with (done, all) tokens.
+
+        Raises:
+            UsageError: an empty prompt, a bad name, or KV on disk is switched off.
+            OutputError: it does not fit what the disk may take.
+        """
+        return saved_prefix.save(self, name, prompt, model or self.path.name, on_progress)
+
+    def saved_kv(self, name: str | NamedKV | None) -> NamedKV | None:
+        """Saved KV by its name.
+
+        Raises:
+            ModelNotFound: nothing of that name.
+            UsageError: it was saved for another model, dtype or KV format.
+        """
+        return saved_prefix.find(self, name)
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a text, of messages, or as given.
@@ -231,22 +313,32 @@ class LLM:
         clock = Clock()
         mx.reset_peak_memory()
         restored = session.restore(tokens)
-        logits = session.prefill(tokens, on_progress=request.on_progress)
-        limit = self.context - len(tokens)
-        if request.max_tokens is not None:
-            limit = min(limit, request.max_tokens)
-        for n, token in enumerate(session.decode(logits, sampler, limit), start=1):
-            clock.tick()
-            ended = token in self.tokenizer.eos_token_ids
-            part = reader.add(token)
-            if not (ended or reader.stopped or n == limit):
-                yield Chunk(part.text, token, reasoning=part.reasoning, tool_calls=part.tool_calls)
-                continue
-            text, reasoning, calls = join_parts([part, reader.finish()])
-            reason = "stop" if ended or reader.stopped else "length"
-            stats = clock.stats(len(tokens), restored, n, session.nbytes)
-            yield Chunk(text, token, reason, stats, reasoning or None, calls)
-            return
+        try:
+            logits = session.prefill(tokens, on_progress=request.on_progress)
+            limit = self.context - len(tokens)
+            if request.max_tokens is not None:
+                limit = min(limit, request.max_tokens)
+            for n, token in enumerate(session.decode(logits, sampler, limit), start=1):
+                clock.tick()
+                ended = token in self.tokenizer.eos_token_ids
+                part = reader.add(token)
+                if not (ended or reader.stopped or n == limit):
+                    yield Chunk(
+                        part.text, token, reasoning=part.reasoning, tool_calls=part.tool_calls
+                    )
+                    continue
+                text, reasoning, calls = join_parts([part, reader.finish()])
+                reason = "stop" if ended or reader.stopped else "length"
+                stats = clock.stats(tokens, restored, n, session.nbytes, self.tokenizer)
+                yield Chunk(text, token, reason, stats, reasoning or None, calls)
+                return
+        finally:
+            # Also of an answer that was left early: what was computed is worth as much.
+            session.finish()
+
+    def session(self) -> Session:
+        """Empty caches for one sequence, which share prefixes with all others of this model."""
+        return Session(self.model, self.kv_type, self.pages)
 
     def _collect(self, chunks: Iterator[Chunk]) -> Result:
         parts = list(chunks)
@@ -256,3 +348,8 @@ class LLM:
         last = parts[-1]
         assert last.finish_reason and last.stats
         return Result(text, tokens, last.finish_reason, last.stats, reasoning or None, calls)
+
+
+def _close(pages: Pages | None) -> None:
+    if pages is not None:
+        pages.close()

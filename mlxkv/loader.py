@@ -113,6 +113,7 @@ def load_model(
             f"affine4`) or raise --memory"
         )
     model = layout.model
+    model.compute_dtype = layout.dtype
     model.weights_root().update(tree_unflatten(list(layout.weights.items())))
     # A lazy array keeps what it is made of alive: only the model may hold them from here on.
     layout.weights.clear()

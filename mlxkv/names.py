@@ -79,12 +79,21 @@ class Record:
 
 def models_dir() -> Path:
     """The models folder: MLXKV_MODELS, else `mlxkv/models` in the user's cache folder."""
-    chosen = os.environ.get("MLXKV_MODELS")
+    return _folder("MLXKV_MODELS", "models")
+
+
+def kv_dir() -> Path:
+    """Where KV is kept on disk: MLXKV_KV, else `mlxkv/kv` in the user's cache folder."""
+    return _folder("MLXKV_KV", "kv")
+
+
+def _folder(variable: str, name: str) -> Path:
+    chosen = os.environ.get(variable)
     if chosen:
         return Path(chosen).expanduser().absolute()
     cache = os.environ.get("XDG_CACHE_HOME", "")
     base = Path(cache) if cache.startswith("/") else Path.home() / ".cache"
-    return base / "mlxkv" / "models"
+    return base / "mlxkv" / name
 
 
 def slug(name: str) -> str:

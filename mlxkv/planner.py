@@ -78,6 +78,14 @@ class Plan:
         return self.total_bytes <= self.limit_bytes
 
 
+def pages_bytes(limit_bytes: int, weights_bytes: int) -> int:
+    """What prefix pages may take in RAM: a quarter of what the limit leaves beside the weights.
+
+    The rest is for live caches and activations, which pages must never crowd out.
+    """
+    return max(0, limit_bytes - weights_bytes) // 4
+
+
 def kv_bytes(specs: Sequence[CacheSpec | None], n_tokens: int, kv: KVFormat) -> int:
     """Bytes that the live caches of one sequence allocate at `n_tokens`."""
     return sum(spec.nbytes(n_tokens, kv) for spec in specs if spec is not None)

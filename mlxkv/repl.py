@@ -47,6 +47,7 @@ def chat(
     system: str | None = None,
     dtype: str = "auto",
     verbose: bool = False,
+    kv_from: str | None = None,
 ) -> int:
     """Talks until the user leaves; the exit code.
 
@@ -58,7 +59,7 @@ def chat(
             f"{name} has no chat template (it is a base model) and cannot chat: give it a PROMPT "
             "with --raw"
         )
-    state = Chat(llm, name, dtype, settings, verbose)
+    state = Chat(llm, name, dtype, settings, verbose, kv_from)
     state.begin(system)
     print(f"{name}: /? for help, /bye or Ctrl-D to leave")
     ask = _line_reader()

@@ -112,6 +112,17 @@ class RoPE(nn.Module):
         self._grows = config.rope_type in ("dynamic", "longrope")
         self._periods = self._periods_at(0)
 
+    @property
+    def stable_tokens(self) -> int | None:
+        """Length of a sequence up to which its rotations stay as they are; None for any."""
+        match self._config.rope_type:
+            case "dynamic":
+                return self._config.max_position_embeddings
+            case "longrope":
+                return self._config.original_max_position_embeddings
+            case _:
+                return None
+
     def _periods_at(self, n_tokens: int) -> mx.array:
         # A pair that stands still has an infinite period, whose reciprocal the kernels take as 0.
         frequencies = inverse_frequencies(self._config, n_tokens)

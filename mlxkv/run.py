@@ -73,15 +73,23 @@ def with_defaults(settings: Settings, llm: LLM, repeat_penalty: float | None = N
     return replace(settings, **unset)
 
 
-def split_words(words: Sequence[str], model: str | None) -> tuple[str, str | None]:
+def split_words(
+    words: Sequence[str], model: str | None, kv_from: str | None = None
+) -> tuple[str, str | None]:
     """MODEL and PROMPT out of the arguments of `run`.
 
     One argument alone is the MODEL if it looks like one, and else the PROMPT for the default
-    model; of two the first is the MODEL. With `--model` all of them are the PROMPT.
+    model; of two the first is the MODEL. With `--model` all of them are the PROMPT, and with saved
+    KV, which names its model, as well.
 
     Raises:
-        UsageError: more than two arguments: a prompt without quotes.
+        UsageError: more than two arguments: a prompt without quotes; or no such saved KV.
     """
+    if model is None and kv_from is not None and len(words) < 2:
+        from mlxkv.kv_names import KVNames
+        from mlxkv.names import kv_dir
+
+        model = KVNames(kv_dir()).load(kv_from).model
     if model is not None:
         return model, " ".join(words) if words else None
     if not words:
@@ -142,6 +150,7 @@ def one_answer(
     raw: bool,
     as_json: bool,
     verbose: bool,
+    kv_from: str | None = None,
 ) -> int:
     """Streams the answer to one prompt to stdout; the exit code.
 
@@ -163,7 +172,8 @@ def one_answer(
     settings = with_defaults(settings, llm)
     progress = ProgressLine()
     try:
-        chunks = stream(llm, prompt if raw else messages, settings, prefill_report(progress))
+        asked = prompt if raw else messages
+        chunks = stream(llm, asked, settings, prefill_report(progress), kv_from)
         if as_json:
             return _print_json(name, chunks, progress)
         return _print_text(chunks, verbose, progress)
@@ -179,10 +189,12 @@ def stream(
     prompt: str | list[dict[str, str]],
     settings: Settings,
     on_progress: Callable[[int, int], None] | None = None,
+    kv_from: str | None = None,
 ) -> Iterator[Chunk]:
     """`llm.stream` with these settings."""
     return llm.stream(
         prompt,
+        kv_from=kv_from,
         max_tokens=settings.max_tokens,
         temperature=settings.temperature,
         top_k=settings.top_k,
@@ -302,11 +314,29 @@ def stats_dict(stats: Stats) -> dict[str, float]:
 
 def describe_stats(stats: Stats) -> str:
     """The figures of an answer, aligned, for people."""
-    reused = f", {stats.restored_tokens:,} of them reused" if stats.restored_tokens else ""
     rows = (
-        ("prompt", f"{stats.prompt_tokens:,} tokens{reused}, {stats.prefill_tps:.1f} tokens/s"),
+        ("prompt", describe_prompt(stats)),
         ("answer", f"{stats.generated_tokens:,} tokens, {stats.decode_tps:.1f} tokens/s"),
         ("first token", f"{stats.first_token_s:.2f} s"),
         ("peak memory", human_bytes(stats.peak_bytes)),
     )
     return "\n".join(f"{name:<12} {text}" for name, text in rows)
+
+
+def describe_prompt(stats: Stats) -> str:
+    """Where the prompt's KV came from, and why not more of it was restored, on one line."""
+    sources = (
+        (stats.restored_ram_tokens, "from RAM"),
+        (stats.restored_ssd_tokens, "from SSD"),
+        (stats.computed_tokens, f"computed at {stats.prefill_tps:.1f} tokens/s"),
+    )
+    parts = ", ".join(f"{n:,} {source}" for n, source in sources if n)
+    text = f"{stats.prompt_tokens:,} tokens: {parts}"
+    miss = stats.miss
+    if miss is None:
+        return text
+    if miss.reason == "dropped":
+        why = f"KV from token {miss.token:,} on was given up for lack of memory"
+    else:
+        why = f"differs from token {miss.token:,} on: had {miss.held!r}, got {miss.prompt!r}"
+    return f"{text}; {why} ({miss.n_tokens:,} tokens again, {miss.cost_s:.1f} s)"

@@ -24,11 +24,13 @@ LAYERS = (
     ("rope", "linear", "stacking", "moe", "layers"),
     ("models",),
     ("loader", "tokenizer", "tokenizer_files", "detokenizer", "chat", "parsing", "parsers",
-     "sandbox", "sampling", "stopping", "planner", "catalog", "names", "terminal"),
-    ("generate", "pages", "hub", "wheels", "store", "card"),
-    ("llm", "conversation", "answer", "engine"),
+     "sandbox", "sampling", "stopping", "planner", "catalog", "names", "terminal",
+     "page_format", "fingerprint"),
+    ("generate", "pages", "page_cutter", "page_disk", "page_files", "page_folder",
+     "page_room", "kv_names", "named_kv", "hub", "wheels", "store", "card"),
+    ("llm", "conversation", "answer", "saved_prefix", "engine"),
     ("convert", "server"),
-    ("cli", "repl", "run", "commands", "doctor"),
+    ("cli", "repl", "run", "commands", "doctor", "kv_cli", "kv_card", "kv_sources", "verify"),
 )  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 

@@ -89,7 +89,7 @@ def test_a_chat_has_turns_commands_and_an_end(home, tmp_path):
         terminal.say("/set verbose")
         second = terminal.say("and again")
         assert "8 tokens" in second
-        assert "of them reused" in second, "the second turn computes only what is new"
+        assert " from RAM, " in second, "the second turn computes only what is new"
         assert f"5 messages in {saved}" in terminal.say(f"/save {saved}")
         assert "no command '/nonesuch'" in terminal.say("/nonesuch")
         assert "forgotten" in terminal.say("/clear")
@@ -115,7 +115,7 @@ def test_ctrl_c_stops_an_answer_and_the_chat_goes_on(home):
         terminal.say("/set verbose")
         after = terminal.say("go on")
         assert "4 tokens" in after
-        assert "of them reused" in after
+        assert " from RAM, " in after
         assert terminal.child.isalive()
 
 
@@ -171,7 +171,7 @@ def test_a_model_without_a_template_cannot_chat_and_says_so(home):
 class FakeConversation:
     """Keeps what it is told."""
 
-    def __init__(self, system: str | None = None):
+    def __init__(self, system: str | None = None, kv_from: str | None = None):
         self.system, self.turns = system, []
         self.kv_bytes, self.kv_tokens = 2048, 7
 

@@ -108,9 +108,13 @@ def test_a_call_that_nobody_runs_is_written_as_the_model_wrote_it(capsys):
 class Talk:
     """A conversation whose template rewrites earlier turns from the second answer on."""
 
-    def __init__(self, system: str | None = None):
+    def __init__(self, system: str | None = None, kv_from: str | None = None):
         self.append_only: bool | None = None
         self.sent: list[dict[str, Any]] = []
+        self.messages: list[dict[str, Any]] = []
+
+    def restore_turns(self, turns: list[dict[str, Any]]) -> None:
+        self.messages = turns
 
     def send(self, text: str, **options: Any):
         self.append_only = False if self.sent else None
@@ -165,11 +169,7 @@ def test_saved_reasoning_is_loaded_again(chat, tmp_path):
     file = tmp_path / "talk.json"
     content = {"format": "mlxkv conversation", "version": 1, "model": "x", "messages": turns}
     file.write_text(json.dumps(content))
-    loaded: list[Any] = []
-    chat.conversation = SimpleNamespace(
-        set_system=lambda text: None, restore_turns=loaded.extend, messages=turns
-    )
     chat.settings = Settings(think=False)
     execute(chat, f"/load {file}")
-    assert loaded == turns
+    assert chat.conversation.messages == turns
     assert chat.settings.think is False

@@ -1,0 +1,322 @@
+"""Named KV: a prompt whose pages stay, by the name the user gave it. No MLX.
+
+A name is a manifest, `names/NAME.json`, that lists pages; the pages are ordinary files of
+`page_files`, shared with whatever else has the same beginning. Removing a name makes them evictable
+again.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from mlxkv.errors import CheckpointError, OutputError, UsageError
+from mlxkv.named_kv import MANIFEST_VERSION, MAX_NAME, NamedKV, is_name, open_archive, write_archive
+from mlxkv.page_files import DiskLimits, PageFiles
+from mlxkv.page_folder import Folder, read_page
+from mlxkv.page_format import DamagedPage, PageFile, PageKey, decode
+from mlxkv.page_room import Stored, allocated_bytes, reserved_bytes
+
+__all__ = ["GcReport", "KVNames", "NamedKV", "gc"]
+
+_LOCK_WAIT_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class GcReport:
+    """What a clean-up removed, and what is left.
+
+    Args:
+        leftovers: files of writers that died.
+        leftover_bytes: of them.
+        damaged: files that were no whole pages or manifests.
+        damaged_bytes: of them.
+        evicted: pages over the cap.
+        evicted_bytes: of them.
+        n_pages: pages that are left.
+        n_bytes: what everything takes now.
+    """
+
+    leftovers: int
+    leftover_bytes: int
+    damaged: int
+    damaged_bytes: int
+    evicted: int
+    evicted_bytes: int
+    n_pages: int
+    n_bytes: int
+
+
+class KVNames:
+    """The named KV of one folder.
+
+    Args:
+        root: the folder of all models' pages; need not exist.
+        limits: of the folder; None for this machine's.
+    """
+
+    def __init__(self, root: Path, limits: DiskLimits | None = None):
+        self.root = root
+        self.limits = limits or DiskLimits.for_folder(root)
+        self._folder = Folder(root, self.limits)
+
+    def save(self, named: NamedKV, *, replace: bool = False) -> None:
+        """Give a prompt's pages a name.
+
+        Args:
+            named: its pages are on disk, or are being written.
+            replace: whether the name may mean something else until now.
+
+        Raises:
+            UsageError: no name, or one that is taken.
+            OutputError: the manifest cannot be written.
+        """
+        path = self._path(named.name)
+        if not replace:
+            self._check_free(named.name)
+        data = named.to_json()
+        with self._writing():
+            wanted = [Stored(named.fingerprint[:32], key, 0, 0) for key in named.keys]
+            _, room = self._folder.room(wanted)
+            if reason := room.take(reserved_bytes(len(data)), keep=True):
+                raise OutputError(
+                    f"{self.root}: no room to save {named.name!r} ({reason}); `mlxkv kv unpin` or "
+                    "`mlxkv kv rm` something, or raise MLXKV_KV_DISK"
+                )
+            self._folder.evict(room.evicted)
+            self._folder.put(path, data, sync=True)
+            self._folder.sync_names(path.parent)
+
+    def load(self, name: str) -> NamedKV:
+        """What a name stands for.
+
+        Raises:
+            UsageError: nothing does.
+            CheckpointError: its manifest is damaged.
+        """
+        path = self._path(name)
+        try:
+            return NamedKV.from_json(path.read_bytes())
+        except FileNotFoundError:
+            raise self._unknown(name) from None
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+        except ValueError as error:
+            raise CheckpointError(
+                f"{path}: a damaged manifest ({error}); `mlxkv kv rm {name}` and save it again"
+            ) from error
+
+    def list(self) -> list[NamedKV]:
+        """All that can be read, by name."""
+        found = []
+        for path in sorted(self._folder.names.glob("*.json")):
+            with suppress(OSError, ValueError):
+                found.append(NamedKV.from_json(path.read_bytes()))
+        return found
+
+    def remove(self, name: str) -> None:
+        """Forget a name; its pages stay until there is need of their room.
+
+        Raises:
+            UsageError: there is no such name.
+            OutputError: it cannot be removed.
+        """
+        try:
+            self._path(name).unlink()
+        except FileNotFoundError:
+            raise self._unknown(name) from None
+        except OSError as error:
+            raise OutputError(f"{self._path(name)}: {error.strerror}") from error
+
+    def pin(self, name: str) -> None:
+        """Never evict a name's pages. Raises as `load` and `save` do."""
+        self.save(replace(self.load(name), pinned=True), replace=True)
+
+    def unpin(self, name: str) -> None:
+        """Let a name's pages be evicted after all others. Raises as `load` and `save` do."""
+        self.save(replace(self.load(name), pinned=False), replace=True)
+
+    def missing(self, named: NamedKV) -> list[PageKey]:
+        """The pages of a name that were evicted or damaged."""
+        files = PageFiles(self.root, named.fingerprint, self.limits)
+        return [key for key in named.keys if key not in files]
+
+    def export(self, name: str, file: Path) -> None:
+        """Write a name and its pages into one file, checked.
+
+        Raises:
+            UsageError: no such name, or the file is there already.
+            CheckpointError: the manifest or a page is damaged or gone.
+            OutputError: the file cannot be written.
+        """
+        named = self.load(name)
+        if file.exists():
+            raise UsageError(f"{file} is already there; remove it, or choose another file")
+        write_archive(file, named, self._whole(named))
+
+    def _whole(self, named: NamedKV) -> Iterator[PageFile]:
+        """The pages of a name; CheckpointError where one is gone."""
+        files = PageFiles(self.root, named.fingerprint, self.limits)
+        for key in named.keys:
+            page = files.read(key)
+            if page is None:
+                raise CheckpointError(
+                    f"{named.name!r} is no longer whole: a page of it was evicted or damaged; "
+                    "save it again"
+                )
+            yield page
+
+    def import_(
+        self, file: Path, *, name: str | None = None, fingerprint: str | None = None
+    ) -> NamedKV:
+        """Take a name and its pages from an exported file. It is not pinned.
+
+        Args:
+            file: from `export`.
+            name: to save it under, instead of its own.
+            fingerprint: of the model that it must belong to.
+
+        Raises:
+            UsageError: no such file, or the name is taken.
+            CheckpointError: the file is damaged, holds anything else, or another model's KV.
+            OutputError: there is no room for it.
+        """
+        try:
+            with open_archive(file) as (named, pages):
+                named = replace(named, name=name or named.name, pinned=False)
+                if fingerprint is not None and named.fingerprint != fingerprint:
+                    raise CheckpointError(
+                        f"{file}: KV of {named.model} ({named.dtype}, {named.kv_type}), which is "
+                        "not this model, or not as it is now; save it again with this one"
+                    )
+                self._check_free(named.name)
+                self._take_pages(named, pages)
+        except FileNotFoundError:
+            raise UsageError(f"{file}: no such file") from None
+        self.save(named)
+        return named
+
+    def _check_free(self, name: str) -> None:
+        if self.limits.cap_bytes == 0:
+            raise UsageError("MLXKV_KV_DISK=0 switches KV on disk off; give it a size")
+        if self._path(name).exists():
+            raise UsageError(
+                f"{name!r} is already saved; `mlxkv kv rm {name}` first, or choose another name"
+            )
+
+    def _take_pages(self, named: NamedKV, pages: Iterator[PageFile]) -> None:
+        files = PageFiles(self.root, named.fingerprint, self.limits)
+        try:
+            files.write(pages, keep=True)
+        finally:
+            files.close()
+        if any(key not in files for key in named.keys):
+            reasons = ", ".join(files.usage().refused)
+            raise OutputError(
+                f"{self.root}: no room for {named.name!r} ({reasons}); `mlxkv kv rm` something, or "
+                "raise MLXKV_KV_DISK"
+            )
+
+    def _path(self, name: str) -> Path:
+        if not is_name(name):
+            raise UsageError(
+                f"a saved KV's name has letters, digits, '.', '_' and '-', at most {MAX_NAME}; "
+                f"got {name!r}"
+            )
+        return self._folder.names / f"{name}.json"
+
+    def _unknown(self, name: str) -> UsageError:
+        close = difflib.get_close_matches(name, [named.name for named in self.list()], n=1)
+        hint = f"; did you mean {close[0]}?" if close else "; `mlxkv kv ls` lists them"
+        return UsageError(f"no KV is saved as {name!r}{hint}")
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            with self._folder.locked(_LOCK_WAIT_S):
+                yield
+        except TimeoutError as error:
+            raise OutputError(f"{self.root}: another mlxkv is writing; try again") from error
+        except OSError as error:
+            raise OutputError(f"{self.root}: cannot be written ({error.strerror})") from error
+
+
+def gc(root: Path, limits: DiskLimits | None = None) -> GcReport:
+    """Remove what writers that died left, what is damaged, and what is over the cap.
+
+    Every page is read and checked.
+
+    Raises:
+        OutputError: the folder cannot be written.
+    """
+    names = KVNames(root, limits)
+    folder = names._folder
+    if not root.is_dir():
+        return GcReport(0, 0, 0, 0, 0, 0, 0, 0)
+    damaged = [*_damaged_manifests(folder), *_damaged_pages(folder)]
+    damaged_bytes = sum(_remove(path) for path in damaged)
+    with names._writing():
+        _, room = folder.room()
+        folder.evict(room.evicted)
+        folder.drop_empty_models()
+    left = folder.scan()
+    evicted_bytes = sum(page.n_bytes for page in room.evicted)
+    return GcReport(
+        *(folder.n_cleared, folder.cleared_bytes),
+        *(len(damaged), damaged_bytes),
+        *(len(room.evicted), evicted_bytes),
+        *(len(left.pages), left.n_bytes),
+    )
+
+
+def _damaged_manifests(folder: Folder) -> Iterator[Path]:
+    for path in folder.names.glob("*.json"):
+        with suppress(OSError):
+            data = path.read_bytes()
+            try:
+                NamedKV.from_json(data)
+            except ValueError:
+                if not _is_newer(data):
+                    yield path
+
+
+def _is_newer(manifest: bytes) -> bool:
+    """Whether a later mlxkv wrote it: what cannot be understood here is not damaged."""
+    try:
+        return json.loads(manifest)["version"] > MANIFEST_VERSION
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return False
+
+
+def _damaged_pages(folder: Folder) -> list[Path]:
+    paths = list(folder.pages.glob("*/*.safetensors"))
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return [path for path, bad in zip(paths, pool.map(_is_damaged, paths), strict=True) if bad]
+
+
+def _is_damaged(path: Path) -> bool:
+    key = PageKey.parse(path.name)
+    if key is None:
+        return True
+    try:
+        _, fingerprint = decode(read_page(str(path)), key)
+    except DamagedPage:
+        return True
+    except OSError:
+        return False
+    return fingerprint[:32] != path.parent.name
+
+
+def _remove(path: Path) -> int:
+    """Delete a file; the bytes it took."""
+    with suppress(OSError):
+        n_bytes = allocated_bytes(path.lstat())
+        path.unlink()
+        return n_bytes
+    return 0

@@ -1,0 +1,253 @@
+"""What a saved KV's name stands for: as a manifest, and as one file that can be carried elsewhere.
+
+An archive is an uncompressed zip of the manifest and of its pages' files. Whatever it holds is
+checked as a page on disk is; an archive that holds anything else is refused as a whole.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import re
+import secrets
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlxkv.errors import CheckpointError, OutputError
+from mlxkv.names import NAME
+from mlxkv.page_format import (
+    MAX_TOKENS,
+    ROOT,
+    DamagedPage,
+    PageFile,
+    PageKey,
+    decode,
+    encode,
+    page_name,
+)
+
+MANIFEST_VERSION = 1
+MAX_NAME = 100
+MAX_MANIFEST_BYTES = 256 << 20
+_MANIFEST = "manifest.json"
+_EPOCH = (1980, 1, 1, 0, 0, 0)
+_ZIP_ERRORS = (
+    zipfile.BadZipFile,
+    NotImplementedError,
+    RuntimeError,
+    EOFError,
+    ValueError,
+    OverflowError,
+    OSError,
+)
+"""What `zipfile` raises for damaged archives: it promises no more than BadZipFile."""
+
+
+@dataclass(frozen=True, slots=True)
+class NamedKV:
+    """What a name stands for.
+
+    Args:
+        name: as the user types it.
+        fingerprint: of the model, its dtype and the KV format.
+        model: its name, as the user typed it.
+        n_tokens: tokens of the prompt.
+        keys: of its pages, trunk first.
+        text: the prompt, as it was given.
+        messages: the conversation, if it was one.
+        tokens: int32, little-endian.
+        created: seconds since 1970.
+        pinned: whether its pages are never evicted.
+        kv_type: format of the KV.
+        dtype: that the model computed in.
+    """
+
+    name: str
+    fingerprint: str
+    model: str
+    n_tokens: int
+    keys: tuple[PageKey, ...]
+    text: str
+    messages: tuple[Mapping[str, Any], ...] | None
+    tokens: bytes
+    created: float
+    pinned: bool
+    kv_type: str
+    dtype: str
+
+    def to_json(self) -> bytes:
+        """The manifest."""
+        raw = {field: getattr(self, field) for field in self.__dataclass_fields__}
+        raw["keys"] = [key.file_name for key in self.keys]
+        raw["tokens"] = base64.b64encode(self.tokens).decode("ascii")
+        raw["messages"] = None if self.messages is None else list(self.messages)
+        return json.dumps({"version": MANIFEST_VERSION, **raw}).encode()
+
+    @classmethod
+    def from_json(cls, data: bytes) -> NamedKV:
+        """The inverse of `to_json`.
+
+        Raises:
+            ValueError: it is no manifest, or its pages are not those of its tokens.
+        """
+        try:
+            raw = json.loads(data)
+            if raw.pop("version") != MANIFEST_VERSION or set(raw) != set(cls.__dataclass_fields__):
+                raise ValueError("other fields than a manifest has, or another version")
+            keys = [PageKey.parse(name) for name in raw["keys"]]
+            messages = raw["messages"]
+            named = cls(**{
+                **raw,
+                "keys": tuple(key for key in keys if key is not None),
+                "tokens": base64.b64decode(raw["tokens"], validate=True),
+                "messages": None if messages is None else tuple(messages),
+            })  # fmt: skip
+        except (KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"not a manifest ({error})") from error
+        _check(named, len(keys))
+        return named
+
+
+def _check(named: NamedKV, n_keys: int) -> None:
+    """ValueError unless the fields of a manifest are what they should be."""
+    texts = (named.name, named.fingerprint, named.model, named.text, named.kv_type, named.dtype)
+    if not all(isinstance(value, str) for value in texts) or type(named.pinned) is not bool:
+        raise ValueError("a field of another type")
+    if not isinstance(named.created, int | float) or type(named.n_tokens) is not int:
+        raise ValueError("a field of another type")
+    if named.messages is not None and not all(isinstance(m, dict) for m in named.messages):
+        raise ValueError("messages that are no objects")
+    if not re.fullmatch(r"[0-9a-f]{64}", named.fingerprint):
+        raise ValueError("no fingerprint")
+    if not is_name(named.name) or named.n_tokens * 4 != len(named.tokens):
+        raise ValueError("a name or a number of tokens that cannot be")
+    pages = _chain(named.tokens)
+    chain = [PageKey(*pages[key.name][1:], key.part) for key in named.keys if key.name in pages]
+    if chain != [*named.keys] or len(chain) != n_keys or len(set(chain)) != n_keys:
+        raise ValueError("pages that are not those of its tokens")
+
+
+def _chain(tokens: bytes) -> dict[str, tuple[int, str, str, int]]:
+    """(start, parent, name, n_tokens) of the pages of a sequence, by name."""
+    pages: dict[str, tuple[int, str, str, int]] = {}
+    parent = ROOT
+    for start in range(0, len(tokens), 4 * MAX_TOKENS):
+        some = tokens[start : start + 4 * MAX_TOKENS]
+        name = page_name(parent, some)
+        pages[name] = (start // 4, parent, name, len(some) // 4)
+        parent = name
+    return pages
+
+
+def is_name(name: str) -> bool:
+    return NAME.fullmatch(name) is not None and len(name) <= MAX_NAME
+
+
+def _member(key: PageKey) -> str:
+    return f"pages/{key.file_name}"
+
+
+def write_archive(file: Path, named: NamedKV, pages: Iterable[PageFile]) -> None:
+    """Write a manifest and its pages into one file, which is complete or not there.
+
+    Args:
+        file: need not exist.
+        named: the manifest.
+        pages: of all its keys.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    with _becoming(file) as archive:
+        archive.writestr(zipfile.ZipInfo(_MANIFEST, _EPOCH), named.to_json())
+        for page in pages:
+            info = zipfile.ZipInfo(_member(page.key), _EPOCH)
+            archive.writestr(info, encode(page, named.fingerprint))
+
+
+@contextmanager
+def open_archive(file: Path) -> Iterator[tuple[NamedKV, Iterator[PageFile]]]:
+    """An archive's manifest, and its pages one by one, each checked before it is given.
+
+    Raises:
+        CheckpointError: there and while pages are taken: it is damaged, or holds anything else.
+        FileNotFoundError: there is no such file.
+    """
+    try:
+        with zipfile.ZipFile(file) as archive:
+            named = _manifest_of(archive, file)
+            yield named, _pages_of(archive, named)
+    except FileNotFoundError:
+        raise
+    except (DamagedPage, *_ZIP_ERRORS) as error:
+        raise CheckpointError(
+            f"{file}: not a whole export of mlxkv ({error}); export it again"
+        ) from error
+
+
+@contextmanager
+def _becoming(file: Path) -> Iterator[zipfile.ZipFile]:
+    """An archive beside the file that becomes it, or is removed.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    partial = file.with_name(f".{file.name}.partial-{secrets.token_hex(4)}")
+    try:
+        handle = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        with os.fdopen(handle, "w+b") as opened:
+            with zipfile.ZipFile(opened, "w", zipfile.ZIP_STORED) as archive:
+                yield archive
+            opened.flush()
+            os.fsync(opened.fileno())
+        partial.rename(file)
+    except OSError as error:
+        raise OutputError(f"{file}: cannot be written ({error.strerror})") from error
+    finally:
+        with suppress(OSError):
+            partial.unlink()
+
+
+def _manifest_of(archive: zipfile.ZipFile, file: Path) -> NamedKV:
+    """The manifest of an archive that holds it, its pages, and nothing else.
+
+    Raises:
+        ValueError: anything else.
+    """
+    members = archive.infolist()
+    plain = all(
+        member.compress_type == zipfile.ZIP_STORED
+        and not member.flag_bits & 1
+        and member.compress_size == member.file_size
+        for member in members
+    )
+    # Members that overlap are one small file that unpacks into a huge one.
+    if not plain or sum(member.file_size for member in members) > file.stat().st_size:
+        raise ValueError("members that are compressed, encrypted or overlap")
+    sizes = {member.filename: member.file_size for member in members}
+    if sizes.get(_MANIFEST, MAX_MANIFEST_BYTES + 1) > MAX_MANIFEST_BYTES:
+        raise ValueError("no manifest")
+    named = NamedKV.from_json(archive.read(_MANIFEST))
+    expected = {_MANIFEST, *(_member(key) for key in named.keys)}
+    if set(sizes) != expected or len(members) != len(expected):
+        raise ValueError("other members than the manifest lists")
+    return named
+
+
+def _pages_of(archive: zipfile.ZipFile, named: NamedKV) -> Iterator[PageFile]:
+    """The pages of an archive, each checked before it is given.
+
+    Raises:
+        DamagedPage: one is not what its name says, or another model's.
+    """
+    pages = _chain(named.tokens)
+    for key in named.keys:
+        page, fingerprint = decode(archive.read(_member(key)), key)
+        if fingerprint != named.fingerprint or page.start != pages[key.name][0]:
+            raise DamagedPage("a page of another model or place")
+        yield page

@@ -1,0 +1,138 @@
+"""Named KV: a prompt that is computed once and gone on from many times.
+
+What a name stands for is text and its token ids. Their KV on disk makes them cheap and is not
+needed for them to be right: what of it was given up is computed again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+
+from mlxkv.errors import ContextExceeded, OutputError, UsageError
+from mlxkv.names import kv_dir
+from mlxkv.page_disk import PageDisk
+from mlxkv.pages import Pages, packed, unpacked
+
+if TYPE_CHECKING:
+    from mlxkv.kv_names import NamedKV
+    from mlxkv.llm import LLM, Prompt
+
+Progress = Callable[[int, int], None]
+_PROBES = ("A", "7 z")
+"""Two messages that begin differently: what comes before both belongs to no message."""
+
+
+def save(llm: LLM, name: str, prompt: Prompt, model: str, on_progress: Progress | None) -> NamedKV:
+    """See `LLM.save_kv`."""
+    from mlxkv.kv_names import KVNames, NamedKV
+
+    pages, disk = _where(llm)
+    names = KVNames(kv_dir())
+    pinned = names.is_pinned(name)
+    text, messages, tokens = _prefix(llm, prompt)
+    if len(tokens) >= llm.context:
+        raise ContextExceeded(len(tokens), llm.context)
+    session = llm.session()
+    with pages.writing_through():
+        session.restore(tokens)
+        mx.eval(session.prefill(tokens, on_progress=on_progress))
+        links = session.finish()
+        pages.keep(links, named=True)
+    disk.flush()
+    keys = pages.keys_to_resume(links)
+    if missing := sum(key not in disk for key in keys):
+        raise OutputError(
+            f"the KV of {len(tokens):,} tokens does not fit {kv_dir()}: {missing} of {len(keys)} "
+            f"files were not written ({disk.refusals()}); free some with `mlxkv kv rm` and `mlxkv "
+            f"kv gc`, or raise MLXKV_KV_DISK"
+        )
+    saved = NamedKV(
+        name=name,
+        fingerprint=disk.fingerprint,
+        model=model,
+        n_tokens=len(tokens),
+        keys=tuple(keys),
+        text=text,
+        messages=messages,
+        tokens=packed(tokens),
+        created=time.time(),
+        pinned=pinned,
+        kv_type=llm.kv_type,
+        dtype=disk.dtype,
+    )
+    names.save(saved, replace=True)
+    return saved
+
+
+def find(llm: LLM, name: str | NamedKV | None) -> NamedKV | None:
+    """See `LLM.saved_kv`."""
+    if name is None:
+        return None
+    from mlxkv.kv_names import KVNames
+
+    saved = KVNames(kv_dir()).load(name) if isinstance(name, str) else name
+    _, disk = _where(llm)
+    if saved.fingerprint != disk.fingerprint:
+        raise UsageError(
+            f"{saved.name} is KV of {saved.model} ({saved.dtype}, {saved.kv_type}), and this model "
+            f"({disk.dtype}, {llm.kv_type}) has other weights or another format: save it anew"
+        )
+    return saved
+
+
+def with_saved(saved: NamedKV | None, messages: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """Messages behind the saved ones; a system message of theirs goes below the saved one.
+
+    Raises:
+        UsageError: the saved prompt is a text and no conversation.
+    """
+    if saved is None:
+        return list(messages)
+    if saved.messages is None:
+        raise UsageError(f"{saved.name} holds a text and no messages: give a text, or use --raw")
+    head, rest = [dict(message) for message in saved.messages], [dict(m) for m in messages]
+    if head[0]["role"] == "system" and rest and rest[0].get("role") == "system":
+        head[0]["content"] = f"{head[0]['content']}\n\n{rest.pop(0)['content']}"
+    return head + rest
+
+
+def encode(llm: LLM, text: str, saved: NamedKV | None) -> list[int]:
+    """Token ids of a rendered conversation; those of the saved text are the saved ones."""
+    if saved is None or not text.startswith(saved.text):
+        return llm.encode_text(text)
+    return [*unpacked(saved.tokens), *llm.encode_text(text[len(saved.text) :])]
+
+
+def behind(llm: LLM, saved: NamedKV | None, prompt: Prompt) -> list[int]:
+    """Token ids of a text, or of ids, behind what was saved."""
+    if saved is None:
+        return llm.encode(prompt)
+    if isinstance(prompt, str):
+        return [*unpacked(saved.tokens), *llm.encode_text(prompt)]
+    return [*unpacked(saved.tokens), *llm.encode(prompt)]
+
+
+def _where(llm: LLM) -> tuple[Pages, PageDisk]:
+    if llm.pages is None:
+        raise UsageError("this model keeps a state of its own, which cannot be saved as KV")
+    if llm.pages.disk is None:
+        raise UsageError("KV on disk is switched off: MLXKV_KV_DISK is 0")
+    return llm.pages, llm.pages.disk
+
+
+def _prefix(llm: LLM, prompt: Prompt) -> tuple[str, tuple[Any, ...] | None, list[int]]:
+    """Text, messages and token ids of what is to be saved."""
+    if isinstance(prompt, str) or not prompt or not isinstance(prompt[0], Mapping):
+        tokens = llm.encode(prompt)
+        text = prompt if isinstance(prompt, str) else llm.tokenizer.decode(tokens)
+        return text, None, tokens
+    messages = tuple(dict(message) for message in prompt)  # pyright: ignore[reportArgumentType, reportCallIssue]
+    probes = [[*messages, {"role": "user", "content": probe}] for probe in _PROBES]
+    first, second = (llm.render(probe) for probe in probes)
+    differ = (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
+    text = first[: next(differ, 0)]
+    return text, messages, llm.encode_text(text)

@@ -1,0 +1,351 @@
+"""Prefix pages in RAM: what is found, what comes back, what is given up first.
+
+No model: the KV of a token is its position and id, so that a test sees *what* came back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlxkv.cache import STEP, CacheSpec
+from mlxkv.page_cutter import Cutter
+from mlxkv.pages import FULL, WINDOW, Kinds, Link, Match, Pages, n_common, packed
+from tests.tiny import tokens as random_tokens
+
+BIG = 2**30
+ROW = 2 * 2 * 4
+"""Bytes of one token in one layer here: one head, two values of 4 bytes in key and value."""
+
+SHAPES = {
+    "full": (None, None),
+    "window": (512, 512),
+    "window-of-a-page": (256,),
+    "odd-window": (300,),
+    "mixed": (512, None, 512),
+    "small-window": (None, 24),
+    "two-windows": (40, None, 600),
+    "window-of-one": (None, 1),
+}
+every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+
+
+def specs(shape: Sequence[int | None]) -> list[CacheSpec]:
+    return [CacheSpec(1, 2, 2, window) for window in shape]
+
+
+def new_pages(shape: Sequence[int | None], budget: int = BIG) -> Pages:
+    kinds = Kinds.of(specs(shape))
+    assert kinds is not None
+    return Pages(kinds, budget)
+
+
+class Sequence_:
+    """A sequence that computes nothing: its KV says which token it is of."""
+
+    def __init__(self, pages: Pages, shape: Sequence[int | None]):
+        self.pages = pages
+        self.caches = [spec.make() for spec in specs(shape)]
+        self.cutter = Cutter(pages, self.caches)
+        self.tokens: list[int] = []
+
+    def restore(self, tokens: list[int], limit: int | None = None) -> Match:
+        match = self.pages.match(tokens, len(tokens) - 1 if limit is None else limit)
+        if match.n_tokens:
+            assert self.pages.load(match, self.caches) == 0
+        self.tokens = tokens[: match.n_tokens]
+        tip = match.links[-1] if match.links else None
+        self.cutter.restart(self.tokens, self.pages.tip_rows(tip) if tip else None)
+        self.check()
+        return match
+
+    def feed(self, tokens: Sequence[int], chunk: int = STEP) -> Sequence_:
+        for start in range(0, len(tokens), chunk):
+            piece = list(tokens[start : start + chunk])
+            at = len(self.tokens)
+            self.tokens += piece
+            kv = np.array([[at + i, token] for i, token in enumerate(piece)], np.float32)
+            for cache in self.caches:
+                cache.update(mx.array(kv[None, None]), mx.array(-kv[None, None]))
+            n = len(self.tokens)
+            if chunk > 1 or self.cutter.is_due(n):
+                self.cutter.advance(self.tokens, n)
+        return self
+
+    def finish(self) -> list[Link]:
+        return self.cutter.finish(self.tokens, len(self.tokens))
+
+    def check(self) -> None:
+        """Every cache holds the KV of exactly these tokens, as far back as its window needs."""
+        n = len(self.tokens)
+        for cache in self.caches:
+            spec = cache.spec
+            assert spec is not None
+            assert cache.offset == n
+            first = 0 if spec.window is None else max(0, n - (spec.window - 1))
+            if first == n:
+                continue
+            held = cache.read(first, n)
+            expected = np.array(
+                [[i, token] for i, token in enumerate(self.tokens)][first:], np.float32
+            )
+            np.testing.assert_array_equal(np.array(held.k)[0, 0], expected)
+            np.testing.assert_array_equal(np.array(held.v)[0, 0], -expected)
+
+
+def told(pages: Pages, shape, tokens: Sequence[int], chunk: int = STEP) -> list[Link]:
+    """A sequence computed from the start, or from what is known, and given away."""
+    one = Sequence_(pages, shape)
+    n = one.restore(list(tokens)).n_tokens
+    return one.feed(tokens[n:], chunk).finish()
+
+
+def fork(tokens: Sequence[int], at: int, n: int = 30) -> list[int]:
+    return [*tokens[:at], *(token + 1000 for token in random_tokens(n, seed=at))]
+
+
+# What is found.
+
+
+@every_shape
+@pytest.mark.parametrize("chunk", [1, 7, 256, 300, 2048])
+def test_any_divergence_gives_back_all_but_its_page(shape, chunk):
+    pages, tokens = new_pages(shape), random_tokens(1400)
+    told(pages, shape, tokens, chunk)
+    for at in (1, 255, 256, 257, 511, 512, 700, 1023, 1024, 1025, 1280, 1399):
+        match = Sequence_(pages, shape).restore(fork(tokens, at))
+        assert match.n_tokens == at // STEP * STEP
+        assert match.shared == at
+
+
+@every_shape
+def test_a_sequence_goes_on_from_its_tip_to_the_token(shape):
+    pages, tokens = new_pages(shape), random_tokens(900)
+    for n in (90, 256, 300, 301, 600, 900):
+        before = Sequence_(pages, shape)
+        match = before.restore(tokens[:n], limit=n)
+        before.feed(tokens[match.n_tokens : n], 40).finish()
+        assert Sequence_(pages, shape).restore([*tokens[:n], 5, 6]).n_tokens == n
+
+
+@every_shape
+def test_one_token_is_left_to_compute(shape):
+    pages, tokens = new_pages(shape), random_tokens(600)
+    told(pages, shape, tokens)
+    assert Sequence_(pages, shape).restore(tokens[:512]).n_tokens == 256
+    assert Sequence_(pages, shape).restore(tokens[:513]).n_tokens == 512
+    assert Sequence_(pages, shape).restore(tokens).n_tokens == 512
+    assert Sequence_(pages, shape).restore([*tokens, 1]).n_tokens == 600
+
+
+@every_shape
+@given(
+    turns=st.lists(
+        st.tuples(st.integers(0, 6), st.integers(1, 400), st.sampled_from([1, 64, 256, 2048])),
+        min_size=1,
+        max_size=8,
+    )
+)
+@settings(max_examples=15)
+def test_what_comes_back_is_what_was_computed(shape, turns):
+    """Sequences that fork off one another anywhere: `restore` checks every row."""
+    pages = new_pages(shape)
+    known: list[list[int]] = [[]]
+    for parent, n, chunk in turns:
+        trunk = known[parent % len(known)]
+        tokens = [*trunk[: len(trunk) * 2 // 3 + n % 7], *random_tokens(n, seed=n)]
+        one = Sequence_(pages, shape)
+        shared = max((n_common(packed(tokens), packed(other)) for other in known), default=0)
+        match = one.restore(tokens)
+        assert min(shared, len(tokens) - 1) - match.n_tokens < STEP
+        one.feed(tokens[match.n_tokens :], chunk).finish()
+        known.append(tokens)
+
+
+def test_nothing_is_found_where_nothing_is_known():
+    assert new_pages((None,)).match([1, 2, 3] * 200, 599) == Match()
+
+
+def test_a_page_of_another_chain_is_not_taken_for_this_ones():
+    shape = (None, 512)
+    pages, tokens = new_pages(shape), random_tokens(800)
+    told(pages, shape, tokens)
+    other = [7] * 256 + tokens[256:]
+    assert Sequence_(pages, shape).restore(other).n_tokens == 0
+
+
+def test_no_more_is_shared_than_is_stable():
+    kinds = Kinds.of(specs((None,)))
+    assert kinds is not None
+    pages, tokens = Pages(kinds, BIG, stable=600), random_tokens(900)
+    told(pages, (None,), tokens)
+    assert Sequence_(pages, (None,)).restore([*tokens, 1]).n_tokens == 512
+
+
+# Where a prompt left what is known.
+
+
+def test_a_match_says_where_the_prompt_left_what_is_known():
+    shape = (None, 512)
+    pages, tokens = new_pages(shape), random_tokens(900)
+    told(pages, shape, tokens)
+    match = pages.match(fork(tokens, 610), 639)
+    assert (match.n_tokens, match.shared, match.n_known) == (512, 610, 900)
+    at = match.shared - match.held_from
+    assert list(match.held[at : at + 5]) == tokens[610:615]
+
+
+def test_the_closest_of_several_sequences_is_the_one_it_is_compared_with():
+    shape = (None,)
+    pages, tokens = new_pages(shape), random_tokens(700)
+    for at in (20, 300, 340, 290):
+        told(pages, shape, fork(tokens, at))
+    assert pages.match(tokens, 699).shared == 340
+
+
+# What is given up.
+
+
+def page_bytes(shape) -> int:
+    return len(shape) * STEP * ROW
+
+
+def test_bytes_are_those_of_the_arrays_held():
+    shape = (512, None, 512)
+    pages, tokens = new_pages(shape), random_tokens(1000)
+    told(pages, shape, tokens)
+    assert pages.nbytes == len(shape) * 1000 * ROW
+    before = pages.nbytes
+    told(pages, shape, tokens)
+    assert pages.nbytes == before
+
+
+def test_shared_pages_are_held_once():
+    shape = (None,)
+    pages, tokens = new_pages(shape), random_tokens(1024)
+    told(pages, shape, tokens)
+    told(pages, shape, fork(tokens, 1024, 256))
+    assert pages.nbytes == (1024 + 256) * ROW
+
+
+def test_far_window_parts_are_given_up_first_and_tips_still_resume():
+    shape = (None, 512, 512, 512)
+    pages = new_pages(shape)
+    old, new = random_tokens(3000, seed=1), random_tokens(3000, seed=2)
+    told(pages, shape, old)
+    told(pages, shape, new)
+    pages.budget_bytes = pages.nbytes * 6 // 10
+    told(pages, shape, random_tokens(10, seed=3))
+    assert pages.nbytes <= pages.budget_bytes
+    for tokens in (old, new):
+        assert Sequence_(pages, shape).restore([*tokens, 1, 2]).n_tokens == 3000
+
+
+def test_a_fork_keeps_the_window_parts_before_it():
+    shape = (None, 512, 512, 512)
+    pages, tokens = new_pages(shape), random_tokens(3000)
+    told(pages, shape, tokens)
+    told(pages, shape, fork(tokens, 1536, 600))
+    pages.budget_bytes = pages.nbytes * 6 // 10
+    told(pages, shape, [1] * 10)
+    assert Sequence_(pages, shape).restore(fork(tokens, 1540, 31)).n_tokens == 1536
+    assert Sequence_(pages, shape).restore(fork(tokens, 800)).n_tokens < 768
+
+
+@every_shape
+def test_the_least_recently_used_sequence_goes_first(shape):
+    pages = new_pages(shape)
+    talks = [random_tokens(900, seed=seed) for seed in range(6)]
+    for tokens in talks[:4]:
+        told(pages, shape, tokens)
+    pages.budget_bytes = pages.nbytes // 2
+    Sequence_(pages, shape).restore([*talks[0], 1])
+    for tokens in talks[4:]:
+        told(pages, shape, tokens)
+    assert pages.nbytes <= pages.budget_bytes
+    left = [Sequence_(pages, shape).pages.match([*t, 1], 900).n_tokens for t in talks]
+    in_order_of_use = [left[i] for i in (1, 2, 3, 0, 4, 5)]
+    assert in_order_of_use == sorted(in_order_of_use)
+    assert left[5] == 900
+
+
+def test_leaves_go_before_their_trunk():
+    shape = (None,)
+    pages, tokens = new_pages(shape), random_tokens(2048)
+    told(pages, shape, tokens)
+    pages.budget_bytes = 5 * page_bytes(shape)
+    told(pages, shape, [1] * 5)
+    n = Sequence_(pages, shape).restore([*tokens, 1]).n_tokens
+    assert n == 4 * STEP  # the small sequence has a page of its own, of five tokens
+
+
+def test_pinned_pages_stay():
+    shape = (None, 512)
+    pages = new_pages(shape, 9 * page_bytes((None, 512)))
+    kept = random_tokens(900, seed=1)
+    pages.pin(told(pages, shape, kept))
+    for seed in range(2, 8):
+        told(pages, shape, random_tokens(900, seed=seed))
+    assert Sequence_(pages, shape).restore([*kept, 1]).n_tokens == 900
+
+
+@every_shape
+def test_a_budget_of_nothing_keeps_nothing(shape):
+    pages = new_pages(shape, 0)
+    told(pages, shape, random_tokens(900))
+    assert (pages.nbytes, len(pages)) == (0, 0)
+    assert Sequence_(pages, shape).restore(random_tokens(900)).n_tokens == 0
+
+
+@pytest.mark.parametrize("shape", [(None,), (None, 512, 512, 512, 512, 512)], ids=["full", "mixed"])
+def test_two_long_conversations_in_turn_keep_their_hits(shape):
+    """50 turns of 150 tokens, every second one another conversation's.
+
+    The budget holds both histories' full parts and a third of all window parts: what each turn
+    computes is its own new tokens, at least 98% of all that it could have restored.
+    """
+    longest = 25 * 150
+    full, window = shape.count(None), len(shape) - shape.count(None)
+    pages = new_pages(shape, 2 * (longest + STEP) * ROW * full + 2 * longest * ROW * window // 3)
+    talks = [random_tokens(longest, seed=1), random_tokens(longest, seed=2)]
+    restored = possible = 0
+    for turn in range(50):
+        tokens = talks[turn % 2][: (turn // 2 + 1) * 150]
+        one = Sequence_(pages, shape)
+        match = one.restore(tokens)
+        one.feed(tokens[match.n_tokens : -20]).feed(tokens[-20:], 1).finish()
+        restored += match.n_tokens
+        possible += (turn // 2) * 150
+        assert pages.nbytes <= pages.budget_bytes
+    assert restored >= 0.98 * possible
+
+
+def test_a_dropped_window_part_costs_a_hit_and_never_a_wrong_one():
+    shape = (None, 512)
+    pages, tokens = new_pages(shape), random_tokens(1500)
+    links = told(pages, shape, tokens)
+    page = pages._pages[links[2].name]
+    pages._drop(page, [WINDOW])
+    assert set(page.parts) == {FULL}
+    # Page 2 is in the window of [512, 1280): from there on it is not needed.
+    for at, expected in ((500, 256), (600, 512), (800, 512), (1100, 512), (1400, 1280)):
+        assert Sequence_(pages, shape).restore(fork(tokens, at)).n_tokens == expected
+
+
+def test_pages_of_other_shapes_are_dropped_and_not_loaded():
+    pages, tokens = new_pages((None,)), random_tokens(600)
+    told(pages, (None,), tokens)
+    match = pages.match(tokens, 599)
+    foreign = [CacheSpec(3, 2, 2).make()]
+    assert pages.load(match, foreign) is None
+    assert pages.match(tokens, 599).n_tokens == 0
+
+
+def test_a_state_that_is_no_kv_has_no_pages():
+    assert Kinds.of([CacheSpec(1, 2, 2), CacheSpec(0, 0, 0)]) is None
+    assert Kinds.of([None, None]) is None
