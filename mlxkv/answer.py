@@ -246,15 +246,16 @@ def explain_miss(
     if token is None or n_lost <= 0:
         return None
 
-    def around(tokens: Sequence[int], at: int) -> str:
-        before, after = tokens[max(0, at - AROUND) : at], tokens[at : at + AROUND]
-        return tokenizer.decode(list(before)) + "|" + tokenizer.decode(list(after))
+    before = tokenizer.decode(list(prompt[max(0, token - AROUND) : token]))
+
+    def marked(after: Sequence[int]) -> str:
+        return f"{before}|{tokenizer.decode(list(after[:AROUND]))}"
 
     return Miss(
         reason,
         token,
-        around(restored.held, token - restored.held_from) if reason == "diverged" else "",
-        around(prompt, token),
+        marked(restored.held) if reason == "diverged" else "",
+        marked(prompt[token:]),
         n_lost,
         prefill_s * n_lost / (len(prompt) - restored.n_tokens),
     )

@@ -161,8 +161,7 @@ class Restored:
         n_tokens: leading tokens whose KV was there.
         ssd_tokens: those of them that came from disk; the others were in memory.
         shared: leading tokens that what was held shares with the prompt.
-        held: tokens of that sequence from `held_from` on, to say what differs.
-        held_from: their position.
+        held: tokens of that sequence from `shared` on, to say what differs.
         n_known: how far that sequence is known.
     """
 
@@ -170,7 +169,6 @@ class Restored:
     ssd_tokens: int = 0
     shared: int = 0
     held: tuple[int, ...] = ()
-    held_from: int = 0
     n_known: int = 0
 
     def diverged_at(self, n_prompt: int) -> int | None:
@@ -224,8 +222,7 @@ class Session:
         live = Restored(
             min(shared, len(tokens) - 1),
             shared=shared,
-            held=tuple(held[max(0, shared - STEP) : shared + STEP]),
-            held_from=max(0, shared - STEP),
+            held=tuple(held[shared : shared + STEP]),
             n_known=len(held),
         )
         if live.n_tokens == len(held) > 0:
@@ -337,13 +334,7 @@ class Session:
 def _explained(restored: Restored, live: Restored, match: Match) -> Restored:
     """With the known sequence that shares most with the prompt."""
     best = max(live, match, key=lambda known: known.shared)
-    return replace(
-        restored,
-        shared=best.shared,
-        held=best.held,
-        held_from=best.held_from,
-        n_known=best.n_known,
-    )
+    return replace(restored, shared=best.shared, held=best.held, n_known=best.n_known)
 
 
 def n_shared(a: Sequence[int], b: Sequence[int]) -> int:

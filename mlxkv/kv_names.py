@@ -142,6 +142,15 @@ class KVNames:
         """Let a name's pages be evicted after all others. Raises as `load` and `save` do."""
         self.save(replace(self.load(name), pinned=False), replace=True)
 
+    def is_pinned(self, name: str) -> bool:
+        """Whether a name is pinned; False if nothing has that name.
+
+        Raises:
+            UsageError: it can be no name.
+        """
+        self._path(name)
+        return any(named.name == name and named.pinned for named in self.list())
+
     def missing(self, named: NamedKV) -> list[PageKey]:
         """The pages of a name that were evicted or damaged."""
         files = PageFiles(self.root, named.fingerprint, self.limits)

@@ -17,6 +17,7 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
@@ -110,8 +111,7 @@ class Match:
         links: its pages from position 0 on; the last may be a tip.
         n_tokens: tokens that they hold.
         shared: leading tokens of the prompt that some known sequence has as well.
-        held: that sequence's tokens around `shared`, from `held_from` on.
-        held_from: position of the first of them.
+        held: that sequence's tokens from `shared` on, some of them.
         n_known: how far that sequence is known.
     """
 
@@ -119,7 +119,6 @@ class Match:
     n_tokens: int = 0
     shared: int = 0
     held: tuple[int, ...] = ()
-    held_from: int = 0
     n_known: int = 0
 
 
@@ -163,6 +162,7 @@ class Pages:
         self._pages: dict[str, Page] = {}
         self._behind: dict[str, set[str]] = {}
         self._pinned: set[str] = set()
+        self._starts: set[str] = set()
         self._tick = 0
         self._writes_through = False
 
@@ -198,14 +198,12 @@ class Pages:
         at = last.stop if last else 0
         parent = last.name if last else ROOT
         name, shared, held = self._closest(parent, data[4 * at :])
-        n_known = self._known_until(name, at) if name else at
         return Match(
             tuple(usable),
             usable[-1].stop if usable else 0,
             at + shared,
-            held,
-            at,
-            max(n_known, at + shared),
+            tuple(unpacked(held)),
+            self._known_until(name, at) if name else at,
         )
 
     def load(self, match: Match, caches: Sequence[Cache]) -> int | None:
@@ -264,7 +262,7 @@ class Pages:
         for name in [*self._behind.get(link.parent, ())]:
             tip = self._pages[name]
             went_on = tip.link.n_tokens < link.n_tokens and tokens.startswith(tip.tokens)
-            if went_on and tip is not page and name not in self._pinned:
+            if went_on and tip is not page and name not in self._pinned | self._starts:
                 self._drop(tip, tuple(tip.parts))
         self._shrink()
 
@@ -275,6 +273,10 @@ class Pages:
     def pin(self, links: Iterable[Link]) -> None:
         """Keep pages in RAM whatever the budget says."""
         self._pinned |= {link.name for link in links}
+
+    def start_from(self, name: str) -> None:
+        """Say that many sequences go on from a page: a tip stays when one of them has."""
+        self._starts.add(name)
 
     def keep(self, links: Iterable[Link] | None = None, *, named: bool = False) -> None:
         """Write pages to disk in the background: the given ones, or all that are in RAM.
@@ -379,23 +381,26 @@ class Pages:
                 if name not in in_ram:
                     yield name, n
 
-    def _closest(self, parent: str, rest: bytes) -> tuple[str | None, int, tuple[int, ...]]:
+    def _closest(self, parent: str, rest: bytes) -> tuple[str | None, int, bytes]:
         """The page behind `parent` that has most in common with the rest of a prompt.
 
         Returns:
-            Its name, how many tokens it shares, and its tokens.
+            Its name, how many tokens it shares, and those that follow there.
         """
         best: tuple[str | None, int, bytes] = (None, 0, b"")
         if not rest:
-            return None, 0, ()
-        for i, (name, n) in enumerate(self._children(parent)):
-            if i == CLOSEST:
-                break
+            return best
+        for name, n in islice(self._children(parent), CLOSEST):
             tokens = self._tokens(Link(parent, name, 0, n))
             shared = n_common(tokens, rest)
-            if shared > best[1] or (best[0] is None and shared):
-                best = name, shared, tokens
-        return best[0], best[1], tuple(unpacked(best[2]))
+            if shared > best[1]:
+                best = name, shared, tokens[4 * shared :]
+        name, shared, following = best
+        if name is not None:
+            behind = next(self._children(name), None)
+            if behind is not None:
+                following += self._tokens(Link(name, behind[0], 0, behind[1]))
+        return name, shared, following
 
     def _tokens(self, link: Link) -> bytes:
         page = self._pages.get(link.name)

@@ -75,7 +75,8 @@ def find(llm: LLM, name: str | NamedKV | None) -> NamedKV | None:
     from mlxkv.kv_names import KVNames
 
     saved = KVNames(kv_dir()).load(name) if isinstance(name, str) else name
-    _, disk = _where(llm)
+    pages, disk = _where(llm)
+    pages.start_from(saved.keys[-1].name)
     if saved.fingerprint != disk.fingerprint:
         raise UsageError(
             f"{saved.name} is KV of {saved.model} ({saved.dtype}, {saved.kv_type}), and this model "
