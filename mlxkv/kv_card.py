@@ -16,14 +16,15 @@ SHOWN_TEXT = 400
 
 def summary_dict(names: KVNames) -> dict[str, Any]:
     """All names, and what the folder takes."""
-    usage = Folder(names.root, names.limits).usage()
+    folder = Folder(names.root, names.limits)
+    scan = folder.scan()
     return {
         "names": [card_dict(names, saved) for saved in names.list()],
         "folder": str(names.root),
-        "bytes": usage.n_bytes,
-        "pages": usage.n_pages,
+        "bytes": scan.n_bytes,
+        "pages": len(scan.pages),
         "cap_bytes": names.limits.cap_bytes,
-        "written_today_bytes": usage.written_today_bytes,
+        "written_today_bytes": folder.written_today(),
         "daily_bytes": names.limits.daily_bytes,
     }
 

@@ -201,17 +201,19 @@ class PageFiles:
             with self._changed:
                 self._refused["cap"] += 1
             return accepted
-        for page in pages:
-            if not keep and page.key in self:
-                continue
-            with self._changed:
-                if keep:
-                    self._changed.wait_for(self._has_room)
-                if self._closed or not self._has_room():
-                    self._refused["queue"] += 1
-                    break
-                self._put(_Queued(page, keep))
+        try:
+            for page in pages:
+                if not keep and page.key in self:
+                    continue
+                with self._changed:
+                    if not self._put(_Queued(page, keep)):
+                        self._refused["queue"] += 1
+                        break
                 accepted += page.nbytes
+        finally:
+            # Only now: what was queued together is written together, under one lock.
+            with self._changed:
+                self._wake()
         return accepted
 
     def flush(self) -> None:
@@ -232,8 +234,6 @@ class PageFiles:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        if self._thread is not None:
-            self._thread.join()
 
     def _learn(self, key: PageKey) -> None:
         pages = self._known.setdefault(key.parent, {})
@@ -262,26 +262,32 @@ class PageFiles:
             pass
         return None
 
-    def _has_room(self) -> bool:
-        return self._closed or self._queued_bytes < QUEUE_BYTES
-
-    def _put(self, item: _Queued) -> None:
+    def _put(self, item: _Queued) -> bool:
+        """Queue a page; False if there is no room and it is not to be waited for."""
+        if item.keep and self._queued_bytes >= QUEUE_BYTES:
+            self._wake()
+            self._changed.wait_for(lambda: self._closed or self._queued_bytes < QUEUE_BYTES)
+        if self._closed or self._queued_bytes >= QUEUE_BYTES:
+            return False
         self._queue.append(item)
         self._queued_bytes += item.page.nbytes
         self._waiting[item.page.key] = item.page
         self._learn(item.page.key)
-        if self._thread is None or not self._thread.is_alive():
+        return True
+
+    def _wake(self) -> None:
+        if self._queue and self._thread is None:
             self._thread = threading.Thread(target=self._work, name="mlxkv-pages", daemon=True)
             self._thread.start()
-        self._changed.notify_all()
 
     def _work(self) -> None:
+        """The thread: it lives while there is something to write."""
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._queue or self._closed)
                 batch = self._next_batch()
-            if not batch:
-                return
+                if not batch:
+                    self._thread = None
+                    return
             outcome = _Outcome()
             try:
                 self._write_batch(batch, outcome)
@@ -289,6 +295,7 @@ class PageFiles:
                 with self._changed:  # whoever waits must not wait for a thread that has died
                     batch += self._queue
                     self._queue.clear()
+                    self._thread = None
                 raise
             finally:
                 with self._changed:

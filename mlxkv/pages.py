@@ -197,13 +197,13 @@ class Pages:
         last = links[-1] if links else None
         at = last.stop if last else 0
         parent = last.name if last else ROOT
-        name, shared, held = self._closest(parent, data[4 * at :])
+        name, n, shared, held = self._closest(parent, data[4 * at :])
         return Match(
             tuple(usable),
             usable[-1].stop if usable else 0,
             at + shared,
             tuple(unpacked(held)),
-            self._known_until(name, at) if name else at,
+            self._known_until(name, at + n),
         )
 
     def load(self, match: Match, caches: Sequence[Cache]) -> int | None:
@@ -381,26 +381,24 @@ class Pages:
                 if name not in in_ram:
                     yield name, n
 
-    def _closest(self, parent: str, rest: bytes) -> tuple[str | None, int, bytes]:
+    def _closest(self, parent: str, rest: bytes) -> tuple[str, int, int, bytes]:
         """The page behind `parent` that has most in common with the rest of a prompt.
 
         Returns:
-            Its name, how many tokens it shares, and those that follow there.
+            Its name, its tokens, how many of them are shared, and those that follow there; the
+            parent's own name and nothing where there is no page.
         """
-        best: tuple[str | None, int, bytes] = (None, 0, b"")
-        if not rest:
-            return best
-        for name, n in islice(self._children(parent), CLOSEST):
+        best = parent, 0, 0, b""
+        for name, n in islice(self._children(parent), CLOSEST) if rest else ():
             tokens = self._tokens(Link(parent, name, 0, n))
             shared = n_common(tokens, rest)
-            if shared > best[1]:
-                best = name, shared, tokens[4 * shared :]
-        name, shared, following = best
-        if name is not None:
-            behind = next(self._children(name), None)
-            if behind is not None:
-                following += self._tokens(Link(name, behind[0], 0, behind[1]))
-        return name, shared, following
+            if shared > best[2] or best[0] == parent:
+                best = name, n, shared, tokens[4 * shared :]
+        name, n, shared, following = best
+        behind = next(self._children(name), None) if n else None
+        if behind is not None:
+            following += self._tokens(Link(name, behind[0], 0, behind[1]))
+        return name, n, shared, following
 
     def _tokens(self, link: Link) -> bytes:
         page = self._pages.get(link.name)
@@ -411,15 +409,11 @@ class Pages:
         return next((tokens for tokens in found if tokens), b"")
 
     def _known_until(self, name: str, at: int) -> int:
-        """How far the sequence that goes through a page is known."""
-        while True:
-            page = self._pages.get(name)
-            n = page.link.n_tokens if page else STEP
+        """How far a sequence is known, of which a page ends at `at`."""
+        while behind := [(n, child) for child, n in self._children(name)]:
+            n, name = max(behind)
             at += n
-            behind = [(m, child) for child, m in self._children(name)]
-            if not behind:
-                return at
-            _, name = max(behind)
+        return at
 
     def _bring(self, needed: dict[str, list[Link]]) -> set[str] | None:
         """Read what is not in RAM; names of the pages read, None where one is gone."""

@@ -80,6 +80,29 @@ def same(a: PageFile | None, b: PageFile) -> bool:
     )
 
 
+def opened(root: Path, cap: int = 1 << 40, **kwargs: int) -> PageFiles:
+    return PageFiles(root, FINGERPRINT, limits(cap), **kwargs)
+
+
+def stored(root: Path, pages: Sequence[PageFile], **kwargs: int) -> PageFiles:
+    """The folder after these pages were written."""
+    files = opened(root, **kwargs)
+    files.write(pages)
+    files.flush()
+    return files
+
+
+def path_of(root: Path, key: PageKey) -> Path:
+    return root / "pages" / FINGERPRINT[:32] / key.file_name
+
+
+def aged(root: Path, pages: Sequence[PageFile], age_s: float) -> None:
+    """Pages that were used last so long ago."""
+    then = time.time_ns() - int(age_s * 1e9)
+    for page in pages:
+        os.utime(path_of(root, page.key), ns=(then, then))
+
+
 def folder_bytes(root: Path) -> int:
     """What everything under a folder takes, itself included, as `du` counts it or by size."""
     blocks = sizes = 0
@@ -215,7 +238,7 @@ def write_chains(root: Path, n_chains: int, cap: int, seed: int) -> None:
     files = PageFiles(root, FINGERPRINT, limits(cap))
     for number in range(n_chains):
         files.write(chain([seed, number], 3, n_values=5_000))
-        if number % 8 == 7:
+        if number % 2:
             files.flush()
     files.close()
     print(json.dumps(dict(files.usage().refused)))

@@ -184,6 +184,14 @@ def test_every_turn_behind_a_wrapped_window_must_be_ten_times_faster(slower: flo
     assert found.measured.startswith("2 of 2" if met else "1 of 2")
 
 
+def test_turns_on_which_the_rival_lost_its_kv_are_told_apart():
+    ours = run(MLXKV, [turn(0, 100, 1), turn(1, 100, 1)])
+    theirs = run(SERVER, [turn(0, 356, 2), turn(1, 357, 20)])
+    assert verdict([ours, theirs], "windows wrapped: all").met is False
+    lost = verdict([ours, theirs], "where it lost its KV")
+    assert (lost.met, lost.measured[:6]) == (True, "1 of 1")
+
+
 def test_turns_whose_window_has_not_wrapped_do_not_count():
     ours = run(MLXKV, [turn(0, 100, 1, held_tokens=511), turn(1, 100, 1, held_tokens=512)])
     theirs = run(SERVER, [turn(0, 100, 1), turn(1, 2000, 20)])

@@ -199,6 +199,15 @@ def test_a_match_says_where_the_prompt_left_what_is_known():
     assert list(match.held) == tokens[610:900]
 
 
+@every_shape
+def test_a_prompt_that_leaves_at_a_page_is_told_what_was_there(shape):
+    pages, tokens = new_pages(shape), random_tokens(900)
+    told(pages, shape, tokens)
+    match = pages.match(fork(tokens, 512), 541)
+    assert (match.n_tokens, match.shared, match.n_known) == (512, 512, 900)
+    assert list(match.held) == tokens[512:900]
+
+
 def test_the_closest_of_several_sequences_is_the_one_it_is_compared_with():
     shape = (None,)
     pages, tokens = new_pages(shape), random_tokens(700)
