@@ -26,6 +26,8 @@ BLOCK_BYTES = 64 << 20
 """What one thread hashes at a time. The hash depends on it."""
 _CHUNK_BYTES = 1 << 20
 _MAX_THREADS = 8
+_STALE_S = 600.0
+"""After that a temporary file is one that a process left which died."""
 _INDEX = "model.safetensors.index.json"
 _CONFIG = "config.json"
 
@@ -150,6 +152,9 @@ def _remember(cache: Path, directory: str, signature: Signature, content: str) -
     temporary = cache.with_name(f".{cache.name}.{secrets.token_hex(4)}")
     with suppress(OSError):
         cache.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for other in cache.parent.glob(f".{cache.name}.*"):
+            if other.stat().st_mtime < time.time() - _STALE_S:
+                other.unlink()
         handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             with os.fdopen(handle, "w", encoding="utf-8") as file:

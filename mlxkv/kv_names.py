@@ -78,6 +78,7 @@ class KVNames:
             OutputError: the manifest cannot be written.
         """
         path = self._path(named.name)
+        self._check_on()
         if not replace:
             self._check_free(named.name)
         data = named.to_json()
@@ -196,6 +197,7 @@ class KVNames:
             CheckpointError: the file is damaged, holds anything else, or another model's KV.
             OutputError: there is no room for it.
         """
+        self._check_on()
         try:
             with open_archive(file) as (named, pages):
                 named = replace(named, name=name or named.name, pinned=False)
@@ -211,9 +213,11 @@ class KVNames:
         self.save(named)
         return named
 
-    def _check_free(self, name: str) -> None:
+    def _check_on(self) -> None:
         if self.limits.cap_bytes == 0:
             raise UsageError("MLXKV_KV_DISK=0 switches KV on disk off; give it a size")
+
+    def _check_free(self, name: str) -> None:
         if self._path(name).exists():
             raise UsageError(
                 f"{name!r} is already saved; `mlxkv kv rm {name}` first, or choose another name"

@@ -13,10 +13,12 @@ import re
 import secrets
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from mlxkv.errors import CheckpointError, OutputError
 from mlxkv.names import NAME
@@ -81,7 +83,12 @@ class NamedKV:
     dtype: str
 
     def to_json(self) -> bytes:
-        """The manifest."""
+        """The manifest.
+
+        Raises:
+            ValueError: it would not be read back.
+        """
+        _check(self, len(self.keys))
         raw = {field: getattr(self, field) for field in self.__dataclass_fields__}
         raw["keys"] = [key.file_name for key in self.keys]
         raw["tokens"] = base64.b64encode(self.tokens).decode("ascii")
@@ -118,18 +125,26 @@ def _check(named: NamedKV, n_keys: int) -> None:
     texts = (named.name, named.fingerprint, named.model, named.text, named.kv_type, named.dtype)
     if not all(isinstance(value, str) for value in texts) or type(named.pinned) is not bool:
         raise ValueError("a field of another type")
-    if not isinstance(named.created, int | float) or type(named.n_tokens) is not int:
-        raise ValueError("a field of another type")
-    if named.messages is not None and not all(isinstance(m, dict) for m in named.messages):
-        raise ValueError("messages that are no objects")
+    if not isinstance(named.created, int | float) or not 0 <= named.created < 1e11:
+        raise ValueError("a time that cannot be")
+    if named.messages is not None and not (
+        named.messages and all(map(_is_message, named.messages))
+    ):
+        raise ValueError("messages that are none")
     if not re.fullmatch(r"[0-9a-f]{64}", named.fingerprint):
         raise ValueError("no fingerprint")
-    if not is_name(named.name) or named.n_tokens * 4 != len(named.tokens):
+    if not is_name(named.name) or type(named.n_tokens) is not int:
         raise ValueError("a name or a number of tokens that cannot be")
+    if named.n_tokens * 4 != len(named.tokens) or (np.frombuffer(named.tokens, "<i4") < 0).any():
+        raise ValueError("tokens that cannot be")
     pages = _chain(named.tokens)
     chain = [PageKey(*pages[key.name][1:], key.part) for key in named.keys if key.name in pages]
-    if chain != [*named.keys] or len(chain) != n_keys or len(set(chain)) != n_keys:
+    if not chain or chain != [*named.keys] or len(chain) != n_keys or len(set(chain)) != n_keys:
         raise ValueError("pages that are not those of its tokens")
+
+
+def _is_message(message: object) -> bool:
+    return isinstance(message, dict) and isinstance(message.get("role"), str)
 
 
 def _chain(tokens: bytes) -> dict[str, tuple[int, str, str, int]]:
@@ -178,13 +193,20 @@ def open_archive(file: Path) -> Iterator[tuple[NamedKV, Iterator[PageFile]]]:
         CheckpointError: there and while pages are taken: it is damaged, or holds anything else.
         FileNotFoundError: there is no such file.
     """
-    try:
-        with zipfile.ZipFile(file) as archive:
+    with ExitStack() as stack:
+        with _damage_in(file):
+            archive = stack.enter_context(zipfile.ZipFile(file))
             named = _manifest_of(archive, file)
-            yield named, _pages_of(archive, named)
-    except FileNotFoundError:
+        yield named, _pages_of(archive, named, file)
+
+
+@contextmanager
+def _damage_in(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except (FileNotFoundError, CheckpointError):
         raise
-    except (DamagedPage, *_ZIP_ERRORS) as error:
+    except _ZIP_ERRORS as error:
         raise CheckpointError(
             f"{file}: not a whole export of mlxkv ({error}); export it again"
         ) from error
@@ -239,15 +261,16 @@ def _manifest_of(archive: zipfile.ZipFile, file: Path) -> NamedKV:
     return named
 
 
-def _pages_of(archive: zipfile.ZipFile, named: NamedKV) -> Iterator[PageFile]:
+def _pages_of(archive: zipfile.ZipFile, named: NamedKV, file: Path) -> Iterator[PageFile]:
     """The pages of an archive, each checked before it is given.
 
     Raises:
-        DamagedPage: one is not what its name says, or another model's.
+        CheckpointError: one is not what its name says, or another model's.
     """
     pages = _chain(named.tokens)
     for key in named.keys:
-        page, fingerprint = decode(archive.read(_member(key)), key)
-        if fingerprint != named.fingerprint or page.start != pages[key.name][0]:
-            raise DamagedPage("a page of another model or place")
+        with _damage_in(file):
+            page, fingerprint = decode(archive.read(_member(key)), key)
+            if fingerprint != named.fingerprint or page.start != pages[key.name][0]:
+                raise DamagedPage("a page of another model or place")
         yield page

@@ -163,6 +163,7 @@ class Pages:
         self._behind: dict[str, set[str]] = {}
         self._pinned: set[str] = set()
         self._starts: set[str] = set()
+        self._unreadable: set[PageKey] = set()
         self._tick = 0
         self._writes_through = False
 
@@ -357,7 +358,8 @@ class Pages:
         page = self._pages.get(link.name)
         if page is not None and part in page.parts:
             return True
-        return self._disk is not None and link.key(part) in self._disk
+        key = link.key(part)
+        return self._disk is not None and key not in self._unreadable and key in self._disk
 
     def _tip(self, parent: str, at: int, rest: bytes) -> Link | None:
         """The longest tip behind a page that the prompt goes on from."""
@@ -430,9 +432,13 @@ class Pages:
         found = self._disk.read([link.key(part) for link, part in missing])
         for (link, part), file in zip(missing, found, strict=True):
             if file is None:
-                return None
+                # Also a file that stays where it is and cannot be read is not asked for again.
+                self._unreadable.add(link.key(part))
+                continue
             tokens, slices = file
             self._put(link, tokens, {part: slices})
+        if None in found:
+            return None
         return {link.name for link, _ in missing}
 
     def _put(self, link: Link, tokens: bytes, parts: dict[str, Part]) -> Page:

@@ -263,17 +263,19 @@ def test_closing_twice_and_writing_after_it_is_no_error(root):
     files.flush()
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_nobody_waits_for_a_writer_that_died(root, monkeypatch):
     files = stored(root, chain(0, 1))
+    said = threading.Event()
 
     def fail(*_: object):
         raise RuntimeError("a mistake of ours")
 
     with monkeypatch.context() as patch:
+        patch.setattr(threading, "excepthook", lambda _: said.set())
         patch.setattr(page_files, "encode", fail)
         files.write(chain(1, 2))
         files.flush()
+        assert said.wait(10), "the mistake is not hidden"
     assert files.usage().refused == {"internal error": 2}
     files.write(chain(1, 2))
     files.close()
