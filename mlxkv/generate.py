@@ -18,7 +18,8 @@ from mlxkv.cache import STEP, Cache, make_caches
 from mlxkv.errors import CheckpointError, UsageError
 from mlxkv.layers import CausalLM
 from mlxkv.page_cutter import Cutter
-from mlxkv.pages import Link, Match, Pages
+from mlxkv.page_links import Link
+from mlxkv.pages import Match, Pages
 from mlxkv.sampling import Sampler, is_broken
 
 CPU_CHUNK = 256
@@ -259,8 +260,7 @@ class Session:
     def _cut_from(self, tokens: Sequence[int], match: Match | None = None) -> None:
         if self._cutter is None or self._pages is None:
             return
-        tip = match.links[-1] if match and match.links else None
-        rows = self._pages.tip_rows(tip) if tip and tip.n_tokens < STEP else None
+        rows = self._pages.rows_before(match.links[-1], len(tokens)) if match else None
         self._cutter.restart(tokens, rows)
 
     def prefill(

@@ -15,7 +15,8 @@ import mlx.core as mx
 
 from mlxkv.cache import STEP, Cache, Slice
 from mlxkv.page_format import ROOT, page_name
-from mlxkv.pages import FULL, WINDOW, Link, Pages, Part, packed
+from mlxkv.page_links import FULL, WINDOW, Link, Part, packed
+from mlxkv.pages import Pages
 
 
 class Cutter:

@@ -12,7 +12,8 @@ from mlxkv.cache import STEP, Slice
 from mlxkv.layers import CausalLM
 from mlxkv.names import kv_dir
 from mlxkv.page_format import PageFile, PageKey
-from mlxkv.pages import Kinds, Pages, Part
+from mlxkv.page_links import Kinds, Part
+from mlxkv.pages import Pages
 
 if TYPE_CHECKING:
     import numpy as np

@@ -168,7 +168,6 @@ class Room:
         order: Iterable[Stored],
     ):
         self.evicted: list[Stored] = []
-        self.taken_bytes = 0
         self.written_bytes = written_bytes
         self._limits = limits
         self._n_bytes = scan.n_bytes
@@ -197,7 +196,6 @@ class Room:
         self._evict(going)
         self._n_bytes += n_bytes
         self._free -= n_bytes
-        self.taken_bytes += n_bytes
         self.written_bytes += n_bytes
         return None
 

@@ -5,102 +5,34 @@ Invariants:
   stopped (a tip). Its full part is what layers without a window need, its window part the rest.
 - Its name is the chain of all tokens up to its end. Names know no model: one `Pages` serves one
   model in one dtype and KV format, and on disk the folder's name says which.
-- To go on at position p, full parts of [0, p) are needed and window parts of [p - window, p).
+- To go on at position p, full parts of [0, p) are needed and window parts of [p - window, p). The
+  last page may be used in part: its first tokens do not depend on those behind them.
 - `match` decides and changes nothing; `load` acts. Nothing is computed here: what caches held goes
   back into caches bit for bit.
 """
 
 from __future__ import annotations
 
-import heapq
-from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from itertools import islice
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
-from mlxkv.cache import STEP, Cache, CacheSpec, Slice
+from mlxkv.cache import STEP, Cache
 from mlxkv.errors import UsageError
 from mlxkv.page_format import ROOT, PageKey, page_name
+from mlxkv.page_links import FULL, WINDOW, Kinds, Link, Part, cut, n_common, packed, unpacked
+from mlxkv.page_ram import RamPages
 
 if TYPE_CHECKING:
     from mlxkv.page_disk import PageDisk
 
-FULL, WINDOW = "full", "window"
-CLOSEST = 16
-"""Pages behind one point that are looked at to say where a prompt left what is known."""
-
-Part = tuple[Slice, ...]
-"""One slice for each layer that the part belongs to, all of the same positions."""
-
-
-@dataclass(frozen=True, slots=True)
-class Kinds:
-    """Which caches the parts of a page belong to.
-
-    Args:
-        full: indices of the caches that keep everything.
-        window: indices of those that rotate.
-        reach: tokens before a position that a window layer may see, with one to spare.
-        stride: tokens after which the smallest window has overwritten itself.
-    """
-
-    full: tuple[int, ...]
-    window: tuple[int, ...]
-    reach: int
-    stride: int
-
-    @classmethod
-    def of(cls, specs: Iterable[CacheSpec | None]) -> Kinds | None:
-        """Of a model's layers; None where one keeps a state that has no keys and values."""
-        owned = [spec for spec in specs if spec is not None]
-        if not owned or any(spec.opaque for spec in owned):
-            return None
-        windows = [spec.window for spec in owned if spec.window is not None]
-        return cls(
-            tuple(i for i, spec in enumerate(owned) if spec.window is None),
-            tuple(i for i, spec in enumerate(owned) if spec.window is not None),
-            max(windows, default=0),
-            min(windows, default=0),
-        )
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        """The parts that a page of this model has."""
-        return (FULL,) * bool(self.full) + (WINDOW,) * bool(self.window)
-
-    def caches(self, part: str) -> tuple[int, ...]:
-        """Indices of the caches of a part."""
-        return self.full if part == FULL else self.window
-
-
-@dataclass(frozen=True, slots=True)
-class Link:
-    """The place of a page in its chain.
-
-    Args:
-        parent: name of the page before it.
-        name: its own.
-        start: position of its first token.
-        n_tokens: `STEP`, or fewer for a tip.
-    """
-
-    parent: str
-    name: str
-    start: int
-    n_tokens: int = STEP
-
-    @property
-    def stop(self) -> int:
-        """The position behind its last token."""
-        return self.start + self.n_tokens
-
-    def key(self, part: str) -> PageKey:
-        """Its name on disk."""
-        return PageKey(self.parent, self.name, self.n_tokens, part)
+WORTH = 16
+"""Tokens of a page from which on it is brought back for them alone."""
+HEADERS = 64
+"""Files whose tokens are read to find where a prompt leaves what is known: 0.1 ms each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +40,8 @@ class Match:
     """What of a prompt can be restored.
 
     Args:
-        links: its pages from position 0 on; the last may be a tip.
-        n_tokens: tokens that they hold.
+        links: its pages from position 0 on; of the last perhaps not all tokens.
+        n_tokens: leading tokens of the prompt that they give back.
         shared: leading tokens of the prompt that some known sequence has as well.
         held: that sequence's tokens from `shared` on, some of them.
         n_known: how far that sequence is known.
@@ -122,18 +54,13 @@ class Match:
     n_known: int = 0
 
 
-@dataclass(slots=True)
-class Page:
-    """A page in RAM; a part that was dropped is missing from `parts`."""
+@dataclass(frozen=True, slots=True)
+class _Neighbour:
+    """A page that begins as the rest of a prompt does, for `shared` tokens."""
 
     link: Link
     tokens: bytes
-    parts: dict[str, Part] = field(default_factory=dict)
-    used: int = 0
-
-    def nbytes(self, part: str) -> int:
-        """Bytes of one part."""
-        return sum(x.nbytes for piece in self.parts.get(part, ()) for x in piece.arrays)
+    shared: int
 
 
 class Pages:
@@ -156,30 +83,24 @@ class Pages:
         self.kinds = kinds
         self.budget_bytes = budget_bytes
         self.stable = stable
-        self.nbytes = 0
+        self.ram = RamPages(kinds)
         self._open_disk = open_disk
         self._disk: PageDisk | None = None
-        self._pages: dict[str, Page] = {}
-        self._behind: dict[str, set[str]] = {}
-        self._pinned: set[str] = set()
-        self._starts: set[str] = set()
         self._unreadable: set[PageKey] = set()
-        self._tick = 0
         self._writes_through = False
 
-    def __len__(self) -> int:
-        return len(self._pages)
+    @property
+    def nbytes(self) -> int:
+        """Bytes that pages take in RAM."""
+        return self.ram.nbytes
 
     @property
     def disk(self) -> PageDisk | None:
         """The pages on disk, None where there are none to be."""
-        self._open()
-        return self._disk
-
-    def _open(self) -> None:
         # The model's name on disk is a hash of its weights, which short prompts do not wait for.
         if self._open_disk is not None:
             self._disk, self._open_disk = self._open_disk(), None
+        return self._disk
 
     def match(self, tokens: Sequence[int], limit: int) -> Match:
         """The longest prefix that can be restored.
@@ -191,63 +112,63 @@ class Pages:
         data = packed(tokens)
         if self.stable is not None:
             limit = min(limit, self.stable)
-        if limit >= STEP:
-            self._open()
-        links = self._chain(data, limit // STEP)
-        usable = self._usable(links, data, limit)
-        last = links[-1] if links else None
-        at = last.stop if last else 0
-        parent = last.name if last else ROOT
-        name, n, shared, held = self._closest(parent, data[4 * at :])
+        disk = self.disk if limit >= STEP else self._disk
+        links = self._chain(data, limit // STEP, disk)
+        at = links[-1].stop if links else 0
+        parent = links[-1].name if links else ROOT
+        near = self._neighbours(parent, at, data[4 * at :], disk)
+        usable, n_tokens = self._usable(links, at, limit, near)
+        if not near:
+            return Match(tuple(usable), n_tokens, at, (), at)
+        best = max(near, key=lambda page: page.shared)
+        following = best.tokens[4 * best.shared :]
+        for link in self._children(best.link.name, best.link.stop, disk):
+            following += self._tokens(link)
+            break
         return Match(
             tuple(usable),
-            usable[-1].stop if usable else 0,
-            at + shared,
-            tuple(unpacked(held)),
-            self._known_until(name, at + n),
+            n_tokens,
+            at + best.shared,
+            tuple(unpacked(following)),
+            self._known_until(best.link, disk),
         )
 
     def load(self, match: Match, caches: Sequence[Cache]) -> int | None:
         """Fill caches with what was matched.
 
         Returns:
-            Tokens of it that came from disk; None, with the caches as they were or empty, where a
-            page could not be read any more: match again.
+            Tokens of it that came from disk; None, with the caches in any state, where a page
+            could not be read any more: match again.
         """
-        links = match.links
-        needed = {part: self._needed(links, part) for part in self.kinds.parts}
+        links, stop = match.links, match.n_tokens
+        needed = {part: self.kinds.needed(links, part, stop) for part in self.kinds.parts}
         read = self._bring(needed)
         if read is None:
             return None
         try:
             for part, some in needed.items():
-                slices = [self._pages[link.name].parts[part] for link in some]
+                slices = [cut(self.ram.part(link, part), stop) for link in some]
                 for i, index in enumerate(self.kinds.caches(part)):
                     caches[index].load([part_slices[i] for part_slices in slices])
                     mx.eval(caches[index].state)
         except UsageError:
             self._forget(links)
             return None
-        self._touch(links)
-        self._keep_on_disk(link for link in links if link.n_tokens == STEP)
-        self._shrink()
+        self.touch(links)
+        self.keep(link for link in links if link.n_tokens == STEP)  # its second use
+        self.ram.shrink(self.budget_bytes)
         # Pages that no layer needs any more count as the first that one does.
         first = next(iter(needed.values()))[0]
-        return sum(
-            link.n_tokens
-            for link in links
-            if (first if link.start < first.start else link).name in read
-        )
+        from_disk = [x for x in links if (first if x.start < first.start else x).name in read]
+        return sum(min(link.stop, stop) - link.start for link in from_disk)
 
-    def tip_rows(self, link: Link) -> Part | None:
-        """The window part of a page in RAM."""
-        page = self._pages.get(link.name)
-        return page.parts.get(WINDOW) if page else None
+    def rows_before(self, link: Link, stop: int) -> Part | None:
+        """The window rows of a page in RAM before position `stop`."""
+        return cut(self.ram.part(link, WINDOW), stop) if self.ram.has(link, WINDOW) else None
 
     def has(self, link: Link) -> bool:
         """Whether a page is in RAM with all its parts."""
-        page = self._pages.get(link.name)
-        return page is not None and len(page.parts) == len(self.kinds.parts)
+        return all(self.ram.has(link, part) for part in self.kinds.parts)
 
     def add(self, link: Link, tokens: bytes, parts: dict[str, Part]) -> None:
         """Keep a page, or the parts of it that are not here yet.
@@ -257,38 +178,36 @@ class Pages:
             tokens: its own, packed.
             parts: evaluated.
         """
-        page = self._put(link, tokens, parts)
+        self.ram.put(link, tokens, parts)
         if self._writes_through:
-            self._keep_on_disk([link], named=True)
-        for name in [*self._behind.get(link.parent, ())]:
-            tip = self._pages[name]
-            went_on = tip.link.n_tokens < link.n_tokens and tokens.startswith(tip.tokens)
-            if went_on and tip is not page and name not in self._pinned | self._starts:
-                self._drop(tip, tuple(tip.parts))
-        self._shrink()
+            self.keep([link], named=True)
+        self.ram.drop_outgrown(link, tokens)
+        self.ram.shrink(self.budget_bytes)
 
-    def touch(self, links: Iterable[Link]) -> None:
+    def touch(self, links: Sequence[Link]) -> None:
         """Say that a sequence goes on from these pages."""
-        self._touch(links)
+        self.ram.touch(links)
+        if self._disk is not None:
+            self._disk.used([link.key(part) for link in links for part in self.kinds.parts])
 
-    def pin(self, links: Iterable[Link]) -> None:
-        """Keep pages in RAM whatever the budget says."""
-        self._pinned |= {link.name for link in links}
-
-    def start_from(self, name: str) -> None:
-        """Say that many sequences go on from a page: a tip stays when one of them has."""
-        self._starts.add(name)
-
-    def keep(self, links: Iterable[Link] | None = None, *, named: bool = False) -> None:
-        """Write pages to disk in the background: the given ones, or all that are in RAM.
+    def keep(self, links: Iterable[Link], *, named: bool = False) -> None:
+        """Write pages that are in RAM to disk, in the background.
 
         Args:
-            links: of pages in RAM.
+            links: trunk first.
             named: they belong to named KV, see `PageFiles.write`.
         """
-        if links is None:
-            links = sorted((page.link for page in self._pages.values()), key=lambda x: x.start)
-        self._keep_on_disk(links, named)
+        if self.disk is None:
+            return
+        pages = [page for link in links if (page := self.ram.get(link.name)) is not None]
+        self.disk.write(
+            (
+                (page.link.key(part), page.link.start, page.tokens, slices)
+                for page in pages
+                for part, slices in page.parts.items()
+            ),
+            named,
+        )
 
     @contextmanager
     def writing_through(self) -> Iterator[None]:
@@ -301,121 +220,112 @@ class Pages:
 
     def keys_to_resume(self, links: Sequence[Link]) -> list[PageKey]:
         """Names on disk of what is needed to go on behind the last of some pages."""
-        return [link.key(part) for part in self.kinds.parts for link in self._needed(links, part)]
+        stop = links[-1].stop
+        return [
+            link.key(part)
+            for part in self.kinds.parts
+            for link in self.kinds.needed(links, part, stop)
+        ]
 
     def clear(self) -> None:
         """Forget what is in RAM."""
-        self._pages.clear()
-        self._behind.clear()
-        self._pinned.clear()
-        self.nbytes = 0
+        self.ram.clear()
 
     def close(self) -> None:
         """Write what is worth keeping, wait for it, and forget what is in RAM."""
+        links = sorted((page.link for page in self.ram), key=lambda link: link.start)
         # A sequence of less than a page is computed faster than a process starts.
-        if any(page.link.stop >= STEP for page in self._pages.values()):
-            self.keep()
+        if links and links[-1].stop >= STEP:
+            self.keep(links)
         if self._disk is not None:
             self._disk.close()
             self._disk = None
         self.clear()
 
-    def _chain(self, data: bytes, n_pages: int) -> list[Link]:
+    def _chain(self, data: bytes, n_pages: int, disk: PageDisk | None) -> list[Link]:
         """The complete pages of a prompt as far as their full parts are known."""
         links: list[Link] = []
         parent = ROOT
         for i in range(n_pages):
             name = page_name(parent, data[4 * STEP * i : 4 * STEP * (i + 1)])
             link = Link(parent, name, STEP * i)
-            if self.kinds.full and not self._held(link, FULL):
+            if self.kinds.full and not self._held(link, FULL, disk):
                 break
             links.append(link)
             parent = name
-        while links and not self.kinds.full and not self._held(links[-1], WINDOW):
+        while links and not self.kinds.full and not self._held(links[-1], WINDOW, disk):
             links.pop()
         return links
 
-    def _usable(self, links: list[Link], data: bytes, limit: int) -> list[Link]:
-        """As much of a chain as window parts allow, with a tip behind it where one fits."""
-        at = links[-1].stop if links else 0
-        tip = self._tip(links[-1].name if links else ROOT, at, data[4 * at : 4 * limit])
-        chain = [*links, tip] if tip else links
-        while chain and not all(self._held(x, WINDOW) for x in self._needed(chain, WINDOW)):
-            chain = chain[:-1]
-        return chain
+    def _usable(
+        self, links: list[Link], at: int, limit: int, near: Sequence[_Neighbour]
+    ) -> tuple[list[Link], int]:
+        """As much of a chain as window parts allow, with part of a page behind it."""
 
-    def _needed(self, links: Sequence[Link], part: str) -> list[Link]:
-        """The pages whose part is needed to go on behind the last one."""
-        if not links or not self.kinds.caches(part):
-            return []
-        if part == FULL:
-            return list(links)
-        # One row less is enough; where a page more would be read for it, it is left out.
-        first = max(0, links[-1].stop - (self.kinds.reach - 1))
-        return [link for link in links if link.stop > first or link is links[-1]]
+        def is_whole(chain: list[Link], stop: int) -> bool:
+            windows = self.kinds.needed(chain, WINDOW, stop)
+            last_full = not self.kinds.full or self._held(chain[-1], FULL, self._disk)
+            return last_full and all(self._held(link, WINDOW, self._disk) for link in windows)
 
-    def _held(self, link: Link, part: str) -> bool:
-        page = self._pages.get(link.name)
-        if page is not None and part in page.parts:
+        for page in sorted(near, key=lambda page: -page.shared):
+            n = min(page.shared, limit - at)
+            if n < min(WORTH, page.link.n_tokens):
+                break
+            if is_whole([*links, page.link], at + n):
+                return [*links, page.link], at + n
+        while links and not is_whole(links, links[-1].stop):
+            links = links[:-1]
+        return links, links[-1].stop if links else 0
+
+    def _held(self, link: Link, part: str, disk: PageDisk | None) -> bool:
+        if self.ram.has(link, part):
             return True
         key = link.key(part)
-        return self._disk is not None and key not in self._unreadable and key in self._disk
+        return disk is not None and key not in self._unreadable and key in disk
 
-    def _tip(self, parent: str, at: int, rest: bytes) -> Link | None:
-        """The longest tip behind a page that the prompt goes on from."""
-        best: Link | None = None
-        for name, n in self._children(parent):
-            if not (best.n_tokens if best else 0) < n < STEP or 4 * n > len(rest):
+    def _children(self, parent: str, at: int, disk: PageDisk | None) -> Iterator[Link]:
+        """The pages behind one, those in RAM first."""
+        in_ram = self.ram.behind(parent)
+        for page in in_ram:
+            yield page.link
+        known = {page.link.name for page in in_ram}
+        for name, n in disk.children(parent) if disk is not None else ():
+            if name not in known:
+                yield Link(parent, name, at, n)
+
+    def _neighbours(
+        self, parent: str, at: int, rest: bytes, disk: PageDisk | None
+    ) -> list[_Neighbour]:
+        """The pages behind one, and how many tokens each shares with the rest of a prompt."""
+        near: list[_Neighbour] = []
+        n_read = 0
+        for link in self._children(parent, at, disk) if rest else ():
+            mine = rest[: 4 * link.n_tokens]
+            if self.ram.get(link.name) is None and page_name(parent, mine) == link.name:
+                near.append(_Neighbour(link, mine, link.n_tokens))
                 continue
-            link = Link(parent, name, at, n)
-            held = all(self._held(link, part) for part in self.kinds.parts)
-            if held and page_name(parent, rest[: 4 * n]) == name:
-                best = link
-        return best
-
-    def _children(self, parent: str) -> Iterator[tuple[str, int]]:
-        """(name, tokens) of the pages behind one, those in RAM first."""
-        in_ram = self._behind.get(parent, set())
-        for name in in_ram:
-            yield name, self._pages[name].link.n_tokens
-        if self._disk is not None:
-            for name, n in self._disk.children(parent):
-                if name not in in_ram:
-                    yield name, n
-
-    def _closest(self, parent: str, rest: bytes) -> tuple[str, int, int, bytes]:
-        """The page behind `parent` that has most in common with the rest of a prompt.
-
-        Returns:
-            Its name, its tokens, how many of them are shared, and those that follow there; the
-            parent's own name and nothing where there is no page.
-        """
-        best = parent, 0, 0, b""
-        for name, n in islice(self._children(parent), CLOSEST) if rest else ():
-            tokens = self._tokens(Link(parent, name, 0, n))
-            shared = n_common(tokens, rest)
-            if shared > best[2] or best[0] == parent:
-                best = name, n, shared, tokens[4 * shared :]
-        name, n, shared, following = best
-        behind = next(self._children(name), None) if n else None
-        if behind is not None:
-            following += self._tokens(Link(name, behind[0], 0, behind[1]))
-        return name, n, shared, following
+            if self.ram.get(link.name) is None:
+                n_read += 1
+                if n_read > HEADERS:
+                    continue
+            tokens = self._tokens(link)
+            near.append(_Neighbour(link, tokens, n_common(tokens, rest)))
+        return near
 
     def _tokens(self, link: Link) -> bytes:
-        page = self._pages.get(link.name)
+        page = self.ram.get(link.name)
         if page is not None:
             return page.tokens
-        assert self._disk is not None
+        if self._disk is None:
+            return b""
         found = (self._disk.tokens(link.key(part)) for part in self.kinds.parts)
         return next((tokens for tokens in found if tokens), b"")
 
-    def _known_until(self, name: str, at: int) -> int:
-        """How far a sequence is known, of which a page ends at `at`."""
-        while behind := [(n, child) for child, n in self._children(name)]:
-            n, name = max(behind)
-            at += n
-        return at
+    def _known_until(self, link: Link, disk: PageDisk | None) -> int:
+        """How far the sequence that goes through a page is known."""
+        while behind := list(self._children(link.name, link.stop, disk)):
+            link = max(behind, key=lambda child: (child.n_tokens, child.name))
+        return link.stop
 
     def _bring(self, needed: dict[str, list[Link]]) -> set[str] | None:
         """Read what is not in RAM; names of the pages read, None where one is gone."""
@@ -423,7 +333,7 @@ class Pages:
             (link, part)
             for part, links in needed.items()
             for link in links
-            if link.name not in self._pages or part not in self._pages[link.name].parts
+            if not self.ram.has(link, part)
         ]
         if not missing:
             return set()
@@ -436,132 +346,14 @@ class Pages:
                 self._unreadable.add(link.key(part))
                 continue
             tokens, slices = file
-            self._put(link, tokens, {part: slices})
-        if None in found:
-            return None
-        return {link.name for link, _ in missing}
-
-    def _put(self, link: Link, tokens: bytes, parts: dict[str, Part]) -> Page:
-        page = self._pages.get(link.name)
-        if page is None:
-            page = self._pages[link.name] = Page(link, tokens)
-            self._behind.setdefault(link.parent, set()).add(link.name)
-        for part, slices in parts.items():
-            if part not in page.parts:
-                page.parts[part] = slices
-                self.nbytes += page.nbytes(part)
-        self._tick += 1
-        page.used = self._tick
-        return page
-
-    def _touch(self, links: Iterable[Link]) -> None:
-        self._tick += 1
-        used = list(links)
-        for link in used:
-            if link.name in self._pages:
-                self._pages[link.name].used = self._tick
-        if self._disk is not None:
-            self._disk.used([link.key(part) for link in used for part in self.kinds.parts])
-
-    def _keep_on_disk(self, links: Iterable[Link], named: bool = False) -> None:
-        self._open()
-        if self._disk is None:
-            return
-        pages = [self._pages[link.name] for link in links if link.name in self._pages]
-        self._disk.write(
-            (
-                (page.link.key(part), page.link.start, page.tokens, slices)
-                for page in pages
-                for part, slices in page.parts.items()
-            ),
-            named,
-        )
+            self.ram.put(link, tokens, {part: slices})
+        return None if None in found else {link.name for link, _ in missing}
 
     def _forget(self, links: Iterable[Link]) -> None:
         """Pages that do not fit the model's caches: out of RAM and off the disk."""
         for link in links:
-            if link.name in self._pages:
-                self._drop(self._pages[link.name], self.kinds.parts)
+            if (page := self.ram.get(link.name)) is not None:
+                self.ram.drop(page, self.kinds.parts)
             if self._disk is not None:
                 for part in self.kinds.parts:
                     self._disk.remove(link.key(part))
-
-    def _drop(self, page: Page, parts: Iterable[str]) -> None:
-        for part in parts:
-            self.nbytes -= page.nbytes(part)
-            page.parts.pop(part, None)
-        if not page.parts:
-            del self._pages[page.link.name]
-            siblings = self._behind[page.link.parent]
-            siblings.discard(page.link.name)
-            if not siblings:
-                del self._behind[page.link.parent]
-
-    def _shrink(self) -> None:
-        """Back under the budget: far window parts, then leaves; least recently used first."""
-        if self.nbytes <= self.budget_bytes:
-            return
-        near = self._near()
-        far = [
-            page
-            for name, page in self._pages.items()
-            if WINDOW in page.parts and name not in near and name not in self._pinned
-        ]
-        for page in sorted(far, key=lambda page: (page.used, page.link.start)):
-            self._drop(page, [WINDOW])
-            if self.nbytes <= self.budget_bytes:
-                return
-        self._drop_leaves()
-
-    def _near(self) -> set[str]:
-        """Pages whose window part somebody needs who goes on at a tip or a fork."""
-        near: set[str] = set()
-        for name, page in self._pages.items():
-            if len(self._behind.get(name, ())) == 1:
-                continue
-            first = page.link.stop - (self.kinds.reach - 1)
-            at: Page | None = page
-            while at is not None and (at.link.stop > first or at is page):
-                near.add(at.link.name)
-                at = self._pages.get(at.link.parent)
-        return near
-
-    def _drop_leaves(self) -> None:
-        def entry(page: Page) -> tuple[int, int, str]:
-            return page.used, -page.link.start, page.link.name
-
-        leaves = [entry(p) for name, p in self._pages.items() if name not in self._behind]
-        heapq.heapify(leaves)
-        while leaves and self.nbytes > self.budget_bytes:
-            name = heapq.heappop(leaves)[2]
-            if name in self._pinned:
-                continue
-            page = self._pages[name]
-            for part in (WINDOW, FULL):
-                if self.nbytes > self.budget_bytes and part in page.parts:
-                    self._drop(page, [part])
-            parent = self._pages.get(page.link.parent)
-            is_leaf = page.link.parent not in self._behind
-            if name not in self._pages and parent is not None and is_leaf:
-                heapq.heappush(leaves, entry(parent))
-
-
-def packed(tokens: Sequence[int]) -> bytes:
-    """Token ids as little-endian int32."""
-    return array("i", tokens).tobytes()
-
-
-def unpacked(data: bytes) -> array[int]:
-    """The inverse of `packed`."""
-    ids = array("i")
-    ids.frombytes(data)
-    return ids
-
-
-def n_common(a: bytes, b: bytes) -> int:
-    """Leading tokens that two packed sequences share."""
-    n = min(len(a), len(b)) // 4
-    if a[: 4 * n] == b[: 4 * n]:
-        return n
-    x, y = unpacked(a[: 4 * n]), unpacked(b[: 4 * n])
-    return next(i for i in range(n) if x[i] != y[i])

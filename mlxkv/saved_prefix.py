@@ -15,7 +15,8 @@ import mlx.core as mx
 from mlxkv.errors import ContextExceeded, OutputError, UsageError
 from mlxkv.names import kv_dir
 from mlxkv.page_disk import PageDisk
-from mlxkv.pages import Pages, packed, unpacked
+from mlxkv.page_links import packed, unpacked
+from mlxkv.pages import Pages
 
 if TYPE_CHECKING:
     from mlxkv.kv_names import NamedKV
@@ -76,7 +77,7 @@ def find(llm: LLM, name: str | NamedKV | None) -> NamedKV | None:
 
     saved = KVNames(kv_dir()).load(name) if isinstance(name, str) else name
     pages, disk = _where(llm)
-    pages.start_from(saved.keys[-1].name)
+    pages.ram.start_from(saved.keys[-1].name)
     if saved.fingerprint != disk.fingerprint:
         raise UsageError(
             f"{saved.name} is KV of {saved.model} ({saved.dtype}, {saved.kv_type}), and this model "

@@ -26,7 +26,7 @@ LAYERS = (
     ("loader", "tokenizer", "tokenizer_files", "detokenizer", "chat", "parsing", "parsers",
      "sandbox", "sampling", "stopping", "planner", "catalog", "names", "terminal",
      "page_format", "fingerprint"),
-    ("generate", "pages", "page_cutter", "page_disk", "page_files", "page_folder",
+    ("generate", "pages", "page_cutter", "page_links", "page_ram", "page_disk", "page_files", "page_folder",
      "page_room", "kv_names", "named_kv", "hub", "wheels", "store", "card"),
     ("llm", "conversation", "answer", "saved_prefix", "engine"),
     ("convert", "server"),

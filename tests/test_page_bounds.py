@@ -310,6 +310,25 @@ def test_a_lock_file_that_was_deleted_does_not_let_two_in(root):
             pass
 
 
+def test_a_lock_on_a_file_that_was_deleted_meanwhile_is_none(root, monkeypatch):
+    stored(root, chain(0, 1))
+    flock = page_folder.fcntl.flock
+    replaced = []
+
+    def late(handle: int, operation: int) -> None:
+        if not replaced:
+            replaced.append(handle)
+            (root / "lock").unlink()
+            (root / "lock").touch()
+        flock(handle, operation)
+
+    monkeypatch.setattr(page_folder.fcntl, "flock", late)
+    with Folder(root, limits()).locked(5):
+        assert replaced
+        with pytest.raises(TimeoutError), Folder(root, limits()).locked(0):
+            pass
+
+
 def test_a_process_that_dies_gives_the_lock_back(root):
     code = (
         "import sys, time; from pathlib import Path; from mlxkv.page_folder import Folder; "

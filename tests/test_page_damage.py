@@ -13,7 +13,7 @@ from safetensors.numpy import load, save
 
 from mlxkv import page_folder
 from mlxkv.page_files import PageFile, PageFiles, PageKey
-from mlxkv.page_format import DamagedPage, decode, encode
+from mlxkv.page_format import MAX_PAGE_BYTES, DamagedPage, decode, encode
 from tests.page_writer import (
     FINGERPRINT,
     chain,
@@ -212,7 +212,7 @@ def test_what_is_no_plain_file_is_a_miss_and_leads_nowhere(root, tmp_path):
     os.mkfifo(path)
     assert miss_and_removed(root, page.key)
     with path.open("wb") as file:
-        file.truncate(1 << 42)
+        file.truncate(MAX_PAGE_BYTES + 1)
     assert miss_and_removed(root, page.key)
     path.mkdir()
     files = opened(root)

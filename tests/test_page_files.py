@@ -14,7 +14,7 @@ from mlxkv import page_folder
 from mlxkv.cache import STEP
 from mlxkv.page_files import ROOT, PageFile, PageFiles, PageKey, page_name
 from mlxkv.page_folder import Folder
-from mlxkv.page_format import MAX_TOKENS
+from mlxkv.page_format import MAX_TOKENS, encode
 from tests.page_writer import (
     chain,
     leftovers,
@@ -226,3 +226,12 @@ def test_named_kv_is_written_again_where_the_page_that_is_there_is_damaged(root)
     files.write(pages, keep=True)
     files.flush()
     assert all(same(opened(root).read(page.key), page) for page in pages)
+
+
+def test_named_kv_is_written_again_where_another_models_page_lies(root):
+    page = chain(0, 1)[0]
+    files = stored(root, [page])
+    path_of(root, page.key).write_bytes(encode(page, "c" * 64))
+    files.write([page], keep=True)
+    files.flush()
+    assert same(opened(root).read(page.key), page)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlxkv.page_files import ROOT, PageFile, PageFiles, PageKey
-from mlxkv.page_room import Stored, eviction_order
+from mlxkv.page_room import SLACK_BYTES, Room, Scan, Stored, eviction_order
 from tests.page_writer import (
     FINGERPRINT,
     aged,
@@ -172,3 +172,25 @@ def test_pinned_pages_stay_and_new_ones_are_refused_instead(root):
     small.write(chain(1, 2, n_values=5_000))
     small.flush()
     assert all(page.key in stored_keys(root) for page in chain(1, 2, n_values=5_000))
+
+
+def test_what_is_refused_costs_nothing_and_changes_no_order():
+    old = [Stored("m", page.key, 1000, 1) for page in chain(0, 6)]
+    room = Room(Scan(6000, tuple(old)), limits(6000 + SLACK_BYTES, free=900), 1000, 0, old)
+    assert room.take(99_999) == "cap"
+    assert room.take(200) is None and room.evicted == old[:1]
+    assert room.take(900) is None and room.evicted == old[:2]
+    assert room.take(99_999) == "cap"
+    assert room.take(1000) is None and room.evicted == old[:3]
+    assert room.written_bytes == 2100
+
+
+def test_too_little_free_space_evicts_nothing():
+    old = [Stored("m", page.key, 10, 1) for page in chain(0, 3)]
+    scan = Scan(100, tuple(old))
+    room = Room(scan, limits(1000 + SLACK_BYTES, free=50), 60, 0, old)
+    assert room.take(11) == "free space" and room.take(10) is None
+    full = Room(scan, limits(100 + SLACK_BYTES, free=50), 40, 0, old)
+    assert full.take(31) == "cap"
+    assert [full.take(n_bytes) for n_bytes in (5, 25)] == ["free space"] * 2
+    assert room.evicted == full.evicted == []

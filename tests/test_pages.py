@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from mlxkv.cache import STEP, CacheSpec
 from mlxkv.page_cutter import Cutter
-from mlxkv.pages import FULL, WINDOW, Kinds, Link, Match, Pages, n_common, packed
+from mlxkv.page_links import FULL, WINDOW, Kinds, Link, n_common, packed
+from mlxkv.pages import WORTH, Match, Pages
 from tests.tiny import tokens as random_tokens
 
 BIG = 2**30
@@ -59,8 +60,8 @@ class Sequence_:
         if match.n_tokens:
             assert self.pages.load(match, self.caches) == 0
         self.tokens = tokens[: match.n_tokens]
-        tip = match.links[-1] if match.links else None
-        self.cutter.restart(self.tokens, self.pages.tip_rows(tip) if tip else None)
+        rows = self.pages.rows_before(match.links[-1], match.n_tokens) if match.links else None
+        self.cutter.restart(self.tokens, rows)
         self.check()
         return match
 
@@ -109,17 +110,22 @@ def fork(tokens: Sequence[int], at: int, n: int = 30) -> list[int]:
     return [*tokens[:at], *(token + 1000 for token in random_tokens(n, seed=at))]
 
 
+def given_back(at: int) -> int:
+    """Tokens that come back of `at` shared ones."""
+    return at if at % STEP >= WORTH else at // STEP * STEP
+
+
 # What is found.
 
 
 @every_shape
 @pytest.mark.parametrize("chunk", [1, 7, 256, 300, 2048])
-def test_any_divergence_gives_back_all_but_its_page(shape, chunk):
+def test_any_divergence_gives_back_all_that_is_shared(shape, chunk):
     pages, tokens = new_pages(shape), random_tokens(1400)
     told(pages, shape, tokens, chunk)
-    for at in (1, 255, 256, 257, 511, 512, 700, 1023, 1024, 1025, 1280, 1399):
+    for at in (1, 15, 16, 255, 256, 257, 511, 512, 700, 1023, 1024, 1025, 1280, 1399):
         match = Sequence_(pages, shape).restore(fork(tokens, at))
-        assert match.n_tokens == at // STEP * STEP
+        assert match.n_tokens == given_back(at)
         assert match.shared == at
 
 
@@ -137,9 +143,9 @@ def test_a_sequence_goes_on_from_its_tip_to_the_token(shape):
 def test_one_token_is_left_to_compute(shape):
     pages, tokens = new_pages(shape), random_tokens(600)
     told(pages, shape, tokens)
-    assert Sequence_(pages, shape).restore(tokens[:512]).n_tokens == 256
+    assert Sequence_(pages, shape).restore(tokens[:512]).n_tokens == 511
     assert Sequence_(pages, shape).restore(tokens[:513]).n_tokens == 512
-    assert Sequence_(pages, shape).restore(tokens).n_tokens == 512
+    assert Sequence_(pages, shape).restore(tokens).n_tokens == 599
     assert Sequence_(pages, shape).restore([*tokens, 1]).n_tokens == 600
 
 
@@ -162,7 +168,7 @@ def test_what_comes_back_is_what_was_computed(shape, turns):
         one = Sequence_(pages, shape)
         shared = max((n_common(packed(tokens), packed(other)) for other in known), default=0)
         match = one.restore(tokens)
-        assert min(shared, len(tokens) - 1) - match.n_tokens < STEP
+        assert min(shared, len(tokens) - 1) - match.n_tokens < WORTH
         one.feed(tokens[match.n_tokens :], chunk).finish()
         known.append(tokens)
 
@@ -184,7 +190,7 @@ def test_no_more_is_shared_than_is_stable():
     assert kinds is not None
     pages, tokens = Pages(kinds, BIG, stable=600), random_tokens(900)
     told(pages, (None,), tokens)
-    assert Sequence_(pages, (None,)).restore([*tokens, 1]).n_tokens == 512
+    assert Sequence_(pages, (None,)).restore([*tokens, 1]).n_tokens == 600
 
 
 # Where a prompt left what is known.
@@ -195,7 +201,7 @@ def test_a_match_says_where_the_prompt_left_what_is_known():
     pages, tokens = new_pages(shape), random_tokens(900)
     told(pages, shape, tokens)
     match = pages.match(fork(tokens, 610), 639)
-    assert (match.n_tokens, match.shared, match.n_known) == (512, 610, 900)
+    assert (match.n_tokens, match.shared, match.n_known) == (610, 610, 900)
     assert list(match.held) == tokens[610:900]
 
 
@@ -262,7 +268,24 @@ def test_a_fork_keeps_the_window_parts_before_it():
     pages.budget_bytes = pages.nbytes * 6 // 10
     told(pages, shape, [1] * 10)
     assert Sequence_(pages, shape).restore(fork(tokens, 1540, 31)).n_tokens == 1536
+    assert Sequence_(pages, shape).restore(fork(tokens, 1500, 31)).n_tokens == 1500
     assert Sequence_(pages, shape).restore(fork(tokens, 800)).n_tokens < 768
+
+
+def test_of_the_window_parts_of_a_long_trunk_some_stay_till_last():
+    shape = (None, 512, 512, 512)
+    pages, tokens = new_pages(shape), random_tokens(12_000)
+    told(pages, shape, tokens)
+    full = 12_000 * ROW
+    pages.budget_bytes = full + (pages.nbytes - full) // 4
+    told(pages, shape, [1] * 10)
+    restored = [
+        Sequence_(pages, shape).restore(fork(tokens, at)).n_tokens
+        for at in range(1000, 12_000, 1000)
+    ]
+    lost = [at - n for at, n in zip(range(1000, 12_000, 1000), restored, strict=True)]
+    assert max(lost) <= 8 * 512 + STEP
+    assert max(lost) > STEP, "the budget is not tight"
 
 
 @every_shape
@@ -296,7 +319,7 @@ def test_pinned_pages_stay():
     shape = (None, 512)
     pages = new_pages(shape, 9 * page_bytes((None, 512)))
     kept = random_tokens(900, seed=1)
-    pages.pin(told(pages, shape, kept))
+    pages.ram.pin(link.name for link in told(pages, shape, kept))
     for seed in range(2, 8):
         told(pages, shape, random_tokens(900, seed=seed))
     assert Sequence_(pages, shape).restore([*kept, 1]).n_tokens == 900
@@ -306,7 +329,7 @@ def test_pinned_pages_stay():
 def test_a_budget_of_nothing_keeps_nothing(shape):
     pages = new_pages(shape, 0)
     told(pages, shape, random_tokens(900))
-    assert (pages.nbytes, len(pages)) == (0, 0)
+    assert (pages.nbytes, len(pages.ram)) == (0, 0)
     assert Sequence_(pages, shape).restore(random_tokens(900)).n_tokens == 0
 
 
@@ -337,11 +360,19 @@ def test_a_dropped_window_part_costs_a_hit_and_never_a_wrong_one():
     shape = (None, 512)
     pages, tokens = new_pages(shape), random_tokens(1500)
     links = told(pages, shape, tokens)
-    page = pages._pages[links[2].name]
-    pages._drop(page, [WINDOW])
+    page = pages.ram.get(links[2].name)
+    assert page is not None
+    pages.ram.drop(page, [WINDOW])
     assert set(page.parts) == {FULL}
     # Page 2 is in the window of [512, 1280): from there on it is not needed.
-    for at, expected in ((500, 256), (600, 512), (800, 512), (1100, 512), (1400, 1280)):
+    for at, expected in (
+        (500, 500),
+        (600, 512),
+        (800, 512),
+        (1100, 512),
+        (1290, 1280),
+        (1400, 1400),
+    ):
         assert Sequence_(pages, shape).restore(fork(tokens, at)).n_tokens == expected
 
 
