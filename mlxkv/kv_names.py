@@ -226,7 +226,7 @@ class KVNames:
     def _take_pages(self, named: NamedKV, pages: Iterator[PageFile]) -> None:
         files = PageFiles(self.root, named.fingerprint, self.limits)
         try:
-            files.write(pages, keep=True)
+            files.write(pages, keep=True, wait=True)
         finally:
             files.close()
         if any(key not in files for key in named.keys):

@@ -55,15 +55,22 @@ class PageDisk:
         """Tokens and slices of some pages; None for what is not there or damaged."""
         return [self._decoded(key, self.files.read(key)) for key in keys]
 
-    def write(self, pages: Iterable[tuple[PageKey, int, bytes, Part]], named: bool = False) -> None:
+    def write(
+        self,
+        pages: Iterable[tuple[PageKey, int, bytes, Part]],
+        *,
+        named: bool = False,
+        wait: bool = False,
+    ) -> None:
         """Write (key, start, tokens, slices) in the background, if it is not there.
 
         Args:
             pages: their arrays are evaluated.
             named: they belong to named KV, see `PageFiles.write`.
+            wait: for room in the queue.
         """
         new = [page for page in pages if named or page[0] not in self.files]
-        self.files.write((self._encoded(*page) for page in new), keep=named)
+        self.files.write((self._encoded(*page) for page in new), keep=named, wait=wait)
 
     def used(self, keys: Sequence[PageKey]) -> None:
         """Say that pages were used: the least recently used are given up first."""

@@ -185,13 +185,13 @@ class PageFiles:
             with suppress(OSError):
                 os.utime(self._path + key.file_name, ns=(now, now))
 
-    def write(self, pages: Iterable[PageFile], *, keep: bool = False) -> int:
+    def write(self, pages: Iterable[PageFile], *, keep: bool = False, wait: bool = False) -> int:
         """Queue pages for the background, trunk first.
 
         Args:
             pages: taken one by one, and no further than there is room in the queue.
-            keep: of a named KV: synced, not refused by the daily budget, and waited for where the
-                queue is full.
+            keep: of a named KV: synced, and not refused by the daily budget.
+            wait: where the queue is full, until it is not; else the rest is refused.
 
         Returns:
             Bytes of tensors that were queued; what is there already is not.

@@ -15,8 +15,10 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
 FORMAT_VERSION = 1
 ROOT = "0" * 32
@@ -105,6 +107,7 @@ def page_name(parent: str, tokens: bytes) -> str:
 
 def encode(page: PageFile, fingerprint: str) -> bytes:
     """The bytes of a page's file."""
+    import numpy as np  # 40 ms that no process pays that reads and writes no page
     from safetensors.numpy import save
 
     assert set(page.tensors) == set(page.dtypes) and page.tensors
@@ -193,5 +196,5 @@ def _checksum(entries: Mapping[str, str], tensors: Mapping[str, np.ndarray]) -> 
     shapes = [(name, x.dtype.str, list(x.shape)) for name, x in sorted(tensors.items())]
     digest = hashlib.sha256(json.dumps([sorted(entries.items()), shapes]).encode())
     for _, array in sorted(tensors.items()):
-        digest.update(array.reshape(-1).view(np.uint8).data)
+        digest.update(array.reshape(-1).view("u1").data)
     return digest.hexdigest()

@@ -46,7 +46,6 @@ class RamPages:
         self._pages: dict[str, Page] = {}
         self._behind: dict[str, set[str]] = {}
         self._pinned: set[str] = set()
-        self._starts: set[str] = set()
         self._tick = 0
 
     def __len__(self) -> int:
@@ -95,15 +94,11 @@ class RamPages:
         """Keep pages whatever the budget says."""
         self._pinned.update(names)
 
-    def start_from(self, name: str) -> None:
-        """Say that many sequences go on from a page: a tip stays when one of them has."""
-        self._starts.add(name)
-
     def drop_outgrown(self, link: Link, tokens: bytes) -> None:
         """Give up the tips from which a sequence has gone on to this page."""
         for page in self.behind(link.parent):
             went_on = page.link.n_tokens < link.n_tokens and tokens.startswith(page.tokens)
-            if went_on and page.link.name not in self._pinned | self._starts:
+            if went_on and page.link.name not in self._pinned:
                 self.drop(page, tuple(page.parts))
 
     def drop(self, page: Page, parts: Iterable[str]) -> None:

@@ -190,12 +190,13 @@ class Pages:
         if self._disk is not None:
             self._disk.used([link.key(part) for link in links for part in self.kinds.parts])
 
-    def keep(self, links: Iterable[Link], *, named: bool = False) -> None:
+    def keep(self, links: Iterable[Link], *, named: bool = False, wait: bool = False) -> None:
         """Write pages that are in RAM to disk, in the background.
 
         Args:
             links: trunk first.
             named: they belong to named KV, see `PageFiles.write`.
+            wait: for room in the writer's queue.
         """
         if self.disk is None:
             return
@@ -206,7 +207,8 @@ class Pages:
                 for page in pages
                 for part, slices in page.parts.items()
             ),
-            named,
+            named=named,
+            wait=wait or named,
         )
 
     @contextmanager
@@ -236,7 +238,7 @@ class Pages:
         links = sorted((page.link for page in self.ram), key=lambda link: link.start)
         # A sequence of less than a page is computed faster than a process starts.
         if links and links[-1].stop >= STEP:
-            self.keep(links)
+            self.keep(links, wait=True)
         if self._disk is not None:
             self._disk.close()
             self._disk = None

@@ -76,8 +76,7 @@ def find(llm: LLM, name: str | NamedKV | None) -> NamedKV | None:
     from mlxkv.kv_names import KVNames
 
     saved = KVNames(kv_dir()).load(name) if isinstance(name, str) else name
-    pages, disk = _where(llm)
-    pages.ram.start_from(saved.keys[-1].name)
+    _, disk = _where(llm)
     if saved.fingerprint != disk.fingerprint:
         raise UsageError(
             f"{saved.name} is KV of {saved.model} ({saved.dtype}, {saved.kv_type}), and this model "

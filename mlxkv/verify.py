@@ -16,7 +16,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlxkv.cache import KV_TYPES, STEP
+from mlxkv.cache import KV_TYPES, STEP, ceil_step
 from mlxkv.errors import UsageError
 from mlxkv.generate import Session, default_chunk
 from mlxkv.llm import LLM
@@ -121,10 +121,11 @@ def verify(llm: LLM, n_tokens: int | None = None, kv_types: Sequence[str] = KV_T
 def _prompt(llm: LLM, n_tokens: int | None) -> list[int]:
     windows = [spec.window or 0 for spec in llm.model.cache_specs() if spec is not None]
     longest = llm.context - N_ANSWER - N_REWOUND - 1
-    # Not a multiple of a page, and past the second wrap.
-    wanted = 2 * max([STEP, *windows]) + 2 * STEP + 77 if n_tokens is None else n_tokens
-    if n_tokens is None:
-        wanted = min(wanted, longest)
+    # Past the second wrap. One token behind a page: where chunks are pages too, what is restored
+    # is computed on in the reference's own chunks, and must be the same bit for bit.
+    wanted = n_tokens
+    if wanted is None:
+        wanted = min(2 * ceil_step(max([STEP, *windows])) + 2 * STEP + 1, longest)
     if not 2 * STEP < wanted <= longest:
         raise UsageError(
             f"--tokens must be {2 * STEP + 1:,} to {longest:,} for this model; got {wanted:,}"
@@ -208,7 +209,7 @@ def _restored(
 ) -> Row:
     session = Session(reference.llm.model, kv_type, pages)
     known = session.restore(reference.prompt)
-    expected = (len(reference.prompt) - 1) // STEP * STEP
+    expected = len(reference.prompt) - 1
     note = ""
     if known.n_tokens < expected:
         note = f"{known.n_tokens:,} of {expected:,} tokens came back"

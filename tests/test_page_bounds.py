@@ -246,7 +246,7 @@ def test_a_full_queue_refuses_pages_and_makes_named_kv_wait(root, monkeypatch):
     with Folder(root, limits()).locked(1):
         assert files.write(offered()) == 2 * pages[0].nbytes
         assert len(taken) == 3, "no page is computed that there is no room for"
-        waiting = threading.Thread(target=lambda: files.write(pages, keep=True))
+        waiting = threading.Thread(target=lambda: files.write(pages, wait=True))
         waiting.start()
         waiting.join(0.05)
         assert waiting.is_alive()
