@@ -206,7 +206,7 @@ class PageFiles:
                 if not keep and page.key in self:
                     continue
                 with self._changed:
-                    if not self._put(_Queued(page, keep)):
+                    if not self._put(_Queued(page, keep), wait):
                         self._refused["queue"] += 1
                         break
                 accepted += page.nbytes
@@ -262,9 +262,9 @@ class PageFiles:
             pass
         return None
 
-    def _put(self, item: _Queued) -> bool:
+    def _put(self, item: _Queued, wait: bool) -> bool:
         """Queue a page; False if there is no room and it is not to be waited for."""
-        if item.keep and self._queued_bytes >= QUEUE_BYTES:
+        if wait and self._queued_bytes >= QUEUE_BYTES:
             self._wake()
             self._changed.wait_for(lambda: self._closed or self._queued_bytes < QUEUE_BYTES)
         if self._closed or self._queued_bytes >= QUEUE_BYTES:

@@ -3,7 +3,8 @@
 Invariants:
 - `nbytes` is what the arrays of all parts take.
 - First go window parts that nobody needs who goes on at a tip or a fork, or in the page before it,
-  those that are anchors last; then leaves, each its window part first; of these the least recently used. Pinned pages stay.
+  anchors last; then leaves, each its window part first; of all these the least recently used.
+- Pinned pages stay.
 """
 
 from __future__ import annotations
@@ -142,7 +143,7 @@ class RamPages:
         return page.link.start // STEP % (ANCHORS * n_window) < n_window
 
     def _near(self) -> set[str]:
-        """Pages whose window part somebody needs who goes on in the last page of a tip or a fork."""
+        """Pages whose window part is needed to go on in the last page of a tip or a fork."""
         near: set[str] = set()
         for name, page in self._pages.items():
             if len(self._behind.get(name, ())) == 1:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import hypothesis.strategies as st
 import mlx.core as mx
 import numpy as np
@@ -16,7 +18,7 @@ from tests.cache_drive import GROWING, Drive, assert_untouched, every_kind, rota
 def slices(drive: Drive, start: int, cuts: list[int]) -> list[Slice]:
     """What the cache holds from `start` on, cut into slices as pages are."""
     bounds = sorted({start, drive.offset, *(c for c in cuts if start < c < drive.offset)})
-    return [drive.cache.read(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [drive.cache.read(a, b) for a, b in itertools.pairwise(bounds)]
 
 
 def reload(drive: Drive, parts: list[Slice], spec: CacheSpec | None = None) -> None:
