@@ -17,17 +17,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import mlx.core as mx
 
 from mlxkv.errors import UsageError
+from mlxkv.kv_format import KV, KVFormat, dense, storage_of
 
 STEP = 256
 """Tokens by which a live cache grows: the unit of planning, sharing and storing as well."""
-
-KV_TYPES = ("native",)
-"""KV formats that a cache can be made in: `native` keeps the dtype that the model computes in."""
 
 Mask = mx.array | str | None
 """`None`: every query sees every key; `"causal"`: aligned at the end; else bool `[L, S]`."""
@@ -36,23 +34,6 @@ Mask = mx.array | str | None
 def ceil_step(n_tokens: int) -> int:
     """The smallest multiple of `STEP` that holds `n_tokens`."""
     return -(-n_tokens // STEP) * STEP
-
-
-@dataclass(frozen=True, slots=True)
-class KVFormat:
-    """How keys and values are stored.
-
-    Args:
-        name: one of `KV_TYPES`.
-        itemsize: bytes per value, 2 for float16 and bfloat16, 4 for float32.
-    """
-
-    name: str = "native"
-    itemsize: int = 2
-
-    def row_bytes(self, dim: int) -> int:
-        """Bytes of one head's vector of `dim` values."""
-        return dim * self.itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,30 +70,38 @@ class CacheSpec:
         """Whether what the layer keeps is something else than keys and values of tokens."""
         return self.n_kv_heads == 0
 
-    def make(self) -> Cache:
+    def make(self, kv_type: str = "native") -> Cache:
         """An empty cache for this layer."""
-        return KVCache(self) if self.window is None else RotatingKVCache(self.window, self)
+        if self.window is None:
+            return KVCache(self, kv_type)
+        return RotatingKVCache(self.window, self, kv_type)
 
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """KV of the positions `[start, stop)`: k `[B, H, stop - start, D]`, v likewise."""
+    """KV of the positions `[start, stop)`, as a cache stores it.
 
-    k: mx.array
-    v: mx.array
+    Args:
+        arrays: those of the keys, then those of the values; tokens lie along axis 2 of each.
+        start: the first position.
+        stop: the one behind the last.
+    """
+
+    arrays: tuple[mx.array, ...]
     start: int
     stop: int
 
     @property
-    def arrays(self) -> tuple[mx.array, ...]:
-        """What to evaluate or store; tokens lie along axis 2 of each."""
-        return self.k, self.v
+    def k(self) -> mx.array:
+        """Native keys `[B, H, stop - start, k_dim]`."""
+        k, _ = self.arrays
+        return k
 
-    @classmethod
-    def of(cls, arrays: Sequence[mx.array], start: int, stop: int) -> Slice:
-        """The inverse of `arrays`."""
-        k, v = arrays
-        return cls(k, v, start, stop)
+    @property
+    def v(self) -> mx.array:
+        """Native values `[B, H, stop - start, v_dim]`."""
+        _, v = self.arrays
+        return v
 
     @classmethod
     def join(cls, parts: Sequence[Slice]) -> Slice:
@@ -121,7 +110,7 @@ class Slice:
             mx.concatenate(list(arrays), axis=2)
             for arrays in zip(*(part.arrays for part in parts), strict=True)
         ]
-        return cls.of([mx.contiguous(x) for x in joined], parts[0].start, parts[-1].stop)
+        return cls(tuple(mx.contiguous(x) for x in joined), parts[0].start, parts[-1].stop)
 
 
 class Cache(Protocol):
@@ -133,7 +122,7 @@ class Cache(Protocol):
     @property
     def nbytes(self) -> int: ...
     def __len__(self) -> int: ...
-    def update(self, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]: ...
+    def update(self, k: mx.array, v: mx.array) -> tuple[KV, KV]: ...
     def mask(self, L: int) -> Mask: ...
     @property
     def first(self) -> int: ...
@@ -160,27 +149,38 @@ def windowed_mask(L: int, n_before: int, window: int) -> mx.array:
 
 
 class _Buffers:
-    """Keys `[B, H, capacity, k_dim]` and values of the same rows, with their shape checked."""
+    """Buffers `[B, H, capacity, D]` of the arrays that a format keeps of keys and values."""
 
-    def __init__(self, spec: CacheSpec | None = None):
+    def __init__(self, spec: CacheSpec | None = None, kv_type: str = "native"):
         self.spec = spec
+        self.kv_type = kv_type
         self.offset = 0
+        self._storage = storage_of(kv_type)
         self._rows: tuple[Any, ...] = ()
         self._release()
 
     def _release(self) -> None:
-        # None while empty: every path that reads a buffer has tokens, or asked `_rows` before.
-        self.keys = self.values = cast(mx.array, None)
+        self.buffers: list[mx.array] = []
+
+    @property
+    def keys(self) -> mx.array:
+        """The first buffer of the keys: all there is of native ones. Not while empty."""
+        return self.buffers[0]
+
+    @property
+    def values(self) -> mx.array:
+        """The first buffer of the values."""
+        return self.buffers[self._storage.n_arrays]
 
     @property
     def nbytes(self) -> int:
         """Bytes allocated now."""
-        return 0 if self.keys is None else self.keys.nbytes + self.values.nbytes
+        return sum(buffer.nbytes for buffer in self.buffers)
 
     @property
     def capacity(self) -> int:
         """Tokens that the buffers have room for."""
-        return 0 if self.keys is None else self.keys.shape[2]
+        return self.buffers[0].shape[2] if self.buffers else 0
 
     def reset(self) -> None:
         """Forget everything and give the buffers back."""
@@ -189,11 +189,21 @@ class _Buffers:
         self._release()
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """`update` under the name that mlx-lm's model definitions call."""
-        return self.update(keys, values)
+        """`update` for mlx-lm's model definitions, which know nothing of packed rows."""
+        k, v = self.update(keys, values)
+        return dense(k), dense(v)
 
-    def update(self, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
+    def update(self, k: mx.array, v: mx.array) -> tuple[KV, KV]:
         raise NotImplementedError
+
+    def _encoded(self, k: mx.array, v: mx.array) -> list[mx.array]:
+        return self._storage.encode(k) + self._storage.encode(v)
+
+    def _fetched(self, arrays: Sequence[mx.array]) -> tuple[KV, KV]:
+        """What attention takes of arrays that are views, or of no buffer."""
+        n, (_, _, k_dim, v_dim, *_) = self._storage.n_arrays, self._rows
+        decode = self._storage.decode
+        return decode(arrays[:n], k_dim), decode(arrays[n:], v_dim)
 
     def _check(self, k: mx.array, v: mx.array) -> int:
         """Number of new tokens; raises where they do not fit what is held."""
@@ -233,7 +243,7 @@ class _Buffers:
         at = start
         for part in parts:
             n = part.stop - part.start
-            if part.start != at or part.k.shape[2] != n or part.v.shape[2] != n:
+            if part.start != at or any(x.shape[2] != n for x in part.arrays):
                 raise UsageError(
                     f"slices must follow each other; [{part.start}, {part.stop}) does "
                     f"not go on from {at}"
@@ -241,29 +251,59 @@ class _Buffers:
             at = part.stop
         if start > first_needed:
             raise UsageError(f"positions [{first_needed}, {start}) are missing")
+        rows = self._rows_of(parts)
         self.reset()
-        self._check(parts[0].k, parts[0].v)
+        self._rows = rows
         n = min(stop - start, capacity)
         first = stop - n
         kept = [part for part in parts if part.stop > first]
         skip = first - kept[0].start
-        self.keys = _filled([part.k for part in kept], skip, capacity)
-        self.values = _filled([part.v for part in kept], skip, capacity)
+        self.buffers = [
+            _filled(arrays, skip, capacity)
+            for arrays in zip(*(part.arrays for part in kept), strict=True)
+        ]
         self.offset = stop
         return n
 
-    def _nothing(self) -> tuple[mx.array, mx.array]:
-        spec = self.spec or CacheSpec(0, 0, 0)
-        H = spec.n_kv_heads
-        return mx.zeros((1, H, 0, spec.k_dim)), mx.zeros((1, H, 0, spec.v_dim))
+    def _rows_of(self, parts: Sequence[Slice]) -> tuple[Any, ...]:
+        """What `_check` compares, of slices; raises where they are not of this cache's format."""
+        n, spec = self._storage.n_arrays, self.spec
+        arrays = parts[0].arrays
+        if len(arrays) != 2 * n or any(x.ndim != 4 for part in parts for x in part.arrays):
+            raise UsageError(f"slices of {len(arrays)} arrays are not of KV format {self.kv_type}")
+        B, H = arrays[0].shape[:2]
+        dtype = arrays[n - 1].dtype
+        if spec is None:
+            if n > 1:
+                raise UsageError("a cache without a spec does not know what packed slices hold")
+            return B, H, arrays[0].shape[3], arrays[1].shape[3], dtype, arrays[1].dtype
+        blank = mx.zeros((1, H, 1, spec.k_dim), dtype), mx.zeros((1, H, 1, spec.v_dim), dtype)
+        wanted = [(x.shape[3], x.dtype) for x in self._encoded(*blank)]
+        for part in parts:
+            got = [(x.shape[3], x.dtype) for x in part.arrays]
+            if (
+                got != wanted
+                or any(x.shape[:2] != (B, H) for x in part.arrays)
+                or (H != spec.n_kv_heads)
+            ):
+                raise UsageError(f"slices of rows {got} with {H} heads do not fit {spec}")
+        return B, H, spec.k_dim, spec.v_dim, dtype, dtype
 
-    def _reserve(self, k: mx.array, v: mx.array, n_used: int, capacity: int) -> None:
+    def _nothing(self) -> tuple[mx.array, ...]:
+        spec = self.spec or CacheSpec(0, 0, 0)
+        blank = (mx.zeros((1, spec.n_kv_heads, 1, dim)) for dim in (spec.k_dim, spec.v_dim))
+        return tuple(x[:, :, :0] for x in self._encoded(*blank))
+
+    def _reserve(self, arrays: Sequence[mx.array], n_used: int, capacity: int) -> None:
         """Room for `capacity` tokens, the first `n_used` kept: the one place that copies."""
-        if self.keys is None:
-            self.keys, self.values = _rows_like(k, capacity), _rows_like(v, capacity)
-        elif capacity != self.keys.shape[2]:
-            self.keys = _extended(self.keys, n_used, capacity)
-            self.values = _extended(self.values, n_used, capacity)
+        if not self.buffers:
+            self.buffers = [_rows_like(x, capacity) for x in arrays]
+        elif capacity != self.capacity:
+            self.buffers = [_extended(buffer, n_used, capacity) for buffer in self.buffers]
+
+    def _write(self, arrays: Sequence[mx.array], start: int, stop: int) -> None:
+        for buffer, x in zip(self.buffers, arrays, strict=True):
+            buffer[:, :, start:stop] = x
 
 
 def _four(x: mx.array) -> tuple[int, ...]:
@@ -297,12 +337,13 @@ class KVCache(_Buffers):
 
     Args:
         spec: the layer's shape, checked on the first update; None takes what comes.
+        kv_type: one of `KV_TYPES`.
     """
 
     def __len__(self) -> int:
         return self.offset
 
-    def update(self, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
+    def update(self, k: mx.array, v: mx.array) -> tuple[KV, KV]:
         """Append L tokens.
 
         Args:
@@ -316,12 +357,12 @@ class KVCache(_Buffers):
             UsageError: the shapes do not fit each other or what is held.
         """
         start, stop = self.offset, self.offset + self._check(k, v)
+        arrays = self._encoded(k, v)
         if stop > self.capacity:
-            self._reserve(k, v, start, ceil_step(stop))
-        self.keys[:, :, start:stop] = k
-        self.values[:, :, start:stop] = v
+            self._reserve(arrays, start, ceil_step(stop))
+        self._write(arrays, start, stop)
         self.offset = stop
-        return self.keys[:, :, :stop], self.values[:, :, :stop]
+        return self._fetched([buffer[:, :, :stop] for buffer in self.buffers])
 
     def mask(self, L: int) -> Mask:
         """Mask for the KV that an update of `L` tokens will return."""
@@ -356,9 +397,9 @@ class KVCache(_Buffers):
             UsageError: some of them are not held.
         """
         self._check_range(start, stop, 0)
-        if self.keys is None:
-            return Slice(*self._nothing(), start, stop)
-        return Slice(self.keys[:, :, start:stop], self.values[:, :, start:stop], start, stop)
+        if not self.buffers:
+            return Slice(self._nothing(), start, stop)
+        return Slice(tuple(buffer[:, :, start:stop] for buffer in self.buffers), start, stop)
 
     def rewind(self, offset: int) -> bool:
         """Forget the tokens from `offset` on; always possible, and the buffers stay.
@@ -372,10 +413,10 @@ class KVCache(_Buffers):
 
     @property
     def state(self) -> list[mx.array]:
-        """Keys and values held, to evaluate or save; `[]` when empty."""
+        """Arrays held, to evaluate or save; `[]` when empty."""
         if self.offset == 0:
             return []
-        return [self.keys[:, :, : self.offset], self.values[:, :, : self.offset]]
+        return [buffer[:, :, : self.offset] for buffer in self.buffers]
 
 
 class RotatingKVCache(_Buffers):
@@ -392,15 +433,16 @@ class RotatingKVCache(_Buffers):
     Args:
         max_size: tokens that a query sees, itself included; at least 1.
         spec: the layer's shape, checked on the first update; None takes what comes.
+        kv_type: one of `KV_TYPES`.
 
     Raises:
         UsageError: `max_size` is not positive.
     """
 
-    def __init__(self, max_size: int, spec: CacheSpec | None = None):
+    def __init__(self, max_size: int, spec: CacheSpec | None = None, kv_type: str = "native"):
         if max_size < 1:
             raise UsageError(f"max_size must be at least 1; got {max_size}")
-        super().__init__(spec)
+        super().__init__(spec, kv_type)
         self.max_size = max_size
         self._n = 0
         self._head = 0
@@ -413,7 +455,7 @@ class RotatingKVCache(_Buffers):
         super().reset()
         self._n = self._head = 0
 
-    def update(self, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
+    def update(self, k: mx.array, v: mx.array) -> tuple[KV, KV]:
         """Append L tokens.
 
         Args:
@@ -429,59 +471,57 @@ class RotatingKVCache(_Buffers):
         """
         L = self._check(k, v)
         self.offset += L
+        arrays = self._encoded(k, v)
         if self._n + L <= self.max_size:
-            return self._append(k, v, L)
-        if L == 1:
-            return self._overwrite_oldest(k, v)
-        return self._concatenate(k, v, L)
+            self._append(arrays, L)
+        elif L == 1:
+            self._overwrite_oldest(arrays)
+        else:
+            self._concatenate(arrays, L)
+        return self._fetched([buffer[:, :, : self._n] for buffer in self.buffers])
 
-    def _append(self, k: mx.array, v: mx.array, L: int) -> tuple[mx.array, mx.array]:
+    def _append(self, arrays: Sequence[mx.array], L: int) -> None:
         start, stop = self._n, self._n + L
         # Too large where a chunk's surplus was rewound: no longer needed, so given back.
         if stop > self.capacity or self.capacity > self.max_size:
-            self._reserve(k, v, start, min(ceil_step(stop), self.max_size))
-        self.keys[:, :, start:stop] = k
-        self.values[:, :, start:stop] = v
+            self._reserve(arrays, start, min(ceil_step(stop), self.max_size))
+        self._write(arrays, start, stop)
         self._n = stop
-        return self.keys[:, :, :stop], self.values[:, :, :stop]
 
-    def _overwrite_oldest(self, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
+    def _overwrite_oldest(self, arrays: Sequence[mx.array]) -> None:
         if self._n > self.max_size or self.capacity > self.max_size:
-            # The surplus of a chunk: from here on it is a ring of max_size rows.
-            old_k, old_v = self._temporal(self._n - self.max_size, self._n)
-            # A view would keep the surplus allocated for as long as the ring lives.
-            self.keys, self.values = mx.contiguous(old_k), mx.contiguous(old_v)
+            # The surplus of a chunk: from here on it is a ring of max_size rows. A view would keep
+            # the surplus allocated for as long as the ring lives.
+            old = self._temporal(self._n - self.max_size, self._n)
+            self.buffers = [mx.contiguous(x) for x in old]
             self._n, self._head = self.max_size, 0
         at = self._head
-        self.keys[:, :, at : at + 1] = k
-        self.values[:, :, at : at + 1] = v
+        self._write(arrays, at, at + 1)
         self._head = (at + 1) % self.max_size
-        return self.keys[...], self.values[...]
 
-    def _concatenate(self, k: mx.array, v: mx.array, L: int) -> tuple[mx.array, mx.array]:
+    def _concatenate(self, arrays: Sequence[mx.array], L: int) -> None:
         kept = min(self._n, self.max_size - 1)
         if kept:
-            old_k, old_v = self._temporal(self._n - kept, self._n)
-            k, v = mx.concatenate([old_k, k], axis=2), mx.concatenate([old_v, v], axis=2)
+            old = self._temporal(self._n - kept, self._n)
+            pairs = zip(old, arrays, strict=True)
+            self.buffers = [mx.concatenate(list(pair), axis=2) for pair in pairs]
         else:
             # The caller's array may be a view into something larger.
-            k, v = mx.contiguous(k), mx.contiguous(v)
-        self.keys, self.values = k, v
+            self.buffers = [mx.contiguous(x) for x in arrays]
         self._n, self._head = kept + L, 0
-        return k[...], v[...]
 
-    def _temporal(self, start: int, stop: int) -> tuple[mx.array, mx.array]:
+    def _temporal(self, start: int, stop: int) -> tuple[mx.array, ...]:
         """Rows `[start, stop)` counted from the oldest, in temporal order."""
         start, stop = start + self._head, stop + self._head
         capacity = self.capacity
         if start >= capacity:
             start, stop = start - capacity, stop - capacity
         if stop <= capacity:
-            return self.keys[:, :, start:stop], self.values[:, :, start:stop]
+            return tuple(buffer[:, :, start:stop] for buffer in self.buffers)
         stop -= capacity
-        return (
-            mx.concatenate([self.keys[:, :, start:], self.keys[:, :, :stop]], axis=2),
-            mx.concatenate([self.values[:, :, start:], self.values[:, :, :stop]], axis=2),
+        return tuple(
+            mx.concatenate([buffer[:, :, start:], buffer[:, :, :stop]], axis=2)
+            for buffer in self.buffers
         )
 
     def mask(self, L: int) -> Mask:
@@ -528,9 +568,9 @@ class RotatingKVCache(_Buffers):
         """
         first = self.first
         self._check_range(start, stop, first)
-        if self.keys is None:
-            return Slice(*self._nothing(), start, stop)
-        return Slice(*self._temporal(start - first, stop - first), start, stop)
+        if not self.buffers:
+            return Slice(self._nothing(), start, stop)
+        return Slice(self._temporal(start - first, stop - first), start, stop)
 
     def rewind(self, offset: int) -> bool:
         """Forget the tokens from `offset` on.
@@ -549,7 +589,7 @@ class RotatingKVCache(_Buffers):
         if first_needed < offset and first > first_needed:
             return False
         if self._head:
-            self.keys, self.values = self._temporal(0, self._n)
+            self.buffers = list(self._temporal(0, self._n))
             self._head = 0
         self._n = max(0, offset - first)
         self.offset = offset
@@ -557,10 +597,10 @@ class RotatingKVCache(_Buffers):
 
     @property
     def state(self) -> list[mx.array]:
-        """Keys and values held, to evaluate or save; `[]` if none. A ring is in its own order."""
+        """Arrays held, to evaluate or save; `[]` if none. A ring is in its own order."""
         if self._n == 0:
             return []
-        return [self.keys[:, :, : self._n], self.values[:, :, : self._n]]
+        return [buffer[:, :, : self._n] for buffer in self.buffers]
 
 
 class _HasSpecs(Protocol):
@@ -573,6 +613,5 @@ def make_caches(model: _HasSpecs, kv_type: str = "native") -> list[Cache]:
     Raises:
         UsageError: `kv_type` is not one of `KV_TYPES`.
     """
-    if kv_type not in KV_TYPES:
-        raise UsageError(f"kv_type must be one of {', '.join(KV_TYPES)}; got {kv_type!r}")
-    return [spec.make() for spec in model.cache_specs() if spec is not None]
+    storage_of(kv_type)
+    return [spec.make(kv_type) for spec in model.cache_specs() if spec is not None]

@@ -242,7 +242,7 @@ def _parameters(infos: Mapping[str, Any], config: Mapping[str, Any], source: str
 
 
 def _kv_facts(specs: list[Any], checkpoint: Any, context: int) -> KVFacts:
-    from mlxkv.cache import KVFormat
+    from mlxkv.kv_format import KVFormat
     from mlxkv.loader import compute_dtype
 
     dtype = compute_dtype("auto", checkpoint)

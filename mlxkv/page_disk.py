@@ -119,7 +119,7 @@ class PageDisk:
             if not arrays:
                 self.files.remove(key)
                 return None
-            slices.append(Slice.of(arrays, file.start, file.start + key.n_tokens))
+            slices.append(Slice(tuple(arrays), file.start, file.start + key.n_tokens))
         mx.eval([piece.arrays for piece in slices])
         return file.tokens, tuple(slices)
 

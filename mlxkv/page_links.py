@@ -97,7 +97,9 @@ def cut(part: Part, stop: int) -> Part:
     if part[0].stop <= stop:
         return part
     n = stop - part[0].start
-    return tuple(Slice.of([x[:, :, :n] for x in piece.arrays], piece.start, stop) for piece in part)
+    return tuple(
+        Slice(tuple(x[:, :, :n] for x in piece.arrays), piece.start, stop) for piece in part
+    )
 
 
 def packed(tokens: Sequence[int]) -> bytes:

@@ -17,8 +17,9 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlxkv import device
-from mlxkv.cache import KV_TYPES, CacheSpec, KVFormat
+from mlxkv.cache import CacheSpec
 from mlxkv.errors import UsageError
+from mlxkv.kv_format import KVFormat, storage_of
 from mlxkv.loader import lay_out
 
 _UNITS = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12,
@@ -113,8 +114,7 @@ def plan(
         UsageError: an argument out of its range.
         ModelNotFound, CheckpointError: as for `load`.
     """
-    if kv_type not in KV_TYPES:
-        raise UsageError(f"--kv-type must be one of {', '.join(KV_TYPES)}; got {kv_type!r}")
+    storage_of(kv_type)
     if sequences < 1 or (context is not None and context < 1):
         raise UsageError("--context and --sequences must be at least 1")
     from mlxkv.store import resolve

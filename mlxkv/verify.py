@@ -16,9 +16,10 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlxkv.cache import KV_TYPES, STEP, ceil_step
+from mlxkv.cache import STEP, ceil_step
 from mlxkv.errors import UsageError
 from mlxkv.generate import Session, default_chunk
+from mlxkv.kv_format import KV_TYPES
 from mlxkv.llm import LLM
 from mlxkv.page_disk import open_pages
 from mlxkv.pages import Pages

@@ -16,6 +16,7 @@ import pytest
 
 from mlxkv.cache import CacheSpec, KVCache, RotatingKVCache
 from mlxkv.errors import UsageError
+from mlxkv.kv_format import dense, storage_of
 from tests.windowed_reference import FullHistory, mask_as_bias, softmax_attention
 
 TOLERANCE = 1e-9
@@ -28,15 +29,26 @@ class Kind:
     name: str
     make: Callable[[CacheSpec | None], KVCache | RotatingKVCache]
     window: int | None = None
+    kv_type: str = "native"
+
+    def kept(self, rows: np.ndarray) -> np.ndarray:
+        """What the format keeps of rows: each is packed by itself."""
+        if self.kv_type == "native":
+            return rows
+        storage = storage_of(self.kv_type)
+        return np.array(dense(storage.decode(storage.encode(mx.array(rows)), rows.shape[-1])))
 
 
-def rotating(window: int) -> Kind:
-    return Kind(f"rotating-{window}", lambda spec: RotatingKVCache(window, spec), window)
+def rotating(window: int, kv_type: str = "native") -> Kind:
+    name = f"rotating-{window}" + (f"-{kv_type}" if kv_type != "native" else "")
+    return Kind(name, lambda spec: RotatingKVCache(window, spec, kv_type), window, kv_type)
 
 
 GROWING = Kind("growing", KVCache)
-ROTATING = [rotating(w) for w in (1, 2, 3, 8, 255, 256, 257, 300, 600)]
-KINDS = [GROWING, *ROTATING]
+PACKED = Kind("growing-q8", lambda spec: KVCache(spec, "q8"), None, "q8")
+PACKED_ROTATING = [rotating(8, "q4"), rotating(256, "q8"), rotating(300, "q4")]
+ROTATING = [rotating(w) for w in (1, 2, 3, 8, 255, 256, 257, 300, 600)] + PACKED_ROTATING
+KINDS = [GROWING, PACKED, *ROTATING]
 
 every_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 every_window = pytest.mark.parametrize("kind", ROTATING, ids=lambda kind: kind.name)
@@ -66,8 +78,8 @@ class Drive:
             held_after = self.offset + L - (self.kind.window - 1) - L
             self.held_from = max(self.held_from, held_after)
         mask = self.cache.mask(L)
-        self.reference.append(k, v)
-        got_k, got_v = self.cache.update(mx.array(k), mx.array(v))
+        self.reference.append(self.kind.kept(k), self.kind.kept(v))
+        got_k, got_v = map(dense, self.cache.update(mx.array(k), mx.array(v)))
         bias = mask_as_bias(mask, L, got_k.shape[2])
         got = softmax_attention(q, np.array(got_k), np.array(got_v), bias)
         expected = self.reference.attend(q)
@@ -83,7 +95,7 @@ class Drive:
     def check_books(self) -> None:
         window = self.kind.window
         assert self.cache.offset == self.offset
-        assert self.cache.nbytes == self.cache.keys.nbytes + self.cache.values.nbytes
+        assert self.cache.nbytes == sum(buffer.nbytes for buffer in self.cache.buffers)
         bound = self.offset if window is None else min(self.offset, window)
         assert len(self.cache) <= bound
         if window is None:
@@ -104,9 +116,12 @@ class Drive:
     def check_read(self, start: int, stop: int) -> None:
         piece = self.cache.read(start, stop)
         assert (piece.start, piece.stop) == (start, stop)
-        # Exact: a cache stores what it was given.
-        np.testing.assert_array_equal(np.array(piece.k), self.reference.keys[:, :, start:stop])
-        np.testing.assert_array_equal(np.array(piece.v), self.reference.values[:, :, start:stop])
+        # Exact: a cache stores what it was given, or what its format makes of that.
+        storage, n = self.cache._storage, len(piece.arrays) // 2
+        k = dense(storage.decode(piece.arrays[:n], self.k_dim))
+        v = dense(storage.decode(piece.arrays[n:], self.v_dim))
+        np.testing.assert_array_equal(np.array(k), self.reference.keys[:, :, start:stop])
+        np.testing.assert_array_equal(np.array(v), self.reference.values[:, :, start:stop])
 
     def rewind(self, offset: int) -> bool:
         """Rewind both; check the answer against what the next query needs and what is held."""

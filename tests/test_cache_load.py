@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from mlxkv.cache import CacheSpec, KVFormat, Slice
+from mlxkv.cache import CacheSpec, Slice
 from mlxkv.errors import UsageError
+from mlxkv.kv_format import KVFormat
 from tests.cache_drive import GROWING, Drive, assert_untouched, every_kind, rotating, snapshot
 
 
@@ -21,9 +22,13 @@ def slices(drive: Drive, start: int, cuts: list[int]) -> list[Slice]:
     return [drive.cache.read(a, b) for a, b in itertools.pairwise(bounds)]
 
 
+def spec_of(drive: Drive) -> CacheSpec:
+    return CacheSpec(drive.H, drive.k_dim, drive.v_dim, drive.kind.window)
+
+
 def reload(drive: Drive, parts: list[Slice], spec: CacheSpec | None = None) -> None:
     """Goes on with a new cache that has been loaded."""
-    drive.cache = drive.kind.make(spec)
+    drive.cache = drive.kind.make(spec or spec_of(drive))
     drive.cache.load(parts)
     window = drive.kind.window
     n_held = drive.offset if window is None else min(drive.offset - parts[0].start, window)
@@ -62,12 +67,12 @@ def test_a_loaded_cache_allocates_what_its_spec_says(kind):
     for n in (1, 255, 256, 257, 700):
         drive = Drive(kind, H=2, k_dim=4, v_dim=6, spec=spec).feed_all([n])
         reload(drive, slices(drive, drive.cache.first, [200, 400]), spec)
-        assert drive.cache.nbytes == spec.nbytes(n, KVFormat("native", 4))
+        assert drive.cache.nbytes == spec.nbytes(n, KVFormat(kind.kv_type, 4))
 
 
 @every_kind
 def test_loading_replaces_what_was_held(kind):
-    drive = Drive(kind).feed_all([300, 1])
+    drive = Drive(kind, spec=CacheSpec(1, 2, 2, kind.window)).feed_all([300, 1])
     parts = slices(drive, drive.cache.first, [256])
     drive.cache.update(mx.zeros((1, 1, 20, 2)), mx.zeros((1, 1, 20, 2)))
     drive.cache.load(parts)
@@ -83,7 +88,7 @@ def test_what_was_loaded_stays_as_it_was(kind):
     parts = slices(drive, drive.cache.first, [])
     before = [np.array(x) for part in parts for x in part.arrays]
     for _ in range(2):
-        cache = kind.make(None)
+        cache = kind.make(spec_of(drive))
         cache.load(parts)
         for L in (1, 2, 1):
             cache.update(mx.ones((1, 1, L, 2)), mx.ones((1, 1, L, 2)))
@@ -105,7 +110,7 @@ def test_gaps_and_foreign_shapes_are_refused(kind):
             cache.load(parts)
     with pytest.raises(UsageError, match="do not fit"):
         kind.make(CacheSpec(2, 2, 2, kind.window)).load(
-            [Slice(mx.zeros((1, 1, 9, 2)), mx.zeros((1, 1, 9, 2)), 0, 9)]
+            [Slice((mx.zeros((1, 1, 9, 2)), mx.zeros((1, 1, 9, 2))), 0, 9)]
         )
 
 

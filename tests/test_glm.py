@@ -15,11 +15,11 @@ import pytest
 from mlx.utils import tree_flatten
 
 import mlxkv
-from mlxkv.cache import KVFormat
 from mlxkv.convert import convert
 from mlxkv.convert.hub_source import open_hub_source
 from mlxkv.convert.hub_tensors import DenseTensor, StackedPart
 from mlxkv.errors import ConfigError, WeightsError
+from mlxkv.kv_format import KVFormat
 from mlxkv.models import family_for, glm4_moe, glm4_moe_lite
 from mlxkv.planner import kv_bytes
 from mlxkv.stacking import expert_stacks

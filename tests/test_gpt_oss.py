@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 import mlxkv
+from mlxkv.attention import attend
 from mlxkv.convert import convert
 from mlxkv.errors import ConfigError, UnsupportedModel, WeightsError
-from mlxkv.layers import attend
 from mlxkv.models.gpt_oss import Config, remap
 from mlxkv.moe import QuantizedExpertLinear
 from mlxkv.weights import open_weights

@@ -19,9 +19,9 @@ ROOT = Path(__file__).parent.parent
 
 LAYERS = (
     ("errors", "device"),
-    ("cache",),
+    ("cache", "kv_format"),
     ("config", "quantization", "weights"),
-    ("rope", "linear", "stacking", "moe", "layers"),
+    ("rope", "linear", "stacking", "moe", "attention", "layers"),
     ("models",),
     ("loader", "tokenizer", "tokenizer_files", "detokenizer", "chat", "parsing", "parsers",
      "sandbox", "sampling", "stopping", "planner", "catalog", "names", "terminal",

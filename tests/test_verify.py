@@ -76,7 +76,7 @@ def test_a_cache_that_loads_wrong_rows_fails_where_it_is_loaded(llm, monkeypatch
 
     def load(self, parts):
         real(self, parts)
-        self.keys = mx.roll(self.keys, 1, axis=2)
+        self.buffers[0] = mx.roll(self.buffers[0], 1, axis=2)
 
     monkeypatch.setattr(KVCache, "load", load)
     assert {"warm, from RAM", "after a restart, from SSD"} <= failed(llm) <= set(PATHS[4:])
@@ -88,7 +88,7 @@ def test_a_rotating_cache_without_its_first_rows_fails(folder, monkeypatch):
 
     def load(self, parts):
         real(self, parts)
-        self.keys[:, :, :4] = 0 * self.keys[:, :, :4]
+        self.buffers[0][:, :, :4] = 0 * self.buffers[0][:, :, :4]
 
     monkeypatch.setattr(RotatingKVCache, "load", load)
     assert "warm, from RAM" in failed(mlxkv.load(folder / "tiny-gemma3"))
@@ -109,7 +109,7 @@ def test_a_disk_that_gives_other_bytes_fails(factor, llm, monkeypatch):
 
     def decoded(self, key, file):
         tokens, part = real(self, key, file)
-        return tokens, tuple(type(x)(x.k * factor, x.v, x.start, x.stop) for x in part)
+        return tokens, tuple(type(x)((x.k * factor, x.v), x.start, x.stop) for x in part)
 
     monkeypatch.setattr(PageDisk, "_decoded", decoded)
     assert failed(llm) == {"after a restart, from SSD"}
@@ -146,7 +146,7 @@ def test_the_command_prints_a_table_and_its_exit_code_is_the_verdict(folder, tmp
     code = (
         "import sys; import mlx.core as mx; from mlxkv import cache, cli;"
         "real = cache.KVCache.load;\n"
-        "def load(self, parts): real(self, parts); self.keys = self.keys + 1\n"
+        "def load(self, parts): real(self, parts); self.buffers[0] = self.buffers[0] + 1\n"
         "cache.KVCache.load = load; sys.exit(cli.main(['verify', 'tiny-llama']))"
     )
     broken = subprocess.run(

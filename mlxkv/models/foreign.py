@@ -17,9 +17,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlxkv.cache import Cache, CacheSpec, KVCache, KVFormat, Mask, RotatingKVCache, Slice
+from mlxkv.cache import Cache, CacheSpec, KVCache, Mask, RotatingKVCache, Slice
 from mlxkv.config import MAX_SIZE, Fields, text_config
 from mlxkv.errors import ConfigError, UnsupportedModel, UsageError
+from mlxkv.kv_format import KVFormat
 from mlxkv.layers import CausalLM
 
 
@@ -150,7 +151,7 @@ class OpaqueSpec(CacheSpec):
         """Not known before the layer has run."""
         return 0
 
-    def make(self) -> Cache:
+    def make(self, kv_type: str = "native") -> Cache:
         return OpaqueCache(self)
 
 

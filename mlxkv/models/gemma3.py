@@ -13,9 +13,10 @@ from typing import Any, ClassVar
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlxkv.attention import attend
 from mlxkv.cache import Cache, Mask
 from mlxkv.config import Fields, RopeConfig, rope_config, text_config
-from mlxkv.layers import Fusing, Linear, OffsetRMSNorm, attend
+from mlxkv.layers import Fusing, Linear, OffsetRMSNorm
 from mlxkv.models import gemma, gemma2
 from mlxkv.rope import RoPE
 

@@ -14,13 +14,14 @@ from typing import Any, ClassVar
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlxkv.attention import attend
 from mlxkv.cache import Cache, CacheSpec, Mask
+from mlxkv.kv_format import KV
 from mlxkv.layers import (
     CausalLM,
     Fusing,
     GatedMLP,
     Linear,
-    attend,
     attention_masks,
     gated,
     model_windows,
@@ -30,7 +31,7 @@ from mlxkv.linear import Embedding
 from mlxkv.models.gemma3n_config import Config
 from mlxkv.rope import RoPE
 
-KV = tuple[mx.array, mx.array]
+KeysValues = tuple[KV, KV]
 
 
 class Attention(Fusing):
@@ -56,7 +57,7 @@ class Attention(Fusing):
 
     def __call__(
         self, x: mx.array, mask: Mask, offset: int, cache: Cache | None
-    ) -> tuple[mx.array, KV]:
+    ) -> tuple[mx.array, KeysValues]:
         """Attention of x `[B, L, E]`, and the keys and values that it went over."""
         B, L, _ = x.shape
         H, Hk = self.n_heads, self.n_kv_heads
@@ -83,7 +84,9 @@ class SharedAttention(nn.Module):
         self.q_norm = nn.RMSNorm(D, config.rms_norm_eps)
         self._rope = _rope(config, layer)
 
-    def __call__(self, x: mx.array, mask: Mask, offset: int, kv: KV) -> tuple[mx.array, KV]:
+    def __call__(
+        self, x: mx.array, mask: Mask, offset: int, kv: KeysValues
+    ) -> tuple[mx.array, KeysValues]:
         B, L, _ = x.shape
         q = self["q_proj"](x).reshape(B, L, self.n_heads, self.head_dim).transpose(0, 2, 1, 3)
         out = attend(self._rope(self["q_norm"](q), offset), *kv, 1.0, mask)
@@ -192,7 +195,7 @@ class Layer(nn.Module):
 
     def __call__(
         self, streams: mx.array, own: mx.array, mask: Mask, offset: int, source: Any
-    ) -> tuple[mx.array, KV]:
+    ) -> tuple[mx.array, KeysValues]:
         """Update the streams.
 
         Args:
@@ -309,7 +312,7 @@ class Model(CausalLM):
         # A Python number takes the dtype of h: rounded to bfloat16 only when computing in it.
         h = self.model.embed_tokens(tokens) * self.config.hidden_size**0.5
         own = self.model.per_layer_inputs(tokens, h)
-        streams, kv = self.model.streams(h), list[KV]()
+        streams, kv = self.model.streams(h), list[KeysValues]()
         for i, (window, donor) in enumerate(
             zip(self.config.windows, self.config.donors, strict=True)
         ):

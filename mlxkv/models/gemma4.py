@@ -16,16 +16,10 @@ from typing import ClassVar
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlxkv.attention import attend
 from mlxkv.cache import Cache, CacheSpec, Mask
-from mlxkv.layers import (
-    CausalLM,
-    Fusing,
-    GatedMLP,
-    attend,
-    attention_masks,
-    gated,
-    model_windows,
-)
+from mlxkv.kv_format import KV
+from mlxkv.layers import CausalLM, Fusing, GatedMLP, attention_masks, gated, model_windows
 from mlxkv.linear import Embedding, Linear
 from mlxkv.models.gemma4_config import Config, Heads
 from mlxkv.moe import GatedExperts
@@ -33,7 +27,7 @@ from mlxkv.rope import RoPE
 
 __all__ = ["Config", "Model", "remap"]
 
-KV = tuple[mx.array, mx.array]
+KeysValues = tuple[KV, KV]
 """Keys `[B, Hk, S, D]` and values that a layer used, for the layers that share them."""
 
 
@@ -50,8 +44,8 @@ class SharedAttention(Fusing):
         self._rope = RoPE(heads.rope)
 
     def __call__(
-        self, x: mx.array, mask: Mask, offset: int, cache: Cache | None, kv: KV | None
-    ) -> tuple[mx.array, KV]:
+        self, x: mx.array, mask: Mask, offset: int, cache: Cache | None, kv: KeysValues | None
+    ) -> tuple[mx.array, KeysValues]:
         """The layer's output, and the keys and values that it used."""
         B, L, _ = x.shape
         q, k, v = self._heads(x, offset, kv)
@@ -60,7 +54,7 @@ class SharedAttention(Fusing):
         out = attend(q, k, v, 1.0, mask)  # the norms on q and k stand in for a scale
         return self["o_proj"](out.transpose(0, 2, 1, 3).reshape(B, L, -1)), (k, v)
 
-    def _heads(self, x: mx.array, offset: int, kv: KV | None) -> tuple[mx.array, ...]:
+    def _heads(self, x: mx.array, offset: int, kv: KeysValues | None) -> tuple[mx.array, ...]:
         """Queries `[B, H, L, D]`, keys and values."""
         assert kv is not None, "a layer without KV needs its donor's"
         return self._queries(self._split(self["q_proj"](x)), offset), *kv
@@ -86,7 +80,7 @@ class OwnAttention(SharedAttention):
         for name in self.fusions["qkv_proj"][1:]:
             self[name] = Linear(config.hidden_size, rows, bias=config.attention_bias)
 
-    def _heads(self, x: mx.array, offset: int, kv: KV | None) -> tuple[mx.array, ...]:
+    def _heads(self, x: mx.array, offset: int, kv: KeysValues | None) -> tuple[mx.array, ...]:
         H, Hk = self.n_heads, self.n_kv_heads
         # Without a v_proj the last heads are the keys' once more, before their norm and rotation.
         heads = self._split(self.project("qkv_proj", x))  # [B, H + Hk or H + 2 Hk, L, D]
@@ -134,9 +128,9 @@ class Layer(nn.Module):
         mask: Mask,
         offset: int,
         cache: Cache | None,
-        kv: KV | None,
+        kv: KeysValues | None,
         per_layer_input: mx.array | None,
-    ) -> tuple[mx.array, KV]:
+    ) -> tuple[mx.array, KeysValues]:
         r, used = self["self_attn"](self["input_layernorm"](x), mask, offset, cache, kv)
         x = x + self["post_attention_layernorm"](r)
         x = x + self["post_feedforward_layernorm"](self._feed_forward(x))
@@ -265,7 +259,7 @@ class Model(CausalLM):
         # A Python number takes the dtype of h: rounded to bfloat16 only when computing in it.
         h = self.model.embed_tokens(tokens) * self.config.hidden_size**0.5
         inputs = self.model.per_layer_inputs(tokens, h)
-        used: list[KV] = []
+        used: list[KeysValues] = []
         for i, (layer, heads) in enumerate(zip(self.model.layers, self.config.heads, strict=True)):
             if last_only and i == n_own:
                 h, offset = h[:, -1:], offset + L - 1

@@ -14,9 +14,10 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlxkv.attention import attend
 from mlxkv.cache import Cache, Mask
 from mlxkv.config import Fields, RopeConfig, rope_config
-from mlxkv.layers import ACTIVATIONS, GatedMLP, Prepared, attend, gated
+from mlxkv.layers import ACTIVATIONS, GatedMLP, Prepared, gated
 from mlxkv.models import glm4
 from mlxkv.moe import GatedExperts
 from mlxkv.stacking import stack_experts

@@ -19,10 +19,12 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxkv import device
+from mlxkv.attention import attend
 from mlxkv.cache import Cache, CacheSpec, Mask
 from mlxkv.config import Fields, RopeConfig, rope_config
 from mlxkv.errors import WeightsError
-from mlxkv.layers import ACTIVATIONS, Fusing, attend
+from mlxkv.kv_format import KV, dense, leading
+from mlxkv.layers import ACTIVATIONS, Fusing
 from mlxkv.linear import DENSE_ROWS, Linear
 from mlxkv.models import glm4, glm4_moe
 from mlxkv.models.glm4_moe import MoEConfig
@@ -218,14 +220,14 @@ class Attention(Fusing):
             # The values are part of the keys: the cache gets none of their own.
             kv, _ = cache.update(kv, kv[..., :0])
         if expanding_is_cheaper(c, L, kv.shape[2]):
-            out = self._expanded(q, q_rope, kv, mask)
+            out = self._expanded(q, q_rope, dense(kv), mask)
         else:
             out = self._absorbed(q, q_rope, kv, mask)
         return self["o_proj"](out.transpose(0, 2, 1, 3).reshape(B, L, -1))
 
-    def _absorbed(self, q: mx.array, q_rope: mx.array, kv: mx.array, mask: Mask) -> mx.array:
+    def _absorbed(self, q: mx.array, q_rope: mx.array, kv: KV, mask: Mask) -> mx.array:
         q = mx.concatenate([self["embed_q"](q), q_rope], axis=-1)  # [B, H, L, latent]
-        out = attend(q, kv, kv[..., : self._config.kv_lora_rank], self._scale, mask)
+        out = attend(q, kv, leading(kv, self._config.kv_lora_rank), self._scale, mask)
         return self["unembed_out"](out)
 
     def _expanded(self, q: mx.array, q_rope: mx.array, kv: mx.array, mask: Mask) -> mx.array:

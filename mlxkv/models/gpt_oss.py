@@ -14,10 +14,11 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlxkv.attention import attend
 from mlxkv.cache import Cache, CacheSpec, Mask
 from mlxkv.config import Fields, RopeConfig, rope_config
 from mlxkv.errors import WeightsError
-from mlxkv.layers import attend, attention_masks, compiled
+from mlxkv.layers import attention_masks, compiled
 from mlxkv.linear import Linear
 from mlxkv.models import glm4, llama
 from mlxkv.moe import GatedExperts

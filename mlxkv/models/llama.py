@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlxkv.attention import attend
 from mlxkv.cache import Cache, CacheSpec, Mask
 from mlxkv.config import Fields, RopeConfig, rope_config
 from mlxkv.layers import (
@@ -20,7 +21,6 @@ from mlxkv.layers import (
     Fusing,
     GatedMLP,
     Linear,
-    attend,
     attention_masks,
     model_windows,
 )
