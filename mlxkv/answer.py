@@ -10,9 +10,9 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlxkv.cache import STEP
 from mlxkv.errors import UsageError
 from mlxkv.generate import Restored
+from mlxkv.pages import WORTH
 from mlxkv.parsing import Content, Event, OutputParser, PlainParser, Reasoning, ToolCall
 from mlxkv.sampling import SamplingParams
 from mlxkv.stopping import StopTexts
@@ -29,8 +29,8 @@ class Miss:
     """Why more of a prompt was computed than what was held has of it.
 
     Args:
-        reason: `diverged`: the prompt differs from what was held; `dropped`: it does not, but KV
-            that is needed to go on there was given up for lack of memory.
+        reason: `diverged`: the prompt differs from what was held; `dropped`: KV that is needed to
+            go on where it does was given up for lack of memory, or its file was damaged.
         token: position of the first token that differs, or from which on KV was missing.
         held: text around it in what was held, the place marked by `|`.
         prompt: the same in the prompt.
@@ -236,13 +236,14 @@ def explain_miss(
 ) -> Miss | None:
     """Why not more of a prompt was restored; None where there was no more to restore.
 
-    Up to a page of what is shared is computed again as a rule, and is no miss.
+    A few tokens of what is shared are computed again as a rule, and are no miss.
     """
     token = restored.diverged_at(len(prompt))
     n_lost = min(restored.n_known, len(prompt) - 1) - restored.n_tokens
     reason = "diverged"
-    if restored.shared - restored.n_tokens > STEP:
-        reason, token = "dropped", restored.n_tokens
+    n_dropped = min(restored.shared, len(prompt) - 1) - restored.n_tokens
+    if n_dropped > WORTH:
+        reason, token, n_lost = "dropped", restored.n_tokens, n_dropped
     if token is None or n_lost <= 0:
         return None
 

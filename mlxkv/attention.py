@@ -232,7 +232,11 @@ def _online(
     out = mx.zeros((*q.shape[:-1], v.dim))
     for first in range(0, visible.n_keys, BLOCK):
         last = min(first + BLOCK, visible.n_keys)
-        keys = k.tokens(first, last).dequantized()[:, :, None]
+        # Not before the block in front is done: else many of them would be unpacked at a time.
+        packed_k, packed_v = k.tokens(first, last), v.tokens(first, last)
+        if first:
+            packed_k, packed_v = packed_k.after(out), packed_v.after(out)
+        keys = packed_k.dequantized()[:, :, None]
         scores = (q @ keys.swapaxes(-1, -2)).astype(mx.float32)
         if softcap is not None:
             scores = mx.tanh(scores / softcap) * softcap
@@ -242,6 +246,6 @@ def _online(
         before, highest = highest, mx.maximum(highest, scores.max(axis=-1, keepdims=True))
         weights, faded = mx.exp(scores - highest), mx.exp(before - highest)
         total = total * faded + weights.sum(axis=-1, keepdims=True)
-        values = v.tokens(first, last).dequantized()[:, :, None]
+        values = packed_v.dequantized()[:, :, None]
         out = out * faded + (weights.astype(q.dtype) @ values).astype(mx.float32)
     return (out / total).astype(q.dtype)

@@ -6,6 +6,8 @@ Invariants:
 - Buffers are allocated in steps of `STEP` tokens and written in place; `nbytes` is what they take.
 - `mask(L)` describes the KV that the next `update` of `L` tokens returns.
 - Everything is lazy: no method evaluates, and none reads a value back.
+- An update or a rewind changes all of a cache at its end, with nothing called in between: an
+  interrupt finds it as it was before or as it is after.
 - What is handed out stays as it was: writing `buffer[...] = x` rebinds that very array object, so
   a buffer never leaves the cache itself, only views of it do.
 
@@ -294,16 +296,23 @@ class _Buffers:
         blank = (mx.zeros((1, spec.n_kv_heads, 1, dim)) for dim in (spec.k_dim, spec.v_dim))
         return tuple(x[:, :, :0] for x in self._encoded(*blank))
 
-    def _reserve(self, arrays: Sequence[mx.array], n_used: int, capacity: int) -> None:
-        """Room for `capacity` tokens, the first `n_used` kept: the one place that copies."""
+    def _reserved(self, arrays: Sequence[mx.array], n_used: int, capacity: int) -> list[mx.array]:
+        """Buffers for `capacity` tokens, the first `n_used` kept: the one place that copies."""
         if not self.buffers:
-            self.buffers = [_rows_like(x, capacity) for x in arrays]
-        elif capacity != self.capacity:
-            self.buffers = [_extended(buffer, n_used, capacity) for buffer in self.buffers]
+            return [_rows_like(x, capacity) for x in arrays]
+        if capacity == self.capacity:
+            return self.buffers
+        return [_extended(buffer, n_used, capacity) for buffer in self.buffers]
 
-    def _write(self, arrays: Sequence[mx.array], start: int, stop: int) -> None:
-        for buffer, x in zip(self.buffers, arrays, strict=True):
-            buffer[:, :, start:stop] = x
+
+def _written(
+    buffers: Sequence[mx.array], arrays: Sequence[mx.array], start: int, stop: int
+) -> list[mx.array]:
+    """Buffers with rows written over; in place, once nobody holds the old ones any more."""
+    fresh = [buffer[...] for buffer in buffers]
+    for buffer, x in zip(fresh, arrays, strict=True):
+        buffer[:, :, start:stop] = x
+    return fresh
 
 
 def _four(x: mx.array) -> tuple[int, ...]:
@@ -357,11 +366,11 @@ class KVCache(_Buffers):
             UsageError: the shapes do not fit each other or what is held.
         """
         start, stop = self.offset, self.offset + self._check(k, v)
-        arrays = self._encoded(k, v)
+        arrays, buffers = self._encoded(k, v), self.buffers
         if stop > self.capacity:
-            self._reserve(arrays, start, ceil_step(stop))
-        self._write(arrays, start, stop)
-        self.offset = stop
+            buffers = self._reserved(arrays, start, ceil_step(stop))
+        buffers = _written(buffers, arrays, start, stop)
+        self.buffers, self.offset = buffers, stop
         return self._fetched([buffer[:, :, :stop] for buffer in self.buffers])
 
     def mask(self, L: int) -> Mask:
@@ -470,45 +479,41 @@ class RotatingKVCache(_Buffers):
             UsageError: the shapes do not fit each other or what is held.
         """
         L = self._check(k, v)
-        self.offset += L
         arrays = self._encoded(k, v)
         if self._n + L <= self.max_size:
-            self._append(arrays, L)
+            buffers, n, head = self._appended(arrays, L)
         elif L == 1:
-            self._overwrite_oldest(arrays)
+            buffers, n, head = self._overwritten(arrays)
         else:
-            self._concatenate(arrays, L)
-        return self._fetched([buffer[:, :, : self._n] for buffer in self.buffers])
+            buffers, n, head = self._concatenated(arrays, L)
+        self.buffers, self._n, self._head, self.offset = buffers, n, head, self.offset + L
+        return self._fetched([buffer[:, :, :n] for buffer in buffers])
 
-    def _append(self, arrays: Sequence[mx.array], L: int) -> None:
-        start, stop = self._n, self._n + L
+    def _appended(self, arrays: Sequence[mx.array], L: int) -> tuple[list[mx.array], int, int]:
+        start, stop, buffers = self._n, self._n + L, self.buffers
         # Too large where a chunk's surplus was rewound: no longer needed, so given back.
         if stop > self.capacity or self.capacity > self.max_size:
-            self._reserve(arrays, start, min(ceil_step(stop), self.max_size))
-        self._write(arrays, start, stop)
-        self._n = stop
+            buffers = self._reserved(arrays, start, min(ceil_step(stop), self.max_size))
+        return _written(buffers, arrays, start, stop), stop, self._head
 
-    def _overwrite_oldest(self, arrays: Sequence[mx.array]) -> None:
+    def _overwritten(self, arrays: Sequence[mx.array]) -> tuple[list[mx.array], int, int]:
+        at, buffers = self._head, self.buffers
         if self._n > self.max_size or self.capacity > self.max_size:
             # The surplus of a chunk: from here on it is a ring of max_size rows. A view would keep
             # the surplus allocated for as long as the ring lives.
             old = self._temporal(self._n - self.max_size, self._n)
-            self.buffers = [mx.contiguous(x) for x in old]
-            self._n, self._head = self.max_size, 0
-        at = self._head
-        self._write(arrays, at, at + 1)
-        self._head = (at + 1) % self.max_size
+            at, buffers = 0, [mx.contiguous(x) for x in old]
+        head = (at + 1) % self.max_size
+        return _written(buffers, arrays, at, at + 1), self.max_size, head
 
-    def _concatenate(self, arrays: Sequence[mx.array], L: int) -> None:
+    def _concatenated(self, arrays: Sequence[mx.array], L: int) -> tuple[list[mx.array], int, int]:
         kept = min(self._n, self.max_size - 1)
-        if kept:
-            old = self._temporal(self._n - kept, self._n)
-            pairs = zip(old, arrays, strict=True)
-            self.buffers = [mx.concatenate(list(pair), axis=2) for pair in pairs]
-        else:
+        if kept == 0:
             # The caller's array may be a view into something larger.
-            self.buffers = [mx.contiguous(x) for x in arrays]
-        self._n, self._head = kept + L, 0
+            return [mx.contiguous(x) for x in arrays], L, 0
+        old = self._temporal(self._n - kept, self._n)
+        pairs = zip(old, arrays, strict=True)
+        return [mx.concatenate(list(pair), axis=2) for pair in pairs], kept + L, 0
 
     def _temporal(self, start: int, stop: int) -> tuple[mx.array, ...]:
         """Rows `[start, stop)` counted from the oldest, in temporal order."""
@@ -588,11 +593,9 @@ class RotatingKVCache(_Buffers):
         first_needed = max(0, offset - (self.max_size - 1))
         if first_needed < offset and first > first_needed:
             return False
-        if self._head:
-            self.buffers = list(self._temporal(0, self._n))
-            self._head = 0
-        self._n = max(0, offset - first)
-        self.offset = offset
+        buffers = list(self._temporal(0, self._n)) if self._head else self.buffers
+        n = max(0, offset - first)
+        self.buffers, self._head, self._n, self.offset = buffers, 0, n, offset
         return True
 
     @property

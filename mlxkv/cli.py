@@ -28,6 +28,7 @@ app = typer.Typer(
 
 app.add_typer(kv_cli.app)
 
+KVType = Annotated[str, typer.Option("--kv-type", help="Format of the KV cache: native, q8 or q4.")]
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="Name, path, .gguf file or Hugging Face org/name.")
 ]
@@ -136,6 +137,7 @@ def run(
     memory: Annotated[
         str | None, typer.Option(help="Limit, such as 16GiB; the machine's without it.")
     ] = None,
+    kv_type: KVType = "native",
     verbose: Annotated[
         bool,
         typer.Option("--verbose", "-v", help="Print tokens/s, reuse and memory to stderr."),
@@ -161,7 +163,7 @@ def run(
         tuple(stop or ()), truncate, think,
     )  # fmt: skip
     one_shot.check(settings)
-    with load_model(name, dtype, memory) as llm:
+    with load_model(name, dtype, memory, kv_type) as llm:
         if text is None:
             from mlxkv.repl import chat as start_chat
 
@@ -171,6 +173,7 @@ def run(
                 settings,
                 system=system,
                 dtype=dtype,
+                kv_type=kv_type,
                 verbose=verbose,
                 kv_from=kv_from,
             )
@@ -187,18 +190,20 @@ def run(
         )
 
 
-def load_model(name: str, dtype: str, memory: str | None) -> LLM:
+def load_model(name: str, dtype: str, memory: str | None, kv_type: str = "native") -> LLM:
     """The model of that name, with progress on stderr."""
     from mlxkv import store
+    from mlxkv.kv_format import storage_of
     from mlxkv.terminal import ProgressLine
 
+    storage_of(kv_type)
     progress = ProgressLine()
     try:
         path = store.resolve(name, report=progress if progress.on else store.silent)
         progress(f"loading {name}")
         from mlxkv.llm import load
 
-        return load(path, dtype=dtype, memory=memory)
+        return load(path, dtype=dtype, memory=memory, kv_type=kv_type)
     finally:
         progress.clear()
 
@@ -346,7 +351,7 @@ def plan(
     model: Model,
     context: Annotated[int | None, typer.Option(help="Tokens; the model's own without it.")] = None,
     sequences: Annotated[int, typer.Option(help="Conversations at a time.")] = 1,
-    kv_type: Annotated[str, typer.Option(help="Format of the KV cache: native.")] = "native",
+    kv_type: KVType = "native",
     dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")] = "auto",
     memory: Annotated[str | None, typer.Option(help="Limit, such as 16GiB.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,

@@ -71,6 +71,7 @@ class Chat:
         settings: how answers are made.
         verbose: print figures after an answer.
         kv_from: name of saved KV that conversations go on from.
+        kv_type: format of the KV cache, for the next model as well.
         conversation: the messages and their KV.
         system: the system prompt.
         told: the user knows that the template rewrites earlier answers.
@@ -82,6 +83,7 @@ class Chat:
     settings: Settings
     verbose: bool = False
     kv_from: str | None = None
+    kv_type: str = "native"
     conversation: Conversation = field(init=False)
     system: str | None = field(default=None, init=False)
     told: bool = field(default=False, init=False)
@@ -270,7 +272,7 @@ def _load(chat: Chat, rest: str) -> str:
     # What is not there may be the name of a model, but not with this ending.
     if path.suffix == ".json":
         raise UsageError(f"{path}: no such file")
-    llm = load(store.resolve(rest), dtype=chat.dtype)
+    llm = load(store.resolve(rest), dtype=chat.dtype, kv_type=chat.kv_type)
     if llm.tokenizer.chat_template is None:
         raise UsageError(f"{rest} has no chat template (it is a base model) and cannot chat")
     chat.llm.close()

@@ -195,6 +195,7 @@ class Session:
         self._known: list[int] = []
         self._pages = pages
         self._cutter = None if pages is None else Cutter(pages, self.caches)
+        self._stable = model.stable_tokens if pages is None else pages.stable
         self._longest = 0  # tokens that the caches have held since they were empty
 
     @property
@@ -226,18 +227,20 @@ class Session:
             held=tuple(held[shared : shared + STEP]),
             n_known=len(held),
         )
-        if live.n_tokens == len(held) > 0:
-            return live  # the sequence goes on; what it holds is what its pages would give
-        restored = self._from_pages(tokens, live)
+        if live.n_tokens < len(held) and not self._shareable(0):
+            live = replace(live, n_tokens=0)  # its keys were turned for a longer sequence
+        restored = self._from_pages(tokens, live, len(held))
         if restored.n_tokens == 0:
             self.reset()
         self._known = list(tokens[: restored.n_tokens])
         return restored
 
-    def _from_pages(self, tokens: Sequence[int], live: Restored) -> Restored:
+    def _from_pages(self, tokens: Sequence[int], live: Restored, n_held: int) -> Restored:
         """Go back to the shared prefix, or to what pages have of it, whichever is longer."""
         match = self._match(tokens)
         while match.n_tokens > live.n_tokens or not self._rewind(live.n_tokens):
+            # Before anything is loaded: an interrupt must not find other KV under the old tokens.
+            self.reset()
             live = replace(live, n_tokens=0)
             if self._pages is None or match.n_tokens == 0:
                 continue
@@ -249,7 +252,8 @@ class Session:
             # A damaged file: what is left of the chain is looked up anew.
             self.reset()
             match = self._match(tokens)
-        self._cut_from(tokens[: live.n_tokens])
+        if live.n_tokens < n_held or n_held == 0:
+            self._cut_from(tokens[: live.n_tokens], match)
         return _explained(live, live, match)
 
     def _match(self, tokens: Sequence[int]) -> Match:
@@ -257,10 +261,13 @@ class Session:
             return Match()
         return self._pages.match(tokens, len(tokens) - 1)
 
-    def _cut_from(self, tokens: Sequence[int], match: Match | None = None) -> None:
+    def _cut_from(self, tokens: Sequence[int], match: Match) -> None:
+        """Have what comes next cut behind `tokens`, which the caches hold."""
         if self._cutter is None or self._pages is None:
             return
-        rows = self._pages.rows_before(match.links[-1], len(tokens)) if match else None
+        rows = None
+        if match.links and match.links[-1].start < len(tokens) <= match.n_tokens:
+            rows = self._pages.rows_before(match.links[-1], len(tokens))
         self._cutter.restart(tokens, rows)
 
     def prefill(
@@ -279,9 +286,11 @@ class Session:
             if on_progress is not None:
                 on_progress(done, total)
 
-        return prefill(
+        logits = prefill(
             self.model, tokens[start:], self.caches, chunk=chunk, on_progress=after_chunk
         )
+        self._longest = max(self._longest, len(tokens))
+        return logits
 
     def decode(
         self, logits: mx.array, sampler: Sampler, max_tokens: int | None = None
@@ -293,6 +302,7 @@ class Session:
             self._known.append(token)
             yield token
             n = self.caches[0].offset
+            self._longest = max(self._longest, n)
             if self._cutter is not None and self._cutter.is_due(n):
                 self._cut(n)
 
@@ -307,6 +317,12 @@ class Session:
             return []
         return self._cutter.finish(self._known, n)
 
+    def discard(self) -> None:
+        """Forget everything, and have the pages forget it: what was computed is no KV."""
+        if self._cutter is not None and self._pages is not None:
+            self._pages.forget(self._cutter.links)
+        self.reset()
+
     def _cut(self, n: int) -> None:
         if self._cutter is not None and n <= len(self._known) and self._shareable(n):
             self._cutter.advance(self._known, n)
@@ -314,8 +330,7 @@ class Session:
     def _shareable(self, n: int) -> bool:
         """Whether the KV of `n` tokens is the one that any prompt with them has."""
         self._longest = max(self._longest, n)
-        limit = None if self._pages is None else self._pages.stable
-        return limit is None or self._longest <= limit
+        return self._stable is None or self._longest <= self._stable
 
     def _settle(self) -> int:
         """Tokens that every cache holds: an interrupt may have come between two layers."""

@@ -48,6 +48,9 @@ def save(
     pin: Annotated[bool, typer.Option("--pin", help="Never give it up for room.")] = False,
     dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")] = "auto",
     memory: Annotated[str | None, typer.Option(help="Limit, such as 16GiB.")] = None,
+    kv_type: Annotated[
+        str, typer.Option("--kv-type", help="Format of the KV: native, q8 or q4.")
+    ] = "native",
 ) -> None:
     """Compute a prompt, a file or a whole folder of text once, and keep its KV.
 
@@ -62,7 +65,7 @@ def save(
     text = kv_sources.read(sources or [])
     wanted = model or catalog.DEFAULT.name
     progress = ProgressLine()
-    with load_model(wanted, dtype, memory) as llm:
+    with load_model(wanted, dtype, memory, kv_type) as llm:
         prompt = text if raw else [{"role": "system", "content": text}]
         try:
             saved = llm.save_kv(name, prompt, model=wanted, on_progress=prefill_report(progress))

@@ -63,6 +63,11 @@ class QuantizedRows:
         """The first values of each row."""
         return QuantizedRows(self.codes, self.scales, self.biases, dim, self.bits)
 
+    def after(self, x: mx.array) -> QuantizedRows:
+        """The same, not unpacked before `x` is computed."""
+        (codes,) = mx.depends([self.codes], [x])
+        return QuantizedRows(codes, self.scales, self.biases, self.dim, self.bits)
+
     def dequantized(self) -> mx.array:
         """The rows `[B, H, S, D]`."""
         rows = mx.dequantize(

@@ -25,7 +25,8 @@ def read(sources: Sequence[str]) -> str:
     """
     paths = [Path(source).expanduser() for source in sources]
     missing = [source for source, path in zip(sources, paths, strict=True) if not _exists(path)]
-    if len(sources) == 1 and missing and not _looks_like_path(sources[0]):
+    # A word alone is rather a file's name with a slip in it than a prompt.
+    if len(sources) == 1 and missing and any(c.isspace() for c in sources[0]):
         text: str | None = sources[0]
     elif missing:
         raise UsageError(f"{missing[0]}: no such file or folder")
@@ -42,10 +43,6 @@ def _exists(path: Path) -> bool:
         return path.exists()
     except OSError:  # a text can be too long for a path
         return False
-
-
-def _looks_like_path(text: str) -> bool:
-    return not any(c.isspace() for c in text) and ("/" in text or bool(Path(text).suffix))
 
 
 def _files(paths: Sequence[Path]) -> str:
@@ -85,7 +82,7 @@ def _text_or_none(file: Path) -> str | None:
 def _inside(folder: Path) -> Iterator[Path]:
     """The files of a folder in a fixed order: another order would be another prompt."""
     tracked = _tracked(folder)
-    if tracked is not None:
+    if tracked:  # nothing of a folder that git ignores
         yield from (folder / name for name in sorted(tracked))
         return
     for path in sorted(folder.rglob("*")):

@@ -6,6 +6,7 @@ The way of a request: text -> tokens -> the session keeps the prefix it holds ->
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -28,7 +29,13 @@ from mlxkv.answer import (
 from mlxkv.chat import thinking_options
 from mlxkv.config import read_json
 from mlxkv.conversation import Conversation
-from mlxkv.errors import ContextExceeded, TemplateError, UsageError
+from mlxkv.errors import (
+    CheckpointError,
+    ContextExceeded,
+    MlxkvError,
+    TemplateError,
+    UsageError,
+)
 from mlxkv.generate import Session
 from mlxkv.layers import CausalLM
 from mlxkv.loader import load_model
@@ -40,6 +47,8 @@ from mlxkv.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from mlxkv.kv_names import NamedKV
+
+_log = logging.getLogger(__name__)
 
 Prompt = str | Sequence[Message] | Sequence[int]
 
@@ -103,11 +112,12 @@ class LLM:
         )
         budget = planner.pages_bytes(limit_bytes or device.memory_limit(), weights_bytes)
         self.pages = open_pages(model, path, kv_type, budget)
-        self._closing = weakref.finalize(self, _close, self.pages)
+        self._at_exit = weakref.finalize(self, _close_at_exit, self.pages)
 
     def close(self) -> None:
         """Write prefixes to disk that are worth keeping, and forget them; also done at exit."""
-        self._closing()
+        if self.pages is not None and self._at_exit.detach() is not None:
+            self.pages.close()
 
     def __enter__(self) -> Self:
         return self
@@ -206,7 +216,7 @@ class LLM:
             UsageError: an empty prompt, a bad name, or KV on disk is switched off.
             OutputError: it does not fit what the disk may take.
         """
-        return saved_prefix.save(self, name, prompt, model or self.path.name, on_progress)
+        return saved_prefix.save(self, name, prompt, model, on_progress)
 
     def saved_kv(self, name: str | NamedKV | None) -> NamedKV | None:
         """Saved KV by its name.
@@ -332,9 +342,12 @@ class LLM:
                 stats = clock.stats(tokens, restored, n, session.nbytes, self.tokenizer)
                 yield Chunk(text, token, reason, stats, reasoning or None, calls)
                 return
+        except CheckpointError:
+            session.discard()
+            raise
         finally:
             # Also of an answer that was left early: what was computed is worth as much.
-            session.finish()
+            _finish(session)
 
     def session(self) -> Session:
         """Empty caches for one sequence, which share prefixes with all others of this model."""
@@ -350,6 +363,14 @@ class LLM:
         return Result(text, tokens, last.finish_reason, last.stats, reasoning or None, calls)
 
 
-def _close(pages: Pages | None) -> None:
+def _finish(session: Session) -> None:
+    """Keep a sequence's prefix; where that fails, its answer is no worse for it."""
+    try:
+        session.finish()
+    except (MlxkvError, RuntimeError, OSError, MemoryError) as error:
+        _log.warning("the prefix is not kept: %s", error)
+
+
+def _close_at_exit(pages: Pages | None) -> None:
     if pages is not None:
-        pages.close()
+        pages.close(at_exit=True)

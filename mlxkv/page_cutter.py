@@ -18,6 +18,9 @@ from mlxkv.page_format import ROOT, page_name
 from mlxkv.page_links import FULL, WINDOW, Link, Part, packed
 from mlxkv.pages import Pages
 
+AHEAD = 2
+"""Tokens that may be fed before the next chance to cut: decoding has one step in flight."""
+
 
 class Cutter:
     """Gives the pages of one sequence to `Pages`.
@@ -52,11 +55,16 @@ class Cutter:
         if tip is not None and tip[0].start == self._start:
             self._rows, self._kept = [tip], tip[0].stop
 
+    @property
+    def links(self) -> list[Link]:
+        """The complete pages of the sequence."""
+        return list(self._links)
+
     def is_due(self, n: int) -> bool:
         """Whether `advance` has something to do at `n` tokens: a page, or rows about to go."""
         if n - self._start >= STEP:
             return True
-        return bool(self._window) and n - self._kept >= self._pages.kinds.stride
+        return bool(self._window) and n + AHEAD - self._kept > self._pages.kinds.stride
 
     def advance(self, tokens: Sequence[int], n: int) -> None:
         """Cut the pages that are complete.
@@ -105,7 +113,7 @@ class Cutter:
             parts[WINDOW] = rows
         mx.eval([piece.arrays for part in parts.values() for piece in part])
         if parts:
-            self._pages.add(link, data, parts)
+            self._pages.add(link, data, parts, self._links)
         return link
 
     def _page_rows(self, stop: int) -> Part | None:

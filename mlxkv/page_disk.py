@@ -13,6 +13,7 @@ from mlxkv.layers import CausalLM
 from mlxkv.names import kv_dir
 from mlxkv.page_format import PageFile, PageKey
 from mlxkv.page_links import Kinds, Part
+from mlxkv.page_room import check_cap
 from mlxkv.pages import Pages
 
 if TYPE_CHECKING:
@@ -147,8 +148,12 @@ def open_pages(
         kv_type: format of the KV.
         budget_bytes: what pages may take in RAM.
         folder: where they are on disk; None for the user's own.
+
+    Raises:
+        UsageError: MLXKV_KV_DISK is no size.
     """
     kinds = Kinds.of(model.cache_specs())
+    check_cap()
     if kinds is None:
         return None
     dtype = str(model.compute_dtype).rpartition(".")[2]

@@ -277,8 +277,19 @@ class PageFiles:
 
     def _wake(self) -> None:
         if self._queue and self._thread is None:
-            self._thread = threading.Thread(target=self._work, name="mlxkv-pages", daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._work, name="mlxkv-pages", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError:  # no more threads, or the interpreter is ending
+                self._refuse_queue("no thread")
+                return
+            self._thread = thread
+
+    def _refuse_queue(self, reason: str) -> None:
+        """Give up what waits; with the lock held."""
+        batch = list(self._queue)
+        self._queue.clear()
+        self._settle(batch, _Outcome(reason=reason))
 
     def _work(self) -> None:
         """The thread: it lives while there is something to write."""
@@ -336,6 +347,8 @@ class PageFiles:
                 self._write_locked(batch, outcome)
         except TimeoutError:
             outcome.reason = "another process holds the folder"
+            with self._changed:  # nobody waits that long for each batch of them
+                self._refuse_queue(outcome.reason)
         except OSError as error:
             outcome.reason = f"disk: {error.strerror}"
 

@@ -56,14 +56,14 @@ class Kinds:
         return self.full if part == FULL else self.window
 
     def needed(self, links: Sequence[Link], part: str, stop: int) -> list[Link]:
-        """Of a chain, the pages whose part is needed to go on at `stop`, inside the last one."""
+        """Of a chain from position 0, the pages whose part is needed to go on at `stop`."""
         if not links or not self.caches(part):
             return []
         if part == FULL:
             return list(links)
         # One row less than the window is enough, and the last page is needed for its position.
-        first = stop - (self.reach - 1)
-        return [link for link in links if link.stop > first or link is links[-1]]
+        first = max(0, min(stop - (self.reach - 1), links[-1].start))
+        return list(links[first // STEP :])
 
 
 @dataclass(frozen=True, slots=True)

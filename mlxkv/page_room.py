@@ -64,6 +64,11 @@ class DiskLimits:
         )
 
 
+def check_cap() -> None:
+    """Raises UsageError where MLXKV_KV_DISK is no size: before anything is computed."""
+    _chosen_cap()
+
+
 def _chosen_cap() -> int | None:
     text = os.environ.get(CAP_VARIABLE, "").strip()
     if text == "0":

@@ -144,6 +144,7 @@ class Pages:
         needed = {part: self.kinds.needed(links, part, stop) for part in self.kinds.parts}
         read = self._bring(needed)
         if read is None:
+            self.ram.shrink(self.budget_bytes)
             return None
         try:
             for part, some in needed.items():
@@ -152,10 +153,11 @@ class Pages:
                     caches[index].load([part_slices[i] for part_slices in slices])
                     mx.eval(caches[index].state)
         except UsageError:
-            self._forget(links)
+            self.forget(links)
             return None
         self.touch(links)
-        self.keep(link for link in links if link.n_tokens == STEP)  # its second use
+        if self._disk is not None:
+            self.keep(link for link in links if link.n_tokens == STEP)  # its second use
         self.ram.shrink(self.budget_bytes)
         # Pages that no layer needs any more count as the first that one does.
         first = next(iter(needed.values()))[0]
@@ -170,15 +172,20 @@ class Pages:
         """Whether a page is in RAM with all its parts."""
         return all(self.ram.has(link, part) for part in self.kinds.parts)
 
-    def add(self, link: Link, tokens: bytes, parts: dict[str, Part]) -> None:
+    def add(
+        self, link: Link, tokens: bytes, parts: dict[str, Part], chain: Sequence[Link] = ()
+    ) -> None:
         """Keep a page, or the parts of it that are not here yet.
 
         Args:
             link: its place.
             tokens: its own, packed.
             parts: evaluated.
+            chain: the pages before it, which are in use as well: where not all of a sequence finds
+                room, it is its end that does not.
         """
         self.ram.put(link, tokens, parts)
+        self.ram.touch([*chain, link])
         if self._writes_through:
             self.keep([link], named=True)
         self.ram.drop_outgrown(link, tokens)
@@ -229,15 +236,30 @@ class Pages:
             for link in self.kinds.needed(links, part, stop)
         ]
 
+    def forget(self, links: Iterable[Link]) -> None:
+        """Give up pages that hold no KV of this model, in RAM and on disk."""
+        for link in links:
+            if (page := self.ram.get(link.name)) is not None:
+                self.ram.drop(page, self.kinds.parts)
+            for key in map(link.key, self.kinds.parts):
+                if self._disk is not None:
+                    self._disk.remove(key)
+                    if key in self._disk:  # in a folder that cannot be written
+                        self._unreadable.add(key)
+
     def clear(self) -> None:
         """Forget what is in RAM."""
         self.ram.clear()
 
-    def close(self) -> None:
-        """Write what is worth keeping, wait for it, and forget what is in RAM."""
+    def close(self, *, at_exit: bool = False) -> None:
+        """Write what is worth keeping, wait for it, and forget what is in RAM.
+
+        Args:
+            at_exit: the interpreter is ending: no disk is opened any more.
+        """
         links = sorted((page.link for page in self.ram), key=lambda link: link.start)
         # A sequence of less than a page is computed faster than a process starts.
-        if links and links[-1].stop >= STEP:
+        if links and links[-1].stop >= STEP and not (at_exit and self._disk is None):
             self.keep(links, wait=True)
         if self._disk is not None:
             self._disk.close()
@@ -275,9 +297,13 @@ class Pages:
                 break
             if is_whole([*links, page.link], at + n):
                 return [*links, page.link], at + n
-        while links and not is_whole(links, links[-1].stop):
-            links = links[:-1]
-        return links, links[-1].stop if links else 0
+        for k in range(len(links), 0, -1):
+            stop = links[k - 1].stop
+            first = max(0, min(stop - self.kinds.reach + 1, stop - STEP)) // STEP
+            windows = links[first:k] if self.kinds.window else ()
+            if all(self._held(link, WINDOW, self._disk) for link in windows):
+                return links[:k], stop
+        return [], 0
 
     def _held(self, link: Link, part: str, disk: PageDisk | None) -> bool:
         if self.ram.has(link, part):
@@ -325,8 +351,12 @@ class Pages:
 
     def _known_until(self, link: Link, disk: PageDisk | None) -> int:
         """How far the sequence that goes through a page is known."""
-        while behind := list(self._children(link.name, link.stop, disk)):
+        seen = {link.name}  # a file's name can be anything, also its own parent's
+        while behind := [
+            x for x in self._children(link.name, link.stop, disk) if x.name not in seen
+        ]:
             link = max(behind, key=lambda child: (child.n_tokens, child.name))
+            seen.add(link.name)
         return link.stop
 
     def _bring(self, needed: dict[str, list[Link]]) -> set[str] | None:
@@ -344,18 +374,10 @@ class Pages:
         found = self._disk.read([link.key(part) for link, part in missing])
         for (link, part), file in zip(missing, found, strict=True):
             if file is None:
-                # Also a file that stays where it is and cannot be read is not asked for again.
-                self._unreadable.add(link.key(part))
+                # What is gone may be written again; what is still there cannot be read.
+                if link.key(part) in self._disk:
+                    self._unreadable.add(link.key(part))
                 continue
             tokens, slices = file
             self.ram.put(link, tokens, {part: slices})
         return None if None in found else {link.name for link, _ in missing}
-
-    def _forget(self, links: Iterable[Link]) -> None:
-        """Pages that do not fit the model's caches: out of RAM and off the disk."""
-        for link in links:
-            if (page := self.ram.get(link.name)) is not None:
-                self.ram.drop(page, self.kinds.parts)
-            if self._disk is not None:
-                for part in self.kinds.parts:
-                    self._disk.remove(link.key(part))

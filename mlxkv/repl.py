@@ -46,6 +46,7 @@ def chat(
     *,
     system: str | None = None,
     dtype: str = "auto",
+    kv_type: str = "native",
     verbose: bool = False,
     kv_from: str | None = None,
 ) -> int:
@@ -59,7 +60,7 @@ def chat(
             f"{name} has no chat template (it is a base model) and cannot chat: give it a PROMPT "
             "with --raw"
         )
-    state = Chat(llm, name, dtype, settings, verbose, kv_from)
+    state = Chat(llm, name, dtype, settings, verbose, kv_from, kv_type)
     state.begin(system)
     print(f"{name}: /? for help, /bye or Ctrl-D to leave")
     ask = _line_reader()

@@ -79,13 +79,14 @@ def split_words(
     """MODEL and PROMPT out of the arguments of `run`.
 
     One argument alone is the MODEL if it looks like one, and else the PROMPT for the default
-    model; of two the first is the MODEL. With `--model` all of them are the PROMPT, and with saved
-    KV, which names its model, as well.
+    model; of two the first is the MODEL. With `--model` all of them are the PROMPT; with saved KV,
+    which names its model, too, unless the first is one.
 
     Raises:
         UsageError: more than two arguments: a prompt without quotes; or no such saved KV.
     """
-    if model is None and kv_from is not None and len(words) < 2:
+    named = len(words) == 2 and looks_like_model(words[0])
+    if model is None and kv_from is not None and not named:
         from mlxkv.kv_names import KVNames
         from mlxkv.names import kv_dir
 
@@ -336,7 +337,7 @@ def describe_prompt(stats: Stats) -> str:
     if miss is None:
         return text
     if miss.reason == "dropped":
-        why = f"KV from token {miss.token:,} on was given up for lack of memory"
+        why = f"KV from token {miss.token:,} on was given up for lack of memory, or damaged"
     else:
         why = f"differs from token {miss.token:,} on: had {miss.held!r}, got {miss.prompt!r}"
     return f"{text}; {why} ({miss.n_tokens:,} tokens again, {miss.cost_s:.1f} s)"

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from mlxkv.errors import ContextExceeded, OutputError, UsageError
-from mlxkv.names import kv_dir
+from mlxkv.errors import ContextExceeded, ModelNotFound, OutputError, UsageError
+from mlxkv.names import PathRef, kv_dir, locate, models_dir, read_record
 from mlxkv.page_disk import PageDisk
 from mlxkv.page_links import packed, unpacked
 from mlxkv.pages import Pages
@@ -27,7 +27,9 @@ _PROBES = ("A", "7 z")
 """Two messages that begin differently: what comes before both belongs to no message."""
 
 
-def save(llm: LLM, name: str, prompt: Prompt, model: str, on_progress: Progress | None) -> NamedKV:
+def save(
+    llm: LLM, name: str, prompt: Prompt, model: str | None, on_progress: Progress | None
+) -> NamedKV:
     """See `LLM.save_kv`."""
     from mlxkv.kv_names import KVNames, NamedKV
 
@@ -37,6 +39,11 @@ def save(llm: LLM, name: str, prompt: Prompt, model: str, on_progress: Progress 
     text, messages, tokens = _prefix(llm, prompt)
     if len(tokens) >= llm.context:
         raise ContextExceeded(len(tokens), llm.context)
+    if pages.stable is not None and len(tokens) > pages.stable:
+        raise UsageError(
+            f"the prompt has {len(tokens):,} tokens; this model's KV stays the same for what "
+            f"follows up to {pages.stable:,} tokens only (its rotary embedding stretches)"
+        )
     session = llm.session()
     with pages.writing_through():
         session.restore(tokens)
@@ -54,7 +61,7 @@ def save(llm: LLM, name: str, prompt: Prompt, model: str, on_progress: Progress 
     saved = NamedKV(
         name=name,
         fingerprint=disk.fingerprint,
-        model=model,
+        model=_lasting_name(model) if model else _name_of(llm),
         n_tokens=len(tokens),
         keys=tuple(keys),
         text=text,
@@ -67,6 +74,15 @@ def save(llm: LLM, name: str, prompt: Prompt, model: str, on_progress: Progress 
     )
     names.save(saved, replace=True)
     return saved
+
+
+def _lasting_name(model: str) -> str:
+    """A model's name as it can be used in any folder: a path is made absolute."""
+    try:
+        ref = locate(model)
+    except ModelNotFound:
+        return model
+    return str(ref.path.absolute()) if isinstance(ref, PathRef) else model
 
 
 def find(llm: LLM, name: str | NamedKV | None) -> NamedKV | None:
@@ -115,6 +131,14 @@ def behind(llm: LLM, saved: NamedKV | None, prompt: Prompt) -> list[int]:
     if isinstance(prompt, str):
         return [*unpacked(saved.tokens), *llm.encode_text(prompt)]
     return [*unpacked(saved.tokens), *llm.encode(prompt)]
+
+
+def _name_of(llm: LLM) -> str:
+    """What the model is called: its directory in the models folder, or its path."""
+    if llm.path.absolute().parent != models_dir():
+        return str(llm.path.absolute())
+    record = read_record(llm.path)
+    return record.name if record else llm.path.name
 
 
 def _where(llm: LLM) -> tuple[Pages, PageDisk]:

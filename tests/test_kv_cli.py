@@ -147,7 +147,8 @@ def test_what_is_piped_in_is_saved(env):
     [
         (["kv", "save", "x", "-m", "other"], 2, ["nothing to save"]),
         (["kv", "save", "x", "-m", "other", "no/such/file.txt"], 2, ["no such file or folder"]),
-        (["kv", "save", "../x", "-m", "other", "text"], 2, ["../x"]),
+        (["kv", "save", "../x", "-m", "other", "a text"], 2, ["../x"]),
+        (["kv", "save", "x", "-m", "other", "Makefil"], 2, ["Makefil: no such file"]),
         (["kv", "rm", "nothing"], 2, ["nothing"]),
         (["kv", "export", "nothing", "f"], 2, ["nothing"]),
         (["kv", "import", "nothing"], 2, ["nothing", "no such file"]),

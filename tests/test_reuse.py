@@ -272,7 +272,7 @@ def test_a_system_prompt_goes_below_the_saved_one(llm):
 
 def test_a_name_is_for_its_model_alone(folder, tmp_path):
     mlxkv.load(folder / "llama").save_kv("weir", DOCUMENT)
-    with pytest.raises(UsageError, match="weir is KV of llama"):
+    with pytest.raises(UsageError, match=r"weir is KV of /.*/llama "):
         mlxkv.load(folder / "gemma3").generate("Who?", kv_from="weir")
 
 

@@ -50,11 +50,12 @@ class SharedAttention(Fusing):
         B, L, _ = x.shape
         q, k, v = self._heads(x, offset, kv)
         if cache is not None:
+            assert isinstance(k, mx.array) and isinstance(v, mx.array), "another layer's KV"
             k, v = cache.update(k, v)
         out = attend(q, k, v, 1.0, mask)  # the norms on q and k stand in for a scale
         return self["o_proj"](out.transpose(0, 2, 1, 3).reshape(B, L, -1)), (k, v)
 
-    def _heads(self, x: mx.array, offset: int, kv: KeysValues | None) -> tuple[mx.array, ...]:
+    def _heads(self, x: mx.array, offset: int, kv: KeysValues | None) -> tuple[mx.array, KV, KV]:
         """Queries `[B, H, L, D]`, keys and values."""
         assert kv is not None, "a layer without KV needs its donor's"
         return self._queries(self._split(self["q_proj"](x)), offset), *kv
@@ -80,7 +81,7 @@ class OwnAttention(SharedAttention):
         for name in self.fusions["qkv_proj"][1:]:
             self[name] = Linear(config.hidden_size, rows, bias=config.attention_bias)
 
-    def _heads(self, x: mx.array, offset: int, kv: KeysValues | None) -> tuple[mx.array, ...]:
+    def _heads(self, x: mx.array, offset: int, kv: KeysValues | None) -> tuple[mx.array, KV, KV]:
         H, Hk = self.n_heads, self.n_kv_heads
         # Without a v_proj the last heads are the keys' once more, before their norm and rotation.
         heads = self._split(self.project("qkv_proj", x))  # [B, H + Hk or H + 2 Hk, L, D]
