@@ -29,7 +29,7 @@ from tests.tiny import tokens as random_tokens
 
 FAMILIES = [case for case in CASES if case.n_prompt == LONG and not case.prefill_in_one]
 N = 1100
-DIVERGENCES = (3, 255, 300, 513, 790, 1090)
+DIVERGENCES = (3, 300, 513, 1090)
 ROOM = 2**30
 every_family = pytest.mark.parametrize("case", FAMILIES, ids=lambda case: case.name)
 
@@ -137,7 +137,7 @@ def test_any_divergence_gives_back_what_is_shared(case, model, folder):
         else:
             run(model, pages, tokens)
         # From disk a few will do: what differs from RAM is where the bytes come from.
-        for at in DIVERGENCES if source == "ram" else DIVERGENCES[2::3]:
+        for at in DIVERGENCES if source == "ram" else DIVERGENCES[1::2]:
             prompt = forked(tokens, at, n_vocab)
             n, n_ssd, logits = restored(model, pages, prompt)
             assert n == (at if at % STEP >= WORTH else at // STEP * STEP), (source, at)
