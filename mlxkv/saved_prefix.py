@@ -92,12 +92,14 @@ def find(llm: LLM, name: str | NamedKV | None) -> NamedKV | None:
     from mlxkv.kv_names import KVNames
 
     saved = KVNames(kv_dir()).load(name) if isinstance(name, str) else name
-    _, disk = _where(llm)
+    pages, disk = _where(llm)
     if saved.fingerprint != disk.fingerprint:
         raise UsageError(
             f"{saved.name} is KV of {saved.model} ({saved.dtype}, {saved.kv_type}), and this model "
             f"({disk.dtype}, {llm.kv_type}) has other weights or another format: save it anew"
         )
+    if saved.pinned:
+        pages.ram.pin(key.name for key in saved.keys)
     return saved
 
 

@@ -303,6 +303,18 @@ def test_saving_again_replaces_and_keeps_the_pin(llm, kv):
     assert KVNames(kv).load("weir").n_tokens == len(DOCUMENT) + 5
 
 
+def test_a_pinned_name_stays_in_ram_too(llm, kv):
+    llm.save_kv("weir", DOCUMENT)
+    KVNames(kv).pin("weir")
+    llm = reload(llm)
+    llm.generate(" Who?", kv_from="weir", max_tokens=1)
+    assert llm.pages is not None
+    llm.pages.budget_bytes = 0
+    llm.generate("y" * 900, max_tokens=1)
+    stats = llm.generate(" Why?", kv_from="weir", max_tokens=1).stats
+    assert restored(stats)[0] >= len(DOCUMENT)
+
+
 def test_what_does_not_fit_the_disk_is_said(llm, monkeypatch):
     monkeypatch.setenv("MLXKV_KV_DISK", "100KB")
     with pytest.raises(OutputError, match="does not fit"):
