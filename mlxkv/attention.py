@@ -36,7 +36,8 @@ def attend(
         k: `[B, Hk, S, k_dim]`, packed or not.
         v: `[B, Hk, S, v_dim]`, packed if the keys are.
         scale: factor on the scores.
-        mask: None, `"causal"` (aligned at the end), or bool `[L, S]`, true where visible.
+        mask: None, `"causal"` (aligned at the end), or bool `[L, S]`, true where visible; no query
+            sees what lies behind it.
         sinks: one logit per head that takes part in the softmax and has no value, `[H]`.
         softcap: bound of the scores, `c * tanh(score / c)`, before the mask.
 
@@ -152,16 +153,21 @@ def _attend_packed(
     sinks: mx.array | None,
     softcap: float | None,
 ) -> mx.array:
-    """Attention over packed keys and values; no more than `BLOCK` of them are unpacked at a time.
+    """Attention over packed keys and values.
 
-    On the CPU backend a chunk's queries are divided over the cores, as for unpacked ones.
+    One query is a product on the codes themselves. A chunk unpacks `BLOCK` keys and values at a
+    time; on the CPU backend its queries are divided over the cores, and each unpacks its own.
     """
     B, H, L, _ = q.shape
     Hk, S = k.shape[1], k.shape[2]
-    # The heads that share a KV head are rows of one product.
-    rows = (q * scale).reshape(B, Hk, H // Hk, L, -1)
+    # The heads that share a KV head are rows of one product. Scores are float32, as in MLX's
+    # kernel: those of models without a scale leave float16's range.
+    rows = (q.astype(mx.float32) * scale).reshape(B, Hk, H // Hk, L, -1)
     if sinks is not None:
         sinks = sinks.reshape(1, Hk, H // Hk, 1, 1)
+    if L == 1 and mask is None:
+        one = _attend_codes(rows[:, :, :, 0], k, v, sinks, softcap)
+        return one.reshape(B, H, 1, -1).astype(q.dtype)
     streams = device.core_streams() if device.on_cpu() and L >= SPLIT_QUERIES else (None,)
     bounds = [L * i // len(streams) for i in range(len(streams) + 1)]
     parts = []
@@ -170,7 +176,40 @@ def _attend_packed(
         with mx.stream(stream) if stream is not None else contextlib.nullcontext():
             parts.append(_online(rows[:, :, :, start:stop], k, v, visible, sinks, softcap))
     out = parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=3)
-    return out.reshape(B, H, L, -1)
+    return out.reshape(B, H, L, -1).astype(q.dtype)
+
+
+def _attend_codes(
+    q: mx.array,
+    k: QuantizedRows,
+    v: QuantizedRows,
+    sinks: mx.array | None,
+    softcap: float | None,
+) -> mx.array:
+    """One query's heads over the codes, with nothing unpacked.
+
+    Args:
+        q: scaled, float32, `[B, Hk, H / Hk, D]`.
+
+    Returns:
+        float32 `[B, Hk, H / Hk, v_dim]`.
+    """
+    n_missing = k.scales.shape[-1] * k.group_size - q.shape[-1]
+    if n_missing:
+        q = mx.pad(q, [(0, 0), (0, 0), (0, 0), (0, n_missing)])
+    scores = mx.quantized_matmul(
+        q, k.codes, k.scales, k.biases, transpose=True, group_size=k.group_size, bits=k.bits
+    ).astype(mx.float32)
+    if softcap is not None:
+        scores = mx.tanh(scores / softcap) * softcap
+    if sinks is not None:  # takes part in the softmax, and has no value
+        sinks = mx.broadcast_to(sinks[..., 0].astype(mx.float32), (*scores.shape[:-1], 1))
+        scores = mx.concatenate([scores, sinks], axis=-1)
+    weights = mx.softmax(scores, axis=-1, precise=True)[..., : k.shape[2]]
+    out = mx.quantized_matmul(
+        weights, v.codes, v.scales, v.biases, transpose=False, group_size=v.group_size, bits=v.bits
+    )
+    return out[..., : v.dim].astype(mx.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,10 +257,10 @@ def _online(
     """Softmax and weighted sum, block by block (https://arxiv.org/abs/1805.02867).
 
     Args:
-        q: scaled, `[B, Hk, H / Hk, L, D]`.
+        q: scaled, float32, `[B, Hk, H / Hk, L, D]`.
 
     Returns:
-        `[B, Hk, H / Hk, L, v_dim]`.
+        float32 `[B, Hk, H / Hk, L, v_dim]`.
     """
     lowest = mx.array(-1e30, mx.float32)
     shape = (*q.shape[:-1], 1)
@@ -236,8 +275,8 @@ def _online(
         packed_k, packed_v = k.tokens(first, last), v.tokens(first, last)
         if first:
             packed_k, packed_v = packed_k.after(out), packed_v.after(out)
-        keys = packed_k.dequantized()[:, :, None]
-        scores = (q @ keys.swapaxes(-1, -2)).astype(mx.float32)
+        keys = packed_k.dequantized()[:, :, None].astype(mx.float32)
+        scores = q @ keys.swapaxes(-1, -2)
         if softcap is not None:
             scores = mx.tanh(scores / softcap) * softcap
         seen = visible.block(first, last)
@@ -246,6 +285,6 @@ def _online(
         before, highest = highest, mx.maximum(highest, scores.max(axis=-1, keepdims=True))
         weights, faded = mx.exp(scores - highest), mx.exp(before - highest)
         total = total * faded + weights.sum(axis=-1, keepdims=True)
-        values = packed_v.dequantized()[:, :, None]
-        out = out * faded + (weights.astype(q.dtype) @ values).astype(mx.float32)
-    return (out / total).astype(q.dtype)
+        values = packed_v.dequantized()[:, :, None].astype(mx.float32)
+        out = out * faded + weights @ values
+    return out / total

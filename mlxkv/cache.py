@@ -279,7 +279,10 @@ class _Buffers:
             if n > 1:
                 raise UsageError("a cache without a spec does not know what packed slices hold")
             return B, H, arrays[0].shape[3], arrays[1].shape[3], dtype, arrays[1].dtype
-        blank = mx.zeros((1, H, 1, spec.k_dim), dtype), mx.zeros((1, H, 1, spec.v_dim), dtype)
+        if not mx.issubdtype(dtype, mx.floating):
+            raise UsageError(f"slices of {dtype} are not of KV format {self.kv_type}")
+        v_dtype = arrays[-1].dtype if n == 1 else dtype
+        blank = mx.zeros((1, H, 1, spec.k_dim), dtype), mx.zeros((1, H, 1, spec.v_dim), v_dtype)
         wanted = [(x.shape[3], x.dtype) for x in self._encoded(*blank)]
         for part in parts:
             got = [(x.shape[3], x.dtype) for x in part.arrays]
@@ -289,7 +292,7 @@ class _Buffers:
                 or (H != spec.n_kv_heads)
             ):
                 raise UsageError(f"slices of rows {got} with {H} heads do not fit {spec}")
-        return B, H, spec.k_dim, spec.v_dim, dtype, dtype
+        return B, H, spec.k_dim, spec.v_dim, dtype, v_dtype
 
     def _nothing(self) -> tuple[mx.array, ...]:
         spec = self.spec or CacheSpec(0, 0, 0)
@@ -297,7 +300,7 @@ class _Buffers:
         return tuple(x[:, :, :0] for x in self._encoded(*blank))
 
     def _reserved(self, arrays: Sequence[mx.array], n_used: int, capacity: int) -> list[mx.array]:
-        """Buffers for `capacity` tokens, the first `n_used` kept: the one place that copies."""
+        """Buffers for `capacity` tokens, the first `n_used` kept: growth copies, here."""
         if not self.buffers:
             return [_rows_like(x, capacity) for x in arrays]
         if capacity == self.capacity:

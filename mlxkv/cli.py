@@ -137,7 +137,12 @@ def run(
     memory: Annotated[
         str | None, typer.Option(help="Limit, such as 16GiB; the machine's without it.")
     ] = None,
-    kv_type: KVType = "native",
+    kv_type: Annotated[
+        str | None,
+        typer.Option(
+            "--kv-type", help="Format of the KV cache: native, q8 or q4; with --kv-from its own."
+        ),
+    ] = None,
     verbose: Annotated[
         bool,
         typer.Option("--verbose", "-v", help="Print tokens/s, reuse and memory to stderr."),
@@ -151,6 +156,7 @@ def run(
     from mlxkv import run as one_shot
 
     name, prompt = one_shot.split_words(words or [], model, kv_from)
+    kv_type = kv_type or one_shot.saved_kv_type(kv_from)
     piped = one_shot.read_piped()
     text = one_shot.join_prompt(prompt, piped)
     chat = text is None
@@ -373,21 +379,25 @@ def verify(
         int | None,
         typer.Option(help="Length of the prompt; past the second wrap of every window without it."),
     ] = None,
+    kv_types: Annotated[
+        list[str] | None,
+        typer.Option("--kv-type", help="native, q8 or q4; may be repeated; all without it."),
+    ] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")] = "auto",
     memory: Annotated[str | None, typer.Option(help="Limit, such as 16GiB.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> int:
     """Prove on a model of yours that restored KV gives what computing gives.
 
-    Runs one prompt cold, in other chunks, after a rewind, from pages in RAM and on disk, and in
-    each KV format; exits with 1 if a path differs by more than the order of sums explains.
+    Runs one prompt cold, in other chunks, after a rewind, and from pages in RAM and on disk, in
+    each KV format; exits with 1 if a path differs from the cold run by more than is allowed.
     """
     import json
 
     from mlxkv import verify as check
 
     with load_model(model, dtype, memory) as llm:
-        report = check.verify(llm, tokens)
+        report = check.verify(llm, tokens, tuple(kv_types or check.KV_TYPES))
     print(json.dumps(check.to_dict(report)) if as_json else check.text(report))
     return 0 if report.passed else 1
 

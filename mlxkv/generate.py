@@ -197,6 +197,7 @@ class Session:
         self._cutter = None if pages is None else Cutter(pages, self.caches)
         self._stable = model.stable_tokens if pages is None else pages.stable
         self._longest = 0  # tokens that the caches have held since they were empty
+        self._n_restored = 0  # tokens of the last prompt that were not computed
 
     @property
     def tokens(self) -> list[int]:
@@ -233,6 +234,7 @@ class Session:
         if restored.n_tokens == 0:
             self.reset()
         self._known = list(tokens[: restored.n_tokens])
+        self._n_restored = restored.n_tokens
         return restored
 
     def _from_pages(self, tokens: Sequence[int], live: Restored, n_held: int) -> Restored:
@@ -318,9 +320,10 @@ class Session:
         return self._cutter.finish(self._known, n)
 
     def discard(self) -> None:
-        """Forget everything, and have the pages forget it: what was computed is no KV."""
+        """Forget everything, and have the pages forget what was computed: it is no KV."""
         if self._cutter is not None and self._pages is not None:
-            self._pages.forget(self._cutter.links)
+            links = self._cutter.links
+            self._pages.forget(link for link in links if link.stop > self._n_restored)
         self.reset()
 
     def _cut(self, n: int) -> None:

@@ -37,6 +37,7 @@ from mlxkv.errors import (
     UsageError,
 )
 from mlxkv.generate import Session
+from mlxkv.kv_format import storage_of
 from mlxkv.layers import CausalLM
 from mlxkv.loader import load_model
 from mlxkv.page_disk import open_pages
@@ -67,9 +68,10 @@ def load(
         model: a directory, a name that `mlxkv list` shows, or a Hugging Face repository.
         dtype: what to compute in: auto, float32, float16, bfloat16.
         memory: limit in bytes or like "16GiB"; None for what the machine allows.
-        kv_type: format of the KV cache.
+        kv_type: format of the KV cache: native, q8 or q4.
 
     Raises:
+        UsageError: no such format, dtype or limit.
         ModelNotFound: no such model.
         CheckpointError: its files are damaged or not supported.
         OutOfMemory: its weights are over the limit.
@@ -77,6 +79,7 @@ def load(
     """
     from mlxkv.store import resolve
 
+    storage_of(kv_type)
     path = resolve(str(model))
     limit = planner.parse_bytes(memory) or device.memory_limit()
     return LLM(load_model(path, dtype, limit), Tokenizer.from_dir(path), path, kv_type, limit)

@@ -107,6 +107,16 @@ def split_words(
     return catalog.DEFAULT.name, words[0]
 
 
+def saved_kv_type(kv_from: str | None) -> str:
+    """The format of saved KV; native without any."""
+    if kv_from is None:
+        return "native"
+    from mlxkv.kv_names import KVNames
+    from mlxkv.names import kv_dir
+
+    return KVNames(kv_dir()).load(kv_from).kv_type
+
+
 def read_piped() -> str | None:
     """What was piped or redirected into stdin, less one final newline; None if nothing was.
 

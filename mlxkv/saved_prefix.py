@@ -96,7 +96,8 @@ def find(llm: LLM, name: str | NamedKV | None) -> NamedKV | None:
     if saved.fingerprint != disk.fingerprint:
         raise UsageError(
             f"{saved.name} is KV of {saved.model} ({saved.dtype}, {saved.kv_type}), and this model "
-            f"({disk.dtype}, {llm.kv_type}) has other weights or another format: save it anew"
+            f"({disk.dtype}, {llm.kv_type}) has other weights, another dtype or KV format: give "
+            f"--dtype {saved.dtype} --kv-type {saved.kv_type}, or save it anew"
         )
     if saved.pinned:
         pages.ram.pin(key.name for key in saved.keys)

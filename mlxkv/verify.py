@@ -19,7 +19,7 @@ import numpy as np
 from mlxkv.cache import STEP, ceil_step
 from mlxkv.errors import UsageError
 from mlxkv.generate import Session, default_chunk
-from mlxkv.kv_format import KV_TYPES
+from mlxkv.kv_format import KV_TYPES, storage_of
 from mlxkv.llm import LLM
 from mlxkv.page_disk import open_pages
 from mlxkv.pages import Pages
@@ -39,7 +39,7 @@ TEXT = (
 )
 TOLERANCE = {"float32": 1e-6, "float16": 2e-3, "bfloat16": 2e-2}
 """KL divergence in nats that the order of sums explains: by the dtype that is computed in."""
-FORMAT_TOLERANCE = {"q8": 5e-3, "q4": 0.3}
+FORMAT_TOLERANCE = {"native": 0.0, "q8": 5e-3, "q4": 0.3}
 """What packing adds to that: a sum made in another order may fall on the other side of a code."""
 PACKED_TOLERANCE = {"q8": 5e-2, "q4": 1.0}
 """KL divergence that a format itself may cost beside native KV."""
@@ -112,6 +112,8 @@ def verify(llm: LLM, n_tokens: int | None = None, kv_types: Sequence[str] = KV_T
     Raises:
         UsageError: `n_tokens` is below two pages, or longer than the context allows.
     """
+    for kv_type in kv_types:
+        storage_of(kv_type)
     prompt = _prompt(llm, n_tokens)
     reference = _Reference(llm, prompt, "native")
     rows = [row for kv_type in kv_types for row in _rows(reference, kv_type)]
@@ -174,7 +176,8 @@ class _Reference:
         for token in self.answer:
             log_p.append(_log_softmax(logits))
             logits = self.llm.model.last_logits(mx.array([[token]]), session.caches)
-        return self.compared(path, self.kv_type, log_p, TOLERANCE[self.dtype], restored, note)
+        tolerance = TOLERANCE[self.dtype] + FORMAT_TOLERANCE[self.kv_type]
+        return self.compared(path, self.kv_type, log_p, tolerance, restored, note)
 
     def compared(
         self,
@@ -191,8 +194,6 @@ class _Reference:
         kl = 0.0
         for p, q in pairs:
             kl = float(np.maximum(kl, _divergence(p, q)))  # keeps a NaN
-        if kv_type != "native":
-            tolerance += FORMAT_TOLERANCE[kv_type]
         return Row(path, kv_type, restored, len(pairs), n_same, kl, tolerance, note)
 
 

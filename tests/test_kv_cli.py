@@ -199,3 +199,31 @@ def test_a_text_is_itself_and_one_file_is_its_content(tmp_path, monkeypatch):
     (tmp_path / "f.bin").write_bytes(b"\xff")
     with pytest.raises(UsageError, match="not UTF-8"):
         kv_sources.read(["f.bin"])
+
+
+# KV formats.
+
+
+def test_a_name_keeps_its_kv_format(env):
+    done = mlxkv("kv", "save", "packed", "-m", "other", "--kv-type", "q8", TEXT, env=env)
+    assert done.returncode == 0, done.stderr
+    assert "(float32, q8)" in mlxkv("kv", "show", "packed", env=env).stdout
+    answer = run_json("--kv-from", "packed", "Who?", env=env)
+    assert answer["stats"]["restored_ssd_tokens"] == 648
+    wrong = mlxkv("run", "--kv-from", "packed", "--kv-type", "q4", "Who?", env=env)
+    assert_one_line(wrong, 2, "packed is KV of", "--kv-type q8")
+
+
+def test_a_packed_cache_is_smaller(env):
+    sizes = [
+        run_json("-m", "chatty", "--kv-type", kv_type, "hello there", env=env)["stats"]["kv_bytes"]
+        for kv_type in ("native", "q8", "q4")
+    ]
+    assert sizes[0] > sizes[1] > sizes[2] > 0
+
+
+@pytest.mark.parametrize("command", ["run", "plan", "verify"])
+def test_an_unknown_kv_format_is_refused_before_anything_is_loaded(command, env):
+    words = ["other", "hello"] if command == "run" else ["other"]
+    done = mlxkv(command, *words, "--kv-type", "q5", env=env)
+    assert_one_line(done, 2, "--kv-type must be one of native, q8, q4", "q5")
