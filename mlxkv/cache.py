@@ -198,15 +198,6 @@ class _Buffers:
     def update(self, k: mx.array, v: mx.array) -> tuple[KV, KV]:
         raise NotImplementedError
 
-    def _encoded(self, k: mx.array, v: mx.array) -> list[mx.array]:
-        return self._storage.encode(k) + self._storage.encode(v)
-
-    def _fetched(self, arrays: Sequence[mx.array]) -> tuple[KV, KV]:
-        """What attention takes of arrays that are views, or of no buffer."""
-        n, (_, _, k_dim, v_dim, *_) = self._storage.n_arrays, self._rows
-        decode = self._storage.decode
-        return decode(arrays[:n], k_dim), decode(arrays[n:], v_dim)
-
     def _check(self, k: mx.array, v: mx.array) -> int:
         """Number of new tokens; raises where they do not fit what is held."""
         (B, H, L, k_dim), (vB, vH, vL, v_dim) = _four(k), _four(v)
@@ -283,7 +274,7 @@ class _Buffers:
             raise UsageError(f"slices of {dtype} are not of KV format {self.kv_type}")
         v_dtype = arrays[-1].dtype if n == 1 else dtype
         blank = mx.zeros((1, H, 1, spec.k_dim), dtype), mx.zeros((1, H, 1, spec.v_dim), v_dtype)
-        wanted = [(x.shape[3], x.dtype) for x in self._encoded(*blank)]
+        wanted = [(x.shape[3], x.dtype) for x in self._storage.encode_both(*blank)]
         for part in parts:
             got = [(x.shape[3], x.dtype) for x in part.arrays]
             if (
@@ -297,7 +288,7 @@ class _Buffers:
     def _nothing(self) -> tuple[mx.array, ...]:
         spec = self.spec or CacheSpec(0, 0, 0)
         blank = (mx.zeros((1, spec.n_kv_heads, 1, dim)) for dim in (spec.k_dim, spec.v_dim))
-        return tuple(x[:, :, :0] for x in self._encoded(*blank))
+        return tuple(x[:, :, :0] for x in self._storage.encode_both(*blank))
 
     def _reserved(self, arrays: Sequence[mx.array], n_used: int, capacity: int) -> list[mx.array]:
         """Buffers for `capacity` tokens, the first `n_used` kept: growth copies, here."""
@@ -308,14 +299,10 @@ class _Buffers:
         return [_extended(buffer, n_used, capacity) for buffer in self.buffers]
 
 
-def _written(
-    buffers: Sequence[mx.array], arrays: Sequence[mx.array], start: int, stop: int
-) -> list[mx.array]:
-    """Buffers with rows written over; in place, once nobody holds the old ones any more."""
-    fresh = [buffer[...] for buffer in buffers]
-    for buffer, x in zip(fresh, arrays, strict=True):
+def _write(buffers: Sequence[mx.array], arrays: Sequence[mx.array], start: int, stop: int) -> None:
+    """Write rows in place."""
+    for buffer, x in zip(buffers, arrays, strict=True):
         buffer[:, :, start:stop] = x
-    return fresh
 
 
 def _four(x: mx.array) -> tuple[int, ...]:
@@ -369,12 +356,13 @@ class KVCache(_Buffers):
             UsageError: the shapes do not fit each other or what is held.
         """
         start, stop = self.offset, self.offset + self._check(k, v)
-        arrays, buffers = self._encoded(k, v), self.buffers
+        arrays, buffers = self._storage.encode_both(k, v), self.buffers
         if stop > self.capacity:
             buffers = self._reserved(arrays, start, ceil_step(stop))
-        buffers = _written(buffers, arrays, start, stop)
+        _write(buffers, arrays, start, stop)  # behind what is held
         self.buffers, self.offset = buffers, stop
-        return self._fetched([buffer[:, :, :stop] for buffer in self.buffers])
+        held = [buffer[:, :, :stop] for buffer in buffers]
+        return self._storage.decode_both(held, *self._rows[2:4])
 
     def mask(self, L: int) -> Mask:
         """Mask for the KV that an update of `L` tokens will return."""
@@ -482,7 +470,7 @@ class RotatingKVCache(_Buffers):
             UsageError: the shapes do not fit each other or what is held.
         """
         L = self._check(k, v)
-        arrays = self._encoded(k, v)
+        arrays = self._storage.encode_both(k, v)
         if self._n + L <= self.max_size:
             buffers, n, head = self._appended(arrays, L)
         elif L == 1:
@@ -490,24 +478,28 @@ class RotatingKVCache(_Buffers):
         else:
             buffers, n, head = self._concatenated(arrays, L)
         self.buffers, self._n, self._head, self.offset = buffers, n, head, self.offset + L
-        return self._fetched([buffer[:, :, :n] for buffer in buffers])
+        held = [buffer[:, :, :n] for buffer in buffers]
+        return self._storage.decode_both(held, *self._rows[2:4])
 
     def _appended(self, arrays: Sequence[mx.array], L: int) -> tuple[list[mx.array], int, int]:
         start, stop, buffers = self._n, self._n + L, self.buffers
         # Too large where a chunk's surplus was rewound: no longer needed, so given back.
         if stop > self.capacity or self.capacity > self.max_size:
             buffers = self._reserved(arrays, start, min(ceil_step(stop), self.max_size))
-        return _written(buffers, arrays, start, stop), stop, self._head
+        _write(buffers, arrays, start, stop)  # behind what is held
+        return buffers, stop, self._head
 
     def _overwritten(self, arrays: Sequence[mx.array]) -> tuple[list[mx.array], int, int]:
-        at, buffers = self._head, self.buffers
+        # New handles on the same memory: until the update is done the old ones show what was held.
+        at, buffers = self._head, [buffer[...] for buffer in self.buffers]
         if self._n > self.max_size or self.capacity > self.max_size:
             # The surplus of a chunk: from here on it is a ring of max_size rows. A view would keep
             # the surplus allocated for as long as the ring lives.
             old = self._temporal(self._n - self.max_size, self._n)
             at, buffers = 0, [mx.contiguous(x) for x in old]
         head = (at + 1) % self.max_size
-        return _written(buffers, arrays, at, at + 1), self.max_size, head
+        _write(buffers, arrays, at, at + 1)
+        return buffers, self.max_size, head
 
     def _concatenated(self, arrays: Sequence[mx.array], L: int) -> tuple[list[mx.array], int, int]:
         kept = min(self._n, self.max_size - 1)

@@ -101,6 +101,14 @@ class Native:
         """What attention takes of kept arrays."""
         return arrays[0]
 
+    def encode_both(self, k: mx.array, v: mx.array) -> list[mx.array]:
+        """The arrays that are kept of keys, then those of values: what every step asks for."""
+        return [k, v]
+
+    def decode_both(self, arrays: Sequence[mx.array], k_dim: int, v_dim: int) -> tuple[KV, KV]:
+        """Keys and values of what is kept."""
+        return arrays[0], arrays[1]
+
 
 @dataclass(frozen=True, slots=True)
 class Affine:
@@ -136,6 +144,14 @@ class Affine:
             return arrays[0]
         codes, scales, biases = arrays
         return QuantizedRows(codes, scales, biases, dim, self.bits)
+
+    def encode_both(self, k: mx.array, v: mx.array) -> list[mx.array]:
+        """The arrays that are kept of keys, then those of values."""
+        return self.encode(k) + self.encode(v)
+
+    def decode_both(self, arrays: Sequence[mx.array], k_dim: int, v_dim: int) -> tuple[KV, KV]:
+        """Keys and values of what is kept."""
+        return self.decode(arrays[:3], k_dim), self.decode(arrays[3:], v_dim)
 
 
 def _groups(dim: int) -> tuple[int, int]:
