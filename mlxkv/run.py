@@ -18,6 +18,9 @@ from mlxkv.terminal import Aside, ProgressLine, human_bytes
 if TYPE_CHECKING:
     from mlxkv.llm import LLM, Chunk, Conversation, Stats
 
+FEW = 16
+"""Tokens below which a miss is no news: every other question leaves the one before it somewhere."""
+
 
 @dataclass(frozen=True, slots=True)
 class Settings:
@@ -344,7 +347,7 @@ def describe_prompt(stats: Stats) -> str:
     parts = ", ".join(f"{n:,} {source}" for n, source in sources if n)
     text = f"{stats.prompt_tokens:,} tokens: {parts}"
     miss = stats.miss
-    if miss is None:
+    if miss is None or miss.n_tokens < FEW:
         return text
     if miss.reason == "dropped":
         why = f"KV from token {miss.token:,} on was given up for lack of memory, or damaged"
