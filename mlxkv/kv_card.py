@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import textwrap
-from contextlib import suppress
 from typing import Any
 
 from mlxkv.kv_names import GcReport, KVNames, NamedKV
@@ -31,6 +30,7 @@ def summary_dict(names: KVNames) -> dict[str, Any]:
 
 def summary_text(names: KVNames) -> str:
     """A table of all names, and a line on what the folder takes."""
+    about = summary_dict(names)
     rows = [
         (
             card["name"],
@@ -40,10 +40,9 @@ def summary_text(names: KVNames) -> str:
             "pinned" if card["pinned"] else "",
             card["created"][:16].replace("T", " "),
         )
-        for card in (card_dict(names, saved) for saved in names.list())
+        for card in about["names"]
     ]
     header = ("NAME", "MODEL", "TOKENS", "SIZE", "PINNED", "SAVED")
-    about = summary_dict(names)
     total = (
         f"{human_bytes(about['bytes'])} of {human_bytes(about['cap_bytes'])} in "
         f"{about['pages']:,} files, those of unnamed prefixes included; "
@@ -61,7 +60,7 @@ def card_dict(names: KVNames, saved: NamedKV) -> dict[str, Any]:
         "name": saved.name,
         "model": saved.model,
         "tokens": saved.n_tokens,
-        "bytes": nbytes(names, saved),
+        "bytes": names.nbytes(saved),
         "files": len(saved.keys),
         "missing_files": missing,
         "pinned": saved.pinned,
@@ -72,16 +71,6 @@ def card_dict(names: KVNames, saved: NamedKV) -> dict[str, Any]:
         "fingerprint": saved.fingerprint,
         "text": saved.text,
     }
-
-
-def nbytes(names: KVNames, saved: NamedKV) -> int:
-    """What the files of a name take on disk."""
-    folder = names.root / "pages" / saved.fingerprint[:32]
-    sizes = []
-    for key in saved.keys:
-        with suppress(OSError):
-            sizes.append((folder / key.file_name).stat().st_size)
-    return sum(sizes)
 
 
 def card_text(names: KVNames, saved: NamedKV) -> str:

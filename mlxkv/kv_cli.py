@@ -58,7 +58,6 @@ def save(
     """
     from mlxkv import catalog, kv_sources
     from mlxkv.cli import load_model
-    from mlxkv.kv_card import nbytes
     from mlxkv.run import prefill_report
     from mlxkv.terminal import ProgressLine, human_bytes
 
@@ -74,7 +73,7 @@ def save(
     names = _names()
     if pin:
         names.pin(name)
-    size = human_bytes(nbytes(names, saved))
+    size = human_bytes(names.nbytes(saved))
     print(f"saved {name}: {saved.n_tokens:,} tokens of {wanted}, {size}")
 
 

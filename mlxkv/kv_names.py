@@ -157,6 +157,14 @@ class KVNames:
         files = PageFiles(self.root, named.fingerprint, self.limits)
         return [key for key in named.keys if key not in files]
 
+    def nbytes(self, named: NamedKV) -> int:
+        """Bytes of a name's files."""
+        folder, sizes = self._folder.pages / named.fingerprint[:32], []
+        for key in named.keys:
+            with suppress(OSError):
+                sizes.append((folder / key.file_name).stat().st_size)
+        return sum(sizes)
+
     def export(self, name: str, file: Path) -> None:
         """Write a name and its pages into one file, checked.
 

@@ -113,9 +113,9 @@ def fingerprint_for(archive: Path, model: str | None) -> str:
         ModelNotFound: the model is not here.
         CheckpointError: the file or the model is damaged.
     """
-    from mlxkv.fingerprint import fingerprint
     from mlxkv.named_kv import open_archive
     from mlxkv.names import kv_dir
+    from mlxkv.page_disk import fingerprint_in
     from mlxkv.store import resolve
 
     try:
@@ -123,5 +123,4 @@ def fingerprint_for(archive: Path, model: str | None) -> str:
             path = resolve(model or named.model, fetch=False)
     except FileNotFoundError:
         raise UsageError(f"{archive}: no such file") from None
-    record = kv_dir() / "fingerprints.json"
-    return fingerprint(path, dtype=named.dtype, kv_type=named.kv_type, cache=record)
+    return fingerprint_in(kv_dir(), path, named.dtype, named.kv_type)

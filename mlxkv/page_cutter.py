@@ -15,7 +15,7 @@ import mlx.core as mx
 
 from mlxkv.cache import STEP, Cache, Slice
 from mlxkv.page_format import ROOT, page_name
-from mlxkv.page_links import FULL, WINDOW, Link, Part, packed
+from mlxkv.page_links import FULL, WINDOW, Link, Part, chain_of, packed
 from mlxkv.pages import Pages
 
 AHEAD = 2
@@ -43,13 +43,9 @@ class Cutter:
             tokens: whose KV they hold.
             tip: window rows of the tokens behind the last complete page.
         """
-        self._parent, self._links = ROOT, list[Link]()
-        data = packed(tokens)
         n_pages = len(tokens) // STEP
-        for i in range(n_pages):
-            page = data[4 * STEP * i : 4 * STEP * (i + 1)]
-            self._links.append(Link(self._parent, page_name(self._parent, page), STEP * i))
-            self._parent = self._links[-1].name
+        self._links = list(chain_of(packed(tokens), n_pages))
+        self._parent = self._links[-1].name if self._links else ROOT
         self._start = self._kept = STEP * n_pages
         self._rows: list[Part] | None = []
         if tip is not None and tip[0].start == self._start:

@@ -70,7 +70,7 @@ class PageDisk:
             named: they belong to named KV, see `PageFiles.write`.
             wait: for room in the queue.
         """
-        new = [page for page in pages if named or page[0] not in self.files]
+        new = (page for page in pages if named or page[0] not in self.files)
         self.files.write((self._encoded(*page) for page in new), keep=named, wait=wait)
 
     def used(self, keys: Sequence[PageKey]) -> None:
@@ -137,6 +137,13 @@ def _to_mlx(x: np.ndarray, dtype: str) -> mx.array:
     return array.view(mx.bfloat16) if dtype == "bfloat16" else array
 
 
+def fingerprint_in(root: Path, path: Path, dtype: str, kv_type: str) -> str:
+    """What a model's KV is called in a folder of pages, which keeps the hash of its weights."""
+    from mlxkv.fingerprint import fingerprint
+
+    return fingerprint(path, dtype=dtype, kv_type=kv_type, cache=root / "fingerprints.json")
+
+
 def open_pages(
     model: CausalLM, path: Path, kv_type: str, budget_bytes: int, folder: Path | None = None
 ) -> Pages | None:
@@ -159,15 +166,13 @@ def open_pages(
     dtype = str(model.compute_dtype).rpartition(".")[2]
 
     def open_disk() -> PageDisk | None:
-        from mlxkv.fingerprint import fingerprint
         from mlxkv.page_files import DiskLimits, PageFiles
 
         root = folder or kv_dir()
         limits = DiskLimits.for_folder(root)
         if limits.cap_bytes == 0:
             return None
-        record = root / "fingerprints.json"
-        name = fingerprint(path, dtype=dtype, kv_type=kv_type, cache=record)
+        name = fingerprint_in(root, path, dtype, kv_type)
         near = -(-kinds.reach // STEP) + 1 if kinds.window else 0
         return PageDisk(PageFiles(root, name, limits, window_pages=near), kinds, dtype)
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from mlxkv.cache import STEP, CacheSpec, Slice
-from mlxkv.page_format import PageKey
+from mlxkv.page_format import ROOT, PageKey, page_name
 
 FULL, WINDOW = "full", "window"
 """The parts of a page: what layers without a window keep, and the others."""
@@ -61,9 +61,12 @@ class Kinds:
             return []
         if part == FULL:
             return list(links)
+        return list(links[self.first_needed(links[-1], stop) :])
+
+    def first_needed(self, last: Link, stop: int) -> int:
+        """Number of the first page whose window part is needed to go on at `stop` in `last`."""
         # One row less than the window is enough, and the last page is needed for its position.
-        first = max(0, min(stop - (self.reach - 1), links[-1].start))
-        return list(links[first // STEP :])
+        return max(0, min(stop - (self.reach - 1), last.start)) // STEP
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +93,15 @@ class Link:
     def key(self, part: str) -> PageKey:
         """Its name on disk."""
         return PageKey(self.parent, self.name, self.n_tokens, part)
+
+
+def chain_of(data: bytes, n_pages: int) -> Iterator[Link]:
+    """The first whole pages of packed tokens, from position 0 on."""
+    parent = ROOT
+    for i in range(n_pages):
+        link = Link(parent, page_name(parent, data[4 * STEP * i : 4 * STEP * (i + 1)]), STEP * i)
+        yield link
+        parent = link.name
 
 
 def cut(part: Part, stop: int) -> Part:

@@ -23,7 +23,18 @@ import mlx.core as mx
 from mlxkv.cache import STEP, Cache
 from mlxkv.errors import UsageError
 from mlxkv.page_format import ROOT, PageKey, page_name
-from mlxkv.page_links import FULL, WINDOW, Kinds, Link, Part, cut, n_common, packed, unpacked
+from mlxkv.page_links import (
+    FULL,
+    WINDOW,
+    Kinds,
+    Link,
+    Part,
+    chain_of,
+    cut,
+    n_common,
+    packed,
+    unpacked,
+)
 from mlxkv.page_ram import RamPages
 
 if TYPE_CHECKING:
@@ -97,10 +108,13 @@ class Pages:
     @property
     def disk(self) -> PageDisk | None:
         """The pages on disk, None where there are none to be."""
+        self._open()
+        return self._disk
+
+    def _open(self) -> None:
         # The model's name on disk is a hash of its weights, which short prompts do not wait for.
         if self._open_disk is not None:
             self._disk, self._open_disk = self._open_disk(), None
-        return self._disk
 
     def match(self, tokens: Sequence[int], limit: int) -> Match:
         """The longest prefix that can be restored.
@@ -112,17 +126,18 @@ class Pages:
         data = packed(tokens)
         if self.stable is not None:
             limit = min(limit, self.stable)
-        disk = self.disk if limit >= STEP else self._disk
-        links = self._chain(data, limit // STEP, disk)
+        if limit >= STEP:
+            self._open()
+        links = self._chain(data, limit // STEP)
         at = links[-1].stop if links else 0
         parent = links[-1].name if links else ROOT
-        near = self._neighbours(parent, at, data[4 * at :], disk)
+        near = self._neighbours(parent, at, data[4 * at :])
         usable, n_tokens = self._usable(links, at, limit, near)
         if not near:
             return Match(tuple(usable), n_tokens, at, (), at)
         best = max(near, key=lambda page: page.shared)
         following = best.tokens[4 * best.shared :]
-        for link in self._children(best.link.name, best.link.stop, disk):
+        for link in self._children(best.link.name, best.link.stop):
             following += self._tokens(link)
             break
         return Match(
@@ -130,7 +145,7 @@ class Pages:
             n_tokens,
             at + best.shared,
             tuple(unpacked(following)),
-            self._known_until(best.link, disk),
+            self._known_until(best.link),
         )
 
     def load(self, match: Match, caches: Sequence[Cache]) -> int | None:
@@ -266,18 +281,14 @@ class Pages:
             self._disk = None
         self.clear()
 
-    def _chain(self, data: bytes, n_pages: int, disk: PageDisk | None) -> list[Link]:
+    def _chain(self, data: bytes, n_pages: int) -> list[Link]:
         """The complete pages of a prompt as far as their full parts are known."""
         links: list[Link] = []
-        parent = ROOT
-        for i in range(n_pages):
-            name = page_name(parent, data[4 * STEP * i : 4 * STEP * (i + 1)])
-            link = Link(parent, name, STEP * i)
-            if self.kinds.full and not self._held(link, FULL, disk):
+        for link in chain_of(data, n_pages):
+            if self.kinds.full and not self._held(link, FULL):
                 break
             links.append(link)
-            parent = name
-        while links and not self.kinds.full and not self._held(links[-1], WINDOW, disk):
+        while links and not self.kinds.full and not self._held(links[-1], WINDOW):
             links.pop()
         return links
 
@@ -288,8 +299,8 @@ class Pages:
 
         def is_whole(chain: list[Link], stop: int) -> bool:
             windows = self.kinds.needed(chain, WINDOW, stop)
-            last_full = not self.kinds.full or self._held(chain[-1], FULL, self._disk)
-            return last_full and all(self._held(link, WINDOW, self._disk) for link in windows)
+            last_full = not self.kinds.full or self._held(chain[-1], FULL)
+            return last_full and all(self._held(link, WINDOW) for link in windows)
 
         for page in sorted(near, key=lambda page: -page.shared):
             n = min(page.shared, limit - at)
@@ -298,36 +309,35 @@ class Pages:
             if is_whole([*links, page.link], at + n):
                 return [*links, page.link], at + n
         for k in range(len(links), 0, -1):
-            stop = links[k - 1].stop
-            first = max(0, min(stop - self.kinds.reach + 1, stop - STEP)) // STEP
-            windows = links[first:k] if self.kinds.window else ()
-            if all(self._held(link, WINDOW, self._disk) for link in windows):
-                return links[:k], stop
+            last = links[k - 1]
+            windows = (
+                links[self.kinds.first_needed(last, last.stop) : k] if self.kinds.window else ()
+            )
+            if all(self._held(link, WINDOW) for link in windows):
+                return links[:k], last.stop
         return [], 0
 
-    def _held(self, link: Link, part: str, disk: PageDisk | None) -> bool:
+    def _held(self, link: Link, part: str) -> bool:
         if self.ram.has(link, part):
             return True
         key = link.key(part)
-        return disk is not None and key not in self._unreadable and key in disk
+        return self._disk is not None and key not in self._unreadable and key in self._disk
 
-    def _children(self, parent: str, at: int, disk: PageDisk | None) -> Iterator[Link]:
+    def _children(self, parent: str, at: int) -> Iterator[Link]:
         """The pages behind one, those in RAM first."""
         in_ram = self.ram.behind(parent)
         for page in in_ram:
             yield page.link
         known = {page.link.name for page in in_ram}
-        for name, n in disk.children(parent) if disk is not None else ():
+        for name, n in self._disk.children(parent) if self._disk is not None else ():
             if name not in known:
                 yield Link(parent, name, at, n)
 
-    def _neighbours(
-        self, parent: str, at: int, rest: bytes, disk: PageDisk | None
-    ) -> list[_Neighbour]:
+    def _neighbours(self, parent: str, at: int, rest: bytes) -> list[_Neighbour]:
         """The pages behind one, and how many tokens each shares with the rest of a prompt."""
         near: list[_Neighbour] = []
         n_read = 0
-        for link in self._children(parent, at, disk) if rest else ():
+        for link in self._children(parent, at) if rest else ():
             mine = rest[: 4 * link.n_tokens]
             if self.ram.get(link.name) is None and page_name(parent, mine) == link.name:
                 near.append(_Neighbour(link, mine, link.n_tokens))
@@ -349,12 +359,10 @@ class Pages:
         found = (self._disk.tokens(link.key(part)) for part in self.kinds.parts)
         return next((tokens for tokens in found if tokens), b"")
 
-    def _known_until(self, link: Link, disk: PageDisk | None) -> int:
+    def _known_until(self, link: Link) -> int:
         """How far the sequence that goes through a page is known."""
         seen = {link.name}  # a file's name can be anything, also its own parent's
-        while behind := [
-            x for x in self._children(link.name, link.stop, disk) if x.name not in seen
-        ]:
+        while behind := [x for x in self._children(link.name, link.stop) if x.name not in seen]:
             link = max(behind, key=lambda child: (child.n_tokens, child.name))
             seen.add(link.name)
         return link.stop

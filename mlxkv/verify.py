@@ -20,6 +20,7 @@ from mlxkv.cache import STEP, ceil_step
 from mlxkv.errors import UsageError
 from mlxkv.generate import Session, default_chunk
 from mlxkv.kv_format import KV_TYPES, storage_of
+from mlxkv.layers import model_windows
 from mlxkv.llm import LLM
 from mlxkv.page_disk import open_pages
 from mlxkv.pages import Pages
@@ -117,20 +118,21 @@ def verify(llm: LLM, n_tokens: int | None = None, kv_types: Sequence[str] = KV_T
     prompt = _prompt(llm, n_tokens)
     reference = _Reference(llm, prompt, "native")
     rows = [row for kv_type in kv_types for row in _rows(reference, kv_type)]
-    windows = [spec.window for spec in llm.model.cache_specs() if spec is not None and spec.window]
-    return Report(
-        str(llm.path), reference.dtype, len(prompt), max(windows, default=None), tuple(rows)
-    )
+    return Report(str(llm.path), reference.dtype, len(prompt), _window(llm), tuple(rows))
+
+
+def _window(llm: LLM) -> int | None:
+    """The largest sliding window."""
+    return max((w for w in model_windows(llm.model.cache_specs()) if w), default=None)
 
 
 def _prompt(llm: LLM, n_tokens: int | None) -> list[int]:
-    windows = [spec.window or 0 for spec in llm.model.cache_specs() if spec is not None]
     longest = llm.context - N_ANSWER - N_REWOUND - 1
     # Past the second wrap. One token behind a page: where chunks are pages too, what is restored
     # is computed on in the reference's own chunks, and must be the same bit for bit.
     wanted = n_tokens
     if wanted is None:
-        wanted = min(2 * ceil_step(max([STEP, *windows])) + 2 * STEP + 1, longest)
+        wanted = min(2 * ceil_step(max(STEP, _window(llm) or 0)) + 2 * STEP + 1, longest)
     if not 2 * STEP < wanted <= longest:
         raise UsageError(
             f"--tokens must be {2 * STEP + 1:,} to {longest:,} for this model; got {wanted:,}"
