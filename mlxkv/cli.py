@@ -155,8 +155,9 @@ def run(
     """
     from mlxkv import run as one_shot
 
-    name, prompt = one_shot.split_words(words or [], model, kv_from)
-    kv_type = kv_type or one_shot.saved_kv_type(kv_from)
+    saved = one_shot.saved_kv(kv_from)
+    name, prompt = one_shot.split_words(words or [], model, saved)
+    kv_type = kv_type or (saved.kv_type if saved else "native")
     piped = one_shot.read_piped()
     text = one_shot.join_prompt(prompt, piped)
     chat = text is None
@@ -181,7 +182,7 @@ def run(
                 dtype=dtype,
                 kv_type=kv_type,
                 verbose=verbose,
-                kv_from=kv_from,
+                kv_from=saved,
             )
         return one_shot.one_answer(
             llm,
@@ -192,7 +193,7 @@ def run(
             raw=raw,
             as_json=as_json,
             verbose=verbose,
-            kv_from=kv_from,
+            kv_from=saved,
         )
 
 
@@ -395,9 +396,12 @@ def verify(
     import json
 
     from mlxkv import verify as check
+    from mlxkv.kv_format import KV_TYPES, storage_of
 
+    for kv_type in kv_types or ():
+        storage_of(kv_type)
     with load_model(model, dtype, memory) as llm:
-        report = check.verify(llm, tokens, tuple(kv_types or check.KV_TYPES))
+        report = check.verify(llm, tokens, tuple(kv_types or KV_TYPES))
     print(json.dumps(check.to_dict(report)) if as_json else check.text(report))
     return 0 if report.passed else 1
 

@@ -14,6 +14,7 @@ from mlxkv.run import Settings, check, with_defaults
 from mlxkv.terminal import human_bytes
 
 if TYPE_CHECKING:
+    from mlxkv.kv_names import NamedKV
     from mlxkv.llm import LLM, Conversation
 
 FORMAT = "mlxkv conversation"
@@ -70,7 +71,7 @@ class Chat:
         dtype: what it was loaded with, for the next one.
         settings: how answers are made.
         verbose: print figures after an answer.
-        kv_from: name of saved KV that conversations go on from.
+        kv_from: saved KV that conversations go on from.
         kv_type: format of the KV cache, for the next model as well.
         conversation: the messages and their KV.
         system: the system prompt.
@@ -82,7 +83,7 @@ class Chat:
     dtype: str
     settings: Settings
     verbose: bool = False
-    kv_from: str | None = None
+    kv_from: NamedKV | None = None
     kv_type: str = "native"
     conversation: Conversation = field(init=False)
     system: str | None = field(default=None, init=False)

@@ -26,6 +26,7 @@ from mlxkv.terminal import ProgressLine
 if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
 
+    from mlxkv.kv_names import NamedKV
     from mlxkv.llm import LLM, Chunk
 
 PROMPT, CONTINUED = ">>> ", "... "
@@ -48,7 +49,7 @@ def chat(
     dtype: str = "auto",
     kv_type: str = "native",
     verbose: bool = False,
-    kv_from: str | None = None,
+    kv_from: NamedKV | None = None,
 ) -> int:
     """Talks until the user leaves; the exit code.
 

@@ -16,6 +16,7 @@ from mlxkv.names import looks_like_model
 from mlxkv.terminal import Aside, ProgressLine, human_bytes
 
 if TYPE_CHECKING:
+    from mlxkv.kv_names import NamedKV
     from mlxkv.llm import LLM, Chunk, Conversation, Stats
 
 FEW = 16
@@ -77,7 +78,7 @@ def with_defaults(settings: Settings, llm: LLM, repeat_penalty: float | None = N
 
 
 def split_words(
-    words: Sequence[str], model: str | None, kv_from: str | None = None
+    words: Sequence[str], model: str | None, saved: NamedKV | None = None
 ) -> tuple[str, str | None]:
     """MODEL and PROMPT out of the arguments of `run`.
 
@@ -86,14 +87,11 @@ def split_words(
     which names its model, too, unless the first is one.
 
     Raises:
-        UsageError: more than two arguments: a prompt without quotes; or no such saved KV.
+        UsageError: more than two arguments: a prompt without quotes.
     """
     named = len(words) == 2 and looks_like_model(words[0])
-    if model is None and kv_from is not None and not named:
-        from mlxkv.kv_names import KVNames
-        from mlxkv.names import kv_dir
-
-        model = KVNames(kv_dir()).load(kv_from).model
+    if model is None and saved is not None and not named:
+        model = saved.model
     if model is not None:
         return model, " ".join(words) if words else None
     if not words:
@@ -110,14 +108,18 @@ def split_words(
     return catalog.DEFAULT.name, words[0]
 
 
-def saved_kv_type(kv_from: str | None) -> str:
-    """The format of saved KV; native without any."""
-    if kv_from is None:
-        return "native"
+def saved_kv(name: str | None) -> NamedKV | None:
+    """Saved KV by its name, before its model is loaded.
+
+    Raises:
+        UsageError: nothing of that name.
+    """
+    if name is None:
+        return None
     from mlxkv.kv_names import KVNames
     from mlxkv.names import kv_dir
 
-    return KVNames(kv_dir()).load(kv_from).kv_type
+    return KVNames(kv_dir()).load(name)
 
 
 def read_piped() -> str | None:
@@ -164,7 +166,7 @@ def one_answer(
     raw: bool,
     as_json: bool,
     verbose: bool,
-    kv_from: str | None = None,
+    kv_from: NamedKV | None = None,
 ) -> int:
     """Streams the answer to one prompt to stdout; the exit code.
 
@@ -203,7 +205,7 @@ def stream(
     prompt: str | list[dict[str, str]],
     settings: Settings,
     on_progress: Callable[[int, int], None] | None = None,
-    kv_from: str | None = None,
+    kv_from: NamedKV | None = None,
 ) -> Iterator[Chunk]:
     """`llm.stream` with these settings."""
     return llm.stream(

@@ -19,7 +19,7 @@ import numpy as np
 from mlxkv.cache import STEP, ceil_step
 from mlxkv.errors import UsageError
 from mlxkv.generate import Session, default_chunk
-from mlxkv.kv_format import KV_TYPES, storage_of
+from mlxkv.kv_format import KV_TYPES
 from mlxkv.layers import model_windows
 from mlxkv.llm import LLM
 from mlxkv.page_disk import open_pages
@@ -113,8 +113,6 @@ def verify(llm: LLM, n_tokens: int | None = None, kv_types: Sequence[str] = KV_T
     Raises:
         UsageError: `n_tokens` is below two pages, or longer than the context allows.
     """
-    for kv_type in kv_types:
-        storage_of(kv_type)
     prompt = _prompt(llm, n_tokens)
     reference = _Reference(llm, prompt, "native")
     rows = [row for kv_type in kv_types for row in _rows(reference, kv_type)]
