@@ -271,10 +271,11 @@ def _online(
     out = mx.zeros((*q.shape[:-1], v.dim))
     for first in range(0, visible.n_keys, BLOCK):
         last = min(first + BLOCK, visible.n_keys)
-        # Not before the block in front is done: else many of them would be unpacked at a time.
+        # Not before the block in front is done: else many of them would be unpacked at a time, or
+        # their weights would wait for their sum.
         packed_k, packed_v = k.tokens(first, last), v.tokens(first, last)
         if first:
-            packed_k, packed_v = packed_k.after(out), packed_v.after(out)
+            packed_k, packed_v = packed_k.after(out, total), packed_v.after(out, total)
         keys = packed_k.dequantized()[:, :, None].astype(mx.float32)
         scores = q @ keys.swapaxes(-1, -2)
         if softcap is not None:

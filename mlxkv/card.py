@@ -6,16 +6,13 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mlxkv import catalog
 from mlxkv.config import read_config, text_config
 from mlxkv.errors import CheckpointError, ModelNotFound
 from mlxkv.names import read_record
 from mlxkv.terminal import human_bytes, human_count
-
-if TYPE_CHECKING:
-    from mlxkv.planner import Plan
 
 FORMULA = "n_kv_heads * (k_dim + v_dim) * bytes per value, summed over the layers"
 
@@ -305,24 +302,3 @@ def supported() -> str:
     else:
         others = "with `pip install mlx-lm`, every other model_type that it defines"
     return "\n".join([*lines, f"{'mlx-lm':<10} {others}"])
-
-
-def plan_text(plan: Plan) -> str:
-    """A memory plan for people."""
-    rows = (
-        ("weights", human_bytes(plan.weights_bytes)),
-        (
-            "KV cache",
-            f"{human_bytes(plan.kv_bytes)} for {plan.sequences} x {plan.context:,} tokens, "
-            f"{plan.kv_type}; {FORMULA}",
-        ),
-        ("together", human_bytes(plan.total_bytes)),
-        ("limit", f"{human_bytes(plan.limit_bytes)}: {'fits' if plan.fits else 'does not fit'}"),
-        ("longest", f"{plan.max_context:,} tokens fit, whatever the model's context is"),
-    )
-    return "\n".join(f"{name:<10} {value}" for name, value in rows)
-
-
-def plan_dict(plan: Plan) -> dict[str, Any]:
-    """A memory plan as JSON has it."""
-    return asdict(plan) | {"total_bytes": plan.total_bytes, "fits": plan.fits}

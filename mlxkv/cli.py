@@ -366,11 +366,11 @@ def plan(
     """Say what memory a model and its KV cache need, before anything is loaded."""
     import json
 
-    from mlxkv import card, planner, store
+    from mlxkv import plan_card, planner, store
 
     path = store.resolve(model, fetch=False)
     needs = planner.plan(path, context, sequences, kv_type, memory, dtype)
-    print(json.dumps(card.plan_dict(needs)) if as_json else card.plan_text(needs))
+    print(json.dumps(plan_card.to_dict(needs)) if as_json else plan_card.text(needs))
 
 
 @app.command()

@@ -63,9 +63,9 @@ class QuantizedRows:
         """The first values of each row."""
         return QuantizedRows(self.codes, self.scales, self.biases, dim, self.bits)
 
-    def after(self, x: mx.array) -> QuantizedRows:
-        """The same, not unpacked before `x` is computed."""
-        (codes,) = mx.depends([self.codes], [x])
+    def after(self, *arrays: mx.array) -> QuantizedRows:
+        """The same, not unpacked before these are computed."""
+        (codes,) = mx.depends([self.codes], list(arrays))
         return QuantizedRows(codes, self.scales, self.biases, self.dim, self.bits)
 
     def dequantized(self) -> mx.array:

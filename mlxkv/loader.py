@@ -57,6 +57,13 @@ class Layout:
         """Bytes that the weights will take."""
         return sum(array.nbytes for array in self.weights.values())
 
+    def settle_dtype(self) -> None:
+        """Tell the model what it computes in: packed weights do not show it."""
+        self.model.compute_dtype = self.dtype
+        for module in self.model.modules():
+            if isinstance(module, QuantizedEmbedding):
+                module.compute_dtype = self.dtype
+
 
 def lay_out(path: str | Path, dtype: mx.Dtype | str = "auto") -> Layout:
     """Find out what a model directory loads as; arguments and errors as for `load_model`."""
@@ -113,13 +120,10 @@ def load_model(
             f"affine4`) or raise --memory"
         )
     model = layout.model
-    model.compute_dtype = layout.dtype
     model.weights_root().update(tree_unflatten(list(layout.weights.items())))
     # A lazy array keeps what it is made of alive: only the model may hold them from here on.
     layout.weights.clear()
-    for module in model.modules():
-        if isinstance(module, QuantizedEmbedding):
-            module.compute_dtype = layout.dtype
+    layout.settle_dtype()
     model.eval()
     _settle(model)
     return model

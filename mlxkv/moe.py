@@ -195,9 +195,14 @@ class GatedExperts(Fusing):
         hidden_dim: size between.
         activation: (gate, up) -> what down takes; `layers.gated(name)` makes one.
         bias: whether the three projections have biases.
+
+    Attributes:
+        traced: nothing is computed, only the graph is wanted (see `workspace`): tokens are divided
+            evenly over the experts, and a `stop_gradient` stands where results are waited for.
     """
 
     fusions: ClassVar = {"gate_up_proj": ("gate_proj", "up_proj")}
+    traced = False
 
     def __init__(
         self, n_experts: int, dim: int, hidden_dim: int, activation: Activation, bias: bool = False
@@ -260,17 +265,31 @@ class GatedExperts(Fusing):
 
     def _one_by_one(self, x: mx.array, indices: mx.array) -> mx.array:
         order, x = _by_expert(x, indices)
-        counts = np.bincount(np.array(indices.flatten()))
+        if self.traced:
+            x = self._waited_for(x)  # to count the rows
         results, stop = [], 0
-        for expert, n in enumerate(counts.tolist()):
+        for expert, n in enumerate(self._rows_of_experts(indices)):
             if n == 0:
                 continue
             start, stop = stop, stop + n
             rows = self._product(x[start:stop], lambda part, x, e=expert: part.of(e, x))
             # Now, so that no two experts' dequantized weights are alive together.
-            mx.eval(rows)
-            results.append(rows)
+            results.append(self._waited_for(rows))
         return _in_token_order(mx.concatenate(results), order, indices)
+
+    def _rows_of_experts(self, indices: mx.array) -> list[int]:
+        """How many rows each expert gets; evenly divided where nothing is computed."""
+        n_experts = self["down_proj"].n_experts
+        if self.traced:
+            bounds = [indices.size * i // n_experts for i in range(n_experts + 1)]
+            return [stop - start for start, stop in itertools.pairwise(bounds)]
+        return np.bincount(np.array(indices.flatten())).tolist()
+
+    def _waited_for(self, rows: mx.array) -> mx.array:
+        if self.traced:
+            return mx.stop_gradient(rows)  # marks the place in the graph
+        mx.eval(rows)
+        return rows
 
 
 def _one_at_a_time(part: ExpertLinear, n_rows: int) -> bool:

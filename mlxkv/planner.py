@@ -4,23 +4,32 @@
         n_kv_heads * (k_dim + v_dim) * bytes per value * min(tokens up to the next 256, window)
 
 KV heads, not attention heads; a sliding layer stops at its window; a layer that shares another's
-KV stores nothing.
+KV stores nothing. What prefill and decode hold beside that is found by tracing them (`workspace`).
 """
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import mlx.core as mx
 
 from mlxkv import device
-from mlxkv.cache import CacheSpec
+from mlxkv.cache import STEP, CacheSpec
 from mlxkv.errors import UsageError
-from mlxkv.kv_format import KVFormat, storage_of
+from mlxkv.generate import default_chunk
+from mlxkv.kv_format import KV_TYPES, KVFormat, storage_of
+from mlxkv.layers import CausalLM
 from mlxkv.loader import lay_out
+from mlxkv.page_links import Kinds
+from mlxkv.workspace import Held, decode_step, hollow, prefill_step
+
+_log = logging.getLogger(__name__)
 
 _UNITS = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12,
           "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}  # fmt: skip
@@ -42,41 +51,94 @@ def parse_bytes(text: str | int | None) -> int | None:
     return int(float(match[1]) * _UNITS[match[2]])
 
 
+LONGEST_TRACED = 8192
+"""Tokens of packed KV up to which steps are traced; beyond, what they hold is extrapolated."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerKind:
+    """Layers that store the same KV.
+
+    Args:
+        spec: of one of them.
+        n_layers: how many there are.
+        row_bytes: what one token takes in one of them.
+        n_rows: tokens that each has room for at the plan's context.
+        nbytes: of all of them together, for all sequences.
+    """
+
+    spec: CacheSpec
+    n_layers: int
+    row_bytes: int
+    n_rows: int
+    nbytes: int
+
+    @property
+    def name(self) -> str:
+        """`full`, or `window 512`."""
+        return "full" if self.spec.window is None else f"window {self.spec.window:,}"
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Bytes that a model and its live caches allocate. Activations come on top.
+    """Bytes that a model, its live caches and its computations take.
 
     Args:
         weights_bytes: all weights, in the dtype they are computed in.
         kv_bytes: the caches of all sequences at `context` tokens.
         kv_bytes_per_token: what one more token takes in one sequence while no window is full.
+        workspace_bytes: what prefill or decode hold beside both at the most.
+        cache_bytes: freed buffers that MLX's allocator may keep; given back where there is need.
+        pages_bytes: what prefix pages take in RAM beside it; they make room for everything else.
+        peak_bytes: what MLX's peak memory will read after one sequence of `context` tokens.
         context: tokens a sequence.
         sequences: how many of them.
+        chunk: tokens of a prompt that are computed at a time.
         kv_type: format of the KV.
         limit_bytes: what the machine, or the caller, allows.
         max_context: the longest context that fits for `sequences`, 0 if not even the weights do.
+        max_contexts: the same for every KV format.
+        layers: the layers that store KV, by kind.
+        curves: KV format -> (tokens a sequence, total bytes).
         specs: one per layer.
     """
 
     weights_bytes: int
     kv_bytes: int
     kv_bytes_per_token: int
+    workspace_bytes: int
+    cache_bytes: int
+    pages_bytes: int
+    peak_bytes: int
     context: int
     sequences: int
+    chunk: int
     kv_type: str
     limit_bytes: int
     max_context: int
+    max_contexts: Mapping[str, int]
+    layers: tuple[LayerKind, ...]
+    curves: Mapping[str, tuple[tuple[int, int], ...]]
     specs: tuple[CacheSpec | None, ...]
 
     @property
     def total_bytes(self) -> int:
-        """Weights and KV."""
-        return self.weights_bytes + self.kv_bytes
+        """Weights, KV, workspace and allocator cache."""
+        return self.weights_bytes + self.kv_bytes + self.workspace_bytes + self.cache_bytes
 
     @property
     def fits(self) -> bool:
-        """Whether weights and KV stay under the limit."""
+        """Whether the total stays under the limit."""
         return self.total_bytes <= self.limit_bytes
+
+    @property
+    def formula(self) -> str:
+        """How the KV bytes come about, with the numbers in it."""
+        kinds = [
+            f"{kind.n_layers} x {kind.spec.n_kv_heads} x {kind.row_bytes} B x {kind.n_rows:,}"
+            for kind in self.layers
+        ]
+        return f"{self.sequences} x ({' + '.join(kinds) or '0'}) = {self.kv_bytes:,} B"
 
 
 def pages_bytes(limit_bytes: int, weights_bytes: int) -> int:
@@ -92,6 +154,15 @@ def kv_bytes(specs: Sequence[CacheSpec | None], n_tokens: int, kv: KVFormat) -> 
     return sum(spec.nbytes(n_tokens, kv) for spec in specs if spec is not None)
 
 
+def row_bytes(specs: Sequence[CacheSpec | None], kv: KVFormat) -> int:
+    """Bytes that one token takes in all layers of one sequence while no window is full."""
+    return sum(
+        spec.n_kv_heads * (kv.row_bytes(spec.k_dim) + kv.row_bytes(spec.v_dim))
+        for spec in specs
+        if spec is not None
+    )
+
+
 def plan(
     model: str | Path,
     context: int | None = None,
@@ -99,8 +170,9 @@ def plan(
     kv_type: str = "native",
     memory: str | int | None = None,
     dtype: mx.Dtype | str = "auto",
+    chunk: int | None = None,
 ) -> Plan:
-    """Plan a model that is on this machine: a directory or a name that `mlxkv list` shows.
+    """Plan a model: nothing of it is loaded.
 
     Args:
         model: path or name.
@@ -109,56 +181,214 @@ def plan(
         kv_type: one of `KV_TYPES`.
         memory: limit ("16GiB", bytes); None for what the machine allows.
         dtype: what is computed in, as for `load`.
+        chunk: tokens of a prompt at a time; None for the device's default.
 
     Raises:
         UsageError: an argument out of its range.
         ModelNotFound, CheckpointError: as for `load`.
     """
     storage_of(kv_type)
-    if sequences < 1 or (context is not None and context < 1):
-        raise UsageError("--context and --sequences must be at least 1")
+    if sequences < 1 or (context is not None and context < 1) or (chunk is not None and chunk < 1):
+        raise UsageError("--context, --sequences and chunk must be at least 1")
     from mlxkv.store import resolve
 
     layout = lay_out(resolve(str(model), fetch=False), dtype)
-    return plan_specs(
-        layout.model.cache_specs(),
-        weights_bytes=layout.nbytes,
-        context=context or layout.model.config.context,
+    weights_bytes, own_context = layout.nbytes, layout.model.config.context
+    return plan_model(
+        hollow(layout),
+        weights_bytes=weights_bytes,
+        context=context or own_context,
         sequences=sequences,
-        kv=KVFormat(kv_type, layout.dtype.size),
+        kv_type=kv_type,
         limit=parse_bytes(memory) or device.memory_limit(),
+        chunk=chunk,
     )
 
 
-def plan_specs(
-    specs: Sequence[CacheSpec | None],
+def plan_model(
+    model: CausalLM,
     *,
     weights_bytes: int,
     context: int,
     sequences: int,
-    kv: KVFormat,
+    kv_type: str,
     limit: int,
+    chunk: int | None = None,
 ) -> Plan:
-    """The arithmetic of `plan`, on numbers alone."""
-    per_token = sum(
-        spec.n_kv_heads * (kv.row_bytes(spec.k_dim) + kv.row_bytes(spec.v_dim))
-        for spec in specs
-        if spec is not None
-    )
+    """The arithmetic of `plan`, on a model that is loaded or hollow."""
+    needs = {
+        name: Needs(model, name, chunk or default_chunk())
+        for name in dict.fromkeys((kv_type, *KV_TYPES))
+    }
+    own = needs[kv_type]
+    held = own.held(context)
+    kv_total = own.kv_bytes(context) * sequences
+    workspace = max(0, held.peak - own.kv_bytes(context))
     room = limit - weights_bytes
-    low, high = 0, 2**30
-    while low < high:
-        middle = (low + high + 1) // 2
-        fits = kv_bytes(specs, middle, kv) * sequences <= room
-        low, high = (middle, high) if fits else (low, middle - 1)
+    longest = {name: need.longest(room, sequences) for name, need in needs.items()}
     return Plan(
         weights_bytes=weights_bytes,
-        kv_bytes=kv_bytes(specs, context, kv) * sequences,
-        kv_bytes_per_token=per_token,
+        kv_bytes=kv_total,
+        kv_bytes_per_token=row_bytes(own.specs, own.kv),
+        workspace_bytes=workspace,
+        cache_bytes=0 if device.on_cpu() else workspace,
+        pages_bytes=min(own.pages_bytes(context), pages_bytes(limit, weights_bytes)),
+        peak_bytes=weights_bytes + own.peak(context, pages_bytes(limit, weights_bytes)),
         context=context,
         sequences=sequences,
-        kv_type=kv.name,
+        chunk=own.chunk,
+        kv_type=kv_type,
         limit_bytes=limit,
-        max_context=low,
-        specs=tuple(specs),
+        max_context=longest[kv_type],
+        max_contexts={name: longest[name] for name in KV_TYPES},
+        layers=_layer_kinds(own.specs, own.kv, context, sequences),
+        curves={
+            name: tuple(
+                (n, weights_bytes + needs[name].total(n, sequences)) for n in _marks(context)
+            )
+            for name in KV_TYPES
+        },
+        specs=tuple(own.specs),
     )
+
+
+def _marks(context: int, n_marks: int = 32) -> list[int]:
+    """Contexts to draw a curve by."""
+    return sorted({max(1, context * i // n_marks) for i in range(1, n_marks + 1)})
+
+
+def _layer_kinds(
+    specs: Sequence[CacheSpec | None], kv: KVFormat, context: int, sequences: int
+) -> tuple[LayerKind, ...]:
+    counts = Counter(spec for spec in specs if spec is not None and not spec.opaque)
+    return tuple(
+        LayerKind(
+            spec,
+            n,
+            kv.row_bytes(spec.k_dim) + kv.row_bytes(spec.v_dim),
+            spec.n_rows(context),
+            n * spec.nbytes(context, kv) * sequences,
+        )
+        for spec, n in counts.items()
+    )
+
+
+@dataclass
+class Needs:
+    """What a model's sequences need beside its weights, in one KV format.
+
+    Args:
+        model: loaded or hollow.
+        kv_type: format of the KV.
+        chunk: tokens of a prompt that are computed at a time.
+    """
+
+    model: CausalLM
+    kv_type: str
+    chunk: int
+    _steps: dict[tuple[int, int, bool], Held] = field(default_factory=dict)
+
+    @cached_property
+    def specs(self) -> list[CacheSpec | None]:
+        """One per layer."""
+        return self.model.cache_specs()
+
+    @cached_property
+    def kv(self) -> KVFormat:
+        """The format, with the size of what is computed in."""
+        return KVFormat(self.kv_type, self.model.compute_dtype.size)
+
+    def kv_bytes(self, n_tokens: int) -> int:
+        """Of one sequence."""
+        return kv_bytes(self.specs, n_tokens, self.kv)
+
+    def pages_bytes(self, n_tokens: int) -> int:
+        """What the prefix pages of one sequence take: rows of all layers, window or not."""
+        return 0 if Kinds.of(self.specs) is None else row_bytes(self.specs, self.kv) * n_tokens
+
+    def step(self, n_held: int, n_new: int, *, last: bool) -> Held:
+        """What one step holds, KV included; only the KV where MLX cannot trace the model."""
+        if self.kv_type != "native" and n_held > LONGEST_TRACED:
+            # The graph of attention over packed KV grows with the tokens held.
+            chunks, growths = self._marks
+            after = self.kv_bytes(n_held + n_new)
+            more = _on_line(growths if n_new == 1 else chunks, n_held + n_new)
+            return Held(self.kv_bytes(n_held), after + more)
+        key = n_held, n_new, last
+        if key not in self._steps:
+            try:
+                if n_new == 1 and n_held:
+                    held = decode_step(self.model, self.kv_type, n_held)
+                else:
+                    held = prefill_step(self.model, self.kv_type, n_held, n_new, last=last)
+            except (ValueError, RuntimeError) as error:
+                _log.warning("the workspace is not known: %s", error)
+                held = Held(self.kv_bytes(n_held), self.kv_bytes(n_held + n_new))
+            self._steps[key] = held
+        return self._steps[key]
+
+    def _steps_to(self, n_tokens: int) -> list[tuple[int, Held]]:
+        """Tokens held before, and the steps of a prompt of that length that hold the most."""
+        chunk = min(self.chunk, n_tokens)
+        start = (n_tokens - 1) // chunk * chunk  # of the last chunk, whose logits are wanted
+        steps = [(start, self.step(start, n_tokens - start, last=True))]
+        grows = (n_tokens - 1) // STEP * STEP  # where the caches grow for the last time
+        for held in sorted({0, grows // chunk * chunk, start - chunk} & set(range(start))):
+            steps.append((held, self.step(held, chunk, last=False)))
+        for held in sorted({grows, n_tokens - 1} - {0}):
+            steps.append((held, self.step(held, 1, last=True)))
+        return steps
+
+    def held(self, n_tokens: int) -> Held:
+        """The step of a sequence of `n_tokens` that holds the most."""
+        return max((held for _, held in self._steps_to(n_tokens)), key=lambda held: held.peak)
+
+    def peak(self, n_tokens: int, pages_limit: int) -> int:
+        """Of KV, computation and prefix pages of one sequence."""
+
+        def pages(n: int) -> int:
+            return min(self.pages_bytes(n), pages_limit)
+
+        during = max(held.peak + pages(n_held) for n_held, held in self._steps_to(n_tokens))
+        return max(during, self.kv_bytes(n_tokens) + pages(n_tokens))
+
+    def total(self, n_tokens: int, sequences: int) -> int:
+        """KV and workspace at `n_tokens` a sequence; the workspace between two lengths."""
+        return self.kv_bytes(n_tokens) * sequences + self._workspace(n_tokens)
+
+    def _workspace(self, n_tokens: int) -> int:
+        """What chunks and the growth of caches take grows in straight lines between the marks."""
+        return max(_on_line(marks, n_tokens) for marks in self._marks)
+
+    @cached_property
+    def _marks(self) -> tuple[list[tuple[int, int]], ...]:
+        """(tokens, workspace) of chunks, and of single tokens for which all caches grow.
+
+        One for short contexts, and two beyond every window and block.
+        """
+        windows = [spec.window or 0 for spec in self.specs if spec is not None]
+        unit = max(self.chunk, STEP)
+        long = unit * -(-max(2048, max(windows, default=0) + 2 * unit) // unit)
+        chunks, growths = [], []
+        for n in (2 * unit, long, 2 * long):
+            held = self.step(n - self.chunk, self.chunk, last=False)
+            chunks.append((n, held.peak - self.kv_bytes(n)))
+            grown = self.step(n, 1, last=True)
+            growths.append((n + 1, grown.peak - self.kv_bytes(n + 1)))
+        return chunks, growths
+
+    def longest(self, room_bytes: int, sequences: int) -> int:
+        """The longest context whose KV and workspace find room."""
+        low, high = 0, 2**30
+        while low < high:
+            middle = (low + high + 1) // 2
+            fits = self.total(middle, sequences) <= room_bytes
+            low, high = (middle, high) if fits else (low, middle - 1)
+        return low
+
+
+def _on_line(marks: Sequence[tuple[int, int]], x: int) -> int:
+    """The height at x of the line through some points, in order of x; level before the first."""
+    at = max(1, sum(n < x for n, _ in marks[:-1]))
+    (low, at_low), (high, at_high) = marks[at - 1 : at + 1]
+    return max(0, at_low + (at_high - at_low) * (max(x, low) - low) // (high - low))
