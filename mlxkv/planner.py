@@ -18,9 +18,10 @@ import mlx.core as mx
 
 from mlxkv import device
 from mlxkv.cache import CacheSpec
-from mlxkv.errors import UsageError
+from mlxkv.errors import ModelNotFound, UsageError
 from mlxkv.kv_format import KVFormat, storage_of
-from mlxkv.loader import lay_out
+from mlxkv.loader import Layout, lay_out
+from mlxkv.names import HubRef, locate
 
 _UNITS = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12,
           "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}  # fmt: skip
@@ -100,7 +101,10 @@ def plan(
     memory: str | int | None = None,
     dtype: mx.Dtype | str = "auto",
 ) -> Plan:
-    """Plan a model that is on this machine: a directory or a name that `mlxkv list` shows.
+    """Plan a model: a directory, a name that `mlxkv list` shows, or a Hugging Face repository.
+
+    Of a repository that is not here only config.json and the headers of its weights are fetched,
+    and nothing is kept.
 
     Args:
         model: path or name.
@@ -112,14 +116,12 @@ def plan(
 
     Raises:
         UsageError: an argument out of its range.
-        ModelNotFound, CheckpointError: as for `load`.
+        ModelNotFound, CheckpointError, DownloadError: as for `load`.
     """
     storage_of(kv_type)
     if sequences < 1 or (context is not None and context < 1):
         raise UsageError("--context and --sequences must be at least 1")
-    from mlxkv.store import resolve
-
-    layout = lay_out(resolve(str(model), fetch=False), dtype)
+    layout = _layout(model, dtype)
     return plan_specs(
         layout.model.cache_specs(),
         weights_bytes=layout.nbytes,
@@ -128,6 +130,23 @@ def plan(
         kv=KVFormat(kv_type, layout.dtype.size),
         limit=parse_bytes(memory) or device.memory_limit(),
     )
+
+
+def _layout(model: str | Path, dtype: mx.Dtype | str) -> Layout:
+    """What a model loads as: from its directory, or from headers, without weights to read."""
+    from mlxkv.hub_headers import headers_of
+    from mlxkv.store import resolve
+
+    try:
+        path = resolve(str(model), fetch=False)
+    except ModelNotFound:
+        ref = None if isinstance(model, Path) else locate(model)
+        if not isinstance(ref, HubRef) or ref.wanted is not None:
+            raise
+    else:
+        return lay_out(path, dtype)
+    with headers_of(ref.repo_id) as folder:
+        return lay_out(folder, dtype, headers_only=True)
 
 
 def plan_specs(

@@ -27,7 +27,8 @@ LAYERS = (
      "sandbox", "sampling", "stopping", "planner", "catalog", "names", "terminal",
      "page_format", "fingerprint"),
     ("generate", "pages", "page_cutter", "page_links", "page_ram", "page_disk", "page_files",
-     "page_folder", "page_room", "kv_names", "named_kv", "hub", "wheels", "store", "card"),
+     "page_folder", "page_room", "kv_names", "named_kv", "hub", "hub_headers", "wheels", "store",
+     "card"),
     ("llm", "conversation", "answer", "saved_prefix", "engine"),
     ("convert", "server"),
     ("cli", "repl", "run", "commands", "doctor", "kv_cli", "kv_card", "kv_sources", "verify"),
@@ -37,6 +38,7 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 DEFERRED = {
     ("store", "convert"): "pulling a GGUF file converts it",
     ("planner", "store"): "plan() takes a model's name as well as its path",
+    ("planner", "hub_headers"): "and the name of a repository that is not here",
 }
 """Imports inside a function that may point up, and why."""
 
