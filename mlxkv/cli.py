@@ -366,10 +366,9 @@ def plan(
     """Say what memory a model and its KV cache need, before anything is loaded."""
     import json
 
-    from mlxkv import plan_card, planner, store
+    from mlxkv import plan_card, planner
 
-    path = store.resolve(model, fetch=False)
-    needs = planner.plan(path, context, sequences, kv_type, memory, dtype)
+    needs = planner.plan(model, context, sequences, kv_type, memory, dtype)
     print(json.dumps(plan_card.to_dict(needs)) if as_json else plan_card.text(needs))
 
 

@@ -86,13 +86,13 @@ def download(repo_id: str, *, quiet: bool = True) -> Path:
     """
     from huggingface_hub import snapshot_download
 
-    _hush(quiet)
+    hush(quiet)
     try:
         folder = snapshot_download(
             repo_id, allow_patterns=list(WANTED), ignore_patterns=list(IGNORED)
         )
     except Exception as error:  # the HTTP client behind it differs from version to version
-        raise _translate(repo_id, error) from error
+        raise translate(repo_id, error) from error
     return Path(folder)
 
 
@@ -107,7 +107,7 @@ def list_gguf_files(repo_id: str) -> list[str]:
     try:
         files = HfApi().list_repo_files(repo_id)
     except Exception as error:
-        raise _translate(repo_id, error) from error
+        raise translate(repo_id, error) from error
     return sorted(name for name in files if name.lower().endswith(".gguf"))
 
 
@@ -119,11 +119,11 @@ def download_gguf(repo_id: str, filename: str, *, quiet: bool = True) -> Path:
     """
     from huggingface_hub import hf_hub_download
 
-    _hush(quiet)
+    hush(quiet)
     try:
         return Path(hf_hub_download(repo_id, filename))
     except Exception as error:
-        raise _translate(repo_id, error) from error
+        raise translate(repo_id, error) from error
 
 
 def choose_gguf(repo_id: str, files: Sequence[str], wanted: str | None) -> str:
@@ -213,7 +213,8 @@ def _scan() -> HFCacheInfo | None:
         return None
 
 
-def _hush(quiet: bool) -> None:
+def hush(quiet: bool = True) -> None:
+    """Keeps the client from logging, and from drawing progress where it is to be quiet."""
     from huggingface_hub.utils import disable_progress_bars, logging
 
     logging.set_verbosity_error()
@@ -221,7 +222,7 @@ def _hush(quiet: bool) -> None:
         disable_progress_bars()
 
 
-def _translate(repo_id: str, error: Exception) -> MlxkvError:
+def translate(repo_id: str, error: Exception) -> MlxkvError:
     """The client's exception as one of ours, in one line."""
     from huggingface_hub import constants
     from huggingface_hub.errors import (
@@ -246,7 +247,7 @@ def _translate(repo_id: str, error: Exception) -> MlxkvError:
             )
         case LocalEntryNotFoundError():  # before EntryNotFoundError, its base class
             if isinstance(error.__cause__, HfHubHTTPError):
-                return _translate(repo_id, error.__cause__)
+                return translate(repo_id, error.__cause__)
             error = error.__cause__ if isinstance(error.__cause__, Exception) else error
         case RevisionNotFoundError() | EntryNotFoundError():
             return ModelNotFound(f"{repo_id}: the hub has no such file or revision")

@@ -65,8 +65,18 @@ class Layout:
                 module.compute_dtype = self.dtype
 
 
-def lay_out(path: str | Path, dtype: mx.Dtype | str = "auto") -> Layout:
-    """Find out what a model directory loads as; arguments and errors as for `load_model`."""
+def lay_out(
+    path: str | Path, dtype: mx.Dtype | str = "auto", *, headers_only: bool = False
+) -> Layout:
+    """Find out what a model directory loads as; arguments and errors as for `load_model`.
+
+    Args:
+        path: see `load_model`.
+        dtype: see `load_model`.
+        headers_only: the files hold headers and no weights. A tied model's own head then counts:
+            whether it is a copy, which loading drops, is known from the weights alone, and a
+            sum must not come out smaller than what will be needed.
+    """
     compute_dtype(dtype, mx.float32)
     path = Path(path)
     raw = read_config(path)
@@ -77,7 +87,7 @@ def lay_out(path: str | Path, dtype: mx.Dtype | str = "auto") -> Layout:
     kept, skipped = family.remap(weights.arrays(), config)
     if skipped:
         _log.info("%s: left out %s", path, skipped_text(skipped))
-    config = with_own_head(config, kept)
+    config = with_own_head(config, kept, compare=not headers_only)
     model = family.build(config)
     root = model.weights_root()
     quantization = Quantization.from_config(text_config(raw), source)
@@ -154,16 +164,18 @@ def compute_dtype(dtype: mx.Dtype | str, checkpoint: mx.Dtype) -> mx.Dtype:
     raise UsageError(f"dtype must be one of auto, {', '.join(DTYPES)}; got {dtype!r}")
 
 
-def with_own_head(config: Any, weights: dict[str, mx.array]) -> Any:
+def with_own_head(config: Any, weights: dict[str, mx.array], *, compare: bool = True) -> Any:
     """A config that says "tied" beside a head of its own: the head counts, unless it is a copy.
 
-    transformers 5 decides the same way. Drops a copied head from `weights`.
+    transformers 5 decides the same way. Drops a copied head from `weights`; without `compare`
+    nothing is read, and every head counts as one of its own.
     """
     if "lm_head.weight" not in weights or not config.tie_word_embeddings:
         return config
     head, embedding = weights["lm_head.weight"], weights.get("model.embed_tokens.weight")
     if (
-        embedding is not None
+        compare
+        and embedding is not None
         and head.shape == embedding.shape
         and head.dtype == embedding.dtype
         and "lm_head.scales" not in weights

@@ -21,11 +21,12 @@ import mlx.core as mx
 
 from mlxkv import device
 from mlxkv.cache import STEP, CacheSpec
-from mlxkv.errors import UsageError
+from mlxkv.errors import ModelNotFound, UsageError
 from mlxkv.generate import default_chunk
 from mlxkv.kv_format import KV_TYPES, KVFormat, storage_of
 from mlxkv.layers import CausalLM
-from mlxkv.loader import lay_out
+from mlxkv.loader import Layout, lay_out
+from mlxkv.names import HubRef, locate
 from mlxkv.page_links import Kinds
 from mlxkv.workspace import Held, decode_step, hollow, prefill_step
 
@@ -172,7 +173,10 @@ def plan(
     dtype: mx.Dtype | str = "auto",
     chunk: int | None = None,
 ) -> Plan:
-    """Plan a model: nothing of it is loaded.
+    """Plan a model: a directory, a name that `mlxkv list` shows, or a Hugging Face repository.
+
+    Of a repository that is not here only config.json and the headers of its weights are fetched,
+    and nothing is kept. Nothing is loaded.
 
     Args:
         model: path or name.
@@ -185,14 +189,13 @@ def plan(
 
     Raises:
         UsageError: an argument out of its range.
-        ModelNotFound, CheckpointError: as for `load`.
+        ModelNotFound, CheckpointError, DownloadError: as for `load`.
     """
     storage_of(kv_type)
     if sequences < 1 or (context is not None and context < 1) or (chunk is not None and chunk < 1):
         raise UsageError("--context, --sequences and chunk must be at least 1")
-    from mlxkv.store import resolve
-
-    layout = lay_out(resolve(str(model), fetch=False), dtype)
+    limit = parse_bytes(memory) or device.memory_limit()
+    layout = _layout(model, dtype)
     weights_bytes, own_context = layout.nbytes, layout.model.config.context
     return plan_model(
         hollow(layout),
@@ -200,9 +203,26 @@ def plan(
         context=context or own_context,
         sequences=sequences,
         kv_type=kv_type,
-        limit=parse_bytes(memory) or device.memory_limit(),
+        limit=limit,
         chunk=chunk,
     )
+
+
+def _layout(model: str | Path, dtype: mx.Dtype | str) -> Layout:
+    """What a model loads as: from its directory, or from headers, without weights to read."""
+    from mlxkv.hub_headers import headers_of
+    from mlxkv.store import resolve
+
+    try:
+        path = resolve(str(model), fetch=False)
+    except ModelNotFound:
+        ref = None if isinstance(model, Path) else locate(model)
+        if not isinstance(ref, HubRef) or ref.wanted is not None:
+            raise
+    else:
+        return lay_out(path, dtype)
+    with headers_of(ref.repo_id) as folder:
+        return lay_out(folder, dtype, headers_only=True)
 
 
 def plan_model(

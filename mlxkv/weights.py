@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -25,6 +25,7 @@ _LOADABLE = {*_FLOATS, "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64", "BO
 _BITS = {"F32": 32, "F16": 16, "BF16": 16, "F64": 64, "U8": 8, "I8": 8, "U16": 16, "I16": 16,
          "U32": 32, "I32": 32, "U64": 64, "I64": 64, "BOOL": 8, "C64": 64, "F8_E4M3": 8,
          "F8_E5M2": 8, "F8_E8M0": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4}  # fmt: skip
+INDEX = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000
 """The format's own bound."""
 
@@ -112,10 +113,10 @@ def open_weights(model_dir: str | Path) -> Weights:
         CheckpointError: a file is missing, truncated, or its header lies.
     """
     model_dir = Path(model_dir)
-    index = model_dir / "model.safetensors.index.json"
+    index = model_dir / INDEX
     if index.exists():
         return Weights(_indexed(model_dir, index))
-    files = sorted(model_dir.glob("model*.safetensors")) or sorted(model_dir.glob("*.safetensors"))
+    files = weight_files(path.name for path in model_dir.glob("*.safetensors"))
     if not files:
         hint = ""
         if any(model_dir.glob("*.bin")) or any(model_dir.glob("*.pt*")):
@@ -124,7 +125,7 @@ def open_weights(model_dir: str | Path) -> Weights:
             hint = "; convert its GGUF file with `mlxkv convert`"
         raise ModelNotFound(f"{model_dir}: no .safetensors file{hint}")
     infos: dict[str, TensorInfo] = {}
-    for file in files:
+    for file in (model_dir / name for name in files):
         for name, info in read_header(file).items():
             if name in infos:
                 raise CheckpointError(
@@ -134,11 +135,25 @@ def open_weights(model_dir: str | Path) -> Weights:
     return Weights(infos)
 
 
-def _indexed(model_dir: Path, index: Path) -> dict[str, TensorInfo]:
+def weight_files(names: Iterable[str]) -> list[str]:
+    """Which files of a directory without an index hold its weights, in order."""
+    found = sorted(name for name in names if name.endswith(".safetensors"))
+    return [name for name in found if name.startswith("model")] or found
+
+
+def indexed_files(index: Path) -> list[str]:
+    """The files that an index names, each once; they lie beside it.
+
+    Raises:
+        CheckpointError: it names none, or one that lies elsewhere.
+    """
+    return list(dict.fromkeys(_weight_map(index).values()))
+
+
+def _weight_map(index: Path) -> dict[str, str]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: key 'weight_map' is missing or empty")
-    infos: dict[str, TensorInfo] = {}
     for file_name in weight_map.values():
         if (
             not isinstance(file_name, str)
@@ -146,6 +161,12 @@ def _indexed(model_dir: Path, index: Path) -> dict[str, TensorInfo]:
             or (Path(file_name).name != file_name)
         ):
             raise CheckpointError(f"{index}: weight_map names {file_name!r}, not a file beside it")
+    return weight_map
+
+
+def _indexed(model_dir: Path, index: Path) -> dict[str, TensorInfo]:
+    weight_map = _weight_map(index)
+    infos: dict[str, TensorInfo] = {}
     for file_name in dict.fromkeys(weight_map.values()):
         file = model_dir / file_name
         if not file.exists():
@@ -168,14 +189,28 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         with file.open("rb") as opened:
             size = opened.seek(0, 2)
             opened.seek(0)
-            start = opened.read(8)
-            length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
-            if not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
-                raise _damaged(file, f"its header cannot be {length:,} bytes of {size:,}")
+            length = header_length(opened.read(8), size, file)
             text = opened.read(length)
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read ({error.strerror})") from error
     return parse_header(text, size - 8 - length, file)
+
+
+def header_length(start: bytes, size: int, file: Path) -> int:
+    """Bytes of the JSON that follows the first eight bytes of a safetensors file.
+
+    Args:
+        start: those eight, or fewer where the file ends before.
+        size: of the whole file.
+        file: for messages.
+
+    Raises:
+        CheckpointError: no header is that long in such a file.
+    """
+    length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
+    if not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
+        raise _damaged(file, f"its header cannot be {length:,} bytes of {size:,}")
+    return length
 
 
 def parse_header(text: bytes, n_data: int, file: Path) -> dict[str, TensorInfo]:

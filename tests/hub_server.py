@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,12 +17,26 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @dataclass
 class Hub:
-    """Repositories by name, each with its files; `requests` is what was asked."""
+    """Repositories by name, each with its files; `requests` is what was asked.
+
+    Args:
+        repos: files by their path, by the name of the repository.
+        gated: repositories whose files are refused; their list too, unless `repos` has them.
+        failing: whether every answer is an error.
+        ranges: whether a range is answered with that range, or with the whole file.
+        elsewhere: whether files are at another address, to which the hub redirects.
+        listed: sizes that the list of files has, where they are not the real ones.
+        n_sent: bytes of the pieces of bodies that left.
+    """
 
     repos: Mapping[str, Mapping[str, bytes]]
     gated: frozenset[str] = frozenset()
     failing: bool = False
+    ranges: bool = True
+    elsewhere: bool = False
+    listed: dict[str, object] = field(default_factory=dict)
     requests: list[str] = field(default_factory=list)
+    n_sent: list[int] = field(default_factory=list)
     url: str = ""
 
 
@@ -33,7 +49,7 @@ def serve(hub: Hub) -> Iterator[Hub]:
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     hub.url = f"http://127.0.0.1:{server.server_address[1]}"
-    thread = Thread(target=server.serve_forever, daemon=True)
+    thread = Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     try:
         yield hub
@@ -46,6 +62,7 @@ def serve(hub: Hub) -> Iterator[Hub]:
 class _Handler(BaseHTTPRequestHandler):
     served: Hub
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
 
     def log_message(self, format: str, *args: object) -> None:
         """Quiet."""
@@ -56,18 +73,26 @@ class _Handler(BaseHTTPRequestHandler):
     def do_HEAD(self) -> None:
         self._answer(body=False)
 
+    def setup(self) -> None:
+        # Small, so that what a client does not read stays here and is not counted as sent.
+        self.request.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)
+        super().setup()
+
     def _answer(self, *, body: bool) -> None:
         path = self.path.split("?")[0]
         self.served.requests.append(f"{self.command} {path}")
         if self.served.failing:
             return self._send(500, b"", {}, body)
-        parts = path.strip("/").split("/")
+        if self.served.elsewhere and "/resolve/" in path and not path.startswith("/elsewhere/"):
+            there = self.served.url.replace("127.0.0.1", "localhost")
+            return self._send(302, b"", {"Location": f"{there}/elsewhere{path}"}, body)
+        parts = path.removeprefix("/elsewhere").strip("/").split("/")
         if parts[:2] == ["api", "models"]:
             return self._api("/".join(parts[2:4]), parts[4:], body)
         return self._file("/".join(parts[:2]), "/".join(parts[4:]), body)
 
-    def _known(self, repo: str, body: bool) -> bool:
-        if repo in self.served.gated:
+    def _known(self, repo: str, body: bool, *, listing: bool = False) -> bool:
+        if repo in self.served.gated and not (listing and repo in self.served.repos):
             self._send(403, b"", {"X-Error-Code": "GatedRepo"}, body)
         elif repo not in self.served.repos:
             self._send(404, b"", {"X-Error-Code": "RepoNotFound"}, body)
@@ -76,7 +101,7 @@ class _Handler(BaseHTTPRequestHandler):
         return False
 
     def _api(self, repo: str, rest: list[str], body: bool) -> None:
-        if not self._known(repo, body):
+        if not self._known(repo, body, listing=True):
             return None
         files = self.served.repos[repo]
         if rest[:1] == ["tree"]:
@@ -85,7 +110,10 @@ class _Handler(BaseHTTPRequestHandler):
                 for name, data in files.items()
             ]
         else:
-            siblings = [{"rfilename": name} for name in files]
+            siblings = [
+                {"rfilename": name, "size": self.served.listed.get(name, len(data))}
+                for name, data in files.items()
+            ]
             answer = {"id": repo, "modelId": repo, "sha": COMMIT, "siblings": siblings}
         return self._send(
             200, json.dumps(answer).encode(), {"Content-Type": "application/json"}, body
@@ -97,7 +125,15 @@ class _Handler(BaseHTTPRequestHandler):
         data = self.served.repos[repo].get(name)
         if data is None:
             return self._send(404, b"", {"X-Error-Code": "EntryNotFound"}, body)
-        return self._send(200, data, {"ETag": f'"{_etag(data)}"', "X-Repo-Commit": COMMIT}, body)
+        headers = {"ETag": f'"{_etag(data)}"', "X-Repo-Commit": COMMIT}
+        asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        if asked is None or not self.served.ranges:
+            return self._send(200, data, headers, body)
+        start, stop = int(asked[1]), min(int(asked[2]) + 1, len(data))
+        if start >= stop:
+            return self._send(416, b"", {"Content-Range": f"bytes */{len(data)}"}, body)
+        headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(data)}"
+        return self._send(206, data[start:stop], headers, body)
 
     def _send(self, status: int, data: bytes, headers: Mapping[str, str], body: bool) -> None:
         self.send_response(status)
@@ -106,7 +142,16 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         if body:
-            self.wfile.write(data)
+            self._send_body(memoryview(data))
+
+    def _send_body(self, data: memoryview) -> None:
+        try:
+            while data:
+                n = self.request.send(data[: 1 << 16])
+                self.served.n_sent.append(n)
+                data = data[n:]
+        except ConnectionError:  # the client has read enough
+            self.close_connection = True
 
 
 def _etag(data: bytes) -> str:

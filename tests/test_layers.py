@@ -27,8 +27,8 @@ LAYERS = (
      "sandbox", "sampling", "stopping", "catalog", "names", "terminal",
      "page_format", "fingerprint", "workspace"),
     ("generate", "planner", "pages", "page_cutter", "page_links", "page_ram", "page_disk",
-     "page_files", "page_folder", "page_room", "kv_names", "named_kv", "hub", "wheels", "store",
-     "card", "plan_card"),
+     "page_files", "page_folder", "page_room", "kv_names", "named_kv", "hub", "hub_headers",
+     "wheels", "store", "card", "plan_card"),
     ("llm", "conversation", "answer", "saved_prefix", "engine"),
     ("convert", "server"),
     ("cli", "repl", "run", "commands", "doctor", "kv_cli", "kv_card", "kv_sources", "verify"),
@@ -37,7 +37,6 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 DEFERRED = {
     ("store", "convert"): "pulling a GGUF file converts it",
-    ("planner", "store"): "plan() takes a model's name as well as its path",
 }
 """Imports inside a function that may point up, and why."""
 
