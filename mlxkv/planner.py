@@ -16,7 +16,6 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlxkv import device
 from mlxkv.cache import CacheSpec
 from mlxkv.errors import UsageError
 from mlxkv.kv_format import KVFormat, storage_of
@@ -96,37 +95,43 @@ def plan(
     model: str | Path,
     context: int | None = None,
     sequences: int = 1,
-    kv_type: str = "native",
+    kv_type: str | None = None,
     memory: str | int | None = None,
     dtype: mx.Dtype | str = "auto",
 ) -> Plan:
     """Plan a model that is on this machine: a directory or a name that `mlxkv list` shows.
 
+    What is None comes from where `load` has it from.
+
     Args:
         model: path or name.
-        context: tokens a sequence; None for the model's own.
+        context: tokens a sequence, past the model's own as well: this is arithmetic.
         sequences: sequences at a time.
         kv_type: one of `KV_TYPES`.
-        memory: limit ("16GiB", bytes); None for what the machine allows.
+        memory: limit ("16GiB", bytes).
         dtype: what is computed in, as for `load`.
 
     Raises:
         UsageError: an argument out of its range.
         ModelNotFound, CheckpointError: as for `load`.
     """
-    storage_of(kv_type)
     if sequences < 1 or (context is not None and context < 1):
         raise UsageError("--context and --sequences must be at least 1")
+    from mlxkv.settings import Given, effective
     from mlxkv.store import resolve
 
-    layout = lay_out(resolve(str(model), fetch=False), dtype)
+    given = Given(kv_type=kv_type, memory=memory)
+    path = resolve(str(model), fetch=False)
+    settings = effective(path, given)
+    storage_of(settings.kv_type.value)
+    layout = lay_out(path, dtype)
     return plan_specs(
         layout.model.cache_specs(),
         weights_bytes=layout.nbytes,
-        context=context or layout.model.config.context,
+        context=context or settings.context.value,
         sequences=sequences,
-        kv=KVFormat(kv_type, layout.dtype.size),
-        limit=parse_bytes(memory) or device.memory_limit(),
+        kv=KVFormat(settings.kv_type.value, layout.dtype.size),
+        limit=settings.memory.value,
     )
 
 
