@@ -14,10 +14,12 @@ import pytest
 import mlxkv
 from mlxkv import device, names
 from mlxkv.cli import main
+from mlxkv.commands import Chat, execute
 from mlxkv.convert import convert
 from mlxkv.errors import ConfigError, UsageError
+from mlxkv.run import Settings as Sampling
 from mlxkv.settings import CALLER, COMMAND_LINE, REQUEST, Given, effective
-from tests.command_line import chat_model, environment
+from tests.command_line import assert_one_line, chat_model, environment
 
 # Per setting: what the command line, the environment and the file say, and what nobody's saying is.
 SAID: dict[str, tuple[Any, str, Any, Any]] = {
@@ -178,7 +180,32 @@ def test_a_context_past_the_models_own_is_refused_with_both_numbers(model, monke
     assert effective(model, Given(context=9)).context.value == 9, "what is outdone does not count"
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"context": 0}, "--context"),
+        ({"kv_type": "q5"}, "--kv-type must be one of native, q8, q4"),
+        ({"memory": "lots"}, "--memory must be like 16GiB, 500MB or auto; got 'lots'"),
+        ({"overflow": ""}, "--overflow"),
+        ({"keep": -1}, "--keep"),
+    ],
+)
+def test_a_wrong_argument_is_refused_before_a_model_is_looked_for(given, said):
+    with pytest.raises(UsageError, match=said):
+        mlxkv.load("/no/such", **given)
+
+
 # Where it counts.
+
+
+def test_a_model_is_loaded_with_what_is_effective(model, monkeypatch):
+    monkeypatch.setenv("MLXKV_KV_TYPE", "q8")
+    write(model, context=64, keep=3)
+    llm = mlxkv.load(model, overflow="shift")
+    assert (llm.context, llm.kv_type) == (64, "q8")
+    assert llm.settings.keep.value == 3
+    assert llm.generate("hello", max_tokens=100).stats.shifted_tokens > 0
+    assert mlxkv.load(model, kv_type="native").kv_type == "native"
 
 
 def test_a_plan_is_for_what_would_run(model, monkeypatch):
@@ -225,3 +252,66 @@ def test_show_prints_each_value_and_where_it_came_from(model, call, monkeypatch)
         "               keep      0 tokens (default)",
     ):
         assert line in text.splitlines()
+
+
+def test_run_stops_or_shifts_at_the_context_and_says_so(call):
+    run = ("run", "chatty", "hello", "--json", "-n", "90", "--context", "64")
+    stopped = call(*run)
+    answer = json.loads(stopped.stdout)
+    assert answer["finish_reason"] == "length"
+    assert answer["stats"]["prompt_tokens"] + len(answer["tokens"]) == 64
+    assert stopped.stderr == ""
+    shifted = call(*run, "--overflow", "shift", "--keep", "20")
+    answer = json.loads(shifted.stdout)
+    assert len(answer["tokens"]) == 90
+    n = answer["stats"]["shifted_tokens"]
+    line = f"mlxkv: the context of 64 tokens was full: the oldest {n:,} were dropped\n"
+    assert n > 0 and shifted.stderr == line
+    plain = call(*(arg for arg in run if arg != "--json"), "--overflow", "shift", "--keep", "20")
+    assert plain.stderr == line
+    assert plain.stdout == answer["text"] + "\n"
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (("run", "chatty", "hi", "--context", "2000"), ["--context", "1,024", "2,000"]),
+        (("run", "chatty", "hi", "--context", "1"), ["--context"]),
+        (("run", "chatty", "hi", "--overflow", "wrap"), ["--overflow", "stop, shift"]),
+        (("run", "chatty", "hi", "--keep", "-1"), ["--keep"]),
+        (("run", "chatty", "x" * 99, "--context", "64"), ["--truncate", "--overflow shift"]),
+        (("run", "chatty", "hi", "--overflow", "shift", "--keep", "600"), ["600", "512"]),
+        (("verify", "chatty", "--context", "2000"), ["--context", "1,024", "2,000"]),
+        (("verify", "chatty", "--context", "500"), ["578", "500"]),
+        (("kv", "save", "x", "a text", "-m", "chatty", "--context", "2000"), ["1,024", "2,000"]),
+    ],
+)
+def test_bounds_that_cannot_be_are_one_line(call, args, words):
+    assert_one_line(call(*args), 2, *words)
+
+
+def test_every_command_reads_the_environment(call, monkeypatch):
+    monkeypatch.setenv("MLXKV_CONTEXT", "2000")
+    for args in (("run", "chatty", "hi"), ("plan", "chatty"), ("verify", "chatty"),
+                 ("show", "chatty"), ("kv", "save", "x", "a text", "-m", "chatty")):  # fmt: skip
+        assert_one_line(call(*args), 2, "MLXKV_CONTEXT", "1,024", "2,000")
+    monkeypatch.setenv("MLXKV_CONTEXT", "512")
+    assert json.loads(call("plan", "chatty", "--json").stdout)["context"] == 512
+
+
+def test_a_chat_shows_its_settings_and_loads_the_next_model_with_them(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLXKV_MODELS", str(model.parent))
+    chat_model(model.parent / "short", max_position_embeddings=64)
+    chat_model(model.parent / "other", family="gemma3")
+    given = Given(context=100, kv_type="q8", overflow="shift", origin=COMMAND_LINE)
+    chat = Chat(mlxkv.load("chatty"), "chatty", "auto", Sampling(), given=given)
+    chat.begin(None)
+    assert "context          1,024 tokens (config.json)" in execute(chat, "/show model")
+    with pytest.raises(UsageError, match="64; got 100"):
+        execute(chat, "/load short")
+    assert chat.name == "chatty"
+    execute(chat, "/load other")
+    shown = execute(chat, "/show model")
+    assert "context          100 tokens (command line)" in shown
+    assert "overflow         shift (command line)" in shown
+    assert chat.llm.kv_type == "q8"
