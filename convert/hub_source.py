@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -17,6 +18,7 @@ from mlxkv.config import read_config, text_config
 from mlxkv.errors import UnsupportedModel, WeightsError
 from mlxkv.models import Family
 from mlxkv.quantization import Format, Quantization
+from mlxkv.settings import FILE, of_model
 from mlxkv.stacking import expert_stacks
 from mlxkv.weights import Weights, open_weights
 
@@ -234,7 +236,10 @@ def _side_files(path: Path) -> tuple[Callable[[Path], None], tuple[str, ...], tu
     names = [name for name in _TOKENIZER_FILES if (path / name).is_file()]
     for pattern in _LICENCE_FILES:
         names += sorted(file.name for file in path.glob(pattern) if file.is_file())
-    copy = partial(_copy_files, path, tuple(names))
+    settings = of_model(path)
+    copy = partial(_copy_files, path, tuple(names), settings)
+    if settings:
+        names.append(FILE)
     if "tokenizer.json" in names:
         return copy, tuple(names), ()
     if "tokenizer.model" not in names:
@@ -251,6 +256,10 @@ def _side_files(path: Path) -> tuple[Callable[[Path], None], tuple[str, ...], tu
     return write, (*names, *added), ("tokenizer.json is made from tokenizer.model",)
 
 
-def _copy_files(source: Path, names: tuple[str, ...], folder: Path) -> None:
+def _copy_files(
+    source: Path, names: tuple[str, ...], settings: Mapping[str, Any], folder: Path
+) -> None:
     for name in names:
         shutil.copyfile(source / name, folder / name)
+    if settings:  # without the record of where the source came from
+        (folder / FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

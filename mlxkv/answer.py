@@ -10,6 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlxkv import settings
 from mlxkv.errors import UsageError
 from mlxkv.generate import Restored
 from mlxkv.pages import WORTH
@@ -64,6 +65,8 @@ class Stats:
         kv_bytes: allocated KV at the end.
         diverged_at: the first prompt token that differs from what was held, if one did.
         miss: why not more was restored; None where everything was that could be.
+        shifted_tokens: oldest tokens that were dropped because the context was full; those of the
+            prompt are not in `prompt_tokens`.
     """
 
     prompt_tokens: int
@@ -79,6 +82,7 @@ class Stats:
     kv_bytes: int
     diverged_at: int | None = None
     miss: Miss | None = None
+    shifted_tokens: int = 0
 
     @property
     def prefill_tps(self) -> float:
@@ -148,6 +152,10 @@ class Request:
         think: reason before the answer, as far as the chat template has a switch for it: True,
             False, or how much (low, medium, high); None leaves it to the model.
         tools: JSON schemas of functions that the model may call.
+        context: tokens that prompt and answer may have together; None for the model's setting,
+            and so for the two below.
+        overflow: what happens there: `stop`, or `shift`.
+        keep: leading tokens that a shift keeps, besides the system prompt.
     """
 
     max_tokens: int | None = None
@@ -157,6 +165,9 @@ class Request:
     on_progress: Callable[[int, int], None] | None = None
     think: bool | str | None = None
     tools: Sequence[Mapping[str, Any]] | None = None
+    context: int | None = None
+    overflow: str | None = None
+    keep: int | None = None
 
     @classmethod
     def of(
@@ -168,6 +179,9 @@ class Request:
         on_progress: Callable[[int, int], None] | None = None,
         think: bool | str | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        context: int | None = None,
+        overflow: str | None = None,
+        keep: int | None = None,
         **sampling: Any,
     ) -> Request:
         """Build one from the keywords of `LLM.stream`.
@@ -188,7 +202,9 @@ class Request:
             raise UsageError(f"think must be on, off, {', '.join(EFFORTS)}; got {think!r}")
         texts = StopTexts(stop).texts
         params = SamplingParams(**sampling)
-        return cls(max_tokens, texts, truncate, params, on_progress, think, tools)
+        bounds = {"context": context, "overflow": overflow, "keep": keep}
+        settings.checked(bounds)
+        return cls(max_tokens, texts, truncate, params, on_progress, think, tools, **bounds)
 
 
 class Clock:

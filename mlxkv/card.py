@@ -12,6 +12,7 @@ from mlxkv import catalog
 from mlxkv.config import read_config, text_config
 from mlxkv.errors import CheckpointError, ModelNotFound
 from mlxkv.names import read_record
+from mlxkv.settings import Settings, effective
 from mlxkv.terminal import human_bytes, human_count
 
 FORMULA = "n_kv_heads * (k_dim + v_dim) * bytes per value, summed over the layers"
@@ -49,6 +50,8 @@ class Card:
         bits_per_weight: bits of all tensors by parameters, scales included.
         definition: `mlxkv (llama)` or `mlx-lm`.
         chat_template: whether there is one.
+        context: the model's own.
+        settings: what it runs with here, and who says so.
         files: name and bytes.
         skipped: tensors that are left out on purpose, such as a vision tower's.
         config: the numbers of config.json that people ask for.
@@ -70,6 +73,7 @@ class Card:
     license: str
     notice: str
     files: tuple[tuple[str, int], ...]
+    settings: Settings
     skipped: tuple[str, ...] = ()
 
     def text(self) -> str:
@@ -98,6 +102,10 @@ class Card:
             ("path", str(self.path)),
         ]
         rows += [
+            ("" if i else "settings", f"{setting.name:<9} {setting}")
+            for i, setting in enumerate(self.settings)
+        ]
+        rows += [
             ("" if i else "files", f"{human_bytes(size):>9}  {name}")
             for i, (name, size) in enumerate(self.files)
         ]
@@ -108,7 +116,8 @@ class Card:
 def to_dict(card: Card) -> dict[str, Any]:
     """The card as JSON has it."""
     files = [{"name": name, "bytes": size} for name, size in card.files]
-    return asdict(card) | {"path": str(card.path), "files": files}
+    settings = {s.name: {"value": s.value, "origin": s.origin} for s in card.settings}
+    return asdict(card) | {"path": str(card.path), "files": files, "settings": settings}
 
 
 def summarize(model_dir: Path) -> tuple[str, str, int]:
@@ -214,6 +223,7 @@ def describe(name: str, model_dir: Path) -> Card:
             for path in sorted(model_dir.iterdir())
             if path.is_file()
         ),
+        settings=effective(model_dir),
         skipped=tuple(skipped),
     )
 

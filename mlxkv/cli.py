@@ -16,6 +16,7 @@ from mlxkv.errors import INTERRUPTED, MlxkvError, UsageError
 
 if TYPE_CHECKING:
     from mlxkv.llm import LLM
+    from mlxkv.settings import Given
 
 app = typer.Typer(
     name="mlxkv",
@@ -28,7 +29,13 @@ app = typer.Typer(
 
 app.add_typer(kv_cli.app)
 
-KVType = Annotated[str, typer.Option("--kv-type", help="Format of the KV cache: native, q8 or q4.")]
+KVType = Annotated[
+    str | None, typer.Option("--kv-type", help="Format of the KV cache: native, q8 or q4.")
+]
+Context = Annotated[
+    int | None,
+    typer.Option(help="Tokens of prompt and answer together; at most the model's own, as without."),
+]
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="Name, path, .gguf file or Hugging Face org/name.")
 ]
@@ -131,6 +138,17 @@ def run(
     truncate: Annotated[
         bool, typer.Option("--truncate", help="Cut the start of a prompt that is too long.")
     ] = False,
+    context: Context = None,
+    overflow: Annotated[
+        str | None,
+        typer.Option(
+            help="At the context: stop, or shift, which drops the oldest tokens and goes on."
+        ),
+    ] = None,
+    keep: Annotated[
+        int | None,
+        typer.Option(help="First tokens that a shift keeps, besides the system prompt."),
+    ] = None,
     dtype: Annotated[
         str, typer.Option(help="auto, float32, float16 or bfloat16: what to compute in.")
     ] = "auto",
@@ -157,7 +175,7 @@ def run(
 
     saved = one_shot.saved_kv(kv_from)
     name, prompt = one_shot.split_words(words or [], model, saved)
-    kv_type = kv_type or (saved.kv_type if saved else "native")
+    kv_type = kv_type or (saved.kv_type if saved else None)
     piped = one_shot.read_piped()
     text = one_shot.join_prompt(prompt, piped)
     chat = text is None
@@ -170,7 +188,8 @@ def run(
         tuple(stop or ()), truncate, think,
     )  # fmt: skip
     one_shot.check(settings)
-    with load_model(name, dtype, memory, kv_type) as llm:
+    given = from_command_line(context, kv_type, memory, overflow, keep)
+    with load_model(name, dtype, given) as llm:
         if text is None:
             from mlxkv.repl import chat as start_chat
 
@@ -180,7 +199,7 @@ def run(
                 settings,
                 system=system,
                 dtype=dtype,
-                kv_type=kv_type,
+                given=given,
                 verbose=verbose,
                 kv_from=saved,
             )
@@ -197,20 +216,36 @@ def run(
         )
 
 
-def load_model(name: str, dtype: str, memory: str | None, kv_type: str = "native") -> LLM:
+def from_command_line(
+    context: int | None = None,
+    kv_type: str | None = None,
+    memory: str | None = None,
+    overflow: str | None = None,
+    keep: int | None = None,
+) -> Given:
+    """What the user set for a model.
+
+    Raises:
+        UsageError: a value out of its range.
+    """
+    from mlxkv.settings import COMMAND_LINE, Given
+
+    return Given(context, kv_type, memory, overflow, keep, COMMAND_LINE)
+
+
+def load_model(name: str, dtype: str, given: Given) -> LLM:
     """The model of that name, with progress on stderr."""
     from mlxkv import store
-    from mlxkv.kv_format import storage_of
     from mlxkv.terminal import ProgressLine
 
-    storage_of(kv_type)
     progress = ProgressLine()
     try:
         path = store.resolve(name, report=progress if progress.on else store.silent)
         progress(f"loading {name}")
-        from mlxkv.llm import load
+        from mlxkv.llm import load_with
+        from mlxkv.settings import effective
 
-        return load(path, dtype=dtype, memory=memory, kv_type=kv_type)
+        return load_with(path, effective(path, given), dtype)
     finally:
         progress.clear()
 
@@ -356,9 +391,11 @@ def convert(
 @app.command()
 def plan(
     model: Model,
-    context: Annotated[int | None, typer.Option(help="Tokens; the model's own without it.")] = None,
+    context: Annotated[
+        int | None, typer.Option(help="Tokens; without it what `run` would have.")
+    ] = None,
     sequences: Annotated[int, typer.Option(help="Conversations at a time.")] = 1,
-    kv_type: KVType = "native",
+    kv_type: KVType = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")] = "auto",
     memory: Annotated[str | None, typer.Option(help="Limit, such as 16GiB.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -383,6 +420,7 @@ def verify(
         list[str] | None,
         typer.Option("--kv-type", help="native, q8 or q4; may be repeated; all without it."),
     ] = None,
+    context: Context = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")] = "auto",
     memory: Annotated[str | None, typer.Option(help="Limit, such as 16GiB.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -399,7 +437,8 @@ def verify(
 
     for kv_type in kv_types or ():
         storage_of(kv_type)
-    with load_model(model, dtype, memory) as llm:
+    given = from_command_line(context, memory=memory)
+    with load_model(model, dtype, given) as llm:
         report = check.verify(llm, tokens, tuple(kv_types or KV_TYPES))
     print(json.dumps(check.to_dict(report)) if as_json else check.text(report))
     return 0 if report.passed else 1

@@ -16,6 +16,7 @@ from mlxkv.terminal import human_bytes
 if TYPE_CHECKING:
     from mlxkv.kv_names import NamedKV
     from mlxkv.llm import LLM, Conversation
+    from mlxkv.settings import Given
 
 FORMAT = "mlxkv conversation"
 PARAMETERS: dict[str, Callable[[str], Any]] = {
@@ -72,10 +73,11 @@ class Chat:
         settings: how answers are made.
         verbose: print figures after an answer.
         kv_from: saved KV that conversations go on from.
-        kv_type: format of the KV cache, for the next model as well.
+        given: what was set for the model, for the next one as well.
         conversation: the messages and their KV.
         system: the system prompt.
         told: the user knows that the template rewrites earlier answers.
+        dropped: tokens of the conversation that the user knows were dropped at the context.
     """
 
     llm: LLM
@@ -84,10 +86,11 @@ class Chat:
     settings: Settings
     verbose: bool = False
     kv_from: NamedKV | None = None
-    kv_type: str = "native"
+    given: Given | None = None
     conversation: Conversation = field(init=False)
     system: str | None = field(default=None, init=False)
     told: bool = field(default=False, init=False)
+    dropped: int = field(default=0, init=False)
 
     @property
     def effective(self) -> Settings:
@@ -209,10 +212,12 @@ def _show(chat: Chat, rest: str) -> str:
 
 def _show_model(chat: Chat) -> str:
     config = chat.llm.config
-    return (
-        f"{'model':<16} {chat.name} ({config.model_type}, context "
-        f"{config.context:,})\n{'path':<16} {chat.llm.path}"
-    )
+    rows = [
+        ("model", f"{chat.name} ({config.model_type}, context {config.context:,})"),
+        ("path", str(chat.llm.path)),
+        *((setting.name, str(setting)) for setting in chat.llm.settings),
+    ]
+    return "\n".join(f"{name:<16} {value}" for name, value in rows)
 
 
 def _show_parameters(chat: Chat) -> str:
@@ -268,12 +273,14 @@ def _load(chat: Chat, rest: str) -> str:
     if path.is_file() and path.suffix != ".gguf":
         return _load_conversation(chat, path)
     from mlxkv import store
-    from mlxkv.llm import load
+    from mlxkv.llm import load_with
+    from mlxkv.settings import effective
 
     # What is not there may be the name of a model, but not with this ending.
     if path.suffix == ".json":
         raise UsageError(f"{path}: no such file")
-    llm = load(store.resolve(rest), dtype=chat.dtype, kv_type=chat.kv_type)
+    folder = store.resolve(rest)
+    llm = load_with(folder, effective(folder, chat.given), chat.dtype)
     if llm.tokenizer.chat_template is None:
         raise UsageError(f"{rest} has no chat template (it is a base model) and cannot chat")
     chat.llm.close()

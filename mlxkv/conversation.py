@@ -10,6 +10,7 @@ from mlxkv import saved_prefix
 from mlxkv.answer import Chunk, Message, Request, join_parts, read_answer
 from mlxkv.chat import ChatTemplate, append_only_suffix
 from mlxkv.errors import TemplateError, UsageError
+from mlxkv.saved_prefix import Head
 
 if TYPE_CHECKING:
     from mlxkv.kv_names import NamedKV
@@ -108,7 +109,8 @@ class Conversation:
         user = {"role": "user", "content": text}
         prompt, tokens = self._next_prompt(user, self._template_options(request))
         parser = self.llm.parser(prompt, request)
-        chunks = self.llm.run(self._session, tokens, request, parser)
+        head = Head(self.saved, [*self._history(), user], self._options)
+        chunks = self.llm.run(self._session, tokens, request, parser, head)
         return self._send(user, prompt, tokens, request, chunks)
 
     def _template_options(self, request: Request) -> dict[str, Any]:

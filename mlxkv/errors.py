@@ -51,7 +51,7 @@ class ContextExceeded(UsageError):
         self.n_tokens, self.context = n_tokens, context
         super().__init__(
             f"the prompt has {n_tokens:,} tokens and the context is {context:,}: shorten it by "
-            f"{n_tokens - context + 1:,}, or cut it with --truncate"
+            f"{n_tokens - context + 1:,}, or cut it with --truncate or --overflow shift"
         )
 
 

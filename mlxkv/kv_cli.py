@@ -49,22 +49,26 @@ def save(
     dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")] = "auto",
     memory: Annotated[str | None, typer.Option(help="Limit, such as 16GiB.")] = None,
     kv_type: Annotated[
-        str, typer.Option("--kv-type", help="Format of the KV: native, q8 or q4.")
-    ] = "native",
+        str | None, typer.Option("--kv-type", help="Format of the KV: native, q8 or q4.")
+    ] = None,
+    context: Annotated[
+        int | None, typer.Option(help="Tokens that it must leave room in; else as for `run`.")
+    ] = None,
 ) -> None:
     """Compute a prompt, a file or a whole folder of text once, and keep its KV.
 
     `mlxkv run --kv-from NAME "..."` starts from it.
     """
     from mlxkv import catalog, kv_sources
-    from mlxkv.cli import load_model
+    from mlxkv.cli import from_command_line, load_model
     from mlxkv.run import prefill_report
     from mlxkv.terminal import ProgressLine, human_bytes
 
     text = kv_sources.read(sources or [])
     wanted = model or catalog.DEFAULT.name
+    given = from_command_line(context, kv_type, memory)
     progress = ProgressLine()
-    with load_model(wanted, dtype, memory, kv_type) as llm:
+    with load_model(wanted, dtype, given) as llm:
         prompt = text if raw else [{"role": "system", "content": text}]
         try:
             saved = llm.save_kv(name, prompt, model=wanted, on_progress=prefill_report(progress))

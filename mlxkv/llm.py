@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -37,13 +38,15 @@ from mlxkv.errors import (
     UsageError,
 )
 from mlxkv.generate import Session
-from mlxkv.kv_format import storage_of
 from mlxkv.layers import CausalLM
 from mlxkv.loader import load_model
+from mlxkv.overflow import Bound, decode_within
 from mlxkv.page_disk import open_pages
 from mlxkv.pages import Pages
 from mlxkv.parsing import OutputParser, parser_for, thinks
 from mlxkv.sampling import Sampler, SamplingParams
+from mlxkv.saved_prefix import Head
+from mlxkv.settings import Given, Settings, effective
 from mlxkv.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -60,18 +63,28 @@ def load(
     model: str | Path,
     dtype: mx.Dtype | str = "auto",
     memory: str | int | None = None,
-    kv_type: str = "native",
+    kv_type: str | None = None,
+    context: int | None = None,
+    overflow: str | None = None,
+    keep: int | None = None,
 ) -> LLM:
     """Load a model with its tokenizer.
+
+    What is None comes from the environment (`MLXKV_CONTEXT`, `MLXKV_KV_TYPE`, `MLXKV_MEMORY`,
+    `MLXKV_OVERFLOW`, `MLXKV_KEEP`), then from the model's own settings file, see `settings`.
 
     Args:
         model: a directory, a name that `mlxkv list` shows, or a Hugging Face repository.
         dtype: what to compute in: auto, float32, float16, bfloat16.
-        memory: limit in bytes or like "16GiB"; None for what the machine allows.
-        kv_type: format of the KV cache: native, q8 or q4.
+        memory: limit in bytes or like "16GiB"; else what the machine allows.
+        kv_type: format of the KV cache: native, q8 or q4; else native.
+        context: tokens that prompt and answer may have together; else the model's own.
+        overflow: what happens there: `stop`, or `shift`, which drops the oldest tokens behind
+            those that are kept and goes on; else stop.
+        keep: leading tokens that are kept, besides the system prompt; else 0.
 
     Raises:
-        UsageError: no such format, dtype or limit.
+        UsageError: no such format, dtype or limit, or a context past the model's own.
         ModelNotFound: no such model.
         CheckpointError: its files are damaged or not supported.
         OutOfMemory: its weights are over the limit.
@@ -79,10 +92,16 @@ def load(
     """
     from mlxkv.store import resolve
 
-    storage_of(kv_type)
+    given = Given(context, kv_type, memory, overflow, keep)
     path = resolve(str(model))
-    limit = planner.parse_bytes(memory) or device.memory_limit()
-    return LLM(load_model(path, dtype, limit), Tokenizer.from_dir(path), path, kv_type, limit)
+    return load_with(path, effective(path, given), dtype)
+
+
+def load_with(path: Path, settings: Settings, dtype: mx.Dtype | str = "auto") -> LLM:
+    """Load a model's directory with settings that were found out before; else as `load`."""
+    limit = settings.memory.value
+    model, tokenizer = load_model(path, dtype, limit), Tokenizer.from_dir(path)
+    return LLM(model, tokenizer, path, settings.kv_type.value, limit, settings)
 
 
 class LLM:
@@ -94,6 +113,7 @@ class LLM:
         path: the directory it came from.
         kv_type: format of the KV cache.
         limit_bytes: what it may take in memory; None for what the machine allows.
+        settings: context, overflow and where all of these come from; None finds them out.
 
     Attributes:
         pages: prefixes that were computed before; None where the model keeps something else than
@@ -107,9 +127,11 @@ class LLM:
         path: Path,
         kv_type: str = "native",
         limit_bytes: int | None = None,
+        settings: Settings | None = None,
     ):
         self.model, self.tokenizer, self.path, self.kv_type = model, tokenizer, path, kv_type
         self.config = model.config
+        self.settings = settings or effective(path, Given(kv_type=kv_type, memory=limit_bytes))
         weights_bytes = sum(
             x.nbytes for _, x in tree_flatten(model.parameters()) if isinstance(x, mx.array)
         )
@@ -131,7 +153,7 @@ class LLM:
     @property
     def context(self) -> int:
         """Tokens that prompt and answer may have together."""
-        return self.config.context
+        return self.settings.context.value
 
     @property
     def recommended(self) -> SamplingParams:
@@ -150,7 +172,8 @@ class LLM:
             prompt: a text (used as it is), messages (rendered by the chat template), or token ids.
             kv_from: name of saved KV that the prompt goes on from, see `save_kv`.
             **options: `max_tokens`, `stop`, `truncate`, `on_progress`, for messages `think` and
-                `tools` (see `Request`), and the fields of `SamplingParams`: `temperature` (0,
+                `tools`, `context`, `overflow` and `keep` in place of the model's settings (see
+                `Request`), and the fields of `SamplingParams`: `temperature` (0,
                 greedy, by default), `top_k`, `top_p`, `min_p`, `repeat_penalty`, `repeat_last_n`,
                 `seed`, `logit_bias`.
 
@@ -167,12 +190,15 @@ class LLM:
         session, saved = self.session(), self.saved_kv(kv_from)
         if not isinstance(prompt, str) and prompt and isinstance(prompt[0], Mapping):
             messages = saved_prefix.with_saved(saved, prompt)  # pyright: ignore[reportArgumentType]
-            text = self.render(messages, **self.template_options(request))
+            template_options = self.template_options(request)
+            text = self.render(messages, **template_options)
             tokens = saved_prefix.encode(self, text, saved)
-            return self.run(session, tokens, request, self.parser(text, request))
+            head = Head(saved, messages, template_options)
+            return self.run(session, tokens, request, self.parser(text, request), head)
         if request.think is not None or request.tools:
             raise UsageError("think and tools are for messages: a text goes to the model as it is")
-        return self.run(session, saved_prefix.behind(self, saved, prompt), request)
+        tokens = saved_prefix.behind(self, saved, prompt)
+        return self.run(session, tokens, request, head=Head(saved))
 
     def generate(self, prompt: Prompt, **options: Any) -> Result:
         """The whole answer at once; arguments as for `stream`."""
@@ -287,14 +313,15 @@ class LLM:
             if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < n:
                 raise UsageError(f"token id {token!r} is out of range; this model has 0 to {n - 1}")
 
-    def fit(self, tokens: list[int], request: Request) -> list[int]:
-        """A prompt that leaves room for an answer.
+    def fit(self, tokens: list[int], request: Request, settings: Settings) -> list[int]:
+        """A prompt that leaves room for an answer, or one that is shifted until it does.
 
         Raises:
             ContextExceeded: it does not, and `truncate` is off.
         """
-        context = self.context
-        if len(tokens) < context:
+        context = settings.context.value
+        shifts = settings.overflow.value == "shift"
+        if len(tokens) < context or (shifts and not request.truncate):
             return tokens
         if not request.truncate:
             raise ContextExceeded(len(tokens), context)
@@ -308,12 +335,37 @@ class LLM:
         tokens: list[int],
         request: Request,
         parser: OutputParser | None = None,
+        head: Head | None = None,
     ) -> Iterator[Chunk]:
-        """Stream the answer to token ids on a session's caches, keeping the prefix they hold."""
-        tokens = self.fit(tokens, request)
+        """Stream the answer to token ids on a session's caches, keeping the prefix they hold.
+
+        Args:
+            session: for this sequence.
+            tokens: the prompt.
+            request: what is asked for.
+            parser: of the answer; None for text alone.
+            head: what the prompt begins with that is kept where the context is full.
+
+        Raises:
+            UsageError, ContextExceeded: as for `stream`.
+        """
+        bound, tokens = self._bounded(tokens, request, head or Head())
         sampler = Sampler(request.sampling, self.config.vocab_size)
         reader = AnswerReader(self.tokenizer, parser, request.stop)
-        return self._run(session, tokens, request, sampler, reader)
+        return self._run(session, tokens, request, sampler, reader, bound)
+
+    def _bounded(self, tokens: list[int], request: Request, head: Head) -> tuple[Bound, list[int]]:
+        """A request's context, and its prompt; what is kept of it is counted when it is needed."""
+        settings = self.settings.asked(request.context, request.overflow, request.keep)
+        fitted = self.fit(tokens, request, settings)
+        if settings.overflow.value == "stop":
+            return Bound(settings.context.value), fitted
+        keep = settings.keep.value
+        # A prompt that was cut does not begin with its head any more.
+        known = head if fitted is tokens else Head()
+        bound = Bound(settings.context.value, lambda: max(keep, known.n_tokens(self, fitted)))
+        bound.check(len(fitted), request.max_tokens, keep)
+        return bound, fitted
 
     def _run(
         self,
@@ -322,16 +374,17 @@ class LLM:
         request: Request,
         sampler: Sampler,
         reader: AnswerReader,
+        bound: Bound,
     ) -> Iterator[Chunk]:
         clock = Clock()
         mx.reset_peak_memory()
-        restored = session.restore(tokens)
+        prompt = bound.remaining(tokens)
+        restored = session.restore(prompt)
         try:
-            logits = session.prefill(tokens, on_progress=request.on_progress)
-            limit = self.context - len(tokens)
-            if request.max_tokens is not None:
-                limit = min(limit, request.max_tokens)
-            for n, token in enumerate(session.decode(logits, sampler, limit), start=1):
+            logits = session.prefill(prompt, on_progress=request.on_progress)
+            limit = bound.limit(len(tokens), request.max_tokens)
+            answer = decode_within(session, tokens, logits, sampler, bound, limit)
+            for n, token in enumerate(answer, start=1):
                 clock.tick()
                 ended = token in self.tokenizer.eos_token_ids
                 part = reader.add(token)
@@ -342,7 +395,9 @@ class LLM:
                     continue
                 text, reasoning, calls = join_parts([part, reader.finish()])
                 reason = "stop" if ended or reader.stopped else "length"
-                stats = clock.stats(tokens, restored, n, session.nbytes, self.tokenizer)
+                stats = clock.stats(prompt, restored, n, session.nbytes, self.tokenizer)
+                # The last token itself has not been made room for.
+                stats = replace(stats, shifted_tokens=bound.n_dropped(len(tokens) + n - 1))
                 yield Chunk(text, token, reason, stats, reasoning or None, calls)
                 return
         except CheckpointError:

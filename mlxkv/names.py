@@ -58,7 +58,7 @@ Ref = PathRef | CatalogRef | StoredRef | HubRef
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What `mlxkv.json` in a model's directory says.
+    """What `mlxkv.json` in a model's directory says of the model; `settings` reads the rest.
 
     Attributes:
         name: as the user types it.

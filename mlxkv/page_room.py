@@ -19,6 +19,7 @@ from pathlib import Path
 
 from mlxkv.errors import UsageError
 from mlxkv.page_format import PageKey
+from mlxkv.terminal import parse_bytes
 
 CAP_VARIABLE = "MLXKV_KV_DISK"
 SLACK_BYTES = 32 << 10
@@ -73,8 +74,6 @@ def _chosen_cap() -> int | None:
     text = os.environ.get(CAP_VARIABLE, "").strip()
     if text == "0":
         return 0
-    from mlxkv.planner import parse_bytes  # it imports MLX, which this module must not
-
     try:
         return parse_bytes(text or None)
     except UsageError:

@@ -10,7 +10,6 @@ KV stores nothing. What prefill and decode hold beside that is found by tracing 
 from __future__ import annotations
 
 import logging
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,34 +22,15 @@ from mlxkv import device
 from mlxkv.cache import STEP, CacheSpec
 from mlxkv.errors import ModelNotFound, UsageError
 from mlxkv.generate import default_chunk
-from mlxkv.kv_format import KV_TYPES, KVFormat, storage_of
+from mlxkv.kv_format import KV_TYPES, KVFormat
 from mlxkv.layers import CausalLM
 from mlxkv.loader import Layout, lay_out
 from mlxkv.names import HubRef, locate
 from mlxkv.page_links import Kinds
+from mlxkv.settings import Given, Settings, effective
 from mlxkv.workspace import Held, decode_step, hollow, prefill_step
 
 _log = logging.getLogger(__name__)
-
-_UNITS = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12,
-          "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}  # fmt: skip
-
-
-def parse_bytes(text: str | int | None) -> int | None:
-    """Bytes from "16GiB", "500MB", a number, or None and "auto" (None).
-
-    Raises:
-        UsageError: neither.
-    """
-    if text is None or text == "auto":
-        return None
-    if isinstance(text, int) and not isinstance(text, bool) and text > 0:
-        return text
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", str(text).upper())
-    if match is None or match[2] not in _UNITS or float(match[1]) <= 0:
-        raise UsageError(f"--memory must be like 16GiB, 500MB or auto; got {text!r}")
-    return int(float(match[1]) * _UNITS[match[2]])
-
 
 LONGEST_TRACED = 8192
 """Tokens of packed KV up to which steps are traced; beyond, what they hold is extrapolated."""
@@ -168,7 +148,7 @@ def plan(
     model: str | Path,
     context: int | None = None,
     sequences: int = 1,
-    kv_type: str = "native",
+    kv_type: str | None = None,
     memory: str | int | None = None,
     dtype: mx.Dtype | str = "auto",
     chunk: int | None = None,
@@ -178,12 +158,14 @@ def plan(
     Of a repository that is not here only config.json and the headers of its weights are fetched,
     and nothing is kept. Nothing is loaded.
 
+    What is None comes from where `load` has it from.
+
     Args:
         model: path or name.
-        context: tokens a sequence; None for the model's own.
+        context: tokens a sequence, past the model's own as well: this is arithmetic.
         sequences: sequences at a time.
         kv_type: one of `KV_TYPES`.
-        memory: limit ("16GiB", bytes); None for what the machine allows.
+        memory: limit ("16GiB", bytes).
         dtype: what is computed in, as for `load`.
         chunk: tokens of a prompt at a time; None for the device's default.
 
@@ -191,24 +173,22 @@ def plan(
         UsageError: an argument out of its range.
         ModelNotFound, CheckpointError, DownloadError: as for `load`.
     """
-    storage_of(kv_type)
     if sequences < 1 or (context is not None and context < 1) or (chunk is not None and chunk < 1):
         raise UsageError("--context, --sequences and chunk must be at least 1")
-    limit = parse_bytes(memory) or device.memory_limit()
-    layout = _layout(model, dtype)
-    weights_bytes, own_context = layout.nbytes, layout.model.config.context
+    layout, settings = _layout(model, dtype, Given(kv_type=kv_type, memory=memory))
+    weights_bytes = layout.nbytes
     return plan_model(
         hollow(layout),
         weights_bytes=weights_bytes,
-        context=context or own_context,
+        context=context or settings.context.value,
         sequences=sequences,
-        kv_type=kv_type,
-        limit=limit,
+        kv_type=settings.kv_type.value,
+        limit=settings.memory.value,
         chunk=chunk,
     )
 
 
-def _layout(model: str | Path, dtype: mx.Dtype | str) -> Layout:
+def _layout(model: str | Path, dtype: mx.Dtype | str, given: Given) -> tuple[Layout, Settings]:
     """What a model loads as: from its directory, or from headers, without weights to read."""
     from mlxkv.hub_headers import headers_of
     from mlxkv.store import resolve
@@ -220,9 +200,9 @@ def _layout(model: str | Path, dtype: mx.Dtype | str) -> Layout:
         if not isinstance(ref, HubRef) or ref.wanted is not None:
             raise
     else:
-        return lay_out(path, dtype)
+        return lay_out(path, dtype), effective(path, given)
     with headers_of(ref.repo_id) as folder:
-        return lay_out(folder, dtype, headers_only=True)
+        return lay_out(folder, dtype, headers_only=True), effective(folder, given)
 
 
 def plan_model(

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, cast
 
 from mlxkv.commands import Chat, Leave, execute
 from mlxkv.errors import MlxkvError, TemplateError
-from mlxkv.run import Printer, Settings, describe_stats, prefill_report, send
+from mlxkv.run import Printer, Settings, describe_shift, describe_stats, prefill_report, send
 from mlxkv.terminal import ProgressLine
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from mlxkv.kv_names import NamedKV
     from mlxkv.llm import LLM, Chunk
+    from mlxkv.settings import Given
 
 PROMPT, CONTINUED = ">>> ", "... "
 QUOTES = '"""'
@@ -47,7 +48,7 @@ def chat(
     *,
     system: str | None = None,
     dtype: str = "auto",
-    kv_type: str = "native",
+    given: Given | None = None,
     verbose: bool = False,
     kv_from: NamedKV | None = None,
 ) -> int:
@@ -61,7 +62,7 @@ def chat(
             f"{name} has no chat template (it is a base model) and cannot chat: give it a PROMPT "
             "with --raw"
         )
-    state = Chat(llm, name, dtype, settings, verbose, kv_from, kv_type)
+    state = Chat(llm, name, dtype, settings, verbose, kv_from, given)
     state.begin(system)
     print(f"{name}: /? for help, /bye or Ctrl-D to leave")
     ask = _line_reader()
@@ -124,6 +125,10 @@ def answer(state: Chat, text: str) -> None:
     if state.conversation.append_only is False and not state.told:
         state.told = True
         print(REWRITES, file=sys.stderr)
+    if stats is not None and stats.shifted_tokens != state.dropped:
+        state.dropped = stats.shifted_tokens
+        if state.dropped:
+            print(f"({describe_shift(stats, state.llm.context)})\n", file=sys.stderr)
     if interrupted.seen:
         print("(stopped)\n")
     elif state.verbose and stats is not None:

@@ -191,8 +191,8 @@ def one_answer(
         asked = prompt if raw else messages
         chunks = stream(llm, asked, settings, prefill_report(progress), kv_from)
         if as_json:
-            return _print_json(name, chunks, progress)
-        return _print_text(chunks, verbose, progress)
+            return _print_json(name, chunks, progress, llm.context)
+        return _print_text(chunks, verbose, progress, llm.context)
     except KeyboardInterrupt:
         progress.clear()
         sys.stdout.write("" if as_json else "\n")
@@ -281,7 +281,9 @@ class Printer:
         self._aside.end()
 
 
-def _print_text(chunks: Iterator[Chunk], verbose: bool, progress: ProgressLine) -> int:
+def _print_text(
+    chunks: Iterator[Chunk], verbose: bool, progress: ProgressLine, context: int
+) -> int:
     stats, printer = None, Printer()
     try:
         for chunk in chunks:
@@ -292,12 +294,13 @@ def _print_text(chunks: Iterator[Chunk], verbose: bool, progress: ProgressLine) 
         printer.end()
     sys.stdout.write("\n")
     sys.stdout.flush()
+    _say_shift(stats, context)
     if verbose and stats is not None:
         print(f"\n{describe_stats(stats)}", file=sys.stderr)
     return 0
 
 
-def _print_json(name: str, chunks: Iterator[Chunk], progress: ProgressLine) -> int:
+def _print_json(name: str, chunks: Iterator[Chunk], progress: ProgressLine, context: int) -> int:
     """One object at the end, on one line."""
     from mlxkv.answer import join_parts
 
@@ -320,7 +323,19 @@ def _print_json(name: str, chunks: Iterator[Chunk], progress: ProgressLine) -> i
         "stats": stats_dict(stats) if stats is not None else None,
     }
     print(json.dumps(answer, ensure_ascii=False), flush=True)
+    _say_shift(stats, context)
     return 0
+
+
+def _say_shift(stats: Stats | None, context: int) -> None:
+    if stats is not None and stats.shifted_tokens:
+        print(f"mlxkv: {describe_shift(stats, context)}", file=sys.stderr)
+
+
+def describe_shift(stats: Stats, context: int) -> str:
+    """What was lost at the context, on one line."""
+    n = stats.shifted_tokens
+    return f"the context of {context:,} tokens was full: the oldest {n:,} were dropped"
 
 
 def stats_dict(stats: Stats) -> dict[str, float]:

@@ -6,13 +6,16 @@ needed for them to be right: what of it was given up is computed again.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from mlxkv.errors import ContextExceeded, ModelNotFound, OutputError, UsageError
+from mlxkv.errors import ContextExceeded, ModelNotFound, OutputError, TemplateError, UsageError
+from mlxkv.generate import n_shared
 from mlxkv.names import PathRef, kv_dir, locate, models_dir, read_record
 from mlxkv.page_disk import PageDisk
 from mlxkv.page_links import packed, unpacked
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int], None]
 _PROBES = ("A", "7 z")
 """Two messages that begin differently: what comes before both belongs to no message."""
+_SYSTEM_ROLES = ("system", "developer")
 
 
 def save(
@@ -134,6 +138,42 @@ def behind(llm: LLM, saved: NamedKV | None, prompt: Prompt) -> list[int]:
     if isinstance(prompt, str):
         return [*unpacked(saved.tokens), *llm.encode_text(prompt)]
     return [*unpacked(saved.tokens), *llm.encode(prompt)]
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What a prompt begins with, as far as a context that is full must not lose it.
+
+    Args:
+        saved: KV that it goes on from.
+        messages: those that were rendered; none for a text.
+        options: what the chat template got besides.
+    """
+
+    saved: NamedKV | None = None
+    messages: Sequence[Mapping[str, Any]] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def n_tokens(self, llm: LLM, tokens: Sequence[int]) -> int:
+        """Leading tokens of the prompt that are saved KV, its system prompt, or its first token
+        where every text begins with that one."""
+        n = int(tokens[0] == llm.tokenizer.bos_token_id)
+        if self.saved is not None:
+            n = max(n, n_shared(tokens, unpacked(self.saved.tokens)))
+        return max(n, self._n_system(llm, tokens))
+
+    def _n_system(self, llm: LLM, tokens: Sequence[int]) -> int:
+        """What the prompt shares with every other one of the same system messages."""
+        if not self.messages:
+            return 0
+        system = itertools.takewhile(lambda m: m.get("role") in _SYSTEM_ROLES, self.messages)
+        head = list(system)
+        probes = [[*head, {"role": "user", "content": probe}] for probe in _PROBES]
+        try:
+            texts = [llm.render(probe, **self.options) for probe in probes]
+        except TemplateError:  # it wants more than one message
+            return 0
+        return min(n_shared(tokens, encode(llm, text, self.saved)) for text in texts)
 
 
 def _name_of(llm: LLM) -> str:

@@ -236,12 +236,15 @@ def _converted(gguf: Path, record: Record, report: Report) -> Path:
 
 def _convert_into(folder: Path, work: Path, gguf: Path, record: Record, report: Report) -> Path:
     """Converts in the work folder, then renames the finished directory into its place."""
+    from mlxkv import settings
     from mlxkv.convert import convert  # pyright: ignore[reportMissingImports]
 
+    kept = settings.of_model(folder)
     finished = work / "model"
     label = f"converting {record.name}"
     convert(gguf, finished, progress=lambda step: report(label, step.done_bytes, step.total_bytes))
-    (finished / RECORD).write_text(json.dumps(asdict(record), indent=2) + "\n", encoding="utf-8")
+    content = json.dumps(asdict(record) | kept, indent=2) + "\n"
+    (finished / RECORD).write_text(content, encoding="utf-8")
     if folder.exists():
         folder.replace(work / "old")
     finished.replace(folder)

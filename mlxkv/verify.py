@@ -126,6 +126,9 @@ def _window(llm: LLM) -> int | None:
 
 def _prompt(llm: LLM, n_tokens: int | None) -> list[int]:
     longest = llm.context - N_ANSWER - N_REWOUND - 1
+    if longest <= 2 * STEP:
+        least = 2 * STEP + 1 + llm.context - longest
+        raise UsageError(f"verify needs a context of {least:,} tokens or more; got {llm.context:,}")
     # Past the second wrap. One token behind a page: where chunks are pages too, what is restored
     # is computed on in the reference's own chunks, and must be the same bit for bit.
     wanted = n_tokens

@@ -16,6 +16,7 @@ from mlxkv.errors import ContextExceeded, TemplateError, UsageError
 from mlxkv.generate import Session
 from mlxkv.llm import LLM
 from mlxkv.parsing import OutputParser
+from mlxkv.saved_prefix import Head
 from tests.chat_templates.cases import TEMPLATES
 from tests.command_line import TEMPLATE, chat_model
 
@@ -72,13 +73,14 @@ class Scripted(LLM):
         tokens: list[int],
         request: Request,
         parser: OutputParser | None = None,
+        head: Head | None = None,
     ) -> Iterator[Chunk]:
         self.prompts.append(tokens)
         answer = self.answers.pop(0)
         self.script = self.encode_text(answer)
         if not self.script or self.script[-1] not in self.tokenizer.eos_token_ids:
             self.script.append(2)
-        return super().run(session, tokens, request, parser)
+        return super().run(session, tokens, request, parser, head)
 
 
 def scripted(folder: Path, name: str, *answers: str, **options: Any) -> Scripted:

@@ -20,8 +20,9 @@ from mlxkv.generate import Session
 from mlxkv.kv_format import KV_TYPES
 from mlxkv.layers import CausalLM
 from mlxkv.page_disk import open_pages
-from mlxkv.planner import parse_bytes, plan
+from mlxkv.planner import plan
 from mlxkv.sampling import Sampler, SamplingParams
+from mlxkv.terminal import parse_bytes
 from tests.oracle.cases import CASES, LONG, Case
 from tests.test_parity import Golden
 from tests.tiny import llama_config, tokens, write_checkpoint

@@ -14,6 +14,7 @@ from mlxkv.commands import Chat, Leave, execute
 from mlxkv.errors import OutputError, UsageError
 from mlxkv.run import Settings, with_defaults
 from mlxkv.sampling import SamplingParams
+from mlxkv.settings import COMMAND_LINE, Setting
 from tests.command_line import chat_model, environment
 
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[()=>][A-Z0-9]?|\r")
@@ -198,6 +199,7 @@ def chat():
         path="/models/m",
         conversation=FakeConversation,
         recommended=SamplingParams(temperature=0.6),
+        settings=(Setting("context", 512, COMMAND_LINE), Setting("overflow", "stop", "default")),
     )
     chat = Chat(llm, "m", "auto", Settings())  # pyright: ignore[reportArgumentType]
     chat.begin("Be brief.")

@@ -386,6 +386,19 @@ def test_a_gguf_file_is_converted_once_and_again_when_it_changes(models, convert
     assert visible(models) == [first.name]
 
 
+def test_settings_beside_the_record_outlast_a_conversion(models, convert, tmp_path):
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"one")
+    folder = store.resolve(str(file))
+    record = json.loads((folder / "mlxkv.json").read_text())
+    (folder / "mlxkv.json").write_text(json.dumps(record | {"context": 512}))
+    assert store.resolve(str(file)) == folder
+    assert len(convert) == 1
+    file.write_bytes(b"two!")
+    store.resolve(str(file))
+    assert json.loads((folder / "mlxkv.json").read_text())["context"] == 512
+
+
 def test_two_gguf_files_of_the_same_name_are_two_models(models, convert, tmp_path):
     paths = []
     for folder in ("a", "b"):
