@@ -11,8 +11,9 @@ from typing import Any
 import mlx.core as mx
 
 from mlxkv import settings
-from mlxkv.errors import UsageError
+from mlxkv.errors import KVCacheFull, UsageError
 from mlxkv.generate import Restored
+from mlxkv.memory import Rung
 from mlxkv.pages import WORTH
 from mlxkv.parsing import Content, Event, OutputParser, PlainParser, Reasoning, ToolCall
 from mlxkv.sampling import SamplingParams
@@ -65,6 +66,7 @@ class Stats:
         kv_bytes: allocated KV at the end.
         diverged_at: the first prompt token that differs from what was held, if one did.
         miss: why not more was restored; None where everything was that could be.
+        rungs: what was done to find memory, in that order.
         shifted_tokens: oldest tokens that were dropped because the context was full; those of the
             prompt are not in `prompt_tokens`.
     """
@@ -83,6 +85,7 @@ class Stats:
     diverged_at: int | None = None
     miss: Miss | None = None
     shifted_tokens: int = 0
+    rungs: tuple[Rung, ...] = ()
 
     @property
     def prefill_tps(self) -> float:
@@ -104,10 +107,12 @@ class Chunk:
         text: text for the user that is final; may be empty while a character, a stop text or a
             marker is incomplete.
         token: the token id behind it; None on a closing chunk that no token belongs to.
-        finish_reason: on the last chunk: `stop` (an end token or a stop text), `length`.
+        finish_reason: on the last chunk: `stop` (an end token or a stop text), `length`, or
+            `memory`: there was no room for more.
         stats: on the last chunk.
         reasoning: text of the model's reasoning, None if there is none in this step.
         tool_calls: calls that are complete with this step, or cut off by the end of the answer.
+        error: with `memory`: the numbers, and what would have helped.
     """
 
     text: str
@@ -116,6 +121,7 @@ class Chunk:
     stats: Stats | None = None
     reasoning: str | None = None
     tool_calls: tuple[ToolCall, ...] = ()
+    error: KVCacheFull | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,10 +131,11 @@ class Result:
     Args:
         text: the answer, without reasoning and calls.
         tokens: ids of all that was written, without the end token.
-        finish_reason: `stop` or `length`.
+        finish_reason: `stop`, `length` or `memory`, see `Chunk`.
         stats: what it took.
         reasoning: what the model thought before it answered, None for nothing.
         tool_calls: what it wants called.
+        error: with `memory`, see `Chunk`.
     """
 
     text: str
@@ -137,6 +144,7 @@ class Result:
     stats: Stats
     reasoning: str | None = None
     tool_calls: tuple[ToolCall, ...] = ()
+    error: KVCacheFull | None = None
 
 
 @dataclass(frozen=True, slots=True)

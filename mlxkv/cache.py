@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import mlx.core as mx
 
@@ -184,6 +184,36 @@ class _Buffers:
         """Tokens that the buffers have room for."""
         return self.buffers[0].shape[2] if self.buffers else 0
 
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of what is held, without the room for more."""
+        return self.nbytes * (self.offset - self.first) // max(self.capacity, 1)
+
+    @property
+    def first(self) -> int:
+        """The oldest position held."""
+        raise NotImplementedError
+
+    def read(self, start: int, stop: int) -> Slice:
+        raise NotImplementedError
+
+    def repacked(self, kv_type: str) -> Self:
+        """An empty cache of the same kind in another format, with what this one holds."""
+        cache = self._empty(kv_type)
+        if self.offset:
+            held = self.read(self.first, self.offset)
+            k, v = self._storage.decode_both(list(held.arrays), *self._rows[2:4])
+            arrays = cache._storage.encode_both(dense(k), dense(v))
+            cache._rows = self._rows
+            cache.load([Slice(tuple(arrays), held.start, held.stop)])
+        return cache
+
+    def _empty(self, kv_type: str) -> Self:
+        raise NotImplementedError
+
+    def load(self, parts: Sequence[Slice]) -> None:
+        raise NotImplementedError
+
     def reset(self) -> None:
         """Forget everything and give the buffers back."""
         self.offset = 0
@@ -342,6 +372,9 @@ class KVCache(_Buffers):
     def __len__(self) -> int:
         return self.offset
 
+    def _empty(self, kv_type: str) -> KVCache:
+        return KVCache(self.spec, kv_type)
+
     def update(self, k: mx.array, v: mx.array) -> tuple[KV, KV]:
         """Append L tokens.
 
@@ -449,6 +482,9 @@ class RotatingKVCache(_Buffers):
 
     def __len__(self) -> int:
         return min(self._n, self.max_size)
+
+    def _empty(self, kv_type: str) -> RotatingKVCache:
+        return RotatingKVCache(self.max_size, self.spec, kv_type)
 
     def reset(self) -> None:
         """Forget everything and give the buffers back."""

@@ -30,7 +30,7 @@ app = typer.Typer(
 app.add_typer(kv_cli.app)
 
 KVType = Annotated[
-    str | None, typer.Option("--kv-type", help="Format of the KV cache: native, q8 or q4.")
+    str | None, typer.Option("--kv-type", help="Format of the KV cache: native, q8, q4 or auto.")
 ]
 Context = Annotated[
     int | None,
@@ -158,7 +158,9 @@ def run(
     kv_type: Annotated[
         str | None,
         typer.Option(
-            "--kv-type", help="Format of the KV cache: native, q8 or q4; with --kv-from its own."
+            "--kv-type",
+            help="Format of the KV cache: native, q8, q4, or auto: native until memory is short; "
+            "with --kv-from its own.",
         ),
     ] = None,
     verbose: Annotated[

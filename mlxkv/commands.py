@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlxkv.errors import OutputError, UsageError
+from mlxkv.figures import describe_memory
 from mlxkv.run import Settings, check, with_defaults
-from mlxkv.terminal import human_bytes
 
 if TYPE_CHECKING:
     from mlxkv.kv_names import NamedKV
@@ -237,14 +237,7 @@ def _show_parameters(chat: Chat) -> str:
 
 
 def _show_memory(chat: Chat) -> str:
-    import mlx.core as mx
-
-    talk = chat.conversation
-    return (
-        f"{'KV cache':<16} {human_bytes(talk.kv_bytes)} for {talk.kv_tokens:,} tokens\n"
-        f"{'memory':<16} {human_bytes(mx.get_active_memory())} in use, "
-        f"{human_bytes(mx.get_peak_memory())} at the peak"
-    )
+    return describe_memory(chat.llm.stats())
 
 
 def _save(chat: Chat, rest: str) -> str:

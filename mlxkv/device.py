@@ -133,6 +133,15 @@ def n_cores() -> int:
     return os.cpu_count() or 1
 
 
+def allocator_keeps() -> int:
+    """Bytes of freed buffers that MLX's allocator keeps at most: 32 MiB on the CPU backend."""
+    import mlx.core as mx
+
+    limit = mx.set_cache_limit(2**62)
+    mx.set_cache_limit(limit)
+    return limit
+
+
 def memory_limit() -> int:
     """Bytes that a model and its caches may take on this machine.
 

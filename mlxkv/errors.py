@@ -21,6 +21,8 @@ it and exits with `exit_code`; a server answers with `status`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 INTERRUPTED = 130
 """Exit code of a command that Ctrl-C stopped: 128 + SIGINT, as shells have it."""
 
@@ -117,11 +119,21 @@ class KVCacheFull(OutOfMemory):
         from_tokens: tokens that the cache holds.
         to_tokens: tokens it had to grow to.
         max_tokens: tokens the limit allows.
+        limit: the limit, for people.
+        helps: what would have helped.
     """
 
-    def __init__(self, from_tokens: int, to_tokens: int, max_tokens: int):
+    def __init__(
+        self,
+        from_tokens: int,
+        to_tokens: int,
+        max_tokens: int,
+        limit: str = "",
+        helps: Sequence[str] = (),
+    ):
         self.from_tokens, self.to_tokens, self.max_tokens = from_tokens, to_tokens, max_tokens
-        super().__init__(
+        text = (
             f"the KV cache cannot grow from {from_tokens:,} to {to_tokens:,} tokens: the memory "
-            f"limit allows {max_tokens:,}"
+            f"limit{f' of {limit}' if limit else ''} allows {max_tokens:,}"
         )
+        super().__init__("; ".join([text, *helps]))

@@ -9,18 +9,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import mlx.core as mx
 
 from mlxkv import device
-from mlxkv.cache import STEP, Cache, make_caches
-from mlxkv.errors import CheckpointError, UsageError
+from mlxkv.cache import STEP, Cache, KVCache, RotatingKVCache, make_caches
+from mlxkv.errors import CheckpointError, KVCacheFull, UsageError
+from mlxkv.kv_format import AUTO, KV_TYPES, first_kv_type
 from mlxkv.layers import CausalLM
+from mlxkv.memory import ALLOCATION_ERRORS, KVUse, Rung, is_allocation_failure
 from mlxkv.page_cutter import Cutter
 from mlxkv.page_links import Link
 from mlxkv.pages import Match, Pages
 from mlxkv.sampling import Sampler, is_broken
+
+if TYPE_CHECKING:
+    from mlxkv.budget import Budget
 
 CPU_CHUNK = 256
 GPU_CHUNK = 2048
@@ -40,6 +45,7 @@ def prefill(
     *,
     chunk: int | None = None,
     on_progress: Callable[[int, int], None] | None = None,
+    grant: Callable[[int, bool], int] | None = None,
 ) -> mx.array:
     """Run a prompt through the model, chunk by chunk.
 
@@ -49,6 +55,8 @@ def prefill(
         caches: of one sequence.
         chunk: tokens at a time; None for the device's default.
         on_progress: called with (done, all) after each chunk but the last.
+        grant: asked with (tokens, whether they are the last) before each chunk, says how many of
+            them may be computed at once.
 
     Returns:
         Lazy logits `[1, V]` after the last token.
@@ -62,16 +70,21 @@ def prefill(
             "the prompt is empty" if chunk >= 1 else f"chunk must be >= 1; got {chunk}"
         )
     array = mx.array(list(tokens), dtype=mx.int32)[None]
-    n = len(tokens)
-    for start in range(0, n - chunk, chunk):
-        # The head is never computed: nothing evaluates what this returns.
-        model.last_logits(array[:, start : start + chunk], caches)
+    done, n = 0, len(tokens)
+    while True:
+        n_new = min(chunk, n - done)
+        if grant is not None:
+            n_new = grant(n_new, done + n_new == n)
+        logits = model.last_logits(array[:, done : done + n_new], caches)
+        done += n_new
+        if done == n:
+            return logits
+        # The head is never computed: nothing evaluates these logits.
+        del logits
         mx.eval([cache.state for cache in caches])
         mx.clear_cache()
         if on_progress is not None:
-            on_progress(start + chunk, n)
-    rest = n - len(range(0, n - chunk, chunk)) * chunk
-    return model.last_logits(array[:, n - rest :], caches)
+            on_progress(done, n)
 
 
 def decode(
@@ -81,6 +94,7 @@ def decode(
     sampler: Sampler,
     recent: Sequence[int] = (),
     max_tokens: int | None = None,
+    before_step: Callable[[], None] | None = None,
 ) -> Iterator[int]:
     """Tokens one by one, each fed back as soon as it is chosen.
 
@@ -91,14 +105,16 @@ def decode(
         sampler: chooses.
         recent: tokens before, for the repeat penalty.
         max_tokens: how many to yield; None for as many as are asked for. The last one is not fed.
+        before_step: called before a token is fed; may change the caches in their list.
 
     Yields:
         Token ids. When one is yielded it has been fed to the model, but for the first and the last.
 
     Raises:
         CheckpointError: the logits are not numbers: damaged weights, or an overflow.
+        KVCacheFull: what `before_step` raises, after the last token that was computed.
     """
-    steps = _Steps(model, caches, sampler, recent)
+    steps = _Steps(model, caches, sampler, recent, before_step)
     step = steps.choose(logits)
     if max_tokens is None or max_tokens > 0:
         # Nothing in flight yet: on the CPU backend the next step would hold the first token up.
@@ -108,10 +124,18 @@ def decode(
         step = steps.after(step)
     while max_tokens is None or n < max_tokens:
         n += 1
-        following = steps.after(step) if max_tokens is None or n < max_tokens else step
+        full = None
+        following = step
+        try:
+            if max_tokens is None or n < max_tokens:
+                following = steps.after(step)
+        except KVCacheFull as error:
+            full = error
         if n % STEP == 0:
             mx.clear_cache()
         yield _token_of(step)
+        if full is not None:
+            raise full
         step = following
 
 
@@ -124,8 +148,10 @@ class _Steps:
         caches: Sequence[Cache],
         sampler: Sampler,
         recent: Sequence[int],
+        before_step: Callable[[], None] | None,
     ):
         self._model, self._caches, self._sampler = model, caches, sampler
+        self._before_step = before_step
         self._history = (
             mx.array(list(recent), dtype=mx.uint32)[None] if sampler.needs_recent else None
         )
@@ -139,6 +165,8 @@ class _Steps:
     def after(self, step: tuple[mx.array, mx.array]) -> tuple[mx.array, mx.array]:
         """Feed a token and choose the next."""
         token = step[0]
+        if self._before_step is not None:
+            self._before_step()
         if self._history is not None:
             self._history = mx.concatenate([self._history, token[None].astype(mx.uint32)], axis=1)
         return self.choose(self._model.last_logits(token[:, None], self._caches))
@@ -185,19 +213,39 @@ class Session:
 
     Args:
         model: the model.
-        kv_type: format of the KV, see `make_caches`.
+        kv_type: format of the KV, one of `KV_CHOICES`.
         pages: where prefixes come from and go to; None for a sequence that keeps to itself.
+        budget: asked before the caches grow; None for a sequence that takes what it wants.
+
+    Attributes:
+        kv_type: the format that the KV is in now.
+        rungs: what was done since the last `restore` to find memory.
+        chunk_cap: tokens of a prompt that are computed at a time for lack of memory; None for all.
+        n_failed_at: tokens that were held when MLX last failed to allocate.
     """
 
-    def __init__(self, model: CausalLM, kv_type: str = "native", pages: Pages | None = None):
-        self.model, self.kv_type = model, kv_type
-        self.caches: list[Cache] = make_caches(model, kv_type)
+    def __init__(
+        self,
+        model: CausalLM,
+        kv_type: str = "native",
+        pages: Pages | None = None,
+        budget: Budget | None = None,
+    ):
+        self.model = model
+        self.is_auto = kv_type == AUTO
+        self.kv_type = self._first_type = first_kv_type(kv_type)
+        self.caches: list[Cache] = make_caches(model, self.kv_type)
         self._known: list[int] = []
-        self._pages = pages
+        self._pages, self._budget = pages, budget
         self._cutter = None if pages is None else Cutter(pages, self.caches)
         self._stable = model.stable_tokens if pages is None else pages.stable
         self._longest = 0  # tokens that the caches have held since they were empty
         self._n_restored = 0  # tokens of the last prompt that were not computed
+        self.rungs: list[Rung] = []
+        self.chunk_cap: int | None = None
+        self.n_failed_at = 0
+        if budget is not None:
+            budget.join(self)
 
     @property
     def tokens(self) -> list[int]:
@@ -205,21 +253,72 @@ class Session:
         return self._known[: self._settle()]
 
     @property
+    def n_held(self) -> int:
+        """Tokens that the caches hold."""
+        return self.caches[0].offset if self.caches else 0
+
+    @property
     def nbytes(self) -> int:
         """Bytes that the caches take."""
         return sum(cache.nbytes for cache in self.caches)
 
+    def use(self) -> KVUse:
+        """What of the caches is used."""
+        allocated = [_capacity(cache) for cache in self.caches]
+        return KVUse(
+            self.n_held,
+            sum(used for used, _ in allocated),
+            max((capacity for _, capacity in allocated), default=0),
+            self.nbytes,
+        )
+
     def reset(self) -> None:
         """Forget everything."""
+        if self.kv_type != self._first_type:
+            self.kv_type = self._first_type
+            self.caches[:] = make_caches(self.model, self.kv_type)
+            if self._pages is not None:
+                self._cutter = Cutter(self._pages, self.caches)
+        self._empty()
+
+    def _empty(self) -> None:
+        """Forget everything, and stay in the same format."""
         for cache in self.caches:
             cache.reset()
         self._known, self._longest = [], 0
+
+    @property
+    def can_pack(self) -> bool:
+        """Whether the KV may be packed further."""
+        return self.is_auto and self.kv_type != KV_TYPES[-1]
+
+    def pack(self) -> Rung:
+        """Bring the KV into the next smaller format, layer by layer; it gives no pages any more."""
+        before = self.nbytes
+        self.kv_type = KV_TYPES[KV_TYPES.index(self.kv_type) + 1]
+        self._cutter = None
+        for i, cache in enumerate(self.caches):
+            if isinstance(cache, KVCache | RotatingKVCache):
+                self.caches[i] = cache = cache.repacked(self.kv_type)
+                mx.eval(cache.state)
+        mx.clear_cache()
+        return Rung("packed", self.n_held, before - self.nbytes, self.kv_type)
 
     def restore(self, tokens: Sequence[int]) -> Restored:
         """Keep or bring back the longest prefix of `tokens` that can be gone on from.
 
         At least one token is left to compute, whose logits are the answer's first.
         """
+        self.rungs, self.chunk_cap = [], None
+        try:
+            return self._restore(tokens)
+        except ALLOCATION_ERRORS as error:
+            if not is_allocation_failure(error):
+                raise
+            self.reset()  # all of it is computed, if there is room for that
+            return Restored(0)
+
+    def _restore(self, tokens: Sequence[int]) -> Restored:
         held = self.tokens
         shared = n_shared(held, tokens)
         live = Restored(
@@ -279,31 +378,105 @@ class Session:
         chunk: int | None = None,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> mx.array:
-        """Run what `restore` left of a prompt; lazy logits `[1, V]` after its last token."""
-        start = self._settle()
+        """Run what `restore` left of a prompt; lazy logits `[1, V]` after its last token.
+
+        Raises:
+            KVCacheFull: there is no room for it.
+        """
         self._known = list(tokens)
+        while True:
+            try:
+                return self._prefill(list(tokens), chunk, on_progress)
+            except ALLOCATION_ERRORS as error:
+                self._start_over(list(tokens), error)
+
+    def _prefill(
+        self,
+        tokens: list[int],
+        chunk: int | None,
+        on_progress: Callable[[int, int], None] | None,
+    ) -> mx.array:
+        start = self._settle()
+        self._known = tokens
+        if self._budget is not None:
+            self._budget.admit(self, len(tokens))
 
         def after_chunk(done: int, total: int) -> None:
             self._cut(start + done)
+            if self._budget is not None:
+                self._budget.note()
             if on_progress is not None:
                 on_progress(done, total)
 
         logits = prefill(
-            self.model, tokens[start:], self.caches, chunk=chunk, on_progress=after_chunk
+            self.model,
+            tokens[start:],
+            self.caches,
+            chunk=chunk,
+            on_progress=after_chunk,
+            grant=self._grant if self._budget is not None else None,
         )
         self._longest = max(self._longest, len(tokens))
         return logits
 
+    def _grant(self, n_new: int, last: bool) -> int:
+        assert self._budget is not None
+        return self._budget.grant(self, n_new, last=last)
+
+    def _before_step(self) -> None:
+        """A token is about to be fed: the caches grow at each step of 256."""
+        if self._budget is not None and self.n_held % STEP == 0:
+            self._budget.note()
+            self._budget.grant(self, 1, last=True)
+
+    def _start_over(self, tokens: list[int], error: BaseException) -> None:
+        """MLX could not allocate: nothing is known of the caches, so what is kept is restored.
+
+        Raises:
+            KVCacheFull: nothing is left that could give way.
+        """
+        if self._budget is None or not is_allocation_failure(error):
+            raise error
+        self.n_failed_at = min(len(tokens), self.n_held)
+        self._empty()
+        self._budget.after_failure(self)
+        if self.kv_type != self._first_type:
+            return  # there are no pages in this format
+        try:
+            self._restore(tokens)
+        except ALLOCATION_ERRORS:
+            self._empty()
+
     def decode(
         self, logits: mx.array, sampler: Sampler, max_tokens: int | None = None
     ) -> Iterator[int]:
-        """Tokens of the answer, remembered as they come."""
+        """Tokens of the answer, remembered as they come.
+
+        Raises:
+            KVCacheFull: there is no room for more, after the last token that there was room for.
+        """
+        n, drawn = 0, sampler.n_chosen
+        while True:
+            try:
+                left = None if max_tokens is None else max_tokens - n
+                for token in self._decode(logits, sampler, left):
+                    n += 1
+                    yield token
+                return
+            except ALLOCATION_ERRORS as error:
+                tokens = list(self._known)
+                self._start_over(tokens, error)
+                sampler.rewind(drawn + n)
+                logits = self.prefill(tokens)
+
+    def _decode(self, logits: mx.array, sampler: Sampler, max_tokens: int | None) -> Iterator[int]:
+        recent, before_step = list(self._known), self._before_step
         for token in decode(
-            self.model, self.caches, logits, sampler, list(self._known), max_tokens
+            self.model, self.caches, logits, sampler, recent, max_tokens, before_step
         ):
             self._known.append(token)
             yield token
-            n = self.caches[0].offset
+            n = self.n_held
             self._longest = max(self._longest, n)
             if self._cutter is not None and self._cutter.is_due(n):
                 self._cut(n)
@@ -315,6 +488,8 @@ class Session:
             Its pages; none where there is nobody to give them to.
         """
         n = self._settle()
+        if self._budget is not None:
+            self._budget.note()
         if self._cutter is None or n == 0 or not self._shareable(n):
             return []
         return self._cutter.finish(self._known, n)
@@ -347,6 +522,13 @@ class Session:
         if not done:
             self.reset()
         return done
+
+
+def _capacity(cache: Cache) -> tuple[int, int]:
+    """Bytes of what a cache holds, and tokens that it has room for."""
+    if isinstance(cache, KVCache | RotatingKVCache):
+        return cache.used_bytes, cache.capacity
+    return cache.nbytes, 0
 
 
 def _explained(restored: Restored, live: Restored, match: Match) -> Restored:

@@ -165,6 +165,20 @@ STORAGES = {"native": Native(), "q8": Affine(8), "q4": Affine(4)}
 
 KV_TYPES = tuple(STORAGES)
 """KV formats that a cache can be made in: `native` keeps the dtype that the model computes in."""
+AUTO = "auto"
+KV_CHOICES = (*KV_TYPES, AUTO)
+"""What `--kv-type` takes: with `auto` KV is native, and packed where memory is short."""
+
+
+def first_kv_type(choice: str) -> str:
+    """The format that a sequence begins in.
+
+    Raises:
+        UsageError: it is not one of `KV_CHOICES`.
+    """
+    if choice not in KV_CHOICES:
+        raise UsageError(f"--kv-type must be one of {', '.join(KV_CHOICES)}; got {choice!r}")
+    return KV_TYPES[0] if choice == AUTO else choice
 
 
 def storage_of(kv_type: str) -> Native | Affine:

@@ -27,17 +27,20 @@ from mlxkv.answer import (
     Stats,
     join_parts,
 )
+from mlxkv.budget import Budget, MemoryStats, memory_stats
 from mlxkv.chat import thinking_options
 from mlxkv.config import read_json
 from mlxkv.conversation import Conversation
 from mlxkv.errors import (
     CheckpointError,
     ContextExceeded,
+    KVCacheFull,
     MlxkvError,
     TemplateError,
     UsageError,
 )
 from mlxkv.generate import Session
+from mlxkv.kv_format import first_kv_type
 from mlxkv.layers import CausalLM
 from mlxkv.loader import load_model
 from mlxkv.overflow import Bound, decode_within
@@ -77,7 +80,8 @@ def load(
         model: a directory, a name that `mlxkv list` shows, or a Hugging Face repository.
         dtype: what to compute in: auto, float32, float16, bfloat16.
         memory: limit in bytes or like "16GiB"; else what the machine allows.
-        kv_type: format of the KV cache: native, q8 or q4; else native.
+        kv_type: format of the KV cache: native, q8, q4, or auto, which is native and packed only
+            where memory is short; else native.
         context: tokens that prompt and answer may have together; else the model's own.
         overflow: what happens there: `stop`, or `shift`, which drops the oldest tokens behind
             those that are kept and goes on; else stop.
@@ -116,6 +120,7 @@ class LLM:
         settings: context, overflow and where all of these come from; None finds them out.
 
     Attributes:
+        budget: what it may take in memory, and what it does.
         pages: prefixes that were computed before; None where the model keeps something else than
             keys and values.
     """
@@ -135,8 +140,10 @@ class LLM:
         weights_bytes = sum(
             x.nbytes for _, x in tree_flatten(model.parameters()) if isinstance(x, mx.array)
         )
-        budget = planner.pages_bytes(limit_bytes or device.memory_limit(), weights_bytes)
-        self.pages = open_pages(model, path, kv_type, budget)
+        limit_bytes = limit_bytes or device.memory_limit()
+        room = planner.pages_bytes(limit_bytes, weights_bytes)
+        self.pages = open_pages(model, path, first_kv_type(kv_type), room)
+        self.budget = Budget(model, weights_bytes, limit_bytes, self.pages)
         self._at_exit = weakref.finalize(self, _close_at_exit, self.pages)
 
     def close(self) -> None:
@@ -378,8 +385,17 @@ class LLM:
     ) -> Iterator[Chunk]:
         clock = Clock()
         mx.reset_peak_memory()
+        self.budget.begin()
         prompt = bound.remaining(tokens)
         restored = session.restore(prompt)
+        n = 0
+
+        def stats() -> Stats:
+            stats = clock.stats(prompt, restored, n, session.nbytes, self.tokenizer)
+            # The last token itself has not been made room for.
+            shifted = bound.n_dropped(len(tokens) + max(n, 1) - 1)
+            return replace(stats, shifted_tokens=shifted, rungs=tuple(session.rungs))
+
         try:
             logits = session.prefill(prompt, on_progress=request.on_progress)
             limit = bound.limit(len(tokens), request.max_tokens)
@@ -395,11 +411,15 @@ class LLM:
                     continue
                 text, reasoning, calls = join_parts([part, reader.finish()])
                 reason = "stop" if ended or reader.stopped else "length"
-                stats = clock.stats(prompt, restored, n, session.nbytes, self.tokenizer)
-                # The last token itself has not been made room for.
-                stats = replace(stats, shifted_tokens=bound.n_dropped(len(tokens) + n - 1))
-                yield Chunk(text, token, reason, stats, reasoning or None, calls)
+                yield Chunk(text, token, reason, stats(), reasoning or None, calls)
                 return
+        except KVCacheFull as error:
+            if n == 0:
+                raise
+            # What was generated stays the caller's; a trace would keep the KV alive.
+            error = error.with_traceback(None)
+            text, reasoning, calls = join_parts([reader.finish()])
+            yield Chunk(text, None, "memory", stats(), reasoning or None, calls, error)
         except CheckpointError:
             session.discard()
             raise
@@ -409,7 +429,11 @@ class LLM:
 
     def session(self) -> Session:
         """Empty caches for one sequence, which share prefixes with all others of this model."""
-        return Session(self.model, self.kv_type, self.pages)
+        return Session(self.model, self.kv_type, self.pages, self.budget)
+
+    def stats(self) -> MemoryStats:
+        """Where the memory is, and where it was during the last request."""
+        return memory_stats(self.budget)
 
     def _collect(self, chunks: Iterator[Chunk]) -> Result:
         parts = list(chunks)
@@ -418,7 +442,9 @@ class LLM:
         text, reasoning, calls = join_parts(parts)
         last = parts[-1]
         assert last.finish_reason and last.stats
-        return Result(text, tokens, last.finish_reason, last.stats, reasoning or None, calls)
+        return Result(
+            text, tokens, last.finish_reason, last.stats, reasoning or None, calls, last.error
+        )
 
 
 def _finish(session: Session) -> None:

@@ -97,6 +97,7 @@ class Pages:
         self.ram = RamPages(kinds)
         self._open_disk = open_disk
         self._disk: PageDisk | None = None
+        self._cap_bytes: int | None = None
         self._unreadable: set[PageKey] = set()
         self._writes_through = False
 
@@ -109,6 +110,11 @@ class Pages:
     def disk(self) -> PageDisk | None:
         """The pages on disk, None where there are none to be."""
         self._open()
+        return self._disk
+
+    @property
+    def opened_disk(self) -> PageDisk | None:
+        """The pages on disk if they were asked for before."""
         return self._disk
 
     def _open(self) -> None:
@@ -159,7 +165,7 @@ class Pages:
         needed = {part: self.kinds.needed(links, part, stop) for part in self.kinds.parts}
         read = self._bring(needed)
         if read is None:
-            self.ram.shrink(self.budget_bytes)
+            self.ram.shrink(self._allowed)
             return None
         try:
             for part, some in needed.items():
@@ -173,7 +179,7 @@ class Pages:
         self.touch(links)
         if self._disk is not None:
             self.keep(link for link in links if link.n_tokens == STEP)  # its second use
-        self.ram.shrink(self.budget_bytes)
+        self.ram.shrink(self._allowed)
         # Pages that no layer needs any more count as the first that one does.
         first = next(iter(needed.values()))[0]
         from_disk = [x for x in links if (first if x.start < first.start else x).name in read]
@@ -204,7 +210,7 @@ class Pages:
         if self._writes_through:
             self.keep([link], named=True)
         self.ram.drop_outgrown(link, tokens)
-        self.ram.shrink(self.budget_bytes)
+        self.ram.shrink(self._allowed)
 
     def touch(self, links: Sequence[Link]) -> None:
         """Say that a sequence goes on from these pages."""
@@ -261,6 +267,42 @@ class Pages:
                     self._disk.remove(key)
                     if key in self._disk:  # in a folder that cannot be written
                         self._unreadable.add(key)
+
+    def give_back(self, n_bytes: int) -> int:
+        """Give up so much of RAM until `take_share`.
+
+        Where there is a disk, what goes is written there first.
+
+        Returns:
+            Bytes that were given up; fewer than asked for where pages are pinned.
+        """
+        before, pages = self.nbytes, list(self.ram)
+        going = {page.link.name: dict(page.parts) for page in pages}
+        self._cap_bytes = max(0, before - n_bytes)
+        self.ram.shrink(self._allowed)
+        if before == self.nbytes:
+            return 0
+        if self._disk is not None:
+            self._disk.write(
+                (
+                    (page.link.key(part), page.link.start, page.tokens, slices)
+                    for page in pages
+                    for part, slices in going[page.link.name].items()
+                    if part not in page.parts
+                ),
+                wait=True,
+            )
+            self._disk.flush()
+        return before - self.nbytes
+
+    def take_share(self) -> None:
+        """What was given back may be taken again."""
+        self._cap_bytes = None
+
+    @property
+    def _allowed(self) -> int:
+        capped = self._cap_bytes
+        return self.budget_bytes if capped is None else min(self.budget_bytes, capped)
 
     def clear(self) -> None:
         """Forget what is in RAM."""

@@ -44,9 +44,13 @@ def _rows(plan: Plan) -> str:
             for kind in plan.layers
         ),
         ("workspace", human_bytes(plan.workspace_bytes), f"prefill of {plan.chunk:,} at a time"),
-        ("allocator", human_bytes(plan.cache_bytes), "freed buffers that MLX keeps"),
         ("total", human_bytes(plan.total_bytes), "fits" if plan.fits else "does not fit"),
         ("limit", human_bytes(plan.limit_bytes), ""),
+        (
+            "allocator",
+            human_bytes(plan.cache_bytes),
+            "freed buffers that MLX keeps at most, until there is need",
+        ),
         ("longest", "", f"{longest} tokens fit, whatever the model's context is"),
         (
             "peak",

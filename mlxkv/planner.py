@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +22,7 @@ from mlxkv import device
 from mlxkv.cache import STEP, CacheSpec
 from mlxkv.errors import ModelNotFound, UsageError
 from mlxkv.generate import default_chunk
-from mlxkv.kv_format import KV_TYPES, KVFormat
+from mlxkv.kv_format import KV_TYPES, KVFormat, first_kv_type
 from mlxkv.layers import CausalLM
 from mlxkv.loader import Layout, lay_out
 from mlxkv.names import HubRef, locate
@@ -69,7 +69,8 @@ class Plan:
         kv_bytes: the caches of all sequences at `context` tokens.
         kv_bytes_per_token: what one more token takes in one sequence while no window is full.
         workspace_bytes: what prefill or decode hold beside both at the most.
-        cache_bytes: freed buffers that MLX's allocator may keep; given back where there is need.
+        cache_bytes: freed buffers that MLX's allocator may keep beside it; given back where there
+            is need, so not in the total.
         pages_bytes: what prefix pages take in RAM beside it; they make room for everything else.
         peak_bytes: what MLX's peak memory will read after one sequence of `context` tokens.
         context: tokens a sequence.
@@ -104,8 +105,8 @@ class Plan:
 
     @property
     def total_bytes(self) -> int:
-        """Weights, KV, workspace and allocator cache."""
-        return self.weights_bytes + self.kv_bytes + self.workspace_bytes + self.cache_bytes
+        """Weights, KV and workspace: what has to find room."""
+        return self.weights_bytes + self.kv_bytes + self.workspace_bytes
 
     @property
     def fits(self) -> bool:
@@ -182,7 +183,7 @@ def plan(
         weights_bytes=weights_bytes,
         context=context or settings.context.value,
         sequences=sequences,
-        kv_type=settings.kv_type.value,
+        kv_type=first_kv_type(settings.kv_type.value),
         limit=settings.memory.value,
         chunk=chunk,
     )
@@ -231,7 +232,7 @@ def plan_model(
         kv_bytes=kv_total,
         kv_bytes_per_token=row_bytes(own.specs, own.kv),
         workspace_bytes=workspace,
-        cache_bytes=0 if device.on_cpu() else workspace,
+        cache_bytes=min(workspace, device.allocator_keeps()),
         pages_bytes=min(own.pages_bytes(context), pages_bytes(limit, weights_bytes)),
         peak_bytes=weights_bytes + own.peak(context, pages_bytes(limit, weights_bytes)),
         context=context,
@@ -379,12 +380,24 @@ class Needs:
 
     def longest(self, room_bytes: int, sequences: int) -> int:
         """The longest context whose KV and workspace find room."""
-        low, high = 0, 2**30
-        while low < high:
-            middle = (low + high + 1) // 2
-            fits = self.total(middle, sequences) <= room_bytes
-            low, high = (middle, high) if fits else (low, middle - 1)
-        return low
+        return _largest(lambda n: self.total(n, sequences) <= room_bytes)
+
+    def least(self, n_tokens: int) -> int:
+        """KV and the workspace of single tokens: what a sequence needs if all else gives way."""
+        return self.kv_bytes(n_tokens) + _on_line(self._marks[1], n_tokens)
+
+    def most_tokens(self, room_bytes: int) -> int:
+        """The longest sequence for which there is room if all else gives way."""
+        return _largest(lambda n: self.least(n) <= room_bytes)
+
+
+def _largest(fits: Callable[[int], bool]) -> int:
+    """The largest number that fits, 0 for none; all below it do."""
+    low, high = 0, 2**30
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
 
 
 def _on_line(marks: Sequence[tuple[int, int]], x: int) -> int:

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, cast
 
 from mlxkv.commands import Chat, Leave, execute
 from mlxkv.errors import MlxkvError, TemplateError
-from mlxkv.run import Printer, Settings, describe_shift, describe_stats, prefill_report, send
+from mlxkv.figures import describe_rungs, describe_shift, describe_stats
+from mlxkv.run import Printer, Settings, prefill_report, send
 from mlxkv.terminal import ProgressLine
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ def _turn(state: Chat, text: str) -> None:
 
 def answer(state: Chat, text: str) -> None:
     """Streams the answer to one message."""
-    stats, printer = None, Printer()
+    stats, error, printer = None, None, Printer()
     progress = ProgressLine()
     chunks = send(state.conversation, text, state.effective, prefill_report(progress))
     # Closing it at once, and not when it is collected, keeps what was said in the conversation.
@@ -112,7 +113,7 @@ def answer(state: Chat, text: str) -> None:
             for chunk in chunks:
                 progress.clear()
                 printer(chunk)
-                stats = chunk.stats or stats
+                stats, error = chunk.stats or stats, chunk.error
                 interrupted.in_decode = True
                 if interrupted.seen:
                     break
@@ -129,6 +130,10 @@ def answer(state: Chat, text: str) -> None:
         state.dropped = stats.shifted_tokens
         if state.dropped:
             print(f"({describe_shift(stats, state.llm.context)})\n", file=sys.stderr)
+    for line in describe_rungs(stats.rungs) if stats is not None else ():
+        print(f"({line})\n", file=sys.stderr)
+    if error is not None:
+        print(f"(the answer ends here: {error})\n", file=sys.stderr)
     if interrupted.seen:
         print("(stopped)\n")
     elif state.verbose and stats is not None:

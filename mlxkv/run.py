@@ -12,15 +12,13 @@ from typing import TYPE_CHECKING
 
 from mlxkv import catalog
 from mlxkv.errors import INTERRUPTED, TemplateError, UsageError
+from mlxkv.figures import describe_memory, describe_stats, remarks, stats_dict
 from mlxkv.names import looks_like_model
-from mlxkv.terminal import Aside, ProgressLine, human_bytes
+from mlxkv.terminal import Aside, ProgressLine
 
 if TYPE_CHECKING:
     from mlxkv.kv_names import NamedKV
-    from mlxkv.llm import LLM, Chunk, Conversation, Stats
-
-FEW = 16
-"""Tokens below which a miss is no news: every other question leaves the one before it somewhere."""
+    from mlxkv.llm import LLM, Chunk, Conversation
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,8 +189,8 @@ def one_answer(
         asked = prompt if raw else messages
         chunks = stream(llm, asked, settings, prefill_report(progress), kv_from)
         if as_json:
-            return _print_json(name, chunks, progress, llm.context)
-        return _print_text(chunks, verbose, progress, llm.context)
+            return _print_json(name, chunks, progress, llm)
+        return _print_text(chunks, verbose, progress, llm)
     except KeyboardInterrupt:
         progress.clear()
         sys.stdout.write("" if as_json else "\n")
@@ -281,93 +279,55 @@ class Printer:
         self._aside.end()
 
 
-def _print_text(
-    chunks: Iterator[Chunk], verbose: bool, progress: ProgressLine, context: int
-) -> int:
-    stats, printer = None, Printer()
+def _print_text(chunks: Iterator[Chunk], verbose: bool, progress: ProgressLine, llm: LLM) -> int:
+    last, printer = None, Printer()
     try:
         for chunk in chunks:
             progress.clear()
             printer(chunk)
-            stats = chunk.stats or stats
+            last = chunk
     finally:
         printer.end()
     sys.stdout.write("\n")
     sys.stdout.flush()
-    _say_shift(stats, context)
-    if verbose and stats is not None:
-        print(f"\n{describe_stats(stats)}", file=sys.stderr)
-    return 0
+    assert last is not None
+    code = _say_remarks(last, llm.context)
+    if verbose and last.stats is not None:
+        figures = f"{describe_stats(last.stats)}\n{describe_memory(llm.stats())}"
+        print(f"\n{figures}", file=sys.stderr)
+    return code
 
 
-def _print_json(name: str, chunks: Iterator[Chunk], progress: ProgressLine, context: int) -> int:
+def _print_json(name: str, chunks: Iterator[Chunk], progress: ProgressLine, llm: LLM) -> int:
     """One object at the end, on one line."""
     from mlxkv.answer import join_parts
 
-    parts, tokens, finish_reason, stats = [], [], None, None
+    parts = []
     for chunk in chunks:
         progress.clear()
         parts.append(chunk)
-        if chunk.token is not None:
-            tokens.append(chunk.token)
-        finish_reason = chunk.finish_reason or finish_reason
-        stats = chunk.stats or stats
     text, reasoning, calls = join_parts(parts)
+    last = parts[-1]
     answer = {
         "model": name,
         "text": text,
         "reasoning": reasoning or None,
         "tool_calls": [asdict(call) for call in calls],
-        "tokens": tokens,
-        "finish_reason": finish_reason,
-        "stats": stats_dict(stats) if stats is not None else None,
+        "tokens": [chunk.token for chunk in parts if chunk.token is not None],
+        "finish_reason": last.finish_reason,
+        "error": None if last.error is None else str(last.error),
+        "stats": stats_dict(last.stats) if last.stats is not None else None,
+        "memory": asdict(llm.stats()),
     }
     print(json.dumps(answer, ensure_ascii=False), flush=True)
-    _say_shift(stats, context)
-    return 0
+    return _say_remarks(last, llm.context)
 
 
-def _say_shift(stats: Stats | None, context: int) -> None:
-    if stats is not None and stats.shifted_tokens:
-        print(f"mlxkv: {describe_shift(stats, context)}", file=sys.stderr)
-
-
-def describe_shift(stats: Stats, context: int) -> str:
-    """What was lost at the context, on one line."""
-    n = stats.shifted_tokens
-    return f"the context of {context:,} tokens was full: the oldest {n:,} were dropped"
-
-
-def stats_dict(stats: Stats) -> dict[str, float]:
-    """The figures of an answer, those that are computed from others included."""
-    return asdict(stats) | {"prefill_tps": stats.prefill_tps, "decode_tps": stats.decode_tps}
-
-
-def describe_stats(stats: Stats) -> str:
-    """The figures of an answer, aligned, for people."""
-    rows = (
-        ("prompt", describe_prompt(stats)),
-        ("answer", f"{stats.generated_tokens:,} tokens, {stats.decode_tps:.1f} tokens/s"),
-        ("first token", f"{stats.first_token_s:.2f} s"),
-        ("peak memory", human_bytes(stats.peak_bytes)),
-    )
-    return "\n".join(f"{name:<12} {text}" for name, text in rows)
-
-
-def describe_prompt(stats: Stats) -> str:
-    """Where the prompt's KV came from, and why not more of it was restored, on one line."""
-    sources = (
-        (stats.restored_ram_tokens, "from RAM"),
-        (stats.restored_ssd_tokens, "from SSD"),
-        (stats.computed_tokens, f"computed at {stats.prefill_tps:.1f} tokens/s"),
-    )
-    parts = ", ".join(f"{n:,} {source}" for n, source in sources if n)
-    text = f"{stats.prompt_tokens:,} tokens: {parts}"
-    miss = stats.miss
-    if miss is None or miss.n_tokens < FEW:
-        return text
-    if miss.reason == "dropped":
-        why = f"KV from token {miss.token:,} on was given up for lack of memory, or damaged"
-    else:
-        why = f"differs from token {miss.token:,} on: had {miss.held!r}, got {miss.prompt!r}"
-    return f"{text}; {why} ({miss.n_tokens:,} tokens again, {miss.cost_s:.1f} s)"
+def _say_remarks(last: Chunk, context: int) -> int:
+    """What should be known of an answer that is over, on stderr; the exit code."""
+    for line in remarks(last.stats, context):
+        print(f"mlxkv: {line}", file=sys.stderr)
+    if last.error is None:
+        return 0
+    print(f"mlxkv: the answer ends here: {last.error}", file=sys.stderr)
+    return last.error.exit_code

@@ -125,6 +125,9 @@ class Sampler:
         params: what to apply; unset values mean `DEFAULTS`.
         n_vocab: V, the width of the logits.
 
+    Attributes:
+        n_chosen: tokens that were chosen so far.
+
     Raises:
         UsageError: a token id of `logit_bias` past the vocabulary.
     """
@@ -136,6 +139,7 @@ class Sampler:
         self.greedy = _real(p.temperature) < _GREEDY_BELOW
         self.top_k = min(int(p.top_k or 0), n_vocab) or n_vocab
         self._random = random.Random(self.seed)
+        self.n_chosen = 0
         self._bias = _bias_arrays(p.logit_bias, n_vocab)
 
     @property
@@ -153,12 +157,20 @@ class Sampler:
         Returns:
             [B] uint32 token ids.
         """
+        self.n_chosen += 1
         logits = self._adjusted(logits, recent)
         if self.greedy:
             return mx.argmax(logits, axis=-1)
         values, ids, keep = self._filtered(logits.astype(mx.float32))
         choice = self._draw(_weights(values, keep, _real(self.params.temperature)))
         return choice if ids is None else mx.take_along_axis(ids, choice[:, None], axis=-1)[:, 0]
+
+    def rewind(self, n_chosen: int) -> None:
+        """Go back to where so many tokens of one row had been chosen."""
+        self.n_chosen = n_chosen
+        self._random = random.Random(self.seed)
+        for _ in range(0 if self.greedy else 2 * n_chosen):
+            self._random.getrandbits(24)
 
     def probabilities(self, logits: mx.array, recent: mx.array | None = None) -> mx.array:
         """The distribution that a call with the same arguments draws from: [B, V] float32."""

@@ -16,6 +16,7 @@ import mlx.core as mx
 
 from mlxkv.errors import ContextExceeded, ModelNotFound, OutputError, TemplateError, UsageError
 from mlxkv.generate import n_shared
+from mlxkv.kv_format import first_kv_type
 from mlxkv.names import PathRef, kv_dir, locate, models_dir, read_record
 from mlxkv.page_disk import PageDisk
 from mlxkv.page_links import packed, unpacked
@@ -73,7 +74,7 @@ def save(
         tokens=packed(tokens),
         created=time.time(),
         pinned=pinned,
-        kv_type=llm.kv_type,
+        kv_type=first_kv_type(llm.kv_type),
         dtype=disk.dtype,
     )
     names.save(saved, replace=True)

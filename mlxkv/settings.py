@@ -16,7 +16,7 @@ from typing import Any, Generic, TypeVar
 from mlxkv import device
 from mlxkv.config import read_config, read_json
 from mlxkv.errors import ConfigError, MlxkvError, UsageError
-from mlxkv.kv_format import KV_TYPES
+from mlxkv.kv_format import KV_CHOICES
 from mlxkv.models import family_for
 from mlxkv.names import RECORD, Record
 from mlxkv.terminal import human_bytes, parse_bytes
@@ -24,7 +24,6 @@ from mlxkv.terminal import human_bytes, parse_bytes
 FILE = RECORD
 """The model's own settings stand beside the record of where it came from."""
 COMMAND_LINE, CALLER, REQUEST = "command line", "caller", "request"
-KV_CHOICES = tuple(dict.fromkeys((*KV_TYPES, "auto")))
 OVERFLOWS = ("stop", "shift")
 
 T = TypeVar("T")

@@ -25,13 +25,14 @@ LAYERS = (
     ("models",),
     ("loader", "tokenizer", "tokenizer_files", "detokenizer", "chat", "parsing", "parsers",
      "sandbox", "sampling", "stopping", "catalog", "names", "terminal",
-     "page_format", "fingerprint", "workspace", "settings"),
-    ("generate", "overflow", "planner", "pages", "page_cutter", "page_links", "page_ram",
+     "page_format", "fingerprint", "workspace", "settings", "memory"),
+    ("generate", "overflow", "planner", "budget", "pages", "page_cutter", "page_links", "page_ram",
      "page_disk", "page_files", "page_folder", "page_room", "kv_names", "named_kv", "hub",
      "hub_headers", "wheels", "store", "card", "plan_card"),
     ("llm", "conversation", "answer", "saved_prefix", "engine"),
     ("convert", "server"),
-    ("cli", "repl", "run", "commands", "doctor", "kv_cli", "kv_card", "kv_sources", "verify"),
+    ("cli", "repl", "run", "commands", "doctor", "figures", "kv_cli", "kv_card", "kv_sources",
+     "verify"),
 )  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 

@@ -10,8 +10,10 @@ import pexpect
 import pytest
 
 from mlxkv import commands, repl
+from mlxkv.budget import MemoryStats
 from mlxkv.commands import Chat, Leave, execute
 from mlxkv.errors import OutputError, UsageError
+from mlxkv.memory import KVUse
 from mlxkv.run import Settings, with_defaults
 from mlxkv.sampling import SamplingParams
 from mlxkv.settings import COMMAND_LINE, Setting
@@ -194,7 +196,9 @@ class FakeConversation:
 @pytest.fixture
 def chat():
     config = SimpleNamespace(model_type="llama", context=1024)
+    memory = MemoryStats(10, 1, KVUse(7, 2048, 256, 4096), KVUse(), KVUse(), 0, 0, 0, 5, 0, 9, 2)
     llm = SimpleNamespace(
+        stats=lambda: memory,
         config=config,
         path="/models/m",
         conversation=FakeConversation,
@@ -272,7 +276,7 @@ def test_a_new_system_prompt_begins_a_new_conversation(chat):
 
 def test_show_has_model_parameters_and_memory(chat):
     text = execute(chat, "/show")
-    for word in ("m (llama, context 1,024)", "temperature", "2.0 KiB for 7 tokens"):
+    for word in ("m (llama, context 1,024)", "temperature", "2.0 KiB used (7 tokens)"):
         assert word in text
 
 

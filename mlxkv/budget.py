@@ -1,0 +1,308 @@
+"""What a model's sequences may take in memory, and what gives way where there is no room.
+
+Invariants:
+- Whatever grows with tokens asks before it does, at each step of 256 tokens: a chunk of a prompt
+  and a token for which the caches grow. What is granted is what a traced step needs (`workspace`).
+- Where the answer is no, rungs of a ladder are taken in this order, and each is written down: MLX's
+  allocator gives back what it keeps, the prompt goes on in smaller chunks, prefix pages are written
+  out or dropped, the sequence's KV is packed (`--kv-type auto`). Then this sequence ends with
+  `KVCacheFull`; nothing else is touched.
+- An allocation that fails inside MLX takes the same rungs, one after the other.
+- `limit_bytes` may change at any time, and counts from the next question on.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import mlx.core as mx
+
+from mlxkv import device, planner
+from mlxkv.cache import STEP
+from mlxkv.errors import KVCacheFull
+from mlxkv.generate import default_chunk
+from mlxkv.kv_format import KV_TYPES
+from mlxkv.memory import KVUse, Rung
+from mlxkv.planner import Needs
+from mlxkv.terminal import human_bytes
+
+if TYPE_CHECKING:
+    from mlxkv.generate import Session
+    from mlxkv.layers import CausalLM
+    from mlxkv.pages import Pages
+
+MIN_CHUNK = 16
+"""Tokens of a prompt below which a chunk is not cut smaller."""
+ROOMY = 2**30, 64
+"""Bytes, and times the KV after it, that a chunk of a page or less never needs: where so much is
+free the step is not traced, which takes as long as a short prompt. Scores grow with the KV."""
+
+
+class Budget:
+    """The memory of one model.
+
+    Args:
+        model: loaded.
+        weights_bytes: of it.
+        limit_bytes: what it may take with all that belongs to it.
+        pages: its prefixes; None where it has none.
+
+    Attributes:
+        start: KV when the last request began.
+        most: KV at the most since then.
+    """
+
+    def __init__(
+        self, model: CausalLM, weights_bytes: int, limit_bytes: int, pages: Pages | None = None
+    ):
+        self.weights_bytes, self.pages = weights_bytes, pages
+        self._limit_bytes = limit_bytes
+        self._model = model
+        self._needs: dict[str, Needs] = {}
+        self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
+        self.start = self.most = KVUse()
+
+    @property
+    def limit_bytes(self) -> int:
+        """What the model may take with all that belongs to it."""
+        return self._limit_bytes
+
+    @limit_bytes.setter
+    def limit_bytes(self, limit_bytes: int) -> None:
+        self._limit_bytes = limit_bytes
+        if self.pages is not None:
+            self.pages.budget_bytes = planner.pages_bytes(limit_bytes, self.weights_bytes)
+
+    def join(self, session: Session) -> None:
+        """Count a sequence in, for as long as it lives."""
+        self._sessions.add(session)
+
+    @property
+    def kv_bytes(self) -> int:
+        """Allocated by all sequences."""
+        return sum(session.nbytes for session in self._sessions)
+
+    @property
+    def used_bytes(self) -> int:
+        """Weights, KV and prefix pages."""
+        return self.weights_bytes + self.kv_bytes + self._pages_bytes
+
+    @property
+    def _pages_bytes(self) -> int:
+        return 0 if self.pages is None else self.pages.nbytes
+
+    def use(self) -> KVUse:
+        """KV of all live sequences, now."""
+        uses = [session.use() for session in self._sessions]
+        return KVUse(
+            sum(use.used_tokens for use in uses),
+            sum(use.used_bytes for use in uses),
+            sum(use.allocated_tokens for use in uses),
+            sum(use.allocated_bytes for use in uses),
+        )
+
+    def begin(self) -> None:
+        """A request begins: its figures do, and pages may take their share again."""
+        self.start = self.most = self.use()
+        if self.pages is not None:
+            self.pages.take_share()
+
+    def note(self) -> None:
+        """Take the KV of now into the figures."""
+        use = self.use()
+        if use.allocated_bytes >= self.most.allocated_bytes:
+            self.most = use
+
+    def admit(self, session: Session, n_prompt: int) -> None:
+        """Refuse a prompt whose KV finds no room, whatever gives way, before it is computed.
+
+        Raises:
+            KVCacheFull: with the numbers.
+        """
+        if self._is_roomy(session, n_prompt):
+            return
+        # What can still be packed is priced packed.
+        kv_type = KV_TYPES[-1] if session.is_auto else session.kv_type
+        if n_prompt > (most := self._most_tokens(session, kv_type)):
+            raise self._full(session, n_prompt, most)
+
+    def grant(self, session: Session, n_new: int, *, last: bool) -> int:
+        """How many of the next tokens may be computed at once, at least one.
+
+        Args:
+            session: whose caches take them.
+            n_new: tokens that are wanted.
+            last: whether the logits after the last of them are.
+
+        Raises:
+            KVCacheFull: no rung of the ladder finds room for any.
+        """
+        wanted = min(n_new, session.chunk_cap or n_new)
+        if wanted <= STEP and self._is_roomy(session, session.n_held + wanted):
+            return wanted
+        for sizes in self._ladder(session, wanted):
+            for n in sizes:
+                if self._room_after(session, n, last=last and n == n_new) < 0:
+                    continue
+                if n < wanted:
+                    session.chunk_cap = n
+                    session.rungs.append(Rung("chunk", session.n_held, n))
+                return n
+        raise self._full(session, session.n_held + 1)
+
+    def _ladder(self, session: Session, wanted: int) -> Iterator[Sequence[int]]:
+        """Chunks to try, each after another rung was taken."""
+        smaller = _halves(wanted)
+        cached = mx.get_cache_memory()
+        if cached and self._room_after(session, wanted, last=True) < cached:
+            mx.clear_cache()
+            session.rungs.append(Rung("cache", session.n_held, cached))
+        yield (wanted,)
+        yield smaller
+        while self._pages_bytes:
+            missing = -self._room_after(session, (wanted, *smaller)[-1], last=True)
+            session.rungs.append(self._give_pages(session.n_held, max(1, missing)))
+            yield (wanted, *smaller)
+        while session.can_pack:
+            session.rungs.append(session.pack())
+            yield (wanted, *smaller)
+        yield (1,)
+
+    def after_failure(self, session: Session) -> None:
+        """MLX could not allocate, and the sequence starts over: the next rung.
+
+        Raises:
+            KVCacheFull: there is none.
+        """
+        held = session.n_failed_at
+        cached = mx.get_cache_memory()
+        mx.clear_cache()
+        if cached:
+            session.rungs.append(Rung("cache", held, cached))
+        if session.chunk_cap is None or session.chunk_cap > MIN_CHUNK:
+            now = session.chunk_cap or default_chunk()
+            session.chunk_cap = max(MIN_CHUNK, now // 4)
+            session.rungs.append(Rung("chunk", held, session.chunk_cap))
+        elif self._pages_bytes:
+            session.rungs.append(self._give_pages(held, self._pages_bytes))
+        elif session.can_pack:
+            session.rungs.append(session.pack())
+        else:
+            raise self._full(session, held + 1, held)
+
+    def _give_pages(self, held: int, n_bytes: int) -> Rung:
+        assert self.pages is not None
+        return Rung("pages", held, self.pages.give_back(n_bytes))
+
+    def _is_roomy(self, session: Session, n_tokens: int) -> bool:
+        """Whether so much is free that what a small chunk takes need not be known."""
+        base, times = ROOMY
+        needed = base + times * self._need(session.kv_type).kv_bytes(n_tokens)
+        return needed <= self._free() - mx.get_cache_memory()
+
+    def _free(self) -> int:
+        """Bytes that nobody has taken, of the limit and of the machine."""
+        own = self.limit_bytes - self.used_bytes
+        return min(own, device.memory_limit() - mx.get_active_memory())
+
+    def _room_after(self, session: Session, n_new: int, *, last: bool) -> int:
+        """Bytes that are left while the next tokens are computed; negative where they miss."""
+        held = self._need(session.kv_type).step(session.n_held, n_new, last=last)
+        return self._free() - (held.peak - held.before)
+
+    def _need(self, kv_type: str) -> Needs:
+        if kv_type not in self._needs:
+            self._needs[kv_type] = Needs(self._model, kv_type, default_chunk())
+        return self._needs[kv_type]
+
+    def _most_tokens(self, session: Session, kv_type: str) -> int:
+        """Tokens that this sequence can have if everything else gives way."""
+        others = self.kv_bytes - session.nbytes
+        return self._need(kv_type).most_tokens(self.limit_bytes - self.weights_bytes - others)
+
+    def _full(self, session: Session, n_wanted: int, most: int | None = None) -> KVCacheFull:
+        """Why a sequence cannot go on, and what would have helped."""
+        held = max(session.n_held, session.n_failed_at)
+        most = self._most_tokens(session, session.kv_type) if most is None else most
+        need = self._need(session.kv_type)
+        others = self.kv_bytes - session.nbytes
+        enough = self.weights_bytes + others + need.least(n_wanted)
+        helps = [f"--memory {-(-enough // 2**20)}MiB allows {n_wanted:,}"]
+        if not session.is_auto:
+            for kv_type in KV_TYPES[KV_TYPES.index(session.kv_type) + 1 :]:
+                n = self._most_tokens(session, kv_type)
+                if n > most:
+                    helps.append(f"--kv-type {kv_type} allows {n:,}")
+        if others:
+            helps.append(f"other sequences hold {human_bytes(others)}")
+        return KVCacheFull(held, n_wanted, most, limit=human_bytes(self.limit_bytes), helps=helps)
+
+
+def _halves(n: int) -> tuple[int, ...]:
+    """Smaller chunks than `n`, down to `MIN_CHUNK`."""
+    sizes = []
+    while n > MIN_CHUNK:
+        n = max(MIN_CHUNK, n // 2)
+        sizes.append(n)
+    return tuple(sizes)
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryStats:
+    """Where a model's memory is.
+
+    Args:
+        limit_bytes: what it may take.
+        weights_bytes: of the model.
+        kv: of all live sequences, now.
+        kv_start: when the last request began.
+        kv_most: at the most since then.
+        pages_ram_bytes: prefix pages in RAM.
+        pages_ssd_bytes: prefix pages on disk, all models' together.
+        workspace_bytes: what the peak had beside weights, the most KV and pages.
+        active_bytes: what MLX has allocated in this process.
+        cached_bytes: freed buffers that its allocator keeps.
+        peak_bytes: the most it had allocated since the last request began.
+        unexplained_bytes: of `active_bytes`, what is neither weights nor KV nor pages.
+    """
+
+    limit_bytes: int
+    weights_bytes: int
+    kv: KVUse
+    kv_start: KVUse
+    kv_most: KVUse
+    pages_ram_bytes: int
+    pages_ssd_bytes: int
+    workspace_bytes: int
+    active_bytes: int
+    cached_bytes: int
+    peak_bytes: int
+    unexplained_bytes: int
+
+
+def memory_stats(budget: Budget) -> MemoryStats:
+    """The figures of a model, and MLX's own."""
+    mx.synchronize()
+    pages = budget.pages
+    disk = None if pages is None else pages.opened_disk
+    active, peak = mx.get_active_memory(), mx.get_peak_memory()
+    pages_bytes = 0 if pages is None else pages.nbytes
+    explained = budget.weights_bytes + budget.kv_bytes + pages_bytes
+    most = budget.weights_bytes + budget.most.allocated_bytes + pages_bytes
+    return MemoryStats(
+        limit_bytes=budget.limit_bytes,
+        weights_bytes=budget.weights_bytes,
+        kv=budget.use(),
+        kv_start=budget.start,
+        kv_most=budget.most,
+        pages_ram_bytes=pages_bytes,
+        pages_ssd_bytes=0 if disk is None else disk.files.usage().n_bytes,
+        workspace_bytes=max(0, peak - most),
+        active_bytes=active,
+        cached_bytes=mx.get_cache_memory(),
+        peak_bytes=peak,
+        unexplained_bytes=active - explained,
+    )
