@@ -29,13 +29,17 @@ TARGETS = {
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What one process of one engine measured; `index` pairs it with the other engine's."""
+    """What one process of one engine measured; `index` pairs it with the other engine's.
+
+    `note` is what a reader has to know beside the figures.
+    """
 
     job: str
     engine: str
     index: int
     blas: str
     figures: dict[str, float]
+    note: str = ""
 
     def describe(self) -> str:
         return "  ".join(f"{name} {value:.4g}" for name, value in self.figures.items())
@@ -133,6 +137,7 @@ def markdown(written: dict[str, Any]) -> str:
     """A table, with what it was measured on above it."""
     machine, settings = written["machine"], written["settings"]
     versions = ", ".join(f"{name} {number}" for name, number in written["versions"].items())
+    notes = sorted({f"- {run['engine']}, {run['note']}" for run in written["runs"] if run["note"]})
     lines = [
         f"# {written['model']}",
         "",
@@ -143,6 +148,7 @@ def markdown(written: dict[str, Any]) -> str:
         f"dtype {settings['dtype']} (float32 on the CPU, scales included)",
         f"- commit {written['commit']}",
         f"- `{written['command']}`",
+        *notes,
         "",
         "Medians; the ratio mlxkv / mlx-lm is the median over pairs of runs (smallest to largest).",
         "",
