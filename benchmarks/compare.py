@@ -208,7 +208,7 @@ def main() -> None:
     written = {
         "model": model.name,
         "settings": {k: v for k, v in vars(args).items() if k not in ("model", "output")},
-        **report.about(ROOT),
+        **report.about(ROOT, "compare"),
         "blas": sorted({run.blas for run in runs if run.blas}) or [args.blas],
         "runs": [asdict(run) for run in runs],
         "summary": [asdict(row) for row in report.summary(runs)],
