@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from benchmarks.report import ENGINES, Run
 
 PROMPT = "Why is the sky blue?"
 MEASURES = ("decode", "prefill", "cold", "memory", "graph")
+KV_TYPES = ("native", "q8", "q4")
 COLD_LIMIT_S = 120
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -47,13 +48,14 @@ def jobs(args: argparse.Namespace, model: Path, scratch: Path) -> Iterator[Job]:
         yield _worker_job("graph", tiny, "--dtype=float32")
     if "memory" in what:
         yield _worker_job("memory", model, f"--dtype={args.dtype}", f"--prompt={args.prompt}")
-    prefills = args.prefills if "prefill" in what else []
-    contexts = args.contexts if "decode" in what else []
     # One process per length: a long one must not wear the other's memory.
-    for option, lengths in (("contexts", contexts), ("prefills", prefills)):
-        for n in lengths:
-            seconds = f"--seconds={args.seconds}"
-            yield _worker_job("speed", model, f"--dtype={args.dtype}", f"--{option}=[{n}]", seconds)
+    common = f"--dtype={args.dtype}", f"--seconds={args.seconds}"
+    for n in args.contexts if "decode" in what else []:
+        for kv_type in args.kv_types:
+            options = f"--contexts=[{n}]", f"--kv-type={kv_type}"
+            yield _worker_job("speed", model, *common, *options)
+    for n in args.prefills if "prefill" in what else []:
+        yield _worker_job("speed", model, *common, f"--prefills=[{n}]")
 
 
 def _worker_job(measure: str, model: Path, *options: str) -> Job:
@@ -115,7 +117,7 @@ def run_once(job: Job, engine: str, index: int, env: dict[str, str]) -> Run:
     if job.timed:
         return Run(job.name, engine, index, "", {f"{job.name} s": elapsed})
     printed = json.loads(done.stdout.splitlines()[-1])
-    return Run(job.name, engine, index, printed["blas"], printed["figures"])
+    return Run(job.name, engine, index, printed["blas"], printed["figures"], printed["note"])
 
 
 def environment(args: argparse.Namespace) -> dict[str, str]:
@@ -157,16 +159,25 @@ def parse() -> argparse.Namespace:
     def numbers(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
 
-    def measures(text: str) -> list[str]:
-        names = text.split(",")
-        if unknown := set(names) - set(MEASURES):
-            raise argparse.ArgumentTypeError(f"{unknown.pop()!r}; allowed: {', '.join(MEASURES)}")
+    def some_of(allowed: Sequence[str]) -> Callable[[str], list[str]]:
+        def names(text: str) -> list[str]:
+            given = text.split(",")
+            if unknown := set(given) - set(allowed):
+                raise argparse.ArgumentTypeError(
+                    f"{unknown.pop()!r}; allowed: {', '.join(allowed)}"
+                )
+            return given
+
         return names
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compare", description=__doc__)
     parser.add_argument("--model", required=True, help="a directory or a name mlxkv knows")
-    parser.add_argument("--what", type=measures, default=list(MEASURES), metavar="A,B")
+    parser.add_argument("--what", type=some_of(MEASURES), default=list(MEASURES), metavar="A,B")
     parser.add_argument("--contexts", type=numbers, default=[0, 2048, 8192], metavar="N,N")
+    parser.add_argument(
+        "--kv-types", type=some_of(KV_TYPES), default=["native"], metavar="A,B",
+        help=f"of decode: {', '.join(KV_TYPES)}; beside mlx-lm's QuantizedKVCache",
+    )  # fmt: skip
     parser.add_argument("--prefills", type=numbers, default=[512, 2048, 8192], metavar="N,N")
     parser.add_argument("--prompt", type=int, default=2048, help="tokens of the memory measure")
     parser.add_argument("--runs", type=int, default=5, help="pairs of runs")
@@ -197,7 +208,7 @@ def main() -> None:
     written = {
         "model": model.name,
         "settings": {k: v for k, v in vars(args).items() if k not in ("model", "output")},
-        **report.about(ROOT),
+        **report.about(ROOT, "compare"),
         "blas": sorted({run.blas for run in runs if run.blas}) or [args.blas],
         "runs": [asdict(run) for run in runs],
         "summary": [asdict(row) for row in report.summary(runs)],

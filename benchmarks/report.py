@@ -29,13 +29,17 @@ TARGETS = {
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What one process of one engine measured; `index` pairs it with the other engine's."""
+    """What one process of one engine measured; `index` pairs it with the other engine's.
+
+    `note` is what a reader has to know beside the figures.
+    """
 
     job: str
     engine: str
     index: int
     blas: str
     figures: dict[str, float]
+    note: str = ""
 
     def describe(self) -> str:
         return "  ".join(f"{name} {value:.4g}" for name, value in self.figures.items())
@@ -89,7 +93,7 @@ def summary(runs: Sequence[Run]) -> list[Row]:
     return rows
 
 
-def about(root: Path) -> dict[str, Any]:
+def about(root: Path, module: str) -> dict[str, Any]:
     """The machine, the versions, the commit and the command; no names of hosts or folders."""
     versions = {"python": platform.python_version()}
     for package in ("mlxkv", "mlx", "mlx-lm", "numpy"):
@@ -108,7 +112,7 @@ def about(root: Path) -> dict[str, Any]:
         "versions": versions,
         "commit": _git(root, "rev-parse", "HEAD")
         + (" and uncommitted changes" if _git(root, "status", "--porcelain") else ""),
-        "command": f"python -m benchmarks.compare {shlex.join(argv)}",
+        "command": f"python -m benchmarks.{module} {shlex.join(argv)}",
     }
 
 
@@ -129,20 +133,30 @@ def _rows(written: dict[str, Any]) -> list[Row]:
     return [Row(**row) for row in written["summary"]]
 
 
-def markdown(written: dict[str, Any]) -> str:
-    """A table, with what it was measured on above it."""
-    machine, settings = written["machine"], written["settings"]
+def machine_lines(written: dict[str, Any]) -> list[str]:
+    """The machine and the versions, as items of a list."""
+    machine = written["machine"]
     versions = ", ".join(f"{name} {number}" for name, number in written["versions"].items())
-    lines = [
-        f"# {written['model']}",
-        "",
+    return [
         f"- machine: {machine['cpu']}, {machine['cores']} cores, "
         f"{machine['memory_bytes'] / 2**30:.0f} GiB, {machine['system']}",
         f"- {versions}",
+    ]
+
+
+def markdown(written: dict[str, Any]) -> str:
+    """A table, with what it was measured on above it."""
+    settings = written["settings"]
+    notes = sorted({f"- {run['engine']}, {run['note']}" for run in written["runs"] if run["note"]})
+    lines = [
+        f"# {written['model']}",
+        "",
+        *machine_lines(written),
         f"- BLAS: {', '.join(written['blas'])}, {settings['threads']} threads; "
         f"dtype {settings['dtype']} (float32 on the CPU, scales included)",
         f"- commit {written['commit']}",
         f"- `{written['command']}`",
+        *notes,
         "",
         "Medians; the ratio mlxkv / mlx-lm is the median over pairs of runs (smallest to largest).",
         "",

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shlex
 import shutil
 import subprocess
 import sys
@@ -218,7 +217,6 @@ def main() -> None:
     sizes = replace(Sizes(), **dict(args.size))
     output = args.output.with_suffix("")
     output.parent.mkdir(parents=True, exist_ok=True)
-    words = [Path(word).name if "/" in word else word for word in sys.argv[1:]]
     runs: list[Run] = []
     written: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(dir=args.scratch) as folder:
@@ -236,8 +234,7 @@ def main() -> None:
                 "weights": weights,
                 "sizes": asdict(sizes),
             },
-            **about(ROOT),
-            "command": f"python -m benchmarks.reuse {shlex.join(words)}",
+            **about(ROOT, "reuse"),
         }
         for engine, name, index in plan(args):
             runs += bench.run(engine, name, index)

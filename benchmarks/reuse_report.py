@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.report import machine_lines
 from benchmarks.reuse_engines import LRU, MLXKV, PROMPT_CACHE, SAVED, SERVER
 
 ANEW = "mlxkv-anew"
@@ -231,16 +232,12 @@ def markdown(written: dict[str, Any]) -> str:
 
 
 def _header(written: dict[str, Any]) -> list[str]:
-    machine, settings = written["machine"], written["settings"]
-    rows = written["rows"]
-    versions = ", ".join(f"{name} {number}" for name, number in written["versions"].items())
+    settings, rows = written["settings"], written["rows"]
     sizes = " ".join(f"{name}={n}" for name, n in settings["sizes"].items())
     return [
         f"# Prefix reuse: {written['model']}",
         "",
-        f"- machine: {machine['cpu']}, {machine['cores']} cores, "
-        f"{machine['memory_bytes'] / 2**30:.0f} GiB, {machine['system']}",
-        f"- {versions}",
+        *machine_lines(written),
         f"- BLAS: {'; '.join(written['blas'])}, {settings['threads']} threads; "
         f"weights {settings['weights']} for all; window {written['window'] or 'none'}",
         f"- {settings['runs']} runs; sizes {sizes}",

@@ -23,6 +23,9 @@ from mlxkv import device
 PROMPT_AT_ZERO = 8
 """Tokens of prompt that count as "context 0"."""
 
+BITS = {"q8": 8, "q4": 4}
+"""KV format -> what mlx-lm calls it; both have groups of 64 where 64 divides the head."""
+
 Stream = Callable[..., Iterator[int]]
 
 
@@ -47,7 +50,7 @@ def load(engine: str, model_dir: Path, dtype: str) -> tuple[Any, int]:
     return model, config["vocab_size"]
 
 
-def stream_of(engine: str, model: Any, n_vocab: int) -> Stream:
+def stream_of(engine: str, model: Any, n_vocab: int, kv_type: str = "native") -> Stream:
     """(tokens, n) -> the endless greedy continuation, with the engine's own chunks and caches.
 
     The caches hold n tokens of random KV before the prompt: decoding over 8192 tokens costs the
@@ -61,8 +64,10 @@ def stream_of(engine: str, model: Any, n_vocab: int) -> Stream:
         from mlxkv.sampling import Sampler, SamplingParams
 
         def ours(tokens: list[int], n_filled: int = 0) -> Iterator[int]:
-            caches = make_caches(model)
-            fill(caches, lambda: model(mx.array([[1]]), caches), n_filled)
+            caches = make_caches(model, kv_type)
+            native = make_caches(model)
+            fill(caches, native, lambda native: model(mx.array([[1]]), native), n_filled)
+            del native
             logits = prefill(model, tokens, caches)
             sampler = Sampler(SamplingParams(temperature=0), n_vocab)
             yield from decode(model, caches, logits, sampler)
@@ -73,29 +78,70 @@ def stream_of(engine: str, model: Any, n_vocab: int) -> Stream:
 
     def theirs(tokens: list[int], n_filled: int = 0) -> Iterator[int]:
         caches = make_prompt_cache(model)
-        fill(caches, lambda: model(mx.array([[1]]), cache=caches), n_filled)
+        pack_mlx_lm(caches, kv_type)
+        native = make_prompt_cache(model)
+        fill(caches, native, lambda native: model(mx.array([[1]]), cache=native), n_filled)
+        del native
         for token, _ in generate_step(mx.array(tokens), model, max_tokens=-1, prompt_cache=caches):
             yield token
 
     return theirs
 
 
-def fill(caches: list[Any], one_token: Callable[[], Any], n: int) -> None:
-    """Bring caches to `n` tokens of random KV; the first goes through the model, for the shapes."""
+def pack_mlx_lm(caches: list[Any], kv_type: str) -> list[str]:
+    """Replace mlx-lm's empty caches by its packed ones, which `generate_step` does for `kv_bits`.
+
+    That gives up on a model with a cache that cannot be packed; here such a layer stays native.
+
+    Returns:
+        Why, for each layer that did.
+    """
+    if kv_type == "native":
+        return []
+    bits, reasons = BITS[kv_type], []
+    for i, cache in enumerate(caches):
+        try:
+            caches[i] = cache.to_quantized(group_size=64, bits=bits)
+        except (AttributeError, NotImplementedError) as error:
+            reasons.append(str(error))
+    return reasons
+
+
+def left_native(model: Any, kv_type: str) -> str:
+    """What a reader has to know about mlx-lm's packed KV of this model; "" if it is all packed."""
+    from mlx_lm.models.cache import make_prompt_cache
+
+    caches = make_prompt_cache(model)
+    reasons = pack_mlx_lm(caches, kv_type)
+    if not reasons:
+        return ""
+    return f"{kv_type}: {len(reasons)} of {len(caches)} layers native ({reasons[0]})"
+
+
+def fill(caches: list[Any], like: list[Any], one_token: Callable[[Any], Any], n: int) -> None:
+    """Bring caches to `n` tokens of random KV.
+
+    Args:
+        caches: empty, packed or not.
+        like: empty native ones; a token goes through the model on these, for the shapes.
+        one_token: computes a token on caches.
+        n: tokens.
+    """
     import mlx.core as mx
 
     if n == 0:
         return
-    mx.eval(one_token())
-    for cache in caches:
+    mx.eval(one_token(like))
+    for cache, native in zip(caches, like, strict=True):
         # One block over and over: drawing a long context takes longer than decoding behind it.
         block = [
             mx.random.normal((*x.shape[:2], 512, x.shape[3])).astype(x.dtype)
-            for x in (cache.keys, cache.values)
+            for x in (native.keys, native.values)
         ]
-        for start in range(1, n, 512):
+        for start in range(0, n, 512):
             L = min(512, n - start)
-            mx.eval(cache.update_and_fetch(*(x[:, :, :L] for x in block)))
+            cache.update_and_fetch(*(x[:, :, :L] for x in block))
+            mx.eval(cache.state)
     mx.clear_cache()
 
 
@@ -105,25 +151,31 @@ def synthetic(n: int, n_vocab: int) -> list[int]:
 
 
 def speed(
-    stream: Stream, n_vocab: int, prefills: list[int], contexts: list[int], seconds: float
+    stream: Stream,
+    n_vocab: int,
+    prefills: list[int],
+    contexts: list[int],
+    seconds: float,
+    kv_type: str = "native",
 ) -> dict[str, float]:
     """Prefill tokens/s to the first token, and decode tokens/s behind it."""
     figures: dict[str, float] = {}
+    kv = "" if kv_type == "native" else f"{kv_type} "
     _pull(stream(synthetic(PROMPT_AT_ZERO, n_vocab)), 0.0, 4)  # kernels, compilers, first pages
     for n in prefills:
         start, start_cpu = time.perf_counter(), _cpu_s()
         tokens = stream(synthetic(n, n_vocab))
         next(tokens)
-        figures[f"prefill {n} tok/s"] = n / (time.perf_counter() - start)
-        figures[f"prefill {n} cpu ms/tok"] = 1e3 * (_cpu_s() - start_cpu) / n
+        figures[f"prefill {n} {kv}tok/s"] = n / (time.perf_counter() - start)
+        figures[f"prefill {n} {kv}cpu ms/tok"] = 1e3 * (_cpu_s() - start_cpu) / n
         tokens.close()
     for n in contexts:
         tokens = stream(synthetic(PROMPT_AT_ZERO, n_vocab), max(0, n - PROMPT_AT_ZERO))
         _pull(tokens, 0.0, 2)
         start_cpu = _cpu_s()
         n_steps, elapsed = _pull(tokens, seconds, 8)
-        figures[f"decode {n} tok/s"] = n_steps / elapsed
-        figures[f"decode {n} cpu ms/tok"] = 1e3 * (_cpu_s() - start_cpu) / n_steps
+        figures[f"decode {n} {kv}tok/s"] = n_steps / elapsed
+        figures[f"decode {n} {kv}cpu ms/tok"] = 1e3 * (_cpu_s() - start_cpu) / n_steps
         tokens.close()
     return figures
 
@@ -202,6 +254,7 @@ def main() -> None:
     parser.add_argument("--measure", choices=("speed", "graph", "memory"), required=True)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--kv-type", choices=("native", *BITS), default="native")
     parser.add_argument("--prefills", type=json.loads, default=[])
     parser.add_argument("--contexts", type=json.loads, default=[])
     parser.add_argument("--seconds", type=float, default=4.0)
@@ -209,15 +262,18 @@ def main() -> None:
     args = parser.parse_args()
 
     model, n_vocab = load(args.engine, args.model, args.dtype)
-    stream = stream_of(args.engine, model, n_vocab)
+    stream = stream_of(args.engine, model, n_vocab, args.kv_type)
     match args.measure:
         case "speed":
-            figures = speed(stream, n_vocab, args.prefills, args.contexts, args.seconds)
+            lengths = args.prefills, args.contexts
+            figures = speed(stream, n_vocab, *lengths, args.seconds, args.kv_type)
         case "graph":
             figures = graph(stream, n_vocab)
         case _:
             figures = memory(stream, n_vocab, args.prompt)
-    print(json.dumps({"blas": device.load_blas() or "reference", "figures": figures}), flush=True)
+    note = left_native(model, args.kv_type) if args.engine == "mlx-lm" else ""
+    blas = device.load_blas() or "reference"
+    print(json.dumps({"blas": blas, "figures": figures, "note": note}), flush=True)
     # Both loops leave a step in flight, and OpenBLAS' exit handler can wait for it forever.
     os._exit(0)
 

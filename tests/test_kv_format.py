@@ -140,6 +140,84 @@ def test_attention_keeps_no_more_than_a_few_blocks_unpacked(kv_type):
     assert mx.get_peak_memory() - before < 6 * 2**20
 
 
+# Batches.
+
+
+SCHEDULE = (30, 1, 8, 1, 1, 1, 500, 1, 2, 65, 1, 1)
+"""Chunks and single tokens before, at and behind the wrap of 40; more keys than a block."""
+
+
+def exact_attention(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    scale: float,
+    window: int | None,
+    sinks: np.ndarray | None,
+    softcap: float | None,
+) -> np.ndarray:
+    """The last queries' attention over a whole history, in float64."""
+    L, S, n_heads = q.shape[2], k.shape[2], q.shape[1]
+    k, v = (np.repeat(x, n_heads // x.shape[1], axis=1).astype(np.float64) for x in (k, v))
+    scores = q.astype(np.float64) @ k.swapaxes(-1, -2) * scale
+    if softcap is not None:
+        scores = np.tanh(scores / softcap) * softcap
+    behind = np.arange(S - L, S)[:, None] - np.arange(S)  # keys between a key and the query
+    scores[..., (behind < 0) | (behind >= (window or S))] = -np.inf
+    if sinks is not None:
+        column = np.broadcast_to(sinks.reshape(-1, 1, 1), (*scores.shape[:-1], 1))
+        scores = np.concatenate([scores, column], axis=-1)
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    return (weights / weights.sum(axis=-1, keepdims=True))[..., :S] @ v
+
+
+@pytest.mark.parametrize("kv_type", KV_TYPES)
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize("extra", ["plain", "sinks", "softcap"])
+@pytest.mark.parametrize("B", [2, 3])
+def test_each_row_of_a_batch_is_attended_as_if_alone(kv_type, window, extra, B):
+    spec, storage = CacheSpec(2, 80, 64, window), storage_of(kv_type)
+    whole, alone = spec.make(kv_type), [spec.make(kv_type) for _ in range(B)]
+    sinks = rows(4, seed=99) if extra == "sinks" else None
+    softcap = 3.0 if extra == "softcap" else None
+    history = [np.zeros((B, 2, 0, dim)) for dim in (80, 64)]
+    for step, L in enumerate(SCHEDULE):
+        q, *kv = (rows(B, H, L, dim, seed=4 * step + H) for H, dim in ((4, 80), (2, 80), (2, 64)))
+        kv[1] = kv[1] + 1  # another mean than the keys'
+        mask = whole.mask(L)
+        got = np.array(attend(q, *whole.update(*kv), 0.2, mask, sinks, softcap))
+
+        kept = [np.array(dense(storage.decode(storage.encode(x), x.shape[3]))) for x in kv]
+        history = [np.concatenate(pair, axis=2) for pair in zip(history, kept, strict=True)]
+        logits = None if sinks is None else np.array(sinks)
+        expected = exact_attention(np.array(q), *history, 0.2, window, logits, softcap)
+        # float32 sums of 600 products; a key too many in the window shows at 1.
+        np.testing.assert_allclose(got, expected, atol=2e-5)
+        for b, cache in enumerate(alone):
+            row = [x[b : b + 1] for x in (q, *kv)]
+            one = attend(row[0], *cache.update(*row[1:]), 0.2, mask, sinks, softcap)
+            np.testing.assert_allclose(got[b], np.array(one)[0], atol=2e-6)
+    assert whole.nbytes == B * alone[0].nbytes
+
+
+@packed_types
+@pytest.mark.parametrize("window", [None, 40, 600])
+def test_a_batch_is_read_loaded_and_taken_back(kv_type, window):
+    spec = CacheSpec(2, 80, 64, window)
+    cache, loaded = spec.make(kv_type), spec.make(kv_type)
+    for L in (500, 130, 1, 90):
+        cache.update(rows(3, 2, L, 80, seed=L), rows(3, 2, L, 64, seed=L + 1))
+    assert cache.rewind(640)
+    middle = (cache.first + 640) // 2
+    loaded.load([cache.read(cache.first, middle), cache.read(middle, 640)])
+    for L in (1, 20, 1):
+        k, v = rows(3, 2, L, 80, seed=L), rows(3, 2, L, 64, seed=L + 1)
+        q, mask = rows(3, 6, L, 80, seed=L + 2), cache.mask(L)
+        outs = [attend(q, *each.update(k, v), 0.2, mask) for each in (cache, loaded)]
+        # The same rows; a single token's may lie in another order in the ring.
+        np.testing.assert_allclose(np.array(outs[0]), np.array(outs[1]), atol=2e-6)
+
+
 # Models.
 
 
@@ -177,6 +255,24 @@ def test_every_family_runs_on_packed_kv(kv_type, case, tmp_path, monkeypatch):
         np.testing.assert_array_equal(found[-1], found[0])
         session.finish()
         pages.close()
+
+
+@packed_types
+@pytest.mark.parametrize("case", FAMILIES, ids=lambda case: case.name)
+def test_two_sequences_at_once_on_packed_kv_equal_each_alone(kv_type, case, tmp_path):
+    """Up to a code that another order of sums turns over: 0.01 deviations; mixed up they are 1."""
+    model = mlxkv.load_model(checkpoint(tmp_path, case), dtype=mx.float32)
+    both = [random_tokens(330, model.config.vocab_size, seed=seed) for seed in (0, 1)]
+
+    def run(sequences: list[list[int]]) -> np.ndarray:
+        caches, tokens = make_caches(model, kv_type), mx.array(sequences)
+        parts = (tokens[:, :100], tokens[:, 100:328], tokens[:, 328:329], tokens[:, 329:])
+        return np.array(mx.concatenate([model(part, caches) for part in parts], axis=1))
+
+    logits = run(both)
+    for b in range(2):
+        alone = run(both[b : b + 1])[0]
+        assert np.abs(logits[b] - alone).max() < 0.1 * alone.std()
 
 
 @packed_types
