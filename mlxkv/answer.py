@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlxkv import settings
-from mlxkv.errors import UsageError
+from mlxkv.errors import KVCacheFull, UsageError
 from mlxkv.generate import Restored
 from mlxkv.pages import WORTH
 from mlxkv.parsing import Content, Event, OutputParser, PlainParser, Reasoning, ToolCall
@@ -97,6 +97,25 @@ class Stats:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """How likely a token was.
+
+    Args:
+        token: its id.
+        text: its text alone.
+        bytes: the same where it is a part of a character.
+        logprob: natural logarithm of its probability.
+        top: the likeliest tokens at its place.
+    """
+
+    token: int
+    text: str
+    bytes: bytes
+    logprob: float
+    top: tuple[TokenLogprobs, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Chunk:
     """One step of a stream.
 
@@ -104,10 +123,12 @@ class Chunk:
         text: text for the user that is final; may be empty while a character, a stop text or a
             marker is incomplete.
         token: the token id behind it; None on a closing chunk that no token belongs to.
-        finish_reason: on the last chunk: `stop` (an end token or a stop text), `length`.
+        finish_reason: on the last chunk: `stop` (an end token or a stop text), `length`, `memory`.
         stats: on the last chunk.
         reasoning: text of the model's reasoning, None if there is none in this step.
         tool_calls: calls that are complete with this step, or cut off by the end of the answer.
+        logprobs: of the token, if they were asked for.
+        error: why memory ended the answer.
     """
 
     text: str
@@ -116,6 +137,8 @@ class Chunk:
     stats: Stats | None = None
     reasoning: str | None = None
     tool_calls: tuple[ToolCall, ...] = ()
+    logprobs: TokenLogprobs | None = None
+    error: KVCacheFull | None = None
 
 
 @dataclass(frozen=True, slots=True)

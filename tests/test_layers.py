@@ -24,7 +24,7 @@ LAYERS = (
     ("rope", "linear", "stacking", "moe", "attention", "layers"),
     ("models",),
     ("loader", "tokenizer", "tokenizer_files", "detokenizer", "chat", "parsing", "parsers",
-     "sandbox", "sampling", "stopping", "catalog", "names", "terminal",
+     "sandbox", "sampling", "grammar", "stopping", "catalog", "names", "terminal",
      "page_format", "fingerprint", "workspace", "settings"),
     ("generate", "overflow", "planner", "pages", "page_cutter", "page_links", "page_ram",
      "page_disk", "page_files", "page_folder", "page_room", "kv_names", "named_kv", "hub",
