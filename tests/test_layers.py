@@ -157,7 +157,19 @@ def test_the_package_itself_imports_only_what_is_light():
     assert direct <= {"device", "errors"}
 
 
-@pytest.mark.parametrize("heavy", ["mlx.core", "numpy", "transformers", "torch", "tokenizers"])
+@pytest.mark.parametrize(
+    "heavy",
+    [
+        "mlx.core",
+        "numpy",
+        "transformers",
+        "torch",
+        "tokenizers",
+        "fastapi",
+        "pydantic",
+        "llguidance",
+    ],
+)
 def test_importing_mlxkv_and_its_cli_loads_nothing_heavy(heavy):
     code = f"import sys, mlxkv, mlxkv.cli; sys.exit({heavy!r} in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
