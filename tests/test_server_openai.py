@@ -658,6 +658,22 @@ def _impatient(server: Server, script: Script) -> Iterator[Any]:
     yield
 
 
+def test_the_server_may_bound_the_length_of_answers():
+    engine = FakeEngine()
+    with serving(engine, max_tokens=100) as url:
+        for path, prompt in (
+            ("chat/completions", {"messages": HI}),
+            ("completions", {"prompt": "x"}),
+            ("responses", {"input": "x"}),
+        ):
+            length = "max_output_tokens" if path == "responses" else "max_tokens"
+            for given, expected in (({}, 100), ({length: 50}, 50), ({length: 101}, None)):
+                body = {"model": MODEL, **prompt, **given}
+                answer = httpx.post(f"{url}/v1/{path}", json=body)
+                assert answer.status_code == (400 if expected is None else 200)
+                assert expected in (None, engine.last.options["max_tokens"])
+
+
 class TestStreams:
     def test_an_error_in_the_middle_is_the_last_event(self, server):
         def script(ask: Any) -> Any:

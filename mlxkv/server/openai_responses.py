@@ -188,8 +188,9 @@ def router(engine: Engine, config: ServerConfig) -> APIRouter:
         answers = submit_all(engine, config, [ask])
         reply = ResponseReply(body)
         if body.stream:
-            return await sse.stream(request, reply.events(answers), config, reply.failed)
-        return JSONResponse(await sse.unless_gone(request, reply.whole(answers)))
+            events = reply.events(answers)
+            return await sse.stream(request, events, config, reply.failed, answers=answers)
+        return JSONResponse(await sse.unless_gone(request, reply.whole(answers), answers))
 
     return routes
 
