@@ -100,6 +100,25 @@ class Stats:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """How likely a token was.
+
+    Args:
+        token: its id.
+        text: its text alone.
+        bytes: the same where it is a part of a character.
+        logprob: natural logarithm of its probability.
+        top: the likeliest tokens at its place.
+    """
+
+    token: int
+    text: str
+    bytes: bytes
+    logprob: float
+    top: tuple[TokenLogprobs, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Chunk:
     """One step of a stream.
 
@@ -112,6 +131,7 @@ class Chunk:
         stats: on the last chunk.
         reasoning: text of the model's reasoning, None if there is none in this step.
         tool_calls: calls that are complete with this step, or cut off by the end of the answer.
+        logprobs: of the token, if they were asked for.
         error: with `memory`: the numbers, and what would have helped.
     """
 
@@ -121,6 +141,7 @@ class Chunk:
     stats: Stats | None = None
     reasoning: str | None = None
     tool_calls: tuple[ToolCall, ...] = ()
+    logprobs: TokenLogprobs | None = None
     error: KVCacheFull | None = None
 
 

@@ -419,7 +419,7 @@ class LLM:
             # What was generated stays the caller's; a trace would keep the KV alive.
             error = error.with_traceback(None)
             text, reasoning, calls = join_parts([reader.finish()])
-            yield Chunk(text, None, "memory", stats(), reasoning or None, calls, error)
+            yield Chunk(text, None, "memory", stats(), reasoning or None, calls, error=error)
         except CheckpointError:
             session.discard()
             raise

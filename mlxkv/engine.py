@@ -1,0 +1,117 @@
+"""What front ends say to the engine and hear from it. The engine itself comes apart from this.
+
+A front end submits an `Ask` from any thread and reads an `Answer`; everything that touches MLX is
+behind it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, Protocol
+
+from mlxkv.errors import MlxkvError
+from mlxkv.grammar import Grammar
+
+if TYPE_CHECKING:
+    from mlxkv.answer import Chunk, Message
+
+
+class Busy(MlxkvError):
+    """More requests wait than the queue takes.
+
+    Args:
+        retry_after_s: when to try again.
+    """
+
+    status = 503
+
+    def __init__(self, retry_after_s: float):
+        self.retry_after_s = retry_after_s
+        super().__init__(f"too many requests are waiting: try again in {retry_after_s:.0f} s")
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """A request.
+
+    Args:
+        model: a name as `mlxkv run` takes it.
+        prompt: a text as it is, chat messages, or token ids.
+        options: keywords of `LLM.stream`.
+        owner: hash of the API key: pages never cross owners.
+        keep_alive_s: how long the model stays; None: the server's default, negative: for ever, 0:
+            it goes with the answer.
+        logprobs: None for none, else of the chosen token and of as many of the likeliest.
+        grammar: what the answer has to match.
+    """
+
+    model: str
+    prompt: str | Sequence[Message] | Sequence[int]
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    owner: str = ""
+    keep_alive_s: float | None = None
+    logprobs: int | None = None
+    grammar: Grammar | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A model in memory."""
+
+    name: str
+    path: str
+    size_bytes: int
+    weights_bytes: int
+    kv_used_bytes: int
+    kv_allocated_bytes: int
+    kv_max_bytes: int
+    n_sequences: int
+    pages_ram_bytes: int
+    pages_ssd_bytes: int
+    device: str
+    until: datetime | None
+    context: int
+    family: str
+    parameters: int
+    quantization: str
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class Embeddings:
+    """Vectors of texts, and the tokens that all of them had."""
+
+    vectors: Sequence[Sequence[float]]
+    n_tokens: int
+
+
+class Answer(Protocol):
+    """The chunks of one answer; to be read once."""
+
+    def __aiter__(self) -> AsyncIterator[Chunk]: ...
+
+    def cancel(self) -> None:
+        """End it within one step; also of an answer that has ended."""
+        ...
+
+
+class Engine(Protocol):
+    """See the module."""
+
+    @property
+    def alive(self) -> bool: ...
+
+    def submit(self, ask: Ask) -> Answer: ...
+
+    async def load(self, model: str, keep_alive_s: float | None = None) -> Loaded: ...
+
+    async def unload(self, model: str) -> bool: ...
+
+    async def tokenize(self, ask: Ask) -> list[int]: ...
+
+    async def embed(self, model: str, texts: Sequence[str]) -> Embeddings: ...
+
+    def loaded(self) -> list[Loaded]: ...

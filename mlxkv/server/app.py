@@ -1,0 +1,91 @@
+"""The application: all APIs behind one guard."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+
+from fastapi import APIRouter, FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+
+from mlxkv.engine import Engine
+from mlxkv.errors import MlxkvError
+from mlxkv.server import openai_chat, openai_completions, openai_models, openai_responses
+from mlxkv.server.config import ServerConfig
+from mlxkv.server.errors import error_response
+from mlxkv.server.guard import Guard
+from mlxkv.server.sse import ClientGone
+
+ROUTERS: tuple[Callable[[Engine, ServerConfig], APIRouter], ...] = (
+    openai_chat.router,
+    openai_completions.router,
+    openai_models.router,
+    openai_responses.router,
+)
+"""The front ends."""
+
+
+def create_app(engine: Engine, config: ServerConfig) -> FastAPI:
+    """The ASGI application.
+
+    Args:
+        engine: started already; the caller closes it.
+        config: who may ask, and how much.
+    """
+    middleware = [Middleware(Guard, config=config)]
+    if config.origins:
+        # Outside of the guard, so that browsers may read its refusals.
+        cors = Middleware(
+            CORSMiddleware,
+            allow_origins=list(config.origins),
+            allow_methods=["GET", "POST", "DELETE", "HEAD"],
+            allow_headers=["*"],
+        )
+        middleware.insert(0, cors)
+    app = FastAPI(
+        title="mlxkv",
+        version=_version(),
+        middleware=middleware,
+        exception_handlers={
+            MlxkvError: _on_error,
+            HTTPException: _on_error,
+            RequestValidationError: _on_error,
+            ClientGone: _on_gone,
+        },
+        responses={
+            "4XX": {"description": "The request cannot be served; the API's error shape"},
+            "5XX": {"description": "The server cannot serve now; the API's error shape"},
+        },
+        docs_url=None,
+        redoc_url=None,
+    )
+    for make in ROUTERS:
+        app.include_router(make(engine, config))
+
+    @app.get("/health", tags=["watching"])
+    async def health() -> Response:
+        """Whether the engine works: 200, or 503 when its thread is dead."""
+        alive = engine.alive
+        status = "ok" if alive else "the engine is dead: restart the server"
+        return JSONResponse({"status": status}, status_code=200 if alive else 503)
+
+    return app
+
+
+async def _on_error(request: Request, error: Exception) -> Response:
+    return error_response(request.url.path, error)
+
+
+async def _on_gone(request: Request, error: Exception) -> Response:
+    return Response(status_code=499)
+
+
+def _version() -> str:
+    try:
+        return version("mlxkv")
+    except PackageNotFoundError:
+        return "0"

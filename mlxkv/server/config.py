@@ -1,0 +1,65 @@
+"""What `mlxkv serve` is told: where it listens, who may ask, and how much."""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass
+
+from mlxkv.errors import UsageError
+
+
+@dataclass(frozen=True, slots=True)
+class ServerConfig:
+    """A server's settings.
+
+    Args:
+        host: address to listen on.
+        port: port to listen on.
+        api_keys: who knows one of them may ask; none: everybody on this machine may.
+        origins: web pages that may ask, such as `https://app.example`; `*` for all of them.
+        hosts: further names that the server goes by, such as `mac-mini.local`.
+        models: names or paths that the operator gave; requests may name them as they are.
+        max_body_bytes: size of a request.
+        max_tokens: length of one answer; None for as long as the context allows.
+        max_choices: answers that one request may ask for (`n`, or a list of prompts).
+        first_s: how long an answer's first event is waited for before a stream begins: an error
+            until then has its own HTTP status, later ones are events.
+        ping_s: pause in a stream after which a comment shows that it lives.
+        stall_s: how long a client may leave a stream unread before it counts as gone.
+
+    Raises:
+        UsageError: other machines can reach the address, and there is no API key; or an empty one.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 11434
+    api_keys: tuple[str, ...] = ()
+    origins: tuple[str, ...] = ()
+    hosts: tuple[str, ...] = ()
+    models: tuple[str, ...] = ()
+    max_body_bytes: int = 32 << 20
+    max_tokens: int | None = None
+    max_choices: int = 16
+    first_s: float = 5.0
+    ping_s: float = 10.0
+    stall_s: float = 30.0
+
+    def __post_init__(self) -> None:
+        for key in self.api_keys:
+            if not key or not key.isascii() or not key.isprintable() or " " in key:
+                raise UsageError("--api-key must be printable ASCII without spaces, and not empty")
+        if not self.api_keys and not is_loopback(self.host):
+            raise UsageError(
+                f"--host {self.host} can be reached by other machines, so --api-key is required; "
+                f"or listen on 127.0.0.1"
+            )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach an address or name to listen on."""
+    if host.lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False

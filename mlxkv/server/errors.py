@@ -1,0 +1,131 @@
+"""Errors in the shape of the API that was asked.
+
+The path tells the API: `/v1/messages` is Anthropic's, `/api` Ollama's, everything else OpenAI's.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
+
+from mlxkv.engine import Busy
+from mlxkv.errors import ContextExceeded, MlxkvError, ModelNotFound
+
+_log = logging.getLogger(__name__)
+
+_OPENAI_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+_ANTHROPIC_TYPES = {**_OPENAI_TYPES, 504: "timeout_error"}
+_SHOWN_ERRORS = 5
+_SHOWN_CHARS = 300
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """An error on its way to the client, in no API's shape yet.
+
+    Args:
+        status: of the HTTP response.
+        message: for a human.
+        code: short name, where clients know one.
+        param: the field of the request that is to blame.
+        headers: of the response.
+    """
+
+    status: int
+    message: str
+    code: str | None = None
+    param: str | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+def failure_of(error: BaseException) -> Failure:
+    """What a client is told of an exception; of one that nobody expected, only that it came."""
+    match error:
+        case Busy():
+            after = {"Retry-After": str(max(1, math.ceil(error.retry_after_s)))}
+            return Failure(error.status, str(error), "server_busy", headers=after)
+        case ContextExceeded():
+            return Failure(error.status, str(error), "context_length_exceeded", "messages")
+        case ModelNotFound():
+            return Failure(error.status, str(error), "model_not_found", "model")
+        case MlxkvError():
+            return Failure(error.status, str(error))
+        case RequestValidationError():
+            return _invalid(error)
+        case HTTPException():
+            return Failure(error.status_code, str(error.detail), headers=error.headers or {})
+    _log.error("a request failed", exc_info=error)
+    return Failure(500, "an error inside the server; its log says more", "internal_error")
+
+
+def _invalid(error: RequestValidationError) -> Failure:
+    """Every fault of a request's fields on one line."""
+    found, said, param = error.errors(), [], None
+    for each in found[:_SHOWN_ERRORS]:
+        place = ".".join(str(part) for part in each["loc"] if part != "body")
+        message = str(each["msg"]).removeprefix("Value error, ")
+        if each["type"] == "json_invalid":
+            place, message = "", f"the body is not JSON: {each['ctx']['error']}"
+        elif each["type"] == "extra_forbidden":
+            message = "not supported"
+        param = param or place or None
+        said.append(f"{place}: {message}" if place else message)
+    more = len(found) - len(said)
+    text = "; ".join(said) + (f" (and {more} more)" if more > 0 else "")
+    return Failure(400, text[:2000], "invalid_request", param and param[:_SHOWN_CHARS])
+
+
+def openai_error(failure: Failure) -> dict[str, Any]:
+    """`{"error": {"message", "type", "param", "code"}}`."""
+    fallback = "server_error" if failure.status >= 500 else "invalid_request_error"
+    return {
+        "error": {
+            "message": failure.message,
+            "type": _OPENAI_TYPES.get(failure.status, fallback),
+            "param": failure.param,
+            "code": failure.code,
+        }
+    }
+
+
+def anthropic_error(failure: Failure) -> dict[str, Any]:
+    """`{"type": "error", "error": {"type", "message"}}`."""
+    fallback = "api_error" if failure.status >= 500 else "invalid_request_error"
+    kind = _ANTHROPIC_TYPES.get(failure.status, fallback)
+    return {"type": "error", "error": {"type": kind, "message": failure.message}}
+
+
+def ollama_error(failure: Failure) -> dict[str, Any]:
+    """`{"error": message}`."""
+    return {"error": failure.message}
+
+
+def shape(path: str, failure: Failure) -> dict[str, Any]:
+    """The error as the API of a path writes it."""
+    if path == "/v1/messages" or path.startswith("/v1/messages/"):
+        return anthropic_error(failure)
+    if path == "/api" or path.startswith("/api/"):
+        return ollama_error(failure)
+    return openai_error(failure)
+
+
+def error_response(path: str, error: BaseException) -> Response:
+    """The response to a request that failed."""
+    failure = failure_of(error)
+    return JSONResponse(
+        shape(path, failure), status_code=failure.status, headers=dict(failure.headers)
+    )

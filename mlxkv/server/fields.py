@@ -1,0 +1,90 @@
+"""Fields that requests of several APIs have."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from mlxkv.engine import Ask, Engine
+from mlxkv.errors import ModelNotFound, UsageError
+from mlxkv.names import NAME, REPO, PathRef, locate
+from mlxkv.server.config import ServerConfig
+
+Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
+Whole = Annotated[int, Field(ge=0, le=2**31 - 1)]
+
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h)")
+_UNITS_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
+_LONGEST_S = 1e9
+
+
+class Strict(BaseModel):
+    """A part of a request: other fields, and values of other types, are refused."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+def checked_model(engine: Engine, config: ServerConfig, name: str) -> str:
+    """A model's name, if it cannot be a path.
+
+    Names that the operator gave, or loaded, may be paths.
+
+    Raises:
+        ModelNotFound: it looks like a path, or like no name at all.
+    """
+    if name in config.models or name in {model.name for model in engine.loaded()}:
+        return name
+    is_name = len(name) <= 256 and (NAME.fullmatch(name) or REPO.fullmatch(name))
+    # A folder of that name where the server was started is not meant.
+    if is_name and not isinstance(locate(name), PathRef):
+        return name
+    shown = name if len(name) <= 80 else name[:77] + "..."
+    raise ModelNotFound(
+        f"{shown!r} is no model: give a name that GET /v1/models lists, or a Hugging Face "
+        f"repository (org/name)"
+    )
+
+
+def seconds(value: float | str | None) -> float | None:
+    """`keep_alive` in seconds: a number, or Ollama's `1h30m`; negative is for ever.
+
+    Raises:
+        UsageError: it is neither, or longer than a calendar.
+    """
+    if isinstance(value, str):
+        text = value.removeprefix("-")
+        parts = _DURATION.findall(text)
+        if not parts or "".join(number + unit for number, unit in parts) != text:
+            raise UsageError(
+                f'keep_alive must be seconds, or like "5m" or "1h30m"; got {value[:40]!r}'
+            )
+        total = sum(float(number) * _UNITS_S[unit] for number, unit in parts)
+        value = -total if value.startswith("-") else total
+    if value is not None and not value <= _LONGEST_S:
+        raise UsageError("keep_alive is too long: a negative one is for ever")
+    return value
+
+
+def bounded(ask: Ask, config: ServerConfig) -> Ask:
+    """The same with a length that the server allows; one that is left out is the longest.
+
+    Raises:
+        UsageError: it asks for more.
+    """
+    if config.max_tokens is None:
+        return ask
+    given = ask.options.get("max_tokens")
+    if given is not None and given > config.max_tokens:
+        raise UsageError(
+            f"an answer may have {config.max_tokens:,} tokens here; {given:,} are asked for"
+        )
+    limited = {**ask.options, "max_tokens": given or config.max_tokens}
+    return dataclasses.replace(ask, options=limited)
+
+
+def dropped(**options: Any) -> dict[str, Any]:
+    """Those that are set: what a request leaves out, the model's settings decide."""
+    return {name: value for name, value in options.items() if value is not None}

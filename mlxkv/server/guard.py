@@ -1,0 +1,172 @@
+"""Who may ask, and how much: the first thing that a request meets.
+
+- `Host` must be an address, a name of this machine or a configured one: a name that an attacker
+  has pointed at this machine (DNS rebinding) is none of them, and an address cannot be pointed.
+- `Origin`, which browsers alone send, must be the server's own or a configured one. Without that a
+  web page could ask, though never read the answer, with a form that needs no leave of CORS.
+- Where there are API keys, one of them must come as a bearer token or in `x-api-key`.
+- A body is counted while it comes in.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import ipaddress
+import logging
+
+from fastapi import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from mlxkv.server.config import ServerConfig
+from mlxkv.server.errors import error_response
+
+_log = logging.getLogger(__name__)
+
+OPEN_PATHS = frozenset({"/health"})
+"""What needs no key: it tells nothing but that the server lives."""
+
+
+class Guard:
+    """ASGI middleware; sets `request.state.owner`.
+
+    Args:
+        app: what it guards.
+        config: the server's settings.
+    """
+
+    def __init__(self, app: ASGIApp, config: ServerConfig):
+        self._app = app
+        self._config = config
+        self._owners = {_digest(key): owner_of(key) for key in config.api_keys}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+            return
+        if scope["type"] != "http":
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        started = False
+
+        async def watched(message: Message) -> None:
+            nonlocal started
+            started = started or message["type"] == "http.response.start"
+            await send(message)
+
+        try:
+            headers = _headers(scope)
+            self._check(scope, headers)
+            scope.setdefault("state", {})["owner"] = self._owner(scope["path"], headers)
+            limit = self._config.max_body_bytes
+            await self._app(scope, _limited(receive, headers, limit), watched)
+        except Exception as error:
+            if started:
+                raise
+            await error_response(scope["path"], error)(scope, receive, send)
+
+    def _check(self, scope: Scope, headers: dict[str, str]) -> None:
+        host = headers.get("host", "")
+        if not self._knows(_name_of(host)):
+            raise HTTPException(
+                403,
+                f"the Host header {host[:80]!r} is no name of this server: use localhost or an "
+                f"address, or start it with --allow-host",
+            )
+        origin = headers.get("origin")
+        own = f"{scope.get('scheme', 'http')}://{host}".lower()
+        allowed = self._config.origins
+        if origin is not None and origin.lower() != own and not {origin, "*"} & {*allowed}:
+            raise HTTPException(
+                403, f"the origin {origin[:80]!r} is not allowed: start the server with --origin"
+            )
+
+    def _knows(self, name: str | None) -> bool:
+        if name is None:
+            return False
+        named = {"localhost", *(host.lower() for host in (self._config.host, *self._config.hosts))}
+        if name in named or name.endswith(".localhost"):
+            return True
+        try:
+            ipaddress.ip_address(name)
+        except ValueError:
+            return False
+        return True
+
+    def _owner(self, path: str, headers: dict[str, str]) -> str:
+        """Whose pages a request may use; "" where there are no keys."""
+        if not self._owners or path in OPEN_PATHS:
+            return ""
+        scheme, _, token = headers.get("authorization", "").partition(" ")
+        given = token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
+        found = ""
+        for digest, owner in self._owners.items():
+            # All are compared, so that the time tells nothing.
+            if hmac.compare_digest(digest, _digest(given)):
+                found = owner
+        if not found:
+            raise HTTPException(
+                401,
+                "an API key is required: send it as `Authorization: Bearer KEY` or `x-api-key`"
+                if not given
+                else "this API key is not known",
+                {"WWW-Authenticate": "Bearer"},
+            )
+        return found
+
+
+def owner_of(key: str) -> str:
+    """The name under which a key's pages are kept."""
+    return hashlib.sha256(b"mlxkv owner\0" + key.encode()).hexdigest()[:32]
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+
+
+def _headers(scope: Scope) -> dict[str, str]:
+    """Names and values; of a header that must come once, two are an error."""
+    headers: dict[str, str] = {}
+    for raw, value in scope["headers"]:
+        name = raw.decode("latin-1").lower()
+        if name in headers and name in {"host", "origin", "authorization", "x-api-key"}:
+            raise HTTPException(400, f"the header {name} came twice")
+        headers[name] = value.decode("latin-1")
+    return headers
+
+
+def _name_of(host: str) -> str | None:
+    """`localhost:8080` -> `localhost`, `[::1]:80` -> `::1`; None for what is no host."""
+    name, port = host, ""
+    if host.startswith("["):
+        name, closed, port = host[1:].partition("]")
+        if not closed or (port and not port.startswith(":")):
+            return None
+        port = port[1:]
+    elif ":" in host:
+        name, _, port = host.partition(":")
+    if not name or (port and not (port.isascii() and port.isdigit())):
+        return None
+    return name.lower().rstrip(".")
+
+
+def _limited(receive: Receive, headers: dict[str, str], limit: int) -> Receive:
+    """The same messages, up to as many bytes of body."""
+    said = headers.get("content-length", "")
+    n_read = int(said) if said.isascii() and said.isdigit() and len(said) < 20 else 0
+    too_large = HTTPException(
+        413, f"the request is larger than {limit:,} bytes", {"Connection": "close"}
+    )
+    if n_read > limit:
+        raise too_large
+    n_read = 0
+
+    async def limited() -> Message:
+        nonlocal n_read
+        message = await receive()
+        n_read += len(message.get("body", b""))
+        if n_read > limit:
+            raise too_large
+        return message
+
+    return limited

@@ -1,0 +1,215 @@
+"""Streams, and clients that go away.
+
+- An answer is cancelled as soon as its client is gone: it closed the connection, or left the
+  stream unread for `stall_s`.
+- Nothing is buffered here: the next event is asked for when the one before is written.
+- Up to the first event, for `first_s`, an error is a response of its own with its status; after
+  that the stream has begun and the error is its last event.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
+from typing import Any, TypeVar
+
+from fastapi import Request
+from fastapi.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from mlxkv.answer import Chunk
+from mlxkv.engine import Answer
+from mlxkv.server.config import ServerConfig
+
+T = TypeVar("T")
+Events = AsyncGenerator[bytes, None]
+
+SSE = "text/event-stream"
+PING = b": ping\n\n"
+DONE = b"data: [DONE]\n\n"
+
+
+class ClientGone(Exception):
+    """Nobody reads the response any more."""
+
+
+def event(data: Any, name: str | None = None) -> bytes:
+    """One server-sent event."""
+    head = "" if name is None else f"event: {name}\n"
+    return f"{head}data: {dumps(data)}\n\n".encode()
+
+
+def dumps(data: Any) -> str:
+    """Compact JSON on one line."""
+    return json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+
+
+async def merged(answers: Sequence[Answer]) -> AsyncGenerator[tuple[int, Chunk], None]:
+    """(index, chunk) of several answers as they come; cancels them all when it is closed."""
+    readers = [aiter(answer) for answer in answers]
+    pending: dict[asyncio.Future[Chunk | None], int] = {}
+    try:
+        pending = {_next(reader): i for i, reader in enumerate(readers)}
+        while pending:
+            done, _ = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+            for future in sorted(done, key=pending.__getitem__):
+                i = pending.pop(future)
+                if (chunk := future.result()) is not None:
+                    yield i, chunk
+                    pending[_next(readers[i])] = i
+    finally:
+        _cancel(answers)
+        await _drop(*pending)
+
+
+async def unless_gone(
+    request: Request, work: Coroutine[Any, Any, T], answers: Sequence[Answer] = ()
+) -> T:
+    """The result of some work that is given up when the client goes.
+
+    Args:
+        request: whose client is watched.
+        work: what is done meanwhile.
+        answers: cancelled at the end, also where the work has not begun to read them.
+
+    Raises:
+        ClientGone: it did.
+    """
+    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_gone(request.receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientGone
+        return task.result()
+    finally:
+        _cancel(answers)
+        await _drop(task, gone)
+
+
+async def stream(
+    request: Request,
+    events: Events,
+    config: ServerConfig,
+    on_error: Callable[[BaseException], bytes],
+    media_type: str = SSE,
+    ping: bytes | None = PING,
+    answers: Sequence[Answer] = (),
+) -> Response:
+    """The response that sends events while they come.
+
+    Args:
+        request: whose client is watched.
+        events: written out one by one; closed at the end, whatever it is.
+        config: how long to wait for what.
+        on_error: the last event of a stream that failed.
+        media_type: of the response.
+        ping: what shows that a silent stream lives; None for nothing.
+        answers: cancelled at the end, also where no event has begun to read them.
+
+    Raises:
+        ClientGone: before anything was sent. Whatever the first event raises.
+    """
+    first, gone = _next(events), asyncio.ensure_future(_gone(request.receive))
+    try:
+        await asyncio.wait(
+            {first, gone}, timeout=config.first_s, return_when=asyncio.FIRST_COMPLETED
+        )
+        if gone.done():
+            raise ClientGone
+        if first.done():
+            first.result()
+    except BaseException:
+        _cancel(answers)
+        await _drop(first, gone)
+        await events.aclose()
+        raise
+    return _Stream(events, first, gone, config, on_error, media_type, ping, answers)
+
+
+class _Stream(Response):
+    """See `stream`."""
+
+    def __init__(
+        self,
+        events: Events,
+        first: asyncio.Future[bytes | None],
+        gone: asyncio.Future[None],
+        config: ServerConfig,
+        on_error: Callable[[BaseException], bytes],
+        media_type: str,
+        ping: bytes | None,
+        answers: Sequence[Answer],
+    ):
+        super().__init__(media_type=media_type)
+        del self.headers["content-length"]
+        # Proxies are not to hold events back.
+        self.headers.update({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        self._events, self._next, self._gone = events, first, gone
+        self._config, self._on_error, self._ping = config, on_error, ping
+        self._answers = answers
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        pump = asyncio.ensure_future(self._pump(send))
+        try:
+            await asyncio.wait({pump, self._gone}, return_when=asyncio.FIRST_COMPLETED)
+            if pump.done():
+                pump.result()
+        except TimeoutError:
+            pass  # the server closes a connection whose response has no end
+        finally:
+            _cancel(self._answers)
+            await _drop(pump, self._gone)
+            await _drop(self._next)
+            await self._events.aclose()
+
+    async def _pump(self, send: Send) -> None:
+        headers = self.raw_headers
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        more = True
+        while more:
+            body, more = await self._body()
+            # A client that does not read makes this wait.
+            async with asyncio.timeout(self._config.stall_s):
+                await send({"type": "http.response.body", "body": body, "more_body": more})
+
+    async def _body(self) -> tuple[bytes, bool]:
+        """The next bytes, and whether more follow."""
+        timeout = None if self._ping is None else self._config.ping_s
+        done, _ = await asyncio.wait({self._next}, timeout=timeout)
+        if not done:
+            return self._ping or b"", True
+        try:
+            body = self._next.result()
+        except Exception as error:
+            return self._on_error(error), False
+        if body is None:
+            return b"", False
+        self._next = _next(self._events)
+        return body, True
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _next(items: AsyncIterator[T]) -> asyncio.Future[T | None]:
+    """The next item while something else is done; None for the end."""
+
+    async def one() -> T | None:
+        return await anext(items, None)
+
+    return asyncio.ensure_future(one())
+
+
+def _cancel(answers: Sequence[Answer]) -> None:
+    for answer in answers:
+        answer.cancel()
+
+
+async def _drop(*futures: asyncio.Future[Any]) -> None:
+    """Cancel what still runs, and wait for its end; what failed has been told."""
+    for future in futures:
+        future.cancel()
+    await asyncio.gather(*futures, return_exceptions=True)
