@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 
 LAYERS = (
     ("errors", "device"),
-    ("cache", "kv_format"),
+    ("cache", "kv_format", "batch"),
     ("config", "quantization", "weights"),
     ("rope", "linear", "stacking", "moe", "attention", "layers"),
     ("models",),
