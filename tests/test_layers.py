@@ -26,7 +26,7 @@ LAYERS = (
     ("loader", "tokenizer", "tokenizer_files", "detokenizer", "chat", "parsing", "parsers",
      "sandbox", "sampling", "stopping", "catalog", "names", "terminal",
      "page_format", "fingerprint", "workspace", "settings"),
-    ("generate", "overflow", "planner", "pages", "page_cutter", "page_links", "page_ram",
+    ("generate", "decoder", "overflow", "planner", "pages", "page_cutter", "page_links", "page_ram",
      "page_disk", "page_files", "page_folder", "page_room", "kv_names", "named_kv", "hub",
      "hub_headers", "wheels", "store", "card", "plan_card"),
     ("llm", "conversation", "answer", "saved_prefix", "engine"),
