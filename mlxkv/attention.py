@@ -10,7 +10,7 @@ import mlx.core as mx
 
 from mlxkv import device
 from mlxkv.cache import Mask, windowed_mask
-from mlxkv.kv_format import KV, QuantizedRows
+from mlxkv.kv_format import KV, QuantizedRows, Ragged, Rows
 
 SPLIT_QUERIES = 64
 """Queries from which a chunk's attention is divided over the cores of the CPU backend."""
@@ -33,8 +33,8 @@ def attend(
 
     Args:
         q: `[B, H, L, k_dim]`.
-        k: `[B, Hk, S, k_dim]`, packed or not.
-        v: `[B, Hk, S, v_dim]`, packed if the keys are.
+        k: `[B, Hk, S, k_dim]`, packed or not; of sequences that differ, for one query each.
+        v: `[B, Hk, S, v_dim]`, in the keys' form.
         scale: factor on the scores.
         mask: None, `"causal"` (aligned at the end), or bool `[L, S]`, true where visible; no query
             sees what lies behind it.
@@ -47,6 +47,9 @@ def attend(
     if isinstance(k, QuantizedRows):
         assert isinstance(v, QuantizedRows)
         return _attend_packed(q, k, v, scale, mask, sinks, softcap)
+    if isinstance(k, Ragged):
+        assert isinstance(v, Ragged) and mask is None
+        return _attend_ragged(q, k, v, scale, sinks, softcap)
     assert isinstance(v, mx.array)
     if softcap is not None:
         return _attend_capped(q, k, v, scale, mask, softcap)
@@ -91,6 +94,49 @@ def _attend_rows(
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale)
     # MLX knows sinks per head, and here the rows are the heads.
     scores = (q * scale) @ k.swapaxes(-1, -2)
+    sinks = mx.broadcast_to(sinks.astype(q.dtype), (*scores.shape[:-1], 1))
+    weights = mx.softmax(mx.concatenate([scores, sinks], axis=-1), axis=-1, precise=True)
+    return weights[..., :-1] @ v
+
+
+def _attend_ragged(
+    q: mx.array,
+    k: Ragged,
+    v: Ragged,
+    scale: float,
+    sinks: mx.array | None,
+    softcap: float | None,
+) -> mx.array:
+    """One query of each of several sequences, each over keys of its own."""
+    B, H, _, D = q.shape
+    kv = zip(k.parts, v.parts, strict=True)
+    if not device.on_cpu():
+        rows = zip(mx.split(q, B), kv, strict=True)
+        return mx.concatenate([attend(q, *of, scale, None, sinks, softcap) for q, of in rows])
+    # The fewest operations for each sequence: what is the same for all of them is done once.
+    Hk = k.parts[0].shape[1]
+    rows = mx.split((q * scale).reshape(B, Hk, H // Hk, D), B)
+    sinks = None if sinks is None else sinks.reshape(Hk, H // Hk, 1)
+    outs = [_attend_scaled(q, k, v, sinks, softcap) for q, (k, v) in zip(rows, kv, strict=True)]
+    return mx.concatenate(outs).reshape(B, H, 1, outs[0].shape[-1])
+
+
+def _attend_scaled(
+    q: mx.array, k: Rows, v: Rows, sinks: mx.array | None, softcap: float | None
+) -> mx.array:
+    """One query's heads, scaled, `[1, Hk, H / Hk, D]`; sinks are `[Hk, H / Hk, 1]`."""
+    if isinstance(k, QuantizedRows):
+        assert isinstance(v, QuantizedRows)
+        sinks = None if sinks is None else sinks[None, ..., None]
+        return _attend_codes(q.astype(mx.float32), k, v, sinks, softcap).astype(q.dtype)
+    assert isinstance(v, mx.array)
+    if k.shape[2] >= SPLIT_KEYS and softcap is None:
+        return _attend_one(q, k, v, 1.0, sinks)
+    scores = q @ k.swapaxes(-1, -2)
+    if softcap is not None:
+        scores = mx.tanh(scores / softcap) * softcap
+    if sinks is None:
+        return mx.softmax(scores, axis=-1, precise=True) @ v
     sinks = mx.broadcast_to(sinks.astype(q.dtype), (*scores.shape[:-1], 1))
     weights = mx.softmax(mx.concatenate([scores, sinks], axis=-1), axis=-1, precise=True)
     return weights[..., :-1] @ v

@@ -24,7 +24,7 @@ from typing import Any, Protocol, Self
 import mlx.core as mx
 
 from mlxkv.errors import UsageError
-from mlxkv.kv_format import KV, KVFormat, dense, storage_of
+from mlxkv.kv_format import KV, KVFormat, Rows, dense, storage_of
 
 STEP = 256
 """Tokens by which a live cache grows: the unit of planning, sharing and storing as well."""
@@ -115,6 +115,38 @@ class Slice:
         return cls(tuple(mx.contiguous(x) for x in joined), parts[0].start, parts[-1].stop)
 
 
+@dataclass(frozen=True, slots=True)
+class Positions:
+    """Where the next token of each of several sequences stands; not all at the same.
+
+    Args:
+        of: one position per sequence.
+    """
+
+    of: tuple[int, ...]
+
+    @property
+    def array(self) -> mx.array:
+        """int32 `[B]`."""
+        return mx.array(self.of, dtype=mx.int32)
+
+    def __add__(self, n: int) -> Positions:
+        return Positions(tuple(position + n for position in self.of))
+
+
+Offset = int | Positions
+"""Position of the next token: one for all sequences, or one for each."""
+
+
+class LayerCache(Protocol):
+    """What a model's layer asks of the cache it is given."""
+
+    @property
+    def offset(self) -> Offset: ...
+    def update(self, k: mx.array, v: mx.array) -> tuple[KV, KV]: ...
+    def mask(self, L: int) -> Mask: ...
+
+
 class Cache(Protocol):
     """What one layer remembers, for B sequences of equal length."""
 
@@ -124,7 +156,7 @@ class Cache(Protocol):
     @property
     def nbytes(self) -> int: ...
     def __len__(self) -> int: ...
-    def update(self, k: mx.array, v: mx.array) -> tuple[KV, KV]: ...
+    def update(self, k: mx.array, v: mx.array) -> tuple[Rows, Rows]: ...
     def mask(self, L: int) -> Mask: ...
     @property
     def first(self) -> int: ...
@@ -225,7 +257,7 @@ class _Buffers:
         k, v = self.update(keys, values)
         return dense(k), dense(v)
 
-    def update(self, k: mx.array, v: mx.array) -> tuple[KV, KV]:
+    def update(self, k: mx.array, v: mx.array) -> tuple[Rows, Rows]:
         raise NotImplementedError
 
     def _check(self, k: mx.array, v: mx.array) -> int:
@@ -375,7 +407,7 @@ class KVCache(_Buffers):
     def _empty(self, kv_type: str) -> KVCache:
         return KVCache(self.spec, kv_type)
 
-    def update(self, k: mx.array, v: mx.array) -> tuple[KV, KV]:
+    def update(self, k: mx.array, v: mx.array) -> tuple[Rows, Rows]:
         """Append L tokens.
 
         Args:
@@ -491,7 +523,7 @@ class RotatingKVCache(_Buffers):
         super().reset()
         self._n = self._head = 0
 
-    def update(self, k: mx.array, v: mx.array) -> tuple[KV, KV]:
+    def update(self, k: mx.array, v: mx.array) -> tuple[Rows, Rows]:
         """Append L tokens.
 
         Args:

@@ -474,12 +474,20 @@ class Session:
         for token in decode(
             self.model, self.caches, logits, sampler, recent, max_tokens, before_step
         ):
-            self._known.append(token)
+            self.took(token)
             yield token
-            n = self.n_held
-            self._longest = max(self._longest, n)
-            if self._cutter is not None and self._cutter.is_due(n):
-                self._cut(n)
+            self.cut_due()
+
+    def took(self, token: int) -> None:
+        """Remember a token of the answer: the caches hold it, or are given it next."""
+        self._known.append(token)
+
+    def cut_due(self) -> None:
+        """Give the pages what has become complete, while the caches hold no token not known yet."""
+        n = self.n_held
+        self._longest = max(self._longest, n)
+        if self._cutter is not None and self._cutter.is_due(n):
+            self._cut(n)
 
     def finish(self) -> list[Link]:
         """Give the pages what this sequence has computed, its unfinished page too.

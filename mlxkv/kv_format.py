@@ -79,8 +79,29 @@ class QuantizedRows:
         return QuantizedRows(self.codes[at], self.scales[at], self.biases[at], self.dim, self.bits)
 
 
-KV = mx.array | QuantizedRows
-"""Keys or values as `Cache.update` returns them and `attend` takes them."""
+Rows = mx.array | QuantizedRows
+"""Keys or values `[B, H, S, D]` of sequences of equal length."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ragged:
+    """Keys or values of several sequences, each of its own length and format.
+
+    Args:
+        parts: of each sequence, `[1, H, S, D]`.
+    """
+
+    parts: tuple[Rows, ...]
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """`[B, H, S, D]` with the longest S."""
+        _, H, _, D = self.parts[0].shape
+        return len(self.parts), H, max(part.shape[2] for part in self.parts), D
+
+
+KV = Rows | Ragged
+"""Keys or values as `LayerCache.update` returns them and `attend` takes them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +118,7 @@ class Native:
         """The arrays that are kept of rows `[B, H, L, D]`."""
         return [rows]
 
-    def decode(self, arrays: Sequence[mx.array], dim: int) -> KV:
+    def decode(self, arrays: Sequence[mx.array], dim: int) -> Rows:
         """What attention takes of kept arrays."""
         return arrays[0]
 
@@ -105,7 +126,7 @@ class Native:
         """The arrays that are kept of keys, then those of values: what every step asks for."""
         return [k, v]
 
-    def decode_both(self, arrays: Sequence[mx.array], k_dim: int, v_dim: int) -> tuple[KV, KV]:
+    def decode_both(self, arrays: Sequence[mx.array], k_dim: int, v_dim: int) -> tuple[Rows, Rows]:
         """Keys and values of what is kept."""
         return arrays[0], arrays[1]
 
@@ -138,7 +159,7 @@ class Affine:
             rows = mx.pad(rows, [(0, 0), (0, 0), (0, 0), (0, n_missing)])
         return list(mx.quantize(rows, group_size=group, bits=self.bits))
 
-    def decode(self, arrays: Sequence[mx.array], dim: int) -> KV:
+    def decode(self, arrays: Sequence[mx.array], dim: int) -> Rows:
         """What attention takes of kept arrays."""
         if dim == 0:
             return arrays[0]
@@ -149,7 +170,7 @@ class Affine:
         """The arrays that are kept of keys, then those of values."""
         return self.encode(k) + self.encode(v)
 
-    def decode_both(self, arrays: Sequence[mx.array], k_dim: int, v_dim: int) -> tuple[KV, KV]:
+    def decode_both(self, arrays: Sequence[mx.array], k_dim: int, v_dim: int) -> tuple[Rows, Rows]:
         """Keys and values of what is kept."""
         return self.decode(arrays[:3], k_dim), self.decode(arrays[3:], v_dim)
 
@@ -209,11 +230,17 @@ class KVFormat:
         return STORAGES[self.name].row_bytes(dim, self.itemsize)
 
 
-def dense(rows: KV) -> mx.array:
+def dense(rows: Rows) -> mx.array:
     """Rows as an array, whatever they are stored as."""
     return rows.dequantized() if isinstance(rows, QuantizedRows) else rows
 
 
 def leading(rows: KV, dim: int) -> KV:
     """The first `dim` values of each row."""
+    if isinstance(rows, Ragged):
+        return Ragged(tuple(_leading(part, dim) for part in rows.parts))
+    return _leading(rows, dim)
+
+
+def _leading(rows: Rows, dim: int) -> Rows:
     return rows.leading(dim) if isinstance(rows, QuantizedRows) else rows[..., :dim]

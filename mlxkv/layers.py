@@ -9,13 +9,13 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxkv import device
-from mlxkv.cache import Cache, CacheSpec, Mask, windowed_mask
+from mlxkv.cache import CacheSpec, LayerCache, Mask, windowed_mask
 from mlxkv.linear import Linear, fused
 from mlxkv.rope import RoPE
 
 
 def attention_masks(
-    windows: Sequence[int | None], caches: Sequence[Cache] | None, L: int
+    windows: Sequence[int | None], caches: Sequence[LayerCache] | None, L: int
 ) -> dict[int | None, Mask]:
     """One mask per window for the next `L` tokens.
 
@@ -180,6 +180,11 @@ class CausalLM(nn.Module):
     config: Any
     compute_dtype: mx.Dtype = mx.float32
 
+    @property
+    def batches(self) -> bool:
+        """Whether `last_logits` takes several sequences of different lengths (`batch.batch`)."""
+        return True
+
     def weights_root(self) -> nn.Module:
         """The module whose parameters have the checkpoint's names."""
         return self
@@ -201,7 +206,7 @@ class CausalLM(nn.Module):
         limits = [module.stable_tokens for module in self.modules() if isinstance(module, RoPE)]
         return min((n for n in limits if n is not None), default=None)
 
-    def hidden(self, tokens: mx.array, caches: Sequence[Cache] | None = None) -> mx.array:
+    def hidden(self, tokens: mx.array, caches: Sequence[LayerCache] | None = None) -> mx.array:
         """Final hidden states `[B, L, E]` of tokens `[B, L]`; the caches take their KV."""
         raise NotImplementedError
 
@@ -209,7 +214,7 @@ class CausalLM(nn.Module):
         """Logits `[B, L, V]` of final hidden states `[B, L, E]`."""
         raise NotImplementedError
 
-    def __call__(self, tokens: mx.array, caches: Sequence[Cache] | None = None) -> mx.array:
+    def __call__(self, tokens: mx.array, caches: Sequence[LayerCache] | None = None) -> mx.array:
         """Logits of every position.
 
         Args:
@@ -221,7 +226,7 @@ class CausalLM(nn.Module):
         """
         return self.logits(self.hidden(tokens, caches))
 
-    def last_logits(self, tokens: mx.array, caches: Sequence[Cache] | None = None) -> mx.array:
+    def last_logits(self, tokens: mx.array, caches: Sequence[LayerCache] | None = None) -> mx.array:
         """Logits `[B, V]` after the last token: the head's product for one position only."""
         return self.logits(self.hidden(tokens, caches)[:, -1:])[:, 0]
 

@@ -147,6 +147,11 @@ class Sampler:
         """Whether the repeat penalty is on, and `recent` is looked at."""
         return self.params.repeat_penalty != 1 and bool(self.params.repeat_last_n)
 
+    @property
+    def takes_likeliest(self) -> bool:
+        """Whether a token is the argmax of the logits as they are, and nothing else."""
+        return self.greedy and self._bias is None and not self.needs_recent
+
     def __call__(self, logits: mx.array, recent: mx.array | None = None) -> mx.array:
         """Choose a token for each row, lazily.
 
@@ -246,6 +251,16 @@ def is_broken(logits: mx.array) -> mx.array:
     logits = logits.astype(mx.float32)
     # A maximum may pass a NaN over, depending on the device; a sum cannot.
     return mx.isnan(logits.sum(axis=-1)) | ~mx.isfinite(logits.max(axis=-1))
+
+
+def log_probabilities(logits: mx.array) -> mx.array:
+    """The model's own log-probabilities [B, V] of logits [B, V], in float32.
+
+    They are those before anything that a Sampler does.
+    """
+    logits = logits.astype(mx.float32)
+    logits = logits - logits.max(axis=-1, keepdims=True)
+    return logits - mx.log(_sum(mx.exp(logits)))
 
 
 def _nucleus_floor(weights: mx.array, target: mx.array) -> mx.array:

@@ -19,14 +19,15 @@ ROOT = Path(__file__).parent.parent
 
 LAYERS = (
     ("errors", "device"),
-    ("cache", "kv_format"),
+    ("cache", "kv_format", "batch"),
     ("config", "quantization", "weights"),
     ("rope", "linear", "stacking", "moe", "attention", "layers"),
     ("models",),
     ("loader", "tokenizer", "tokenizer_files", "detokenizer", "chat", "parsing", "parsers",
      "sandbox", "sampling", "stopping", "grammar", "grammar_calls", "grammar_gate", "catalog",
      "names", "terminal", "page_format", "fingerprint", "workspace", "settings", "memory"),
-    ("generate", "overflow", "planner", "budget", "pages", "page_cutter", "page_links", "page_ram",
+    ("generate", "decoder", "overflow", "planner", "budget", "pages", "page_cutter",
+     "page_links", "page_ram",
      "page_disk", "page_files", "page_folder", "page_room", "kv_names", "named_kv", "hub",
      "hub_headers", "wheels", "store", "card", "plan_card"),
     ("llm", "conversation", "answer", "saved_prefix", "engine"),

@@ -17,10 +17,20 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlxkv.cache import Cache, CacheSpec, KVCache, Mask, RotatingKVCache, Slice
+from mlxkv.batch import BatchCache, batch
+from mlxkv.cache import (
+    Cache,
+    CacheSpec,
+    KVCache,
+    LayerCache,
+    Mask,
+    Positions,
+    RotatingKVCache,
+    Slice,
+)
 from mlxkv.config import MAX_SIZE, Fields, text_config
 from mlxkv.errors import ConfigError, UnsupportedModel, UsageError
-from mlxkv.kv_format import KVFormat
+from mlxkv.kv_format import KVFormat, dense
 from mlxkv.layers import CausalLM
 
 
@@ -89,13 +99,12 @@ class OpaqueCache:
     spec: CacheSpec | None
 
     def __init__(self, spec: OpaqueSpec):
-        self.spec = spec
-        self._new = spec.new
+        self.spec = self.spec_of_state = spec
         self.reset()
 
     def reset(self) -> None:
         self.offset = 0
-        self.inner = self._new()
+        self.inner = self.spec_of_state.new()
 
     @property
     def state(self) -> list[mx.array]:
@@ -133,6 +142,59 @@ class OpaqueCache:
         return offset in (0, self.offset)
 
 
+class PaddedCache:
+    """A layer's caches of several sequences as mlx-lm's definitions want them: one array each of
+    keys and values, padded at the end, and a mask.
+
+    Attributes:
+        masked: whether the definition has asked for the mask, without which the padding is seen.
+    """
+
+    def __init__(self, layer: BatchCache):
+        self._layer = layer
+        self.masked = False
+
+    @property
+    def offset(self) -> int | mx.array:
+        """Position of the next token, or `[B]` of them."""
+        offset = self._layer.offset
+        return offset.array if isinstance(offset, Positions) else offset
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Append a token to each sequence; keys `[B, H, S, k_dim]` of the longest S, and values."""
+        keys_of, values_of = zip(*self._layer.each(keys, values), strict=True)
+        return _padded([dense(k) for k in keys_of]), _padded([dense(v) for v in values_of])
+
+    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Mask:
+        """Which of the padded rows each sequence's next token sees: bool `[B, 1, 1, S]`."""
+        self.masked = True
+        caches = self._layer.caches
+        self._layer.mask(N)
+        bounds = [c.max_size if isinstance(c, RotatingKVCache) else len(c) + 1 for c in caches]
+        held = [min(len(c) + 1, bound) for c, bound in zip(caches, bounds, strict=True)]
+        window = max(held) if window_size is None else window_size
+        if len(set(held)) == 1 and held[0] <= window:
+            return None
+        rows, own = mx.arange(max(held))[None], mx.array(held)[:, None]
+        return ((rows < own) & (rows >= own - window))[:, None, None]
+
+
+def _padded(rows: list[mx.array]) -> mx.array:
+    """Rows `[1, H, S, D]` of different S as `[B, H, S, D]`."""
+    longest = max(x.shape[2] for x in rows)
+    return mx.concatenate(
+        [mx.pad(x, [(0, 0), (0, 0), (0, longest - x.shape[2]), (0, 0)]) for x in rows]
+    )
+
+
+def _merged(caches: Sequence[OpaqueCache]) -> Any:
+    """The states of several sequences in one of mlx-lm's caches, a row each."""
+    merged = caches[0].spec_of_state.new()
+    states = zip(*(cache.inner.cache for cache in caches), strict=True)
+    merged.cache = [mx.concatenate(list(parts)) for parts in states]
+    return merged
+
+
 class OpaqueSpec(CacheSpec):
     """The memory of a layer that keeps a state of its own."""
 
@@ -168,6 +230,7 @@ class Model(CausalLM):
         except (TypeError, KeyError, ValueError, AttributeError) as error:
             raise ConfigError(f"{config.source}: mlx-lm cannot use it ({error})") from error
         self._specs: list[CacheSpec | None] | None = None
+        self._batches: bool | None = None
 
     def weights_root(self) -> nn.Module:
         return self.inner
@@ -179,6 +242,28 @@ class Model(CausalLM):
             self._run(mx.zeros((1, 1), mx.int32), caches)
             self._specs = [_spec_of(cache) for cache in caches]
         return self._specs
+
+    @property
+    def batches(self) -> bool:
+        """Whether the definition takes a batch: two sequences are traced, with nothing computed.
+
+        One that makes its masks itself would see the padding.
+        """
+        if self._batches is None:
+            self._batches = self._trace_batch()
+        return self._batches
+
+    def _trace_batch(self) -> bool:
+        sequences = [self._blank_caches() for _ in range(2)]
+        try:
+            for n, caches in enumerate(sequences, start=1):
+                self._run(mx.zeros((1, n), mx.int32), caches)
+            lent = self._lent(batch(sequences))
+            self.inner(mx.zeros((2, 1), mx.int32), cache=lent)
+        except Exception:  # foreign code may raise anything at all
+            return False
+        padded = [cache for cache in lent if isinstance(cache, PaddedCache)]
+        return not padded or any(cache.masked for cache in padded)
 
     def _blank_caches(self) -> list[Cache]:
         if not hasattr(self.inner, "make_cache"):
@@ -198,22 +283,38 @@ class Model(CausalLM):
             f"which mlxkv has no cache for"
         )
 
-    def _run(self, tokens: mx.array, caches: Sequence[Cache] | None) -> mx.array:
+    def _run(self, tokens: mx.array, caches: Sequence[LayerCache] | None) -> mx.array:
         if caches is None:
             return self.inner(tokens)
-        opaque = [cache for cache in caches if isinstance(cache, OpaqueCache)]
-        logits = self.inner(
-            tokens,
-            cache=[cache.inner if isinstance(cache, OpaqueCache) else cache for cache in caches],
-        )
-        for cache in opaque:
-            cache.offset += tokens.shape[1]
+        lent = self._lent(caches)
+        logits = self.inner(tokens, cache=lent)
+        for cache, inner in zip(caches, lent, strict=True):
+            if isinstance(cache, OpaqueCache):
+                cache.offset += tokens.shape[1]
+            elif isinstance(cache, BatchCache) and not isinstance(inner, PaddedCache):
+                for i, opaque in enumerate(cache.caches):
+                    assert isinstance(opaque, OpaqueCache)
+                    opaque.inner.cache = [state[i : i + 1] for state in inner.cache]
+                    opaque.offset += 1
         return logits
 
-    def __call__(self, tokens: mx.array, caches: Sequence[Cache] | None = None) -> mx.array:
+    def _lent(self, caches: Sequence[LayerCache]) -> list[Any]:
+        """What mlx-lm's layers are given."""
+        lent: list[Any] = []
+        for cache in caches:
+            if isinstance(cache, OpaqueCache):
+                lent.append(cache.inner)
+            elif isinstance(cache, BatchCache):
+                opaque = [one for one in cache.caches if isinstance(one, OpaqueCache)]
+                lent.append(_merged(opaque) if opaque else PaddedCache(cache))
+            else:
+                lent.append(cache)
+        return lent
+
+    def __call__(self, tokens: mx.array, caches: Sequence[LayerCache] | None = None) -> mx.array:
         return self._run(tokens, caches)
 
-    def last_logits(self, tokens: mx.array, caches: Sequence[Cache] | None = None) -> mx.array:
+    def last_logits(self, tokens: mx.array, caches: Sequence[LayerCache] | None = None) -> mx.array:
         return self._run(tokens, caches)[:, -1]
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxkv.cache import Cache, CacheSpec, Mask
+from mlxkv.cache import CacheSpec, LayerCache, Mask
 from mlxkv.config import Fields, RopeConfig, rope_config
 from mlxkv.layers import (
     ACTIVATIONS,
@@ -132,7 +132,7 @@ class Layer(nn.Module):
         self.input_layernorm = OffsetRMSNorm(E, eps)
         self.post_attention_layernorm = OffsetRMSNorm(E, eps)
 
-    def __call__(self, x: mx.array, mask: Mask, cache: Cache | None) -> mx.array:
+    def __call__(self, x: mx.array, mask: Mask, cache: LayerCache | None) -> mx.array:
         x = residual(x, self["self_attn"](self["input_layernorm"](x), mask, cache))
         return residual(x, self["mlp"](self["post_attention_layernorm"](x)))
 
@@ -169,7 +169,7 @@ class Model(CausalLM):
             CacheSpec(c.num_key_value_heads, c.head_dim, c.head_dim, window) for window in c.windows
         ]
 
-    def hidden(self, tokens: mx.array, caches: Sequence[Cache] | None = None) -> mx.array:
+    def hidden(self, tokens: mx.array, caches: Sequence[LayerCache] | None = None) -> mx.array:
         masks = attention_masks(self._windows, caches, tokens.shape[1])
         # A Python number takes the dtype of h: rounded to bfloat16 only when computing in it.
         h = self.model.embed_tokens(tokens) * self.config.hidden_size**0.5

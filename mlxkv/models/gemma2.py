@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxkv.cache import Cache, Mask
+from mlxkv.cache import LayerCache, Mask
 from mlxkv.config import Fields, RopeConfig, rope_config
 from mlxkv.layers import ACTIVATIONS, GatedMLP, OffsetRMSNorm, residual, soft_cap
 from mlxkv.models import gemma, llama
@@ -130,7 +130,7 @@ class Layer(nn.Module):
         self.pre_feedforward_layernorm = OffsetRMSNorm(E, eps)
         self.post_feedforward_layernorm = OffsetRMSNorm(E, eps)
 
-    def __call__(self, x: mx.array, mask: Mask, cache: Cache | None) -> mx.array:
+    def __call__(self, x: mx.array, mask: Mask, cache: LayerCache | None) -> mx.array:
         r = self["self_attn"](self["input_layernorm"](x), mask, cache)
         x = residual(x, self["post_attention_layernorm"](r))
         r = self["mlp"](self["pre_feedforward_layernorm"](x))

@@ -14,7 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxkv.attention import attend
-from mlxkv.cache import Cache, Mask
+from mlxkv.cache import LayerCache, Mask
 from mlxkv.config import Fields, RopeConfig, rope_config, text_config
 from mlxkv.layers import Fusing, Linear, OffsetRMSNorm
 from mlxkv.models import gemma, gemma2
@@ -138,7 +138,7 @@ class Attention(Fusing):
         self.k_norm = OffsetRMSNorm(D, config.rms_norm_eps)
         self._rope = RoPE(config.full_rope if window is None else config.sliding_rope)
 
-    def __call__(self, x: mx.array, mask: Mask, cache: Cache | None) -> mx.array:
+    def __call__(self, x: mx.array, mask: Mask, cache: LayerCache | None) -> mx.array:
         B, L, _ = x.shape
         H, Hk = self.n_heads, self.n_kv_heads
         qkv = self.project("qkv_proj", x).reshape(B, L, H + 2 * Hk, self.head_dim)

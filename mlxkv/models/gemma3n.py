@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxkv.attention import attend
-from mlxkv.cache import Cache, CacheSpec, Mask
+from mlxkv.cache import CacheSpec, LayerCache, Mask, Offset
 from mlxkv.kv_format import KV
 from mlxkv.layers import (
     CausalLM,
@@ -56,7 +56,7 @@ class Attention(Fusing):
         self._rope = _rope(config, layer)
 
     def __call__(
-        self, x: mx.array, mask: Mask, offset: int, cache: Cache | None
+        self, x: mx.array, mask: Mask, offset: Offset, cache: LayerCache | None
     ) -> tuple[mx.array, KeysValues]:
         """Attention of x `[B, L, E]`, and the keys and values that it went over."""
         B, L, _ = x.shape
@@ -85,7 +85,7 @@ class SharedAttention(nn.Module):
         self._rope = _rope(config, layer)
 
     def __call__(
-        self, x: mx.array, mask: Mask, offset: int, kv: KeysValues
+        self, x: mx.array, mask: Mask, offset: Offset, kv: KeysValues
     ) -> tuple[mx.array, KeysValues]:
         B, L, _ = x.shape
         q = self["q_proj"](x).reshape(B, L, self.n_heads, self.head_dim).transpose(0, 2, 1, 3)
@@ -194,7 +194,7 @@ class Layer(nn.Module):
         self._scales = config.altup_correct_scale
 
     def __call__(
-        self, streams: mx.array, own: mx.array, mask: Mask, offset: int, source: Any
+        self, streams: mx.array, own: mx.array, mask: Mask, offset: Offset, source: Any
     ) -> tuple[mx.array, KeysValues]:
         """Update the streams.
 
@@ -305,7 +305,7 @@ class Model(CausalLM):
             for window, donor in zip(c.windows, c.donors, strict=True)
         ]
 
-    def hidden(self, tokens: mx.array, caches: Sequence[Cache] | None = None) -> mx.array:
+    def hidden(self, tokens: mx.array, caches: Sequence[LayerCache] | None = None) -> mx.array:
         masks = attention_masks(self._owned, caches, tokens.shape[1])
         # Before any layer: a donor's cache has moved on when its readers rotate their queries.
         offset = 0 if caches is None else caches[0].offset

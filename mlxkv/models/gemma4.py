@@ -17,7 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxkv.attention import attend
-from mlxkv.cache import Cache, CacheSpec, Mask
+from mlxkv.cache import CacheSpec, LayerCache, Mask, Offset
 from mlxkv.kv_format import KV
 from mlxkv.layers import CausalLM, Fusing, GatedMLP, attention_masks, gated, model_windows
 from mlxkv.linear import Embedding, Linear
@@ -44,7 +44,12 @@ class SharedAttention(Fusing):
         self._rope = RoPE(heads.rope)
 
     def __call__(
-        self, x: mx.array, mask: Mask, offset: int, cache: Cache | None, kv: KeysValues | None
+        self,
+        x: mx.array,
+        mask: Mask,
+        offset: Offset,
+        cache: LayerCache | None,
+        kv: KeysValues | None,
     ) -> tuple[mx.array, KeysValues]:
         """The layer's output, and the keys and values that it used."""
         B, L, _ = x.shape
@@ -55,7 +60,7 @@ class SharedAttention(Fusing):
         out = attend(q, k, v, 1.0, mask)  # the norms on q and k stand in for a scale
         return self["o_proj"](out.transpose(0, 2, 1, 3).reshape(B, L, -1)), (k, v)
 
-    def _heads(self, x: mx.array, offset: int, kv: KeysValues | None) -> tuple[mx.array, KV, KV]:
+    def _heads(self, x: mx.array, offset: Offset, kv: KeysValues | None) -> tuple[mx.array, KV, KV]:
         """Queries `[B, H, L, D]`, keys and values."""
         assert kv is not None, "a layer without KV needs its donor's"
         return self._queries(self._split(self["q_proj"](x)), offset), *kv
@@ -64,7 +69,7 @@ class SharedAttention(Fusing):
         B, L, _ = x.shape
         return x.reshape(B, L, -1, self.head_dim).transpose(0, 2, 1, 3)
 
-    def _queries(self, q: mx.array, offset: int) -> mx.array:
+    def _queries(self, q: mx.array, offset: Offset) -> mx.array:
         return self._rope(self["q_norm"](q), offset)
 
 
@@ -81,7 +86,7 @@ class OwnAttention(SharedAttention):
         for name in self.fusions["qkv_proj"][1:]:
             self[name] = Linear(config.hidden_size, rows, bias=config.attention_bias)
 
-    def _heads(self, x: mx.array, offset: int, kv: KeysValues | None) -> tuple[mx.array, KV, KV]:
+    def _heads(self, x: mx.array, offset: Offset, kv: KeysValues | None) -> tuple[mx.array, KV, KV]:
         H, Hk = self.n_heads, self.n_kv_heads
         # Without a v_proj the last heads are the keys' once more, before their norm and rotation.
         heads = self._split(self.project("qkv_proj", x))  # [B, H + Hk or H + 2 Hk, L, D]
@@ -127,8 +132,8 @@ class Layer(nn.Module):
         self,
         x: mx.array,
         mask: Mask,
-        offset: int,
-        cache: Cache | None,
+        offset: Offset,
+        cache: LayerCache | None,
         kv: KeysValues | None,
         per_layer_input: mx.array | None,
     ) -> tuple[mx.array, KeysValues]:
@@ -243,16 +248,16 @@ class Model(CausalLM):
             for h in self.config.heads
         ]
 
-    def hidden(self, tokens: mx.array, caches: Sequence[Cache] | None = None) -> mx.array:
+    def hidden(self, tokens: mx.array, caches: Sequence[LayerCache] | None = None) -> mx.array:
         return self.model.norm(self._layers(tokens, caches, last_only=False))
 
-    def last_logits(self, tokens: mx.array, caches: Sequence[Cache] | None = None) -> mx.array:
+    def last_logits(self, tokens: mx.array, caches: Sequence[LayerCache] | None = None) -> mx.array:
         """As every model's; the layers without KV are computed for the last token alone."""
         h = self._layers(tokens, caches, last_only=True)
         return self.logits(self.model.norm(h[:, -1:]))[:, 0]
 
     def _layers(
-        self, tokens: mx.array, caches: Sequence[Cache] | None, last_only: bool
+        self, tokens: mx.array, caches: Sequence[LayerCache] | None, last_only: bool
     ) -> mx.array:
         L, n_own = tokens.shape[1], len(self._windows)
         masks = attention_masks(self._windows, caches, L)
@@ -263,7 +268,7 @@ class Model(CausalLM):
         used: list[KeysValues] = []
         for i, (layer, heads) in enumerate(zip(self.model.layers, self.config.heads, strict=True)):
             if last_only and i == n_own:
-                h, offset = h[:, -1:], offset + L - 1
+                h, offset = h[:, -1:], offset + (L - 1)
                 inputs = None if inputs is None else inputs[:, -1:]
                 masks = {window: _last_row(mask) for window, mask in masks.items()}
             cache = caches[i] if caches is not None and heads.donor is None else None

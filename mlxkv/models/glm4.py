@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxkv.cache import Cache, CacheSpec, Mask
+from mlxkv.cache import CacheSpec, LayerCache, Mask
 from mlxkv.config import Fields, RopeConfig, rope_config
 from mlxkv.layers import ACTIVATIONS, CausalLM, attention_masks, gated, model_windows
 from mlxkv.linear import Embedding, Linear
@@ -127,7 +127,7 @@ class Layer(nn.Module):
         self.input_layernorm = nn.RMSNorm(E, eps)
         self.post_attention_layernorm = nn.RMSNorm(E, eps)
 
-    def __call__(self, x: mx.array, mask: Mask, cache: Cache | None) -> mx.array:
+    def __call__(self, x: mx.array, mask: Mask, cache: LayerCache | None) -> mx.array:
         x = x + self["self_attn"](self["input_layernorm"](x), mask, cache)
         return x + self["mlp"](self["post_attention_layernorm"](x))
 
@@ -141,7 +141,7 @@ class PostNormLayer(Layer):
         self.post_self_attn_layernorm = nn.RMSNorm(E, eps)
         self.post_mlp_layernorm = nn.RMSNorm(E, eps)
 
-    def __call__(self, x: mx.array, mask: Mask, cache: Cache | None) -> mx.array:
+    def __call__(self, x: mx.array, mask: Mask, cache: LayerCache | None) -> mx.array:
         r = self["self_attn"](self["input_layernorm"](x), mask, cache)
         x = x + self["post_self_attn_layernorm"](r)
         r = self["mlp"](self["post_attention_layernorm"](x))
@@ -181,7 +181,7 @@ class Model(CausalLM):
         spec = CacheSpec(c.num_key_value_heads, c.head_dim, c.head_dim)
         return [spec] * c.num_hidden_layers
 
-    def hidden(self, tokens: mx.array, caches: Sequence[Cache] | None = None) -> mx.array:
+    def hidden(self, tokens: mx.array, caches: Sequence[LayerCache] | None = None) -> mx.array:
         masks = attention_masks(self._windows, caches, tokens.shape[1])
         h = self.model.embed_tokens(tokens)
         for i, layer in enumerate(self.model.layers):

@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxkv.attention import attend
-from mlxkv.cache import Cache, Mask
+from mlxkv.cache import LayerCache, Mask
 from mlxkv.config import Fields, RopeConfig, rope_config
 from mlxkv.layers import ACTIVATIONS, GatedMLP, Prepared, gated
 from mlxkv.models import glm4
@@ -143,7 +143,7 @@ class Attention(glm4.Attention):
             self.q_norm = nn.RMSNorm(config.head_dim, config.rms_norm_eps)
             self.k_norm = nn.RMSNorm(config.head_dim, config.rms_norm_eps)
 
-    def __call__(self, x: mx.array, mask: Mask, cache: Cache | None) -> mx.array:
+    def __call__(self, x: mx.array, mask: Mask, cache: LayerCache | None) -> mx.array:
         if "q_norm" not in self:
             return super().__call__(x, mask, cache)
         B, L, _ = x.shape

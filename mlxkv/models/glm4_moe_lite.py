@@ -20,10 +20,10 @@ import mlx.nn as nn
 
 from mlxkv import device
 from mlxkv.attention import attend
-from mlxkv.cache import Cache, CacheSpec, Mask
+from mlxkv.cache import CacheSpec, LayerCache, Mask
 from mlxkv.config import Fields, RopeConfig, rope_config
 from mlxkv.errors import WeightsError
-from mlxkv.kv_format import KV, dense, leading
+from mlxkv.kv_format import KV, Ragged, dense, leading
 from mlxkv.layers import ACTIVATIONS, Fusing
 from mlxkv.linear import DENSE_ROWS, Linear
 from mlxkv.models import glm4, glm4_moe
@@ -206,7 +206,7 @@ class Attention(Fusing):
         """Queries of all heads, `[B, L, H * (nope + rope)]`, from the first projection."""
         return self["q_b_proj"](self["q_a_layernorm"](x))
 
-    def __call__(self, x: mx.array, mask: Mask, cache: Cache | None) -> mx.array:
+    def __call__(self, x: mx.array, mask: Mask, cache: LayerCache | None) -> mx.array:
         B, L, _ = x.shape
         c, R = self._config, self._config.kv_lora_rank
         offset = 0 if cache is None else cache.offset
@@ -219,7 +219,7 @@ class Attention(Fusing):
         if cache is not None:
             # The values are part of the keys: the cache gets none of their own.
             kv, _ = cache.update(kv, kv[..., :0])
-        if expanding_is_cheaper(c, L, kv.shape[2]):
+        if not isinstance(kv, Ragged) and expanding_is_cheaper(c, L, kv.shape[2]):
             out = self._expanded(q, q_rope, dense(kv), mask)
         else:
             out = self._absorbed(q, q_rope, kv, mask)

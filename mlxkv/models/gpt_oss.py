@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxkv.attention import attend
-from mlxkv.cache import Cache, CacheSpec, Mask
+from mlxkv.cache import CacheSpec, LayerCache, Mask
 from mlxkv.config import Fields, RopeConfig, rope_config
 from mlxkv.errors import WeightsError
 from mlxkv.layers import attention_masks, compiled
@@ -128,7 +128,7 @@ class Attention(llama.Attention):
         super().__init__(config)
         self.sinks = mx.zeros((self.n_heads,))
 
-    def __call__(self, x: mx.array, mask: Mask, cache: Cache | None) -> mx.array:
+    def __call__(self, x: mx.array, mask: Mask, cache: LayerCache | None) -> mx.array:
         B, L, _ = x.shape
         H, Hk = self.n_heads, self.n_kv_heads
         qkv = self.project("qkv_proj", x).reshape(B, L, H + 2 * Hk, self.head_dim)
@@ -188,7 +188,7 @@ class Model(glm4.Model):
             CacheSpec(c.num_key_value_heads, c.head_dim, c.head_dim, window) for window in c.windows
         ]
 
-    def hidden(self, tokens: mx.array, caches: Sequence[Cache] | None = None) -> mx.array:
+    def hidden(self, tokens: mx.array, caches: Sequence[LayerCache] | None = None) -> mx.array:
         masks = attention_masks(self._windows, caches, tokens.shape[1])
         h = self.model.embed_tokens(tokens)
         for i, (layer, window) in enumerate(zip(self.model.layers, self._windows, strict=True)):

@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxkv.attention import attend
-from mlxkv.cache import Cache, CacheSpec, Mask
+from mlxkv.cache import CacheSpec, LayerCache, Mask
 from mlxkv.config import Fields, RopeConfig, rope_config
 from mlxkv.layers import (
     ACTIVATIONS,
@@ -133,7 +133,7 @@ class Attention(Fusing):
         self.o_proj = Linear(self.n_heads * D, E, bias=bias)
         self._rope = RoPE(config.rope, config.rope_traditional)
 
-    def __call__(self, x: mx.array, mask: Mask, cache: Cache | None) -> mx.array:
+    def __call__(self, x: mx.array, mask: Mask, cache: LayerCache | None) -> mx.array:
         B, L, _ = x.shape
         H, Hk = self.n_heads, self.n_kv_heads
         qkv = self.project("qkv_proj", x).reshape(B, L, H + 2 * Hk, self.head_dim)
@@ -159,7 +159,7 @@ class Layer(nn.Module):
         self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def __call__(self, x: mx.array, mask: Mask, cache: Cache | None) -> mx.array:
+    def __call__(self, x: mx.array, mask: Mask, cache: LayerCache | None) -> mx.array:
         x = x + self["self_attn"](self["input_layernorm"](x), mask, cache)
         return x + self["mlp"](self["post_attention_layernorm"](x))
 
@@ -192,7 +192,7 @@ class Model(CausalLM):
             CacheSpec(c.num_key_value_heads, c.head_dim, c.head_dim, window) for window in c.windows
         ]
 
-    def hidden(self, tokens: mx.array, caches: Sequence[Cache] | None = None) -> mx.array:
+    def hidden(self, tokens: mx.array, caches: Sequence[LayerCache] | None = None) -> mx.array:
         masks = attention_masks(self._windows, caches, tokens.shape[1])
         h = self.model.embed_tokens(tokens)
         for i, (layer, window) in enumerate(zip(self.model.layers, self._windows, strict=True)):
