@@ -21,7 +21,7 @@ import mlx.core as mx
 
 from mlxkv.batch import batch
 from mlxkv.cache import STEP, LayerCache
-from mlxkv.errors import CheckpointError, UsageError
+from mlxkv.errors import CheckpointError, KVCacheFull, UsageError
 from mlxkv.generate import Session
 from mlxkv.layers import CausalLM
 from mlxkv.sampling import Sampler, is_broken, log_probabilities
@@ -86,6 +86,7 @@ class _Lane:
         n_drawn: tokens chosen, given out or not.
         ready: `[1]`, its first token once that is given out and not yet fed.
         error: what its mask raised.
+        full: why it cannot be fed any more, once its last token is given out.
         gone: it has left.
     """
 
@@ -94,6 +95,7 @@ class _Lane:
     n_drawn: int = 0
     ready: mx.array | None = None
     error: Exception | None = None
+    full: KVCacheFull | None = None
     gone: bool = False
 
     @property
@@ -198,9 +200,10 @@ class Decoder:
             if self._flight is None or all(lane.gone for lane in self._flight.lanes):
                 self._flight = self._next(None)
             flight = self._flight
-            assert flight is not None
+            if flight is None:
+                return self._full()
             self._flight = self._next(flight)
-            return self._given(flight)
+            return self._given(flight) + self._full()
         except BaseException:
             self._lanes, self._fresh, self._flight = [], [], None
             raise
@@ -222,11 +225,13 @@ class Decoder:
                 parts.append(tokens)
             elif kept:
                 parts.append(tokens[mx.array(kept)])
-        for lane in self._lanes:
-            if lane.ready is not None:
+        for lane in list(self._lanes):
+            if lane.ready is None:
+                continue
+            ready, lane.ready = lane.ready, None
+            if self._goes_on(lane):
                 lanes.append(lane)
-                parts.append(lane.ready)
-                lane.ready = None
+                parts.append(ready)
         if not lanes:
             return None
         self._n_steps += 1
@@ -240,9 +245,19 @@ class Decoder:
                 lane.history = history[:, -_last_n(lane.row.sampler) :]
         return self._drawn(lanes, self._logits(lanes, tokens[:, None]))
 
-    @staticmethod
-    def _goes_on(lane: _Lane) -> bool:
-        return not lane.gone and not lane.at_limit and lane.error is None
+    def _goes_on(self, lane: _Lane) -> bool:
+        """Whether a row is fed its next token, for which there must be room."""
+        if lane.gone or lane.at_limit or lane.error is not None:
+            return False
+        session = lane.row.session
+        kv_type = session.kv_type
+        try:
+            session.before_step()
+        except KVCacheFull as full:
+            lane.full = full
+        if session.kv_type != kv_type:
+            self._batch = [], []  # it has other caches now
+        return lane.full is None
 
     def _logits(self, lanes: list[_Lane], tokens: mx.array) -> mx.array:
         """Logits `[B, V]` after tokens `[B, 1]`."""
@@ -315,6 +330,13 @@ class Decoder:
         top = mx.argpartition(-logprobs, kth=max(n - 1, 0), axis=-1)[:, :n]
         own = mx.take_along_axis(logprobs, token[:, None].astype(mx.uint32), axis=-1)[0]
         flight.logprobs[i] = own, mx.take_along_axis(logprobs, top, axis=-1), top
+
+    def _full(self) -> list[Drawn]:
+        """Rows that cannot be fed for lack of memory; their tokens are all given out."""
+        full = [lane for lane in self._lanes if lane.full is not None]
+        for lane in full:
+            self._leave(lane)
+        return [Drawn(lane.row, None, lane.full) for lane in full]
 
     def _given(self, flight: _Flight, ready: bool = False) -> list[Drawn]:
         """Wait for a flight and give its tokens out."""

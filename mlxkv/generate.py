@@ -7,7 +7,7 @@ Invariants:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast
 
@@ -45,7 +45,6 @@ def prefill(
     *,
     chunk: int | None = None,
     on_progress: Callable[[int, int], None] | None = None,
-    grant: Callable[[int, bool], int] | None = None,
 ) -> mx.array:
     """Run a prompt through the model, chunk by chunk.
 
@@ -55,8 +54,6 @@ def prefill(
         caches: of one sequence.
         chunk: tokens at a time; None for the device's default.
         on_progress: called with (done, all) after each chunk but the last.
-        grant: asked with (tokens, whether they are the last) before each chunk, says how many of
-            them may be computed at once.
 
     Returns:
         Lazy logits `[1, V]` after the last token.
@@ -69,12 +66,27 @@ def prefill(
         raise UsageError(
             "the prompt is empty" if chunk >= 1 else f"chunk must be >= 1; got {chunk}"
         )
+    return finished(prefilling(model, tokens, caches, lambda n, _: min(n, chunk)), on_progress)
+
+
+def prefilling(
+    model: CausalLM,
+    tokens: Sequence[int],
+    caches: Sequence[Cache],
+    take: Callable[[int, int], int],
+) -> Generator[tuple[int, int], None, mx.array]:
+    """`prefill`, a chunk each time that the next is asked for.
+
+    Args:
+        take: of (tokens left, tokens in all), how many to compute at once.
+
+    Yields:
+        (done, all) after each chunk but the last.
+    """
     array = mx.array(list(tokens), dtype=mx.int32)[None]
     done, n = 0, len(tokens)
     while True:
-        n_new = min(chunk, n - done)
-        if grant is not None:
-            n_new = grant(n_new, done + n_new == n)
+        n_new = take(n - done, n)
         logits = model.last_logits(array[:, done : done + n_new], caches)
         done += n_new
         if done == n:
@@ -83,6 +95,19 @@ def prefill(
         del logits
         mx.eval([cache.state for cache in caches])
         mx.clear_cache()
+        yield done, n
+
+
+def finished(
+    steps: Generator[tuple[int, int], None, mx.array],
+    on_progress: Callable[[int, int], None] | None = None,
+) -> mx.array:
+    """What a prefill returns when all its chunks are computed."""
+    while True:
+        try:
+            done, n = next(steps)
+        except StopIteration as stop:
+            return stop.value
         if on_progress is not None:
             on_progress(done, n)
 
@@ -151,7 +176,7 @@ class _Steps:
         before_step: Callable[[], None] | None,
     ):
         self._model, self._caches, self._sampler = model, caches, sampler
-        self._before_step = before_step
+        self._ask = before_step
         self._history = (
             mx.array(list(recent), dtype=mx.uint32)[None] if sampler.needs_recent else None
         )
@@ -165,8 +190,8 @@ class _Steps:
     def after(self, step: tuple[mx.array, mx.array]) -> tuple[mx.array, mx.array]:
         """Feed a token and choose the next."""
         token = step[0]
-        if self._before_step is not None:
-            self._before_step()
+        if self._ask is not None:
+            self._ask()
         if self._history is not None:
             self._history = mx.concatenate([self._history, token[None].astype(mx.uint32)], axis=1)
         return self.choose(self._model.last_logits(token[:, None], self._caches))
@@ -383,53 +408,61 @@ class Session:
         Raises:
             KVCacheFull: there is no room for it.
         """
+        return finished(self.prefilling(tokens, lambda: chunk), on_progress)
+
+    def prefilling(
+        self, tokens: Sequence[int], chunk: Callable[[], int | None]
+    ) -> Generator[tuple[int, int], None, mx.array]:
+        """`prefill`, a chunk each time that the next is asked for.
+
+        Args:
+            tokens: the prompt.
+            chunk: asked before each chunk how many tokens to compute; None for the device's
+                default.
+
+        Yields:
+            (done, all) after each chunk but the last.
+        """
         self._known = list(tokens)
         while True:
             try:
-                return self._prefill(list(tokens), chunk, on_progress)
+                return (yield from self._prefilling(list(tokens), chunk))
             except ALLOCATION_ERRORS as error:
-                self._start_over(list(tokens), error)
+                self.start_over(list(tokens), error)
 
-    def _prefill(
-        self,
-        tokens: list[int],
-        chunk: int | None,
-        on_progress: Callable[[int, int], None] | None,
-    ) -> mx.array:
+    def _prefilling(
+        self, tokens: list[int], chunk: Callable[[], int | None]
+    ) -> Generator[tuple[int, int], None, mx.array]:
         start = self._settle()
         self._known = tokens
         if self._budget is not None:
             self._budget.admit(self, len(tokens))
 
-        def after_chunk(done: int, total: int) -> None:
+        def take(n_left: int, n: int) -> int:
+            n_new = min(chunk() or default_chunk(), n_left)
+            if self._budget is None:
+                return n_new
+            return self._budget.grant(self, n_new, last=n_new == n_left)
+
+        steps = prefilling(self.model, tokens[start:], self.caches, take)
+        while True:
+            try:
+                done, n = next(steps)
+            except StopIteration as stop:
+                self._longest = max(self._longest, len(tokens))
+                return stop.value
             self._cut(start + done)
             if self._budget is not None:
                 self._budget.note()
-            if on_progress is not None:
-                on_progress(done, total)
+            yield done, n
 
-        logits = prefill(
-            self.model,
-            tokens[start:],
-            self.caches,
-            chunk=chunk,
-            on_progress=after_chunk,
-            grant=self._grant if self._budget is not None else None,
-        )
-        self._longest = max(self._longest, len(tokens))
-        return logits
-
-    def _grant(self, n_new: int, last: bool) -> int:
-        assert self._budget is not None
-        return self._budget.grant(self, n_new, last=last)
-
-    def _before_step(self) -> None:
+    def before_step(self) -> None:
         """A token is about to be fed: the caches grow at each step of 256."""
         if self._budget is not None and self.n_held % STEP == 0:
             self._budget.note()
             self._budget.grant(self, 1, last=True)
 
-    def _start_over(self, tokens: list[int], error: BaseException) -> None:
+    def start_over(self, tokens: list[int], error: BaseException) -> None:
         """MLX could not allocate: nothing is known of the caches, so what is kept is restored.
 
         Raises:
@@ -465,12 +498,12 @@ class Session:
                 return
             except ALLOCATION_ERRORS as error:
                 tokens = list(self._known)
-                self._start_over(tokens, error)
+                self.start_over(tokens, error)
                 sampler.rewind(drawn + n)
                 logits = self.prefill(tokens)
 
     def _decode(self, logits: mx.array, sampler: Sampler, max_tokens: int | None) -> Iterator[int]:
-        recent, before_step = list(self._known), self._before_step
+        recent, before_step = list(self._known), self.before_step
         for token in decode(
             self.model, self.caches, logits, sampler, recent, max_tokens, before_step
         ):

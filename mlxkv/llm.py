@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -20,7 +19,6 @@ from mlxkv import device, planner, saved_prefix
 from mlxkv.answer import (
     AnswerReader,
     Chunk,
-    Clock,
     Message,
     Request,
     Result,
@@ -51,6 +49,7 @@ from mlxkv.sampling import Sampler, SamplingParams
 from mlxkv.saved_prefix import Head
 from mlxkv.settings import Given, Settings, effective
 from mlxkv.tokenizer import Tokenizer
+from mlxkv.turn import Turn
 
 if TYPE_CHECKING:
     from mlxkv.kv_names import NamedKV
@@ -193,19 +192,32 @@ class LLM:
             ContextExceeded: the prompt is longer than the context.
             TemplateError: messages, and the model has no chat template or it fails.
         """
-        request = Request.of(**options)
-        session, saved = self.session(), self.saved_kv(kv_from)
+        turn, _ = self.prepare(prompt, Request.of(**options), self.session(), kv_from)
+        return self._run(turn)
+
+    def prepare(
+        self,
+        prompt: Prompt,
+        request: Request,
+        session: Session,
+        kv_from: str | NamedKV | None = None,
+    ) -> tuple[Turn, str | None]:
+        """The answer to a prompt, of which nothing is computed yet, and what a template wrote.
+
+        Arguments and errors as for `stream`.
+        """
+        saved = self.saved_kv(kv_from)
         if not isinstance(prompt, str) and prompt and isinstance(prompt[0], Mapping):
             messages = saved_prefix.with_saved(saved, prompt)  # pyright: ignore[reportArgumentType]
             template_options = self.template_options(request)
             text = self.render(messages, **template_options)
             tokens = saved_prefix.encode(self, text, saved)
             head = Head(saved, messages, template_options)
-            return self.run(session, tokens, request, self.parser(text, request), head)
+            return self.turn(session, tokens, request, self.parser(text, request), head), text
         if request.think is not None or request.tools:
             raise UsageError("think and tools are for messages: a text goes to the model as it is")
         tokens = saved_prefix.behind(self, saved, prompt)
-        return self.run(session, tokens, request, head=Head(saved))
+        return self.turn(session, tokens, request, head=Head(saved)), None
 
     def generate(self, prompt: Prompt, **options: Any) -> Result:
         """The whole answer at once; arguments as for `stream`."""
@@ -356,10 +368,21 @@ class LLM:
         Raises:
             UsageError, ContextExceeded: as for `stream`.
         """
+        return self._run(self.turn(session, tokens, request, parser, head))
+
+    def turn(
+        self,
+        session: Session,
+        tokens: list[int],
+        request: Request,
+        parser: OutputParser | None = None,
+        head: Head | None = None,
+    ) -> Turn:
+        """An answer of which nothing is computed yet; arguments and errors as for `run`."""
         bound, tokens = self._bounded(tokens, request, head or Head())
         sampler = Sampler(request.sampling, self.config.vocab_size)
         reader = AnswerReader(self.tokenizer, parser, request.stop)
-        return self._run(session, tokens, request, sampler, reader, bound)
+        return Turn(session, tokens, request, sampler, reader, bound, self.tokenizer)
 
     def _bounded(self, tokens: list[int], request: Request, head: Head) -> tuple[Bound, list[int]]:
         """A request's context, and its prompt; what is kept of it is counted when it is needed."""
@@ -374,58 +397,30 @@ class LLM:
         bound.check(len(fitted), request.max_tokens, keep)
         return bound, fitted
 
-    def _run(
-        self,
-        session: Session,
-        tokens: list[int],
-        request: Request,
-        sampler: Sampler,
-        reader: AnswerReader,
-        bound: Bound,
-    ) -> Iterator[Chunk]:
-        clock = Clock()
+    def _run(self, turn: Turn) -> Iterator[Chunk]:
         mx.reset_peak_memory()
         self.budget.begin()
-        prompt = bound.remaining(tokens)
-        restored = session.restore(prompt)
-        n = 0
-
-        def stats() -> Stats:
-            stats = clock.stats(prompt, restored, n, session.nbytes, self.tokenizer)
-            # The last token itself has not been made room for.
-            shifted = bound.n_dropped(len(tokens) + max(n, 1) - 1)
-            return replace(stats, shifted_tokens=shifted, rungs=tuple(session.rungs))
-
+        session = turn.session
+        prompt = turn.begin()
         try:
-            logits = session.prefill(prompt, on_progress=request.on_progress)
-            limit = bound.limit(len(tokens), request.max_tokens)
-            answer = decode_within(session, tokens, logits, sampler, bound, limit)
-            for n, token in enumerate(answer, start=1):
-                clock.tick()
-                ended = token in self.tokenizer.eos_token_ids
-                part = reader.add(token)
-                if not (ended or reader.stopped or n == limit):
-                    yield Chunk(
-                        part.text, token, reasoning=part.reasoning, tool_calls=part.tool_calls
-                    )
-                    continue
-                text, reasoning, calls = join_parts([part, reader.finish()])
-                reason = "stop" if ended or reader.stopped else "length"
-                yield Chunk(text, token, reason, stats(), reasoning or None, calls)
-                return
+            logits = session.prefill(prompt, on_progress=turn.request.on_progress)
+            whole = list(turn.sequence)
+            for token in decode_within(
+                session, whole, logits, turn.sampler, turn.bound, turn.limit
+            ):
+                yield turn.took(token)
+                if turn.over:
+                    return
         except KVCacheFull as error:
-            if n == 0:
+            if turn.n_generated == 0:
                 raise
-            # What was generated stays the caller's; a trace would keep the KV alive.
-            error = error.with_traceback(None)
-            text, reasoning, calls = join_parts([reader.finish()])
-            yield Chunk(text, None, "memory", stats(), reasoning or None, calls, error=error)
+            yield turn.ended("memory", error)
         except CheckpointError:
             session.discard()
             raise
         finally:
             # Also of an answer that was left early: what was computed is worth as much.
-            _finish(session)
+            keep_prefix(session)
 
     def session(self) -> Session:
         """Empty caches for one sequence, which share prefixes with all others of this model."""
@@ -447,7 +442,7 @@ class LLM:
         )
 
 
-def _finish(session: Session) -> None:
+def keep_prefix(session: Session) -> None:
     """Keep a sequence's prefix; where that fails, its answer is no worse for it."""
     try:
         session.finish()

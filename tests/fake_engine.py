@@ -17,7 +17,7 @@ from typing import Any
 import uvicorn
 
 from mlxkv.answer import Chunk, Stats, TokenLogprobs
-from mlxkv.engine import Ask, Embeddings, Loaded
+from mlxkv.asks import Ask, Embeddings, Loaded
 from mlxkv.errors import MlxkvError, ModelNotFound, UsageError
 from mlxkv.server.app import create_app
 from mlxkv.server.config import ServerConfig
@@ -68,7 +68,7 @@ def says(*texts: str, reason: str = "stop", **last: Any) -> Script:
 
 
 class FakeAnswer:
-    """See `mlxkv.engine.Answer`."""
+    """See `mlxkv.asks.Answer`."""
 
     def __init__(self, steps: Sequence[Step]):
         self._steps = iter(steps)
@@ -97,7 +97,7 @@ class FakeAnswer:
 
 
 class FakeEngine:
-    """See `mlxkv.engine.Engine`.
+    """See `mlxkv.asks.Engine`.
 
     Attributes:
         script: how it answers.

@@ -30,7 +30,7 @@ LAYERS = (
      "page_links", "page_ram",
      "page_disk", "page_files", "page_folder", "page_room", "kv_names", "named_kv", "hub",
      "hub_headers", "wheels", "store", "card", "plan_card"),
-    ("llm", "conversation", "answer", "saved_prefix", "engine"),
+    ("llm", "conversation", "answer", "turn", "saved_prefix", "asks", "engine"),
     ("convert", "server"),
     ("cli", "repl", "run", "commands", "doctor", "figures", "kv_cli", "kv_card", "kv_sources",
      "verify"),

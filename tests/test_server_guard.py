@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from mlxkv.engine import Busy
+from mlxkv.asks import Busy
 from mlxkv.errors import ContextExceeded, KVCacheFull, UsageError
 from mlxkv.server.config import ServerConfig, is_loopback
 from mlxkv.server.guard import owner_of

@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 
-from mlxkv.engine import Engine
+from mlxkv.asks import Engine
 from mlxkv.errors import MlxkvError
 from mlxkv.server import openai_chat, openai_completions, openai_models, openai_responses
 from mlxkv.server.config import ServerConfig

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from mlxkv.engine import Ask, Engine
+from mlxkv.asks import Ask, Engine
 from mlxkv.errors import ModelNotFound, UsageError
 from mlxkv.names import NAME, REPO, PathRef, locate
 from mlxkv.server.config import ServerConfig

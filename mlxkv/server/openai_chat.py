@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse
 from pydantic import Field
 
 from mlxkv.answer import Chunk
-from mlxkv.engine import Answer, Ask, Engine
+from mlxkv.asks import Answer, Ask, Engine
 from mlxkv.errors import UsageError
 from mlxkv.parsing import ToolCall
 from mlxkv.server import sse

@@ -14,7 +14,7 @@ from fastapi.responses import JSONResponse
 from pydantic import Field, field_validator
 
 from mlxkv.answer import Chunk, TokenLogprobs
-from mlxkv.engine import Answer, Ask, Engine
+from mlxkv.asks import Answer, Ask, Engine
 from mlxkv.errors import UsageError
 from mlxkv.server import sse
 from mlxkv.server.config import ServerConfig

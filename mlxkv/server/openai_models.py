@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse
 from pydantic import Field
 
 from mlxkv import store
-from mlxkv.engine import Engine
+from mlxkv.asks import Engine
 from mlxkv.errors import ModelNotFound, UsageError
 from mlxkv.server import sse
 from mlxkv.server.config import ServerConfig

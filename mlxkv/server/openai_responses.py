@@ -16,7 +16,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import Field
 
-from mlxkv.engine import Answer, Ask, Engine
+from mlxkv.asks import Answer, Ask, Engine
 from mlxkv.errors import UsageError
 from mlxkv.grammar import Grammar
 from mlxkv.server import sse

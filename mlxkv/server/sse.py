@@ -19,7 +19,7 @@ from fastapi.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from mlxkv.answer import Chunk
-from mlxkv.engine import Answer
+from mlxkv.asks import Answer
 from mlxkv.server.config import ServerConfig
 
 T = TypeVar("T")

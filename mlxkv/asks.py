@@ -1,4 +1,4 @@
-"""What front ends say to the engine and hear from it. The engine itself comes apart from this.
+"""What front ends say to the engine and hear from it; `engine` has what is behind it.
 
 A front end submits an `Ask` from any thread and reads an `Answer`; everything that touches MLX is
 behind it.
