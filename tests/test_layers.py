@@ -28,7 +28,7 @@ LAYERS = (
      "page_format", "fingerprint", "workspace", "settings"),
     ("generate", "overflow", "planner", "pages", "page_cutter", "page_links", "page_ram",
      "page_disk", "page_files", "page_folder", "page_room", "kv_names", "named_kv", "hub",
-     "hub_headers", "wheels", "store", "card", "plan_card"),
+     "hub_headers", "wheels", "store", "copies", "card", "plan_card"),
     ("llm", "conversation", "answer", "saved_prefix", "engine"),
     ("convert", "server"),
     ("cli", "repl", "run", "commands", "doctor", "kv_cli", "kv_card", "kv_sources", "verify"),
@@ -37,6 +37,7 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 DEFERRED = {
     ("store", "convert"): "pulling a GGUF file converts it",
+    ("copies", "convert"): "a model made of another may be packed",
 }
 """Imports inside a function that may point up, and why."""
 
