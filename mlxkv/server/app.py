@@ -14,7 +14,13 @@ from starlette.middleware import Middleware
 
 from mlxkv.engine import Engine
 from mlxkv.errors import MlxkvError
-from mlxkv.server import openai_chat, openai_completions, openai_models, openai_responses
+from mlxkv.server import (
+    ollama,
+    openai_chat,
+    openai_completions,
+    openai_models,
+    openai_responses,
+)
 from mlxkv.server.config import ServerConfig
 from mlxkv.server.errors import error_response
 from mlxkv.server.guard import Guard
@@ -25,6 +31,7 @@ ROUTERS: tuple[Callable[[Engine, ServerConfig], APIRouter], ...] = (
     openai_completions.router,
     openai_models.router,
     openai_responses.router,
+    ollama.router,
 )
 """The front ends."""
 
