@@ -129,6 +129,7 @@ class Chunk:
         tool_calls: calls that are complete with this step, or cut off by the end of the answer.
         logprobs: of the token, if they were asked for.
         error: why memory ended the answer.
+        stopped_by: the stop text that ended it, on the last chunk.
     """
 
     text: str
@@ -139,6 +140,7 @@ class Chunk:
     tool_calls: tuple[ToolCall, ...] = ()
     logprobs: TokenLogprobs | None = None
     error: KVCacheFull | None = None
+    stopped_by: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -334,6 +336,11 @@ class AnswerReader:
     def stopped(self) -> bool:
         """Whether a stop text came."""
         return self._stop.stopped
+
+    @property
+    def stopped_by(self) -> str | None:
+        """The stop text that came."""
+        return self._stop.found
 
     def add(self, token: int) -> Parts:
         """The next token; an end token adds nothing, unless it is a marker of the format."""

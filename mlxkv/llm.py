@@ -398,7 +398,10 @@ class LLM:
                 stats = clock.stats(prompt, restored, n, session.nbytes, self.tokenizer)
                 # The last token itself has not been made room for.
                 stats = replace(stats, shifted_tokens=bound.n_dropped(len(tokens) + n - 1))
-                yield Chunk(text, token, reason, stats, reasoning or None, calls)
+                stopped_by = reader.stopped_by
+                yield Chunk(
+                    text, token, reason, stats, reasoning or None, calls, stopped_by=stopped_by
+                )
                 return
         except CheckpointError:
             session.discard()
