@@ -15,6 +15,7 @@ from starlette.middleware import Middleware
 from mlxkv.engine import Engine
 from mlxkv.errors import MlxkvError
 from mlxkv.server import (
+    anthropic,
     ollama,
     openai_chat,
     openai_completions,
@@ -31,6 +32,7 @@ ROUTERS: tuple[Callable[[Engine, ServerConfig], APIRouter], ...] = (
     openai_completions.router,
     openai_models.router,
     openai_responses.router,
+    anthropic.router,
     ollama.router,
 )
 """The front ends."""
