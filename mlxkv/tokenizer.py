@@ -126,7 +126,7 @@ class Tokenizer:
         Args:
             keep: special tokens that are not skipped.
         """
-        skipped = self._special_ids if skip_special_tokens else frozenset()
+        skipped = self.special_ids if skip_special_tokens else frozenset()
         if skipped and keep:
             skipped = skipped - {self.id_of(token) for token in keep}
 
@@ -148,6 +148,10 @@ class Tokenizer:
         self.check_ids((token,))
         return self._backend.id_to_token(token)
 
+    def to_json(self) -> str:
+        """The tokenizer as a tokenizer.json, added tokens included."""
+        return self._backend.to_str()
+
     def check_ids(self, ids: Sequence[int]) -> None:
         """Raise UsageError unless every id is below `n_vocab` and not negative."""
         check_ids(ids, self.n_vocab)
@@ -158,6 +162,7 @@ class Tokenizer:
         return None if decoder is None else decoder.__getstate__()
 
     @cached_property
-    def _special_ids(self) -> frozenset[int]:
+    def special_ids(self) -> frozenset[int]:
+        """Tokens that `decode` skips."""
         added = self._backend.get_added_tokens_decoder()
         return frozenset(i for i, token in added.items() if token.special)

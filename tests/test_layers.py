@@ -24,8 +24,8 @@ LAYERS = (
     ("rope", "linear", "stacking", "moe", "attention", "layers"),
     ("models",),
     ("loader", "tokenizer", "tokenizer_files", "detokenizer", "chat", "parsing", "parsers",
-     "sandbox", "sampling", "grammar", "stopping", "catalog", "names", "terminal",
-     "page_format", "fingerprint", "workspace", "settings"),
+     "sandbox", "sampling", "stopping", "grammar", "grammar_calls", "grammar_gate", "catalog",
+     "names", "terminal", "page_format", "fingerprint", "workspace", "settings"),
     ("generate", "overflow", "planner", "pages", "page_cutter", "page_links", "page_ram",
      "page_disk", "page_files", "page_folder", "page_room", "kv_names", "named_kv", "hub",
      "hub_headers", "wheels", "store", "copies", "card", "plan_card"),
@@ -158,7 +158,19 @@ def test_the_package_itself_imports_only_what_is_light():
     assert direct <= {"device", "errors"}
 
 
-@pytest.mark.parametrize("heavy", ["mlx.core", "numpy", "transformers", "torch", "tokenizers"])
+@pytest.mark.parametrize(
+    "heavy",
+    [
+        "mlx.core",
+        "numpy",
+        "transformers",
+        "torch",
+        "tokenizers",
+        "fastapi",
+        "pydantic",
+        "llguidance",
+    ],
+)
 def test_importing_mlxkv_and_its_cli_loads_nothing_heavy(heavy):
     code = f"import sys, mlxkv, mlxkv.cli; sys.exit({heavy!r} in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -92,7 +92,7 @@ def test_text_survives_encoding_and_decoding(name: str, text: str):
         text = text.replace("\u2581", " ")
     tokenizer = TOKENIZERS[name]
     ids = tokenizer.encode(text, add_special_tokens=False)
-    if not any(token in tokenizer._special_ids for token in ids):
+    if not any(token in tokenizer.special_ids for token in ids):
         assert tokenizer.decode(ids) == text
 
 

@@ -65,6 +65,10 @@ def create_app(engine: Engine, config: ServerConfig) -> FastAPI:
             RequestValidationError: _on_error,
             ClientGone: _on_gone,
         },
+        responses={
+            "4XX": {"description": "The request cannot be served; the API's error shape"},
+            "5XX": {"description": "The server cannot serve now; the API's error shape"},
+        },
         docs_url=None,
         redoc_url=None,
     )

@@ -20,6 +20,7 @@ class ServerConfig:
         hosts: further names that the server goes by, such as `mac-mini.local`.
         models: names or paths that the operator gave; requests may name them as they are.
         max_body_bytes: size of a request.
+        max_tokens: length of one answer; None for as long as the context allows.
         max_choices: answers that one request may ask for (`n`, or a list of prompts).
         first_s: how long an answer's first event is waited for before a stream begins: an error
             until then has its own HTTP status, later ones are events.
@@ -37,6 +38,7 @@ class ServerConfig:
     hosts: tuple[str, ...] = ()
     models: tuple[str, ...] = ()
     max_body_bytes: int = 32 << 20
+    max_tokens: int | None = None
     max_choices: int = 16
     first_s: float = 5.0
     ping_s: float = 10.0

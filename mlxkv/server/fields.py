@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from mlxkv.engine import Engine
+from mlxkv.engine import Ask, Engine
 from mlxkv.errors import ModelNotFound, UsageError
 from mlxkv.names import NAME, REPO, PathRef, locate
 from mlxkv.server.config import ServerConfig
@@ -60,6 +61,23 @@ def seconds(value: float | str | None) -> float | None:
         raise UsageError(f'keep_alive must be seconds, or like "5m" or "1h30m"; got {value[:40]!r}')
     total = sum(float(number) * _UNITS_S[unit] for number, unit in parts)
     return -total if value.startswith("-") else total
+
+
+def bounded(ask: Ask, config: ServerConfig) -> Ask:
+    """The same with a length that the server allows; one that is left out is the longest.
+
+    Raises:
+        UsageError: it asks for more.
+    """
+    if config.max_tokens is None:
+        return ask
+    given = ask.options.get("max_tokens")
+    if given is not None and given > config.max_tokens:
+        raise UsageError(
+            f"an answer may have {config.max_tokens:,} tokens here; {given:,} are asked for"
+        )
+    limited = {**ask.options, "max_tokens": given or config.max_tokens}
+    return dataclasses.replace(ask, options=limited)
 
 
 def dropped(**options: Any) -> dict[str, Any]:

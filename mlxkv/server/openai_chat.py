@@ -18,7 +18,7 @@ from mlxkv.parsing import ToolCall
 from mlxkv.server import sse
 from mlxkv.server.config import ServerConfig
 from mlxkv.server.errors import failure_of, openai_error
-from mlxkv.server.fields import Count, Strict, checked_model, dropped, seconds
+from mlxkv.server.fields import Count, Strict, bounded, checked_model, dropped, seconds
 from mlxkv.server.json_route import JSONRoute
 from mlxkv.server.openai_fields import (
     Effort,
@@ -179,8 +179,9 @@ def router(engine: Engine, config: ServerConfig) -> APIRouter:
         answers = submit_all(engine, config, [with_options(ask, each) for each in sampling])
         reply = ChatReply(body)
         if body.stream:
-            return await sse.stream(request, reply.events(answers), config, error_event)
-        return JSONResponse(await sse.unless_gone(request, reply.whole(answers)))
+            events = reply.events(answers)
+            return await sse.stream(request, events, config, error_event, answers=answers)
+        return JSONResponse(await sse.unless_gone(request, reply.whole(answers), answers))
 
     return routes
 
@@ -194,7 +195,7 @@ def submit_all(engine: Engine, config: ServerConfig, asks: Sequence[Ask]) -> lis
     """The answers to all, or to none.
 
     Raises:
-        UsageError: more than one request may ask for. Whatever the engine raises.
+        UsageError: more answers or tokens than one request may ask for. Whatever the engine raises.
     """
     if len(asks) > config.max_choices:
         raise UsageError(
@@ -203,7 +204,7 @@ def submit_all(engine: Engine, config: ServerConfig, asks: Sequence[Ask]) -> lis
     answers: list[Answer] = []
     try:
         for ask in asks:
-            answers.append(engine.submit(ask))
+            answers.append(engine.submit(bounded(ask, config)))
     except BaseException:
         for answer in answers:
             answer.cancel()

@@ -103,8 +103,9 @@ def router(engine: Engine, config: ServerConfig) -> APIRouter:
         answers = submit_all(engine, config, asks)
         reply = CompletionReply(body)
         if body.stream:
-            return await sse.stream(request, reply.events(answers), config, error_event)
-        return JSONResponse(await sse.unless_gone(request, reply.whole(answers)))
+            events = reply.events(answers)
+            return await sse.stream(request, events, config, error_event, answers=answers)
+        return JSONResponse(await sse.unless_gone(request, reply.whole(answers), answers))
 
     return routes
 

@@ -190,12 +190,17 @@ def format_grammar(given: ResponseFormat | None) -> Grammar | None:
         case JsonObjectFormat():
             return Grammar("json_object")
         case JsonSchemaFormat():
-            return Grammar("json_schema", json.dumps(given.json_schema.schema_))
+            return json_schema_grammar(given.json_schema)
         case RegexFormat():
             return Grammar("regex", given.regex)
         case GrammarFormat():
             return Grammar("lark", given.grammar)
     return None
+
+
+def json_schema_grammar(given: SchemaOf) -> Grammar:
+    """The grammar of a named schema."""
+    return Grammar("json_schema", json.dumps(given.schema_))
 
 
 def chosen_tools(

@@ -59,13 +59,19 @@ async def merged(answers: Sequence[Answer]) -> AsyncGenerator[tuple[int, Chunk],
                     yield i, chunk
                     pending[_next(readers[i])] = i
     finally:
-        for answer in answers:
-            answer.cancel()
+        _cancel(answers)
         await _drop(*pending)
 
 
-async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+async def unless_gone(
+    request: Request, work: Coroutine[Any, Any, T], answers: Sequence[Answer] = ()
+) -> T:
     """The result of some work that is given up when the client goes.
+
+    Args:
+        request: whose client is watched.
+        work: what is done meanwhile.
+        answers: cancelled at the end, also where the work has not begun to read them.
 
     Raises:
         ClientGone: it did.
@@ -77,6 +83,7 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
             raise ClientGone
         return task.result()
     finally:
+        _cancel(answers)
         await _drop(task, gone)
 
 
@@ -87,6 +94,7 @@ async def stream(
     on_error: Callable[[BaseException], bytes],
     media_type: str = SSE,
     ping: bytes | None = PING,
+    answers: Sequence[Answer] = (),
 ) -> Response:
     """The response that sends events while they come.
 
@@ -97,6 +105,7 @@ async def stream(
         on_error: the last event of a stream that failed.
         media_type: of the response.
         ping: what shows that a silent stream lives; None for nothing.
+        answers: cancelled at the end, also where no event has begun to read them.
 
     Raises:
         ClientGone: before anything was sent. Whatever the first event raises.
@@ -111,10 +120,11 @@ async def stream(
         if first.done():
             first.result()
     except BaseException:
+        _cancel(answers)
         await _drop(first, gone)
         await events.aclose()
         raise
-    return _Stream(events, first, gone, config, on_error, media_type, ping)
+    return _Stream(events, first, gone, config, on_error, media_type, ping, answers)
 
 
 class _Stream(Response):
@@ -129,6 +139,7 @@ class _Stream(Response):
         on_error: Callable[[BaseException], bytes],
         media_type: str,
         ping: bytes | None,
+        answers: Sequence[Answer],
     ):
         super().__init__(media_type=media_type)
         del self.headers["content-length"]
@@ -136,6 +147,7 @@ class _Stream(Response):
         self.headers.update({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         self._events, self._next, self._gone = events, first, gone
         self._config, self._on_error, self._ping = config, on_error, ping
+        self._answers = answers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         pump = asyncio.ensure_future(self._pump(send))
@@ -146,6 +158,7 @@ class _Stream(Response):
         except TimeoutError:
             pass  # the server closes a connection whose response has no end
         finally:
+            _cancel(self._answers)
             await _drop(pump, self._gone)
             await _drop(self._next)
             await self._events.aclose()
@@ -188,6 +201,11 @@ def _next(items: AsyncIterator[T]) -> asyncio.Future[T | None]:
         return await anext(items, None)
 
     return asyncio.ensure_future(one())
+
+
+def _cancel(answers: Sequence[Answer]) -> None:
+    for answer in answers:
+        answer.cancel()
 
 
 async def _drop(*futures: asyncio.Future[Any]) -> None:
