@@ -156,7 +156,9 @@ def test_the_stop_sequence_that_ended_the_answer_is_named(client, engine, addres
 def test_an_answer_that_was_cut_says_why(client, engine, reason, n, expected):
     error = KVCacheFull(1, 2, 3) if reason == "memory" else None
     engine.script = says("Hi", reason=reason, error=error, stats=stats(generated_tokens=n))
-    assert create(client).stop_reason == expected
+    message = create(client)
+    assert message.stop_reason == expected
+    assert (message.stop_details is not None) == (reason == "memory")
 
 
 def test_a_silent_answer_has_no_blocks(client, address, engine):
@@ -529,6 +531,12 @@ def test_what_is_no_request_is_an_error_in_the_same_shape(address):
     assert (bad.status_code, bad.json()["error"]["type"]) == (400, "invalid_request_error")
     assert httpx.get(f"{address}/v1/messages").json()["type"] == "error"
     assert httpx.get(f"{address}/v1/messages/nothing").json()["type"] == "error"
+
+
+def test_a_server_bounds_the_length_of_answers(models):
+    with serving(FakeEngine(), max_tokens=50) as address:
+        assert "50 tokens" in refused(address)
+        assert post(address, max_tokens=50).status_code == 200
 
 
 # Clients that go

@@ -218,6 +218,7 @@ def test_thinking_is_asked_for_and_comes_in_its_own_field(client, engine, think)
     [
         ("json", Grammar("json_object")),
         ({"type": "object"}, Grammar("json_schema", '{"type": "object"}')),
+        ({}, Grammar("json_schema", "{}")),
         ("", None),
         (None, None),
     ],
@@ -436,6 +437,15 @@ def test_a_path_of_the_operators_may_be_named(models):
     with serving(engine, models=(path,)) as address, ollama.Client(address) as client:
         client.chat(path, HELLO)
     assert engine.loads == [(path, None)]
+
+
+def test_a_server_bounds_the_length_of_answers(models):
+    engine = LoadingEngine()
+    with serving(engine, max_tokens=50) as address, ollama.Client(address) as client:
+        client.chat(MODEL, HELLO)
+        assert engine.last.options == {"max_tokens": 50}
+        body = {"model": MODEL, "messages": HELLO, "options": {"num_predict": 51}}
+        assert "50 tokens" in refused(address, "/api/chat", **body)
 
 
 # Errors

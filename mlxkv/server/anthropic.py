@@ -14,7 +14,7 @@ from mlxkv.server.anthropic_answers import PING, Reply, error_event
 from mlxkv.server.anthropic_fields import CountRequest, MessagesRequest
 from mlxkv.server.anthropic_messages import template_messages
 from mlxkv.server.config import ServerConfig
-from mlxkv.server.fields import dropped
+from mlxkv.server.fields import bounded, dropped
 from mlxkv.server.json_route import JSONRoute
 from mlxkv.server.model_names import present
 
@@ -28,12 +28,12 @@ def router(engine: Engine, config: ServerConfig) -> APIRouter:
         """Answer a conversation."""
         model = await present(engine, config, body.model)
         ask = _ask(body, model, request.state.owner, _sampling(body), body.grammar())
-        answer = engine.submit(ask)
+        answer = engine.submit(bounded(ask, config))
         reply = Reply(body)
         if not body.stream:
-            return JSONResponse(await sse.unless_gone(request, reply.whole(answer)))
+            return JSONResponse(await sse.unless_gone(request, reply.whole(answer), [answer]))
         events = reply.events(engine, ask, answer)
-        return await sse.stream(request, events, config, error_event, ping=PING)
+        return await sse.stream(request, events, config, error_event, ping=PING, answers=[answer])
 
     @routes.post("/v1/messages/count_tokens")
     async def count_tokens(request: Request, body: CountRequest) -> Response:

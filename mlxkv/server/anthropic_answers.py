@@ -7,7 +7,7 @@
 - `usage.prompt_cache` is an extension: where the prompt's KV came from, and why not more of it.
 - Calls that cannot be read are shown as the text that the model wrote.
 - An answer that the context or the memory ended, before `max_tokens`, has the stop reason
-  `model_context_window_exceeded`.
+  `model_context_window_exceeded`; where it was the memory, `stop_details` (an extension) says so.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class Reply:
         }
 
     def _stop(self) -> dict[str, Any]:
-        """`stop_reason` and `stop_sequence`."""
+        """`stop_reason` and `stop_sequence`, and `stop_details` where memory was the reason."""
         progress = self._progress
         if progress.reason in ("length", "memory"):
             n = 0 if progress.stats is None else progress.stats.generated_tokens
@@ -88,7 +88,10 @@ class Reply:
         else:
             reason = "end_turn" if self._stopped_by is None else "stop_sequence"
         sequence = self._stopped_by if reason == "stop_sequence" else None
-        return {"stop_reason": reason, "stop_sequence": sequence}
+        stop: dict[str, Any] = {"stop_reason": reason, "stop_sequence": sequence}
+        if progress.reason == "memory":
+            stop["stop_details"] = progress.finish["finish_details"]
+        return stop
 
     def _usage(self) -> dict[str, Any]:
         stats = self._progress.stats

@@ -11,6 +11,7 @@ from mlxkv.answer import Chunk
 from mlxkv.engine import Ask, Engine
 from mlxkv.server import sse
 from mlxkv.server.config import ServerConfig
+from mlxkv.server.fields import bounded
 from mlxkv.server.json_route import JSONRoute
 from mlxkv.server.model_names import present
 from mlxkv.server.ollama_answers import NDJSON, Piece, Reply, error_line
@@ -46,15 +47,17 @@ async def _answer(
     body: GenerateRequest | ChatRequest,
 ) -> Response:
     reply = Reply(body.model_name, chats=isinstance(body, ChatRequest))
-    ask = _ask(body, await present(engine, config, body.model_name), request.state.owner)
-    if ask.model not in {model.name for model in engine.loaded()}:
+    model = await present(engine, config, body.model_name)
+    ask = bounded(_ask(body, model, request.state.owner), config)
+    if model not in {each.name for each in engine.loaded()}:
         # The engine would do it; so the time it takes is known.
-        await sse.unless_gone(request, engine.load(ask.model))
+        await sse.unless_gone(request, engine.load(model))
         reply.load_ns = time.perf_counter_ns() - reply.started_ns
     answer = engine.submit(ask)
     if body.stream is False:
-        return JSONResponse(await sse.unless_gone(request, reply.whole(answer)))
-    return await sse.stream(request, reply.events(answer), config, error_line, NDJSON, ping=None)
+        return JSONResponse(await sse.unless_gone(request, reply.whole(answer), [answer]))
+    lines = reply.events(answer)
+    return await sse.stream(request, lines, config, error_line, NDJSON, ping=None, answers=[answer])
 
 
 def _ask(body: GenerateRequest | ChatRequest, model: str, owner: str) -> Ask:

@@ -183,7 +183,7 @@ class Answered(Named):
     def grammar(self) -> Grammar | None:
         """What the answer has to match."""
         if isinstance(self.format, dict):
-            return Grammar("json_schema", json.dumps(self.format)) if self.format else None
+            return Grammar("json_schema", json.dumps(self.format))
         return Grammar("json_object") if self.format else None
 
 
