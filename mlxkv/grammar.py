@@ -254,7 +254,9 @@ def _readable(tokenizer: str) -> str:
 
 
 def _refused(kind: str, error: str) -> UsageError:
-    return UsageError(f"the grammar ({kind}) cannot be used: {_line(error)}")
+    # Behind that llguidance says what state it is in.
+    said = error.partition("<state>")[0]
+    return UsageError(f"the grammar ({kind}) cannot be used: {_line(said)}")
 
 
 def _line(error: object) -> str:

@@ -198,6 +198,20 @@ def test_a_grammar_that_cannot_be_used_is_the_users_error(kind, text):
         MASKERS["byte_level"].masker(Grammar(kind, text))
 
 
+@pytest.mark.parametrize("reference", ["file:///etc/hosts", "http://127.0.0.1:9/x.json"])
+def test_a_schema_refers_to_nothing_outside_of_it(reference):
+    with pytest.raises(UsageError, match="not present"):
+        MASKERS["byte_level"].masker(Grammar("json_schema", json.dumps({"$ref": reference})))
+
+
+def test_a_grammar_that_grows_too_complex_is_the_users_error():
+    tokenizer = TOKENIZERS["byte_level"]
+    masker = MASKERS["byte_level"].masker(Grammar("regex", "(a?){2000}a{2000}"))
+    with pytest.raises(UsageError, match="cannot be used") as caught:
+        write(tokenizer, masker, likes(tokenizer, "a"))
+    assert "<state>" not in str(caught.value)
+
+
 def test_a_grammar_has_a_kind_and_a_bounded_length():
     with pytest.raises(UsageError, match="must be one of"):
         Grammar("bnf", "x")

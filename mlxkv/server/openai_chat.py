@@ -25,8 +25,7 @@ from mlxkv.server.openai_fields import (
     Function,
     Name,
     ResponseFormat,
-    Sampling,
-    StreamOptions,
+    Streamed,
     chosen_tools,
     format_grammar,
     reasoning_of,
@@ -87,7 +86,7 @@ class AllowedChoice(Strict):
     allowed_tools: AllowedTools
 
 
-class ChatRequest(Sampling):
+class ChatRequest(Streamed):
     """A conversation to be answered."""
 
     model: str
@@ -95,8 +94,6 @@ class ChatRequest(Sampling):
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
     n: Annotated[int, Field(ge=1, le=128)] | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     tools: Annotated[list[FunctionTool], Field(max_length=512)] | None = None
@@ -112,11 +109,6 @@ class ChatRequest(Sampling):
     def n_answers(self) -> int:
         """How many answers are asked for."""
         return self.n or 1
-
-    @property
-    def wants_usage(self) -> bool:
-        """Whether a stream ends with its usage."""
-        return bool(self.stream_options and self.stream_options.include_usage)
 
     def choice(self) -> tuple[str, list[str] | None]:
         """The mode of `tool_choice`, and the only tools that it leaves, if it names some."""

@@ -21,13 +21,13 @@ from mlxkv.server.config import ServerConfig
 from mlxkv.server.fields import Count, Whole, checked_model, dropped, seconds
 from mlxkv.server.json_route import JSONRoute
 from mlxkv.server.openai_chat import error_event, submit_all, with_options
-from mlxkv.server.openai_fields import ResponseFormat, Sampling, StreamOptions, format_grammar
+from mlxkv.server.openai_fields import ResponseFormat, Streamed, format_grammar
 from mlxkv.server.openai_output import Progress, finite, new_id, usage
 
 Tokens = Annotated[list[Whole], Field(min_length=1)]
 
 
-class CompletionRequest(Sampling):
+class CompletionRequest(Streamed):
     """Texts to go on from."""
 
     model: str
@@ -45,8 +45,6 @@ class CompletionRequest(Sampling):
     echo: Literal[False] | None = Field(None, description="Prompts are not echoed.")
     suffix: None = Field(None, description="Nothing is filled in before a suffix.")
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = Field(None, description="As in chat completions.")
 
     @field_validator("echo", "suffix", "best_of", mode="before")
@@ -55,11 +53,6 @@ class CompletionRequest(Sampling):
         if value in (None, False, "") or (info.field_name == "best_of" and value == 1):
             return None
         raise ValueError("not supported")
-
-    @property
-    def wants_usage(self) -> bool:
-        """Whether a stream ends with its usage."""
-        return bool(self.stream_options and self.stream_options.include_usage)
 
     @property
     def prompts(self) -> list[str | list[int]]:

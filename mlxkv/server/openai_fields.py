@@ -23,6 +23,7 @@ from mlxkv.server.fields import Count, Strict, Whole, dropped
 NAME_PATTERN = r"^[A-Za-z0-9_.:/-]{1,128}$"
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 Text = Annotated[str, Field(min_length=1)]
+StopText = Annotated[str, Field(min_length=1, max_length=1024)]
 Real = Annotated[float, Field(allow_inf_nan=False)]
 Off = Annotated[float, Field(ge=0, le=0)]
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
@@ -61,7 +62,7 @@ class Sampling(Ignored):
         ]
         | None
     ) = None
-    stop: Text | Annotated[list[Text], Field(max_length=16)] | None = None
+    stop: StopText | Annotated[list[StopText], Field(max_length=16)] | None = None
     context: Count | None = None
     overflow: Literal["stop", "shift"] | None = None
     keep: Whole | None = None
@@ -102,6 +103,24 @@ class StreamOptions(Strict):
 
     include_usage: bool | None = None
     include_obfuscation: Literal[False] | None = None
+
+
+class Streamed(Sampling):
+    """A request that may be answered by a stream of chunks."""
+
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+    @model_validator(mode="after")
+    def _options_of_a_stream(self) -> Streamed:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options needs stream: true")
+        return self
+
+    @property
+    def wants_usage(self) -> bool:
+        """Whether a stream ends with its usage."""
+        return bool(self.stream_options and self.stream_options.include_usage)
 
 
 class TextFormat(Strict):
