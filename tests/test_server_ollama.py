@@ -378,8 +378,9 @@ def test_keep_alive_is_a_duration(client, engine, given, seconds):
     assert engine.last.keep_alive_s == seconds
 
 
-def test_a_keep_alive_that_is_no_duration_is_refused(address):
-    said = refused(address, "/api/chat", model=MODEL, messages=HELLO, keep_alive="soon")
+@pytest.mark.parametrize("given", ["soon", "99999999999", 1e10])
+def test_a_keep_alive_that_is_no_duration_is_refused(address, given):
+    said = refused(address, "/api/chat", model=MODEL, messages=HELLO, keep_alive=given)
     assert "keep_alive" in said
 
 

@@ -22,7 +22,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 from mlxkv.grammar import Grammar
 from mlxkv.server.fields import Count, Strict, Whole
-from mlxkv.server.openai_fields import Function, Name, chosen_tools, tools_grammar
+from mlxkv.server.openai_fields import Function, Name, StopText, chosen_tools, tools_grammar
 
 
 def _empty(value: Any) -> Any:
@@ -290,9 +290,7 @@ class MessagesRequest(CountRequest):
 
     max_tokens: Count
     stream: bool | None = None
-    stop_sequences: (
-        Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=64)] | None
-    ) = None
+    stop_sequences: Annotated[list[StopText], Field(max_length=16)] | None = None
     temperature: Annotated[float, Field(ge=0, le=1e6)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Whole | None = None

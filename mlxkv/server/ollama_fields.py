@@ -20,6 +20,7 @@ from pydantic import AfterValidator, Field
 from mlxkv.errors import UsageError
 from mlxkv.grammar import Grammar
 from mlxkv.server.fields import Strict, Whole, dropped, seconds
+from mlxkv.server.openai_fields import StopText
 
 Real = Annotated[float, Field(allow_inf_nan=False)]
 Think = bool | Literal["low", "medium", "high"]
@@ -80,7 +81,7 @@ class Options(Loading):
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repeat_penalty: Annotated[float, Field(gt=0, le=1e6)] | None = None
     repeat_last_n: Annotated[int, Field(ge=-1, le=MAX_TOKENS)] | None = None
-    stop: Text | list[Text] | None = None
+    stop: StopText | Annotated[list[StopText], Field(max_length=16)] | None = None
     mirostat: Annotated[int, _only(0)] | None = None
     mirostat_tau: Real | None = Field(default=None, description="Without effect: mirostat is off.")
     mirostat_eta: Real | None = Field(default=None, description="Without effect: mirostat is off.")
@@ -223,7 +224,7 @@ def keep_alive_s(value: float | str | None) -> float | None:
     if isinstance(value, str):
         digits = value.strip().removeprefix("-")
         if digits.isascii() and digits.isdigit() and len(digits) <= 12:
-            return float(value)
+            value = float(value)
     return seconds(value)
 
 
