@@ -133,6 +133,7 @@ class Chunk:
         tool_calls: calls that are complete with this step, or cut off by the end of the answer.
         logprobs: of the token, if they were asked for.
         error: with `memory`: the numbers, and what would have helped.
+        stopped_by: the stop text that ended it, on the last chunk.
     """
 
     text: str
@@ -143,6 +144,7 @@ class Chunk:
     tool_calls: tuple[ToolCall, ...] = ()
     logprobs: TokenLogprobs | None = None
     error: KVCacheFull | None = None
+    stopped_by: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -340,6 +342,11 @@ class AnswerReader:
     def stopped(self) -> bool:
         """Whether a stop text came."""
         return self._stop.stopped
+
+    @property
+    def stopped_by(self) -> str | None:
+        """The stop text that came."""
+        return self._stop.found
 
     def add(self, token: int) -> Parts:
         """The next token; an end token adds nothing, unless it is a marker of the format."""

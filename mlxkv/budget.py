@@ -59,6 +59,7 @@ class Budget:
         self, model: CausalLM, weights_bytes: int, limit_bytes: int, pages: Pages | None = None
     ):
         self.weights_bytes, self.pages = weights_bytes, pages
+        self._all_pages = [] if pages is None else [pages]
         self._limit_bytes = limit_bytes
         self._model = model
         self._needs: dict[str, Needs] = {}
@@ -73,8 +74,14 @@ class Budget:
     @limit_bytes.setter
     def limit_bytes(self, limit_bytes: int) -> None:
         self._limit_bytes = limit_bytes
-        if self.pages is not None:
-            self.pages.budget_bytes = planner.pages_bytes(limit_bytes, self.weights_bytes)
+        share = planner.pages_bytes(limit_bytes, self.weights_bytes)
+        for pages in self._all_pages:
+            pages.budget_bytes = share // len(self._all_pages)
+
+    def adopt(self, pages: Pages) -> None:
+        """Count another owner's prefixes in: all get the same share."""
+        self._all_pages.append(pages)
+        self.limit_bytes = self._limit_bytes
 
     def join(self, session: Session) -> None:
         """Count a sequence in, for as long as it lives."""
@@ -88,11 +95,12 @@ class Budget:
     @property
     def used_bytes(self) -> int:
         """Weights, KV and prefix pages."""
-        return self.weights_bytes + self.kv_bytes + self._pages_bytes
+        return self.weights_bytes + self.kv_bytes + self.pages_bytes
 
     @property
-    def _pages_bytes(self) -> int:
-        return 0 if self.pages is None else self.pages.nbytes
+    def pages_bytes(self) -> int:
+        """Prefix pages in RAM."""
+        return sum(pages.nbytes for pages in self._all_pages)
 
     def use(self) -> KVUse:
         """KV of all live sequences, now."""
@@ -107,8 +115,8 @@ class Budget:
     def begin(self) -> None:
         """A request begins: its figures do, and pages may take their share again."""
         self.start = self.most = self.use()
-        if self.pages is not None:
-            self.pages.take_share()
+        for pages in self._all_pages:
+            pages.take_share()
 
     def note(self) -> None:
         """Take the KV of now into the figures."""
@@ -162,7 +170,7 @@ class Budget:
             session.rungs.append(Rung("cache", session.n_held, cached))
         yield (wanted,)
         yield smaller
-        while self._pages_bytes:
+        while self.pages_bytes:
             missing = -self._room_after(session, (wanted, *smaller)[-1], last=True)
             session.rungs.append(self._give_pages(session.n_held, max(1, missing)))
             yield (wanted, *smaller)
@@ -186,16 +194,19 @@ class Budget:
             now = session.chunk_cap or default_chunk()
             session.chunk_cap = max(MIN_CHUNK, now // 4)
             session.rungs.append(Rung("chunk", held, session.chunk_cap))
-        elif self._pages_bytes:
-            session.rungs.append(self._give_pages(held, self._pages_bytes))
+        elif self.pages_bytes:
+            session.rungs.append(self._give_pages(held, self.pages_bytes))
         elif session.can_pack:
             session.rungs.append(session.pack())
         else:
             raise self._full(session, held + 1, held)
 
     def _give_pages(self, held: int, n_bytes: int) -> Rung:
-        assert self.pages is not None
-        return Rung("pages", held, self.pages.give_back(n_bytes))
+        given = 0
+        for pages in sorted(self._all_pages, key=lambda pages: -pages.nbytes):
+            if given < n_bytes:
+                given += pages.give_back(n_bytes - given)
+        return Rung("pages", held, given)
 
     def _is_roomy(self, session: Session, n_tokens: int) -> bool:
         """Whether so much is free that what a small chunk takes need not be known."""
@@ -289,7 +300,7 @@ def memory_stats(budget: Budget) -> MemoryStats:
     pages = budget.pages
     disk = None if pages is None else pages.opened_disk
     active, peak = mx.get_active_memory(), mx.get_peak_memory()
-    pages_bytes = 0 if pages is None else pages.nbytes
+    pages_bytes = budget.pages_bytes
     explained = budget.weights_bytes + budget.kv_bytes + pages_bytes
     most = budget.weights_bytes + budget.most.allocated_bytes + pages_bytes
     return MemoryStats(

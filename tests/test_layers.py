@@ -29,8 +29,8 @@ LAYERS = (
     ("generate", "decoder", "overflow", "planner", "budget", "pages", "page_cutter",
      "page_links", "page_ram",
      "page_disk", "page_files", "page_folder", "page_room", "kv_names", "named_kv", "hub",
-     "hub_headers", "wheels", "store", "card", "plan_card"),
-    ("llm", "conversation", "answer", "turn", "saved_prefix", "asks", "engine"),
+     "hub_headers", "wheels", "store", "copies", "card", "plan_card"),
+    ("llm", "conversation", "answer", "turn", "saved_prefix", "asks", "serving", "engine"),
     ("convert", "server"),
     ("cli", "repl", "run", "commands", "doctor", "figures", "kv_cli", "kv_card", "kv_sources",
      "verify"),
@@ -39,6 +39,7 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 DEFERRED = {
     ("store", "convert"): "pulling a GGUF file converts it",
+    ("copies", "convert"): "a model made of another may be packed",
 }
 """Imports inside a function that may point up, and why."""
 

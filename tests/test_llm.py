@@ -136,6 +136,15 @@ def test_a_stop_text_ends_the_answer_and_is_not_part_of_it(folder, stop, text):
     assert (result.text, result.finish_reason) == (text, "stop")
 
 
+def test_the_last_chunk_names_the_stop_text_that_ended_the_answer(folder):
+    llm = scripted(folder, "llama", "abcde")
+    *chunks, last = llm.stream([USER], stop=["x", "d", "cd"])
+    assert last.stopped_by == "cd"
+    assert {chunk.stopped_by for chunk in chunks} == {None}
+    *_, last = scripted(folder, "llama", "abcde").stream([USER], stop="x")
+    assert last.stopped_by is None
+
+
 def test_what_only_began_like_a_stop_text_is_shown_at_the_end(folder):
     result = scripted(folder, "llama", "abc").chat([USER], stop="cd")
     assert result.text == "abc"

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hypothesis
+import pytest
 import schemathesis
 from hypothesis import HealthCheck, Phase
 from schemathesis import GenerationMode
 
+from mlxkv.errors import ModelNotFound
 from mlxkv.server.app import create_app
 from mlxkv.server.config import ServerConfig
 from tests.fake_engine import MODEL, FakeEngine
@@ -15,6 +17,19 @@ ENGINE = FakeEngine()
 APP = create_app(ENGINE, ServerConfig(hosts=("testserver",)))
 SCHEMA = schemathesis.openapi.from_asgi("/openapi.json", APP)
 SCHEMA.config.generation.update(modes=[GenerationMode.POSITIVE, GenerationMode.NEGATIVE])
+
+
+@pytest.fixture(autouse=True)
+def nothing_to_break(tmp_path, monkeypatch):
+    """Made-up names are names: of no model here, and none is fetched."""
+
+    def pull(name, *, report):
+        raise ModelNotFound(f"no model named {name!r}")
+
+    monkeypatch.setenv("MLXKV_MODELS", str(tmp_path))
+    monkeypatch.setattr("mlxkv.hub.cached_snapshot", lambda repo_id: None)
+    monkeypatch.setattr("mlxkv.hub.cached_repos", list)
+    monkeypatch.setattr("mlxkv.store.pull", pull)
 
 
 @SCHEMA.parametrize()

@@ -14,7 +14,14 @@ from starlette.middleware import Middleware
 
 from mlxkv.asks import Engine
 from mlxkv.errors import MlxkvError
-from mlxkv.server import openai_chat, openai_completions, openai_models, openai_responses
+from mlxkv.server import (
+    anthropic,
+    ollama,
+    openai_chat,
+    openai_completions,
+    openai_models,
+    openai_responses,
+)
 from mlxkv.server.config import ServerConfig
 from mlxkv.server.errors import error_response
 from mlxkv.server.guard import Guard
@@ -25,6 +32,8 @@ ROUTERS: tuple[Callable[[Engine, ServerConfig], APIRouter], ...] = (
     openai_completions.router,
     openai_models.router,
     openai_responses.router,
+    anthropic.router,
+    ollama.router,
 )
 """The front ends."""
 

@@ -1,0 +1,134 @@
+"""Names of models in requests that speak of models that are here.
+
+No name of a request is a path, except one that the operator gave. A model that is not here is not
+fetched to answer a request: clients are told to pull it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from fastapi.concurrency import run_in_threadpool
+
+from mlxkv import catalog, hub
+from mlxkv.asks import Engine
+from mlxkv.errors import ModelNotFound, UsageError
+from mlxkv.names import (
+    NAME,
+    REPO,
+    CatalogRef,
+    HubRef,
+    StoredRef,
+    is_model,
+    locate,
+    models_dir,
+    slug,
+)
+from mlxkv.server.config import ServerConfig
+
+LATEST = ":latest"
+_HOSTS = ("hf.co/", "huggingface.co/")
+_MAX_CHARS = 256
+
+
+async def present(engine: Engine, config: ServerConfig, name: str) -> str:
+    """The name by which the engine knows a model that is here.
+
+    Args:
+        engine: whose models may be named as they are.
+        config: the same for the operator's.
+        name: as a request has it, with or without `:latest`.
+
+    Raises:
+        ModelNotFound: it is not here, or no name.
+    """
+    known = {*config.models, *(model.name for model in engine.loaded())}
+    for spelling in spellings(name):
+        if spelling in known:
+            return spelling
+    return await run_in_threadpool(stored_name, name)
+
+
+def stored_name(name: str) -> str:
+    """The same, without what the engine and the operator know.
+
+    Raises:
+        ModelNotFound: as `present`.
+    """
+    for spelling in spellings(name):
+        if _is_here(spelling):
+            return spelling
+    raise ModelNotFound(f"model {_short(name)} not found: pull it first, or GET /api/tags")
+
+
+def pullable_name(name: str) -> str:
+    """A model that can be fetched: of the catalog, or a Hugging Face repository.
+
+    Raises:
+        ModelNotFound: there is none of that name.
+    """
+    for spelling in spellings(name):
+        ref = _ref(spelling)
+        if isinstance(ref, CatalogRef | HubRef | StoredRef):
+            return spelling
+    raise ModelNotFound(
+        f"model {_short(name)} not found: give a built-in model, or a Hugging Face repository "
+        "(org/name)"
+    )
+
+
+def new_name(name: str) -> str:
+    """A name under which a model may be stored here.
+
+    Raises:
+        UsageError: it is no name, or one that is taken.
+    """
+    name = name.removesuffix(LATEST)
+    if len(name) > _MAX_CHARS or not NAME.fullmatch(name) or name.endswith(".gguf"):
+        raise UsageError(
+            f"a model's name has letters, digits, '.', '_', '-' and one ':'; got {_short(name)}"
+        )
+    if catalog.find(name):
+        raise UsageError(f"{_short(name)} is the name of a built-in model; choose another")
+    if is_model(models_dir() / slug(name)):
+        raise UsageError(f"model {_short(name)} exists already; delete it first")
+    return name
+
+
+def spellings(name: str) -> Iterator[str]:
+    """What a client may mean by a name: Ollama's clients add `:latest`, or leave it out."""
+    for host in _HOSTS:
+        name = name.removeprefix(host)
+    bare = name.removesuffix(LATEST)
+    if "/" not in name:
+        yield name
+    if "/" in name or bare != name:
+        yield bare
+    elif ":" not in name:
+        yield name + LATEST
+
+
+def _ref(name: str) -> StoredRef | CatalogRef | HubRef | None:
+    """What a name means; None if it is none, or a path."""
+    if len(name) > _MAX_CHARS or not (NAME.fullmatch(name) or REPO.fullmatch(name)):
+        return None
+    try:
+        ref = locate(name)
+    except ModelNotFound:
+        return None
+    return ref if isinstance(ref, StoredRef | CatalogRef | HubRef) else None
+
+
+def _is_here(name: str) -> bool:
+    match _ref(name):
+        case StoredRef():
+            return True
+        case CatalogRef(model):
+            return is_model(models_dir() / slug(model.name))
+        case HubRef(repo_id):
+            return hub.cached_snapshot(repo_id) is not None
+    return False
+
+
+def _short(name: str) -> str:
+    return repr(name if len(name) <= 80 else name[:77] + "...")

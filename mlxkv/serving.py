@@ -1,0 +1,359 @@
+"""One loaded model and the requests that it answers, step by step, all on the thread that calls.
+
+Invariants:
+- A request is waiting, prefilling or decoding; at most one is prefilling. `step` computes one chunk
+  of that one and one token of all that decode, so that nobody waits longer than a chunk takes.
+- What goes wrong in a request ends that request. Its prefix is kept as pages, however it ended.
+- Pages of one owner are never another's.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+
+from mlxkv.answer import Chunk, Request, TokenLogprobs
+from mlxkv.asks import Ask
+from mlxkv.decoder import Decoder, Drawn, Row
+from mlxkv.errors import CheckpointError, KVCacheFull, MlxkvError
+from mlxkv.generate import Session, default_chunk
+from mlxkv.grammar import Masker, Maskers
+from mlxkv.kv_format import first_kv_type
+from mlxkv.llm import LLM, keep_prefix
+from mlxkv.memory import ALLOCATION_ERRORS, is_allocation_failure
+from mlxkv.page_disk import open_pages
+from mlxkv.pages import Pages
+from mlxkv.turn import Turn
+
+_log = logging.getLogger(__name__)
+
+STALL_S = 0.5
+"""How long a chunk of one prompt may hold up the answers that are being written."""
+MIN_CHUNK = 16
+
+
+@dataclass(eq=False)
+class Task:
+    """A request inside the engine.
+
+    Args:
+        ask: what is asked for.
+        tell: takes the chunks of the answer, and at last None or the error that ended it.
+        is_cancelled: whether nobody wants the rest.
+    """
+
+    ask: Ask
+    tell: Callable[[Chunk | BaseException | None], None]
+    is_cancelled: Callable[[], bool]
+    turn: Turn | None = field(default=None, init=False)
+    row: Row | None = field(default=None, init=False)
+    masker: Masker | None = field(default=None, init=False)
+    steps: Generator[tuple[int, int], None, mx.array] | None = field(default=None, init=False)
+
+
+@dataclass
+class Counts:
+    """What a model has done since it was loaded."""
+
+    requests: int = 0
+    failed: int = 0
+    cancelled: int = 0
+    prompt_tokens: int = 0
+    restored_ram_tokens: int = 0
+    restored_ssd_tokens: int = 0
+    computed_tokens: int = 0
+    generated_tokens: int = 0
+    misses: dict[str, int] = field(default_factory=dict)
+
+
+class ServedModel:
+    """A loaded model and its requests.
+
+    Args:
+        name: as requests name it.
+        llm: the model.
+        max_running: requests that decode at a time.
+    """
+
+    def __init__(self, name: str, llm: LLM, max_running: int):
+        self.name, self.llm, self.max_running = name, llm, max_running
+        self.counts = Counts()
+        self.waiting: deque[Task] = deque()
+        self.prefilling: Task | None = None
+        self.running: dict[Row, Task] = {}
+        self._decoder = Decoder(llm.model)
+        self._pages: dict[str, Pages | None] = {"": llm.pages}
+        self._maskers: Maskers | None = None
+        self._seconds_per_token = 0.0
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether there is nothing to do."""
+        return not (self.waiting or self.prefilling or self.running)
+
+    @property
+    def n_sequences(self) -> int:
+        """Requests that are being computed."""
+        return len(self.running) + (self.prefilling is not None)
+
+    def tasks(self) -> Iterator[Task]:
+        """All requests that have not ended."""
+        yield from self.waiting
+        if self.prefilling is not None:
+            yield self.prefilling
+        yield from list(self.running.values())
+
+    def step(self) -> None:
+        """One chunk of a prompt, and one token of every answer."""
+        self._drop_cancelled()
+        if self.prefilling is None and self.waiting and len(self.running) < self.max_running:
+            task = self.waiting.popleft()
+            if task.turn is None:
+                self._begin(task)
+            else:  # it goes on, from its pages or behind a shift
+                self.prefilling = task
+        if self.prefilling is not None:
+            self._prefill(self.prefilling)
+        if self.running:
+            self._decode()
+
+    def close(self) -> None:
+        """Keep prefixes that are worth it, and forget the model."""
+        for task in list(self.tasks()):
+            self._end(task, MlxkvError("the model was unloaded"))
+        self.waiting.clear()
+        for pages in self._pages.values():
+            if pages is not None and pages is not self.llm.pages:
+                pages.close()
+        self.llm.close()
+
+    def _drop_cancelled(self) -> None:
+        for task in [task for task in self.tasks() if task.is_cancelled()]:
+            self.counts.cancelled += 1
+            if task in self.waiting:
+                self.waiting.remove(task)
+            self._end(task, None)
+
+    def _begin(self, task: Task) -> None:
+        """Find out what a request wants, and bring back what is known of its prompt."""
+        self.counts.requests += 1
+        self.prefilling = task
+        try:
+            request = Request.of(**self._options(task.ask))
+            session = Session(
+                self.llm.model, self.llm.kv_type, self._pages_of(task.ask.owner), self.llm.budget
+            )
+            turn, text = self.llm.prepare(task.ask.prompt, request, session)
+            task.turn = turn
+            if task.ask.grammar is not None:
+                if self._maskers is None:
+                    self._maskers = Maskers(self.llm.tokenizer)
+                task.masker = self._maskers.masker(task.ask.grammar, text)
+            self.llm.budget.begin()
+            task.steps = turn.session.prefilling(turn.begin(), self._chunk)
+        except Exception as error:  # one request's, whatever it is
+            self._end(task, error)
+
+    def _options(self, ask: Ask) -> dict[str, Any]:
+        """A request's options; what it leaves open is what the model's maker recommends."""
+        advice = self.llm.recommended
+        names = ("temperature", "top_k", "top_p", "min_p", "repeat_penalty")
+        unset = {name: getattr(advice, name) for name in names}
+        return {name: x for name, x in unset.items() if x is not None} | dict(ask.options)
+
+    def _pages_of(self, owner: str) -> Pages | None:
+        if owner not in self._pages:
+            llm = self.llm
+            self._pages[owner] = pages = open_pages(
+                llm.model, llm.path, first_kv_type(llm.kv_type), 0, owner=owner
+            )
+            if pages is not None:
+                llm.budget.adopt(pages)
+        return self._pages[owner]
+
+    def _chunk(self) -> int | None:
+        """Tokens of a prompt that may hold the others up; None where nobody is held up."""
+        if not self.running:
+            return None
+        if not self._seconds_per_token:
+            return MIN_CHUNK
+        most = int(STALL_S / self._seconds_per_token)
+        return max(MIN_CHUNK, min(default_chunk(), most))
+
+    def _prefill(self, task: Task) -> None:
+        turn, steps = task.turn, task.steps
+        assert turn is not None and steps is not None
+        start, held = time.perf_counter(), turn.session.n_held
+        try:
+            next(steps)
+            n = turn.session.n_held - held
+            if n > 0:
+                self._seconds_per_token = (time.perf_counter() - start) / n
+        except StopIteration as stop:
+            task.steps = None
+            self.prefilling = None
+            self._add(task, stop.value)
+        except Exception as error:  # one request's, whatever it is
+            self._end(task, error)
+
+    def _add(self, task: Task, logits: mx.array) -> None:
+        """A prompt is computed: its answer joins the others."""
+        turn = task.turn
+        assert turn is not None
+        n = len(turn.sequence)
+        room = turn.bound.context - (n - turn.bound.n_dropped(n))
+        left = None if turn.limit is None else turn.limit - turn.n_generated
+        row = Row(
+            turn.session,
+            logits,
+            turn.sampler,
+            room if left is None else min(room, left),
+            None if task.masker is None else _allowed(task.masker, self.llm.config.vocab_size),
+            task.ask.logprobs,
+        )
+        try:
+            self._decoder.add(row)
+        except Exception as error:  # one request's, whatever it is
+            self._end(task, error)
+            return
+        task.row = row
+        self.running[row] = task
+
+    def _decode(self) -> None:
+        try:
+            drawn = self._decoder.step()
+        except ALLOCATION_ERRORS as error:
+            if not is_allocation_failure(error):
+                raise
+            self._start_over(error)
+            return
+        for one in drawn:
+            task = self.running.get(one.row)
+            if task is not None:
+                self._take(task, one)
+
+    def _start_over(self, error: BaseException) -> None:
+        """MLX could not allocate: all sequences go on from their pages, one after the other."""
+        tasks = list(self.running.values())
+        self.running.clear()
+        for task in reversed(tasks):
+            turn = task.turn
+            assert turn is not None
+            task.row = None
+            held = turn.bound.remaining(turn.sequence)
+            try:
+                turn.session.start_over(held, error)
+            except Exception as full:
+                self._end(task, full)
+                continue
+            turn.sampler.rewind(turn.n_generated)
+            task.steps = turn.session.prefilling(held, self._chunk)
+            self.waiting.appendleft(task)
+
+    def _take(self, task: Task, drawn: Drawn) -> None:
+        """A step's token of one answer."""
+        turn, row = task.turn, task.row
+        assert turn is not None and row is not None
+        if drawn.token is None:
+            if isinstance(drawn.error, CheckpointError):
+                turn.session.discard()
+            self._end(task, drawn.error)
+            return
+        try:
+            chunk = turn.took(drawn.token, self._logprobs(drawn))
+            if task.masker is not None and not turn.over:
+                task.masker.advance(drawn.token)
+                if task.masker.finished:
+                    task.tell(chunk)
+                    self._end(task, turn.ended("stop"))
+                    return
+        except Exception as error:  # one request's, whatever it is
+            self._end(task, error)
+            return
+        if turn.over:
+            self._end(task, chunk)
+            return
+        task.tell(chunk)
+        if len(row.tokens) == row.max_tokens:
+            self._shift(task)
+
+    def _shift(self, task: Task) -> None:
+        """The context is full, and the oldest tokens go: what remains is computed like a prompt."""
+        turn = task.turn
+        assert turn is not None and task.row is not None
+        del self.running[task.row]
+        task.row = None
+        try:
+            remaining = turn.bound.remaining(turn.sequence)
+            turn.session.restore(remaining)
+            task.steps = turn.session.prefilling(remaining, self._chunk)
+        except Exception as error:  # one request's, whatever it is
+            self._end(task, error)
+            return
+        self.waiting.appendleft(task)
+
+    def _logprobs(self, drawn: Drawn) -> TokenLogprobs | None:
+        if drawn.logprob is None or drawn.token is None:
+            return None
+        top = tuple(self._token(token, logprob) for token, logprob in drawn.top)
+        return self._token(drawn.token, drawn.logprob, top)
+
+    def _token(
+        self, token: int, logprob: float, top: tuple[TokenLogprobs, ...] = ()
+    ) -> TokenLogprobs:
+        text = self.llm.tokenizer.decode([token], skip_special_tokens=False)
+        return TokenLogprobs(token, text, text.encode(), logprob, top)
+
+    def _end(self, task: Task, last: Chunk | BaseException | None) -> None:
+        """A request is over, with a last chunk, an error, or because nobody wants it."""
+        if task.row is not None:
+            self._decoder.remove(task.row)
+            self.running.pop(task.row, None)
+        if self.prefilling is task:
+            self.prefilling = None
+        if task.steps is not None:
+            task.steps.close()
+        turn = task.turn
+        if isinstance(last, KVCacheFull) and turn is not None and turn.n_generated:
+            last = turn.ended("memory", last)
+        if turn is not None:
+            keep_prefix(turn.session)
+        if isinstance(last, Chunk):
+            self._count(last)
+            task.tell(last)
+            task.tell(None)
+            return
+        if last is not None:
+            self.counts.failed += 1
+            if not isinstance(last, MlxkvError):
+                _log.error("a request failed", exc_info=last)
+        task.tell(last)
+
+    def _count(self, last: Chunk) -> None:
+        stats, counts = last.stats, self.counts
+        if stats is None:
+            return
+        counts.prompt_tokens += stats.prompt_tokens
+        counts.restored_ram_tokens += stats.restored_ram_tokens
+        counts.restored_ssd_tokens += stats.restored_ssd_tokens
+        counts.computed_tokens += stats.computed_tokens
+        counts.generated_tokens += stats.generated_tokens
+        if stats.miss is not None:
+            reason = stats.miss.reason
+            counts.misses[reason] = counts.misses.get(reason, 0) + 1
+
+
+def _allowed(masker: Masker, n_vocab: int) -> Callable[[Sequence[int]], mx.array]:
+    """What a grammar allows next; the engine advances it."""
+    blank = mx.zeros((1, n_vocab))
+
+    def allowed(_: Sequence[int]) -> mx.array:
+        return mx.isfinite(masker.mask(blank)[0])
+
+    return allowed
