@@ -13,6 +13,7 @@ import functools
 import os
 import shutil
 import sys
+import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     import mlx.core as mx
 
 MAX_CORES = 8
+_OF_THREAD = threading.local()
 _OPENBLAS = ("libopenblas.so.0", "libopenblas.so")
 
 
@@ -52,9 +54,18 @@ def load_blas() -> str | None:
     return None
 
 
-@functools.cache
 def core_streams() -> tuple[mx.Stream, ...]:
-    """One stream per core that the CPU backend's work is divided over; one alone on a GPU."""
+    """One stream per core that the CPU backend's work is divided over; one alone on a GPU.
+
+    MLX's streams belong to the thread that made them, and so does a model that was split.
+    """
+    streams = getattr(_OF_THREAD, "streams", None)
+    if streams is None:
+        streams = _OF_THREAD.streams = _new_streams()
+    return streams
+
+
+def _new_streams() -> tuple[mx.Stream, ...]:
     import mlx.core as mx
 
     default = mx.default_stream(mx.default_device())

@@ -1,0 +1,317 @@
+"""The engine: many requests at a time, each answered as it would be alone."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import AsyncIterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+import mlxkv
+from mlxkv.answer import Chunk, Stats
+from mlxkv.asks import Ask, Busy
+from mlxkv.engine import Engine
+from mlxkv.errors import MlxkvError, ModelNotFound, UsageError
+from mlxkv.grammar import Grammar
+from mlxkv.settings import Given
+from tests.command_line import chat_model
+
+LONG = "".join(chr(97 + (i * i + 3 * i) % 23) for i in range(700))
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("engine")
+    return {
+        name: chat_model(root / name, family=name, max_position_embeddings=2048)
+        for name in ("llama", "gemma3")
+    }
+
+
+@pytest.fixture
+def engine() -> Iterator[Engine]:
+    made = Engine(dtype="float32")
+    made.start()
+    yield made
+    made.close()
+
+
+async def collect(answer: AsyncIterable[Chunk]) -> list[Chunk]:
+    return [chunk async for chunk in answer]
+
+
+def ask(model: Path, prompt: Any = "hello", **options: Any) -> Ask:
+    return Ask(str(model), prompt, {"max_tokens": 20, **options})
+
+
+def tokens(chunks: list[Chunk]) -> list[int]:
+    return [chunk.token for chunk in chunks if chunk.token is not None]
+
+
+def stats(chunks: list[Chunk]) -> Stats:
+    last = chunks[-1].stats
+    assert last is not None
+    return last
+
+
+def alone(model: Path, prompt: Any, **options: Any) -> list[int]:
+    with mlxkv.load(model, dtype="float32") as llm:
+        return tokens(list(llm.stream(prompt, **{"max_tokens": 20, **options})))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_many_requests_get_what_each_gets_alone(family, models, engine):
+    model = models[family]
+    rng = random.Random(3)
+    prompts = [LONG[rng.randint(0, 90) : rng.randint(100, 690)] for _ in range(9)]
+    options = [
+        {"max_tokens": rng.randint(1, 40)}
+        | ({"temperature": 1.0, "seed": i} if i % 3 == 0 else {})
+        | ({"stop": "q"} if i % 4 == 1 else {})
+        for i in range(9)
+    ]
+
+    async def run() -> list[list[Chunk]]:
+        answers = [
+            collect(engine.submit(ask(model, prompt, **option)))
+            for prompt, option in zip(prompts, options, strict=True)
+        ]
+        return await asyncio.gather(*answers)
+
+    for prompt, option, chunks in zip(prompts, options, asyncio.run(run()), strict=True):
+        assert tokens(chunks) == alone(model, prompt, **option)
+        assert chunks[-1].finish_reason in ("stop", "length")
+        assert stats(chunks).prompt_tokens == len(prompt)
+    assert engine.stats().models[str(model)].requests == 9
+
+
+def test_a_prefix_is_computed_once(models, engine):
+    model = models["llama"]
+
+    async def run() -> list[Chunk]:
+        await collect(engine.submit(ask(model, LONG)))
+        return await collect(engine.submit(ask(model, LONG + "x")))
+
+    assert stats(asyncio.run(run())).computed_tokens <= 5
+
+
+def test_pages_never_cross_owners(models, engine):
+    model = models["llama"]
+
+    async def run(owner: str) -> int:
+        chunks = await collect(engine.submit(Ask(str(model), LONG, {"max_tokens": 2}, owner)))
+        return stats(chunks).restored_tokens
+
+    async def all_of_them() -> list[int]:
+        return [await run(owner) for owner in ("a", "b", "a", "b", "")]
+
+    assert [n > 0 for n in asyncio.run(all_of_them())] == [False, False, True, True, False]
+
+
+def test_a_cancelled_answer_frees_its_place_and_keeps_its_prefix(models, engine):
+    model = models["llama"]
+
+    async def run() -> list[Chunk]:
+        answer = engine.submit(ask(model, LONG, max_tokens=1200))
+        async for _ in answer:
+            break
+        answer.cancel()
+        for _ in range(200):
+            if engine.stats().running == 0:
+                break
+            await asyncio.sleep(0.02)
+        assert engine.stats().running == 0
+        return await collect(engine.submit(ask(model, LONG)))
+
+    chunks = asyncio.run(run())
+    assert stats(chunks).restored_tokens > 600
+    assert engine.stats().models[str(model)].cancelled == 1
+
+
+BAD = [
+    (Ask("nonesuch", "x"), ModelNotFound),
+    ({"prompt": ""}, UsageError),
+    ({"prompt": [10**6]}, UsageError),
+    ({"prompt": 5000 * "x"}, UsageError),
+    ({"top_k": -1}, UsageError),
+    ({"nonsense": 1}, UsageError),
+    ({"temperature": float("nan")}, UsageError),
+    ({"logit_bias": {10**7: 1.0}}, UsageError),
+    ({"prompt": [{"role": "user"}]}, MlxkvError),
+    ({"stop": 5}, MlxkvError),
+]
+
+
+def test_bad_requests_fail_alone(models, engine):
+    model = models["llama"]
+    expected = alone(model, LONG[:50])
+
+    async def run() -> None:
+        rng = random.Random(1)
+        cases = BAD * 2
+        rng.shuffle(cases)
+        for made, error in cases:
+            given = made if isinstance(made, Ask) else ask(model, **made)
+            bad = collect(engine.submit(given))
+            good = collect(engine.submit(ask(model, LONG[:50])))
+            got, chunks = await asyncio.gather(bad, good, return_exceptions=True)
+            assert isinstance(got, error), (made, got)
+            assert isinstance(chunks, list), chunks
+            assert tokens(chunks) == expected
+
+    asyncio.run(run())
+    assert engine.alive
+
+
+def test_extreme_but_honest_requests_are_answered(models, engine):
+    model = models["llama"]
+
+    async def run() -> None:
+        for options in (
+            {"top_k": 10**6},
+            {"top_p": 1e-9, "temperature": 1.0},
+            {"temperature": 1e9},
+            {"min_p": 1.0, "temperature": 1.0},
+            {"max_tokens": 10**6, "stop": "e"},
+        ):
+            chunks = await collect(engine.submit(ask(model, "hello there", **options)))
+            assert chunks[-1].finish_reason in ("stop", "length")
+
+    asyncio.run(run())
+
+
+def test_broken_weights_end_a_request_and_not_the_engine(models, engine):
+    model = models["llama"]
+
+    async def run() -> None:
+        await engine.load(str(model))
+        llm = engine._places[str(model)].served.llm
+        norm = llm.model.model.norm
+        before = norm.weight
+        norm.weight = before * mx.nan
+        with pytest.raises(MlxkvError, match="not numbers"):
+            await collect(engine.submit(ask(model, "hello")))
+        norm.weight = before
+        chunks = await collect(engine.submit(ask(model, "hello")))
+        assert tokens(chunks) == alone(model, "hello")
+
+    asyncio.run(run())
+
+
+def test_the_queue_has_a_bound(models):
+    engine = Engine(dtype="float32", max_queue=2)  # not started: nothing leaves the queue
+    engine._thread.is_alive = lambda: True  # pyright: ignore[reportAttributeAccessIssue]
+    for _ in range(2):
+        engine.submit(ask(models["llama"]))
+    with pytest.raises(Busy) as caught:
+        engine.submit(ask(models["llama"]))
+    assert caught.value.status == 503 and caught.value.retry_after_s > 0
+    assert engine.stats().rejected == 1
+
+
+def test_models_leave_when_nobody_asks(models):
+    engine = Engine(dtype="float32", keep_alive_s=0.2)
+    engine.start()
+
+    async def run() -> None:
+        await collect(engine.submit(ask(models["llama"])))
+        assert [loaded.name for loaded in engine.loaded()] == [str(models["llama"])]
+        await engine.load(str(models["gemma3"]), keep_alive_s=-1)
+        await asyncio.sleep(0.6)
+        (left,) = engine.loaded()
+        assert left.name == str(models["gemma3"]) and left.until is None
+        assert await engine.unload(left.name)
+        assert not await engine.unload(left.name)
+        assert engine.loaded() == []
+
+    try:
+        asyncio.run(run())
+    finally:
+        engine.close()
+
+
+def test_the_least_recently_used_model_makes_room(models):
+    sizes = {name: mlxkv.plan(path, dtype="float32").weights_bytes for name, path in models.items()}
+    engine = Engine(dtype="float32", memory=max(sizes.values()) + 3_000_000)
+    engine.start()
+
+    async def run() -> None:
+        for name in ("llama", "gemma3", "llama"):
+            engine.limit_bytes = sizes[name] + 2_000_000
+            chunks = await collect(engine.submit(ask(models[name], "hi", max_tokens=3)))
+            assert chunks[-1].finish_reason == "length"
+            assert str(models[name]) in [loaded.name for loaded in engine.loaded()]
+
+    try:
+        asyncio.run(run())
+    finally:
+        engine.close()
+
+
+def test_logprobs_and_grammars(models, engine):
+    model = models["llama"]
+
+    async def run() -> tuple[list[Chunk], list[Chunk]]:
+        told = Ask(str(model), "hello", {"max_tokens": 5}, logprobs=3)
+        bound = Ask(
+            str(model), "hello", {"max_tokens": 60}, grammar=Grammar("regex", "(yes|no) [0-9]{3}")
+        )
+        return await asyncio.gather(collect(engine.submit(told)), collect(engine.submit(bound)))
+
+    told, bound = asyncio.run(run())
+    for chunk in told:
+        assert chunk.logprobs is not None
+        assert chunk.logprobs.token == chunk.token == chunk.logprobs.top[0].token
+        assert chunk.logprobs.logprob == pytest.approx(chunk.logprobs.top[0].logprob)
+        assert len(chunk.logprobs.top) == 3
+    text = "".join(chunk.text for chunk in bound)
+    assert text[:-4] in ("yes", "no") and text[-3:].isdigit()
+    assert bound[-1].finish_reason == "stop"
+
+
+def test_a_full_context_shifts_in_the_engine_as_well(models):
+    engine = Engine(dtype="float32", given=Given(context=128, overflow="shift"))
+    engine.start()
+    model, prompt = models["llama"], LONG[:100]
+    with mlxkv.load(model, dtype="float32", context=128, overflow="shift") as llm:
+        expected = tokens(list(llm.stream(prompt, max_tokens=150)))
+    try:
+        chunks = asyncio.run(collect(engine.submit(ask(model, prompt, max_tokens=150))))
+    finally:
+        engine.close()
+    assert tokens(chunks) == expected
+    assert stats(chunks).shifted_tokens > 0
+
+
+def test_a_stream_goes_on_while_a_long_prompt_is_read(models, engine):
+    model = models["llama"]
+
+    async def run() -> int:
+        await collect(engine.submit(ask(model, "warm", max_tokens=3)))
+        answer = engine.submit(ask(model, "hello", max_tokens=1500))
+        stream = aiter(answer)
+        await anext(stream)
+        long = asyncio.ensure_future(collect(engine.submit(ask(model, 2 * LONG, max_tokens=1))))
+        n = 0
+        while not long.done():
+            await anext(stream)
+            n += 1
+        answer.cancel()
+        return n
+
+    assert asyncio.run(run()) >= 5
+
+
+def test_a_closed_engine_says_so(models):
+    engine = Engine(dtype="float32")
+    engine.start()
+    engine.close()
+    assert not engine.alive
+    with pytest.raises(MlxkvError, match="stopped"):
+        engine.submit(ask(models["llama"]))
+    time.sleep(0)
