@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from mlxkv import __version__, kv_cli
+from mlxkv import __version__, kv_cli, serve_cli
 from mlxkv.errors import INTERRUPTED, MlxkvError, UsageError
 
 if TYPE_CHECKING:
@@ -28,6 +28,9 @@ app = typer.Typer(
 )
 
 app.add_typer(kv_cli.app)
+app.command()(serve_cli.serve)
+app.command()(serve_cli.ps)
+app.command()(serve_cli.stop)
 
 KVType = Annotated[
     str | None, typer.Option("--kv-type", help="Format of the KV cache: native, q8, q4 or auto.")

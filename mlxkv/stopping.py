@@ -21,6 +21,8 @@ class StopTexts:
     """
 
     def __init__(self, texts: str | Sequence[str] = ()):
+        if not isinstance(texts, Sequence):
+            raise UsageError(f"--stop must be a text that is not empty; got {texts!r}")
         self.texts = (texts,) if isinstance(texts, str) else tuple(texts)
         for text in self.texts:
             if not isinstance(text, str) or not text:

@@ -33,7 +33,7 @@ LAYERS = (
     ("llm", "conversation", "answer", "turn", "saved_prefix", "asks", "serving", "engine"),
     ("convert", "server"),
     ("cli", "repl", "run", "commands", "doctor", "figures", "kv_cli", "kv_card", "kv_sources",
-     "verify"),
+     "serve_cli", "verify"),
 )  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 

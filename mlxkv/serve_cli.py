@@ -1,0 +1,199 @@
+"""`mlxkv serve`, and what asks a server that runs: `mlxkv ps`, `mlxkv stop`."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from mlxkv.errors import MlxkvError, ModelNotFound, UsageError
+
+HOST, PORT = "127.0.0.1", 11434
+
+Server = Annotated[
+    str | None,
+    typer.Option("--server", help="Address of the server; MLXKV_SERVER, or this machine's."),
+]
+Key = Annotated[str | None, typer.Option("--api-key", help="MLXKV_API_KEY without it.")]
+
+
+def serve(
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = HOST,
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 for a free one.")] = PORT,
+    models: Annotated[
+        list[str] | None,
+        typer.Option("--model", "-m", help="Load it at once and keep it; may be repeated."),
+    ] = None,
+    api_keys: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--api-key", help="Clients must send one of these; may be repeated (MLXKV_API_KEY)."
+        ),
+    ] = None,
+    origins: Annotated[
+        list[str] | None,
+        typer.Option("--origin", help="A web page that may ask; may be repeated."),
+    ] = None,
+    hosts: Annotated[
+        list[str] | None,
+        typer.Option("--allow-host", help="Another name of this server; may be repeated."),
+    ] = None,
+    keep_alive: Annotated[
+        float, typer.Option(help="Seconds that an unused model stays; negative: for ever.")
+    ] = 300.0,
+    max_queue: Annotated[int, typer.Option(help="Requests that may wait.")] = 64,
+    max_running: Annotated[int, typer.Option(help="Answers that a model writes at a time.")] = 16,
+    dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")] = "auto",
+    context: Annotated[int | None, typer.Option(help="Tokens of prompt and answer.")] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="Limit of all models together, such as 16GiB.")
+    ] = None,
+    kv_type: Annotated[
+        str | None, typer.Option("--kv-type", help="native, q8, q4 or auto.")
+    ] = None,
+) -> int:
+    """Serve models over HTTP: the APIs of OpenAI, Ollama and Anthropic."""
+    from mlxkv.server.config import ServerConfig
+
+    keys = tuple(api_keys or filter(None, [os.environ.get("MLXKV_API_KEY")]))
+    config = ServerConfig(
+        host=host,
+        port=port,
+        api_keys=keys,
+        origins=tuple(origins or ()),
+        hosts=tuple(hosts or ()),
+        models=tuple(models or ()),
+    )
+    from mlxkv.engine import Engine
+    from mlxkv.settings import COMMAND_LINE, Given
+    from mlxkv.terminal import parse_bytes
+
+    engine = Engine(
+        memory=parse_bytes(memory or os.environ.get("MLXKV_MEMORY")),
+        dtype=dtype,
+        given=Given(context=context, kv_type=kv_type, origin=COMMAND_LINE),
+        keep_alive_s=keep_alive,
+        max_queue=max_queue,
+        max_running=max_running,
+    )
+    return _run(engine, config)
+
+
+def _run(engine: Any, config: Any) -> int:
+    import asyncio
+
+    import uvicorn
+
+    from mlxkv.server.app import create_app
+
+    app = create_app(engine, config)
+    server = uvicorn.Server(
+        uvicorn.Config(app, config.host, config.port, log_level="warning", ws="none")
+    )
+
+    async def run() -> None:
+        for model in config.models:
+            await engine.load(model, keep_alive_s=-1)
+            print(f"mlxkv: {model} is loaded", file=sys.stderr)
+        serving = asyncio.ensure_future(server.serve())
+        while not server.started and not serving.done():
+            await asyncio.sleep(0.01)
+        if server.started:
+            port = server.servers[0].sockets[0].getsockname()[1]
+            print(f"mlxkv: listening on http://{config.host}:{port}", file=sys.stderr, flush=True)
+        await serving
+
+    engine.start()
+    try:
+        asyncio.run(run())
+    except KeyboardInterrupt:
+        pass
+    finally:
+        engine.close()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    return 0
+
+
+def ps(
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="More columns.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    server: Server = None,
+    api_key: Key = None,
+) -> None:
+    """List the models that a running server has in memory."""
+    from mlxkv.terminal import human_bytes, table
+
+    loaded = _ask(server, api_key, "GET", "/stats.json")["loaded"]
+    if as_json:
+        print(json.dumps(loaded))
+        return
+    header = ["NAME", "SIZE", "WEIGHTS", "KV USED", "KV ALLOCATED", "SEQUENCES", "PAGES", "UNTIL"]
+    more = ["KV MAX", "PAGES ON SSD", "CONTEXT", "DEVICE", "FAMILY", "QUANTIZATION"]
+    rows = []
+    for model in loaded:
+        row = [
+            model["name"],
+            human_bytes(model["size_bytes"]),
+            human_bytes(model["weights_bytes"]),
+            human_bytes(model["kv_used_bytes"]),
+            human_bytes(model["kv_allocated_bytes"]),
+            str(model["n_sequences"]),
+            human_bytes(model["pages_ram_bytes"]),
+            model["until"] or "for ever",
+        ]
+        if verbose:
+            row += [
+                human_bytes(model["kv_max_bytes"]),
+                human_bytes(model["pages_ssd_bytes"]),
+                f"{model['context']:,}",
+                model["device"],
+                model["family"],
+                model["quantization"],
+            ]
+        rows.append(row)
+    print(table(header + more if verbose else header, rows))
+
+
+def stop(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A name that `ps` shows.")],
+    server: Server = None,
+    api_key: Key = None,
+) -> None:
+    """Have a running server give a model's memory back."""
+    names = [m["name"] for m in _ask(server, api_key, "GET", "/stats.json")["loaded"]]
+    if model not in names:
+        raise ModelNotFound(f"{model} is not loaded; loaded are: {', '.join(names) or 'none'}")
+    _ask(server, api_key, "POST", "/api/generate", {"model": model, "keep_alive": 0})
+    print(f"{model} is unloaded")
+
+
+def _ask(
+    server: str | None, key: str | None, method: str, path: str, body: Any = None
+) -> dict[str, Any]:
+    """A request to a running server.
+
+    Raises:
+        UsageError: there is none, or it refuses.
+    """
+    import urllib.error
+    import urllib.request
+
+    base = server or os.environ.get("MLXKV_SERVER") or f"http://{HOST}:{PORT}"
+    base = base if "://" in base else f"http://{base}"
+    headers = {"Content-Type": "application/json"}
+    if key := key or os.environ.get("MLXKV_API_KEY"):
+        headers["Authorization"] = f"Bearer {key}"
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(f"{base}{path}", data, headers, method=method)
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return json.loads(answer.read())
+    except urllib.error.HTTPError as error:
+        raise MlxkvError(f"{base} answered {error.code}: {error.read()[:200]!r}") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", error)
+        raise UsageError(f"no server at {base} ({reason}): start one with `mlxkv serve`") from None
