@@ -213,9 +213,10 @@ class Engine:
         """Give a model's memory back; whether it was there."""
 
         def unload() -> bool:
-            there = model in self._places
+            key = _key(model)
+            there = key in self._places
             if there:
-                self._drop(model)
+                self._drop(key)
             return there
 
         return await self._call(unload)
@@ -340,7 +341,7 @@ class Engine:
 
     def _place(self, model: str, keep_alive_s: float | None) -> _Place:
         """A model, loaded if need be."""
-        place = self._places.get(model)
+        place = self._places.get(_key(model))
         if place is None:
             place = self._load(model)
         place.used_at = time.monotonic()
@@ -350,6 +351,7 @@ class Engine:
 
     def _load(self, model: str) -> _Place:
         path = resolve(model, fetch=False)
+        key = _key(model)
         needed = lay_out(path, self._dtype).nbytes
         self._make_room(model, needed)
         llm = load_with(path, effective(path, self._given), self._dtype)
@@ -362,7 +364,7 @@ class Engine:
             "quantization": card.quantization,
             "size_bytes": sum(size for _, size in card.files),
         }
-        self._places[model] = place
+        self._places[key] = place
         self._share_memory()
         return place
 
@@ -441,6 +443,11 @@ class Engine:
             quantization=place.card["quantization"],
             digest=fingerprint_of(place.path),
         )
+
+
+def _key(model: str) -> str:
+    """A model's directory: it may have several names."""
+    return str(resolve(model, fetch=False))
 
 
 def fingerprint_of(path: Path) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import sys
 from typing import Annotated, Any
 
@@ -91,21 +92,16 @@ def _run(engine: Any, config: Any) -> int:
     from mlxkv.server.app import create_app
 
     app = create_app(engine, config)
-    server = uvicorn.Server(
-        uvicorn.Config(app, config.host, config.port, log_level="warning", ws="none")
-    )
+    listening = _listen(config.host, config.port)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", ws="none"))
 
     async def run() -> None:
         for model in config.models:
             await engine.load(model, keep_alive_s=-1)
             print(f"mlxkv: {model} is loaded", file=sys.stderr)
-        serving = asyncio.ensure_future(server.serve())
-        while not server.started and not serving.done():
-            await asyncio.sleep(0.01)
-        if server.started:
-            port = server.servers[0].sockets[0].getsockname()[1]
-            print(f"mlxkv: listening on http://{config.host}:{port}", file=sys.stderr, flush=True)
-        await serving
+        port = listening.getsockname()[1]
+        print(f"mlxkv: listening on http://{config.host}:{port}", file=sys.stderr, flush=True)
+        await server.serve([listening])
 
     engine.start()
     try:
@@ -116,6 +112,24 @@ def _run(engine: Any, config: Any) -> int:
         engine.close()
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     return 0
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A socket that takes connections.
+
+    Raises:
+        UsageError: the port is taken, or the address is not this machine's.
+    """
+    kind = socket.AF_INET6 if ":" in host else socket.AF_INET
+    made = socket.socket(kind)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        made.bind((host, port))
+        made.listen(128)
+    except (OSError, OverflowError) as error:
+        made.close()
+        raise UsageError(f"--host {host} --port {port} cannot be listened on: {error}") from None
+    return made
 
 
 def ps(

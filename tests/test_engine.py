@@ -19,6 +19,7 @@ from mlxkv.engine import Engine
 from mlxkv.errors import MlxkvError, ModelNotFound, UsageError
 from mlxkv.grammar import Grammar
 from mlxkv.settings import Given
+from mlxkv.store import resolve
 from tests.command_line import chat_model
 
 LONG = "".join(chr(97 + (i * i + 3 * i) % 23) for i in range(700))
@@ -189,7 +190,7 @@ def test_broken_weights_end_a_request_and_not_the_engine(models, engine):
 
     async def run() -> None:
         await engine.load(str(model))
-        llm = engine._places[str(model)].served.llm
+        llm = engine._places[str(resolve(model))].served.llm
         norm = llm.model.model.norm
         before = norm.weight
 
