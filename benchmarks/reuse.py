@@ -236,7 +236,7 @@ def main() -> None:
                 "weights": weights,
                 "sizes": asdict(sizes),
             },
-            **about(ROOT),
+            **about(ROOT, "benchmarks.reuse"),
             "command": f"python -m benchmarks.reuse {shlex.join(words)}",
         }
         for engine, name, index in plan(args):
