@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import report
@@ -203,21 +203,7 @@ def main() -> None:
                     run = run_once(job, engine, index, environment(args))
                     runs.append(run)
                     print(f"{engine:7} {run.describe()}", file=sys.stderr, flush=True)
-    output = args.output.with_suffix("")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    written = {
-        "model": model.name,
-        "settings": {k: v for k, v in vars(args).items() if k not in ("model", "output")},
-        **report.about(ROOT, "compare"),
-        "blas": sorted({run.blas for run in runs if run.blas}) or [args.blas],
-        "runs": [asdict(run) for run in runs],
-        "summary": [asdict(row) for row in report.summary(runs)],
-    }
-    output.with_suffix(".json").write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
-    table = report.markdown(written)
-    output.with_suffix(".md").write_text(table, encoding="utf-8")
-    report.plot(written, output.with_suffix(".svg"))
-    print(table)
+    report.write("benchmarks.compare", ROOT, model.name, args, runs)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
 import platform
 import shlex
@@ -9,7 +11,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ ENGINES = ("mlxkv", "mlx-lm")
 
 TARGETS = {
     "decode": 1.0,
+    "batch": 1.0,
     "prefill": 1.0,
     "graph": 0.7,
     "shell to token 1 ": 0.4,
@@ -93,7 +96,36 @@ def summary(runs: Sequence[Run]) -> list[Row]:
     return rows
 
 
-def about(root: Path, module: str) -> dict[str, Any]:
+def write(
+    program: str, root: Path, model: str, args: argparse.Namespace, runs: Sequence[Run]
+) -> None:
+    """Write what `args.output` names as .json, .md and .svg, and print the table.
+
+    Args:
+        program: the module that ran.
+        root: of the repository.
+        model: its name.
+        args: `output` and `blas`; all others are kept as settings.
+        runs: every one.
+    """
+    output = args.output.with_suffix("")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    written = {
+        "model": model,
+        "settings": {k: v for k, v in vars(args).items() if k not in ("model", "output")},
+        **about(root, program),
+        "blas": sorted({run.blas for run in runs if run.blas}) or [args.blas],
+        "runs": [asdict(run) for run in runs],
+        "summary": [asdict(row) for row in summary(runs)],
+    }
+    output.with_suffix(".json").write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
+    table = markdown(written)
+    output.with_suffix(".md").write_text(table, encoding="utf-8")
+    plot(written, output.with_suffix(".svg"))
+    print(table)
+
+
+def about(root: Path, program: str) -> dict[str, Any]:
     """The machine, the versions, the commit and the command; no names of hosts or folders."""
     versions = {"python": platform.python_version()}
     for package in ("mlxkv", "mlx", "mlx-lm", "numpy"):
@@ -112,7 +144,7 @@ def about(root: Path, module: str) -> dict[str, Any]:
         "versions": versions,
         "commit": _git(root, "rev-parse", "HEAD")
         + (" and uncommitted changes" if _git(root, "status", "--porcelain") else ""),
-        "command": f"python -m benchmarks.{module} {shlex.join(argv)}",
+        "command": f"python -m {program} {shlex.join(argv)}",
     }
 
 

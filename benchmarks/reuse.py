@@ -234,7 +234,7 @@ def main() -> None:
                 "weights": weights,
                 "sizes": asdict(sizes),
             },
-            **about(ROOT, "reuse"),
+            **about(ROOT, "benchmarks.reuse"),
         }
         for engine, name, index in plan(args):
             runs += bench.run(engine, name, index)

@@ -90,9 +90,14 @@ def server(env) -> Iterator[Server]:
     assert made.stop() == 0, "".join(made.lines)
 
 
+def client_of(server: Server, key: str = "none") -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key=key, max_retries=0)
+
+
 @pytest.fixture
-def client(server) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+def client(server) -> Iterator[openai.OpenAI]:
+    with client_of(server) as made:
+        yield made
 
 
 def say(client: openai.OpenAI, messages: list[Any] = HELLO, n: int = 12, **options: Any) -> str:
@@ -110,13 +115,13 @@ def test_three_clients_get_the_same_answer(server, client):
     )
     pieces = [chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices]
     assert "".join(pieces) == expected
-    theirs = ollama.Client(host=server.url).chat(
-        model=MODEL, messages=HELLO, options={"num_predict": 12, "temperature": 0}
-    )
-    assert theirs.message.content == expected
-    made = anthropic.Anthropic(base_url=server.url, api_key="none").messages.create(
-        model=MODEL, max_tokens=12, messages=HELLO
-    )
+    with ollama.Client(host=server.url) as theirs:
+        chat = theirs.chat(
+            model=MODEL, messages=HELLO, options={"num_predict": 12, "temperature": 0}
+        )
+    assert chat.message.content == expected
+    with anthropic.Anthropic(base_url=server.url, api_key="none") as other:
+        made = other.messages.create(model=MODEL, max_tokens=12, messages=HELLO)
     assert "".join(block.text for block in made.content if block.type == "text") == expected
 
 
@@ -276,10 +281,10 @@ def test_nothing_kills_it(server, client):
 def test_killed_and_started_again_it_goes_on_from_pages(env):
     conversation: list[Any] = [{"role": "user", "content": LONG}]
     first = Server(env)
-    client = openai.OpenAI(base_url=f"{first.url}/v1", api_key="none", max_retries=0)
-    expected = say(client, conversation)
-    say(client, conversation)  # a second use is what goes to disk at once
-    say(client, [*conversation, {"role": "assistant", "content": "x"}, *HELLO])
+    with client_of(first) as client:
+        expected = say(client, conversation)
+        say(client, conversation)  # a second use is what goes to disk at once
+        say(client, [*conversation, {"role": "assistant", "content": "x"}, *HELLO])
     pages = Path(env["MLXKV_KV"])
     for _ in range(100):
         if list(pages.rglob("*.safetensors")):
@@ -288,10 +293,10 @@ def test_killed_and_started_again_it_goes_on_from_pages(env):
     first.stop(signal.SIGKILL)
     second = Server(env)
     try:
-        client = openai.OpenAI(base_url=f"{second.url}/v1", api_key="none", max_retries=0)
-        made = client.chat.completions.create(
-            model=MODEL, messages=conversation, max_tokens=12, temperature=0
-        )
+        with client_of(second) as client:
+            made = client.chat.completions.create(
+                model=MODEL, messages=conversation, max_tokens=12, temperature=0
+            )
         assert made.choices[0].message.content == expected
         assert made.usage is not None and made.usage.prompt_tokens_details is not None
         assert (made.usage.prompt_tokens_details.cached_tokens or 0) >= 256
@@ -308,8 +313,8 @@ def test_a_key_is_asked_for(env):
     server = Server(env, "--api-key", "secret")
     try:
         assert httpx.get(f"{server.url}/v1/models").status_code == 401
-        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="secret", max_retries=0)
-        assert say(client)
+        with client_of(server, "secret") as client:
+            assert say(client)
     finally:
         assert server.stop() == 0
 
