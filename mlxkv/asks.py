@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -88,6 +88,55 @@ class Embeddings:
     n_tokens: int
 
 
+@dataclass
+class Counts:
+    """What a model has done since it was loaded.
+
+    Tokens of prompts count when the answer has ended, generated ones as they come.
+
+    Args:
+        requests: that were begun.
+        answered: that ended with an answer.
+        failed: that ended with an error.
+        cancelled: that nobody waited for any more.
+        misses: prompts of which more was computed than what was held has of it, by `Miss.reason`.
+    """
+
+    requests: int = 0
+    answered: int = 0
+    failed: int = 0
+    cancelled: int = 0
+    prompt_tokens: int = 0
+    restored_ram_tokens: int = 0
+    restored_ssd_tokens: int = 0
+    computed_tokens: int = 0
+    generated_tokens: int = 0
+    misses: dict[str, int] = field(default_factory=dict)
+
+    def copy(self) -> Counts:
+        """As it is now."""
+        return dataclasses.replace(self, misses=dict(self.misses))
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """What the engine does and has done.
+
+    Args:
+        running: requests that are being computed.
+        queued: requests that wait.
+        rejected: requests that the queue had no room for.
+        models: counts of each loaded model, by name.
+        memory: bytes by kind: weights, kv_used, kv_allocated, pages, active, cached, peak, limit.
+    """
+
+    running: int
+    queued: int
+    rejected: int
+    models: dict[str, Counts]
+    memory: dict[str, int]
+
+
 class Answer(Protocol):
     """The chunks of one answer; to be read once."""
 
@@ -115,3 +164,5 @@ class Engine(Protocol):
     async def embed(self, model: str, texts: Sequence[str]) -> Embeddings: ...
 
     def loaded(self) -> list[Loaded]: ...
+
+    def stats(self) -> EngineStats: ...

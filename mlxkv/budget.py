@@ -13,6 +13,7 @@ Invariants:
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -64,6 +65,7 @@ class Budget:
         self._model = model
         self._needs: dict[str, Needs] = {}
         self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
+        self._joining = threading.Lock()
         self.start = self.most = KVUse()
 
     @property
@@ -85,12 +87,18 @@ class Budget:
 
     def join(self, session: Session) -> None:
         """Count a sequence in, for as long as it lives."""
-        self._sessions.add(session)
+        with self._joining:
+            self._sessions.add(session)
+
+    def _live(self) -> list[Session]:
+        """The sequences, also for a thread that watches while others join."""
+        with self._joining:
+            return list(self._sessions)
 
     @property
     def kv_bytes(self) -> int:
         """Allocated by all sequences."""
-        return sum(session.nbytes for session in self._sessions)
+        return sum(session.nbytes for session in self._live())
 
     @property
     def used_bytes(self) -> int:
@@ -104,7 +112,7 @@ class Budget:
 
     def use(self) -> KVUse:
         """KV of all live sequences, now."""
-        uses = [session.use() for session in self._sessions]
+        uses = [session.use() for session in self._live()]
         return KVUse(
             sum(use.used_tokens for use in uses),
             sum(use.used_bytes for use in uses),

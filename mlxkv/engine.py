@@ -28,12 +28,12 @@ import mlx.core as mx
 
 from mlxkv import device
 from mlxkv.answer import Chunk, Request
-from mlxkv.asks import Ask, Busy, Embeddings, Loaded
+from mlxkv.asks import Ask, Busy, Embeddings, EngineStats, Loaded
 from mlxkv.card import describe
 from mlxkv.errors import MlxkvError, OutOfMemory, UsageError
 from mlxkv.llm import load_with
 from mlxkv.loader import lay_out
-from mlxkv.serving import Counts, ServedModel, Task
+from mlxkv.serving import ServedModel, Task
 from mlxkv.settings import Given, effective
 from mlxkv.store import resolve
 from mlxkv.terminal import human_bytes
@@ -108,25 +108,6 @@ class _Place:
     def expires_at(self) -> float | None:
         """When it leaves if nobody asks for it; None: never."""
         return None if self.keep_alive_s < 0 else self.used_at + self.keep_alive_s
-
-
-@dataclass(frozen=True, slots=True)
-class EngineStats:
-    """What the engine does and has done.
-
-    Args:
-        running: requests that are being computed.
-        queued: requests that wait.
-        rejected: requests that the queue had no room for.
-        models: counts of each loaded model, by name.
-        memory: bytes by kind: weights, kv_used, kv_allocated, pages, active, cached, peak, limit.
-    """
-
-    running: int
-    queued: int
-    rejected: int
-    models: dict[str, Counts]
-    memory: dict[str, int]
 
 
 class Engine:
@@ -249,7 +230,7 @@ class Engine:
             running=sum(model.n_sequences for model in served),
             queued=self._n_waiting(),
             rejected=self._rejected,
-            models={model.name: model.counts for model in served},
+            models={model.name: model.counts.copy() for model in served},
             memory={
                 "weights": sum(model.llm.budget.weights_bytes for model in served),
                 "kv_used": sum(use.used_bytes for use in uses),

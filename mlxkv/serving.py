@@ -19,7 +19,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlxkv.answer import Chunk, Request, TokenLogprobs
-from mlxkv.asks import Ask
+from mlxkv.asks import Ask, Counts
 from mlxkv.decoder import Decoder, Drawn, Row
 from mlxkv.errors import CheckpointError, KVCacheFull, MlxkvError
 from mlxkv.generate import Session, default_chunk
@@ -55,21 +55,6 @@ class Task:
     row: Row | None = field(default=None, init=False)
     masker: Masker | None = field(default=None, init=False)
     steps: Generator[tuple[int, int], None, mx.array] | None = field(default=None, init=False)
-
-
-@dataclass
-class Counts:
-    """What a model has done since it was loaded."""
-
-    requests: int = 0
-    failed: int = 0
-    cancelled: int = 0
-    prompt_tokens: int = 0
-    restored_ram_tokens: int = 0
-    restored_ssd_tokens: int = 0
-    computed_tokens: int = 0
-    generated_tokens: int = 0
-    misses: dict[str, int] = field(default_factory=dict)
 
 
 class ServedModel:
@@ -265,6 +250,7 @@ class ServedModel:
                 turn.session.discard()
             self._end(task, drawn.error)
             return
+        self.counts.generated_tokens += 1
         try:
             chunk = turn.took(drawn.token, self._logprobs(drawn))
             if task.masker is not None and not turn.over:
@@ -325,6 +311,7 @@ class ServedModel:
         if turn is not None:
             keep_prefix(turn.session)
         if isinstance(last, Chunk):
+            self.counts.answered += 1
             self._count(last)
             task.tell(last)
             task.tell(None)
@@ -343,7 +330,6 @@ class ServedModel:
         counts.restored_ram_tokens += stats.restored_ram_tokens
         counts.restored_ssd_tokens += stats.restored_ssd_tokens
         counts.computed_tokens += stats.computed_tokens
-        counts.generated_tokens += stats.generated_tokens
         if stats.miss is not None:
             reason = stats.miss.reason
             counts.misses[reason] = counts.misses.get(reason, 0) + 1

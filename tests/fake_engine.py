@@ -17,7 +17,7 @@ from typing import Any
 import uvicorn
 
 from mlxkv.answer import Chunk, Stats, TokenLogprobs
-from mlxkv.asks import Ask, Embeddings, Loaded
+from mlxkv.asks import Ask, Counts, Embeddings, EngineStats, Loaded
 from mlxkv.errors import MlxkvError, ModelNotFound, UsageError
 from mlxkv.server.app import create_app
 from mlxkv.server.config import ServerConfig
@@ -147,6 +147,12 @@ class FakeEngine:
         sizes = {field.name: 1 for field in dataclasses.fields(Loaded) if field.type == "int"}
         words = {"device": "cpu", "family": "llama", "quantization": "float32", "digest": "0"}
         return [Loaded(MODEL, "models/fake", until=None, **sizes, **words)]
+
+    def stats(self) -> EngineStats:
+        counts = Counts(9, 5, 2, 1, 1000, 500, 200, 300, 80, {"diverged": 3, "dropped": 1})
+        memory = {"weights": 4000, "kv_used": 300, "kv_allocated": 512, "pages": 256}
+        memory |= {"active": 5000, "cached": 100, "peak": 6000, "limit": 10_000}
+        return EngineStats(1, 2, 4, {MODEL: counts}, memory)
 
     @property
     def last(self) -> Ask:

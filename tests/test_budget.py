@@ -5,7 +5,10 @@ from __future__ import annotations
 import gc
 import random
 import re
+import sys
+import threading
 import weakref
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -396,3 +399,27 @@ def test_stats_follow_sequences_that_end(paths):
     stats = llm.stats()
     assert stats.kv.allocated_bytes == 0
     assert stats.kv_most.allocated_tokens == 1024
+
+
+def test_another_thread_may_look_while_sequences_join_and_leave(paths):
+    llm = mlxkv.load(paths["llama"], dtype="float32")
+    done, wrong = threading.Event(), []
+
+    def watch() -> None:
+        try:
+            while not done.is_set():
+                llm.budget.use()
+        except Exception as error:
+            wrong.append(error)
+
+    often = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        held = deque((llm.session() for _ in range(3000)), maxlen=20)
+    finally:
+        done.set()
+        watcher.join()
+        sys.setswitchinterval(often)
+    assert wrong == [] and len(held) == 20

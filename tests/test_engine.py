@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import threading
 import time
 from collections.abc import AsyncIterable, Iterator
 from pathlib import Path
@@ -305,6 +306,56 @@ def test_a_stream_goes_on_while_a_long_prompt_is_read(models, engine):
         return n
 
     assert asyncio.run(run()) >= 5
+
+
+def test_stats_count_how_requests_ended_and_tokens_as_they_come(models, engine):
+    model = models["llama"]
+
+    async def run() -> int:
+        chunks = await collect(engine.submit(ask(model, LONG)))
+        with pytest.raises(UsageError):
+            await collect(engine.submit(ask(model, max_tokens=-1)))
+        long = engine.submit(ask(model, LONG + "y", max_tokens=None))
+        n = 0
+        async for _ in long:
+            n += 1
+            if n == 30:
+                break
+        assert engine.stats().models[str(model)].generated_tokens >= 20 + 30
+        long.cancel()
+        while engine.stats().running:
+            await asyncio.sleep(0.01)
+        return stats(chunks).prompt_tokens
+
+    n_prompt = asyncio.run(run())
+    counts = engine.stats().models[str(model)]
+    assert (counts.requests, counts.answered, counts.failed, counts.cancelled) == (3, 1, 1, 1)
+    assert counts.prompt_tokens == counts.computed_tokens == n_prompt
+
+
+def test_stats_can_be_read_from_another_thread_at_any_time(models, engine):
+    done, wrong = threading.Event(), []
+
+    def watch() -> None:
+        while not done.is_set():
+            try:
+                engine.stats()
+                engine.loaded()
+            except Exception as error:
+                wrong.append(error)
+                return
+
+    async def run() -> None:
+        for _ in range(10):
+            asks = [ask(models["llama"], LONG[i : i + 50], max_tokens=3) for i in range(30)]
+            await asyncio.gather(*(collect(engine.submit(one)) for one in asks))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    asyncio.run(run())
+    done.set()
+    watcher.join()
+    assert wrong == []
 
 
 def test_a_closed_engine_says_so(models):

@@ -21,6 +21,7 @@ from mlxkv.server import (
     openai_completions,
     openai_models,
     openai_responses,
+    watching,
 )
 from mlxkv.server.config import ServerConfig
 from mlxkv.server.errors import error_response
@@ -34,6 +35,7 @@ ROUTERS: tuple[Callable[[Engine, ServerConfig], APIRouter], ...] = (
     openai_responses.router,
     anthropic.router,
     ollama.router,
+    watching.router,
 )
 """The front ends."""
 

@@ -23,8 +23,9 @@ from mlxkv.server.errors import error_response
 
 _log = logging.getLogger(__name__)
 
-OPEN_PATHS = frozenset({"/health"})
-"""What needs no key: it tells nothing but that the server lives."""
+OPEN_PATHS = frozenset({"/", "/health"})
+"""What needs no key: it tells nothing but that the server lives. The page at `/` is always the
+same; its figures come from `/stats.json`, which needs one."""
 
 
 class Guard:
