@@ -66,6 +66,10 @@ class Budget:
         self._needs: dict[str, Needs] = {}
         self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
         self._joining = threading.Lock()
+        # What sequences were granted and have not taken yet: tokens held then, bytes after it.
+        self._granted: weakref.WeakKeyDictionary[Session, tuple[int, int]] = (
+            weakref.WeakKeyDictionary()
+        )
         self.start = self.most = KVUse()
 
     @property
@@ -156,9 +160,10 @@ class Budget:
         Raises:
             KVCacheFull: no rung of the ladder finds room for any.
         """
+        if n_new <= STEP and self._is_roomy(session, session.n_held + n_new):
+            session.chunk_cap = None
+            return n_new
         wanted = min(n_new, session.chunk_cap or n_new)
-        if wanted <= STEP and self._is_roomy(session, session.n_held + wanted):
-            return wanted
         for sizes in self._ladder(session, wanted):
             for n in sizes:
                 if self._room_after(session, n, last=last and n == n_new) < 0:
@@ -166,6 +171,8 @@ class Budget:
                 if n < wanted:
                     session.chunk_cap = n
                     session.rungs.append(Rung("chunk", session.n_held, n))
+                after = self._need(session.kv_type).kv_bytes(session.n_held + n)
+                self._granted[session] = session.n_held, after
                 return n
         raise self._full(session, session.n_held + 1)
 
@@ -180,7 +187,10 @@ class Budget:
         yield smaller
         while self.pages_bytes:
             missing = -self._room_after(session, (wanted, *smaller)[-1], last=True)
-            session.rungs.append(self._give_pages(session.n_held, max(1, missing)))
+            given = self.give_pages(max(1, missing))
+            if not given:
+                break  # what is left is pinned
+            session.rungs.append(Rung("pages", session.n_held, given))
             yield (wanted, *smaller)
         while session.can_pack:
             session.rungs.append(session.pack())
@@ -202,35 +212,41 @@ class Budget:
             now = session.chunk_cap or default_chunk()
             session.chunk_cap = max(MIN_CHUNK, now // 4)
             session.rungs.append(Rung("chunk", held, session.chunk_cap))
-        elif self.pages_bytes:
-            session.rungs.append(self._give_pages(held, self.pages_bytes))
+        elif given := self.give_pages(self.pages_bytes):
+            session.rungs.append(Rung("pages", held, given))
         elif session.can_pack:
             session.rungs.append(session.pack())
         else:
             raise self._full(session, held + 1, held)
 
-    def _give_pages(self, held: int, n_bytes: int) -> Rung:
+    def give_pages(self, n_bytes: int) -> int:
+        """Drop prefix pages from RAM; how many bytes that were."""
         given = 0
         for pages in sorted(self._all_pages, key=lambda pages: -pages.nbytes):
             if given < n_bytes:
                 given += pages.give_back(n_bytes - given)
-        return Rung("pages", held, given)
+        return given
 
     def _is_roomy(self, session: Session, n_tokens: int) -> bool:
         """Whether so much is free that what a small chunk takes need not be known."""
         base, times = ROOMY
         needed = base + times * self._need(session.kv_type).kv_bytes(n_tokens)
-        return needed <= self._free() - mx.get_cache_memory()
+        return needed <= self._free(session) - mx.get_cache_memory()
 
-    def _free(self) -> int:
-        """Bytes that nobody has taken, of the limit and of the machine."""
-        own = self.limit_bytes - self.used_bytes
+    def _free(self, asking: Session) -> int:
+        """Bytes that nobody has taken or was granted, of the limit and of the machine."""
+        granted = sum(
+            max(0, after - session.nbytes)
+            for session, (held, after) in list(self._granted.items())
+            if session is not asking and session.n_held == held
+        )
+        own = self.limit_bytes - self.used_bytes - granted
         return min(own, device.memory_limit() - mx.get_active_memory())
 
     def _room_after(self, session: Session, n_new: int, *, last: bool) -> int:
         """Bytes that are left while the next tokens are computed; negative where they miss."""
         held = self._need(session.kv_type).step(session.n_held, n_new, last=last)
-        return self._free() - (held.peak - held.before)
+        return self._free(session) - (held.peak - held.before)
 
     def _need(self, kv_type: str) -> Needs:
         if kv_type not in self._needs:

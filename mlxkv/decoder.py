@@ -24,6 +24,7 @@ from mlxkv.cache import STEP, LayerCache
 from mlxkv.errors import CheckpointError, KVCacheFull, UsageError
 from mlxkv.generate import Session
 from mlxkv.layers import CausalLM
+from mlxkv.memory import is_allocation_failure
 from mlxkv.sampling import Sampler, is_broken, log_probabilities
 
 Allowed = Callable[[Sequence[int]], mx.array | None]
@@ -170,8 +171,9 @@ class Decoder:
             recent = row.session.tokens[-_last_n(row.sampler) :]
             history = mx.array(recent, dtype=mx.uint32)[None]
         lane = _Lane(row, history)
+        flight = self._drawn([lane], row.logits)
         self._lanes.append(lane)
-        self._fresh.append(self._drawn([lane], row.logits))
+        self._fresh.append(flight)
 
     def remove(self, row: Row) -> None:
         """Have a sequence leave now; nothing where it has left already.
@@ -189,7 +191,12 @@ class Decoder:
         """
         try:
             for lane in self._lanes:
-                lane.row.session.cut_due()
+                try:
+                    lane.row.session.cut_due()
+                except Exception as error:  # this row's alone
+                    if is_allocation_failure(error):
+                        raise
+                    lane.error = error
             if self._fresh:
                 # Not behind the next step: on the CPU backend that would hold them up.
                 fresh, self._fresh = self._fresh, []
@@ -206,6 +213,7 @@ class Decoder:
             return self._given(flight) + self._full()
         except BaseException:
             self._lanes, self._fresh, self._flight = [], [], None
+            self._batch = [], []
             raise
 
     def _leave(self, lane: _Lane) -> None:
@@ -213,6 +221,8 @@ class Decoder:
         self._lanes.remove(lane)
         self._batch = [], []  # keeps no caches alive
         self._fresh = [flight for flight in self._fresh if lane not in flight.lanes]
+        if self._flight is not None and all(lane.gone for lane in self._flight.lanes):
+            self._flight = None  # it would keep the last sequence's KV alive
 
     def _next(self, flight: _Flight | None) -> _Flight | None:
         """Feed what a flight has chosen, and what rows that have joined bring; None: nothing."""
@@ -255,9 +265,13 @@ class Decoder:
             session.before_step()
         except KVCacheFull as full:
             lane.full = full
+        except Exception as error:  # this row's alone
+            if is_allocation_failure(error):
+                raise
+            lane.error = error
         if session.kv_type != kv_type:
             self._batch = [], []  # it has other caches now
-        return lane.full is None
+        return lane.full is None and lane.error is None
 
     def _logits(self, lanes: list[_Lane], tokens: mx.array) -> mx.array:
         """Logits `[B, V]` after tokens `[B, 1]`."""
@@ -332,11 +346,11 @@ class Decoder:
         flight.logprobs[i] = own, mx.take_along_axis(logprobs, top, axis=-1), top
 
     def _full(self) -> list[Drawn]:
-        """Rows that cannot be fed for lack of memory; their tokens are all given out."""
-        full = [lane for lane in self._lanes if lane.full is not None]
-        for lane in full:
+        """Rows that cannot be fed, for lack of memory above all; their tokens are given out."""
+        ended = [lane for lane in self._lanes if lane.full or lane.error]
+        for lane in ended:
             self._leave(lane)
-        return [Drawn(lane.row, None, lane.full) for lane in full]
+        return [Drawn(lane.row, None, lane.full or lane.error) for lane in ended]
 
     def _given(self, flight: _Flight, ready: bool = False) -> list[Drawn]:
         """Wait for a flight and give its tokens out."""

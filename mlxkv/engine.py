@@ -88,7 +88,10 @@ class EngineAnswer:
                 elif isinstance(item, Chunk):
                     yield item
                 elif isinstance(item, BaseException):
-                    raise item
+                    try:
+                        raise item
+                    finally:
+                        del item  # with its trace it would hold itself
                 else:
                     return
         finally:
@@ -177,7 +180,7 @@ class Engine:
                 self._rejected += 1
                 raise Busy(WAIT_S)
             if not self.alive:
-                raise MlxkvError("the engine has stopped")
+                raise _stopped()
             self._inbox.append(task)
             self._changed.notify()
         return answer
@@ -258,14 +261,19 @@ class Engine:
         future: Future[T] = Future()
 
         def run() -> None:
+            # Whoever asked may have gone; from here on it cannot be cancelled.
+            if not future.set_running_or_notify_cancel():
+                return
             try:
+                if self._closing:
+                    raise _stopped()
                 future.set_result(function())
-            except BaseException as error:
+            except Exception as error:
                 future.set_exception(error)
 
         with self._changed:
             if not self.alive:
-                raise MlxkvError("the engine has stopped")
+                raise _stopped()
             self._calls.append(run)
             self._changed.notify()
         return await asyncio.wrap_future(future)
@@ -275,10 +283,15 @@ class Engine:
             while not self._closing:
                 self._turn()
         finally:
+            with self._changed:
+                self._closing = True
+                calls, tasks = list(self._calls), list(self._inbox)
+            for call in calls:
+                call()
+            for task in tasks:
+                task.tell(_stopped())
             for name in list(self._places):
                 self._drop(name)
-            for task in self._inbox:
-                task.tell(MlxkvError("the engine has stopped"))
 
     def _turn(self) -> None:
         """What is to be done now, or a wait for it."""
@@ -307,9 +320,7 @@ class Engine:
             _log.exception("the model %s failed and is unloaded", name)
             for task in list(place.served.tasks()):
                 task.tell(MlxkvError(f"the model failed: {error}"))
-            with contextlib.suppress(Exception):
-                self._drop(name)
-            self._places.pop(name, None)
+            self._drop(name)
 
     def _hand_over(self, task: Task) -> None:
         if task.is_cancelled():
@@ -344,6 +355,7 @@ class Engine:
             "parameters": card.parameters,
             "quantization": card.quantization,
             "size_bytes": sum(size for _, size in card.files),
+            "digest": fingerprint_of(path),
         }
         self._places[key] = place
         self._share_memory()
@@ -361,6 +373,8 @@ class Engine:
                 for name, place in self._places.items()
                 if place.served.is_idle
             ]
+            if not idle and self._give_pages(self._used() + n_bytes - self.limit_bytes):
+                continue
             if not idle:
                 raise OutOfMemory(
                     f"{model}: its weights take {human_bytes(n_bytes)} and "
@@ -368,6 +382,13 @@ class Engine:
                     f"{human_bytes(self.limit_bytes)} are free"
                 )
             self._drop(min(idle)[1])
+
+    def _give_pages(self, n_bytes: int) -> int:
+        """Have busy models give prefix pages back; how many bytes that were."""
+        given = 0
+        for place in self._places.values():
+            given += place.served.llm.budget.give_pages(n_bytes - given) if given < n_bytes else 0
+        return given
 
     def _used(self) -> int:
         return sum(place.served.llm.budget.used_bytes for place in self._places.values())
@@ -383,7 +404,10 @@ class Engine:
 
     def _drop(self, name: str) -> None:
         place = self._places.pop(name)
-        place.served.close()
+        try:
+            place.served.close()
+        except Exception:  # what is lost are prefixes
+            _log.exception("the model %s was not closed in order", name)
         del place
         gc.collect()
         mx.clear_cache()
@@ -422,8 +446,12 @@ class Engine:
             family=place.card["family"],
             parameters=place.card["parameters"],
             quantization=place.card["quantization"],
-            digest=fingerprint_of(place.path),
+            digest=place.card["digest"],
         )
+
+
+def _stopped() -> MlxkvError:
+    return MlxkvError("the engine has stopped")
 
 
 def _key(model: str) -> str:

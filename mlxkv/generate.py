@@ -334,7 +334,7 @@ class Session:
 
         At least one token is left to compute, whose logits are the answer's first.
         """
-        self.rungs, self.chunk_cap = [], None
+        self.rungs, self.chunk_cap, self.n_failed_at = [], None, 0
         try:
             return self._restore(tokens)
         except ALLOCATION_ERRORS as error:
@@ -497,10 +497,14 @@ class Session:
                     yield token
                 return
             except ALLOCATION_ERRORS as error:
-                tokens = list(self._known)
-                self.start_over(tokens, error)
-                sampler.rewind(drawn + n)
-                logits = self.prefill(tokens)
+                if not is_allocation_failure(error):
+                    raise
+                failure = error.with_traceback(None)  # it would keep what was computed alive
+            del logits
+            tokens = list(self._known)
+            self.start_over(tokens, failure)
+            sampler.rewind(drawn + n)
+            logits = self.prefill(tokens)
 
     def _decode(self, logits: mx.array, sampler: Sampler, max_tokens: int | None) -> Iterator[int]:
         recent, before_step = list(self._known), self.before_step

@@ -33,7 +33,6 @@ from mlxkv.errors import (
     CheckpointError,
     ContextExceeded,
     KVCacheFull,
-    MlxkvError,
     TemplateError,
     UsageError,
 )
@@ -446,7 +445,7 @@ def keep_prefix(session: Session) -> None:
     """Keep a sequence's prefix; where that fails, its answer is no worse for it."""
     try:
         session.finish()
-    except (MlxkvError, RuntimeError, OSError, MemoryError) as error:
+    except Exception as error:
         _log.warning("the prefix is not kept: %s", error)
 
 

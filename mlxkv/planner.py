@@ -25,6 +25,7 @@ from mlxkv.generate import default_chunk
 from mlxkv.kv_format import KV_TYPES, KVFormat, first_kv_type
 from mlxkv.layers import CausalLM
 from mlxkv.loader import Layout, lay_out
+from mlxkv.memory import is_allocation_failure
 from mlxkv.names import HubRef, locate
 from mlxkv.page_links import Kinds
 from mlxkv.settings import Given, Settings, effective
@@ -323,6 +324,8 @@ class Needs:
                 else:
                     held = prefill_step(self.model, self.kv_type, n_held, n_new, last=last)
             except (ValueError, RuntimeError) as error:
+                if is_allocation_failure(error):
+                    raise
                 _log.warning("the workspace is not known: %s", error)
                 held = Held(self.kv_bytes(n_held), self.kv_bytes(n_held + n_new))
             self._steps[key] = held

@@ -29,7 +29,7 @@ from mlxkv.llm import LLM, keep_prefix
 from mlxkv.memory import ALLOCATION_ERRORS, is_allocation_failure
 from mlxkv.page_disk import open_pages
 from mlxkv.pages import Pages
-from mlxkv.turn import Turn
+from mlxkv.turn import Turn, without_trace
 
 _log = logging.getLogger(__name__)
 
@@ -114,9 +114,11 @@ class ServedModel:
             self._end(task, MlxkvError("the model was unloaded"))
         self.waiting.clear()
         for pages in self._pages.values():
-            if pages is not None and pages is not self.llm.pages:
-                pages.close()
-        self.llm.close()
+            if pages is not None:
+                try:
+                    pages.close()
+                except Exception as error:  # the files of a model may be gone
+                    _log.warning("prefixes are not kept: %s", error)
 
     def _drop_cancelled(self) -> None:
         for task in [task for task in self.tasks() if task.is_cancelled()]:
@@ -205,7 +207,11 @@ class ServedModel:
         try:
             self._decoder.add(row)
         except Exception as error:  # one request's, whatever it is
-            self._end(task, error)
+            del row, logits
+            if is_allocation_failure(error):
+                self._again(task, without_trace(error))
+            else:
+                self._end(task, error)
             return
         task.row = row
         self.running[row] = task
@@ -216,7 +222,7 @@ class ServedModel:
         except ALLOCATION_ERRORS as error:
             if not is_allocation_failure(error):
                 raise
-            self._start_over(error)
+            self._start_over(without_trace(error))
             return
         for one in drawn:
             task = self.running.get(one.row)
@@ -228,18 +234,22 @@ class ServedModel:
         tasks = list(self.running.values())
         self.running.clear()
         for task in reversed(tasks):
-            turn = task.turn
-            assert turn is not None
-            task.row = None
-            held = turn.bound.remaining(turn.sequence)
-            try:
-                turn.session.start_over(held, error)
-            except Exception as full:
-                self._end(task, full)
-                continue
-            turn.sampler.rewind(turn.n_generated)
-            task.steps = turn.session.prefilling(held, self._chunk)
-            self.waiting.appendleft(task)
+            self._again(task, error)
+
+    def _again(self, task: Task, error: BaseException) -> None:
+        """MLX could not allocate: a request goes on from its pages, if anything gives way."""
+        turn = task.turn
+        assert turn is not None
+        task.row = None
+        held = turn.bound.remaining(turn.sequence)
+        try:
+            turn.session.start_over(held, error)
+        except Exception as full:
+            self._end(task, full)
+            return
+        turn.sampler.rewind(turn.n_generated)
+        task.steps = turn.session.prefilling(held, self._chunk)
+        self.waiting.appendleft(task)
 
     def _take(self, task: Task, drawn: Drawn) -> None:
         """A step's token of one answer."""
@@ -305,11 +315,18 @@ class ServedModel:
             self.prefilling = None
         if task.steps is not None:
             task.steps.close()
-        turn = task.turn
-        if isinstance(last, KVCacheFull) and turn is not None and turn.n_generated:
-            last = turn.ended("memory", last)
-        if turn is not None:
-            keep_prefix(turn.session)
+        if isinstance(last, BaseException):
+            if not isinstance(last, MlxkvError):
+                _log.error("a request failed", exc_info=last)
+            last = without_trace(last)
+        if (turn := task.turn) is not None:
+            try:
+                if isinstance(last, KVCacheFull) and turn.n_generated:
+                    last = turn.ended("memory", last)
+                keep_prefix(turn.session)
+                turn.session.reset()  # whoever still knows the task keeps no KV
+            except Exception:
+                _log.exception("a request did not end in order")
         if isinstance(last, Chunk):
             self.counts.answered += 1
             self._count(last)
@@ -318,8 +335,6 @@ class ServedModel:
             return
         if last is not None:
             self.counts.failed += 1
-            if not isinstance(last, MlxkvError):
-                _log.error("a request failed", exc_info=last)
         task.tell(last)
 
     def _count(self, last: Chunk) -> None:

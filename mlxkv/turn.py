@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TypeVar
 
 from mlxkv.answer import AnswerReader, Chunk, Clock, Request, Stats, TokenLogprobs, join_parts
 from mlxkv.errors import KVCacheFull
@@ -10,6 +11,14 @@ from mlxkv.generate import Restored, Session
 from mlxkv.overflow import Bound
 from mlxkv.sampling import Sampler
 from mlxkv.tokenizer import Tokenizer
+
+Error = TypeVar("Error", bound=BaseException)
+
+
+def without_trace(error: Error) -> Error:
+    """An error that keeps nothing alive of where it came from."""
+    error.__context__ = error.__cause__ = None
+    return error.with_traceback(None)
 
 
 class Turn:
@@ -93,7 +102,7 @@ class Turn:
         """A last chunk without a token: what was generated stays the caller's."""
         self.over = True
         if error is not None:
-            error = error.with_traceback(None)  # it would keep the KV alive
+            error = without_trace(error)
         text, reasoning, calls = join_parts([self._reader.finish()])
         return Chunk(text, None, reason, self._stats(), reasoning or None, calls, error=error)
 

@@ -273,6 +273,6 @@ def test_an_error_before_the_answer_has_its_status(error, status, code, place, s
 
 
 def test_other_protocols_are_refused(server):
-    upgrade = b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close, Upgrade\r\n"
+    upgrade = b"GET /v1/realtime HTTP/1.1\r\nHost: localhost\r\nConnection: close, Upgrade\r\n"
     answer = raw(server[1], upgrade + b"Upgrade: websocket\r\n\r\n")
     assert answer.split(b" ")[1] in (b"400", b"403", b"404", b"426")
