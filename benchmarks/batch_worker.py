@@ -34,6 +34,7 @@ def mlxkv_step(model: Any, n_vocab: int, lengths: Sequence[int]) -> Step:
     """mlxkv with a sequence of each length."""
     import mlx.core as mx
 
+    from mlxkv.cache import make_caches
     from mlxkv.decoder import Decoder, Row
     from mlxkv.generate import Session
     from mlxkv.sampling import Sampler, SamplingParams
@@ -41,7 +42,7 @@ def mlxkv_step(model: Any, n_vocab: int, lengths: Sequence[int]) -> Step:
     decoder = Decoder(model)
     for n in lengths:
         session, token = Session(model), mx.array([[FIRST]])
-        fill(session.caches, lambda caches=session.caches: model(mx.array([[1]]), caches), n)
+        fill(session.caches, make_caches(model), lambda c: model(mx.array([[1]]), c), n)
         logits = model.last_logits(token, session.caches)
         decoder.add(Row(session, logits, Sampler(SamplingParams(temperature=0), n_vocab)))
     return lambda: len(decoder.step())
@@ -56,7 +57,7 @@ def mlx_lm_step(model: Any, n_vocab: int, lengths: Sequence[int]) -> Step:
     generator, caches = BatchGenerator(model, max_tokens=10**9, prefill_batch_size=32), []
     for n in lengths:
         cache = make_prompt_cache(model)
-        fill(cache, lambda cache=cache: model(mx.array([[1]]), cache=cache), n)
+        fill(cache, make_prompt_cache(model), lambda c: model(mx.array([[1]]), cache=c), n)
         caches.append(cache)
     generator.insert([[FIRST] for _ in lengths], caches=caches)
     return lambda: len(generator.next_generated())

@@ -423,7 +423,6 @@ class Session:
         Yields:
             (done, all) after each chunk but the last.
         """
-        self._known = list(tokens)
         while True:
             try:
                 return (yield from self._prefilling(list(tokens), chunk))

@@ -17,6 +17,7 @@ from mlxkv.generate import Session
 from mlxkv.llm import LLM
 from mlxkv.parsing import OutputParser
 from mlxkv.saved_prefix import Head
+from mlxkv.turn import Turn
 from tests.chat_templates.cases import TEMPLATES
 from tests.command_line import TEMPLATE, chat_model
 
@@ -67,20 +68,20 @@ class Scripted(LLM):
 
         self.model.last_logits = last_logits  # pyright: ignore[reportAttributeAccessIssue]
 
-    def run(
+    def turn(
         self,
         session: Session,
         tokens: list[int],
         request: Request,
         parser: OutputParser | None = None,
         head: Head | None = None,
-    ) -> Iterator[Chunk]:
+    ) -> Turn:
         self.prompts.append(tokens)
         answer = self.answers.pop(0)
         self.script = self.encode_text(answer)
         if not self.script or self.script[-1] not in self.tokenizer.eos_token_ids:
             self.script.append(2)
-        return super().run(session, tokens, request, parser, head)
+        return super().turn(session, tokens, request, parser, head)
 
 
 def scripted(folder: Path, name: str, *answers: str, **options: Any) -> Scripted:
