@@ -141,7 +141,7 @@ def ps(
     """List the models that a running server has in memory."""
     from mlxkv.terminal import human_bytes, table
 
-    loaded = _ask(server, api_key, "GET", "/stats.json")["loaded"]
+    loaded = _loaded(server, api_key)
     if as_json:
         print(json.dumps(loaded))
         return
@@ -178,11 +178,17 @@ def stop(
     api_key: Key = None,
 ) -> None:
     """Have a running server give a model's memory back."""
-    names = [m["name"] for m in _ask(server, api_key, "GET", "/stats.json")["loaded"]]
+    names = [loaded["name"] for loaded in _loaded(server, api_key)]
     if model not in names:
         raise ModelNotFound(f"{model} is not loaded; loaded are: {', '.join(names) or 'none'}")
     _ask(server, api_key, "POST", "/api/generate", {"model": model, "keep_alive": 0})
     print(f"{model} is unloaded")
+
+
+def _loaded(server: str | None, key: str | None) -> list[dict[str, Any]]:
+    """The models that a running server has in memory."""
+    models = _ask(server, key, "GET", "/stats.json")["models"]
+    return [{"name": name, **model["loaded"]} for name, model in models.items() if model["loaded"]]
 
 
 def _ask(
