@@ -160,10 +160,9 @@ class Budget:
         Raises:
             KVCacheFull: no rung of the ladder finds room for any.
         """
-        if n_new <= STEP and self._is_roomy(session, session.n_held + n_new):
-            session.chunk_cap = None
-            return n_new
         wanted = min(n_new, session.chunk_cap or n_new)
+        if wanted <= STEP and self._is_roomy(session, session.n_held + wanted):
+            return wanted
         for sizes in self._ladder(session, wanted):
             for n in sizes:
                 if self._room_after(session, n, last=last and n == n_new) < 0:

@@ -324,10 +324,10 @@ class Needs:
                 else:
                     held = prefill_step(self.model, self.kv_type, n_held, n_new, last=last)
             except (ValueError, RuntimeError) as error:
-                if is_allocation_failure(error):
-                    raise
                 _log.warning("the workspace is not known: %s", error)
                 held = Held(self.kv_bytes(n_held), self.kv_bytes(n_held + n_new))
+                if is_allocation_failure(error):
+                    return held  # another time it may be
             self._steps[key] = held
         return self._steps[key]
 
