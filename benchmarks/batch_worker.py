@@ -36,8 +36,8 @@ def mlxkv_step(model: Any, n_vocab: int, lengths: Sequence[int]) -> Step:
 
     from mlxkv.cache import make_caches
     from mlxkv.decoder import Decoder, Row
-    from mlxkv.generate import Session
     from mlxkv.sampling import Sampler, SamplingParams
+    from mlxkv.session import Session
 
     decoder = Decoder(model)
     for n in lengths:

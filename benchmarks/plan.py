@@ -13,10 +13,10 @@ from pathlib import Path
 import mlx.core as mx
 
 from benchmarks.report import about
-from mlxkv.generate import Session
 from mlxkv.llm import LLM, load
 from mlxkv.planner import plan
 from mlxkv.sampling import Sampler, SamplingParams
+from mlxkv.session import Session
 
 ROOT = Path(__file__).parent.parent
 N_DECODED = 8

@@ -12,11 +12,11 @@ import mlx.core as mx
 
 from mlxkv import settings
 from mlxkv.errors import KVCacheFull, UsageError
-from mlxkv.generate import Restored
 from mlxkv.memory import Rung
 from mlxkv.pages import WORTH
 from mlxkv.parsing import Content, Event, OutputParser, PlainParser, Reasoning, ToolCall
 from mlxkv.sampling import SamplingParams
+from mlxkv.session import Restored
 from mlxkv.stopping import StopTexts
 from mlxkv.tokenizer import Tokenizer
 

@@ -31,9 +31,9 @@ from mlxkv.planner import Needs
 from mlxkv.terminal import human_bytes
 
 if TYPE_CHECKING:
-    from mlxkv.generate import Session
     from mlxkv.layers import CausalLM
     from mlxkv.pages import Pages
+    from mlxkv.session import Session
 
 MIN_CHUNK = 16
 """Tokens of a prompt below which a chunk is not cut smaller."""
@@ -321,7 +321,6 @@ def memory_stats(budget: Budget) -> MemoryStats:
     """The figures of a model, and MLX's own."""
     mx.synchronize()
     pages = budget.pages
-    disk = None if pages is None else pages.opened_disk
     active, peak = mx.get_active_memory(), mx.get_peak_memory()
     pages_bytes = budget.pages_bytes
     explained = budget.weights_bytes + budget.kv_bytes + pages_bytes
@@ -333,7 +332,7 @@ def memory_stats(budget: Budget) -> MemoryStats:
         kv_start=budget.start,
         kv_most=budget.most,
         pages_ram_bytes=pages_bytes,
-        pages_ssd_bytes=0 if disk is None else disk.files.usage().n_bytes,
+        pages_ssd_bytes=0 if pages is None else pages.ssd_bytes,
         workspace_bytes=max(0, peak - most),
         active_bytes=active,
         cached_bytes=mx.get_cache_memory(),

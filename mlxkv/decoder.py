@@ -22,10 +22,10 @@ import mlx.core as mx
 from mlxkv.batch import batch
 from mlxkv.cache import STEP, LayerCache
 from mlxkv.errors import CheckpointError, KVCacheFull, UsageError
-from mlxkv.generate import Session
 from mlxkv.layers import CausalLM
 from mlxkv.memory import is_allocation_failure
 from mlxkv.sampling import Sampler, is_broken, log_probabilities
+from mlxkv.session import Session
 
 Allowed = Callable[[Sequence[int]], mx.array | None]
 """The answer's tokens so far -> which may come next, bool `[V]` with at least one; None: any."""

@@ -222,6 +222,10 @@ class Engine:
             "that was trained for them"
         )
 
+    def names(self) -> set[str]:
+        """How requests named the models in memory."""
+        return {place.served.name for place in list(self._places.values())}
+
     def loaded(self) -> list[Loaded]:
         """The models in memory."""
         return [self._described(place) for place in list(self._places.values())]
@@ -426,7 +430,7 @@ class Engine:
 
     def _described(self, place: _Place) -> Loaded:
         llm, served = place.served.llm, place.served
-        use, disk = llm.budget.use(), llm.pages.opened_disk if llm.pages is not None else None
+        use = llm.budget.use()
         end = place.expires_at()
         until = None if end is None else time.time() + end - time.monotonic()
         return Loaded(
@@ -439,7 +443,7 @@ class Engine:
             kv_max_bytes=max(0, llm.budget.limit_bytes - llm.budget.weights_bytes),
             n_sequences=served.n_sequences,
             pages_ram_bytes=llm.budget.pages_bytes,
-            pages_ssd_bytes=0 if disk is None else disk.files.usage().n_bytes,
+            pages_ssd_bytes=0 if llm.pages is None else llm.pages.ssd_bytes,
             device=device.kind(),
             until=None if until is None else datetime.fromtimestamp(until, UTC),
             context=llm.context,

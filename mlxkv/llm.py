@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -36,7 +37,6 @@ from mlxkv.errors import (
     TemplateError,
     UsageError,
 )
-from mlxkv.generate import Session
 from mlxkv.kv_format import first_kv_type
 from mlxkv.layers import CausalLM
 from mlxkv.loader import load_model
@@ -46,6 +46,7 @@ from mlxkv.pages import Pages
 from mlxkv.parsing import OutputParser, parser_for, thinks
 from mlxkv.sampling import Sampler, SamplingParams
 from mlxkv.saved_prefix import Head
+from mlxkv.session import Session
 from mlxkv.settings import Given, Settings, effective
 from mlxkv.tokenizer import Tokenizer
 from mlxkv.turn import Turn
@@ -160,7 +161,7 @@ class LLM:
         """Tokens that prompt and answer may have together."""
         return self.settings.context.value
 
-    @property
+    @cached_property
     def recommended(self) -> SamplingParams:
         """The sampling that the model's generation_config.json recommends."""
         source = self.path / "generation_config.json"

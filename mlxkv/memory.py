@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 from mlxkv.terminal import human_bytes
+
+Error = TypeVar("Error", bound=BaseException)
 
 ALLOCATION_ERRORS = (RuntimeError, MemoryError)
 """What MLX raises where it gets no memory, among other things: see `is_allocation_failure`."""
@@ -61,3 +64,9 @@ def is_allocation_failure(error: BaseException) -> bool:
     if isinstance(error, MemoryError):
         return True
     return isinstance(error, RuntimeError) and "alloc" in str(error).lower()
+
+
+def without_trace(error: Error) -> Error:
+    """An error that keeps nothing alive of where it came from: no arrays, no caches."""
+    error.__context__ = error.__cause__ = None
+    return error.with_traceback(None)

@@ -18,8 +18,8 @@ from mlxkv.errors import UsageError
 if TYPE_CHECKING:
     import mlx.core as mx
 
-    from mlxkv.generate import Session
     from mlxkv.sampling import Sampler
+    from mlxkv.session import Session
 
 
 def most_kept(context: int) -> int:

@@ -117,6 +117,11 @@ class Pages:
         """The pages on disk if they were asked for before."""
         return self._disk
 
+    @property
+    def ssd_bytes(self) -> int:
+        """Bytes that those pages have in files."""
+        return 0 if self._disk is None else self._disk.files.usage().n_bytes
+
     def _open(self) -> None:
         # The model's name on disk is a hash of its weights, which short prompts do not wait for.
         if self._open_disk is not None:

@@ -67,11 +67,8 @@ def with_defaults(settings: Settings, llm: LLM, repeat_penalty: float | None = N
         llm: its generation_config.json may recommend how to sample.
         repeat_penalty: where neither says.
     """
-    advice = llm.recommended
-    names = ("temperature", "top_k", "top_p", "min_p", "repeat_penalty")
-    unset = {name: getattr(advice, name) for name in names if getattr(settings, name) is None}
-    if unset.get("repeat_penalty", settings.repeat_penalty) is None:
-        unset["repeat_penalty"] = repeat_penalty
+    advice = {"repeat_penalty": repeat_penalty, **llm.recommended.chosen()}
+    unset = {name: x for name, x in advice.items() if getattr(settings, name) is None}
     return replace(settings, **unset)
 
 

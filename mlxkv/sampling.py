@@ -31,6 +31,16 @@ _GREEDY_BELOW = 1e-5
 _ROW = 512
 
 
+GENERATION_CONFIG = {
+    "temperature": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "repetition_penalty": "repeat_penalty",
+}
+"""Keys of a model's generation_config.json that are followed, and what they are called here."""
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How the next token is chosen. None means "not set": see `merged` and `resolved`.
@@ -87,6 +97,10 @@ class SamplingParams:
         """These parameters, with what is not set taken from `DEFAULTS` (seed and bias may stay)."""
         return self.merged(DEFAULTS)
 
+    def chosen(self) -> dict[str, Any]:
+        """Those that are set, by name."""
+        return {f.name: x for f in fields(self) if (x := getattr(self, f.name)) is not None}
+
     @classmethod
     def from_generation_config(cls, raw: Mapping[str, Any], source: str) -> SamplingParams:
         """What a model's generation_config.json recommends; keys it lacks stay unset.
@@ -98,14 +112,9 @@ class SamplingParams:
         Raises:
             ConfigError: a value that is out of its range.
         """
-        keys = {
-            "temperature": "temperature",
-            "top_k": "top_k",
-            "top_p": "top_p",
-            "min_p": "min_p",
-            "repetition_penalty": "repeat_penalty",
+        values = {
+            ours: raw[key] for key, ours in GENERATION_CONFIG.items() if raw.get(key) is not None
         }
-        values = {ours: raw[key] for key, ours in keys.items() if raw.get(key) is not None}
         # transformers samples only where do_sample says so, whatever the temperature is.
         if raw.get("do_sample") is False:
             values["temperature"] = 0.0

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from mlxkv.errors import ContextExceeded, ModelNotFound, OutputError, TemplateError, UsageError
-from mlxkv.generate import n_shared
 from mlxkv.kv_format import first_kv_type
 from mlxkv.names import PathRef, kv_dir, locate, models_dir, read_record
 from mlxkv.page_disk import PageDisk
 from mlxkv.page_links import packed, unpacked
 from mlxkv.pages import Pages
+from mlxkv.session import n_shared
 
 if TYPE_CHECKING:
     from mlxkv.kv_names import NamedKV

@@ -22,14 +22,15 @@ from mlxkv.answer import Chunk, Request, TokenLogprobs
 from mlxkv.asks import Ask, Counts
 from mlxkv.decoder import Decoder, Drawn, Row
 from mlxkv.errors import CheckpointError, KVCacheFull, MlxkvError
-from mlxkv.generate import Session, default_chunk
+from mlxkv.generate import default_chunk
 from mlxkv.grammar import Masker, Maskers
 from mlxkv.kv_format import first_kv_type
 from mlxkv.llm import LLM, keep_prefix
-from mlxkv.memory import ALLOCATION_ERRORS, is_allocation_failure
+from mlxkv.memory import ALLOCATION_ERRORS, is_allocation_failure, without_trace
 from mlxkv.page_disk import open_pages
 from mlxkv.pages import Pages
-from mlxkv.turn import Turn, without_trace
+from mlxkv.session import Session
+from mlxkv.turn import Turn
 
 _log = logging.getLogger(__name__)
 
@@ -149,10 +150,7 @@ class ServedModel:
 
     def _options(self, ask: Ask) -> dict[str, Any]:
         """A request's options; what it leaves open is what the model's maker recommends."""
-        advice = self.llm.recommended
-        names = ("temperature", "top_k", "top_p", "min_p", "repeat_penalty")
-        unset = {name: getattr(advice, name) for name in names}
-        return {name: x for name, x in unset.items() if x is not None} | dict(ask.options)
+        return {**self.llm.recommended.chosen(), **ask.options}
 
     def _pages_of(self, owner: str) -> Pages | None:
         if owner not in self._pages:

@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TypeVar
 
 from mlxkv.answer import AnswerReader, Chunk, Clock, Request, Stats, TokenLogprobs, join_parts
 from mlxkv.errors import KVCacheFull
-from mlxkv.generate import Restored, Session
+from mlxkv.memory import without_trace
 from mlxkv.overflow import Bound
 from mlxkv.sampling import Sampler
+from mlxkv.session import Restored, Session
 from mlxkv.tokenizer import Tokenizer
-
-Error = TypeVar("Error", bound=BaseException)
-
-
-def without_trace(error: Error) -> Error:
-    """An error that keeps nothing alive of where it came from."""
-    error.__context__ = error.__cause__ = None
-    return error.with_traceback(None)
 
 
 class Turn:

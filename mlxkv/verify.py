@@ -18,13 +18,14 @@ import numpy as np
 
 from mlxkv.cache import STEP, ceil_step
 from mlxkv.errors import UsageError
-from mlxkv.generate import Session, default_chunk
+from mlxkv.generate import default_chunk
 from mlxkv.kv_format import KV_TYPES
 from mlxkv.layers import model_windows
 from mlxkv.llm import LLM
 from mlxkv.page_disk import open_pages
 from mlxkv.pages import Pages
 from mlxkv.sampling import Sampler, SamplingParams
+from mlxkv.session import Session
 from mlxkv.terminal import table
 
 N_ANSWER = 24

@@ -143,6 +143,9 @@ class FakeEngine:
             raise UsageError("this model gives no meaningful embeddings")
         return Embeddings([[float(len(text)), 0.5] for text in texts], 3)
 
+    def names(self) -> set[str]:
+        return {model.name for model in self.loaded()}
+
     def loaded(self) -> list[Loaded]:
         sizes = {field.name: 1 for field in dataclasses.fields(Loaded) if field.type == "int"}
         words = {"device": "cpu", "family": "llama", "quantization": "float32", "digest": "0"}

@@ -35,13 +35,13 @@ class LoadingEngine(FakeEngine):
     def reset(self) -> None:
         """As new."""
         super().__init__()
-        self.names = {MODEL}
+        self.models = {MODEL}
         self.loads: list[tuple[str, float | None]] = []
         self.unloads: list[str] = []
         self.load_error: MlxkvError | None = None
 
     def submit(self, ask: Ask) -> FakeAnswer:
-        if ask.model in self.names and ask.model != MODEL:
+        if ask.model in self.models and ask.model != MODEL:
             answer = super().submit(dataclasses.replace(ask, model=MODEL))
             self.asks[-1] = ask
             return answer
@@ -51,13 +51,13 @@ class LoadingEngine(FakeEngine):
         if self.load_error is not None:
             raise self.load_error
         self.loads.append((model, keep_alive_s))
-        self.names.add(model)
+        self.models.add(model)
         return self.loaded()[0]
 
     async def unload(self, model: str) -> bool:
         self.unloads.append(model)
-        found = model in self.names
-        self.names.discard(model)
+        found = model in self.models
+        self.models.discard(model)
         return found
 
     def loaded(self) -> list[Loaded]:
@@ -65,7 +65,7 @@ class LoadingEngine(FakeEngine):
         until = datetime(2030, 1, 1, tzinfo=UTC)
         return [
             dataclasses.replace(one, name=name, size_bytes=5000, context=4096, until=until)
-            for name in sorted(self.names)
+            for name in sorted(self.models)
         ]
 
 

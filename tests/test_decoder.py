@@ -17,11 +17,11 @@ import mlxkv
 from mlxkv.cache import STEP
 from mlxkv.decoder import Decoder, Drawn, Row
 from mlxkv.errors import CheckpointError, UsageError
-from mlxkv.generate import Session
 from mlxkv.kv_format import KV_TYPES
 from mlxkv.layers import CausalLM
 from mlxkv.page_disk import open_pages
 from mlxkv.sampling import Sampler, SamplingParams, log_probabilities
+from mlxkv.session import Session
 from tests.oracle.case import LONG
 from tests.oracle.cases import CASES, Case
 from tests.test_parity import Golden

@@ -10,9 +10,10 @@ import mlxkv
 from mlxkv.attention import BLOCK, attend
 from mlxkv.cache import CacheSpec, RotatingKVCache, make_caches, windowed_mask
 from mlxkv.errors import UsageError
-from mlxkv.generate import Session, prefill
+from mlxkv.generate import prefill
 from mlxkv.kv_format import KV_TYPES, KVFormat, QuantizedRows, dense, leading, storage_of
 from mlxkv.page_disk import open_pages
+from mlxkv.session import Session
 from tests.test_pages_families import FAMILIES, checkpoint
 from tests.tiny import tokens as random_tokens
 

@@ -26,7 +26,7 @@ LAYERS = (
     ("loader", "tokenizer", "tokenizer_files", "detokenizer", "chat", "parsing", "parsers",
      "sandbox", "sampling", "stopping", "grammar", "grammar_calls", "grammar_gate", "catalog",
      "names", "terminal", "page_format", "fingerprint", "workspace", "settings", "memory"),
-    ("generate", "decoder", "overflow", "planner", "budget", "pages", "page_cutter",
+    ("generate", "session", "decoder", "overflow", "planner", "budget", "pages", "page_cutter",
      "page_links", "page_ram",
      "page_disk", "page_files", "page_folder", "page_room", "kv_names", "named_kv", "hub",
      "hub_headers", "wheels", "store", "copies", "card", "plan_card"),

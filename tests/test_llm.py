@@ -13,10 +13,10 @@ import pytest
 import mlxkv
 from mlxkv.answer import Chunk, Request
 from mlxkv.errors import ContextExceeded, TemplateError, UsageError
-from mlxkv.generate import Session
 from mlxkv.llm import LLM
 from mlxkv.parsing import OutputParser
 from mlxkv.saved_prefix import Head
+from mlxkv.session import Session
 from mlxkv.turn import Turn
 from tests.chat_templates.cases import TEMPLATES
 from tests.command_line import TEMPLATE, chat_model

@@ -16,11 +16,11 @@ import mlxkv
 from mlxkv import repl
 from mlxkv.commands import Chat
 from mlxkv.errors import ContextExceeded, UsageError
-from mlxkv.generate import Session, n_shared
 from mlxkv.llm import LLM
 from mlxkv.overflow import Bound, most_kept, n_dropped
 from mlxkv.run import Settings
 from mlxkv.sampling import Sampler, SamplingParams
+from mlxkv.session import Session, n_shared
 from tests import tiny
 from tests.command_line import chat_model
 from tests.test_llm import turns

@@ -18,11 +18,12 @@ import pytest
 
 import mlxkv
 from mlxkv.cache import STEP, ceil_step, make_caches
-from mlxkv.generate import Session, prefill
+from mlxkv.generate import prefill
 from mlxkv.layers import CausalLM
 from mlxkv.page_disk import open_pages
 from mlxkv.pages import WORTH, Pages
 from mlxkv.sampling import Sampler, SamplingParams
+from mlxkv.session import Session
 from tests.oracle.cases import CASES, LONG, Case
 from tests.test_parity import Golden
 from tests.tiny import tokens as random_tokens

@@ -16,12 +16,12 @@ from mlx.utils import tree_flatten
 import mlxkv
 from mlxkv import plan_card
 from mlxkv.errors import UsageError
-from mlxkv.generate import Session
 from mlxkv.kv_format import KV_TYPES
 from mlxkv.layers import CausalLM
 from mlxkv.page_disk import open_pages
 from mlxkv.planner import plan
 from mlxkv.sampling import Sampler, SamplingParams
+from mlxkv.session import Session
 from mlxkv.terminal import parse_bytes
 from tests.oracle.cases import CASES, LONG, Case
 from tests.test_parity import Golden
@@ -86,7 +86,7 @@ def peak_of(session: Session, n_prompt: int, chunk: int) -> int:
 def meets(expected: int, run: Callable[..., int], *arguments: object) -> bool:
     """Whether the largest of a few runs is what was expected."""
     largest = 0
-    for _ in range(5):
+    for _ in range(20):  # on a busy machine fewer of MLX's tasks are in flight
         largest = max(largest, run(*arguments))
         if expected == pytest.approx(largest, rel=TOLERANCE):
             return True

@@ -16,10 +16,10 @@ import pytest
 import mlxkv
 from mlxkv.cache import STEP, RotatingKVCache
 from mlxkv.errors import CheckpointError, UsageError
-from mlxkv.generate import Session
 from mlxkv.llm import LLM
 from mlxkv.page_format import PageKey
 from mlxkv.pages import Pages
+from mlxkv.session import Session
 from tests.command_line import chat_model
 from tests.test_pages import ROW, Sequence_, new_pages, told
 from tests.tiny import tokens as random_tokens

@@ -459,7 +459,7 @@ def test_what_cannot_be_asked_cannot_be_counted(address):
 
 
 def test_a_stored_model_is_found_with_latest_or_without(client, engine):
-    engine.names.add(STORED)
+    engine.models.add(STORED)
     assert create(client, model=STORED).model == STORED
     assert create(client, model=f"{MODEL}:latest").model == f"{MODEL}:latest"
     assert [ask.model for ask in engine.asks] == [STORED, MODEL]

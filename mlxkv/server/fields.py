@@ -8,9 +8,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from mlxkv.asks import Ask, Engine
-from mlxkv.errors import ModelNotFound, UsageError
-from mlxkv.names import NAME, REPO, PathRef, locate
+from mlxkv.asks import Ask
+from mlxkv.errors import UsageError
 from mlxkv.server.config import ServerConfig
 
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
@@ -25,27 +24,6 @@ class Strict(BaseModel):
     """A part of a request: other fields, and values of other types, are refused."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
-
-
-def checked_model(engine: Engine, config: ServerConfig, name: str) -> str:
-    """A model's name, if it cannot be a path.
-
-    Names that the operator gave, or loaded, may be paths.
-
-    Raises:
-        ModelNotFound: it looks like a path, or like no name at all.
-    """
-    if name in config.models or name in {model.name for model in engine.loaded()}:
-        return name
-    is_name = len(name) <= 256 and (NAME.fullmatch(name) or REPO.fullmatch(name))
-    # A folder of that name where the server was started is not meant.
-    if is_name and not isinstance(locate(name), PathRef):
-        return name
-    shown = name if len(name) <= 80 else name[:77] + "..."
-    raise ModelNotFound(
-        f"{shown!r} is no model: give a name that GET /v1/models lists, or a Hugging Face "
-        f"repository (org/name)"
-    )
 
 
 def seconds(value: float | str | None) -> float | None:

@@ -42,7 +42,7 @@ async def present(engine: Engine, config: ServerConfig, name: str) -> str:
     Raises:
         ModelNotFound: it is not here, or no name.
     """
-    known = {*config.models, *(model.name for model in engine.loaded())}
+    known = {*config.models, *engine.names()}
     for spelling in spellings(name):
         if spelling in known:
             return spelling

@@ -49,7 +49,7 @@ async def _answer(
     reply = Reply(body.model_name, chats=isinstance(body, ChatRequest))
     model = await present(engine, config, body.model_name)
     ask = bounded(_ask(body, model, request.state.owner), config)
-    if model not in {each.name for each in engine.loaded()}:
+    if model not in engine.names():
         # The engine would do it; so the time it takes is known.
         await sse.unless_gone(request, engine.load(model))
         reply.load_ns = time.perf_counter_ns() - reply.started_ns

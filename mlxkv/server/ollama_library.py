@@ -21,7 +21,7 @@ from pydantic import Field
 from mlxkv import copies, store
 from mlxkv.asks import Engine
 from mlxkv.errors import MlxkvError, UsageError
-from mlxkv.sampling import SamplingParams
+from mlxkv.sampling import GENERATION_CONFIG, SamplingParams
 from mlxkv.server import sse
 from mlxkv.server.config import ServerConfig
 from mlxkv.server.fields import Strict
@@ -35,7 +35,7 @@ MAX_JOBS = 2
 """Downloads and conversions at a time; each may fill a disk or a network."""
 EVERY_S = 0.1
 """Between two reports of the same step."""
-_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repeat_penalty")
+_SAMPLING = tuple(GENERATION_CONFIG.values())
 _SETTINGS = {"num_ctx": "context", "num_keep": "keep"}
 
 Work = Callable[[Report], object]

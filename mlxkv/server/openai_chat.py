@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse
 from pydantic import Field
 
 from mlxkv.answer import Chunk
@@ -17,9 +15,10 @@ from mlxkv.errors import UsageError
 from mlxkv.parsing import ToolCall
 from mlxkv.server import sse
 from mlxkv.server.config import ServerConfig
-from mlxkv.server.errors import failure_of, openai_error
-from mlxkv.server.fields import Count, Strict, bounded, checked_model, dropped, seconds
+from mlxkv.server.fields import Count, Strict, dropped, seconds
 from mlxkv.server.json_route import JSONRoute
+from mlxkv.server.model_names import present
+from mlxkv.server.openai_answering import respond, submit_all, with_options
 from mlxkv.server.openai_fields import (
     Effort,
     Function,
@@ -166,47 +165,13 @@ def router(engine: Engine, config: ServerConfig) -> APIRouter:
     @routes.post("/v1/chat/completions")
     async def chat_completions(request: Request, body: ChatRequest) -> Response:
         """Answer a conversation."""
-        ask = body.ask(checked_model(engine, config, body.model), request.state.owner)
+        ask = body.ask(await present(engine, config, body.model), request.state.owner)
         sampling = [body.sampling_options(i) for i in range(body.n_answers)]
         answers = submit_all(engine, config, [with_options(ask, each) for each in sampling])
         reply = ChatReply(body)
-        if body.stream:
-            events = reply.events(answers)
-            return await sse.stream(request, events, config, error_event, answers=answers)
-        return JSONResponse(await sse.unless_gone(request, reply.whole(answers), answers))
+        return await respond(request, config, reply, answers, body.stream)
 
     return routes
-
-
-def with_options(ask: Ask, options: dict[str, Any]) -> Ask:
-    """The same with more options."""
-    return dataclasses.replace(ask, options={**ask.options, **options})
-
-
-def submit_all(engine: Engine, config: ServerConfig, asks: Sequence[Ask]) -> list[Answer]:
-    """The answers to all, or to none.
-
-    Raises:
-        UsageError: more answers or tokens than one request may ask for. Whatever the engine raises.
-    """
-    if len(asks) > config.max_choices:
-        raise UsageError(
-            f"one request may ask for {config.max_choices} answers; this one asks for {len(asks)}"
-        )
-    answers: list[Answer] = []
-    try:
-        for ask in asks:
-            answers.append(engine.submit(bounded(ask, config)))
-    except BaseException:
-        for answer in answers:
-            answer.cancel()
-        raise
-    return answers
-
-
-def error_event(error: BaseException) -> bytes:
-    """The end of a stream that failed."""
-    return sse.event(openai_error(failure_of(error))) + sse.DONE
 
 
 class ChatReply:

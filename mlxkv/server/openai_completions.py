@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse
 from pydantic import Field, field_validator
 
 from mlxkv.answer import Chunk, TokenLogprobs
@@ -18,9 +17,10 @@ from mlxkv.asks import Answer, Ask, Engine
 from mlxkv.errors import UsageError
 from mlxkv.server import sse
 from mlxkv.server.config import ServerConfig
-from mlxkv.server.fields import Count, Whole, checked_model, dropped, seconds
+from mlxkv.server.fields import Count, Whole, dropped, seconds
 from mlxkv.server.json_route import JSONRoute
-from mlxkv.server.openai_chat import error_event, submit_all, with_options
+from mlxkv.server.model_names import present
+from mlxkv.server.openai_answering import respond, submit_all, with_options
 from mlxkv.server.openai_fields import ResponseFormat, Streamed, format_grammar
 from mlxkv.server.openai_output import Progress, finite, new_id, usage
 
@@ -92,13 +92,10 @@ def router(engine: Engine, config: ServerConfig) -> APIRouter:
     @routes.post("/v1/completions")
     async def completions(request: Request, body: CompletionRequest) -> Response:
         """Go on from a text."""
-        asks = body.asks(checked_model(engine, config, body.model), request.state.owner)
+        asks = body.asks(await present(engine, config, body.model), request.state.owner)
         answers = submit_all(engine, config, asks)
         reply = CompletionReply(body)
-        if body.stream:
-            events = reply.events(answers)
-            return await sse.stream(request, events, config, error_event, answers=answers)
-        return JSONResponse(await sse.unless_gone(request, reply.whole(answers), answers))
+        return await respond(request, config, reply, answers, body.stream)
 
     return routes
 

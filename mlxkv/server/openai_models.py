@@ -17,8 +17,8 @@ from mlxkv.asks import Engine
 from mlxkv.errors import ModelNotFound, UsageError
 from mlxkv.server import sse
 from mlxkv.server.config import ServerConfig
-from mlxkv.server.fields import checked_model
 from mlxkv.server.json_route import JSONRoute
+from mlxkv.server.model_names import present
 from mlxkv.server.openai_fields import Ignored, Text
 
 
@@ -51,7 +51,7 @@ def router(engine: Engine, config: ServerConfig) -> APIRouter:
     @routes.post("/v1/embeddings")
     async def embeddings(request: Request, body: EmbeddingRequest) -> Response:
         """Vectors of texts, from a model that makes meaningful ones."""
-        name = checked_model(engine, config, body.model)
+        name = await present(engine, config, body.model)
         texts = [body.input] if isinstance(body.input, str) else body.input
         found = await sse.unless_gone(request, engine.embed(name, texts))
         if len(found.vectors) != len(texts):
@@ -69,8 +69,8 @@ async def _models(engine: Engine) -> list[dict[str, Any]]:
     for stored in await run_in_threadpool(store.list_models):
         created = int(stored.path.stat().st_mtime) if stored.path.exists() else 0
         rows[stored.name] = _model(stored.name, created)
-    for loaded in engine.loaded():
-        rows.setdefault(loaded.name, _model(loaded.name, 0))
+    for name in engine.names():
+        rows.setdefault(name, _model(name, 0))
     return [rows[name] for name in sorted(rows)]
 
 

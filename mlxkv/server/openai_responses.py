@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse
 from pydantic import Field
 
 from mlxkv.asks import Answer, Ask, Engine
@@ -22,9 +21,10 @@ from mlxkv.grammar import Grammar
 from mlxkv.server import sse
 from mlxkv.server.config import ServerConfig
 from mlxkv.server.errors import failure_of
-from mlxkv.server.fields import Count, Strict, checked_model, dropped, seconds
+from mlxkv.server.fields import Count, Strict, dropped, seconds
 from mlxkv.server.json_route import JSONRoute
-from mlxkv.server.openai_chat import submit_all
+from mlxkv.server.model_names import present
+from mlxkv.server.openai_answering import respond, submit_all
 from mlxkv.server.openai_fields import (
     Effort,
     Function,
@@ -184,13 +184,10 @@ def router(engine: Engine, config: ServerConfig) -> APIRouter:
     @routes.post("/v1/responses")
     async def responses(request: Request, body: ResponseRequest) -> Response:
         """Answer items with items."""
-        ask = body.ask(checked_model(engine, config, body.model), request.state.owner)
+        ask = body.ask(await present(engine, config, body.model), request.state.owner)
         answers = submit_all(engine, config, [ask])
         reply = ResponseReply(body)
-        if body.stream:
-            events = reply.events(answers)
-            return await sse.stream(request, events, config, reply.failed, answers=answers)
-        return JSONResponse(await sse.unless_gone(request, reply.whole(answers), answers))
+        return await respond(request, config, reply, answers, body.stream, reply.failed)
 
     return routes
 
