@@ -148,7 +148,8 @@ class Engine:
         self._places: dict[str, _Place] = {}
         self._rejected = 0
         self._closing = False
-        self._thread = threading.Thread(target=self._run, name="mlxkv engine", daemon=True)
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._live, name="mlxkv engine", daemon=True)
 
     def start(self) -> None:
         """Start the thread."""
@@ -160,12 +161,12 @@ class Engine:
             self._closing = True
             self._changed.notify()
         if self._thread.is_alive():
-            self._thread.join()
+            self._ended.wait()
 
     @property
     def alive(self) -> bool:
         """Whether the engine's thread works."""
-        return self._thread.is_alive() and not self._closing
+        return self._thread.is_alive() and not self._closing and not self._ended.is_set()
 
     def submit(self, ask: Ask) -> EngineAnswer:
         """Ask for an answer, from any thread.
@@ -281,6 +282,16 @@ class Engine:
             self._calls.append(run)
             self._changed.notify()
         return await asyncio.wrap_future(future)
+
+    def _live(self) -> None:
+        try:
+            self._run()
+        finally:
+            self._ended.set()
+        # A thread that used MLX must not end while the interpreter does: MLX's thread-local
+        # destructors, which run after `join`, take the GIL then, and the process is aborted
+        # (MLX 0.32, Python 3.11). So it waits for the end of the process.
+        threading.Event().wait()
 
     def _run(self) -> None:
         try:

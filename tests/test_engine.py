@@ -374,3 +374,12 @@ def test_a_closed_engine_says_so(models):
     with pytest.raises(MlxkvError, match="stopped"):
         engine.submit(ask(models["llama"]))
     time.sleep(0)
+
+
+def test_the_thread_of_a_closed_engine_stays():
+    # If it ended while the interpreter does, MLX's destructors would abort the process.
+    engine = Engine(dtype="float32")
+    engine.start()
+    engine.close()
+    engine._thread.join(0.2)
+    assert engine._thread.is_alive() and engine._thread.daemon
