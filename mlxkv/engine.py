@@ -2,9 +2,8 @@
 
 Invariants:
 - MLX is used on the engine's thread alone. Others hand it requests and calls, and wait.
-- A model is loaded when it is asked for and leaves when nobody has asked for it for its
-  `keep_alive`, or earlier if another needs the room: the least recently used that is idle first.
-- All models share one limit: each one's budget is what the others leave.
+- A model is loaded when it is asked for, step by step between the steps of those that answer; who
+  asked for it waits for it. Which models are here and what they may take, `loaded_models` decides.
 - The thread survives whatever a request does.
 """
 
@@ -12,31 +11,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import logging
 import threading
-import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import mlx.core as mx
 
 from mlxkv import device
 from mlxkv.answer import Chunk, Request
 from mlxkv.asks import Ask, Busy, Embeddings, EngineStats, Loaded
-from mlxkv.card import describe
-from mlxkv.errors import MlxkvError, OutOfMemory, UsageError
-from mlxkv.llm import load_with
-from mlxkv.loader import lay_out
-from mlxkv.serving import ServedModel, Task
-from mlxkv.settings import Given, effective
-from mlxkv.store import resolve
-from mlxkv.terminal import human_bytes
+from mlxkv.errors import MlxkvError, UsageError
+from mlxkv.loaded_models import LoadedModels, Place, key_of
+from mlxkv.memory import without_trace
+from mlxkv.serving import Task
+from mlxkv.settings import Given
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -98,19 +90,26 @@ class EngineAnswer:
             self.cancel()
 
 
-@dataclass
-class _Place:
-    """A loaded model, and how long it stays."""
+@dataclass(frozen=True, slots=True)
+class _Waits:
+    """Who waits for a model.
 
-    served: ServedModel
-    path: Path
-    keep_alive_s: float
-    used_at: float = field(default_factory=time.monotonic)
-    card: dict[str, Any] = field(default_factory=dict)
+    Args:
+        then: called with it.
+        failed: called with the error if it does not come.
+    """
 
-    def expires_at(self) -> float | None:
-        """When it leaves if nobody asks for it; None: never."""
-        return None if self.keep_alive_s < 0 else self.used_at + self.keep_alive_s
+    then: Callable[[Place], None]
+    failed: Callable[[Exception], None]
+    keep_alive_s: float | None
+
+
+@dataclass(slots=True)
+class _Coming:
+    """A model that is being loaded."""
+
+    steps: Generator[None, None, Place]
+    waits: list[_Waits] = field(default_factory=list)
 
 
 class Engine:
@@ -135,17 +134,13 @@ class Engine:
         max_queue: int = 64,
         max_running: int = 16,
     ):
-        self.limit_bytes = memory or device.memory_limit()
-        self._dtype, self._given = dtype, given or Given()
-        self._keep_alive_s, self._max_queue, self._max_running = (
-            keep_alive_s,
-            max_queue,
-            max_running,
-        )
+        limit_bytes = memory or device.memory_limit()
+        self._models = LoadedModels(limit_bytes, dtype, given or Given(), keep_alive_s, max_running)
+        self._coming: dict[str, _Coming] = {}
+        self._max_queue = max_queue
         self._changed = threading.Condition()
         self._inbox: deque[Task] = deque()
         self._calls: deque[Callable[[], None]] = deque()
-        self._places: dict[str, _Place] = {}
         self._rejected = 0
         self._closing = False
         self._ended = threading.Event()
@@ -188,20 +183,21 @@ class Engine:
 
     async def load(self, model: str, keep_alive_s: float | None = None) -> Loaded:
         """Have a model in memory; errors as for `mlxkv.load`."""
-
-        def load() -> Loaded:
-            return self._described(self._place(model, keep_alive_s))
-
-        return await self._call(load)
+        return await self._with_model(model, keep_alive_s, lambda place: place.described())
 
     async def unload(self, model: str) -> bool:
-        """Give a model's memory back; whether it was there."""
+        """Give a model's memory back; whether it was there, or coming."""
 
         def unload() -> bool:
-            key = _key(model)
-            there = key in self._places
+            key = key_of(model)
+            coming = self._coming.pop(key, None)
+            if coming is not None:
+                coming.steps.close()
+                self._fail(coming, MlxkvError("the model was unloaded"))
+                return True
+            there = self._models.find(key) is not None
             if there:
-                self._drop(key)
+                self._models.drop(key)
             return there
 
         return await self._call(unload)
@@ -209,12 +205,12 @@ class Engine:
     async def tokenize(self, ask: Ask) -> list[int]:
         """The token ids of a prompt as the model would get them."""
 
-        def tokenize() -> list[int]:
-            llm = self._place(ask.model, ask.keep_alive_s).served.llm
+        def tokenize(place: Place) -> list[int]:
+            llm = place.served.llm
             turn, _ = llm.prepare(ask.prompt, Request.of(**dict(ask.options)), llm.session())
             return turn.sequence
 
-        return await self._call(tokenize)
+        return await self._with_model(ask.model, ask.keep_alive_s, tokenize)
 
     async def embed(self, model: str, texts: Sequence[str]) -> Embeddings:
         """Raises UsageError: the families that mlxkv runs are made to generate."""
@@ -225,15 +221,15 @@ class Engine:
 
     def names(self) -> set[str]:
         """How requests named the models in memory."""
-        return {place.served.name for place in list(self._places.values())}
+        return {place.served.name for _, place in self._models.places()}
 
     def loaded(self) -> list[Loaded]:
         """The models in memory."""
-        return [self._described(place) for place in list(self._places.values())]
+        return [place.described() for _, place in self._models.places()]
 
     def stats(self) -> EngineStats:
         """What the engine does and has done."""
-        served = [place.served for place in list(self._places.values())]
+        served = [place.served for _, place in self._models.places()]
         uses = [model.llm.budget.use() for model in served]
         return EngineStats(
             running=sum(model.n_sequences for model in served),
@@ -248,14 +244,14 @@ class Engine:
                 "active": mx.get_active_memory(),
                 "cached": mx.get_cache_memory(),
                 "peak": mx.get_peak_memory(),
-                "limit": self.limit_bytes,
+                "limit": self._models.limit_bytes,
             },
         )
 
     def _n_waiting(self) -> int:
-        return len(self._inbox) + sum(
-            len(place.served.waiting) for place in list(self._places.values())
-        )
+        waiting = [len(place.served.waiting) for _, place in self._models.places()]
+        coming = [len(coming.waits) for coming in list(self._coming.values())]
+        return len(self._inbox) + sum(waiting) + sum(coming)
 
     def _wake(self) -> None:
         with self._changed:
@@ -264,17 +260,31 @@ class Engine:
     async def _call(self, function: Callable[[], T]) -> T:
         """Run something on the engine's thread, between two steps."""
         future: Future[T] = Future()
+        return await self._hear(future, lambda: _settle(future, function))
+
+    async def _with_model(
+        self, model: str, keep_alive_s: float | None, function: Callable[[Place], T]
+    ) -> T:
+        """The same with a model, as soon as it is in memory."""
+        future: Future[T] = Future()
+
+        def then(place: Place) -> None:
+            _settle(future, lambda: function(place))
+
+        waits = _Waits(then, future.set_exception, keep_alive_s)
+        return await self._hear(future, lambda: self._await_model(model, waits))
+
+    async def _hear(self, future: Future[T], call: Callable[[], None]) -> T:
+        """What a call on the engine's thread says through its future."""
 
         def run() -> None:
             # Whoever asked may have gone; from here on it cannot be cancelled.
             if not future.set_running_or_notify_cancel():
                 return
-            try:
-                if self._closing:
-                    raise _stopped()
-                future.set_result(function())
-            except Exception as error:
-                future.set_exception(error)
+            if self._closing:
+                future.set_exception(_stopped())
+                return
+            call()
 
         with self._changed:
             if not self.alive:
@@ -305,15 +315,17 @@ class Engine:
                 call()
             for task in tasks:
                 task.tell(_stopped())
-            for name in list(self._places):
-                self._drop(name)
+            for coming in self._coming.values():
+                coming.steps.close()
+                self._fail(coming, _stopped())
+            for key, _ in self._models.places():
+                self._models.drop(key)
 
     def _turn(self) -> None:
         """What is to be done now, or a wait for it."""
         with self._changed:
-            idle = all(place.served.is_idle for place in self._places.values())
-            if idle and not (self._inbox or self._calls or self._closing):
-                self._changed.wait(self._until_next_expiry())
+            if not (self._is_busy() or self._coming or self._has_news()):
+                self._changed.wait(self._models.until_next_expiry_s())
             calls, tasks = list(self._calls), list(self._inbox)
             self._calls.clear()
             self._inbox.clear()
@@ -321,166 +333,84 @@ class Engine:
             call()
         for task in tasks:
             self._hand_over(task)
-        self._share_memory()
-        for name, place in list(self._places.items()):
+        self._load()
+        self._models.share_memory()
+        for key, place in self._models.places():
             if not place.served.is_idle:
-                place.used_at = time.monotonic()
-                self._step(name, place)
-        self._expire()
+                place.touch()
+                self._step(key, place)
+        self._models.expire()
 
-    def _step(self, name: str, place: _Place) -> None:
+    def _is_busy(self) -> bool:
+        """Whether anything is being answered."""
+        return any(not place.served.is_idle for _, place in self._models.places())
+
+    def _has_news(self) -> bool:
+        """Whether anything was asked for since the last turn."""
+        return bool(self._inbox or self._calls or self._closing)
+
+    def _step(self, key: str, place: Place) -> None:
         try:
             place.served.step()
         except Exception as error:  # not one request's: the model starts over
-            _log.exception("the model %s failed and is unloaded", name)
+            _log.exception("the model %s failed and is unloaded", place.served.name)
             for task in list(place.served.tasks()):
                 task.tell(MlxkvError(f"the model failed: {error}"))
-            self._drop(name)
+            self._models.drop(key)
 
     def _hand_over(self, task: Task) -> None:
         if task.is_cancelled():
             return task.tell(None)
-        try:
-            place = self._place(task.ask.model, task.ask.keep_alive_s)
-        except Exception as error:  # one request's, whatever it is
-            return task.tell(error)
-        return place.served.waiting.append(task)
-
-    def _place(self, model: str, keep_alive_s: float | None) -> _Place:
-        """A model, loaded if need be."""
-        place = self._places.get(_key(model))
-        if place is None:
-            place = self._load(model)
-        place.used_at = time.monotonic()
-        if keep_alive_s is not None:
-            place.keep_alive_s = keep_alive_s
-        return place
-
-    def _load(self, model: str) -> _Place:
-        path = resolve(model, fetch=False)
-        key = _key(model)
-        needed = lay_out(path, self._dtype).nbytes
-        self._make_room(model, needed)
-        llm = load_with(path, effective(path, self._given), self._dtype)
-        served = ServedModel(model, llm, self._max_running)
-        card = describe(model, path)
-        place = _Place(served, path, self._keep_alive_s)
-        place.card = {
-            "family": card.family,
-            "parameters": card.parameters,
-            "quantization": card.quantization,
-            "size_bytes": sum(size for _, size in card.files),
-            "digest": fingerprint_of(path),
-        }
-        self._places[key] = place
-        self._share_memory()
-        return place
-
-    def _make_room(self, model: str, n_bytes: int) -> None:
-        """Unload idle models, the least recently used first, until the weights fit.
-
-        Raises:
-            OutOfMemory: they do not.
-        """
-        while self._used() + n_bytes > self.limit_bytes:
-            idle = [
-                (place.used_at, name)
-                for name, place in self._places.items()
-                if place.served.is_idle
-            ]
-            if not idle and self._give_pages(self._used() + n_bytes - self.limit_bytes):
-                continue
-            if not idle:
-                raise OutOfMemory(
-                    f"{model}: its weights take {human_bytes(n_bytes)} and "
-                    f"{human_bytes(max(0, self.limit_bytes - self._used()))} of "
-                    f"{human_bytes(self.limit_bytes)} are free"
-                )
-            self._drop(min(idle)[1])
-
-    def _give_pages(self, n_bytes: int) -> int:
-        """Have busy models give prefix pages back; how many bytes that were."""
-        given = 0
-        for place in self._places.values():
-            given += place.served.llm.budget.give_pages(n_bytes - given) if given < n_bytes else 0
-        return given
-
-    def _used(self) -> int:
-        return sum(place.served.llm.budget.used_bytes for place in self._places.values())
-
-    def _share_memory(self) -> None:
-        """Each model may take what the others leave."""
-        used = self._used()
-        for place in self._places.values():
-            budget = place.served.llm.budget
-            limit = self.limit_bytes - (used - budget.used_bytes)
-            if limit != budget.limit_bytes:
-                budget.limit_bytes = limit
-
-    def _drop(self, name: str) -> None:
-        place = self._places.pop(name)
-        try:
-            place.served.close()
-        except Exception:  # what is lost are prefixes
-            _log.exception("the model %s was not closed in order", name)
-        del place
-        gc.collect()
-        mx.clear_cache()
-
-    def _until_next_expiry(self) -> float | None:
-        ends = [place.expires_at() for place in self._places.values()]
-        times = [end for end in ends if end is not None]
-        return max(0.0, min(times) - time.monotonic()) if times else None
-
-    def _expire(self) -> None:
-        now = time.monotonic()
-        for name, place in list(self._places.items()):
-            end = place.expires_at()
-            if place.served.is_idle and end is not None and end <= now:
-                self._drop(name)
-
-    def _described(self, place: _Place) -> Loaded:
-        llm, served = place.served.llm, place.served
-        use = llm.budget.use()
-        end = place.expires_at()
-        until = None if end is None else time.time() + end - time.monotonic()
-        return Loaded(
-            name=served.name,
-            path=str(place.path),
-            size_bytes=place.card["size_bytes"],
-            weights_bytes=llm.budget.weights_bytes,
-            kv_used_bytes=use.used_bytes,
-            kv_allocated_bytes=use.allocated_bytes,
-            kv_max_bytes=max(0, llm.budget.limit_bytes - llm.budget.weights_bytes),
-            n_sequences=served.n_sequences,
-            pages_ram_bytes=llm.budget.pages_bytes,
-            pages_ssd_bytes=0 if llm.pages is None else llm.pages.ssd_bytes,
-            device=device.kind(),
-            until=None if until is None else datetime.fromtimestamp(until, UTC),
-            context=llm.context,
-            family=place.card["family"],
-            parameters=place.card["parameters"],
-            quantization=place.card["quantization"],
-            digest=place.card["digest"],
+        waits = _Waits(
+            lambda place: place.served.waiting.append(task), task.tell, task.ask.keep_alive_s
         )
+        return self._await_model(task.ask.model, waits)
+
+    def _await_model(self, model: str, waits: _Waits) -> None:
+        """Hand a model over now, or when it is loaded."""
+        try:
+            key = key_of(model)
+            place = self._models.find(key)
+        except Exception as error:  # one request's, whatever it is
+            return waits.failed(error)
+        if place is not None:
+            place.touch(waits.keep_alive_s)
+            return waits.then(place)
+        if key not in self._coming:
+            self._coming[key] = _Coming(self._models.loading(model))
+        self._coming[key].waits.append(waits)
+        return None
+
+    def _load(self) -> None:
+        """Go on with the model that was asked for first: one step, or all while nobody waits."""
+        while self._coming:
+            key, coming = next(iter(self._coming.items()))
+            try:
+                next(coming.steps)
+            except StopIteration as stop:
+                del self._coming[key]
+                for waits in coming.waits:
+                    stop.value.touch(waits.keep_alive_s)
+                    waits.then(stop.value)
+                return
+            except Exception as error:  # of those who asked for it, whatever it is
+                del self._coming[key]
+                self._fail(coming, without_trace(error))
+            if self._is_busy() or self._has_news():
+                return
+
+    def _fail(self, coming: _Coming, error: Exception) -> None:
+        for waits in coming.waits:
+            waits.failed(error)
+
+
+def _settle(future: Future[T], function: Callable[[], T]) -> None:
+    """Have a future say what a function returns or raises."""
+    try:
+        future.set_result(function())
+    except Exception as error:
+        future.set_exception(error)
 
 
 def _stopped() -> MlxkvError:
     return MlxkvError("the engine has stopped")
-
-
-def _key(model: str) -> str:
-    """A model's directory: it may have several names."""
-    return str(resolve(model, fetch=False))
-
-
-def fingerprint_of(path: Path) -> str:
-    """A short name for a model's files: of their names, sizes and times."""
-    import hashlib
-
-    digest = hashlib.sha256()
-    for file in sorted(path.iterdir()):
-        if file.is_file():
-            stat = file.stat()
-            digest.update(f"{file.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
-    return digest.hexdigest()

@@ -15,6 +15,7 @@ from mlxkv.cache import STEP, Cache
 from mlxkv.errors import CheckpointError, KVCacheFull, UsageError
 from mlxkv.layers import CausalLM
 from mlxkv.sampling import Sampler, is_broken
+from mlxkv.steps import finished
 
 CPU_CHUNK = 256
 GPU_CHUNK = 2048
@@ -55,7 +56,8 @@ def prefill(
         raise UsageError(
             "the prompt is empty" if chunk >= 1 else f"chunk must be >= 1; got {chunk}"
         )
-    return finished(prefilling(model, tokens, caches, lambda n, _: min(n, chunk)), on_progress)
+    steps = prefilling(model, tokens, caches, lambda n, _: min(n, chunk))
+    return finished(steps, None if on_progress is None else lambda at: on_progress(*at))
 
 
 def prefilling(
@@ -89,20 +91,6 @@ def prefilling(
         if computed is not None:
             computed(done)
         yield done, n
-
-
-def finished(
-    steps: Generator[tuple[int, int], None, mx.array],
-    on_progress: Callable[[int, int], None] | None = None,
-) -> mx.array:
-    """What a prefill returns when all its chunks are computed."""
-    while True:
-        try:
-            done, n = next(steps)
-        except StopIteration as stop:
-            return stop.value
-        if on_progress is not None:
-            on_progress(done, n)
 
 
 def decode(

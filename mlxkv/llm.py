@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -39,7 +39,7 @@ from mlxkv.errors import (
 )
 from mlxkv.kv_format import first_kv_type
 from mlxkv.layers import CausalLM
-from mlxkv.loader import load_model
+from mlxkv.loader import loading
 from mlxkv.overflow import Bound, decode_within
 from mlxkv.page_disk import open_pages
 from mlxkv.pages import Pages
@@ -48,6 +48,7 @@ from mlxkv.sampling import Sampler, SamplingParams
 from mlxkv.saved_prefix import Head
 from mlxkv.session import Session
 from mlxkv.settings import Given, Settings, effective
+from mlxkv.steps import finished
 from mlxkv.tokenizer import Tokenizer
 from mlxkv.turn import Turn
 
@@ -102,8 +103,17 @@ def load(
 
 def load_with(path: Path, settings: Settings, dtype: mx.Dtype | str = "auto") -> LLM:
     """Load a model's directory with settings that were found out before; else as `load`."""
+    return finished(loading_with(path, settings, dtype))
+
+
+def loading_with(
+    path: Path, settings: Settings, dtype: mx.Dtype | str = "auto"
+) -> Generator[None, None, LLM]:
+    """`load_with` in steps."""
     limit = settings.memory.value
-    model, tokenizer = load_model(path, dtype, limit), Tokenizer.from_dir(path)
+    model = yield from loading(path, dtype, limit)
+    yield
+    tokenizer = Tokenizer.from_dir(path)
     return LLM(model, tokenizer, path, settings.kv_type.value, limit, settings)
 
 

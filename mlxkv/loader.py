@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -24,6 +24,7 @@ from mlxkv.layers import CausalLM, Prepared
 from mlxkv.linear import QuantizedEmbedding, split_products
 from mlxkv.models import family_for
 from mlxkv.quantization import Quantization
+from mlxkv.steps import finished
 from mlxkv.terminal import human_bytes
 from mlxkv.weights import Weights, open_weights, skipped_text
 
@@ -33,6 +34,8 @@ DTYPES: dict[str, mx.Dtype] = {
     "bfloat16": mx.bfloat16,
 }
 """Names of the dtypes that a model can compute in."""
+STEP_BYTES = 64 << 20
+"""Weights that are read at a time, where they are not a block's that is fused."""
 
 
 _log = logging.getLogger("mlxkv")
@@ -120,9 +123,17 @@ def load_model(
             UnsupportedModel say how).
         OutOfMemory: the weights are over the limit; nothing of them was loaded.
     """
+    return finished(loading(path, dtype, limit_bytes))
+
+
+def loading(
+    path: str | Path, dtype: mx.Dtype | str = "auto", limit_bytes: int | None = None
+) -> Generator[None, None, CausalLM]:
+    """`load_model` in steps, each of a block or of `STEP_BYTES`."""
     if not device.can_compile():
         mx.disable_compile()
     layout = lay_out(path, dtype)
+    yield
     if limit_bytes is not None and layout.nbytes > limit_bytes:
         raise OutOfMemory(
             f"{path}: its weights take {human_bytes(layout.nbytes)} and the limit is "
@@ -135,7 +146,7 @@ def load_model(
     layout.weights.clear()
     layout.settle_dtype()
     model.eval()
-    _settle(model)
+    yield from _settling(model)
     return model
 
 
@@ -252,12 +263,20 @@ def _cast(array: mx.array, dtype: mx.Dtype) -> mx.array:
     return array.astype(dtype) if _is_float(array) else array
 
 
-def _settle(model: nn.Module) -> None:
+def _settling(model: nn.Module) -> Iterator[None]:
     """Bring the weights into memory, block by block so that a fused copy is one block's."""
     # No list of all modules: it would keep the parts of a fused projection alive to the end.
     for module in [m for m in model.modules() if isinstance(m, Prepared)]:
         module.prepare()
         mx.eval(module.parameters())
-    mx.eval(model.parameters())
+        yield
+    n_bytes = 0
+    for _, array in tree_flatten(model.parameters()):
+        mx.eval(array)
+        n_bytes += cast(mx.array, array).nbytes
+        if n_bytes >= STEP_BYTES:
+            n_bytes = 0
+            yield
+        del array
     split_products(model)
     mx.clear_cache()

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 
 from mlxkv.cache import STEP, Cache, KVCache, RotatingKVCache, make_caches
-from mlxkv.generate import decode, default_chunk, finished, prefilling
+from mlxkv.generate import decode, default_chunk, prefilling
 from mlxkv.kv_format import AUTO, KV_TYPES, first_kv_type
 from mlxkv.layers import CausalLM
 from mlxkv.memory import ALLOCATION_ERRORS, KVUse, Rung, is_allocation_failure, without_trace
@@ -22,6 +22,7 @@ from mlxkv.page_cutter import Cutter
 from mlxkv.page_links import Link
 from mlxkv.pages import Match, Pages
 from mlxkv.sampling import Sampler
+from mlxkv.steps import finished
 
 if TYPE_CHECKING:
     from mlxkv.budget import Budget
@@ -228,7 +229,8 @@ class Session:
         Raises:
             KVCacheFull: there is no room for it.
         """
-        return finished(self.prefilling(tokens, lambda: chunk), on_progress)
+        steps = self.prefilling(tokens, lambda: chunk)
+        return finished(steps, None if on_progress is None else lambda at: on_progress(*at))
 
     def prefilling(
         self, tokens: Sequence[int], chunk: Callable[[], int | None]

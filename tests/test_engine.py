@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 import threading
 import time
@@ -14,13 +15,15 @@ import mlx.core as mx
 import pytest
 
 import mlxkv
+from mlxkv import loaded_models, loader
 from mlxkv.answer import Chunk, Stats
 from mlxkv.asks import Ask, Busy
 from mlxkv.engine import Engine
-from mlxkv.errors import MlxkvError, ModelNotFound, UsageError
+from mlxkv.errors import MlxkvError, ModelNotFound, OutOfMemory, UsageError
 from mlxkv.grammar import Grammar
+from mlxkv.loaded_models import key_of
+from mlxkv.serving import ServedModel
 from mlxkv.settings import Given
-from mlxkv.store import resolve
 from tests.command_line import chat_model
 
 LONG = "".join(chr(97 + (i * i + 3 * i) % 23) for i in range(700))
@@ -45,6 +48,13 @@ def engine() -> Iterator[Engine]:
 
 async def collect(answer: AsyncIterable[Chunk]) -> list[Chunk]:
     return [chunk async for chunk in answer]
+
+
+def served(engine: Engine, model: Path) -> ServedModel:
+    """What answers a model's requests."""
+    place = engine._models.find(key_of(str(model)))
+    assert place is not None
+    return place.served
 
 
 def ask(model: Path, prompt: Any = "hello", **options: Any) -> Ask:
@@ -191,7 +201,7 @@ def test_broken_weights_end_a_request_and_not_the_engine(models, engine):
 
     async def run() -> None:
         await engine.load(str(model))
-        llm = engine._places[str(resolve(model))].served.llm
+        llm = served(engine, model).llm
         norm = llm.model.model.norm
         before = norm.weight
 
@@ -251,7 +261,7 @@ def test_the_least_recently_used_model_makes_room(models):
 
     async def run() -> None:
         for name in ("llama", "gemma3", "llama"):
-            engine.limit_bytes = sizes[name] + 2_000_000
+            engine._models.limit_bytes = sizes[name] + 2_000_000
             chunks = await collect(engine.submit(ask(models[name], "hi", max_tokens=3)))
             assert chunks[-1].finish_reason == "length"
             assert str(models[name]) in [loaded.name for loaded in engine.loaded()]
@@ -364,6 +374,108 @@ def test_stats_can_be_read_from_another_thread_at_any_time(models, engine):
     done.set()
     watcher.join()
     assert wrong == []
+
+
+@pytest.fixture
+def load_steps(monkeypatch) -> list[Any]:
+    """Calls what was appended, at each step of a load, of which there are many."""
+    hooks: list[Any] = []
+    steps = loaded_models.loading_with
+
+    def watched(*arguments: Any) -> Any:
+        loading = steps(*arguments)
+        while True:
+            try:
+                next(loading)
+            except StopIteration as stop:
+                return stop.value
+            for hook in hooks:
+                hook()
+            yield
+
+    monkeypatch.setattr(loader, "STEP_BYTES", 1)
+    monkeypatch.setattr(loaded_models, "loading_with", watched)
+    return hooks
+
+
+def test_an_answer_goes_on_while_another_model_is_loaded(models, engine, load_steps):
+    async def run() -> None:
+        await engine.load(str(models["llama"]))
+        counts = served(engine, models["llama"]).counts
+        seen: list[int] = []
+        load_steps.append(lambda: seen.append(counts.generated_tokens))
+        long = engine.submit(ask(models["llama"], LONG, max_tokens=200))
+        reader = aiter(long)  # cancelled when it goes
+        await anext(reader)
+        short = await collect(engine.submit(ask(models["gemma3"])))
+        assert tokens(short) == alone(models["gemma3"], "hello")
+        assert len(seen) > 20
+        between = [b - a for a, b in itertools.pairwise(seen)]
+        assert between == [1] * len(between)  # a token at each step
+        long.cancel()
+
+    asyncio.run(run())
+
+
+def test_a_model_that_is_being_loaded_can_be_unloaded(models, engine, load_steps):
+    async def run() -> None:
+        loop, told = asyncio.get_running_loop(), asyncio.Event()
+        load_steps.append(lambda: (loop.call_soon_threadsafe(told.set), time.sleep(0.02)))
+        waiting = [asyncio.ensure_future(engine.load(str(models["llama"]))) for _ in range(2)]
+        answer = engine.submit(ask(models["llama"]))
+        await told.wait()
+        assert engine.stats().queued == 3
+        assert await engine.unload(str(models["llama"]))
+        for one in waiting:
+            with pytest.raises(MlxkvError, match="unloaded"):
+                await one
+        with pytest.raises(MlxkvError, match="unloaded"):
+            await collect(answer)
+        load_steps.clear()
+        assert engine.loaded() == [] and engine._models.used_bytes == 0
+        chunks = await collect(engine.submit(ask(models["llama"])))
+        assert tokens(chunks) == alone(models["llama"], "hello")
+
+    asyncio.run(run())
+
+
+def test_a_model_that_can_never_fit_unloads_nobody(models):
+    sizes = {name: mlxkv.plan(path, dtype="float32").weights_bytes for name, path in models.items()}
+    small, large = sorted(sizes, key=sizes.__getitem__)
+    engine = Engine(dtype="float32", memory=sizes[large] - 1)
+    engine.start()
+
+    async def run() -> None:
+        await engine.load(str(models[small]))
+        with pytest.raises(OutOfMemory, match="limit of all models"):
+            await engine.load(str(models[large]))
+        assert [loaded.name for loaded in engine.loaded()] == [str(models[small])]
+
+    try:
+        asyncio.run(run())
+    finally:
+        engine.close()
+
+
+def test_a_model_waits_for_a_busy_one_to_make_room(models):
+    sizes = {name: mlxkv.plan(path, dtype="float32").weights_bytes for name, path in models.items()}
+    engine = Engine(dtype="float32", memory=sum(sizes.values()) - 1)
+    engine.start()
+
+    async def run() -> None:
+        first = engine.submit(ask(models["llama"], max_tokens=50))
+        reader = aiter(first)
+        await anext(reader)
+        second = asyncio.ensure_future(collect(engine.submit(ask(models["gemma3"]))))
+        rest = [chunk async for chunk in reader]
+        assert rest[-1].finish_reason == "length"
+        assert tokens(await second) == alone(models["gemma3"], "hello")
+        assert [loaded.name for loaded in engine.loaded()] == [str(models["gemma3"])]
+
+    try:
+        asyncio.run(run())
+    finally:
+        engine.close()
 
 
 def test_a_closed_engine_says_so(models):

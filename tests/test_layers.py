@@ -18,7 +18,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 LAYERS = (
-    ("errors", "device"),
+    ("errors", "device", "steps"),
     ("cache", "kv_format", "batch"),
     ("config", "quantization", "weights"),
     ("rope", "linear", "stacking", "moe", "attention", "layers"),
@@ -30,7 +30,8 @@ LAYERS = (
      "page_links", "page_ram",
      "page_disk", "page_files", "page_folder", "page_room", "kv_names", "named_kv", "hub",
      "hub_headers", "wheels", "store", "copies", "card", "plan_card"),
-    ("llm", "conversation", "answer", "turn", "saved_prefix", "asks", "serving", "engine"),
+    ("llm", "conversation", "answer", "turn", "saved_prefix", "asks", "serving", "loaded_models",
+     "engine"),
     ("convert", "server"),
     ("cli", "repl", "run", "commands", "doctor", "figures", "kv_cli", "kv_card", "kv_sources",
      "serve_cli", "verify"),
