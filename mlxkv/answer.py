@@ -105,8 +105,8 @@ class TokenLogprobs:
 
     Args:
         token: its id.
-        text: its text alone.
-        bytes: the same where it is a part of a character.
+        text: what it adds to the text before it; a part of a character shows as U+FFFD.
+        bytes: the same, in which parts of a character are what they are.
         logprob: natural logarithm of its probability.
         top: the likeliest tokens at its place.
     """

@@ -119,6 +119,31 @@ def make_stages(state: bytes | None) -> list[Stage] | None:
     return stages
 
 
+def bytes_of(piece: str, state: bytes | None) -> bytes | None:
+    """What one token adds to a text that goes before it.
+
+    Args:
+        piece: the token's string.
+        state: the decoder's JSON, None where a tokenizer has no decoder.
+
+    Returns:
+        UTF-8, or the part of a character that the token stands for; None for a decoder with a step
+        that is not known here.
+    """
+    stages = make_stages(state)
+    if stages is None:
+        return None
+    _run(["x"], stages)  # a decoder may take blanks from the beginning of a text
+    pieces = [piece]
+    for stage in stages:
+        if isinstance(stage, _ByteLevel):
+            return b"".join(map(stage.bytes_of, pieces))
+        if isinstance(stage, _ByteFallback) and (byte := stage.byte_of(piece)) is not None:
+            return byte
+        pieces = _run(pieces, [stage])
+    return "".join(pieces).encode()
+
+
 def has_byte_fallback(state: bytes | None) -> bool:
     """Whether a decoder turns <0xE2>-like tokens into bytes."""
     return state is not None and b'"ByteFallback"' in state
@@ -232,12 +257,15 @@ class _ByteLevel:
         self._utf8 = _Utf8()
 
     def push(self, piece: str) -> list[str]:
+        return self._utf8.push(self.bytes_of(piece))
+
+    def bytes_of(self, piece: str) -> bytes:
+        """What a token stands for."""
         try:
-            data = bytes([self._byte_of[char] for char in piece])
+            return bytes([self._byte_of[char] for char in piece])
         except KeyError:
             # An added token with a character outside of the alphabet stands for itself.
-            data = piece.encode()
-        return self._utf8.push(data)
+            return piece.encode()
 
     def flush(self) -> list[str]:
         return self._utf8.flush()
@@ -260,14 +288,19 @@ class _ByteFallback:
         self._run: list[str] = []
 
     def push(self, piece: str) -> list[str]:
-        byte = self._BYTE.fullmatch(piece)
+        byte = self.byte_of(piece)
         if byte is None:
             return [*self.flush(), piece]
-        text = self._utf8.push(bytes([int(byte[1], 16)]))
+        text = self._utf8.push(byte)
         if not self._whole_runs:
             return text
         self._run += text
         return []
+
+    def byte_of(self, piece: str) -> bytes | None:
+        """The byte that a token stands for, None for text."""
+        byte = self._BYTE.fullmatch(piece)
+        return None if byte is None else bytes([int(byte[1], 16)])
 
     def flush(self) -> list[str]:
         run, self._run = [*self._run, *self._utf8.flush()], []

@@ -301,8 +301,8 @@ class ServedModel:
     def _token(
         self, token: int, logprob: float, top: tuple[TokenLogprobs, ...] = ()
     ) -> TokenLogprobs:
-        text = self.llm.tokenizer.decode([token], skip_special_tokens=False)
-        return TokenLogprobs(token, text, text.encode(), logprob, top)
+        data = self.llm.tokenizer.bytes_of(token)
+        return TokenLogprobs(token, data.decode(errors="replace"), data, logprob, top)
 
     def _end(self, task: Task, last: Chunk | BaseException | None) -> None:
         """A request is over, with a last chunk, an error, or because nobody wants it."""

@@ -12,7 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlxkv.chat import ChatTemplate
-from mlxkv.detokenizer import Detokenizer, check_ids, has_byte_fallback, make_stages
+from mlxkv.detokenizer import (
+    Detokenizer,
+    bytes_of,
+    check_ids,
+    has_byte_fallback,
+    make_stages,
+)
 from mlxkv.errors import UsageError
 from mlxkv.tokenizer_files import (
     ModelFiles,
@@ -147,6 +153,17 @@ class Tokenizer:
         """The string of a token as the vocabulary holds it, None for an id without one."""
         self.check_ids((token,))
         return self._backend.id_to_token(token)
+
+    def bytes_of(self, token: int) -> bytes:
+        """What a token adds to a text that goes before it: UTF-8, or a part of a character.
+
+        Special tokens count as what they are called.
+        """
+        piece = self.token_of(token)
+        if piece is None:
+            return b""
+        data = bytes_of(piece, self._decoder_state)
+        return self.decode([token], skip_special_tokens=False).encode() if data is None else data
 
     def to_json(self) -> str:
         """The tokenizer as a tokenizer.json, added tokens included."""

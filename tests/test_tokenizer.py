@@ -149,6 +149,31 @@ def test_streamed_text_of_any_ids_is_the_decoded_text(name: str, skip: bool, dat
 
 
 @pytest.mark.parametrize("name", NAMES)
+@given(data=st.data())
+@settings(max_examples=120, deadline=None)
+def test_the_bytes_of_tokens_are_those_of_their_text(name: str, data: st.DataObject):
+    tokenizer = TOKENIZERS[name]
+    token = st.integers(0, tokenizer.n_vocab - 1) | st.integers(0, 260)
+    first = tokenizer.encode("x", add_special_tokens=False)
+    ids = data.draw(st.lists(token, max_size=12)) + tokenizer.encode(data.draw(TEXT))
+    whole = tokenizer.decode([*first, *ids], skip_special_tokens=False)
+    joined = b"".join(map(tokenizer.bytes_of, ids))
+    assert "x" + joined.decode(errors="replace") == whole
+
+
+def test_a_part_of_a_character_is_its_bytes():
+    for name in ("llama", "gemma"):
+        assert TOKENIZERS[name].bytes_of(TOKENIZERS[name].id_of("<0xF0>") or -1) == b"\xf0"
+    tokenizer = TOKENIZERS["byte_level"]
+    assert [tokenizer.bytes_of(token) for token in tokenizer.encode("🙂")] == [
+        b"\xf0",
+        b"\x9f",
+        b"\x99",
+        b"\x82",
+    ]
+
+
+@pytest.mark.parametrize("name", NAMES)
 @given(text=TEXT)
 @settings(max_examples=80, deadline=None)
 def test_no_piece_of_a_text_holds_half_a_character(name: str, text: str):
