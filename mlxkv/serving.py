@@ -1,8 +1,9 @@
 """One loaded model and the requests that it answers, step by step, all on the thread that calls.
 
 Invariants:
-- A request is waiting, prefilling or decoding; at most one is prefilling. `step` computes one chunk
-  of that one and one token of all that decode, so that nobody waits longer than a chunk takes.
+- A request is waiting, has its prompt computed, or decodes. `step` computes one chunk of one
+  prompt, which `prompt_order` chooses, and one token of all that decode, so that nobody waits
+  longer than a chunk takes.
 - What goes wrong in a request ends that request. Its prefix is kept as pages, however it ended.
 - Pages of one owner are never another's.
 """
@@ -29,6 +30,7 @@ from mlxkv.llm import LLM, keep_prefix
 from mlxkv.memory import ALLOCATION_ERRORS, is_allocation_failure, without_trace
 from mlxkv.page_disk import open_pages
 from mlxkv.pages import Pages
+from mlxkv.prompt_order import Prompt, next_prompt
 from mlxkv.session import Session
 from mlxkv.turn import Turn
 
@@ -37,6 +39,8 @@ _log = logging.getLogger(__name__)
 STALL_S = 0.5
 """How long a chunk of one prompt may hold up the answers that are being written."""
 MIN_CHUNK = 16
+MAX_PROMPTS = 4
+"""Prompts that are computed in turns; the others wait."""
 
 
 @dataclass(eq=False)
@@ -53,6 +57,7 @@ class Task:
     tell: Callable[[Chunk | BaseException | None], None]
     is_cancelled: Callable[[], bool]
     turn: Turn | None = field(default=None, init=False)
+    prompt: list[int] = field(default_factory=list, init=False)
     row: Row | None = field(default=None, init=False)
     masker: Masker | None = field(default=None, init=False)
     steps: Generator[tuple[int, int], None, mx.array] | None = field(default=None, init=False)
@@ -71,41 +76,37 @@ class ServedModel:
         self.name, self.llm, self.max_running = name, llm, max_running
         self.counts = Counts()
         self.waiting: deque[Task] = deque()
-        self.prefilling: Task | None = None
+        self.prompts: list[Task] = []
         self.running: dict[Row, Task] = {}
         self._decoder = Decoder(llm.model)
         self._pages: dict[str, Pages | None] = {"": llm.pages}
         self._maskers: Maskers | None = None
         self._seconds_per_token = 0.0
+        self._n_chunks = 0
 
     @property
     def is_idle(self) -> bool:
         """Whether there is nothing to do."""
-        return not (self.waiting or self.prefilling or self.running)
+        return not (self.waiting or self.prompts or self.running)
 
     @property
     def n_sequences(self) -> int:
         """Requests that are being computed."""
-        return len(self.running) + (self.prefilling is not None)
+        return len(self.running) + len(self.prompts)
 
     def tasks(self) -> Iterator[Task]:
         """All requests that have not ended."""
         yield from self.waiting
-        if self.prefilling is not None:
-            yield self.prefilling
+        yield from list(self.prompts)
         yield from list(self.running.values())
 
     def step(self) -> None:
         """One chunk of a prompt, and one token of every answer."""
         self._drop_cancelled()
-        if self.prefilling is None and self.waiting and len(self.running) < self.max_running:
-            task = self.waiting.popleft()
-            if task.turn is None:
-                self._begin(task)
-            else:  # it goes on, from its pages or behind a shift
-                self.prefilling = task
-        if self.prefilling is not None:
-            self._prefill(self.prefilling)
+        if self.waiting and len(self.prompts) < MAX_PROMPTS and self.n_sequences < self.max_running:
+            self._begin(self.waiting.popleft())
+        if self.prompts:
+            self._prefill(self._next_prompt())
         if self.running:
             self._decode()
 
@@ -129,9 +130,9 @@ class ServedModel:
             self._end(task, None)
 
     def _begin(self, task: Task) -> None:
-        """Find out what a request wants, and bring back what is known of its prompt."""
+        """Find out what a request wants."""
         self.counts.requests += 1
-        self.prefilling = task
+        self.prompts.append(task)
         try:
             request = Request.of(**self._options(task.ask))
             session = Session(
@@ -143,8 +144,8 @@ class ServedModel:
                 if self._maskers is None:
                     self._maskers = Maskers(self.llm.tokenizer)
                 task.masker = self._maskers.masker(task.ask.grammar, text)
+            task.prompt = turn.bound.remaining(turn.sequence)
             self.llm.budget.begin()
-            task.steps = turn.session.prefilling(turn.begin(), self._chunk)
         except Exception as error:  # one request's, whatever it is
             self._end(task, error)
 
@@ -171,18 +172,31 @@ class ServedModel:
         most = int(STALL_S / self._seconds_per_token)
         return max(MIN_CHUNK, min(default_chunk(), most))
 
+    def _next_prompt(self) -> Task:
+        """The request whose prompt the next chunk is of."""
+        prompts = []
+        for task in self.prompts:
+            assert task.turn is not None
+            n_computed = None if task.steps is None else task.turn.session.n_held
+            owner = None if self._pages[task.ask.owner] is None else task.ask.owner
+            prompts.append(Prompt(task.prompt, n_computed, owner))
+        self._n_chunks += 1
+        return self.prompts[next_prompt(prompts, for_oldest=self._n_chunks % 2 == 1)]
+
     def _prefill(self, task: Task) -> None:
-        turn, steps = task.turn, task.steps
-        assert turn is not None and steps is not None
-        start, held = time.perf_counter(), turn.session.n_held
+        turn = task.turn
+        assert turn is not None
         try:
-            next(steps)
+            if task.steps is None:  # only now: the prompt before may have left pages of it
+                task.steps = turn.session.prefilling(turn.begin(), self._chunk)
+            start, held = time.perf_counter(), turn.session.n_held
+            next(task.steps)
             n = turn.session.n_held - held
             if n > 0:
                 self._seconds_per_token = (time.perf_counter() - start) / n
         except StopIteration as stop:
             task.steps = None
-            self.prefilling = None
+            self.prompts.remove(task)
             self._add(task, stop.value)
         except Exception as error:  # one request's, whatever it is
             self._end(task, error)
@@ -246,8 +260,9 @@ class ServedModel:
             self._end(task, full)
             return
         turn.sampler.rewind(turn.n_generated)
+        task.prompt = held
         task.steps = turn.session.prefilling(held, self._chunk)
-        self.waiting.appendleft(task)
+        self.prompts.insert(0, task)
 
     def _take(self, task: Task, drawn: Drawn) -> None:
         """A step's token of one answer."""
@@ -284,13 +299,13 @@ class ServedModel:
         del self.running[task.row]
         task.row = None
         try:
-            remaining = turn.bound.remaining(turn.sequence)
-            turn.session.restore(remaining)
-            task.steps = turn.session.prefilling(remaining, self._chunk)
+            task.prompt = turn.bound.remaining(turn.sequence)
+            turn.session.restore(task.prompt)
+            task.steps = turn.session.prefilling(task.prompt, self._chunk)
         except Exception as error:  # one request's, whatever it is
             self._end(task, error)
             return
-        self.waiting.appendleft(task)
+        self.prompts.insert(0, task)
 
     def _logprobs(self, drawn: Drawn) -> TokenLogprobs | None:
         if drawn.logprob is None or drawn.token is None:
@@ -309,8 +324,8 @@ class ServedModel:
         if task.row is not None:
             self._decoder.remove(task.row)
             self.running.pop(task.row, None)
-        if self.prefilling is task:
-            self.prefilling = None
+        if task in self.prompts:
+            self.prompts.remove(task)
         if task.steps is not None:
             task.steps.close()
         if isinstance(last, BaseException):

@@ -196,6 +196,44 @@ def test_extreme_but_honest_requests_are_answered(models, engine):
     asyncio.run(run())
 
 
+async def timed(answer: AsyncIterable[Chunk], order: list[str], name: str) -> list[Chunk]:
+    chunks = []
+    async for chunk in answer:
+        if not chunks:
+            order.append(name)
+        chunks.append(chunk)
+    return chunks
+
+
+def test_a_short_prompt_does_not_wait_for_a_long_one(models, engine):
+    async def run() -> None:
+        order: list[str] = []
+        names = {"long": LONG * 2, "other": LONG[600::-1], "short": "hello"}
+        made = {name: engine.submit(ask(models["llama"], text)) for name, text in names.items()}
+        told = await asyncio.gather(*(timed(made[name], order, name) for name in names))
+        assert order == ["short", "other", "long"]
+        for name, chunks in zip(names, told, strict=True):
+            assert tokens(chunks) == alone(models["llama"], names[name])
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_what_prompts_share_is_computed_once_though_they_come_at_once(family, models, engine):
+    async def run() -> None:
+        prompts = [LONG + LONG[:500] + tail for tail in ("a" * 9, "b" * 30, "c" * 300)]
+        made = [engine.submit(ask(models[family], prompt)) for prompt in prompts]
+        told = await asyncio.gather(*map(collect, made))
+        for prompt, chunks in zip(prompts, told, strict=True):
+            assert tokens(chunks) == alone(models[family], prompt)
+        first, second, third = (stats(chunks) for chunks in told)
+        assert first.restored_ram_tokens == 0
+        for other in (second, third):
+            assert other.computed_tokens <= other.prompt_tokens - first.prompt_tokens + 9 + 256
+
+    asyncio.run(run())
+
+
 def test_broken_weights_end_a_request_and_not_the_engine(models, engine):
     model = models["llama"]
 

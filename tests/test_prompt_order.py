@@ -1,0 +1,35 @@
+"""Which of several prompts the next chunk is of."""
+
+from __future__ import annotations
+
+from mlxkv.prompt_order import Prompt, next_prompt
+
+A, B = tuple(range(1000)), tuple(range(5000, 6000))
+
+
+def test_every_other_chunk_is_the_oldest_ones():
+    prompts = [Prompt(A, 10), Prompt(B[:5])]
+    assert [next_prompt(prompts, oldest) for oldest in (True, False)] == [0, 1]
+
+
+def test_the_other_is_of_the_one_that_ends_soonest():
+    assert next_prompt([Prompt(A), Prompt(B[:500]), Prompt(B, 600)], False) == 2
+    assert next_prompt([Prompt(A, 700), Prompt(B[:500])], False) == 0
+
+
+def test_of_equal_ones_the_oldest_comes_first():
+    assert next_prompt([Prompt(A), Prompt(B)], False) == 0
+
+
+def test_a_prompt_waits_while_its_beginning_is_computed():
+    first = A[:800]
+    waits = [Prompt((*first, *B), 256, "me"), Prompt((*first, 1), None, "me")]
+    assert next_prompt(waits, False) == 0
+    past = [Prompt((*first, *B), 800, "me"), Prompt((*first, 1), None, "me")]
+    assert next_prompt(past, False) == 1
+
+
+def test_nobody_waits_for_what_another_owner_computes():
+    for theirs, mine in (("you", "me"), (None, None)):
+        prompts = [Prompt((*A, *B), 256, theirs), Prompt((*A, 1), None, mine)]
+        assert next_prompt(prompts, False) == 1
