@@ -18,7 +18,7 @@ from typing import Any
 from mlxkv import settings
 from mlxkv.errors import ConfigError, UsageError
 from mlxkv.names import RECORD, Record, is_model, models_dir, read_record, slug
-from mlxkv.sampling import SamplingParams
+from mlxkv.sampling_params import SamplingParams
 from mlxkv.store import Report, silent, work_folder
 
 GENERATION = "generation_config.json"

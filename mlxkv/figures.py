@@ -11,7 +11,7 @@ from mlxkv.terminal import human_bytes
 
 if TYPE_CHECKING:
     from mlxkv.budget import MemoryStats
-    from mlxkv.llm import Stats
+    from mlxkv.chunks import Stats
     from mlxkv.memory import KVUse, Rung
 
 FEW = 16
@@ -49,12 +49,13 @@ def stats_dict(stats: Stats) -> dict[str, Any]:
 
 def describe_stats(stats: Stats) -> str:
     """The figures of an answer, aligned, for people."""
-    rows = (
+    rows = [
         ("prompt", describe_prompt(stats)),
         ("answer", f"{stats.generated_tokens:,} tokens, {stats.decode_tps:.1f} tokens/s"),
         ("first token", f"{stats.first_token_s:.2f} s"),
-        ("peak memory", human_bytes(stats.peak_bytes)),
-    )
+    ]
+    if stats.peak_bytes is not None:
+        rows.append(("peak memory", human_bytes(stats.peak_bytes)))
     return "\n".join(f"{name:<12} {text}" for name, text in rows)
 
 

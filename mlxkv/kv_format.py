@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from mlxkv.errors import UsageError
+from mlxkv.kv_types import AUTO, KV_CHOICES, KV_TYPES
 
 GROUP_SIZES = (64, 32)
 """Values that share a scale and a bias: the largest that divides the head's size."""
@@ -181,14 +182,10 @@ def _groups(dim: int) -> tuple[int, int]:
     return group, -(-dim // group) * group
 
 
-STORAGES = {"native": Native(), "q8": Affine(8), "q4": Affine(4)}
+STORAGES: dict[str, Native | Affine] = dict(
+    zip(KV_TYPES, (Native(), Affine(8), Affine(4)), strict=True)
+)
 """What a KV format is called -> how it stores rows."""
-
-KV_TYPES = tuple(STORAGES)
-"""KV formats that a cache can be made in: `native` keeps the dtype that the model computes in."""
-AUTO = "auto"
-KV_CHOICES = (*KV_TYPES, AUTO)
-"""What `--kv-type` takes: with `auto` KV is native, and packed where memory is short."""
 
 
 def first_kv_type(choice: str) -> str:

@@ -28,7 +28,6 @@ from mlxkv.answer import (
 )
 from mlxkv.budget import Budget, MemoryStats, memory_stats
 from mlxkv.chat import thinking_options
-from mlxkv.config import read_json
 from mlxkv.conversation import Conversation
 from mlxkv.errors import (
     CheckpointError,
@@ -44,7 +43,8 @@ from mlxkv.overflow import Bound, decode_within
 from mlxkv.page_disk import open_pages
 from mlxkv.pages import Pages
 from mlxkv.parsing import OutputParser, parser_for, thinks
-from mlxkv.sampling import Sampler, SamplingParams
+from mlxkv.sampling import Sampler
+from mlxkv.sampling_params import SamplingParams, recommended
 from mlxkv.saved_prefix import Head
 from mlxkv.session import Session
 from mlxkv.settings import Given, Settings, effective
@@ -174,10 +174,7 @@ class LLM:
     @cached_property
     def recommended(self) -> SamplingParams:
         """The sampling that the model's generation_config.json recommends."""
-        source = self.path / "generation_config.json"
-        if not source.exists():
-            return SamplingParams()
-        return SamplingParams.from_generation_config(read_json(source), str(source))
+        return recommended(self.path)
 
     def stream(
         self, prompt: Prompt, *, kv_from: str | NamedKV | None = None, **options: Any

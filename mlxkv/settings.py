@@ -16,8 +16,7 @@ from typing import Any, Generic, TypeVar
 from mlxkv import device
 from mlxkv.config import read_config, read_json
 from mlxkv.errors import ConfigError, MlxkvError, UsageError
-from mlxkv.kv_format import KV_CHOICES
-from mlxkv.models import family_for
+from mlxkv.kv_types import KV_CHOICES
 from mlxkv.names import RECORD, Record
 from mlxkv.terminal import human_bytes, parse_bytes
 
@@ -239,6 +238,8 @@ def of_model(path: Path) -> dict[str, Any]:
 
 def own_context(path: Path) -> int:
     """The context that a model's config.json names."""
+    from mlxkv.models import family_for  # needs MLX; what the user set does not
+
     raw = read_config(path)
     source = str(path / "config.json")
     return family_for(raw, source).config(raw, source).context

@@ -19,22 +19,23 @@ ROOT = Path(__file__).parent.parent
 
 LAYERS = (
     ("errors", "device", "steps"),
-    ("cache", "kv_format", "batch"),
+    ("cache", "kv_types", "kv_format", "batch"),
     ("config", "quantization", "weights"),
     ("rope", "linear", "stacking", "moe", "attention", "layers"),
     ("models",),
     ("loader", "tokenizer", "tokenizer_files", "detokenizer", "chat", "parsing", "parsers",
-     "sandbox", "sampling", "stopping", "grammar", "grammar_calls", "grammar_gate", "catalog",
-     "names", "terminal", "page_format", "fingerprint", "workspace", "settings", "memory"),
+     "sandbox", "sampling_params", "sampling", "stopping", "grammar", "grammar_calls",
+     "grammar_gate", "catalog", "names", "terminal", "page_format", "fingerprint",
+     "workspace", "settings", "memory"),
     ("generate", "session", "decoder", "overflow", "planner", "budget", "pages", "page_cutter",
      "page_links", "page_ram",
      "page_disk", "page_files", "page_folder", "page_room", "kv_names", "named_kv", "hub",
      "hub_headers", "wheels", "store", "copies", "card", "plan_card"),
-    ("llm", "conversation", "answer", "turn", "saved_prefix", "asks", "prompt_order", "serving",
-     "loaded_models", "engine"),
+    ("llm", "conversation", "chunks", "answer", "turn", "saved_prefix", "asks",
+     "prompt_order", "serving", "loaded_models", "engine"),
     ("convert", "server"),
     ("cli", "repl", "run", "commands", "doctor", "figures", "kv_cli", "kv_card", "kv_sources",
-     "serve_cli", "verify"),
+     "run_cli", "serve_cli", "verify", "speaker", "local", "remote", "client"),
 )  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 

@@ -21,7 +21,7 @@ from pydantic import Field
 from mlxkv import copies, store
 from mlxkv.asks import Engine
 from mlxkv.errors import MlxkvError, UsageError
-from mlxkv.sampling import GENERATION_CONFIG, SamplingParams
+from mlxkv.sampling_params import GENERATION_CONFIG, SamplingParams
 from mlxkv.server import sse
 from mlxkv.server.config import ServerConfig
 from mlxkv.server.fields import Strict

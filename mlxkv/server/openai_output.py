@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mlxkv.answer import Chunk, Stats, TokenLogprobs
-from mlxkv.errors import KVCacheFull
+from mlxkv.errors import OutOfMemory
 from mlxkv.parsing import ToolCall
 
 NEVER = -9999.0
@@ -36,7 +36,7 @@ class Progress:
     n_reasoning: int = 0
     reason: str | None = None
     stats: Stats | None = None
-    error: KVCacheFull | None = None
+    error: OutOfMemory | None = None
 
     def take(self, chunk: Chunk) -> list[ToolCall]:
         """Count a chunk in; the calls of it that the client gets."""
