@@ -16,6 +16,7 @@ from mlxkv.answer import Chunk, Miss
 from mlxkv.asks import Busy
 from mlxkv.errors import CheckpointError, ContextExceeded, DownloadError, KVCacheFull
 from mlxkv.grammar import Grammar
+from mlxkv.memory import Rung
 from mlxkv.parsing import ToolCall
 from mlxkv.sampling import SamplingParams
 from tests.fake_engine import MODEL, says, serving, stats
@@ -95,11 +96,24 @@ def test_the_last_line_says_where_the_prompt_came_from(address, engine):
         "restored_ssd_tokens": 2,
         "computed_tokens": 4,
         "shifted_tokens": 0,
+        "diverged_at": None,
         "miss": {
             "reason": "diverged", "token": 6, "held": "a|b", "prompt": "a|c",
             "n_tokens": 3, "cost_s": 0.1,
         },
     }  # fmt: skip
+
+
+def test_the_last_line_says_what_gave_way_where_memory_was_short(address, engine):
+    rung = Rung("packed", 512, 1 << 20, "q8")
+    error = KVCacheFull(512, 768, 600)
+    engine.script = says("Hi", reason="memory", error=error, stats=stats(rungs=(rung,)))
+    body = post(address, "/api/chat", {"model": MODEL, "messages": HELLO, "stream": False}).json()
+    assert body["memory"] == {
+        "kv_bytes": 500,
+        "gave_way": [{"kind": "packed", "n_tokens": 512, "amount": 1 << 20, "kv_type": "q8"}],
+        "message": str(error),
+    }
 
 
 def test_a_chat_streams_by_default_one_line_a_step(address, client):
@@ -296,6 +310,13 @@ def test_a_call_that_cannot_be_read_is_shown_as_text(client, engine):
     assert (message.content, message.tool_calls) == ("<call>{", None)
 
 
+def test_a_call_of_a_client_without_tools_is_shown_as_text(client, engine):
+    call = ToolCall("<call>{}</call>", "weather", {}, "abcdefghi")
+    engine.script = lambda ask: [Chunk("So: ", 1, "stop", stats(), tool_calls=(call,))]
+    message = client.chat(MODEL, HELLO).message
+    assert (message.content, message.tool_calls) == ("So: <call>{}</call>", None)
+
+
 def test_a_python_function_is_a_tool_and_its_result_goes_back(client, engine):
     def add(a: int, b: int) -> int:
         """Adds.
@@ -472,7 +493,7 @@ def test_an_error_after_that_is_the_last_line(address, client, engine):
     assert response.status_code == 200
     first, last = lines(response)
     assert first["message"]["content"] == "Hel"
-    assert last == {"error": "weights are damaged"}
+    assert last == {"error": "weights are damaged", "status": 422}
     with pytest.raises(ollama.ResponseError, match="weights are damaged"):
         list(client.generate(MODEL, "Hi", stream=True))
 
@@ -633,7 +654,9 @@ def test_create_makes_a_model_with_parameters(client, models):
     assert settings.effective(made).context.value == 64
     raw = json.loads((made / "generation_config.json").read_text())
     assert SamplingParams.from_generation_config(raw, "x").temperature == 0.25
-    assert client.show("brief").parameters == "num_ctx 64"
+    shown = client.show("brief")
+    assert shown.parameters == "num_ctx 64\ntemperature 0.25"
+    assert "PARAMETER temperature 0.25\n" in shown.modelfile
 
 
 def test_create_packs_weights(client, models):

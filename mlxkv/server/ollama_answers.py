@@ -4,8 +4,10 @@
   ratio is a speed. Tokens whose KV was restored took no computing; `prompt_cache` has them, and the
   length of the whole prompt.
 - `load_duration` is what the client waited for the model, `total_duration` all that it waited.
-- Calls that cannot be read are shown as the text that the model wrote.
-- Extensions: `done_reason` "memory" for an answer that the memory limit ended, and `prompt_cache`.
+- Calls that cannot be read, and calls of a client that named no tools, are shown as the text that
+  the model wrote.
+- Extensions: `done_reason` "memory" for an answer that the memory limit ended, `prompt_cache`,
+  `memory`, and the `status` of an error that ends a stream.
 """
 
 from __future__ import annotations
@@ -32,8 +34,9 @@ def line(data: dict[str, Any]) -> bytes:
 
 
 def error_line(error: BaseException) -> bytes:
-    """The last line of a stream that failed."""
-    return line(ollama_error(failure_of(error)))
+    """The last line of a stream that failed; its status would have been the response's."""
+    failure = failure_of(error)
+    return line({**ollama_error(failure), "status": failure.status})
 
 
 def now() -> str:
@@ -76,12 +79,14 @@ class Reply:
     Args:
         model: as the request names it.
         chats: whether it answers /api/chat; else /api/generate.
+        calls: whether the request named tools.
         load_ns: what the client has waited for the model.
         started_ns: when the request came, on the clock of `perf_counter_ns`.
     """
 
     model: str
     chats: bool
+    calls: bool = False
     load_ns: int = 0
     started_ns: int = field(default_factory=time.perf_counter_ns)
     _n_calls: int = field(default=0, init=False)
@@ -112,6 +117,8 @@ class Reply:
         total = time.perf_counter_ns() - self.started_ns
         durations = {"total_duration": total, "load_duration": self.load_ns}
         figures = {} if chunk.stats is None else _figures(chunk.stats)
+        if chunk.error is not None:
+            figures.setdefault("memory", {})["message"] = str(chunk.error)
         return {"done": True, "done_reason": chunk.finish_reason, **durations, **figures}
 
     async def events(self, answer: Answer) -> sse.Events:
@@ -119,7 +126,7 @@ class Reply:
         held = Piece()
         try:
             async for chunk in answer:
-                held.add(chunk, self.chats)
+                held.add(chunk, self.calls)
                 if held.is_shown or (chunk.finish_reason is not None and held.logprobs):
                     yield line(self.part(held))
                     held = Piece()
@@ -133,7 +140,7 @@ class Reply:
         piece, ended = Piece(), {}
         try:
             async for chunk in answer:
-                piece.add(chunk, self.chats)
+                piece.add(chunk, self.calls)
                 if chunk.finish_reason is not None:
                     ended = self.ended(chunk)
         finally:
@@ -153,7 +160,12 @@ def _figures(stats: Stats) -> dict[str, Any]:
             "restored_ssd_tokens": stats.restored_ssd_tokens,
             "computed_tokens": stats.computed_tokens,
             "shifted_tokens": stats.shifted_tokens,
+            "diverged_at": stats.diverged_at,
             "miss": stats.miss and dataclasses.asdict(stats.miss),
+        },
+        "memory": {
+            "kv_bytes": stats.kv_bytes,
+            "gave_way": [dataclasses.asdict(rung) for rung in stats.rungs],
         },
     }
 

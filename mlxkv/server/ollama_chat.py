@@ -46,7 +46,8 @@ async def _answer(
     config: ServerConfig,
     body: GenerateRequest | ChatRequest,
 ) -> Response:
-    reply = Reply(body.model_name, chats=isinstance(body, ChatRequest))
+    chats = isinstance(body, ChatRequest)
+    reply = Reply(body.model_name, chats, calls=chats and bool(body.tools))
     model = await present(engine, config, body.model_name)
     ask = bounded(_ask(body, model, request.state.owner), config)
     if model not in engine.names():

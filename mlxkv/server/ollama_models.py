@@ -3,6 +3,7 @@ texts, POST /api/embed and /api/embeddings."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import time
 from datetime import UTC, datetime
@@ -19,6 +20,7 @@ from mlxkv import card, store
 from mlxkv.asks import Engine, Loaded
 from mlxkv.card import Card
 from mlxkv.errors import MlxkvError
+from mlxkv.sampling_params import recommended
 from mlxkv.server import sse
 from mlxkv.server.config import ServerConfig
 from mlxkv.server.json_route import JSONRoute
@@ -208,10 +210,12 @@ def _shown(name: str) -> dict[str, Any]:
         capabilities += ["tools"] if "tools" in template.variables else []
         thinks = _SWITCHES & template.variables or "</think>" in source
         capabilities += ["thinking"] if thinks else []
-    parameters = f"num_ctx {about.settings.context.value}"
+    advice = dataclasses.asdict(recommended(path))
+    values = {"num_ctx": about.settings.context.value, **advice}
+    parameters = [f"{key} {value}" for key, value in values.items() if value is not None]
     return {
-        "modelfile": f"FROM {name}\nPARAMETER {parameters}\n",
-        "parameters": parameters,
+        "modelfile": "\n".join([f"FROM {name}", *(f"PARAMETER {each}" for each in parameters), ""]),
+        "parameters": "\n".join(parameters),
         "template": source,
         "license": about.license,
         "details": _details(about.family, human_count(about.parameters), about.quantization),
