@@ -7,16 +7,13 @@ code is the exception's (mlxkv.errors).
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import Annotated, cast
 
 import typer
 
-from mlxkv import __version__, kv_cli, serve_cli
+from mlxkv import __version__, kv_cli, run_cli, serve_cli
 from mlxkv.errors import INTERRUPTED, MlxkvError, UsageError
-
-if TYPE_CHECKING:
-    from mlxkv.llm import LLM
-    from mlxkv.settings import Given
+from mlxkv.run_cli import Context
 
 app = typer.Typer(
     name="mlxkv",
@@ -27,6 +24,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+app.command()(run_cli.run)
 app.add_typer(kv_cli.app)
 app.command()(serve_cli.serve)
 app.command()(serve_cli.ps)
@@ -34,10 +32,6 @@ app.command()(serve_cli.stop)
 
 KVType = Annotated[
     str | None, typer.Option("--kv-type", help="Format of the KV cache: native, q8, q4 or auto.")
-]
-Context = Annotated[
-    int | None,
-    typer.Option(help="Tokens of prompt and answer together; at most the model's own, as without."),
 ]
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="Name, path, .gguf file or Hugging Face org/name.")
@@ -86,173 +80,6 @@ def _root(
         print(f"mlxkv {__version__}")
     elif context.invoked_subcommand is None:
         print(context.get_help())
-
-
-@app.command()
-def run(
-    words: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[MODEL] [PROMPT]",
-            help="One argument alone is a MODEL if it is the name of one, a path, org/name or "
-            "name:tag, and else the PROMPT for the default model (smollm2:135m).",
-        ),
-    ] = None,
-    model: Annotated[
-        str | None, typer.Option("--model", "-m", help="The model; the arguments are the prompt.")
-    ] = None,
-    max_tokens: Annotated[
-        int | None, typer.Option("--max-tokens", "-n", help="Stop after so many tokens.")
-    ] = None,
-    temperature: Annotated[
-        float | None,
-        typer.Option(
-            "--temperature",
-            "-t",
-            help="0 takes the likeliest token; default: the model's recommendation, or 0.",
-        ),
-    ] = None,
-    top_k: Annotated[int | None, typer.Option(help="Draw from the K likeliest; 0: all.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest P.")] = None,
-    min_p: Annotated[
-        float | None, typer.Option(help="Drop what is less likely than P x the likeliest.")
-    ] = None,
-    repeat_penalty: Annotated[
-        float | None, typer.Option(help="Above 1 makes repetition less likely.")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="The same seed gives the same answer.")] = None,
-    system: Annotated[str | None, typer.Option(help="The system prompt.")] = None,
-    stop: Annotated[
-        list[str] | None, typer.Option(help="Stop before this text; may be repeated.")
-    ] = None,
-    think: Annotated[
-        bool | None,
-        typer.Option(
-            "--think/--no-think",
-            help="Have the model reason first, or not, if its chat template has a switch for it; "
-            "reasoning goes to stderr.",
-        ),
-    ] = None,
-    kv_from: Annotated[
-        str | None,
-        typer.Option("--kv-from", metavar="NAME", help="Start from KV of `mlxkv kv save NAME`."),
-    ] = None,
-    raw: Annotated[bool, typer.Option("--raw", help="No chat template: continue PROMPT.")] = False,
-    truncate: Annotated[
-        bool, typer.Option("--truncate", help="Cut the start of a prompt that is too long.")
-    ] = False,
-    context: Context = None,
-    overflow: Annotated[
-        str | None,
-        typer.Option(
-            help="At the context: stop, or shift, which drops the oldest tokens and goes on."
-        ),
-    ] = None,
-    keep: Annotated[
-        int | None,
-        typer.Option(help="First tokens that a shift keeps, besides the system prompt."),
-    ] = None,
-    dtype: Annotated[
-        str, typer.Option(help="auto, float32, float16 or bfloat16: what to compute in.")
-    ] = "auto",
-    memory: Annotated[
-        str | None, typer.Option(help="Limit, such as 16GiB; the machine's without it.")
-    ] = None,
-    kv_type: Annotated[
-        str | None,
-        typer.Option(
-            "--kv-type",
-            help="Format of the KV cache: native, q8, q4, or auto: native until memory is short; "
-            "with --kv-from its own.",
-        ),
-    ] = None,
-    verbose: Annotated[
-        bool,
-        typer.Option("--verbose", "-v", help="Print tokens/s, reuse and memory to stderr."),
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-) -> int:
-    """Answer PROMPT, or chat where there is none.
-
-    What is piped in is the prompt, or goes below PROMPT.
-    """
-    from mlxkv import run as one_shot
-
-    saved = one_shot.saved_kv(kv_from)
-    name, prompt = one_shot.split_words(words or [], model, saved)
-    kv_type = kv_type or (saved.kv_type if saved else None)
-    piped = one_shot.read_piped()
-    text = one_shot.join_prompt(prompt, piped)
-    chat = text is None
-    if chat and not (sys.stdin.isatty() and sys.stdout.isatty()):
-        raise UsageError('there is no prompt: mlxkv run "PROMPT", or pipe it in')
-    if chat and (raw or as_json):
-        raise UsageError(f"{'--raw' if raw else '--json'} needs a PROMPT")
-    settings = one_shot.Settings(
-        max_tokens, temperature, top_k, top_p, min_p, repeat_penalty, seed,
-        tuple(stop or ()), truncate, think,
-    )  # fmt: skip
-    one_shot.check(settings)
-    given = from_command_line(context, kv_type, memory, overflow, keep)
-    with load_model(name, dtype, given) as llm:
-        if text is None:
-            from mlxkv.repl import chat as start_chat
-
-            return start_chat(
-                llm,
-                name,
-                settings,
-                system=system,
-                dtype=dtype,
-                given=given,
-                verbose=verbose,
-                kv_from=saved,
-            )
-        return one_shot.one_answer(
-            llm,
-            text,
-            name=name,
-            system=system,
-            settings=settings,
-            raw=raw,
-            as_json=as_json,
-            verbose=verbose,
-            kv_from=saved,
-        )
-
-
-def from_command_line(
-    context: int | None = None,
-    kv_type: str | None = None,
-    memory: str | None = None,
-    overflow: str | None = None,
-    keep: int | None = None,
-) -> Given:
-    """What the user set for a model.
-
-    Raises:
-        UsageError: a value out of its range.
-    """
-    from mlxkv.settings import COMMAND_LINE, Given
-
-    return Given(context, kv_type, memory, overflow, keep, COMMAND_LINE)
-
-
-def load_model(name: str, dtype: str, given: Given) -> LLM:
-    """The model of that name, with progress on stderr."""
-    from mlxkv import store
-    from mlxkv.terminal import ProgressLine
-
-    progress = ProgressLine()
-    try:
-        path = store.resolve(name, report=progress if progress.on else store.silent)
-        progress(f"loading {name}")
-        from mlxkv.llm import load_with
-        from mlxkv.settings import effective
-
-        return load_with(path, effective(path, given), dtype)
-    finally:
-        progress.clear()
 
 
 @app.command()
@@ -439,10 +266,12 @@ def verify(
 
     from mlxkv import verify as check
     from mlxkv.kv_format import KV_TYPES, storage_of
+    from mlxkv.local import load_model
+    from mlxkv.settings import COMMAND_LINE, Given
 
     for kv_type in kv_types or ():
         storage_of(kv_type)
-    given = from_command_line(context, memory=memory)
+    given = Given(context=context, memory=memory, origin=COMMAND_LINE)
     with load_model(model, dtype, given) as llm:
         report = check.verify(llm, tokens, tuple(kv_types or KV_TYPES))
     print(json.dumps(check.to_dict(report)) if as_json else check.text(report))

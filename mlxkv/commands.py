@@ -15,8 +15,7 @@ from mlxkv.run import Settings, check, with_defaults
 
 if TYPE_CHECKING:
     from mlxkv.kv_names import NamedKV
-    from mlxkv.llm import LLM, Conversation
-    from mlxkv.settings import Given
+    from mlxkv.speaker import Speaker, Talk
 
 FORMAT = "mlxkv conversation"
 PARAMETERS: dict[str, Callable[[str], Any]] = {
@@ -67,27 +66,21 @@ class Chat:
     """What a chat holds.
 
     Attributes:
-        llm: the model.
-        name: as the user named it.
-        dtype: what it was loaded with, for the next one.
+        speaker: who answers.
         settings: how answers are made.
         verbose: print figures after an answer.
         kv_from: saved KV that conversations go on from.
-        given: what was set for the model, for the next one as well.
-        conversation: the messages and their KV.
+        conversation: the messages, and in this process their KV.
         system: the system prompt.
         told: the user knows that the template rewrites earlier answers.
         dropped: tokens of the conversation that the user knows were dropped at the context.
     """
 
-    llm: LLM
-    name: str
-    dtype: str
+    speaker: Speaker
     settings: Settings
     verbose: bool = False
     kv_from: NamedKV | None = None
-    given: Given | None = None
-    conversation: Conversation = field(init=False)
+    conversation: Talk = field(init=False)
     system: str | None = field(default=None, init=False)
     told: bool = field(default=False, init=False)
     dropped: int = field(default=0, init=False)
@@ -95,12 +88,12 @@ class Chat:
     @property
     def effective(self) -> Settings:
         """The settings, what the user did not set filled in."""
-        return with_defaults(self.settings, self.llm, CHAT_REPEAT_PENALTY)
+        return with_defaults(self.settings, self.speaker.recommended, CHAT_REPEAT_PENALTY)
 
     def begin(self, system: str | None) -> None:
         """Starts a conversation."""
         self.system, self.told = system, False
-        self.conversation = self.llm.conversation(system=system, kv_from=self.kv_from)
+        self.conversation = self.speaker.conversation(system, self.kv_from)
 
 
 def execute(chat: Chat, line: str) -> str:
@@ -158,12 +151,8 @@ def _set_think(chat: Chat, value: str) -> str:
     if value not in ("", *THINK):
         raise UsageError(f"/set think takes {', '.join(THINK)}; got {value!r}")
     think = THINK[value or "on"]
-    template = chat.llm.tokenizer.chat_template
-    if think is not None and template is not None:
-        from mlxkv.chat import thinking_options
-        from mlxkv.parsing import thinks
-
-        thinking_options(template, think, thinks(chat.llm.tokenizer))
+    if think is not None:
+        chat.speaker.check_thinking(think)
     chat.settings = replace(chat.settings, think=think)
     return f"think = {value or 'on'}"
 
@@ -211,13 +200,7 @@ def _show(chat: Chat, rest: str) -> str:
 
 
 def _show_model(chat: Chat) -> str:
-    config = chat.llm.config
-    rows = [
-        ("model", f"{chat.name} ({config.model_type}, context {config.context:,})"),
-        ("path", str(chat.llm.path)),
-        *((setting.name, str(setting)) for setting in chat.llm.settings),
-    ]
-    return "\n".join(f"{name:<16} {value}" for name, value in rows)
+    return "\n".join(f"{name:<16} {value}" for name, value in chat.speaker.about())
 
 
 def _show_parameters(chat: Chat) -> str:
@@ -237,7 +220,10 @@ def _show_parameters(chat: Chat) -> str:
 
 
 def _show_memory(chat: Chat) -> str:
-    return describe_memory(chat.llm.stats())
+    memory = chat.speaker.memory()
+    if memory is None:
+        return "the memory is the server's: `mlxkv ps` shows it"
+    return describe_memory(memory)
 
 
 def _save(chat: Chat, rest: str) -> str:
@@ -247,7 +233,7 @@ def _save(chat: Chat, rest: str) -> str:
     content = {
         "format": FORMAT,
         "version": 1,
-        "model": chat.name,
+        "model": chat.speaker.name,
         "parameters": {name: getattr(chat.settings, name) for name in PARAMETERS},
         "messages": chat.conversation.messages,
     }
@@ -265,19 +251,15 @@ def _load(chat: Chat, rest: str) -> str:
     path = _file(rest, "/load")
     if path.is_file() and path.suffix != ".gguf":
         return _load_conversation(chat, path)
-    from mlxkv import store
-    from mlxkv.llm import load_with
-    from mlxkv.settings import effective
-
     # What is not there may be the name of a model, but not with this ending.
     if path.suffix == ".json":
         raise UsageError(f"{path}: no such file")
-    folder = store.resolve(rest)
-    llm = load_with(folder, effective(folder, chat.given), chat.dtype)
-    if llm.tokenizer.chat_template is None:
+    speaker = chat.speaker.other(rest)
+    if not speaker.can_chat:
+        speaker.close()
         raise UsageError(f"{rest} has no chat template (it is a base model) and cannot chat")
-    chat.llm.close()
-    chat.llm, chat.name, chat.kv_from = llm, rest, None
+    chat.speaker.close()
+    chat.speaker, chat.kv_from = speaker, None
     chat.begin(chat.system)
     return f"{rest} is loaded; the conversation begins anew"
 
@@ -291,8 +273,8 @@ def _load_conversation(chat: Chat, path: Path) -> str:
     chat.conversation.restore_turns(turns)
     text = f"{len(chat.conversation.messages)} messages"
     model = content.get("model")
-    if model != chat.name:
-        text += f"; they were made with {model}, this is {chat.name}"
+    if model != chat.speaker.name:
+        text += f"; they were made with {model}, this is {chat.speaker.name}"
     return text
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -18,11 +18,11 @@ FEW = 16
 """Tokens below which a miss is no news: every other question leaves the one before it somewhere."""
 
 
-def remarks(stats: Stats | None, context: int) -> list[str]:
+def remarks(stats: Stats | None, context: Callable[[], int | None]) -> list[str]:
     """What happened to an answer that whoever reads it should know, a line each."""
     if stats is None:
         return []
-    lines = [describe_shift(stats, context)] if stats.shifted_tokens else []
+    lines = [describe_shift(stats, context())] if stats.shifted_tokens else []
     return lines + describe_rungs(stats.rungs)
 
 
@@ -36,10 +36,11 @@ def describe_rungs(rungs: Sequence[Rung]) -> list[str]:
     ]
 
 
-def describe_shift(stats: Stats, context: int) -> str:
-    """What was lost at the context, on one line."""
+def describe_shift(stats: Stats, context: int | None) -> str:
+    """What was lost at the context, on one line; None for one that is not known."""
     n = stats.shifted_tokens
-    return f"the context of {context:,} tokens was full: the oldest {n:,} were dropped"
+    size = "" if context is None else f" of {context:,} tokens"
+    return f"the context{size} was full: the oldest {n:,} were dropped"
 
 
 def stats_dict(stats: Stats) -> dict[str, Any]:

@@ -60,13 +60,14 @@ def save(
     `mlxkv run --kv-from NAME "..."` starts from it.
     """
     from mlxkv import catalog, kv_sources
-    from mlxkv.cli import from_command_line, load_model
+    from mlxkv.local import load_model
     from mlxkv.run import prefill_report
+    from mlxkv.settings import COMMAND_LINE, Given
     from mlxkv.terminal import ProgressLine, human_bytes
 
     text = kv_sources.read(sources or [])
     wanted = model or catalog.DEFAULT.name
-    given = from_command_line(context, kv_type, memory)
+    given = Given(context, kv_type, memory, origin=COMMAND_LINE)
     progress = ProgressLine()
     with load_model(wanted, dtype, given) as llm:
         prompt = text if raw else [{"role": "system", "content": text}]

@@ -27,9 +27,9 @@ from mlxkv.terminal import ProgressLine
 if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
 
+    from mlxkv.chunks import Chunk
     from mlxkv.kv_names import NamedKV
-    from mlxkv.llm import LLM, Chunk
-    from mlxkv.settings import Given
+    from mlxkv.speaker import Speaker
 
 PROMPT, CONTINUED = ">>> ", "... "
 QUOTES = '"""'
@@ -43,13 +43,10 @@ Ask = Callable[[str], str]
 
 
 def chat(
-    llm: LLM,
-    name: str,
+    speaker: Speaker,
     settings: Settings,
     *,
     system: str | None = None,
-    dtype: str = "auto",
-    given: Given | None = None,
     verbose: bool = False,
     kv_from: NamedKV | None = None,
 ) -> int:
@@ -58,14 +55,14 @@ def chat(
     Raises:
         TemplateError: the model has no chat template.
     """
-    if llm.tokenizer.chat_template is None:
+    if not speaker.can_chat:
         raise TemplateError(
-            f"{name} has no chat template (it is a base model) and cannot chat: give it a PROMPT "
-            "with --raw"
+            f"{speaker.name} has no chat template (it is a base model) and cannot chat: give it a "
+            "PROMPT with --raw"
         )
-    state = Chat(llm, name, dtype, settings, verbose, kv_from, given)
+    state = Chat(speaker, settings, verbose, kv_from)
     state.begin(system)
-    print(f"{name}: /? for help, /bye or Ctrl-D to leave")
+    print(f"{speaker.title}: /? for help, /bye or Ctrl-D to leave")
     ask = _line_reader()
     interrupts = 0
     while True:
@@ -129,7 +126,7 @@ def answer(state: Chat, text: str) -> None:
     if stats is not None and stats.shifted_tokens != state.dropped:
         state.dropped = stats.shifted_tokens
         if state.dropped:
-            print(f"({describe_shift(stats, state.llm.context)})\n", file=sys.stderr)
+            print(f"({describe_shift(stats, state.speaker.context)})\n", file=sys.stderr)
     for line in describe_rungs(stats.rungs) if stats is not None else ():
         print(f"({line})\n", file=sys.stderr)
     if error is not None:

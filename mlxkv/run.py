@@ -7,18 +7,20 @@ import os
 import stat
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
 
 from mlxkv import catalog
-from mlxkv.errors import INTERRUPTED, TemplateError, UsageError
+from mlxkv.errors import INTERRUPTED, UsageError
 from mlxkv.figures import describe_memory, describe_stats, remarks, stats_dict
 from mlxkv.names import looks_like_model
 from mlxkv.terminal import Aside, ProgressLine
 
 if TYPE_CHECKING:
+    from mlxkv.chunks import Chunk
     from mlxkv.kv_names import NamedKV
-    from mlxkv.llm import LLM, Chunk, Conversation
+    from mlxkv.sampling_params import SamplingParams
+    from mlxkv.speaker import Speaker, Talk
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +49,7 @@ def check(settings: Settings) -> None:
         raise UsageError(f"--max-tokens must be 1 or more; got {settings.max_tokens}")
     if "" in settings.stop:
         raise UsageError("--stop must not be empty")
-    from mlxkv.sampling import SamplingParams
+    from mlxkv.sampling_params import SamplingParams
 
     SamplingParams(
         temperature=settings.temperature,
@@ -59,21 +61,26 @@ def check(settings: Settings) -> None:
     )
 
 
-def with_defaults(settings: Settings, llm: LLM, repeat_penalty: float | None = None) -> Settings:
+def with_defaults(
+    settings: Settings, advice: SamplingParams, repeat_penalty: float | None = None
+) -> Settings:
     """The settings, with what is not set taken from the model's own recommendation.
 
     Args:
         settings: what the user set.
-        llm: its generation_config.json may recommend how to sample.
+        advice: what the model recommends.
         repeat_penalty: where neither says.
     """
-    advice = {"repeat_penalty": repeat_penalty, **llm.recommended.chosen()}
-    unset = {name: x for name, x in advice.items() if getattr(settings, name) is None}
+    values = {"repeat_penalty": repeat_penalty, **advice.chosen()}
+    unset = {name: x for name, x in values.items() if getattr(settings, name) is None}
     return replace(settings, **unset)
 
 
 def split_words(
-    words: Sequence[str], model: str | None, saved: NamedKV | None = None
+    words: Sequence[str],
+    model: str | None,
+    saved: NamedKV | None = None,
+    names_model: Callable[[str], bool] = looks_like_model,
 ) -> tuple[str, str | None]:
     """MODEL and PROMPT out of the arguments of `run`.
 
@@ -81,11 +88,16 @@ def split_words(
     model; of two the first is the MODEL. With `--model` all of them are the PROMPT; with saved KV,
     which names its model, too, unless the first is one.
 
+    Args:
+        words: the arguments.
+        model: of `--model`.
+        saved: KV of `--kv-from`.
+        names_model: whether a word looks like a model.
+
     Raises:
         UsageError: more than two arguments: a prompt without quotes.
     """
-    named = len(words) == 2 and looks_like_model(words[0])
-    if model is None and saved is not None and not named:
+    if model is None and saved is not None and not (len(words) == 2 and names_model(words[0])):
         model = saved.model
     if model is not None:
         return model, " ".join(words) if words else None
@@ -98,7 +110,7 @@ def split_words(
         )
     if len(words) == 2:
         return words[0], words[1]
-    if looks_like_model(words[0]):
+    if names_model(words[0]):
         return words[0], None
     return catalog.DEFAULT.name, words[0]
 
@@ -152,10 +164,9 @@ def join_prompt(prompt: str | None, piped: str | None) -> str | None:
 
 
 def one_answer(
-    llm: LLM,
+    speaker: Speaker,
     prompt: str,
     *,
-    name: str,
     system: str | None,
     settings: Settings,
     raw: bool,
@@ -173,81 +184,52 @@ def one_answer(
         raise UsageError("--raw gives the model PROMPT as it is: --system has no place there")
     if raw and settings.think is not None:
         raise UsageError("--raw gives the model PROMPT as it is: --think has no place there")
-    if not raw and llm.tokenizer.chat_template is None:
-        raise TemplateError(
-            f"{name} has no chat template (it is a base model): add --raw to have it continue the "
-            "prompt as it is"
-        )
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": prompt})
-    settings = with_defaults(settings, llm)
     progress = ProgressLine()
     try:
         asked = prompt if raw else messages
-        chunks = stream(llm, asked, settings, prefill_report(progress), kv_from)
+        chunks = speaker.stream(asked, settings, prefill_report(progress), kv_from)
         if as_json:
-            return _print_json(name, chunks, progress, llm)
-        return _print_text(chunks, verbose, progress, llm)
+            return _print_json(chunks, progress, speaker)
+        return _print_text(chunks, verbose, progress, speaker)
     except KeyboardInterrupt:
         progress.clear()
         sys.stdout.write("" if as_json else "\n")
         sys.stdout.flush()
         return INTERRUPTED
+    finally:
+        progress.clear()
 
 
-def stream(
-    llm: LLM,
-    prompt: str | list[dict[str, str]],
-    settings: Settings,
-    on_progress: Callable[[int, int], None] | None = None,
-    kv_from: NamedKV | None = None,
-) -> Iterator[Chunk]:
-    """`llm.stream` with these settings."""
-    return llm.stream(
-        prompt,
-        kv_from=kv_from,
-        max_tokens=settings.max_tokens,
-        temperature=settings.temperature,
-        top_k=settings.top_k,
-        top_p=settings.top_p,
-        min_p=settings.min_p,
-        repeat_penalty=settings.repeat_penalty,
-        seed=settings.seed,
-        stop=settings.stop,
-        truncate=settings.truncate,
-        think=settings.think,
-        on_progress=on_progress,
-    )
+def options_of(settings: Settings) -> dict[str, Any]:
+    """The settings as `stream` and `send` take them."""
+    return {field.name: getattr(settings, field.name) for field in fields(settings)}
 
 
 def send(
-    conversation: Conversation,
+    conversation: Talk,
     text: str,
     settings: Settings,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[Chunk]:
     """`conversation.send` with these settings."""
-    return conversation.send(
-        text,
-        max_tokens=settings.max_tokens,
-        temperature=settings.temperature,
-        top_k=settings.top_k,
-        top_p=settings.top_p,
-        min_p=settings.min_p,
-        repeat_penalty=settings.repeat_penalty,
-        seed=settings.seed,
-        stop=settings.stop,
-        truncate=settings.truncate,
-        think=settings.think,
-        on_progress=on_progress,
-    )
+    return conversation.send(text, on_progress=on_progress, **options_of(settings))
 
 
 def prefill_report(progress: ProgressLine) -> Callable[[int, int], None] | None:
     """Shows how much of a long prompt is read; None where nobody looks."""
     if not progress.on:
         return None
-    return lambda done, total: progress(f"reading the prompt: {done:,} of {total:,} tokens")
+
+    def report(done: int, total: int) -> None:
+        progress(
+            f"reading the prompt: {done:,} of {total:,} tokens"
+            if total
+            else "waiting for the model"
+        )
+
+    return report
 
 
 class Printer:
@@ -276,7 +258,9 @@ class Printer:
         self._aside.end()
 
 
-def _print_text(chunks: Iterator[Chunk], verbose: bool, progress: ProgressLine, llm: LLM) -> int:
+def _print_text(
+    chunks: Iterator[Chunk], verbose: bool, progress: ProgressLine, speaker: Speaker
+) -> int:
     last, printer = None, Printer()
     try:
         for chunk in chunks:
@@ -288,16 +272,17 @@ def _print_text(chunks: Iterator[Chunk], verbose: bool, progress: ProgressLine, 
     sys.stdout.write("\n")
     sys.stdout.flush()
     assert last is not None
-    code = _say_remarks(last, llm.context)
+    code = _say_remarks(last, speaker)
     if verbose and last.stats is not None:
-        figures = f"{describe_stats(last.stats)}\n{describe_memory(llm.stats())}"
-        print(f"\n{figures}", file=sys.stderr)
+        memory = speaker.memory()
+        figures = [describe_stats(last.stats), *([describe_memory(memory)] if memory else [])]
+        print("", *figures, sep="\n", file=sys.stderr)
     return code
 
 
-def _print_json(name: str, chunks: Iterator[Chunk], progress: ProgressLine, llm: LLM) -> int:
+def _print_json(chunks: Iterator[Chunk], progress: ProgressLine, speaker: Speaker) -> int:
     """One object at the end, on one line."""
-    from mlxkv.answer import join_parts
+    from mlxkv.chunks import join_parts
 
     parts = []
     for chunk in chunks:
@@ -305,24 +290,27 @@ def _print_json(name: str, chunks: Iterator[Chunk], progress: ProgressLine, llm:
         parts.append(chunk)
     text, reasoning, calls = join_parts(parts)
     last = parts[-1]
+    tokens = [chunk.token for chunk in parts if chunk.token is not None]
+    memory = speaker.memory()
     answer = {
-        "model": name,
+        "model": speaker.name,
         "text": text,
         "reasoning": reasoning or None,
         "tool_calls": [asdict(call) for call in calls],
-        "tokens": [chunk.token for chunk in parts if chunk.token is not None],
+        # A server's API has their text alone, and its memory is not this answer's.
+        "tokens": tokens if memory else None,
         "finish_reason": last.finish_reason,
         "error": None if last.error is None else str(last.error),
         "stats": stats_dict(last.stats) if last.stats is not None else None,
-        "memory": asdict(llm.stats()),
+        "memory": asdict(memory) if memory else None,
     }
     print(json.dumps(answer, ensure_ascii=False), flush=True)
-    return _say_remarks(last, llm.context)
+    return _say_remarks(last, speaker)
 
 
-def _say_remarks(last: Chunk, context: int) -> int:
+def _say_remarks(last: Chunk, speaker: Speaker) -> int:
     """What should be known of an answer that is over, on stderr; the exit code."""
-    for line in remarks(last.stats, context):
+    for line in remarks(last.stats, lambda: speaker.context):
         print(f"mlxkv: {line}", file=sys.stderr)
     if last.error is None:
         return 0

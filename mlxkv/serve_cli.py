@@ -7,19 +7,25 @@ import os
 import signal
 import socket
 import sys
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mlxkv.errors import MlxkvError, ModelNotFound, UsageError
+from mlxkv.errors import ModelNotFound, UsageError
+from mlxkv.server.config import HOST, PORT
 
-HOST, PORT = "127.0.0.1", 11434
+if TYPE_CHECKING:
+    from mlxkv.client import Server
 
-Server = Annotated[
+Address = Annotated[
     str | None,
-    typer.Option("--server", help="Address of the server; MLXKV_SERVER, or this machine's."),
+    typer.Option(
+        "--server", metavar="ADDRESS", help="The server's; else MLXKV_SERVER, or this machine's."
+    ),
 ]
-Key = Annotated[str | None, typer.Option("--api-key", help="MLXKV_API_KEY without it.")]
+Key = Annotated[
+    str | None, typer.Option("--api-key", help="The server's; MLXKV_API_KEY without it.")
+]
 
 
 def serve(
@@ -135,13 +141,13 @@ def _listen(host: str, port: int) -> socket.socket:
 def ps(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="More columns.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    server: Server = None,
+    server: Address = None,
     api_key: Key = None,
 ) -> None:
     """List the models that a running server has in memory."""
     from mlxkv.terminal import human_bytes, table
 
-    loaded = _loaded(server, api_key)
+    loaded = _loaded(_server(server, api_key))
     if as_json:
         print(json.dumps(loaded))
         return
@@ -174,46 +180,25 @@ def ps(
 
 def stop(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A name that `ps` shows.")],
-    server: Server = None,
+    server: Address = None,
     api_key: Key = None,
 ) -> None:
     """Have a running server give a model's memory back."""
-    names = [loaded["name"] for loaded in _loaded(server, api_key)]
+    running = _server(server, api_key)
+    names = [loaded["name"] for loaded in _loaded(running)]
     if model not in names:
         raise ModelNotFound(f"{model} is not loaded; loaded are: {', '.join(names) or 'none'}")
-    _ask(server, api_key, "POST", "/api/generate", {"model": model, "keep_alive": 0})
+    running.ask("POST", "/api/generate", {"model": model, "keep_alive": 0})
     print(f"{model} is unloaded")
 
 
-def _loaded(server: str | None, key: str | None) -> list[dict[str, Any]]:
+def _loaded(server: Server) -> list[dict[str, Any]]:
     """The models that a running server has in memory."""
-    models = _ask(server, key, "GET", "/stats.json")["models"]
+    models = server.ask("GET", "/stats.json").get("models", {})
     return [{"name": name, **model["loaded"]} for name, model in models.items() if model["loaded"]]
 
 
-def _ask(
-    server: str | None, key: str | None, method: str, path: str, body: Any = None
-) -> dict[str, Any]:
-    """A request to a running server.
+def _server(address: str | None, key: str | None) -> Server:
+    from mlxkv.client import Server
 
-    Raises:
-        UsageError: there is none, or it refuses.
-    """
-    import urllib.error
-    import urllib.request
-
-    base = server or os.environ.get("MLXKV_SERVER") or f"http://{HOST}:{PORT}"
-    base = base if "://" in base else f"http://{base}"
-    headers = {"Content-Type": "application/json"}
-    if key := key or os.environ.get("MLXKV_API_KEY"):
-        headers["Authorization"] = f"Bearer {key}"
-    data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(f"{base}{path}", data, headers, method=method)
-    try:
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            return json.loads(answer.read())
-    except urllib.error.HTTPError as error:
-        raise MlxkvError(f"{base} answered {error.code}: {error.read()[:200]!r}") from None
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "reason", error)
-        raise UsageError(f"no server at {base} ({reason}): start one with `mlxkv serve`") from None
+    return Server.at(address, key)

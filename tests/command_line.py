@@ -35,6 +35,7 @@ def chat_model(
     template: bool | str = True,
     special: Sequence[str] = (),
     family: str = "llama",
+    ascii: bool = False,
     **config: Any,
 ) -> Path:
     """A tiny model whose tokens are single bytes, and whose answers do not end by themselves.
@@ -42,6 +43,7 @@ def chat_model(
     Args:
         template: its chat template; True for the one above.
         special: more tokens of its own.
+        ascii: its likeliest tokens are printable ASCII, so that an answer is what its text says.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     special = [*SPECIAL, *special]
@@ -59,6 +61,9 @@ def chat_model(
     weights = random_weights(tensor_shapes(made))
     # Special tokens get a logit of 0, so that the likeliest one is always a byte: answers go on.
     weights["lm_head.weight"][: len(special)] = 0
+    if ascii:
+        others = [i for text, i in vocabulary.items() if not text.isascii()]
+        weights["lm_head.weight"][others] = 0
     write_checkpoint(folder, made, weights)
     tokenizer.save(str(folder / "tokenizer.json"))
     settings: dict[str, Any] = {"eos_token": "<|im_end|>", "tokenizer_class": "GPT2Tokenizer"}

@@ -17,10 +17,12 @@ from mlxkv import repl
 from mlxkv.commands import Chat
 from mlxkv.errors import ContextExceeded, UsageError
 from mlxkv.llm import LLM
+from mlxkv.local import LocalSpeaker
 from mlxkv.overflow import Bound, most_kept, n_dropped
 from mlxkv.run import Settings
 from mlxkv.sampling import Sampler, SamplingParams
 from mlxkv.session import Session, n_shared
+from mlxkv.settings import Given
 from tests import tiny
 from tests.command_line import chat_model
 from tests.test_llm import turns
@@ -362,7 +364,7 @@ def test_kv_is_saved_within_the_context(models, tmp_path, monkeypatch):
 
 def test_a_chat_says_each_time_that_more_was_dropped(models, capsys):
     llm = load(models, context=256, overflow="shift")
-    chat = Chat(llm, "llama", "auto", Settings(max_tokens=60))
+    chat = Chat(LocalSpeaker(llm, "llama", Given()), Settings(max_tokens=60))
     chat.begin("Be brief.")
     said = []
     for _ in range(5):

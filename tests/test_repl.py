@@ -1,25 +1,22 @@
 from __future__ import annotations
 
 import json
-import re
 import signal
-import sys
 from types import SimpleNamespace
 
-import pexpect
 import pytest
 
 from mlxkv import commands, repl
 from mlxkv.budget import MemoryStats
 from mlxkv.commands import Chat, Leave, execute
 from mlxkv.errors import OutputError, UsageError
+from mlxkv.local import LocalSpeaker
 from mlxkv.memory import KVUse
 from mlxkv.run import Settings, with_defaults
 from mlxkv.sampling import SamplingParams
-from mlxkv.settings import COMMAND_LINE, Setting
-from tests.command_line import chat_model, environment
-
-ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[()=>][A-Z0-9]?|\r")
+from mlxkv.settings import COMMAND_LINE, Given, Setting
+from tests.command_line import chat_model
+from tests.terminal import Terminal
 
 
 @pytest.fixture(scope="module")
@@ -29,55 +26,6 @@ def home(tmp_path_factory):
     chat_model(home / "models" / "chatty", max_position_embeddings=200_000)
     chat_model(home / "models" / "base", template=False)
     return home
-
-
-class Terminal:
-    """A chat in a real pseudo-terminal."""
-
-    def __init__(self, home, *args: str, **env: str):
-        # The editor writes its prompt anew when it likes, but switches bracketed paste on and off
-        # once a line.
-        dumb = env.get("TERM") == "dumb"
-        self.opened, self.closed = (">>>", "") if dumb else ("\x1b[?2004h", "\x1b[?2004l")
-        self.child = pexpect.spawn(
-            sys.executable,
-            ["-m", "mlxkv.cli", "run", *args],
-            env=environment(home, PROMPT_TOOLKIT_NO_CPR="1", **env),
-            encoding="utf-8",
-            codec_errors="replace",
-            dimensions=(60, 200),
-            timeout=20,
-        )
-
-    def __enter__(self) -> Terminal:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.child.close(force=True)
-
-    def prompt(self) -> str:
-        """Waits until a line can be typed; what was written before."""
-        self.child.expect_exact(self.opened)
-        text = ESCAPES.sub("", str(self.child.before))
-        if self.opened != ">>>":
-            self.child.expect_exact(">>>")
-        return text
-
-    def say(self, line: str) -> str:
-        """Types a line; what is written until the next one can be typed."""
-        self.child.sendline(line)
-        self.child.expect_exact(self.closed if self.closed else line)
-        return self.prompt()
-
-    def press(self, keys: str) -> None:
-        self.child.send(keys)
-
-    def end(self) -> tuple[str, int | None]:
-        """Waits for the end; what was written, and the exit code."""
-        self.child.expect(pexpect.EOF)
-        text = ESCAPES.sub("", str(self.child.before))
-        self.child.close()
-        return text, self.child.exitstatus
 
 
 # In a terminal.
@@ -205,7 +153,8 @@ def chat():
         recommended=SamplingParams(temperature=0.6),
         settings=(Setting("context", 512, COMMAND_LINE), Setting("overflow", "stop", "default")),
     )
-    chat = Chat(llm, "m", "auto", Settings())  # pyright: ignore[reportArgumentType]
+    speaker = LocalSpeaker(llm, "m", Given())  # pyright: ignore[reportArgumentType]
+    chat = Chat(speaker, Settings())
     chat.begin("Be brief.")
     chat.conversation.turns += [
         {"role": "user", "content": "hi"},
@@ -287,7 +236,8 @@ def test_what_is_not_set_is_the_models_recommendation(chat):
     assert "top_k            default" in text
     execute(chat, "/set temperature 0")
     assert chat.effective.temperature == 0
-    assert with_defaults(Settings(top_k=3), chat.llm) == Settings(temperature=0.6, top_k=3)
+    advice = chat.speaker.recommended
+    assert with_defaults(Settings(top_k=3), advice) == Settings(temperature=0.6, top_k=3)
 
 
 def test_what_is_saved_is_what_is_loaded(chat, tmp_path):
@@ -358,7 +308,7 @@ def test_a_file_that_is_no_json_is_one_line(chat, tmp_path):
 def test_a_conversation_of_another_model_says_so(chat, tmp_path):
     file = tmp_path / "talk.json"
     execute(chat, f"/save {file}")
-    chat.name = "other"
+    chat.speaker.name = "other"
     assert "they were made with m, this is other" in execute(chat, f"/load {file}")
 
 

@@ -6,11 +6,8 @@ import http.client
 import json
 import os
 import random
-import re
 import signal
 import socket
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,56 +21,11 @@ import openai
 import pytest
 
 from tests.command_line import chat_model, environment, mlxkv
+from tests.server_process import Server
 
 MODEL = "tiny"
 HELLO: list[Any] = [{"role": "user", "content": "hello there"}]
 LONG = "".join(chr(97 + (i * i + 3 * i) % 23) for i in range(600))
-
-
-class Server:
-    """A running `mlxkv serve`."""
-
-    def __init__(self, env: dict[str, str], *args: str):
-        self.env = env
-        self.process = subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "mlxkv.cli",
-                "serve",
-                "--port",
-                "0",
-                "--dtype",
-                "float32",
-                *args,
-            ],
-            env=env,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        assert self.process.stderr is not None
-        self.lines: list[str] = []
-        for line in self.process.stderr:
-            self.lines.append(line)
-            if found := re.search(r"listening on (http://\S+)", line):
-                self.url = found[1]
-                break
-        else:
-            raise AssertionError("".join(self.lines))
-        self.reader = threading.Thread(target=self._read, daemon=True)
-        self.reader.start()
-
-    def _read(self) -> None:
-        assert self.process.stderr is not None
-        self.lines.extend(self.process.stderr)
-
-    def stop(self, number: int = signal.SIGINT) -> int:
-        self.process.send_signal(number)
-        code = self.process.wait(30)
-        self.reader.join()
-        assert self.process.stderr is not None
-        self.process.stderr.close()
-        return code
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ from mlxkv.cli import main
 from mlxkv.commands import Chat, execute
 from mlxkv.convert import convert
 from mlxkv.errors import ConfigError, UsageError
+from mlxkv.local import LocalSpeaker
 from mlxkv.run import Settings as Sampling
 from mlxkv.settings import CALLER, COMMAND_LINE, REQUEST, Given, effective
 from tests.command_line import assert_one_line, chat_model, environment
@@ -304,14 +305,14 @@ def test_a_chat_shows_its_settings_and_loads_the_next_model_with_them(model, tmp
     chat_model(model.parent / "short", max_position_embeddings=64)
     chat_model(model.parent / "other", family="gemma3")
     given = Given(context=100, kv_type="q8", overflow="shift", origin=COMMAND_LINE)
-    chat = Chat(mlxkv.load("chatty"), "chatty", "auto", Sampling(), given=given)
+    chat = Chat(LocalSpeaker(mlxkv.load("chatty"), "chatty", given), Sampling())
     chat.begin(None)
     assert "context          1,024 tokens (config.json)" in execute(chat, "/show model")
     with pytest.raises(UsageError, match="64; got 100"):
         execute(chat, "/load short")
-    assert chat.name == "chatty"
+    assert chat.speaker.name == "chatty"
     execute(chat, "/load other")
     shown = execute(chat, "/show model")
     assert "context          100 tokens (command line)" in shown
     assert "overflow         shift (command line)" in shown
-    assert chat.llm.kv_type == "q8"
+    assert isinstance(chat.speaker, LocalSpeaker) and chat.speaker.llm.kv_type == "q8"

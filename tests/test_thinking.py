@@ -14,8 +14,11 @@ from mlxkv.answer import Chunk
 from mlxkv.chat import ChatTemplate
 from mlxkv.commands import Chat, execute
 from mlxkv.errors import UsageError
+from mlxkv.local import LocalSpeaker
 from mlxkv.parsing import ToolCall
 from mlxkv.run import Printer, Settings
+from mlxkv.sampling import SamplingParams
+from mlxkv.settings import Given
 from mlxkv.terminal import Aside
 from tests.chat_templates.cases import TEMPLATES
 from tests.command_line import TEMPLATE, assert_one_line, chat_model, environment, mlxkv
@@ -126,8 +129,8 @@ class Talk:
 def chat():
     source = TEMPLATES["reasoning"].read_text()
     tokenizer = SimpleNamespace(chat_template=ChatTemplate(source), id_of=lambda token: None)
-    llm = SimpleNamespace(tokenizer=tokenizer, conversation=Talk, recommended=Settings())
-    chat = Chat(llm, "thinker", "auto", Settings())  # type: ignore[arg-type]
+    llm = SimpleNamespace(tokenizer=tokenizer, conversation=Talk, recommended=SamplingParams())
+    chat = Chat(LocalSpeaker(llm, "thinker", Given()), Settings())  # type: ignore[arg-type]
     chat.begin(None)
     return chat
 

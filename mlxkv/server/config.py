@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from mlxkv.errors import UsageError
 
+HOST, PORT = "127.0.0.1", 11434
+"""Where a server listens, and where clients look for one, unless they are told."""
+
 
 @dataclass(frozen=True, slots=True)
 class ServerConfig:
@@ -31,8 +34,8 @@ class ServerConfig:
         UsageError: other machines can reach the address, and there is no API key; or an empty one.
     """
 
-    host: str = "127.0.0.1"
-    port: int = 11434
+    host: str = HOST
+    port: int = PORT
     api_keys: tuple[str, ...] = ()
     origins: tuple[str, ...] = ()
     hosts: tuple[str, ...] = ()

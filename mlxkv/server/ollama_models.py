@@ -3,7 +3,6 @@ texts, POST /api/embed and /api/embeddings."""
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import time
 from datetime import UTC, datetime
@@ -210,9 +209,8 @@ def _shown(name: str) -> dict[str, Any]:
         capabilities += ["tools"] if "tools" in template.variables else []
         thinks = _SWITCHES & template.variables or "</think>" in source
         capabilities += ["thinking"] if thinks else []
-    advice = dataclasses.asdict(recommended(path))
-    values = {"num_ctx": about.settings.context.value, **advice}
-    parameters = [f"{key} {value}" for key, value in values.items() if value is not None]
+    values = {"num_ctx": about.settings.context.value, **recommended(path).chosen()}
+    parameters = [f"{key} {value}" for key, value in values.items()]
     return {
         "modelfile": "\n".join([f"FROM {name}", *(f"PARAMETER {each}" for each in parameters), ""]),
         "parameters": "\n".join(parameters),
