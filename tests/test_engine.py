@@ -462,7 +462,8 @@ def test_a_model_that_is_being_loaded_can_be_unloaded(models, engine, load_steps
         waiting = [asyncio.ensure_future(engine.load(str(models["llama"]))) for _ in range(2)]
         answer = engine.submit(ask(models["llama"]))
         await told.wait()
-        assert engine.stats().queued == 3
+        while engine.stats().queued < 3:
+            await asyncio.sleep(0.001)
         assert await engine.unload(str(models["llama"]))
         for one in waiting:
             with pytest.raises(MlxkvError, match="unloaded"):
