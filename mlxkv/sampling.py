@@ -134,7 +134,8 @@ class Sampler:
         values, ids, keep = logits, None, None
         if self.top_k < self.n_vocab:
             start = self.n_vocab - self.top_k
-            ids = mx.argpartition(logits, kth=start, axis=-1)[:, start:]
+            # In order: a partition's hangs on the last bits of the logits, and with it the draw.
+            ids = mx.sort(mx.argpartition(logits, kth=start, axis=-1)[:, start:], axis=-1)
             values = mx.take_along_axis(logits, ids, axis=-1)
         if top_p < 1:
             weights = _weights(values, None, 1.0)

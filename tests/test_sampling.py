@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -299,6 +300,17 @@ def test_the_same_seed_draws_the_same_tokens(filters: dict[str, Any]):
     assert with_seed(6) != first
     assert with_seed(None) != with_seed(None)
     assert len(set(first)) > 4
+
+
+@pytest.mark.parametrize("filters", [{}, {"top_k": 40}, {"top_k": 5, "top_p": 0.9}], ids=str)
+def test_logits_that_were_rounded_otherwise_draw_the_same_tokens(filters: dict[str, Any]):
+    """A batch, a longer chunk and restored KV give the same logits but for their last bits."""
+    logits, params = logits_of(9, 49_152, scale=1.0), SamplingParams(seed=3, temperature=0.8)
+    params = dataclasses.replace(params, **filters)
+    ours, theirs = Sampler(params, 49_152), Sampler(params, 49_152)
+    for seed in range(40):
+        other = logits + logits_of(seed, 49_152, scale=1e-5)
+        assert ours(mx.array(logits)).item() == theirs(mx.array(other)).item()
 
 
 def test_an_unset_seed_can_be_read_and_used_again():
