@@ -44,7 +44,7 @@ def jobs(args: argparse.Namespace, model: Path, scratch: Path) -> Iterator[Job]:
         yield from _cold_jobs(model, scratch, args.dtype)
     if "graph" in what:
         tiny = scratch / "tiny"
-        _helper("write_tiny_llama", tiny)
+        helper("write_tiny_llama", tiny)
         yield _worker_job("graph", tiny, "--dtype=float32")
     if "memory" in what:
         yield _worker_job("memory", model, f"--dtype={args.dtype}", f"--prompt={args.prompt}")
@@ -67,7 +67,7 @@ def _worker_job(measure: str, model: Path, *options: str) -> Job:
 def _cold_jobs(model: Path, scratch: Path, dtype: str) -> Iterator[Job]:
     """Whole commands, from the shell's fork to the exit behind the last token."""
     if _on_cpu() and dtype in ("auto", "float32"):
-        model = _helper("write_float32_copy", model, scratch / "float32")
+        model = helper("write_float32_copy", model, scratch / "float32")
     mlxkv, mlx_lm = [sys.executable, "-m", "mlxkv"], [sys.executable, "-m", "mlx_lm", "generate"]
     script = Path(sys.executable).with_name("mlxkv")
     if script.exists():
@@ -135,7 +135,7 @@ def environment(args: argparse.Namespace) -> dict[str, str]:
     return env
 
 
-def _helper(function: str, *paths: Path) -> Path:
+def helper(function: str, *paths: Path) -> Path:
     """Call a function of `checkpoints` in a process of its own.
 
     A child's peak memory starts at its parent's, so this process must stay small: no MLX in it.

@@ -21,6 +21,7 @@ ENGINES = ("mlxkv", "mlx-lm")
 TARGETS = {
     "decode": 1.0,
     "batch": 1.0,
+    "serve": 1.2,
     "prefill": 1.0,
     "graph": 0.7,
     "shell to token 1 ": 0.4,
