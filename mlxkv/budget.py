@@ -40,6 +40,9 @@ MIN_CHUNK = 16
 ROOMY = 2**30, 64
 """Bytes, and times the KV after it, that a chunk of a page or less never needs: where so much is
 free the step is not traced, which takes as long as a short prompt. Scores grow with the KV."""
+WIDER = 1.05
+"""How much more a step may take than one of no fewer tokens behind no fewer: a trace says 1% more
+where the caches grow by two steps at once."""
 
 
 class Budget:
@@ -165,7 +168,7 @@ class Budget:
             return wanted
         for sizes in self._ladder(session, wanted):
             for n in sizes:
-                if self._room_after(session, n, last=last and n == n_new) < 0:
+                if not self._fits(session, n, last=last and n == n_new):
                     continue
                 if n < wanted:
                     session.chunk_cap = n
@@ -179,7 +182,7 @@ class Budget:
         """Chunks to try, each after another rung was taken."""
         smaller = _halves(wanted)
         cached = mx.get_cache_memory()
-        if cached and self._room_after(session, wanted, last=True) < cached:
+        if cached and not self._fits(session, wanted, last=True, beside=cached):
             mx.clear_cache()
             session.rungs.append(Rung("cache", session.n_held, cached))
         yield (wanted,)
@@ -246,6 +249,20 @@ class Budget:
         """Bytes that are left while the next tokens are computed; negative where they miss."""
         held = self._need(session.kv_type).step(session.n_held, n_new, last=last)
         return self._free(session) - (held.peak - held.before)
+
+    def _fits(self, session: Session, n_new: int, *, last: bool, beside: int = 0) -> bool:
+        """Whether so many bytes are left while the next tokens are computed.
+
+        Asked of a larger step first, which is one of few: a trace takes as long as a short prompt,
+        and where answers are being written a prompt's chunks are of any length.
+        """
+        if n_new > 1:
+            n_held = -(-session.n_held // STEP) * STEP
+            n_more = max(MIN_CHUNK, 1 << (n_new - 1).bit_length())
+            held = self._need(session.kv_type).step(n_held, n_more, last=True)
+            if self._free(session) - WIDER * (held.peak - held.before) >= beside:
+                return True
+        return self._room_after(session, n_new, last=last) >= beside
 
     def _need(self, kv_type: str) -> Needs:
         if kv_type not in self._needs:

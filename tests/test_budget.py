@@ -17,11 +17,13 @@ import mlx.core as mx
 import pytest
 
 import mlxkv
+from mlxkv import planner
 from mlxkv.cache import KVCache, RotatingKVCache, _Buffers
 from mlxkv.errors import KVCacheFull
 from mlxkv.llm import LLM
 from mlxkv.planner import plan
 from mlxkv.sampling import Sampler, SamplingParams
+from mlxkv.workspace import prefill_step
 from tests.command_line import chat_model
 
 FAMILIES = ("llama", "gemma3")
@@ -333,6 +335,30 @@ def test_prompts_of_all_lengths_in_a_tight_budget(paths):
     assert outcomes["length"] > 100
     assert outcomes["refused"] >= 3
     assert llm.budget.used_bytes <= llm.budget.limit_bytes
+
+
+def test_few_steps_are_traced_whatever_chunks_a_prompt_comes_in(paths, monkeypatch):
+    """A trace takes as long as a short prompt: it is the same for many where there is room."""
+    traced: list[tuple[int, int]] = []
+
+    def counted(model: Any, kv_type: str, n_held: int, n_new: int, *, last: bool) -> Any:
+        traced.append((n_held, n_new))
+        return prefill_step(model, kv_type, n_held, n_new, last=last)
+
+    llm = limited(paths["llama"], len(PROMPT) + 80, extra=1 << 20)
+    monkeypatch.setattr(planner, "prefill_step", counted)
+    assert not llm.budget._is_roomy(llm.session(), 1)
+    draw, tokens = random.Random(5), llm.tokenizer.encode(PROMPT)
+    n_chunks = 0
+    for _ in range(12):
+        session = llm.session()
+        for _ in session.prefilling(tokens, lambda: draw.randint(16, 128)):
+            n_chunks += 1
+        assert not session.rungs
+        session.reset()
+    assert n_chunks > 60
+    # Held 0, 256, ... 1024; chunks of 16, 32, 64 and 128.
+    assert len(traced) == len(set(traced)) <= 20
 
 
 def test_memory_is_flat_over_loads(paths):
