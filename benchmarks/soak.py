@@ -209,7 +209,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--memory", default="2GiB", help="of the server: a quarter is for pages, which have to go"
     )
     parser.add_argument("--mlxkv", default="", metavar="OPTIONS", help="for `mlxkv serve`")
-    parser.add_argument("--limit", type=float, default=300, help="seconds of one request")
+    parser.add_argument("--limit", type=float, default=900, help="seconds of one request")
     parser.add_argument("--blas", choices=("openblas", "reference"), default="openblas")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of OpenBLAS")
     parser.add_argument("--dtype", default="float32", help="of server and solo runs")
