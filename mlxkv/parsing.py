@@ -50,16 +50,24 @@ _THINK = ("<think>", "</think>")
 SYNTAXES: dict[str, Syntax] = {
     "think": Syntax(think=_THINK),
     "hermes": Syntax(think=_THINK, call=("<tool_call>", "</tool_call>"), notation=JsonCalls()),
-    "glm": Syntax(think=_THINK, call=("<tool_call>", "</tool_call>"), notation=GlmCalls()),
+    "glm": Syntax(
+        think=_THINK,
+        call=("<tool_call>", "</tool_call>"),
+        notation=GlmCalls(),
+        inner=frozenset({"<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"}),
+    ),
     "glm4": Syntax(think=_THINK, bare=GlmTextCalls()),
     "gemma4": Syntax(
         think=("<|channel>", "<channel|>"),
         labelled=True,
         call=("<|tool_call>", "<tool_call|>"),
         notation=GemmaCalls(),
+        inner=frozenset({'<|"|>'}),
     ),
     "functiongemma": Syntax(
-        call=("<start_function_call>", "<end_function_call>"), notation=GemmaCalls("<escape>")
+        call=("<start_function_call>", "<end_function_call>"),
+        notation=GemmaCalls("<escape>"),
+        inner=frozenset({"<escape>"}),
     ),
     "gemma3": Syntax(
         call=("```", "```"),

@@ -25,7 +25,7 @@ LAYERS = (
     ("models",),
     ("loader", "tokenizer", "tokenizer_files", "detokenizer", "chat", "parsing", "parsers",
      "sandbox", "sampling_params", "sampling", "stopping", "grammar", "grammar_calls",
-     "grammar_gate", "catalog", "names", "terminal", "page_format", "fingerprint",
+     "grammar_gate", "json_schema", "catalog", "names", "terminal", "page_format", "fingerprint",
      "workspace", "settings", "memory"),
     ("generate", "session", "decoder", "overflow", "planner", "budget", "pages", "page_cutter",
      "page_links", "page_ram",

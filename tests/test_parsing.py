@@ -391,6 +391,30 @@ def test_nothing_a_model_writes_is_lost_or_depends_on_the_cuts(name, parts, size
     json.dumps([event.arguments for event in whole if isinstance(event, ToolCall)], allow_nan=False)
 
 
+@pytest.mark.parametrize(
+    "schema, text, value",
+    [
+        ({"type": "string"}, "null", "null"),
+        ({"type": ["string", "null"]}, "null", None),
+        ({"type": ["string", "null"]}, "5", "5"),
+        ({"anyOf": [{"type": "string"}, {"type": "null"}]}, "5", "5"),
+        ({"anyOf": [{"type": "string"}, {"type": "integer"}]}, "5", 5),
+        ({"anyOf": [{"type": "string"}, {"type": "number"}]}, '"5"', '"5"'),
+        ({"$ref": "#/$defs/text"}, "5", "5"),
+        ({"enum": ["5", "6"]}, "5", "5"),
+        ({"enum": ["5", "6", None]}, "null", None),
+        ({"type": "array"}, "[1]", [1]),
+        ({"type": "array"}, "none", "none"),
+        ({}, '"5"', "5"),
+    ],
+)
+def test_glms_values_are_read_as_the_schema_of_the_tool_says(schema, text, value):
+    parameters = {"properties": {"k": schema}, "$defs": {"text": {"type": "string"}}}
+    tools = [{"name": "f", "parameters": parameters}]
+    written = f"<tool_call>f\n<arg_key>k</arg_key>\n<arg_value>{text}</arg_value>\n</tool_call>"
+    assert shown(run("glm", [written], tools=tools)) == [("call", "f", {"k": value})]
+
+
 CALLS = ["hermes", "glm", "glm, lines and quotes", "gemma4", "harmony, a call", "mistral",
          "gemma3, tool_code", "llama3", "glm4", "functiongemma"]  # fmt: skip
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from mlxkv.json_schema import KINDS, argument_kinds, kind_of
 from mlxkv.parsers.values import (
     GemmaReader,
     Unreadable,
@@ -43,8 +44,8 @@ class Tools:
 
     def __init__(self, tools: Sequence[Mapping[str, Any]] | None = None):
         functions = [tool.get("function", tool) for tool in tools or ()]
-        self._properties: dict[str, Mapping[str, Any]] = {
-            function["name"]: _properties(function)
+        self._parameters: dict[str, Any] = {
+            function["name"]: function.get("parameters")
             for function in functions
             if isinstance(function, Mapping) and isinstance(function.get("name"), str)
         }
@@ -52,23 +53,33 @@ class Tools:
     @property
     def names(self) -> list[str]:
         """What they are called."""
-        return list(self._properties)
+        return list(self._parameters)
 
     def parameters(self, name: str) -> list[str]:
         """Names of a function's parameters, in order."""
-        return list(self._properties.get(name, ()))
+        parameters = self._parameters.get(name)
+        found = parameters.get("properties") if isinstance(parameters, Mapping) else None
+        return list(found) if isinstance(found, Mapping) else []
 
-    def is_text(self, name: str, key: str) -> bool:
-        """Whether a parameter is a string, by its schema."""
-        schema = self._properties.get(name, {}).get(key)
-        kind = schema.get("type") if isinstance(schema, Mapping) else None
-        return kind == "string" or (isinstance(kind, list) and "string" in kind)
+    def read(self, name: str, key: str, text: str) -> Any:
+        """The value of a parameter that is written as raw text if it is a string, else as JSON.
 
-
-def _properties(function: Mapping[str, Any]) -> Mapping[str, Any]:
-    parameters = function.get("parameters")
-    found = parameters.get("properties") if isinstance(parameters, Mapping) else None
-    return found if isinstance(found, Mapping) else {}
+        Where its schema allows strings and others, it is JSON if that is of a kind that it allows.
+        A schema that says nothing takes all JSON for JSON, strings in quotes as well.
+        """
+        parameters = self._parameters.get(name)
+        kinds = argument_kinds({} if parameters is None else parameters, key)
+        if kinds == {"string"}:
+            return text
+        try:
+            value = read_json(text)
+        except Unreadable:
+            return text
+        if "string" not in kinds or kinds >= KINDS - {"integer"}:
+            return value
+        kind = kind_of(value)
+        fits = kind in kinds or (kind == "integer" and "number" in kinds)
+        return value if fits and kind != "string" else text
 
 
 class Notation(Protocol):
@@ -156,7 +167,7 @@ def _json_call(value: Any) -> Found | None:
 class GlmCalls:
     """GLM-4.5 to 4.7: a name, then `<arg_key>k</arg_key><arg_value>v</arg_value>` pairs.
 
-    A value is raw text where the schema says string, and otherwise JSON if it can be read as such.
+    What a value is, its text and its schema say together: see `Tools.read`.
     """
 
     shows_its_end = False
@@ -194,7 +205,7 @@ class GlmCalls:
             return []
         if rest.strip():
             return [Found(name, error=f"<arg_key> expected; found {rest.strip()[:20]!r}")]
-        return [Found(name, {k: _glm_value(v, tools.is_text(name, k)) for k, v in pairs})]
+        return [Found(name, {k: tools.read(name, k, v) for k, v in pairs})]
 
     def _pairs(self, body: str) -> tuple[str, list[tuple[str, str]], str]:
         """The function's name, keys and texts of values, and what is left."""
@@ -206,15 +217,6 @@ class GlmCalls:
             pairs.append((pair[1].strip(), pair[2]))
             at = pair.end()
         return named[1], pairs, body[at:]
-
-
-def _glm_value(text: str, is_text: bool) -> Any:
-    if is_text:
-        return text
-    try:
-        return read_json(text)
-    except Unreadable:
-        return text
 
 
 class GemmaCalls:

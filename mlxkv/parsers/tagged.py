@@ -40,6 +40,7 @@ class Syntax:
             model was told of tools, and names one of them.
         known_only: calls between markers, too, count only if they name such a tool.
         silent: markers that close something and mean no more.
+        inner: tokens within calls: text to the notation, which must not lack it.
     """
 
     think: tuple[str, str] | None = None
@@ -49,6 +50,7 @@ class Syntax:
     bare: Notation | None = None
     known_only: bool = False
     silent: frozenset[str] = frozenset()
+    inner: frozenset[str] = frozenset()
 
     @property
     def markers(self) -> frozenset[str]:
@@ -117,7 +119,7 @@ class TaggedParser:
         *,
         in_reasoning: bool = False,
     ):
-        self.markers = syntax.markers
+        self.markers = syntax.markers | syntax.inner
         self._syntax = syntax
         self._tools = tools or Tools()
         self._lexer = Lexer(syntax.markers, ids)
