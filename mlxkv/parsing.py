@@ -42,6 +42,7 @@ __all__ = [
     "ToolCall",
     "format_of",
     "make_parser",
+    "markers_of",
     "parser_for",
 ]
 
@@ -138,6 +139,12 @@ def format_of(tokenizer: Tokenizer) -> str:
         if all(tokenizer.id_of(token) is not None for token in tokens):
             return name
     return "plain"
+
+
+def markers_of(name: str) -> frozenset[str]:
+    """Texts of the tokens that mean something in a format, in calls too."""
+    syntax = SYNTAXES.get(name, Syntax())
+    return MARKERS if name == "harmony" else syntax.markers | syntax.inner
 
 
 def make_parser(

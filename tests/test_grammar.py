@@ -11,6 +11,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from tokenizers import Tokenizer as Backend
 
 from mlxkv.answer import read_answer
 from mlxkv.chat import ChatTemplate
@@ -171,6 +172,38 @@ def test_a_text_that_spells_a_special_token_is_written_in_other_tokens(text):
     tokens = write(tokenizer, masker, likes(tokenizer, ""))
     assert not {tokenizer.id_of("<think>"), 402, 257} & {*tokens}
     assert json.loads(text_of(tokenizer, tokens)) == text
+
+
+def test_tags_that_a_vocabulary_has_as_text_stay_text():
+    backend = Tokenizer.from_dir(FOLDER / "gemma")._backend
+    state = json.loads(backend.to_str())
+    ids = {token["content"]: token["id"] for token in state["added_tokens"]}
+    ids |= {"<h1>": backend.get_vocab_size(), "<think>": backend.get_vocab_size() + 1}
+    state["model"]["vocab"] |= ids
+    backend = Backend.from_str(json.dumps(state))
+    backend.add_tokens(["<h1>", "<think>"])
+    tokenizer = Tokenizer(
+        backend,
+        special_tokens={},
+        eos_token_ids=TOKENIZERS["gemma"].eos_token_ids,
+        n_vocab=backend.get_vocab_size(),
+        chat_template=ChatTemplate("{# <think></think> #}"),
+    )
+    masker = Maskers(tokenizer).masker(Grammar("regex", ".{2,9}"))
+    allowed = allowed_by(masker, tokenizer)
+    assert ids["<h1>"] in allowed and ids["<think>"] not in allowed
+    assert not set(allowed) & tokenizer.special_ids
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_end_token_is_no_text_where_the_vocabulary_spells_it_either(family):
+    tokenizer = TOKENIZERS[family]
+    masker = MASKERS[family].masker(Grammar("json_schema", '{"type": "string", "maxLength": 9}'))
+    first = next(t for t in range(tokenizer.n_vocab) if tokenizer.decode([t]) == '"')
+    masker.advance(first)
+    masked = np.array(masker.mask(mx.zeros((1, width(tokenizer)))))[0]
+    assert not np.isfinite(masked[[*tokenizer.eos_token_ids, *tokenizer.special_ids]]).any()
+    assert np.isfinite(masked).sum() > 100
 
 
 @pytest.mark.parametrize(
