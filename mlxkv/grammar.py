@@ -97,13 +97,18 @@ class Maskers:
         matcher = LLMatcher(self._backend, source, log_level=0)
         if matcher.is_error():
             raise _refused(grammar.kind, matcher.get_error())
-        gate = None if prompt is None else gate_of(self._tokenizer, self._format, prompt)
+        gate = None
+        if prompt is not None and not self._describes_reasoning(grammar):
+            gate = gate_of(self._tokenizer, self._format, prompt)
         ends = self._tokenizer.eos_token_ids
         named = {int(token) for token in re.findall(r"<\[([0-9]{1,9})\]>", source)}
         is_text = np.ones(self._backend.vocab_size, bool)
         # A special token is no text, even where its name spells one.
         is_text[sorted(self._tokenizer.special_ids - named - ends)] = False
         return Masker(matcher, ends, grammar.kind, is_text, gate)
+
+    def _describes_reasoning(self, grammar: Grammar) -> bool:
+        return grammar.kind == "tools" and self._format in grammar_calls.HAS_REASONING
 
     @cached_property
     def _backend(self) -> LLTokenizer:

@@ -1,4 +1,4 @@
-"""Grammars of tool calls, for the formats that write their arguments as JSON.
+"""Grammars of tool calls, in the format of each family.
 
 | format | a call |
 | --- | --- |
@@ -6,26 +6,36 @@
 | llama3, gemma3 | `{"name": N, "parameters": {...}}`, one |
 | mistral | `[TOOL_CALLS]` `[{"name": N, "arguments": {...}}, ...]`, or `N[ARGS]{...}`, several |
 | glm4 | `N`, a line break, `{...}`, one |
+| harmony (GPT-OSS) | a message on the channel `commentary` to `functions.N`: `{...}`, one |
+| glm (GLM-4.5 and later), gemma4, functiongemma | not JSON: see `grammar_native`; several |
 
-The others (GLM-4.5 and later, Gemma 4, FunctionGemma, Harmony) write arguments in ways of their
-own: there a call can be allowed and not required.
+Harmony's grammar begins where the answer does: it has the reasoning in it, see `HAS_REASONING`.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from mlxkv import grammar_native
 from mlxkv.errors import UsageError
+from mlxkv.grammar_native import call_rules, each_tool
+from mlxkv.grammar_text import literal
+from mlxkv.parsers import harmony
 from mlxkv.tokenizer import Tokenizer
 
 MAX_SPACES = 32
 """Blanks and line breaks between two of JSON's tokens: deep enough an indentation."""
 MAX_CALLS = 16
 """Calls of one answer, so that a model cannot go on calling for ever."""
+HAS_REASONING = frozenset({"harmony"})
+"""Formats whose grammars describe the reasoning as well, so that no gate has to."""
 _MORE = f"{{0,{MAX_CALLS - 1}}}"
+_MAX_THOUGHTS = 16
+"""Messages in which a Harmony model thinks before it answers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,15 +96,21 @@ def lark(calls: Calls, name: str, tokenizer: Tokenizer) -> str:
     """
     if name not in _FORMATS:
         raise UsageError(
-            f"this model's calls ({name}) cannot be required, nor stand beside a response_format: "
-            f'leave tool_choice at "auto" and response_format out'
+            f"this model's chat template has no calls that we know ({name}), so they cannot be "
+            f'required, nor stand beside a response_format: leave tool_choice at "auto" and '
+            f"response_format out"
         )
-    rules = _FORMATS[name](calls, _Markers(tokenizer))
+    markers = _Markers(tokenizer)
+    try:
+        rules = _FORMATS[name](calls, markers)
+    except RecursionError:
+        raise UsageError("the schemas of the tools nest too deeply") from None
+    thoughts, head = _harmony_thoughts(markers) if name == "harmony" else ("", "")
     content = ""
     if calls.content is not None:
         content = " | content"
-        rules.append(f"content: {_json(calls.content)}")
-    return "\n".join([f"start: calls{content}", *rules]) + "\n"
+        rules.append(f"content: {head} {_json(calls.content)}")
+    return "\n".join([f"start: {thoughts} (calls{content})", *rules]) + "\n"
 
 
 class _Markers:
@@ -119,17 +135,30 @@ def _json(schema: Any) -> str:
     return f"%json {json.dumps(bounded(schema))}"
 
 
-def _text(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)
+def _arguments(schema: Any) -> str:
+    """JSON of a call's arguments: an object, where their schema does not say so itself."""
+    if schema is True:
+        schema = {}
+    if isinstance(schema, Mapping):
+        said = schema.get("type", "object")
+        if "object" not in (said if isinstance(said, list) else [said]):
+            raise UsageError("its parameters can be no object")
+        schema = {**schema, "type": "object"}
+    return _json(schema)
+
+
+def _calls_of(rule: str, calls: Calls, write: Callable[[str, Any], str]) -> list[str]:
+    return call_rules(rule, each_tool(calls.tools, write))
 
 
 def _objects(calls: Calls, key: str) -> list[str]:
     """Rules of `call`: an object of a name and arguments."""
-    rules = [f"call: {' | '.join(f'call_{i}' for i in range(len(calls.tools)))}"]
-    for i, (name, schema) in enumerate(calls.tools):
+
+    def write(name: str, schema: Any) -> str:
         head = f'{{"name": {json.dumps(name)}, "{key}": '
-        rules += [f'call_{i}: {_text(head)} arguments_{i} "}}"', f"arguments_{i}: {_json(schema)}"]
-    return rules
+        return f'{literal(head)} {_arguments(schema)} "}}"'
+
+    return _calls_of("call", calls, write)
 
 
 def _hermes(calls: Calls, markers: _Markers) -> list[str]:
@@ -148,20 +177,56 @@ def _mistral(calls: Calls, markers: _Markers) -> list[str]:
     if not markers.template_has("[ARGS]"):
         more = f' (", " call){_MORE}' if calls.parallel else ""
         return [f'calls: {opens} "[" call{more} "]"', *_objects(calls, "arguments")]
-    rules = [f"call: {' | '.join(f'call_{i}' for i in range(len(calls.tools)))}"]
-    for i, (name, schema) in enumerate(calls.tools):
-        rules += [f"call_{i}: {_text(name)} {markers['[ARGS]']} arguments_{i}"]
-        rules += [f"arguments_{i}: {_json(schema)}"]
+    args = markers["[ARGS]"]
+    rules = _calls_of("call", calls, lambda n, schema: f"{literal(n)} {args} {_arguments(schema)}")
     more = f" ({opens} call){_MORE}" if calls.parallel else ""
     return [f"calls: {opens} call{more}", *rules]
 
 
 def _glm4(calls: Calls, markers: _Markers) -> list[str]:
-    rules = [f"calls: {' | '.join(f'call_{i}' for i in range(len(calls.tools)))}"]
-    for i, (name, schema) in enumerate(calls.tools):
-        head = _text(name + "\n")
-        rules += [f"call_{i}: {head} arguments_{i}", f"arguments_{i}: {_json(schema)}"]
-    return rules
+    def write(name: str, schema: Any) -> str:
+        return f'{literal(name)} "\\n" {_arguments(schema)}'
+
+    return _calls_of("calls", calls, write)
+
+
+def _glm(calls: Calls, markers: _Markers) -> list[str]:
+    opens, closes = markers["<tool_call>"], markers["</tool_call>"]
+    more = f' ("\\n"? {opens} call {closes}){_MORE}' if calls.parallel else ""
+    rules = grammar_native.glm(calls.tools, markers.__getitem__)
+    return [f"calls: {opens} call {closes}{more}", *rules]
+
+
+def _gemma(opening: str, closing: str, quote: str) -> Callable[[Calls, _Markers], list[str]]:
+    def write(calls: Calls, markers: _Markers) -> list[str]:
+        call = f"{markers[opening]} call {markers[closing]}"
+        more = f" ({call}){_MORE}" if calls.parallel else ""
+        rules = grammar_native.gemma(calls.tools, quote, markers[quote])
+        return [f"calls: {call}{more}", *rules]
+
+    return write
+
+
+def _harmony(calls: Calls, markers: _Markers) -> list[str]:
+    channel, message = markers[harmony.CHANNEL], markers[harmony.MESSAGE]
+    kind = f'(" "? {markers[harmony.CONSTRAIN]} "json" | " json")?'
+
+    def write(name: str, schema: Any) -> str:
+        if not re.fullmatch(r"[^\s<]+", name):
+            raise UsageError("such a name cannot be written")
+        to = literal(f" to=functions.{name}")
+        header = f'{channel} "commentary" {to} {kind} | {to} {channel} "commentary" {kind}'
+        return f"({header}) {message} {_arguments(schema)}"
+
+    return _calls_of("calls", calls, write)
+
+
+def _harmony_thoughts(markers: _Markers) -> tuple[str, str]:
+    """What may come before an answer, and what comes before its content."""
+    channel, message = markers[harmony.CHANNEL], markers[harmony.MESSAGE]
+    ends = f'{markers["<|end|>"]} {markers[harmony.START]} "assistant"'
+    thought = f'{channel} "analysis" {message} /(?s:.*)/ {ends}'
+    return f"({thought}){{0,{_MAX_THOUGHTS}}}", f'{channel} "final" {message}'
 
 
 _FORMATS: Mapping[str, Callable[[Calls, _Markers], list[str]]] = {
@@ -170,4 +235,8 @@ _FORMATS: Mapping[str, Callable[[Calls, _Markers], list[str]]] = {
     "gemma3": _bare,
     "mistral": _mistral,
     "glm4": _glm4,
+    "glm": _glm,
+    "gemma4": _gemma("<|tool_call>", "<tool_call|>", '<|"|>'),
+    "functiongemma": _gemma("<start_function_call>", "<end_function_call>", "<escape>"),
+    "harmony": _harmony,
 }

@@ -17,7 +17,7 @@ from mlxkv.answer import read_answer
 from mlxkv.chat import ChatTemplate
 from mlxkv.errors import UsageError
 from mlxkv.grammar import MAX_SPACES, MAX_TEXT, Grammar, Masker, Maskers
-from mlxkv.parsing import format_of, parser_for
+from mlxkv.parsing import parser_for
 from mlxkv.tokenizer import Tokenizer
 
 FOLDER = Path(__file__).parent / "tokenizers"
@@ -266,7 +266,6 @@ TEMPLATES = {
     "mistral_args": "[TOOL_CALLS]name[ARGS]{}",
     "glm4": "[gMASK]<|observation|>",
     "gemma3": "<start_of_turn>",
-    "glm": "<tool_call><arg_key>",
     "harmony": "<|channel|><|message|>",
 }
 MARKERS = (
@@ -332,12 +331,25 @@ def test_required_calls_are_calls_to_the_familys_parser(name, seed, family):
             assert call.arguments["place"] in ("Rome", 'a "b"\n') and call.arguments["days"] <= 9
 
 
-@pytest.mark.parametrize("name", ["glm", "harmony", "think"])
-def test_calls_in_formats_of_their_own_cannot_be_required(name):
-    tokenizer = with_template(name)
-    assert format_of(tokenizer) == name
-    with pytest.raises(UsageError, match="cannot be required"):
+def test_calls_of_a_model_that_has_none_cannot_be_required():
+    tokenizer = with_template("think")
+    with pytest.raises(UsageError, match=r"no calls that we know \(think\), so they cannot be"):
         Maskers(tokenizer).masker(calls_grammar())
+
+
+@pytest.mark.parametrize("name", ["hermes", "llama3", "mistral_args", "glm4", "gemma3"])
+def test_arguments_are_an_object_also_where_their_schema_does_not_say_so(name):
+    tokenizer = with_template(name)
+    for parameters in ({}, {"type": ["object", "null"]}, {"properties": {}}):
+        grammar = calls_grammar(tools=[{"name": "f", "parameters": parameters}], parallel=False)
+        masker = Maskers(tokenizer).masker(grammar, "<think></think>")
+        tokens = write(tokenizer, masker, likes(tokenizer, '}"'))
+        known = [{"type": "function", "function": {"name": "f"}}]
+        _, _, calls = read_answer(tokenizer, parser_for(tokenizer, prompt="", tools=known), tokens)
+        assert [(call.name, call.error) for call in calls] == [("f", None)]
+    with pytest.raises(UsageError, match=r"'f' cannot be required of this model: .* no object"):
+        tools = [{"name": "f", "parameters": {"type": "array"}}]
+        Maskers(tokenizer).masker(calls_grammar(tools=tools))
 
 
 def test_a_json_answer_may_come_in_place_of_calls():
