@@ -30,7 +30,7 @@ from mlxkv.llm import LLM, keep_prefix
 from mlxkv.memory import ALLOCATION_ERRORS, is_allocation_failure, without_trace
 from mlxkv.page_disk import open_pages
 from mlxkv.pages import Pages
-from mlxkv.prompt_order import Prompt, next_prompt
+from mlxkv.prompt_order import Pace, Prompt, next_prompt
 from mlxkv.session import Session
 from mlxkv.turn import Turn
 
@@ -81,7 +81,7 @@ class ServedModel:
         self._decoder = Decoder(llm.model)
         self._pages: dict[str, Pages | None] = {"": llm.pages}
         self._maskers: Maskers | None = None
-        self._seconds_per_token = 0.0
+        self._pace = Pace(STALL_S, MIN_CHUNK, default_chunk())
         self._n_chunks = 0
 
     @property
@@ -165,12 +165,7 @@ class ServedModel:
 
     def _chunk(self) -> int | None:
         """Tokens of a prompt that may hold the others up; None where nobody is held up."""
-        if not self.running:
-            return None
-        if not self._seconds_per_token:
-            return MIN_CHUNK
-        most = int(STALL_S / self._seconds_per_token)
-        return max(MIN_CHUNK, min(default_chunk(), most))
+        return self._pace.n_tokens if self.running else None
 
     def _next_prompt(self) -> Task:
         """The request whose prompt the next chunk is of."""
@@ -193,7 +188,7 @@ class ServedModel:
             next(task.steps)
             n = turn.session.n_held - held
             if n > 0:
-                self._seconds_per_token = (time.perf_counter() - start) / n
+                self._pace.took(n, time.perf_counter() - start)
         except StopIteration as stop:
             task.steps = None
             self.prompts.remove(task)

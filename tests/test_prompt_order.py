@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mlxkv.prompt_order import Prompt, next_prompt
+from mlxkv.prompt_order import Pace, Prompt, next_prompt
 
 A, B = tuple(range(1000)), tuple(range(5000, 6000))
 
@@ -33,3 +33,33 @@ def test_nobody_waits_for_what_another_owner_computes():
     for theirs, mine in (("you", "me"), (None, None)):
         prompts = [Prompt((*A, *B), 256, theirs), Prompt((*A, 1), None, mine)]
         assert next_prompt(prompts, False) == 1
+
+
+def test_a_chunk_comes_to_take_what_it_may_whatever_it_costs_by_itself():
+    for fixed, each in ((0.17, 0.004), (0.0, 0.002), (0.4, 0.01)):
+        pace = Pace(0.5, 16, 2048)
+        for _ in range(60):
+            pace.took(pace.n_tokens, fixed + each * pace.n_tokens)
+        assert abs(pace.n_tokens - (0.5 - fixed) / each) <= 2 or pace.n_tokens == 16
+
+
+def test_chunks_grow_by_twice_at_most_and_shrink_at_once():
+    pace = Pace(0.5, 16, 256)
+    pace.took(16, 1e-6)
+    assert pace.n_tokens == 32
+    for _ in range(9):
+        pace.took(pace.n_tokens, 1e-6)
+    assert pace.n_tokens == 256
+    pace.took(256, 5.0)
+    assert pace.n_tokens == 26
+    pace.took(256, 50.0)
+    assert pace.n_tokens == 16
+
+
+def test_the_rest_of_a_prompt_does_not_shorten_chunks():
+    pace = Pace(0.5, 16, 256)
+    pace.took(256, 0.5)
+    pace.took(1, 0.2)
+    assert pace.n_tokens == 256
+    pace.took(100, 0.6)
+    assert pace.n_tokens == 83
