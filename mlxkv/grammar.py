@@ -99,7 +99,12 @@ class Maskers:
             raise _refused(grammar.kind, matcher.get_error())
         gate = None
         if prompt is not None and not self._describes_reasoning(grammar):
-            gate = gate_of(self._tokenizer, self._format, prompt)
+            gate = gate_of(
+                self._tokenizer,
+                self._format,
+                prompt,
+                lambda token: bool(matcher.validate_tokens([token])),
+            )
         ends = self._tokenizer.eos_token_ids
         named = {int(token) for token in re.findall(r"<\[([0-9]{1,9})\]>", source)}
         is_text = np.ones(self._backend.vocab_size, bool)
@@ -190,6 +195,9 @@ class Masker:
         if self._gate is not None and self._gate.inside:
             allowed[: len(self._is_text)] = True
             allowed[[end for end in self._ends if end < V]] = False
+            return allowed
+        if self._gate is not None and self._gate.only_openers:
+            allowed[[token for token in self._gate.openers if token < V]] = True
             return allowed
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         if self._matcher.is_error():

@@ -395,6 +395,26 @@ def test_reasoning_is_free_and_the_answer_behind_it_matches(prompt, thought):
     assert masker.finished
 
 
+def test_a_line_break_before_reasoning_is_no_part_of_the_answer():
+    tokenizer = with_template("hermes")
+    opens, breaks = tokenizer.id_of("<think>"), tokenizer.encode("\n", add_special_tokens=False)
+    masker = Maskers(tokenizer).masker(Grammar("regex", "yes|no"), "hi")
+    assert {opens, *breaks} <= allowed_by(masker, tokenizer)
+    advance_all(masker, tokenizer, "\n")
+    assert allowed_by(masker, tokenizer) == {opens}
+    advance_all(masker, tokenizer, "<think>well</think>yes")
+    assert masker.finished
+
+
+def test_a_line_break_that_the_grammar_begins_with_is_the_answers():
+    tokenizer = with_template("hermes")
+    masker = Maskers(tokenizer).masker(Grammar("regex", "\n(yes|no)"), "hi")
+    advance_all(masker, tokenizer, "\n")
+    assert tokenizer.id_of("<think>") not in allowed_by(masker, tokenizer)
+    advance_all(masker, tokenizer, "yes")
+    assert masker.finished
+
+
 def test_reasoning_cannot_end_the_answer():
     tokenizer = with_template("think")
     masker = Maskers(tokenizer).masker(Grammar("json_object"), "hi<think>")
