@@ -16,6 +16,9 @@ more than this share and these bytes: allocators keep what was freed in buffers 
 FLOOR = 10.0
 """Percentile that is the floor: what a step computes with comes and goes (a batch dequantizes whole
 matrices, 0.2 GiB for SmolLM2's), what leaks stays."""
+OWN_BYTES = 192 * MiB
+"""What the process takes beside MLX when all is over, more than at the first request: modules that
+were imported, traced steps, what malloc keeps of memory in pieces."""
 UNBOOKED_BYTES = 16 * MiB
 """MLX's active memory beside weights and pages when all is over: a tokenizer's masks, constants."""
 
@@ -27,6 +30,7 @@ class Sample:
     Args:
         rss: resident memory of the process.
         active, cached: of MLX's allocator.
+        peak: what was active at most until then.
         weights, pages, kv: mlxkv's books; `kv` is allocated.
         room: of pages: a quarter of what the limit leaves beside the weights.
         running, queued: requests.
@@ -35,6 +39,7 @@ class Sample:
     t_s: float
     rss: int
     active: int
+    peak: int
     cached: int
     weights: int
     pages: int
@@ -56,6 +61,7 @@ class Sample:
             t_s,
             rss,
             active=memory["active"],
+            peak=memory["peak"],
             cached=memory["cached"],
             weights=memory["weights"],
             pages=memory["pages"],
@@ -119,12 +125,12 @@ def checks(record: Record) -> list[Check]:
         _as_alone(record, "number of tokens", lambda answer: answer.n_tokens, "n_tokens"),
         _as_alone(record, "text", lambda answer: answer.text, "text"),
         _all_answered(record),
-        _flat(record, "the process beside KV and pages", lambda s: s.rss - s.kv - s.pages),
-        _flat(record, "the process beside MLX", lambda s: s.rss - s.active - s.cached),
+        _flat(record, "the process beside MLX's peak", lambda s: s.rss - s.peak - s.cached),
         _flat(record, "MLX beside weights, pages and KV", lambda sample: sample.unbooked),
         _roomed(record),
         _idle(record.after),
         _booked(record.after),
+        _given_back(record),
         _in_order(record),
     ]
 
@@ -213,6 +219,14 @@ def _booked(after: Sample) -> Check:
     said = f"{after.unbooked / MiB:.1f} MiB more, of {after.active / MiB:.0f}"
     ok = after.unbooked <= UNBOOKED_BYTES
     return Check("MLX holds weights and pages alone at the end", ok, said)
+
+
+def _given_back(record: Record) -> Check:
+    after, start = record.after, record.samples[:1]
+    own = after.rss - after.active - after.cached
+    allowed = sum(s.rss - s.active - s.cached for s in start) + OWN_BYTES
+    said = f"{own / MiB:.0f} MiB beside MLX (allowed {allowed / MiB:.0f})"
+    return Check("memory is given back at the end", bool(start) and own <= allowed, said)
 
 
 def _in_order(record: Record) -> Check:

@@ -75,6 +75,12 @@ def _new_streams() -> tuple[mx.Stream, ...]:
     return (default, *(mx.new_stream(mx.Device(mx.cpu)) for _ in range(n - 1)))
 
 
+def trim() -> None:
+    """Give memory that was freed back to the system, where the C library keeps it (glibc)."""
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
+        trim(0)
+
+
 def finish() -> None:
     """Wait for everything that MLX computes."""
     if "mlx.core" in sys.modules:

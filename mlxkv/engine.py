@@ -137,6 +137,7 @@ class Engine:
         limit_bytes = memory or device.memory_limit()
         self._models = LoadedModels(limit_bytes, dtype, given or Given(), keep_alive_s, max_running)
         self._coming: dict[str, _Coming] = {}
+        self._was_busy = False
         self._max_queue = max_queue
         self._changed = threading.Condition()
         self._inbox: deque[Task] = deque()
@@ -340,6 +341,9 @@ class Engine:
                 place.touch()
                 self._step(key, place)
         self._models.expire()
+        was_busy, self._was_busy = self._was_busy, self._is_busy()
+        if was_busy and not self._was_busy:
+            device.trim()
 
     def _is_busy(self) -> bool:
         """Whether anything is being answered."""

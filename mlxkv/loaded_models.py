@@ -201,6 +201,7 @@ class LoadedModels:
         del place
         gc.collect()
         mx.clear_cache()
+        device.trim()
 
     def expire(self) -> None:
         """Unload what nobody has asked for in its time."""
