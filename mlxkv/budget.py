@@ -73,6 +73,8 @@ class Budget:
         self._granted: weakref.WeakKeyDictionary[Session, tuple[int, int]] = (
             weakref.WeakKeyDictionary()
         )
+        # Prompts that were let in, and are not computed yet: their length.
+        self._admitted: weakref.WeakKeyDictionary[Session, int] = weakref.WeakKeyDictionary()
         self.start = self.most = KVUse()
 
     @property
@@ -142,15 +144,24 @@ class Budget:
     def admit(self, session: Session, n_prompt: int) -> None:
         """Refuse a prompt whose KV finds no room, whatever gives way, before it is computed.
 
+        One that is let in has its room until it is computed: later ones are refused for it.
+
         Raises:
             KVCacheFull: with the numbers.
         """
+        self._admitted[session] = n_prompt
         if self._is_roomy(session, n_prompt):
             return
         # What can still be packed is priced packed.
         kv_type = KV_TYPES[-1] if session.is_auto else session.kv_type
         if n_prompt > (most := self._most_tokens(session, kv_type)):
+            self.dismiss(session)
             raise self._full(session, n_prompt, most)
+
+    def dismiss(self, session: Session) -> None:
+        """A sequence starts anew, or is over: what it was promised is free."""
+        self._admitted.pop(session, None)
+        self._granted.pop(session, None)
 
     def grant(self, session: Session, n_new: int, *, last: bool) -> int:
         """How many of the next tokens may be computed at once, at least one.
@@ -163,6 +174,7 @@ class Budget:
         Raises:
             KVCacheFull: no rung of the ladder finds room for any.
         """
+        self._widen(session, n_new, last)
         wanted = min(n_new, session.chunk_cap or n_new)
         if wanted <= STEP and self._is_roomy(session, session.n_held + wanted):
             return wanted
@@ -172,11 +184,23 @@ class Budget:
                     continue
                 if n < wanted:
                     session.chunk_cap = n
-                    session.rungs.append(Rung("chunk", session.n_held, n))
+                    if all(n < rung.amount for rung in session.rungs if rung.kind == "chunk"):
+                        session.rungs.append(Rung("chunk", session.n_held, n))
                 after = self._need(session.kv_type).kv_bytes(session.n_held + n)
                 self._granted[session] = session.n_held, after
                 return n
         raise self._full(session, session.n_held + 1)
+
+    def _widen(self, session: Session, n_new: int, last: bool) -> None:
+        """Take back half of a cut that was made for lack of room, where there is room again.
+
+        What an allocation that failed has cut stays.
+        """
+        if session.chunk_cap is None or session.n_failed_at is not None:
+            return
+        n = min(n_new, 2 * session.chunk_cap)
+        if n > session.chunk_cap and self._fits(session, n, last=last and n == n_new):
+            session.chunk_cap = n
 
     def _ladder(self, session: Session, wanted: int) -> Iterator[Sequence[int]]:
         """Chunks to try, each after another rung was taken."""
@@ -205,7 +229,7 @@ class Budget:
         Raises:
             KVCacheFull: there is none.
         """
-        held = session.n_failed_at
+        held = session.n_failed_at or 0
         cached = mx.get_cache_memory()
         mx.clear_cache()
         if cached:
@@ -271,15 +295,26 @@ class Budget:
 
     def _most_tokens(self, session: Session, kv_type: str) -> int:
         """Tokens that this sequence can have if everything else gives way."""
-        others = self.kv_bytes - session.nbytes
+        others = self._others(session)
         return self._need(kv_type).most_tokens(self.limit_bytes - self.weights_bytes - others)
+
+    def _others(self, session: Session) -> int:
+        """Bytes that other sequences hold, or will when the prompts that were let in are."""
+        n_bytes = 0
+        for other in self._live():
+            n_promised = 0 if other is session else self._admitted.get(other, 0)
+            will = 0
+            if n_promised > other.n_held:
+                will = self._need(other.kv_type).kv_bytes(n_promised)
+            n_bytes += 0 if other is session else max(other.nbytes, will)
+        return n_bytes
 
     def _full(self, session: Session, n_wanted: int, most: int | None = None) -> KVCacheFull:
         """Why a sequence cannot go on, and what would have helped."""
-        held = max(session.n_held, session.n_failed_at)
+        held = max(session.n_held, session.n_failed_at or 0)
         most = self._most_tokens(session, session.kv_type) if most is None else most
         need = self._need(session.kv_type)
-        others = self.kv_bytes - session.nbytes
+        others = self._others(session)
         enough = self.weights_bytes + others + need.least(n_wanted)
         helps = [f"--memory {-(-enough // 2**20)}MiB allows {n_wanted:,}"]
         if not session.is_auto:
@@ -288,7 +323,7 @@ class Budget:
                 if n > most:
                     helps.append(f"--kv-type {kv_type} allows {n:,}")
         if others:
-            helps.append(f"other sequences hold {human_bytes(others)}")
+            helps.append(f"other sequences have {human_bytes(others)}")
         return KVCacheFull(held, n_wanted, most, limit=human_bytes(self.limit_bytes), helps=helps)
 
 

@@ -61,6 +61,14 @@ class Task:
     row: Row | None = field(default=None, init=False)
     masker: Masker | None = field(default=None, init=False)
     steps: Generator[tuple[int, int], None, mx.array] | None = field(default=None, init=False)
+    logits: mx.array | None = field(default=None, init=False)
+    was_begun: bool = field(default=False, init=False)
+    waits_for_room: bool = field(default=False, init=False)
+
+    @property
+    def has_kv(self) -> bool:
+        """Whether its prompt is being computed, or is."""
+        return self.steps is not None or self.row is not None
 
 
 class ServedModel:
@@ -105,8 +113,8 @@ class ServedModel:
         self._drop_cancelled()
         if self.waiting and len(self.prompts) < MAX_PROMPTS and self.n_sequences < self.max_running:
             self._begin(self.waiting.popleft())
-        if self.prompts:
-            self._prefill(self._next_prompt())
+        if (task := self._next_prompt()) is not None:
+            self._prefill(task)
         if self.running:
             self._decode()
 
@@ -167,39 +175,69 @@ class ServedModel:
         """Tokens of a prompt that may hold the others up; None where nobody is held up."""
         return self._pace.n_tokens if self.running else None
 
-    def _next_prompt(self) -> Task:
-        """The request whose prompt the next chunk is of."""
+    def _next_prompt(self) -> Task | None:
+        """The request whose prompt the next chunk is of; None while all wait for room."""
+        ready = [task for task in self.prompts if not task.waits_for_room]
+        if not ready:
+            return None
         prompts = []
-        for task in self.prompts:
+        for task in ready:
             assert task.turn is not None
-            n_computed = None if task.steps is None else task.turn.session.n_held
-            owner = None if self._pages[task.ask.owner] is None else task.ask.owner
+            session = task.turn.session
+            n_computed = None if task.steps is None else session.n_held
+            owner = task.ask.owner if session.gives_pages else None
             prompts.append(Prompt(task.prompt, n_computed, owner))
         self._n_chunks += 1
-        return self.prompts[next_prompt(prompts, for_oldest=self._n_chunks % 2 == 1)]
+        return ready[next_prompt(prompts, for_oldest=self._n_chunks % 2 == 1)]
 
     def _prefill(self, task: Task) -> None:
         turn = task.turn
         assert turn is not None
         try:
             if task.steps is None:  # only now: the prompt before may have left pages of it
-                task.steps = turn.session.prefilling(turn.begin(), self._chunk)
+                if task.was_begun:
+                    turn.session.restore(task.prompt)
+                else:
+                    task.was_begun, task.prompt = True, turn.begin()
+                task.steps = turn.session.prefilling(task.prompt, self._chunk)
             start, held = time.perf_counter(), turn.session.n_held
             next(task.steps)
             n = turn.session.n_held - held
             if n > 0:
                 self._pace.took(n, time.perf_counter() - start)
+            return
         except StopIteration as stop:
-            task.steps = None
-            self.prompts.remove(task)
-            self._add(task, stop.value)
+            task.logits, stop.value = stop.value, None
+        except KVCacheFull as error:
+            others = [other for other in self.tasks() if other.has_kv and other is not task]
+            if others:
+                self._wait_for_room(task)
+            else:
+                self._end(task, error)
+            return
         except Exception as error:  # one request's, whatever it is
             self._end(task, error)
+            return
+        task.steps = None
+        self.prompts.remove(task)
+        self._add(task)
 
-    def _add(self, task: Task, logits: mx.array) -> None:
+    def _wait_for_room(self, task: Task) -> None:
+        """Others have the memory: a prompt goes on, from its pages, when one of them has ended."""
+        assert task.turn is not None
+        try:
+            keep_prefix(task.turn.session)
+            task.turn.session.reset()
+        except Exception as error:  # one request's, whatever it is
+            self._end(task, error)
+            return
+        task.steps, task.waits_for_room = None, True
+
+    def _add(self, task: Task) -> None:
         """A prompt is computed: its answer joins the others."""
-        turn = task.turn
-        assert turn is not None
+        turn, logits = task.turn, task.logits
+        assert turn is not None and logits is not None
+        task.logits = None  # whoever starts over is the last to know them
         n = len(turn.sequence)
         room = turn.bound.context - (n - turn.bound.n_dropped(n))
         left = None if turn.limit is None else turn.limit - turn.n_generated
@@ -323,6 +361,8 @@ class ServedModel:
             self.prompts.remove(task)
         if task.steps is not None:
             task.steps.close()
+        for other in self.prompts:
+            other.waits_for_room = False
         if isinstance(last, BaseException):
             if not isinstance(last, MlxkvError):
                 _log.error("a request failed", exc_info=last)

@@ -67,7 +67,7 @@ class Session:
         kv_type: the format that the KV is in now.
         rungs: what was done since the last `restore` to find memory.
         chunk_cap: tokens of a prompt that are computed at a time for lack of memory; None for all.
-        n_failed_at: tokens that were held when MLX last failed to allocate.
+        n_failed_at: tokens that were held when MLX last failed to allocate; None: it did not.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class Session:
         self._n_restored = 0  # tokens of the last prompt that were not computed
         self.rungs: list[Rung] = []
         self.chunk_cap: int | None = None
-        self.n_failed_at = 0
+        self.n_failed_at: int | None = None
         if budget is not None:
             budget.join(self)
 
@@ -102,6 +102,11 @@ class Session:
     def n_held(self) -> int:
         """Tokens that the caches hold."""
         return self.caches[0].offset if self.caches else 0
+
+    @property
+    def gives_pages(self) -> bool:
+        """Whether others can go on from what it computes."""
+        return self._cutter is not None and self._shareable(0)
 
     @property
     def nbytes(self) -> int:
@@ -120,6 +125,8 @@ class Session:
 
     def reset(self) -> None:
         """Forget everything."""
+        if self._budget is not None:
+            self._budget.dismiss(self)
         if self.kv_type != self._first_type:
             self.kv_type = self._first_type
             self.caches[:] = make_caches(self.model, self.kv_type)
@@ -155,7 +162,7 @@ class Session:
 
         At least one token is left to compute, whose logits are the answer's first.
         """
-        self.rungs, self.chunk_cap, self.n_failed_at = [], None, 0
+        self.rungs, self.chunk_cap, self.n_failed_at = [], None, None
         try:
             return self._restore(tokens)
         except ALLOCATION_ERRORS as error:
