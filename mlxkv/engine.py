@@ -97,10 +97,12 @@ class _Waits:
     Args:
         then: called with it.
         failed: called with the error if it does not come.
+        is_gone: whether it is not wanted any more.
     """
 
     then: Callable[[Place], None]
     failed: Callable[[Exception], None]
+    is_gone: Callable[[], bool]
     keep_alive_s: float | None
 
 
@@ -108,7 +110,7 @@ class _Waits:
 class _Coming:
     """A model that is being loaded."""
 
-    steps: Generator[None, None, Place]
+    steps: Generator[bool, None, Place]
     waits: list[_Waits] = field(default_factory=list)
 
 
@@ -195,6 +197,7 @@ class Engine:
             if coming is not None:
                 coming.steps.close()
                 self._fail(coming, MlxkvError("the model was unloaded"))
+                self._models.give_back()
                 return True
             there = self._models.find(key) is not None
             if there:
@@ -268,12 +271,16 @@ class Engine:
     ) -> T:
         """The same with a model, as soon as it is in memory."""
         future: Future[T] = Future()
+        is_gone = threading.Event()
 
         def then(place: Place) -> None:
             _settle(future, lambda: function(place))
 
-        waits = _Waits(then, future.set_exception, keep_alive_s)
-        return await self._hear(future, lambda: self._await_model(model, waits))
+        waits = _Waits(then, future.set_exception, is_gone.is_set, keep_alive_s)
+        try:
+            return await self._hear(future, lambda: self._await_model(model, waits))
+        finally:
+            is_gone.set()
 
     async def _hear(self, future: Future[T], call: Callable[[], None]) -> T:
         """What a call on the engine's thread says through its future."""
@@ -319,7 +326,7 @@ class Engine:
             for coming in self._coming.values():
                 coming.steps.close()
                 self._fail(coming, _stopped())
-            for key, _ in self._models.places():
+            for key in self._models:
                 self._models.drop(key)
 
     def _turn(self) -> None:
@@ -336,10 +343,8 @@ class Engine:
             self._hand_over(task)
         self._load()
         self._models.share_memory()
-        for key, place in self._models.places():
-            if not place.served.is_idle:
-                place.touch()
-                self._step(key, place)
+        for key in self._models:
+            self._step(key)
         self._models.expire()
         was_busy, self._was_busy = self._was_busy, self._is_busy()
         if was_busy and not self._was_busy:
@@ -353,20 +358,29 @@ class Engine:
         """Whether anything was asked for since the last turn."""
         return bool(self._inbox or self._calls or self._closing)
 
-    def _step(self, key: str, place: Place) -> None:
+    def _step(self, key: str) -> None:
+        place = self._models.find(key)
+        if place is None or place.served.is_idle:
+            return
+        place.touch()
         try:
             place.served.step()
+            return
         except Exception as error:  # not one request's: the model starts over
             _log.exception("the model %s failed and is unloaded", place.served.name)
             for task in list(place.served.tasks()):
                 task.tell(MlxkvError(f"the model failed: {error}"))
-            self._models.drop(key)
+        del place
+        self._models.drop(key)
 
     def _hand_over(self, task: Task) -> None:
         if task.is_cancelled():
             return task.tell(None)
         waits = _Waits(
-            lambda place: place.served.waiting.append(task), task.tell, task.ask.keep_alive_s
+            lambda place: place.served.waiting.append(task),
+            task.tell,
+            task.is_cancelled,
+            task.ask.keep_alive_s,
         )
         return self._await_model(task.ask.model, waits)
 
@@ -387,10 +401,11 @@ class Engine:
 
     def _load(self) -> None:
         """Go on with the model that was asked for first: one step, or all while nobody waits."""
-        while self._coming:
-            key, coming = next(iter(self._coming.items()))
+        while (first := self._first_coming()) is not None:
+            key, coming = first
             try:
-                next(coming.steps)
+                if next(coming.steps):  # for others to make room; who has it comes first
+                    self._coming[key] = self._coming.pop(key)
             except StopIteration as stop:
                 del self._coming[key]
                 for waits in coming.waits:
@@ -400,8 +415,19 @@ class Engine:
             except Exception as error:  # of those who asked for it, whatever it is
                 del self._coming[key]
                 self._fail(coming, without_trace(error))
+                self._models.give_back()
             if self._is_busy() or self._has_news():
                 return
+
+    def _first_coming(self) -> tuple[str, _Coming] | None:
+        """The model to go on with; who does not wait any more is forgotten."""
+        for key, coming in list(self._coming.items()):
+            coming.waits = [waits for waits in coming.waits if not waits.is_gone()]
+            if not coming.waits:
+                del self._coming[key]
+                coming.steps.close()
+                self._models.give_back()
+        return next(iter(self._coming.items()), None)
 
     def _fail(self, coming: _Coming, error: Exception) -> None:
         for waits in coming.waits:

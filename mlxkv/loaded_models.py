@@ -13,7 +13,7 @@ import gc
 import hashlib
 import logging
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,7 +24,7 @@ from mlxkv import device
 from mlxkv.asks import Loaded
 from mlxkv.card import Card, describe
 from mlxkv.errors import OutOfMemory
-from mlxkv.llm import loading_with
+from mlxkv.llm import LLM, loading_with
 from mlxkv.loader import lay_out
 from mlxkv.serving import ServedModel
 from mlxkv.settings import Given, effective
@@ -33,6 +33,8 @@ from mlxkv.terminal import human_bytes
 
 _log = logging.getLogger(__name__)
 
+FRESH_S = 5.0
+"""How long a model that was loaded waits for its first request at least, where nobody said how."""
 ROOM_S = 60.0
 """How long a model waits for others to become idle and make room."""
 
@@ -47,6 +49,7 @@ class Place:
         digest: a short name for its files.
         keep_alive_s: how long it stays after its last request; negative: for ever.
         used_at: when that was.
+        is_told: a request said how long.
     """
 
     served: ServedModel
@@ -54,16 +57,20 @@ class Place:
     digest: str
     keep_alive_s: float
     used_at: float = field(default_factory=time.monotonic)
+    is_told: bool = False
 
     def touch(self, keep_alive_s: float | None = None) -> None:
         """It is asked for."""
         self.used_at = time.monotonic()
         if keep_alive_s is not None:
-            self.keep_alive_s = keep_alive_s
+            self.keep_alive_s, self.is_told = keep_alive_s, True
 
     def expires_at(self) -> float | None:
         """When it leaves if nobody asks for it; None: never."""
-        return None if self.keep_alive_s < 0 else self.used_at + self.keep_alive_s
+        if self.keep_alive_s < 0:
+            return None
+        is_fresh = not (self.is_told or self.served.counts.requests)
+        return self.used_at + max(self.keep_alive_s, FRESH_S if is_fresh else 0.0)
 
     def described(self) -> Loaded:
         """What is known of it."""
@@ -119,14 +126,21 @@ class LoadedModels:
         """All that are here, and their keys."""
         return list(self._places.items())
 
+    def __iter__(self) -> Iterator[str]:
+        """The keys of all that are here; they may go meanwhile."""
+        return iter(list(self._places))
+
     @property
     def used_bytes(self) -> int:
         """What they take, and what is coming."""
         budgets = [place.served.llm.budget for _, place in self.places()]
         return self._coming_bytes + sum(budget.used_bytes for budget in budgets)
 
-    def loading(self, model: str) -> Generator[None, None, Place]:
+    def loading(self, model: str) -> Generator[bool, None, Place]:
         """Load a model step by step, as soon as there is room.
+
+        Yields:
+            Whether others have to make room first.
 
         Raises:
             OutOfMemory: its weights do not fit, or not within `ROOM_S`. Else as for `mlxkv.load`.
@@ -134,13 +148,14 @@ class LoadedModels:
         key = key_of(model)
         path = Path(key)
         n_bytes = lay_out(path, self._dtype).nbytes
-        yield
+        yield False
         yield from self._making_room(model, n_bytes)
         self._coming_bytes += n_bytes
         try:
             self.share_memory()
-            steps = loading_with(path, effective(path, self._given), self._dtype)
-            llm = yield from steps
+            llm = yield from _going_on(
+                loading_with(path, effective(path, self._given), self._dtype)
+            )
             served = ServedModel(model, llm, self._max_running)
             place = Place(served, describe(model, path), digest_of(path), self._keep_alive_s)
         finally:
@@ -149,7 +164,7 @@ class LoadedModels:
         self.share_memory()
         return place
 
-    def _making_room(self, model: str, n_bytes: int) -> Generator[None, None, None]:
+    def _making_room(self, model: str, n_bytes: int) -> Iterator[bool]:
         """Unload idle models, the least recently used first, until the weights fit.
 
         Raises:
@@ -173,11 +188,13 @@ class LoadedModels:
                         f"{model}: its weights take {human_bytes(n_bytes)} and "
                         f"{human_bytes(free)} of {human_bytes(self.limit_bytes)} are free"
                     )
-                yield  # who is busy now makes room when it is done
+                yield True  # who is busy now makes room when it is done
 
     def _give_pages(self, n_bytes: int) -> int:
-        """Have busy models give prefix pages back; how many bytes that were."""
+        """Have busy models give prefix pages back, if that is enough; how many bytes it was."""
         given = 0
+        if sum(place.served.llm.budget.pages_bytes for _, place in self.places()) < n_bytes:
+            return 0
         for _, place in self.places():
             given += place.served.llm.budget.give_pages(n_bytes - given) if given < n_bytes else 0
         return given
@@ -199,23 +216,41 @@ class LoadedModels:
         except Exception:  # what is lost are prefixes
             _log.exception("the model %s was not closed in order", place.served.name)
         del place
+        self.give_back()
+
+    def give_back(self) -> None:
+        """Return the memory of a model that nobody knows any more."""
         gc.collect()
         mx.clear_cache()
         device.trim()
 
     def expire(self) -> None:
         """Unload what nobody has asked for in its time."""
-        now = time.monotonic()
-        for key, place in self.places():
-            end = place.expires_at()
-            if place.served.is_idle and end is not None and end <= now:
-                self.drop(key)
+        # Keys alone: a place that is known here would be in memory when that is given back.
+        for key in [key for key, place in self.places() if _is_over(place)]:
+            self.drop(key)
 
     def until_next_expiry_s(self) -> float | None:
         """Time to the next that leaves; None where none will."""
         ends = [place.expires_at() for _, place in self.places()]
         times = [end for end in ends if end is not None]
         return max(0.0, min(times) - time.monotonic()) if times else None
+
+
+def _is_over(place: Place) -> bool:
+    """Whether nobody has asked for a model in its time."""
+    end = place.expires_at()
+    return place.served.is_idle and end is not None and end <= time.monotonic()
+
+
+def _going_on(steps: Generator[None, None, LLM]) -> Generator[bool, None, LLM]:
+    """Steps that wait for nobody."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as stop:
+            return stop.value
+        yield False
 
 
 def key_of(model: str) -> str:

@@ -7,6 +7,7 @@ import itertools
 import random
 import threading
 import time
+import weakref
 from collections.abc import AsyncIterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -510,6 +511,105 @@ def test_a_model_waits_for_a_busy_one_to_make_room(models):
         assert rest[-1].finish_reason == "length"
         assert tokens(await second) == alone(models["gemma3"], "hello")
         assert [loaded.name for loaded in engine.loaded()] == [str(models["gemma3"])]
+
+    try:
+        asyncio.run(run())
+    finally:
+        engine.close()
+
+
+def test_nobody_waits_for_a_model_that_nobody_wants_any_more(models, load_steps):
+    engine = Engine(dtype="float32", max_queue=4)
+    engine.start()
+
+    async def run() -> None:
+        loop, told = asyncio.get_running_loop(), asyncio.Event()
+        load_steps.append(lambda: (loop.call_soon_threadsafe(told.set), time.sleep(0.02)))
+        answers = [engine.submit(ask(models["llama"])) for _ in range(3)]
+        waiting = asyncio.ensure_future(engine.load(str(models["llama"])))
+        await told.wait()
+        while engine.stats().queued < 4:
+            await asyncio.sleep(0.001)
+        with pytest.raises(Busy):
+            engine.submit(ask(models["gemma3"]))
+        for answer in answers:
+            answer.cancel()
+        waiting.cancel()
+        while engine.stats().queued:
+            await asyncio.sleep(0.001)
+        await asyncio.sleep(0.1)
+        assert engine.loaded() == [] and engine._models.used_bytes == 0
+
+    try:
+        asyncio.run(run())
+    finally:
+        engine.close()
+
+
+def test_a_model_that_waits_for_room_holds_no_other_up(models, tmp_path):
+    large = chat_model(tmp_path / "large", family="llama", num_hidden_layers=40)
+    sizes = [mlxkv.plan(path, dtype="float32").weights_bytes for path in (large, models["llama"])]
+    engine = Engine(dtype="float32", memory=sum(sizes) - 1)
+    engine.start()
+
+    async def run() -> None:
+        first = engine.submit(ask(models["llama"], max_tokens=2000))
+        reader = aiter(first)
+        await anext(reader)
+        second = asyncio.ensure_future(engine.load(str(large)))
+        third = await collect(engine.submit(ask(models["gemma3"], max_tokens=3)))
+        assert len(tokens(third)) == 3 and not second.done()
+        first.cancel()
+        assert (await second).name == str(large)
+
+    try:
+        asyncio.run(run())
+    finally:
+        engine.close()
+
+
+def test_a_model_is_gone_when_its_memory_is_given_back(models, monkeypatch):
+    engine = Engine(dtype="float32")
+    engine.start()
+    alive: list[bool] = []
+    give_back = loaded_models.LoadedModels.give_back
+
+    async def run() -> None:
+        for keep_alive_s in (0.2, -1):
+            await engine.load(str(models["llama"]), keep_alive_s)
+            known = weakref.ref(served(engine, models["llama"]).llm.model)
+
+            def watched(self: Any, known: Any = known) -> None:
+                give_back(self)
+                alive.append(known() is not None)
+
+            monkeypatch.setattr(loaded_models.LoadedModels, "give_back", watched)
+            if keep_alive_s < 0:
+                await engine.unload(str(models["llama"]))
+            while engine.loaded():
+                await asyncio.sleep(0.01)
+
+    try:
+        asyncio.run(run())
+    finally:
+        engine.close()
+    assert alive == [False, False]
+
+
+def test_a_model_that_is_kept_for_no_time_is_loaded_once_for_a_request(models, load_steps):
+    engine = Engine(dtype="float32", keep_alive_s=0)
+    engine.start()
+    steps: list[str] = []
+    load_steps.append(lambda: steps.append("step"))
+
+    async def run() -> None:
+        await engine.load(str(models["llama"]))
+        n = len(steps)
+        await asyncio.sleep(0.05)
+        await collect(engine.submit(ask(models["llama"])))
+        assert n == len(steps) > 0
+        while engine.loaded():  # and now it goes
+            await asyncio.sleep(0.01)
 
     try:
         asyncio.run(run())
