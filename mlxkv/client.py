@@ -185,13 +185,22 @@ class Server:
         response = connection.getresponse()
         if response.status != 200:
             busy = response.getheader("Retry-After") is not None
-            raise self._error(response.status, _message(response.read()), busy)
+            said = response.read()
+            raise self._error(response.status, _message(said), busy or not _is_ours(said))
         return response
 
-    def _error(self, status: int, message: str, busy: bool = False) -> MlxkvError:
-        """What the server says went wrong, as the exception that it would be here."""
+    def _error(self, status: int, message: str, passing: bool = False) -> MlxkvError:
+        """What the server says went wrong, as the exception that it would be here.
+
+        Args:
+            status: of HTTP.
+            message: its words.
+            passing: it is busy, or what answers is not `mlxkv serve`: a status from 500 on then
+                says nothing of models and memory.
+        """
         kind = UsageError if status in _REFUSED else _KINDS.get(status, MlxkvError)
-        return (MlxkvError if busy else kind)(f"{self} answered {status}: {message}")
+        kind = MlxkvError if passing and status >= 500 else kind
+        return kind(f"{self} answered {status}: {message}")
 
     def _broken(self, error: Exception) -> MlxkvError:
         """Something came that is no answer, or nothing more does."""
@@ -217,6 +226,14 @@ def _object(data: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError("not an object")
     return value
+
+
+def _is_ours(answer: bytes) -> bool:
+    """Whether an error is one of `mlxkv serve`, and not of what stands before it."""
+    try:
+        return "error" in _object(answer)
+    except ValueError:
+        return False
 
 
 def _status(line: Mapping[str, Any]) -> int:

@@ -14,6 +14,7 @@ A decoder with a step that is not known here is run once, at `finish`: late, but
 from __future__ import annotations
 
 import codecs
+import functools
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -307,6 +308,7 @@ class _ByteFallback:
         return ["".join(run)] if run else []
 
 
+@functools.cache
 def byte_alphabet() -> dict[str, int]:
     """Character -> byte of byte-level BPE (GPT-2's `bytes_to_unicode`, inverted).
 

@@ -12,20 +12,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mlxkv.session import n_shared
-
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
     """A prompt that is to be computed.
 
     Args:
-        tokens: all of it.
+        tokens: all of it, as a list.
         n_computed: tokens of it that are held; None for one that was not begun.
         owner: whose pages it shares; None for one that shares nothing.
     """
 
-    tokens: Sequence[int]
+    tokens: list[int]
     n_computed: int | None = None
     owner: str | None = None
 
@@ -80,6 +78,11 @@ def _waits(prompt: Prompt, prompts: Sequence[Prompt]) -> bool:
     return any(
         other.owner == prompt.owner
         and other.n_computed is not None
-        and other.n_computed < n_shared(prompt.tokens, other.tokens)
+        and _share(prompt.tokens, other.tokens, other.n_computed + 1)
         for other in prompts
     )
+
+
+def _share(a: list[int], b: list[int], n: int) -> bool:
+    """Whether two sequences have their first `n` tokens, at least, in common."""
+    return min(len(a), len(b)) >= n and a[:n] == b[:n]

@@ -159,11 +159,13 @@ class Tokenizer:
 
         Special tokens count as what they are called.
         """
-        piece = self.token_of(token)
-        if piece is None:
-            return b""
-        data = bytes_of(piece, self._decoder_state)
-        return self.decode([token], skip_special_tokens=False).encode() if data is None else data
+        if token not in self._bytes:
+            piece = self.token_of(token)
+            data = b"" if piece is None else bytes_of(piece, self._decoder_state)
+            if data is None:
+                data = self.decode([token], skip_special_tokens=False).encode()
+            self._bytes[token] = data
+        return self._bytes[token]
 
     def to_json(self) -> str:
         """The tokenizer as a tokenizer.json, added tokens included."""
@@ -172,6 +174,10 @@ class Tokenizer:
     def check_ids(self, ids: Sequence[int]) -> None:
         """Raise UsageError unless every id is below `n_vocab` and not negative."""
         check_ids(ids, self.n_vocab)
+
+    @cached_property
+    def _bytes(self) -> dict[int, bytes]:
+        return {}
 
     @cached_property
     def _decoder_state(self) -> bytes | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mlxkv.prompt_order import Pace, Prompt, next_prompt
 
-A, B = tuple(range(1000)), tuple(range(5000, 6000))
+A, B = list(range(1000)), list(range(5000, 6000))
 
 
 def test_every_other_chunk_is_the_oldest_ones():
@@ -23,15 +23,15 @@ def test_of_equal_ones_the_oldest_comes_first():
 
 def test_a_prompt_waits_while_its_beginning_is_computed():
     first = A[:800]
-    waits = [Prompt((*first, *B), 256, "me"), Prompt((*first, 1), None, "me")]
+    waits = [Prompt([*first, *B], 256, "me"), Prompt([*first, 1], None, "me")]
     assert next_prompt(waits, False) == 0
-    past = [Prompt((*first, *B), 800, "me"), Prompt((*first, 1), None, "me")]
+    past = [Prompt([*first, *B], 800, "me"), Prompt([*first, 1], None, "me")]
     assert next_prompt(past, False) == 1
 
 
 def test_nobody_waits_for_what_another_owner_computes():
     for theirs, mine in (("you", "me"), (None, None)):
-        prompts = [Prompt((*A, *B), 256, theirs), Prompt((*A, 1), None, mine)]
+        prompts = [Prompt([*A, *B], 256, theirs), Prompt([*A, 1], None, mine)]
         assert next_prompt(prompts, False) == 1
 
 
