@@ -155,7 +155,7 @@ def loaded(
     n_missed = len({asked.name for asked in asks} - answered)
     record = Record(
         duration_s, n_missed, load.answers, load.samples, after, entry["counts"],
-        stats["rejected"], health, exit_code, server.log,
+        stats["rejected"], health, exit_code, server.log.replace(str(model), model.name),
     )  # fmt: skip
     return record, deck.drawn
 
