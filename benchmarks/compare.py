@@ -117,7 +117,9 @@ def run_once(job: Job, engine: str, index: int, env: dict[str, str]) -> Run:
     if job.timed:
         return Run(job.name, engine, index, "", {f"{job.name} s": elapsed})
     printed = json.loads(done.stdout.splitlines()[-1])
-    return Run(job.name, engine, index, printed["blas"], printed["figures"], printed["note"])
+    return Run(
+        job.name, engine, index, printed["blas"], printed["figures"], printed.get("note", "")
+    )
 
 
 def environment(args: argparse.Namespace) -> dict[str, str]:
