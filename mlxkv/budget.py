@@ -302,11 +302,12 @@ class Budget:
         """Bytes that other sequences hold, or will when the prompts that were let in are."""
         n_bytes = 0
         for other in self._live():
-            n_promised = 0 if other is session else self._admitted.get(other, 0)
-            will = 0
-            if n_promised > other.n_held:
-                will = self._need(other.kv_type).kv_bytes(n_promised)
-            n_bytes += 0 if other is session else max(other.nbytes, will)
+            if other is session:
+                continue
+            n_promised = self._admitted.get(other, 0)
+            is_due = n_promised > other.n_held
+            will = self._need(other.kv_type).kv_bytes(n_promised) if is_due else 0
+            n_bytes += max(other.nbytes, will)
         return n_bytes
 
     def _full(self, session: Session, n_wanted: int, most: int | None = None) -> KVCacheFull:

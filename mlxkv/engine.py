@@ -110,7 +110,7 @@ class _Waits:
 class _Coming:
     """A model that is being loaded."""
 
-    steps: Generator[bool, None, Place]
+    steps: Generator[bool | None, None, Place]
     waits: list[_Waits] = field(default_factory=list)
 
 
@@ -193,11 +193,8 @@ class Engine:
 
         def unload() -> bool:
             key = key_of(model)
-            coming = self._coming.pop(key, None)
-            if coming is not None:
-                coming.steps.close()
-                self._fail(coming, MlxkvError("the model was unloaded"))
-                self._models.give_back()
+            if key in self._coming:
+                self._give_up(key, MlxkvError("the model was unloaded"))
                 return True
             there = self._models.find(key) is not None
             if there:
@@ -225,15 +222,15 @@ class Engine:
 
     def names(self) -> set[str]:
         """How requests named the models in memory."""
-        return {place.served.name for _, place in self._models.places()}
+        return {place.served.name for place in self._models.places()}
 
     def loaded(self) -> list[Loaded]:
         """The models in memory."""
-        return [place.described() for _, place in self._models.places()]
+        return [place.described() for place in self._models.places()]
 
     def stats(self) -> EngineStats:
         """What the engine does and has done."""
-        served = [place.served for _, place in self._models.places()]
+        served = [place.served for place in self._models.places()]
         uses = [model.llm.budget.use() for model in served]
         return EngineStats(
             running=sum(model.n_sequences for model in served),
@@ -253,7 +250,7 @@ class Engine:
         )
 
     def _n_waiting(self) -> int:
-        waiting = [len(place.served.waiting) for _, place in self._models.places()]
+        waiting = [len(place.served.waiting) for place in self._models.places()]
         coming = [len(coming.waits) for coming in list(self._coming.values())]
         return len(self._inbox) + sum(waiting) + sum(coming)
 
@@ -323,9 +320,8 @@ class Engine:
                 call()
             for task in tasks:
                 task.tell(_stopped())
-            for coming in self._coming.values():
-                coming.steps.close()
-                self._fail(coming, _stopped())
+            for key in list(self._coming):
+                self._give_up(key, _stopped())
             for key in self._models:
                 self._models.drop(key)
 
@@ -352,7 +348,7 @@ class Engine:
 
     def _is_busy(self) -> bool:
         """Whether anything is being answered."""
-        return any(not place.served.is_idle for _, place in self._models.places())
+        return any(not place.served.is_idle for place in self._models.places())
 
     def _has_news(self) -> bool:
         """Whether anything was asked for since the last turn."""
@@ -413,9 +409,7 @@ class Engine:
                     waits.then(stop.value)
                 return
             except Exception as error:  # of those who asked for it, whatever it is
-                del self._coming[key]
-                self._fail(coming, without_trace(error))
-                self._models.give_back()
+                self._give_up(key, without_trace(error))
             if self._is_busy() or self._has_news():
                 return
 
@@ -424,14 +418,16 @@ class Engine:
         for key, coming in list(self._coming.items()):
             coming.waits = [waits for waits in coming.waits if not waits.is_gone()]
             if not coming.waits:
-                del self._coming[key]
-                coming.steps.close()
-                self._models.give_back()
+                self._give_up(key, MlxkvError("nobody waits for the model"))
         return next(iter(self._coming.items()), None)
 
-    def _fail(self, coming: _Coming, error: Exception) -> None:
+    def _give_up(self, key: str, error: Exception) -> None:
+        """Load a model no further; those who wait for it are told why."""
+        coming = self._coming.pop(key)
+        coming.steps.close()
         for waits in coming.waits:
             waits.failed(error)
+        self._models.give_back()
 
 
 def _settle(future: Future[T], function: Callable[[], T]) -> None:

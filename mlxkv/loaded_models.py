@@ -24,7 +24,7 @@ from mlxkv import device
 from mlxkv.asks import Loaded
 from mlxkv.card import Card, describe
 from mlxkv.errors import OutOfMemory
-from mlxkv.llm import LLM, loading_with
+from mlxkv.llm import loading_with
 from mlxkv.loader import lay_out
 from mlxkv.serving import ServedModel
 from mlxkv.settings import Given, effective
@@ -122,9 +122,9 @@ class LoadedModels:
         """A model that is here."""
         return self._places.get(key)
 
-    def places(self) -> list[tuple[str, Place]]:
-        """All that are here, and their keys."""
-        return list(self._places.items())
+    def places(self) -> list[Place]:
+        """All that are here."""
+        return list(self._places.values())
 
     def __iter__(self) -> Iterator[str]:
         """The keys of all that are here; they may go meanwhile."""
@@ -133,14 +133,14 @@ class LoadedModels:
     @property
     def used_bytes(self) -> int:
         """What they take, and what is coming."""
-        budgets = [place.served.llm.budget for _, place in self.places()]
+        budgets = [place.served.llm.budget for place in self.places()]
         return self._coming_bytes + sum(budget.used_bytes for budget in budgets)
 
-    def loading(self, model: str) -> Generator[bool, None, Place]:
+    def loading(self, model: str) -> Generator[bool | None, None, Place]:
         """Load a model step by step, as soon as there is room.
 
         Yields:
-            Whether others have to make room first.
+            True where others have to make room first.
 
         Raises:
             OutOfMemory: its weights do not fit, or not within `ROOM_S`. Else as for `mlxkv.load`.
@@ -148,14 +148,12 @@ class LoadedModels:
         key = key_of(model)
         path = Path(key)
         n_bytes = lay_out(path, self._dtype).nbytes
-        yield False
+        yield
         yield from self._making_room(model, n_bytes)
         self._coming_bytes += n_bytes
         try:
             self.share_memory()
-            llm = yield from _going_on(
-                loading_with(path, effective(path, self._given), self._dtype)
-            )
+            llm = yield from loading_with(path, effective(path, self._given), self._dtype)
             served = ServedModel(model, llm, self._max_running)
             place = Place(served, describe(model, path), digest_of(path), self._keep_alive_s)
         finally:
@@ -177,11 +175,13 @@ class LoadedModels:
                 f"{human_bytes(self.limit_bytes)}"
             )
         while (missing := self.used_bytes + n_bytes - self.limit_bytes) > 0:
-            idle = [(place.used_at, key) for key, place in self.places() if place.served.is_idle]
+            idle = [
+                (place.used_at, key) for key, place in self._places.items() if place.served.is_idle
+            ]
             if idle:
                 self.drop(min(idle)[1])
             elif not self._give_pages(missing):
-                others = any(not place.served.is_idle for _, place in self.places())
+                others = any(not place.served.is_idle for place in self.places())
                 if not others or time.monotonic() > until:
                     free = max(0, self.limit_bytes - self.used_bytes)
                     raise OutOfMemory(
@@ -193,16 +193,16 @@ class LoadedModels:
     def _give_pages(self, n_bytes: int) -> int:
         """Have busy models give prefix pages back, if that is enough; how many bytes it was."""
         given = 0
-        if sum(place.served.llm.budget.pages_bytes for _, place in self.places()) < n_bytes:
+        if sum(place.served.llm.budget.pages_bytes for place in self.places()) < n_bytes:
             return 0
-        for _, place in self.places():
+        for place in self.places():
             given += place.served.llm.budget.give_pages(n_bytes - given) if given < n_bytes else 0
         return given
 
     def share_memory(self) -> None:
         """Each model may take what the others leave."""
         used = self.used_bytes
-        for _, place in self.places():
+        for place in self.places():
             budget = place.served.llm.budget
             limit = self.limit_bytes - (used - budget.used_bytes)
             if limit != budget.limit_bytes:
@@ -227,12 +227,12 @@ class LoadedModels:
     def expire(self) -> None:
         """Unload what nobody has asked for in its time."""
         # Keys alone: a place that is known here would be in memory when that is given back.
-        for key in [key for key, place in self.places() if _is_over(place)]:
+        for key in [key for key, place in self._places.items() if _is_over(place)]:
             self.drop(key)
 
     def until_next_expiry_s(self) -> float | None:
         """Time to the next that leaves; None where none will."""
-        ends = [place.expires_at() for _, place in self.places()]
+        ends = [place.expires_at() for place in self.places()]
         times = [end for end in ends if end is not None]
         return max(0.0, min(times) - time.monotonic()) if times else None
 
@@ -241,16 +241,6 @@ def _is_over(place: Place) -> bool:
     """Whether nobody has asked for a model in its time."""
     end = place.expires_at()
     return place.served.is_idle and end is not None and end <= time.monotonic()
-
-
-def _going_on(steps: Generator[None, None, LLM]) -> Generator[bool, None, LLM]:
-    """Steps that wait for nobody."""
-    while True:
-        try:
-            next(steps)
-        except StopIteration as stop:
-            return stop.value
-        yield False
 
 
 def key_of(model: str) -> str:
