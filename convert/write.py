@@ -25,6 +25,7 @@ from typing import IO, Any
 import mlx.core as mx
 import numpy as np
 
+from mlxkv.durable import sync_path
 from mlxkv.errors import OutputError, WeightsError
 
 from .plan import ITEM_BYTES, ConvertPlan, PlannedTensor, StoredArray
@@ -190,25 +191,17 @@ def _escaped(name: str) -> str:
 def _publish(folder: Path, output: Path, overwrite: bool) -> None:
     """The rename that makes the output complete, after its bytes are on the disk."""
     for path in folder.iterdir():
-        _fsync(path)
-    _fsync(folder)
+        sync_path(path, through=False)
+    sync_path(folder)
     check_output(output, overwrite)
     replaced = None
     if output.is_dir() and any(output.iterdir()):
         replaced = output.with_name(f".{output.name}.partial-{secrets.token_hex(4)}")
         output.rename(replaced)
     folder.rename(output)
-    _fsync(output.absolute().parent)
+    sync_path(output.absolute().parent)
     if replaced is not None:
         shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 @dataclass(frozen=True, slots=True)

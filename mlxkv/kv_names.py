@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from mlxkv import durable
 from mlxkv.errors import CheckpointError, OutputError, UsageError
 from mlxkv.named_kv import MANIFEST_VERSION, MAX_NAME, NamedKV, is_name, open_archive, write_archive
 from mlxkv.page_files import DiskLimits, PageFiles
@@ -91,7 +92,7 @@ class KVNames:
                     "`mlxkv kv rm` something, or raise MLXKV_KV_DISK"
                 )
             self._folder.evict(room.evicted)
-            self._folder.put(path, data, sync=True)
+            self._folder.put(path, data, sync=durable.sync)
             self._folder.sync_names(path.parent)
 
     def load(self, name: str) -> NamedKV:

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from mlxkv import durable
 from mlxkv.errors import CheckpointError, OutputError
 from mlxkv.names import NAME
 from mlxkv.page_format import (
@@ -226,7 +227,7 @@ def _becoming(file: Path) -> Iterator[zipfile.ZipFile]:
             with zipfile.ZipFile(opened, "w", zipfile.ZIP_STORED) as archive:
                 yield archive
             opened.flush()
-            os.fsync(opened.fileno())
+            durable.sync(opened.fileno())
         partial.rename(file)
     except OSError as error:
         raise OutputError(f"{file}: cannot be written ({error.strerror})") from error

@@ -20,7 +20,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mlxkv.page_folder import Folder, read_page, sync_path
+from mlxkv.durable import sync_path
+from mlxkv.page_folder import Folder, read_page
 from mlxkv.page_format import (
     FORMAT_VERSION,
     ROOT,
@@ -370,7 +371,8 @@ class PageFiles:
         for item in accepted:
             data = encode(item.page, self.fingerprint)
             assert reserved_bytes(len(data)) <= item.reserved_bytes
-            self.folder.put(folder / item.page.key.file_name, data, sync=item.keep)
+            sync = os.fsync if item.keep else None  # to the drive; `sync_names` empties its cache
+            self.folder.put(folder / item.page.key.file_name, data, sync=sync)
             outcome.written.add(item.page.key)
         if any(item.keep for item in batch):
             self.folder.sync_names(folder)
@@ -380,7 +382,7 @@ class PageFiles:
         try:
             path = self._path + key.file_name
             _, fingerprint = decode(read_page(path), key)
-            sync_path(Path(path))
+            sync_path(Path(path), through=False)  # `sync_names` follows
         except (DamagedPage, OSError):
             return False
         return fingerprint == self.fingerprint

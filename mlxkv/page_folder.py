@@ -17,10 +17,11 @@ import os
 import random
 import stat
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from mlxkv import durable
 from mlxkv.page_format import MAX_HEADER_BYTES, MAX_PAGE_BYTES, PageKey
 from mlxkv.page_room import (
     DiskLimits,
@@ -186,7 +187,7 @@ class Folder:
             OSError: it cannot be synced.
         """
         for path in (folder, folder.parent, self.root):
-            sync_path(path)
+            durable.sync_path(path)
 
     def drop_empty_models(self) -> None:
         """Delete the folders of models that have no page left."""
@@ -213,14 +214,16 @@ class Folder:
         """
         self.put(self._written, json.dumps({"day": _today(), "bytes": written_bytes}).encode())
 
-    def put(self, path: Path, data: bytes, *, sync: bool = False) -> None:
+    def put(self, path: Path, data: bytes, *, sync: Callable[[int], None] | None = None) -> None:
         """Write a file, complete or not at all.
 
         Args:
             path: where.
             data: all of it.
-            sync: it must survive a power cut. What a checksum covers need not: half a page is a
-                miss, and costs as much as no page.
+            sync: called with the written file's descriptor before the file appears: `durable.sync`
+                where nothing but the whole file will do, `os.fsync` where a checksum tells and
+                `sync_names` follows. Unnamed pages need neither: half a page is a miss, and costs
+                as much as no page.
 
         Raises:
             OSError: it cannot be written; nothing is left of it.
@@ -234,8 +237,8 @@ class Folder:
                 view = memoryview(data)
                 while view:
                     view = view[os.write(handle, view) :]
-                if sync:
-                    os.fsync(handle)
+                if sync is not None:
+                    sync(handle)
             finally:
                 os.close(handle)
             temporary.rename(path)
@@ -271,19 +274,6 @@ def read_page(path: str, *, header_only: bool = False) -> bytes:
             return start + file.read(length) if length <= MAX_HEADER_BYTES else b""
         except OSError:
             return b""  # a bad sector: as damaged as a wrong byte
-
-
-def sync_path(path: Path) -> None:
-    """fsync a file or a directory.
-
-    Raises:
-        OSError: it is not there, or cannot be synced.
-    """
-    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _acquire(path: Path, wait_s: float) -> int:

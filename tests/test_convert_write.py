@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -279,3 +280,16 @@ def test_a_plan_of_the_same_source_is_made_without_reading_a_weight(tmp_path: Pa
     convert(tmp_path / "hf", tmp_path / "out", quantize="affine4", dry_run=True)
     assert time.perf_counter() - start < 5
     assert mx.get_peak_memory() - before < 1e6
+
+
+def test_on_macos_a_model_leaves_the_drives_cache_before_it_has_its_name(
+    tmp_path: Path, source: Path, monkeypatch
+):
+    seen: list[tuple[object, bool]] = []
+    out = tmp_path / "out"
+    monkeypatch.setattr(fcntl, "F_FULLFSYNC", 51, raising=False)
+    monkeypatch.setattr(fcntl, "fcntl", lambda fd, command: seen.append((command, out.exists())))
+    monkeypatch.setattr(os, "fsync", lambda fd: seen.append(("fsync", out.exists())))
+    convert(source, out)
+    n_files = len(names(out))
+    assert seen == [*[("fsync", False)] * n_files, (51, False), (51, True)]

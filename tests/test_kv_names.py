@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import fcntl
 import io
 import json
 import os
@@ -142,6 +143,18 @@ def test_a_manifest_is_private_and_synced_and_nothing_stays_beside_it(root, monk
     assert len(synced) == 1 + 3  # the file, its folder, the one above, and the root's own entry
     assert stat.S_IMODE((root / "names" / "book.json").stat().st_mode) == 0o600
     assert leftovers(root) == []
+
+
+def test_on_macos_a_manifest_leaves_the_drives_cache_before_it_has_its_name(root, monkeypatch):
+    seen = []
+    path = root / "names" / "book.json"
+    monkeypatch.setattr(fcntl, "F_FULLFSYNC", 51, raising=False)
+    monkeypatch.setattr(fcntl, "fcntl", lambda fd, command: seen.append((command, path.exists())))
+    names(root).save(named())
+    assert seen == [(51, False), *[(51, True)] * 3]
+    seen.clear()
+    names(root).export("book", root / "x")
+    assert seen == [(51, True)]
 
 
 def test_pinning_changes_nothing_else(root):

@@ -18,7 +18,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 LAYERS = (
-    ("errors", "device", "steps"),
+    ("errors", "device", "steps", "durable"),
     ("cache", "kv_types", "kv_format", "batch"),
     ("config", "quantization", "weights"),
     ("rope", "linear", "stacking", "moe", "attention", "layers"),

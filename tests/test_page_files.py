@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import stat
@@ -216,6 +217,22 @@ def test_only_named_kv_is_synced(root, monkeypatch):
     files.write(chain(0, 2), keep=True)  # here already, but so far a power cut could have taken it
     files.flush()
     assert len(synced) == 2 + 3
+
+
+def test_on_macos_the_drives_cache_is_emptied_after_the_pages_of_a_name(root, monkeypatch):
+    synced = []
+    monkeypatch.setattr(fcntl, "F_FULLFSYNC", 51, raising=False)
+    monkeypatch.setattr(fcntl, "fcntl", lambda fd, command: synced.append(command))
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append("fsync"))
+    files = stored(root, chain(0, 2))
+    assert synced == []
+    files.write(chain(1, 2), keep=True)
+    files.flush()
+    assert synced == ["fsync"] * 2 + [51] * 3  # two pages; their folder, the one above, the root
+    synced.clear()
+    files.write(chain(1, 2), keep=True)  # here already
+    files.flush()
+    assert synced == ["fsync"] * 2 + [51] * 3
 
 
 def test_named_kv_is_written_again_where_the_page_that_is_there_is_damaged(root):
