@@ -21,7 +21,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from mlxkv import durable
+from mlxkv import durable, time_machine
 from mlxkv.page_format import MAX_HEADER_BYTES, MAX_PAGE_BYTES, PageKey
 from mlxkv.page_room import (
     DiskLimits,
@@ -59,6 +59,7 @@ class Folder:
         self._written = root / "written.json"
         self._manifests: dict[str, tuple[tuple[int, ...], Mapping[tuple[str, str], bool]]] = {}
         self._n_temporary = 0
+        self._is_excluded = False
         self.n_cleared = 0
         self.cleared_bytes = 0
 
@@ -72,6 +73,7 @@ class Folder:
         self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
         for folder in (self.pages, self.names, self._tmp):
             folder.mkdir(mode=0o700, exist_ok=True)
+        self._exclude_from_backups()
         lock = _acquire(self.root / "lock", wait_s)
         try:
             self._clear_tmp()
@@ -80,6 +82,13 @@ class Folder:
             # A process that was forked meanwhile has the lock too: closing would not end it.
             fcntl.flock(lock, fcntl.LOCK_UN)
             os.close(lock)
+
+    def _exclude_from_backups(self) -> None:
+        """Pages can be computed again, and change every day; names cannot, and are small."""
+        if not self._is_excluded:
+            for folder in (self.pages, self._tmp):
+                time_machine.exclude(folder)
+            self._is_excluded = True
 
     def _clear_tmp(self) -> None:
         with os.scandir(self._tmp) as entries:

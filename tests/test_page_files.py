@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mlxkv import page_folder
+from mlxkv import page_folder, time_machine
 from mlxkv.cache import STEP
 from mlxkv.page_files import ROOT, PageFile, PageFiles, PageKey, page_name
 from mlxkv.page_folder import Folder
@@ -233,6 +233,18 @@ def test_on_macos_the_drives_cache_is_emptied_after_the_pages_of_a_name(root, mo
     files.write(chain(1, 2), keep=True)  # here already
     files.flush()
     assert synced == ["fsync"] * 2 + [51] * 3
+
+
+def test_pages_are_kept_out_of_backups_and_names_are_not(root, monkeypatch):
+    excluded = []
+    monkeypatch.setattr(time_machine, "exclude", excluded.append)
+    files = stored(root, chain(0, 2))
+    assert excluded == [root / "pages", root / "tmp"]
+    files.write(chain(1, 2))
+    files.flush()
+    assert excluded == [root / "pages", root / "tmp"]  # once a process is enough
+    opened(root)
+    assert excluded == [root / "pages", root / "tmp"] * 2  # a folder of an earlier version, too
 
 
 def test_named_kv_is_written_again_where_the_page_that_is_there_is_damaged(root):
