@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import sys
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from mlxkv.terminal import human_bytes
 
 PACKAGES = ("mlx", "mlx-lm", "tokenizers", "huggingface-hub", "gguf", "safetensors")
 LOW_DISK_BYTES = 2 << 30
+OLDEST_MACOS = 14
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,15 +42,28 @@ def examine() -> list[Finding]:
     """Looks at everything; raises nothing."""
     from mlxkv import __version__
 
-    system = f"{platform.system()} {platform.release()} ({platform.machine()})"
     findings = [
         Finding("mlxkv", __version__),
         Finding("python", f"{platform.python_version()} ({sys.executable})"),
-        Finding("system", system),
+        _system(),
     ]
     findings += _mlx()
-    findings += [_models_folder(), _hub_cache(), *_packages()]
+    findings += [_models_folder(), _kv_folder(), _hub_cache(), *_packages()]
     return findings
+
+
+def _system() -> Finding:
+    machine = platform.machine()
+    if sys.platform != "darwin":
+        return Finding("system", f"{platform.system()} {platform.release()} ({machine})")
+    version = platform.mac_ver()[0]
+    value = f"macOS {version} ({machine})"
+    if int(version.split(".")[0] or 0) < OLDEST_MACOS:
+        return Finding("system", value, "broken", f"update to macOS {OLDEST_MACOS} or newer")
+    if machine != "arm64":
+        advice = "use an arm64 Python on an M-series Mac, such as python.org's, without Rosetta"
+        return Finding("system", value, "broken", advice)
+    return Finding("system", value)
 
 
 def _mlx() -> list[Finding]:
@@ -57,15 +72,16 @@ def _mlx() -> list[Finding]:
     except ImportError as error:
         what = "mlx[cpu]" if sys.platform == "linux" else "mlx"
         return [Finding("device", f"no MLX ({error})", "broken", f"pip install '{what}'")]
+    if wanted := _too_old("mlx"):  # the questions below may have no answer there
+        return [Finding("device", f"MLX {metadata.version('mlx')}", "broken", _install(wanted))]
     info = mx.device_info()
     kind = device.kind()
     name = str(info.get("device_name", info.get("architecture", "")))
     value = {"metal": "Metal", "cuda": "CUDA", "cpu": "CPU"}[kind]
     findings = [_computes(f"{value}, {name}", mx)]
     if kind == "cpu" and sys.platform == "darwin":
-        findings.append(
-            Finding("metal", "not used", "advice", "use an arm64 Python: this one cannot see Metal")
-        )
+        advice = "MLX finds no Metal device here, as in many virtual machines"
+        findings.append(Finding("metal", "not used", "advice", advice))
     findings += [_memory(info, kind), _blas(), _compiler(kind)]
     return findings
 
@@ -137,6 +153,20 @@ def _models_folder() -> Finding:
     return Finding("models", text)
 
 
+def _kv_folder() -> Finding:
+    from mlxkv import time_machine
+    from mlxkv.names import kv_dir
+
+    folder = kv_dir()
+    pages = folder / "pages"
+    if sys.platform != "darwin" or not pages.is_dir():
+        return Finding("kv", str(folder))
+    if time_machine.is_excluded(pages):
+        return Finding("kv", f"{folder}, pages not in Time Machine")
+    advice = f"tmutil addexclusion '{pages}'"
+    return Finding("kv", f"{folder}, pages backed up by Time Machine", "advice", advice)
+
+
 def _hub_cache() -> Finding:
     try:
         from huggingface_hub import constants
@@ -150,7 +180,9 @@ def _packages() -> list[Finding]:
     findings = []
     for name in PACKAGES:
         try:
-            findings.append(Finding(name, metadata.version(name)))
+            wanted = _too_old(name)
+            state, advice = ("broken", _install(wanted)) if wanted else ("ok", "")
+            findings.append(Finding(name, metadata.version(name), state, advice))
         except metadata.PackageNotFoundError:
             if name == "mlx-lm":
                 advice = "pip install mlx-lm, to run architectures that mlxkv does not define"
@@ -158,6 +190,29 @@ def _packages() -> list[Finding]:
             else:
                 findings.append(Finding(name, "not installed", "broken", f"pip install {name}"))
     return findings
+
+
+def _too_old(name: str) -> str:
+    """The requirement of mlxkv that an installed package is too old for; "" if none is."""
+    try:
+        requirements = metadata.requires("mlxkv") or []
+    except metadata.PackageNotFoundError:  # run from its sources
+        return ""
+    installed = _numbers(metadata.version(name))
+    for requirement in requirements:
+        bound = re.match(rf"{name}(?:\[\w+\])?[<>=!~,.\d ]*?>=([\d.]+)", requirement)
+        if bound and installed < _numbers(bound[1]):
+            return f"{name}>={bound[1]}"
+    return ""
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    numbers = re.match(r"[\d.]*\d", version)
+    return tuple(map(int, numbers[0].split("."))) if numbers else ()
+
+
+def _install(requirement: str) -> str:
+    return f"pip install --upgrade '{requirement}'"
 
 
 def text(findings: Sequence[Finding]) -> str:

@@ -1,17 +1,34 @@
 # Sourced by the other scripts: `ready run` or `ready dev` makes .venv fit for that, once.
-# Needs nothing but Python 3.11 or newer, and leaves the system's Python alone.
+# Needs nothing but Python 3.11 or newer (on a Mac macOS 14 and an arm64 Python), and leaves the
+# system's Python alone. POSIX sh and tools: macOS has bash 3.2, and BSD's sed, awk and wc.
 
 root=$(cd "$(dirname "$0")/.." && pwd)
 venv=$root/.venv
 
+# Fails in a Python that is too old; prints why MLX has no wheel for one, or nothing.
+fitness='
+import platform, sys
+if sys.version_info < (3, 11):
+    sys.exit(1)
+if sys.platform == "darwin":
+    if int(platform.mac_ver()[0].split(".")[0] or 0) < 14:
+        print("runs on macOS", platform.mac_ver()[0] + "; mlxkv needs macOS 14 or newer")
+    elif platform.machine() != "arm64":
+        print("is an", platform.machine(), "program; mlxkv needs an M-series Mac and an arm64",
+              "Python, such as the one from python.org in a terminal that is not under Rosetta")
+'
+
 python3_11() {
+    reason="mlxkv needs Python 3.11 or newer; none is on the PATH"
     for name in python3.14 python3.13 python3.12 python3.11 python3 python; do
-        if "$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+        unfit=$("$name" -c "$fitness" 2>/dev/null) || continue
+        if [ -z "$unfit" ]; then
             echo "$name"
             return
         fi
+        reason="$name $unfit"
     done
-    echo "mlxkv needs Python 3.11 or newer; none is on the PATH" >&2
+    echo "$reason" >&2
     exit 1
 }
 
@@ -35,6 +52,11 @@ ready() {
         return
     fi
     [ -x "$venv/bin/python" ] || make_venv
+    unfit=$("$venv/bin/python" -c "$fitness") || unfit="is older than 3.11"
+    if [ -n "$unfit" ]; then
+        echo "the Python of $venv $unfit; remove that folder" >&2
+        exit 1
+    fi
     echo "mlxkv: installing into .venv (once)" >&2
     if [ "$1" = dev ]; then
         "$venv/bin/python" -m pip install --quiet --require-hashes -r "$root/requirements-dev.txt" >&2

@@ -384,7 +384,7 @@ def test_doctor_says_what_to_do_about_what_is_missing(call, tmp_path, monkeypatc
     done = call("doctor")
     assert done.returncode == 0, done.stdout
     report = json.loads(call("doctor", "--json").stdout)
-    for name in ("device", "memory", "blas", "compiler", "models", "hub cache", "mlx"):
+    for name in ("device", "memory", "blas", "compiler", "models", "kv", "hub cache", "mlx"):
         assert report[name]["value"]
     monkeypatch.setattr(doctor.device, "load_blas", lambda: None)
     monkeypatch.setattr(doctor.sys, "platform", "linux")
