@@ -19,6 +19,7 @@ from pathlib import Path
 from mlxkv import durable
 from mlxkv.errors import CheckpointError, OutputError, UsageError
 from mlxkv.named_kv import MANIFEST_VERSION, MAX_NAME, NamedKV, is_name, open_archive, write_archive
+from mlxkv.names import is_listed
 from mlxkv.page_files import DiskLimits, PageFiles
 from mlxkv.page_folder import Folder, read_page
 from mlxkv.page_format import DamagedPage, PageFile, PageKey, decode
@@ -75,7 +76,7 @@ class KVNames:
             replace: whether the name may mean something else until now.
 
         Raises:
-            UsageError: no name, or one that is taken.
+            UsageError: no name, one that is taken, or that differs from a saved one in case only.
             OutputError: the manifest cannot be written.
         """
         path = self._path(named.name)
@@ -84,6 +85,7 @@ class KVNames:
             self._check_free(named.name)
         data = named.to_json()
         with self._writing():
+            self.check_spelling(named.name)
             wanted = [Stored(named.fingerprint[:32], key, 0, 0) for key in named.keys]
             _, room = self._folder.room(wanted)
             if reason := room.take(reserved_bytes(len(data)), keep=True):
@@ -102,7 +104,7 @@ class KVNames:
             UsageError: nothing does.
             CheckpointError: its manifest is damaged.
         """
-        path = self._path(name)
+        path = self._existing(name)
         try:
             return NamedKV.from_json(path.read_bytes())
         except FileNotFoundError:
@@ -130,7 +132,7 @@ class KVNames:
             OutputError: it cannot be removed.
         """
         try:
-            self._path(name).unlink()
+            self._existing(name).unlink()
         except FileNotFoundError:
             raise self._unknown(name) from None
         except OSError as error:
@@ -152,6 +154,21 @@ class KVNames:
         """
         self._path(name)
         return any(named.name == name and named.pinned for named in self.list())
+
+    def check_spelling(self, name: str) -> None:
+        """Refuse a new name that differs from a saved one in case only: on many file systems (APFS,
+        NTFS) both are one file.
+
+        Raises:
+            UsageError: it does, or it can be no name.
+        """
+        path = self._path(name)
+        other = None if is_listed(path) else self._spelled_otherwise(name)
+        if other is not None:
+            raise UsageError(
+                f"{name!r} differs from the saved {other!r} in case only, which many file systems "
+                "ignore; choose another name"
+            )
 
     def missing(self, named: NamedKV) -> list[PageKey]:
         """The pages of a name that were evicted or damaged."""
@@ -227,10 +244,11 @@ class KVNames:
             raise UsageError("MLXKV_KV_DISK=0 switches KV on disk off; give it a size")
 
     def _check_free(self, name: str) -> None:
-        if self._path(name).exists():
+        if is_listed(self._path(name)):
             raise UsageError(
                 f"{name!r} is already saved; `mlxkv kv rm {name}` first, or choose another name"
             )
+        self.check_spelling(name)
 
     def _take_pages(self, named: NamedKV, pages: Iterator[PageFile]) -> None:
         files = PageFiles(self.root, named.fingerprint, self.limits)
@@ -253,9 +271,22 @@ class KVNames:
             )
         return self._folder.names / f"{name}.json"
 
+    def _existing(self, name: str) -> Path:
+        path = self._path(name)
+        if not is_listed(path):
+            raise self._unknown(name)
+        return path
+
+    def _spelled_otherwise(self, name: str) -> str | None:
+        """A saved name that differs in case only; names are ASCII, so case is all."""
+        saved = (path.stem for path in sorted(self._folder.names.glob("*.json")))
+        return next((other for other in saved if other.lower() == name.lower()), None)
+
     def _unknown(self, name: str) -> UsageError:
-        close = difflib.get_close_matches(name, [named.name for named in self.list()], n=1)
-        hint = f"; did you mean {close[0]}?" if close else "; `mlxkv kv ls` lists them"
+        close = self._spelled_otherwise(name)
+        for found in difflib.get_close_matches(name, [named.name for named in self.list()], n=1):
+            close = close or found
+        hint = f"; did you mean {close}?" if close else "; `mlxkv kv ls` lists them"
         return UsageError(f"no KV is saved as {name!r}{hint}")
 
     @contextmanager

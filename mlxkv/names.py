@@ -101,6 +101,38 @@ def slug(name: str) -> str:
     return name.replace("/", "--").replace(":", "--" if "/" in name else "-")
 
 
+def is_listed(path: Path) -> bool:
+    """Whether a file or folder is spelled exactly so where it lies.
+
+    A file system that ignores case (APFS as macOS formats it) opens `book` for `BOOK`.
+    """
+    try:
+        return path.name in os.listdir(path.parent)  # noqa: PTH208
+    except OSError:
+        return False
+
+
+def stored_folder(name: str) -> Path | None:
+    """The folder of a model in the models folder; None if none has exactly this name."""
+    folder = models_dir() / slug(name)
+    return folder if is_model(folder) and is_listed(folder) else None
+
+
+def check_spelling(name: str) -> None:
+    """Refuse a new model's name that differs from a stored one's in case only.
+
+    Raises:
+        UsageError: it does.
+    """
+    wanted = slug(name)
+    for folder, record in stored():
+        if folder.name.lower() == wanted.lower() and folder.name != wanted:
+            raise UsageError(
+                f"model {name!r} would share a folder with {record.name!r} where case is ignored, "
+                "as on most Macs; choose another name"
+            )
+
+
 def is_model(folder: Path) -> bool:
     """Whether a folder is a model directory."""
     return (folder / "config.json").is_file()
@@ -124,8 +156,8 @@ def locate(name: str) -> Ref:
     if model is not None:
         return CatalogRef(model)
     if NAME.fullmatch(name) or REPO.fullmatch(name):
-        folder = models_dir() / slug(name)
-        if is_model(folder):
+        folder = stored_folder(name)
+        if folder is not None:
             return StoredRef(name, folder)
     path = Path(name)
     if is_model(path) or (path.suffix == ".gguf" and path.is_file()):
@@ -165,7 +197,7 @@ def looks_like_model(text: str) -> bool:
         return False
     begins = ("llama", "mistral", "gemma", "smollm", "qwen", "phi-", "phi3", "phi4", "gpt-oss")
     begins += ("deepseek", "glm-", "glm4", "granite", "olmo")
-    known = is_model(models_dir() / slug(text))
+    known = stored_folder(text) is not None
     return known or (":" in text and text[0].isalpha()) or text.lower().startswith(begins)
 
 
@@ -196,7 +228,8 @@ def output_path(name: str) -> Path:
     """Where `convert --output` writes: a bare name means the models folder.
 
     Raises:
-        UsageError: the name of a built-in model, or one that is no name.
+        UsageError: the name of a built-in model, one that differs from a stored model's in case
+            only, or one that is no name.
     """
     if "/" in name or name in (".", "..") or name.startswith("~"):
         return Path(name).expanduser()
@@ -211,4 +244,5 @@ def output_path(name: str) -> Path:
         models_dir().mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"{models_dir()}: {error.strerror}") from error
+    check_spelling(name)
     return models_dir() / slug(name)

@@ -40,6 +40,7 @@ def save(
 
     pages, disk = _where(llm)
     names = KVNames(kv_dir())
+    names.check_spelling(name)
     pinned = names.is_pinned(name)
     text, messages, tokens = _prefix(llm, prompt)
     if len(tokens) >= llm.context:

@@ -35,6 +35,7 @@ from mlxkv.names import (
     PathRef,
     Record,
     StoredRef,
+    is_listed,
     is_model,
     locate,
     models_dir,
@@ -342,6 +343,7 @@ def plan_removal(name: str) -> Removal:
         folders += [path for path, record in stored() if record.origin.startswith(origin)]
         repo = hub.plan_removal(name)
     folders = [path for path in folders if path.is_dir() and path.parent == root]
+    folders = [path for path in folders if is_listed(path)]
     if not folders and repo is None:
         raise ModelNotFound(f"no model {name!r} is on this machine; `mlxkv list` lists what is")
     n_bytes = sum(_size(path) for path in folders if not path.is_symlink())

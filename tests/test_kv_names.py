@@ -7,8 +7,11 @@ import os
 import random
 import stat
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -109,6 +112,64 @@ def test_an_unknown_name_is_an_error_that_suggests_one(root, tmp_path):
             act("bock")
     with pytest.raises(UsageError, match="`mlxkv kv ls` lists them"):
         store.load("zzz")
+
+
+@pytest.fixture
+def apfs(root, monkeypatch):
+    """A folder where `BOOK` opens what is listed as `book`, as it does where case is ignored."""
+    (root / "names").mkdir(exist_ok=True)
+    (root / "names" / "BOOK.json").symlink_to("book.json")
+    listdir, scandir = os.listdir, os.scandir
+
+    @contextmanager
+    def scan(path: Any) -> Iterator[Iterator[os.DirEntry[str]]]:
+        with scandir(path) as entries:
+            yield (entry for entry in entries if entry.name != "BOOK.json")
+
+    monkeypatch.setattr(os, "scandir", scan)
+    monkeypatch.setattr(os, "listdir", lambda path: [x for x in listdir(path) if x != "BOOK.json"])
+    return root
+
+
+def test_a_name_that_differs_from_a_saved_one_in_case_only_is_refused(root, tmp_path):
+    store = names(root)
+    exported(root, tmp_path / "x")
+    message = "'Book' differs from the saved 'book' in case only"
+    for act in (
+        lambda: store.save(named("Book")),
+        lambda: store.save(named("Book"), replace=True),
+        lambda: store.check_spelling("Book"),
+        lambda: store.import_(tmp_path / "x", name="Book"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            act()
+    assert [saved.name for saved in store.list()] == ["book"]
+    store.save(named("book"), replace=True)
+    store.remove("book")
+    store.save(named("Book"))
+    assert store.load("Book") == named("Book")
+
+
+def test_names_that_differ_in_case_and_were_saved_before_both_go_on(root):
+    store = names(root)
+    store.save(named("book"))
+    (root / "names" / "Book.json").write_bytes(named("Book").to_json())
+    store.save(named("Book", text="new"), replace=True)
+    store.pin("book")
+    assert store.load("Book").text == "new" and store.load("book") == named(pinned=True)
+
+
+def test_a_lookup_is_exact_where_the_file_system_ignores_case(apfs, tmp_path):
+    store = names(apfs)
+    store.save(named())
+    acts = [store.load, store.remove, store.pin, store.unpin]
+    acts.append(lambda name: store.export(name, tmp_path / "x"))
+    for act in acts:
+        with pytest.raises(UsageError, match=r"no KV is saved as 'BOOK'; did you mean book\?"):
+            act("BOOK")
+    with pytest.raises(UsageError, match="differs from the saved 'book' in case only"):
+        store.save(named("BOOK"), replace=True)
+    assert store.load("book") == named() and not store.is_pinned("BOOK")
 
 
 def test_a_damaged_manifest_is_an_error_that_says_what_to_do_and_can_be_removed(root):

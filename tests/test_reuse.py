@@ -290,6 +290,14 @@ def test_a_bad_name_is_refused_before_anything_is_computed(llm, name):
     assert not calls
 
 
+def test_a_name_spelled_in_other_case_is_refused_before_anything_is_computed(llm):
+    llm.save_kv("weir", DOCUMENT)
+    calls = []
+    with pytest.raises(UsageError, match="differs from the saved 'weir' in case only"):
+        llm.save_kv("Weir", DOCUMENT, on_progress=lambda done, total: calls.append(done))
+    assert not calls
+
+
 def test_an_unknown_name_is_refused(llm):
     with pytest.raises((UsageError, ModelNotFound), match="nothing-here"):
         llm.generate("Who?", kv_from="nothing-here")

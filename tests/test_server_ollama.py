@@ -632,7 +632,9 @@ def test_a_copy_is_a_model_of_its_own(client, models):
     assert client.show("second:latest").details.family == "llama"
 
 
-@pytest.mark.parametrize("name", ["../x", "a/b", "smollm2", STORED, "", "x.gguf", "/tmp/x"])
+@pytest.mark.parametrize(
+    "name", ["../x", "a/b", "smollm2", STORED, "TINY:1K", "", "x.gguf", "/tmp/x"]
+)
 def test_a_copy_needs_a_free_name(address, models, name):
     refused(address, "/api/copy", source=STORED, destination=name)
     assert sorted(path.name for path in models.iterdir()) == ["tiny-1k"]

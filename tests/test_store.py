@@ -556,6 +556,28 @@ def test_a_bare_output_name_is_in_the_models_folder_and_a_path_is_a_path(models)
         names.output_path("my model")
 
 
+@pytest.mark.parametrize("name", ["Mine", "MINE"])
+def test_a_new_model_whose_folder_is_anothers_where_case_is_ignored_is_refused(models, name):
+    chat_model(models / "mine")
+    with pytest.raises(UsageError, match=f"model {name!r} would share a folder with 'mine'"):
+        names.output_path(name)
+    assert names.output_path("mine") == models / "mine"
+    assert names.output_path(f"./{name}") == Path(name)
+
+
+def test_a_models_name_is_exact_where_the_file_system_ignores_case(models, monkeypatch):
+    chat_model(models / "mine")
+    (models / "MINE").symlink_to("mine")
+    listdir = os.listdir
+    monkeypatch.setattr(os, "listdir", lambda path: [x for x in listdir(path) if x != "MINE"])
+    assert store.locate("mine") == names.StoredRef("mine", models / "mine")
+    assert names.looks_like_model("mine") and not names.looks_like_model("MINE")
+    with pytest.raises(ModelNotFound, match=r"no model named 'MINE'"):
+        store.locate("MINE")
+    with pytest.raises(ModelNotFound, match="no model 'MINE' is on this machine"):
+        store.remove("MINE")
+
+
 def test_convert_reads_a_gguf_file_as_it_is(models, tmp_path):
     file = tmp_path / "m.gguf"
     file.write_bytes(b"")

@@ -19,10 +19,12 @@ from mlxkv.names import (
     CatalogRef,
     HubRef,
     StoredRef,
+    check_spelling,
     is_model,
     locate,
     models_dir,
     slug,
+    stored_folder,
 )
 from mlxkv.server.config import ServerConfig
 
@@ -90,8 +92,9 @@ def new_name(name: str) -> str:
         )
     if catalog.find(name):
         raise UsageError(f"{_short(name)} is the name of a built-in model; choose another")
-    if is_model(models_dir() / slug(name)):
+    if stored_folder(name):
         raise UsageError(f"model {_short(name)} exists already; delete it first")
+    check_spelling(name)
     return name
 
 
