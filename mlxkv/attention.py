@@ -10,7 +10,7 @@ import mlx.core as mx
 
 from mlxkv import device
 from mlxkv.cache import Mask, windowed_mask
-from mlxkv.kv_format import KV, QuantizedRows, Ragged, Rows
+from mlxkv.kv_format import KV, QuantizedRows, Ragged
 
 SPLIT_QUERIES = 64
 """Queries from which a chunk's attention is divided over the cores of the CPU backend."""
@@ -37,7 +37,7 @@ def attend(
         v: `[B, Hk, S, v_dim]`, in the keys' form.
         scale: factor on the scores.
         mask: None, `"causal"` (aligned at the end), or bool `[L, S]`, true where visible; no query
-            sees what lies behind it.
+            sees what lies behind it. For one query also `[B, 1, 1, S]`.
         sinks: one logit per head that takes part in the softmax and has no value, `[H]`.
         softcap: bound of the scores, `c * tanh(score / c)`, before the mask.
 
@@ -55,45 +55,57 @@ def attend(
         return _attend_capped(q, k, v, scale, mask, softcap)
     B, H, L, D = q.shape
     n_kv_heads = k.shape[1]
-    if L == 1 and mask is None and H != n_kv_heads and device.on_cpu():
+    if L == 1 and not isinstance(mask, str) and H != n_kv_heads and device.on_cpu():
         # The heads that share a KV head are one product's rows: K and V are read once, not H/Hk
         # times. Metal's kernel for single queries does this by itself.
         rows = q.reshape(B, n_kv_heads, H // n_kv_heads, D)
         if sinks is not None:
             sinks = sinks.reshape(n_kv_heads, H // n_kv_heads, 1)
-        return _attend_one(rows, k, v, scale, sinks).reshape(B, H, 1, v.shape[-1])
+        return _attend_one(rows, k, v, scale, sinks, mask).reshape(B, H, 1, v.shape[-1])
     if L >= SPLIT_QUERIES and mask is not None and device.on_cpu():
         return _attend_on_all_cores(q, k, v, scale, mask, sinks)
     return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask, sinks=sinks)
 
 
 def _attend_one(
-    q: mx.array, k: mx.array, v: mx.array, scale: float, sinks: mx.array | None
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    scale: float,
+    sinks: mx.array | None,
+    mask: mx.array | None,
 ) -> mx.array:
     """One query's heads `[B, Hk, H / Hk, D]`; with many keys, the KV heads on several cores.
 
-    Sinks are `[Hk, H / Hk, 1]`.
+    Sinks are `[Hk, H / Hk, 1]`, a mask `[B, 1, 1, S]`.
     """
-    H, S, streams = k.shape[1], k.shape[2], device.core_streams()
-    n = min(H, len(streams)) if S >= SPLIT_KEYS else 1
+    H, n_keys, streams = k.shape[1], k.shape[0] * k.shape[2], device.core_streams()
+    n = min(H, len(streams)) if n_keys >= SPLIT_KEYS else 1
     if n < 2:
-        return _attend_rows(q, k, v, scale, sinks)
+        return _attend_rows(q, k, v, scale, sinks, mask)
     parts = []
     bounds = itertools.pairwise(H * i // n for i in range(n + 1))
     for stream, (i, j) in zip(streams[:n], bounds, strict=True):
         with mx.stream(stream):
             part = None if sinks is None else sinks[i:j]
-            parts.append(_attend_rows(q[:, i:j], k[:, i:j], v[:, i:j], scale, part))
+            parts.append(_attend_rows(q[:, i:j], k[:, i:j], v[:, i:j], scale, part, mask))
     return mx.concatenate(parts, axis=1)
 
 
 def _attend_rows(
-    q: mx.array, k: mx.array, v: mx.array, scale: float, sinks: mx.array | None
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    scale: float,
+    sinks: mx.array | None,
+    mask: mx.array | None,
 ) -> mx.array:
     if sinks is None:
-        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale)
+        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
     # MLX knows sinks per head, and here the rows are the heads.
     scores = (q * scale) @ k.swapaxes(-1, -2)
+    if mask is not None:
+        scores = mx.where(mask, scores, mx.finfo(scores.dtype).min)
     sinks = mx.broadcast_to(sinks.astype(q.dtype), (*scores.shape[:-1], 1))
     weights = mx.softmax(mx.concatenate([scores, sinks], axis=-1), axis=-1, precise=True)
     return weights[..., :-1] @ v
@@ -108,38 +120,16 @@ def _attend_ragged(
     softcap: float | None,
 ) -> mx.array:
     """One query of each of several sequences, each over keys of its own."""
-    B, H, _, D = q.shape
-    kv = zip(k.parts, v.parts, strict=True)
-    if not device.on_cpu():
-        rows = zip(mx.split(q, B), kv, strict=True)
-        return mx.concatenate([attend(q, *of, scale, None, sinks, softcap) for q, of in rows])
-    # The fewest operations for each sequence: what is the same for all of them is done once.
-    Hk = k.parts[0].shape[1]
-    rows = mx.split((q * scale).reshape(B, Hk, H // Hk, D), B)
-    sinks = None if sinks is None else sinks.reshape(Hk, H // Hk, 1)
-    outs = [_attend_scaled(q, k, v, sinks, softcap) for q, (k, v) in zip(rows, kv, strict=True)]
-    return mx.concatenate(outs).reshape(B, H, 1, outs[0].shape[-1])
-
-
-def _attend_scaled(
-    q: mx.array, k: Rows, v: Rows, sinks: mx.array | None, softcap: float | None
-) -> mx.array:
-    """One query's heads, scaled, `[1, Hk, H / Hk, D]`; sinks are `[Hk, H / Hk, 1]`."""
-    if isinstance(k, QuantizedRows):
-        assert isinstance(v, QuantizedRows)
-        sinks = None if sinks is None else sinks[None, ..., None]
-        return _attend_codes(q.astype(mx.float32), k, v, sinks, softcap).astype(q.dtype)
-    assert isinstance(v, mx.array)
-    if k.shape[2] >= SPLIT_KEYS and softcap is None:
-        return _attend_one(q, k, v, 1.0, sinks)
-    scores = q @ k.swapaxes(-1, -2)
-    if softcap is not None:
-        scores = mx.tanh(scores / softcap) * softcap
-    if sinks is None:
-        return mx.softmax(scores, axis=-1, precise=True) @ v
-    sinks = mx.broadcast_to(sinks.astype(q.dtype), (*scores.shape[:-1], 1))
-    weights = mx.softmax(mx.concatenate([scores, sinks], axis=-1), axis=-1, precise=True)
-    return weights[..., :-1] @ v
+    if k.order is not None:
+        q = mx.take(q, k.order.rows, axis=0)
+    outs, start = [], 0
+    for own_k, own_v, mask in zip(k.parts, v.parts, k.masks, strict=True):
+        stop = start + own_k.shape[0]
+        rows = q if len(k.parts) == 1 else q[start:stop]
+        outs.append(attend(rows, own_k, own_v, scale, mask, sinks, softcap))
+        start = stop
+    out = outs[0] if len(outs) == 1 else mx.concatenate(outs)
+    return out if k.order is None else mx.take(out, k.order.back, axis=0)
 
 
 def _attend_on_all_cores(
@@ -185,6 +175,8 @@ def _attend_capped(
     if isinstance(mask, str):
         mask = windowed_mask(L, S - L, S)
     if mask is not None:
+        if mask.ndim == 4:
+            mask = mask[:, None]
         scores = mx.where(mask, scores, mx.finfo(scores.dtype).min)
     weights = mx.softmax(scores, axis=-1, precise=True)
     return (weights @ mx.expand_dims(v, 2)).reshape(B, H, L, v.shape[-1])
@@ -211,8 +203,8 @@ def _attend_packed(
     rows = (q.astype(mx.float32) * scale).reshape(B, Hk, H // Hk, L, -1)
     if sinks is not None:
         sinks = sinks.reshape(1, Hk, H // Hk, 1, 1)
-    if L == 1 and mask is None:
-        one = _attend_codes(rows[:, :, :, 0], k, v, sinks, softcap)
+    if L == 1 and not isinstance(mask, str):
+        one = _attend_codes(rows[:, :, :, 0], k, v, sinks, softcap, mask)
         return one.reshape(B, H, 1, -1).astype(q.dtype)
     streams = device.core_streams() if device.on_cpu() and L >= SPLIT_QUERIES else (None,)
     bounds = [L * i // len(streams) for i in range(len(streams) + 1)]
@@ -231,6 +223,7 @@ def _attend_codes(
     v: QuantizedRows,
     sinks: mx.array | None,
     softcap: float | None,
+    mask: mx.array | None = None,
 ) -> mx.array:
     """One query's heads over the codes, with nothing unpacked.
 
@@ -248,6 +241,8 @@ def _attend_codes(
     ).astype(mx.float32)
     if softcap is not None:
         scores = mx.tanh(scores / softcap) * softcap
+    if mask is not None:
+        scores = mx.where(mask, scores, -1e30)
     if sinks is not None:  # takes part in the softmax, and has no value
         sinks = mx.broadcast_to(sinks[..., 0].astype(mx.float32), (*scores.shape[:-1], 1))
         scores = mx.concatenate([scores, sinks], axis=-1)

@@ -1,28 +1,42 @@
-"""Several sequences in one step: the weights are batched, the caches are not.
+"""Several sequences in one step: the weights are batched, and sequences of similar length share
+buffers for their KV (`slots`).
 
 Invariants:
-- A `BatchCache` owns nothing. It passes one token of each sequence on to that sequence's own cache,
-  so sequences of any length, window and KV format go together, and may come and go between steps.
+- A batch owns nothing. A token of each sequence is written to where that sequence's own cache has
+  its KV: into its row of shared buffers, or into its own. So sequences of any length, window and KV
+  format go together, and may come and go between steps.
 - Rows of one sequence never meet those of another in a sum: what is broken in one stays there.
+- What a step needs beside keys and values (positions, columns, masks) is made once for all layers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import mlx.core as mx
 
-from mlxkv.cache import Cache, LayerCache, Mask, Offset, Positions
+from mlxkv.cache import Cache, KVCache, LayerCache, Mask, Offset, Positions, RotatingKVCache
 from mlxkv.errors import UsageError
-from mlxkv.kv_format import Ragged, Rows
+from mlxkv.kv_format import Order, Ragged, Rows
+from mlxkv.slots import Part, Room, Row, place, sliceable
 
 
-def batch(caches_of_sequences: Sequence[Sequence[Cache]]) -> Sequence[LayerCache]:
+def batch(
+    caches_of_sequences: Sequence[Sequence[Cache]],
+    room: Room = lambda n_bytes: True,
+    one_part: bool = False,
+) -> Sequence[LayerCache]:
     """Caches for `model.last_logits(tokens [B, 1], caches)`, B sequences at once.
+
+    Sequences of similar length are moved into buffers that they share, if they are not there
+    already, which evaluates; from then on a step reads and writes them in a few operations.
 
     Args:
         caches_of_sequences: those of each, as `make_caches` of one model gives them, in any KV
             format and at any offset. They stay the sequences' own and are what is written to.
+        room: asked before sequences are moved; where there is none they keep their own buffers.
+        one_part: have all sequences share buffers, however long they are.
 
     Raises:
         UsageError: no sequences, or caches of different models.
@@ -31,7 +45,135 @@ def batch(caches_of_sequences: Sequence[Sequence[Cache]]) -> Sequence[LayerCache
         raise UsageError("a batch needs sequences of one model, at least one")
     if len(caches_of_sequences) == 1:
         return caches_of_sequences[0]
-    return [BatchCache(layer) for layer in zip(*caches_of_sequences, strict=True)]
+    parts = place([sliceable(caches) for caches in caches_of_sequences], room, one_part)
+    steps = _Steps(parts)
+    return [BatchCache(layer, steps) for layer in zip(*caches_of_sequences, strict=True)]
+
+
+def arranged(
+    caches_of_sequences: Sequence[Sequence[Cache]], room: Room, one_part: bool = False
+) -> list[int]:
+    """The order of sequences in which `batch` has nothing to rearrange in each layer."""
+    if len(caches_of_sequences) == 1:
+        return [0]
+    parts = place([sliceable(caches) for caches in caches_of_sequences], room, one_part)
+    return [i for part in parts for i in part.sequences]
+
+
+@dataclass(frozen=True, slots=True)
+class _Access:
+    """Where a step writes and reads a part's shared buffers, in layers of one window.
+
+    Args:
+        slots: uint32 `[n, 1]`, of its sequences in the batch's order.
+        columns: uint32 `[n, 1]`, the same.
+        n_rows: rows that are read.
+        n_columns: columns of them.
+        mask: bool `[n_rows, 1, 1, n_columns]`; None where all columns are seen.
+    """
+
+    slots: mx.array
+    columns: mx.array
+    n_rows: int
+    n_columns: int
+    mask: mx.array | None
+
+
+class _Members:
+    """The sequences of a part, in the batch's order.
+
+    Args:
+        part: its sequences and their rows.
+        n: sequences of the batch.
+    """
+
+    def __init__(self, part: Part, n: int):
+        rows = sorted(zip(part.sequences, part.slots, strict=True))
+        self.sequences = [sequence for sequence, _ in rows]
+        self.is_shared = part.is_shared
+        self._slots = [slot for _, slot in rows]
+        self._n_rows = max(self._slots) + 1
+        self._slot_array = mx.array(self._slots, dtype=mx.uint32)[:, None]
+        start, stop = self.sequences[0], self.sequences[-1] + 1
+        self._at: slice | mx.array | None = None  # all
+        if stop - start != len(rows):
+            self._at = mx.array(self.sequences, dtype=mx.uint32)
+        elif len(rows) < n:
+            self._at = slice(start, stop)
+
+    def of(self, x: mx.array) -> mx.array:
+        """Its rows of `[B, ...]`."""
+        return x if self._at is None else x[self._at]
+
+    def access(self, offsets: Sequence[int], window: int | None) -> _Access:
+        """Where the next token goes, and what it sees."""
+        own = [offsets[i] for i in self.sequences]
+        columns = own if window is None else [offset % window for offset in own]
+        seen = [offset + 1 if window is None else min(offset + 1, window) for offset in own]
+        mask = None
+        if len(set(seen)) > 1:
+            visible = [1] * self._n_rows  # what an empty row gives is not used
+            for slot, n in zip(self._slots, seen, strict=True):
+                visible[slot] = n
+            mask = mx.arange(max(seen))[None] < mx.array(visible)[:, None]
+            mask = mask[:, None, None]
+        at = mx.array(columns, dtype=mx.uint32)[:, None]
+        return _Access(self._slot_array, at, self._n_rows, max(seen), mask)
+
+
+class _Steps:
+    """What all layers have in common, made once for each step.
+
+    Args:
+        parts: of the batch.
+    """
+
+    def __init__(self, parts: Sequence[Part]):
+        n = sum(len(part.sequences) for part in parts)
+        self.members = [_Members(part, n) for part in parts]
+        self.order = _order(parts)
+        self._offsets: tuple[int, ...] = ()
+        self._position: Offset = 0
+        self._accesses: dict[int | None, list[_Access]] = {}
+        self._heads: dict[int, mx.array] = {}
+
+    def position(self, offsets: tuple[int, ...]) -> Offset:
+        """Position of the next token: one number where all sequences have the same."""
+        self._begin(offsets)
+        return self._position
+
+    def accesses(self, offsets: tuple[int, ...], window: int | None) -> list[_Access]:
+        """For each part, in layers of this window."""
+        self._begin(offsets)
+        if window not in self._accesses:
+            self._accesses[window] = [part.access(offsets, window) for part in self.members]
+        return self._accesses[window]
+
+    def heads(self, n: int) -> mx.array:
+        """uint32 `[1, n]`: all of them."""
+        if n not in self._heads:
+            self._heads[n] = mx.array([list(range(n))], dtype=mx.uint32)
+        return self._heads[n]
+
+    def _begin(self, offsets: tuple[int, ...]) -> None:
+        if offsets != self._offsets:
+            self._accesses.clear()
+            self._offsets = offsets
+            self._position = offsets[0] if len(set(offsets)) == 1 else Positions(offsets)
+
+
+def _order(parts: Sequence[Part]) -> Order | None:
+    """How the rows of all parts, one after the other, stand to the batch's sequences."""
+    rows: list[int] = []
+    row_of = {}
+    for part in parts:
+        at = dict(zip(part.slots, part.sequences, strict=True))
+        row_of |= {sequence: len(rows) + slot for slot, sequence in at.items()}
+        rows += [at.get(slot, part.sequences[0]) for slot in range(max(part.slots) + 1)]
+    if rows == list(range(len(row_of))):
+        return None
+    back = [row_of[i] for i in range(len(row_of))]
+    return Order(mx.array(rows, dtype=mx.uint32), mx.array(back, dtype=mx.uint32))
 
 
 class BatchCache:
@@ -39,19 +181,23 @@ class BatchCache:
 
     Args:
         caches: one per sequence.
+        steps: what all layers of the batch have in common.
     """
 
-    def __init__(self, caches: Sequence[Cache]):
+    def __init__(self, caches: Sequence[Cache], steps: _Steps):
         self.caches = tuple(caches)
+        self._steps = steps
 
     @property
     def offset(self) -> Offset:
         """Position of the next token: one number where all sequences have the same."""
-        offsets = tuple([cache.offset for cache in self.caches])
-        return offsets[0] if len(set(offsets)) == 1 else Positions(offsets)
+        return self._steps.position(self._offsets())
+
+    def _offsets(self) -> tuple[int, ...]:
+        return tuple([cache.offset for cache in self.caches])
 
     def mask(self, L: int) -> Mask:
-        """None: a single token sees whatever its sequence's cache returns."""
+        """None: what a sequence's token sees comes with the keys that `update` returns."""
         if L != 1:
             raise UsageError(f"a batch takes one token of each sequence at a time; got {L}")
         return None
@@ -66,13 +212,37 @@ class BatchCache:
         Returns:
             Keys and values that each sequence's query sees.
         """
-        keys, values = zip(*self.each(k, v), strict=True)
-        return Ragged(keys), Ragged(values)
-
-    def each(self, k: mx.array, v: mx.array) -> list[tuple[Rows, Rows]]:
-        """`update`, as what each sequence's cache returns."""
-        B = len(self.caches)
+        B, steps, offsets = len(self.caches), self._steps, self._offsets()
         if k.shape[0] != B or k.shape[2] != 1:
             raise UsageError(f"a batch of {B} sequences takes keys [{B}, H, 1, D]; got {k.shape}")
-        rows = zip(self.caches, mx.split(k, B), mx.split(v, B), strict=True)
-        return [cache.update(k, v) for cache, k, v in rows]
+        keys: list[Rows] = []
+        values: list[Rows] = []
+        masks: list[mx.array | None] = []
+        for i, part in enumerate(steps.members):
+            cache, mask = self.caches[part.sequences[0]], None
+            if part.is_shared:
+                assert isinstance(cache, KVCache | RotatingKVCache)
+                access = steps.accesses(offsets, cache.max_rows)[i]
+                rows, mask = self._shared(part, access, part.of(k), part.of(v)), access.mask
+            else:
+                rows = cache.update(part.of(k), part.of(v))
+            keys.append(rows[0])
+            values.append(rows[1])
+            masks.append(mask)
+        order = steps.order
+        return Ragged(tuple(keys), tuple(masks), order), Ragged(tuple(values), tuple(masks), order)
+
+    def _shared(
+        self, part: _Members, access: _Access, k: mx.array, v: mx.array
+    ) -> tuple[Rows, Rows]:
+        """`update` of the sequences that share buffers, rows in the buffers' order."""
+        caches = sliceable([self.caches[i] for i in part.sequences])
+        first = caches[0]
+        assert isinstance(first.row, Row)
+        shared, written = first.row.shared, first.encoded(k, v)
+        shared.reserve(first.n_rows(access.n_columns))
+        shared.write(written, access.slots, access.columns, self._steps.heads)
+        for cache in caches:
+            cache.advance()
+        held = [array[: access.n_rows, :, : access.n_columns] for array in shared.arrays]
+        return first.decoded(held)

@@ -163,24 +163,29 @@ class Budget:
         self._admitted.pop(session, None)
         self._granted.pop(session, None)
 
-    def grant(self, session: Session, n_new: int, *, last: bool) -> int:
+    def has_room(self, session: Session, n_bytes: int) -> bool:
+        """Whether twice so many bytes are free: what is moved must not take a step's workspace."""
+        return 2 * n_bytes <= self._free(session) - mx.get_cache_memory()
+
+    def grant(self, session: Session, n_new: int, *, last: bool, beside: int = 0) -> int:
         """How many of the next tokens may be computed at once, at least one.
 
         Args:
             session: whose caches take them.
             n_new: tokens that are wanted.
             last: whether the logits after the last of them are.
+            beside: bytes that the step takes beside what this sequence alone needs.
 
         Raises:
             KVCacheFull: no rung of the ladder finds room for any.
         """
         self._widen(session, n_new, last)
         wanted = min(n_new, session.chunk_cap or n_new)
-        if wanted <= STEP and self._is_roomy(session, session.n_held + wanted):
+        if wanted <= STEP and self._is_roomy(session, session.n_held + wanted, beside):
             return wanted
         for sizes in self._ladder(session, wanted):
             for n in sizes:
-                if not self._fits(session, n, last=last and n == n_new):
+                if not self._fits(session, n, last=last and n == n_new, beside=beside):
                     continue
                 if n < wanted:
                     session.chunk_cap = n
@@ -253,10 +258,10 @@ class Budget:
                 given += pages.give_back(n_bytes - given)
         return given
 
-    def _is_roomy(self, session: Session, n_tokens: int) -> bool:
+    def _is_roomy(self, session: Session, n_tokens: int, beside: int = 0) -> bool:
         """Whether so much is free that what a small chunk takes need not be known."""
         base, times = ROOMY
-        needed = base + times * self._need(session.kv_type).kv_bytes(n_tokens)
+        needed = beside + base + times * self._need(session.kv_type).kv_bytes(n_tokens)
         return needed <= self._free(session) - mx.get_cache_memory()
 
     def _free(self, asking: Session) -> int:

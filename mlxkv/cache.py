@@ -10,6 +10,8 @@ Invariants:
   interrupt finds it as it was before or as it is after.
 - What is handed out stays as it was: writing `buffer[...] = x` rebinds that very array object, so
   a buffer never leaves the cache itself, only views of it do.
+- While a sequence is decoded beside others its KV may lie in buffers that they share (`slots`): the
+  cache is a row of them then. It reads through views, and the first write of its own copies it out.
 
 The design follows Ollama's image engine (a `KVCache` that grows by 256 and a `RotatingKVCache`),
 without its defects on chunks that wrap: docs/design.md says which.
@@ -182,8 +184,21 @@ def windowed_mask(L: int, n_before: int, window: int) -> mx.array:
     return (keys <= queries) & (keys > queries - window)
 
 
+class SharedRow(Protocol):
+    """A row of buffers that several sequences share."""
+
+    @property
+    def nbytes(self) -> int: ...
+    def views(self, n_rows: int) -> list[mx.array]: ...
+
+
 class _Buffers:
-    """Buffers `[B, H, capacity, D]` of the arrays that a format keeps of keys and values."""
+    """Buffers `[B, H, capacity, D]` of the arrays that a format keeps of keys and values.
+
+    Attributes:
+        buffers: its own; `[]` while it is empty or `row` is set.
+        row: where its KV is while its buffers are shared.
+    """
 
     def __init__(self, spec: CacheSpec | None = None, kv_type: str = "native"):
         self.spec = spec
@@ -191,35 +206,76 @@ class _Buffers:
         self.offset = 0
         self._storage = storage_of(kv_type)
         self._rows: tuple[Any, ...] = ()
+        self.row: SharedRow | None = None
         self._release()
 
     def _release(self) -> None:
         self.buffers: list[mx.array] = []
+        self.row = None
 
     @property
     def keys(self) -> mx.array:
         """The first buffer of the keys: all there is of native ones. Not while empty."""
-        return self.buffers[0]
+        return self.arrays[0]
 
     @property
     def values(self) -> mx.array:
         """The first buffer of the values."""
-        return self.buffers[self._storage.n_arrays]
+        return self.arrays[self._storage.n_arrays]
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """Buffers of this sequence alone, views of them where they are shared; `[]` while empty."""
+        return self.buffers if self.row is None else self.row.views(self.capacity)
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated now."""
+        """Bytes allocated now; of shared buffers this sequence's part."""
+        if self.row is not None:
+            return self.row.nbytes
         return sum(buffer.nbytes for buffer in self.buffers)
 
     @property
     def capacity(self) -> int:
         """Tokens that the buffers have room for."""
+        if self.row is not None:
+            return self.n_rows(self.offset)
         return self.buffers[0].shape[2] if self.buffers else 0
 
     @property
     def used_bytes(self) -> int:
         """Bytes of what is held, without the room for more."""
-        return self.nbytes * (self.offset - self.first) // max(self.capacity, 1)
+        allocated = sum(array.nbytes for array in self.arrays)
+        return allocated * (self.offset - self.first) // max(self.capacity, 1)
+
+    @property
+    def max_rows(self) -> int | None:
+        """Tokens that are held at the most while one comes at a time; None for any number."""
+        raise NotImplementedError
+
+    def n_rows(self, n_tokens: int) -> int:
+        """Tokens that there is room for once it has seen `n_tokens`."""
+        rows = ceil_step(n_tokens)
+        return rows if self.max_rows is None else min(rows, self.max_rows)
+
+    def share(self, row: SharedRow) -> None:
+        """Have the KV held lie in a row of shared buffers from here on.
+
+        The token at position p is at `p % max_rows` there, or at `p`.
+        """
+        self.buffers, self.row = [], row
+
+    def advance(self) -> None:
+        """One more token was written into the shared row."""
+        self.offset += 1
+
+    def encoded(self, k: mx.array, v: mx.array) -> list[mx.array]:
+        """What is stored of keys and values `[B, H, L, D]`, of B sequences like this one."""
+        return self._storage.encode_both(k, v)
+
+    def decoded(self, arrays: Sequence[mx.array]) -> tuple[Rows, Rows]:
+        """Keys and values of what is stored."""
+        return self._storage.decode_both(arrays, *self._rows[2:4])
 
     @property
     def first(self) -> int:
@@ -354,11 +410,12 @@ class _Buffers:
 
     def _reserved(self, arrays: Sequence[mx.array], n_used: int, capacity: int) -> list[mx.array]:
         """Buffers for `capacity` tokens, the first `n_used` kept: growth copies, here."""
-        if not self.buffers:
+        held = self.arrays
+        if not held:
             return [_rows_like(x, capacity) for x in arrays]
         if capacity == self.capacity:
-            return self.buffers
-        return [_extended(buffer, n_used, capacity) for buffer in self.buffers]
+            return held
+        return [extended(buffer, n_used, capacity) for buffer in held]
 
 
 def _write(buffers: Sequence[mx.array], arrays: Sequence[mx.array], start: int, stop: int) -> None:
@@ -379,7 +436,8 @@ def _rows_like(x: mx.array, n_rows: int) -> mx.array:
     return mx.zeros((B, H, n_rows, D), x.dtype)
 
 
-def _extended(buffer: mx.array, n_used: int, capacity: int) -> mx.array:
+def extended(buffer: mx.array, n_used: int, capacity: int) -> mx.array:
+    """The first `n_used` rows of a buffer `[B, H, S, D]`, in one of `capacity` rows."""
     room = _rows_like(buffer, capacity - n_used)
     return mx.concatenate([buffer[:, :, :n_used], room], axis=2)
 
@@ -421,11 +479,11 @@ class KVCache(_Buffers):
             UsageError: the shapes do not fit each other or what is held.
         """
         start, stop = self.offset, self.offset + self._check(k, v)
-        arrays, buffers = self._storage.encode_both(k, v), self.buffers
+        arrays, buffers = self._storage.encode_both(k, v), self.arrays
         if stop > self.capacity:
             buffers = self._reserved(arrays, start, ceil_step(stop))
         _write(buffers, arrays, start, stop)  # behind what is held
-        self.buffers, self.offset = buffers, stop
+        self.buffers, self.row, self.offset = buffers, None, stop
         held = [buffer[:, :, :stop] for buffer in buffers]
         return self._storage.decode_both(held, *self._rows[2:4])
 
@@ -441,6 +499,11 @@ class KVCache(_Buffers):
         if return_array and N > 1:
             return windowed_mask(N, self.offset, stop)
         return self.mask(N)
+
+    @property
+    def max_rows(self) -> int | None:
+        """None: all tokens are held."""
+        return None
 
     @property
     def first(self) -> int:
@@ -462,9 +525,10 @@ class KVCache(_Buffers):
             UsageError: some of them are not held.
         """
         self._check_range(start, stop, 0)
-        if not self.buffers:
+        arrays = self.arrays
+        if not arrays:
             return Slice(self._nothing(), start, stop)
-        return Slice(tuple(buffer[:, :, start:stop] for buffer in self.buffers), start, stop)
+        return Slice(tuple(array[:, :, start:stop] for array in arrays), start, stop)
 
     def rewind(self, offset: int) -> bool:
         """Forget the tokens from `offset` on; always possible, and the buffers stay.
@@ -481,7 +545,7 @@ class KVCache(_Buffers):
         """Arrays held, to evaluate or save; `[]` when empty."""
         if self.offset == 0:
             return []
-        return [buffer[:, :, : self.offset] for buffer in self.buffers]
+        return [array[:, :, : self.offset] for array in self.arrays]
 
 
 class RotatingKVCache(_Buffers):
@@ -539,18 +603,26 @@ class RotatingKVCache(_Buffers):
         """
         L = self._check(k, v)
         arrays = self._storage.encode_both(k, v)
+        if self.row is not None and self._head and self._n < self.max_size:
+            self._straighten()  # in buffers of its own only a full ring begins behind 0
         if self._n + L <= self.max_size:
             buffers, n, head = self._appended(arrays, L)
         elif L == 1:
             buffers, n, head = self._overwritten(arrays)
         else:
             buffers, n, head = self._concatenated(arrays, L)
-        self.buffers, self._n, self._head, self.offset = buffers, n, head, self.offset + L
+        self.buffers, self.row, self._n, self._head, self.offset = (
+            buffers,
+            None,
+            n,
+            head,
+            self.offset + L,
+        )
         held = [buffer[:, :, :n] for buffer in buffers]
         return self._storage.decode_both(held, *self._rows[2:4])
 
     def _appended(self, arrays: Sequence[mx.array], L: int) -> tuple[list[mx.array], int, int]:
-        start, stop, buffers = self._n, self._n + L, self.buffers
+        start, stop, buffers = self._n, self._n + L, self.arrays
         # Too large where a chunk's surplus was rewound: no longer needed, so given back.
         if stop > self.capacity or self.capacity > self.max_size:
             buffers = self._reserved(arrays, start, min(ceil_step(stop), self.max_size))
@@ -559,7 +631,7 @@ class RotatingKVCache(_Buffers):
 
     def _overwritten(self, arrays: Sequence[mx.array]) -> tuple[list[mx.array], int, int]:
         # New handles on the same memory: until the update is done the old ones show what was held.
-        at, buffers = self._head, [buffer[...] for buffer in self.buffers]
+        at, buffers = self._head, [array[...] for array in self.arrays]
         if self._n > self.max_size or self.capacity > self.max_size:
             # The surplus of a chunk: from here on it is a ring of max_size rows. A view would keep
             # the surplus allocated for as long as the ring lives.
@@ -581,15 +653,14 @@ class RotatingKVCache(_Buffers):
     def _temporal(self, start: int, stop: int) -> tuple[mx.array, ...]:
         """Rows `[start, stop)` counted from the oldest, in temporal order."""
         start, stop = start + self._head, stop + self._head
-        capacity = self.capacity
+        arrays, capacity = self.arrays, self.capacity
         if start >= capacity:
             start, stop = start - capacity, stop - capacity
         if stop <= capacity:
-            return tuple(buffer[:, :, start:stop] for buffer in self.buffers)
+            return tuple(array[:, :, start:stop] for array in arrays)
         stop -= capacity
         return tuple(
-            mx.concatenate([buffer[:, :, start:], buffer[:, :, :stop]], axis=2)
-            for buffer in self.buffers
+            mx.concatenate([array[:, :, start:], array[:, :, :stop]], axis=2) for array in arrays
         )
 
     def mask(self, L: int) -> Mask:
@@ -609,6 +680,24 @@ class RotatingKVCache(_Buffers):
         if return_array and N > 1:
             return windowed_mask(N, min(self._n, self.max_size - 1), window)
         return self.mask(N)
+
+    @property
+    def max_rows(self) -> int | None:
+        """The window."""
+        return self.max_size
+
+    def share(self, row: SharedRow) -> None:
+        n = min(self._n, self.max_size)
+        self.buffers, self.row, self._n = [], row, n
+        self._head = self._ring_head()
+
+    def advance(self) -> None:
+        self.offset, self._n = self.offset + 1, min(self._n + 1, self.max_size)
+        self._head = self._ring_head()
+
+    def _ring_head(self) -> int:
+        """Where the oldest token is if that at position p is at `p % max_size`."""
+        return (self.offset - self._n) % self.max_size
 
     @property
     def first(self) -> int:
@@ -636,7 +725,7 @@ class RotatingKVCache(_Buffers):
         """
         first = self.first
         self._check_range(start, stop, first)
-        if not self.buffers:
+        if not self.arrays:
             return Slice(self._nothing(), start, stop)
         return Slice(self._temporal(start - first, stop - first), start, stop)
 
@@ -656,17 +745,22 @@ class RotatingKVCache(_Buffers):
         first_needed = max(0, offset - (self.max_size - 1))
         if first_needed < offset and first > first_needed:
             return False
-        buffers = list(self._temporal(0, self._n)) if self._head else self.buffers
-        n = max(0, offset - first)
-        self.buffers, self._head, self._n, self.offset = buffers, 0, n, offset
+        if self._head:
+            self._straighten()
+        self._n, self.offset = max(0, offset - first), offset
         return True
+
+    def _straighten(self) -> None:
+        """Have the rows begin at 0, in buffers of its own."""
+        buffers = list(self._temporal(0, self._n))
+        self.buffers, self.row, self._head = buffers, None, 0
 
     @property
     def state(self) -> list[mx.array]:
         """Arrays held, to evaluate or save; `[]` if none. A ring is in its own order."""
         if self._n == 0:
             return []
-        return [buffer[:, :, : self._n] for buffer in self.buffers]
+        return [array[:, :, : self._n] for array in self.arrays]
 
 
 class _HasSpecs(Protocol):

@@ -19,7 +19,7 @@ from typing import cast
 
 import mlx.core as mx
 
-from mlxkv.batch import batch
+from mlxkv.batch import arranged, batch
 from mlxkv.cache import STEP, LayerCache
 from mlxkv.errors import CheckpointError, KVCacheFull, UsageError
 from mlxkv.layers import CausalLM
@@ -248,6 +248,7 @@ class Decoder:
         if self._n_steps % STEP == 0:
             mx.clear_cache()
         tokens = parts[0] if len(parts) == 1 else mx.concatenate(parts)
+        lanes, tokens = self._arranged(lanes, tokens)
         for i, lane in enumerate(lanes):
             if lane.history is not None:
                 token = tokens[i : i + 1].astype(mx.uint32)[None]
@@ -273,6 +274,16 @@ class Decoder:
             self._batch = [], []  # it has other caches now
         return lane.full is None and lane.error is None
 
+    def _arranged(self, lanes: list[_Lane], tokens: mx.array) -> tuple[list[_Lane], mx.array]:
+        """Lanes in the order in which their KV lies, where others have joined or left."""
+        if self._batch[0] == lanes or not self._model.batches:
+            return lanes, tokens
+        room = lanes[0].row.session.has_room
+        order = arranged([lane.row.session.caches for lane in lanes], room, self._model.one_part)
+        if order == sorted(order):
+            return lanes, tokens
+        return [lanes[i] for i in order], tokens[mx.array(order)]
+
     def _logits(self, lanes: list[_Lane], tokens: mx.array) -> mx.array:
         """Logits `[B, V]` after tokens `[B, 1]`."""
         if not self._model.batches and len(lanes) > 1:
@@ -281,7 +292,9 @@ class Decoder:
                 [self._model.last_logits(token, lane.row.session.caches) for lane, token in rows]
             )
         if self._batch[0] != lanes:
-            self._batch = lanes, batch([lane.row.session.caches for lane in lanes])
+            caches = [lane.row.session.caches for lane in lanes]
+            room = lanes[0].row.session.has_room
+            self._batch = lanes, batch(caches, room, self._model.one_part)
         return self._model.last_logits(tokens, self._batch[1])
 
     def _drawn(self, lanes: list[_Lane], logits: mx.array) -> _Flight:

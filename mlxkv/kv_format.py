@@ -85,20 +85,39 @@ Rows = mx.array | QuantizedRows
 
 
 @dataclass(frozen=True, slots=True)
-class Ragged:
-    """Keys or values of several sequences, each of its own length and format.
+class Order:
+    """Which sequence of a batch stands at which row of its parts.
 
     Args:
-        parts: of each sequence, `[1, H, S, D]`.
+        rows: int32 `[R]`, for each row of all parts the sequence; a row that stands empty has any.
+        back: int32 `[B]`, for each sequence its row.
+    """
+
+    rows: mx.array
+    back: mx.array
+
+
+@dataclass(frozen=True, slots=True)
+class Ragged:
+    """Keys or values of several sequences: parts of similar length, each an array of its own.
+
+    Args:
+        parts: `[n, H, S, D]`, n sequences each.
+        masks: for each part bool `[n, 1, 1, S]`, true where the sequence's query sees the row; None
+            where all are seen.
+        order: None where the parts hold the batch's sequences in their order.
     """
 
     parts: tuple[Rows, ...]
+    masks: tuple[mx.array | None, ...]
+    order: Order | None = None
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """`[B, H, S, D]` with the longest S."""
+        """`[R, H, S, D]` with the longest S."""
         _, H, _, D = self.parts[0].shape
-        return len(self.parts), H, max(part.shape[2] for part in self.parts), D
+        n_rows = sum(part.shape[0] for part in self.parts)
+        return n_rows, H, max(part.shape[2] for part in self.parts), D
 
 
 KV = Rows | Ragged
@@ -235,7 +254,8 @@ def dense(rows: Rows) -> mx.array:
 def leading(rows: KV, dim: int) -> KV:
     """The first `dim` values of each row."""
     if isinstance(rows, Ragged):
-        return Ragged(tuple(_leading(part, dim) for part in rows.parts))
+        parts = tuple(_leading(part, dim) for part in rows.parts)
+        return Ragged(parts, rows.masks, rows.order)
     return _leading(rows, dim)
 
 

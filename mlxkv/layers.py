@@ -185,6 +185,11 @@ class CausalLM(nn.Module):
         """Whether `last_logits` takes several sequences of different lengths (`batch.batch`)."""
         return True
 
+    @property
+    def one_part(self) -> bool:
+        """Whether a batch's keys must be one array, the short sequences padded."""
+        return False
+
     def weights_root(self) -> nn.Module:
         """The module whose parameters have the checkpoint's names."""
         return self

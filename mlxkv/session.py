@@ -22,6 +22,7 @@ from mlxkv.page_cutter import Cutter
 from mlxkv.page_links import Link
 from mlxkv.pages import Match, Pages
 from mlxkv.sampling import Sampler
+from mlxkv.slots import growth_bytes, sliceable
 from mlxkv.steps import finished
 
 if TYPE_CHECKING:
@@ -285,7 +286,12 @@ class Session:
         """A token is about to be fed: the caches grow at each step of 256."""
         if self._budget is not None and self.n_held % STEP == 0:
             self._budget.note()
-            self._budget.grant(self, 1, last=True)
+            beside = growth_bytes(sliceable(self.caches), self.n_held + 1)
+            self._budget.grant(self, 1, last=True, beside=beside)
+
+    def has_room(self, n_bytes: int) -> bool:
+        """Whether its caches may be moved, which takes so many bytes."""
+        return self._budget is None or self._budget.has_room(self, n_bytes)
 
     def start_over(self, tokens: list[int], error: BaseException) -> None:
         """MLX could not allocate: nothing is known of the caches, so what is kept is restored.

@@ -17,7 +17,7 @@ import pytest
 from mlx.utils import tree_map
 
 import mlxkv
-from mlxkv.batch import BatchCache, batch
+from mlxkv.batch import batch
 from mlxkv.cache import Cache, KVCache, Positions, make_caches
 from mlxkv.config import RopeConfig
 from mlxkv.errors import UsageError
@@ -144,7 +144,7 @@ def test_a_batch_needs_sequences_of_one_model():
 
 
 def test_a_batch_takes_one_token_of_each_sequence():
-    both = BatchCache([KVCache(), KVCache()])
+    (both,) = batch([[KVCache()], [KVCache()]])
     for shape in ((3, 1, 1, 8), (2, 1, 2, 8)):
         with pytest.raises(UsageError, match="2 sequences"):
             both.update(mx.zeros(shape), mx.zeros(shape))
@@ -154,7 +154,7 @@ def test_a_batch_takes_one_token_of_each_sequence():
 
 def test_the_offset_is_one_number_where_all_have_the_same():
     a, b = KVCache(), KVCache()
-    both = BatchCache([a, b])
+    (both,) = batch([[a], [b]])
     assert both.offset == 0
     a.update(mx.zeros((1, 1, 3, 8)), mx.zeros((1, 1, 3, 8)))
     assert both.offset == Positions((3, 0))

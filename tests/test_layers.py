@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 
 LAYERS = (
     ("errors", "device", "steps", "durable", "time_machine"),
-    ("cache", "kv_types", "kv_format", "batch"),
+    ("cache", "kv_types", "kv_format", "slots", "batch"),
     ("config", "quantization", "weights"),
     ("rope", "linear", "stacking", "moe", "attention", "layers"),
     ("models",),

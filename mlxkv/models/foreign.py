@@ -30,7 +30,7 @@ from mlxkv.cache import (
 )
 from mlxkv.config import MAX_SIZE, Fields, text_config
 from mlxkv.errors import ConfigError, UnsupportedModel, UsageError
-from mlxkv.kv_format import KVFormat, dense
+from mlxkv.kv_format import KVFormat, Ragged, dense
 from mlxkv.layers import CausalLM
 
 
@@ -146,6 +146,8 @@ class PaddedCache:
     """A layer's caches of several sequences as mlx-lm's definitions want them: one array each of
     keys and values, padded at the end, and a mask.
 
+    Sequences that share buffers (`batch(..., one_part=True)`) have that array already.
+
     Attributes:
         masked: whether the definition has asked for the mask, without which the padding is seen.
     """
@@ -162,8 +164,8 @@ class PaddedCache:
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Append a token to each sequence; keys `[B, H, S, k_dim]` of the longest S, and values."""
-        keys_of, values_of = zip(*self._layer.each(keys, values), strict=True)
-        return _padded([dense(k) for k in keys_of]), _padded([dense(v) for v in values_of])
+        k, v = self._layer.update(keys, values)
+        return _padded(k), _padded(v)
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Mask:
         """Which of the padded rows each sequence's next token sees: bool `[B, 1, 1, S]`."""
@@ -179,12 +181,18 @@ class PaddedCache:
         return ((rows < own) & (rows >= own - window))[:, None, None]
 
 
-def _padded(rows: list[mx.array]) -> mx.array:
-    """Rows `[1, H, S, D]` of different S as `[B, H, S, D]`."""
-    longest = max(x.shape[2] for x in rows)
-    return mx.concatenate(
-        [mx.pad(x, [(0, 0), (0, 0), (0, longest - x.shape[2]), (0, 0)]) for x in rows]
-    )
+def _padded(kv: Ragged) -> mx.array:
+    """Rows of all sequences `[B, H, S, D]`, padded to the longest S."""
+    longest = kv.shape[2]
+    rows = [dense(part) for part in kv.parts]
+    padded = [
+        x
+        if x.shape[2] == longest
+        else mx.pad(x, [(0, 0), (0, 0), (0, longest - x.shape[2]), (0, 0)])
+        for x in rows
+    ]
+    out = padded[0] if len(padded) == 1 else mx.concatenate(padded)
+    return out if kv.order is None else mx.take(out, kv.order.back, axis=0)
 
 
 def _merged(caches: Sequence[OpaqueCache]) -> Any:
@@ -253,12 +261,18 @@ class Model(CausalLM):
             self._batches = self._trace_batch()
         return self._batches
 
+    @property
+    def one_part(self) -> bool:
+        """True: a definition calls attention itself, once for all sequences."""
+        return True
+
     def _trace_batch(self) -> bool:
         sequences = [self._blank_caches() for _ in range(2)]
         try:
             for n, caches in enumerate(sequences, start=1):
                 self._run(mx.zeros((1, n), mx.int32), caches)
-            lent = self._lent(batch(sequences))
+            # Nothing is moved: that would compute.
+            lent = self._lent(batch(sequences, lambda n_bytes: False))
             self.inner(mx.zeros((2, 1), mx.int32), cache=lent)
         except Exception:  # foreign code may raise anything at all
             return False
@@ -315,6 +329,11 @@ class Model(CausalLM):
         return self._run(tokens, caches)
 
     def last_logits(self, tokens: mx.array, caches: Sequence[LayerCache] | None = None) -> mx.array:
+        # A definition gives logits of every token it is given: those of a chunk that nobody reads
+        # are never computed, so the last token goes by itself.
+        if tokens.shape[1] > 1 and caches is not None:
+            self._run(tokens[:, :-1], caches)
+            tokens = tokens[:, -1:]
         return self._run(tokens, caches)[:, -1]
 
 
