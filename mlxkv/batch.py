@@ -12,7 +12,7 @@ Invariants:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 
@@ -60,23 +60,52 @@ def arranged(
     return [i for part in parts for i in part.sequences]
 
 
-@dataclass(frozen=True, slots=True)
 class _Access:
     """Where a step writes and reads a part's shared buffers, in layers of one window.
 
     Args:
-        slots: uint32 `[n, 1]`, of its sequences in the batch's order.
-        columns: uint32 `[n, 1]`, the same.
+        slots: of its sequences, in the batch's order.
+        columns: the same.
         n_rows: rows that are read.
         n_columns: columns of them.
         mask: bool `[n_rows, 1, 1, n_columns]`; None where all columns are seen.
     """
 
-    slots: mx.array
-    columns: mx.array
-    n_rows: int
-    n_columns: int
-    mask: mx.array | None
+    def __init__(
+        self,
+        slots: Sequence[int],
+        columns: Sequence[int],
+        n_rows: int,
+        n_columns: int,
+        mask: mx.array | None,
+    ):
+        self.n_rows, self.n_columns, self.mask = n_rows, n_columns, mask
+        self._slots, self._columns = slots, columns
+        self._is_in_order = list(slots) == list(range(n_rows))
+        self._made: dict[Any, Any] = {}
+
+    def columns(self, n_slots: int, shape: tuple[int, ...]) -> mx.array | None:
+        """uint32 `[n, H, 1, D]` if the sequences fill all slots in their order, else None.
+
+        Made once for all layers, as `index` is.
+        """
+        if n_slots != self.n_rows or not self._is_in_order:
+            return None
+        if shape not in self._made:
+            columns = mx.array(list(self._columns), dtype=mx.uint32)[:, None, None, None]
+            self._made[shape] = mx.broadcast_to(columns, shape)
+        return self._made[shape]
+
+    def index(self, n_heads: int) -> tuple[mx.array, mx.array, mx.array]:
+        """Slots, heads and columns, uint32 `[n, H]` each."""
+        if n_heads not in self._made:
+            # On the host: as operations they would be launched in every step.
+            heads = [list(range(n_heads))] * len(self._slots)
+            slots = [[slot] * n_heads for slot in self._slots]
+            columns = [[column] * n_heads for column in self._columns]
+            arrays = [mx.array(x, dtype=mx.uint32) for x in (slots, heads, columns)]
+            self._made[n_heads] = tuple(arrays)
+        return self._made[n_heads]
 
 
 class _Members:
@@ -93,7 +122,6 @@ class _Members:
         self.is_shared = part.is_shared
         self._slots = [slot for _, slot in rows]
         self._n_rows = max(self._slots) + 1
-        self._slot_array = mx.array(self._slots, dtype=mx.uint32)[:, None]
         start, stop = self.sequences[0], self.sequences[-1] + 1
         self._at: slice | mx.array | None = None  # all
         if stop - start != len(rows):
@@ -117,8 +145,7 @@ class _Members:
                 visible[slot] = n
             mask = mx.arange(max(seen))[None] < mx.array(visible)[:, None]
             mask = mask[:, None, None]
-        at = mx.array(columns, dtype=mx.uint32)[:, None]
-        return _Access(self._slot_array, at, self._n_rows, max(seen), mask)
+        return _Access(self._slots, columns, self._n_rows, max(seen), mask)
 
 
 class _Steps:
@@ -135,7 +162,6 @@ class _Steps:
         self._offsets: tuple[int, ...] = ()
         self._position: Offset = 0
         self._accesses: dict[int | None, list[_Access]] = {}
-        self._heads: dict[int, mx.array] = {}
 
     def position(self, offsets: tuple[int, ...]) -> Offset:
         """Position of the next token: one number where all sequences have the same."""
@@ -148,12 +174,6 @@ class _Steps:
         if window not in self._accesses:
             self._accesses[window] = [part.access(offsets, window) for part in self.members]
         return self._accesses[window]
-
-    def heads(self, n: int) -> mx.array:
-        """uint32 `[1, n]`: all of them."""
-        if n not in self._heads:
-            self._heads[n] = mx.array([list(range(n))], dtype=mx.uint32)
-        return self._heads[n]
 
     def _begin(self, offsets: tuple[int, ...]) -> None:
         if offsets != self._offsets:
@@ -187,6 +207,7 @@ class BatchCache:
     def __init__(self, caches: Sequence[Cache], steps: _Steps):
         self.caches = tuple(caches)
         self._steps = steps
+        self._parts = [_LayerPart.of(self.caches, members) for members in steps.members]
 
     @property
     def offset(self) -> Offset:
@@ -213,36 +234,68 @@ class BatchCache:
             Keys and values that each sequence's query sees.
         """
         B, steps, offsets = len(self.caches), self._steps, self._offsets()
-        if k.shape[0] != B or k.shape[2] != 1:
+        B_k, _, L, _ = k.shape
+        if B_k != B or L != 1:
             raise UsageError(f"a batch of {B} sequences takes keys [{B}, H, 1, D]; got {k.shape}")
-        keys: list[Rows] = []
-        values: list[Rows] = []
-        masks: list[mx.array | None] = []
-        for i, part in enumerate(steps.members):
-            cache, mask = self.caches[part.sequences[0]], None
-            if part.is_shared:
-                assert isinstance(cache, KVCache | RotatingKVCache)
-                access = steps.accesses(offsets, cache.max_rows)[i]
-                rows, mask = self._shared(part, access, part.of(k), part.of(v)), access.mask
-            else:
-                rows = cache.update(part.of(k), part.of(v))
-            keys.append(rows[0])
-            values.append(rows[1])
-            masks.append(mask)
-        order = steps.order
-        return Ragged(tuple(keys), tuple(masks), order), Ragged(tuple(values), tuple(masks), order)
+        found = [
+            part.update(members.of(k), members.of(v), steps.accesses(offsets, part.window)[i])
+            for i, (members, part) in enumerate(zip(steps.members, self._parts, strict=True))
+        ]
+        keys, values, masks = zip(*found, strict=True)
+        return Ragged(keys, masks, steps.order), Ragged(values, masks, steps.order)
 
-    def _shared(
-        self, part: _Members, access: _Access, k: mx.array, v: mx.array
-    ) -> tuple[Rows, Rows]:
-        """`update` of the sequences that share buffers, rows in the buffers' order."""
-        caches = sliceable([self.caches[i] for i in part.sequences])
+
+class _LayerPart:
+    """A part of a batch in one layer."""
+
+    window: int | None = None
+
+    @classmethod
+    def of(cls, caches: Sequence[Cache], members: _Members) -> _LayerPart:
+        """Of the caches of all sequences, those of a part."""
+        own = [caches[i] for i in members.sequences]
+        if members.is_shared and (layers := sliceable(own)):
+            return _SharedPart(layers)
+        return _OwnPart(own[0])
+
+    def update(
+        self, k: mx.array, v: mx.array, access: _Access
+    ) -> tuple[Rows, Rows, mx.array | None]:
+        """Append a token to each; keys, values and mask."""
+        raise NotImplementedError
+
+
+class _OwnPart(_LayerPart):
+    """A sequence with buffers of its own."""
+
+    def __init__(self, cache: Cache):
+        self._cache = cache
+
+    def update(
+        self, k: mx.array, v: mx.array, access: _Access
+    ) -> tuple[Rows, Rows, mx.array | None]:
+        return *self._cache.update(k, v), None
+
+
+class _SharedPart(_LayerPart):
+    """Sequences that share buffers; rows come in the buffers' order."""
+
+    def __init__(self, caches: Sequence[KVCache | RotatingKVCache]):
         first = caches[0]
         assert isinstance(first.row, Row)
-        shared, written = first.row.shared, first.encoded(k, v)
-        shared.reserve(first.n_rows(access.n_columns))
-        shared.write(written, access.slots, access.columns, self._steps.heads)
-        for cache in caches:
+        self._caches, self._first, self._row = caches, first, first.row
+        self.window = first.max_rows
+
+    def update(
+        self, k: mx.array, v: mx.array, access: _Access
+    ) -> tuple[Rows, Rows, mx.array | None]:
+        first, shared, n = self._first, self._row.shared, access.n_columns
+        if first.row is not self._row:
+            raise UsageError("the sequences of a batch were changed: make it anew")
+        if n > shared.capacity:
+            shared.reserve(first.n_rows(n))
+        shared.write(first.encoded(k, v), access)
+        for cache in self._caches:
             cache.advance()
-        held = [array[: access.n_rows, :, : access.n_columns] for array in shared.arrays]
-        return first.decoded(held)
+        k_rows, v_rows = first.decoded(shared.read(access.n_rows, n))
+        return k_rows, v_rows, access.mask

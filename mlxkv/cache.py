@@ -19,6 +19,7 @@ without its defects on chunks that wrap: docs/design.md says which.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
@@ -130,10 +131,16 @@ class Positions:
     @property
     def array(self) -> mx.array:
         """int32 `[B]`."""
-        return mx.array(self.of, dtype=mx.int32)
+        return _int32(self.of)
 
     def __add__(self, n: int) -> Positions:
         return Positions(tuple(position + n for position in self.of))
+
+
+@functools.lru_cache(maxsize=8)
+def _int32(numbers: tuple[int, ...]) -> mx.array:
+    """Made once for a step's layers."""
+    return mx.array(numbers, dtype=mx.int32)
 
 
 Offset = int | Positions

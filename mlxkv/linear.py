@@ -42,10 +42,14 @@ class _Divided(nn.Module):
     def _product(self, x: mx.array) -> mx.array:
         parts = self.get("_parts")
         if parts is None:
-            return self._part(x, self._rows(0, None), None)
+            return self._part(x, self._whole(), None)
         return mx.concatenate([self._part(x, part, stream) for stream, part in parts], axis=-1)
 
-    def _rows(self, start: int, stop: int | None) -> _Arrays:
+    def _whole(self) -> _Arrays:
+        """What makes up all output rows, without a view of it: that takes time in every step."""
+        raise NotImplementedError
+
+    def _rows(self, start: int, stop: int) -> _Arrays:
         """Views of what makes up these output rows."""
         raise NotImplementedError
 
@@ -55,7 +59,10 @@ class _Divided(nn.Module):
 
 
 class _Dense(_Divided):
-    def _rows(self, start: int, stop: int | None) -> _Arrays:
+    def _whole(self) -> _Arrays:
+        return [self["weight"].T]
+
+    def _rows(self, start: int, stop: int) -> _Arrays:
         # Transposed here: as an operation of its own it would make another stream wait.
         return [self["weight"][start:stop].T]
 
@@ -70,15 +77,17 @@ class _Packed(_Divided):
     bits: int
     mode: str
 
-    def _rows(self, start: int, stop: int | None) -> _Arrays:
-        arrays = self["weight"], self["scales"], self.get("biases")
-        return [None if array is None else array[start:stop] for array in arrays]
+    def _whole(self) -> _Arrays:
+        return self["weight"], self["scales"], self.get("biases")
+
+    def _rows(self, start: int, stop: int) -> _Arrays:
+        return [None if array is None else array[start:stop] for array in self._whole()]
 
     def _part(self, x: mx.array, arrays: _Arrays, stream: mx.Stream | None) -> mx.array:
         weight, scales, biases = arrays
         assert weight is not None and scales is not None
         kind = {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
-        if x.size // x.shape[-1] < DENSE_ROWS or not _dense_is_faster():
+        if not _dense_is_faster() or x.size // x.shape[-1] < DENSE_ROWS:
             return mx.quantized_matmul(
                 x, weight, scales=scales, biases=biases, transpose=True, stream=stream, **kind
             )

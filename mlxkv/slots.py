@@ -16,6 +16,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import mlx.core as mx
 
@@ -30,6 +31,18 @@ as long as reading so much."""
 Sliceable = KVCache | RotatingKVCache
 Layers = Sequence[Sliceable]
 """The caches of one sequence, of all layers that hold keys and values."""
+
+
+class Places(Protocol):
+    """Where a step writes the tokens of some sequences."""
+
+    def columns(self, n_slots: int, shape: tuple[int, ...]) -> mx.array | None:
+        """uint32 `[n, H, 1, D]` if the sequences fill all slots in their order, else None."""
+        ...
+
+    def index(self, n_heads: int) -> tuple[mx.array, mx.array, mx.array]:
+        """Slots, heads and columns, uint32 `[n, H]` each."""
+        ...
 
 
 class SharedBuffers:
@@ -63,27 +76,32 @@ class SharedBuffers:
         """Bytes of all rows."""
         return sum(array.nbytes for array in self.arrays)
 
-    def write(
-        self,
-        rows: Sequence[mx.array],
-        slots: mx.array,
-        columns: mx.array,
-        heads: Callable[[int], mx.array],
-    ) -> None:
+    def write(self, rows: Sequence[mx.array], places: Places) -> None:
         """Write one token of each of some sequences: one scatter an array.
 
         Args:
             rows: `[n, H, 1, D]`, in the order of `arrays`.
-            slots: `[n, 1]`.
-            columns: `[n, 1]`.
-            heads: number of heads -> `[1, H]`.
+            places: where they go.
         """
         written = []
         for array, x in zip(self.arrays, rows, strict=True):
+            if x.size == 0:  # values of latent attention, which are part of the keys
+                written.append(array)
+                continue
+            columns = places.columns(array.shape[0], x.shape)
+            if columns is not None:  # the same in a third of the host's time
+                written.append(mx.put_along_axis(array, columns, x, axis=2))
+                continue
             array = array[...]  # a handle of its own: an interrupt finds what was there
-            array[slots, heads(x.shape[1]), columns] = x[:, :, 0]
+            array[places.index(array.shape[1])] = x.squeeze(2)
             written.append(array)
         self.arrays = written
+
+    def read(self, n_rows: int, n_columns: int) -> list[mx.array]:
+        """The first rows and columns of each array."""
+        if n_rows == self.n_slots:
+            return [array[:, :, :n_columns] for array in self.arrays]
+        return [array[:n_rows, :, :n_columns] for array in self.arrays]
 
     def reserve(self, capacity: int) -> None:
         """Have room for so many tokens in each row; copies all of them."""
@@ -103,11 +121,9 @@ class SharedBuffers:
         """
         written = []
         for array, x in zip(self.arrays, rows, strict=True):
-            array = array[...]
-            n_missing = self.capacity - x.shape[2]
-            if n_missing:
-                x = mx.pad(x, [(0, 0), (0, 0), (0, n_missing), (0, 0)])
-            array[slot : slot + 1] = x
+            if x.size:
+                array = array[...]
+                array[slot : slot + 1] = _padded(x, self.capacity)
             written.append(array)
         self.arrays = written
 
@@ -203,18 +219,15 @@ class Group:
         for slot, layers in places:
             self._owners[slot] = [weakref.ref(cache) for cache in layers]
 
-    def tidy(self, longest: int) -> None:
-        """Fill gaps from the end, and give back what is not needed.
-
-        Args:
-            longest: tokens of the longest sequence.
-        """
+    def tidy(self) -> None:
+        """Fill gaps from the end, and give back what is not needed."""
         used = self.used()
         while used and used[-1] >= len(used):
             hole = next(slot for slot in range(self.n_slots) if slot not in set(used))
             self._move(used.pop(), hole)
             used = sorted([*used, hole])
         caches = list(self._caches(used[0])) if used else []
+        longest = max((_length(list(self._caches(slot))) for slot in used), default=0)
         n_slots = min(self.n_slots, len(used) + -(-len(used) // SLACK))
         self._owners = self._owners[:n_slots]
         for layer, cache in zip(self.layers, caches, strict=False):
@@ -284,7 +297,8 @@ class _Bucket:
 def _buckets(sequences: Sequence[Layers], one_part: bool) -> list[_Bucket]:
     lengths = [_length(layers) for layers in sequences]
     buckets: list[_Bucket] = []
-    for i in sorted(range(len(sequences)), key=lambda i: lengths[i]):
+    by_length = sorted(range(len(sequences)), key=lambda i: lengths[i])
+    for i in by_length:
         if lengths[i] and (group := _place_of(sequences[i])) is not None:
             known = next((b for b in buckets if b.group is group), None)
             if known is None:
@@ -292,7 +306,7 @@ def _buckets(sequences: Sequence[Layers], one_part: bool) -> list[_Bucket]:
             else:
                 known.members.append(i)
     placed = {i for bucket in buckets for i in bucket.members}
-    loose = [i for i in range(len(sequences)) if lengths[i] and i not in placed]
+    loose = [i for i in by_length if lengths[i] and i not in placed]
     buckets += [_Bucket(None, _form(sequences[i]), [i]) for i in loose]
     # The largest groups first: the others move.
     merged: list[_Bucket] = []
@@ -323,7 +337,7 @@ def _parts(sequences: Sequence[Layers]) -> list[Part]:
     for members in groups.values():
         group = _place_of(sequences[members[0]])
         assert group is not None
-        group.tidy(max(_length(sequences[i]) for i in members))
+        group.tidy()
         order = sorted((_slot(sequences[i]), i) for i in members)
         slots, own = zip(*order, strict=True)
         parts.append(Part(own, slots, True))
@@ -420,7 +434,7 @@ def _aligned(cache: Sliceable) -> list[mx.array]:
     window = cache.max_rows
     first = cache.first if window is None else max(cache.first, cache.offset - window)
     arrays = list(cache.read(first, cache.offset).arrays)
-    if window is None or cache.offset <= window:
+    if window is None or first == 0:
         return arrays
     return [_turned(array, first % window, window) for array in arrays]
 
@@ -428,8 +442,14 @@ def _aligned(cache: Sliceable) -> list[mx.array]:
 def _turned(x: mx.array, at: int, window: int) -> mx.array:
     """Rows `[1, H, n, D]` of a ring of `window`, whose first one lies at column `at`."""
     n = x.shape[2]
-    if n < window:  # one token less than the window: the next one's column
+    if n < window and x.size:  # one token less than the window: the next one's column
         x = mx.pad(x, [(0, 0), (0, 0), (0, window - n), (0, 0)])
     return (
         x if at == 0 else mx.concatenate([x[:, :, window - at :], x[:, :, : window - at]], axis=2)
     )
+
+
+def _padded(x: mx.array, n_columns: int) -> mx.array:
+    """Rows `[1, H, n, D]` with zeros behind them."""
+    n_missing = n_columns - x.shape[2]
+    return mx.pad(x, [(0, 0), (0, 0), (0, n_missing), (0, 0)]) if n_missing else x
