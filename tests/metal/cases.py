@@ -1,0 +1,298 @@
+"""What is counted: steps of every model on either side, and sampling.
+
+A figure has a name, a model and a case: `launches`, `llama-3.1-8b`, `decode bf16`. Import this
+after `hollow.take_gpu_branches`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any, Protocol
+
+import mlx.core as mx
+
+from tests.metal import hollow, shim, theirs
+from tests.metal.count import COPIES, Counts, count
+from tests.metal.proportions import FOREIGN, MODELS, Config
+
+HELD = 2048
+"""Tokens that a sequence holds before the steps that are counted."""
+
+DEEP = 6400
+"""Tokens held where the KV's length must show in a shape: no width of a model is this."""
+
+MIXED = (64,) * 7 + (2048,)
+"""Tokens held by sequences of which one is far longer than the others."""
+
+VOCABULARIES = (49152, 262144)
+
+SAMPLING: Mapping[str, Mapping[str, float]] = {
+    "greedy": {"temperature": 0.0},
+    "temperature 0.7": {"temperature": 0.7},
+    "top-k 40, top-p 0.9, min-p 0.05": {
+        "temperature": 0.8,
+        "top_k": 40,
+        "top_p": 0.9,
+        "min_p": 0.05,
+    },
+    "top-p 0.95": {"temperature": 0.8, "top_p": 0.95},
+}
+
+Figure = tuple[str, str, str, Any]
+"""(figure, model, case, value); the value is a number, or numbers by name."""
+
+
+class Side(Protocol):
+    """mlxkv, or mlx-lm."""
+
+    def model(self, config: Config, dtype: mx.Dtype, quantized: bool) -> Any: ...
+    def caches(self, model: Any, held: int) -> Any: ...
+    def batch(self, model: Any, lengths: Sequence[int]) -> Any: ...
+    def last_logits(self, model: Any, ids: mx.array, caches: Any) -> mx.array: ...
+
+
+class Ours:
+    """mlxkv's models on mlxkv's caches."""
+
+    model = staticmethod(hollow.model)
+
+    def __init__(self) -> None:
+        self._model: Any = None
+        self._prompts: dict[int, Any] = {}
+
+    def caches(self, model: Any, held: int, kv_type: str = "native") -> Any:
+        return hollow.twin(self._prompt(model, held), held, kv_type)
+
+    def batch(self, model: Any, lengths: Sequence[int]) -> Any:
+        sequences = [hollow.twin(self._prompt(model, max(lengths)), n) for n in lengths]
+        return hollow.batch_of(sequences), sequences
+
+    def last_logits(self, model: Any, ids: mx.array, caches: Any) -> mx.array:
+        return model.last_logits(ids, caches[0] if isinstance(caches, tuple) else caches)
+
+    def _prompt(self, model: Any, held: int) -> Any:
+        """Caches that hold a prompt, made once for a model."""
+        if model is not self._model:
+            self._model, self._prompts = model, {}
+        if held not in self._prompts:
+            self._prompts[held] = hollow.prefilled(model, held)
+        return self._prompts[held]
+
+
+class Theirs:
+    """mlx-lm's models on mlx-lm's caches."""
+
+    model = staticmethod(theirs.model)
+    last_logits = staticmethod(theirs.last_logits)
+
+    def caches(self, model: Any, held: int) -> Any:
+        return theirs.prefilled(model, held)
+
+    def batch(self, model: Any, lengths: Sequence[int]) -> Any:
+        return theirs.prefilled(model, max(lengths), len(lengths))
+
+
+def step(side: Side, model: Any, caches: Any, B: int, L: int) -> Counts:
+    """Count a step of L tokens of each of B sequences."""
+    with shim.gpu():
+        logits = side.last_logits(model, hollow.tokens(B, L), caches)
+        return count(shim.graph(logits, *hollow.arrays_in(caches)))
+
+
+def decode_step(side: Side, model: Any, caches: Any, B: int = 1) -> Counts:
+    """Count a step of one token in its steady state: rings and shared buffers are laid out."""
+    for _ in range(2):
+        with shim.gpu():
+            side.last_logits(model, hollow.tokens(B, 1), caches)
+        hollow.settle(caches, model)
+    return step(side, model, caches, B, 1)
+
+
+def of_model(side: Side, name: str) -> Iterator[Figure]:
+    """All figures of a model with a definition of our own."""
+    config = MODELS[name]
+    for dtype, short in ((mx.bfloat16, "bf16"), (mx.float16, "f16")):
+        yield from _of_dense(side, name, side.model(config, dtype, quantized=False), short)
+    model = side.model(config, mx.bfloat16, quantized=True)
+    yield "launches", name, "decode q4", decode_step(side, model, side.caches(model, HELD)).launches
+    chunk = step(side, model, side.caches(model, HELD), 1, 512)
+    yield "launches", name, "chunk 512 q4", chunk.launches
+    yield from _of_chunk(side, name, config, model)
+    yield from _of_batches(side, name, model)
+    if isinstance(side, Ours):
+        yield from _of_packed_kv(side, name, model)
+
+
+def of_mixed_lengths(side: Side, name: str) -> Iterator[Figure]:
+    """Bytes of KV that a step of sequences of mixed lengths reads and copies."""
+    model = side.model(MODELS[name], mx.bfloat16, quantized=True)
+    caches = side.batch(model, MIXED)
+    counts = decode_step(side, model, caches, len(MIXED))
+    case = "7 x 64 and 2,048 q4"
+    if isinstance(side, Ours):
+        yield "kv_bytes_held", name, case, _kv_held(caches[1])
+    yield "kv_bytes_read", name, case, _kv_read(counts)
+    yield "kv_bytes_copied", name, case, _kv_copied(counts)
+
+
+def of_foreign_model(side: Side, name: str) -> Iterator[Figure]:
+    """Figures of a model that runs on mlx-lm's definition."""
+    config = FOREIGN[name]
+    model = side.model(config, mx.bfloat16, quantized=True)
+    yield "launches", name, "decode q4", decode_step(side, model, side.caches(model, HELD)).launches
+    yield from _of_chunk(side, name, config, model)
+    counts = decode_step(side, model, side.batch(model, [HELD - 7 * i for i in range(4)]), 4)
+    yield "launches", name, "batch 4 q4", counts.launches
+    yield "kv_bytes_copied", name, "batch 4 q4", _kv_copied(counts)
+
+
+def _of_dense(side: Side, name: str, model: Any, dtype: str) -> Iterator[Figure]:
+    decode = decode_step(side, model, side.caches(model, HELD))
+    yield "launches", name, f"decode {dtype}", decode.launches
+    if isinstance(side, Ours):
+        yield "float32", name, f"decode {dtype}", decode.float32()
+        chunk = step(side, model, side.caches(model, HELD), 1, 512)
+        yield "float32", name, f"chunk 512 {dtype}", chunk.float32()
+
+
+def _of_chunk(side: Side, name: str, config: Config, model: Any) -> Iterator[Figure]:
+    chunk = step(side, model, side.caches(model, HELD), 1, 2048)
+    yield "launches", name, "chunk 2048 q4", chunk.launches
+    yield "hidden_bytes", name, "chunk 2048 q4", chunk.hidden_bytes.total()
+    if isinstance(side, Ours):
+        yield "logits_rows", name, "chunk 2048 q4", chunk.rows_of(config["vocab_size"])
+
+
+def _of_batches(side: Side, name: str, model: Any) -> Iterator[Figure]:
+    # Lengths that differ a little are those of sequences that are answered together.
+    near = {f"batch {B}": [HELD - 7 * i for i in range(B)] for B in (4, 16)}
+    for case, lengths in (near | {"batch 4 of equal lengths": [HELD] * 4}).items():
+        try:
+            counts = decode_step(side, model, side.batch(model, lengths), len(lengths))
+        except ValueError:
+            if isinstance(side, Ours):
+                raise
+            continue  # mlx-lm's Gemma 2 masks no 16 sequences
+        yield "launches", name, f"{case} q4", counts.launches
+        yield "hidden_bytes", name, f"{case} q4", counts.hidden_bytes.total()
+
+
+def _of_packed_kv(side: Ours, name: str, model: Any) -> Iterator[Figure]:
+    for kv_type in ("native", "q8"):
+        caches = side.caches(model, DEEP, kv_type)
+        decode = decode_step(side, model, caches)
+        chunk = step(side, model, side.caches(model, DEEP, kv_type), 1, 2048)
+        for case, counts in (("decode", decode), ("chunk 2048", chunk)):
+            case = f"{kv_type} KV, {case} behind {DEEP:,} q4"
+            yield "launches", name, case, counts.launches
+            if kv_type != "native":
+                yield "kv_length_float32", name, case, len(_of_kv_length(counts, "float32"))
+                yield "kv_length_casts", name, case, len(_of_kv_length(counts, "AsType"))
+
+
+def _of_kv_length(counts: Counts, what: str) -> list[str]:
+    """Operations that make an array as long as the KV: those of a name, or of a dtype."""
+    return [
+        op.name
+        for op in counts.ops
+        if not op.moves_nothing
+        and what in (op.name, op.out.dtype)
+        and any(DEEP <= n <= DEEP + 2048 and n % 2048 for n in op.out.shape)
+    ]
+
+
+def _kv_held(sequences: Sequence[Sequence[Any]]) -> int:
+    """Bytes of the KV of the tokens that native caches of 16 bits hold."""
+    return sum(
+        cache.offset * spec.n_kv_heads * (spec.k_dim + spec.v_dim) * 2
+        for caches in sequences
+        for cache in caches
+        if (spec := cache.spec) is not None
+    )
+
+
+def _kv_read(counts: Counts) -> int:
+    """Bytes of keys and values that attention reads. Weights have no more than three axes."""
+    products = ("Matmul", "QuantizedMatmul")
+    return sum(
+        x.nbytes
+        for op in counts.ops
+        for x in (
+            op.inputs[1:3]
+            if op.name == "ScaledDotProductAttention"
+            else op.inputs[1:]
+            if op.name in products and len(op.inputs[1].shape) >= 4
+            else ()
+        )
+    )
+
+
+def _kv_copied(counts: Counts) -> int:
+    """Bytes of many tokens' KV that a step writes to another place."""
+    written = [op.out for op in counts.ops if op.name in COPIES] + counts.copied
+    return sum(x.nbytes for x in written if len(x.shape) >= 4 and x.shape[-2] >= min(MIXED))
+
+
+def of_sampling(side: Side, V: int) -> Iterator[Figure]:
+    """Launches between logits `[B, V]` and tokens, the check for broken logits included."""
+    for case, settings in SAMPLING.items():
+        if isinstance(side, Ours):
+            yield "launches", f"sampling of {V:,}", case, _drawn(_decoded, settings, V, 1)
+            yield "launches", f"sampling of {V:,}", f"{case}, 4 rows", _drawn(_rows, settings, V, 4)
+            continue
+        with shim.gpu():
+            named = {k.replace("temperature", "temp"): v for k, v in settings.items()}
+            counts = count(shim.graph(*theirs.sampled(hollow.hollow((1, V), mx.bfloat16), **named)))
+        yield "launches", f"sampling of {V:,}", case, counts.launches
+
+
+class _Evaluated(Exception):
+    """What a decoder would evaluate next; raised in place of that."""
+
+    def __init__(self, *arrays: mx.array):
+        self.arrays = arrays
+
+
+def _drawn(draw: Callable[[Any, mx.array], object], settings: Any, V: int, B: int) -> int:
+    """Launches of what a decoder evaluates to choose from logits."""
+    from mlxkv.sampling_params import SamplingParams
+
+    off = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "repeat_penalty": 1.0, "seed": 1}
+    params = SamplingParams(**{**off, **settings})
+    logits = hollow.hollow((B, V), mx.bfloat16)
+
+    def evaluate(*arrays: mx.array) -> None:
+        raise _Evaluated(*arrays)
+
+    with shim.gpu():
+        mx.async_eval = evaluate
+        try:
+            draw(params, logits)
+        except _Evaluated as evaluated:
+            return count(shim.graph(*evaluated.arrays)).launches
+    raise AssertionError("nothing was evaluated")
+
+
+def _decoded(params: Any, logits: mx.array) -> None:
+    """The first token of one sequence."""
+    from mlxkv.generate import decode
+    from mlxkv.sampling import Sampler
+
+    model: Any = None
+    next(decode(model, [], logits, Sampler(params, logits.shape[1])))
+
+
+def _rows(params: Any, logits: mx.array) -> None:
+    """A token for each row of a batch with equal settings."""
+    from mlxkv.decoder import Decoder, Row
+    from mlxkv.sampling import Sampler
+
+    model: Any = SimpleNamespace(batches=True)
+    decoder = Decoder(model)
+    evaluate, mx.async_eval = mx.async_eval, lambda *arrays: None
+    for row in mx.split(logits, logits.shape[0]):
+        session: Any = SimpleNamespace(model=model, tokens=[1])
+        decoder.add(Row(session, row, Sampler(params, logits.shape[1])))
+    mx.async_eval = evaluate
+    decoder._drawn(decoder._lanes, logits)
