@@ -213,8 +213,9 @@ class _Counter:
 
     def _norm(self, op: Op) -> None:
         x, strides = op.inputs[0], self.strides(op.inputs[0])
-        rows_follow = len(strides) < 2 or x.shape[-2] == 1 or strides[-2] in (0, x.shape[-1])
-        if strides[-1] == 1 and rows_follow and _has_no_gaps(x.shape, strides):
+        D, inner = x.shape[-1], strides[-1]
+        rows_follow = x.shape[-2:-1] in ((), (1,)) or strides[-2] in (0, D)
+        if inner == 1 and rows_follow and _has_no_gaps(x.shape, strides):
             self._strides[op.out.id] = strides
         else:
             self._hide("norm of a strided array", x)

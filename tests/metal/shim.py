@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import importlib.metadata
 import json
 import os
 import platform
@@ -54,14 +55,16 @@ def why_not() -> str | None:
         return f"the shim patches Linux x86_64 code; this is {sys.platform} {platform.machine()}"
     if missing := [tool for tool in ("g++", "nm") if shutil.which(tool) is None]:
         return f"{' and '.join(missing)} not installed"
-    version = mx.__version__
-    if version != DECODED_FROM:
-        return (
-            f"the shim's attention table was decoded from MLX {DECODED_FROM}, and this is {version}"
-        )
+    if version() != DECODED_FROM:
+        return f"the attention table is decoded from MLX {DECODED_FROM}; this is MLX {version()}"
     if absent := _REPLACED.keys() - _addresses().keys():
         return f"libmlx has no function {sorted(absent)[0]}"
     return None
+
+
+def version() -> str:
+    """Of the installed MLX."""
+    return importlib.metadata.version("mlx")
 
 
 def _library() -> Path:
@@ -89,7 +92,7 @@ def _addresses() -> dict[str, int]:
 
 def build(folder: Path) -> Path:
     """The compiled shim in a folder; compiles it (3 s) unless it is there."""
-    key = hashlib.sha256(SOURCE.read_bytes() + mx.__version__.encode()).hexdigest()[:16]
+    key = hashlib.sha256(SOURCE.read_bytes() + version().encode()).hexdigest()[:16]
     target = folder / f"shim-{key}.so"
     if target.exists():
         return target

@@ -65,7 +65,7 @@ def prefilled(model: Any, n_tokens: int, batch: int | None = None) -> list[Any]:
     for start in range(0, n_tokens, CHUNK):
         with shim.gpu():
             model(tokens(batch or 1, min(CHUNK, n_tokens - start)), cache=caches)
-        settle(caches)
+        settle(caches, model)
     return caches
 
 
