@@ -95,9 +95,10 @@ def test_decode_launches_at_most_nine_tenths_of_mlx_lm(now, model, dtype):
     assert ratio(now, "launches", model, f"decode {dtype}") <= 0.9
 
 
+@pytest.mark.parametrize("case", ["batch 4 q4", "batch 4 of equal lengths q4"])
 @each_model
-def test_a_batch_of_4_launches_no_more_than_mlx_lm(now, model):
-    assert ratio(now, "launches", model, "batch 4 q4") <= 1.0
+def test_a_batch_of_4_launches_no_more_than_mlx_lm(now, model, case):
+    assert ratio(now, "launches", model, case) <= 1.0
 
 
 @each_model
@@ -107,12 +108,6 @@ def test_a_batch_of_16_launches_at_most_a_tenth_more_than_mlx_lm(now, model):
     case = "batch 16 q4" if ("launches", model, "batch 16 q4") in theirs else "batch 4 q4"
     limit = 1.1 * number(theirs, "launches", model, case)
     assert number(now, "launches", model, "batch 16 q4") <= limit
-
-
-@each_model
-def test_a_batch_of_equal_lengths_launches_no_more_than_one_of_near_lengths(now, model):
-    equal = number(now, "launches", model, "batch 4 of equal lengths q4")
-    assert equal <= number(now, "launches", model, "batch 4 q4")
 
 
 def test_a_long_sequence_makes_short_ones_read_a_quarter_more_kv_at_most(now):
