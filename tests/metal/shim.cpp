@@ -74,6 +74,7 @@ bool has_fused_kernel(const Attention& a) {
       (a.q_dim == a.v_dim && is_one_of(a.q_dim, {64, 96, 128, 192, 256, 512}));
   if (!known || a.L > a.S || a.L * a.group > 32)
     return false;
+  // 1,024 is the default of MLX_SDPA_D512_MIN_KL.
   return a.q_dim != 512 || (a.L == 1 && a.group == 8 && !a.array_mask && a.S >= 1024);
 }
 

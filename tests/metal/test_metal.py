@@ -7,6 +7,7 @@ mlx-lm's count of the same, which goldens.json keeps, so mlx-lm need not be inst
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
 
@@ -27,12 +28,9 @@ Counted = Mapping[Key, Value]
 
 
 @pytest.fixture(scope="module")
-def now(pytestconfig: pytest.Config) -> Counted:
+def now(shim_folder: Path) -> Counted:
     """What mlxkv is counted at today."""
-    if reason := shim.why_not():
-        pytest.skip(reason)
-    assert pytestconfig.cache is not None
-    return goldens.measured(OURS, pytestconfig.cache.mkdir("metal"))
+    return goldens.measured(OURS, shim_folder)
 
 
 @pytest.fixture(scope="module")

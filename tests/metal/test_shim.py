@@ -60,12 +60,9 @@ json.dump(names, sys.stdout)
 
 
 @pytest.fixture(scope="module")
-def built(pytestconfig) -> list[list[str]]:
+def built(shim_folder) -> list[list[str]]:
     """Operations of each attention, of a norm, and of what was evaluated."""
-    if reason := shim.why_not():
-        pytest.skip(reason)
-    folder = pytestconfig.cache.mkdir("metal")
-    command = [sys.executable, "-c", BUILD, str(folder), json.dumps(list(ATTENTION))]
+    command = [sys.executable, "-c", BUILD, str(shim_folder), json.dumps(list(ATTENTION))]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
