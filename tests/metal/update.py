@@ -1,7 +1,7 @@
 """Count everything again and rewrite goldens.json: `python -m tests.metal.update`.
 
-Prints what got better or worse, and how long building the graph of a batch's step takes. mlx-lm's
-counts are made again where it is installed, and kept where it is not.
+Prints what got better or worse, launches a layer, and how long building the graph of a batch's
+step takes. mlx-lm's counts are made again where it is installed, and kept where it is not.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 
 from tests.metal import goldens, shim
 from tests.metal.goldens import OURS, THEIRS, Goldens
+from tests.metal.proportions import FOREIGN, MODELS
 from tests.metal.theirs import installed
 
 ROOT = Path(__file__).parents[2]
@@ -34,6 +35,7 @@ def main() -> int:
     goldens.write(after)
     for side in (OURS, THEIRS):
         report(side, before, after)
+    print_launches(after)
     if not options.no_timing and installed():
         command = [sys.executable, "-m", "tests.metal.timing", str(options.cache)]
         subprocess.run(command, cwd=ROOT, check=True)
@@ -58,6 +60,21 @@ def report(side: str, before: Goldens, after: Goldens) -> None:
         for key in sorted(was.keys() | now.keys()):
             for change in changes(now.get(key), was.get(key)):
                 print(f"{side}  {word}  {' | '.join(key)}  {change}")
+
+
+def print_launches(counted: Goldens) -> None:
+    """Print launches a layer of mlxkv / mlx-lm."""
+    cases = ("decode q4", "chunk 2048 q4", "batch 4 q4", "batch 16 q4")
+    print(f"{'launches a layer':16}" + "".join(f"{case:>16}" for case in cases))
+    for name, config in {**MODELS, **FOREIGN}.items():
+        cells = []
+        for case in cases:
+            counts = [counted.sides[side].get(("launches", name, case)) for side in (OURS, THEIRS)]
+            layers = config["num_hidden_layers"]
+            cells.append(
+                " / ".join(f"{n / layers:.1f}" if isinstance(n, int) else "-" for n in counts)
+            )
+        print(f"{name:16}" + "".join(f"{cell:>16}" for cell in cells))
 
 
 if __name__ == "__main__":
