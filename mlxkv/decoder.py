@@ -13,6 +13,7 @@ Invariants:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import cast
@@ -24,7 +25,8 @@ from mlxkv.cache import STEP, LayerCache
 from mlxkv.errors import CheckpointError, KVCacheFull, UsageError
 from mlxkv.layers import CausalLM
 from mlxkv.memory import is_allocation_failure
-from mlxkv.sampling import Sampler, is_broken, log_probabilities
+from mlxkv.sampling import Sampler
+from mlxkv.sampling_math import log_normalizer, log_probabilities, soundness
 from mlxkv.session import Session
 
 Allowed = Callable[[Sequence[int]], mx.array | None]
@@ -113,7 +115,7 @@ class _Flight:
         logits: `[B, V]`.
         tokens: `[B]`; None until the masked rows' are chosen.
         chosen: each row's `[1]` where they are not chosen together; None for a masked row.
-        flags: bool `[B]`, whether the logits are broken.
+        soundness: `[B]`, finite where the logits are sound.
         stuck: for masked rows, bool `[1]`: nothing is allowed.
         logprobs: for rows that ask: of the token `[1]`, of the likeliest, and those `[1, n]`.
     """
@@ -122,14 +124,14 @@ class _Flight:
     logits: mx.array
     tokens: mx.array | None
     chosen: list[mx.array | None]
-    flags: mx.array
+    soundness: mx.array
     stuck: dict[int, mx.array] = field(default_factory=dict)
     logprobs: dict[int, tuple[mx.array, mx.array, mx.array]] = field(default_factory=dict)
 
     @property
     def arrays(self) -> list[mx.array]:
         """What to compute."""
-        found = [self.logits, self.flags, *self.stuck.values()]
+        found = [self.logits, self.soundness, *self.stuck.values()]
         found += [x for x in (self.tokens, *self.chosen) if x is not None]
         return found + [x for three in self.logprobs.values() for x in three]
 
@@ -299,7 +301,7 @@ class Decoder:
 
     def _drawn(self, lanes: list[_Lane], logits: mx.array) -> _Flight:
         """Choose a token for each row that has no mask, its computation under way."""
-        flight = _Flight(lanes, logits, None, [], is_broken(logits))
+        flight = _Flight(lanes, logits, None, [], soundness(logits))
         plain = [lane.row.sampler.takes_likeliest and lane.row.allowed is None for lane in lanes]
         best = mx.argmax(logits, axis=-1) if any(plain) else None
         if all(plain):
@@ -352,11 +354,12 @@ class Decoder:
     def _tell(flight: _Flight, i: int, token: mx.array) -> None:
         """Log-probabilities of a row's token and of the likeliest."""
         n = flight.lanes[i].row.n_logprobs
-        logprobs = log_probabilities(flight.logits[i : i + 1])
-        n = min(n or 0, logprobs.shape[1])
-        top = mx.argpartition(-logprobs, kth=max(n - 1, 0), axis=-1)[:, :n]
-        own = mx.take_along_axis(logprobs, token[:, None].astype(mx.uint32), axis=-1)[0]
-        flight.logprobs[i] = own, mx.take_along_axis(logprobs, top, axis=-1), top
+        logits = flight.logits[i : i + 1]
+        n = min(n or 0, logits.shape[1])
+        top = mx.argpartition(-logits, kth=max(n - 1, 0), axis=-1)[:, :n]
+        total = log_normalizer(logits)
+        own = log_probabilities(logits, token[:, None].astype(mx.uint32), total)[0]
+        flight.logprobs[i] = own, log_probabilities(logits, top, total), top
 
     def _full(self) -> list[Drawn]:
         """Rows that cannot be fed, for lack of memory above all; their tokens are given out."""
@@ -368,12 +371,13 @@ class Decoder:
     def _given(self, flight: _Flight, ready: bool = False) -> list[Drawn]:
         """Wait for a flight and give its tokens out."""
         tokens = self._chosen(flight)
-        values, flags = cast(list[int], tokens.tolist()), cast(list[bool], flight.flags.tolist())
+        values = cast(list[int], tokens.tolist())
+        sound = [math.isfinite(x) for x in cast(list[float], flight.soundness.tolist())]
         found = []
         for i, lane in enumerate(flight.lanes):
             if lane.gone:
                 continue
-            error = lane.error or _error_of(flags[i], flight.stuck.get(i))
+            error = lane.error or _error_of(sound[i], flight.stuck.get(i))
             if error is not None:
                 self._leave(lane)
                 found.append(Drawn(lane.row, None, error))
@@ -393,8 +397,8 @@ def _last_n(sampler: Sampler) -> int:
     return int(sampler.params.repeat_last_n or 0)
 
 
-def _error_of(broken: bool, stuck: mx.array | None) -> Exception | None:
-    if broken:
+def _error_of(sound: bool, stuck: mx.array | None) -> Exception | None:
+    if not sound:
         return CheckpointError(
             "the model's logits are not numbers: its weights are damaged, or overflow in this "
             "dtype (try --dtype float32)"

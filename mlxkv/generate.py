@@ -5,6 +5,7 @@ Invariant: one decode step is in flight: while the caller looks at a token, the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import cast
 
@@ -14,7 +15,8 @@ from mlxkv import device
 from mlxkv.cache import STEP, Cache
 from mlxkv.errors import CheckpointError, KVCacheFull, UsageError
 from mlxkv.layers import CausalLM
-from mlxkv.sampling import Sampler, is_broken
+from mlxkv.sampling import Sampler
+from mlxkv.sampling_math import soundness
 from mlxkv.steps import finished
 
 CPU_CHUNK = 256
@@ -146,7 +148,7 @@ def decode(
 
 
 class _Steps:
-    """Decode steps as lazy (token `[1]`, whether its logits are broken `[1]`)."""
+    """Decode steps as lazy (token `[1]`, soundness of its logits `[1]`)."""
 
     def __init__(
         self,
@@ -164,7 +166,7 @@ class _Steps:
 
     def choose(self, logits: mx.array) -> tuple[mx.array, mx.array]:
         """A token from logits `[1, V]`, its computation under way."""
-        step = self._sampler(logits, self._history), is_broken(logits)
+        step = self._sampler(logits, self._history), soundness(logits)
         mx.async_eval(*step)
         return step
 
@@ -179,8 +181,8 @@ class _Steps:
 
 
 def _token_of(step: tuple[mx.array, mx.array]) -> int:
-    token, broken = step
-    if broken.item():
+    token, sound = step
+    if not math.isfinite(cast(float, sound.item())):
         raise CheckpointError(
             "the model's logits are not numbers: its weights are damaged, or overflow in this "
             "dtype (try --dtype float32)"

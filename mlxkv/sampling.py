@@ -14,21 +14,40 @@ from __future__ import annotations
 import math
 import random
 import secrets
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping, Sequence
+from typing import NamedTuple
 
 import mlx.core as mx
+import numpy as np
 
+from mlxkv import device
 from mlxkv.errors import UsageError
+from mlxkv.sampling_math import (
+    at_least,
+    biased,
+    draw,
+    likely,
+    masked,
+    nucleus_floor,
+    padded,
+    penalized,
+    row_sums,
+    rows_of,
+    weigh,
+)
 from mlxkv.sampling_params import DEFAULTS, SamplingParams
 
-__all__ = ["DEFAULTS", "Sampler", "SamplingParams", "is_broken", "log_probabilities"]
+__all__ = [
+    "DEFAULTS",
+    "RowChoice",
+    "Sampler",
+    "SamplingParams",
+    "choose",
+]
 
 # Below this the likeliest token's lead is divided by so little that float32 only overflows:
 # the result is the greedy one.
 _GREEDY_BELOW = 1e-5
-# Longer sums are taken over rows of this length first: MLX's CPU backend adds one value after the
-# other, and a float32 sum over 262,144 probabilities is off by up to 4e-4 then (by rows: 2e-6).
-_ROW = 512
 
 
 class Sampler:
@@ -43,6 +62,7 @@ class Sampler:
 
     Attributes:
         n_chosen: tokens that were chosen so far.
+        rule: samplers of equal rules choose in the same way, but for their random numbers.
 
     Raises:
         UsageError: a token id of `logit_bias` past the vocabulary.
@@ -57,6 +77,12 @@ class Sampler:
         self._random = random.Random(self.seed)
         self.n_chosen = 0
         self._bias = _bias_arrays(p.logit_bias, n_vocab)
+        self.rule = self._rule()
+        # Arrays: a fused kernel takes them as inputs, and would be compiled anew for each number.
+        self._temperature, self._top_p = mx.array(_real(p.temperature)), mx.array(_real(p.top_p))
+        self._log_min_p = mx.array(math.log(_real(p.min_p) or 1))
+        self._last = mx.array(self.top_k - 1, mx.uint32)
+        self._penalty = mx.array(_real(p.repeat_penalty))
 
     @property
     def needs_recent(self) -> bool:
@@ -79,12 +105,7 @@ class Sampler:
             [B] uint32 token ids.
         """
         self.n_chosen += 1
-        logits = self._adjusted(logits, recent)
-        if self.greedy:
-            return mx.argmax(logits, axis=-1)
-        values, ids, keep = self._filtered(logits.astype(mx.float32))
-        choice = self._draw(_weights(values, keep, _real(self.params.temperature)))
-        return choice if ids is None else mx.take_along_axis(ids, choice[:, None], axis=-1)[:, 0]
+        return self._choose(logits, recent, [self] * logits.shape[0])
 
     def rewind(self, n_chosen: int) -> None:
         """Go back to where so many tokens of one row had been chosen."""
@@ -99,144 +120,124 @@ class Sampler:
         if self.greedy:
             best = mx.argmax(logits, axis=-1, keepdims=True)
             return (mx.arange(self.n_vocab) == best).astype(mx.float32)
-        values, ids, keep = self._filtered(logits.astype(mx.float32))
-        weights = _weights(values, keep, _real(self.params.temperature))
-        weights = weights / _sum(weights)
+        weights, ids = self._weighted(logits)
+        weights = (weights / row_sums(weights))[:, : self.top_k]
         if ids is None:
             return weights
         return mx.put_along_axis(mx.zeros(logits.shape), ids, weights, axis=-1)
 
+    def _choose(
+        self, logits: mx.array, recent: mx.array | None, draws: Sequence[Sampler]
+    ) -> mx.array:
+        """Tokens [B]; each row's random numbers are drawn from one of `draws`, in order."""
+        logits = self._adjusted(logits, recent)
+        if self.greedy:
+            return mx.argmax(logits, axis=-1)
+        # 24 bits: every one is a float32 below 1.
+        u = [[one._random.getrandbits(24) * 2.0**-24 for _ in range(2)] for one in draws]
+        weights, ids = self._weighted(logits)
+        choice = draw(weights, mx.array(u), self._last)
+        return choice if ids is None else mx.take_along_axis(ids, choice[:, None], axis=-1)[:, 0]
+
+    def _rule(self) -> Hashable:
+        p = self.params
+        adjusted = (
+            tuple(sorted((p.logit_bias or {}).items())),
+            (p.repeat_penalty, p.repeat_last_n) if self.needs_recent else None,
+        )
+        if self.greedy:
+            return self.n_vocab, adjusted
+        return self.n_vocab, adjusted, p.temperature, self.top_k, p.top_p, p.min_p
+
     def _adjusted(self, logits: mx.array, recent: mx.array | None) -> mx.array:
         """Logits [B, V] after the bias and the repeat penalty."""
-        assert logits.ndim == 2 and logits.shape[-1] == self.n_vocab, logits.shape
+        B, V = logits.shape
+        assert self.n_vocab == V, logits.shape
         if self._bias is not None:
             ids, values = self._bias
-            logits = logits.astype(mx.float32).at[:, ids].add(values)
+            ids = mx.broadcast_to(ids, (B, ids.shape[-1]))
+            shifted = biased(mx.take_along_axis(logits, ids, axis=-1), values)
+            logits = mx.put_along_axis(logits.astype(mx.float32), ids, shifted, axis=-1)
         if not self.needs_recent or recent is None or recent.size == 0:
             return logits
         recent = recent[..., -int(self.params.repeat_last_n or 0) :]
-        recent = mx.broadcast_to(recent, (logits.shape[0], recent.shape[-1]))
-        penalty = _real(self.params.repeat_penalty)
-        logits = logits.astype(mx.float32)
-        seen = mx.take_along_axis(logits, recent, axis=-1)
+        recent = mx.broadcast_to(recent, (B, recent.shape[-1]))
         # A token that occurs twice is written twice with the same value: penalized once.
-        seen = mx.where(seen > 0, seen / penalty, seen * penalty)
-        return mx.put_along_axis(logits, recent, seen, axis=-1)
+        seen = penalized(mx.take_along_axis(logits, recent, axis=-1), self._penalty)
+        return mx.put_along_axis(logits.astype(mx.float32), recent, seen, axis=-1)
 
-    def _filtered(self, logits: mx.array) -> tuple[mx.array, mx.array | None, mx.array | None]:
-        """Top-k, top-p and min-p.
+    def _weighted(self, logits: mx.array) -> tuple[mx.array, mx.array | None]:
+        """Temperature behind top-k, top-p and min-p.
 
         Returns:
-            values [B, n], their token ids [B, n] (None: n is V, in order), and a mask [B, n] of
-            what is kept (None: all).
+            Unnormalized probabilities [B, n] of the first `top_k` tokens, padded with zeros to
+            whole rows if there are more than one; and those tokens' ids (None: all, in order).
         """
-        top_p, min_p = _real(self.params.top_p), _real(self.params.min_p)
-        values, ids, keep = logits, None, None
+        if device.on_cpu():
+            # Its kernels of 16 bits are slower than this; a GPU's fused ones convert as they read.
+            logits = logits.astype(mx.float32)
+        values, ids = logits, None
         if self.top_k < self.n_vocab:
             start = self.n_vocab - self.top_k
             # In order: a partition's hangs on the last bits of the logits, and with it the draw.
             ids = mx.sort(mx.argpartition(logits, kth=start, axis=-1)[:, start:], axis=-1)
             values = mx.take_along_axis(logits, ids, axis=-1)
-        if top_p < 1:
-            weights = _weights(values, None, 1.0)
-            keep = weights >= _nucleus_floor(weights, top_p * _sum(weights))
-        if min_p > 0:
-            likely = values >= values.max(axis=-1, keepdims=True) + math.log(min_p)
-            keep = likely if keep is None else keep & likely
-        return values, ids, keep
-
-    def _draw(self, weights: mx.array) -> mx.array:
-        """Indices [B] drawn in proportion to weights [B, n], by inverting the running sum."""
-        B, n = weights.shape
-        # 24 bits: every one is a float32 below 1.
-        u = mx.array(
-            [[self._random.getrandbits(24) * 2.0**-24 for _ in range(2)] for _ in range(B)]
-        )
-        if n <= _ROW:
-            return _invert(weights, u[:, :1])
-        rows = _rows(weights)
-        row = _invert(rows.sum(axis=-1), u[:, :1])
-        inside = mx.take_along_axis(rows, row[:, None, None], axis=1)[:, 0]
-        return row * _ROW + _invert(inside, u[:, 1:])
+        values = padded(values, -mx.inf)
+        largest = values.max(axis=-1, keepdims=True)
+        weights = weigh(values, largest, self._temperature)
+        if _real(self.params.top_p) < 1:
+            at_one = weights
+            if self.params.temperature != 1:
+                at_one = weigh(values, largest, mx.array(1.0))
+            weights = at_least(weights, at_one, nucleus_floor(at_one, self._top_p))
+        if _real(self.params.min_p) > 0:
+            weights = likely(weights, values, largest, self._log_min_p)
+        return weights, ids
 
 
-def is_broken(logits: mx.array) -> mx.array:
-    """Whether rows of logits [..., V] hold a NaN or +inf, or nothing but -inf: bool [...], lazy.
+class RowChoice(NamedTuple):
+    """What chooses a row's token.
 
-    Damaged or overflowing weights show here; a sampler would go on with arbitrary tokens.
+    Args:
+        sampler: the row's own.
+        recent: [1, N] tokens before this one, as `Sampler` takes them; None for none.
+        mask: bool [V], what may come at all; None for anything.
     """
-    logits = logits.astype(mx.float32)
-    # A maximum may pass a NaN over, depending on the device; a sum cannot.
-    return mx.isnan(logits.sum(axis=-1)) | ~mx.isfinite(logits.max(axis=-1))
+
+    sampler: Sampler
+    recent: mx.array | None = None
+    mask: np.ndarray | None = None
 
 
-def log_probabilities(logits: mx.array) -> mx.array:
-    """The model's own log-probabilities [B, V] of logits [B, V], in float32.
+def choose(logits: mx.array, rows: Mapping[int, RowChoice]) -> list[tuple[list[int], mx.array]]:
+    """Choose a token for some rows of logits [B, V], rows of one rule in one call. Lazy.
 
-    They are those before anything that a Sampler does.
+    A row gets the token that its sampler gives it alone, and takes as many random numbers.
+
+    Returns:
+        Rows, and their tokens `[n]` in the same order; each row once.
     """
-    logits = logits.astype(mx.float32)
-    logits = logits - logits.max(axis=-1, keepdims=True)
-    return logits - mx.log(_sum(mx.exp(logits)))
-
-
-def _nucleus_floor(weights: mx.array, target: mx.array) -> mx.array:
-    """The smallest weight in the nucleus of weights [B, n]: [B, 1].
-
-    The nucleus is the smallest set of largest weights that sums to target [B, 1] or more. It is
-    found by a quickselect by mass whose shapes are fixed, so that it needs no evaluation: split at
-    the median, go on with the half in which the mass reaches the target. That touches n + n/2 +
-    n/4 ... values where a sort touches n log n, and is as exact as float32 sums. On a GPU a
-    partition is a sort, so there everything is sorted at once.
-    """
-    above = mx.zeros_like(target)
-    if _on_cpu():
-        n = weights.shape[-1]
-        halvings = max(0, math.ceil(math.log2(n / _ROW)))
-        weights = mx.pad(weights, [(0, 0), (0, -n % (1 << halvings))])
-        for _ in range(halvings):
-            half = weights.shape[-1] // 2
-            parted = mx.partition(weights, kth=half, axis=-1)
-            low, high = parted[:, :half], parted[:, half:]
-            with_high = above + _sum(high)
-            reached = with_high >= target
-            weights = mx.where(reached, high, low)
-            above = mx.where(reached, above, with_high)
-    weights = -mx.sort(-weights, axis=-1)
-    before = above + mx.cumsum(weights, axis=-1) - weights
-    return mx.where(before < target, weights, mx.inf).min(axis=-1, keepdims=True)
-
-
-def _on_cpu() -> bool:
-    return mx.default_device() == mx.Device(mx.cpu)
-
-
-def _rows(x: mx.array) -> mx.array:
-    """x [B, n] as [B, ceil(n / 512), 512], zeros at the end."""
-    B, n = x.shape
-    return mx.pad(x, [(0, 0), (0, -n % _ROW)]).reshape(B, -1, _ROW)
-
-
-def _sum(x: mx.array) -> mx.array:
-    """Row sums of x [B, n], added in two levels: [B, 1]."""
-    return _rows(x).sum(axis=-1).sum(axis=-1, keepdims=True)
-
-
-def _weights(values: mx.array, keep: mx.array | None, temperature: float) -> mx.array:
-    """Unnormalized probabilities [B, n] at this temperature; the largest is 1, dropped ones 0."""
-    weights = mx.exp((values - values.max(axis=-1, keepdims=True)) / temperature)
-    return weights if keep is None else mx.where(keep, weights, 0)
-
-
-def _invert(weights: mx.array, u: mx.array) -> mx.array:
-    """The first index at which the running sum of weights [B, n] passes u [B, 1] of the total."""
-    total = mx.cumsum(weights, axis=-1)
-    index = (total <= u * total[:, -1:]).sum(axis=-1, keepdims=True)
-    # u * total may round up to the total itself; never step past the end or onto a zero.
-    index = mx.minimum(index, weights.shape[-1] - 1)
-    hit = mx.take_along_axis(weights, index, axis=-1) > 0
-    best = mx.argmax(weights, axis=-1, keepdims=True)
-    return mx.where(hit, index, best)[:, 0].astype(mx.uint32)
+    groups: dict[Hashable, list[int]] = {}
+    for i, (sampler, recent, mask) in rows.items():
+        n_recent = 0 if recent is None or not sampler.needs_recent else recent.shape[-1]
+        groups.setdefault((sampler.rule, n_recent, mask is None), []).append(i)
+    found = []
+    for group in groups.values():
+        chosen = [rows[i] for i in group]
+        part = rows_of(logits, group)
+        masks = [one.mask for one in chosen if one.mask is not None]
+        if masks:
+            # Stacked on the host, where they come from.
+            part = masked(part, mx.array(np.stack(masks)))
+        recent = [one.recent for one in chosen if one.recent is not None]
+        first = chosen[0].sampler
+        together = None
+        if recent and first.needs_recent:
+            together = recent[0] if len(recent) == 1 else mx.concatenate(recent)
+        for one in chosen:
+            one.sampler.n_chosen += 1
+        found.append((group, first._choose(part, together, [one.sampler for one in chosen])))
+    return found
 
 
 def _bias_arrays(

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import nullcontext
 
 import hypothesis
+import pytest
 
 # No test finds on disk what another one computed; those that are about it choose a folder.
 os.environ["MLXKV_KV_DISK"] = "0"
@@ -16,3 +19,12 @@ for name in ("CONTEXT", "KV_TYPE", "MEMORY", "OVERFLOW", "KEEP"):
 # Tiny models on shared machines: a slow example is no failure, and a run repeats itself.
 hypothesis.settings.register_profile("mlxkv", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("mlxkv")
+
+
+@pytest.fixture(params=["own", "gpu"])
+def branches(request) -> Iterator[None]:
+    """The test runs on this device's branches, and on those that a GPU takes."""
+    from tests.branches import gpu_branches
+
+    with gpu_branches() if request.param == "gpu" else nullcontext():
+        yield

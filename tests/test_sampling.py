@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import math
 from typing import Any
 
@@ -13,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlxkv.errors import ConfigError, UsageError
-from mlxkv.sampling import DEFAULTS, Sampler, SamplingParams, is_broken
+from mlxkv.sampling import DEFAULTS, RowChoice, Sampler, SamplingParams, choose
+from tests.branches import BRANCHES, Branches, gpu_branches
 
 V = 200
 
@@ -76,6 +78,7 @@ FILTERS = [
 ]
 
 
+@pytest.mark.usefixtures("branches")
 @pytest.mark.parametrize("temperature", [0.0, 0.3, 1.0, 2.5])
 @pytest.mark.parametrize("filters", FILTERS, ids=str)
 def test_the_distribution_is_the_references(filters: dict[str, Any], temperature: float):
@@ -89,6 +92,7 @@ def test_the_distribution_is_the_references(filters: dict[str, Any], temperature
         np.testing.assert_allclose(got[row], expected, rtol=1e-5, atol=1e-9)
 
 
+@pytest.mark.parametrize("branches", BRANCHES)
 @given(
     seed=st.integers(0, 10**6),
     scale=st.sampled_from([0.1, 1.0, 4.0]),
@@ -99,11 +103,19 @@ def test_the_distribution_is_the_references(filters: dict[str, Any], temperature
 )
 @settings(max_examples=60, deadline=None, derandomize=True)
 def test_any_combination_of_filters_is_the_references(
-    seed: int, scale: float, top_k: int, top_p: float, min_p: float, temperature: float
+    branches: Branches,
+    seed: int,
+    scale: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    temperature: float,
 ):
     params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     logits = logits_of(seed, scale=scale)
-    got, expected = distribution(logits, params)[0], reference(logits[0], params)
+    with branches():
+        got = distribution(logits, params)[0]
+    expected = reference(logits[0], params)
     # At a low temperature float32 has no room for the tail that float64 still holds.
     moved = ((got > 0) != (expected > 0)) & (np.maximum(got, expected) > 1e-6)
     # A token whose float32 probability lands on a limit may fall on either side of it: at most
@@ -113,6 +125,7 @@ def test_any_combination_of_filters_is_the_references(
         np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
+@pytest.mark.usefixtures("branches")
 @pytest.mark.parametrize("n_vocab", [511, 512, 513, 5000, 49_152, 100_003])
 @pytest.mark.parametrize("scale", [0.01, 1.0, 4.0])
 def test_the_nucleus_of_a_large_vocabulary_is_exact(n_vocab: int, scale: float):
@@ -131,15 +144,14 @@ def test_the_nucleus_of_a_large_vocabulary_is_exact(n_vocab: int, scale: float):
 
 
 @pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9, 0.99])
-def test_the_nucleus_is_the_same_where_everything_is_sorted_at_once(
-    top_p: float, monkeypatch: pytest.MonkeyPatch
-):
+def test_the_nucleus_is_the_same_where_everything_is_sorted_at_once(top_p: float):
     logits, params = logits_of(13, 3000, rows=2), SamplingParams(temperature=1, top_p=top_p)
     selected = distribution(logits, params)
-    monkeypatch.setattr("mlxkv.sampling._on_cpu", lambda: False)
-    assert np.array_equal(distribution(logits, params), selected)
+    with gpu_branches():
+        assert np.array_equal(distribution(logits, params), selected)
 
 
+@pytest.mark.usefixtures("branches")
 @pytest.mark.parametrize("n_vocab", [100, 5000])
 def test_a_top_p_beyond_float32_keeps_all_but_the_rounding(n_vocab: int):
     logits = logits_of(14, n_vocab)
@@ -149,6 +161,7 @@ def test_a_top_p_beyond_float32_keeps_all_but_the_rounding(n_vocab: int):
     assert exact[got == 0].sum() < 3e-6
 
 
+@pytest.mark.usefixtures("branches")
 def test_tokens_as_likely_as_the_last_of_the_nucleus_stay():
     logits = np.array([[2.0, 1.0, 1.0, 1.0, 0.0]], dtype=np.float32)
     # exp: 7.39 2.72 2.72 2.72 1 of 16.5; the first two reach 0.5.
@@ -159,12 +172,14 @@ def test_tokens_as_likely_as_the_last_of_the_nucleus_stay():
     assert (distribution(flat, SamplingParams(temperature=1, top_p=0.1)) > 0).all()
 
 
+@pytest.mark.usefixtures("branches")
 def test_top_k_keeps_k_tokens_where_more_are_equal():
     flat = np.zeros((2, V), dtype=np.float32)
     got = distribution(flat, SamplingParams(temperature=1, top_k=5))
     assert (got > 0).sum(axis=1).tolist() == [5, 5]
 
 
+@pytest.mark.usefixtures("branches")
 def test_tokens_ruled_out_by_the_model_are_never_kept():
     logits = logits_of(3)
     logits[0, 10:] = -np.inf
@@ -175,6 +190,7 @@ def test_tokens_ruled_out_by_the_model_are_never_kept():
         assert got.sum() == pytest.approx(1, abs=1e-6)
 
 
+@pytest.mark.usefixtures("branches")
 @pytest.mark.parametrize("temperature", [0.0, 1e-30, 1e-9, 1e-4])
 def test_a_temperature_near_zero_is_greedy(temperature: float):
     logits = logits_of(4, rows=4)
@@ -182,12 +198,14 @@ def test_a_temperature_near_zero_is_greedy(temperature: float):
     assert got.tolist() == logits.argmax(axis=1).tolist()
 
 
+@pytest.mark.usefixtures("branches")
 def test_greedy_takes_the_first_of_equal_tokens_in_every_dtype():
     for dtype in (mx.float32, mx.float16, mx.bfloat16):
         logits = mx.array([[0.0, 3.0, 3.0, 1.0]]).astype(dtype)
         assert Sampler(SamplingParams(), 4)(logits).tolist() == [1]
 
 
+@pytest.mark.usefixtures("branches")
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
 def test_sixteen_bit_logits_are_computed_on_in_float32(dtype: mx.Dtype):
     logits = mx.array(logits_of(5)).astype(dtype)
@@ -201,6 +219,7 @@ def test_sixteen_bit_logits_are_computed_on_in_float32(dtype: mx.Dtype):
 # Penalty and bias ---------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("branches")
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 @pytest.mark.parametrize("recent", [[], [3], [3, 3, 5], list(range(100)), [199] * 70 + [0]])
 def test_the_repeat_penalty_is_the_references(temperature: float, recent: list[int]):
@@ -212,6 +231,7 @@ def test_the_repeat_penalty_is_the_references(temperature: float, recent: list[i
         np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-9)
 
 
+@pytest.mark.usefixtures("branches")
 def test_only_the_last_n_tokens_are_penalized_and_each_row_by_its_own():
     logits = np.array([[2.0, 1.9, -1.0], [2.0, 1.9, -1.0]], dtype=np.float32)
     recent = mx.array([[1, 0], [0, 1]])
@@ -226,6 +246,7 @@ def test_only_the_last_n_tokens_are_penalized_and_each_row_by_its_own():
     np.testing.assert_allclose(got[0, 2] / got[0, 0], math.exp(-2 - 2), rtol=1e-5)
 
 
+@pytest.mark.usefixtures("branches")
 def test_a_bias_is_added_before_anything_else():
     params = SamplingParams(temperature=1.0, top_k=2, logit_bias={7: 100.0, 3: -100.0, 8: 0.5})
     logits = logits_of(7, rows=2)
@@ -246,6 +267,7 @@ def test_a_bias_past_the_vocabulary_is_a_usage_error(bias: dict[int, float]):
 N_DRAWS = 4000
 
 
+@pytest.mark.usefixtures("branches")
 @pytest.mark.parametrize(
     "filters",
     [
@@ -302,6 +324,7 @@ def test_the_same_seed_draws_the_same_tokens(filters: dict[str, Any]):
     assert len(set(first)) > 4
 
 
+@pytest.mark.usefixtures("branches")
 @pytest.mark.parametrize("filters", [{}, {"top_k": 40}, {"top_k": 5, "top_p": 0.9}], ids=str)
 def test_logits_that_were_rounded_otherwise_draw_the_same_tokens(filters: dict[str, Any]):
     """A batch, a longer chunk and restored KV give the same logits but for their last bits."""
@@ -320,27 +343,19 @@ def test_an_unset_seed_can_be_read_and_used_again():
     assert drawn(one, logits) == drawn(two, logits)
 
 
+@pytest.mark.usefixtures("branches")
 def test_rows_are_drawn_independently():
     sampler = Sampler(SamplingParams(temperature=1, seed=0), V)
     assert len(set(drawn(sampler, mx.zeros((64, V)), 1))) > 20
 
 
+@pytest.mark.usefixtures("branches")
 @pytest.mark.parametrize("filters", FILTERS[:8], ids=str)
 def test_logits_that_are_not_numbers_give_some_id_in_range(filters: dict[str, Any]):
     for bad in (np.nan, np.inf, -np.inf):
         for temperature in (0.0, 1.0):
             sampler = Sampler(SamplingParams(temperature=temperature, seed=0, **filters), V)
             assert all(0 <= token < V for token in drawn(sampler, mx.full((2, V), bad), 1))
-
-
-def test_broken_logits_are_told_from_good_ones():
-    good = logits_of(11, rows=6)
-    good[1, :50] = -np.inf
-    good[2, 0], good[3, 199], good[4, 7], good[5, :] = np.nan, np.nan, np.inf, -np.inf
-    for dtype in (mx.float32, mx.bfloat16, mx.float16):
-        assert is_broken(mx.array(good).astype(dtype)).tolist() == [False] * 2 + [True] * 4
-    both = np.array([[np.inf, -np.inf, 0.0]], dtype=np.float32)
-    assert is_broken(mx.array(both)).item()
 
 
 @pytest.mark.parametrize("filters", FILTERS, ids=str)
@@ -355,7 +370,106 @@ def test_nothing_is_evaluated_before_the_token_is_asked_for(filters: dict[str, A
     with pytest.raises(ValueError, match="eval"):
         mx.vmap(lambda x: sampler(x[None], recent).item())(logits)
     mx.vmap(lambda x: sampler(x[None], recent))(logits)
-    mx.vmap(is_broken)(logits)
+
+
+# Rows together ------------------------------------------------------------------------------------
+
+RULES: list[dict[str, Any]] = [
+    {"temperature": 0.0},
+    {"temperature": 0.0, "top_k": 3},
+    {"temperature": 0.0, "logit_bias": {3: 4.0, 7: -4.0}},
+    {"temperature": 0.0, "repeat_penalty": 1.4, "repeat_last_n": 5},
+    {"temperature": 0.9},
+    {"temperature": 0.9, "top_k": 12},
+    {"temperature": 1.0, "top_p": 0.8},
+    {"temperature": 1.3, "top_k": 600, "top_p": 0.9, "min_p": 0.01},
+    {"temperature": 0.9, "repeat_penalty": 1.4, "logit_bias": {1: 2.0}},
+]
+"""What rows of a batch may ask for; a seed comes with each."""
+
+
+@pytest.mark.parametrize("branches", BRANCHES)
+@given(
+    asked=st.lists(
+        st.tuples(
+            st.sampled_from(RULES),
+            st.integers(0, 3),
+            st.integers(0, 8),
+            st.integers(0, 10**6) | st.none(),
+        ),
+        min_size=1,
+        max_size=7,
+    ),
+    left_out=st.sets(st.integers(0, 6)),
+    n_vocab=st.sampled_from([200, 512, 1300]),
+    dtype=st.sampled_from([mx.float32, mx.bfloat16]),
+)
+@settings(max_examples=80, deadline=None, derandomize=True)
+def test_each_row_of_a_batch_gets_the_token_that_it_gets_alone(
+    branches: Branches,
+    asked: list[tuple[dict[str, Any], int, int, int | None]],
+    left_out: set[int],
+    n_vocab: int,
+    dtype: mx.Dtype,
+):
+    """Parameters, seeds, tokens before and masks mixed; some rows are not asked for."""
+    logits = mx.array(logits_of(len(asked), n_vocab, rows=len(asked))).astype(dtype)
+
+    def choices() -> dict[int, RowChoice]:
+        found = {}
+        for i, (rule, seed, n_recent, masked) in enumerate(asked):
+            if i in left_out:
+                continue
+            sampler = Sampler(SamplingParams(seed=seed, **rule), n_vocab)
+            recent = mx.arange(n_recent, dtype=mx.uint32)[None] * (i + 1)
+            mask = None
+            if masked is not None:
+                mask = np.random.default_rng(masked).random(n_vocab) < 0.1
+                mask[i] = True
+            found[i] = RowChoice(sampler, recent if sampler.needs_recent else None, mask)
+        return found
+
+    with branches():
+        together, alone = choices(), choices()
+        for _ in range(3):
+            got: dict[int, int] = {}
+            for rows, tokens in choose(logits, together):
+                got |= dict(zip(rows, np.array(tokens).tolist(), strict=True))
+            assert got.keys() == alone.keys()
+            for i, (sampler, recent, mask) in alone.items():
+                row = logits[i : i + 1]
+                if mask is not None:
+                    row = mx.where(mx.array(mask), row, mx.array(-mx.inf, dtype))
+                    assert mask[got[i]]
+                assert got[i] == sampler(row, recent).item()
+                assert together[i].sampler.n_chosen == sampler.n_chosen
+
+
+def n_primitives(*arrays: mx.array) -> int:
+    """Operations of a graph, views included."""
+    text = io.StringIO()
+    mx.export_to_dot(text, *arrays)
+    return text.getvalue().count("shape=rectangle")
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_rows_of_one_rule_are_chosen_in_one_call(rule: dict[str, Any]):
+    logits = mx.array(logits_of(15, 1300, rows=16))
+
+    def graph(n: int, mixed: bool = False) -> int:
+        rows = {}
+        for i in range(n):
+            params = SamplingParams(seed=i, **rule)
+            if mixed:
+                params = dataclasses.replace(params, logit_bias={i: 1.0})
+            sampler = Sampler(params, 1300)
+            recent = mx.array([[*range(9)]]) if sampler.needs_recent else None
+            rows[i] = RowChoice(sampler, recent, np.arange(1300) % 3 != 0)
+        return n_primitives(*[tokens for _, tokens in choose(logits[:n], rows)])
+
+    # The concatenation of the tokens before, and views of the logits.
+    assert graph(16) <= graph(1) + 2
+    assert graph(16, mixed=True) > 10 * graph(1, mixed=True)
 
 
 # Parameters ---------------------------------------------------------------------------------------
