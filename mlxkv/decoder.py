@@ -19,17 +19,19 @@ from dataclasses import dataclass, field
 from typing import cast
 
 import mlx.core as mx
+import numpy as np
 
 from mlxkv.batch import arranged, batch
 from mlxkv.cache import STEP, LayerCache
 from mlxkv.errors import CheckpointError, KVCacheFull, UsageError
 from mlxkv.layers import CausalLM
+from mlxkv.logprobs import Told, tell
 from mlxkv.memory import is_allocation_failure
-from mlxkv.sampling import Sampler
-from mlxkv.sampling_math import log_normalizer, log_probabilities, soundness
+from mlxkv.sampling import RowChoice, Sampler, choose
+from mlxkv.sampling_math import log_normalizer, soundness
 from mlxkv.session import Session
 
-Allowed = Callable[[Sequence[int]], mx.array | None]
+Allowed = Callable[[Sequence[int]], np.ndarray | None]
 """The answer's tokens so far -> which may come next, bool `[V]` with at least one; None: any."""
 
 
@@ -113,27 +115,30 @@ class _Flight:
     Args:
         lanes: in the order of the logits' rows.
         logits: `[B, V]`.
-        tokens: `[B]`; None until the masked rows' are chosen.
-        chosen: each row's `[1]` where they are not chosen together; None for a masked row.
         soundness: `[B]`, finite where the logits are sound.
-        stuck: for masked rows, bool `[1]`: nothing is allowed.
-        logprobs: for rows that ask: of the token `[1]`, of the likeliest, and those `[1, n]`.
+        normalizer: `[B, 1]` of all rows; None unless all ask for log-probabilities.
+        parts: rows that are chosen, and their tokens `[n]`.
+        tokens: `[B]`; None until the masked rows' are chosen.
+        stuck: masked rows for which nothing is allowed.
+        told: what log-probabilities are told, where a row asks.
     """
 
     lanes: list[_Lane]
     logits: mx.array
-    tokens: mx.array | None
-    chosen: list[mx.array | None]
     soundness: mx.array
-    stuck: dict[int, mx.array] = field(default_factory=dict)
-    logprobs: dict[int, tuple[mx.array, mx.array, mx.array]] = field(default_factory=dict)
+    normalizer: mx.array | None
+    parts: list[tuple[list[int], mx.array]]
+    tokens: mx.array | None = None
+    stuck: set[int] = field(default_factory=set)
+    told: Told | None = None
 
     @property
     def arrays(self) -> list[mx.array]:
         """What to compute."""
-        found = [self.logits, self.soundness, *self.stuck.values()]
-        found += [x for x in (self.tokens, *self.chosen) if x is not None]
-        return found + [x for three in self.logprobs.values() for x in three]
+        found = [self.logits, self.soundness, *(tokens for _, tokens in self.parts)]
+        if self.tokens is not None:
+            found.append(self.tokens)
+        return found if self.told is None else [*found, *self.told.arrays]
 
 
 class Decoder:
@@ -301,24 +306,19 @@ class Decoder:
 
     def _drawn(self, lanes: list[_Lane], logits: mx.array) -> _Flight:
         """Choose a token for each row that has no mask, its computation under way."""
-        flight = _Flight(lanes, logits, None, [], soundness(logits))
-        plain = [lane.row.sampler.takes_likeliest and lane.row.allowed is None for lane in lanes]
-        best = mx.argmax(logits, axis=-1) if any(plain) else None
-        if all(plain):
-            flight.tokens = best
-        else:
-            for i, lane in enumerate(lanes):
-                chosen = None
-                if plain[i]:
-                    chosen = cast(mx.array, best)[i : i + 1]
-                elif lane.row.allowed is None:
-                    chosen = lane.row.sampler(logits[i : i + 1], lane.history)
-                flight.chosen.append(chosen)
-        for i, lane in enumerate(lanes):
+        all_tell = all(lane.row.n_logprobs is not None for lane in lanes)
+        normalizer = log_normalizer(logits) if all_tell else None
+        sound = soundness(logits) if normalizer is None else normalizer[:, 0]
+        asked = {
+            i: RowChoice(lane.row.sampler, lane.history)
+            for i, lane in enumerate(lanes)
+            if lane.row.allowed is None
+        }
+        flight = _Flight(lanes, logits, sound, normalizer, choose(logits, asked))
+        if len(asked) == len(lanes):
+            self._settle(flight)
+        for lane in lanes:
             lane.n_drawn += 1
-            if lane.row.n_logprobs is not None and lane.row.allowed is None:
-                token = flight.chosen[i] if flight.chosen else cast(mx.array, best)[i : i + 1]
-                self._tell(flight, i, cast(mx.array, token))
         mx.async_eval(*flight.arrays)
         return flight
 
@@ -326,40 +326,43 @@ class Decoder:
         """The tokens `[B]` of a flight, those of its masked rows chosen now."""
         if flight.tokens is not None:
             return flight.tokens
-        for i, lane in enumerate(flight.lanes):
-            if flight.chosen[i] is None:
-                flight.chosen[i] = self._choose_masked(flight, i, lane)
-        flight.tokens = mx.concatenate([token for token in flight.chosen if token is not None])
+        asked = {
+            i: RowChoice(lane.row.sampler, lane.history, self._mask(flight, i, lane))
+            for i, lane in enumerate(flight.lanes)
+            if lane.row.allowed is not None
+        }
+        flight.parts += choose(flight.logits, asked)
+        tokens = self._settle(flight)
         mx.async_eval(*flight.arrays)
-        return flight.tokens
-
-    def _choose_masked(self, flight: _Flight, i: int, lane: _Lane) -> mx.array:
-        logits = flight.logits[i : i + 1]
-        assert lane.row.allowed is not None
-        mask = None
-        if not lane.gone:
-            try:
-                mask = lane.row.allowed(lane.row.tokens)
-            except Exception as error:  # the caller's own; the other rows go on
-                lane.error = error
-        if mask is not None:
-            flight.stuck[i] = ~mask.any(keepdims=True)
-            logits = mx.where(mask[None], logits.astype(mx.float32), -mx.inf)
-        token = lane.row.sampler(logits, lane.history)
-        if lane.row.n_logprobs is not None:
-            self._tell(flight, i, token)
-        return token
+        return tokens
 
     @staticmethod
-    def _tell(flight: _Flight, i: int, token: mx.array) -> None:
-        """Log-probabilities of a row's token and of the likeliest."""
-        n = flight.lanes[i].row.n_logprobs
-        logits = flight.logits[i : i + 1]
-        n = min(n or 0, logits.shape[1])
-        top = mx.argpartition(-logits, kth=max(n - 1, 0), axis=-1)[:, :n]
-        total = log_normalizer(logits)
-        own = log_probabilities(logits, token[:, None].astype(mx.uint32), total)[0]
-        flight.logprobs[i] = own, log_probabilities(logits, top, total), top
+    def _mask(flight: _Flight, i: int, lane: _Lane) -> np.ndarray | None:
+        """What may come next in a row; anything, in one that has left or fails by this."""
+        if lane.gone or lane.row.allowed is None:
+            return None
+        try:
+            mask = lane.row.allowed(lane.row.tokens)
+        except Exception as error:  # the caller's own; the other rows go on
+            lane.error = error
+            return None
+        if mask is not None and not mask.any():
+            flight.stuck.add(i)
+            return None
+        return mask
+
+    @staticmethod
+    def _settle(flight: _Flight) -> mx.array:
+        """Bring the tokens of all parts in order, and tell log-probabilities of them."""
+        rows = [i for part, _ in flight.parts for i in part]
+        found = [tokens for _, tokens in flight.parts]
+        tokens = found[0] if len(found) == 1 else mx.concatenate(found)
+        if rows != sorted(rows):
+            tokens = tokens[mx.array(np.argsort(rows).astype(np.uint32))]
+        flight.tokens = tokens
+        asked = [lane.row.n_logprobs for lane in flight.lanes]
+        flight.told = tell(flight.logits, tokens, asked, flight.normalizer)
+        return tokens
 
     def _full(self) -> list[Drawn]:
         """Rows that cannot be fed, for lack of memory above all; their tokens are given out."""
@@ -373,11 +376,12 @@ class Decoder:
         tokens = self._chosen(flight)
         values = cast(list[int], tokens.tolist())
         sound = [math.isfinite(x) for x in cast(list[float], flight.soundness.tolist())]
+        told = {} if flight.told is None else flight.told.by_row()
         found = []
         for i, lane in enumerate(flight.lanes):
             if lane.gone:
                 continue
-            error = lane.error or _error_of(sound[i], flight.stuck.get(i))
+            error = lane.error or _error_of(sound[i], i in flight.stuck)
             if error is not None:
                 self._leave(lane)
                 found.append(Drawn(lane.row, None, error))
@@ -385,7 +389,8 @@ class Decoder:
             token = values[i]
             lane.row.session.took(token)
             lane.row.tokens.append(token)
-            found.append(Drawn(lane.row, token, None, *_logprobs_of(flight.logprobs.get(i))))
+            logprob, top = told.get(i, (None, ()))
+            found.append(Drawn(lane.row, token, None, logprob, top[: lane.row.n_logprobs]))
             if len(lane.row.tokens) == lane.row.max_tokens:
                 self._leave(lane)
             elif ready:
@@ -397,26 +402,10 @@ def _last_n(sampler: Sampler) -> int:
     return int(sampler.params.repeat_last_n or 0)
 
 
-def _error_of(sound: bool, stuck: mx.array | None) -> Exception | None:
+def _error_of(sound: bool, stuck: bool) -> Exception | None:
     if not sound:
         return CheckpointError(
             "the model's logits are not numbers: its weights are damaged, or overflow in this "
             "dtype (try --dtype float32)"
         )
-    if stuck is not None and stuck.item():
-        return UsageError("no token is allowed to come next")
-    return None
-
-
-def _logprobs_of(
-    arrays: tuple[mx.array, mx.array, mx.array] | None,
-) -> tuple[float | None, tuple[tuple[int, float], ...]]:
-    if arrays is None:
-        return None, ()
-    own, values, ids = arrays
-    pairs = zip(
-        cast(list[list[int]], ids.tolist())[0],
-        cast(list[list[float]], values.tolist())[0],
-        strict=True,
-    )
-    return cast(float, own.item()), tuple(sorted(pairs, key=lambda pair: -pair[1]))
+    return UsageError("no token is allowed to come next") if stuck else None

@@ -2,7 +2,7 @@
 
     maskers = Maskers(tokenizer)                    # once for a model
     masker = maskers.masker(grammar, prompt=prompt)  # once for an answer
-    logits = masker.mask(logits)                     # before sampling
+    mask = masker.allowed(n_vocab)                   # before sampling
     masker.advance(token)                            # after it
     if masker.finished: ...                          # the answer is complete
 
@@ -24,7 +24,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-import mlx.core as mx
 import numpy as np
 
 from mlxkv import grammar_calls
@@ -159,35 +158,14 @@ class Masker:
         self._gate = gate
         self.finished = False
 
-    def mask(self, logits: mx.array) -> mx.array:
-        """Logits [1, V] with -inf for every token that must not come.
+    def allowed(self, V: int) -> np.ndarray:
+        """Which tokens may come: bool [V], made on the host.
 
         V may be larger than the vocabulary: what is past it must not come.
 
         Raises:
             UsageError: the grammar became too complex, or this vocabulary cannot go on with it.
         """
-        V = logits.shape[-1]
-        allowed = self._allowed(V)
-        return mx.where(mx.array(allowed)[None], logits, mx.array(-mx.inf, logits.dtype))
-
-    def advance(self, token: int) -> None:
-        """The token that came.
-
-        Raises:
-            UsageError: it must not come here.
-        """
-        if self.finished or (self._gate is not None and self._gate.take(token)):
-            return
-        if token in self._ends:
-            self.finished = True
-            return
-        if not self._matcher.consume_token(token):
-            raise _refused(self._kind, self._matcher.get_error())
-        self.finished = self._matcher.is_stopped()
-
-    def _allowed(self, V: int) -> np.ndarray:
-        """bool [V]."""
         allowed = np.zeros(V, bool)
         if self.finished:
             allowed[[end for end in self._ends if end < V]] = True
@@ -211,6 +189,21 @@ class Masker:
         if not allowed.any():
             raise UsageError("the grammar cannot go on with the tokens that this model has")
         return allowed
+
+    def advance(self, token: int) -> None:
+        """The token that came.
+
+        Raises:
+            UsageError: it must not come here.
+        """
+        if self.finished or (self._gate is not None and self._gate.take(token)):
+            return
+        if token in self._ends:
+            self.finished = True
+            return
+        if not self._matcher.consume_token(token):
+            raise _refused(self._kind, self._matcher.get_error())
+        self.finished = self._matcher.is_stopped()
 
     def _validated(self) -> np.ndarray:
         """bool [n]: what may come, tried one by one.

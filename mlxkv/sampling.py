@@ -89,11 +89,6 @@ class Sampler:
         """Whether the repeat penalty is on, and `recent` is looked at."""
         return self.params.repeat_penalty != 1 and bool(self.params.repeat_last_n)
 
-    @property
-    def takes_likeliest(self) -> bool:
-        """Whether a token is the argmax of the logits as they are, and nothing else."""
-        return self.greedy and self._bias is None and not self.needs_recent
-
     def __call__(self, logits: mx.array, recent: mx.array | None = None) -> mx.array:
         """Choose a token for each row, lazily.
 

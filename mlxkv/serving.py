@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,7 @@ import mlx.core as mx
 
 from mlxkv.answer import Chunk, Request, TokenLogprobs
 from mlxkv.asks import Ask, Counts
-from mlxkv.decoder import Decoder, Drawn, Row
+from mlxkv.decoder import Allowed, Decoder, Drawn, Row
 from mlxkv.errors import CheckpointError, KVCacheFull, MlxkvError
 from mlxkv.generate import default_chunk
 from mlxkv.grammar import Masker, Maskers
@@ -398,11 +398,6 @@ class ServedModel:
             counts.misses[reason] = counts.misses.get(reason, 0) + 1
 
 
-def _allowed(masker: Masker, n_vocab: int) -> Callable[[Sequence[int]], mx.array]:
+def _allowed(masker: Masker, n_vocab: int) -> Allowed:
     """What a grammar allows next; the engine advances it."""
-    blank = mx.zeros((1, n_vocab))
-
-    def allowed(_: Sequence[int]) -> mx.array:
-        return mx.isfinite(masker.mask(blank)[0])
-
-    return allowed
+    return lambda _: masker.allowed(n_vocab)

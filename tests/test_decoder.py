@@ -25,6 +25,7 @@ from mlxkv.session import Session
 from tests.oracle.case import LONG
 from tests.oracle.cases import CASES, Case
 from tests.test_parity import Golden
+from tests.test_sampling_math import broken_rows
 from tests.tiny import llama_config, write_checkpoint
 from tests.tiny import tokens as random_tokens
 
@@ -223,6 +224,48 @@ def test_a_row_whose_logits_are_no_numbers_fails_alone(model):
     assert [rows[0].tokens, rows[2].tokens] == [asked[0].alone(model), asked[2].alone(model)]
 
 
+PATHS = (
+    GREEDY,
+    SamplingParams(temperature=0, repeat_penalty=1.3),
+    SamplingParams(temperature=0.8, seed=1),
+    SamplingParams(temperature=0.8, top_k=5, seed=1),
+    SamplingParams(temperature=0.8, top_p=0.9, min_p=0.1, seed=1),
+    SamplingParams(temperature=1, logit_bias={3: 2.0, 5: -1.0}, seed=1),
+)
+ALLOWED = np.arange(96) > 40
+
+
+@pytest.mark.usefixtures("branches")
+@pytest.mark.parametrize("n_logprobs", [None, 2])
+@pytest.mark.parametrize("mask", [None, ALLOWED], ids=["free", "masked"])
+@pytest.mark.parametrize("params", PATHS, ids=str)
+def test_broken_logits_of_every_kind_end_their_row_on_every_path(
+    model, monkeypatch, params, mask, n_logprobs
+):
+    logits = mx.array(broken_rows(96))
+    n, options = len(logits), {"n_logprobs": n_logprobs}
+    if mask is not None:
+        options["allowed"] = lambda _: mask  # hides some of what is broken
+    asked = request(9, params=params)
+    decoder, rows = Decoder(model), [asked.row(model, **options) for _ in range(n)]
+    for row, first in zip(rows[:n], logits, strict=True):
+        row.logits = first[None]
+    give(decoder, rows)
+    alone = {drawn.row: drawn.error for drawn in decoder.step()}
+    for first in logits[2:] if mask is None else ():
+        with pytest.raises(CheckpointError, match="not numbers"):
+            list(Session(model).decode(first[None], asked.sampler(model), 1))
+    assert [isinstance(alone[row], CheckpointError) for row in rows] == [False] * 2 + [True] * 8
+
+    decoder, rows = Decoder(model), [asked.row(model, **options) for _ in range(n)]
+    give(decoder, rows)
+    decoder.step()
+    monkeypatch.setattr(type(model), "last_logits", lambda *_: logits)
+    together = {drawn.row: drawn.error for drawn in decoder.step()}
+    assert [isinstance(together[row], CheckpointError) for row in rows] == [False] * 2 + [True] * 8
+    assert decoder.rows == rows[:2]
+
+
 def test_an_exception_out_of_a_step_empties_the_decoder_and_keeps_the_sessions(model, monkeypatch):
     asked = request(20, 8)
     decoder, row = Decoder(model), asked.row(model)
@@ -250,11 +293,11 @@ def test_a_masked_row_chooses_among_what_is_allowed_and_leaves_the_others_alone(
     asked, seen = [request(n, 8, seed=n) for n in (20, 9, 40)], list[list[int]]()
     n_vocab = model.config.vocab_size
 
-    def allowed(tokens: Sequence[int]) -> mx.array | None:
+    def allowed(tokens: Sequence[int]) -> np.ndarray | None:
         seen.append(list(tokens))
         if len(tokens) == 4:
             return None
-        return mx.arange(n_vocab) % 5 == len(tokens) % 5
+        return np.arange(n_vocab) % 5 == len(tokens) % 5
 
     decoder = Decoder(model)
     rows = [asked[0].row(model, max_tokens=8), asked[1].row(model, max_tokens=8, allowed=allowed)]
@@ -277,13 +320,13 @@ def test_a_mask_that_allows_everything_changes_nothing(model):
 
 @pytest.mark.parametrize("at", [0, 1, 3])
 def test_a_mask_that_fails_or_allows_nothing_ends_its_row(model, at):
-    def raises(tokens: Sequence[int]) -> mx.array | None:
+    def raises(tokens: Sequence[int]) -> np.ndarray | None:
         if len(tokens) == at:
             raise RuntimeError("no such rule")
         return None
 
-    def nothing(tokens: Sequence[int]) -> mx.array | None:
-        return mx.full((model.config.vocab_size,), len(tokens) != at)
+    def nothing(tokens: Sequence[int]) -> np.ndarray | None:
+        return np.full(model.config.vocab_size, len(tokens) != at)
 
     asked = request(40, 8)
     rows = [request(9).row(model, allowed=allowed) for allowed in (raises, nothing)]

@@ -24,7 +24,7 @@ LAYERS = (
     ("rope", "linear", "stacking", "moe", "attention", "layers"),
     ("models",),
     ("loader", "tokenizer", "tokenizer_files", "detokenizer", "chat", "parsing", "parsers",
-     "sandbox", "sampling_params", "sampling_math", "sampling", "stopping",
+     "sandbox", "sampling_params", "sampling_math", "sampling", "logprobs", "stopping",
      "grammar", "grammar_calls", "grammar_gate", "grammar_native", "grammar_text", "grammar_values",
      "json_schema", "catalog", "names", "terminal", "page_format", "fingerprint",
      "workspace", "settings", "memory"),

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
-import mlx.core as mx
 import numpy as np
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
@@ -253,8 +252,7 @@ def wander(tokenizer: Tokenizer, masker: Masker, seed: int, limit: int = 3000) -
     wish, tokens = random.uniform(0.1, 0.6), []
     while not masker.finished:
         assert len(tokens) < limit, f"no end: {tokenizer.decode(tokens)[-80:]!r}"
-        masked = np.array(masker.mask(mx.zeros((1, tokenizer.n_vocab))))[0]
-        allowed = np.flatnonzero(np.isfinite(masked))
+        allowed = np.flatnonzero(masker.allowed(tokenizer.n_vocab))
         closers = allowed[np.isin(allowed, [token for token in closing if token is not None])]
         wishes_end = len(closers) and random.random() < min(wish + len(tokens) / 800, 0.85)
         tokens.append(int(random.choice(closers if wishes_end else allowed)))
