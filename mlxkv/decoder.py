@@ -27,7 +27,7 @@ from mlxkv.errors import CheckpointError, KVCacheFull, UsageError
 from mlxkv.layers import CausalLM
 from mlxkv.logprobs import Told, tell
 from mlxkv.memory import is_allocation_failure
-from mlxkv.sampling import RowChoice, Sampler, choose
+from mlxkv.sampling import Recent, RowChoice, Sampler, choose
 from mlxkv.sampling_math import log_normalizer, soundness
 from mlxkv.session import Session
 
@@ -87,7 +87,8 @@ class _Lane:
 
     Args:
         row: the row.
-        history: `[1, N]` tokens that its repeat penalty looks at; None where it has none.
+        before: the last tokens before the answer, for its repeat penalty; None where it has none.
+        recent: what that looks at next.
         n_drawn: tokens chosen, given out or not.
         ready: `[1]`, its first token once that is given out and not yet fed.
         error: what its mask raised.
@@ -96,7 +97,8 @@ class _Lane:
     """
 
     row: Row
-    history: mx.array | None
+    before: list[int] | None
+    recent: Recent | None = None
     n_drawn: int = 0
     ready: mx.array | None = None
     error: Exception | None = None
@@ -173,11 +175,8 @@ class Decoder:
             raise UsageError("the sequence is being decoded already")
         if row.max_tokens is not None and row.max_tokens < 1:
             raise UsageError(f"max_tokens must be at least 1; got {row.max_tokens}")
-        history = None
-        if row.sampler.needs_recent:
-            recent = row.session.tokens[-_last_n(row.sampler) :]
-            history = mx.array(recent, dtype=mx.uint32)[None]
-        lane = _Lane(row, history)
+        last_n = _last_n(row.sampler)
+        lane = _Lane(row, row.session.tokens[-last_n:] if last_n else None)
         flight = self._drawn([lane], row.logits)
         self._lanes.append(lane)
         self._fresh.append(flight)
@@ -256,12 +255,7 @@ class Decoder:
             mx.clear_cache()
         tokens = parts[0] if len(parts) == 1 else mx.concatenate(parts)
         lanes, tokens = self._arranged(lanes, tokens)
-        for i, lane in enumerate(lanes):
-            if lane.history is not None:
-                token = tokens[i : i + 1].astype(mx.uint32)[None]
-                history = mx.concatenate([lane.history, token], axis=1)
-                lane.history = history[:, -_last_n(lane.row.sampler) :]
-        return self._drawn(lanes, self._logits(lanes, tokens[:, None]))
+        return self._drawn(lanes, self._logits(lanes, tokens[:, None]), tokens)
 
     def _goes_on(self, lane: _Lane) -> bool:
         """Whether a row is fed its next token, for which there must be room."""
@@ -304,13 +298,18 @@ class Decoder:
             self._batch = lanes, batch(caches, room, self._model.one_part)
         return self._model.last_logits(tokens, self._batch[1])
 
-    def _drawn(self, lanes: list[_Lane], logits: mx.array) -> _Flight:
-        """Choose a token for each row that has no mask, its computation under way."""
+    def _drawn(self, lanes: list[_Lane], logits: mx.array, fed: mx.array | None = None) -> _Flight:
+        """Choose a token for each row that has no mask, its computation under way.
+
+        The logits are those behind the tokens `fed` `[B]`; behind the prompts without.
+        """
+        for i, lane in enumerate(lanes):
+            lane.recent = _recent(lane, fed, i)
         all_tell = all(lane.row.n_logprobs is not None for lane in lanes)
         normalizer = log_normalizer(logits) if all_tell else None
         sound = soundness(logits) if normalizer is None else normalizer[:, 0]
         asked = {
-            i: RowChoice(lane.row.sampler, lane.history)
+            i: RowChoice(lane.row.sampler, lane.recent)
             for i, lane in enumerate(lanes)
             if lane.row.allowed is None
         }
@@ -327,7 +326,7 @@ class Decoder:
         if flight.tokens is not None:
             return flight.tokens
         asked = {
-            i: RowChoice(lane.row.sampler, lane.history, self._mask(flight, i, lane))
+            i: RowChoice(lane.row.sampler, lane.recent, self._mask(flight, i, lane))
             for i, lane in enumerate(flight.lanes)
             if lane.row.allowed is not None
         }
@@ -399,7 +398,18 @@ class Decoder:
 
 
 def _last_n(sampler: Sampler) -> int:
-    return int(sampler.params.repeat_last_n or 0)
+    """How many tokens its repeat penalty looks at."""
+    return int(sampler.params.repeat_last_n or 0) if sampler.needs_recent else 0
+
+
+def _recent(lane: _Lane, fed: mx.array | None, row: int) -> Recent | None:
+    """What a row's repeat penalty looks at behind `fed[row]`."""
+    if lane.before is None:
+        return None
+    # What was fed last may have been given out or not; it is taken from the device either way.
+    n_known, n = max(lane.n_drawn - 1, 0), _last_n(lane.row.sampler) - (fed is not None)
+    known = [*lane.before, *lane.row.tokens[max(n_known - n, 0) : n_known]]
+    return Recent(known[max(len(known) - n, 0) :], fed, row)
 
 
 def _error_of(sound: bool, stuck: bool) -> Exception | None:

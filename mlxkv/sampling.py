@@ -39,6 +39,7 @@ from mlxkv.sampling_params import DEFAULTS, SamplingParams
 
 __all__ = [
     "DEFAULTS",
+    "Recent",
     "RowChoice",
     "Sampler",
     "SamplingParams",
@@ -190,17 +191,31 @@ class Sampler:
         return weights, ids
 
 
+class Recent(NamedTuple):
+    """The tokens before the one to choose.
+
+    Args:
+        known: those that the host knows, newest last.
+        fed: [B] tokens behind them, still on the device; None where `known` is all.
+        row: which of these is the row's.
+    """
+
+    known: Sequence[int]
+    fed: mx.array | None = None
+    row: int = 0
+
+
 class RowChoice(NamedTuple):
     """What chooses a row's token.
 
     Args:
         sampler: the row's own.
-        recent: [1, N] tokens before this one, as `Sampler` takes them; None for none.
+        recent: what its repeat penalty looks at; None for nothing.
         mask: bool [V], what may come at all; None for anything.
     """
 
     sampler: Sampler
-    recent: mx.array | None = None
+    recent: Recent | None = None
     mask: np.ndarray | None = None
 
 
@@ -214,8 +229,10 @@ def choose(logits: mx.array, rows: Mapping[int, RowChoice]) -> list[tuple[list[i
     """
     groups: dict[Hashable, list[int]] = {}
     for i, (sampler, recent, mask) in rows.items():
-        n_recent = 0 if recent is None or not sampler.needs_recent else recent.shape[-1]
-        groups.setdefault((sampler.rule, n_recent, mask is None), []).append(i)
+        shape = None
+        if recent is not None and sampler.needs_recent:
+            shape = len(recent.known), id(recent.fed)
+        groups.setdefault((sampler.rule, shape, mask is None), []).append(i)
     found = []
     for group in groups.values():
         chosen = [rows[i] for i in group]
@@ -224,15 +241,26 @@ def choose(logits: mx.array, rows: Mapping[int, RowChoice]) -> list[tuple[list[i
         if masks:
             # Stacked on the host, where they come from.
             part = masked(part, mx.array(np.stack(masks)))
-        recent = [one.recent for one in chosen if one.recent is not None]
-        first = chosen[0].sampler
-        together = None
-        if recent and first.needs_recent:
-            together = recent[0] if len(recent) == 1 else mx.concatenate(recent)
-        for one in chosen:
-            one.sampler.n_chosen += 1
-        found.append((group, first._choose(part, together, [one.sampler for one in chosen])))
+        first, samplers = chosen[0].sampler, [one.sampler for one in chosen]
+        recent = None
+        if first.needs_recent:
+            recent = _stacked([one.recent for one in chosen if one.recent is not None])
+        for sampler in samplers:
+            sampler.n_chosen += 1
+        found.append((group, first._choose(part, recent, samplers)))
     return found
+
+
+def _stacked(recents: Sequence[Recent]) -> mx.array | None:
+    """Tokens before [n, N] of rows that have as many and were fed together."""
+    if not recents:
+        return None
+    n_known, fed = len(recents[0].known), recents[0].fed
+    known = mx.array(np.array([one.known for one in recents], np.uint32)) if n_known else None
+    if fed is None:
+        return known
+    last = rows_of(fed, [one.row for one in recents])[:, None].astype(mx.uint32)
+    return last if known is None else mx.concatenate([known, last], axis=-1)
 
 
 def _bias_arrays(

@@ -39,6 +39,7 @@ KINDS = (
     SamplingParams(temperature=0.8, top_k=20, top_p=0.9, seed=7),
     SamplingParams(temperature=1.0, min_p=0.05, seed=11, repeat_penalty=1.1),
     SamplingParams(temperature=0, logit_bias={3: -5.0}),
+    SamplingParams(temperature=0, repeat_penalty=1.5, repeat_last_n=1),
 )
 
 
