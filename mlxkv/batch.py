@@ -50,6 +50,12 @@ def batch(
     return [BatchCache(layer, steps) for layer in zip(*caches_of_sequences, strict=True)]
 
 
+def is_intact(layers: Sequence[LayerCache]) -> bool:
+    """Whether all sequences of a batch have their KV where it had it; asked of the first layer."""
+    first = layers[0] if layers else None
+    return not isinstance(first, BatchCache) or first.is_intact
+
+
 def arranged(
     caches_of_sequences: Sequence[Sequence[Cache]], room: Room, one_part: bool = False
 ) -> list[int]:
@@ -214,6 +220,11 @@ class BatchCache:
         """Position of the next token: one number where all sequences have the same."""
         return self._steps.position(self._offsets())
 
+    @property
+    def is_intact(self) -> bool:
+        """Whether no cache has left its shared row since the batch was made."""
+        return all(part.is_intact for part in self._parts)
+
     def _offsets(self) -> tuple[int, ...]:
         return tuple([cache.offset for cache in self.caches])
 
@@ -250,6 +261,11 @@ class _LayerPart:
 
     window: int | None = None
 
+    @property
+    def is_intact(self) -> bool:
+        """Whether its caches are where they were."""
+        return True
+
     @classmethod
     def of(cls, caches: Sequence[Cache], members: _Members) -> _LayerPart:
         """Of the caches of all sequences, those of a part."""
@@ -284,14 +300,19 @@ class _SharedPart(_LayerPart):
         first = caches[0]
         assert isinstance(first.row, Row)
         self._caches, self._first, self._row = caches, first, first.row
+        self._rows = [cache.row for cache in caches]
         self.window = first.max_rows
+
+    @property
+    def is_intact(self) -> bool:
+        rows = zip(self._caches, self._rows, strict=True)
+        return all(cache.row is row for cache, row in rows)
 
     def update(
         self, k: mx.array, v: mx.array, access: _Access
     ) -> tuple[Rows, Rows, mx.array | None]:
         first, shared, n = self._first, self._row.shared, access.n_columns
-        if first.row is not self._row:
-            raise UsageError("the sequences of a batch were changed: make it anew")
+        assert first.row is self._row, "a sequence has left the batch: make it anew"
         if n > shared.capacity:
             shared.reserve(first.n_rows(n))
         shared.write(first.encoded(k, v), access)

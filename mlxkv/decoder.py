@@ -21,7 +21,7 @@ from typing import cast
 import mlx.core as mx
 import numpy as np
 
-from mlxkv.batch import arranged, batch
+from mlxkv.batch import arranged, batch, is_intact
 from mlxkv.cache import STEP, LayerCache
 from mlxkv.errors import CheckpointError, KVCacheFull, UsageError
 from mlxkv.layers import CausalLM
@@ -292,7 +292,7 @@ class Decoder:
             return mx.concatenate(
                 [self._model.last_logits(token, lane.row.session.caches) for lane, token in rows]
             )
-        if self._batch[0] != lanes:
+        if self._batch[0] != lanes or not is_intact(self._batch[1]):
             caches = [lane.row.session.caches for lane in lanes]
             room = lanes[0].row.session.has_room
             self._batch = lanes, batch(caches, room, self._model.one_part)
