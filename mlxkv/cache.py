@@ -108,15 +108,6 @@ class Slice:
         _, v = self.arrays
         return v
 
-    @classmethod
-    def join(cls, parts: Sequence[Slice]) -> Slice:
-        """Consecutive slices as one, in arrays of their own: a view would keep a buffer alive."""
-        joined = [
-            mx.concatenate(list(arrays), axis=2)
-            for arrays in zip(*(part.arrays for part in parts), strict=True)
-        ]
-        return cls(tuple(mx.contiguous(x) for x in joined), parts[0].start, parts[-1].stop)
-
 
 @dataclass(frozen=True, slots=True)
 class Positions:

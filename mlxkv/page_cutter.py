@@ -13,9 +13,10 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
-from mlxkv.cache import STEP, Cache, Slice
+from mlxkv.cache import STEP, Cache
 from mlxkv.page_format import ROOT, page_name
-from mlxkv.page_links import FULL, WINDOW, Link, Part, chain_of, packed
+from mlxkv.page_links import FULL, WINDOW, Link, chain_of, packed
+from mlxkv.page_part import Part
 from mlxkv.pages import Pages
 
 AHEAD = 2
@@ -48,8 +49,8 @@ class Cutter:
         self._parent = self._links[-1].name if self._links else ROOT
         self._start = self._kept = STEP * n_pages
         self._rows: list[Part] | None = []
-        if tip is not None and tip[0].start == self._start:
-            self._rows, self._kept = [tip], tip[0].stop
+        if tip is not None and tip.start == self._start:
+            self._rows, self._kept = [tip], tip.stop
 
     @property
     def links(self) -> list[Link]:
@@ -77,7 +78,7 @@ class Cutter:
         if self._window and n > self._kept:
             rows = self._read_rows(n)
             if rows is not None and self._rows is not None:
-                mx.eval([piece.arrays for piece in rows])
+                mx.eval(rows.words)
                 self._rows.append(rows)
             self._kept = n
 
@@ -103,11 +104,11 @@ class Cutter:
             return link
         parts: dict[str, Part] = {}
         if self._full:
-            parts[FULL] = tuple(Slice.join([c.read(start, stop)]) for c in self._full)
+            parts[FULL] = Part.pack([cache.read(start, stop) for cache in self._full])
         rows = self._page_rows(stop)
         if rows is not None:
             parts[WINDOW] = rows
-        mx.eval([piece.arrays for part in parts.values() for piece in part])
+        mx.eval([part.words for part in parts.values()])
         if parts:
             self._pages.add(link, data, parts, self._links)
         return link
@@ -122,11 +123,11 @@ class Cutter:
             if rows is None:
                 return None
             pieces.append(rows)
-        return tuple(Slice.join(parts) for parts in zip(*pieces, strict=True))
+        return Part.join(pieces)
 
     def _read_rows(self, stop: int) -> Part | None:
-        """Rows from `_kept` to `stop` of every window layer, in arrays of their own."""
+        """Rows from `_kept` to `stop` of every window layer, in an array of their own."""
         if any(cache.first > self._kept for cache in self._window):
             self._rows = None  # a gap: this page will have no window part
             return None
-        return tuple(Slice.join([cache.read(self._kept, stop)]) for cache in self._window)
+        return Part.pack([cache.read(self._kept, stop) for cache in self._window])

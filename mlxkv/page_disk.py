@@ -1,19 +1,25 @@
-"""Pages on disk as MLX arrays: between `pages` (RAM) and `page_files` (files, no MLX)."""
+"""Pages on disk as MLX arrays: between `pages` (RAM) and `page_files` (files, no MLX).
+
+A file has a tensor for each array of each layer. They are views of the part's one array where it is
+written, without a copy or an evaluation, and are put back into one where it is read.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
-from mlxkv.cache import STEP, Slice
+from mlxkv.cache import STEP
 from mlxkv.layers import CausalLM
 from mlxkv.names import kv_dir
 from mlxkv.page_format import PageFile, PageKey
-from mlxkv.page_links import Kinds, Part
+from mlxkv.page_links import Kinds
+from mlxkv.page_part import Layout, Part, Rows
 from mlxkv.page_room import check_cap
 from mlxkv.pages import Pages
 
@@ -23,8 +29,12 @@ if TYPE_CHECKING:
     from mlxkv.page_files import PageFiles
 
 
+_DTYPES = {str(x).rpartition(".")[2]: x for x in (mx.bfloat16, mx.float16, mx.float32, mx.uint32)}
+"""What a page has, by the names that its file uses."""
+
+
 class PageDisk:
-    """The files of one model's pages, as slices of its layers.
+    """The files of one model's pages, as parts with the KV of its layers.
 
     Args:
         files: of this model in this dtype and KV format.
@@ -54,7 +64,7 @@ class PageDisk:
         return self.files.tokens(key)
 
     def read(self, keys: Sequence[PageKey]) -> list[tuple[bytes, Part] | None]:
-        """Tokens and slices of some pages; None for what is not there or damaged."""
+        """Tokens and KV of some pages; None for what is not there or damaged."""
         return [self._decoded(key, self.files.read(key)) for key in keys]
 
     def write(
@@ -64,7 +74,7 @@ class PageDisk:
         named: bool = False,
         wait: bool = False,
     ) -> None:
-        """Write (key, start, tokens, slices) in the background, if it is not there.
+        """Write (key, start, tokens, KV) in the background, if it is not there.
 
         Args:
             pages: their arrays are evaluated.
@@ -97,45 +107,68 @@ class PageDisk:
 
     def _encoded(self, key: PageKey, start: int, tokens: bytes, part: Part) -> PageFile:
         indices = self._kinds.caches(key.part)
-        arrays = {
-            f"{i}.{j}": x
-            for i, piece in zip(indices, part, strict=True)
-            for j, x in enumerate(piece.arrays)
-        }
-        return PageFile(
-            key,
-            start,
-            tokens,
-            {name: _to_numpy(x) for name, x in arrays.items()},
-            {name: str(x.dtype).rpartition(".")[2] for name, x in arrays.items()},
-        )
+        tensors: dict[str, np.ndarray] = {}
+        dtypes: dict[str, str] = {}
+        for (i, j), dtype, tensor in _tensors(part):
+            name = f"{indices[i]}.{j}"
+            tensors[name], dtypes[name] = tensor, str(dtype).rpartition(".")[2]
+        return PageFile(key, start, tokens, tensors, dtypes)
 
     def _decoded(self, key: PageKey, file: PageFile | None) -> tuple[bytes, Part] | None:
         if file is None:
             return None
-        slices = []
+        layers: list[list[np.ndarray]] = []
+        rows: list[list[Rows]] = []
         for index in self._kinds.caches(key.part):
-            arrays = []
-            while (name := f"{index}.{len(arrays)}") in file.tensors:
-                arrays.append(_to_mlx(file.tensors[name], file.dtypes[name]))
-            if not arrays:
+            names = itertools.takewhile(
+                file.tensors.__contains__, (f"{index}.{j}" for j in itertools.count())
+            )
+            found = {name: _rows(file, name) for name in names}
+            layers.append([file.tensors[name] for name in found])
+            rows.append([x for x in found.values() if x is not None])
+            if not found or None in found.values():
                 self.files.remove(key)
                 return None
-            slices.append(Slice(tuple(arrays), file.start, file.start + key.n_tokens))
-        mx.eval([piece.arrays for piece in slices])
-        return file.tokens, tuple(slices)
+        layout = Layout.of(rows)
+        return file.tokens, Part(
+            _words(layers, layout), layout, file.start, file.start + key.n_tokens
+        )
 
 
-def _to_numpy(x: mx.array) -> np.ndarray:
-    """The array's own memory; NumPy has no bfloat16, whose bits it gets instead."""
+def _rows(file: PageFile, name: str) -> Rows | None:
+    """What a tensor keeps of a token; None where it is not that of a page."""
+    tensor, dtype = file.tensors[name], _DTYPES.get(file.dtypes.get(name, ""))
+    if dtype is None or tensor.dtype != _numpy_dtype(dtype) or tensor.ndim != 4:
+        return None
+    B, H, n_tokens, D = tensor.shape
+    return Rows(dtype, (B, H, D)) if n_tokens == file.key.n_tokens else None
+
+
+def _tensors(part: Part) -> Iterator[tuple[tuple[int, int], mx.Dtype, np.ndarray]]:
+    """(layer, array of the layer), dtype and memory of each array; NumPy has no bfloat16, whose
+    bits it gets instead."""
     import numpy as np  # 40 ms that a prompt of less than a page does not pay
 
-    return np.asarray(x.view(mx.uint16) if x.dtype == mx.bfloat16 else x)
+    words, n_tokens = np.asarray(part.words), part.stop - part.start
+    for block, start, stop in part.layout.spans(n_tokens):
+        B, H, D = block.rows.shape
+        shape = len(block.places), B, H, n_tokens, D
+        arrays = words[start:stop].view(_numpy_dtype(block.rows.dtype)).reshape(shape)
+        for place, array in zip(block.places, arrays, strict=True):
+            yield place, block.rows.dtype, array
 
 
-def _to_mlx(x: np.ndarray, dtype: str) -> mx.array:
-    array = mx.array(x)
-    return array.view(mx.bfloat16) if dtype == "bfloat16" else array
+def _words(layers: Sequence[Sequence[np.ndarray]], layout: Layout) -> mx.array:
+    """The tensors of each layer in one array."""
+    import numpy as np
+
+    tensors = [layers[i][j] for block in layout.blocks for i, j in block.places]
+    word = _numpy_dtype(layout.word)
+    return mx.array(np.concatenate([tensor.reshape(-1).view(word) for tensor in tensors]))
+
+
+def _numpy_dtype(dtype: mx.Dtype) -> str:
+    return "uint16" if dtype == mx.bfloat16 else str(dtype).rpartition(".")[2]
 
 
 def fingerprint_in(root: Path, path: Path, dtype: str, kv_type: str) -> str:

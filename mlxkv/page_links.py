@@ -6,14 +6,11 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from mlxkv.cache import STEP, CacheSpec, Slice
+from mlxkv.cache import STEP, CacheSpec
 from mlxkv.page_format import ROOT, PageKey, page_name
 
 FULL, WINDOW = "full", "window"
 """The parts of a page: what layers without a window keep, and the others."""
-
-Part = tuple[Slice, ...]
-"""One slice for each layer that the part belongs to, all of the same positions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,16 +99,6 @@ def chain_of(data: bytes, n_pages: int) -> Iterator[Link]:
         link = Link(parent, page_name(parent, data[4 * STEP * i : 4 * STEP * (i + 1)]), STEP * i)
         yield link
         parent = link.name
-
-
-def cut(part: Part, stop: int) -> Part:
-    """The rows of a part before position `stop`."""
-    if part[0].stop <= stop:
-        return part
-    n = stop - part[0].start
-    return tuple(
-        Slice(tuple(x[:, :, :n] for x in piece.arrays), piece.start, stop) for piece in part
-    )
 
 
 def packed(tokens: Sequence[int]) -> bytes:

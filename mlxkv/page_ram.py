@@ -14,7 +14,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from mlxkv.cache import STEP
-from mlxkv.page_links import FULL, WINDOW, Kinds, Link, Part
+from mlxkv.page_links import FULL, WINDOW, Kinds, Link
+from mlxkv.page_part import Part
 
 ANCHORS = 8
 """Of the window parts that nobody is near to, every so many windows one goes last."""
@@ -31,7 +32,7 @@ class Page:
 
     def nbytes(self, part: str) -> int:
         """Bytes of one part."""
-        return sum(x.nbytes for piece in self.parts.get(part, ()) for x in piece.arrays)
+        return self.parts[part].nbytes if part in self.parts else 0
 
 
 class RamPages:
@@ -78,9 +79,9 @@ class RamPages:
         if page is None:
             page = self._pages[link.name] = Page(link, tokens)
             self._behind.setdefault(link.parent, set()).add(link.name)
-        for part, slices in parts.items():
+        for part, kv in parts.items():
             if part not in page.parts:
-                page.parts[part] = slices
+                page.parts[part] = kv
                 self.nbytes += page.nbytes(part)
         self.touch([link])
 

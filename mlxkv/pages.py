@@ -28,13 +28,12 @@ from mlxkv.page_links import (
     WINDOW,
     Kinds,
     Link,
-    Part,
     chain_of,
-    cut,
     n_common,
     packed,
     unpacked,
 )
+from mlxkv.page_part import Part
 from mlxkv.page_ram import RamPages
 
 if TYPE_CHECKING:
@@ -174,7 +173,7 @@ class Pages:
             return None
         try:
             for part, some in needed.items():
-                slices = [cut(self.ram.part(link, part), stop) for link in some]
+                slices = [self.ram.part(link, part).slices(stop) for link in some]
                 for i, index in enumerate(self.kinds.caches(part)):
                     caches[index].load([part_slices[i] for part_slices in slices])
                     mx.eval(caches[index].state)
@@ -191,8 +190,12 @@ class Pages:
         return sum(min(link.stop, stop) - link.start for link in from_disk)
 
     def rows_before(self, link: Link, stop: int) -> Part | None:
-        """The window rows of a page in RAM before position `stop`."""
-        return cut(self.ram.part(link, WINDOW), stop) if self.ram.has(link, WINDOW) else None
+        """The window rows of a page in RAM before position `stop`, in an array of their own."""
+        if not self.ram.has(link, WINDOW):
+            return None
+        rows = self.ram.part(link, WINDOW).before(stop)
+        mx.eval(rows.words)
+        return rows
 
     def has(self, link: Link) -> bool:
         """Whether a page is in RAM with all its parts."""
@@ -236,9 +239,9 @@ class Pages:
         pages = [page for link in links if (page := self.ram.get(link.name)) is not None]
         self.disk.write(
             (
-                (page.link.key(part), page.link.start, page.tokens, slices)
+                (page.link.key(part), page.link.start, page.tokens, kv)
                 for page in pages
-                for part, slices in page.parts.items()
+                for part, kv in page.parts.items()
             ),
             named=named,
             wait=wait or named,
@@ -290,9 +293,9 @@ class Pages:
         if self._disk is not None:
             self._disk.write(
                 (
-                    (page.link.key(part), page.link.start, page.tokens, slices)
+                    (page.link.key(part), page.link.start, page.tokens, kv)
                     for page in pages
-                    for part, slices in going[page.link.name].items()
+                    for part, kv in going[page.link.name].items()
                     if part not in page.parts
                 ),
                 wait=True,
@@ -433,6 +436,6 @@ class Pages:
                 if link.key(part) in self._disk:
                     self._unreadable.add(link.key(part))
                 continue
-            tokens, slices = file
-            self.ram.put(link, tokens, {part: slices})
+            tokens, kv = file
+            self.ram.put(link, tokens, {part: kv})
         return None if None in found else {link.name for link, _ in missing}

@@ -29,7 +29,7 @@ LAYERS = (
      "json_schema", "catalog", "names", "terminal", "page_format", "fingerprint",
      "workspace", "settings", "memory"),
     ("generate", "session", "decoder", "overflow", "planner", "budget", "pages", "page_cutter",
-     "page_links", "page_ram",
+     "page_links", "page_part", "page_ram",
      "page_disk", "page_files", "page_folder", "page_room", "kv_names", "named_kv", "hub",
      "hub_headers", "wheels", "store", "copies", "card", "plan_card"),
     ("llm", "conversation", "chunks", "answer", "turn", "saved_prefix", "asks",

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlxkv.cache import STEP, CacheSpec
+from mlxkv.kv_format import KV_TYPES
 from mlxkv.page_cutter import Cutter
 from mlxkv.page_links import FULL, WINDOW, Kinds, Link, n_common, packed
 from mlxkv.pages import WORTH, Match, Pages
@@ -325,6 +326,36 @@ def test_pinned_pages_stay():
     assert Sequence_(pages, shape).restore([*kept, 1]).n_tokens == 900
 
 
+def arrays_in(value: object) -> set[int]:
+    """Every MLX array that a page holds, by identity."""
+    if isinstance(value, mx.array):
+        return {id(value)}
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        return set().union(*map(arrays_in, value))
+    names = getattr(type(value), "__dataclass_fields__", ())
+    return set().union(*(arrays_in(getattr(value, name)) for name in names))
+
+
+@pytest.mark.parametrize("kv_type", KV_TYPES)
+@every_shape
+def test_a_page_holds_one_array_a_part(shape, kv_type):
+    pages = new_pages(shape)
+    caches = [spec.make(kv_type) for spec in specs(shape)]
+    cutter = Cutter(pages, caches)
+    tokens = random_tokens(600)
+    for start in range(0, 600, 100):
+        kv = mx.zeros((1, 1, 100, 2), mx.bfloat16)
+        for cache in caches:
+            cache.update(kv, kv)
+        cutter.advance(tokens, start + 100)
+    cutter.finish(tokens, 600)
+    held = [page for page in pages.ram if page.parts]
+    assert len(held) == 3
+    assert all(len(arrays_in(page)) == len(page.parts) <= 2 for page in held)
+
+
 @every_shape
 def test_a_budget_of_nothing_keeps_nothing(shape):
     pages = new_pages(shape, 0)
@@ -374,6 +405,33 @@ def test_a_dropped_window_part_costs_a_hit_and_never_a_wrong_one():
         (1400, 1400),
     ):
         assert Sequence_(pages, shape).restore(fork(tokens, at)).n_tokens == expected
+
+
+@pytest.mark.parametrize("n_tokens", [STEP, 300, 20])
+@pytest.mark.parametrize("heads", [1, 2])
+def test_what_was_loaded_keeps_no_page_alive(heads, n_tokens):
+    """Up to 16 KiB an array, below which MLX's `contiguous` makes no copy."""
+    wide = [CacheSpec(heads, 64, 64, window) for window in (None, 40, None)]
+    kinds = Kinds.of(wide)
+    assert kinds is not None
+    before = mx.get_active_memory()
+    pages, tokens = Pages(kinds, BIG), random_tokens(n_tokens)
+    caches = [spec.make() for spec in wide]
+    cutter = Cutter(pages, caches)
+    kv = mx.random.normal((1, heads, n_tokens, 64))
+    for start in range(0, n_tokens, STEP):
+        for cache in caches:
+            cache.update(kv[:, :, start : start + STEP], kv[:, :, start : start + STEP])
+        cutter.advance(tokens, caches[0].offset)
+    cutter.finish(tokens, n_tokens)
+    for cache in caches:
+        cache.reset()
+    del kv, cutter
+    assert mx.get_active_memory() - before <= pages.nbytes + 2**14
+    match = pages.match([*tokens, 1], n_tokens)
+    assert match.n_tokens == n_tokens and pages.load(match, caches) == 0
+    pages.clear()
+    assert mx.get_active_memory() - before <= sum(cache.nbytes for cache in caches) + 2**14
 
 
 def test_pages_of_other_shapes_are_dropped_and_not_loaded():
