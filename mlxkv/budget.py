@@ -76,6 +76,7 @@ class Budget:
         # Prompts that were let in, and are not computed yet: their length.
         self._admitted: weakref.WeakKeyDictionary[Session, int] = weakref.WeakKeyDictionary()
         self.start = self.most = KVUse()
+        self.share_arrays(planner.page_arrays())
 
     @property
     def limit_bytes(self) -> int:
@@ -93,6 +94,17 @@ class Budget:
         """Count another owner's prefixes in: all get the same share."""
         self._all_pages.append(pages)
         self.limit_bytes = self._limit_bytes
+        self.share_arrays(self._page_arrays)
+
+    def share_arrays(self, page_arrays: int | None) -> None:
+        """Say how many arrays the prefixes of all owners may hold: all get the same share.
+
+        Args:
+            page_arrays: see `planner.page_arrays`; None for any number.
+        """
+        self._page_arrays = page_arrays
+        for pages in self._all_pages:
+            pages.max_arrays = page_arrays and page_arrays // len(self._all_pages)
 
     def join(self, session: Session) -> None:
         """Count a sequence in, for as long as it lives."""

@@ -159,6 +159,17 @@ def allocator_keeps() -> int:
     return limit
 
 
+def max_arrays() -> int | None:
+    """Arrays that this process may have at a time, those that MLX's allocator keeps included.
+
+    Metal's resource limit, 499,000 on the Macs that report it; None where no limit is known.
+    """
+    import mlx.core as mx
+
+    limit = None if on_cpu() else mx.device_info().get("resource_limit")
+    return int(limit) if limit else None
+
+
 def memory_limit() -> int:
     """Bytes that a model and its caches may take on this machine.
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlxkv import device
+from mlxkv import device, planner
 from mlxkv.asks import Loaded
 from mlxkv.card import Card, describe
 from mlxkv.errors import OutOfMemory
@@ -200,10 +200,11 @@ class LoadedModels:
         return given
 
     def share_memory(self) -> None:
-        """Each model may take what the others leave."""
-        used = self.used_bytes
+        """Each model may take what the others leave; arrays of pages are divided equally."""
+        used, arrays = self.used_bytes, planner.page_arrays()
         for place in self.places():
             budget = place.served.llm.budget
+            budget.share_arrays(arrays and arrays // len(self._places))
             limit = self.limit_bytes - (used - budget.used_bytes)
             if limit != budget.limit_bytes:
                 budget.limit_bytes = limit

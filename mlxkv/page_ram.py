@@ -1,7 +1,7 @@
 """The pages in RAM, and which of them go when there is no room.
 
 Invariants:
-- `nbytes` is what the arrays of all parts take.
+- `nbytes` is what the arrays of all parts take, `n_arrays` how many those are: one for each part.
 - First go window parts that nobody needs who goes on at a tip or a fork, or in the page before it,
   anchors last; then leaves, each its window part first; of all these the least recently used.
 - Pinned pages stay.
@@ -10,7 +10,8 @@ Invariants:
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from mlxkv.cache import STEP
@@ -19,6 +20,9 @@ from mlxkv.page_part import Part
 
 ANCHORS = 8
 """Of the window parts that nobody is near to, every so many windows one goes last."""
+SPARE = 64
+"""Where arrays are too many, one in so many goes beyond what has to: finding out which go first
+takes a walk over all pages, and with small pages the next one would ask for it again."""
 
 
 @dataclass(slots=True)
@@ -30,10 +34,6 @@ class Page:
     parts: dict[str, Part] = field(default_factory=dict)
     used: int = 0
 
-    def nbytes(self, part: str) -> int:
-        """Bytes of one part."""
-        return self.parts[part].nbytes if part in self.parts else 0
-
 
 class RamPages:
     """Pages by name, and the pages behind each.
@@ -43,7 +43,7 @@ class RamPages:
     """
 
     def __init__(self, kinds: Kinds):
-        self.nbytes = 0
+        self.nbytes = self.n_arrays = 0
         self._kinds = kinds
         self._pages: dict[str, Page] = {}
         self._behind: dict[str, set[str]] = {}
@@ -82,7 +82,8 @@ class RamPages:
         for part, kv in parts.items():
             if part not in page.parts:
                 page.parts[part] = kv
-                self.nbytes += page.nbytes(part)
+                self.nbytes += kv.nbytes
+                self.n_arrays += 1
         self.touch([link])
 
     def touch(self, links: Iterable[Link]) -> None:
@@ -106,8 +107,9 @@ class RamPages:
     def drop(self, page: Page, parts: Iterable[str]) -> None:
         """Give up parts of a page; without any it is forgotten."""
         for part in parts:
-            self.nbytes -= page.nbytes(part)
-            page.parts.pop(part, None)
+            if (kv := page.parts.pop(part, None)) is not None:
+                self.nbytes -= kv.nbytes
+                self.n_arrays -= 1
         if not page.parts:
             del self._pages[page.link.name]
             siblings = self._behind[page.link.parent]
@@ -120,12 +122,24 @@ class RamPages:
         self._pages.clear()
         self._behind.clear()
         self._pinned.clear()
-        self.nbytes = 0
+        self.nbytes = self.n_arrays = 0
 
-    def shrink(self, budget_bytes: int) -> None:
-        """Give up as much as the budget asks for."""
-        if self.nbytes <= budget_bytes:
+    def shrink(self, budget_bytes: int, max_arrays: int | None = None) -> None:
+        """Give up as much as the budget asks for.
+
+        Args:
+            budget_bytes: what stays at most.
+            max_arrays: how many arrays stay at most; None for any number.
+        """
+        most = sys.maxsize if max_arrays is None else max_arrays
+        if self.nbytes <= budget_bytes and self.n_arrays <= most:
             return
+        if self.n_arrays > most:
+            most -= most // SPARE
+
+        def is_enough() -> bool:
+            return self.nbytes <= budget_bytes and self.n_arrays <= most
+
         near = self._near()
         far = [
             page
@@ -134,9 +148,9 @@ class RamPages:
         ]
         for page in sorted(far, key=lambda p: (self._is_anchor(p), p.used, p.link.start)):
             self.drop(page, [WINDOW])
-            if self.nbytes <= budget_bytes:
+            if is_enough():
                 return
-        self._drop_leaves(budget_bytes)
+        self._drop_leaves(is_enough)
 
     def _is_anchor(self, page: Page) -> bool:
         """Whether it is of the few by which a prompt that was edited far back goes on at all."""
@@ -156,19 +170,19 @@ class RamPages:
                 at = self._pages.get(at.link.parent)
         return near
 
-    def _drop_leaves(self, budget_bytes: int) -> None:
+    def _drop_leaves(self, is_enough: Callable[[], bool]) -> None:
         def entry(page: Page) -> tuple[int, int, str]:
             return page.used, -page.link.start, page.link.name
 
         leaves = [entry(p) for name, p in self._pages.items() if name not in self._behind]
         heapq.heapify(leaves)
-        while leaves and self.nbytes > budget_bytes:
+        while leaves and not is_enough():
             name = heapq.heappop(leaves)[2]
             if name in self._pinned:
                 continue
             page = self._pages[name]
             for part in (WINDOW, FULL):
-                if self.nbytes > budget_bytes and part in page.parts:
+                if part in page.parts and not is_enough():
                     self.drop(page, [part])
             parent = self._pages.get(page.link.parent)
             is_leaf = page.link.parent not in self._behind

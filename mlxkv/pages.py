@@ -7,6 +7,7 @@ Invariants:
   model in one dtype and KV format, and on disk the folder's name says which.
 - To go on at position p, full parts of [0, p) are needed and window parts of [p - window, p). The
   last page may be used in part: its first tokens do not depend on those behind them.
+- What RAM holds is bounded in bytes and in arrays, of which a page has one for each part.
 - `match` decides and changes nothing; `load` acts. Nothing is computed here: what caches held goes
   back into caches bit for bit.
 """
@@ -81,6 +82,9 @@ class Pages:
         budget_bytes: what pages may take in RAM.
         stable: tokens of a sequence up to which KV does not depend on what follows; None for all.
         open_disk: gives the pages on disk, asked for at the first prompt that has a whole page.
+
+    Attributes:
+        max_arrays: that pages may hold in RAM; None for any number. See `planner.page_arrays`.
     """
 
     def __init__(
@@ -92,6 +96,7 @@ class Pages:
     ):
         self.kinds = kinds
         self.budget_bytes = budget_bytes
+        self.max_arrays: int | None = None
         self.stable = stable
         self.ram = RamPages(kinds)
         self._open_disk = open_disk
@@ -169,7 +174,7 @@ class Pages:
         needed = {part: self.kinds.needed(links, part, stop) for part in self.kinds.parts}
         read = self._bring(needed)
         if read is None:
-            self.ram.shrink(self._allowed)
+            self._shrink()
             return None
         try:
             for part, some in needed.items():
@@ -183,7 +188,7 @@ class Pages:
         self.touch(links)
         if self._disk is not None:
             self.keep(link for link in links if link.n_tokens == STEP)  # its second use
-        self.ram.shrink(self._allowed)
+        self._shrink()
         # Pages that no layer needs any more count as the first that one does.
         first = next(iter(needed.values()))[0]
         from_disk = [x for x in links if (first if x.start < first.start else x).name in read]
@@ -218,7 +223,7 @@ class Pages:
         if self._writes_through:
             self.keep([link], named=True)
         self.ram.drop_outgrown(link, tokens)
-        self.ram.shrink(self._allowed)
+        self._shrink()
 
     def touch(self, links: Sequence[Link]) -> None:
         """Say that a sequence goes on from these pages."""
@@ -287,7 +292,7 @@ class Pages:
         before, pages = self.nbytes, list(self.ram)
         going = {page.link.name: dict(page.parts) for page in pages}
         self._cap_bytes = max(0, before - n_bytes)
-        self.ram.shrink(self._allowed)
+        self._shrink()
         if before == self.nbytes:
             return 0
         if self._disk is not None:
@@ -307,10 +312,11 @@ class Pages:
         """What was given back may be taken again."""
         self._cap_bytes = None
 
-    @property
-    def _allowed(self) -> int:
+    def _shrink(self) -> None:
+        """Give up what is beyond the budget."""
         capped = self._cap_bytes
-        return self.budget_bytes if capped is None else min(self.budget_bytes, capped)
+        allowed = self.budget_bytes if capped is None else min(self.budget_bytes, capped)
+        self.ram.shrink(allowed, self.max_arrays)
 
     def clear(self) -> None:
         """Forget what is in RAM."""

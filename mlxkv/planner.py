@@ -132,6 +132,15 @@ def pages_bytes(limit_bytes: int, weights_bytes: int) -> int:
     return max(0, limit_bytes - weights_bytes) // 4
 
 
+def page_arrays() -> int | None:
+    """How many arrays all prefix pages of the process may hold: a quarter of what there may be.
+
+    Where pages are small, tips of a few tokens, their number is reached before their bytes are.
+    """
+    limit = device.max_arrays()
+    return None if limit is None else limit // 4
+
+
 def kv_bytes(specs: Sequence[CacheSpec | None], n_tokens: int, kv: KVFormat) -> int:
     """Bytes that the live caches of one sequence allocate at `n_tokens`."""
     return sum(spec.nbytes(n_tokens, kv) for spec in specs if spec is not None)

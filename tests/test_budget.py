@@ -17,10 +17,11 @@ import mlx.core as mx
 import pytest
 
 import mlxkv
-from mlxkv import planner
+from mlxkv import device, planner
 from mlxkv.cache import KVCache, RotatingKVCache, _Buffers
 from mlxkv.errors import KVCacheFull
 from mlxkv.llm import LLM
+from mlxkv.page_disk import open_pages
 from mlxkv.planner import plan
 from mlxkv.sampling import Sampler, SamplingParams
 from mlxkv.workspace import prefill_step
@@ -425,6 +426,22 @@ def test_stats_follow_sequences_that_end(paths):
     stats = llm.stats()
     assert stats.kv.allocated_bytes == 0
     assert stats.kv_most.allocated_tokens == 1024
+
+
+def test_owners_share_the_arrays_that_pages_may_hold(paths, monkeypatch):
+    monkeypatch.setattr(device, "max_arrays", lambda: 4000)
+    llm = mlxkv.load(paths["llama"], dtype="float32")
+    assert llm.pages is not None and llm.pages.max_arrays == 1000
+    others = [open_pages(llm.model, llm.path, "native", 0, owner=name) for name in "ab"]
+    for other in others:
+        assert other is not None
+        llm.budget.adopt(other)
+    assert [pages.max_arrays for pages in (llm.pages, *others) if pages] == [333] * 3
+
+
+def test_pages_may_hold_any_number_of_arrays_where_no_limit_is_known(paths):
+    llm = mlxkv.load(paths["llama"], dtype="float32")
+    assert device.on_cpu() and llm.pages is not None and llm.pages.max_arrays is None
 
 
 def test_another_thread_may_look_while_sequences_join_and_leave(paths):

@@ -16,7 +16,7 @@ import mlx.core as mx
 import pytest
 
 import mlxkv
-from mlxkv import loaded_models, loader
+from mlxkv import device, loaded_models, loader
 from mlxkv.answer import Chunk, Stats
 from mlxkv.asks import Ask, Busy
 from mlxkv.engine import Engine
@@ -124,6 +124,19 @@ def test_pages_never_cross_owners(models, engine):
         return [await run(owner) for owner in ("a", "b", "a", "b", "")]
 
     assert [n > 0 for n in asyncio.run(all_of_them())] == [False, False, True, True, False]
+
+
+def test_models_and_owners_share_the_arrays_that_pages_may_hold(models, engine, monkeypatch):
+    monkeypatch.setattr(device, "max_arrays", lambda: 4000)
+
+    async def run() -> None:
+        for name, owner in (("llama", "a"), ("llama", "b"), ("gemma3", "")):
+            await collect(engine.submit(Ask(str(models[name]), "hello", {"max_tokens": 2}, owner)))
+
+    asyncio.run(run())
+    llama, gemma = (served(engine, models[name]) for name in ("llama", "gemma3"))
+    assert [p.max_arrays for p in llama._pages.values() if p] == [166] * 3
+    assert [p.max_arrays for p in gemma._pages.values() if p] == [500]
 
 
 def test_a_cancelled_answer_frees_its_place_and_keeps_its_prefix(models, engine):

@@ -17,6 +17,7 @@ from mlxkv.cache import STEP, CacheSpec
 from mlxkv.kv_format import KV_TYPES
 from mlxkv.page_cutter import Cutter
 from mlxkv.page_links import FULL, WINDOW, Kinds, Link, n_common, packed
+from mlxkv.page_ram import SPARE
 from mlxkv.pages import WORTH, Match, Pages
 from tests.tiny import tokens as random_tokens
 
@@ -354,6 +355,38 @@ def test_a_page_holds_one_array_a_part(shape, kv_type):
     held = [page for page in pages.ram if page.parts]
     assert len(held) == 3
     assert all(len(arrays_in(page)) == len(page.parts) <= 2 for page in held)
+    assert pages.ram.n_arrays == sum(len(page.parts) for page in held)
+
+
+@every_shape
+def test_arrays_are_given_up_by_count_as_well(shape):
+    """Tips of three tokens, which take next to no bytes."""
+    pages = new_pages(shape)
+    n_parts = len(pages.kinds.parts)
+    pages.max_arrays = 10 * n_parts
+    talks = [random_tokens(3, seed=seed) for seed in range(30)]
+    for n_known, tokens in enumerate(talks, start=1):
+        told(pages, shape, tokens)
+        assert pages.ram.n_arrays == n_parts * min(n_known, 10)
+    known = [len(pages.match([*tokens, 1], 3).links) > 0 for tokens in talks]
+    assert known == [False] * 20 + [True] * 10
+
+
+def test_of_many_arrays_some_more_than_must_are_given_up_at_once():
+    shape = (None,)
+    pages = new_pages(shape)
+    pages.max_arrays = 2 * SPARE
+    for seed in range(2 * SPARE + 1):
+        told(pages, shape, random_tokens(3, seed=seed))
+    assert pages.ram.n_arrays == 2 * SPARE - 2
+
+
+@every_shape
+def test_a_bound_of_no_arrays_keeps_nothing(shape):
+    pages = new_pages(shape)
+    pages.max_arrays = 0
+    told(pages, shape, random_tokens(900))
+    assert (pages.nbytes, pages.ram.n_arrays, len(pages.ram)) == (0, 0, 0)
 
 
 @every_shape
