@@ -194,6 +194,11 @@ class CausalLM(nn.Module):
         """The module whose parameters have the checkpoint's names."""
         return self
 
+    @property
+    def mixes_dtypes(self) -> bool:
+        """Whether its products with packed weights may be computed in more than the model is."""
+        return True
+
     def keeps_dtype(self, name: str) -> bool:
         """Whether this tensor stays in the checkpoint's dtype, whatever the model computes in."""
         return False

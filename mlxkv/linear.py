@@ -88,13 +88,16 @@ class _Packed(_Divided):
         assert weight is not None and scales is not None
         kind = {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
         if not _dense_is_faster() or x.size // x.shape[-1] < DENSE_ROWS:
-            return mx.quantized_matmul(
+            product = mx.quantized_matmul(
                 x, weight, scales=scales, biases=biases, transpose=True, stream=stream, **kind
             )
+            return product.astype(x.dtype, stream=stream)
+        dtype = product_dtype(x.dtype, scales)
         dense = mx.dequantize(
-            weight, scales=scales, biases=biases, dtype=x.dtype, stream=stream, **kind
+            weight, scales=scales, biases=biases, dtype=dtype, stream=stream, **kind
         )
-        return mx.matmul(x, mx.transpose(dense, stream=stream), stream=stream)
+        product = mx.matmul(x, mx.transpose(dense, stream=stream), stream=stream)
+        return product.astype(x.dtype, stream=stream)
 
 
 class Linear(_Dense, nn.Linear):
@@ -156,6 +159,14 @@ class QuantizedEmbedding(_Packed, nn.QuantizedEmbedding):
 
     def as_linear(self, x: mx.array) -> mx.array:
         return self._product(x)
+
+
+def product_dtype(dtype: mx.Dtype, scales: mx.array) -> mx.Dtype:
+    """What a product of rows in `dtype` with a packed weight is computed in, as MLX chooses it.
+
+    float32 where affine scales are: in 16 bits they would lose what the loader has kept.
+    """
+    return mx.result_type(dtype, scales) if mx.issubdtype(scales.dtype, mx.floating) else dtype
 
 
 def _dense_is_faster() -> bool:

@@ -97,8 +97,11 @@ def lay_out(
     pack_modules(root, kept, quantization, source)
     check_names(root, kept, path)
     target = compute_dtype(dtype, checkpoint_dtype(raw, weights))
+    exact = _scale_dtypes(kept, target)
+    if not model.mixes_dtypes and mx.float32 in exact.values():
+        target, exact = mx.float32, {}
     cast = {
-        name: array if model.keeps_dtype(name) else _cast(array, target)
+        name: array if model.keeps_dtype(name) else _cast(array, exact.get(name, target))
         for name, array in kept.items()
     }
     return Layout(model, cast, target)
@@ -151,13 +154,38 @@ def loading(
 
 
 def checkpoint_dtype(raw: Mapping[str, Any], weights: Weights) -> mx.Dtype:
-    """The dtype that a checkpoint was made for: what its config says, else most of its bytes.
+    """The dtype that a checkpoint was made for: that of 16-bit affine scales, if it has any, else
+    what its config says, else most of its bytes.
 
-    Packed weights may carry scales of another dtype.
+    A converter may have cast everything and left the config as it was, and the other 16-bit dtype
+    does not hold the scales. float32 scales do not decide: beside bfloat16 values they hold the
+    float16 scales of a GGUF file.
     """
+    of_scales = _scales_of(weights).dtype
+    if of_scales != mx.float32:
+        return of_scales
     config = text_config(raw)
     named = config.get("torch_dtype") or config.get("dtype")
     return DTYPES.get(named, weights.dtype) if isinstance(named, str) else weights.dtype
+
+
+def _scales_of(weights: Weights) -> Weights:
+    return Weights({k: info for k, info in weights.infos.items() if k.endswith(".scales")})
+
+
+def _scale_dtypes(weights: Mapping[str, mx.array], target: mx.Dtype) -> dict[str, mx.Dtype]:
+    """What affine scales and biases are kept in: the target if it holds them, else float32.
+
+    float16 and bfloat16 do not hold each other's values. Scales in the dtype of the file would all
+    be cast to float32 in every product.
+    """
+    exact: dict[str, mx.Dtype] = {}
+    for name, array in weights.items():
+        module, _, kind = name.rpartition(".")
+        scales = weights.get(f"{module}.scales")
+        if kind in ("scales", "biases") and scales is not None and _is_float(scales):
+            exact[name] = target if array.dtype == target else mx.float32
+    return exact
 
 
 def compute_dtype(dtype: mx.Dtype | str, checkpoint: mx.Dtype) -> mx.Dtype:

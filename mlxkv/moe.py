@@ -16,7 +16,7 @@ import numpy as np
 
 from mlxkv import device
 from mlxkv.layers import Fusing
-from mlxkv.linear import SPLIT_ROWS
+from mlxkv.linear import SPLIT_ROWS, product_dtype
 
 SORTED_ROWS = 64
 """Rows (tokens x experts of each) from which they are sorted by expert: neighbours then share a
@@ -76,7 +76,7 @@ class ExpertLinear(nn.Module):
 
     def of(self, expert: int, x: mx.array) -> mx.array:
         """One expert's product with rows `[N, in]`, `[N, out]`, on its dense weight."""
-        x = x @ self._dense(expert, x.dtype).T
+        x = (x @ self._dense(expert, x.dtype).T).astype(x.dtype)
         return x + self["bias"][expert] if "bias" in self else x
 
     def to_quantized(
@@ -142,7 +142,7 @@ class QuantizedExpertLinear(ExpertLinear):
             bits=self.bits,
             mode=self.mode,
             sorted_indices=in_order,
-        )
+        ).astype(x.dtype)
 
     def _dense(self, expert: int, dtype: mx.Dtype) -> mx.array:
         biases = self.get("biases")
@@ -150,6 +150,7 @@ class QuantizedExpertLinear(ExpertLinear):
             return _mxfp4_dense(
                 _slice_of(self["weight"], expert), _slice_of(self["scales"], expert), dtype
             )
+        dtype = product_dtype(dtype, self["scales"])
         return mx.dequantize(
             _slice_of(self["weight"], expert),
             scales=_slice_of(self["scales"], expert),

@@ -28,6 +28,13 @@ def logits(model, prompt=None) -> np.ndarray:
     return np.array(model(mx.array([prompt or tokens(40)])).astype(mx.float32))
 
 
+def assert_rounded(got: mx.array, exact: mx.array) -> None:
+    """Whether 16-bit values are float32 ones rounded once, up to the order of sums near zero."""
+    half_a_place = 2**-8 if got.dtype == mx.bfloat16 else 2**-11
+    error = mx.abs(got.astype(mx.float32) - exact)
+    assert mx.all(error <= 1.01 * half_a_place * mx.abs(exact) + 1e-5).item()
+
+
 def refused(path: Path, *words: str, error: type[MlxkvError] = CheckpointError) -> str:
     with pytest.raises(error) as caught:
         mx.eval(load_model(path).parameters())

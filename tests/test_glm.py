@@ -24,6 +24,7 @@ from mlxkv.models import family_for, glm4_moe, glm4_moe_lite
 from mlxkv.planner import kv_bytes
 from mlxkv.stacking import expert_stacks
 from tests import tiny
+from tests.loading import assert_rounded
 
 EXPERTS = {
     "n_routed_experts": 4,
@@ -167,6 +168,22 @@ def test_absorbed_and_expanded_attention_are_the_same(lite, L, S, mode):
     attention.embed_q, attention.unembed_out = embed_q, unembed_out
     assert a.shape == b.shape == (2, 4, L, 32)
     np.testing.assert_allclose(np.array(a), np.array(b), atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
+@pytest.mark.parametrize("L", [1, 40])
+def test_heads_with_scales_in_float32_keep_them_and_the_dtype_of_their_rows(lite, dtype, L):
+    packed = lite.model.layers[0].self_attn.unembed_out.to_quantized(32, 8, "affine")
+    H, D, _ = packed.weight.shape
+    weight = mx.dequantize(packed.weight, packed.scales, packed.biases, 32, 8)
+    for product, columns, exact in (
+        (packed, weight.shape[-1], lambda x: x @ weight.swapaxes(-1, -2)),
+        (packed.back, D, lambda x: x @ weight),
+    ):
+        x = mx.random.normal((2, H, L, columns), key=mx.random.key(L)).astype(dtype)
+        got, want = product(x), exact(x.astype(mx.float32))
+        assert got.dtype == dtype
+        assert_rounded(got, want)
 
 
 def test_single_tokens_are_absorbed_and_a_first_chunk_is_expanded():

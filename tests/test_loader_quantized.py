@@ -12,14 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 
+from mlxkv import device, linear
 from mlxkv.cache import make_caches
 from mlxkv.errors import UnsupportedModel, WeightsError
 from mlxkv.layers import GatedMLP
-from mlxkv.loader import load_model
-from tests.loading import Arrays, logits, refused, weights_of
+from mlxkv.loader import lay_out, load_model
+from mlxkv.models import family_for
+from tests.loading import Arrays, assert_rounded, logits, refused, weights_of
 from tests.tiny import gemma3_config, llama_config, tokens, write_checkpoint
 
 # Quantized checkpoints
@@ -142,6 +146,140 @@ def test_scales_in_sixteen_bits_compute_as_float32_on_request(tmp_path):
     down_proj = dict(model.named_modules())["model.layers.0.mlp.down_proj"]
     floats = {array.dtype for array in down_proj.parameters().values()}
     assert floats == {mx.uint32, mx.float32}
+
+
+FLOATS = [mx.float16, mx.bfloat16, mx.float32]
+SIXTEEN = FLOATS[:2]
+
+
+def mixed(
+    path: Path, scales: mx.Dtype, values: mx.Dtype, config: dict[str, Any] | None = None
+) -> tuple[Path, Arrays]:
+    """A checkpoint whose affine scales are of another dtype than its values, and its arrays."""
+    config, packed, _ = quantized(AFFINE[2], config=config)
+    config["torch_dtype"] = str(values).rpartition(".")[2]
+    arrays: Arrays = {}
+    for name, array in packed.items():
+        array = mx.array(array)
+        if mx.issubdtype(array.dtype, mx.floating):
+            array = array.astype(scales if name.endswith(("scales", "biases")) else values)
+        arrays[name] = array
+    write_checkpoint(path, config, packed)
+    mx.save_safetensors(str(path / "model.safetensors"), arrays, {"format": "pt"})
+    return path, arrays
+
+
+def unpacked(arrays: Arrays, module: str) -> mx.array:
+    """The weight that a module's packed arrays stand for, exactly."""
+    scales, biases = (arrays[f"{module}.{kind}"].astype(mx.float32) for kind in KINDS[1:])
+    return mx.dequantize(arrays[f"{module}.weight"], scales, biases, **AFFINE[2])
+
+
+KINDS = ("weight", "scales", "biases")
+MODULES = ("model.embed_tokens", "model.layers.1.mlp.down_proj", "lm_head")
+
+
+@pytest.mark.parametrize("compute", FLOATS, ids=str)
+@pytest.mark.parametrize("scales", FLOATS, ids=str)
+@pytest.mark.parametrize("module", MODULES)
+def test_packed_weights_are_exact_whatever_is_computed_in(tmp_path, module, scales, compute):
+    path, arrays = mixed(tmp_path, scales, mx.bfloat16)
+    model = load_model(path, dtype=compute)
+    held = dict(model.named_modules())[module]
+    exact = unpacked(arrays, module)
+    got = unpacked({f"{module}.{kind}": held[kind] for kind in KINDS}, module)
+    assert mx.array_equal(got, exact).item()
+    assert held.scales.dtype == held.biases.dtype
+    assert held.scales.dtype == (compute if scales == compute else mx.float32)
+
+
+@pytest.mark.parametrize(
+    ("scales", "compute"), [(a, b) for a in FLOATS for b in SIXTEEN if a != b], ids=str
+)
+@pytest.mark.parametrize("n_rows", [1, 9])
+@pytest.mark.parametrize("with_blas", [False, True])
+def test_products_with_wider_scales_are_exact_up_to_their_last_rounding(
+    tmp_path, monkeypatch, n_rows, scales, compute, with_blas
+):
+    monkeypatch.setattr(linear, "_dense_is_faster", lambda: with_blas)
+    path, arrays = mixed(tmp_path, scales, mx.bfloat16)
+    model = load_model(path, dtype=compute)
+    module = dict(model.named_modules())[MODULES[1]]
+    x = mx.random.normal((1, n_rows, 128), key=mx.random.key(1)).astype(compute)
+    exact = x.astype(mx.float32) @ unpacked(arrays, MODULES[1]).T
+    got = module(x)
+    assert got.dtype == compute
+    assert_rounded(got, exact)
+
+
+@pytest.mark.parametrize("scales", FLOATS, ids=str)
+@pytest.mark.parametrize("compute", SIXTEEN, ids=str)
+def test_a_model_computes_in_its_dtype_beside_wider_scales(tmp_path, scales, compute):
+    model = load_model(mixed(tmp_path, scales, mx.bfloat16)[0], dtype=compute)
+    caches = make_caches(model)
+    logits = model(mx.array([tokens(9)]), caches)
+    assert logits.dtype == compute
+    assert {x.dtype for cache in caches for x in cache.state} == {compute}
+
+
+@pytest.mark.parametrize(
+    ("scales", "values", "chosen"),
+    [
+        (mx.float16, mx.bfloat16, mx.float16),
+        (mx.bfloat16, mx.float16, mx.bfloat16),
+        (mx.float32, mx.bfloat16, mx.bfloat16),
+        (mx.bfloat16, mx.bfloat16, mx.bfloat16),
+    ],
+    ids=str,
+)
+def test_a_gpu_computes_in_the_dtype_of_16_bit_scales(
+    tmp_path, monkeypatch, scales, values, chosen
+):
+    monkeypatch.setattr(device, "default_dtype", lambda checkpoint: checkpoint)
+    layout = lay_out(mixed(tmp_path, scales, values)[0])
+    assert layout.dtype == chosen
+
+
+def test_a_gpu_computes_in_the_configs_dtype_where_scales_have_none(tmp_path, monkeypatch):
+    monkeypatch.setattr(device, "default_dtype", lambda checkpoint: checkpoint)
+    config, packed, _ = quantized(SCALED[0])
+    path = write_checkpoint(tmp_path, {**config, "torch_dtype": "bfloat16"}, packed)
+    assert lay_out(path).dtype == mx.bfloat16
+
+
+@pytest.mark.parametrize("scales", FLOATS, ids=str)
+@pytest.mark.parametrize("compute", SIXTEEN, ids=str)
+def test_mlx_lms_definitions_compute_in_what_holds_their_scales(tmp_path, scales, compute):
+    """Their layers go on in the dtype of a product, and so would the KV, which is counted."""
+    pytest.importorskip("mlx_lm")
+    olmo = {**WIDE, "architectures": ["OlmoForCausalLM"], "model_type": "olmo2"}
+    config = llama_config(**WIDE)
+    config.update(olmo)
+    raw = {key: value for key, value in config.items() if value is not None}
+    definition = family_for(raw, "config.json")
+    assert not definition.native
+    model = definition.build(definition.config(raw, "config.json"))
+    nn.quantize(model.weights_root(), **AFFINE[2])
+    arrays = dict(tree_flatten(model.weights_root().parameters()))
+    arrays = {
+        name: x.astype(scales if name.endswith(("scales", "biases")) else mx.bfloat16)
+        if mx.issubdtype(x.dtype, mx.floating)
+        else x
+        for name, x in arrays.items()
+    }
+    raw["quantization"] = AFFINE[2]
+    write_checkpoint(tmp_path, raw, {"x": mx.zeros((1,))})
+    mx.save_safetensors(str(tmp_path / "model.safetensors"), arrays)
+    loaded = load_model(tmp_path, dtype=compute)
+    assert loaded.compute_dtype == (compute if scales == compute else mx.float32)
+    caches = make_caches(loaded)
+    loaded(mx.array([tokens(5)]), caches)
+    assert {x.dtype for cache in caches for x in cache.state} == {loaded.compute_dtype}
+    held = dict(loaded.weights_root().named_modules())["model.layers.0.mlp.down_proj"]
+    assert mx.array_equal(
+        held.scales.astype(mx.float32),
+        arrays["model.layers.0.mlp.down_proj.scales"].astype(mx.float32),
+    ).item()
 
 
 BAD_QUANTIZATION = {

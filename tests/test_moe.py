@@ -14,6 +14,7 @@ import pytest
 from mlxkv import device, moe
 from mlxkv.layers import gated
 from mlxkv.moe import ExpertLinear, GatedExperts, QuantizedExpertLinear
+from tests.loading import assert_rounded
 
 N_EXPERTS, DIM, HIDDEN = 6, 64, 96
 MODES = [("affine", 4, 32), ("affine", 8, 32), ("affine", 3, 32), ("mxfp4", 4, 32),
@@ -138,6 +139,19 @@ def test_16_bits_keep_their_dtype_and_their_rounding(dtype, L):
     got = block(x, indices)
     assert got.dtype == dtype
     assert_close(got, want, 3e-2)
+
+
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
+@pytest.mark.parametrize("L", [1, 20])
+def test_experts_with_scales_in_float32_keep_them_and_the_dtype_of_their_rows(path, dtype, L):
+    """Each product is exact up to its rounding; scales in 16 bits would differ by whole codes."""
+    part = experts(bias=False)["up_proj"].to_quantized(32, 4, "affine")
+    x = mx.random.normal((L, DIM), key=mx.random.key(3)).astype(dtype)
+    exact = x.astype(mx.float32) @ dense(part)[1].T
+    indices = mx.ones((L,), mx.uint32)
+    for got in (part(x[:, None], indices)[:, 0], part.of(1, x)):
+        assert got.dtype == dtype
+        assert_rounded(got, exact)
 
 
 def test_an_expert_that_no_token_chose_and_one_that_all_chose(path):

@@ -243,6 +243,11 @@ class Model(CausalLM):
     def weights_root(self) -> nn.Module:
         return self.inner
 
+    @property
+    def mixes_dtypes(self) -> bool:
+        """No: mlx-lm's layers go on in the dtype that a product has."""
+        return False
+
     def cache_specs(self) -> list[CacheSpec | None]:
         """Shapes seen by tracing one token through the definition, with nothing computed."""
         if self._specs is None:

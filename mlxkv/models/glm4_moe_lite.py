@@ -25,7 +25,7 @@ from mlxkv.config import Fields, RopeConfig, rope_config
 from mlxkv.errors import WeightsError
 from mlxkv.kv_format import KV, Ragged, dense, leading
 from mlxkv.layers import ACTIVATIONS, Fusing
-from mlxkv.linear import DENSE_ROWS, Linear
+from mlxkv.linear import DENSE_ROWS, Linear, product_dtype
 from mlxkv.models import glm4, glm4_moe
 from mlxkv.models.glm4_moe import MoEConfig
 from mlxkv.rope import RoPE
@@ -171,9 +171,11 @@ class QuantizedHeadLinear(nn.Module):
             "mode": self.mode,
         }
         if x.shape[-2] < DENSE_ROWS or not device.on_cpu() or device.load_blas() is None:
-            return mx.quantized_matmul(x, self["weight"], transpose=transpose, **packed)
-        weight = mx.dequantize(self["weight"], dtype=x.dtype, **packed)
-        return x @ (weight.swapaxes(-1, -2) if transpose else weight)
+            product = mx.quantized_matmul(x, self["weight"], transpose=transpose, **packed)
+            return product.astype(x.dtype)
+        dtype = product_dtype(x.dtype, self["scales"])
+        weight = mx.dequantize(self["weight"], dtype=dtype, **packed)
+        return (x @ (weight.swapaxes(-1, -2) if transpose else weight)).astype(x.dtype)
 
 
 class Attention(Fusing):
