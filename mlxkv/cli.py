@@ -12,6 +12,7 @@ from typing import Annotated, cast
 import typer
 
 from mlxkv import __version__, kv_cli, run_cli, serve_cli
+from mlxkv.bench.cli import bench
 from mlxkv.errors import INTERRUPTED, MlxkvError, UsageError
 from mlxkv.run_cli import Context
 
@@ -29,6 +30,7 @@ app.add_typer(kv_cli.app)
 app.command()(serve_cli.serve)
 app.command()(serve_cli.ps)
 app.command()(serve_cli.stop)
+app.command()(bench)
 
 KVType = Annotated[
     str | None, typer.Option("--kv-type", help="Format of the KV cache: native, q8, q4 or auto.")

@@ -1,0 +1,149 @@
+"""What is measured: contexts and batches that the model and the memory allow, and their prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlxkv import planner
+from mlxkv.errors import UsageError
+from mlxkv.generate import default_chunk
+from mlxkv.loader import lay_out
+from mlxkv.planner import Needs
+from mlxkv.settings import Settings
+from mlxkv.terminal import human_bytes
+from mlxkv.tokenizer import Tokenizer
+from mlxkv.verify import TEXT
+from mlxkv.workspace import hollow
+
+SHORTEST = 8
+"""Tokens of the prompt at context 0: a model needs something to go on from."""
+APART = 1000
+"""Paragraphs between the beginnings of two prompts of a batch: no two share a beginning."""
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One context at one batch size.
+
+    Args:
+        context: tokens of each prompt, as asked for.
+        batch: sequences at a time.
+        n_prompt: tokens that each prompt has.
+        n_timed: decode steps that are timed; the answer has one token more, which prefill gives.
+        plan_bytes: MLX's peak memory as the planner foresees it for mlxkv.
+    """
+
+    context: int
+    batch: int
+    n_prompt: int
+    n_timed: int
+    plan_bytes: int
+
+    @property
+    def n_used(self) -> int:
+        """Tokens of a sequence at the end."""
+        return self.n_prompt + self.n_timed + 1
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """A case that was not measured, or not to its end.
+
+    Args:
+        context: as asked for.
+        batch: sequences at a time.
+        reason: for people; holds no path.
+        engine: which of them; "" for all.
+    """
+
+    context: int
+    batch: int
+    reason: str
+    engine: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.engine or 'skipped'}: context {self.context:,}, batch {self.batch}: " + (
+            self.reason
+        )
+
+
+class Planner:
+    """Which cases a model's context and the memory limit allow.
+
+    Args:
+        path: the model's directory; nothing of it is loaded.
+        settings: its context, KV format and memory limit.
+    """
+
+    def __init__(self, path: Path, settings: Settings):
+        layout = lay_out(path)
+        self._weights_bytes = layout.nbytes
+        self._needs = Needs(hollow(layout), settings.kv_type.value, default_chunk())
+        self._limit = settings.memory.value
+        self._window = settings.context.value
+
+    def choose(
+        self, contexts: Sequence[int], batches: Sequence[int], n_timed: int
+    ) -> tuple[list[Case], list[Skipped]]:
+        """The cases, short contexts first, and those that are left out.
+
+        A prompt as long as the model's context is cut by what the answer takes.
+        """
+        cases, skipped = [], []
+        for context in contexts:
+            n_prompt = min(max(context, SHORTEST), self._window - n_timed - 1)
+            for batch in batches:
+                if context > self._window or n_prompt < 1:
+                    reason = f"the model's context here is {self._window:,} tokens"
+                    skipped.append(Skipped(context, batch, reason))
+                    continue
+                case = Case(context, batch, n_prompt, n_timed, 0)
+                needed = self._needed_bytes(case)
+                if needed > self._limit:
+                    reason = (
+                        f"the plan needs {human_bytes(needed)} and the limit is "
+                        f"{human_bytes(self._limit)}"
+                    )
+                    skipped.append(Skipped(context, batch, reason))
+                    continue
+                cases.append(Case(context, batch, n_prompt, n_timed, self._peak_bytes(case)))
+        return cases, skipped
+
+    def _needed_bytes(self, case: Case) -> int:
+        """Weights, KV of all sequences and workspace, as `Plan.total_bytes` has them."""
+        kv = self._needs.kv_bytes(case.n_used)
+        workspace = max(0, self._needs.held(case.n_used).peak - kv)
+        return self._weights_bytes + kv * case.batch + workspace
+
+    def _peak_bytes(self, case: Case) -> int:
+        """`Plan.peak_bytes`, with KV and prefix pages of the other sequences."""
+        n, more = case.n_used, case.batch - 1
+        room = planner.pages_bytes(self._limit, self._weights_bytes)
+        pages = self._needs.pages_bytes(n)
+        first = self._needs.peak(n, room)
+        others = more * self._needs.kv_bytes(n) + min(more * pages, max(0, room - min(pages, room)))
+        return self._weights_bytes + first + others
+
+
+def prompts(tokenizer: Tokenizer, n_tokens: int, batch: int) -> list[list[int]]:
+    """One prompt of exactly `n_tokens` token ids for each sequence, its first token (BOS) counted.
+
+    Raises:
+        UsageError: the tokenizer makes nothing of the text.
+    """
+    return [_prompt(tokenizer, n_tokens, i * APART) for i in range(batch)]
+
+
+def _prompt(tokenizer: Tokenizer, n_tokens: int, first: int) -> list[int]:
+    n_paragraphs, tokens = 1, list[int]()
+    while len(tokens) < n_tokens:
+        numbers = range(first, first + n_paragraphs)
+        # The number first: paragraphs, and so prompts, differ from their first words on.
+        text = "".join(f"{i}. {TEXT.format(n=i % 9 + 2, m=(i * 37) % 500)}" for i in numbers)
+        before, tokens = len(tokens), tokenizer.encode(text)
+        if len(tokens) <= before:
+            raise UsageError("the model's tokenizer makes no more tokens of a longer text")
+        n_paragraphs = n_paragraphs * 2
+    return tokens[:n_tokens]
