@@ -16,6 +16,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from mlxkv.bench.machine import chip
+
 ENGINES = ("mlxkv", "mlx-lm")
 
 TARGETS = {
@@ -137,7 +139,7 @@ def about(root: Path, program: str) -> dict[str, Any]:
     argv = [Path(word).name if "/" in word else word for word in sys.argv[1:]]
     return {
         "machine": {
-            "cpu": _cpu_name(),
+            "cpu": chip(),
             "cores": os.cpu_count(),
             "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
             "system": f"{platform.system()} {platform.release().split('-')[0]}",
@@ -152,14 +154,6 @@ def about(root: Path, program: str) -> dict[str, Any]:
 def _git(root: Path, *words: str) -> str:
     done = subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=False)
     return done.stdout.strip()
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def _rows(written: dict[str, Any]) -> list[Row]:
