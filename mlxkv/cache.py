@@ -27,7 +27,7 @@ from typing import Any, Protocol, Self
 import mlx.core as mx
 
 from mlxkv.errors import UsageError
-from mlxkv.kv_format import KV, KVFormat, Rows, dense, storage_of
+from mlxkv.kv_format import KV, KVFormat, Native, Rows, dense_both, storage_of
 
 STEP = 256
 """Tokens by which a live cache grows: the unit of planning, sharing and storing as well."""
@@ -213,13 +213,14 @@ class _Buffers:
 
     @property
     def keys(self) -> mx.array:
-        """The first buffer of the keys: all there is of native ones. Not while empty."""
+        """The first buffer: native keys, or codes. Not while empty."""
         return self.arrays[0]
 
     @property
     def values(self) -> mx.array:
-        """The first buffer of the values."""
-        return self.arrays[self._storage.n_arrays]
+        """The buffer of native values. Not while empty."""
+        _, values = self.arrays
+        return values
 
     @property
     def arrays(self) -> list[mx.array]:
@@ -288,8 +289,9 @@ class _Buffers:
         cache = self._empty(kv_type)
         if self.offset:
             held = self.read(self.first, self.offset)
-            k, v = self._storage.decode_both(list(held.arrays), *self._rows[2:4])
-            arrays = cache._storage.encode_both(dense(k), dense(v))
+            n = held.stop - held.start
+            k, v = self._storage.decode_both(held.arrays, n, *self._rows[2:4])
+            arrays = cache._storage.encode_both(*dense_both(k, v))
             cache._rows = self._rows
             cache.load([Slice(tuple(arrays), held.start, held.stop)])
         return cache
@@ -308,8 +310,7 @@ class _Buffers:
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """`update` for mlx-lm's model definitions, which know nothing of packed rows."""
-        k, v = self.update(keys, values)
-        return dense(k), dense(v)
+        return dense_both(*self.update(keys, values))
 
     def update(self, k: mx.array, v: mx.array) -> tuple[Rows, Rows]:
         raise NotImplementedError
@@ -376,29 +377,27 @@ class _Buffers:
 
     def _rows_of(self, parts: Sequence[Slice]) -> tuple[Any, ...]:
         """What `_check` compares, of slices; raises where they are not of this cache's format."""
-        n, spec = self._storage.n_arrays, self.spec
-        arrays = parts[0].arrays
-        if len(arrays) != 2 * n or any(x.ndim != 4 for part in parts for x in part.arrays):
+        spec, arrays, storage = self.spec, parts[0].arrays, self._storage
+        native = isinstance(storage, Native)
+        if spec is None and not native:
+            raise UsageError("a cache without a spec does not know what packed slices hold")
+        n = storage.n_arrays(*((spec.k_dim, spec.v_dim) if spec else (1, 1)))
+        if len(arrays) != n or any(x.ndim != 4 for part in parts for x in part.arrays):
             raise UsageError(f"slices of {len(arrays)} arrays are not of KV format {self.kv_type}")
         B, H = arrays[0].shape[:2]
-        dtype = arrays[n - 1].dtype
+        v_dtype = arrays[-1].dtype  # of packed rows: of the biases, and so the keys' as well
+        dtype = arrays[0].dtype if native else v_dtype
         if spec is None:
-            if n > 1:
-                raise UsageError("a cache without a spec does not know what packed slices hold")
-            return B, H, arrays[0].shape[3], arrays[1].shape[3], dtype, arrays[1].dtype
+            return B, H, arrays[0].shape[3], arrays[1].shape[3], dtype, v_dtype
         if not mx.issubdtype(dtype, mx.floating):
             raise UsageError(f"slices of {dtype} are not of KV format {self.kv_type}")
-        v_dtype = arrays[-1].dtype if n == 1 else dtype
-        blank = mx.zeros((1, H, 1, spec.k_dim), dtype), mx.zeros((1, H, 1, spec.v_dim), v_dtype)
-        wanted = [(x.shape[3], x.dtype) for x in self._storage.encode_both(*blank)]
+        H = spec.n_kv_heads
+        blank = mx.zeros((B, H, 1, spec.k_dim), dtype), mx.zeros((B, H, 1, spec.v_dim), v_dtype)
+        wanted = [_row(x) for x in storage.encode_both(*blank)]
         for part in parts:
-            got = [(x.shape[3], x.dtype) for x in part.arrays]
-            if (
-                got != wanted
-                or any(x.shape[:2] != (B, H) for x in part.arrays)
-                or (H != spec.n_kv_heads)
-            ):
-                raise UsageError(f"slices of rows {got} with {H} heads do not fit {spec}")
+            got = [_row(x) for x in part.arrays]
+            if got != wanted:
+                raise UsageError(f"slices of [B, heads, row, dtype] {got} do not fit {spec}")
         return B, H, spec.k_dim, spec.v_dim, dtype, v_dtype
 
     def _nothing(self) -> tuple[mx.array, ...]:
@@ -420,6 +419,12 @@ def _write(buffers: Sequence[mx.array], arrays: Sequence[mx.array], start: int, 
     """Write rows in place."""
     for buffer, x in zip(buffers, arrays, strict=True):
         buffer[:, :, start:stop] = x
+
+
+def _row(x: mx.array) -> tuple[int, int, int, mx.Dtype]:
+    """What tokens have in common."""
+    B, H, _, D = x.shape
+    return B, H, D, x.dtype
 
 
 def _four(x: mx.array) -> tuple[int, ...]:
@@ -482,8 +487,7 @@ class KVCache(_Buffers):
             buffers = self._reserved(arrays, start, ceil_step(stop))
         _write(buffers, arrays, start, stop)  # behind what is held
         self.buffers, self.row, self.offset = buffers, None, stop
-        held = [buffer[:, :, :stop] for buffer in buffers]
-        return self._storage.decode_both(held, *self._rows[2:4])
+        return self._storage.decode_both(buffers, stop, *self._rows[2:4])
 
     def mask(self, L: int) -> Mask:
         """Mask for the KV that an update of `L` tokens will return."""
@@ -616,8 +620,7 @@ class RotatingKVCache(_Buffers):
             head,
             self.offset + L,
         )
-        held = [buffer[:, :, :n] for buffer in buffers]
-        return self._storage.decode_both(held, *self._rows[2:4])
+        return self._storage.decode_both(buffers, n, *self._rows[2:4])
 
     def _appended(self, arrays: Sequence[mx.array], L: int) -> tuple[list[mx.array], int, int]:
         start, stop, buffers = self._n, self._n + L, self.arrays

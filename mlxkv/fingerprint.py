@@ -1,5 +1,5 @@
 """What makes two models' KV comparable, as one hash: the bytes of the weights and of config.json,
-the compute dtype, the KV format and the format of the files.
+the compute dtype, the layout of the KV and the format of the files.
 
 The weights are read once. Their hash is kept with what the file system says of the files, and
 counts until that changes.
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxkv.errors import CheckpointError
+from mlxkv.kv_types import LAYOUTS
 from mlxkv.page_format import FORMAT_VERSION
 from mlxkv.weights import open_weights
 
@@ -41,7 +42,7 @@ def fingerprint(model_dir: Path, *, dtype: str, kv_type: str, cache: Path) -> st
     Args:
         model_dir: a model directory.
         dtype: MLX's name of the dtype that it computes in.
-        kv_type: format of the KV.
+        kv_type: format of the KV, one of `KV_TYPES`.
         cache: JSON file that keeps the hashes of directories; need not exist or be writable.
 
     Raises:
@@ -56,7 +57,7 @@ def fingerprint(model_dir: Path, *, dtype: str, kv_type: str, cache: Path) -> st
         content = _content(model_dir)
         if signature == _signature(model_dir) and _settled(signature, before):
             _remember(cache, directory, signature, content)
-    parts = [FORMAT_VERSION, content, dtype, kv_type]
+    parts = [FORMAT_VERSION, content, dtype, LAYOUTS.get(kv_type, kv_type)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 

@@ -1,16 +1,17 @@
 """How keys and values are stored: as they are computed, or in affine groups of 8 or 4 bits.
 
-A format turns rows `[B, H, L, D]` into one or three arrays whose tokens lie along axis 2 as well: a
+A format turns keys and values `[B, H, L, D]` into arrays whose tokens lie along axis 2 as well: a
 cache keeps, moves and drops tokens of every format in the same way.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
+from mlxkv import device
 from mlxkv.errors import UsageError
 from mlxkv.kv_types import AUTO, KV_CHOICES, KV_TYPES
 
@@ -22,62 +23,96 @@ GROUP_SIZES = (64, 32)
 class QuantizedRows:
     """Keys or values as codes: value = scale * code + bias, per group along the head's dimension.
 
+    They are a part of what is stored: keys and values of one size lie side by side in the same
+    arrays, with room for more tokens behind them.
+
     Args:
-        codes: uint32 `[B, H, S, D * bits / 32]`.
-        scales: `[B, H, S, D / group_size]`, in the dtype that is computed in.
-        biases: the same.
+        stored: codes, uint32 `[B, n >= heads, n >= S, D * bits / 32]`; scales, in the dtype that is
+            computed in, `[B, n >= heads, n >= S, D / group_size]`; biases, the same.
         dim: values per row that count; those behind are padding.
         bits: of a code.
+        first_head: where the heads of these rows begin.
+        n_heads: how many they are.
+        n_tokens: the tokens held, the first of what is stored.
     """
 
-    codes: mx.array
-    scales: mx.array
-    biases: mx.array
+    stored: tuple[mx.array, mx.array, mx.array]
     dim: int
     bits: int
+    first_head: int
+    n_heads: int
+    n_tokens: int
+
+    @property
+    def codes(self) -> mx.array:
+        """uint32 `[B, H, S, D * bits / 32]`."""
+        return self.stored[0][self._part]
+
+    @property
+    def scales(self) -> mx.array:
+        """`[B, H, S, D / group_size]`."""
+        return self.stored[1][self._part]
+
+    @property
+    def biases(self) -> mx.array:
+        """`[B, H, S, D / group_size]`."""
+        return self.stored[2][self._part]
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """`[B, H, S, D]` of the rows that it stands for."""
-        B, H, S, _ = self.codes.shape
-        return B, H, S, self.dim
+        return self.stored[0].shape[0], self.n_heads, self.n_tokens, self.dim
 
     @property
     def dtype(self) -> mx.Dtype:
         """The dtype of the rows."""
-        return self.scales.dtype
+        return self.stored[1].dtype
 
     @property
     def group_size(self) -> int:
         """Values that share a scale."""
-        return self.codes.shape[-1] * 32 // self.bits // self.scales.shape[-1]
-
-    def heads(self, start: int, stop: int) -> QuantizedRows:
-        """Some of the heads."""
-        return self._cut((slice(None), slice(start, stop)))
+        codes, scales, _ = self.stored
+        return codes.shape[-1] * 32 // self.bits // scales.shape[-1]
 
     def tokens(self, start: int, stop: int) -> QuantizedRows:
         """Some of the tokens."""
-        return self._cut((slice(None), slice(None), slice(start, stop)))
+        heads = slice(self.first_head, self.first_head + self.n_heads)
+        codes, scales, biases = (x[:, heads, start:stop] for x in self.stored)
+        return QuantizedRows(
+            (codes, scales, biases), self.dim, self.bits, 0, self.n_heads, stop - start
+        )
 
     def leading(self, dim: int) -> QuantizedRows:
         """The first values of each row."""
-        return QuantizedRows(self.codes, self.scales, self.biases, dim, self.bits)
+        return replace(self, dim=dim)
 
     def after(self, *arrays: mx.array) -> QuantizedRows:
         """The same, not unpacked before these are computed."""
-        (codes,) = mx.depends([self.codes], list(arrays))
-        return QuantizedRows(codes, self.scales, self.biases, self.dim, self.bits)
+        codes, scales, biases = self.stored
+        (codes,) = mx.depends([codes], list(arrays))
+        return replace(self, stored=(codes, scales, biases))
 
     def dequantized(self) -> mx.array:
         """The rows `[B, H, S, D]`."""
-        rows = mx.dequantize(
-            self.codes, self.scales, self.biases, group_size=self.group_size, bits=self.bits
-        )
-        return rows[..., : self.dim]
+        heads = slice(self.first_head, self.first_head + self.n_heads)
+        # With the room behind them: Metal's kernel would copy a part of it first.
+        codes, scales, biases = (x[:, heads] for x in self.stored)
+        return self._unpacked(codes, scales, biases)[:, :, : self.n_tokens, : self.dim]
 
-    def _cut(self, at: tuple[slice, ...]) -> QuantizedRows:
-        return QuantizedRows(self.codes[at], self.scales[at], self.biases[at], self.dim, self.bits)
+    def dequantized_with(self, other: QuantizedRows) -> tuple[mx.array, mx.array]:
+        """These rows and others, in one operation where both are stored in the same arrays."""
+        if self.stored is not other.stored:
+            return self.dequantized(), other.dequantized()
+        rows = self._unpacked(*self.stored)
+        return rows[self._part][..., : self.dim], rows[other._part][..., : other.dim]
+
+    def _unpacked(self, codes: mx.array, scales: mx.array, biases: mx.array) -> mx.array:
+        return mx.dequantize(codes, scales, biases, group_size=self.group_size, bits=self.bits)
+
+    @property
+    def _part(self) -> tuple[slice, ...]:
+        heads = slice(self.first_head, self.first_head + self.n_heads)
+        return slice(None), heads, slice(self.n_tokens)
 
 
 Rows = mx.array | QuantizedRows
@@ -128,11 +163,13 @@ KV = Rows | Ragged
 class Native:
     """Rows in the dtype that the model computes in."""
 
-    n_arrays = 1
-
     def row_bytes(self, dim: int, itemsize: int) -> int:
         """Bytes of one head's vector of `dim` values."""
         return dim * itemsize
+
+    def n_arrays(self, k_dim: int, v_dim: int) -> int:
+        """Arrays that are kept of keys and values of these sizes."""
+        return 2
 
     def encode(self, rows: mx.array) -> list[mx.array]:
         """The arrays that are kept of rows `[B, H, L, D]`."""
@@ -143,31 +180,39 @@ class Native:
         return arrays[0]
 
     def encode_both(self, k: mx.array, v: mx.array) -> list[mx.array]:
-        """The arrays that are kept of keys, then those of values: what every step asks for."""
+        """The arrays that are kept of keys and values: what every step asks for."""
         return [k, v]
 
-    def decode_both(self, arrays: Sequence[mx.array], k_dim: int, v_dim: int) -> tuple[Rows, Rows]:
-        """Keys and values of what is kept."""
-        return arrays[0], arrays[1]
+    def decode_both(
+        self, arrays: Sequence[mx.array], n: int, k_dim: int, v_dim: int
+    ) -> tuple[Rows, Rows]:
+        """Keys and values of the first `n` tokens of what is kept."""
+        k, v = arrays
+        return k[:, :, :n], v[:, :, :n]
 
 
 @dataclass(frozen=True, slots=True)
 class Affine:
     """Rows in affine groups along the head's dimension.
 
-    A dimension that no group size divides is padded with zeros.
+    A dimension that no group size divides is padded with zeros. Keys and values of one size are
+    kept side by side, `[B, 2 * H, L, *]` with the keys' heads first: a step quantizes and writes
+    both at a time. Change `kv_types.LAYOUTS` with what is kept.
 
     Args:
         bits: of a code.
     """
 
     bits: int
-    n_arrays = 3
 
     def row_bytes(self, dim: int, itemsize: int) -> int:
         """Bytes of one head's vector of `dim` values: codes, and a scale and a bias a group."""
         group, padded = _groups(dim)
         return padded * self.bits // 8 + (2 * (padded // group) * itemsize if padded else 0)
+
+    def n_arrays(self, k_dim: int, v_dim: int) -> int:
+        """Arrays that are kept of keys and values of these sizes."""
+        return 3 if _side_by_side(k_dim, v_dim) else 6
 
     def encode(self, rows: mx.array) -> list[mx.array]:
         """The arrays that are kept of rows `[B, H, L, D]`."""
@@ -184,15 +229,48 @@ class Affine:
         if dim == 0:
             return arrays[0]
         codes, scales, biases = arrays
-        return QuantizedRows(codes, scales, biases, dim, self.bits)
+        _, H, S, _ = codes.shape
+        return QuantizedRows((codes, scales, biases), dim, self.bits, 0, H, S)
 
     def encode_both(self, k: mx.array, v: mx.array) -> list[mx.array]:
-        """The arrays that are kept of keys, then those of values."""
+        """The arrays that are kept of keys and values, or of keys and then of values."""
+        if _side_by_side(k.shape[-1], v.shape[-1]):
+            return self.encode(_joined(k, v))
         return self.encode(k) + self.encode(v)
 
-    def decode_both(self, arrays: Sequence[mx.array], k_dim: int, v_dim: int) -> tuple[Rows, Rows]:
-        """Keys and values of what is kept."""
-        return self.decode(arrays[:3], k_dim), self.decode(arrays[3:], v_dim)
+    def decode_both(
+        self, arrays: Sequence[mx.array], n: int, k_dim: int, v_dim: int
+    ) -> tuple[Rows, Rows]:
+        """Keys and values of the first `n` tokens of what is kept."""
+        if _side_by_side(k_dim, v_dim):
+            H, stored = arrays[0].shape[1] // 2, _handles(arrays)
+            k = QuantizedRows(stored, k_dim, self.bits, 0, H, n)
+            return k, QuantizedRows(stored, v_dim, self.bits, H, H, n)
+        H = arrays[0].shape[1]
+        k = QuantizedRows(_handles(arrays[:3]), k_dim, self.bits, 0, H, n)
+        if v_dim == 0:
+            return k, arrays[3][:, :, :n]
+        return k, QuantizedRows(_handles(arrays[3:]), v_dim, self.bits, 0, H, n)
+
+
+def _handles(arrays: Sequence[mx.array]) -> tuple[mx.array, mx.array, mx.array]:
+    """New handles on buffers: writing to a buffer rebinds its own handle to what it holds then."""
+    codes, scales, biases = arrays
+    return codes[...], scales[...], biases[...]
+
+
+def _side_by_side(k_dim: int, v_dim: int) -> bool:
+    return k_dim == v_dim > 0
+
+
+def _joined(k: mx.array, v: mx.array) -> mx.array:
+    """Keys' heads, then values' heads, `[B, 2 * H, L, D]`."""
+    if device.on_cpu():
+        return mx.concatenate([k, v], axis=1)
+    # One launch of a GPU; concatenate takes one an array.
+    B, H, L, D = k.shape
+    both = mx.where(mx.array([[[[[True]]], [[[False]]]]]), k[:, None], v[:, None])
+    return both.reshape(B, 2 * H, L, D)
 
 
 def _groups(dim: int) -> tuple[int, int]:
@@ -249,6 +327,13 @@ class KVFormat:
 def dense(rows: Rows) -> mx.array:
     """Rows as an array, whatever they are stored as."""
     return rows.dequantized() if isinstance(rows, QuantizedRows) else rows
+
+
+def dense_both(k: Rows, v: Rows) -> tuple[mx.array, mx.array]:
+    """Keys and values as arrays, whatever they are stored as."""
+    if isinstance(k, QuantizedRows) and isinstance(v, QuantizedRows):
+        return k.dequantized_with(v)
+    return dense(k), dense(v)
 
 
 def leading(rows: KV, dim: int) -> KV:

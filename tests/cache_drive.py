@@ -16,7 +16,7 @@ import pytest
 
 from mlxkv.cache import CacheSpec, KVCache, RotatingKVCache
 from mlxkv.errors import UsageError
-from mlxkv.kv_format import dense, storage_of
+from mlxkv.kv_format import dense, dense_both, storage_of
 from tests.windowed_reference import FullHistory, mask_as_bias, softmax_attention
 
 TOLERANCE = 1e-9
@@ -117,9 +117,8 @@ class Drive:
         piece = self.cache.read(start, stop)
         assert (piece.start, piece.stop) == (start, stop)
         # Exact: a cache stores what it was given, or what its format makes of that.
-        storage, n = self.cache._storage, len(piece.arrays) // 2
-        k = dense(storage.decode(piece.arrays[:n], self.k_dim))
-        v = dense(storage.decode(piece.arrays[n:], self.v_dim))
+        dims = stop - start, self.k_dim, self.v_dim
+        k, v = dense_both(*self.cache._storage.decode_both(piece.arrays, *dims))
         np.testing.assert_array_equal(np.array(k), self.reference.keys[:, :, start:stop])
         np.testing.assert_array_equal(np.array(v), self.reference.values[:, :, start:stop])
 

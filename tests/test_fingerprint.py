@@ -222,6 +222,15 @@ def test_the_result_does_not_depend_on_threads_or_chunks_and_blocks_are_hashed_a
     assert result == hashlib.sha256(expected.encode()).hexdigest()
 
 
+def test_packed_kv_in_another_layout_has_another_fingerprint(model, cache):
+    """Pages of the layout before, keys and values apart, were named after the format alone."""
+    taken(model, cache)
+    content = json.loads(cache.read_bytes())[str(model.resolve())]["content"]
+    for kv_type in ("q8", "q4"):
+        before = json.dumps([module.FORMAT_VERSION, content, "bfloat16", kv_type])
+        assert taken(model, cache, kv_type=kv_type) != hashlib.sha256(before.encode()).hexdigest()
+
+
 def test_the_cache_is_private_and_forgets_directories_that_are_gone(model, cache, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(model, copy)
