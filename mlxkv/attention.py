@@ -10,14 +10,16 @@ import mlx.core as mx
 
 from mlxkv import device
 from mlxkv.cache import Mask, windowed_mask
-from mlxkv.kv_format import KV, QuantizedRows, Ragged
+from mlxkv.kv_format import KV, QuantizedRows, Ragged, dense_both
 
 SPLIT_QUERIES = 64
 """Queries from which a chunk's attention is divided over the cores of the CPU backend."""
 SPLIT_KEYS = 2048
 """Keys from which one query's KV heads are."""
 BLOCK = 512
-"""Packed keys that are unpacked at a time."""
+"""Packed keys that are unpacked at a time on the CPU backend."""
+FLOAT16_SHRINK = 64.0
+"""Divisor of float16 scores that have no scale: up to 4 million they stay in its range."""
 
 
 def attend(
@@ -37,7 +39,7 @@ def attend(
         v: `[B, Hk, S, v_dim]`, in the keys' form.
         scale: factor on the scores.
         mask: None, `"causal"` (aligned at the end), or bool `[L, S]`, true where visible; no query
-            sees what lies behind it. For one query also `[B, 1, 1, S]`.
+            sees what lies behind it. For one query a row also bool `[B, 1, 1, S]`.
         sinks: one logit per head that takes part in the softmax and has no value, `[H]`.
         softcap: bound of the scores, `c * tanh(score / c)`, before the mask.
 
@@ -191,30 +193,29 @@ def _attend_packed(
     sinks: mx.array | None,
     softcap: float | None,
 ) -> mx.array:
-    """Attention over packed keys and values.
-
-    One query is a product on the codes themselves. A chunk unpacks `BLOCK` keys and values at a
-    time; on the CPU backend its queries are divided over the cores, and each unpacks its own.
-    """
-    B, H, L, _ = q.shape
-    Hk, S = k.shape[1], k.shape[2]
-    # The heads that share a KV head are rows of one product. Scores are float32, as in MLX's
-    # kernel: those of models without a scale leave float16's range.
-    rows = (q.astype(mx.float32) * scale).reshape(B, Hk, H // Hk, L, -1)
+    """Attention over packed keys and values: one query's is a product on the codes themselves."""
+    B, H, L, D = q.shape
+    on_cpu = device.on_cpu()
+    if L > 1 and not on_cpu:
+        # One layer's KV at a time in the dtype that is computed in: what a model's native KV takes,
+        # divided by its layers. Its kernels are then those of native KV.
+        return attend(q, *dense_both(k, v), scale, mask, sinks, softcap)
+    Hk, dtype = k.shape[1], q.dtype
+    if on_cpu:  # a product of 16-bit numbers is summed in 16 bits there
+        q = q.astype(mx.float32)
     if sinks is not None:
         sinks = sinks.reshape(1, Hk, H // Hk, 1, 1)
-    if L == 1 and not isinstance(mask, str):
-        one = _attend_codes(rows[:, :, :, 0], k, v, sinks, softcap, mask)
-        return one.reshape(B, H, 1, -1).astype(q.dtype)
-    streams = device.core_streams() if device.on_cpu() and L >= SPLIT_QUERIES else (None,)
-    bounds = [L * i // len(streams) for i in range(len(streams) + 1)]
-    parts = []
-    for stream, (start, stop) in zip(streams, itertools.pairwise(bounds), strict=True):
-        visible = _Visible(mask, L, S, start, stop)
-        with mx.stream(stream) if stream is not None else contextlib.nullcontext():
-            parts.append(_online(rows[:, :, :, start:stop], k, v, visible, sinks, softcap))
-    out = parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=3)
-    return out.reshape(B, H, L, -1).astype(q.dtype)
+    if L > 1:
+        rows = (q * scale).reshape(B, Hk, H // Hk, L, D)
+        out = _attend_blocks(rows, k, v, mask, sinks, softcap)
+        return out.reshape(B, H, L, v.dim).astype(dtype)
+    # Norms may stand in for a scale, and then a product may leave float16's range.
+    shrink = FLOAT16_SHRINK if q.dtype == mx.float16 and scale >= 1 else 1.0
+    if scale != shrink:
+        q = q * (scale / shrink)
+    seen = mask if isinstance(mask, mx.array) else None  # the last query sees every key before it
+    out = _attend_codes(q.reshape(B, Hk, H // Hk, D), k, v, sinks, softcap, seen, shrink)
+    return out.reshape(B, H, 1, v.dim).astype(dtype)
 
 
 def _attend_codes(
@@ -224,33 +225,72 @@ def _attend_codes(
     sinks: mx.array | None,
     softcap: float | None,
     mask: mx.array | None = None,
+    shrink: float = 1.0,
 ) -> mx.array:
-    """One query's heads over the codes, with nothing unpacked.
+    """One query's heads over the codes, with nothing unpacked and no scale cast.
+
+    The softmax sums in float32; products are in the query's dtype.
 
     Args:
-        q: scaled, float32, `[B, Hk, H / Hk, D]`.
+        q: scaled and divided by `shrink`, `[B, Hk, H / Hk, D]`.
+        sinks: `[1, Hk, H / Hk, 1, 1]`.
+        mask: bool, broadcast to `[B, 1, 1, S]`.
+        shrink: what keeps scores in the dtype's range.
 
     Returns:
-        float32 `[B, Hk, H / Hk, v_dim]`.
+        `[B, Hk, H / Hk, v_dim]` in the query's dtype.
     """
     n_missing = k.scales.shape[-1] * k.group_size - q.shape[-1]
     if n_missing:
         q = mx.pad(q, [(0, 0), (0, 0), (0, 0), (0, n_missing)])
     scores = mx.quantized_matmul(
         q, k.codes, k.scales, k.biases, transpose=True, group_size=k.group_size, bits=k.bits
-    ).astype(mx.float32)
+    )
     if softcap is not None:
-        scores = mx.tanh(scores / softcap) * softcap
+        scores, shrink = mx.tanh(scores / (softcap / shrink)) * softcap, 1.0
     if mask is not None:
-        scores = mx.where(mask, scores, -1e30)
+        scores = mx.where(mask, scores, mx.finfo(scores.dtype).min)
     if sinks is not None:  # takes part in the softmax, and has no value
-        sinks = mx.broadcast_to(sinks[..., 0].astype(mx.float32), (*scores.shape[:-1], 1))
-        scores = mx.concatenate([scores, sinks], axis=-1)
+        sinks = (sinks[..., 0] / shrink if shrink != 1 else sinks[..., 0]).astype(scores.dtype)
+        scores = mx.concatenate([scores, mx.broadcast_to(sinks, (*scores.shape[:-1], 1))], axis=-1)
+    if shrink != 1:
+        # No score above 0, so one that leaves the range has no weight.
+        scores = (scores - scores.max(axis=-1, keepdims=True)) * shrink
     weights = mx.softmax(scores, axis=-1, precise=True)[..., : k.shape[2]]
     out = mx.quantized_matmul(
         weights, v.codes, v.scales, v.biases, transpose=False, group_size=v.group_size, bits=v.bits
     )
-    return out[..., : v.dim].astype(mx.float32)
+    return out[..., : v.dim]
+
+
+def _attend_blocks(
+    q: mx.array,
+    k: QuantizedRows,
+    v: QuantizedRows,
+    mask: Mask,
+    sinks: mx.array | None,
+    softcap: float | None,
+) -> mx.array:
+    """A chunk's attention on the CPU backend: `BLOCK` keys and values are unpacked at a time.
+
+    Its queries are divided over the cores, and each core unpacks its own.
+
+    Args:
+        q: scaled, float32, `[B, Hk, H / Hk, L, D]`.
+        sinks: `[1, Hk, H / Hk, 1, 1]`.
+
+    Returns:
+        float32 `[B, Hk, H / Hk, L, v_dim]`.
+    """
+    L, S = q.shape[3], k.shape[2]
+    streams = device.core_streams() if L >= SPLIT_QUERIES else (None,)
+    bounds = [L * i // len(streams) for i in range(len(streams) + 1)]
+    parts = []
+    for stream, (start, stop) in zip(streams, itertools.pairwise(bounds), strict=True):
+        visible = _Visible(mask, L, S, start, stop)
+        with mx.stream(stream) if stream is not None else contextlib.nullcontext():
+            parts.append(_online(q[:, :, :, start:stop], k, v, visible, sinks, softcap))
+    return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=3)
 
 
 @dataclass(frozen=True, slots=True)

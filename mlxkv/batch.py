@@ -318,5 +318,5 @@ class _SharedPart(_LayerPart):
         shared.write(first.encoded(k, v), access)
         for cache in self._caches:
             cache.advance()
-        k_rows, v_rows = first.decoded(shared.read(access.n_rows, n))
+        k_rows, v_rows = first.decoded(shared.read(access.n_rows), n)
         return k_rows, v_rows, access.mask

@@ -272,9 +272,9 @@ class _Buffers:
         """What is stored of keys and values `[B, H, L, D]`, of B sequences like this one."""
         return self._storage.encode_both(k, v)
 
-    def decoded(self, arrays: Sequence[mx.array]) -> tuple[Rows, Rows]:
-        """Keys and values of what is stored."""
-        return self._storage.decode_both(arrays, *self._rows[2:4])
+    def decoded(self, arrays: Sequence[mx.array], n: int) -> tuple[Rows, Rows]:
+        """Keys and values of the first `n` tokens of what is stored."""
+        return self._storage.decode_both(arrays, n, *self._rows[2:4])
 
     @property
     def first(self) -> int:

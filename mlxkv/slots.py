@@ -97,11 +97,11 @@ class SharedBuffers:
             written.append(array)
         self.arrays = written
 
-    def read(self, n_rows: int, n_columns: int) -> list[mx.array]:
-        """The first rows and columns of each array."""
+    def read(self, n_rows: int) -> list[mx.array]:
+        """The first rows of each array."""
         if n_rows == self.n_slots:
-            return [array[:, :, :n_columns] for array in self.arrays]
-        return [array[:n_rows, :, :n_columns] for array in self.arrays]
+            return self.arrays
+        return [array[:n_rows] for array in self.arrays]
 
     def reserve(self, capacity: int) -> None:
         """Have room for so many tokens in each row; copies all of them."""
