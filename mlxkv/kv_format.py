@@ -6,6 +6,7 @@ cache keeps, moves and drops tokens of every format in the same way.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -269,8 +270,14 @@ def _joined(k: mx.array, v: mx.array) -> mx.array:
         return mx.concatenate([k, v], axis=1)
     # One launch of a GPU; concatenate takes one an array.
     B, H, L, D = k.shape
-    both = mx.where(mx.array([[[[[True]]], [[[False]]]]]), k[:, None], v[:, None])
+    both = mx.where(_keys_first(), mx.expand_dims(k, 1), mx.expand_dims(v, 1))
     return both.reshape(B, 2 * H, L, D)
+
+
+@functools.cache
+def _keys_first() -> mx.array:
+    """bool `[1, 2, 1, 1, 1]`; made once, since every layer asks for it at every step."""
+    return mx.array([[[[[True]]], [[[False]]]]])
 
 
 def _groups(dim: int) -> tuple[int, int]:

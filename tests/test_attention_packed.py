@@ -8,7 +8,7 @@ import pytest
 
 from mlxkv import device
 from mlxkv.attention import attend
-from mlxkv.cache import CacheSpec, windowed_mask
+from mlxkv.cache import CacheSpec, KVCache, windowed_mask
 from mlxkv.kv_format import QuantizedRows, dense, leading
 from tests.test_kv_format import pack, packed_types, rows
 
@@ -123,7 +123,7 @@ def test_a_chunk_on_a_gpu_unpacks_each_stored_array_once_and_whole(kv_type, dims
         unpacked.append(codes.shape)
         return dequantize(codes, *rest, **options)
 
-    cache = CacheSpec(2, *dims).make(kv_type)
+    cache = KVCache(CacheSpec(2, *dims), kv_type)
     k, v = cache.update(*(rows(1, 2, 300, dim) for dim in dims))
     monkeypatch.setattr(mx, "dequantize", count)
     attend(rows(1, 4, 5, dims[0]), k, v if dims[1] else leading(k, 512), 0.1, "causal")
@@ -135,7 +135,7 @@ def test_a_chunk_on_a_gpu_unpacks_each_stored_array_once_and_whole(kv_type, dims
 def test_a_decode_step_on_a_gpu_casts_nothing(kv_type, dtype, monkeypatch):
     """Nothing of the KV's length is float32: neither scores nor weights, scales or biases."""
     monkeypatch.setattr(device, "on_cpu", lambda: False)
-    cache = CacheSpec(2, 64, 64).make(kv_type)
+    cache = KVCache(CacheSpec(2, 64, 64), kv_type)
     cache.update(*(rows(1, 2, 300, 64).astype(dtype) for _ in range(2)))
     mx.eval(cache.buffers)
     seen = set()
