@@ -11,6 +11,7 @@ import mlx.core as mx
 from mlxkv import device
 from mlxkv.cache import Mask, windowed_mask
 from mlxkv.kv_format import KV, QuantizedRows, Ragged, dense_both
+from mlxkv.layers import soft_cap
 
 SPLIT_QUERIES = 64
 """Queries from which a chunk's attention is divided over the cores of the CPU backend."""
@@ -173,7 +174,7 @@ def _attend_capped(
     Hk, S = k.shape[1], k.shape[2]
     q = (q * scale).reshape(B, Hk, H // Hk, L, D)
     scores = q @ mx.expand_dims(k, 2).swapaxes(-1, -2)  # [B, Hk, H / Hk, L, S]
-    scores = mx.tanh(scores / softcap) * softcap
+    scores = soft_cap(scores, softcap)
     if isinstance(mask, str):
         mask = windowed_mask(L, S - L, S)
     if mask is not None:

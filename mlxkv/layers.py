@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, ParamSpec, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -12,6 +13,9 @@ from mlxkv import device
 from mlxkv.cache import CacheSpec, LayerCache, Mask, windowed_mask
 from mlxkv.linear import Linear, fused
 from mlxkv.rope import RoPE
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def attention_masks(
@@ -39,9 +43,19 @@ def attention_masks(
     return {window: first[window].mask(L) for window in kinds}
 
 
-def compiled(function: Callable[..., mx.array]) -> Callable[..., mx.array]:
-    """One fused kernel on a GPU; as it is on the CPU backend, which would call a C++ compiler."""
-    return function if device.on_cpu() else mx.compile(function, shapeless=True)
+def compiled(function: Callable[P, R]) -> Callable[P, R]:
+    """One fused kernel on a GPU; as it is on the CPU backend, which would call a C++ compiler.
+
+    Args:
+        function: of arrays and numbers; only what works on single values is fused.
+    """
+    on_gpu = mx.compile(function, shapeless=True)
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        return (function if device.on_cpu() else on_gpu)(*args, **kwargs)
+
+    return call
 
 
 def silu(x: mx.array) -> mx.array:
@@ -82,13 +96,21 @@ def gated(activation: str) -> Callable[[mx.array, mx.array], mx.array]:
 
 def soft_cap(x: mx.array, cap: float | None) -> mx.array:
     """cap * tanh(x / cap): x kept within (-cap, cap); as it is without a cap."""
-    return x if cap is None else mx.tanh(x / cap) * cap
+    return x if cap is None else _capped(x, cap)
+
+
+@compiled
+def _capped(x: mx.array, cap: float) -> mx.array:
+    return mx.tanh(x / cap) * cap
 
 
 def residual(x: mx.array, r: mx.array) -> mx.array:
     """x + r, held inside float16's range, which the residual stream of Gemmas leaves."""
-    if x.dtype != mx.float16:
-        return x + r
+    return _held_sum(x, r) if x.dtype == mx.float16 else x + r
+
+
+@compiled
+def _held_sum(x: mx.array, r: mx.array) -> mx.array:
     bound = 65504.0
     return mx.clip(x.astype(mx.float32) + r.astype(mx.float32), -bound, bound).astype(mx.float16)
 

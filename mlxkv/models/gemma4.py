@@ -19,7 +19,15 @@ import mlx.nn as nn
 from mlxkv.attention import attend
 from mlxkv.cache import CacheSpec, LayerCache, Mask, Offset
 from mlxkv.kv_format import KV
-from mlxkv.layers import CausalLM, Fusing, GatedMLP, attention_masks, gated, model_windows
+from mlxkv.layers import (
+    CausalLM,
+    Fusing,
+    GatedMLP,
+    attention_masks,
+    gated,
+    model_windows,
+    soft_cap,
+)
 from mlxkv.linear import Embedding, Linear
 from mlxkv.models.gemma4_config import Config, Heads
 from mlxkv.moe import GatedExperts
@@ -283,8 +291,7 @@ class Model(CausalLM):
             logits = self.model.embed_tokens.as_linear(hidden)
         else:
             logits = self.lm_head(hidden)
-        cap = self.config.final_logit_softcapping
-        return logits if cap is None else mx.tanh(logits / cap) * cap
+        return soft_cap(logits, self.config.final_logit_softcapping)
 
 
 def _last_row(mask: Mask) -> Mask:
