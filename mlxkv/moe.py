@@ -243,7 +243,8 @@ class GatedExperts(Fusing):
         return multiply(self["down_proj"], self._activation(gate, up))
 
     def _gathered(self, x: mx.array, indices: mx.array) -> mx.array:
-        x = mx.expand_dims(x, (-2, -3))  # [B, L, 1, 1, dim]
+        # Not by `expand_dims`: with the stride that it gives a row of one the product would copy x.
+        x = x.reshape(*x.shape[:-1], 1, 1, x.shape[-1])  # [B, L, 1, 1, dim]
         return self._product(x, lambda part, x: part(x, indices)).squeeze(-2)
 
     def _divided(self, x: mx.array, indices: mx.array, streams: tuple[mx.Stream, ...]) -> mx.array:
@@ -258,14 +259,13 @@ class GatedExperts(Fusing):
         return mx.concatenate(parts, axis=-2)
 
     def _sorted(self, x: mx.array, indices: mx.array) -> mx.array:
-        order, x = _by_expert(x, indices)
-        experts = indices.flatten()[order]
-        x = mx.expand_dims(x, -2)  # [B L k, 1, dim]
+        order, experts, x = _by_expert(x, indices)
+        x = x.reshape(-1, 1, x.shape[-1])  # [B L k, 1, dim]; see `_gathered`
         x = self._product(x, lambda part, x: part(x, experts, in_order=True))
         return _in_token_order(x.squeeze(-2), order, indices)
 
     def _one_by_one(self, x: mx.array, indices: mx.array) -> mx.array:
-        order, x = _by_expert(x, indices)
+        order, _, x = _by_expert(x, indices)
         if self.traced:
             x = self._waited_for(x)  # to count the rows
         results, stop = [], 0
@@ -293,6 +293,14 @@ class GatedExperts(Fusing):
         return rows
 
 
+def weighed(answers: mx.array, weights: mx.array) -> mx.array:
+    """The sum of each token's answers `[B, L, k, dim]` times their weights `[B, L, k]`.
+
+    One product: it takes the place of a multiplication and a sum.
+    """
+    return (mx.expand_dims(weights, -2) @ answers).squeeze(-2)
+
+
 def _one_at_a_time(part: ExpertLinear, n_rows: int) -> bool:
     if not part.gathers:
         return True
@@ -300,10 +308,11 @@ def _one_at_a_time(part: ExpertLinear, n_rows: int) -> bool:
     return not few and device.on_cpu() and device.load_blas() is not None
 
 
-def _by_expert(x: mx.array, indices: mx.array) -> tuple[mx.array, mx.array]:
-    """The order that sorts rows by expert, and the rows `[B L k, dim]` in it."""
-    order = mx.argsort(indices.flatten())
-    return order, x.reshape(-1, x.shape[-1])[order // indices.shape[-1]]
+def _by_expert(x: mx.array, indices: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    """The order that sorts rows by expert; the experts `[B L k]` and rows `[B L k, dim]` in it."""
+    experts = indices.flatten()  # once: the chosen are a part of all experts, which makes it a copy
+    order = mx.argsort(experts)
+    return order, experts[order], x.reshape(-1, x.shape[-1])[order // indices.shape[-1]]
 
 
 def _in_token_order(rows: mx.array, order: mx.array, indices: mx.array) -> mx.array:

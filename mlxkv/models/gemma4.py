@@ -30,7 +30,7 @@ from mlxkv.layers import (
 )
 from mlxkv.linear import Embedding, Linear
 from mlxkv.models.gemma4_config import Config, Heads
-from mlxkv.moe import GatedExperts
+from mlxkv.moe import GatedExperts, weighed
 from mlxkv.rope import RoPE
 
 __all__ = ["Config", "Model", "remap"]
@@ -190,7 +190,7 @@ class Experts(nn.Module):
         )
 
     def __call__(self, x: mx.array, experts: mx.array, weights: mx.array) -> mx.array:
-        return (mx.expand_dims(weights, -2) @ self["switch_glu"](x, experts)).squeeze(-2)
+        return weighed(self["switch_glu"](x, experts), weights)
 
 
 class ExpertsLayer(Layer):

@@ -6,8 +6,9 @@ left out here. Reference: transformers `modeling_glm4_moe.py`.
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +18,9 @@ import mlx.nn as nn
 from mlxkv.attention import attend
 from mlxkv.cache import LayerCache, Mask
 from mlxkv.config import Fields, RopeConfig, rope_config
-from mlxkv.layers import ACTIVATIONS, GatedMLP, Prepared, gated
+from mlxkv.layers import ACTIVATIONS, GatedMLP, Prepared, compiled, gated
 from mlxkv.models import glm4
-from mlxkv.moe import GatedExperts
+from mlxkv.moe import GatedExperts, weighed
 from mlxkv.stacking import stack_experts
 
 CORRECTION_BIAS = "e_score_correction_bias"
@@ -178,17 +179,15 @@ class Router(Prepared):
         self.e_score_correction_bias = self.e_score_correction_bias.astype(mx.float32)
 
     def __call__(self, x: mx.array) -> tuple[mx.array, mx.array]:
-        """Experts `[B, L, k]` of tokens `[B, L, E]`, and their weights in float32."""
+        """Experts `[B, L, k]` of tokens `[B, L, E]`, and their weights in the tokens' dtype."""
         c, k = self._config, self._config.num_experts_per_tok
-        scores = mx.sigmoid(x.astype(mx.float32) @ self["weight"].T)
-        choice = scores + self[CORRECTION_BIAS]
+        scores, choice = _scores(x.astype(mx.float32) @ self["weight"].T, self[CORRECTION_BIAS])
         if c.n_group > 1:
             choice = self._within_best_groups(choice)
-        experts = mx.argpartition(-choice, kth=k - 1, axis=-1)[..., :k]
+        experts = mx.argpartition(choice, kth=-k, axis=-1)[..., -k:]
         weights = mx.take_along_axis(scores, experts, axis=-1)
-        if c.norm_topk_prob:
-            weights = weights / (weights.sum(axis=-1, keepdims=True) + 1e-20)
-        return experts, weights * c.routed_scaling_factor
+        total = weights.sum(axis=-1, keepdims=True) if c.norm_topk_prob else None
+        return experts, _shares(x.dtype, c.routed_scaling_factor)(weights, total)
 
     def _within_best_groups(self, choice: mx.array) -> mx.array:
         c = self._config
@@ -197,6 +196,26 @@ class Router(Prepared):
         kept = mx.argpartition(-best, kth=c.topk_group - 1, axis=-1)[..., : c.topk_group]
         hidden = mx.put_along_axis(mx.ones_like(best), kept, mx.array(0.0), axis=-1)
         return mx.where(hidden[..., None] > 0, -mx.inf, groups).flatten(-2)
+
+
+@compiled
+def _scores(logits: mx.array, correction: mx.array) -> tuple[mx.array, mx.array]:
+    """What experts are weighed by, and what they are chosen by."""
+    scores = mx.sigmoid(logits)
+    return scores, scores + correction
+
+
+@functools.cache
+def _shares(dtype: mx.Dtype, factor: float) -> Callable[[mx.array, mx.array | None], mx.array]:
+    """(scores of the chosen, their sum or None) -> the weights, in `dtype`."""
+
+    @compiled
+    def shares(scores: mx.array, total: mx.array | None) -> mx.array:
+        if total is not None:
+            scores = scores / (total + 1e-20)  # as the reference does, against a division by zero
+        return (scores * factor).astype(dtype)
+
+    return shares
 
 
 class MoE(nn.Module):
@@ -213,9 +232,8 @@ class MoE(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         experts, weights = self["gate"](x)
-        y = self["switch_mlp"](x, experts)  # [B, L, k, E]
-        y = (y * weights[..., None].astype(y.dtype)).sum(axis=-2)
-        return y + self["shared_experts"](x)
+        chosen = weighed(self["switch_mlp"](x, experts), weights)
+        return chosen + self["shared_experts"](x)
 
 
 class Model(glm4.Model):

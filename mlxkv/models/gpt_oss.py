@@ -21,7 +21,7 @@ from mlxkv.errors import WeightsError
 from mlxkv.layers import attention_masks, compiled
 from mlxkv.linear import Linear
 from mlxkv.models import glm4, llama
-from mlxkv.moe import GatedExperts
+from mlxkv.moe import GatedExperts, weighed
 
 YARN = {
     "rope_type": "yarn",
@@ -168,10 +168,10 @@ class MoE(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         logits = self["router"](x)
-        experts = mx.argpartition(-logits, kth=self._k - 1, axis=-1)[..., : self._k]
+        experts = mx.argpartition(logits, kth=-self._k, axis=-1)[..., -self._k :]
         chosen = mx.take_along_axis(logits, experts, axis=-1)
         weights = mx.softmax(chosen, axis=-1, precise=True)  # [B, L, k]
-        return (self["experts"](x, experts) * weights[..., None]).sum(axis=-2)
+        return weighed(self["experts"](x, experts), weights)
 
 
 class Model(glm4.Model):
