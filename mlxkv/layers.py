@@ -147,6 +147,17 @@ class Fusing(Prepared):
         return mx.concatenate([self[part](x) for part in self.fusions[name]], axis=-1)
 
 
+def on_halves(function: Callable[[mx.array, mx.array], mx.array], rows: mx.array) -> mx.array:
+    """An elementwise function of the first and the second half of each row, `[..., 2 n]`.
+
+    Returns:
+        `[..., n]`, dense. Half of a single row would keep the whole row's stride through the
+        function, and MLX's packed products copy a row whose stride is not its length.
+    """
+    first, second = mx.split(mx.unflatten(rows, -1, (2, -1)), 2, axis=-2)
+    return function(first, second).flatten(-2)
+
+
 class GatedMLP(Fusing):
     """down(activation(gate(x)) * up(x)).
 
@@ -167,8 +178,7 @@ class GatedMLP(Fusing):
         self._gated = gated(activation)
 
     def __call__(self, x: mx.array) -> mx.array:
-        gate, up = mx.split(self.project("gate_up_proj", x), 2, axis=-1)
-        return self["down_proj"](self._gated(gate, up))
+        return self["down_proj"](on_halves(self._gated, self.project("gate_up_proj", x)))
 
 
 class OffsetRMSNorm(Prepared):

@@ -15,7 +15,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlxkv import device
-from mlxkv.layers import Fusing
+from mlxkv.layers import Fusing, on_halves
 from mlxkv.linear import SPLIT_ROWS, product_dtype
 
 SORTED_ROWS = 64
@@ -237,10 +237,11 @@ class GatedExperts(Fusing):
         self, x: mx.array, multiply: Callable[[ExpertLinear, mx.array], mx.array]
     ) -> mx.array:
         if "gate_up_proj" in self:
-            gate, up = mx.split(multiply(self["gate_up_proj"], x), 2, axis=-1)
+            between = on_halves(self._activation, multiply(self["gate_up_proj"], x))
         else:
             gate, up = multiply(self["gate_proj"], x), multiply(self["up_proj"], x)
-        return multiply(self["down_proj"], self._activation(gate, up))
+            between = self._activation(gate, up)
+        return multiply(self["down_proj"], between)
 
     def _gathered(self, x: mx.array, indices: mx.array) -> mx.array:
         # Not by `expand_dims`: with the stride that it gives a row of one the product would copy x.

@@ -15,7 +15,7 @@ import mlx.nn as nn
 
 from mlxkv.cache import CacheSpec, LayerCache, Mask
 from mlxkv.config import Fields, RopeConfig, rope_config
-from mlxkv.layers import ACTIVATIONS, CausalLM, attention_masks, gated, model_windows
+from mlxkv.layers import ACTIVATIONS, CausalLM, attention_masks, gated, model_windows, on_halves
 from mlxkv.linear import Embedding, Linear
 from mlxkv.models import llama
 
@@ -112,8 +112,7 @@ class MLP(nn.Module):
         self._gated = gated(config.hidden_act)
 
     def __call__(self, x: mx.array) -> mx.array:
-        gate, up = mx.split(self["gate_up_proj"](x), 2, axis=-1)
-        return self["down_proj"](self._gated(gate, up))
+        return self["down_proj"](on_halves(self._gated, self["gate_up_proj"](x)))
 
 
 class Layer(nn.Module):
