@@ -191,13 +191,61 @@ class OffsetRMSNorm(Prepared):
         self._offset = 1.0
 
     def prepare(self) -> None:
-        # Added once instead of on every call; float32 keeps what a 16-bit sum would round away.
-        self.weight = (self.weight.astype(mx.float32) + 1.0).astype(self.weight.dtype)
-        self._offset = 0.0
+        # Added once instead of on every call.
+        self.weight, self._offset = self.scale, 0.0
+
+    @property
+    def scale(self) -> mx.array:
+        """What normed values are multiplied by."""
+        weight = self["weight"]
+        if not self._offset:
+            return weight
+        # float32 keeps what a 16-bit sum would round away.
+        return (weight.astype(mx.float32) + self._offset).astype(weight.dtype)
 
     def __call__(self, x: mx.array) -> mx.array:
-        weight = self["weight"]
-        return mx.fast.rms_norm(x, weight + self._offset if self._offset else weight, self._eps)
+        return mx.fast.rms_norm(x, self.scale, self._eps)
+
+
+class NormedHeads(Fusing):
+    """Attention that norms each head of its queries and keys, with weights `q_norm` and `k_norm`.
+
+    All heads of the fused projection are normed together without a weight, then multiplied by
+    weights for each head. On a GPU a norm of the queries alone copies them first, because they are
+    a part of longer rows, and one for the keys and a rotation for each would be launched beside it.
+    """
+
+    n_heads: int
+    n_kv_heads: int
+
+    def prepare(self) -> None:
+        super().prepare()
+        if "q_norm" in self:
+            self.qk_norm = self._norm_weights()
+            del self["q_norm"], self["k_norm"]
+
+    def normed(self, heads: mx.array, eps: float) -> tuple[mx.array, mx.array]:
+        """Norm heads of D values.
+
+        Args:
+            heads: `[B, L, N, D]`, queries first, then keys.
+            eps: of the norms.
+
+        Returns:
+            Queries and keys `[B, L, H + Hk, D]`, and all heads as they are without a weight.
+        """
+        weights = self["qk_norm"] if "qk_norm" in self else self._norm_weights()
+        plain = mx.fast.rms_norm(heads, None, eps)
+        return plain[:, :, : weights.shape[0]] * weights, plain
+
+    def _norm_weights(self) -> mx.array:
+        """`[H + Hk, D]`."""
+        parts = []
+        for name, n_heads in (("q_norm", self.n_heads), ("k_norm", self.n_kv_heads)):
+            norm = self[name]
+            weight = norm.scale if isinstance(norm, OffsetRMSNorm) else norm["weight"]
+            parts.append(mx.broadcast_to(weight, (n_heads, weight.shape[-1])))
+        return mx.concatenate(parts)
 
 
 class CausalLM(nn.Module):

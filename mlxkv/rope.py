@@ -143,6 +143,16 @@ class RoPE(nn.Module):
         periods = self._periods_at(offset + x.shape[2]) if self._grows else self._periods
         return self._rotated(x, offset, periods)
 
+    def of_first(self, n_heads: int, x: mx.array, offset: Offset = 0) -> mx.array:
+        """Rotate the first heads of `[B, H, L, D]`: `[B, n_heads, L, D]`."""
+        # MLX's kernel copies a part of each row of a batch; turning all heads costs less.
+        if x.shape[0] > 1 and self._factor == 1.0 and not (self._is_partial(x) or device.on_cpu()):
+            return self(x, offset)[:, :n_heads]
+        return self(x[:, :n_heads], offset)
+
+    def _is_partial(self, x: mx.array) -> bool:
+        return self._dims < x.shape[-1]
+
     def _of_rows(self, x: mx.array, offset: Positions, one: bool) -> mx.array:
         """Each row at a position of its own."""
         if one:

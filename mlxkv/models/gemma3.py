@@ -16,7 +16,7 @@ import mlx.nn as nn
 from mlxkv.attention import attend
 from mlxkv.cache import LayerCache, Mask
 from mlxkv.config import Fields, RopeConfig, rope_config, text_config
-from mlxkv.layers import Fusing, Linear, OffsetRMSNorm
+from mlxkv.layers import Linear, NormedHeads, OffsetRMSNorm
 from mlxkv.models import gemma, gemma2
 from mlxkv.rope import RoPE
 
@@ -120,7 +120,7 @@ def _windows(fields: Fields) -> tuple[int | None, ...]:
     return tuple(window if kind == "sliding_attention" else None for kind in types)
 
 
-class Attention(Fusing):
+class Attention(NormedHeads):
     """Grouped-query attention with norms on queries and keys."""
 
     fusions: ClassVar = {"qkv_proj": ("q_proj", "k_proj", "v_proj")}
@@ -130,23 +130,23 @@ class Attention(Fusing):
         E, D, bias = config.hidden_size, config.head_dim, config.attention_bias
         self.n_heads, self.n_kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim, self.scale = D, config.query_pre_attn_scalar**-0.5
+        self._eps = config.rms_norm_eps
         self.q_proj = Linear(E, self.n_heads * D, bias=bias)
         self.k_proj = Linear(E, self.n_kv_heads * D, bias=bias)
         self.v_proj = Linear(E, self.n_kv_heads * D, bias=bias)
         self.o_proj = Linear(self.n_heads * D, E, bias=bias)
-        self.q_norm = OffsetRMSNorm(D, config.rms_norm_eps)
-        self.k_norm = OffsetRMSNorm(D, config.rms_norm_eps)
+        self.q_norm = OffsetRMSNorm(D, self._eps)
+        self.k_norm = OffsetRMSNorm(D, self._eps)
         self._rope = RoPE(config.full_rope if window is None else config.sliding_rope)
 
     def __call__(self, x: mx.array, mask: Mask, cache: LayerCache | None) -> mx.array:
         B, L, _ = x.shape
         H, Hk = self.n_heads, self.n_kv_heads
         qkv = self.project("qkv_proj", x).reshape(B, L, H + 2 * Hk, self.head_dim)
-        qkv = qkv.transpose(0, 2, 1, 3)  # [B, H + 2 Hk, L, D]
-        offset = 0 if cache is None else cache.offset
-        q = self._rope(self["q_norm"](qkv[:, :H]), offset)
-        k = self._rope(self["k_norm"](qkv[:, H : H + Hk]), offset)
-        v = qkv[:, H + Hk :]
+        qk, _ = self.normed(qkv, self._eps)
+        qk = self._rope(qk.transpose(0, 2, 1, 3), 0 if cache is None else cache.offset)
+        q, k = qk[:, :H], qk[:, H:]  # [B, H, L, D], [B, Hk, L, D]
+        v = qkv[:, :, H + Hk :].transpose(0, 2, 1, 3)
         if cache is not None:
             k, v = cache.update(k, v)
         out = attend(q, k, v, self.scale, mask)

@@ -19,9 +19,9 @@ from mlxkv.cache import CacheSpec, LayerCache, Mask, Offset
 from mlxkv.kv_format import KV
 from mlxkv.layers import (
     CausalLM,
-    Fusing,
     GatedMLP,
     Linear,
+    NormedHeads,
     attention_masks,
     gated,
     model_windows,
@@ -34,7 +34,7 @@ from mlxkv.rope import RoPE
 KeysValues = tuple[KV, KV]
 
 
-class Attention(Fusing):
+class Attention(NormedHeads):
     """Grouped-query attention with norms on queries, keys and, without a weight, values.
 
     Scores are not scaled: the norms of q and k do it.
@@ -62,10 +62,10 @@ class Attention(Fusing):
         B, L, _ = x.shape
         H, Hk = self.n_heads, self.n_kv_heads
         qkv = self.project("qkv_proj", x).reshape(B, L, H + 2 * Hk, self.head_dim)
-        qkv = qkv.transpose(0, 2, 1, 3)  # [B, H + 2 Hk, L, D]
-        q = self._rope(self["q_norm"](qkv[:, :H]), offset)
-        k = self._rope(self["k_norm"](qkv[:, H : H + Hk]), offset)
-        v = mx.fast.rms_norm(qkv[:, H + Hk :], None, self.eps)
+        qk, plain = self.normed(qkv, self.eps)
+        qk = self._rope(qk.transpose(0, 2, 1, 3), offset)
+        q, k = qk[:, :H], qk[:, H:]  # [B, H, L, D], [B, Hk, L, D]
+        v = plain[:, :, H + Hk :].transpose(0, 2, 1, 3)
         if cache is not None:
             k, v = cache.update(k, v)
         out = attend(q, k, v, 1.0, mask)
@@ -88,8 +88,9 @@ class SharedAttention(nn.Module):
         self, x: mx.array, mask: Mask, offset: Offset, kv: KeysValues
     ) -> tuple[mx.array, KeysValues]:
         B, L, _ = x.shape
-        q = self["q_proj"](x).reshape(B, L, self.n_heads, self.head_dim).transpose(0, 2, 1, 3)
-        out = attend(self._rope(self["q_norm"](q), offset), *kv, 1.0, mask)
+        # Normed before the axes change places: a norm copies what does not lie in order.
+        q = self["q_norm"](self["q_proj"](x).reshape(B, L, self.n_heads, self.head_dim))
+        out = attend(self._rope(q.transpose(0, 2, 1, 3), offset), *kv, 1.0, mask)
         return self["o_proj"](out.transpose(0, 2, 1, 3).reshape(B, L, -1)), kv
 
 

@@ -23,6 +23,7 @@ from mlxkv.layers import (
     CausalLM,
     Fusing,
     GatedMLP,
+    NormedHeads,
     attention_masks,
     gated,
     model_windows,
@@ -71,17 +72,15 @@ class SharedAttention(Fusing):
     def _heads(self, x: mx.array, offset: Offset, kv: KeysValues | None) -> tuple[mx.array, KV, KV]:
         """Queries `[B, H, L, D]`, keys and values."""
         assert kv is not None, "a layer without KV needs its donor's"
-        return self._queries(self._split(self["q_proj"](x)), offset), *kv
+        q = self["q_norm"](self._split(self["q_proj"](x)))
+        return self._rope(q.transpose(0, 2, 1, 3), offset), *kv
 
     def _split(self, x: mx.array) -> mx.array:
-        B, L, _ = x.shape
-        return x.reshape(B, L, -1, self.head_dim).transpose(0, 2, 1, 3)
-
-    def _queries(self, q: mx.array, offset: Offset) -> mx.array:
-        return self._rope(self["q_norm"](q), offset)
+        """`[B, L, N, D]`; norms come before the axes change places, else they copy."""
+        return x.reshape(*x.shape[:-1], -1, self.head_dim)
 
 
-class OwnAttention(SharedAttention):
+class OwnAttention(SharedAttention, NormedHeads):
     """Grouped-query attention with norms on queries, keys and values."""
 
     fusions: ClassVar = {"qkv_proj": ("q_proj", "k_proj", "v_proj")}
@@ -97,10 +96,10 @@ class OwnAttention(SharedAttention):
     def _heads(self, x: mx.array, offset: Offset, kv: KeysValues | None) -> tuple[mx.array, KV, KV]:
         H, Hk = self.n_heads, self.n_kv_heads
         # Without a v_proj the last heads are the keys' once more, before their norm and rotation.
-        heads = self._split(self.project("qkv_proj", x))  # [B, H + Hk or H + 2 Hk, L, D]
-        k = self._rope(self["k_norm"](heads[:, H : H + Hk]), offset)
-        v = mx.fast.rms_norm(heads[:, -Hk:], None, self._eps)
-        return self._queries(heads[:, :H], offset), k, v
+        heads = self._split(self.project("qkv_proj", x))  # [B, L, H + Hk or H + 2 Hk, D]
+        qk, plain = self.normed(heads, self._eps)
+        qk = self._rope(qk.transpose(0, 2, 1, 3), offset)  # [B, H + Hk, L, D]
+        return qk[:, :H], qk[:, H:], plain[:, :, -Hk:].transpose(0, 2, 1, 3)
 
 
 class KeyIsValueAttention(OwnAttention):

@@ -15,10 +15,9 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxkv.attention import attend
-from mlxkv.cache import LayerCache, Mask
+from mlxkv.cache import Offset
 from mlxkv.config import Fields, RopeConfig, rope_config
-from mlxkv.layers import ACTIVATIONS, GatedMLP, Prepared, compiled, gated
+from mlxkv.layers import ACTIVATIONS, GatedMLP, NormedHeads, Prepared, compiled, gated
 from mlxkv.models import glm4
 from mlxkv.moe import GatedExperts, weighed
 from mlxkv.stacking import stack_experts
@@ -135,7 +134,7 @@ def first_dense(fields: Fields, default: int) -> int:
     return fields.int("first_k_dense_replace", default)
 
 
-class Attention(glm4.Attention):
+class Attention(glm4.Attention, NormedHeads):
     """Grouped-query attention; GLM-4.5 and 4.6 norm each head's queries and keys."""
 
     def __init__(self, config: Config):
@@ -143,22 +142,17 @@ class Attention(glm4.Attention):
         if config.use_qk_norm:
             self.q_norm = nn.RMSNorm(config.head_dim, config.rms_norm_eps)
             self.k_norm = nn.RMSNorm(config.head_dim, config.rms_norm_eps)
+        self._eps = config.rms_norm_eps if config.use_qk_norm else None
 
-    def __call__(self, x: mx.array, mask: Mask, cache: LayerCache | None) -> mx.array:
-        if "q_norm" not in self:
-            return super().__call__(x, mask, cache)
+    def heads(self, x: mx.array, offset: Offset) -> tuple[mx.array, mx.array, mx.array]:
+        if self._eps is None:
+            return super().heads(x, offset)
         B, L, _ = x.shape
         H, Hk = self.n_heads, self.n_kv_heads
         qkv = self.project("qkv_proj", x).reshape(B, L, H + 2 * Hk, self.head_dim)
-        qkv = qkv.transpose(0, 2, 1, 3)  # [B, H + 2 Hk, L, D]
-        offset = 0 if cache is None else cache.offset
-        q = self._rope(self["q_norm"](qkv[:, :H]), offset)
-        k = self._rope(self["k_norm"](qkv[:, H : H + Hk]), offset)
-        v = qkv[:, H + Hk :]
-        if cache is not None:
-            k, v = cache.update(k, v)
-        out = attend(q, k, v, self.scale, mask)
-        return self["o_proj"](out.transpose(0, 2, 1, 3).reshape(B, L, -1))
+        qk, _ = self.normed(qkv, self._eps)
+        qk = self._rope(qk.transpose(0, 2, 1, 3), offset)  # [B, H + Hk, L, D]
+        return qk[:, :H], qk[:, H:], qkv[:, :, H + Hk :].transpose(0, 2, 1, 3)
 
 
 class Router(Prepared):

@@ -14,8 +14,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxkv.attention import attend
-from mlxkv.cache import CacheSpec, LayerCache, Mask
+from mlxkv.cache import CacheSpec, LayerCache
 from mlxkv.config import Fields, RopeConfig, rope_config
 from mlxkv.errors import WeightsError
 from mlxkv.layers import attention_masks, compiled
@@ -127,18 +126,6 @@ class Attention(llama.Attention):
     def __init__(self, config: Any):
         super().__init__(config)
         self.sinks = mx.zeros((self.n_heads,))
-
-    def __call__(self, x: mx.array, mask: Mask, cache: LayerCache | None) -> mx.array:
-        B, L, _ = x.shape
-        H, Hk = self.n_heads, self.n_kv_heads
-        qkv = self.project("qkv_proj", x).reshape(B, L, H + 2 * Hk, self.head_dim)
-        qkv = qkv.transpose(0, 2, 1, 3)  # [B, H + 2 Hk, L, D]
-        qk = self._rope(qkv[:, : H + Hk], 0 if cache is None else cache.offset)
-        q, k, v = qk[:, :H], qk[:, H:], qkv[:, H + Hk :]
-        if cache is not None:
-            k, v = cache.update(k, v)
-        out = attend(q, k, v, self.scale, mask, sinks=self["sinks"])
-        return self["o_proj"](out.transpose(0, 2, 1, 3).reshape(B, L, -1))
 
 
 def clamped_swiglu(alpha: float, limit: float):

@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxkv.attention import attend
-from mlxkv.cache import CacheSpec, LayerCache, Mask
+from mlxkv.cache import CacheSpec, LayerCache, Mask, Offset
 from mlxkv.config import Fields, RopeConfig, rope_config
 from mlxkv.layers import (
     ACTIVATIONS,
@@ -134,17 +134,21 @@ class Attention(Fusing):
         self._rope = RoPE(config.rope, config.rope_traditional)
 
     def __call__(self, x: mx.array, mask: Mask, cache: LayerCache | None) -> mx.array:
+        q, k, v = self.heads(x, 0 if cache is None else cache.offset)
+        if cache is not None:
+            k, v = cache.update(k, v)
+        out = attend(q, k, v, self.scale, mask, self.get("sinks"), self.softcap)
+        return self["o_proj"](out.transpose(0, 2, 1, 3).flatten(-2))
+
+    def heads(self, x: mx.array, offset: Offset) -> tuple[mx.array, mx.array, mx.array]:
+        """Queries `[B, H, L, D]`, keys and values `[B, Hk, L, D]`."""
         B, L, _ = x.shape
         H, Hk = self.n_heads, self.n_kv_heads
         qkv = self.project("qkv_proj", x).reshape(B, L, H + 2 * Hk, self.head_dim)
         qkv = qkv.transpose(0, 2, 1, 3)  # [B, H + 2 Hk, L, D]
         # One rotation for queries and keys together.
-        qk = self._rope(qkv[:, : H + Hk], 0 if cache is None else cache.offset)
-        q, k, v = qk[:, :H], qk[:, H:], qkv[:, H + Hk :]
-        if cache is not None:
-            k, v = cache.update(k, v)
-        out = attend(q, k, v, self.scale, mask, softcap=self.softcap)
-        return self["o_proj"](out.transpose(0, 2, 1, 3).reshape(B, L, -1))
+        qk = self._rope.of_first(H + Hk, qkv, offset)
+        return qk[:, :H], qk[:, H:], qkv[:, H + Hk :]
 
 
 class Layer(nn.Module):
