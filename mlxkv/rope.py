@@ -102,13 +102,17 @@ class RoPE(nn.Module):
     Args:
         config: the variant.
         traditional: pairs are neighbours instead of halves.
+        head_dim: values of a head, of which more than `dims` may be left as they are.
     """
 
-    def __init__(self, config: RopeConfig, traditional: bool = False):
+    def __init__(self, config: RopeConfig, traditional: bool = False, head_dim: int | None = None):
         super().__init__()
         self._config, self._traditional = config, traditional
         self._dims = config.dims
         self._factor = attention_factor(config)
+        if traditional and head_dim is not None and self._factor == 1.0:
+            # MLX's kernel copies heads that turn in part; neighbours can turn by nothing instead.
+            self._dims = head_dim
         self._grows = config.rope_type in ("dynamic", "longrope")
         self._periods = self._periods_at(0)
 
@@ -126,6 +130,7 @@ class RoPE(nn.Module):
     def _periods_at(self, n_tokens: int) -> mx.array:
         # A pair that stands still has an infinite period, whose reciprocal the kernels take as 0.
         frequencies = inverse_frequencies(self._config, n_tokens)
+        frequencies += [0.0] * (self._dims // 2 - len(frequencies))
         return mx.array([1.0 / f if f else math.inf for f in frequencies])
 
     def __call__(self, x: mx.array, offset: Offset = 0) -> mx.array:

@@ -131,7 +131,7 @@ class Attention(Fusing):
         self.k_proj = Linear(E, self.n_kv_heads * D, bias=bias)
         self.v_proj = Linear(E, self.n_kv_heads * D, bias=bias)
         self.o_proj = Linear(self.n_heads * D, E, bias=bias)
-        self._rope = RoPE(config.rope, config.rope_traditional)
+        self._rope = RoPE(config.rope, config.rope_traditional, D)
 
     def __call__(self, x: mx.array, mask: Mask, cache: LayerCache | None) -> mx.array:
         q, k, v = self.heads(x, 0 if cache is None else cache.offset)
