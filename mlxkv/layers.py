@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, ParamSpec, TypeVar
 
@@ -145,6 +146,18 @@ class Fusing(Prepared):
         if name in self:
             return self[name](x)
         return mx.concatenate([self[part](x) for part in self.fusions[name]], axis=-1)
+
+    def project_apart(self, name: str, x: mx.array, sizes: Sequence[int]) -> list[mx.array]:
+        """What `project` gives as arrays `[B, L, size]`, for norms and products that follow.
+
+        On a GPU these copy what is a part of longer rows, so each part of several rows is a product
+        of its own there.
+        """
+        bounds = list(itertools.accumulate(sizes))
+        whole = self.get(name)
+        if whole is None or device.on_cpu() or x.size == x.shape[-1]:
+            return list(mx.split(self.project(name, x), bounds[:-1], axis=-1))
+        return [whole.of_rows(x, *at) for at in itertools.pairwise((0, *bounds))]
 
 
 def on_halves(function: Callable[[mx.array, mx.array], mx.array], rows: mx.array) -> mx.array:

@@ -39,6 +39,11 @@ class _Divided(nn.Module):
         mx.eval([array for part in parts for array in part if array is not None])
         self._parts = tuple(zip(streams[:n], parts, strict=True))
 
+    def of_rows(self, x: mx.array, start: int, stop: int) -> mx.array:
+        """The product with some of the output rows."""
+        x = self._part(x, self._rows(start, stop), None)
+        return x + self["bias"][start:stop] if "bias" in self else x
+
     def _product(self, x: mx.array) -> mx.array:
         parts = self.get("_parts")
         if parts is None:

@@ -170,12 +170,20 @@ class QuantizedHeadLinear(nn.Module):
             "bits": self.bits,
             "mode": self.mode,
         }
-        if x.shape[-2] < DENSE_ROWS or not device.on_cpu() or device.load_blas() is None:
+        if not self._is_faster_dense(x):
             product = mx.quantized_matmul(x, self["weight"], transpose=transpose, **packed)
             return product.astype(x.dtype)
         dtype = product_dtype(x.dtype, self["scales"])
         weight = mx.dequantize(self["weight"], dtype=dtype, **packed)
         return (x @ (weight.swapaxes(-1, -2) if transpose else weight)).astype(x.dtype)
+
+    def _is_faster_dense(self, x: mx.array) -> bool:
+        n_rows = x.shape[-2]
+        if device.on_cpu():
+            return n_rows >= DENSE_ROWS and device.load_blas() is not None
+        # The packed product would copy latents, which are a part of the cache's rows, for each
+        # head; of many that is more than the matrices.
+        return x.shape[1] == 1 and n_rows >= self["weight"].shape[1]
 
 
 class Attention(Fusing):
@@ -196,28 +204,31 @@ class Attention(Fusing):
         self._rope = RoPE(c.rope, c.rope_interleave)
 
     def make_queries(self, config: Config) -> None:
-        """The modules that give the queries."""
+        """The modules that give the queries, and `n_queries`, the size of the first projection."""
         c, rank = config, config.q_lora_rank
         assert rank is not None
         q_dim = c.num_attention_heads * (c.qk_nope_head_dim + c.qk_rope_head_dim)
+        self.n_queries = rank
         self.q_a_proj = Linear(c.hidden_size, rank, bias=c.attention_bias)
         self.q_a_layernorm = nn.RMSNorm(rank, LATENT_NORM_EPS)
         self.q_b_proj = Linear(rank, q_dim, bias=False)
 
     def queries(self, x: mx.array) -> mx.array:
-        """Queries of all heads, `[B, L, H * (nope + rope)]`, from the first projection."""
-        return self["q_b_proj"](self["q_a_layernorm"](x))
+        """Queries of all heads, `[B * L, H * (nope + rope)]`, from the first projection."""
+        # Flat, because a part of one row has the whole row's stride, for which a product copies.
+        return self["q_b_proj"](self["q_a_layernorm"](x.flatten(0, -2)))
 
     def __call__(self, x: mx.array, mask: Mask, cache: LayerCache | None) -> mx.array:
         B, L, _ = x.shape
         c, R = self._config, self._config.kv_lora_rank
         offset = 0 if cache is None else cache.offset
-        qkv = self.project("qkv_a_proj", x)
-        q = self.queries(qkv[..., : -c.latent_dim]).reshape(B, L, c.num_attention_heads, -1)
+        sizes = self.n_queries, R, c.qk_rope_head_dim
+        q, latent, k_rope = self.project_apart("qkv_a_proj", x, sizes)
+        q = self.queries(q).reshape(B, L, c.num_attention_heads, -1)
         q, q_rope = mx.split(q.transpose(0, 2, 1, 3), [c.qk_nope_head_dim], axis=-1)
         q_rope = self._rope(q_rope, offset)  # [B, H, L, rope]
-        latent, k_rope = mx.split(qkv[:, None, :, -c.latent_dim :], [R], axis=-1)
-        kv = mx.concatenate([self["kv_a_layernorm"](latent), self._rope(k_rope, offset)], axis=-1)
+        latent, k_rope = self["kv_a_layernorm"](latent), self._rope(k_rope[:, None], offset)
+        kv = mx.concatenate([latent[:, None], k_rope], axis=-1)  # [B, 1, L, latent]
         if cache is not None:
             # The values are part of the keys: the cache gets none of their own.
             kv, _ = cache.update(kv, kv[..., :0])
@@ -248,6 +259,7 @@ class PlainQueryAttention(Attention):
     def make_queries(self, config: Config) -> None:
         c = config
         q_dim = c.num_attention_heads * (c.qk_nope_head_dim + c.qk_rope_head_dim)
+        self.n_queries = q_dim
         self.q_proj = Linear(c.hidden_size, q_dim, bias=False)
 
     def queries(self, x: mx.array) -> mx.array:
