@@ -24,7 +24,9 @@ from mlxkv.layers import (
     Fusing,
     GatedMLP,
     NormedHeads,
+    Prepared,
     attention_masks,
+    compiled,
     gated,
     model_windows,
     soft_cap,
@@ -146,17 +148,23 @@ class Layer(nn.Module):
     ) -> tuple[mx.array, KeysValues]:
         r, used = self["self_attn"](self["input_layernorm"](x), mask, offset, cache, kv)
         x = x + self["post_attention_layernorm"](r)
-        x = x + self["post_feedforward_layernorm"](self._feed_forward(x))
+        r = self["post_feedforward_layernorm"](self._feed_forward(x))
         if per_layer_input is not None:
+            x = x + r
             r = self._gated(self["per_layer_input_gate"](x), per_layer_input)
-            x = x + self["post_per_layer_input_norm"](self["per_layer_projection"](r))
-        return x * self["layer_scalar"], used
+            r = self["post_per_layer_input_norm"](self["per_layer_projection"](r))
+        return _scaled_sum(x, r, self["layer_scalar"]), used
 
     def _feed_forward(self, x: mx.array) -> mx.array:
         return self["mlp"](self["pre_feedforward_layernorm"](x))
 
 
-class Router(nn.Module):
+@compiled
+def _scaled_sum(x: mx.array, r: mx.array, factor: mx.array) -> mx.array:
+    return (x + r) * factor
+
+
+class Router(Prepared):
     """Which experts a token goes to, and how much each one's answer counts."""
 
     def __init__(self, config: Config):
@@ -167,9 +175,14 @@ class Router(nn.Module):
         self.scale = mx.ones((E,))
         self.per_expert_scale = mx.ones((config.num_experts,))
 
+    def prepare(self) -> None:
+        # Multiplied once instead of on every call.
+        self.scale, self._root = self.scale * self._root, 1.0
+
     def __call__(self, x: mx.array) -> tuple[mx.array, mx.array]:
         """Experts `[B, L, k]` of x `[B, L, E]`, and their weights."""
-        scores = self["proj"](mx.fast.rms_norm(x, self["scale"] * self._root, self._eps))
+        scale = self["scale"] if self._root == 1.0 else self["scale"] * self._root
+        scores = self["proj"](mx.fast.rms_norm(x, scale, self._eps))
         experts = mx.argpartition(scores, kth=-self._k, axis=-1)[..., -self._k :]
         # The share among the chosen is their softmax: what the others had falls out of the sum.
         weights = mx.softmax(mx.take_along_axis(scores, experts, axis=-1), axis=-1, precise=True)
