@@ -23,6 +23,7 @@ from mlxkv.layers import (
     Linear,
     NormedHeads,
     attention_masks,
+    compiled,
     gated,
     model_windows,
     soft_cap,
@@ -114,14 +115,27 @@ class MLP(GatedMLP):
 
 def above(x: mx.array, n_deviations: float) -> mx.array:
     """By how much each value exceeds mean + n standard deviations of its row, or 0."""
-    wide = x.astype(mx.float32)
-    mean = wide.mean(axis=-1, keepdims=True)
-    deviation = mx.sqrt(mx.square(wide - mean).mean(axis=-1, keepdims=True))
-    return mx.maximum(wide - (mean + n_deviations * deviation), 0).astype(x.dtype)
+    # float32, because the sums are of thousands of values; the dtype's own would lose their digits.
+    mean = x.astype(mx.float32).mean(axis=-1, keepdims=True)
+    variance = _squared_errors(x, mean).mean(axis=-1, keepdims=True)
+    return _excess(x, mean, variance, n_deviations)
+
+
+@compiled
+def _squared_errors(x: mx.array, mean: mx.array) -> mx.array:
+    return mx.square(x.astype(mx.float32) - mean)
+
+
+@compiled
+def _excess(x: mx.array, mean: mx.array, variance: mx.array, n_deviations: float) -> mx.array:
+    bound = mean + n_deviations * mx.sqrt(variance)
+    return mx.maximum(x.astype(mx.float32) - bound, 0).astype(x.dtype)
 
 
 class AltUp(nn.Module):
     """Alternating updates: a layer computes one stream, the others are predicted and corrected.
+
+    Streams are the outermost axis: each of them lies in order, as products and norms want it.
 
     Source: Baykal et al., "Alternating Updates for Efficient Transformers", NeurIPS 2023.
     """
@@ -138,20 +152,40 @@ class AltUp(nn.Module):
 
     def modalities(self, x: mx.array) -> mx.array:
         """What the coefficients depend on, `[B, L, A]` of x `[B, L, E]`."""
-        routed = self["modality_router"](self["router_norm"](x) / self.dim)
-        return mx.tanh(routed.astype(mx.float32)).astype(x.dtype)
+        return _bounded(self["modality_router"](self["router_norm"](x)), self.dim)
 
     def predict(self, streams: mx.array) -> mx.array:
-        """Streams `[B, L, A, E]` mixed by coefficients of the active one."""
-        B, L, A, _ = streams.shape
-        mixing = self["prediction_coefs"](self.modalities(streams[:, :, self.active]))
-        return streams + mixing.reshape(B, L, A, A) @ streams
+        """Streams `[A, B, L, E]` mixed by coefficients of the active one."""
+        A, B, L, _ = streams.shape
+        mixing = self["prediction_coefs"](self.modalities(_one(streams, self.active)))
+        mixed = mixing.reshape(B, L, A, A) @ streams.transpose(1, 2, 0, 3)  # [B, L, A, E]
+        # By way of fewer axes, which gives a single token's rows the strides of dense ones: the
+        # sum may take those of either side.
+        mixed = mixed.transpose(2, 0, 1, 3).flatten(1, 2)
+        return streams + mixed.reshape(A, B, L, -1)
 
     def correct(self, predicted: mx.array, computed: mx.array) -> mx.array:
-        """Predictions `[B, L, A, E]`, each moved by what the active one was wrong about."""
-        gains = self["correction_coefs"](self.modalities(computed)) + 1.0  # [B, L, A]
-        error = computed - predicted[:, :, self.active]
-        return predicted + gains[..., None] * error[:, :, None]
+        """Predictions `[A, B, L, E]`, each moved by what the active one was wrong about."""
+        gains = self["correction_coefs"](self.modalities(computed))  # [B, L, A]
+        gains = gains.transpose(2, 0, 1)[..., None]
+        return _moved(predicted, gains, computed, _one(predicted, self.active))
+
+
+def _one(streams: mx.array, i: int) -> mx.array:
+    """One of the streams, `[B, L, E]`: a view, where an integer as the index would copy it."""
+    return streams[i : i + 1].squeeze(0)
+
+
+@compiled
+def _bounded(routed: mx.array, dim: int) -> mx.array:
+    return mx.tanh(routed.astype(mx.float32) / dim).astype(routed.dtype)
+
+
+@compiled
+def _moved(
+    predicted: mx.array, gains: mx.array, computed: mx.array, expected: mx.array
+) -> mx.array:
+    return predicted + (gains + 1.0) * (computed - expected)
 
 
 class Laurel(nn.Module):
@@ -193,6 +227,8 @@ class Layer(nn.Module):
         self.post_per_layer_input_norm = nn.RMSNorm(E, eps)
         self._gated = gated(config.hidden_activation)
         self._scales = config.altup_correct_scale
+        n_more = config.altup_num_inputs - 1
+        self._takes_own = mx.array([False] + [True] * n_more)[:, None, None, None]
 
     def __call__(
         self, streams: mx.array, own: mx.array, mask: Mask, offset: Offset, source: Any
@@ -200,7 +236,7 @@ class Layer(nn.Module):
         """Update the streams.
 
         Args:
-            streams: `[B, L, A, E]`.
+            streams: `[A, B, L, E]`.
             own: the tokens' embedding for this layer, `[B, L, P]`.
             mask: see `attend`.
             offset: position of the first token.
@@ -211,11 +247,11 @@ class Layer(nn.Module):
         """
         altup = self["altup"]
         predicted = altup.predict(streams)
-        x = predicted[:, :, altup.active]
+        x = _one(predicted, altup.active)
         normed = self["input_layernorm"](x)
         r, kv = self["self_attn"](normed, mask, offset, source)
         x = x + self["post_attention_layernorm"](r)
-        x = (x + self["laurel"](normed)) * 2**-0.5
+        x = _averaged(x, self["laurel"](normed))
         r = self["mlp"](self["pre_feedforward_layernorm"](x))
         x = x + self["post_feedforward_layernorm"](r)
         corrected = altup.correct(predicted, x)
@@ -224,12 +260,22 @@ class Layer(nn.Module):
     def _with_own(self, streams: mx.array, own: mx.array) -> mx.array:
         """The layer's own embedding, gated by the active stream, on all streams but the first."""
         altup = self["altup"]
-        x = streams[:, :, altup.active]
+        x = _one(streams, altup.active)
         if self._scales:
             x = x * altup.correct_output_scale
         x = self["per_layer_projection"](self._gated(self["per_layer_input_gate"](x), own))
         x = self["post_per_layer_input_norm"](x)
-        return mx.concatenate([streams[:, :, :1], streams[:, :, 1:] + x[:, :, None]], axis=2)
+        return _added(streams, x, self._takes_own)
+
+
+@compiled
+def _averaged(x: mx.array, y: mx.array) -> mx.array:
+    return (x + y) * 2**-0.5
+
+
+@compiled
+def _added(streams: mx.array, x: mx.array, which: mx.array) -> mx.array:
+    return mx.where(which, streams + x, streams)
 
 
 class Backbone(nn.Module):
@@ -261,18 +307,18 @@ class Backbone(nn.Module):
         return (projected + embedded) * 2**-0.5
 
     def streams(self, h: mx.array) -> mx.array:
-        """One hidden state `[B, L, E]` -> A of its size, `[B, L, A, E]`."""
+        """One hidden state `[B, L, E]` -> A of its size, `[A, B, L, E]`."""
         target = root_mean_square(h)
         more = [rescaled(project(h), target) for project in self["altup_projections"]]
-        return mx.stack([h, *more], axis=2)
+        return mx.stack([h, *more])
 
     def joined(self, streams: mx.array) -> mx.array:
         """The mean of the streams, each brought to the size of the first: `[B, L, E]`."""
-        first = streams[:, :, 0]
+        first = _one(streams, 0)
         target, total = root_mean_square(first), first
         for i, project in enumerate(self["altup_unembed_projections"], start=1):
-            total = total + rescaled(project(streams[:, :, i]), target)
-        return total / streams.shape[2]
+            total = total + rescaled(project(_one(streams, i)), target)
+        return total / streams.shape[0]
 
 
 def root_mean_square(x: mx.array) -> mx.array:
