@@ -15,6 +15,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 import mlxkv
+from mlxkv import device
 from mlxkv.convert import convert
 from mlxkv.convert.hub_source import open_hub_source
 from mlxkv.convert.hub_tensors import DenseTensor, StackedPart
@@ -202,6 +203,30 @@ def test_the_norms_inside_the_projections_have_their_own_eps():
     layer = family.build(parsed).model.layers[0]
     assert layer.self_attn.q_a_layernorm.eps == layer.self_attn.kv_a_layernorm.eps == 1e-6
     assert layer.input_layernorm.eps == 0.01
+
+
+@pytest.mark.parametrize("on_cpu", [True, False])
+@pytest.mark.parametrize("L", [3, 80])
+def test_packed_matrices_of_heads_give_what_dense_ones_do(monkeypatch, on_cpu, L):
+    packed = glm4_moe_lite.HeadLinear(32, 64, 2)
+    packed.weight = mx.random.normal(packed.weight.shape, key=mx.random.key(0))
+    packed = packed.to_quantized(32, 4)
+    dense = mx.dequantize(packed.weight, packed.scales, packed.biases, 32, 4)
+    products, product = [], mx.quantized_matmul
+
+    def counted(x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+        products.append(x)
+        return product(x, *args, **kwargs)
+
+    monkeypatch.setattr(mx, "quantized_matmul", counted)
+    monkeypatch.setattr(device, "on_cpu", lambda: on_cpu)
+    latents = mx.random.normal((1, 1, L, 64), key=mx.random.key(1))
+    # The same values summed in another order.
+    assert mx.allclose(packed.back(latents), latents @ dense, atol=1e-4)
+    queries = mx.random.normal((1, 2, 1, 32), key=mx.random.key(2))
+    assert mx.allclose(packed(queries), queries @ dense.swapaxes(-1, -2), atol=1e-4)
+    # On a GPU many latents meet an unpacked matrix; queries, one a head, never do.
+    assert on_cpu or len(products) == (1 if L == 80 else 2)
 
 
 # The router

@@ -7,10 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 
 from mlxkv import device, layers
-from mlxkv.layers import compiled, residual, soft_cap
+from mlxkv.layers import NormedHeads, OffsetRMSNorm, compiled, residual, soft_cap
 
 FUSED = {
     "residual": (lambda x: residual(x, x[:, ::-1]), mx.float16),
@@ -75,6 +76,52 @@ def test_compiling_changes_no_bit(monkeypatch, compiling, function: Function, dt
     on_gpu = function(x)
     monkeypatch.setattr(device, "on_cpu", lambda: True)
     assert mx.array_equal(on_gpu, function(x))
+
+
+class Heads(NormedHeads):
+    """Norms alone: 3 heads of queries and 2 of keys."""
+
+    def __init__(self, norm: type[OffsetRMSNorm] | type[nn.RMSNorm], dtype: mx.Dtype):
+        super().__init__()
+        self.n_heads, self.n_kv_heads = 3, 2
+        self.q_norm, self.k_norm = norm(8, 1e-5), norm(8, 1e-5)
+        for i, part in enumerate((self.q_norm, self.k_norm)):
+            part.weight = mx.random.normal((8,), key=mx.random.key(i)).astype(dtype)
+
+
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float32])
+@pytest.mark.parametrize("norm", [OffsetRMSNorm, nn.RMSNorm])
+@pytest.mark.parametrize("prepared", [False, True])
+def test_heads_normed_together_are_those_normed_apart_bit_for_bit(norm, dtype, prepared):
+    block, heads = Heads(norm, dtype), mx.random.normal((1, 4, 7, 8)).astype(dtype)
+    for part in (block.q_norm, block.k_norm):
+        if isinstance(part, OffsetRMSNorm):
+            part.prepare()
+    q, k = block.q_norm(heads[:, :, :3]), block.k_norm(heads[:, :, 3:5])
+    if prepared:
+        block.prepare()
+        assert set(block.parameters()) == {"qk_norm"}
+    qk, plain = block.normed(heads, 1e-5)
+    assert mx.array_equal(qk, mx.concatenate([q, k], axis=2))
+    assert mx.array_equal(plain, mx.fast.rms_norm(heads, None, 1e-5))
+
+
+def test_the_weight_of_a_norm_keeps_what_16_bits_would_round_away():
+    norm = OffsetRMSNorm(1, 1e-6)
+    norm.weight = mx.array([2**-9 + 2**-16], mx.bfloat16)
+    assert norm.scale.item() == mx.array(1 + 2**-9 + 2**-16).astype(mx.bfloat16).item()
+
+
+@pytest.mark.parametrize("on_cpu", [True, False])
+@pytest.mark.parametrize("L", [1, 3])
+def test_parts_of_a_projection_are_those_of_the_whole(monkeypatch, on_cpu, L):
+    monkeypatch.setattr(device, "on_cpu", lambda: on_cpu)
+    block, x = layers.GatedMLP(8, 6, "silu", bias=True), mx.random.normal((1, L, 8))
+    block.prepare()
+    parts = block.project_apart("gate_up_proj", x, (5, 4, 3))
+    assert [part.shape[-1] for part in parts] == [5, 4, 3]
+    whole = block.project("gate_up_proj", x)
+    assert mx.allclose(mx.concatenate(parts, axis=-1), whole, rtol=1e-6, atol=1e-6)
 
 
 def test_float16_residuals_stay_finite():

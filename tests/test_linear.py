@@ -60,3 +60,12 @@ def test_a_long_chunk_gives_what_its_rows_give_alone(monkeypatch, mode, bits, gr
     alone = mx.concatenate([packed(x[:, i : i + 1]) for i in range(x.shape[1])], axis=1)
     # float32 sums in another order: a few units in the last place of sums of 128 products.
     assert mx.abs(packed(x) - alone).max().item() < 1e-5
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("bits", [4, None])
+def test_a_product_with_some_rows_is_that_part_of_the_whole(bits, bias):
+    product = Linear(64, 96, bias=bias)
+    product = product if bits is None else product.to_quantized(32, bits)
+    x = rows(2, 64)
+    assert mx.allclose(product.of_rows(x, 40, 72), product(x)[..., 40:72], rtol=1e-6, atol=1e-6)

@@ -12,6 +12,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlxkv import device
+from mlxkv.cache import Positions
 from mlxkv.config import Fields, RopeConfig, rope_config
 from mlxkv.errors import ConfigError
 from mlxkv.rope import RoPE, attention_factor
@@ -98,6 +100,26 @@ def test_what_lies_beyond_the_rotary_part_is_left_alone(variant):
     np.testing.assert_array_equal(got[..., DIMS:], x[..., DIMS:])
     expected = rotated(x, variant, np.arange(30, 34), 34, False)
     np.testing.assert_allclose(got, expected, atol=2e-5)
+
+
+@every_variant
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float32])
+def test_neighbours_that_stand_still_are_left_alone_bit_for_bit(variant, dtype):
+    x = mx.array(random(1, 2, 4, DIMS + 8)).astype(dtype)
+    in_part = RoPE(variant, traditional=True)(x, 30)
+    assert mx.array_equal(RoPE(variant, True, head_dim=DIMS + 8)(x, 30), in_part)
+
+
+@every_variant
+@pytest.mark.parametrize("B", [1, 3])
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_the_first_heads_turn_as_they_do_alone(monkeypatch, variant, B, on_cpu):
+    monkeypatch.setattr(device, "on_cpu", lambda: on_cpu)
+    rope, x = RoPE(variant), mx.array(random(B, 5, 1, DIMS))
+    offset = Positions(tuple(range(7, 7 + B))) if B > 1 else 7
+    alone = [rope(x[i : i + 1, :3], 7 + i) for i in range(B)]
+    # A batch may be rotated by another kernel, which rounds differently.
+    assert mx.allclose(rope.of_first(3, x, offset), mx.concatenate(alone), atol=1e-5)
 
 
 @pytest.mark.parametrize("name", sorted(VARIANTS.keys() - {"dynamic-past", "longrope-long"}))
