@@ -323,12 +323,22 @@ class Backbone(nn.Module):
 
 def root_mean_square(x: mx.array) -> mx.array:
     """`[..., 1]` in float32, whose range squares need."""
-    return mx.sqrt(mx.square(x.astype(mx.float32)).mean(axis=-1, keepdims=True))
+    return mx.sqrt(_squares(x).mean(axis=-1, keepdims=True))
 
 
 def rescaled(x: mx.array, target: mx.array) -> mx.array:
     """x with the root mean square `target`; the floor is the reference's."""
-    return (x * (target / mx.maximum(root_mean_square(x), 1e-5**0.5))).astype(x.dtype)
+    return _rescaled(x, target, root_mean_square(x))
+
+
+@compiled
+def _squares(x: mx.array) -> mx.array:
+    return mx.square(x.astype(mx.float32))
+
+
+@compiled
+def _rescaled(x: mx.array, target: mx.array, size: mx.array) -> mx.array:
+    return (x * (target / mx.maximum(size, 1e-5**0.5))).astype(x.dtype)
 
 
 class Model(CausalLM):
