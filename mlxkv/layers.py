@@ -234,8 +234,8 @@ class NormedHeads(Fusing):
     def prepare(self) -> None:
         super().prepare()
         if "q_norm" in self:
-            self.qk_norm = self._norm_weights()
-            del self["q_norm"], self["k_norm"]
+            # No parameter: a plan of memory counts those that the checkpoint has.
+            self._qk_norm = self._norm_weights()
 
     def normed(self, heads: mx.array, eps: float) -> tuple[mx.array, mx.array]:
         """Norm heads of D values.
@@ -247,7 +247,7 @@ class NormedHeads(Fusing):
         Returns:
             Queries and keys `[B, L, H + Hk, D]`, and all heads as they are without a weight.
         """
-        weights = self["qk_norm"] if "qk_norm" in self else self._norm_weights()
+        weights = self["_qk_norm"] if "_qk_norm" in self else self._norm_weights()
         plain = mx.fast.rms_norm(heads, None, eps)
         return plain[:, :, : weights.shape[0]] * weights, plain
 
