@@ -69,7 +69,20 @@ def test_a_gpu_gets_one_kernel(compiling, tmp_path: Path, function: Function, dt
     assert len(kernels) == 1 and "Compiled" in kernels[0], names
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="the CPU backend compiles with g++")
+needs_compiler = pytest.mark.skipif(
+    shutil.which("g++") is None, reason="the CPU backend compiles with g++"
+)
+
+
+@needs_compiler
+def test_what_was_compiled_for_one_token_serves_many(compiling):
+    function = compiled(lambda x, each, row: x + each * row)
+    for B, L in ((1, 1), (1, 5), (3, 1)):
+        x, each, row = (mx.random.normal(shape) for shape in ((2, B, L, 8), (B, L, 1), (8,)))
+        assert mx.allclose(function(x, each, row), x + each * row, rtol=1e-6, atol=1e-6)
+
+
+@needs_compiler
 @fused
 def test_compiling_changes_no_bit(monkeypatch, compiling, function: Function, dtype: mx.Dtype):
     x = mx.random.normal((3, 64), key=mx.random.key(0)).astype(dtype) * 40

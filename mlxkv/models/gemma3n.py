@@ -29,6 +29,7 @@ from mlxkv.layers import (
     soft_cap,
 )
 from mlxkv.linear import Embedding
+from mlxkv.models.gemma3n_altup import AltUp, one_stream, rescaled, root_mean_square
 from mlxkv.models.gemma3n_config import Config
 from mlxkv.rope import RoPE
 
@@ -132,62 +133,6 @@ def _excess(x: mx.array, mean: mx.array, variance: mx.array, n_deviations: float
     return mx.maximum(x.astype(mx.float32) - bound, 0).astype(x.dtype)
 
 
-class AltUp(nn.Module):
-    """Alternating updates: a layer computes one stream, the others are predicted and corrected.
-
-    Streams are the outermost axis: each of them lies in order, as products and norms want it.
-
-    Source: Baykal et al., "Alternating Updates for Efficient Transformers", NeurIPS 2023.
-    """
-
-    def __init__(self, config: Config):
-        super().__init__()
-        E, A = config.hidden_size, config.altup_num_inputs
-        self.active, self.dim = config.altup_active_idx, E
-        self.correct_output_scale = mx.zeros((E,))
-        self.correction_coefs = Linear(A, A, bias=False)
-        self.prediction_coefs = Linear(A, A * A, bias=False)
-        self.modality_router = Linear(E, A, bias=False)
-        self.router_norm = nn.RMSNorm(E, config.rms_norm_eps)
-
-    def modalities(self, x: mx.array) -> mx.array:
-        """What the coefficients depend on, `[B, L, A]` of x `[B, L, E]`."""
-        return _bounded(self["modality_router"](self["router_norm"](x)), self.dim)
-
-    def predict(self, streams: mx.array) -> mx.array:
-        """Streams `[A, B, L, E]` mixed by coefficients of the active one."""
-        A, B, L, _ = streams.shape
-        mixing = self["prediction_coefs"](self.modalities(_one(streams, self.active)))
-        mixed = mixing.reshape(B, L, A, A) @ streams.transpose(1, 2, 0, 3)  # [B, L, A, E]
-        # By way of fewer axes, which gives a single token's rows the strides of dense ones: the
-        # sum may take those of either side.
-        mixed = mixed.transpose(2, 0, 1, 3).flatten(1, 2)
-        return streams + mixed.reshape(A, B, L, -1)
-
-    def correct(self, predicted: mx.array, computed: mx.array) -> mx.array:
-        """Predictions `[A, B, L, E]`, each moved by what the active one was wrong about."""
-        gains = self["correction_coefs"](self.modalities(computed))  # [B, L, A]
-        gains = gains.transpose(2, 0, 1)[..., None]
-        return _moved(predicted, gains, computed, _one(predicted, self.active))
-
-
-def _one(streams: mx.array, i: int) -> mx.array:
-    """One of the streams, `[B, L, E]`: a view, where an integer as the index would copy it."""
-    return streams[i : i + 1].squeeze(0)
-
-
-@compiled
-def _bounded(routed: mx.array, dim: int) -> mx.array:
-    return mx.tanh(routed.astype(mx.float32) / dim).astype(routed.dtype)
-
-
-@compiled
-def _moved(
-    predicted: mx.array, gains: mx.array, computed: mx.array, expected: mx.array
-) -> mx.array:
-    return predicted + (gains + 1.0) * (computed - expected)
-
-
 class Laurel(nn.Module):
     """Learned augmented residual layer: x + norm(right(left(x))), of low rank."""
 
@@ -247,7 +192,7 @@ class Layer(nn.Module):
         """
         altup = self["altup"]
         predicted = altup.predict(streams)
-        x = _one(predicted, altup.active)
+        x = one_stream(predicted, altup.active)
         normed = self["input_layernorm"](x)
         r, kv = self["self_attn"](normed, mask, offset, source)
         x = x + self["post_attention_layernorm"](r)
@@ -260,7 +205,7 @@ class Layer(nn.Module):
     def _with_own(self, streams: mx.array, own: mx.array) -> mx.array:
         """The layer's own embedding, gated by the active stream, on all streams but the first."""
         altup = self["altup"]
-        x = _one(streams, altup.active)
+        x = one_stream(streams, altup.active)
         if self._scales:
             x = x * altup.correct_output_scale
         x = self["per_layer_projection"](self._gated(self["per_layer_input_gate"](x), own))
@@ -314,31 +259,11 @@ class Backbone(nn.Module):
 
     def joined(self, streams: mx.array) -> mx.array:
         """The mean of the streams, each brought to the size of the first: `[B, L, E]`."""
-        first = _one(streams, 0)
+        first = one_stream(streams, 0)
         target, total = root_mean_square(first), first
         for i, project in enumerate(self["altup_unembed_projections"], start=1):
-            total = total + rescaled(project(_one(streams, i)), target)
+            total = total + rescaled(project(one_stream(streams, i)), target)
         return total / streams.shape[0]
-
-
-def root_mean_square(x: mx.array) -> mx.array:
-    """`[..., 1]` in float32, whose range squares need."""
-    return mx.sqrt(_squares(x).mean(axis=-1, keepdims=True))
-
-
-def rescaled(x: mx.array, target: mx.array) -> mx.array:
-    """x with the root mean square `target`; the floor is the reference's."""
-    return _rescaled(x, target, root_mean_square(x))
-
-
-@compiled
-def _squares(x: mx.array) -> mx.array:
-    return mx.square(x.astype(mx.float32))
-
-
-@compiled
-def _rescaled(x: mx.array, target: mx.array, size: mx.array) -> mx.array:
-    return (x * (target / mx.maximum(size, 1e-5**0.5))).astype(x.dtype)
 
 
 class Model(CausalLM):
