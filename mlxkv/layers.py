@@ -164,9 +164,11 @@ def on_halves(function: Callable[[mx.array, mx.array], mx.array], rows: mx.array
     """An elementwise function of the first and the second half of each row, `[..., 2 n]`.
 
     Returns:
-        `[..., n]`, dense. Half of a single row would keep the whole row's stride through the
-        function, and MLX's packed products copy a row whose stride is not its length.
+        `[..., n]`, dense on a GPU. Half of a single row would keep the whole row's stride through
+        the function, and packed products copy a row whose stride is not its length there.
     """
+    if device.on_cpu():
+        return function(*mx.split(rows, 2, axis=-1))
     first, second = mx.split(mx.unflatten(rows, -1, (2, -1)), 2, axis=-2)
     return function(first, second).flatten(-2)
 
