@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -11,6 +12,20 @@ Error = TypeVar("Error", bound=BaseException)
 
 ALLOCATION_ERRORS = (RuntimeError, MemoryError)
 """What MLX raises where it gets no memory, among other things: see `is_allocation_failure`."""
+
+_NO_MEMORY = re.compile(
+    r"Unable to allocate"  # [malloc], of every backend
+    r"|\[metal::malloc\]"  # more than the largest buffer, or more buffers than the device has
+    r"|Insufficient Memory|kIOGPUCommandBufferCallbackErrorOutOfMemory"  # once the GPU ran it
+    r"|failed: out of memory"  # a CUDA call
+    r"|^cublas.* failed with code: 3\b"
+)
+"""What MLX says where there is no memory, by its sources (0.30 to 0.32).
+
+Metal describes a failed command buffer in the system's language, and its code behind that in every
+language. Time-outs, hangs and page faults of the GPU have other codes: less memory mends none of
+them.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +78,7 @@ def is_allocation_failure(error: BaseException) -> bool:
     """Whether MLX, or Python, could not get memory."""
     if isinstance(error, MemoryError):
         return True
-    return isinstance(error, RuntimeError) and "alloc" in str(error).lower()
+    return isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error)) is not None
 
 
 def without_trace(error: Error) -> Error:
