@@ -319,12 +319,15 @@ class Needs:
 
     def step(self, n_held: int, n_new: int, *, last: bool) -> Held:
         """What one step holds, KV included; only the KV where MLX cannot trace the model."""
-        if self.kv_type != "native" and n_held > LONGEST_TRACED:
+        if self.kv_type != "native" and n_held > LONGEST_TRACED and n_new <= self.chunk:
             # The graph of attention over packed KV grows with the tokens held.
-            chunks, growths = self._marks
             after = self.kv_bytes(n_held + n_new)
-            more = _on_line(growths if n_new == 1 else chunks, n_held + n_new)
-            return Held(self.kv_bytes(n_held), after + more)
+            marks = self._growth_marks if n_new == 1 else self._chunk_marks
+            return Held(self.kv_bytes(n_held), after + _on_line(marks, n_held + n_new))
+        return self._traced(n_held, n_new, last)
+
+    def _traced(self, n_held: int, n_new: int, last: bool) -> Held:
+        """`step`, traced whatever its length."""
         key = n_held, n_new, last
         if key not in self._steps:
             try:
@@ -371,24 +374,49 @@ class Needs:
 
     def _workspace(self, n_tokens: int) -> int:
         """What chunks and the growth of caches take grows in straight lines between the marks."""
-        return max(_on_line(marks, n_tokens) for marks in self._marks)
+        return max(_on_line(self._chunk_marks, n_tokens), _on_line(self._growth_marks, n_tokens))
 
     @cached_property
-    def _marks(self) -> tuple[list[tuple[int, int]], ...]:
-        """(tokens, workspace) of chunks, and of single tokens for which all caches grow.
+    def _chunk_marks(self) -> list[tuple[int, int]]:
+        """(tokens, workspace) of the last chunk of a prompt.
 
-        One for short contexts, and two beyond every window and block.
+        Prompts of one chunk come first: what they take grows with more than their length.
         """
-        windows = [spec.window or 0 for spec in self.specs if spec is not None]
-        unit = max(self.chunk, STEP)
-        long = unit * -(-max(2048, max(windows, default=0) + 2 * unit) // unit)
-        chunks, growths = [], []
-        for n in (2 * unit, long, 2 * long):
-            held = self.step(n - self.chunk, self.chunk, last=False)
-            chunks.append((n, held.peak - self.kv_bytes(n)))
-            grown = self.step(n, 1, last=True)
-            growths.append((n + 1, grown.peak - self.kv_bytes(n + 1)))
-        return chunks, growths
+        marks = []
+        for n in (*self._first_chunks, *self._contexts(2 * self._unit)):
+            n_new = min(n, self.chunk)
+            held = self._traced(n - n_new, n_new, last=True)
+            marks.append((n, held.peak - self.kv_bytes(n)))
+        return marks
+
+    @cached_property
+    def _growth_marks(self) -> list[tuple[int, int]]:
+        """(tokens, workspace) of single tokens for which all caches grow."""
+        marks = []
+        for n in self._contexts(2 * STEP):
+            held = self._traced(n, 1, last=True)
+            marks.append((n + 1, held.peak - self.kv_bytes(n + 1)))
+        return marks
+
+    @property
+    def _unit(self) -> int:
+        """A chunk, up to the next step of the caches."""
+        return STEP * -(-self.chunk // STEP)
+
+    @property
+    def _first_chunks(self) -> list[int]:
+        """Lengths of prompts of one chunk."""
+        n_steps = self._unit // STEP
+        return [STEP << i for i in range((n_steps - 1).bit_length())] + [self._unit]
+
+    def _contexts(self, short: int) -> tuple[int, int, int]:
+        """A short context, and two beyond it, the chunk and every window; where caches grow."""
+        window = max((spec.window or 0 for spec in self.specs if spec is not None), default=0)
+        unit = self._unit
+        long = unit * -(-max(2048, short + 1, window + 2 * unit) // unit)
+        # Where the graph grows with the tokens held the next is no further away than it must be.
+        longer = 2 * long if self.kv_type == "native" else long + max(2048, unit)
+        return short, long, longer
 
     def longest(self, room_bytes: int, sequences: int) -> int:
         """The longest context whose KV and workspace find room."""
@@ -396,7 +424,7 @@ class Needs:
 
     def least(self, n_tokens: int) -> int:
         """KV and the workspace of single tokens: what a sequence needs if all else gives way."""
-        return self.kv_bytes(n_tokens) + _on_line(self._marks[1], n_tokens)
+        return self.kv_bytes(n_tokens) + _on_line(self._growth_marks, n_tokens)
 
     def most_tokens(self, room_bytes: int) -> int:
         """The longest sequence for which there is room if all else gives way."""
@@ -413,7 +441,10 @@ def _largest(fits: Callable[[int], bool]) -> int:
 
 
 def _on_line(marks: Sequence[tuple[int, int]], x: int) -> int:
-    """The height at x of the line through some points, in order of x; level before the first."""
+    """The height at x of the line through points in order of x; level before the first.
+
+    Behind the last it goes on as between the last two.
+    """
     at = max(1, sum(n < x for n, _ in marks[:-1]))
     (low, at_low), (high, at_high) = marks[at - 1 : at + 1]
     return max(0, at_low + (at_high - at_low) * (max(x, low) - low) // (high - low))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -14,18 +15,20 @@ import pytest
 from mlx.utils import tree_flatten
 
 import mlxkv
-from mlxkv import plan_card
+from mlxkv import plan_card, planner
 from mlxkv.errors import UsageError
 from mlxkv.kv_format import KV_TYPES
 from mlxkv.layers import CausalLM
+from mlxkv.loader import lay_out
 from mlxkv.page_disk import open_pages
-from mlxkv.planner import plan
+from mlxkv.planner import Needs, plan
 from mlxkv.sampling import Sampler, SamplingParams
 from mlxkv.session import Session
 from mlxkv.terminal import parse_bytes
+from mlxkv.workspace import hollow
 from tests.oracle.cases import CASES, LONG, Case
 from tests.test_parity import Golden
-from tests.tiny import llama_config, tokens, write_checkpoint
+from tests.tiny import gemma3_config, llama_config, tokens, write_checkpoint
 
 FAMILIES = [case for case in CASES if case.n_prompt == LONG and not case.prefill_in_one]
 every_family = pytest.mark.parametrize("case", FAMILIES, ids=lambda case: case.name)
@@ -194,6 +197,56 @@ def test_the_formula_gives_the_kv_bytes(folder):
     product, _, result = needs.formula.partition(" = ")
     expression = product.replace(",", "").replace(" B", "").replace(" x ", " * ")
     assert eval(expression) == int(result.removesuffix(" B").replace(",", "")) == needs.kv_bytes
+
+
+WINDOWS = (None, 1, 3585, 8192)
+CHUNKS = (1, 300, 2048)
+
+
+@functools.cache
+def windowed(folder: Path, window: int | None) -> Path:
+    """Two layers: a full one behind one with a window, or two full ones."""
+    if window is None:
+        config = llama_config(num_hidden_layers=2)
+    else:
+        config = gemma3_config(num_hidden_layers=2, sliding_window_pattern=2, sliding_window=window)
+    return write_checkpoint(folder / f"window {window}", config)
+
+
+@pytest.mark.parametrize(("window", "chunk"), [*itertools.product(WINDOWS, CHUNKS), (8192, 16384)])
+def test_every_chunk_window_and_format_plans(window, chunk, folder):
+    """A plan of one format has the longest context and the curve of all of them."""
+    needs = plan(
+        windowed(folder, window), context=20_000, kv_type="q4", chunk=chunk, memory="16GiB"
+    )
+    assert needs.workspace_bytes > 0
+    native, q8, q4 = (needs.max_contexts[kv_type] for kv_type in KV_TYPES)
+    assert 20_000 < native <= q8 <= q4
+    for kv_type in KV_TYPES:
+        totals = [total for _, total in needs.curves[kv_type]]
+        assert totals == sorted(totals)
+
+
+@pytest.mark.parametrize("chunk", [256, 2048])
+@pytest.mark.parametrize("window", WINDOWS)
+def test_the_workspace_of_a_long_context_is_that_of_its_last_chunk(window, chunk, folder):
+    """Between the marks and past them: a long context is extrapolated from short ones."""
+    model = hollow(lay_out(windowed(folder, window), "float32"))
+    needs = Needs(model, "native", chunk)
+    for n in (chunk, 2 * chunk, 3 * chunk, 5 * chunk, 40 * chunk):
+        traced = needs.held(n).peak - needs.kv_bytes(n)
+        extrapolated = needs.total(n, 1) - needs.kv_bytes(n)
+        assert extrapolated == pytest.approx(traced, rel=0.07), n
+
+
+def test_a_long_packed_context_holds_what_its_trace_would(folder, monkeypatch):
+    for chunk in (256, 2048):
+        extrapolated = Needs(loaded(windowed(folder, 4096)), "q8", chunk)
+        with monkeypatch.context() as patch:
+            patch.setattr(planner, "LONGEST_TRACED", 2**30)
+            traced = Needs(loaded(windowed(folder, 4096)), "q8", chunk)
+            expected = traced.step(20_480, chunk, last=True).peak
+        assert extrapolated.step(20_480, chunk, last=True).peak == pytest.approx(expected, rel=0.05)
 
 
 @pytest.mark.parametrize("changes", [{"context": 0}, {"sequences": 0}, {"chunk": 0}])
