@@ -13,6 +13,7 @@ Invariants:
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
@@ -247,6 +248,9 @@ class Budget:
             KVCacheFull: there is none.
         """
         held = session.n_failed_at or 0
+        with contextlib.suppress(RuntimeError):
+            # The step behind it fails as well, with a text of its own, and is not wanted.
+            device.finish()
         cached = mx.get_cache_memory()
         mx.clear_cache()
         if cached:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import pytest
 
 import mlxkv
@@ -101,6 +102,34 @@ def test_a_decode_step_without_memory_on_the_gpu_changes_no_answer(path, monkeyp
     result = llm.generate(PROMPT, max_tokens=20, **sampling)
     assert result.tokens == expected.tokens
     assert "chunk" in [rung.kind for rung in result.stats.rungs]
+
+
+def test_a_step_that_fails_behind_one_without_memory_is_not_wanted(path, monkeypatch):
+    """Metal gives up what it had queued: the error waits for the next look at the device."""
+    llm = mlxkv.load(path, dtype="float32")
+    expected = llm.generate(PROMPT, max_tokens=20).tokens
+    pending: list[str] = []
+    take, eval_ = generate._token_of, mx.eval
+
+    def token_of(step: Any) -> int:
+        if len(waited) == 10:
+            waited.append(0)
+            pending.append(OTHERS[3])
+            raise RuntimeError(OUT_OF_MEMORY)
+        waited.append(take(step))
+        return waited[-1]
+
+    def look(*arguments: Any) -> None:
+        if pending:
+            raise RuntimeError(pending.pop())
+        eval_(*arguments)
+
+    waited: list[int] = []
+    monkeypatch.setattr(generate, "_token_of", token_of)
+    monkeypatch.setattr(mx, "eval", look)
+    monkeypatch.setattr(mx, "synchronize", look)
+    assert llm.generate(PROMPT, max_tokens=20).tokens == expected
+    assert not pending and len(waited) > 10
 
 
 def test_a_batch_without_memory_on_the_gpu_changes_no_answer(path, monkeypatch):
