@@ -178,8 +178,73 @@ def memory_limit() -> int:
     import mlx.core as mx
 
     if not on_cpu():
-        info = mx.device_info()
-        size = info.get("max_recommended_working_set_size") or info.get("memory_size")
+        size = recommended_bytes() or mx.device_info().get("memory_size")
         if size:
             return int(size)
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+class WiredLimit:
+    """Memory that Metal keeps resident, in this process: for as long as models are in it.
+
+    MLX wires nothing by default, so the system may page weights out between two requests. mlx-lm
+    wires the whole recommended working set, and long prompts then took the kernel down. Here it is
+    what the models may take (weights, KV and workspace), and never more than that set.
+
+    It may be set while nothing is computed, so what is in flight is waited for.
+    """
+
+    def __init__(self) -> None:
+        # A model that is forgotten may be collected while the limit is being set.
+        self._lock = threading.RLock()
+        self._held: dict[object, int] = {}
+        self._before: int | None = None
+
+    def hold(self, n_bytes: int) -> Callable[[], None]:
+        """Wire what a model, or all of an engine, may take.
+
+        Returns:
+            To be called when that is gone; further calls do nothing.
+        """
+        key = object()
+        with self._lock:
+            self._held[key] = n_bytes
+            self._apply()
+        return lambda: self._release(key)
+
+    def _release(self, key: object) -> None:
+        with self._lock:
+            if self._held.pop(key, None) is not None:
+                self._apply()
+
+    def _apply(self) -> None:
+        most = recommended_bytes()
+        if most is None:
+            return
+        import mlx.core as mx
+
+        finish()
+        if self._held:
+            before = mx.set_wired_limit(min(sum(self._held.values()), most))
+            self._before = before if self._before is None else self._before
+        elif self._before is not None:
+            mx.set_wired_limit(self._before)
+            self._before = None
+
+
+_wired = WiredLimit()
+
+
+def hold_wired(n_bytes: int) -> Callable[[], None]:
+    """See `WiredLimit.hold`: there is one limit in a process."""
+    return _wired.hold(n_bytes)
+
+
+def recommended_bytes() -> int | None:
+    """Metal's recommended working set; None on other devices, where nothing is wired."""
+    if on_cpu():
+        return None
+    import mlx.core as mx
+
+    size = mx.device_info().get("max_recommended_working_set_size")
+    return int(size) if size else None

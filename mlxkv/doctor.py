@@ -103,6 +103,8 @@ def _memory(info: Any, kind: str) -> Finding:
     text = f"{human_bytes(ram)} RAM, {human_bytes(device.memory_limit())} for models"
     if kind == "metal" and (longest := info.get("max_buffer_length")):
         text += f", {human_bytes(int(longest))} in one buffer"
+    if (most := device.recommended_bytes()) is not None:
+        text += f", up to {human_bytes(most)} wired (what the models may take, if that is less)"
     return Finding("memory", text)
 
 

@@ -139,7 +139,6 @@ class Engine:
         limit_bytes = memory or device.memory_limit()
         self._models = LoadedModels(limit_bytes, dtype, given or Given(), keep_alive_s, max_running)
         self._coming: dict[str, _Coming] = {}
-        self._was_busy = False
         self._max_queue = max_queue
         self._changed = threading.Condition()
         self._inbox: deque[Task] = deque()
@@ -309,6 +308,7 @@ class Engine:
         threading.Event().wait()
 
     def _run(self) -> None:
+        unwire = device.hold_wired(self._models.limit_bytes)
         try:
             while not self._closing:
                 self._turn()
@@ -324,6 +324,7 @@ class Engine:
                 self._give_up(key, _stopped())
             for key in self._models:
                 self._models.drop(key)
+            unwire()
 
     def _turn(self) -> None:
         """What is to be done now, or a wait for it."""
@@ -337,13 +338,14 @@ class Engine:
             call()
         for task in tasks:
             self._hand_over(task)
+        had_work = self._is_busy() or bool(self._coming)
         self._load()
         self._models.share_memory()
         for key in self._models:
             self._step(key)
         self._models.expire()
-        was_busy, self._was_busy = self._was_busy, self._is_busy()
-        if was_busy and not self._was_busy:
+        if had_work and not (self._is_busy() or self._coming):
+            mx.clear_cache()  # nothing is computed that would want it again soon
             device.trim()
 
     def _is_busy(self) -> bool:

@@ -103,7 +103,9 @@ def load(
 
 def load_with(path: Path, settings: Settings, dtype: mx.Dtype | str = "auto") -> LLM:
     """Load a model's directory with settings that were found out before; else as `load`."""
-    return finished(loading_with(path, settings, dtype))
+    llm = finished(loading_with(path, settings, dtype))
+    llm.hold_wired()
+    return llm
 
 
 def loading_with(
@@ -154,11 +156,23 @@ class LLM:
         self.pages = open_pages(model, path, first_kv_type(kv_type), room)
         self.budget = Budget(model, weights_bytes, limit_bytes, self.pages)
         self._at_exit = weakref.finalize(self, _close_at_exit, self.pages)
+        self._unwire: Callable[[], object] | None = None
+
+    def hold_wired(self) -> None:
+        """Have Metal keep what this model may take resident, until it is closed or forgotten.
+
+        For a model of its own: an engine does it for all of its models.
+        """
+        if self._unwire is None:
+            release = device.hold_wired(self.budget.limit_bytes)
+            self._unwire = weakref.finalize(self, release)
 
     def close(self) -> None:
         """Write prefixes to disk that are worth keeping, and forget them; also done at exit."""
         if self.pages is not None and self._at_exit.detach() is not None:
             self.pages.close()
+        if self._unwire is not None:
+            self._unwire()
 
     def __enter__(self) -> Self:
         return self

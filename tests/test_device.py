@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import subprocess
 import sys
+import threading
+from pathlib import Path
 
 import mlx.core as mx
 import pytest
 
-from mlxkv import device
+import mlxkv
+from mlxkv import device, doctor
+from mlxkv.engine import Engine
+from tests.command_line import chat_model
+
+SET = 10 << 30
+"""What the fake device recommends."""
 
 
 def blas_seen(code: str, **env: str) -> str:
@@ -53,3 +62,89 @@ def test_the_arrays_that_a_process_may_have_are_those_that_a_gpu_names(monkeypat
     assert device.max_arrays() == 499_000
     monkeypatch.setattr(mx, "device_info", lambda: {"memory_size": 2**34})
     assert device.max_arrays() is None
+
+
+class FakeMetal:
+    """The wired limits that were set, with the thread that set each; 7 was there before."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.limits, self.threads = [7], [""]
+        monkeypatch.setattr(device, "on_cpu", lambda: False)
+        monkeypatch.setattr(device, "_wired", device.WiredLimit())
+        monkeypatch.setattr(
+            mx, "device_info", lambda: {"max_recommended_working_set_size": SET, "memory_size": 2}
+        )
+        monkeypatch.setattr(mx, "set_wired_limit", self.set)
+
+    def set(self, limit: int) -> int:
+        assert limit <= SET
+        self.limits.append(limit)
+        self.threads.append(threading.current_thread().name)
+        return self.limits[-2]
+
+
+@pytest.fixture
+def metal(monkeypatch) -> FakeMetal:
+    return FakeMetal(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory) -> Path:
+    return chat_model(tmp_path_factory.mktemp("device") / "m")
+
+
+def test_the_wired_limit_is_what_a_model_may_take_and_is_put_back(metal, path):
+    llm = mlxkv.load(path, dtype="float32", memory="1GiB")
+    assert metal.limits == [7, 1 << 30]
+    llm.generate("hello", max_tokens=3)
+    llm.close()
+    llm.close()
+    assert metal.limits == [7, 1 << 30, 7]
+
+
+def test_the_wired_limit_is_never_more_than_the_recommended_set(metal, path):
+    with mlxkv.load(path, dtype="float32", memory="1TiB"):
+        assert metal.limits == [7, SET]
+    with mlxkv.load(path, dtype="float32"):
+        assert metal.limits == [7, SET, 7, SET]
+
+
+def test_the_wired_limit_is_that_of_all_models_together(metal, path):
+    first = mlxkv.load(path, dtype="float32", memory="1GiB")
+    second = mlxkv.load(path, dtype="float32", memory="2GiB")
+    first.close()
+    second.close()
+    assert metal.limits == [7, 1 << 30, 3 << 30, 2 << 30, 7]
+
+
+def test_a_model_that_is_forgotten_gives_its_wired_memory_back(metal, path):
+    llm = mlxkv.load(path, dtype="float32", memory="1GiB")
+    del llm
+    gc.collect()
+    assert metal.limits == [7, 1 << 30, 7]
+
+
+def test_nothing_is_in_flight_when_the_wired_limit_is_set(metal, monkeypatch):
+    order = []
+    monkeypatch.setattr(device, "finish", lambda: order.append("finish"))
+    monkeypatch.setattr(mx, "set_wired_limit", lambda limit: order.append("set") or 0)
+    device.hold_wired(1)()
+    assert order == ["finish", "set"] * 2
+
+
+def test_the_engine_wires_its_limit_on_its_own_thread(metal, path):
+    engine = Engine(dtype="float32", memory=3 << 30)
+    engine.start()
+    engine.close()
+    assert metal.limits == [7, 3 << 30, 7]
+    assert metal.threads[1:] == ["mlxkv engine"] * 2
+
+
+def test_nothing_is_wired_on_the_cpu(metal, monkeypatch, path):
+    monkeypatch.setattr(device, "on_cpu", lambda: True)
+    mlxkv.load(path, dtype="float32").close()
+    assert metal.limits == [7]
+
+
+def test_doctor_shows_what_is_wired(metal):
+    assert "up to 10.0 GiB wired" in doctor._memory({}, "metal").value

@@ -113,6 +113,25 @@ def test_a_prefix_is_computed_once(models, engine):
     assert stats(asyncio.run(run())).computed_tokens <= 5
 
 
+def test_an_engine_with_nothing_to_do_gives_the_allocators_cache_back(models, engine):
+    model = models["llama"]
+
+    def cached_in_the_end() -> int:
+        until = time.monotonic() + 10
+        while mx.get_cache_memory() and time.monotonic() < until:
+            time.sleep(0.01)
+        return mx.get_cache_memory()
+
+    async def answered() -> list[Chunk]:
+        return await collect(engine.submit(ask(model, LONG)))
+
+    for work in (lambda: engine.load(str(model)), answered):
+        mx.eval(mx.zeros(1 << 16))
+        assert mx.get_cache_memory() > 0
+        asyncio.run(work())
+        assert cached_in_the_end() == 0
+
+
 def test_pages_never_cross_owners(models, engine):
     model = models["llama"]
 
