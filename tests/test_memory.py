@@ -106,10 +106,11 @@ def test_a_decode_step_without_memory_on_the_gpu_changes_no_answer(path, monkeyp
 
 def test_a_step_that_fails_behind_one_without_memory_is_not_wanted(path, monkeypatch):
     """Metal gives up what it had queued: the error waits for the next look at the device."""
-    llm = mlxkv.load(path, dtype="float32")
-    expected = llm.generate(PROMPT, max_tokens=20).tokens
+    prompt = PROMPT[:40]  # without a page that could be restored
+    expected = mlxkv.load(path, dtype="float32").generate(prompt, max_tokens=20).tokens
+    llm, take = mlxkv.load(path, dtype="float32"), generate._token_of
+    waited: list[int] = []
     pending: list[str] = []
-    take, eval_ = generate._token_of, mx.eval
 
     def token_of(step: Any) -> int:
         if len(waited) == 10:
@@ -119,16 +120,18 @@ def test_a_step_that_fails_behind_one_without_memory_is_not_wanted(path, monkeyp
         waited.append(take(step))
         return waited[-1]
 
-    def look(*arguments: Any) -> None:
-        if pending:
-            raise RuntimeError(pending.pop())
-        eval_(*arguments)
+    def looking(function: Callable[..., None]) -> Callable[..., None]:
+        def look(*arguments: Any) -> None:
+            if pending:
+                raise RuntimeError(pending.pop())
+            function(*arguments)
 
-    waited: list[int] = []
+        return look
+
     monkeypatch.setattr(generate, "_token_of", token_of)
-    monkeypatch.setattr(mx, "eval", look)
-    monkeypatch.setattr(mx, "synchronize", look)
-    assert llm.generate(PROMPT, max_tokens=20).tokens == expected
+    for name in ("eval", "async_eval", "synchronize"):
+        monkeypatch.setattr(mx, name, looking(getattr(mx, name)))
+    assert llm.generate(prompt, max_tokens=20).tokens == expected
     assert not pending and len(waited) > 10
 
 
