@@ -18,6 +18,7 @@ import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
@@ -29,6 +30,7 @@ from mlxkv.generate import default_chunk
 from mlxkv.kv_format import KV_TYPES
 from mlxkv.memory import KVUse, Rung
 from mlxkv.planner import Needs
+from mlxkv.step_bound import StepBound
 from mlxkv.terminal import human_bytes
 
 if TYPE_CHECKING:
@@ -39,8 +41,8 @@ if TYPE_CHECKING:
 MIN_CHUNK = 16
 """Tokens of a prompt below which a chunk is not cut smaller."""
 ROOMY = 2**30, 64
-"""Bytes, and times the KV after it, that a chunk of a page or less never needs: where so much is
-free the step is not traced, which takes as long as a short prompt. Scores grow with the KV."""
+"""Bytes, and times the KV after it, that a chunk of a page or less never needs, where the model has
+no `StepBound`: where so much is free the step is not traced. Scores grow with the KV."""
 WIDER = 1.05
 """How much more a step may take than one of no fewer tokens behind no fewer: a trace says 1% more
 where the caches grow by two steps at once."""
@@ -163,7 +165,7 @@ class Budget:
             KVCacheFull: with the numbers.
         """
         self._admitted[session] = n_prompt
-        if self._is_roomy(session, n_prompt):
+        if self._is_roomy(session, n_prompt - 1, 1):
             return
         # What can still be packed is priced packed.
         kv_type = KV_TYPES[-1] if session.is_auto else session.kv_type
@@ -194,8 +196,8 @@ class Budget:
         """
         self._widen(session, n_new, last)
         wanted = min(n_new, session.chunk_cap or n_new)
-        if wanted <= STEP and self._is_roomy(session, session.n_held + wanted, beside):
-            return wanted
+        if self._is_roomy(session, session.n_held, wanted, beside):
+            return self._given(session, wanted)
         for sizes in self._ladder(session, wanted):
             for n in sizes:
                 if not self._fits(session, n, last=last and n == n_new, beside=beside):
@@ -204,10 +206,14 @@ class Budget:
                     session.chunk_cap = n
                     if all(n < rung.amount for rung in session.rungs if rung.kind == "chunk"):
                         session.rungs.append(Rung("chunk", session.n_held, n))
-                after = self._need(session.kv_type).kv_bytes(session.n_held + n)
-                self._granted[session] = session.n_held, after
-                return n
+                return self._given(session, n)
         raise self._full(session, session.n_held + 1)
+
+    def _given(self, session: Session, n: int) -> int:
+        """Note what is granted to a sequence: `n` tokens."""
+        after = self._need(session.kv_type).kv_bytes(session.n_held + n)
+        self._granted[session] = session.n_held, after
+        return n
 
     def _widen(self, session: Session, n_new: int, last: bool) -> None:
         """Take back half of a cut that was made for lack of room, where there is room again.
@@ -274,11 +280,20 @@ class Budget:
                 given += pages.give_back(n_bytes - given)
         return given
 
-    def _is_roomy(self, session: Session, n_tokens: int, beside: int = 0) -> bool:
-        """Whether so much is free that what a small chunk takes need not be known."""
-        base, times = ROOMY
-        needed = beside + base + times * self._need(session.kv_type).kv_bytes(n_tokens)
-        return needed <= self._free(session) - mx.get_cache_memory()
+    def _is_roomy(self, session: Session, n_held: int, n_new: int, beside: int = 0) -> bool:
+        """Whether so much is free that what a step takes need not be known: no trace of it."""
+        if self._bound is not None:
+            needed = self._bound(session.kv_type, n_held, n_new)
+        elif n_new <= STEP:
+            base, times = ROOMY
+            needed = base + times * self._need(session.kv_type).kv_bytes(n_held + n_new)
+        else:
+            return False
+        return beside + needed <= self._free(session) - mx.get_cache_memory()
+
+    @cached_property
+    def _bound(self) -> StepBound | None:
+        return StepBound.of(self._model)
 
     def _free(self, asking: Session) -> int:
         """Bytes that nobody has taken or was granted, of the limit and of the machine."""

@@ -348,7 +348,7 @@ def test_few_steps_are_traced_whatever_chunks_a_prompt_comes_in(paths, monkeypat
 
     llm = limited(paths["llama"], len(PROMPT) + 80, extra=1 << 20)
     monkeypatch.setattr(planner, "prefill_step", counted)
-    assert not llm.budget._is_roomy(llm.session(), 1)
+    assert not llm.budget._is_roomy(llm.session(), 0, 16)
     draw, tokens = random.Random(5), llm.tokenizer.encode(PROMPT)
     n_chunks = 0
     for _ in range(12):
@@ -360,6 +360,26 @@ def test_few_steps_are_traced_whatever_chunks_a_prompt_comes_in(paths, monkeypat
     assert n_chunks > 60
     # Held 0, 256, ... 1024; chunks of 16, 32, 64 and 128.
     assert len(traced) == len(set(traced)) <= 20
+
+
+@pytest.mark.parametrize("kv_type", ["native", "q8"])
+def test_nothing_is_traced_where_there_is_ample_room(path, monkeypatch, kv_type):
+    """Whatever the chunk: on a GPU it is 2,048 tokens."""
+
+    def refused(*_: Any, **__: Any) -> None:
+        raise AssertionError("a step was traced")
+
+    expected = unlimited(path, 10 * PROMPT, 5).tokens if kv_type == "native" else None
+    llm = mlxkv.load(path, dtype="float32", kv_type=kv_type, memory="8GiB")
+    monkeypatch.setattr(planner, "prefill_step", refused)
+    monkeypatch.setattr(planner, "decode_step", refused)
+    for chunk in (100, 256, 2048):
+        session = llm.session()
+        prompt = llm.encode(10 * PROMPT)
+        logits = session.prefill(prompt, chunk=chunk)
+        tokens = list(session.decode(logits, Sampler(SamplingParams(), logits.shape[-1]), 5))
+        assert expected is None or tokens == expected
+        session.reset()
 
 
 def test_memory_is_flat_over_loads(paths):

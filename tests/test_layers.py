@@ -27,7 +27,7 @@ LAYERS = (
      "sandbox", "sampling_params", "sampling_math", "sampling", "logprobs", "stopping",
      "grammar", "grammar_calls", "grammar_gate", "grammar_native", "grammar_text", "grammar_values",
      "json_schema", "catalog", "names", "terminal", "page_format", "fingerprint",
-     "workspace", "settings", "memory"),
+     "workspace", "step_bound", "settings", "memory"),
     ("generate", "session", "decoder", "overflow", "planner", "budget", "pages", "page_cutter",
      "page_links", "page_part", "page_ram",
      "page_disk", "page_files", "page_folder", "page_room", "kv_names", "named_kv", "hub",
