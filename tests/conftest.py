@@ -28,3 +28,11 @@ def branches(request) -> Iterator[None]:
 
     with gpu_branches() if request.param == "gpu" else nullcontext():
         yield
+
+
+@pytest.fixture
+def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts are computed 256 tokens at a time, also on the branches of a GPU."""
+    from mlxkv import generate
+
+    monkeypatch.setattr(generate, "GPU_CHUNK", generate.CPU_CHUNK)

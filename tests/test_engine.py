@@ -238,7 +238,7 @@ async def timed(answer: AsyncIterable[Chunk], order: list[str], name: str) -> li
     return chunks
 
 
-def test_a_short_prompt_does_not_wait_for_a_long_one(models, engine):
+def test_a_short_prompt_does_not_wait_for_a_long_one(models, engine, short_chunks):
     async def run() -> None:
         order: list[str] = []
         names = {"long": LONG * 2, "other": LONG[600::-1], "short": "hello"}
