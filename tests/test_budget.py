@@ -27,6 +27,9 @@ from mlxkv.sampling import Sampler, SamplingParams
 from mlxkv.workspace import prefill_step
 from tests.command_line import chat_model
 
+# What fits and what gives way is reckoned in chunks of this length.
+pytestmark = pytest.mark.usefixtures("short_chunks")
+
 FAMILIES = ("llama", "gemma3")
 PROMPT = "".join(chr(97 + (i * i + 3 * i) % 23) for i in range(700))
 FAILURE = "[malloc] Unable to allocate 4096 bytes."
