@@ -39,6 +39,25 @@ RESHAPES = frozenset(("Contiguous", "Flatten", "Reshape", "Unflatten"))
 COPIES = frozenset(("AsType", "Concatenate", "Gather", "GatherAxis", "Pad", "Select"))
 """Operations that write what they read to another place."""
 
+ELEMENTWISE = frozenset(
+    (
+        "Add",
+        "AsType",
+        "Divide",
+        "Exp",
+        "Maximum",
+        "Minimum",
+        "Multiply",
+        "Negative",
+        "Sigmoid",
+        "Sqrt",
+        "Square",
+        "Subtract",
+        "Tanh",
+    )
+)
+"""Operations whose result lies as their operands do, where those have the result's shape."""
+
 _ITEMSIZE = {"bool": 1, "uint8": 1, "int8": 1, "uint16": 2, "int16": 2, "float16": 2, "bfloat16": 2}
 _ITEMSIZE |= {"int64": 8, "uint64": 8, "float64": 8, "complex64": 8}
 
@@ -170,6 +189,8 @@ class _Counter:
             rule = _RULES.get(op.name)
             if rule is not None:
                 rule(self, op)
+            if op.name in ELEMENTWISE or op.name.startswith("Compiled"):
+                self._elementwise(op)
             parts = sum(1 for x in op.inputs if x.size) if op.name == "Concatenate" else 1
             self.counts.kernels["Compiled" if op.name.startswith("Compiled") else op.name] += parts
 
@@ -274,6 +295,14 @@ class _Counter:
         strides, other = self.strides(q), 1 if q.shape[0] == 1 else 0
         D = q.shape[3]
         return strides[3] == 1 and strides[2] == D * q.shape[other] and strides[other] == D
+
+    def _elementwise(self, op: Op) -> None:
+        """A kernel keeps the strides of dense operands, a single row's own stride too."""
+        full = [x for x in op.inputs if x.shape == op.out.shape]
+        if full and all(self.is_dense(x) for x in full):
+            for out in op.outputs:
+                if out.shape == op.out.shape:
+                    self._strides[out.id] = self.strides(full[0])
 
     def _softmax(self, op: Op) -> None:
         if self.strides(op.inputs[0])[-1] != 1:
