@@ -277,7 +277,8 @@ def place(sequences: Sequence[Layers], room: Room, one_part: bool = False) -> li
     """
     for bucket in _buckets(sequences, one_part):
         group = bucket.group or Group()
-        new = [i for i in bucket.members if _place_of(sequences[i]) is not group]
+        # In the batch's order: nothing has to be rearranged then.
+        new = [i for i in sorted(bucket.members) if _place_of(sequences[i]) is not group]
         if not new or len(bucket.members) == 1:
             continue
         if room(_bytes_to_admit(group, [sequences[i] for i in new])):
