@@ -391,9 +391,9 @@ class Needs:
 
     @cached_property
     def _growth_marks(self) -> list[tuple[int, int]]:
-        """(tokens, workspace) of single tokens for which all caches grow."""
+        """(tokens, workspace) of single tokens for which all caches grow; the first copies none."""
         marks = []
-        for n in self._contexts(2 * STEP):
+        for n in (0, *self._contexts(2 * STEP)):
             held = self._traced(n, 1, last=True)
             marks.append((n + 1, held.peak - self.kv_bytes(n + 1)))
         return marks

@@ -99,6 +99,8 @@ def hollow(layout: Layout) -> CausalLM:
         module.prepare()
         module.update(tree_map(lambda x: hollow_array(x.shape, x.dtype), module.parameters()))
     split_products(model)
+    # Else they are operations of each step's graph, and broadcast operands, which products copy.
+    mx.eval(model.parameters())
     return model
 
 

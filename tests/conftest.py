@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import nullcontext
 
@@ -15,6 +16,10 @@ os.environ["MLXKV_KV_DISK"] = "0"
 # What the developer's own shell sets for a model is not what a test expects.
 for name in ("CONTEXT", "KV_TYPE", "MEMORY", "OVERFLOW", "KEEP"):
     os.environ.pop(f"MLXKV_{name}", None)
+
+# A shell that starts the suite in the background has it ignore Ctrl-C, which some tests are about.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Tiny models on shared machines: a slow example is no failure, and a run repeats itself.
 hypothesis.settings.register_profile("mlxkv", deadline=None, derandomize=True)

@@ -9,15 +9,17 @@ the tests for which it matters.
 
 from __future__ import annotations
 
-import mlx.core as mx
 import pytest
 
-from mlxkv import device, sampling
+from tests.branches import gpu_branches
+
+_BRANCHES = gpu_branches()
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Before any test module is imported: some ask for the device at once."""
-    mx.disable_compile()  # the CPU backend's compiler takes seconds a function
-    device.on_cpu = lambda: False
-    sampling._on_cpu = lambda: False
-    device.core_streams = lambda: (mx.default_stream(mx.default_device()),)
+    _BRANCHES.__enter__()
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    _BRANCHES.__exit__(None, None, None)

@@ -86,10 +86,15 @@ def together(
     return [[step[i] for step in found] for i in range(len(sequences))]
 
 
-def assert_same(got: list[np.ndarray], expected: list[np.ndarray], what: str) -> None:
+def assert_same(
+    got: list[np.ndarray],
+    expected: list[np.ndarray],
+    what: str,
+    tolerance: float = TOLERANCE,
+) -> None:
     for step, (a, b) in enumerate(zip(got, expected, strict=True)):
         difference = np.abs(a - b).max() / b.std()
-        assert difference < TOLERANCE, f"{what}, step {step}: off by {difference:.2g}"
+        assert difference < tolerance, f"{what}, step {step}: off by {difference:.2g}"
         assert a.argmax() == b.argmax(), f"{what}, step {step}"
 
 
@@ -108,8 +113,9 @@ def test_kv_formats_may_be_mixed_in_a_batch(model):
     kinds = [(n, kv_type) for n in (33, 12) for kv_type in KV_TYPES]
     expected = [alone(model, *prefilled(model, n, kv_type), 3) for n, kv_type in kinds]
     got = together(model, [prefilled(model, n, kv_type) for n, kv_type in kinds], 3)
+    # A sum in another order may move a value over the edge of its code.
     for kind, a, b in zip(kinds, got, expected, strict=True):
-        assert_same(a, b, str(kind))
+        assert_same(a, b, str(kind), TOLERANCE if kind[1] == "native" else 5 * TOLERANCE)
 
 
 @every_model

@@ -83,8 +83,16 @@ def test_the_limit_holds(path):
         mx.clear_cache()
         others = mx.get_active_memory() - llm.budget.weights_bytes
         result = answer(llm, n=20)
-        assert result.stats.peak_bytes - others < 1.05 * llm.budget.limit_bytes
+        # On a GPU's branches no product is divided: other steps have the most tasks in flight.
+        slack = 1.05 if device.on_cpu() else 1.06
+        assert result.stats.peak_bytes - others < slack * llm.budget.limit_bytes
         assert result.tokens == unlimited(path).tokens[: len(result.tokens)]
+
+
+def test_a_short_prompt_that_is_planned_is_granted(path):
+    for n in (1, 30, 250):
+        llm = limited(path, n + 3)
+        assert answer(llm, PROMPT[:n], n=2).finish_reason == "length"
 
 
 def test_smaller_chunks_come_before_pages_are_dropped(path):
@@ -462,9 +470,10 @@ def test_owners_share_the_arrays_that_pages_may_hold(paths, monkeypatch):
     assert [pages.max_arrays for pages in (llm.pages, *others) if pages] == [333] * 3
 
 
-def test_pages_may_hold_any_number_of_arrays_where_no_limit_is_known(paths):
+def test_pages_may_hold_any_number_of_arrays_where_no_limit_is_known(paths, monkeypatch):
+    monkeypatch.setattr(device, "on_cpu", lambda: True)
     llm = mlxkv.load(paths["llama"], dtype="float32")
-    assert device.on_cpu() and llm.pages is not None and llm.pages.max_arrays is None
+    assert llm.pages is not None and llm.pages.max_arrays is None
 
 
 def test_another_thread_may_look_while_sequences_join_and_leave(paths):

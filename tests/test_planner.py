@@ -15,7 +15,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 import mlxkv
-from mlxkv import plan_card, planner
+from mlxkv import device, plan_card, planner
 from mlxkv.errors import UsageError
 from mlxkv.kv_format import KV_TYPES
 from mlxkv.layers import CausalLM
@@ -86,12 +86,14 @@ def peak_of(session: Session, n_prompt: int, chunk: int) -> int:
     return mx.get_peak_memory() - before
 
 
-def meets(expected: int, run: Callable[..., int], *arguments: object) -> bool:
+def meets(
+    expected: int, run: Callable[..., int], *arguments: object, tolerance: float = TOLERANCE
+) -> bool:
     """Whether the largest of a few runs is what was expected."""
     largest = 0
     for _ in range(20):  # on a busy machine fewer of MLX's tasks are in flight
         largest = max(largest, run(*arguments))
-        if expected == pytest.approx(largest, rel=TOLERANCE):
+        if expected == pytest.approx(largest, rel=tolerance):
             return True
     print(f"expected {expected:,}, got {largest:,}")
     return False
@@ -150,9 +152,11 @@ def test_the_peak_is_met_with_packed_kv(kv_type, folder):
     def run(n: int, chunk: int) -> int:
         return weights_of(model) + peak_of(Session(model, kv_type), n, chunk)
 
+    # A layer that a GPU unpacks whole is counted until its last task is done, which comes earlier.
+    tolerance = TOLERANCE if device.on_cpu() else 0.08
     for n, chunk in LENGTHS:
         needs = plan(path, context=n + N_DECODED, chunk=chunk, kv_type=kv_type, dtype="float32")
-        assert meets(needs.total_bytes, run, n, chunk), (n, chunk)
+        assert meets(needs.total_bytes, run, n, chunk, tolerance=tolerance), (n, chunk)
 
 
 @every_family
@@ -221,7 +225,9 @@ def test_every_chunk_window_and_format_plans(window, chunk, folder):
     )
     assert needs.workspace_bytes > 0
     native, q8, q4 = (needs.max_contexts[kv_type] for kv_type in KV_TYPES)
-    assert 20_000 < native <= q8 <= q4
+    assert 20_000 < min(native, q8, q4) and q8 <= q4
+    if device.on_cpu():  # a GPU unpacks a layer whole for a chunk: half the native KV of two layers
+        assert native <= q8
     for kv_type in KV_TYPES:
         totals = [total for _, total in needs.curves[kv_type]]
         assert totals == sorted(totals)

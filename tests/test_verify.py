@@ -12,10 +12,11 @@ import pytest
 
 import mlxkv
 from mlxkv import verify
-from mlxkv.cache import KVCache, RotatingKVCache
+from mlxkv.cache import KVCache, RotatingKVCache, Slice
 from mlxkv.errors import UsageError
 from mlxkv.llm import LLM
 from mlxkv.page_disk import PageDisk
+from mlxkv.page_part import Part
 from tests.command_line import assert_one_line, chat_model, environment
 from tests.command_line import mlxkv as command
 
@@ -122,7 +123,8 @@ def test_a_disk_that_gives_other_bytes_fails(factor, llm, monkeypatch):
 
     def decoded(self, key, file):
         tokens, part = real(self, key, file)
-        return tokens, tuple(type(x)((x.k * factor, x.v), x.start, x.stop) for x in part)
+        slices = [Slice((x.k * factor, x.v), x.start, x.stop) for x in part.slices()]
+        return tokens, Part.pack(slices)
 
     monkeypatch.setattr(PageDisk, "_decoded", decoded)
     assert failed(llm) == {"after a restart, from SSD"}
