@@ -200,6 +200,9 @@ class Group:
             self._owners += [[] for _ in range(n_needed + spare - self.n_slots)]
         free = [slot for slot in range(self.n_slots) if slot not in used]
         places = list(zip(free, sequences, strict=False))
+        # First: where a layer fails, those before it are in their slots.
+        for slot, layers in places:
+            self._owners[slot] = [weakref.ref(cache) for cache in layers]
         longest = max(_length(layers) for layers in sequences)
         if not self.layers:
             rows = [cache.n_rows(longest) for cache in sequences[0]]
@@ -216,8 +219,6 @@ class Group:
             mx.eval(layer.arrays)
             for slot, layers in places:
                 layers[i].share(Row(layer, slot, self))
-        for slot, layers in places:
-            self._owners[slot] = [weakref.ref(cache) for cache in layers]
 
     def tidy(self) -> None:
         """Fill gaps from the end, and give back what is not needed."""

@@ -221,6 +221,28 @@ def test_one_that_joins_takes_a_free_slot_and_nothing_else_is_copied(monkeypatch
     assert {group_of(caches[0]) for caches in sequences} == {group}
 
 
+def test_a_slot_that_was_half_filled_when_memory_ran_out_is_not_given_away(monkeypatch):
+    sequences = [[filled(100, i), filled(100, i)] for i in range(4)]
+    batch(sequences[:2])
+    group = group_of(sequences[0][0])
+    assert group is not None
+    real, n_calls = mx.eval, iter(range(100))
+
+    def fails_in_the_second_layer(*arrays):
+        if next(n_calls) == 1:
+            raise RuntimeError("[malloc] Unable to allocate 4096 bytes.")
+        real(*arrays)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mlxkv.slots.mx.eval", fails_in_the_second_layer)
+        with pytest.raises(RuntimeError, match="allocate"):
+            batch(sequences[:3])
+    twin = filled(100, 2)
+    batch([sequences[0], sequences[1], sequences[3]])
+    assert_holds_the_same(sequences[2][0], twin)
+    assert_holds_the_same(sequences[2][1], twin)
+
+
 def test_free_slots_are_at_most_a_quarter():
     sequences = [[filled(50, i)] for i in range(16)]
     batch(sequences)
