@@ -7,8 +7,8 @@ Invariants:
   position p lies at column p, in a window of W tokens at `p % W`.
 - A slot is free when no cache refers to it any more: a cache that is written alone, reset or
   dropped leaves by itself, and nothing has to be told.
-- Slots that are free beyond those in use are at most a quarter of them. So a sequence that joins is
-  the only one copied but for one time in four, and one that leaves costs at most one other's copy.
+- Buffers that are made anew for a sequence that joins have a quarter more slots than are used, so
+  the next n // 4 that join are the only ones copied. One that leaves copies at most one other.
 """
 
 from __future__ import annotations
@@ -172,8 +172,8 @@ class Group:
 
     @property
     def n_used(self) -> int:
-        """Rows in use, by their first layer."""
-        return sum(1 for slot in range(self.n_slots) if next(self._caches(slot), None) is not None)
+        """Rows in use."""
+        return len(self.used())
 
     @property
     def nbytes(self) -> int:
