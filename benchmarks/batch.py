@@ -56,7 +56,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
-    from mlxkv.store import resolve
+    from mlxkv.store.resolve import resolve
 
     model = resolve(args.model).resolve()
     runs: list[Run] = []

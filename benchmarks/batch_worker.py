@@ -1,6 +1,6 @@
 """One engine, one process: tokens/s of all sequences of a batch; a JSON object on the last line.
 
-Both run through their own continuous batching, `mlxkv.decoder.Decoder` and mlx-lm's
+Both run through their own continuous batching, `mlxkv.generation.decoder.Decoder` and mlx-lm's
 `BatchGenerator`, greedy, over caches that hold random KV (see `worker.stream_of`).
 """
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.worker import fill, load
-from mlxkv import device
+from mlxkv.base import device
 
 Step = Callable[[], int]
 """One step of a batch; how many tokens it gave."""
@@ -35,9 +35,10 @@ def mlxkv_step(model: Any, n_vocab: int, lengths: Sequence[int]) -> Step:
     import mlx.core as mx
 
     from mlxkv.cache import make_caches
-    from mlxkv.decoder import Decoder, Row
-    from mlxkv.sampling import Sampler, SamplingParams
-    from mlxkv.session import Session
+    from mlxkv.generation.decoder import Decoder, Row
+    from mlxkv.generation.session import Session
+    from mlxkv.sampling.params import SamplingParams
+    from mlxkv.sampling.sampler import Sampler
 
     decoder = Decoder(model)
     for n in lengths:

@@ -193,7 +193,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
-    from mlxkv.store import resolve
+    from mlxkv.store.resolve import resolve
 
     model = resolve(args.model).resolve()
     runs: list[Run] = []

@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from benchmarks.report import about, machine_lines
-from mlxkv import device
+from mlxkv.base import device
 from mlxkv.cache import make_caches
-from mlxkv.kv_format import KV_TYPES, KVFormat
-from mlxkv.layers import CausalLM
-from mlxkv.loader import load_model
-from mlxkv.store import resolve
-from mlxkv.tokenizer import Tokenizer
+from mlxkv.kv.types import KV_TYPES, KVFormat
+from mlxkv.models.loader import load_model
+from mlxkv.nn.model import CausalLM
+from mlxkv.store.resolve import resolve
+from mlxkv.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     import mlx.core as mx

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from benchmarks import checkpoints
 from benchmarks.worker import load, stream_of, synthetic
-from mlxkv.cache import STEP
+from mlxkv.kv.types import STEP
 
 
 def growth(engine: str, model_dir: Path, n_tokens: int) -> dict[str, float]:

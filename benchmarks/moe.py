@@ -88,7 +88,7 @@ def write_checkpoint(path: Path, config: dict[str, Any], packing: dict[str, Any]
     from mlx.utils import tree_flatten, tree_map
 
     from mlxkv.models import family_for
-    from mlxkv.moe import ExpertLinear
+    from mlxkv.nn.moe import ExpertLinear
 
     mx.random.seed(0)
     definition = family_for(config, "config.json")

@@ -13,10 +13,11 @@ from pathlib import Path
 import mlx.core as mx
 
 from benchmarks.report import about
-from mlxkv.llm import LLM, load
-from mlxkv.planner import plan
-from mlxkv.sampling import Sampler, SamplingParams
-from mlxkv.session import Session
+from mlxkv.generation.session import Session
+from mlxkv.llm.llm import LLM, load
+from mlxkv.llm.plan import plan
+from mlxkv.sampling.params import SamplingParams
+from mlxkv.sampling.sampler import Sampler
 
 ROOT = Path(__file__).parent.parent
 N_DECODED = 8

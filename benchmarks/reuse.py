@@ -130,7 +130,7 @@ def unpack(model: Path, target: Path, env: dict[str, str]) -> Path:
 
 def write_scenarios(model: Path, sizes: Sizes) -> dict[str, Scenario]:
     """Scenarios in the model's own tokens and markers."""
-    from mlxkv.tokenizer import Tokenizer
+    from mlxkv.text.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.from_dir(model)
     markup = Markup.of(lambda token: tokenizer.id_of(token) is not None)
@@ -211,7 +211,7 @@ def write(output: Path, about_it: dict[str, Any], runs: Sequence[Run]) -> dict[s
 
 def main() -> None:
     args = parse()
-    from mlxkv.store import resolve
+    from mlxkv.store.resolve import resolve
 
     model, env = resolve(args.model).resolve(), environment(args)
     sizes = replace(Sizes(), **dict(args.size))

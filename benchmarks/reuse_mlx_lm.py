@@ -30,7 +30,7 @@ class _InProcess(Engine):
     def __init__(self, model: Path, state: Path):
         super().__init__(model, state)
         # Before MLX: both engines compute with the same BLAS.
-        from mlxkv import device
+        from mlxkv.base import device
 
         device.load_blas()
         from mlx_lm import load
@@ -185,7 +185,7 @@ class Server(Engine):
 
     def __init__(self, model: Path, state: Path):
         super().__init__(model, state)
-        from mlxkv.tokenizer import Tokenizer
+        from mlxkv.text.tokenizer import Tokenizer
 
         self._tokenizer = Tokenizer.from_dir(model)
         with socket.socket() as free:

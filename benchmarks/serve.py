@@ -98,7 +98,7 @@ def settings_of(clients: int, prompts: Sequence[int], long: int, shared: int) ->
 
 def cut_with(model: Path) -> Cut:
     """Cuts texts in the model's own tokens."""
-    from mlxkv.tokenizer import Tokenizer
+    from mlxkv.text.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.from_dir(model)
 
@@ -292,7 +292,7 @@ def measured(
 
 def main() -> None:
     args = parse()
-    from mlxkv.store import resolve
+    from mlxkv.store.resolve import resolve
 
     model, env = resolve(args.model).resolve(), environment(args)
     if args.mlx_lm is None:

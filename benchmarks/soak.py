@@ -241,8 +241,8 @@ def write(args: argparse.Namespace, model: str, record: Record) -> dict[str, Any
 
 def main() -> int:
     args = parse()
-    from mlxkv.store import resolve
-    from mlxkv.tokenizer import Tokenizer
+    from mlxkv.store.resolve import resolve
+    from mlxkv.text.tokenizer import Tokenizer
 
     model, env = resolve(args.model).resolve(), environment(args)
     with tempfile.TemporaryDirectory() as folder:

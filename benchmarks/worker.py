@@ -1,7 +1,7 @@
 """One engine, one process, one measurement: prints a JSON object on its last line.
 
-Both engines run through their own public loop: `mlxkv.generate.prefill` and `decode`, and
-`mlx_lm.generate.generate_step`, greedy. mlxkv.device is imported first in both cases, so that both
+Both engines run through their own public loop: `mlxkv.generation.prefill.prefill` and `decode`, and
+`mlx_lm.generate.generate_step`, greedy. `base.device` is imported first in both cases, so that both
 compute with the same BLAS.
 """
 
@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from mlxkv import device
+from mlxkv.base import device
 
 PROMPT_AT_ZERO = 8
 """Tokens of prompt that count as "context 0"."""
@@ -34,7 +34,7 @@ def load(engine: str, model_dir: Path, dtype: str) -> tuple[Any, int]:
     import mlx.core as mx
 
     if engine == "mlxkv":
-        from mlxkv.loader import load_model
+        from mlxkv.models.loader import load_model
 
         model = load_model(model_dir, dtype)
         return model, model.config.vocab_size
@@ -60,8 +60,9 @@ def stream_of(engine: str, model: Any, n_vocab: int, kv_type: str = "native") ->
 
     if engine == "mlxkv":
         from mlxkv.cache import make_caches
-        from mlxkv.generate import decode, prefill
-        from mlxkv.sampling import Sampler, SamplingParams
+        from mlxkv.generation.prefill import decode, prefill
+        from mlxkv.sampling.params import SamplingParams
+        from mlxkv.sampling.sampler import Sampler
 
         def ours(tokens: list[int], n_filled: int = 0) -> Iterator[int]:
             caches = make_caches(model, kv_type)

@@ -98,9 +98,8 @@ def convert(
         CheckpointError: the source is damaged, or of an architecture that is not known.
         OutputError: the output exists, or cannot be written.
     """
-    from .make import make_plan
-    from .plan import MAX_SHARD_BYTES, parse_options
-    from .sources import open_source
+    from .open import open_source
+    from .plan import MAX_SHARD_BYTES, make_plan, parse_options
     from .write import check_output, write_model
 
     output = Path(output)

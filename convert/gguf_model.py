@@ -14,87 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from mlxkv.errors import ConfigError, UnsupportedModel, WeightsError
+from mlxkv.errors import UnsupportedModel, WeightsError
 
 from .gguf_file import GGUFFile, GGUFTensor, readable_types
+from .gguf_metadata import Metadata
 from .gguf_rope import linear_or_yarn, scaling_from_factors
 from .tensors import GGUFWeight, gguf_weight
 
 _LAYER = re.compile(r"blk\.(\d+)\.(.+)\.(weight|bias)")
-
-
-class Metadata:
-    """A typed reader of the keys of one architecture, which remembers what was read."""
-
-    def __init__(self, file: GGUFFile):
-        self.file = file
-        self.prefix = f"{file.architecture}."
-        self._read: set[str] = set()
-
-    def error(self, key: str, message: str) -> ConfigError:
-        return ConfigError(f"{self.file.path}: {self.prefix}{key} {message}")
-
-    def any(self, key: str) -> Any:
-        self._read.add(key)
-        return self.file.metadata.get(self.prefix + key)
-
-    def opt_number(self, key: str) -> float | None:
-        """A number; an array is one if all its values are the same."""
-        value = self.any(key)
-        if isinstance(value, np.ndarray) and value.size and value.dtype.kind in "iuf":
-            if (value != value[0]).any():
-                raise self.error(
-                    key, f"differs by layer, which is not supported; got {value[:8].tolist()}"
-                )
-            value = value[0].item()
-        if value is None:
-            return None
-        if isinstance(value, bool) or not isinstance(value, int | float) or not np.isfinite(value):
-            raise self.error(key, f"must be a number; got {value!r}")
-        return value
-
-    def opt_int(self, key: str) -> int | None:
-        value = self.opt_number(key)
-        if value is None:
-            return None
-        if value != int(value) or value < 0:
-            raise self.error(key, f"must be a whole number; got {value!r}")
-        return int(value)
-
-    def int(self, key: str, default: int | None = None) -> int:
-        value = self.opt_int(key)
-        value = default if value is None else value
-        if not value:
-            raise self.error(key, f"must be a whole number of at least 1; got {value!r}")
-        return value
-
-    def number(self, key: str, default: float | None = None) -> float:
-        value = self.opt_number(key)
-        if value is None:
-            value = default
-        if value is None:
-            raise self.error(key, "is missing and has no default")
-        return value
-
-    def ignore(self, *keys: str) -> None:
-        """Keys that say nothing about the mathematics."""
-        self._read.update(keys)
-
-    def finish(self) -> None:
-        """Refuses keys that nobody read and that say something.
-
-        Raises:
-            ConfigError: names the first of them.
-        """
-        for key, value in sorted(self.file.metadata.items()):
-            if not key.startswith(self.prefix) or key.removeprefix(self.prefix) in self._read:
-                continue
-            if isinstance(value, int | float) and not value:
-                continue
-            raise ConfigError(
-                f"{self.file.path}: {key} is not understood for architecture "
-                f"{self.file.architecture!r}; got {repr(value)[:40]}"
-            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from mlxkv.errors import CheckpointError
 from .gguf_file import GGUFFile, GGUFTensor, dequantize
 
 if TYPE_CHECKING:
-    from .gguf_model import Metadata
+    from .gguf_metadata import Metadata
 
 # The contexts that Llama 3.1 and its descendants were pretrained with.
 _ORIGINAL_CONTEXTS = (8192, 4096, 2048, 16384, 32768, 65536, 131072)

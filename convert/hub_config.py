@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mlxkv.config import text_config
+from mlxkv.checkpoint.config import text_config
 
 # Of transformers' bookkeeping, of a vision tower that is not written, or naming code to run.
 _DROPPED = frozenset(

@@ -14,13 +14,13 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlxkv.config import read_config, text_config
+from mlxkv.checkpoint.config import read_config, text_config
+from mlxkv.checkpoint.expert_stacks import expert_stacks
+from mlxkv.checkpoint.mlxkv_json import FILE, of_model
+from mlxkv.checkpoint.quantization import Format, Quantization
+from mlxkv.checkpoint.weights import Weights, open_weights
 from mlxkv.errors import UnsupportedModel, WeightsError
 from mlxkv.models import Family
-from mlxkv.quantization import Format, Quantization
-from mlxkv.settings import FILE, of_model
-from mlxkv.stacking import expert_stacks
-from mlxkv.weights import Weights, open_weights
 
 from .hub_tensors import (
     NAMES,

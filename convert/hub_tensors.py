@@ -17,8 +17,8 @@ from typing import Protocol
 import mlx.core as mx
 import numpy as np
 
+from mlxkv.checkpoint.quantization import Format
 from mlxkv.errors import CheckpointError
-from mlxkv.quantization import Format
 
 from .tensors import matrix_shape
 

@@ -12,9 +12,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from mlxkv.checkpoint.quantization import Format
 from mlxkv.errors import UsageError, WeightsError
-from mlxkv.quantization import Format
 
+from .hub_config import output_config
 from .quantization import (
     check_recipe,
     fits,
@@ -25,6 +26,7 @@ from .quantization import (
     parse_quantization,
     with_more_bits,
 )
+from .sources import Source
 from .tensors import SourceTensor
 
 DTYPES = ("float16", "bfloat16", "float32")
@@ -285,3 +287,37 @@ def shard(
         return {"model.safetensors": tuple(groups[0])}
     n = len(groups)
     return {f"model-{i:05d}-of-{n:05d}.safetensors": tuple(g) for i, g in enumerate(groups, 1)}
+
+
+def make_plan(source: Source, options: ConvertOptions) -> ConvertPlan:
+    """Decides what is written; reads nothing but names, shapes and dtypes."""
+    n_layers = source.parsed.num_hidden_layers
+    tensors = tuple(
+        plan_tensor(tensor, options, source.default_dtype, n_layers)
+        for tensor in source.tensors.values()
+    )
+    config = output_config(
+        source.config,
+        native=source.family.native,
+        tied=source.tied,
+        dtype=_main_dtype(tensors),
+        quantization=global_quantization(tensors),
+    )
+    return ConvertPlan(
+        source=str(source.path),
+        tensors=tensors,
+        config=config,
+        shards=shard(tensors, options.max_shard_bytes),
+        side_files=source.side_files,
+        skipped=source.skipped,
+        notes=source.notes,
+    )
+
+
+def _main_dtype(tensors: tuple[PlannedTensor, ...]) -> str:
+    """What config.json calls the dtype: that of the values, and of scales if all are packed."""
+    sizes: Counter[str] = Counter()
+    for tensor in tensors:
+        if tensor.quantization is None:
+            sizes[tensor.dtype] += tensor.n_values
+    return sizes.most_common(1)[0][0] if sizes else tensors[0].dtype

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
+from mlxkv.checkpoint.quantization import MODES, Format
 from mlxkv.errors import UsageError
-from mlxkv.quantization import MODES, Format
 
 DEFAULT_GROUP = {"affine": 64, "mxfp4": 32, "mxfp8": 32, "nvfp4": 16}
 _ALIASES = {"q4": "affine4", "q8": "affine8"}

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlxkv.config import read_json
+from mlxkv.checkpoint.config import read_json
 from mlxkv.errors import TokenizerError
 
 from .pieces import SPACE, USER_DEFINED, Pieces, build

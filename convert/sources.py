@@ -13,8 +13,8 @@ from typing import Any
 
 from mlx.utils import tree_flatten
 
-from mlxkv.config import text_config
-from mlxkv.errors import ConfigError, ModelNotFound, UnsupportedModel
+from mlxkv.checkpoint.config import text_config
+from mlxkv.errors import ConfigError
 from mlxkv.models import Family, family_for
 
 from .tensors import SourceTensor
@@ -29,7 +29,7 @@ _LIMITS = {
     "num_key_value_heads": 1 << 14,
     "head_dim": 1 << 14,
 }
-_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
 @dataclass(frozen=True)
@@ -58,51 +58,6 @@ class Source:
     skipped: tuple[tuple[str, str], ...] = ()
     notes: tuple[str, ...] = field(default=())
     tied: bool = False
-
-
-def open_source(source: str | Path) -> Source:
-    """Opens what the user named: a directory, a GGUF file, or a repository or model name.
-
-    Raises:
-        ModelNotFound: there is no such thing.
-        UnsupportedModel: a file of another kind, or an architecture that is not known.
-        CheckpointError: it is damaged.
-    """
-    path = Path(source)
-    if not path.exists():
-        from mlxkv import store
-
-        path = store.resolve(str(source))
-    if path.is_dir():
-        return _open_directory(path)
-    if path.suffix in _PICKLED:
-        raise UnsupportedModel(
-            f"{path}: pickled weights can run code and are not read: use the model's safetensors"
-        )
-    if path.suffix == ".safetensors":
-        raise UnsupportedModel(
-            f"{path}: a weights file alone has no config and tokenizer: give its folder "
-            f"{path.parent}"
-        )
-    from .gguf_source import open_gguf_source
-
-    return open_gguf_source(path)
-
-
-def _open_directory(path: Path) -> Source:
-    from .hub_source import open_hub_source
-
-    if (path / "config.json").exists():
-        return open_hub_source(path)
-    files = sorted(path.glob("*.gguf"))
-    if len(files) == 1:
-        from .gguf_source import open_gguf_source
-
-        return open_gguf_source(files[0])
-    if files:
-        names = ", ".join(file.name for file in files)
-        raise ModelNotFound(f"{path}: holds {len(files)} GGUF files, name one of them: {names}")
-    raise ModelNotFound(f"{path}: holds neither config.json nor a GGUF file")
 
 
 def parse_config(raw: Mapping[str, Any], source: str, n_tensors: int) -> tuple[Family, Any]:

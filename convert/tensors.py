@@ -12,7 +12,7 @@ from typing import Protocol
 import mlx.core as mx
 import numpy as np
 
-from mlxkv.quantization import Format
+from mlxkv.checkpoint.quantization import Format
 
 from .gguf_file import GGUFFile, GGUFTensor, dequantize
 

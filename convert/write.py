@@ -25,7 +25,7 @@ from typing import IO, Any
 import mlx.core as mx
 import numpy as np
 
-from mlxkv.durable import sync_path
+from mlxkv.base.durable import sync_path
 from mlxkv.errors import OutputError, WeightsError
 
 from .plan import ITEM_BYTES, ConvertPlan, PlannedTensor, StoredArray

@@ -12,16 +12,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from mlxkv.device import load_blas
+from mlxkv.base.device import load_blas
 from mlxkv.errors import MlxkvError
 
 if TYPE_CHECKING:
-    from mlxkv.answer import Chunk, Result, Stats
     from mlxkv.cache import KVCache, RotatingKVCache, make_caches
-    from mlxkv.conversation import Conversation
-    from mlxkv.llm import LLM, load
-    from mlxkv.loader import load_model
-    from mlxkv.planner import Plan, plan
+    from mlxkv.generation.outputs import Chunk, Result, Stats
+    from mlxkv.llm.conversation import Conversation
+    from mlxkv.llm.llm import LLM, load
+    from mlxkv.llm.plan import plan
+    from mlxkv.memory.plan import Plan
+    from mlxkv.models.loader import load_model
 
 __version__ = "0.1.0"
 

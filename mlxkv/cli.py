@@ -11,10 +11,14 @@ from typing import Annotated, cast
 
 import typer
 
-from mlxkv import __version__, kv_cli, run_cli, serve_cli
-from mlxkv.bench.cli import bench
+from mlxkv import __version__
+from mlxkv.commands import kv, run, serve
+from mlxkv.commands.bench import bench
+from mlxkv.commands.options import KVType, Model
+from mlxkv.commands.run import Context
 from mlxkv.errors import INTERRUPTED, MlxkvError, UsageError
-from mlxkv.run_cli import Context
+from mlxkv.llm import plan as plans
+from mlxkv.store import library
 
 app = typer.Typer(
     name="mlxkv",
@@ -25,19 +29,12 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-app.command()(run_cli.run)
-app.add_typer(kv_cli.app)
-app.command()(serve_cli.serve)
-app.command()(serve_cli.ps)
-app.command()(serve_cli.stop)
+app.command()(run.run)
+app.add_typer(kv.app)
+app.command()(serve.serve)
+app.command()(serve.ps)
+app.command()(serve.stop)
 app.command()(bench)
-
-KVType = Annotated[
-    str | None, typer.Option("--kv-type", help="Format of the KV cache: native, q8, q4 or auto.")
-]
-Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="Name, path, .gguf file or Hugging Face org/name.")
-]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -87,12 +84,12 @@ def _root(
 @app.command()
 def pull(model: Model) -> None:
     """Fetch a model."""
-    from mlxkv import catalog, store
-    from mlxkv.terminal import ProgressLine
+    from mlxkv.store import catalog, resolve
+    from mlxkv.terminal.console import ProgressLine
 
     progress = ProgressLine()
     try:
-        path = store.pull(model, report=progress if progress.on else store.silent)
+        path = resolve.pull(model, report=progress if progress.on else resolve.silent)
     finally:
         progress.clear()
     entry = catalog.find(model)
@@ -109,10 +106,10 @@ def list_(
     import json
     from dataclasses import asdict
 
-    from mlxkv import store
-    from mlxkv.terminal import human_bytes, table
+    from mlxkv.base.units import human_bytes
+    from mlxkv.terminal.console import table
 
-    models = store.list_models()
+    models = library.list_models()
     if as_json:
         print(json.dumps([asdict(model) | {"path": str(model.path)} for model in models]))
         return
@@ -145,10 +142,10 @@ def show(
     """Show what a model is: shape, size, KV cache, licence, files."""
     import json
 
-    from mlxkv import store
-    from mlxkv.card import describe, to_dict
+    from mlxkv.store import resolve
+    from mlxkv.store.info import describe, to_dict
 
-    card = describe(model, store.resolve(model, fetch=False))
+    card = describe(model, resolve.resolve(model, fetch=False))
     print(json.dumps(to_dict(card), indent=2) if as_json else card.text())
 
 
@@ -158,15 +155,14 @@ def rm(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> None:
     """Remove a model from the disk."""
-    from mlxkv import store
-    from mlxkv.terminal import human_bytes
+    from mlxkv.base.units import human_bytes
 
-    plan = store.plan_removal(model)
+    plan = library.plan_removal(model)
     size = human_bytes(plan.n_bytes)
     if sys.stdin.isatty() and not yes and not typer.confirm(f"remove {model} ({size})?", err=True):
         print("nothing removed", file=sys.stderr)
         return
-    freed = store.remove(model)
+    freed = library.remove(model)
     print(f"removed {model}, {human_bytes(freed)} freed")
 
 
@@ -193,13 +189,13 @@ def convert(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan only.")] = False,
 ) -> None:
     """Convert a checkpoint to an MLX model directory."""
-    from mlxkv import names, store
-    from mlxkv.terminal import ProgressLine
+    from mlxkv.store import refs, resolve
+    from mlxkv.terminal.console import ProgressLine
 
     progress = ProgressLine()
     try:
-        path = store.source_path(source, report=progress if progress.on else store.silent)
-        target = names.output_path(output or store.default_output(source, quantize, dtype))
+        path = resolve.source_path(source, report=progress if progress.on else resolve.silent)
+        target = refs.output_path(output or resolve.default_output(source, quantize, dtype))
         from mlxkv.convert import convert as convert_model  # pyright: ignore[reportMissingImports]
 
         result = convert_model(
@@ -237,10 +233,10 @@ def plan(
     """Say what memory a model and its KV cache need, before anything is loaded."""
     import json
 
-    from mlxkv import plan_card, planner
+    from mlxkv.terminal import plan_text
 
-    needs = planner.plan(model, context, sequences, kv_type, memory, dtype)
-    print(json.dumps(plan_card.to_dict(needs)) if as_json else plan_card.text(needs))
+    needs = plans.plan(model, context, sequences, kv_type, memory, dtype)
+    print(json.dumps(plan_text.to_dict(needs)) if as_json else plan_text.text(needs))
 
 
 @app.command()
@@ -266,10 +262,11 @@ def verify(
     """
     import json
 
-    from mlxkv import verify as check
-    from mlxkv.kv_format import KV_TYPES, storage_of
-    from mlxkv.local import load_model
-    from mlxkv.settings import COMMAND_LINE, Given
+    from mlxkv.commands import verify as check
+    from mlxkv.kv.storage import storage_of
+    from mlxkv.kv.types import KV_TYPES
+    from mlxkv.store.settings import COMMAND_LINE, Given
+    from mlxkv.terminal.local import load_model
 
     for kv_type in kv_types or ():
         storage_of(kv_type)
@@ -283,7 +280,7 @@ def verify(
 @app.command()
 def models() -> None:
     """List the model families that mlxkv runs."""
-    from mlxkv.card import supported
+    from mlxkv.store.info import supported
 
     print(supported())
 
@@ -295,7 +292,7 @@ def doctor(
     """Check what MLX runs on, and say what to do about what is missing."""
     import json
 
-    from mlxkv import doctor as checks
+    from mlxkv.commands import doctor as checks
 
     findings = checks.examine()
     print(json.dumps(checks.to_dict(findings), indent=2) if as_json else checks.text(findings))

@@ -10,6 +10,8 @@ from contextlib import nullcontext
 import hypothesis
 import pytest
 
+from mlxkv.base import device
+
 # No test finds on disk what another one computed; those that are about it choose a folder.
 os.environ["MLXKV_KV_DISK"] = "0"
 
@@ -29,7 +31,7 @@ hypothesis.settings.load_profile("mlxkv")
 @pytest.fixture(params=["own", "gpu"])
 def branches(request) -> Iterator[None]:
     """The test runs on this device's branches, and on those that a GPU takes."""
-    from tests.branches import gpu_branches
+    from tests.support.branches import gpu_branches
 
     with gpu_branches() if request.param == "gpu" else nullcontext():
         yield
@@ -38,6 +40,4 @@ def branches(request) -> Iterator[None]:
 @pytest.fixture
 def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts are computed 256 tokens at a time, also on the branches of a GPU."""
-    from mlxkv import generate
-
-    monkeypatch.setattr(generate, "GPU_CHUNK", generate.CPU_CHUNK)
+    monkeypatch.setattr(device, "GPU_CHUNK", device.CPU_CHUNK)

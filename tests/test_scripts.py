@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.support.paths import ROOT
+
 PYTHONS = ("python3.14", "python3.13", "python3.12", "python3.11", "python3", "python")
 SCRIPTS = (*(path for path in (ROOT / "scripts").iterdir() if path.is_file()), ROOT / ".ci/run")
 

@@ -6,16 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlxkv import planner
+from mlxkv.base.device import default_chunk
+from mlxkv.base.units import human_bytes
 from mlxkv.errors import UsageError
-from mlxkv.generate import default_chunk
-from mlxkv.loader import lay_out
-from mlxkv.planner import Needs
-from mlxkv.settings import Settings
-from mlxkv.terminal import human_bytes
-from mlxkv.tokenizer import Tokenizer
-from mlxkv.verify import TEXT
-from mlxkv.workspace import hollow
+from mlxkv.memory import needs
+from mlxkv.memory.needs import Needs
+from mlxkv.memory.trace import hollow
+from mlxkv.models.loader import lay_out
+from mlxkv.store.settings import Settings
+from mlxkv.text.tokenizer import Tokenizer
 
 SHORTEST = 8
 """Tokens of the prompt at context 0: a model needs something to go on from."""
@@ -120,7 +119,7 @@ class Planner:
     def _peak_bytes(self, case: Case) -> int:
         """`Plan.peak_bytes`, with KV and prefix pages of the other sequences."""
         n, more = case.n_used, case.batch - 1
-        room = planner.pages_bytes(self._limit, self._weights_bytes)
+        room = needs.pages_bytes(self._limit, self._weights_bytes)
         pages = self._needs.pages_bytes(n)
         first = self._needs.peak(n, room)
         others = more * self._needs.kv_bytes(n) + min(more * pages, max(0, room - min(pages, room)))
@@ -147,3 +146,13 @@ def _prompt(tokenizer: Tokenizer, n_tokens: int, first: int) -> list[int]:
             raise UsageError("the model's tokenizer makes no more tokens of a longer text")
         n_paragraphs = n_paragraphs * 2
     return tokens[:n_tokens]
+
+
+TEXT = (
+    "A river begins where rain and melting snow find the same slope. High in the hills it is a "
+    "thread between stones, cold enough to hurt the hand; a day's walk below it turns a mill, and "
+    "in the plain it carries barges, silt and the news of upstream towns. Engineers measure it in "
+    "cubic metres a second, children in sticks thrown from a bridge. When the valley was surveyed "
+    "in 1874, the party of {n} counted {m} bends between the two weirs and drew every one of them "
+    "by hand, with the depth in feet beside it. "
+)

@@ -6,7 +6,7 @@ import os
 import sys
 from typing import Any
 
-from mlxkv.terminal import human_bytes, human_count
+from mlxkv.base.units import human_bytes, human_count
 
 WIDTH = 80
 """Columns where stdout is no terminal."""

@@ -17,12 +17,13 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 
-from mlxkv import device
-from mlxkv.decoder import Decoder, Row
+from mlxkv.base import device
+from mlxkv.engine.runtime import load_with
 from mlxkv.errors import MlxkvError
-from mlxkv.llm import load_with
-from mlxkv.sampling import Sampler, SamplingParams
-from mlxkv.settings import Given, effective
+from mlxkv.generation.decoder import Decoder, Row
+from mlxkv.sampling.params import SamplingParams
+from mlxkv.sampling.sampler import Sampler
+from mlxkv.store.settings import Given, effective
 
 MLXKV, MLX_LM = "mlxkv", "mlx-lm"
 

@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from mlxkv import device
+from mlxkv.base import device
 
 PACKAGES = ("mlxkv", "mlx", "mlx-lm")
 

@@ -17,9 +17,10 @@ from typing import Any
 from mlxkv.bench.cases import Case, Skipped
 from mlxkv.bench.engines import Timing
 from mlxkv.bench.rounds import Rounds
-from mlxkv.card import Card
+from mlxkv.checkpoint.mlxkv_json import read_record
 from mlxkv.errors import OutputError
-from mlxkv.names import CatalogRef, HubRef, locate, read_record
+from mlxkv.store.info import Card
+from mlxkv.store.refs import CatalogRef, HubRef, locate
 
 FORMAT = "mlxkv bench 1"
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import IO, Any
 
-from mlxkv import device
+from mlxkv.base import device
 from mlxkv.bench.cases import Case, Skipped
 from mlxkv.bench.engines import MLX_LM, MLXKV, Timing
 from mlxkv.bench.worker import Job

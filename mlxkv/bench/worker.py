@@ -46,7 +46,7 @@ class Job:
 
 def work(job: Job, emit: Emit) -> None:
     """Load, warm up, measure; each result is an event as soon as it is there."""
-    from mlxkv import device
+    from mlxkv.base import device
     from mlxkv.bench.engines import load, measure
 
     emit(doing="loading")

@@ -17,7 +17,7 @@ from mlxkv.errors import ConfigError, UnsupportedModel
 if TYPE_CHECKING:
     import mlx.core as mx
 
-    from mlxkv.layers import CausalLM
+    from mlxkv.nn.model import CausalLM
 
 NATIVE = {
     "llama": "llama",

@@ -17,21 +17,14 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlxkv.batch import BatchCache, batch
-from mlxkv.cache import (
-    Cache,
-    CacheSpec,
-    KVCache,
-    LayerCache,
-    Mask,
-    Positions,
-    RotatingKVCache,
-    Slice,
-)
-from mlxkv.config import MAX_SIZE, Fields, text_config
+from mlxkv.cache import KVCache, RotatingKVCache
+from mlxkv.checkpoint.config import MAX_SIZE, Fields, text_config
 from mlxkv.errors import ConfigError, UnsupportedModel, UsageError
-from mlxkv.kv_format import KVFormat, Ragged, dense
-from mlxkv.layers import CausalLM
+from mlxkv.kv.layout import Cache, LayerCache, Mask, Positions, Slice
+from mlxkv.kv.storage import Ragged, dense
+from mlxkv.kv.types import CacheSpec, KVFormat
+from mlxkv.nn.batch import BatchCache, batch
+from mlxkv.nn.model import CausalLM
 
 
 def defines(model_type: str) -> bool:

@@ -12,20 +12,13 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxkv.cache import CacheSpec, LayerCache, Mask
-from mlxkv.config import Fields, RopeConfig, rope_config
-from mlxkv.layers import (
-    ACTIVATIONS,
-    CausalLM,
-    GatedMLP,
-    Linear,
-    OffsetRMSNorm,
-    attention_masks,
-    model_windows,
-    residual,
-)
-from mlxkv.linear import Embedding
+from mlxkv.checkpoint.config import Fields, RopeConfig, rope_config
+from mlxkv.kv.layout import LayerCache, Mask
+from mlxkv.kv.types import CacheSpec
 from mlxkv.models import llama
+from mlxkv.nn.layers import ACTIVATIONS, GatedMLP, OffsetRMSNorm, residual
+from mlxkv.nn.linear import Embedding, Linear
+from mlxkv.nn.model import CausalLM, attention_masks, model_windows
 
 
 @dataclass(frozen=True, slots=True)

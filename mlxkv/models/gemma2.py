@@ -12,10 +12,10 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxkv.cache import LayerCache, Mask
-from mlxkv.config import Fields, RopeConfig, rope_config
-from mlxkv.layers import ACTIVATIONS, GatedMLP, OffsetRMSNorm, residual, soft_cap
+from mlxkv.checkpoint.config import Fields, RopeConfig, rope_config
+from mlxkv.kv.layout import LayerCache, Mask
 from mlxkv.models import gemma, llama
+from mlxkv.nn.layers import ACTIVATIONS, GatedMLP, OffsetRMSNorm, residual, soft_cap
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
 

@@ -13,12 +13,13 @@ from typing import Any, ClassVar
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxkv.attention import attend
-from mlxkv.cache import LayerCache, Mask
-from mlxkv.config import Fields, RopeConfig, rope_config, text_config
-from mlxkv.layers import Linear, NormedHeads, OffsetRMSNorm
+from mlxkv.checkpoint.config import Fields, RopeConfig, rope_config, text_config
+from mlxkv.kv.layout import LayerCache, Mask
 from mlxkv.models import gemma, gemma2
-from mlxkv.rope import RoPE
+from mlxkv.nn.attention import attend
+from mlxkv.nn.layers import NormedHeads, OffsetRMSNorm
+from mlxkv.nn.linear import Linear
+from mlxkv.nn.rope import RoPE
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
 

@@ -14,24 +14,16 @@ from typing import Any, ClassVar
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxkv.attention import attend
-from mlxkv.cache import CacheSpec, LayerCache, Mask, Offset
-from mlxkv.kv_format import KV
-from mlxkv.layers import (
-    CausalLM,
-    GatedMLP,
-    Linear,
-    NormedHeads,
-    attention_masks,
-    compiled,
-    gated,
-    model_windows,
-    soft_cap,
-)
-from mlxkv.linear import Embedding
+from mlxkv.kv.layout import LayerCache, Mask, Offset
+from mlxkv.kv.storage import KV
+from mlxkv.kv.types import CacheSpec
 from mlxkv.models.gemma3n_altup import AltUp, one_stream, rescaled, root_mean_square
 from mlxkv.models.gemma3n_config import Config
-from mlxkv.rope import RoPE
+from mlxkv.nn.attention import attend
+from mlxkv.nn.layers import GatedMLP, NormedHeads, compiled, gated, soft_cap
+from mlxkv.nn.linear import Embedding, Linear
+from mlxkv.nn.model import CausalLM, attention_masks, model_windows
+from mlxkv.nn.rope import RoPE
 
 KeysValues = tuple[KV, KV]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxkv.layers import compiled
-from mlxkv.linear import Linear
 from mlxkv.models.gemma3n_config import Config
+from mlxkv.nn.layers import compiled
+from mlxkv.nn.linear import Linear
 
 
 class AltUp(nn.Module):

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mlxkv.config import Fields, RopeConfig, rope_config, text_config
-from mlxkv.layers import ACTIVATIONS
+from mlxkv.checkpoint.config import Fields, RopeConfig, rope_config, text_config
 from mlxkv.models import gemma
+from mlxkv.nn.layers import ACTIVATIONS
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
 

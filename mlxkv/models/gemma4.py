@@ -16,25 +16,16 @@ from typing import ClassVar
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxkv.attention import attend
-from mlxkv.cache import CacheSpec, LayerCache, Mask, Offset
-from mlxkv.kv_format import KV
-from mlxkv.layers import (
-    CausalLM,
-    Fusing,
-    GatedMLP,
-    NormedHeads,
-    Prepared,
-    attention_masks,
-    compiled,
-    gated,
-    model_windows,
-    soft_cap,
-)
-from mlxkv.linear import Embedding, Linear
+from mlxkv.kv.layout import LayerCache, Mask, Offset
+from mlxkv.kv.storage import KV
+from mlxkv.kv.types import CacheSpec
 from mlxkv.models.gemma4_config import Config, Heads
-from mlxkv.moe import GatedExperts, weighed
-from mlxkv.rope import RoPE
+from mlxkv.nn.attention import attend
+from mlxkv.nn.layers import Fusing, GatedMLP, NormedHeads, Prepared, compiled, gated, soft_cap
+from mlxkv.nn.linear import Embedding, Linear
+from mlxkv.nn.model import CausalLM, attention_masks, model_windows
+from mlxkv.nn.moe import GatedExperts, weighed
+from mlxkv.nn.rope import RoPE
 
 __all__ = ["Config", "Model", "remap"]
 

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mlxkv.config import Fields, RopeConfig, rope_config, text_config
-from mlxkv.layers import ACTIVATIONS
+from mlxkv.checkpoint.config import Fields, RopeConfig, rope_config, text_config
+from mlxkv.nn.layers import ACTIVATIONS
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 LAYER_TYPES = (FULL, SLIDING)

@@ -13,11 +13,13 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxkv.cache import CacheSpec, LayerCache, Mask
-from mlxkv.config import Fields, RopeConfig, rope_config
-from mlxkv.layers import ACTIVATIONS, CausalLM, attention_masks, gated, model_windows, on_halves
-from mlxkv.linear import Embedding, Linear
+from mlxkv.checkpoint.config import Fields, RopeConfig, rope_config
+from mlxkv.kv.layout import LayerCache, Mask
+from mlxkv.kv.types import CacheSpec
 from mlxkv.models import llama
+from mlxkv.nn.layers import ACTIVATIONS, gated, on_halves
+from mlxkv.nn.linear import Embedding, Linear
+from mlxkv.nn.model import CausalLM, attention_masks, model_windows
 
 PARTIAL_ROTARY_FACTOR = 0.5
 """transformers' share of each head that turns, where a GLM config names none."""

@@ -15,12 +15,12 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxkv.cache import Offset
-from mlxkv.config import Fields, RopeConfig, rope_config
-from mlxkv.layers import ACTIVATIONS, GatedMLP, NormedHeads, Prepared, compiled, gated
+from mlxkv.checkpoint.config import Fields, RopeConfig, rope_config
+from mlxkv.checkpoint.expert_stacks import stack_experts
+from mlxkv.kv.layout import Offset
 from mlxkv.models import glm4
-from mlxkv.moe import GatedExperts, weighed
-from mlxkv.stacking import stack_experts
+from mlxkv.nn.layers import ACTIVATIONS, GatedMLP, NormedHeads, Prepared, compiled, gated
+from mlxkv.nn.moe import GatedExperts, weighed
 
 CORRECTION_BIAS = "e_score_correction_bias"
 

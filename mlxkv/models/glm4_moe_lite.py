@@ -18,18 +18,19 @@ from typing import Any, ClassVar
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxkv import device
-from mlxkv.attention import attend
-from mlxkv.cache import CacheSpec, LayerCache, Mask
-from mlxkv.config import Fields, RopeConfig, rope_config
+from mlxkv.base import device
+from mlxkv.checkpoint.config import Fields, RopeConfig, rope_config
+from mlxkv.checkpoint.expert_stacks import stack_experts
 from mlxkv.errors import WeightsError
-from mlxkv.kv_format import KV, Ragged, dense, leading
-from mlxkv.layers import ACTIVATIONS, Fusing
-from mlxkv.linear import DENSE_ROWS, Linear, product_dtype
+from mlxkv.kv.layout import LayerCache, Mask
+from mlxkv.kv.storage import KV, Ragged, dense, leading
+from mlxkv.kv.types import CacheSpec
 from mlxkv.models import glm4, glm4_moe
 from mlxkv.models.glm4_moe import MoEConfig
-from mlxkv.rope import RoPE
-from mlxkv.stacking import stack_experts
+from mlxkv.nn.attention import attend
+from mlxkv.nn.layers import ACTIVATIONS, Fusing
+from mlxkv.nn.linear import DENSE_ROWS, Linear, product_dtype
+from mlxkv.nn.rope import RoPE
 
 LATENT_NORM_EPS = 1e-6
 """Of the norms inside the low-rank projections, whatever `rms_norm_eps` says."""

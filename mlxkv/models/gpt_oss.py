@@ -14,13 +14,15 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxkv.cache import CacheSpec, LayerCache
-from mlxkv.config import Fields, RopeConfig, rope_config
+from mlxkv.checkpoint.config import Fields, RopeConfig, rope_config
 from mlxkv.errors import WeightsError
-from mlxkv.layers import attention_masks, compiled
-from mlxkv.linear import Linear
+from mlxkv.kv.layout import LayerCache
+from mlxkv.kv.types import CacheSpec
 from mlxkv.models import glm4, llama
-from mlxkv.moe import GatedExperts, weighed
+from mlxkv.nn.layers import compiled
+from mlxkv.nn.linear import Linear
+from mlxkv.nn.model import attention_masks
+from mlxkv.nn.moe import GatedExperts, weighed
 
 YARN = {
     "rope_type": "yarn",

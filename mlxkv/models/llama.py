@@ -12,20 +12,14 @@ from typing import Any, ClassVar
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxkv.attention import attend
-from mlxkv.cache import CacheSpec, LayerCache, Mask, Offset
-from mlxkv.config import Fields, RopeConfig, rope_config
-from mlxkv.layers import (
-    ACTIVATIONS,
-    CausalLM,
-    Fusing,
-    GatedMLP,
-    Linear,
-    attention_masks,
-    model_windows,
-)
-from mlxkv.linear import Embedding
-from mlxkv.rope import RoPE
+from mlxkv.checkpoint.config import Fields, RopeConfig, rope_config
+from mlxkv.kv.layout import LayerCache, Mask, Offset
+from mlxkv.kv.types import CacheSpec
+from mlxkv.nn.attention import attend
+from mlxkv.nn.layers import ACTIVATIONS, Fusing, GatedMLP
+from mlxkv.nn.linear import Embedding, Linear
+from mlxkv.nn.model import CausalLM, attention_masks, model_windows
+from mlxkv.nn.rope import RoPE
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
 MISTRAL_WINDOW = 4096

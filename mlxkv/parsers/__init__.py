@@ -1,1 +1,1 @@
-"""Formats in which models write reasoning and tool calls. `mlxkv.parsing` picks one."""
+"""Formats in which models write reasoning and tool calls. `mlxkv.parsers.formats` picks one."""

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from mlxkv.json_schema import KINDS, argument_kinds, kind_of
+from mlxkv.parsers.json_schema import KINDS, argument_kinds, kind_of
 from mlxkv.parsers.values import (
     GemmaReader,
     Unreadable,

@@ -12,30 +12,25 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 
-from mlxkv.asks import Engine
+from mlxkv.engine.messages import Engine
 from mlxkv.errors import MlxkvError
-from mlxkv.server import (
-    anthropic,
-    ollama,
-    openai_chat,
-    openai_completions,
-    openai_models,
-    openai_responses,
-    watching,
-)
+from mlxkv.server import metrics
+from mlxkv.server.anthropic import routes as anthropic
 from mlxkv.server.config import ServerConfig
 from mlxkv.server.errors import error_response
 from mlxkv.server.guard import Guard
+from mlxkv.server.ollama import routes as ollama
+from mlxkv.server.openai import chat, completions, models, responses
 from mlxkv.server.sse import ClientGone
 
 ROUTERS: tuple[Callable[[Engine, ServerConfig], APIRouter], ...] = (
-    openai_chat.router,
-    openai_completions.router,
-    openai_models.router,
-    openai_responses.router,
+    chat.router,
+    completions.router,
+    models.router,
+    responses.router,
     anthropic.router,
     ollama.router,
-    watching.router,
+    metrics.router,
 )
 """The front ends."""
 

@@ -15,7 +15,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
-from mlxkv.asks import Busy
+from mlxkv.engine.messages import Busy
 from mlxkv.errors import ContextExceeded, MlxkvError, ModelNotFound
 
 _log = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from mlxkv.asks import Ask
+from mlxkv.engine.messages import Ask
 from mlxkv.errors import UsageError
 from mlxkv.server.config import ServerConfig
 

@@ -10,11 +10,12 @@ from collections.abc import Iterator
 
 from fastapi.concurrency import run_in_threadpool
 
-from mlxkv import catalog, hub
-from mlxkv.asks import Engine
+from mlxkv.base.paths import NAME, models_dir, slug
+from mlxkv.engine.messages import Engine
 from mlxkv.errors import ModelNotFound, UsageError
-from mlxkv.names import (
-    NAME,
+from mlxkv.server.config import ServerConfig
+from mlxkv.store import catalog, hub
+from mlxkv.store.refs import (
     REPO,
     CatalogRef,
     HubRef,
@@ -22,11 +23,8 @@ from mlxkv.names import (
     check_spelling,
     is_model,
     locate,
-    models_dir,
-    slug,
     stored_folder,
 )
-from mlxkv.server.config import ServerConfig
 
 LATEST = ":latest"
 _HOSTS = ("hf.co/", "huggingface.co/")

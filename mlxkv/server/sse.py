@@ -18,8 +18,8 @@ from fastapi import Request
 from fastapi.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from mlxkv.answer import Chunk
-from mlxkv.asks import Answer
+from mlxkv.engine.messages import Answer
+from mlxkv.generation.outputs import Chunk
 from mlxkv.server.config import ServerConfig
 
 T = TypeVar("T")

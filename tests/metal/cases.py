@@ -266,7 +266,7 @@ class _Evaluated(Exception):
 
 def _drawn(draw: Callable[[Any, mx.array], object], settings: Any, V: int, B: int) -> int:
     """Launches of what a decoder evaluates to choose from logits."""
-    from mlxkv.sampling_params import SamplingParams
+    from mlxkv.sampling.params import SamplingParams
 
     off = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "repeat_penalty": 1.0, "seed": 1}
     params = SamplingParams(**{**off, **settings})
@@ -286,8 +286,8 @@ def _drawn(draw: Callable[[Any, mx.array], object], settings: Any, V: int, B: in
 
 def _decoded(params: Any, logits: mx.array) -> None:
     """The first token of one sequence."""
-    from mlxkv.generate import decode
-    from mlxkv.sampling import Sampler
+    from mlxkv.generation.prefill import decode
+    from mlxkv.sampling.sampler import Sampler
 
     model: Any = None
     next(decode(model, [], logits, Sampler(params, logits.shape[1])))
@@ -295,8 +295,8 @@ def _decoded(params: Any, logits: mx.array) -> None:
 
 def _rows(params: Any, logits: mx.array) -> None:
     """A token for each row of a batch with equal settings."""
-    from mlxkv.decoder import Decoder, Row
-    from mlxkv.sampling import Sampler
+    from mlxkv.generation.decoder import Decoder, Row
+    from mlxkv.sampling.sampler import Sampler
 
     model: Any = SimpleNamespace(batches=True)
     decoder = Decoder(model)

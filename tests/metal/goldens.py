@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.support.paths import ROOT
+
 PATH = Path(__file__).with_name("goldens.json")
 OURS, THEIRS = "mlxkv", "mlx-lm"
 
@@ -77,8 +79,7 @@ def measured(side: str, folder: Path) -> dict[Key, Value]:
         folder: where the compiled shim is kept.
     """
     command = [sys.executable, "-m", "tests.metal.measure", str(folder), side]
-    root = Path(__file__).parents[2]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return dict(_flat(json.loads(done.stdout)))
 

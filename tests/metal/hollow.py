@@ -23,7 +23,7 @@ MXFP4 = {"group_size": 32, "bits": 4, "mode": "mxfp4"}
 
 def take_gpu_branches() -> None:
     """Have mlxkv decide as on a GPU, before its modules are imported: some decide at import."""
-    from mlxkv import device
+    from mlxkv.base import device
 
     device.on_cpu = lambda: False
     device.core_streams = lambda: (mx.default_stream(mx.default_device()),)
@@ -88,9 +88,9 @@ def tokens(B: int, L: int) -> mx.array:
 
 def model(config: Config, dtype: mx.Dtype, quantized: bool) -> Any:
     """One of mlxkv's models, as the loader leaves it."""
-    from mlxkv.layers import Prepared
-    from mlxkv.linear import QuantizedEmbedding
     from mlxkv.models import family_for
+    from mlxkv.nn.layers import Prepared
+    from mlxkv.nn.linear import QuantizedEmbedding
 
     family = family_for(dict(config), "config.json")
     built = family.build(family.config(dict(config), "config.json"))
@@ -145,7 +145,7 @@ def twin(caches: Sequence[Any], n_tokens: int, kv_type: str = "native") -> list[
 
 def batch_of(sequences: Sequence[Sequence[Any]]) -> Any:
     """The caches of several sequences as a step takes them."""
-    from mlxkv.batch import batch
+    from mlxkv.nn.batch import batch
 
     with shim.gpu():
         return batch(sequences)

@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from tests.metal import shim
-
-ROOT = Path(__file__).parents[2]
+from tests.support.paths import ROOT
 
 # (B, query heads, KV heads, L, S, head, mask) -> whether one kernel does it, in bfloat16.
 ATTENTION = {

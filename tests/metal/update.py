@@ -16,8 +16,7 @@ from tests.metal import goldens, shim
 from tests.metal.goldens import OURS, THEIRS, Goldens
 from tests.metal.proportions import FOREIGN, MODELS
 from tests.metal.theirs import installed
-
-ROOT = Path(__file__).parents[2]
+from tests.support.paths import ROOT
 
 
 def main() -> int:

@@ -1,0 +1,1 @@
+"""What the machine is: device, units, paths, durable files, stepwise work."""

@@ -1,0 +1,265 @@
+"""What MLX runs on, and what has to be set up before it is imported.
+
+On Linux MLX's CPU wheel links the reference BLAS. An OpenBLAS that is loaded into the global scope
+first serves MLX's float32 matrix products instead, 8 to 50 times faster; macOS has Accelerate.
+This module imports nothing of MLX until it is asked about the device.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import functools
+import os
+import shutil
+import sys
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from mlxkv.base import device
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+
+MAX_CORES = 8
+_OF_THREAD = threading.local()
+_OPENBLAS = ("libopenblas.so.0", "libopenblas.so")
+
+
+@functools.cache
+def load_blas() -> str | None:
+    """Load an installed OpenBLAS into the global scope; only useful before `mlx.core` is imported.
+
+    `MLXKV_BLAS=0` leaves the reference BLAS in place, another value names a library.
+
+    Returns:
+        The name of the library that serves MLX's float32 products; None for the reference BLAS,
+        and on systems other than Linux.
+    """
+    if sys.platform != "linux":
+        return None
+    wanted = os.environ.get("MLXKV_BLAS", "")
+    if wanted == "0" or "mlx.core" in sys.modules:
+        return _already_loaded()
+    # mlxkv divides products over the cores itself; OpenBLAS' own threads would spin beside that.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    for name in (wanted,) if wanted else _OPENBLAS:
+        try:
+            ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
+        except OSError:
+            continue
+        # OpenBLAS' exit handler hangs where MLX is still inside one of its products: a step is in
+        # flight whenever an answer ends early.
+        atexit.register(finish)
+        return name
+    return None
+
+
+def core_streams() -> tuple[mx.Stream, ...]:
+    """One stream per core that the CPU backend's work is divided over; one alone on a GPU.
+
+    MLX's streams belong to the thread that made them, and so does a model that was split.
+    """
+    streams = getattr(_OF_THREAD, "streams", None)
+    if streams is None:
+        streams = _OF_THREAD.streams = _new_streams()
+    return streams
+
+
+def _new_streams() -> tuple[mx.Stream, ...]:
+    import mlx.core as mx
+
+    default = mx.default_stream(mx.default_device())
+    if not on_cpu():
+        return (default,)
+    n = min(n_cores(), MAX_CORES)
+    return (default, *(mx.new_stream(mx.Device(mx.cpu)) for _ in range(n - 1)))
+
+
+def trim() -> None:
+    """Give memory that was freed back to the system, where the C library keeps it (glibc)."""
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
+        trim(0)
+
+
+def finish() -> None:
+    """Wait for everything that MLX computes."""
+    if "mlx.core" in sys.modules:
+        import mlx.core as mx
+
+        for stream in core_streams():
+            mx.synchronize(stream)
+
+
+def _already_loaded() -> str | None:
+    """OpenBLAS that came in by LD_PRELOAD, or before us."""
+    try:
+        with open("/proc/self/maps", encoding="utf-8") as maps:  # noqa: PTH123
+            # The loader maps the file behind the soname: libopenblasp-r0.3.21.so.
+            names = (line.rstrip().rpartition("/")[2] for line in maps)
+            return next((name for name in names if name.startswith("libopenblas")), None)
+    except OSError:
+        return None
+
+
+def kind() -> str:
+    """Where MLX computes by default: `metal`, `cuda` or `cpu`."""
+    import mlx.core as mx
+
+    if on_cpu():
+        return "cpu"
+    return "metal" if mx.metal.is_available() else "cuda"
+
+
+def on_cpu() -> bool:
+    """Whether MLX computes on the CPU backend."""
+    default_device, cpu = _devices()
+    return default_device() == cpu
+
+
+@functools.cache
+def _devices() -> tuple[Callable[[], mx.Device], mx.Device]:
+    # Asked on every step: the import and the device object are not made anew each time.
+    import mlx.core as mx
+
+    return mx.default_device, mx.Device(mx.cpu)
+
+
+def default_dtype(checkpoint: mx.Dtype) -> mx.Dtype:
+    """The dtype that `dtype="auto"` means here.
+
+    The CPU backend accumulates 16-bit products in 16 bits and is several times slower at them
+    (docs/design.md has the figures), so it computes in float32. A GPU keeps the checkpoint's.
+    """
+    import mlx.core as mx
+
+    if on_cpu() or checkpoint not in (mx.float16, mx.bfloat16, mx.float32):
+        return mx.float32
+    return checkpoint
+
+
+@functools.cache
+def can_compile() -> bool:
+    """Whether `mx.compile` works: on the CPU backend it calls a C++ compiler at run time."""
+    return not on_cpu() or shutil.which("g++") is not None or shutil.which("c++") is not None
+
+
+def n_cores() -> int:
+    """Cores that this process may use."""
+    if sys.platform == "linux":
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def allocator_keeps() -> int:
+    """Bytes of freed buffers that MLX's allocator keeps at most: 32 MiB on the CPU backend."""
+    import mlx.core as mx
+
+    limit = mx.set_cache_limit(2**62)
+    mx.set_cache_limit(limit)
+    return limit
+
+
+def max_arrays() -> int | None:
+    """Arrays that this process may have at a time, those that MLX's allocator keeps included.
+
+    Metal's resource limit, 499,000 on the Macs that report it; None where no limit is known.
+    """
+    import mlx.core as mx
+
+    limit = None if on_cpu() else mx.device_info().get("resource_limit")
+    return int(limit) if limit else None
+
+
+def memory_limit() -> int:
+    """Bytes that a model and its caches may take on this machine.
+
+    Metal's recommended working set, a CUDA device's memory, or the RAM on the CPU backend.
+    """
+    import mlx.core as mx
+
+    if not on_cpu():
+        size = recommended_bytes() or mx.device_info().get("memory_size")
+        if size:
+            return int(size)
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+class WiredLimit:
+    """Memory that Metal keeps resident, in this process: for as long as models are in it.
+
+    MLX wires nothing by default, so the system may page weights out between two requests. mlx-lm
+    wires the whole recommended working set, and long prompts then took the kernel down. Here it is
+    what the models may take (weights, KV and workspace), and never more than that set.
+
+    It may be set while nothing is computed, so what is in flight is waited for.
+    """
+
+    def __init__(self) -> None:
+        # A model that is forgotten may be collected while the limit is being set.
+        self._lock = threading.RLock()
+        self._held: dict[object, int] = {}
+        self._before: int | None = None
+
+    def hold(self, n_bytes: int) -> Callable[[], None]:
+        """Wire what a model, or all of an engine, may take.
+
+        Returns:
+            To be called when that is gone; further calls do nothing.
+        """
+        key = object()
+        with self._lock:
+            self._held[key] = n_bytes
+            self._apply()
+        return lambda: self._release(key)
+
+    def _release(self, key: object) -> None:
+        with self._lock:
+            if self._held.pop(key, None) is not None:
+                self._apply()
+
+    def _apply(self) -> None:
+        most = recommended_bytes()
+        if most is None:
+            return
+        import mlx.core as mx
+
+        finish()
+        if self._held:
+            before = mx.set_wired_limit(min(sum(self._held.values()), most))
+            self._before = before if self._before is None else self._before
+        elif self._before is not None:
+            mx.set_wired_limit(self._before)
+            self._before = None
+
+
+_wired = WiredLimit()
+
+
+def hold_wired(n_bytes: int) -> Callable[[], None]:
+    """See `WiredLimit.hold`: there is one limit in a process."""
+    return _wired.hold(n_bytes)
+
+
+def recommended_bytes() -> int | None:
+    """Metal's recommended working set; None on other devices, where nothing is wired."""
+    if on_cpu():
+        return None
+    import mlx.core as mx
+
+    size = mx.device_info().get("max_recommended_working_set_size")
+    return int(size) if size else None
+
+
+CPU_CHUNK = 256
+
+
+GPU_CHUNK = 2048
+"""Prefill chunks: on the CPU backend attention over a short chunk stays in its caches (132 against
+85 tokens/s at 2048); a GPU wants long ones."""
+
+
+def default_chunk() -> int:
+    """Tokens per prefill chunk on this device."""
+    return CPU_CHUNK if device.on_cpu() else GPU_CHUNK

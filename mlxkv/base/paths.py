@@ -1,0 +1,44 @@
+"""Folders and file names: where models and KV lie, and how a name becomes a folder."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(:[A-Za-z0-9][A-Za-z0-9._-]*)?")
+
+
+def models_dir() -> Path:
+    """The models folder: MLXKV_MODELS, else `mlxkv/models` in the user's cache folder."""
+    return _folder("MLXKV_MODELS", "models")
+
+
+def kv_dir() -> Path:
+    """Where KV is kept on disk: MLXKV_KV, else `mlxkv/kv` in the user's cache folder."""
+    return _folder("MLXKV_KV", "kv")
+
+
+def _folder(variable: str, name: str) -> Path:
+    chosen = os.environ.get(variable)
+    if chosen:
+        return Path(chosen).expanduser().absolute()
+    cache = os.environ.get("XDG_CACHE_HOME", "")
+    base = Path(cache) if cache.startswith("/") else Path.home() / ".cache"
+    return base / "mlxkv" / name
+
+
+def slug(name: str) -> str:
+    """The folder's name for a model's name: a colon does not go well in file names."""
+    return name.replace("/", "--").replace(":", "--" if "/" in name else "-")
+
+
+def is_listed(path: Path) -> bool:
+    """Whether a file or folder is spelled exactly so where it lies.
+
+    A file system that ignores case (APFS as macOS formats it) opens `book` for `BOOK`.
+    """
+    try:
+        return path.name in os.listdir(path.parent)  # noqa: PTH208
+    except OSError:
+        return False

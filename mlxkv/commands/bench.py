@@ -1,0 +1,320 @@
+"""`mlxkv bench`: its options, and what is printed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mlxkv.errors import INTERRUPTED, MlxkvError, UsageError
+from mlxkv.kv.types import KV_TYPES
+
+if TYPE_CHECKING:
+    from mlxkv.bench.cases import Case, Skipped
+    from mlxkv.bench.rounds import Rounds
+    from mlxkv.store.settings import Settings
+    from mlxkv.terminal.console import ProgressLine
+
+GPU_CONTEXTS, CPU_CONTEXTS, CPU_CONTEXTS_VS = (0, 2048, 8192), (0, 512), (0, 128)
+GPU_BATCHES, CPU_BATCHES, CPU_BATCHES_VS = (1, 4), (1, 4), (1,)
+GPU_TOKENS, CPU_TOKENS = 128, 16
+"""Defaults. On the CPU backend they are cut to two minutes for the default model on two idle cores
+(129 s of CPU time, 88 beside mlx-lm, which prefills packed weights at 9 tokens/s there)."""
+
+
+def bench(
+    model: Annotated[
+        str | None,
+        typer.Argument(metavar="[MODEL]", help="As for run; the default model without it."),
+    ] = None,
+    context: Annotated[
+        str | None,
+        typer.Option(help="Tokens of the prompts, such as 0,2048,8192; 0 for the shortest."),
+    ] = None,
+    batch: Annotated[str | None, typer.Option(help="Sequences at a time, such as 1,4.")] = None,
+    tokens: Annotated[
+        int | None, typer.Option("--tokens", help="Decode steps that are timed.")
+    ] = None,
+    repeat: Annotated[int, typer.Option(help="Runs of each, whose median is shown.")] = 3,
+    vs: Annotated[
+        str | None, typer.Option("--vs", metavar="mlx-lm", help="Measure it in turn with mlxkv.")
+    ] = None,
+    kv_type: Annotated[
+        str, typer.Option("--kv-type", help="Format of mlxkv's KV cache: native, q8 or q4.")
+    ] = "native",
+    memory: Annotated[
+        str | None, typer.Option(help="Limit of mlxkv, such as 16GiB; the machine's without it.")
+    ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="The report; else mlxkv-bench-CHIP-MODEL.json in the current folder.",
+        ),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the report instead of the table.")
+    ] = False,
+    plot: Annotated[bool, typer.Option("--plot/--no-plot", help="Draw bars as well.")] = True,
+) -> int:
+    """Measure how fast a model is on this machine, and write a report to share.
+
+    Prefill and decode in tokens/s, time to the first token, and peak memory beside the plan's,
+    for prompts of exact lengths. The report names the chip, the versions and the model's sizes; no
+    paths, users, hosts or prompts.
+    """
+    from mlxkv.store import catalog
+
+    if vs is not None:
+        _check_vs(vs)
+    if kv_type not in KV_TYPES:
+        raise UsageError(f"--kv-type must be one of {', '.join(KV_TYPES)}; got {kv_type!r}")
+    if vs is not None and kv_type != "native":
+        raise UsageError("--vs mlx-lm needs --kv-type native: mlx-lm batches no quantized KV")
+    asked = Asked(
+        model or catalog.DEFAULT.name,
+        _numbers("--context", context, least=0),
+        _numbers("--batch", batch, least=1),
+        _at_least_one("--tokens", tokens),
+        _at_least_one("--repeat", repeat) or 1,
+        ("mlxkv", "mlx-lm") if vs else ("mlxkv",),
+        kv_type,
+        memory,
+    )
+    return _bench(asked, report, as_json=as_json, plot=plot)
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What the command line says; None is the device's default.
+
+    Args:
+        model: name.
+        contexts: tokens of the prompts.
+        batches: sequences at a time.
+        n_timed: decode steps.
+        repeat: runs of each case.
+        engines: which.
+        kv_type: of mlxkv's KV.
+        memory: mlxkv's limit.
+    """
+
+    model: str
+    contexts: tuple[int, ...] | None
+    batches: tuple[int, ...] | None
+    n_timed: int | None
+    repeat: int
+    engines: tuple[str, ...]
+    kv_type: str
+    memory: str | None
+
+
+def _check_vs(vs: str) -> None:
+    from importlib.util import find_spec
+
+    if vs != "mlx-lm":
+        raise UsageError(f"--vs must be mlx-lm; got {vs!r}")
+    if find_spec("mlx_lm") is None:
+        raise UsageError("--vs mlx-lm: it is not installed; pip install mlx-lm")
+
+
+def _numbers(option: str, text: str | None, *, least: int) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdigit() and int(part) >= least for part in parts):
+        raise UsageError(
+            f"{option} must be whole numbers of {least} or more, with commas between; got {text!r}"
+        )
+    return tuple(sorted({int(part) for part in parts}))
+
+
+def _at_least_one(option: str, value: int | None) -> int | None:
+    if value is not None and value < 1:
+        raise UsageError(f"{option} must be 1 or more; got {value}")
+    return value
+
+
+def _bench(asked: Asked, file: Path | None, *, as_json: bool, plot: bool) -> int:
+    from mlxkv.bench import report as reports
+    from mlxkv.bench.rounds import Rounds
+    from mlxkv.terminal.console import ProgressLine
+
+    progress, rounds = ProgressLine(), Rounds()
+    try:
+        setup = _prepare(asked, progress)
+        file = file or reports.default_path(setup.machine["machine"], setup.model)
+        reports.check_writable(file)
+        progress.clear()
+        for entry in setup.skipped:
+            print(entry, file=sys.stderr)
+        _warn_if_busy(setup.machine["machine"])
+        complete = _measure(asked, setup, rounds, progress)
+    finally:
+        progress.clear()
+    if not rounds.timings:
+        return _nothing(rounds, complete)
+    report = reports.build(
+        machine=setup.machine,
+        model=setup.model,
+        settings=setup.settings,
+        cases=setup.cases,
+        engines=asked.engines,
+        rounds=rounds,
+        skipped=setup.skipped,
+        complete=complete,
+    )
+    try:
+        _show(report, as_json=as_json, plot=plot)
+    finally:  # also where the reader of a pipe has gone
+        code = _end(report, rounds, file, complete)
+    return code
+
+
+def _warn_if_busy(machine: dict[str, Any]) -> None:
+    if machine["load"] > machine["cores"] / 2:
+        load = f"load {machine['load']} on {machine['cores']} cores"
+        print(f"this machine is busy ({load}), which lowers the figures", file=sys.stderr)
+
+
+def _nothing(rounds: Rounds, complete: bool) -> int:
+    """The exit code where nothing was measured; raises what went wrong."""
+    failure = next(iter(rounds.failed.values()), None)
+    if complete and failure is not None:
+        raise MlxkvError(f"nothing could be measured: {failure.text}")
+    return INTERRUPTED
+
+
+def _show(report: dict[str, Any], *, as_json: bool, plot: bool) -> None:
+    from mlxkv.bench import display
+
+    if as_json:
+        print(json.dumps(report, indent=1))
+        return
+    parts = [display.head(report), display.table(report), display.legend(report)]
+    if plot and (drawn := display.plot(report)):
+        parts.append(drawn)
+    print("\n\n".join(parts), flush=True)
+
+
+def _end(report: dict[str, Any], rounds: Rounds, file: Path, complete: bool) -> int:
+    """Write the file and say on stderr what went wrong; the exit code."""
+    from mlxkv.bench import report as reports
+
+    for (case, engine), failure in rounds.failed.items():
+        where = f"context {case.context:,}, batch {case.batch}"
+        print(f"{engine} failed: {where}: {failure.text}", file=sys.stderr)
+    for engine, failure in rounds.unusable.items():
+        print(f"{engine} cannot load the model: {failure.text}", file=sys.stderr)
+    reports.write(report, file)
+    print(f"report: {file}; please attach it to an issue", file=sys.stderr)
+    if not complete:
+        return INTERRUPTED
+    return int(any(engine == "mlxkv" for _, engine in rounds.failed))
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What is known before anything is measured.
+
+    Args:
+        path: the model's directory.
+        effective: what it runs with.
+        cases: what is measured.
+        skipped: what is not.
+        machine: of the report.
+        model: of the report.
+        settings: of the report.
+    """
+
+    path: Path
+    effective: Settings
+    cases: Sequence[Case]
+    skipped: Sequence[Skipped]
+    machine: dict[str, Any]
+    model: dict[str, Any]
+    settings: dict[str, Any]
+
+
+def _prepare(asked: Asked, progress: ProgressLine) -> Setup:
+    """Find the model and choose the cases; nothing is loaded.
+
+    Raises:
+        UsageError: nothing of what is asked for can be measured.
+    """
+    from mlxkv.bench import machine
+    from mlxkv.bench import report as reports
+    from mlxkv.bench.cases import Planner
+    from mlxkv.store import resolve
+    from mlxkv.store.info import describe
+    from mlxkv.store.settings import COMMAND_LINE, Given, effective
+
+    given = Given(kv_type=asked.kv_type, memory=asked.memory, origin=COMMAND_LINE)
+    path = resolve.resolve(asked.model, report=progress if progress.on else resolve.silent)
+    progress("planning")
+    settings = effective(path, given)
+    contexts, batches, n_timed = _with_defaults(asked)
+    cases, skipped = Planner(path, settings).choose(contexts, batches, n_timed)
+    if not cases:
+        raise UsageError(f"nothing can be measured: {skipped[0].reason}")
+    return Setup(
+        path=path,
+        effective=settings,
+        cases=cases,
+        skipped=skipped,
+        machine=machine.about(),
+        model=reports.model_facts(asked.model, describe(asked.model, path)),
+        settings={
+            "contexts": contexts,
+            "batches": batches,
+            "timed_steps": n_timed,
+            "repeat": asked.repeat,
+            "engines": asked.engines,
+            "kv_type": asked.kv_type,
+            "memory_limit_bytes": settings.memory.value,
+            "context_limit": settings.context.value,
+        },
+    )
+
+
+def _with_defaults(asked: Asked) -> tuple[Sequence[int], Sequence[int], int]:
+    """Contexts, batches and timed steps."""
+    from mlxkv.base import device
+
+    contexts, batches, n_timed = GPU_CONTEXTS, GPU_BATCHES, GPU_TOKENS
+    if device.on_cpu():
+        contexts, batches, n_timed = CPU_CONTEXTS, CPU_BATCHES, CPU_TOKENS
+        if len(asked.engines) > 1:
+            contexts, batches = CPU_CONTEXTS_VS, CPU_BATCHES_VS
+    return asked.contexts or contexts, asked.batches or batches, asked.n_timed or n_timed
+
+
+def _measure(asked: Asked, setup: Setup, rounds: Rounds, progress: ProgressLine) -> bool:
+    """Fill `rounds`; whether all was measured, False after Ctrl-C."""
+    from mlxkv.bench.cases import prompts
+    from mlxkv.bench.rounds import Task, run
+    from mlxkv.text.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.from_dir(setup.path)
+    task = Task(
+        str(setup.path),
+        asked.kv_type,
+        setup.effective.memory.value,
+        {case: prompts(tokenizer, case.n_prompt, case.batch) for case in setup.cases},
+    )
+    n_all = len(setup.cases) * len(asked.engines) * asked.repeat
+
+    def note(what: str) -> None:
+        n_done = sum(map(len, rounds.timings.values()))
+        progress(f"{n_done + 1} of {n_all}  {what}")
+
+    try:
+        run(task, asked.engines, asked.repeat, rounds, note)
+    except KeyboardInterrupt:
+        return False
+    return True

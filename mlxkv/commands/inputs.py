@@ -1,0 +1,221 @@
+"""What `mlxkv kv save` reads: texts, files and folders, as one prompt."""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mlxkv.errors import UsageError
+from mlxkv.store import catalog
+from mlxkv.store.refs import looks_like_model
+
+if TYPE_CHECKING:
+    from mlxkv.saved_kv.manifest import NamedKV
+
+MAX_FILE_BYTES = 4 << 20
+"""A larger file in a folder is data, not something to read."""
+
+
+def read(sources: Sequence[str]) -> str:
+    """The prompt that some arguments and the piped text give.
+
+    Args:
+        sources: files and folders, or one text. A folder stands for its text files: those that git
+            tracks or would track, where it is a repository, else all that are not hidden.
+
+    Raises:
+        UsageError: nothing to read, no such file, or a file that is no text.
+    """
+    paths = [Path(source).expanduser() for source in sources]
+    missing = [source for source, path in zip(sources, paths, strict=True) if not _exists(path)]
+    # A word alone is rather a file's name with a slip in it than a prompt.
+    if len(sources) == 1 and missing and any(c.isspace() for c in sources[0]):
+        text: str | None = sources[0]
+    elif missing:
+        raise UsageError(f"{missing[0]}: no such file or folder")
+    else:
+        text = _files(paths) if paths else None
+    whole = join_prompt(text, read_piped())
+    if whole is None:
+        raise UsageError("there is nothing to save: give a text, files or folders, or pipe it in")
+    return whole
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a text can be too long for a path
+        return False
+
+
+def _files(paths: Sequence[Path]) -> str:
+    if len(paths) == 1 and paths[0].is_file():
+        return _text(paths[0])
+    parts = []
+    for path in paths:
+        for file in _inside(path) if path.is_dir() else [path]:
+            content = _text(file) if file == path else _text_or_none(file)
+            if content is not None:
+                parts.append(f"File {file}:\n\n{content}")
+    if not parts:
+        raise UsageError(f"{paths[0]}: no text files in it")
+    return "\n\n".join(parts)
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{file}: not UTF-8 text (byte {error.start:,})") from None
+    except OSError as error:
+        raise UsageError(f"{file}: cannot be read ({error.strerror})") from error
+
+
+def _text_or_none(file: Path) -> str | None:
+    """A file of a folder; None for what is no text."""
+    try:
+        if not file.is_file() or file.stat().st_size > MAX_FILE_BYTES:
+            return None
+        text = file.read_bytes().decode("utf-8")
+    except (UnicodeDecodeError, OSError):
+        return None
+    return None if "\0" in text or not text.strip() else text
+
+
+def _inside(folder: Path) -> Iterator[Path]:
+    """The files of a folder in a fixed order: another order would be another prompt."""
+    tracked = _tracked(folder)
+    if tracked:  # nothing of a folder that git ignores
+        yield from (folder / name for name in sorted(tracked))
+        return
+    for path in sorted(folder.rglob("*")):
+        if not any(part.startswith(".") for part in path.relative_to(folder).parts):
+            yield path
+
+
+def _tracked(folder: Path) -> list[str] | None:
+    command = ["git", "-C", str(folder), "ls-files", "-z", "-co", "--exclude-standard"]
+    try:
+        done = subprocess.run(command, capture_output=True, check=False)
+    except OSError:
+        return None
+    if done.returncode:
+        return None
+    return [name for name in done.stdout.decode("utf-8", "replace").split("\0") if name]
+
+
+def fingerprint_for(archive: Path, model: str | None) -> str:
+    """What the model of this machine calls its KV, which an imported file must belong to.
+
+    Args:
+        archive: from `mlxkv kv export`.
+        model: its name; None for the one that the file names.
+
+    Raises:
+        UsageError: no such file.
+        ModelNotFound: the model is not here.
+        CheckpointError: the file or the model is damaged.
+    """
+    from mlxkv.base.paths import kv_dir
+    from mlxkv.prefix.open import fingerprint_in
+    from mlxkv.saved_kv.archive import open_archive
+    from mlxkv.store.resolve import resolve
+
+    try:
+        with open_archive(archive) as (named, _):
+            path = resolve(model or named.model, fetch=False)
+    except FileNotFoundError:
+        raise UsageError(f"{archive}: no such file") from None
+    return fingerprint_in(kv_dir(), path, named.dtype, named.kv_type)
+
+
+def split_words(
+    words: Sequence[str],
+    model: str | None,
+    saved: NamedKV | None = None,
+    names_model: Callable[[str], bool] = looks_like_model,
+) -> tuple[str, str | None]:
+    """MODEL and PROMPT out of the arguments of `run`.
+
+    One argument alone is the MODEL if it looks like one, and else the PROMPT for the default
+    model; of two the first is the MODEL. With `--model` all of them are the PROMPT; with saved KV,
+    which names its model, too, unless the first is one.
+
+    Args:
+        words: the arguments.
+        model: of `--model`.
+        saved: KV of `--kv-from`.
+        names_model: whether a word looks like a model.
+
+    Raises:
+        UsageError: more than two arguments: a prompt without quotes.
+    """
+    if model is None and saved is not None and not (len(words) == 2 and names_model(words[0])):
+        model = saved.model
+    if model is not None:
+        return model, " ".join(words) if words else None
+    if not words:
+        return catalog.DEFAULT.name, None
+    if len(words) > 2:
+        raise UsageError(
+            f"run takes a model and a prompt; got {len(words)} words. Put the prompt in quotes: "
+            f'mlxkv run "{" ".join(words)}"'
+        )
+    if len(words) == 2:
+        return words[0], words[1]
+    if names_model(words[0]):
+        return words[0], None
+    return catalog.DEFAULT.name, words[0]
+
+
+def saved_kv(name: str | None) -> NamedKV | None:
+    """Saved KV by its name, before its model is loaded.
+
+    Raises:
+        UsageError: nothing of that name.
+    """
+    if name is None:
+        return None
+    from mlxkv.base.paths import kv_dir
+    from mlxkv.saved_kv.registry import KVNames
+
+    return KVNames(kv_dir()).load(name)
+
+
+def read_piped() -> str | None:
+    """What was piped or redirected into stdin, less one final newline; None if nothing was.
+
+    Raises:
+        UsageError: it is not UTF-8 text.
+    """
+    try:
+        mode = os.fstat(sys.stdin.fileno()).st_mode
+    except (OSError, ValueError, AttributeError):  # closed
+        return None
+    if stat.S_ISCHR(mode):  # a terminal, or /dev/null
+        return None
+    try:
+        text = sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"the piped prompt is not UTF-8 text (byte {error.start:,})") from None
+    return text.removesuffix("\n") or None
+
+
+def join_prompt(prompt: str | None, piped: str | None) -> str | None:
+    """The prompt, with what was piped below it; None where there is neither.
+
+    Raises:
+        UsageError: it is empty.
+    """
+    parts = [part for part in (prompt, piped) if part is not None]
+    if not parts:
+        return None
+    text = "\n\n".join(parts)
+    if not text.strip():
+        raise UsageError("the prompt is empty")
+    return text

@@ -1,0 +1,175 @@
+"""`mlxkv kv`: KV that is kept under a name."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from mlxkv.saved_kv.registry import KVNames
+
+app = typer.Typer(
+    name="kv",
+    help="Compute a prompt once and start many answers from it.",
+    rich_markup_mode=None,
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Name = Annotated[str, typer.Argument(metavar="NAME", help="A name; `mlxkv kv ls` lists them.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def _names() -> KVNames:
+    from mlxkv.base.paths import kv_dir
+    from mlxkv.saved_kv.registry import KVNames
+
+    return KVNames(kv_dir())
+
+
+@app.command()
+def save(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A name of your choice.")],
+    sources: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="(PROMPT | FILE...)",
+            help="Files and folders, or a text; what is piped in goes below.",
+        ),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="The model; smollm2:135m without it.")
+    ] = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="A text to continue, not the start of a chat.")
+    ] = False,
+    pin: Annotated[bool, typer.Option("--pin", help="Never give it up for room.")] = False,
+    dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")] = "auto",
+    memory: Annotated[str | None, typer.Option(help="Limit, such as 16GiB.")] = None,
+    kv_type: Annotated[
+        str | None, typer.Option("--kv-type", help="Format of the KV: native, q8 or q4.")
+    ] = None,
+    context: Annotated[
+        int | None, typer.Option(help="Tokens that it must leave room in; else as for `run`.")
+    ] = None,
+) -> None:
+    """Compute a prompt, a file or a whole folder of text once, and keep its KV.
+
+    `mlxkv run --kv-from NAME "..."` starts from it.
+    """
+    from mlxkv.base.units import human_bytes
+    from mlxkv.commands import inputs
+    from mlxkv.store import catalog
+    from mlxkv.store.settings import COMMAND_LINE, Given
+    from mlxkv.terminal.console import ProgressLine
+    from mlxkv.terminal.local import load_model
+    from mlxkv.terminal.one_shot import prefill_report
+
+    text = inputs.read(sources or [])
+    wanted = model or catalog.DEFAULT.name
+    given = Given(context, kv_type, memory, origin=COMMAND_LINE)
+    progress = ProgressLine()
+    with load_model(wanted, dtype, given) as llm:
+        prompt = text if raw else [{"role": "system", "content": text}]
+        try:
+            saved = llm.save_kv(name, prompt, model=wanted, on_progress=prefill_report(progress))
+        finally:
+            progress.clear()
+    names = _names()
+    if pin:
+        names.pin(name)
+    size = human_bytes(names.nbytes(saved))
+    print(f"saved {name}: {saved.n_tokens:,} tokens of {wanted}, {size}")
+
+
+@app.command("ls")
+def ls(as_json: AsJson = False) -> None:
+    """List what is saved, and what all KV on disk takes."""
+    import json
+
+    from mlxkv.terminal.saved_kv_text import summary_dict, summary_text
+
+    print(json.dumps(summary_dict(_names())) if as_json else summary_text(_names()))
+
+
+app.command("list", hidden=True)(ls)
+
+
+@app.command()
+def show(name: Name, as_json: AsJson = False) -> None:
+    """Show what a name stands for."""
+    import json
+
+    from mlxkv.terminal.saved_kv_text import card_dict, card_text
+
+    names = _names()
+    saved = names.load(name)
+    print(json.dumps(card_dict(names, saved)) if as_json else card_text(names, saved))
+
+
+@app.command()
+def rm(name: Name) -> None:
+    """Forget a name; its KV goes when there is need of its room (`mlxkv kv gc`)."""
+    _names().remove(name)
+    print(f"removed {name}")
+
+
+@app.command()
+def pin(name: Name) -> None:
+    """Never give it up for room."""
+    _names().pin(name)
+    print(f"pinned {name}")
+
+
+@app.command()
+def unpin(name: Name) -> None:
+    """Let it go when there is need of its room, after all that has no name."""
+    _names().unpin(name)
+    print(f"unpinned {name}")
+
+
+@app.command()
+def gc() -> None:
+    """Remove leftovers, damaged files, and what is over the cap; every page is checked."""
+    from mlxkv.base.paths import kv_dir
+    from mlxkv.saved_kv.gc import gc as collect
+    from mlxkv.terminal.saved_kv_text import gc_text
+
+    print(gc_text(collect(kv_dir())))
+
+
+@app.command()
+def export(
+    name: Name,
+    file: Annotated[str, typer.Argument(metavar="FILE", help="The file to write.")],
+) -> None:
+    """Write a name and its KV into one file."""
+    from pathlib import Path
+
+    from mlxkv.base.units import human_bytes
+
+    path = Path(file)
+    _names().export(name, path)
+    print(f"{path}: {human_bytes(path.stat().st_size)}")
+
+
+@app.command("import")
+def import_(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="From `mlxkv kv export`.")],
+    name: Annotated[str | None, typer.Option("--name", help="Another name for it.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", help="The model it must belong to; the one it names."),
+    ] = None,
+) -> None:
+    """Take a name and its KV from a file, if it belongs to the model that is here."""
+    from pathlib import Path
+
+    from mlxkv.commands.inputs import fingerprint_for
+
+    names = _names()
+    path = Path(file)
+    saved = names.import_(path, name=name, fingerprint=fingerprint_for(path, model))
+    print(f"imported {saved.name}: {saved.n_tokens:,} tokens of {saved.model}", file=sys.stdout)

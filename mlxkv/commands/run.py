@@ -1,0 +1,224 @@
+"""`mlxkv run`: its options, and who answers."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from contextlib import closing
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mlxkv.commands import inputs
+from mlxkv.commands.serve import Key
+from mlxkv.errors import UsageError
+
+if TYPE_CHECKING:
+    from mlxkv.server.client import Server
+    from mlxkv.store.settings import Given
+    from mlxkv.terminal.backend import Speaker
+
+Context = Annotated[
+    int | None,
+    typer.Option(help="Tokens of prompt and answer together; at most the model's own, as without."),
+]
+
+
+def run(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[MODEL] [PROMPT]",
+            help="One argument alone is a MODEL if it is the name of one, a path, org/name or "
+            "name:tag, and else the PROMPT for the default model (smollm2:135m).",
+        ),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="The model; the arguments are the prompt.")
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option("--max-tokens", "-n", help="Stop after so many tokens.")
+    ] = None,
+    temperature: Annotated[
+        float | None,
+        typer.Option(
+            "--temperature",
+            "-t",
+            help="0 takes the likeliest token; default: the model's recommendation, or 0.",
+        ),
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(help="Draw from the K likeliest; 0: all.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest P.")] = None,
+    min_p: Annotated[
+        float | None, typer.Option(help="Drop what is less likely than P x the likeliest.")
+    ] = None,
+    repeat_penalty: Annotated[
+        float | None, typer.Option(help="Above 1 makes repetition less likely.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same answer.")] = None,
+    system: Annotated[str | None, typer.Option(help="The system prompt.")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="Stop before this text; may be repeated.")
+    ] = None,
+    think: Annotated[
+        bool | None,
+        typer.Option(
+            "--think/--no-think",
+            help="Have the model reason first, or not, if its chat template has a switch for it; "
+            "reasoning goes to stderr.",
+        ),
+    ] = None,
+    kv_from: Annotated[
+        str | None,
+        typer.Option("--kv-from", metavar="NAME", help="Start from KV of `mlxkv kv save NAME`."),
+    ] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="No chat template: continue PROMPT.")] = False,
+    truncate: Annotated[
+        bool, typer.Option("--truncate", help="Cut the start of a prompt that is too long.")
+    ] = False,
+    context: Context = None,
+    overflow: Annotated[
+        str | None,
+        typer.Option(
+            help="At the context: stop, or shift, which drops the oldest tokens and goes on."
+        ),
+    ] = None,
+    keep: Annotated[
+        int | None,
+        typer.Option(help="First tokens that a shift keeps, besides the system prompt."),
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="auto, float32, float16 or bfloat16: what to compute in.")
+    ] = "auto",
+    memory: Annotated[
+        str | None, typer.Option(help="Limit, such as 16GiB; the machine's without it.")
+    ] = None,
+    kv_type: Annotated[
+        str | None,
+        typer.Option(
+            "--kv-type",
+            help="Format of the KV cache: native, q8, q4, or auto: native until memory is short; "
+            "with --kv-from its own.",
+        ),
+    ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            "--server",
+            metavar="ADDRESS",
+            help="Ask the server there, such as 127.0.0.1:11434, and load nothing here.",
+        ),
+    ] = None,
+    use_server: Annotated[
+        bool,
+        typer.Option(
+            "--use-server", help="Ask the server that runs: MLXKV_SERVER's, or this machine's."
+        ),
+    ] = False,
+    api_key: Key = None,
+    verbose: Annotated[
+        bool,
+        typer.Option("--verbose", "-v", help="Print tokens/s, reuse and memory to stderr."),
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> int:
+    """Answer PROMPT, or chat where there is none.
+
+    What is piped in is the prompt, or goes below PROMPT.
+    """
+    from mlxkv.terminal import one_shot
+
+    server = _asked_server(address, use_server, api_key)
+    if server is not None:
+        _refuse_local(dtype, memory, kv_type, kv_from)
+    settings = one_shot.Settings(
+        max_tokens, temperature, top_k, top_p, min_p, repeat_penalty, seed,
+        tuple(stop or ()), truncate, think,
+    )  # fmt: skip
+    one_shot.check(settings)
+    saved = inputs.saved_kv(kv_from)
+    kv_type = kv_type or (saved.kv_type if saved else None)
+    from mlxkv.store.settings import COMMAND_LINE, Given
+
+    given = Given(context, kv_type, memory, overflow, keep, COMMAND_LINE)
+    name, prompt = inputs.split_words(words or [], model, saved, _names_model(server))
+    piped = inputs.read_piped()
+    text = inputs.join_prompt(prompt, piped)
+    chat = text is None
+    if chat and not (sys.stdin.isatty() and sys.stdout.isatty()):
+        raise UsageError('there is no prompt: mlxkv run "PROMPT", or pipe it in')
+    if chat and (raw or as_json):
+        raise UsageError(f"{'--raw' if raw else '--json'} needs a PROMPT")
+    with closing(_speaker(server, name, given, dtype)) as speaker:
+        if text is None:
+            from mlxkv.terminal.repl import chat as start_chat
+
+            return start_chat(speaker, settings, system=system, verbose=verbose, kv_from=saved)
+        return one_shot.one_answer(
+            speaker,
+            text,
+            system=system,
+            settings=settings,
+            raw=raw,
+            as_json=as_json,
+            verbose=verbose,
+            kv_from=saved,
+        )
+
+
+def _asked_server(address: str | None, use_server: bool, key: str | None) -> Server | None:
+    """The server that the user asks for; None for a model in this process.
+
+    MLXKV_SERVER says where a server is and not that it is wanted: what a shell has set for `ps`
+    must not send a prompt to another machine.
+
+    Raises:
+        UsageError: an address that is none, or a key for no server.
+    """
+    if address is None and not use_server:
+        if key is not None:
+            raise UsageError("--api-key is for a server: add --use-server, or --server ADDRESS")
+        return None
+    from mlxkv.server.client import Server
+
+    return Server.at(address, key)
+
+
+def _refuse_local(dtype: str, memory: str | None, kv_type: str | None, kv_from: str | None) -> None:
+    """Refuses what a server has decided before it is asked.
+
+    Raises:
+        UsageError: names the option and what to do.
+    """
+    decided = {"--dtype": dtype != "auto", "--memory": memory, "--kv-type": kv_type}
+    for option, value in decided.items():
+        if value:
+            raise UsageError(
+                f"{option} is for a model that is loaded here, and the server has loaded its own: "
+                f"give it to `mlxkv serve`"
+            )
+    if kv_from is not None:
+        raise UsageError(
+            "--kv-from is KV of this machine, which a server does not take; what prompts share, it "
+            "finds again by itself"
+        )
+
+
+def _names_model(server: Server | None) -> Callable[[str], bool]:
+    if server is None:
+        from mlxkv.store.refs import looks_like_model
+
+        return looks_like_model
+    from mlxkv.terminal.remote import names_model
+
+    return names_model(server)
+
+
+def _speaker(server: Server | None, name: str, given: Given, dtype: str) -> Speaker:
+    if server is None:
+        from mlxkv.terminal.local import LocalSpeaker
+
+        return LocalSpeaker.load(name, given, dtype)
+    from mlxkv.terminal.remote import RemoteSpeaker
+
+    return RemoteSpeaker(server, name, given)

@@ -1,0 +1,205 @@
+"""`mlxkv serve`, and what asks a server that runs: `mlxkv ps`, `mlxkv stop`."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mlxkv.errors import ModelNotFound, UsageError
+from mlxkv.server.config import HOST, PORT
+
+if TYPE_CHECKING:
+    from mlxkv.server.client import Server
+
+Address = Annotated[
+    str | None,
+    typer.Option(
+        "--server", metavar="ADDRESS", help="The server's; else MLXKV_SERVER, or this machine's."
+    ),
+]
+Key = Annotated[
+    str | None, typer.Option("--api-key", help="The server's; MLXKV_API_KEY without it.")
+]
+
+
+def serve(
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = HOST,
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 for a free one.")] = PORT,
+    models: Annotated[
+        list[str] | None,
+        typer.Option("--model", "-m", help="Load it at once and keep it; may be repeated."),
+    ] = None,
+    api_keys: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--api-key", help="Clients must send one of these; may be repeated (MLXKV_API_KEY)."
+        ),
+    ] = None,
+    origins: Annotated[
+        list[str] | None,
+        typer.Option("--origin", help="A web page that may ask; may be repeated."),
+    ] = None,
+    hosts: Annotated[
+        list[str] | None,
+        typer.Option("--allow-host", help="Another name of this server; may be repeated."),
+    ] = None,
+    keep_alive: Annotated[
+        float, typer.Option(help="Seconds that an unused model stays; negative: for ever.")
+    ] = 300.0,
+    max_queue: Annotated[int, typer.Option(help="Requests that may wait.")] = 64,
+    max_running: Annotated[int, typer.Option(help="Answers that a model writes at a time.")] = 16,
+    dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")] = "auto",
+    context: Annotated[int | None, typer.Option(help="Tokens of prompt and answer.")] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="Limit of all models together, such as 16GiB.")
+    ] = None,
+    kv_type: Annotated[
+        str | None, typer.Option("--kv-type", help="native, q8, q4 or auto.")
+    ] = None,
+) -> int:
+    """Serve models over HTTP: the APIs of OpenAI, Ollama and Anthropic."""
+    from mlxkv.server.config import ServerConfig
+
+    keys = tuple(api_keys or filter(None, [os.environ.get("MLXKV_API_KEY")]))
+    config = ServerConfig(
+        host=host,
+        port=port,
+        api_keys=keys,
+        origins=tuple(origins or ()),
+        hosts=tuple(hosts or ()),
+        models=tuple(models or ()),
+    )
+    from mlxkv.base.units import parse_bytes
+    from mlxkv.engine.engine import Engine
+    from mlxkv.store.settings import COMMAND_LINE, Given
+
+    engine = Engine(
+        memory=parse_bytes(memory or os.environ.get("MLXKV_MEMORY")),
+        dtype=dtype,
+        given=Given(context=context, kv_type=kv_type, origin=COMMAND_LINE),
+        keep_alive_s=keep_alive,
+        max_queue=max_queue,
+        max_running=max_running,
+    )
+    return _run(engine, config)
+
+
+def _run(engine: Any, config: Any) -> int:
+    import asyncio
+
+    import uvicorn
+
+    from mlxkv.server.app import create_app
+
+    app = create_app(engine, config)
+    listening = _listen(config.host, config.port)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", ws="none"))
+
+    async def run() -> None:
+        for model in config.models:
+            await engine.load(model, keep_alive_s=-1)
+            print(f"mlxkv: {model} is loaded", file=sys.stderr)
+        port = listening.getsockname()[1]
+        print(f"mlxkv: listening on http://{config.host}:{port}", file=sys.stderr, flush=True)
+        await server.serve([listening])
+
+    engine.start()
+    try:
+        asyncio.run(run())
+    except KeyboardInterrupt:
+        pass
+    finally:
+        engine.close()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    return 0
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A socket that takes connections.
+
+    Raises:
+        UsageError: the port is taken, or the address is not this machine's.
+    """
+    kind = socket.AF_INET6 if ":" in host else socket.AF_INET
+    made = socket.socket(kind)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        made.bind((host, port))
+        made.listen(128)
+    except (OSError, OverflowError) as error:
+        made.close()
+        raise UsageError(f"--host {host} --port {port} cannot be listened on: {error}") from None
+    return made
+
+
+def ps(
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="More columns.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    server: Address = None,
+    api_key: Key = None,
+) -> None:
+    """List the models that a running server has in memory."""
+    from mlxkv.base.units import human_bytes
+    from mlxkv.terminal.console import table
+
+    loaded = _loaded(_server(server, api_key))
+    if as_json:
+        print(json.dumps(loaded))
+        return
+    header = ["NAME", "SIZE", "WEIGHTS", "KV USED", "KV ALLOCATED", "SEQUENCES", "PAGES", "UNTIL"]
+    more = ["KV MAX", "PAGES ON SSD", "CONTEXT", "DEVICE", "FAMILY", "QUANTIZATION"]
+    rows = []
+    for model in loaded:
+        row = [
+            model["name"],
+            human_bytes(model["size_bytes"]),
+            human_bytes(model["weights_bytes"]),
+            human_bytes(model["kv_used_bytes"]),
+            human_bytes(model["kv_allocated_bytes"]),
+            str(model["n_sequences"]),
+            human_bytes(model["pages_ram_bytes"]),
+            model["until"] or "for ever",
+        ]
+        if verbose:
+            row += [
+                human_bytes(model["kv_max_bytes"]),
+                human_bytes(model["pages_ssd_bytes"]),
+                f"{model['context']:,}",
+                model["device"],
+                model["family"],
+                model["quantization"],
+            ]
+        rows.append(row)
+    print(table(header + more if verbose else header, rows))
+
+
+def stop(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A name that `ps` shows.")],
+    server: Address = None,
+    api_key: Key = None,
+) -> None:
+    """Have a running server give a model's memory back."""
+    running = _server(server, api_key)
+    names = [loaded["name"] for loaded in _loaded(running)]
+    if model not in names:
+        raise ModelNotFound(f"{model} is not loaded; loaded are: {', '.join(names) or 'none'}")
+    running.ask("POST", "/api/generate", {"model": model, "keep_alive": 0})
+    print(f"{model} is unloaded")
+
+
+def _loaded(server: Server) -> list[dict[str, Any]]:
+    """The models that a running server has in memory."""
+    models = server.ask("GET", "/stats.json").get("models", {})
+    return [{"name": name, **model["loaded"]} for name, model in models.items() if model["loaded"]]
+
+
+def _server(address: str | None, key: str | None) -> Server:
+    from mlxkv.server.client import Server
+
+    return Server.at(address, key)

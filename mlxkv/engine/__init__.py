@@ -1,0 +1,1 @@
+"""Many answers on one MLX thread: messages, runtime, scheduler, model pool."""

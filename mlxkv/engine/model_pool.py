@@ -1,0 +1,264 @@
+"""The models in memory, all within one limit: loaded on demand, unloaded when nobody asks for them.
+
+Invariants:
+- A model is here once, however it is named: its directory is the key.
+- Each one's budget is what the others leave. What is being loaded counts before it is there.
+- Who makes room is idle and the least recently used; who is busy gives prefix pages at most.
+- It is changed on the engine's thread alone; other threads may look.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import logging
+import time
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+import mlx.core as mx
+
+from mlxkv.base import device
+from mlxkv.base.units import human_bytes
+from mlxkv.engine.messages import Loaded
+from mlxkv.engine.runtime import loading_with
+from mlxkv.engine.scheduler import ServedModel
+from mlxkv.errors import OutOfMemory
+from mlxkv.memory import needs
+from mlxkv.models.loader import lay_out
+from mlxkv.store.info import Card, describe
+from mlxkv.store.resolve import resolve
+from mlxkv.store.settings import Given, effective
+
+_log = logging.getLogger(__name__)
+
+FRESH_S = 5.0
+"""How long a model that was loaded waits for its first request at least, where nobody said how."""
+ROOM_S = 60.0
+"""How long a model waits for others to become idle and make room."""
+
+
+@dataclass
+class Place:
+    """A loaded model, and how long it stays.
+
+    Args:
+        served: the model and its requests.
+        card: what its files say.
+        digest: a short name for its files.
+        keep_alive_s: how long it stays after its last request; negative: for ever.
+        used_at: when that was.
+        is_told: a request said how long.
+    """
+
+    served: ServedModel
+    card: Card
+    digest: str
+    keep_alive_s: float
+    used_at: float = field(default_factory=time.monotonic)
+    is_told: bool = False
+
+    def touch(self, keep_alive_s: float | None = None) -> None:
+        """It is asked for."""
+        self.used_at = time.monotonic()
+        if keep_alive_s is not None:
+            self.keep_alive_s, self.is_told = keep_alive_s, True
+
+    def expires_at(self) -> float | None:
+        """When it leaves if nobody asks for it; None: never."""
+        if self.keep_alive_s < 0:
+            return None
+        is_fresh = not (self.is_told or self.served.counts.requests)
+        return self.used_at + max(self.keep_alive_s, FRESH_S if is_fresh else 0.0)
+
+    def described(self) -> Loaded:
+        """What is known of it."""
+        llm, served, card = self.served.llm, self.served, self.card
+        use, end = llm.budget.use(), self.expires_at()
+        until = None if end is None else time.time() + end - time.monotonic()
+        return Loaded(
+            name=served.name,
+            path=str(llm.path),
+            size_bytes=sum(size for _, size in card.files),
+            weights_bytes=llm.budget.weights_bytes,
+            kv_used_bytes=use.used_bytes,
+            kv_allocated_bytes=use.allocated_bytes,
+            kv_max_bytes=max(0, llm.budget.limit_bytes - llm.budget.weights_bytes),
+            n_sequences=served.n_sequences,
+            pages_ram_bytes=llm.budget.pages_bytes,
+            pages_ssd_bytes=0 if llm.pages is None else llm.pages.ssd_bytes,
+            device=device.kind(),
+            until=None if until is None else datetime.fromtimestamp(until, UTC),
+            context=llm.context,
+            family=card.family,
+            parameters=card.parameters,
+            quantization=card.quantization,
+            digest=self.digest,
+        )
+
+
+class LoadedModels:
+    """See the module.
+
+    Args:
+        limit_bytes: for all models together.
+        dtype: what is computed in.
+        given: settings of all models, see `settings`.
+        keep_alive_s: how long a model stays after its last request; negative: for ever.
+        max_running: requests of one model that decode at a time.
+    """
+
+    def __init__(
+        self, limit_bytes: int, dtype: str, given: Given, keep_alive_s: float, max_running: int
+    ):
+        self.limit_bytes = limit_bytes
+        self._dtype, self._given = dtype, given
+        self._keep_alive_s, self._max_running = keep_alive_s, max_running
+        self._places: dict[str, Place] = {}
+        self._coming_bytes = 0
+
+    def find(self, key: str) -> Place | None:
+        """A model that is here."""
+        return self._places.get(key)
+
+    def places(self) -> list[Place]:
+        """All that are here."""
+        return list(self._places.values())
+
+    def __iter__(self) -> Iterator[str]:
+        """The keys of all that are here; they may go meanwhile."""
+        return iter(list(self._places))
+
+    @property
+    def used_bytes(self) -> int:
+        """What they take, and what is coming."""
+        budgets = [place.served.llm.budget for place in self.places()]
+        return self._coming_bytes + sum(budget.used_bytes for budget in budgets)
+
+    def loading(self, model: str) -> Generator[bool | None, None, Place]:
+        """Load a model step by step, as soon as there is room.
+
+        Yields:
+            True where others have to make room first.
+
+        Raises:
+            OutOfMemory: its weights do not fit, or not within `ROOM_S`. Else as for `mlxkv.load`.
+        """
+        key = key_of(model)
+        path = Path(key)
+        n_bytes = lay_out(path, self._dtype).nbytes
+        yield
+        yield from self._making_room(model, n_bytes)
+        self._coming_bytes += n_bytes
+        try:
+            self.share_memory()
+            llm = yield from loading_with(path, effective(path, self._given), self._dtype)
+            served = ServedModel(model, llm, self._max_running)
+            place = Place(served, describe(model, path), digest_of(path), self._keep_alive_s)
+        finally:
+            self._coming_bytes -= n_bytes
+        self._places[key] = place
+        self.share_memory()
+        return place
+
+    def _making_room(self, model: str, n_bytes: int) -> Iterator[bool]:
+        """Unload idle models, the least recently used first, until the weights fit.
+
+        Raises:
+            OutOfMemory: they do not.
+        """
+        until = time.monotonic() + ROOM_S
+        if n_bytes > self.limit_bytes:
+            raise OutOfMemory(
+                f"{model}: its weights take {human_bytes(n_bytes)} and the limit of all models is "
+                f"{human_bytes(self.limit_bytes)}"
+            )
+        while (missing := self.used_bytes + n_bytes - self.limit_bytes) > 0:
+            idle = [
+                (place.used_at, key) for key, place in self._places.items() if place.served.is_idle
+            ]
+            if idle:
+                self.drop(min(idle)[1])
+            elif not self._give_pages(missing):
+                others = any(not place.served.is_idle for place in self.places())
+                if not others or time.monotonic() > until:
+                    free = max(0, self.limit_bytes - self.used_bytes)
+                    raise OutOfMemory(
+                        f"{model}: its weights take {human_bytes(n_bytes)} and "
+                        f"{human_bytes(free)} of {human_bytes(self.limit_bytes)} are free"
+                    )
+                yield True  # who is busy now makes room when it is done
+
+    def _give_pages(self, n_bytes: int) -> int:
+        """Have busy models give prefix pages back, if that is enough; how many bytes it was."""
+        given = 0
+        if sum(place.served.llm.budget.pages_bytes for place in self.places()) < n_bytes:
+            return 0
+        for place in self.places():
+            given += place.served.llm.budget.give_pages(n_bytes - given) if given < n_bytes else 0
+        return given
+
+    def share_memory(self) -> None:
+        """Each model may take what the others leave; arrays of pages are divided equally."""
+        used, arrays = self.used_bytes, needs.page_arrays()
+        for place in self.places():
+            budget = place.served.llm.budget
+            budget.share_arrays(arrays and arrays // len(self._places))
+            limit = self.limit_bytes - (used - budget.used_bytes)
+            if limit != budget.limit_bytes:
+                budget.limit_bytes = limit
+
+    def drop(self, key: str) -> None:
+        """Unload a model; its requests end with an error."""
+        place = self._places.pop(key)
+        try:
+            place.served.close()
+        except Exception:  # what is lost are prefixes
+            _log.exception("the model %s was not closed in order", place.served.name)
+        del place
+        self.give_back()
+
+    def give_back(self) -> None:
+        """Return the memory of a model that nobody knows any more."""
+        gc.collect()
+        mx.clear_cache()
+        device.trim()
+
+    def expire(self) -> None:
+        """Unload what nobody has asked for in its time."""
+        # Keys alone: a place that is known here would be in memory when that is given back.
+        for key in [key for key, place in self._places.items() if _is_over(place)]:
+            self.drop(key)
+
+    def until_next_expiry_s(self) -> float | None:
+        """Time to the next that leaves; None where none will."""
+        ends = [place.expires_at() for place in self.places()]
+        times = [end for end in ends if end is not None]
+        return max(0.0, min(times) - time.monotonic()) if times else None
+
+
+def _is_over(place: Place) -> bool:
+    """Whether nobody has asked for a model in its time."""
+    end = place.expires_at()
+    return place.served.is_idle and end is not None and end <= time.monotonic()
+
+
+def key_of(model: str) -> str:
+    """A model's directory: it may have several names.
+
+    Raises:
+        ModelNotFound: it is not on this machine.
+    """
+    return str(resolve(model, fetch=False))
+
+
+def digest_of(path: Path) -> str:
+    """A short name for a model's files: of their names, sizes and times."""
+    digest = hashlib.sha256()
+    for file in sorted(path.iterdir()):
+        if file.is_file():
+            stat = file.stat()
+            digest.update(f"{file.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    return digest.hexdigest()

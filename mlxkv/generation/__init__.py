@@ -1,0 +1,1 @@
+"""One answer: request, session, prefill, decoder, reader, context shift."""

@@ -1,0 +1,422 @@
+"""Continuous batching: sequences that join and leave a running decode at any step.
+
+Invariants:
+- One step is in flight: while the caller looks at the tokens of one, the next is computed. It has
+  been fed the tokens given out, so that a sequence's caches hold what its session knows whenever
+  `step` has returned (but for a first and a last token, which are not fed).
+- A row's token depends on its own logits, sampler and mask alone: it is the one that
+  `Session.decode` gives, whoever else is in the batch.
+- What goes wrong in a row ends that row; the others go on.
+- An exception out of `step` itself empties the decoder: a token may have reached the caches of some
+  layers and not of others, which the sessions put right by themselves.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import cast
+
+import mlx.core as mx
+import numpy as np
+
+from mlxkv.errors import CheckpointError, KVCacheFull, UsageError
+from mlxkv.generation.session import Session
+from mlxkv.kv.layout import LayerCache
+from mlxkv.kv.types import STEP
+from mlxkv.memory.types import is_allocation_failure
+from mlxkv.nn.batch import arranged, batch, is_intact
+from mlxkv.nn.model import CausalLM
+from mlxkv.sampling.logprobs import Told, tell
+from mlxkv.sampling.math import log_normalizer, soundness
+from mlxkv.sampling.sampler import Recent, RowChoice, Sampler, choose
+
+Allowed = Callable[[Sequence[int]], np.ndarray | None]
+"""The answer's tokens so far -> which may come next, bool `[V]` with at least one; None: any."""
+
+
+@dataclass(eq=False, slots=True)
+class Row:
+    """One sequence of a decoder, from the end of its prompt on.
+
+    Args:
+        session: whose caches hold the prompt.
+        logits: `[1, V]` after it, as `Session.prefill` gives them.
+        sampler: chooses; its own, for it holds random state.
+        max_tokens: after which the row leaves by itself; None for as many as are asked for.
+        allowed: what a grammar allows next. Called once for each token, when all before it have
+            been given out. The model's step is in flight all the same, only the choice is late.
+        n_logprobs: how many of the likeliest tokens to tell beside the chosen one; None for none,
+            and no log-probabilities at all.
+
+    Attributes:
+        tokens: the answer's, given out so far.
+    """
+
+    session: Session
+    logits: mx.array
+    sampler: Sampler
+    max_tokens: int | None = None
+    allowed: Allowed | None = None
+    n_logprobs: int | None = None
+    tokens: list[int] = field(default_factory=list, init=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """What a step gave a row.
+
+    Args:
+        row: the row.
+        token: the next token of its answer; None where it failed.
+        error: why; the row has left the decoder.
+        logprob: the token's log-probability, of the model's own distribution.
+        top: the likeliest tokens and theirs, the likeliest first.
+    """
+
+    row: Row
+    token: int | None
+    error: Exception | None = None
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(eq=False, slots=True)
+class _Lane:
+    """A row inside the decoder.
+
+    Args:
+        row: the row.
+        before: the last tokens before the answer, for its repeat penalty; None where it has none.
+        recent: what that looks at next.
+        n_drawn: tokens chosen, given out or not.
+        ready: `[1]`, its first token once that is given out and not yet fed.
+        error: what its mask raised.
+        full: why it cannot be fed any more, once its last token is given out.
+        gone: it has left.
+    """
+
+    row: Row
+    before: list[int] | None
+    recent: Recent | None = None
+    n_drawn: int = 0
+    ready: mx.array | None = None
+    error: Exception | None = None
+    full: KVCacheFull | None = None
+    gone: bool = False
+
+    @property
+    def at_limit(self) -> bool:
+        return self.row.max_tokens is not None and self.n_drawn >= self.row.max_tokens
+
+
+@dataclass(slots=True)
+class _Flight:
+    """A step's choices, computed or about to be.
+
+    Args:
+        lanes: in the order of the logits' rows.
+        logits: `[B, V]`.
+        soundness: `[B]`, finite where the logits are sound.
+        normalizer: `[B, 1]` of all rows; None unless all ask for log-probabilities.
+        parts: rows that are chosen, and their tokens `[n]`.
+        tokens: `[B]`; None until the masked rows' are chosen.
+        stuck: masked rows for which nothing is allowed.
+        told: what log-probabilities are told, where a row asks.
+    """
+
+    lanes: list[_Lane]
+    logits: mx.array
+    soundness: mx.array
+    normalizer: mx.array | None
+    parts: list[tuple[list[int], mx.array]]
+    tokens: mx.array | None = None
+    stuck: set[int] = field(default_factory=set)
+    told: Told | None = None
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """What to compute."""
+        found = [self.logits, self.soundness, *(tokens for _, tokens in self.parts)]
+        if self.tokens is not None:
+            found.append(self.tokens)
+        return found if self.told is None else [*found, *self.told.arrays]
+
+
+class Decoder:
+    """Decodes any number of sequences together, on one thread.
+
+    Args:
+        model: of all of them. One that does not batch (`model.batches`) runs row by row.
+    """
+
+    def __init__(self, model: CausalLM):
+        self._model = model
+        self._lanes: list[_Lane] = []
+        self._fresh: list[_Flight] = []
+        self._flight: _Flight | None = None
+        self._batch: tuple[list[_Lane], Sequence[LayerCache]] = [], []
+        self._n_steps = 0
+
+    @property
+    def rows(self) -> list[Row]:
+        """Those that go on."""
+        return [lane.row for lane in self._lanes]
+
+    def add(self, row: Row) -> None:
+        """Have a sequence join at the next step, which gives its first token.
+
+        Raises:
+            UsageError: its model is another, it is here already, or `max_tokens` is below 1.
+        """
+        if row.session.model is not self._model:
+            raise UsageError("a decoder's rows must be of its own model")
+        if any(lane.row is row or lane.row.session is row.session for lane in self._lanes):
+            raise UsageError("the sequence is being decoded already")
+        if row.max_tokens is not None and row.max_tokens < 1:
+            raise UsageError(f"max_tokens must be at least 1; got {row.max_tokens}")
+        last_n = _last_n(row.sampler)
+        lane = _Lane(row, row.session.tokens[-last_n:] if last_n else None)
+        flight = self._drawn([lane], row.logits)
+        self._lanes.append(lane)
+        self._fresh.append(flight)
+
+    def remove(self, row: Row) -> None:
+        """Have a sequence leave now; nothing where it has left already.
+
+        Its session holds its tokens, all of them given out, and can be finished or gone on with.
+        """
+        for lane in self._lanes:
+            if lane.row is row:
+                self._leave(lane)
+
+    def step(self) -> list[Drawn]:
+        """The next token of each row; of those that have just joined, where there are any.
+
+        Rows that have reached `max_tokens` or failed have left when this returns.
+        """
+        try:
+            for lane in self._lanes:
+                try:
+                    lane.row.session.cut_due()
+                except Exception as error:  # this row's alone
+                    if is_allocation_failure(error):
+                        raise
+                    lane.error = error
+            if self._fresh:
+                # Not behind the next step: on the CPU backend that would hold them up.
+                fresh, self._fresh = self._fresh, []
+                return [drawn for flight in fresh for drawn in self._given(flight, ready=True)]
+            if not self._lanes:
+                self._flight = None
+                return []
+            if self._flight is None or all(lane.gone for lane in self._flight.lanes):
+                self._flight = self._next(None)
+            flight = self._flight
+            if flight is None:
+                return self._full()
+            self._flight = self._next(flight)
+            return self._given(flight) + self._full()
+        except BaseException:
+            self._lanes, self._fresh, self._flight = [], [], None
+            self._batch = [], []
+            raise
+
+    def _leave(self, lane: _Lane) -> None:
+        lane.gone = True
+        self._lanes.remove(lane)
+        self._batch = [], []  # keeps no caches alive
+        self._fresh = [flight for flight in self._fresh if lane not in flight.lanes]
+        if self._flight is not None and all(lane.gone for lane in self._flight.lanes):
+            self._flight = None  # it would keep the last sequence's KV alive
+
+    def _next(self, flight: _Flight | None) -> _Flight | None:
+        """Feed what a flight has chosen, and what rows that have joined bring; None: nothing."""
+        lanes, parts = [], []
+        if flight is not None:
+            tokens = self._chosen(flight)
+            kept = [i for i, lane in enumerate(flight.lanes) if self._goes_on(lane)]
+            lanes = [flight.lanes[i] for i in kept]
+            if len(kept) == len(flight.lanes):
+                parts.append(tokens)
+            elif kept:
+                parts.append(tokens[mx.array(kept)])
+        for lane in list(self._lanes):
+            if lane.ready is None:
+                continue
+            ready, lane.ready = lane.ready, None
+            if self._goes_on(lane):
+                lanes.append(lane)
+                parts.append(ready)
+        if not lanes:
+            return None
+        self._n_steps += 1
+        if self._n_steps % STEP == 0:
+            mx.clear_cache()
+        tokens = parts[0] if len(parts) == 1 else mx.concatenate(parts)
+        lanes, tokens = self._arranged(lanes, tokens)
+        return self._drawn(lanes, self._logits(lanes, tokens[:, None]), tokens)
+
+    def _goes_on(self, lane: _Lane) -> bool:
+        """Whether a row is fed its next token, for which there must be room."""
+        if lane.gone or lane.at_limit or lane.error is not None:
+            return False
+        session = lane.row.session
+        kv_type = session.kv_type
+        try:
+            session.before_step()
+        except KVCacheFull as full:
+            lane.full = full
+        except Exception as error:  # this row's alone
+            if is_allocation_failure(error):
+                raise
+            lane.error = error
+        if session.kv_type != kv_type:
+            self._batch = [], []  # it has other caches now
+        return lane.full is None and lane.error is None
+
+    def _arranged(self, lanes: list[_Lane], tokens: mx.array) -> tuple[list[_Lane], mx.array]:
+        """Lanes in the order in which their KV lies, where others have joined or left."""
+        if self._batch[0] == lanes or not self._model.batches:
+            return lanes, tokens
+        room = lanes[0].row.session.has_room
+        order = arranged([lane.row.session.caches for lane in lanes], room, self._model.one_part)
+        if order == sorted(order):
+            return lanes, tokens
+        return [lanes[i] for i in order], tokens[mx.array(order)]
+
+    def _logits(self, lanes: list[_Lane], tokens: mx.array) -> mx.array:
+        """Logits `[B, V]` after tokens `[B, 1]`."""
+        if not self._model.batches and len(lanes) > 1:
+            rows = zip(lanes, mx.split(tokens, len(lanes)), strict=True)
+            return mx.concatenate(
+                [self._model.last_logits(token, lane.row.session.caches) for lane, token in rows]
+            )
+        if self._batch[0] != lanes or not is_intact(self._batch[1]):
+            caches = [lane.row.session.caches for lane in lanes]
+            room = lanes[0].row.session.has_room
+            self._batch = lanes, batch(caches, room, self._model.one_part)
+        return self._model.last_logits(tokens, self._batch[1])
+
+    def _drawn(self, lanes: list[_Lane], logits: mx.array, fed: mx.array | None = None) -> _Flight:
+        """Choose a token for each row that has no mask, its computation under way.
+
+        The logits are those behind the tokens `fed` `[B]`; behind the prompts without.
+        """
+        for i, lane in enumerate(lanes):
+            lane.recent = _recent(lane, fed, i)
+        all_tell = all(lane.row.n_logprobs is not None for lane in lanes)
+        normalizer = log_normalizer(logits) if all_tell else None
+        sound = soundness(logits) if normalizer is None else normalizer[:, 0]
+        asked = {
+            i: RowChoice(lane.row.sampler, lane.recent)
+            for i, lane in enumerate(lanes)
+            if lane.row.allowed is None
+        }
+        flight = _Flight(lanes, logits, sound, normalizer, choose(logits, asked))
+        if len(asked) == len(lanes):
+            self._settle(flight)
+        for lane in lanes:
+            lane.n_drawn += 1
+        mx.async_eval(*flight.arrays)
+        return flight
+
+    def _chosen(self, flight: _Flight) -> mx.array:
+        """The tokens `[B]` of a flight, those of its masked rows chosen now."""
+        if flight.tokens is not None:
+            return flight.tokens
+        asked = {
+            i: RowChoice(lane.row.sampler, lane.recent, self._mask(flight, i, lane))
+            for i, lane in enumerate(flight.lanes)
+            if lane.row.allowed is not None
+        }
+        flight.parts += choose(flight.logits, asked)
+        tokens = self._settle(flight)
+        mx.async_eval(*flight.arrays)
+        return tokens
+
+    @staticmethod
+    def _mask(flight: _Flight, i: int, lane: _Lane) -> np.ndarray | None:
+        """What may come next in a row; anything, in one that has left or fails by this."""
+        if lane.gone or lane.row.allowed is None:
+            return None
+        try:
+            mask = lane.row.allowed(lane.row.tokens)
+        except Exception as error:  # the caller's own; the other rows go on
+            lane.error = error
+            return None
+        if mask is not None and not mask.any():
+            flight.stuck.add(i)
+            return None
+        return mask
+
+    @staticmethod
+    def _settle(flight: _Flight) -> mx.array:
+        """Bring the tokens of all parts in order, and tell log-probabilities of them."""
+        rows = [i for part, _ in flight.parts for i in part]
+        found = [tokens for _, tokens in flight.parts]
+        tokens = found[0] if len(found) == 1 else mx.concatenate(found)
+        if rows != sorted(rows):
+            tokens = tokens[mx.array(np.argsort(rows).astype(np.uint32))]
+        flight.tokens = tokens
+        asked = [lane.row.n_logprobs for lane in flight.lanes]
+        flight.told = tell(flight.logits, tokens, asked, flight.normalizer)
+        return tokens
+
+    def _full(self) -> list[Drawn]:
+        """Rows that cannot be fed, for lack of memory above all; their tokens are given out."""
+        ended = [lane for lane in self._lanes if lane.full or lane.error]
+        for lane in ended:
+            self._leave(lane)
+        return [Drawn(lane.row, None, lane.full or lane.error) for lane in ended]
+
+    def _given(self, flight: _Flight, ready: bool = False) -> list[Drawn]:
+        """Wait for a flight and give its tokens out."""
+        tokens = self._chosen(flight)
+        values = cast(list[int], tokens.tolist())
+        sound = [math.isfinite(x) for x in cast(list[float], flight.soundness.tolist())]
+        told = {} if flight.told is None else flight.told.by_row()
+        found = []
+        for i, lane in enumerate(flight.lanes):
+            if lane.gone:
+                continue
+            error = lane.error or _error_of(sound[i], i in flight.stuck)
+            if error is not None:
+                self._leave(lane)
+                found.append(Drawn(lane.row, None, error))
+                continue
+            token = values[i]
+            lane.row.session.took(token)
+            lane.row.tokens.append(token)
+            logprob, top = told.get(i, (None, ()))
+            found.append(Drawn(lane.row, token, None, logprob, top[: lane.row.n_logprobs]))
+            if len(lane.row.tokens) == lane.row.max_tokens:
+                self._leave(lane)
+            elif ready:
+                lane.ready = tokens[i : i + 1]
+        return found
+
+
+def _last_n(sampler: Sampler) -> int:
+    """How many tokens its repeat penalty looks at."""
+    return int(sampler.params.repeat_last_n or 0) if sampler.needs_recent else 0
+
+
+def _recent(lane: _Lane, fed: mx.array | None, row: int) -> Recent | None:
+    """What a row's repeat penalty looks at behind `fed[row]`."""
+    if lane.before is None:
+        return None
+    # What was fed last may have been given out or not; it is taken from the device either way.
+    n_known, n = max(lane.n_drawn - 1, 0), _last_n(lane.row.sampler) - (fed is not None)
+    known = [*lane.before, *lane.row.tokens[max(n_known - n, 0) : n_known]]
+    return Recent(known[max(len(known) - n, 0) :], fed, row)
+
+
+def _error_of(sound: bool, stuck: bool) -> Exception | None:
+    if not sound:
+        return CheckpointError(
+            "the model's logits are not numbers: its weights are damaged, or overflow in this "
+            "dtype (try --dtype float32)"
+        )
+    return UsageError("no token is allowed to come next") if stuck else None

@@ -1,0 +1,111 @@
+"""One answer in the making: from a prompt to chunks, whoever computes its steps."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from mlxkv.errors import KVCacheFull
+from mlxkv.generation.context_shift import Bound
+from mlxkv.generation.outputs import Chunk, Stats, TokenLogprobs, join_parts
+from mlxkv.generation.reader import AnswerReader
+from mlxkv.generation.request import Request
+from mlxkv.generation.session import Restored, Session
+from mlxkv.generation.stats import Clock
+from mlxkv.memory.types import without_trace
+from mlxkv.sampling.sampler import Sampler
+from mlxkv.text.tokenizer import Tokenizer
+
+
+class Turn:
+    """An answer in the making.
+
+    Args:
+        session: for its sequence.
+        tokens: the whole prompt.
+        request: what is asked for.
+        sampler: chooses.
+        reader: of the tokens that are chosen.
+        bound: the context.
+        tokenizer: the model's.
+
+    Attributes:
+        sequence: the whole prompt and what was generated, dropped tokens included.
+        limit: tokens that the answer may have, None for as many as come.
+        over: whether the last chunk was made.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        tokens: list[int],
+        request: Request,
+        sampler: Sampler,
+        reader: AnswerReader,
+        bound: Bound,
+        tokenizer: Tokenizer,
+    ):
+        self.session, self.request, self.sampler, self.bound = session, request, sampler, bound
+        self.sequence = list(tokens)
+        self.limit = bound.limit(len(tokens), request.max_tokens)
+        self.over = False
+        self._tokenizer, self._reader = tokenizer, reader
+        self._n_prompt = len(tokens)
+        self._clock = Clock()
+        self._prompt: list[int] = []
+        self._restored = Restored(0)
+
+    @property
+    def n_generated(self) -> int:
+        """Tokens of the answer so far."""
+        return len(self.sequence) - self._n_prompt
+
+    def begin(self) -> list[int]:
+        """Bring back what is known of the prompt; all of what is to be prefilled."""
+        self._prompt = self.bound.remaining(self.sequence)
+        self._restored = self.session.restore(self._prompt)
+        return self._prompt
+
+    def took(self, token: int, logprobs: TokenLogprobs | None = None) -> Chunk:
+        """The chunk of the next token; the last has the figures."""
+        self._clock.tick()
+        self.sequence.append(token)
+        ended = token in self._tokenizer.eos_token_ids
+        part = self._reader.add(token)
+        if not (ended or self._reader.stopped or self.n_generated == self.limit):
+            return Chunk(
+                part.text,
+                token,
+                reasoning=part.reasoning,
+                tool_calls=part.tool_calls,
+                logprobs=logprobs,
+            )
+        self.over = True
+        text, reasoning, calls = join_parts([part, self._reader.finish()])
+        reason = "stop" if ended or self._reader.stopped else "length"
+        return Chunk(
+            text,
+            token,
+            reason,
+            self._stats(),
+            reasoning or None,
+            calls,
+            logprobs,
+            stopped_by=self._reader.stopped_by,
+        )
+
+    def ended(self, reason: str, error: KVCacheFull | None = None) -> Chunk:
+        """A last chunk without a token: what was generated stays the caller's."""
+        self.over = True
+        if error is not None:
+            error = without_trace(error)
+        text, reasoning, calls = join_parts([self._reader.finish()])
+        return Chunk(text, None, reason, self._stats(), reasoning or None, calls, error=error)
+
+    def _stats(self) -> Stats:
+        n = self.n_generated
+        stats = self._clock.stats(
+            self._prompt, self._restored, n, self.session.nbytes, self._tokenizer
+        )
+        # The last token itself has not been made room for.
+        shifted = self.bound.n_dropped(self._n_prompt + max(n, 1) - 1)
+        return replace(stats, shifted_tokens=shifted, rungs=tuple(self.session.rungs))

@@ -1,0 +1,82 @@
+"""Tokens to content, reasoning, calls and stop strings."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+from mlxkv.generation.outputs import Parts, join_parts
+from mlxkv.parsers.events import Content, Event, OutputParser, Reasoning, ToolCall
+from mlxkv.parsers.formats import PlainParser
+from mlxkv.text.stop_strings import StopTexts
+from mlxkv.text.tokenizer import Tokenizer
+
+
+class AnswerReader:
+    """Tokens to text, reasoning and tool calls.
+
+    Stop texts are looked for in the text for the user alone: reasoning may hold them.
+
+    Args:
+        tokenizer: the model's.
+        parser: of its output; None for plain text.
+        stop: stop texts.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, parser: OutputParser | None = None, stop: Sequence[str] = ()
+    ):
+        self._parser = PlainParser() if parser is None else parser
+        self._words = tokenizer.stream(keep=self._parser.markers)
+        self._ends = tokenizer.eos_token_ids
+        self._shown_ends = {tokenizer.id_of(marker) for marker in self._parser.markers}
+        self._stop = StopTexts(stop)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop text came."""
+        return self._stop.stopped
+
+    @property
+    def stopped_by(self) -> str | None:
+        """The stop text that came."""
+        return self._stop.found
+
+    def add(self, token: int) -> Parts:
+        """The next token; an end token adds nothing, unless it is a marker of the format."""
+        if token in self._ends and token not in self._shown_ends:
+            return Parts()
+        return self._parts(self._parser.add(self._words.add(token), token))
+
+    def finish(self) -> Parts:
+        """What was held back; nothing after a stop text."""
+        if self.stopped:
+            return Parts()
+        events = [*self._parser.add(self._words.finish()), *self._parser.finish()]
+        parts = self._parts(events)
+        if self.stopped:
+            return parts
+        return dataclasses.replace(parts, text=parts.text + self._stop.finish())
+
+    def _parts(self, events: Iterable[Event]) -> Parts:
+        text, reasoning, calls = "", None, []
+        for event in events:
+            match event:
+                case Content():
+                    text += self._stop.add(event.text)
+                    if self.stopped:
+                        break
+                case Reasoning():
+                    reasoning = (reasoning or "") + event.text
+                case ToolCall():
+                    calls.append(event)
+        return Parts(text, reasoning, tuple(calls))
+
+
+def read_answer(
+    tokenizer: Tokenizer, parser: OutputParser, tokens: Iterable[int]
+) -> tuple[str, str, tuple[ToolCall, ...]]:
+    """Text, reasoning and calls of a whole answer."""
+    reader = AnswerReader(tokenizer, parser)
+    parts = [*map(reader.add, tokens), reader.finish()]
+    return join_parts(parts)

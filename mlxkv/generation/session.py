@@ -1,0 +1,421 @@
+"""One sequence: its caches, the tokens that they hold, and where prefixes come from and go to.
+
+Invariants:
+- `Session.tokens` are exactly the tokens whose KV the caches hold.
+- The budget is asked before the caches grow, and pages get what is complete as it comes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import mlx.core as mx
+
+from mlxkv.base.device import default_chunk
+from mlxkv.base.stepwise import finished
+from mlxkv.cache import KVCache, RotatingKVCache, make_caches
+from mlxkv.generation.prefill import decode, prefilling
+from mlxkv.kv.layout import Cache
+from mlxkv.kv.types import AUTO, KV_TYPES, STEP, first_kv_type
+from mlxkv.memory.types import ALLOCATION_ERRORS, KVUse, Rung, is_allocation_failure, without_trace
+from mlxkv.nn.model import CausalLM
+from mlxkv.nn.slots import growth_bytes, sliceable
+from mlxkv.prefix.capture import Cutter
+from mlxkv.prefix.layout import Link
+from mlxkv.prefix.pages import Match, Pages
+from mlxkv.sampling.sampler import Sampler
+
+if TYPE_CHECKING:
+    from mlxkv.memory.budget import Budget
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """What did not have to be computed of a prompt.
+
+    Args:
+        n_tokens: leading tokens whose KV was there.
+        ssd_tokens: those of them that came from disk; the others were in memory.
+        shared: leading tokens that what was held shares with the prompt.
+        held: tokens of that sequence from `shared` on, to say what differs.
+        n_known: how far that sequence is known.
+    """
+
+    n_tokens: int
+    ssd_tokens: int = 0
+    shared: int = 0
+    held: tuple[int, ...] = ()
+    n_known: int = 0
+
+    def diverged_at(self, n_prompt: int) -> int | None:
+        """The first token that differs from what was held.
+
+        None where nothing was, or one is the beginning of the other.
+        """
+        return self.shared if 0 < self.shared < min(n_prompt, self.n_known) else None
+
+
+class Session:
+    """The caches of one sequence, and which tokens they hold.
+
+    Args:
+        model: the model.
+        kv_type: format of the KV, one of `KV_CHOICES`.
+        pages: where prefixes come from and go to; None for a sequence that keeps to itself.
+        budget: asked before the caches grow; None for a sequence that takes what it wants.
+
+    Attributes:
+        kv_type: the format that the KV is in now.
+        rungs: what was done since the last `restore` to find memory.
+        chunk_cap: tokens of a prompt that are computed at a time for lack of memory; None for all.
+        n_failed_at: tokens that were held when MLX last failed to allocate; None: it did not.
+    """
+
+    def __init__(
+        self,
+        model: CausalLM,
+        kv_type: str = "native",
+        pages: Pages | None = None,
+        budget: Budget | None = None,
+    ):
+        self.model = model
+        self.is_auto = kv_type == AUTO
+        self.kv_type = self._first_type = first_kv_type(kv_type)
+        self.caches: list[Cache] = make_caches(model, self.kv_type)
+        self._known: list[int] = []
+        self._pages, self._budget = pages, budget
+        self._cutter = None if pages is None else Cutter(pages, self.caches)
+        self._stable = model.stable_tokens if pages is None else pages.stable
+        self._longest = 0  # tokens that the caches have held since they were empty
+        self._n_restored = 0  # tokens of the last prompt that were not computed
+        self.rungs: list[Rung] = []
+        self.chunk_cap: int | None = None
+        self.n_failed_at: int | None = None
+        if budget is not None:
+            budget.join(self)
+
+    @property
+    def tokens(self) -> list[int]:
+        """The tokens whose KV is held."""
+        return self._known[: self._settle()]
+
+    @property
+    def n_held(self) -> int:
+        """Tokens that the caches hold."""
+        return self.caches[0].offset if self.caches else 0
+
+    @property
+    def gives_pages(self) -> bool:
+        """Whether others can go on from what it computes."""
+        return self._cutter is not None and self._shareable(0)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the caches take."""
+        return sum(cache.nbytes for cache in self.caches)
+
+    def use(self) -> KVUse:
+        """What of the caches is used."""
+        allocated = [_capacity(cache) for cache in self.caches]
+        return KVUse(
+            self.n_held,
+            sum(used for used, _ in allocated),
+            max((capacity for _, capacity in allocated), default=0),
+            self.nbytes,
+        )
+
+    def reset(self) -> None:
+        """Forget everything."""
+        if self._budget is not None:
+            self._budget.dismiss(self)
+        if self.kv_type != self._first_type:
+            self.kv_type = self._first_type
+            self.caches[:] = make_caches(self.model, self.kv_type)
+            if self._pages is not None:
+                self._cutter = Cutter(self._pages, self.caches)
+        self._empty()
+
+    def _empty(self) -> None:
+        """Forget everything, and stay in the same format."""
+        for cache in self.caches:
+            cache.reset()
+        self._known, self._longest = [], 0
+
+    @property
+    def can_pack(self) -> bool:
+        """Whether the KV may be packed further."""
+        return self.is_auto and self.kv_type != KV_TYPES[-1]
+
+    def pack(self) -> Rung:
+        """Bring the KV into the next smaller format, layer by layer; it gives no pages any more."""
+        before = self.nbytes
+        self.kv_type = KV_TYPES[KV_TYPES.index(self.kv_type) + 1]
+        self._cutter = None
+        for i, cache in enumerate(self.caches):
+            if isinstance(cache, KVCache | RotatingKVCache):
+                self.caches[i] = cache = cache.repacked(self.kv_type)
+                mx.eval(cache.state)
+        mx.clear_cache()
+        return Rung("packed", self.n_held, before - self.nbytes, self.kv_type)
+
+    def restore(self, tokens: Sequence[int]) -> Restored:
+        """Keep or bring back the longest prefix of `tokens` that can be gone on from.
+
+        At least one token is left to compute, whose logits are the answer's first.
+        """
+        self.rungs, self.chunk_cap, self.n_failed_at = [], None, None
+        try:
+            return self._restore(tokens)
+        except ALLOCATION_ERRORS as error:
+            if not is_allocation_failure(error):
+                raise
+            self.reset()  # all of it is computed, if there is room for that
+            return Restored(0)
+
+    def _restore(self, tokens: Sequence[int]) -> Restored:
+        held = self.tokens
+        shared = n_shared(held, tokens)
+        live = Restored(
+            min(shared, len(tokens) - 1),
+            shared=shared,
+            held=tuple(held[shared : shared + STEP]),
+            n_known=len(held),
+        )
+        if live.n_tokens < len(held) and not self._shareable(0):
+            live = replace(live, n_tokens=0)  # its keys were turned for a longer sequence
+        restored = self._from_pages(tokens, live, len(held))
+        if restored.n_tokens == 0:
+            self.reset()
+        self._known = list(tokens[: restored.n_tokens])
+        self._n_restored = restored.n_tokens
+        return restored
+
+    def _from_pages(self, tokens: Sequence[int], live: Restored, n_held: int) -> Restored:
+        """Go back to the shared prefix, or to what pages have of it, whichever is longer."""
+        match = self._match(tokens)
+        while match.n_tokens > live.n_tokens or not self._rewind(live.n_tokens):
+            # Before anything is loaded: an interrupt must not find other KV under the old tokens.
+            self.reset()
+            live = replace(live, n_tokens=0)
+            if self._pages is None or match.n_tokens == 0:
+                continue
+            ssd_tokens = self._pages.load(match, self.caches)
+            if ssd_tokens is not None:
+                self._longest = match.n_tokens
+                self._cut_from(tokens[: match.n_tokens], match)
+                return _explained(Restored(match.n_tokens, ssd_tokens), live, match)
+            # A damaged file: what is left of the chain is looked up anew.
+            self.reset()
+            match = self._match(tokens)
+        if live.n_tokens < n_held or n_held == 0:
+            self._cut_from(tokens[: live.n_tokens], match)
+        return _explained(live, live, match)
+
+    def _match(self, tokens: Sequence[int]) -> Match:
+        if self._pages is None:
+            return Match()
+        return self._pages.match(tokens, len(tokens) - 1)
+
+    def _cut_from(self, tokens: Sequence[int], match: Match) -> None:
+        """Have what comes next cut behind `tokens`, which the caches hold."""
+        if self._cutter is None or self._pages is None:
+            return
+        rows = None
+        if match.links and match.links[-1].start < len(tokens) <= match.n_tokens:
+            rows = self._pages.rows_before(match.links[-1], len(tokens))
+        self._cutter.restart(tokens, rows)
+
+    def prefill(
+        self,
+        tokens: Sequence[int],
+        *,
+        chunk: int | None = None,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> mx.array:
+        """Run what `restore` left of a prompt; lazy logits `[1, V]` after its last token.
+
+        Raises:
+            KVCacheFull: there is no room for it.
+        """
+        steps = self.prefilling(tokens, lambda: chunk)
+        return finished(steps, None if on_progress is None else lambda at: on_progress(*at))
+
+    def prefilling(
+        self, tokens: Sequence[int], chunk: Callable[[], int | None]
+    ) -> Generator[tuple[int, int], None, mx.array]:
+        """`prefill`, a chunk each time that the next is asked for.
+
+        Args:
+            tokens: the prompt.
+            chunk: asked before each chunk how many tokens to compute; None for the device's
+                default.
+
+        Yields:
+            (done, all) after each chunk but the last.
+        """
+        while True:
+            try:
+                return (yield from self._prefilling(list(tokens), chunk))
+            except ALLOCATION_ERRORS as error:
+                self.start_over(list(tokens), error)
+
+    def _prefilling(
+        self, tokens: list[int], chunk: Callable[[], int | None]
+    ) -> Generator[tuple[int, int], None, mx.array]:
+        start = self._settle()
+        self._known = tokens
+        if self._budget is not None:
+            self._budget.admit(self, len(tokens))
+
+        def take(n_left: int, n: int) -> int:
+            n_new = min(chunk() or default_chunk(), n_left)
+            if self._budget is None:
+                return n_new
+            return self._budget.grant(self, n_new, last=n_new == n_left)
+
+        def computed(done: int) -> None:
+            self._cut(start + done)
+            if self._budget is not None:
+                self._budget.note()
+
+        logits = yield from prefilling(self.model, tokens[start:], self.caches, take, computed)
+        self._longest = max(self._longest, len(tokens))
+        return logits
+
+    def before_step(self) -> None:
+        """A token is about to be fed: the caches grow at each step of 256."""
+        if self._budget is not None and self.n_held % STEP == 0:
+            self._budget.note()
+            beside = growth_bytes(sliceable(self.caches), self.n_held + 1)
+            self._budget.grant(self, 1, last=True, beside=beside)
+
+    def has_room(self, n_bytes: int) -> bool:
+        """Whether its caches may be moved, which takes so many bytes."""
+        return self._budget is None or self._budget.has_room(self, n_bytes)
+
+    def start_over(self, tokens: list[int], error: BaseException) -> None:
+        """MLX could not allocate: nothing is known of the caches, so what is kept is restored.
+
+        Raises:
+            KVCacheFull: nothing is left that could give way.
+        """
+        if self._budget is None or not is_allocation_failure(error):
+            raise error
+        self.n_failed_at = min(len(tokens), self.n_held)
+        self._empty()
+        self._budget.after_failure(self)
+        if self.kv_type != self._first_type:
+            return  # there are no pages in this format
+        try:
+            self._restore(tokens)
+        except ALLOCATION_ERRORS:
+            self._empty()
+
+    def decode(
+        self, logits: mx.array, sampler: Sampler, max_tokens: int | None = None
+    ) -> Iterator[int]:
+        """Tokens of the answer, remembered as they come.
+
+        Raises:
+            KVCacheFull: there is no room for more, after the last token that there was room for.
+        """
+        n, drawn = 0, sampler.n_chosen
+        while True:
+            try:
+                left = None if max_tokens is None else max_tokens - n
+                for token in self._decode(logits, sampler, left):
+                    n += 1
+                    yield token
+                return
+            except ALLOCATION_ERRORS as error:
+                if not is_allocation_failure(error):
+                    raise
+                failure = without_trace(error)
+            del logits
+            tokens = list(self._known)
+            self.start_over(tokens, failure)
+            sampler.rewind(drawn + n)
+            logits = self.prefill(tokens)
+
+    def _decode(self, logits: mx.array, sampler: Sampler, max_tokens: int | None) -> Iterator[int]:
+        recent, before_step = list(self._known), self.before_step
+        for token in decode(
+            self.model, self.caches, logits, sampler, recent, max_tokens, before_step
+        ):
+            self.took(token)
+            yield token
+            self.cut_due()
+
+    def took(self, token: int) -> None:
+        """Remember a token of the answer: the caches hold it, or are given it next."""
+        self._known.append(token)
+
+    def cut_due(self) -> None:
+        """Give the pages what has become complete, while the caches hold no token not known yet."""
+        n = self.n_held
+        self._longest = max(self._longest, n)
+        if self._cutter is not None and self._cutter.is_due(n):
+            self._cut(n)
+
+    def finish(self) -> list[Link]:
+        """Give the pages what this sequence has computed, its unfinished page too.
+
+        Returns:
+            Its pages; none where there is nobody to give them to.
+        """
+        n = self._settle()
+        if self._budget is not None:
+            self._budget.note()
+        if self._cutter is None or n == 0 or not self._shareable(n):
+            return []
+        return self._cutter.finish(self._known, n)
+
+    def discard(self) -> None:
+        """Forget everything, and have the pages forget what was computed: it is no KV."""
+        if self._cutter is not None and self._pages is not None:
+            links = self._cutter.links
+            self._pages.forget(link for link in links if link.stop > self._n_restored)
+        self.reset()
+
+    def _cut(self, n: int) -> None:
+        if self._cutter is not None and n <= len(self._known) and self._shareable(n):
+            self._cutter.advance(self._known, n)
+
+    def _shareable(self, n: int) -> bool:
+        """Whether the KV of `n` tokens is the one that any prompt with them has."""
+        self._longest = max(self._longest, n)
+        return self._stable is None or self._longest <= self._stable
+
+    def _settle(self) -> int:
+        """Tokens that every cache holds: an interrupt may have come between two layers."""
+        offsets = {cache.offset for cache in self.caches}
+        n = min(len(self._known), *offsets)
+        return n if offsets <= {n} or self._rewind(n) else 0
+
+    def _rewind(self, offset: int) -> bool:
+        """Take all caches back; where one cannot, all start again."""
+        done = all(cache.rewind(offset) for cache in self.caches)
+        if not done:
+            self.reset()
+        return done
+
+
+def _capacity(cache: Cache) -> tuple[int, int]:
+    """Bytes of what a cache holds, and tokens that it has room for."""
+    if isinstance(cache, KVCache | RotatingKVCache):
+        return cache.used_bytes, cache.capacity
+    return cache.nbytes, 0
+
+
+def _explained(restored: Restored, live: Restored, match: Match) -> Restored:
+    """With the known sequence that shares most with the prompt."""
+    best = max(live, match, key=lambda known: known.shared)
+    return replace(restored, shared=best.shared, held=best.held, n_known=best.n_known)
+
+
+def n_shared(a: Sequence[int], b: Sequence[int]) -> int:
+    """Leading tokens that two sequences have in common."""
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))

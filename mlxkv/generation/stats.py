@@ -1,0 +1,87 @@
+"""Times of one answer, and why part of a cached prefix had to be recomputed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import mlx.core as mx
+
+from mlxkv.generation.outputs import Miss, Stats
+from mlxkv.generation.session import Restored
+from mlxkv.prefix.pages import WORTH
+from mlxkv.text.tokenizer import Tokenizer
+
+AROUND = 12
+"""Tokens shown on either side of where a prompt left what was held."""
+
+
+class Clock:
+    """When an answer began, and when its first and last tokens came."""
+
+    def __init__(self) -> None:
+        self.start = time.perf_counter()
+        self.first: float | None = None
+        self.last = self.start
+
+    def tick(self) -> None:
+        self.last = time.perf_counter()
+        if self.first is None:
+            self.first = self.last
+
+    def stats(
+        self,
+        prompt: Sequence[int],
+        restored: Restored,
+        n_generated: int,
+        kv_bytes: int,
+        tokenizer: Tokenizer,
+    ) -> Stats:
+        first = self.last if self.first is None else self.first
+        n_prompt = len(prompt)
+        return Stats(
+            prompt_tokens=n_prompt,
+            restored_tokens=restored.n_tokens,
+            restored_ram_tokens=restored.n_tokens - restored.ssd_tokens,
+            restored_ssd_tokens=restored.ssd_tokens,
+            computed_tokens=n_prompt - restored.n_tokens,
+            generated_tokens=n_generated,
+            prefill_s=first - self.start,
+            decode_s=self.last - first,
+            first_token_s=first - self.start,
+            peak_bytes=mx.get_peak_memory(),
+            kv_bytes=kv_bytes,
+            diverged_at=restored.diverged_at(n_prompt),
+            miss=explain_miss(prompt, restored, first - self.start, tokenizer),
+        )
+
+
+def explain_miss(
+    prompt: Sequence[int], restored: Restored, prefill_s: float, tokenizer: Tokenizer
+) -> Miss | None:
+    """Why not more of a prompt was restored; None where there was no more to restore.
+
+    A few tokens of what is shared are computed again as a rule, and are no miss.
+    """
+    token = restored.diverged_at(len(prompt))
+    n_lost = min(restored.n_known, len(prompt) - 1) - restored.n_tokens
+    reason = "diverged"
+    n_dropped = min(restored.shared, len(prompt) - 1) - restored.n_tokens
+    if n_dropped > WORTH:
+        reason, token, n_lost = "dropped", restored.n_tokens, n_dropped
+    if token is None or n_lost <= 0:
+        return None
+
+    before = tokenizer.decode(list(prompt[max(0, token - AROUND) : token]))
+
+    def marked(after: Sequence[int]) -> str:
+        return f"{before}|{tokenizer.decode(list(after[:AROUND]))}"
+
+    return Miss(
+        reason,
+        token,
+        marked(restored.held) if reason == "diverged" else "",
+        marked(prompt[token:]),
+        n_lost,
+        prefill_s * n_lost / (len(prompt) - restored.n_tokens),
+    )

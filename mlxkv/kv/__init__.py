@@ -1,0 +1,1 @@
+"""How keys and values are described and stored: types, storage formats, layout, buffers."""

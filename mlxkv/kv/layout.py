@@ -1,0 +1,124 @@
+"""What a cache gives and takes: slices of tokens, positions, masks, and the protocols of caches."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import mlx.core as mx
+
+from mlxkv.kv.storage import KV, Rows
+from mlxkv.kv.types import CacheSpec
+
+Mask = mx.array | str | None
+"""`None`: every query sees every key; `"causal"`: aligned at the end; else bool `[L, S]`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """KV of the positions `[start, stop)`, as a cache stores it.
+
+    Args:
+        arrays: those of the keys, then those of the values; tokens lie along axis 2 of each.
+        start: the first position.
+        stop: the one behind the last.
+    """
+
+    arrays: tuple[mx.array, ...]
+    start: int
+    stop: int
+
+    @property
+    def k(self) -> mx.array:
+        """Native keys `[B, H, stop - start, k_dim]`."""
+        k, _ = self.arrays
+        return k
+
+    @property
+    def v(self) -> mx.array:
+        """Native values `[B, H, stop - start, v_dim]`."""
+        _, v = self.arrays
+        return v
+
+
+@dataclass(frozen=True, slots=True)
+class Positions:
+    """Where the next token of each of several sequences stands; not all at the same.
+
+    Args:
+        of: one position per sequence.
+    """
+
+    of: tuple[int, ...]
+
+    @property
+    def array(self) -> mx.array:
+        """int32 `[B]`."""
+        return _int32(self.of)
+
+    def __add__(self, n: int) -> Positions:
+        return Positions(tuple(position + n for position in self.of))
+
+
+@functools.lru_cache(maxsize=8)
+def _int32(numbers: tuple[int, ...]) -> mx.array:
+    """Made once for a step's layers."""
+    return mx.array(numbers, dtype=mx.int32)
+
+
+Offset = int | Positions
+"""Position of the next token: one for all sequences, or one for each."""
+
+
+class LayerCache(Protocol):
+    """What a model's layer asks of the cache it is given."""
+
+    @property
+    def offset(self) -> Offset: ...
+    def update(self, k: mx.array, v: mx.array) -> tuple[KV, KV]: ...
+    def mask(self, L: int) -> Mask: ...
+
+
+class Cache(Protocol):
+    """What one layer remembers, for B sequences of equal length."""
+
+    spec: CacheSpec | None
+    offset: int
+
+    @property
+    def nbytes(self) -> int: ...
+    def __len__(self) -> int: ...
+    def update(self, k: mx.array, v: mx.array) -> tuple[Rows, Rows]: ...
+    def mask(self, L: int) -> Mask: ...
+    @property
+    def first(self) -> int: ...
+    def read(self, start: int, stop: int) -> Slice: ...
+    def load(self, parts: Sequence[Slice]) -> None: ...
+    def rewind(self, offset: int) -> bool: ...
+    @property
+    def state(self) -> list[mx.array]: ...
+    def reset(self) -> None: ...
+
+
+def windowed_mask(L: int, n_before: int, window: int) -> mx.array:
+    """Causal mask of a sliding window.
+
+    Query `i` stands at position `n_before + i` of the keys and sees the last `window` of them,
+    itself included.
+
+    Returns:
+        bool `[L, n_before + L]`.
+    """
+    queries = mx.arange(n_before, n_before + L)[:, None]
+    keys = mx.arange(n_before + L)[None]
+    return (keys <= queries) & (keys > queries - window)
+
+
+class SharedRow(Protocol):
+    """A row of buffers that several sequences share."""
+
+    @property
+    def nbytes(self) -> int: ...
+    def views(self, n_rows: int) -> list[mx.array]: ...

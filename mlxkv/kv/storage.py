@@ -1,0 +1,309 @@
+"""How keys and values are stored: as they are computed, or in affine groups of 8 or 4 bits.
+
+A format turns keys and values `[B, H, L, D]` into arrays whose tokens lie along axis 2 as well: a
+cache keeps, moves and drops tokens of every format in the same way.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import mlx.core as mx
+
+from mlxkv.base import device
+from mlxkv.errors import UsageError
+from mlxkv.kv.types import CODE_BITS, KV_TYPES, groups
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedRows:
+    """Keys or values as codes: value = scale * code + bias, per group along the head's dimension.
+
+    They are a part of what is stored: keys and values of one size lie side by side in the same
+    arrays, with room for more tokens behind them.
+
+    Args:
+        stored: codes, uint32 `[B, n >= heads, n >= S, D * bits / 32]`; scales, in the dtype that is
+            computed in, `[B, n >= heads, n >= S, D / group_size]`; biases, the same.
+        dim: values per row that count; those behind are padding.
+        bits: of a code.
+        first_head: where the heads of these rows begin.
+        n_heads: how many they are.
+        n_tokens: the tokens held, the first of what is stored.
+    """
+
+    stored: tuple[mx.array, mx.array, mx.array]
+    dim: int
+    bits: int
+    first_head: int
+    n_heads: int
+    n_tokens: int
+
+    @property
+    def codes(self) -> mx.array:
+        """uint32 `[B, H, S, D * bits / 32]`."""
+        return self.stored[0][self._part]
+
+    @property
+    def scales(self) -> mx.array:
+        """`[B, H, S, D / group_size]`."""
+        return self.stored[1][self._part]
+
+    @property
+    def biases(self) -> mx.array:
+        """`[B, H, S, D / group_size]`."""
+        return self.stored[2][self._part]
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """`[B, H, S, D]` of the rows that it stands for."""
+        return self.stored[0].shape[0], self.n_heads, self.n_tokens, self.dim
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """The dtype of the rows."""
+        return self.stored[1].dtype
+
+    @property
+    def group_size(self) -> int:
+        """Values that share a scale."""
+        codes, scales, _ = self.stored
+        return codes.shape[-1] * 32 // self.bits // scales.shape[-1]
+
+    def tokens(self, start: int, stop: int) -> QuantizedRows:
+        """Some of the tokens."""
+        heads = slice(self.first_head, self.first_head + self.n_heads)
+        codes, scales, biases = (x[:, heads, start:stop] for x in self.stored)
+        return QuantizedRows(
+            (codes, scales, biases), self.dim, self.bits, 0, self.n_heads, stop - start
+        )
+
+    def leading(self, dim: int) -> QuantizedRows:
+        """The first values of each row."""
+        return replace(self, dim=dim)
+
+    def after(self, *arrays: mx.array) -> QuantizedRows:
+        """The same, not unpacked before these are computed."""
+        codes, scales, biases = self.stored
+        (codes,) = mx.depends([codes], list(arrays))
+        return replace(self, stored=(codes, scales, biases))
+
+    def dequantized(self) -> mx.array:
+        """The rows `[B, H, S, D]`."""
+        heads = slice(self.first_head, self.first_head + self.n_heads)
+        # With the room behind them: Metal's kernel would copy a part of it first.
+        codes, scales, biases = (x[:, heads] for x in self.stored)
+        return self._unpacked(codes, scales, biases)[:, :, : self.n_tokens, : self.dim]
+
+    def dequantized_with(self, other: QuantizedRows) -> tuple[mx.array, mx.array]:
+        """These rows and others, in one operation where both are stored in the same arrays."""
+        if self.stored is not other.stored:
+            return self.dequantized(), other.dequantized()
+        rows = self._unpacked(*self.stored)
+        return rows[self._part][..., : self.dim], rows[other._part][..., : other.dim]
+
+    def _unpacked(self, codes: mx.array, scales: mx.array, biases: mx.array) -> mx.array:
+        return mx.dequantize(codes, scales, biases, group_size=self.group_size, bits=self.bits)
+
+    @property
+    def _part(self) -> tuple[slice, ...]:
+        heads = slice(self.first_head, self.first_head + self.n_heads)
+        return slice(None), heads, slice(self.n_tokens)
+
+
+Rows = mx.array | QuantizedRows
+"""Keys or values `[B, H, S, D]` of sequences of equal length."""
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """Which sequence of a batch stands at which row of its parts.
+
+    Args:
+        rows: int32 `[R]`, for each row of all parts the sequence; a row that stands empty has any.
+        back: int32 `[B]`, for each sequence its row.
+    """
+
+    rows: mx.array
+    back: mx.array
+
+
+@dataclass(frozen=True, slots=True)
+class Ragged:
+    """Keys or values of several sequences: parts of similar length, each an array of its own.
+
+    Args:
+        parts: `[n, H, S, D]`, n sequences each.
+        masks: for each part bool `[n, 1, 1, S]`, true where the sequence's query sees the row; None
+            where all are seen.
+        order: None where the parts hold the batch's sequences in their order.
+    """
+
+    parts: tuple[Rows, ...]
+    masks: tuple[mx.array | None, ...]
+    order: Order | None = None
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """`[R, H, S, D]` with the longest S."""
+        _, H, _, D = self.parts[0].shape
+        n_rows = sum(part.shape[0] for part in self.parts)
+        return n_rows, H, max(part.shape[2] for part in self.parts), D
+
+
+KV = Rows | Ragged
+"""Keys or values as `LayerCache.update` returns them and `attend` takes them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Native:
+    """Rows in the dtype that the model computes in."""
+
+    def n_arrays(self, k_dim: int, v_dim: int) -> int:
+        """Arrays that are kept of keys and values of these sizes."""
+        return 2
+
+    def encode(self, rows: mx.array) -> list[mx.array]:
+        """The arrays that are kept of rows `[B, H, L, D]`."""
+        return [rows]
+
+    def decode(self, arrays: Sequence[mx.array], dim: int) -> Rows:
+        """What attention takes of kept arrays."""
+        return arrays[0]
+
+    def encode_both(self, k: mx.array, v: mx.array) -> list[mx.array]:
+        """The arrays that are kept of keys and values: what every step asks for."""
+        return [k, v]
+
+    def decode_both(
+        self, arrays: Sequence[mx.array], n: int, k_dim: int, v_dim: int
+    ) -> tuple[Rows, Rows]:
+        """Keys and values of the first `n` tokens of what is kept."""
+        k, v = arrays
+        return k[:, :, :n], v[:, :, :n]
+
+
+@dataclass(frozen=True, slots=True)
+class Affine:
+    """Rows in affine groups along the head's dimension.
+
+    A dimension that no group size divides is padded with zeros. Keys and values of one size are
+    kept side by side, `[B, 2 * H, L, *]` with the keys' heads first: a step quantizes and writes
+    both at a time. Change `kv_types.LAYOUTS` with what is kept.
+
+    Args:
+        bits: of a code.
+    """
+
+    bits: int
+
+    def n_arrays(self, k_dim: int, v_dim: int) -> int:
+        """Arrays that are kept of keys and values of these sizes."""
+        return 3 if _side_by_side(k_dim, v_dim) else 6
+
+    def encode(self, rows: mx.array) -> list[mx.array]:
+        """The arrays that are kept of rows `[B, H, L, D]`."""
+        group, padded = groups(rows.shape[-1])
+        if padded == 0:
+            return [rows] * 3
+        n_missing = padded - rows.shape[-1]
+        if n_missing:
+            rows = mx.pad(rows, [(0, 0), (0, 0), (0, 0), (0, n_missing)])
+        return list(mx.quantize(rows, group_size=group, bits=self.bits))
+
+    def decode(self, arrays: Sequence[mx.array], dim: int) -> Rows:
+        """What attention takes of kept arrays."""
+        if dim == 0:
+            return arrays[0]
+        codes, scales, biases = arrays
+        _, H, S, _ = codes.shape
+        return QuantizedRows((codes, scales, biases), dim, self.bits, 0, H, S)
+
+    def encode_both(self, k: mx.array, v: mx.array) -> list[mx.array]:
+        """The arrays that are kept of keys and values, or of keys and then of values."""
+        if _side_by_side(k.shape[-1], v.shape[-1]):
+            return self.encode(_joined(k, v))
+        return self.encode(k) + self.encode(v)
+
+    def decode_both(
+        self, arrays: Sequence[mx.array], n: int, k_dim: int, v_dim: int
+    ) -> tuple[Rows, Rows]:
+        """Keys and values of the first `n` tokens of what is kept."""
+        if _side_by_side(k_dim, v_dim):
+            H, stored = arrays[0].shape[1] // 2, _handles(arrays)
+            k = QuantizedRows(stored, k_dim, self.bits, 0, H, n)
+            return k, QuantizedRows(stored, v_dim, self.bits, H, H, n)
+        H = arrays[0].shape[1]
+        k = QuantizedRows(_handles(arrays[:3]), k_dim, self.bits, 0, H, n)
+        if v_dim == 0:
+            return k, arrays[3][:, :, :n]
+        return k, QuantizedRows(_handles(arrays[3:]), v_dim, self.bits, 0, H, n)
+
+
+def _handles(arrays: Sequence[mx.array]) -> tuple[mx.array, mx.array, mx.array]:
+    """New handles on buffers: writing to a buffer rebinds its own handle to what it holds then."""
+    codes, scales, biases = arrays
+    return codes[...], scales[...], biases[...]
+
+
+def _side_by_side(k_dim: int, v_dim: int) -> bool:
+    return k_dim == v_dim > 0
+
+
+def _joined(k: mx.array, v: mx.array) -> mx.array:
+    """Keys' heads, then values' heads, `[B, 2 * H, L, D]`."""
+    if device.on_cpu():
+        return mx.concatenate([k, v], axis=1)
+    # One launch of a GPU; concatenate takes one an array.
+    B, H, L, D = k.shape
+    both = mx.where(_keys_first(), mx.expand_dims(k, 1), mx.expand_dims(v, 1))
+    return both.reshape(B, 2 * H, L, D)
+
+
+@functools.cache
+def _keys_first() -> mx.array:
+    """bool `[1, 2, 1, 1, 1]`; made once, since every layer asks for it at every step."""
+    return mx.array([[[[[True]]], [[[False]]]]])
+
+
+STORAGES: dict[str, Native | Affine] = {
+    name: Native() if bits is None else Affine(bits) for name, bits in CODE_BITS.items()
+}
+"""What a KV format is called -> how it stores rows."""
+
+
+def storage_of(kv_type: str) -> Native | Affine:
+    """How a KV format stores rows.
+
+    Raises:
+        UsageError: it is not one of `KV_TYPES`.
+    """
+    if kv_type not in STORAGES:
+        raise UsageError(f"--kv-type must be one of {', '.join(KV_TYPES)}; got {kv_type!r}")
+    return STORAGES[kv_type]
+
+
+def dense(rows: Rows) -> mx.array:
+    """Rows as an array, whatever they are stored as."""
+    return rows.dequantized() if isinstance(rows, QuantizedRows) else rows
+
+
+def dense_both(k: Rows, v: Rows) -> tuple[mx.array, mx.array]:
+    """Keys and values as arrays, whatever they are stored as."""
+    if isinstance(k, QuantizedRows) and isinstance(v, QuantizedRows):
+        return k.dequantized_with(v)
+    return dense(k), dense(v)
+
+
+def leading(rows: KV, dim: int) -> KV:
+    """The first `dim` values of each row."""
+    if isinstance(rows, Ragged):
+        parts = tuple(_leading(part, dim) for part in rows.parts)
+        return Ragged(parts, rows.masks, rows.order)
+    return _leading(rows, dim)
+
+
+def _leading(rows: Rows, dim: int) -> Rows:
+    return rows.leading(dim) if isinstance(rows, QuantizedRows) else rows[..., :dim]

@@ -1,0 +1,221 @@
+"""A chat that keeps its KV between turns."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from mlxkv.engine import prompt as prompts
+from mlxkv.engine.prompt import Head
+from mlxkv.errors import TemplateError, UsageError
+from mlxkv.generation.outputs import Chunk, join_parts
+from mlxkv.generation.reader import read_answer
+from mlxkv.generation.request import Message, Request
+from mlxkv.text.chat_template import ChatTemplate, append_only_suffix
+
+if TYPE_CHECKING:
+    from mlxkv.llm.llm import LLM
+    from mlxkv.saved_kv.manifest import NamedKV
+
+# Switches of templates that would drop the reasoning of earlier turns: GLM-4.7's, Qwen's.
+_KEEP_REASONING = {"clear_thinking": False, "preserve_thinking": True}
+
+
+class Conversation:
+    """A chat with one model that computes only what is new in each turn.
+
+    The KV of the whole conversation stays in the caches. The next prompt is not tokenized anew:
+    what the model read and wrote keeps its token ids, and only the text that the template adds
+    behind it is encoded. So the prefix is the same also where the answer's text would tokenize
+    differently, or the template trims it.
+
+    Reasoning stays in the history in the form in which the template leaves it where the model wrote
+    it: as `reasoning_content`, or inside the answer's text. A template that drops it in either form
+    is rendered anew, and what is computed starts at the first token that changed.
+
+    Args:
+        llm: the model.
+        system: system prompt.
+        saved: named KV that the conversation goes on from.
+
+    Attributes:
+        append_only: whether the template let the last turn go on where the one before it ended;
+            None as long as that did not come up.
+    """
+
+    def __init__(self, llm: LLM, system: str | None = None, saved: NamedKV | None = None):
+        self.llm = llm
+        self.system = system
+        self.saved = saved
+        self.turns: list[dict[str, Any]] = []
+        self.append_only: bool | None = None
+        self._session = llm.session()
+        self._prompt: str | None = None
+        self._tokens: list[int] = []
+        self._answer = ""
+        # Turns that the template gets in another form than `turns` has them, by their index.
+        self._inline: dict[int, dict[str, Any]] = {}
+        self._options: dict[str, Any] = {}
+
+    @property
+    def messages(self) -> list[dict[str, Any]]:
+        """What was saved, the system prompt and all turns."""
+        head = [{"role": "system", "content": self.system}] if self.system else []
+        return prompts.with_saved(self.saved, head + self.turns)
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes that the conversation's caches take."""
+        return self._session.nbytes
+
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens whose KV is held."""
+        return len(self._session.tokens)
+
+    def set_system(self, text: str | None) -> None:
+        """Change the system prompt; the next turn is computed from there on."""
+        self.system = text or None
+        self._prompt = None
+
+    def clear(self) -> None:
+        """Forget all turns; what of the KV the next prompt shares is kept."""
+        self.turns = []
+        self._prompt, self._inline = None, {}
+
+    def restore_turns(self, turns: Sequence[Message]) -> None:
+        """Continue from saved turns.
+
+        Raises:
+            UsageError: one of them is not a message.
+        """
+        for turn in turns:
+            if not isinstance(turn, Mapping) or not {"role", "content"} <= turn.keys():
+                raise UsageError(f"a message needs 'role' and 'content'; got {turn!r}")
+        self.turns = [dict(turn) for turn in turns]
+        self._prompt, self._inline = None, {}
+
+    def send(self, text: str, **options: Any) -> Iterator[Chunk]:
+        """Stream the answer to the user's next message; options as for `LLM.stream`.
+
+        An answer that is left early stays in the history as far as it came.
+
+        Raises:
+            UsageError, ContextExceeded, TemplateError: as for `LLM.stream`; the history is
+                unchanged then.
+        """
+        if not text.strip():
+            raise UsageError("the prompt is empty")
+        request = Request.of(**options)
+        user = {"role": "user", "content": text}
+        prompt, tokens = self._next_prompt(user, self._template_options(request))
+        parser = self.llm.parser(prompt, request)
+        head = Head(self.saved, [*self._history(), user], self._options)
+        chunks = self.llm.run(self._session, tokens, request, parser, head)
+        return self._send(user, prompt, tokens, request, chunks)
+
+    def _template_options(self, request: Request) -> dict[str, Any]:
+        template = self.llm.tokenizer.chat_template
+        known = frozenset() if template is None else template.variables
+        kept = {name: value for name, value in _KEEP_REASONING.items() if name in known}
+        return kept | self.llm.template_options(request)
+
+    def _history(self) -> list[dict[str, Any]]:
+        """The messages as the template gets them."""
+        n_head = len(self.messages) - len(self.turns)
+        turns = [self._inline.get(i, turn) for i, turn in enumerate(self.turns)]
+        return [*self.messages[:n_head], *turns]
+
+    def _next_prompt(self, user: dict[str, Any], options: dict[str, Any]) -> tuple[str, list[int]]:
+        template = self.llm.tokenizer.chat_template
+        same_options, self._options = options == self._options, options
+        if self._prompt is not None and template is not None:
+            suffix = self._suffix(template, self._prompt, user, options)
+            if suffix is not None:
+                self.append_only = True
+                before = self._prompt + self._answer
+                return before + suffix, self._tokens + self.llm.encode_text(suffix)
+            if same_options:
+                self.append_only = False
+        prompt = self.llm.render([*self._history(), user], **options)
+        return prompt, prompts.encode(self.llm, prompt, self.saved)
+
+    def _suffix(
+        self, template: ChatTemplate, prompt: str, user: dict[str, Any], options: dict[str, Any]
+    ) -> str | None:
+        """What the template adds behind the last answer, in the first form that it leaves alone."""
+        last = len(self.turns) - 1
+        forms = [self.turns[last]]
+        if "reasoning_content" in self.turns[last]:
+            opened = re.search(r"<think>\s*\Z", prompt)
+            for start in ("", opened[0] if opened else ""):
+                forms.append({"role": "assistant", "content": start + self._answer})
+        *earlier, _ = self._history()
+        for form in forms:
+            try:
+                suffix = append_only_suffix(
+                    template,
+                    [*earlier, form],
+                    [user],
+                    answer=self._answer,
+                    prompt=prompt,
+                    **options,
+                )
+            except TemplateError:  # some refuse reasoning inside the text
+                continue
+            if suffix is not None:
+                self._inline[last] = form
+                return suffix
+        return None
+
+    def _send(
+        self,
+        user: dict[str, Any],
+        prompt: str,
+        tokens: list[int],
+        request: Request,
+        chunks: Iterator[Chunk],
+    ) -> Iterator[Chunk]:
+        shown: list[Chunk] = []
+        try:
+            for chunk in chunks:
+                shown.append(chunk)
+                yield chunk
+        finally:
+            if shown:
+                self._remember(user, prompt, tokens, request, shown)
+
+    def _remember(
+        self,
+        user: dict[str, Any],
+        prompt: str,
+        tokens: list[int],
+        request: Request,
+        shown: Sequence[Chunk],
+    ) -> None:
+        tokenizer = self.llm.tokenizer
+        text, reasoning, calls = join_parts(shown)
+        turn: dict[str, Any] = {"role": "assistant", "content": text}
+        if reasoning:
+            turn["reasoning_content"] = reasoning
+        if sound := [call for call in calls if call.error is None]:
+            turn["tool_calls"] = [
+                {
+                    "id": call.id,
+                    "type": "function",
+                    "function": {"name": call.name, "arguments": dict(call.arguments)},
+                }
+                for call in sound
+            ]
+        turn["content"] += "".join(call.text for call in calls if call.error is not None)
+        self.turns += [user, turn]
+        ends = tokenizer.eos_token_ids
+        answer = [c.token for c in shown if c.token is not None and c.token not in ends]
+        self._answer = tokenizer.decode(answer, skip_special_tokens=False)
+        self._tokens = tokens + answer
+        # A stop text, half a character or half a marker was computed and is not part of the
+        # history: the next turn is rendered anew then.
+        written = read_answer(tokenizer, self.llm.parser(prompt, request), answer)
+        same = [part.strip() for part in written[:2]] == [text.strip(), reasoning.strip()]
+        self._prompt = prompt if same and len(written[2]) == len(calls) else None

@@ -1,0 +1,138 @@
+"""Named KV: a prompt that is computed once and gone on from many times.
+
+What a name stands for is text and its token ids. Their KV on disk makes them cheap and is not
+needed for them to be right: what of it was given up is computed again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+
+from mlxkv.base.paths import kv_dir, models_dir
+from mlxkv.checkpoint.mlxkv_json import read_record
+from mlxkv.engine.prompt import _PROBES
+from mlxkv.errors import ContextExceeded, ModelNotFound, OutputError, UsageError
+from mlxkv.kv.types import first_kv_type
+from mlxkv.prefix.disk import PageDisk
+from mlxkv.prefix.layout import packed
+from mlxkv.prefix.pages import Pages
+from mlxkv.store.refs import PathRef, locate
+
+if TYPE_CHECKING:
+    from mlxkv.llm.llm import LLM, Prompt
+    from mlxkv.saved_kv.manifest import NamedKV
+
+Progress = Callable[[int, int], None]
+
+
+def save(
+    llm: LLM, name: str, prompt: Prompt, model: str | None, on_progress: Progress | None
+) -> NamedKV:
+    """See `LLM.save_kv`."""
+    from mlxkv.saved_kv.manifest import NamedKV
+    from mlxkv.saved_kv.registry import KVNames
+
+    pages, disk = _where(llm)
+    names = KVNames(kv_dir())
+    names.check_spelling(name)
+    pinned = names.is_pinned(name)
+    text, messages, tokens = _prefix(llm, prompt)
+    if len(tokens) >= llm.context:
+        raise ContextExceeded(len(tokens), llm.context)
+    if pages.stable is not None and len(tokens) > pages.stable:
+        raise UsageError(
+            f"the prompt has {len(tokens):,} tokens; this model's KV stays the same for what "
+            f"follows up to {pages.stable:,} tokens only (its rotary embedding stretches)"
+        )
+    session = llm.session()
+    with pages.writing_through():
+        session.restore(tokens)
+        mx.eval(session.prefill(tokens, on_progress=on_progress))
+        links = session.finish()
+        pages.keep(links, named=True)
+    disk.flush()
+    keys = pages.keys_to_resume(links)
+    if missing := sum(key not in disk for key in keys):
+        raise OutputError(
+            f"the KV of {len(tokens):,} tokens does not fit {kv_dir()}: {missing} of {len(keys)} "
+            f"files were not written ({disk.refusals()}); free some with `mlxkv kv rm` and `mlxkv "
+            f"kv gc`, or raise MLXKV_KV_DISK"
+        )
+    saved = NamedKV(
+        name=name,
+        fingerprint=disk.fingerprint,
+        model=_lasting_name(model) if model else _name_of(llm),
+        n_tokens=len(tokens),
+        keys=tuple(keys),
+        text=text,
+        messages=messages,
+        tokens=packed(tokens),
+        created=time.time(),
+        pinned=pinned,
+        kv_type=first_kv_type(llm.kv_type),
+        dtype=disk.dtype,
+    )
+    names.save(saved, replace=True)
+    return saved
+
+
+def _lasting_name(model: str) -> str:
+    """A model's name as it can be used in any folder: a path is made absolute."""
+    try:
+        ref = locate(model)
+    except ModelNotFound:
+        return model
+    return str(ref.path.absolute()) if isinstance(ref, PathRef) else model
+
+
+def find(llm: LLM, name: str | NamedKV | None) -> NamedKV | None:
+    """See `LLM.saved_kv`."""
+    if name is None:
+        return None
+    from mlxkv.saved_kv.registry import KVNames
+
+    saved = KVNames(kv_dir()).load(name) if isinstance(name, str) else name
+    pages, disk = _where(llm)
+    if saved.fingerprint != disk.fingerprint:
+        raise UsageError(
+            f"{saved.name} is KV of {saved.model} ({saved.dtype}, {saved.kv_type}), and this model "
+            f"({disk.dtype}, {llm.kv_type}) has other weights, another dtype or KV format: give "
+            f"--dtype {saved.dtype} --kv-type {saved.kv_type}, or save it anew"
+        )
+    if saved.pinned:
+        pages.ram.pin(key.name for key in saved.keys)
+    return saved
+
+
+def _name_of(llm: LLM) -> str:
+    """What the model is called: its directory in the models folder, or its path."""
+    if llm.path.absolute().parent != models_dir():
+        return str(llm.path.absolute())
+    record = read_record(llm.path)
+    return record.name if record else llm.path.name
+
+
+def _where(llm: LLM) -> tuple[Pages, PageDisk]:
+    if llm.pages is None:
+        raise UsageError("this model keeps a state of its own, which cannot be saved as KV")
+    if llm.pages.disk is None:
+        raise UsageError("KV on disk is switched off: MLXKV_KV_DISK is 0")
+    return llm.pages, llm.pages.disk
+
+
+def _prefix(llm: LLM, prompt: Prompt) -> tuple[str, tuple[Any, ...] | None, list[int]]:
+    """Text, messages and token ids of what is to be saved."""
+    if isinstance(prompt, str) or not prompt or not isinstance(prompt[0], Mapping):
+        tokens = llm.encode(prompt)
+        text = prompt if isinstance(prompt, str) else llm.tokenizer.decode(tokens)
+        return text, None, tokens
+    messages = tuple(dict(message) for message in prompt)  # pyright: ignore[reportArgumentType, reportCallIssue]
+    probes = [[*messages, {"role": "user", "content": probe}] for probe in _PROBES]
+    first, second = (llm.render(probe) for probe in probes)
+    differ = (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
+    text = first[: next(differ, 0)]
+    return text, messages, llm.encode_text(text)

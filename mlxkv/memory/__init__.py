@@ -1,0 +1,1 @@
+"""What is needed, what is granted, what gives way: needs, plan, trace, budget."""

@@ -1,0 +1,218 @@
+"""Bytes that a model needs for a sequence: weights, KV, and the largest step."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from mlxkv.base import device
+from mlxkv.kv.types import STEP, CacheSpec, KVFormat
+from mlxkv.memory.trace import Held, decode_step, prefill_step
+from mlxkv.memory.types import is_allocation_failure
+from mlxkv.nn.model import CausalLM
+from mlxkv.prefix.layout import Kinds
+
+_log = logging.getLogger(__name__)
+
+
+LONGEST_TRACED = 8192
+"""Tokens of packed KV up to which steps are traced; beyond, what they hold is extrapolated."""
+
+
+def pages_bytes(limit_bytes: int, weights_bytes: int) -> int:
+    """What prefix pages may take in RAM: a quarter of what the limit leaves beside the weights.
+
+    The rest is for live caches and activations, which pages must never crowd out.
+    """
+    return max(0, limit_bytes - weights_bytes) // 4
+
+
+def page_arrays() -> int | None:
+    """How many arrays all prefix pages of the process may hold: a quarter of what there may be.
+
+    Where pages are small, tips of a few tokens, their number is reached before their bytes are.
+    """
+    limit = device.max_arrays()
+    return None if limit is None else limit // 4
+
+
+def kv_bytes(specs: Sequence[CacheSpec | None], n_tokens: int, kv: KVFormat) -> int:
+    """Bytes that the live caches of one sequence allocate at `n_tokens`."""
+    return sum(spec.nbytes(n_tokens, kv) for spec in specs if spec is not None)
+
+
+def row_bytes(specs: Sequence[CacheSpec | None], kv: KVFormat) -> int:
+    """Bytes that one token takes in all layers of one sequence while no window is full."""
+    return sum(
+        spec.n_kv_heads * (kv.row_bytes(spec.k_dim) + kv.row_bytes(spec.v_dim))
+        for spec in specs
+        if spec is not None
+    )
+
+
+@dataclass
+class Needs:
+    """What a model's sequences need beside its weights, in one KV format.
+
+    Args:
+        model: loaded or hollow.
+        kv_type: format of the KV.
+        chunk: tokens of a prompt that are computed at a time.
+    """
+
+    model: CausalLM
+    kv_type: str
+    chunk: int
+    _steps: dict[tuple[int, int, bool], Held] = field(default_factory=dict)
+
+    @cached_property
+    def specs(self) -> list[CacheSpec | None]:
+        """One per layer."""
+        return self.model.cache_specs()
+
+    @cached_property
+    def kv(self) -> KVFormat:
+        """The format, with the size of what is computed in."""
+        return KVFormat(self.kv_type, self.model.compute_dtype.size)
+
+    def kv_bytes(self, n_tokens: int) -> int:
+        """Of one sequence."""
+        return kv_bytes(self.specs, n_tokens, self.kv)
+
+    def pages_bytes(self, n_tokens: int) -> int:
+        """What the prefix pages of one sequence take: rows of all layers, window or not."""
+        return 0 if Kinds.of(self.specs) is None else row_bytes(self.specs, self.kv) * n_tokens
+
+    def step(self, n_held: int, n_new: int, *, last: bool) -> Held:
+        """What one step holds, KV included; only the KV where MLX cannot trace the model."""
+        if self.kv_type != "native" and n_held > LONGEST_TRACED and n_new <= self.chunk:
+            # The graph of attention over packed KV grows with the tokens held.
+            after = self.kv_bytes(n_held + n_new)
+            marks = self._growth_marks if n_new == 1 else self._chunk_marks
+            return Held(self.kv_bytes(n_held), after + _on_line(marks, n_held + n_new))
+        return self._traced(n_held, n_new, last)
+
+    def _traced(self, n_held: int, n_new: int, last: bool) -> Held:
+        """`step`, traced whatever its length."""
+        key = n_held, n_new, last
+        if key not in self._steps:
+            try:
+                if n_new == 1 and n_held:
+                    held = decode_step(self.model, self.kv_type, n_held)
+                else:
+                    held = prefill_step(self.model, self.kv_type, n_held, n_new, last=last)
+            except (ValueError, RuntimeError) as error:
+                _log.warning("the workspace is not known: %s", error)
+                held = Held(self.kv_bytes(n_held), self.kv_bytes(n_held + n_new))
+                if is_allocation_failure(error):
+                    return held  # another time it may be
+            self._steps[key] = held
+        return self._steps[key]
+
+    def _steps_to(self, n_tokens: int) -> list[tuple[int, Held]]:
+        """Tokens held before, and the steps of a prompt of that length that hold the most."""
+        chunk = min(self.chunk, n_tokens)
+        start = (n_tokens - 1) // chunk * chunk  # of the last chunk, whose logits are wanted
+        steps = [(start, self.step(start, n_tokens - start, last=True))]
+        grows = (n_tokens - 1) // STEP * STEP  # where the caches grow for the last time
+        for held in sorted({0, grows // chunk * chunk, start - chunk} & set(range(start))):
+            steps.append((held, self.step(held, chunk, last=False)))
+        for held in sorted({grows, n_tokens - 1} - {0}):
+            steps.append((held, self.step(held, 1, last=True)))
+        return steps
+
+    def held(self, n_tokens: int) -> Held:
+        """The step of a sequence of `n_tokens` that holds the most."""
+        return max((held for _, held in self._steps_to(n_tokens)), key=lambda held: held.peak)
+
+    def peak(self, n_tokens: int, pages_limit: int) -> int:
+        """Of KV, computation and prefix pages of one sequence."""
+
+        def pages(n: int) -> int:
+            return min(self.pages_bytes(n), pages_limit)
+
+        during = max(held.peak + pages(n_held) for n_held, held in self._steps_to(n_tokens))
+        return max(during, self.kv_bytes(n_tokens) + pages(n_tokens))
+
+    def total(self, n_tokens: int, sequences: int) -> int:
+        """KV and workspace at `n_tokens` a sequence; the workspace between two lengths."""
+        return self.kv_bytes(n_tokens) * sequences + self._workspace(n_tokens)
+
+    def _workspace(self, n_tokens: int) -> int:
+        """What chunks and the growth of caches take grows in straight lines between the marks."""
+        return max(_on_line(self._chunk_marks, n_tokens), _on_line(self._growth_marks, n_tokens))
+
+    @cached_property
+    def _chunk_marks(self) -> list[tuple[int, int]]:
+        """(tokens, workspace) of the last chunk of a prompt.
+
+        Prompts of one chunk come first: what they take grows with more than their length.
+        """
+        marks = []
+        for n in (*self._first_chunks, *self._contexts(2 * self._unit)):
+            n_new = min(n, self.chunk)
+            held = self._traced(n - n_new, n_new, last=True)
+            marks.append((n, held.peak - self.kv_bytes(n)))
+        return marks
+
+    @cached_property
+    def _growth_marks(self) -> list[tuple[int, int]]:
+        """(tokens, workspace) of single tokens for which all caches grow; the first copies none."""
+        marks = []
+        for n in (0, *self._contexts(2 * STEP)):
+            held = self._traced(n, 1, last=True)
+            marks.append((n + 1, held.peak - self.kv_bytes(n + 1)))
+        return marks
+
+    @property
+    def _unit(self) -> int:
+        """A chunk, up to the next step of the caches."""
+        return STEP * -(-self.chunk // STEP)
+
+    @property
+    def _first_chunks(self) -> list[int]:
+        """Lengths of prompts of one chunk."""
+        n_steps = self._unit // STEP
+        return [STEP << i for i in range((n_steps - 1).bit_length())] + [self._unit]
+
+    def _contexts(self, short: int) -> tuple[int, int, int]:
+        """A short context, and two beyond it, the chunk and every window; where caches grow."""
+        window = max((spec.window or 0 for spec in self.specs if spec is not None), default=0)
+        unit = self._unit
+        long = unit * -(-max(2048, short + 1, window + 2 * unit) // unit)
+        # Where the graph grows with the tokens held the next is no further away than it must be.
+        longer = 2 * long if self.kv_type == "native" else long + max(2048, unit)
+        return short, long, longer
+
+    def longest(self, room_bytes: int, sequences: int) -> int:
+        """The longest context whose KV and workspace find room."""
+        return _largest(lambda n: self.total(n, sequences) <= room_bytes)
+
+    def least(self, n_tokens: int) -> int:
+        """KV and the workspace of single tokens: what a sequence needs if all else gives way."""
+        return self.kv_bytes(n_tokens) + _on_line(self._growth_marks, n_tokens)
+
+    def most_tokens(self, room_bytes: int) -> int:
+        """The longest sequence for which there is room if all else gives way."""
+        return _largest(lambda n: self.least(n) <= room_bytes)
+
+
+def _largest(fits: Callable[[int], bool]) -> int:
+    """The largest number that fits, 0 for none; all below it do."""
+    low, high = 0, 2**30
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+def _on_line(marks: Sequence[tuple[int, int]], x: int) -> int:
+    """The height at x of the line through points in order of x; level before the first.
+
+    Behind the last it goes on as between the last two.
+    """
+    at = max(1, sum(n < x for n, _ in marks[:-1]))
+    (low, at_low), (high, at_high) = marks[at - 1 : at + 1]
+    return max(0, at_low + (at_high - at_low) * (max(x, low) - low) // (high - low))

@@ -1,0 +1,175 @@
+"""What a model needs before anything of it is loaded: from config.json and file headers alone.
+
+    KV bytes = sum over layers of
+        n_kv_heads * (k_dim + v_dim) * bytes per value * min(tokens up to the next 256, window)
+
+KV heads, not attention heads; a sliding layer stops at its window; a layer that shares another's
+KV stores nothing. What prefill and decode hold beside that is found by tracing them (`workspace`).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from mlxkv.base import device
+from mlxkv.base.device import default_chunk
+from mlxkv.kv.types import KV_TYPES, CacheSpec, KVFormat
+from mlxkv.memory.needs import Needs, pages_bytes, row_bytes
+from mlxkv.nn.model import CausalLM
+
+
+@dataclass(frozen=True, slots=True)
+class LayerKind:
+    """Layers that store the same KV.
+
+    Args:
+        spec: of one of them.
+        n_layers: how many there are.
+        row_bytes: what one token takes in one of them.
+        n_rows: tokens that each has room for at the plan's context.
+        nbytes: of all of them together, for all sequences.
+    """
+
+    spec: CacheSpec
+    n_layers: int
+    row_bytes: int
+    n_rows: int
+    nbytes: int
+
+    @property
+    def name(self) -> str:
+        """`full`, or `window 512`."""
+        return "full" if self.spec.window is None else f"window {self.spec.window:,}"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Bytes that a model, its live caches and its computations take.
+
+    Args:
+        weights_bytes: all weights, in the dtype they are computed in.
+        kv_bytes: the caches of all sequences at `context` tokens.
+        kv_bytes_per_token: what one more token takes in one sequence while no window is full.
+        workspace_bytes: what prefill or decode hold beside both at the most.
+        cache_bytes: freed buffers that MLX's allocator may keep beside it; given back where there
+            is need, so not in the total.
+        pages_bytes: what prefix pages take in RAM beside it; they make room for everything else.
+        peak_bytes: what MLX's peak memory will read after one sequence of `context` tokens.
+        context: tokens a sequence.
+        sequences: how many of them.
+        chunk: tokens of a prompt that are computed at a time.
+        kv_type: format of the KV.
+        limit_bytes: what the machine, or the caller, allows.
+        max_context: the longest context that fits for `sequences`, 0 if not even the weights do.
+        max_contexts: the same for every KV format.
+        layers: the layers that store KV, by kind.
+        curves: KV format -> (tokens a sequence, total bytes).
+        specs: one per layer.
+    """
+
+    weights_bytes: int
+    kv_bytes: int
+    kv_bytes_per_token: int
+    workspace_bytes: int
+    cache_bytes: int
+    pages_bytes: int
+    peak_bytes: int
+    context: int
+    sequences: int
+    chunk: int
+    kv_type: str
+    limit_bytes: int
+    max_context: int
+    max_contexts: Mapping[str, int]
+    layers: tuple[LayerKind, ...]
+    curves: Mapping[str, tuple[tuple[int, int], ...]]
+    specs: tuple[CacheSpec | None, ...]
+
+    @property
+    def total_bytes(self) -> int:
+        """Weights, KV and workspace: what has to find room."""
+        return self.weights_bytes + self.kv_bytes + self.workspace_bytes
+
+    @property
+    def fits(self) -> bool:
+        """Whether the total stays under the limit."""
+        return self.total_bytes <= self.limit_bytes
+
+    @property
+    def formula(self) -> str:
+        """How the KV bytes come about, with the numbers in it."""
+        kinds = [
+            f"{kind.n_layers} x {kind.spec.n_kv_heads} x {kind.row_bytes} B x {kind.n_rows:,}"
+            for kind in self.layers
+        ]
+        return f"{self.sequences} x ({' + '.join(kinds) or '0'}) = {self.kv_bytes:,} B"
+
+
+def plan_model(
+    model: CausalLM,
+    *,
+    weights_bytes: int,
+    context: int,
+    sequences: int,
+    kv_type: str,
+    limit: int,
+    chunk: int | None = None,
+) -> Plan:
+    """The arithmetic of `plan`, on a model that is loaded or hollow."""
+    needs = {
+        name: Needs(model, name, chunk or default_chunk())
+        for name in dict.fromkeys((kv_type, *KV_TYPES))
+    }
+    own = needs[kv_type]
+    held = own.held(context)
+    kv_total = own.kv_bytes(context) * sequences
+    workspace = max(0, held.peak - own.kv_bytes(context))
+    room = limit - weights_bytes
+    longest = {name: need.longest(room, sequences) for name, need in needs.items()}
+    return Plan(
+        weights_bytes=weights_bytes,
+        kv_bytes=kv_total,
+        kv_bytes_per_token=row_bytes(own.specs, own.kv),
+        workspace_bytes=workspace,
+        cache_bytes=min(workspace, device.allocator_keeps()),
+        pages_bytes=min(own.pages_bytes(context), pages_bytes(limit, weights_bytes)),
+        peak_bytes=weights_bytes + own.peak(context, pages_bytes(limit, weights_bytes)),
+        context=context,
+        sequences=sequences,
+        chunk=own.chunk,
+        kv_type=kv_type,
+        limit_bytes=limit,
+        max_context=longest[kv_type],
+        max_contexts={name: longest[name] for name in KV_TYPES},
+        layers=_layer_kinds(own.specs, own.kv, context, sequences),
+        curves={
+            name: tuple(
+                (n, weights_bytes + needs[name].total(n, sequences)) for n in _marks(context)
+            )
+            for name in KV_TYPES
+        },
+        specs=tuple(own.specs),
+    )
+
+
+def _marks(context: int, n_marks: int = 32) -> list[int]:
+    """Contexts to draw a curve by."""
+    return sorted({max(1, context * i // n_marks) for i in range(1, n_marks + 1)})
+
+
+def _layer_kinds(
+    specs: Sequence[CacheSpec | None], kv: KVFormat, context: int, sequences: int
+) -> tuple[LayerKind, ...]:
+    counts = Counter(spec for spec in specs if spec is not None and not spec.opaque)
+    return tuple(
+        LayerKind(
+            spec,
+            n,
+            kv.row_bytes(spec.k_dim) + kv.row_bytes(spec.v_dim),
+            spec.n_rows(context),
+            n * spec.nbytes(context, kv) * sequences,
+        )
+        for spec, n in counts.items()
+    )

@@ -1,0 +1,146 @@
+"""What a step can hold in memory at the most, from a model's shapes alone.
+
+`workspace` traces a step: exact, and up to a third of a second for a long chunk. Where more than
+this bound is free, nothing has to be known that precisely.
+
+    2 KV after the step                              caches that grow are copied, layer by layer
+    + 4 B * 4 * H * n * S                            scores, where no kernel is fused
+    + 4 B * 2 * H * S * (k_dim + v_dim)              keys and values of all heads, unpacked
+    + 4 B * 4 * n * W                                activations
+    + 4 B * 2 * V                                    logits
+    + 4 B * weights of one layer and of the head     dequantized, on the CPU backend
+
+n tokens behind h; S keys, h + n or what the longest window leaves of them; H query heads; W the sum
+of what the products of the widest layer give for a token, experts as often as they are chosen.
+Bytes are those of float32, whatever is computed in. `tests/test_step_bound.py` holds it against the
+trace of every family.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+from math import prod
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlxkv.base import device
+from mlxkv.kv.types import CacheSpec, KVFormat, ceil_step
+from mlxkv.nn.model import CausalLM
+from mlxkv.nn.moe import GatedExperts
+
+FLOAT = 4
+BASE_BYTES = 2**26
+"""For what goes on beside the step: pages that are cut, a sampler's arrays, masks and positions."""
+_LAYER = re.compile(r"layers\.(\d+)\.")
+
+
+@dataclass(frozen=True, slots=True)
+class StepBound:
+    """The bound for one model.
+
+    Args:
+        specs: one per layer.
+        itemsize: bytes per value that is computed in.
+        n_heads: query heads.
+        width: values that the products of the widest layer give for a token.
+        vocab_size: of the logits.
+        unpacked: values of weights that are dequantized at a time.
+    """
+
+    specs: tuple[CacheSpec, ...]
+    itemsize: int
+    n_heads: int
+    width: int
+    vocab_size: int
+    unpacked: int
+
+    @classmethod
+    def of(cls, model: CausalLM) -> StepBound | None:
+        """None for mlx-lm's definitions: they may keep something else than keys and values."""
+        specs = tuple(spec for spec in model.cache_specs() if spec is not None)
+        n_heads = getattr(model.config, "num_attention_heads", None)
+        if not isinstance(n_heads, int) or any(spec.opaque for spec in specs):
+            return None
+        widths, values = _layers(model)
+        return cls(
+            specs,
+            model.compute_dtype.size,
+            n_heads,
+            max(widths.values(), default=0) + widths[""],
+            model.config.vocab_size,
+            max(values.values(), default=0) + values[""],
+        )
+
+    def __call__(self, kv_type: str, n_held: int, n_new: int) -> int:
+        """Bytes of KV and computation during a step of `n_new` tokens behind `n_held`."""
+        kv = KVFormat(kv_type, self.itemsize)
+        after = ceil_step(n_held + n_new)
+        windows = [spec.window for spec in self.specs]
+        n_keys = after
+        if windows and None not in windows:
+            n_keys = min(after, max(window or 0 for window in windows) + n_new)
+        row = max((spec.k_dim + spec.v_dim for spec in self.specs), default=0)
+        values = (
+            4 * self.n_heads * n_new * n_keys
+            + 2 * self.n_heads * n_keys * row
+            + 4 * n_new * self.width
+            + 2 * self.vocab_size
+            + self.unpacked
+        )
+        held = sum(spec.nbytes(n_held + n_new, kv) for spec in self.specs)
+        # A window's cache holds a whole chunk beside its window until the next update.
+        surplus = sum(
+            spec.n_kv_heads * (kv.row_bytes(spec.k_dim) + kv.row_bytes(spec.v_dim)) * n_new
+            for spec in self.specs
+            if spec.window is not None
+        )
+        return BASE_BYTES + 2 * (held + surplus) + FLOAT * values
+
+
+def _layers(model: CausalLM) -> tuple[Counter[str], Counter[str]]:
+    """Values that its products take and give for a token, and values of its packed weights.
+
+    By layer; what is in no layer stands under "".
+    """
+    modules = dict(model.named_modules())
+    experts = {path for path, module in modules.items() if isinstance(module, GatedExperts)}
+    widths: Counter[str] = Counter()
+    values: Counter[str] = Counter()
+    for path, module in modules.items():
+        if not isinstance(weight := module.get("weight"), mx.array):
+            continue
+        found = _LAYER.search(f"{path}.")
+        layer = found[1] if found else ""
+        if weight.ndim < 2:  # a norm
+            widths[layer] += weight.size
+            continue
+        *leading, n_out, _ = weight.shape
+        n_in, n_matrices = _n_in(module), prod(leading)
+        is_expert = path.rpartition(".")[0] in experts
+        # Of an embedding a token gets a row; the head answers the last token alone.
+        is_head = path.endswith("lm_head")
+        is_table = isinstance(module, nn.Embedding | nn.QuantizedEmbedding)
+        gives = 0 if is_head or is_table else n_out
+        times = _n_chosen(model, n_matrices) if is_expert else n_matrices
+        widths[layer] += times * (n_in + gives)
+        if "scales" in module and device.on_cpu():  # experts one at a time
+            values[layer] += (1 if is_expert else n_matrices) * n_out * n_in
+    return widths, values
+
+
+def _n_in(module: nn.Module) -> int:
+    """Values in a row of a weight, packed or not."""
+    n = module["weight"].shape[-1]
+    return n * 32 // module.bits if "scales" in module else n
+
+
+def _n_chosen(model: CausalLM, n_experts: int) -> int:
+    """Experts of a token; all of them where the config does not say."""
+    for owner in (model.config, getattr(model.config, "moe", None)):
+        for name in ("num_experts_per_tok", "top_k_experts"):
+            if isinstance(n := getattr(owner, name, None), int):
+                return n
+    return n_experts

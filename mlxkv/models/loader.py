@@ -1,0 +1,311 @@
+"""A model directory -> a model.
+
+Every tensor is accounted for: what a checkpoint lacks, or has too much, is an error that lists
+it. Weights stay lazy until they are in place, so the peak is the model and one layer's transient.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+
+from mlxkv.base import device
+from mlxkv.base.stepwise import finished
+from mlxkv.base.units import human_bytes
+from mlxkv.checkpoint.config import read_config, text_config
+from mlxkv.checkpoint.quantization import Quantization
+from mlxkv.checkpoint.weights import Weights, open_weights, skipped_text
+from mlxkv.errors import OutOfMemory, UnsupportedModel, UsageError, WeightsError
+from mlxkv.models import family_for
+from mlxkv.nn.layers import Prepared
+from mlxkv.nn.linear import QuantizedEmbedding, split_products
+from mlxkv.nn.model import CausalLM
+
+DTYPES: dict[str, mx.Dtype] = {
+    "float32": mx.float32,
+    "float16": mx.float16,
+    "bfloat16": mx.bfloat16,
+}
+"""Names of the dtypes that a model can compute in."""
+STEP_BYTES = 64 << 20
+"""Weights that are read at a time, where they are not a block's that is fused."""
+
+
+_log = logging.getLogger("mlxkv")
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A model and the lazy weights that belong into it: nothing of either is in memory yet.
+
+    Args:
+        model: built and packed, with placeholder weights.
+        weights: by name, in the dtype they will be computed in.
+        dtype: what is computed in.
+    """
+
+    model: CausalLM
+    weights: dict[str, mx.array]
+    dtype: mx.Dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the weights will take."""
+        return sum(array.nbytes for array in self.weights.values())
+
+    def settle_dtype(self) -> None:
+        """Tell the model what it computes in: packed weights do not show it."""
+        self.model.compute_dtype = self.dtype
+        for module in self.model.modules():
+            if isinstance(module, QuantizedEmbedding):
+                module.compute_dtype = self.dtype
+
+
+def lay_out(
+    path: str | Path, dtype: mx.Dtype | str = "auto", *, headers_only: bool = False
+) -> Layout:
+    """Find out what a model directory loads as; arguments and errors as for `load_model`.
+
+    Args:
+        path: see `load_model`.
+        dtype: see `load_model`.
+        headers_only: the files hold headers and no weights. A tied model's own head then counts:
+            whether it is a copy, which loading drops, is known from the weights alone, and a
+            sum must not come out smaller than what will be needed.
+    """
+    compute_dtype(dtype, mx.float32)
+    path = Path(path)
+    raw = read_config(path)
+    source = str(path / "config.json")
+    family = family_for(raw, source)
+    config = family.config(raw, source)
+    weights = open_weights(path)
+    kept, skipped = family.remap(weights.arrays(), config)
+    if skipped:
+        _log.info("%s: left out %s", path, skipped_text(skipped))
+    config = with_own_head(config, kept, compare=not headers_only)
+    model = family.build(config)
+    root = model.weights_root()
+    quantization = Quantization.from_config(text_config(raw), source)
+    pack_modules(root, kept, quantization, source)
+    check_names(root, kept, path)
+    target = compute_dtype(dtype, checkpoint_dtype(raw, weights))
+    exact = _scale_dtypes(kept, target)
+    if not model.mixes_dtypes and mx.float32 in exact.values():
+        target, exact = mx.float32, {}
+    cast = {
+        name: array if model.keeps_dtype(name) else _cast(array, exact.get(name, target))
+        for name, array in kept.items()
+    }
+    return Layout(model, cast, target)
+
+
+def load_model(
+    path: str | Path, dtype: mx.Dtype | str = "auto", limit_bytes: int | None = None
+) -> CausalLM:
+    """Load a model without its tokenizer.
+
+    Args:
+        path: a directory with config.json and safetensors.
+        dtype: what to compute in; "auto" is float32 on the CPU backend, else the checkpoint's.
+        limit_bytes: what the weights may take; None for no limit.
+
+    Returns:
+        `model(tokens [B, L], caches=None) -> logits [B, L, V]`.
+
+    Raises:
+        ModelNotFound: no such directory.
+        CheckpointError: the files are damaged or do not fit together (ConfigError, WeightsError,
+            UnsupportedModel say how).
+        OutOfMemory: the weights are over the limit; nothing of them was loaded.
+    """
+    return finished(loading(path, dtype, limit_bytes))
+
+
+def loading(
+    path: str | Path, dtype: mx.Dtype | str = "auto", limit_bytes: int | None = None
+) -> Generator[None, None, CausalLM]:
+    """`load_model` in steps, each of a block or of `STEP_BYTES`."""
+    if not device.can_compile():
+        mx.disable_compile()
+    layout = lay_out(path, dtype)
+    yield
+    if limit_bytes is not None and layout.nbytes > limit_bytes:
+        raise OutOfMemory(
+            f"{path}: its weights take {human_bytes(layout.nbytes)} and the limit is "
+            f"{human_bytes(limit_bytes)}; use a quantized model (`mlxkv convert --quantize "
+            f"affine4`) or raise --memory"
+        )
+    model = layout.model
+    model.weights_root().update(tree_unflatten(list(layout.weights.items())))
+    # A lazy array keeps what it is made of alive: only the model may hold them from here on.
+    layout.weights.clear()
+    layout.settle_dtype()
+    model.eval()
+    yield from _settling(model)
+    return model
+
+
+def checkpoint_dtype(raw: Mapping[str, Any], weights: Weights) -> mx.Dtype:
+    """The dtype that a checkpoint was made for: that of 16-bit affine scales, if it has any, else
+    what its config says, else most of its bytes.
+
+    A converter may have cast everything and left the config as it was, and the other 16-bit dtype
+    does not hold the scales. float32 scales do not decide: beside bfloat16 values they hold the
+    float16 scales of a GGUF file.
+    """
+    of_scales = _scales_of(weights).dtype
+    if of_scales != mx.float32:
+        return of_scales
+    config = text_config(raw)
+    named = config.get("torch_dtype") or config.get("dtype")
+    return DTYPES.get(named, weights.dtype) if isinstance(named, str) else weights.dtype
+
+
+def _scales_of(weights: Weights) -> Weights:
+    return Weights({k: info for k, info in weights.infos.items() if k.endswith(".scales")})
+
+
+def _scale_dtypes(weights: Mapping[str, mx.array], target: mx.Dtype) -> dict[str, mx.Dtype]:
+    """What affine scales and biases are kept in: the target if it holds them, else float32.
+
+    float16 and bfloat16 do not hold each other's values. Scales in the dtype of the file would all
+    be cast to float32 in every product.
+    """
+    exact: dict[str, mx.Dtype] = {}
+    for name, array in weights.items():
+        module, _, kind = name.rpartition(".")
+        scales = weights.get(f"{module}.scales")
+        if kind in ("scales", "biases") and scales is not None and _is_float(scales):
+            exact[name] = target if array.dtype == target else mx.float32
+    return exact
+
+
+def compute_dtype(dtype: mx.Dtype | str, checkpoint: mx.Dtype) -> mx.Dtype:
+    """What a model computes in.
+
+    Raises:
+        UsageError: not "auto" and not one of `DTYPES`.
+    """
+    if dtype == "auto":
+        return device.default_dtype(checkpoint)
+    if isinstance(dtype, mx.Dtype) and dtype in DTYPES.values():
+        return dtype
+    if isinstance(dtype, str) and dtype in DTYPES:
+        return DTYPES[dtype]
+    raise UsageError(f"dtype must be one of auto, {', '.join(DTYPES)}; got {dtype!r}")
+
+
+def with_own_head(config: Any, weights: dict[str, mx.array], *, compare: bool = True) -> Any:
+    """A config that says "tied" beside a head of its own: the head counts, unless it is a copy.
+
+    transformers 5 decides the same way. Drops a copied head from `weights`; without `compare`
+    nothing is read, and every head counts as one of its own.
+    """
+    if "lm_head.weight" not in weights or not config.tie_word_embeddings:
+        return config
+    head, embedding = weights["lm_head.weight"], weights.get("model.embed_tokens.weight")
+    if (
+        compare
+        and embedding is not None
+        and head.shape == embedding.shape
+        and head.dtype == embedding.dtype
+        and "lm_head.scales" not in weights
+        and mx.array_equal(head, embedding).item()
+    ):
+        del weights["lm_head.weight"]
+        return config
+    return dataclasses.replace(config, tie_word_embeddings=False)
+
+
+def pack_modules(
+    root: nn.Module, weights: Mapping[str, Any], quantization: Quantization | None, source: str
+) -> None:
+    """Turn the modules whose weights are packed into their quantized kind.
+
+    Raises:
+        UnsupportedModel: packed weights, and the config does not say how.
+    """
+    packed = {name.removesuffix(".scales") for name in weights if name.endswith(".scales")}
+    if not packed:
+        return
+    if quantization is None:
+        raise UnsupportedModel(f"{source}: key 'quantization' is missing and weights are packed")
+
+    def kind(path: str, module: nn.Module) -> bool | dict[str, Any]:
+        if path not in packed or not hasattr(module, "to_quantized"):
+            return False
+        entry = quantization.at(path) or quantization.default
+        if module["weight"].shape[-1] % entry.group_size:
+            raise WeightsError(
+                f"{source}: {path} has rows of {module['weight'].shape[-1]}, which groups of "
+                f"{entry.group_size} do not divide"
+            )
+        return entry.to_dict()
+
+    nn.quantize(root, class_predicate=kind)
+
+
+def check_names(root: nn.Module, weights: Mapping[str, mx.array], where: Path) -> None:
+    """Hold a checkpoint's names and shapes against the model's.
+
+    Raises:
+        WeightsError: lists what is missing, unknown, or of another shape.
+    """
+    expected = dict(tree_flatten(root.parameters()))
+    missing, unknown = expected.keys() - weights.keys(), weights.keys() - expected.keys()
+    if missing:
+        raise WeightsError(f"{where}: {_listed(missing)} missing from the weights")
+    if unknown:
+        raise WeightsError(f"{where}: {_listed(unknown)} not known to this architecture")
+    for name in sorted(expected):
+        want, got = expected[name], weights[name]
+        if want.shape != got.shape:
+            raise WeightsError(
+                f"{where}: tensor {name} has shape {list(got.shape)}; config.json makes it "
+                f"{list(want.shape)}"
+            )
+        if want.dtype != got.dtype and not (_is_float(want) and _is_float(got)):
+            kind = "a floating dtype" if _is_float(want) else want.dtype
+            raise WeightsError(f"{where}: tensor {name} is {got.dtype}; it must be {kind}")
+
+
+def _listed(names: Iterable[str]) -> str:
+    names = sorted(names)
+    shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+    return f"{len(names)} tensor{'s' if len(names) > 1 else ''} ({shown})"
+
+
+def _is_float(array: mx.array) -> bool:
+    return mx.issubdtype(array.dtype, mx.floating)
+
+
+def _cast(array: mx.array, dtype: mx.Dtype) -> mx.array:
+    return array.astype(dtype) if _is_float(array) else array
+
+
+def _settling(model: nn.Module) -> Iterator[None]:
+    """Bring the weights into memory, block by block so that a fused copy is one block's."""
+    # No list of all modules: it would keep the parts of a fused projection alive to the end.
+    for module in [m for m in model.modules() if isinstance(m, Prepared)]:
+        module.prepare()
+        mx.eval(module.parameters())
+        yield
+    n_bytes = 0
+    for _, array in tree_flatten(model.parameters()):
+        mx.eval(array)
+        n_bytes += cast(mx.array, array).nbytes
+        if n_bytes >= STEP_BYTES:
+            n_bytes = 0
+            yield
+        del array
+    split_products(model)
+    mx.clear_cache()

@@ -1,0 +1,373 @@
+"""Attention over what a cache returns: the one function that all families call."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from mlxkv.base import device
+from mlxkv.kv.layout import Mask, windowed_mask
+from mlxkv.kv.storage import KV, QuantizedRows, Ragged, dense_both
+from mlxkv.nn.layers import soft_cap
+
+SPLIT_QUERIES = 64
+"""Queries from which a chunk's attention is divided over the cores of the CPU backend."""
+SPLIT_KEYS = 2048
+"""Keys from which one query's KV heads are."""
+BLOCK = 512
+"""Packed keys that are unpacked at a time on the CPU backend."""
+FLOAT16_SHRINK = 64.0
+"""Divisor of float16 scores that have no scale: up to 4 million they stay in its range."""
+
+
+def attend(
+    q: mx.array,
+    k: KV,
+    v: KV,
+    scale: float,
+    mask: Mask = None,
+    sinks: mx.array | None = None,
+    softcap: float | None = None,
+) -> mx.array:
+    """softmax(scale * q k^T + mask) v, each KV head serving H / Hk query heads.
+
+    Args:
+        q: `[B, H, L, k_dim]`.
+        k: `[B, Hk, S, k_dim]`, packed or not; of sequences that differ, for one query each.
+        v: `[B, Hk, S, v_dim]`, in the keys' form.
+        scale: factor on the scores.
+        mask: None, `"causal"` (aligned at the end), or bool `[L, S]`, true where visible; no query
+            sees what lies behind it. For one query a row also bool `[B, 1, 1, S]`.
+        sinks: one logit per head that takes part in the softmax and has no value, `[H]`.
+        softcap: bound of the scores, `c * tanh(score / c)`, before the mask.
+
+    Returns:
+        `[B, H, L, v_dim]`.
+    """
+    if isinstance(k, QuantizedRows):
+        assert isinstance(v, QuantizedRows)
+        return _attend_packed(q, k, v, scale, mask, sinks, softcap)
+    if isinstance(k, Ragged):
+        assert isinstance(v, Ragged) and mask is None
+        return _attend_ragged(q, k, v, scale, sinks, softcap)
+    assert isinstance(v, mx.array)
+    if softcap is not None:
+        return _attend_capped(q, k, v, scale, mask, softcap)
+    B, H, L, D = q.shape
+    n_kv_heads = k.shape[1]
+    if L == 1 and not isinstance(mask, str) and H != n_kv_heads and device.on_cpu():
+        # The heads that share a KV head are one product's rows: K and V are read once, not H/Hk
+        # times. Metal's kernel for single queries does this by itself.
+        rows = q.reshape(B, n_kv_heads, H // n_kv_heads, D)
+        if sinks is not None:
+            sinks = sinks.reshape(n_kv_heads, H // n_kv_heads, 1)
+        return _attend_one(rows, k, v, scale, sinks, mask).reshape(B, H, 1, v.shape[-1])
+    if L >= SPLIT_QUERIES and mask is not None and device.on_cpu():
+        return _attend_on_all_cores(q, k, v, scale, mask, sinks)
+    return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask, sinks=sinks)
+
+
+def _attend_one(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    scale: float,
+    sinks: mx.array | None,
+    mask: mx.array | None,
+) -> mx.array:
+    """One query's heads `[B, Hk, H / Hk, D]`; with many keys, the KV heads on several cores.
+
+    Sinks are `[Hk, H / Hk, 1]`, a mask `[B, 1, 1, S]`.
+    """
+    H, n_keys, streams = k.shape[1], k.shape[0] * k.shape[2], device.core_streams()
+    n = min(H, len(streams)) if n_keys >= SPLIT_KEYS else 1
+    if n < 2:
+        return _attend_rows(q, k, v, scale, sinks, mask)
+    parts = []
+    bounds = itertools.pairwise(H * i // n for i in range(n + 1))
+    for stream, (i, j) in zip(streams[:n], bounds, strict=True):
+        with mx.stream(stream):
+            part = None if sinks is None else sinks[i:j]
+            parts.append(_attend_rows(q[:, i:j], k[:, i:j], v[:, i:j], scale, part, mask))
+    return mx.concatenate(parts, axis=1)
+
+
+def _attend_rows(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    scale: float,
+    sinks: mx.array | None,
+    mask: mx.array | None,
+) -> mx.array:
+    if sinks is None:
+        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
+    # MLX knows sinks per head, and here the rows are the heads.
+    scores = (q * scale) @ k.swapaxes(-1, -2)
+    if mask is not None:
+        scores = mx.where(mask, scores, mx.finfo(scores.dtype).min)
+    sinks = mx.broadcast_to(sinks.astype(q.dtype), (*scores.shape[:-1], 1))
+    weights = mx.softmax(mx.concatenate([scores, sinks], axis=-1), axis=-1, precise=True)
+    return weights[..., :-1] @ v
+
+
+def _attend_ragged(
+    q: mx.array,
+    k: Ragged,
+    v: Ragged,
+    scale: float,
+    sinks: mx.array | None,
+    softcap: float | None,
+) -> mx.array:
+    """One query of each of several sequences, each over keys of its own."""
+    if k.order is not None:
+        q = mx.take(q, k.order.rows, axis=0)
+    outs, start = [], 0
+    for own_k, own_v, mask in zip(k.parts, v.parts, k.masks, strict=True):
+        stop = start + own_k.shape[0]
+        rows = q if len(k.parts) == 1 else q[start:stop]
+        outs.append(attend(rows, own_k, own_v, scale, mask, sinks, softcap))
+        start = stop
+    out = outs[0] if len(outs) == 1 else mx.concatenate(outs)
+    return out if k.order is None else mx.take(out, k.order.back, axis=0)
+
+
+def _attend_on_all_cores(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    scale: float,
+    mask: mx.array | str,
+    sinks: mx.array | None,
+) -> mx.array:
+    """A chunk's queries divided over the cores of the CPU backend, which uses one for a softmax.
+
+    No part but the last computes the keys that lie behind all of its queries.
+    """
+    L, S = q.shape[2], k.shape[2]
+    streams = device.core_streams()
+    bounds = [L * i // len(streams) for i in range(len(streams) + 1)]
+    parts = []
+    for stream, (start, stop) in zip(streams, itertools.pairwise(bounds), strict=True):
+        seen = S - L + stop
+        parts.append(
+            mx.fast.scaled_dot_product_attention(
+                q[:, :, start:stop],
+                k[:, :, :seen],
+                v[:, :, :seen],
+                scale=scale,
+                mask=mask if isinstance(mask, str) else mask[start:stop, :seen],
+                sinks=sinks,
+                stream=stream,
+            )
+        )
+    return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2)
+
+
+def _attend_capped(
+    q: mx.array, k: mx.array, v: mx.array, scale: float, mask: Mask, softcap: float
+) -> mx.array:
+    B, H, L, D = q.shape
+    Hk, S = k.shape[1], k.shape[2]
+    q = (q * scale).reshape(B, Hk, H // Hk, L, D)
+    scores = q @ mx.expand_dims(k, 2).swapaxes(-1, -2)  # [B, Hk, H / Hk, L, S]
+    scores = soft_cap(scores, softcap)
+    if isinstance(mask, str):
+        mask = windowed_mask(L, S - L, S)
+    if mask is not None:
+        if mask.ndim == 4:
+            mask = mask[:, None]
+        scores = mx.where(mask, scores, mx.finfo(scores.dtype).min)
+    weights = mx.softmax(scores, axis=-1, precise=True)
+    return (weights @ mx.expand_dims(v, 2)).reshape(B, H, L, v.shape[-1])
+
+
+def _attend_packed(
+    q: mx.array,
+    k: QuantizedRows,
+    v: QuantizedRows,
+    scale: float,
+    mask: Mask,
+    sinks: mx.array | None,
+    softcap: float | None,
+) -> mx.array:
+    """Attention over packed keys and values: one query's is a product on the codes themselves."""
+    B, H, L, D = q.shape
+    on_cpu = device.on_cpu()
+    if L > 1 and not on_cpu:
+        # One layer's KV at a time in the dtype that is computed in: what a model's native KV takes,
+        # divided by its layers. Its kernels are then those of native KV.
+        return attend(q, *dense_both(k, v), scale, mask, sinks, softcap)
+    Hk, dtype = k.shape[1], q.dtype
+    if on_cpu:  # a product of 16-bit numbers is summed in 16 bits there
+        q = q.astype(mx.float32)
+    if sinks is not None:
+        sinks = sinks.reshape(1, Hk, H // Hk, 1, 1)
+    if L > 1:
+        rows = (q * scale).reshape(B, Hk, H // Hk, L, D)
+        out = _attend_blocks(rows, k, v, mask, sinks, softcap)
+        return out.reshape(B, H, L, v.dim).astype(dtype)
+    # Norms may stand in for a scale, and then a product may leave float16's range.
+    shrink = FLOAT16_SHRINK if q.dtype == mx.float16 and scale >= 1 else 1.0
+    if scale != shrink:
+        q = q * (scale / shrink)
+    seen = mask if isinstance(mask, mx.array) else None  # the last query sees every key before it
+    out = _attend_codes(q.reshape(B, Hk, H // Hk, D), k, v, sinks, softcap, seen, shrink)
+    return out.reshape(B, H, 1, v.dim).astype(dtype)
+
+
+def _attend_codes(
+    q: mx.array,
+    k: QuantizedRows,
+    v: QuantizedRows,
+    sinks: mx.array | None,
+    softcap: float | None,
+    mask: mx.array | None = None,
+    shrink: float = 1.0,
+) -> mx.array:
+    """One query's heads over the codes, with nothing unpacked and no scale cast.
+
+    The softmax sums in float32; products are in the query's dtype.
+
+    Args:
+        q: scaled and divided by `shrink`, `[B, Hk, H / Hk, D]`.
+        sinks: `[1, Hk, H / Hk, 1, 1]`.
+        mask: bool, broadcast to `[B, 1, 1, S]`.
+        shrink: what keeps scores in the dtype's range.
+
+    Returns:
+        `[B, Hk, H / Hk, v_dim]` in the query's dtype.
+    """
+    n_missing = k.scales.shape[-1] * k.group_size - q.shape[-1]
+    if n_missing:
+        q = mx.pad(q, [(0, 0), (0, 0), (0, 0), (0, n_missing)])
+    scores = mx.quantized_matmul(
+        q, k.codes, k.scales, k.biases, transpose=True, group_size=k.group_size, bits=k.bits
+    )
+    if softcap is not None:
+        scores, shrink = mx.tanh(scores / (softcap / shrink)) * softcap, 1.0
+    if mask is not None:
+        scores = mx.where(mask, scores, mx.finfo(scores.dtype).min)
+    if sinks is not None:  # takes part in the softmax, and has no value
+        sinks = (sinks[..., 0] / shrink if shrink != 1 else sinks[..., 0]).astype(scores.dtype)
+        scores = mx.concatenate([scores, mx.broadcast_to(sinks, (*scores.shape[:-1], 1))], axis=-1)
+    if shrink != 1:
+        # No score above 0, so one that leaves the range has no weight.
+        scores = (scores - scores.max(axis=-1, keepdims=True)) * shrink
+    weights = mx.softmax(scores, axis=-1, precise=True)[..., : k.shape[2]]
+    out = mx.quantized_matmul(
+        weights, v.codes, v.scales, v.biases, transpose=False, group_size=v.group_size, bits=v.bits
+    )
+    return out[..., : v.dim]
+
+
+def _attend_blocks(
+    q: mx.array,
+    k: QuantizedRows,
+    v: QuantizedRows,
+    mask: Mask,
+    sinks: mx.array | None,
+    softcap: float | None,
+) -> mx.array:
+    """A chunk's attention on the CPU backend: `BLOCK` keys and values are unpacked at a time.
+
+    Its queries are divided over the cores, and each core unpacks its own.
+
+    Args:
+        q: scaled, float32, `[B, Hk, H / Hk, L, D]`.
+        sinks: `[1, Hk, H / Hk, 1, 1]`.
+
+    Returns:
+        float32 `[B, Hk, H / Hk, L, v_dim]`.
+    """
+    L, S = q.shape[3], k.shape[2]
+    streams = device.core_streams() if L >= SPLIT_QUERIES else (None,)
+    bounds = [L * i // len(streams) for i in range(len(streams) + 1)]
+    parts = []
+    for stream, (start, stop) in zip(streams, itertools.pairwise(bounds), strict=True):
+        visible = _Visible(mask, L, S, start, stop)
+        with mx.stream(stream) if stream is not None else contextlib.nullcontext():
+            parts.append(_online(q[:, :, :, start:stop], k, v, visible, sinks, softcap))
+    return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=3)
+
+
+@dataclass(frozen=True, slots=True)
+class _Visible:
+    """Which keys some queries of a chunk see.
+
+    Args:
+        mask: of the whole chunk, `L` queries and `S` keys.
+        start: the first query.
+        stop: the one behind the last.
+    """
+
+    mask: Mask
+    L: int
+    S: int
+    start: int
+    stop: int
+
+    @property
+    def n_keys(self) -> int:
+        """Keys up to the last that any of the queries sees."""
+        return self.S if self.mask is None else self.S - self.L + self.stop
+
+    def block(self, first: int, last: int) -> mx.array | None:
+        """bool `[queries, last - first]` for the keys `[first, last)`; None if all are seen."""
+        if self.mask is None:
+            return None
+        if isinstance(self.mask, mx.array):
+            return self.mask[self.start : self.stop, first:last]
+        n_before = self.S - self.L
+        if last <= n_before + self.start + 1:
+            return None
+        queries = mx.arange(n_before + self.start, n_before + self.stop)[:, None]
+        return mx.arange(first, last)[None] <= queries
+
+
+def _online(
+    q: mx.array,
+    k: QuantizedRows,
+    v: QuantizedRows,
+    visible: _Visible,
+    sinks: mx.array | None,
+    softcap: float | None,
+) -> mx.array:
+    """Softmax and weighted sum, block by block (https://arxiv.org/abs/1805.02867).
+
+    Args:
+        q: scaled, float32, `[B, Hk, H / Hk, L, D]`.
+
+    Returns:
+        float32 `[B, Hk, H / Hk, L, v_dim]`.
+    """
+    lowest = mx.array(-1e30, mx.float32)
+    shape = (*q.shape[:-1], 1)
+    if sinks is None:
+        highest, total = mx.broadcast_to(lowest, shape), mx.zeros(shape)
+    else:  # takes part in the softmax, and has no value
+        highest, total = mx.broadcast_to(sinks.astype(mx.float32), shape), mx.ones(shape)
+    out = mx.zeros((*q.shape[:-1], v.dim))
+    for first in range(0, visible.n_keys, BLOCK):
+        last = min(first + BLOCK, visible.n_keys)
+        # Not before the block in front is done: else many of them would be unpacked at a time, or
+        # their weights would wait for their sum.
+        packed_k, packed_v = k.tokens(first, last), v.tokens(first, last)
+        if first:
+            packed_k, packed_v = packed_k.after(out, total), packed_v.after(out, total)
+        keys = packed_k.dequantized()[:, :, None].astype(mx.float32)
+        scores = q @ keys.swapaxes(-1, -2)
+        if softcap is not None:
+            scores = mx.tanh(scores / softcap) * softcap
+        seen = visible.block(first, last)
+        if seen is not None:
+            scores = mx.where(seen, scores, lowest)
+        before, highest = highest, mx.maximum(highest, scores.max(axis=-1, keepdims=True))
+        weights, faded = mx.exp(scores - highest), mx.exp(before - highest)
+        total = total * faded + weights.sum(axis=-1, keepdims=True)
+        values = packed_v.dequantized()[:, :, None].astype(mx.float32)
+        out = out * faded + weights @ values
+    return out / total

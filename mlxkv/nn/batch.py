@@ -1,0 +1,327 @@
+"""Several sequences in one step: the weights are batched, and sequences of similar length share
+buffers for their KV (`slots`).
+
+Invariants:
+- A batch owns nothing. A token of each sequence is written to where that sequence's own cache has
+  its KV: into its row of shared buffers, or into its own. So sequences of any length, window and KV
+  format go together, and may come and go between steps.
+- Rows of one sequence never meet those of another in a sum: what is broken in one stays there.
+- What a step needs beside keys and values (positions, columns, masks) is made once for all layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+
+from mlxkv.cache import KVCache, RotatingKVCache
+from mlxkv.errors import UsageError
+from mlxkv.kv.layout import Cache, LayerCache, Mask, Offset, Positions
+from mlxkv.kv.storage import Order, Ragged, Rows
+from mlxkv.nn.slots import Part, Room, Row, place, sliceable
+
+
+def batch(
+    caches_of_sequences: Sequence[Sequence[Cache]],
+    room: Room = lambda n_bytes: True,
+    one_part: bool = False,
+) -> Sequence[LayerCache]:
+    """Caches for `model.last_logits(tokens [B, 1], caches)`, B sequences at once.
+
+    Sequences of similar length are moved into buffers that they share, if they are not there
+    already, which evaluates; from then on a step reads and writes them in a few operations.
+
+    Args:
+        caches_of_sequences: those of each, as `make_caches` of one model gives them, in any KV
+            format and at any offset. They stay the sequences' own and are what is written to.
+        room: asked before sequences are moved; where there is none they keep their own buffers.
+        one_part: have all sequences share buffers, however long they are.
+
+    Raises:
+        UsageError: no sequences, or caches of different models.
+    """
+    if len({len(caches) for caches in caches_of_sequences}) != 1:
+        raise UsageError("a batch needs sequences of one model, at least one")
+    if len(caches_of_sequences) == 1:
+        return caches_of_sequences[0]
+    parts = place([sliceable(caches) for caches in caches_of_sequences], room, one_part)
+    steps = _Steps(parts)
+    return [BatchCache(layer, steps) for layer in zip(*caches_of_sequences, strict=True)]
+
+
+def is_intact(layers: Sequence[LayerCache]) -> bool:
+    """Whether all sequences of a batch have their KV where it had it; asked of the first layer."""
+    first = layers[0] if layers else None
+    return not isinstance(first, BatchCache) or first.is_intact
+
+
+def arranged(
+    caches_of_sequences: Sequence[Sequence[Cache]], room: Room, one_part: bool = False
+) -> list[int]:
+    """The order of sequences in which `batch` has nothing to rearrange in each layer."""
+    if len(caches_of_sequences) == 1:
+        return [0]
+    parts = place([sliceable(caches) for caches in caches_of_sequences], room, one_part)
+    return [i for part in parts for i in part.sequences]
+
+
+class _Access:
+    """Where a step writes and reads a part's shared buffers, in layers of one window.
+
+    Args:
+        slots: of its sequences, in the batch's order.
+        columns: the same.
+        n_rows: rows that are read.
+        n_columns: columns of them.
+        mask: bool `[n_rows, 1, 1, n_columns]`; None where all columns are seen.
+    """
+
+    def __init__(
+        self,
+        slots: Sequence[int],
+        columns: Sequence[int],
+        n_rows: int,
+        n_columns: int,
+        mask: mx.array | None,
+    ):
+        self.n_rows, self.n_columns, self.mask = n_rows, n_columns, mask
+        self._slots, self._columns = slots, columns
+        self._is_in_order = list(slots) == list(range(n_rows))
+        self._made: dict[Any, Any] = {}
+
+    def columns(self, n_slots: int, shape: tuple[int, ...]) -> mx.array | None:
+        """uint32 `[n, H, 1, D]` if the sequences fill all slots in their order, else None.
+
+        Made once for all layers, as `index` is.
+        """
+        if n_slots != self.n_rows or not self._is_in_order:
+            return None
+        if shape not in self._made:
+            columns = mx.array(list(self._columns), dtype=mx.uint32)[:, None, None, None]
+            self._made[shape] = mx.broadcast_to(columns, shape)
+        return self._made[shape]
+
+    def index(self, n_heads: int) -> tuple[mx.array, mx.array, mx.array]:
+        """Slots, heads and columns, uint32 `[n, H]` each."""
+        if n_heads not in self._made:
+            # On the host: as operations they would be launched in every step.
+            heads = [list(range(n_heads))] * len(self._slots)
+            slots = [[slot] * n_heads for slot in self._slots]
+            columns = [[column] * n_heads for column in self._columns]
+            arrays = [mx.array(x, dtype=mx.uint32) for x in (slots, heads, columns)]
+            self._made[n_heads] = tuple(arrays)
+        return self._made[n_heads]
+
+
+class _Members:
+    """The sequences of a part, in the batch's order.
+
+    Args:
+        part: its sequences and their rows.
+        n: sequences of the batch.
+    """
+
+    def __init__(self, part: Part, n: int):
+        rows = sorted(zip(part.sequences, part.slots, strict=True))
+        self.sequences = [sequence for sequence, _ in rows]
+        self.is_shared = part.is_shared
+        self._slots = [slot for _, slot in rows]
+        self._n_rows = max(self._slots) + 1
+        start, stop = self.sequences[0], self.sequences[-1] + 1
+        self._at: slice | mx.array | None = None  # all
+        if stop - start != len(rows):
+            self._at = mx.array(self.sequences, dtype=mx.uint32)
+        elif len(rows) < n:
+            self._at = slice(start, stop)
+
+    def of(self, x: mx.array) -> mx.array:
+        """Its rows of `[B, ...]`."""
+        return x if self._at is None else x[self._at]
+
+    def access(self, offsets: Sequence[int], window: int | None) -> _Access:
+        """Where the next token goes, and what it sees."""
+        own = [offsets[i] for i in self.sequences]
+        columns = own if window is None else [offset % window for offset in own]
+        seen = [offset + 1 if window is None else min(offset + 1, window) for offset in own]
+        mask = None
+        if len(set(seen)) > 1:
+            visible = [1] * self._n_rows  # what an empty row gives is not used
+            for slot, n in zip(self._slots, seen, strict=True):
+                visible[slot] = n
+            mask = mx.arange(max(seen))[None] < mx.array(visible)[:, None]
+            mask = mask[:, None, None]
+        return _Access(self._slots, columns, self._n_rows, max(seen), mask)
+
+
+class _Steps:
+    """What all layers have in common, made once for each step.
+
+    Args:
+        parts: of the batch.
+    """
+
+    def __init__(self, parts: Sequence[Part]):
+        n = sum(len(part.sequences) for part in parts)
+        self.members = [_Members(part, n) for part in parts]
+        self.order = _order(parts)
+        self._offsets: tuple[int, ...] = ()
+        self._position: Offset = 0
+        self._accesses: dict[int | None, list[_Access]] = {}
+
+    def position(self, offsets: tuple[int, ...]) -> Offset:
+        """Position of the next token: one number where all sequences have the same."""
+        self._begin(offsets)
+        return self._position
+
+    def accesses(self, offsets: tuple[int, ...], window: int | None) -> list[_Access]:
+        """For each part, in layers of this window."""
+        self._begin(offsets)
+        if window not in self._accesses:
+            self._accesses[window] = [part.access(offsets, window) for part in self.members]
+        return self._accesses[window]
+
+    def _begin(self, offsets: tuple[int, ...]) -> None:
+        if offsets != self._offsets:
+            self._accesses.clear()
+            self._offsets = offsets
+            self._position = offsets[0] if len(set(offsets)) == 1 else Positions(offsets)
+
+
+def _order(parts: Sequence[Part]) -> Order | None:
+    """How the rows of all parts, one after the other, stand to the batch's sequences."""
+    rows: list[int] = []
+    row_of = {}
+    for part in parts:
+        at = dict(zip(part.slots, part.sequences, strict=True))
+        row_of |= {sequence: len(rows) + slot for slot, sequence in at.items()}
+        rows += [at.get(slot, part.sequences[0]) for slot in range(max(part.slots) + 1)]
+    if rows == list(range(len(row_of))):
+        return None
+    back = [row_of[i] for i in range(len(row_of))]
+    return Order(mx.array(rows, dtype=mx.uint32), mx.array(back, dtype=mx.uint32))
+
+
+class BatchCache:
+    """One layer's caches of several sequences, for one token of each at a time.
+
+    Args:
+        caches: one per sequence.
+        steps: what all layers of the batch have in common.
+    """
+
+    def __init__(self, caches: Sequence[Cache], steps: _Steps):
+        self.caches = tuple(caches)
+        self._steps = steps
+        self._parts = [_LayerPart.of(self.caches, members) for members in steps.members]
+
+    @property
+    def offset(self) -> Offset:
+        """Position of the next token: one number where all sequences have the same."""
+        return self._steps.position(self._offsets())
+
+    @property
+    def is_intact(self) -> bool:
+        """Whether no cache has left its shared row since the batch was made."""
+        return all(part.is_intact for part in self._parts)
+
+    def _offsets(self) -> tuple[int, ...]:
+        return tuple([cache.offset for cache in self.caches])
+
+    def mask(self, L: int) -> Mask:
+        """None: what a sequence's token sees comes with the keys that `update` returns."""
+        if L != 1:
+            raise UsageError(f"a batch takes one token of each sequence at a time; got {L}")
+        return None
+
+    def update(self, k: mx.array, v: mx.array) -> tuple[Ragged, Ragged]:
+        """Append a token to each sequence.
+
+        Args:
+            k: `[B, H, 1, k_dim]`.
+            v: `[B, H, 1, v_dim]`.
+
+        Returns:
+            Keys and values that each sequence's query sees.
+        """
+        B, steps, offsets = len(self.caches), self._steps, self._offsets()
+        B_k, _, L, _ = k.shape
+        if B_k != B or L != 1:
+            raise UsageError(f"a batch of {B} sequences takes keys [{B}, H, 1, D]; got {k.shape}")
+        if len(self._parts) == 1:
+            (part,), order = self._parts, steps.order
+            own_k, own_v, mask = part.update(k, v, steps.accesses(offsets, part.window)[0])
+            return Ragged((own_k,), (mask,), order), Ragged((own_v,), (mask,), order)
+        found = [
+            part.update(members.of(k), members.of(v), steps.accesses(offsets, part.window)[i])
+            for i, (members, part) in enumerate(zip(steps.members, self._parts, strict=True))
+        ]
+        keys, values, masks = zip(*found, strict=True)
+        return Ragged(keys, masks, steps.order), Ragged(values, masks, steps.order)
+
+
+class _LayerPart:
+    """A part of a batch in one layer."""
+
+    window: int | None = None
+
+    @property
+    def is_intact(self) -> bool:
+        """Whether its caches are where they were."""
+        return True
+
+    @classmethod
+    def of(cls, caches: Sequence[Cache], members: _Members) -> _LayerPart:
+        """Of the caches of all sequences, those of a part."""
+        own = [caches[i] for i in members.sequences]
+        if members.is_shared and (layers := sliceable(own)):
+            return _SharedPart(layers)
+        return _OwnPart(own[0])
+
+    def update(
+        self, k: mx.array, v: mx.array, access: _Access
+    ) -> tuple[Rows, Rows, mx.array | None]:
+        """Append a token to each; keys, values and mask."""
+        raise NotImplementedError
+
+
+class _OwnPart(_LayerPart):
+    """A sequence with buffers of its own."""
+
+    def __init__(self, cache: Cache):
+        self._cache = cache
+
+    def update(
+        self, k: mx.array, v: mx.array, access: _Access
+    ) -> tuple[Rows, Rows, mx.array | None]:
+        return *self._cache.update(k, v), None
+
+
+class _SharedPart(_LayerPart):
+    """Sequences that share buffers; rows come in the buffers' order."""
+
+    def __init__(self, caches: Sequence[KVCache | RotatingKVCache]):
+        first = caches[0]
+        assert isinstance(first.row, Row)
+        self._caches, self._first, self._row = caches, first, first.row
+        self._rows = [cache.row for cache in caches]
+        self.window = first.max_rows
+
+    @property
+    def is_intact(self) -> bool:
+        rows = zip(self._caches, self._rows, strict=True)
+        return all(cache.row is row for cache, row in rows)
+
+    def update(
+        self, k: mx.array, v: mx.array, access: _Access
+    ) -> tuple[Rows, Rows, mx.array | None]:
+        first, shared, n = self._first, self._row.shared, access.n_columns
+        assert first.row is self._row, "a sequence has left the batch: make it anew"
+        if n > shared.capacity:
+            shared.reserve(first.n_rows(n))
+        shared.write(first.encoded(k, v), access)
+        for cache in self._caches:
+            cache.advance()
+        k_rows, v_rows = first.decoded(shared.read(access.n_rows), n)
+        return k_rows, v_rows, access.mask

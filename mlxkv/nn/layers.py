@@ -1,0 +1,236 @@
+"""Blocks that two or more families share."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import ClassVar, ParamSpec, TypeVar
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlxkv.base import device
+from mlxkv.nn.linear import Linear, fused
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def compiled(function: Callable[P, R]) -> Callable[P, R]:
+    """One fused kernel on a GPU; as it is on the CPU backend, which would call a C++ compiler.
+
+    Args:
+        function: of arrays and numbers; only what works on single values is fused.
+    """
+    on_gpu = mx.compile(function, shapeless=True)
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        return (function if device.on_cpu() else on_gpu)(*args, **kwargs)
+
+    return call
+
+
+def silu(x: mx.array) -> mx.array:
+    """x * sigmoid(x)."""
+    return x * mx.sigmoid(x)
+
+
+def gelu_tanh(x: mx.array) -> mx.array:
+    """The tanh form of GELU: 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))."""
+    return 0.5 * x * (1 + mx.tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))
+
+
+def gelu(x: mx.array) -> mx.array:
+    """The exact form of GELU: x * Phi(x)."""
+    return x * (1 + mx.erf(x / 1.4142135623730951)) / 2
+
+
+ACTIVATIONS: dict[str, Callable[[mx.array], mx.array]] = {
+    "silu": silu,
+    "swish": silu,
+    "gelu": gelu,
+    "gelu_new": gelu_tanh,
+    "gelu_fast": gelu_tanh,
+    "gelu_pytorch_tanh": gelu_tanh,
+    "relu": lambda x: mx.maximum(x, 0),
+    "relu2": lambda x: mx.square(mx.maximum(x, 0)),
+    "sigmoid": mx.sigmoid,
+    "tanh": mx.tanh,
+}
+"""`hidden_act` of config.json -> function; a family says which name means which form."""
+
+
+def gated(activation: str) -> Callable[[mx.array, mx.array], mx.array]:
+    """(gate, up) -> activation(gate) * up."""
+    function = ACTIVATIONS[activation]
+    return compiled(lambda gate, up: function(gate) * up)
+
+
+def soft_cap(x: mx.array, cap: float | None) -> mx.array:
+    """cap * tanh(x / cap): x kept within (-cap, cap); as it is without a cap."""
+    return x if cap is None else _capped(x, cap)
+
+
+@compiled
+def _capped(x: mx.array, cap: float) -> mx.array:
+    return mx.tanh(x / cap) * cap
+
+
+def residual(x: mx.array, r: mx.array) -> mx.array:
+    """x + r, held inside float16's range, which the residual stream of Gemmas leaves."""
+    return _held_sum(x, r) if x.dtype == mx.float16 else x + r
+
+
+@compiled
+def _held_sum(x: mx.array, r: mx.array) -> mx.array:
+    bound = 65504.0
+    return mx.clip(x.astype(mx.float32) + r.astype(mx.float32), -bound, bound).astype(mx.float16)
+
+
+class Prepared(nn.Module):
+    """A block that brings its loaded weights into the form its forward pass wants."""
+
+    def prepare(self) -> None:
+        """Called once, after the weights are loaded and before the first product."""
+        raise NotImplementedError
+
+
+class Fusing(Prepared):
+    """A block with projections of one input, under the names they have in the checkpoint.
+
+    `prepare` turns each group of `fusions` into one product where their formats allow it.
+    """
+
+    fusions: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    """name of the product -> names of its parts, in the order of the result."""
+
+    def prepare(self) -> None:
+        for name, parts in self.fusions.items():
+            whole = fused([self[part] for part in parts])
+            if whole is not None:
+                self[name] = whole
+                for part in parts:
+                    del self[part]
+
+    def project(self, name: str, x: mx.array) -> mx.array:
+        """The parts' results side by side, `[B, L, sum of their sizes]`."""
+        if name in self:
+            return self[name](x)
+        return mx.concatenate([self[part](x) for part in self.fusions[name]], axis=-1)
+
+    def project_apart(self, name: str, x: mx.array, sizes: Sequence[int]) -> list[mx.array]:
+        """What `project` gives as arrays `[B, L, size]`, for norms and products that follow.
+
+        On a GPU these copy what is a part of longer rows, so each part of several rows is a product
+        of its own there.
+        """
+        bounds = list(itertools.accumulate(sizes))
+        whole = self.get(name)
+        if whole is None or device.on_cpu() or x.size == x.shape[-1]:
+            return list(mx.split(self.project(name, x), bounds[:-1], axis=-1))
+        return [whole.of_rows(x, *at) for at in itertools.pairwise((0, *bounds))]
+
+
+def on_halves(function: Callable[[mx.array, mx.array], mx.array], rows: mx.array) -> mx.array:
+    """An elementwise function of the first and the second half of each row, `[..., 2 n]`.
+
+    Returns:
+        `[..., n]`, dense on a GPU. Half of a single row would keep the whole row's stride through
+        the function, and packed products copy a row whose stride is not its length there.
+    """
+    if device.on_cpu():
+        return function(*mx.split(rows, 2, axis=-1))
+    first, second = mx.split(mx.unflatten(rows, -1, (2, -1)), 2, axis=-2)
+    return function(first, second).flatten(-2)
+
+
+class GatedMLP(Fusing):
+    """down(activation(gate(x)) * up(x)).
+
+    Args:
+        dim: size of input and output.
+        hidden_dim: size between.
+        activation: one of `ACTIVATIONS`.
+        bias: whether the three projections have biases.
+    """
+
+    fusions: ClassVar = {"gate_up_proj": ("gate_proj", "up_proj")}
+
+    def __init__(self, dim: int, hidden_dim: int, activation: str, bias: bool = False):
+        super().__init__()
+        self.gate_proj = Linear(dim, hidden_dim, bias=bias)
+        self.up_proj = Linear(dim, hidden_dim, bias=bias)
+        self.down_proj = Linear(hidden_dim, dim, bias=bias)
+        self._gated = gated(activation)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self["down_proj"](on_halves(self._gated, self.project("gate_up_proj", x)))
+
+
+class OffsetRMSNorm(Prepared):
+    """RMS norm whose weight is stored as its difference from 1, as Gemma's checkpoints do."""
+
+    def __init__(self, dims: int, eps: float):
+        super().__init__()
+        self.weight = mx.zeros((dims,))
+        self._eps = eps
+        self._offset = 1.0
+
+    def prepare(self) -> None:
+        # Added once instead of on every call.
+        self.weight, self._offset = self.scale, 0.0
+
+    @property
+    def scale(self) -> mx.array:
+        """What normed values are multiplied by."""
+        weight = self["weight"]
+        if not self._offset:
+            return weight
+        # float32 keeps what a 16-bit sum would round away.
+        return (weight.astype(mx.float32) + self._offset).astype(weight.dtype)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return mx.fast.rms_norm(x, self.scale, self._eps)
+
+
+class NormedHeads(Fusing):
+    """Attention that norms each head of its queries and keys, with weights `q_norm` and `k_norm`.
+
+    All heads of the fused projection are normed together without a weight, then multiplied by
+    weights for each head. On a GPU a norm of the queries alone copies them first, because they are
+    a part of longer rows, and one for the keys and a rotation for each would be launched beside it.
+    """
+
+    n_heads: int
+    n_kv_heads: int
+
+    def prepare(self) -> None:
+        super().prepare()
+        if "q_norm" in self:
+            # No parameter: a plan of memory counts those that the checkpoint has.
+            self._qk_norm = self._norm_weights()
+
+    def normed(self, heads: mx.array, eps: float) -> tuple[mx.array, mx.array]:
+        """Norm heads of D values.
+
+        Args:
+            heads: `[B, L, N, D]`, queries first, then keys.
+            eps: of the norms.
+
+        Returns:
+            Queries and keys `[B, L, H + Hk, D]`, and all heads as they are without a weight.
+        """
+        weights = self["_qk_norm"] if "_qk_norm" in self else self._norm_weights()
+        plain = mx.fast.rms_norm(heads, None, eps)
+        return plain[:, :, : weights.shape[0]] * weights, plain
+
+    def _norm_weights(self) -> mx.array:
+        """`[H + Hk, D]`."""
+        parts = []
+        for name, n_heads in (("q_norm", self.n_heads), ("k_norm", self.n_kv_heads)):
+            norm = self[name]
+            weight = norm.scale if isinstance(norm, OffsetRMSNorm) else norm["weight"]
+            parts.append(mx.broadcast_to(weight, (n_heads, weight.shape[-1])))
+        return mx.concatenate(parts)

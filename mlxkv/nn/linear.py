@@ -1,0 +1,233 @@
+"""Projections and embeddings, dense and packed.
+
+On a GPU these are MLX's own. The CPU backend runs one product on one core; here its output rows
+are divided over the cores, and a packed weight is dequantized for it from a few rows on.
+docs/design.md has the measurements.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlxkv.base import device
+
+DENSE_ROWS = 4
+"""Rows from which the dense product on a dequantized weight is faster than the packed one, where
+an OpenBLAS serves it."""
+
+SPLIT_ROWS = 256
+"""Output rows below which a product is not worth a second core."""
+
+_Arrays = Sequence[mx.array | None]
+
+
+class _Divided(nn.Module):
+    """A product x W^T whose output rows can be divided over the cores."""
+
+    def split(self) -> None:
+        """Divide the weight's rows over the cores, as views of what is loaded."""
+        n_rows, streams = self["weight"].shape[0], device.core_streams()
+        n = min(len(streams), n_rows // SPLIT_ROWS)
+        if n < 2:
+            return
+        bounds = [n_rows * i // n for i in range(n + 1)]
+        parts = [self._rows(start, stop) for start, stop in itertools.pairwise(bounds)]
+        mx.eval([array for part in parts for array in part if array is not None])
+        self._parts = tuple(zip(streams[:n], parts, strict=True))
+
+    def of_rows(self, x: mx.array, start: int, stop: int) -> mx.array:
+        """The product with some of the output rows."""
+        x = self._part(x, self._rows(start, stop), None)
+        return x + self["bias"][start:stop] if "bias" in self else x
+
+    def _product(self, x: mx.array) -> mx.array:
+        parts = self.get("_parts")
+        if parts is None:
+            return self._undivided(x)
+        return mx.concatenate([self._part(x, part, stream) for stream, part in parts], axis=-1)
+
+    def _undivided(self, x: mx.array) -> mx.array:
+        return self._part(x, self._whole(), None)
+
+    def _whole(self) -> _Arrays:
+        """What makes up all output rows, without a view of it: that takes time in every step."""
+        raise NotImplementedError
+
+    def _rows(self, start: int, stop: int) -> _Arrays:
+        """Views of what makes up these output rows."""
+        raise NotImplementedError
+
+    def _part(self, x: mx.array, arrays: _Arrays, stream: mx.Stream | None) -> mx.array:
+        """The product with these rows."""
+        raise NotImplementedError
+
+
+class _Dense(_Divided):
+    def _whole(self) -> _Arrays:
+        return [self["weight"].T]
+
+    def _rows(self, start: int, stop: int) -> _Arrays:
+        # Transposed here: as an operation of its own it would make another stream wait.
+        return [self["weight"][start:stop].T]
+
+    def _part(self, x: mx.array, arrays: _Arrays, stream: mx.Stream | None) -> mx.array:
+        (columns,) = arrays
+        assert columns is not None
+        return mx.matmul(x, columns, stream=stream)
+
+
+class _Packed(_Divided):
+    group_size: int
+    bits: int
+    mode: str
+
+    def _undivided(self, x: mx.array) -> mx.array:
+        if device.on_cpu():
+            return self._part(x, self._whole(), None)
+        # As few calls as can be: a GPU's step is built four times a layer through here.
+        product = mx.quantized_matmul(
+            x,
+            self["weight"],
+            scales=self["scales"],
+            biases=self.get("biases"),
+            transpose=True,
+            group_size=self.group_size,
+            bits=self.bits,
+            mode=self.mode,
+        )
+        return product if product.dtype == x.dtype else product.astype(x.dtype)
+
+    def _whole(self) -> _Arrays:
+        return self["weight"], self["scales"], self.get("biases")
+
+    def _rows(self, start: int, stop: int) -> _Arrays:
+        return [None if array is None else array[start:stop] for array in self._whole()]
+
+    def _part(self, x: mx.array, arrays: _Arrays, stream: mx.Stream | None) -> mx.array:
+        weight, scales, biases = arrays
+        assert weight is not None and scales is not None
+        kind = {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
+        if not _dense_is_faster() or x.size // x.shape[-1] < DENSE_ROWS:
+            product = mx.quantized_matmul(
+                x, weight, scales=scales, biases=biases, transpose=True, stream=stream, **kind
+            )
+            return product.astype(x.dtype, stream=stream)
+        dtype = product_dtype(x.dtype, scales)
+        dense = mx.dequantize(
+            weight, scales=scales, biases=biases, dtype=dtype, stream=stream, **kind
+        )
+        product = mx.matmul(x, mx.transpose(dense, stream=stream), stream=stream)
+        return product.astype(x.dtype, stream=stream)
+
+
+class Linear(_Dense, nn.Linear):
+    """x W^T + b."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if "_parts" not in self:
+            return nn.Linear.__call__(self, x)
+        x = self._product(x)
+        return x + self["bias"] if "bias" in self else x
+
+    def to_quantized(
+        self,
+        group_size: int | None = None,
+        bits: int | None = None,
+        mode: str = "affine",
+        quantize_input: bool = False,
+    ) -> QuantizedLinear:
+        return QuantizedLinear.from_linear(self, group_size or 64, bits or 4, mode)
+
+
+class QuantizedLinear(_Packed, nn.QuantizedLinear):
+    """`Linear` on a packed weight."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        x = self._product(x)
+        return x + self["bias"] if "bias" in self else x
+
+
+class Embedding(_Dense, nn.Embedding):
+    """A row per token; `as_linear` is the tied head."""
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        return self._product(x) if "_parts" in self else nn.Embedding.as_linear(self, x)
+
+    def to_quantized(
+        self,
+        group_size: int | None = None,
+        bits: int | None = None,
+        mode: str = "affine",
+        quantize_input: bool = False,
+    ) -> QuantizedEmbedding:
+        return QuantizedEmbedding.from_embedding(self, group_size or 64, bits or 4, mode)
+
+
+class QuantizedEmbedding(_Packed, nn.QuantizedEmbedding):
+    """`Embedding` on a packed weight.
+
+    Attributes:
+        compute_dtype: of the rows, which the loader sets. Formats without float scales name none
+            and MLX gives bfloat16, in which Gemma's factor on the embedding would be rounded.
+    """
+
+    compute_dtype: mx.Dtype | None = None
+
+    def __call__(self, x: mx.array) -> mx.array:
+        rows = super().__call__(x)
+        return rows if self.compute_dtype is None else rows.astype(self.compute_dtype)
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        return self._product(x)
+
+
+def product_dtype(dtype: mx.Dtype, scales: mx.array) -> mx.Dtype:
+    """What a product of rows in `dtype` with a packed weight is computed in, as MLX chooses it.
+
+    float32 where affine scales are: in 16 bits they would lose what the loader has kept.
+    """
+    return mx.result_type(dtype, scales) if mx.issubdtype(scales.dtype, mx.floating) else dtype
+
+
+def _dense_is_faster() -> bool:
+    return device.on_cpu() and device.load_blas() is not None
+
+
+def split_products(model: nn.Module) -> None:
+    """Divide the products of a loaded model over the cores of the CPU backend; nothing on a GPU."""
+    if len(device.core_streams()) < 2:
+        return
+    for module in model.modules():
+        if isinstance(module, _Divided):
+            module.split()
+
+
+def fused(parts: Sequence[nn.Module]) -> nn.Module | None:
+    """One projection whose rows are those of `parts`, which must share their input.
+
+    Returns:
+        None where they do not fit together: quantized differently, or some with a bias.
+    """
+    first = parts[0]
+    names = set(first.parameters())
+    if any(type(part) is not type(first) or set(part.parameters()) != names for part in parts):
+        return None
+    # Of packed parts; None for dense ones.
+    settings = ("group_size", "bits", "mode")
+    if len({tuple(part.__dict__.get(key) for key in settings) for part in parts}) > 1:
+        return None
+    if len({(name, part[name].dtype) for part in parts for name in names}) != len(names):
+        return None
+    # A shallow copy keeps the class and its settings; the arrays are replaced right away.
+    whole = type(first).__new__(type(first))
+    nn.Module.__init__(whole)
+    whole.__dict__.update(first.__dict__)
+    for name in names:
+        # Rows are the last axis but one, also where the first one counts experts.
+        axis = -1 if name == "bias" else -2
+        whole[name] = mx.concatenate([part[name] for part in parts], axis=axis)
+    return whole

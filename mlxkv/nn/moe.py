@@ -1,0 +1,321 @@
+"""Blocks of mixture-of-experts layers: one weight for all experts, each row sent to its own.
+
+Names and layouts are mlx-lm's `switch_mlp.{gate,up,down}_proj`: weights `[E, out, in]`, biases
+`[E, out]`; here E is the number of experts.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import ClassVar
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlxkv.base import device
+from mlxkv.nn.layers import Fusing, on_halves
+from mlxkv.nn.linear import SPLIT_ROWS, product_dtype
+
+SORTED_ROWS = 64
+"""Rows (tokens x experts of each) from which they are sorted by expert: neighbours then share a
+weight, which MLX's kernels read once for a block of rows. mlx-lm's figure."""
+
+DENSE_ROWS_PER_EXPERT = {"none": 1, "affine": 3, "mxfp4": 7, "mxfp8": 2, "nvfp4": 24}
+"""Rows of an average expert from which the CPU backend is faster with one dense product for each
+expert, by mode: a packed weight has to be dequantized first; docs/design.md has the measurement.
+Only where an OpenBLAS serves the dense product."""
+
+Activation = Callable[[mx.array, mx.array], mx.array]
+"""(gate, up) -> what the down projection takes."""
+
+
+class ExpertLinear(nn.Module):
+    """x W_e^T + b_e, with e the expert of each row.
+
+    Args:
+        n_experts: number of experts.
+        in_dims: size of a row.
+        out_dims: size of its result.
+        bias: whether every expert has a bias.
+    """
+
+    def __init__(self, n_experts: int, in_dims: int, out_dims: int, bias: bool = False):
+        super().__init__()
+        self.weight = mx.zeros((n_experts, out_dims, in_dims))
+        if bias:
+            self.bias = mx.zeros((n_experts, out_dims))
+
+    @property
+    def n_experts(self) -> int:
+        return self["weight"].shape[0]
+
+    @property
+    def dense_rows(self) -> int:
+        """Rows of an average expert from which `of` is the faster way on the CPU backend."""
+        return DENSE_ROWS_PER_EXPERT["none"]
+
+    @property
+    def gathers(self) -> bool:
+        """Whether MLX has a gathering product for this weight here."""
+        return self["weight"].dtype == mx.float32 or not device.on_cpu()
+
+    def __call__(self, x: mx.array, indices: mx.array, in_order: bool = False) -> mx.array:
+        """The product of every row with its expert's weight.
+
+        Args:
+            x: `[..., 1, in]`; the leading axes broadcast with those of `indices`.
+            indices: expert of each row, `[...]`.
+            in_order: whether `indices` is sorted.
+
+        Returns:
+            `[..., 1, out]`.
+        """
+        return self._with_bias(self._gather(x, indices, in_order), indices)
+
+    def of(self, expert: int, x: mx.array) -> mx.array:
+        """One expert's product with rows `[N, in]`, `[N, out]`, on its dense weight."""
+        x = (x @ self._dense(expert, x.dtype).T).astype(x.dtype)
+        return x + self["bias"][expert] if "bias" in self else x
+
+    def to_quantized(
+        self,
+        group_size: int | None = None,
+        bits: int | None = None,
+        mode: str = "affine",
+        quantize_input: bool = False,
+    ) -> QuantizedExpertLinear:
+        """The same, packed; `nn.quantize` calls it."""
+        return QuantizedExpertLinear.from_experts(self, group_size or 64, bits or 4, mode)
+
+    def _gather(self, x: mx.array, indices: mx.array, in_order: bool) -> mx.array:
+        weight = self["weight"].swapaxes(-1, -2)
+        return mx.gather_mm(x, weight, rhs_indices=indices, sorted_indices=in_order)
+
+    def _with_bias(self, x: mx.array, indices: mx.array) -> mx.array:
+        return x + mx.expand_dims(self["bias"][indices], -2) if "bias" in self else x
+
+    def _dense(self, expert: int, dtype: mx.Dtype) -> mx.array:
+        return _slice_of(self["weight"], expert)
+
+
+class QuantizedExpertLinear(ExpertLinear):
+    """`ExpertLinear` on packed weights, in any of MLX's formats."""
+
+    def __init__(self, group_size: int, bits: int, mode: str):
+        nn.Module.__init__(self)
+        self.group_size, self.bits, self.mode = group_size, bits, mode
+
+    @classmethod
+    def from_experts(
+        cls, experts: ExpertLinear, group_size: int, bits: int, mode: str
+    ) -> QuantizedExpertLinear:
+        """Pack an `ExpertLinear`'s weight."""
+        packed = cls(group_size, bits, mode)
+        arrays = mx.quantize(experts["weight"], group_size=group_size, bits=bits, mode=mode)
+        # The formats other than affine have no biases beside their scales.
+        for name, array in zip(("weight", "scales", "biases"), arrays, strict=False):
+            packed[name] = array
+        if "bias" in experts:
+            packed.bias = experts["bias"]
+        packed.freeze()
+        return packed
+
+    @property
+    def dense_rows(self) -> int:
+        return DENSE_ROWS_PER_EXPERT[self.mode]
+
+    @property
+    def gathers(self) -> bool:
+        return True
+
+    def _gather(self, x: mx.array, indices: mx.array, in_order: bool) -> mx.array:
+        return mx.gather_qmm(
+            x,
+            self["weight"],
+            self["scales"],
+            self.get("biases"),
+            rhs_indices=indices,
+            transpose=True,
+            group_size=self.group_size,
+            bits=self.bits,
+            mode=self.mode,
+            sorted_indices=in_order,
+        ).astype(x.dtype)
+
+    def _dense(self, expert: int, dtype: mx.Dtype) -> mx.array:
+        biases = self.get("biases")
+        if self.mode == "mxfp4":
+            return _mxfp4_dense(
+                _slice_of(self["weight"], expert), _slice_of(self["scales"], expert), dtype
+            )
+        dtype = product_dtype(dtype, self["scales"])
+        return mx.dequantize(
+            _slice_of(self["weight"], expert),
+            scales=_slice_of(self["scales"], expert),
+            biases=None if biases is None else _slice_of(biases, expert),
+            group_size=self.group_size,
+            bits=self.bits,
+            mode=self.mode,
+            dtype=dtype,
+        )
+
+
+def _slice_of(array: mx.array, expert: int) -> mx.array:
+    # An integer as the index would copy the expert's weight; a slice is a view of it.
+    return array[expert : expert + 1].squeeze(0)
+
+
+def _mxfp4_dense(weight: mx.array, scales: mx.array, dtype: mx.Dtype) -> mx.array:
+    """What `mx.dequantize` gives, bit for bit, in a third of its time on the CPU backend.
+
+    Twice a 4-bit float is a whole number from -12 to 12, so that 12 more are 8-bit affine codes,
+    which MLX unpacks faster than MXFP4.
+    """
+    pairs = weight.view(mx.uint8)
+    codes = mx.stack([_mxfp4_code(pairs & 15), _mxfp4_code(pairs >> 4)], axis=-1)
+    steps = mx.power(2.0, scales.astype(mx.float32) - 128)
+    codes = codes.flatten(-2).view(mx.uint32)
+    return mx.dequantize(codes, steps, -12 * steps, group_size=32, bits=8).astype(dtype)
+
+
+def _mxfp4_code(nibble: mx.array) -> mx.array:
+    """Twice the value of a 4-bit float, plus 12, as uint8; the arithmetic wraps."""
+    size = nibble & 7
+    twice = size + mx.maximum(size, 4) + 2 * mx.maximum(size, 6) - 16
+    return 12 + twice * (1 - 2 * (nibble >> 3))
+
+
+class GatedExperts(Fusing):
+    """down_e(activation(gate_e(x), up_e(x))) for each of a token's experts e.
+
+    Args:
+        n_experts: number of experts.
+        dim: size of input and output.
+        hidden_dim: size between.
+        activation: (gate, up) -> what down takes; `layers.gated(name)` makes one.
+        bias: whether the three projections have biases.
+
+    Attributes:
+        traced: nothing is computed, only the graph is wanted (see `workspace`): tokens are divided
+            evenly over the experts, and a `stop_gradient` stands where results are waited for.
+    """
+
+    fusions: ClassVar = {"gate_up_proj": ("gate_proj", "up_proj")}
+    traced = False
+
+    def __init__(
+        self, n_experts: int, dim: int, hidden_dim: int, activation: Activation, bias: bool = False
+    ):
+        super().__init__()
+        self.gate_proj = ExpertLinear(n_experts, dim, hidden_dim, bias)
+        self.up_proj = ExpertLinear(n_experts, dim, hidden_dim, bias)
+        self.down_proj = ExpertLinear(n_experts, hidden_dim, dim, bias)
+        self._activation = activation
+
+    def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
+        """What each token's experts say, before they are weighed against each other.
+
+        Args:
+            x: `[B, L, dim]`.
+            indices: experts of each token, `[B, L, k]`.
+
+        Returns:
+            `[B, L, k, dim]`.
+        """
+        if _one_at_a_time(self["down_proj"], indices.size):
+            return self._one_by_one(x, indices)
+        streams = device.core_streams()
+        if len(streams) > 1 and x.shape[-1] >= SPLIT_ROWS:
+            return self._divided(x, indices, streams)
+        if indices.size >= SORTED_ROWS:
+            return self._sorted(x, indices)
+        return self._gathered(x, indices)
+
+    def _product(
+        self, x: mx.array, multiply: Callable[[ExpertLinear, mx.array], mx.array]
+    ) -> mx.array:
+        if "gate_up_proj" in self:
+            between = on_halves(self._activation, multiply(self["gate_up_proj"], x))
+        else:
+            gate, up = multiply(self["gate_proj"], x), multiply(self["up_proj"], x)
+            between = self._activation(gate, up)
+        return multiply(self["down_proj"], between)
+
+    def _gathered(self, x: mx.array, indices: mx.array) -> mx.array:
+        # Not by `expand_dims`: with the stride that it gives a row of one the product would copy x.
+        x = x.reshape(*x.shape[:-1], 1, 1, x.shape[-1])  # [B, L, 1, 1, dim]
+        return self._product(x, lambda part, x: part(x, indices)).squeeze(-2)
+
+    def _divided(self, x: mx.array, indices: mx.array, streams: tuple[mx.Stream, ...]) -> mx.array:
+        """The experts of each token divided over the cores: MLX's CPU kernels run on one."""
+        k = indices.shape[-1]
+        n = min(len(streams), k)
+        bounds = [k * i // n for i in range(n + 1)]
+        parts = []
+        for stream, (start, stop) in zip(streams[:n], itertools.pairwise(bounds), strict=True):
+            with mx.stream(stream):
+                parts.append(self._gathered(x, indices[..., start:stop]))
+        return mx.concatenate(parts, axis=-2)
+
+    def _sorted(self, x: mx.array, indices: mx.array) -> mx.array:
+        order, experts, x = _by_expert(x, indices)
+        x = x.reshape(-1, 1, x.shape[-1])  # [B L k, 1, dim]; see `_gathered`
+        x = self._product(x, lambda part, x: part(x, experts, in_order=True))
+        return _in_token_order(x.squeeze(-2), order, indices)
+
+    def _one_by_one(self, x: mx.array, indices: mx.array) -> mx.array:
+        order, _, x = _by_expert(x, indices)
+        if self.traced:
+            x = self._waited_for(x)  # to count the rows
+        results, stop = [], 0
+        for expert, n in enumerate(self._rows_of_experts(indices)):
+            if n == 0:
+                continue
+            start, stop = stop, stop + n
+            rows = self._product(x[start:stop], lambda part, x, e=expert: part.of(e, x))
+            # Now, so that no two experts' dequantized weights are alive together.
+            results.append(self._waited_for(rows))
+        return _in_token_order(mx.concatenate(results), order, indices)
+
+    def _rows_of_experts(self, indices: mx.array) -> list[int]:
+        """How many rows each expert gets; evenly divided where nothing is computed."""
+        n_experts = self["down_proj"].n_experts
+        if self.traced:
+            bounds = [indices.size * i // n_experts for i in range(n_experts + 1)]
+            return [stop - start for start, stop in itertools.pairwise(bounds)]
+        return np.bincount(np.array(indices.flatten())).tolist()
+
+    def _waited_for(self, rows: mx.array) -> mx.array:
+        if self.traced:
+            return mx.stop_gradient(rows)  # marks the place in the graph
+        mx.eval(rows)
+        return rows
+
+
+def weighed(answers: mx.array, weights: mx.array) -> mx.array:
+    """The sum of each token's answers `[B, L, k, dim]` times their weights `[B, L, k]`.
+
+    One product: it takes the place of a multiplication and a sum.
+    """
+    return (mx.expand_dims(weights, -2) @ answers).squeeze(-2)
+
+
+def _one_at_a_time(part: ExpertLinear, n_rows: int) -> bool:
+    if not part.gathers:
+        return True
+    few = n_rows < part.n_experts * part.dense_rows
+    return not few and device.on_cpu() and device.load_blas() is not None
+
+
+def _by_expert(x: mx.array, indices: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    """The order that sorts rows by expert; the experts `[B L k]` and rows `[B L k, dim]` in it."""
+    experts = indices.flatten()  # once: the chosen are a part of all experts, which makes it a copy
+    order = mx.argsort(experts)
+    return order, experts[order], x.reshape(-1, x.shape[-1])[order // indices.shape[-1]]
+
+
+def _in_token_order(rows: mx.array, order: mx.array, indices: mx.array) -> mx.array:
+    """Undo `_by_expert`: rows `[B L k, dim]` -> `[B, L, k, dim]`."""
+    return rows[mx.argsort(order)].reshape(*indices.shape, rows.shape[-1])

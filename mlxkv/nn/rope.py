@@ -1,0 +1,239 @@
+"""Rotary position embedding in every variant that checkpoints of the families use.
+
+Each variant is a set of inverse frequencies and a factor on the rotated values; the rotation is
+`mx.fast.rope`. The formulas follow transformers' `modeling_rope_utils.py`, which is the reference.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlxkv.base import device
+from mlxkv.checkpoint.config import RopeConfig
+from mlxkv.kv.layout import Offset, Positions
+
+
+def inverse_frequencies(config: RopeConfig, n_tokens: int = 0) -> list[float]:
+    """Radians that each pair of values turns per position, `dims / 2` of them.
+
+    Args:
+        config: the variant.
+        n_tokens: length of the sequence so far, which `dynamic` and `longrope` depend on.
+    """
+    theta = _dynamic_theta(config, n_tokens) if config.rope_type == "dynamic" else config.theta
+    plain = [theta ** (-i / config.dims) for i in range(0, config.dims, 2)]
+    match config.rope_type:
+        case "proportional":
+            turning = [f / config.factor for f in plain[: config.n_turning]]
+            return turning + [0.0] * (len(plain) - config.n_turning)
+        case "linear":
+            return [f / config.factor for f in plain]
+        case "llama3":
+            return [_llama3(config, f) for f in plain]
+        case "yarn":
+            return _yarn(config, plain)
+        case "longrope":
+            long = n_tokens > config.original_max_position_embeddings
+            factors = config.long_factor if long else config.short_factor
+            return [f / factor for f, factor in zip(plain, factors, strict=True)]
+        case _:
+            return plain
+
+
+def attention_factor(config: RopeConfig) -> float:
+    """What rotated queries and keys are multiplied by, both of them."""
+    if config.rope_type not in ("yarn", "longrope"):
+        return 1.0
+    if config.attention_factor is not None:
+        return config.attention_factor
+    factor = config.factor
+    if config.rope_type == "longrope":
+        if factor <= 1.0:
+            return 1.0
+        return math.sqrt(1 + math.log(factor) / math.log(config.original_max_position_embeddings))
+    if config.mscale and config.mscale_all_dim:
+        return _yarn_mscale(factor, config.mscale) / _yarn_mscale(factor, config.mscale_all_dim)
+    return _yarn_mscale(factor, 1.0)
+
+
+def _llama3(config: RopeConfig, plain: float) -> float:
+    """Llama 3.1: long wavelengths divided by the factor, short ones kept, a ramp between."""
+    turns = config.original_max_position_embeddings * plain / (2 * math.pi)
+    low, high = config.low_freq_factor, config.high_freq_factor
+    ramp = min(max((turns - low) / (high - low), 0.0), 1.0)
+    return (1 - ramp) * plain / config.factor + ramp * plain
+
+
+def _yarn(config: RopeConfig, plain: list[float]) -> list[float]:
+    """YaRN (https://arxiv.org/abs/2309.00071): interpolated and plain, ramped by dimension."""
+
+    def dimension_of(n_rotations: float) -> float:
+        turns = config.original_max_position_embeddings / (n_rotations * 2 * math.pi)
+        return config.dims * math.log(turns) / (2 * math.log(config.theta))
+
+    low, high = dimension_of(config.beta_fast), dimension_of(config.beta_slow)
+    if config.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, config.dims - 1)
+    if low == high:
+        high += 0.001  # as the reference does, against a division by zero
+    ramps = (min(max((i - low) / (high - low), 0.0), 1.0) for i in range(len(plain)))
+    return [f / config.factor * ramp + f * (1 - ramp) for f, ramp in zip(plain, ramps, strict=True)]
+
+
+def _yarn_mscale(factor: float, mscale: float) -> float:
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+
+def _dynamic_theta(config: RopeConfig, n_tokens: int) -> float:
+    """NTK scaling that grows with the sequence once it is longer than the model's context."""
+    context = config.max_position_embeddings
+    stretch = config.factor * max(n_tokens, context) / context - (config.factor - 1)
+    return config.theta * stretch ** (config.dims / (config.dims - 2))
+
+
+class RoPE(nn.Module):
+    """Rotates the first `dims` values of each head by position.
+
+    Args:
+        config: the variant.
+        traditional: pairs are neighbours instead of halves.
+        head_dim: values of a head, of which more than `dims` may be left as they are.
+    """
+
+    def __init__(self, config: RopeConfig, traditional: bool = False, head_dim: int | None = None):
+        super().__init__()
+        self._config, self._traditional = config, traditional
+        self._dims = config.dims
+        self._factor = attention_factor(config)
+        if traditional and head_dim is not None and self._factor == 1.0:
+            # MLX's kernel copies heads that turn in part; neighbours can turn by nothing instead.
+            self._dims = head_dim
+        self._grows = config.rope_type in ("dynamic", "longrope")
+        self._periods = self._periods_at(0)
+
+    @property
+    def stable_tokens(self) -> int | None:
+        """Length of a sequence up to which its rotations stay as they are; None for any."""
+        match self._config.rope_type:
+            case "dynamic":
+                return self._config.max_position_embeddings
+            case "longrope":
+                return self._config.original_max_position_embeddings
+            case _:
+                return None
+
+    def _periods_at(self, n_tokens: int) -> mx.array:
+        # A pair that stands still has an infinite period, whose reciprocal the kernels take as 0.
+        frequencies = inverse_frequencies(self._config, n_tokens)
+        frequencies += [0.0] * (self._dims // 2 - len(frequencies))
+        return mx.array([1.0 / f if f else math.inf for f in frequencies])
+
+    def __call__(self, x: mx.array, offset: Offset = 0) -> mx.array:
+        """Rotate.
+
+        Args:
+            x: `[B, H, L, D]`; the dtype is kept.
+            offset: position of the first token, or one per row.
+        """
+        one = x.shape[2] == 1 and self._has_no_kernel(x)
+        if isinstance(offset, Positions):
+            return self._of_rows(x, offset, one)
+        if one:
+            return x @ rotation(self._config, offset, x.shape[-1])
+        periods = self._periods_at(offset + x.shape[2]) if self._grows else self._periods
+        return self._rotated(x, offset, periods)
+
+    def of_first(self, n_heads: int, x: mx.array, offset: Offset = 0) -> mx.array:
+        """Rotate the first heads of `[B, H, L, D]`: `[B, n_heads, L, D]`."""
+        # MLX's kernel copies a part of each row of a batch; turning all heads costs less.
+        if x.shape[0] > 1 and self._factor == 1.0 and not (self._is_partial(x) or device.on_cpu()):
+            return self(x, offset)[:, :n_heads]
+        return self(x[:, :n_heads], offset)
+
+    def _is_partial(self, x: mx.array) -> bool:
+        return self._dims < x.shape[-1]
+
+    def _of_rows(self, x: mx.array, offset: Positions, one: bool) -> mx.array:
+        """Each row at a position of its own."""
+        if one:
+            stays, turns = rotations(self._config, offset, x.shape[-1])
+            half = self._dims // 2
+            parts = [x[..., half : 2 * half], x[..., :half], x[..., 2 * half :]]
+            if self._dims == x.shape[-1]:
+                parts.pop()
+            return x * stays + mx.concatenate(parts, axis=-1) * turns
+        stable = self.stable_tokens
+        if stable is None or max(offset.of) + x.shape[2] <= stable:
+            return self._rotated(x, offset.array, self._periods)
+        rows = mx.split(x, x.shape[0])
+        return mx.concatenate([self(row, at) for row, at in zip(rows, offset.of, strict=True)])
+
+    def _rotated(self, x: mx.array, offset: int | mx.array, periods: mx.array) -> mx.array:
+        if self._factor != 1.0:
+            if self._dims == x.shape[-1]:
+                x = x * self._factor
+            else:
+                x = mx.concatenate(
+                    [x[..., : self._dims] * self._factor, x[..., self._dims :]], axis=-1
+                )
+        return mx.fast.rope(
+            x,
+            self._dims,
+            traditional=self._traditional,
+            base=None,
+            scale=1.0,
+            offset=offset,
+            freqs=periods,
+        )
+
+    def _has_no_kernel(self, x: mx.array) -> bool:
+        """Whether `rotation` of one token is what to take instead."""
+        return device.on_cpu() and x.dtype == mx.float32 and not (self._grows or self._traditional)
+
+
+@functools.lru_cache(maxsize=8)
+def rotation(config: RopeConfig, offset: int, D: int) -> mx.array:
+    """The rotation of one position as a float32 matrix `[D, D]`, made once for a step's layers.
+
+    The CPU backend has no kernel for the rotation and runs some fifteen operations instead, which
+    cost more than one product with this.
+    """
+    # float32 angles, as the reference and the kernels have them.
+    angles = float(offset) * mx.array(inverse_frequencies(config))
+    factor = attention_factor(config)
+    c, s = mx.diag(mx.cos(angles) * factor), mx.diag(mx.sin(angles) * factor)
+    turned = mx.concatenate(
+        [mx.concatenate([c, s], axis=1), mx.concatenate([-s, c], axis=1)], axis=0
+    )
+    n_rest = D - 2 * len(angles)
+    if n_rest:
+        right = mx.zeros((D - n_rest, n_rest))
+        turned = mx.concatenate(
+            [
+                mx.concatenate([turned, right], axis=1),
+                mx.concatenate([right.T, mx.eye(n_rest)], axis=1),
+            ]
+        )
+    return turned
+
+
+@functools.lru_cache(maxsize=8)
+def rotations(config: RopeConfig, offset: Positions, D: int) -> tuple[mx.array, mx.array]:
+    """The rotations of one token of each sequence: what to multiply the values with, and what their
+    partners, which stand half the turning dimensions away. Float32, `[B, 1, 1, D]` both.
+
+    A matrix per sequence would be read for a few rows only: at 256 dimensions three times slower.
+    """
+    positions = mx.array(offset.of, dtype=mx.float32)[:, None]
+    angles = positions * mx.array(inverse_frequencies(config))  # [B, dims / 2]
+    factor = attention_factor(config)
+    c, s = mx.cos(angles) * factor, mx.sin(angles) * factor
+    rest = len(offset.of), D - 2 * angles.shape[1]
+    stays = mx.concatenate([c, c, mx.ones(rest)], axis=1)
+    turns = mx.concatenate([-s, s, mx.zeros(rest)], axis=1)
+    return stays[:, None, None], turns[:, None, None]

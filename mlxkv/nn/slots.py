@@ -1,0 +1,459 @@
+"""Shared buffers of sequences that are decoded together: each sequence's KV is a row of them.
+
+Invariants:
+- A group's sequences have one KV format and similar lengths: what a step reads beyond what they
+  hold is at most a quarter of it, or `PAD_BYTES` a layer.
+- Sequence i of a group is row i of every layer's arrays `[n_slots, H, capacity, D]`. The token at
+  position p lies at column p, in a window of W tokens at `p % W`.
+- A slot is free when no cache refers to it any more: a cache that is written alone, reset or
+  dropped leaves by itself, and nothing has to be told.
+- Buffers that are made anew for a sequence that joins have a quarter more slots than are used, so
+  the next n // 4 that join are the only ones copied. One that leaves copies at most one other.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import mlx.core as mx
+
+from mlxkv.cache import KVCache, RotatingKVCache
+from mlxkv.kv.buffers import extended
+from mlxkv.kv.layout import Cache
+
+SLACK = 4
+"""One in so many: tokens that a group reads without need, and slots that it keeps free."""
+PAD_BYTES = 2**20
+"""Bytes a layer that a group may read without need in any case: the launches of a second group take
+as long as reading so much."""
+
+Sliceable = KVCache | RotatingKVCache
+Layers = Sequence[Sliceable]
+"""The caches of one sequence, of all layers that hold keys and values."""
+
+
+class Places(Protocol):
+    """Where a step writes the tokens of some sequences."""
+
+    def columns(self, n_slots: int, shape: tuple[int, ...]) -> mx.array | None:
+        """uint32 `[n, H, 1, D]` if the sequences fill all slots in their order, else None."""
+        ...
+
+    def index(self, n_heads: int) -> tuple[mx.array, mx.array, mx.array]:
+        """Slots, heads and columns, uint32 `[n, H]` each."""
+        ...
+
+
+class SharedBuffers:
+    """One layer's KV of a group.
+
+    Args:
+        arrays: `[n_slots, H, capacity, D]`, those of the keys and then those of the values.
+    """
+
+    def __init__(self, arrays: list[mx.array]):
+        self.arrays = arrays
+
+    @classmethod
+    def like(cls, arrays: Sequence[mx.array], n_slots: int, capacity: int) -> SharedBuffers:
+        """Empty buffers for rows such as `[1, H, S, D]`."""
+        shapes = [(n_slots, x.shape[1], capacity, x.shape[3]) for x in arrays]
+        return cls([mx.zeros(shape, x.dtype) for shape, x in zip(shapes, arrays, strict=True)])
+
+    @property
+    def n_slots(self) -> int:
+        """Rows."""
+        return self.arrays[0].shape[0]
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that each row has room for."""
+        return self.arrays[0].shape[2]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all rows."""
+        return sum(array.nbytes for array in self.arrays)
+
+    def write(self, rows: Sequence[mx.array], places: Places) -> None:
+        """Write one token of each of some sequences: one scatter an array.
+
+        Args:
+            rows: `[n, H, 1, D]`, in the order of `arrays`.
+            places: where they go.
+        """
+        written = []
+        for array, x in zip(self.arrays, rows, strict=True):
+            if x.size == 0:  # values of latent attention, which are part of the keys
+                written.append(array)
+                continue
+            columns = places.columns(array.shape[0], x.shape)
+            if columns is not None:  # the same in a third of the host's time
+                written.append(mx.put_along_axis(array, columns, x, axis=2))
+                continue
+            array = array[...]  # a handle of its own: an interrupt finds what was there
+            array[places.index(array.shape[1])] = x.squeeze(2)
+            written.append(array)
+        self.arrays = written
+
+    def read(self, n_rows: int) -> list[mx.array]:
+        """The first rows of each array."""
+        if n_rows == self.n_slots:
+            return self.arrays
+        return [array[:n_rows] for array in self.arrays]
+
+    def reserve(self, capacity: int) -> None:
+        """Have room for so many tokens in each row; copies all of them."""
+        if capacity > self.capacity:
+            self.arrays = [extended(array, self.capacity, capacity) for array in self.arrays]
+
+    def rows(self, slot: int) -> list[mx.array]:
+        """A copy of one row: what is written from a view of itself is not written in place."""
+        rows = [mx.contiguous(array[slot : slot + 1]) for array in self.arrays]
+        mx.eval(rows)
+        return rows
+
+    def put(self, slot: int, rows: Sequence[mx.array]) -> None:
+        """Write a sequence's rows `[1, H, n, D]` from column 0 on, and zeros behind them.
+
+        What an earlier sequence left there would be multiplied by a weight of 0: a NaN stays one.
+        """
+        written = []
+        for array, x in zip(self.arrays, rows, strict=True):
+            if x.size:
+                array = array[...]
+                array[slot : slot + 1] = _padded(x, self.capacity)
+            written.append(array)
+        self.arrays = written
+
+    def resize(self, n_slots: int, capacity: int) -> None:
+        """Have so many rows of so many tokens; what is left is copied."""
+        if n_slots <= self.n_slots and capacity <= self.capacity:
+            cut = [array[:n_slots, :, :capacity] for array in self.arrays]
+            self.arrays = [mx.contiguous(array) for array in cut]
+            return
+        before, kept = self.arrays, min(capacity, self.capacity)
+        self.arrays = SharedBuffers.like(before, n_slots, capacity).arrays
+        for array, old in zip(self.arrays, before, strict=True):
+            array[: old.shape[0], :, :kept] = old[:n_slots, :, :kept]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One sequence's row of a layer's shared buffers: `cache.SharedRow`."""
+
+    shared: SharedBuffers
+    slot: int
+    group: Group
+
+    @property
+    def nbytes(self) -> int:
+        """This sequence's part of the bytes."""
+        return -(-self.shared.nbytes // max(1, self.group.n_used))
+
+    def views(self, n_rows: int) -> list[mx.array]:
+        """`[1, H, n_rows, D]` of each array."""
+        at = self.slot
+        return [array[at : at + 1, :, :n_rows] for array in self.shared.arrays]
+
+
+class Group:
+    """Sequences whose KV lies in the same buffers."""
+
+    def __init__(self) -> None:
+        self.layers: list[SharedBuffers] = []
+        self._owners: list[list[weakref.ref[Sliceable]]] = []
+
+    @property
+    def n_slots(self) -> int:
+        """Rows, in use or not."""
+        return len(self._owners)
+
+    @property
+    def n_used(self) -> int:
+        """Rows in use."""
+        return len(self.used())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all layers."""
+        return sum(layer.nbytes for layer in self.layers)
+
+    def used(self) -> list[int]:
+        """The slots that are not free."""
+        return [slot for slot in range(self.n_slots) if next(self._caches(slot), None) is not None]
+
+    def _caches(self, slot: int) -> Iterator[Sliceable]:
+        """The caches that still lie in a slot."""
+        for ref, layer in zip(self._owners[slot], self.layers, strict=False):
+            cache = ref()
+            if cache is not None and _is_at(cache, layer, slot):
+                yield cache
+
+    def admit(self, sequences: Sequence[Layers]) -> None:
+        """Move sequences in; evaluates layer by layer, so that one layer at most is there twice."""
+        used = set(self.used())
+        n_needed = len(used) + len(sequences)
+        if n_needed > self.n_slots:
+            spare = n_needed // SLACK if self.layers else 0
+            self._owners += [[] for _ in range(n_needed + spare - self.n_slots)]
+        free = [slot for slot in range(self.n_slots) if slot not in used]
+        places = list(zip(free, sequences, strict=False))
+        # First: where a layer fails, those before it are in their slots.
+        for slot, layers in places:
+            self._owners[slot] = [weakref.ref(cache) for cache in layers]
+        longest = max(_length(layers) for layers in sequences)
+        if not self.layers:
+            rows = [cache.n_rows(longest) for cache in sequences[0]]
+            self.layers = [
+                SharedBuffers.like(cache.arrays, self.n_slots, n)
+                for cache, n in zip(sequences[0], rows, strict=True)
+            ]
+        for i, layer in enumerate(self.layers):
+            capacity = max(layer.capacity, sequences[0][i].n_rows(longest))
+            if (layer.n_slots, layer.capacity) != (self.n_slots, capacity):
+                layer.resize(self.n_slots, capacity)
+            for slot, layers in places:
+                layer.put(slot, _aligned(layers[i]))
+            mx.eval(layer.arrays)
+            for slot, layers in places:
+                layers[i].share(Row(layer, slot, self))
+
+    def tidy(self) -> None:
+        """Fill gaps from the end, and give back what is not needed."""
+        used = self.used()
+        while used and used[-1] >= len(used):
+            hole = next(slot for slot in range(self.n_slots) if slot not in set(used))
+            self._move(used.pop(), hole)
+            used = sorted([*used, hole])
+        caches = list(self._caches(used[0])) if used else []
+        longest = max((_length(list(self._caches(slot))) for slot in used), default=0)
+        n_slots = min(self.n_slots, len(used) + -(-len(used) // SLACK))
+        self._owners = self._owners[:n_slots]
+        for layer, cache in zip(self.layers, caches, strict=False):
+            # Not for a step or two: the next sequence may need it again.
+            wanted = cache.n_rows(longest)
+            capacity = wanted if layer.capacity * (SLACK - 1) > wanted * SLACK else layer.capacity
+            if (layer.n_slots, layer.capacity) != (n_slots, capacity):
+                layer.resize(n_slots, capacity)
+                mx.eval(layer.arrays)
+
+    def _move(self, slot: int, to: int) -> None:
+        for cache in list(self._caches(slot)):
+            assert isinstance(cache.row, Row)
+            layer = cache.row.shared
+            layer.put(to, layer.rows(slot))
+            mx.eval(layer.arrays)
+            cache.share(Row(layer, to, self))
+        self._owners[to], self._owners[slot] = self._owners[slot], []
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Sequences of a batch whose KV is in the same arrays.
+
+    Args:
+        sequences: which of the batch they are, in the order of their rows.
+        slots: their rows; `(0,)` of one with buffers of its own.
+        is_shared: whether the arrays are a group's.
+    """
+
+    sequences: tuple[int, ...]
+    slots: tuple[int, ...]
+    is_shared: bool
+
+
+Room = Callable[[int], bool]
+"""Whether there is room for so many bytes."""
+
+
+def place(sequences: Sequence[Layers], room: Room, one_part: bool = False) -> list[Part]:
+    """Move sequences that go together into the same buffers.
+
+    Args:
+        sequences: the caches of each.
+        room: asked for the bytes that moving takes; where there is none they stay where they are.
+        one_part: move all that have the same format, however long they are.
+    """
+    for bucket in _buckets(sequences, one_part):
+        group = bucket.group or Group()
+        # In the batch's order: nothing has to be rearranged then.
+        new = [i for i in sorted(bucket.members) if _place_of(sequences[i]) is not group]
+        if not new or len(bucket.members) == 1:
+            continue
+        if room(_bytes_to_admit(group, [sequences[i] for i in new])):
+            group.admit([sequences[i] for i in new])
+    return _parts(sequences)
+
+
+@dataclass(slots=True)
+class _Bucket:
+    """Sequences that shall be in one group."""
+
+    group: Group | None
+    form: object
+    members: list[int]
+
+
+def _buckets(sequences: Sequence[Layers], one_part: bool) -> list[_Bucket]:
+    lengths = [_length(layers) for layers in sequences]
+    buckets: list[_Bucket] = []
+    by_length = sorted(range(len(sequences)), key=lambda i: lengths[i])
+    for i in by_length:
+        if lengths[i] and (group := _place_of(sequences[i])) is not None:
+            known = next((b for b in buckets if b.group is group), None)
+            if known is None:
+                buckets.append(_Bucket(group, _form(sequences[i]), [i]))
+            else:
+                known.members.append(i)
+    placed = {i for bucket in buckets for i in bucket.members}
+    loose = [i for i in by_length if lengths[i] and i not in placed]
+    buckets += [_Bucket(None, _form(sequences[i]), [i]) for i in loose]
+    # The largest groups first: the others move.
+    merged: list[_Bucket] = []
+    for bucket in sorted(buckets, key=lambda bucket: -len(bucket.members)):
+        for other in merged:
+            both = other.members + bucket.members
+            unit = max(map(_token_bytes, sequences[both[0]]), default=0)
+            if other.form == bucket.form and (
+                one_part or go_together([lengths[i] for i in both], unit)
+            ):
+                other.members, other.group = both, other.group or bucket.group
+                break
+        else:
+            merged.append(bucket)
+    return merged
+
+
+def _parts(sequences: Sequence[Layers]) -> list[Part]:
+    groups: dict[int, list[int]] = {}
+    alone = []
+    for i, layers in enumerate(sequences):
+        group = _place_of(layers)
+        if group is None:
+            alone.append(i)
+        else:
+            groups.setdefault(id(group), []).append(i)
+    parts = []
+    for members in groups.values():
+        group = _place_of(sequences[members[0]])
+        assert group is not None
+        group.tidy()
+        order = sorted((_slot(sequences[i]), i) for i in members)
+        slots, own = zip(*order, strict=True)
+        parts.append(Part(own, slots, True))
+    return parts + [Part((i,), (0,), False) for i in alone]
+
+
+def _place_of(layers: Layers) -> Group | None:
+    """The group that all of a sequence's caches are in, in one slot."""
+    row = layers[0].row if layers else None
+    if not isinstance(row, Row) or len(row.group.layers) != len(layers):
+        return None
+    pairs = zip(layers, row.group.layers, strict=True)
+    return row.group if all(_is_at(cache, layer, row.slot) for cache, layer in pairs) else None
+
+
+def _slot(layers: Layers) -> int:
+    row = layers[0].row
+    assert isinstance(row, Row)
+    return row.slot
+
+
+def sliceable(caches: Sequence[Cache]) -> list[Sliceable]:
+    """Those that hold keys and values of tokens."""
+    return [cache for cache in caches if isinstance(cache, KVCache | RotatingKVCache)]
+
+
+def go_together(lengths: Sequence[int], token_bytes: int) -> bool:
+    """Whether sequences of these lengths may be read as if all were as long as the longest.
+
+    Args:
+        lengths: tokens of each.
+        token_bytes: what one takes in a layer.
+    """
+    held = sum(lengths)
+    padding = len(lengths) * max(lengths) - held
+    return padding * SLACK <= held or padding * token_bytes <= PAD_BYTES
+
+
+def growth_bytes(layers: Layers, n_tokens: int) -> int:
+    """Bytes that a sequence's group takes beside its own row if it is to hold `n_tokens`.
+
+    All rows grow with the longest one, and each layer is there twice while it is copied.
+    """
+    group = _place_of(layers)
+    if group is None:
+        return 0
+    more, largest = 0, 0
+    for cache, layer in zip(layers, group.layers, strict=True):
+        rows = cache.n_rows(n_tokens)
+        if rows > layer.capacity:
+            n_bytes = _token_bytes(cache) * rows * layer.n_slots
+            more += n_bytes - layer.nbytes
+            largest = max(largest, n_bytes)
+    return more + largest
+
+
+def _bytes_to_admit(group: Group, new: Sequence[Layers]) -> int:
+    """What is allocated more, without what the new ones give back, at the most."""
+    n_needed = group.n_used + len(new)
+    n_slots = max(group.n_slots, n_needed + (n_needed // SLACK if group.layers else 0))
+    longest = max(_length(layers) for layers in new)
+    total, largest = 0, 0
+    for i, cache in enumerate(new[0]):
+        capacity = max(group.layers[i].capacity if group.layers else 0, cache.n_rows(longest))
+        n_bytes = n_slots * capacity * _token_bytes(cache)
+        total, largest = total + n_bytes, max(largest, n_bytes)
+    return total - group.nbytes + largest
+
+
+def _form(layers: Layers) -> object:
+    """What must be the same for two sequences to share buffers."""
+    return [
+        (cache.max_rows, [(x.shape[1], x.shape[3], x.dtype) for x in cache.arrays])
+        for cache in layers
+    ]
+
+
+def _length(layers: Layers) -> int:
+    return max((cache.offset for cache in layers), default=0)
+
+
+def _token_bytes(cache: Sliceable) -> int:
+    arrays = cache.arrays
+    return sum(array.nbytes // (array.shape[0] * array.shape[2]) for array in arrays)
+
+
+def _is_at(cache: Sliceable, layer: SharedBuffers, slot: int) -> bool:
+    row = cache.row
+    return isinstance(row, Row) and row.shared is layer and row.slot == slot
+
+
+def _aligned(cache: Sliceable) -> list[mx.array]:
+    """What a cache holds, with the token at position p at column p, or at `p % window`."""
+    window = cache.max_rows
+    first = cache.first if window is None else max(cache.first, cache.offset - window)
+    arrays = list(cache.read(first, cache.offset).arrays)
+    if window is None or first == 0:
+        return arrays
+    return [_turned(array, first % window, window) for array in arrays]
+
+
+def _turned(x: mx.array, at: int, window: int) -> mx.array:
+    """Rows `[1, H, n, D]` of a ring of `window`, whose first one lies at column `at`."""
+    n = x.shape[2]
+    if n < window and x.size:  # one token less than the window: the next one's column
+        x = mx.pad(x, [(0, 0), (0, 0), (0, window - n), (0, 0)])
+    return (
+        x if at == 0 else mx.concatenate([x[:, :, window - at :], x[:, :, : window - at]], axis=2)
+    )
+
+
+def _padded(x: mx.array, n_columns: int) -> mx.array:
+    """Rows `[1, H, n, D]` with zeros behind them."""
+    n_missing = n_columns - x.shape[2]
+    return mx.pad(x, [(0, 0), (0, 0), (0, n_missing), (0, 0)]) if n_missing else x

@@ -1,0 +1,201 @@
+"""A model's output, while it is written, as content, reasoning and tool calls.
+
+    parser = parser_for(tokenizer, prompt=prompt, tools=tools)
+    for token in tokens:
+        for event in parser.add(words.add(token), token): ...
+    for event in parser.finish(): ...
+
+Which format a model writes is read off its chat template and its vocabulary. The `text` of all
+events, joined, is the output, character for character; where it is cut makes no difference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from mlxkv.parsers.calls import (
+    FirstOf,
+    GemmaCalls,
+    GlmCalls,
+    GlmTextCalls,
+    JsonCalls,
+    MistralCalls,
+    PythonCalls,
+    Tools,
+)
+from mlxkv.parsers.events import Content, Event, Markup, OutputParser, Reasoning, ToolCall
+from mlxkv.parsers.fences import FencedCalls
+from mlxkv.parsers.harmony import MARKERS, HarmonyParser
+from mlxkv.parsers.tagged import Syntax, TaggedParser
+
+if TYPE_CHECKING:
+    from mlxkv.text.tokenizer import Tokenizer
+
+__all__ = [
+    "Content",
+    "Event",
+    "Markup",
+    "OutputParser",
+    "PlainParser",
+    "Reasoning",
+    "ToolCall",
+    "format_of",
+    "make_parser",
+    "markers_of",
+    "parser_for",
+]
+
+_THINK = ("<think>", "</think>")
+
+SYNTAXES: dict[str, Syntax] = {
+    "think": Syntax(think=_THINK),
+    "hermes": Syntax(think=_THINK, call=("<tool_call>", "</tool_call>"), notation=JsonCalls()),
+    "glm": Syntax(
+        think=_THINK,
+        call=("<tool_call>", "</tool_call>"),
+        notation=GlmCalls(),
+        inner=frozenset({"<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"}),
+    ),
+    "glm4": Syntax(think=_THINK, bare=GlmTextCalls()),
+    "gemma4": Syntax(
+        think=("<|channel>", "<channel|>"),
+        labelled=True,
+        call=("<|tool_call>", "<tool_call|>"),
+        notation=GemmaCalls(),
+        inner=frozenset({'<|"|>'}),
+    ),
+    "functiongemma": Syntax(
+        call=("<start_function_call>", "<end_function_call>"),
+        notation=GemmaCalls("<escape>"),
+        inner=frozenset({"<escape>"}),
+    ),
+    "gemma3": Syntax(
+        call=("```", "```"),
+        notation=FencedCalls(FirstOf(JsonCalls(), PythonCalls())),
+        bare=FirstOf(JsonCalls(), PythonCalls()),
+        known_only=True,
+    ),
+    "mistral": Syntax(
+        think=("[THINK]", "[/THINK]"), call=("[TOOL_CALLS]", None), notation=MistralCalls()
+    ),
+    "llama3": Syntax(
+        call=("<|python_tag|>", None),
+        notation=FirstOf(JsonCalls(), PythonCalls()),
+        bare=JsonCalls(),
+        silent=frozenset({"<|eom_id|>", "<|eot_id|>"}),
+    ),
+}
+"""The formats with markers, by name; `harmony` and `plain` are the others."""
+
+# The first whose texts are all in the template is the model's.
+_SIGNS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("harmony", ("<|channel|>", "<|message|>")),
+    ("gemma4", ("<|tool_call>", "<tool_call|>")),
+    ("gemma4", ("<|channel>", "<channel|>")),
+    ("functiongemma", ("<start_function_call>",)),
+    ("glm", ("<tool_call>", "<arg_key>")),
+    ("mistral", ("[TOOL_CALLS]",)),
+    ("hermes", ("<tool_call>",)),
+    ("glm4", ("[gMASK]", "<|observation|>")),
+    ("llama3", ("<|start_header_id|>", '"parameters"')),
+    ("gemma3", ("<start_of_turn>",)),
+    ("think", ("</think>",)),
+)
+# Without such a text in the template these tokens tell.
+_VOCABULARY: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("harmony", ("<|channel|>", "<|message|>", "<|call|>")),
+    ("gemma4", ("<|channel>", "<channel|>")),
+    ("think", _THINK),
+)
+
+
+class PlainParser:
+    """All of it is content."""
+
+    markers: frozenset[str] = frozenset()
+
+    def add(self, text: str, token: int | None = None) -> list[Event]:
+        """See `OutputParser.add`."""
+        return [Content(text)] if text else []
+
+    def finish(self) -> list[Event]:
+        """See `OutputParser.finish`."""
+        return []
+
+
+def format_of(tokenizer: Tokenizer) -> str:
+    """Name of the format in which a model writes: a key of `SYNTAXES`, harmony or plain."""
+    template = tokenizer.chat_template
+    if template is None:
+        return "plain"
+    source = template.source + (template.tools_source or "")
+    # As templates quote it in a string of their own.
+    source = source.replace('\\"', '"')
+    for name, texts in _SIGNS:
+        if all(text in source for text in texts):
+            return name
+    for name, tokens in _VOCABULARY:
+        if all(tokenizer.id_of(token) is not None for token in tokens):
+            return name
+    return "plain"
+
+
+def markers_of(name: str) -> frozenset[str]:
+    """Texts of the tokens that mean something in a format, in calls too."""
+    syntax = SYNTAXES.get(name, Syntax())
+    return MARKERS if name == "harmony" else syntax.markers | syntax.inner
+
+
+def make_parser(
+    name: str,
+    *,
+    ids: Mapping[int, str] | None = None,
+    prompt: str | None = None,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+) -> OutputParser:
+    """A parser for one answer.
+
+    Args:
+        name: what `format_of` gives.
+        ids: id -> marker, for the markers that are tokens; None finds all of them by their text.
+        prompt: what the model answers to: it may end in an opened block of reasoning.
+        tools: what the model was told of.
+    """
+    if name == "plain":
+        return PlainParser()
+    if name == "harmony":
+        return HarmonyParser(ids) if prompt is None else HarmonyParser(ids, prompt=prompt)
+    syntax = SYNTAXES[name]
+    opened = False
+    if syntax.think is not None and prompt:
+        # A question may hold the markers, too: only what is at the very end was opened for us.
+        end = prompt.rstrip()
+        label = syntax.think[0] + "thought" if syntax.labelled else syntax.think[0]
+        opened = end.endswith((syntax.think[0], label))
+    return TaggedParser(syntax, ids, Tools(tools), in_reasoning=opened)
+
+
+def parser_for(
+    tokenizer: Tokenizer,
+    *,
+    prompt: str | None = None,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+) -> OutputParser:
+    """A parser for one answer of the model with this tokenizer; arguments as for `make_parser`.
+
+    A marker that is a token of the vocabulary counts only as that token: feed the parser with the
+    ids, and with the text of `tokenizer.stream(keep=parser.markers)`.
+    """
+    name = format_of(tokenizer)
+    markers = MARKERS if name == "harmony" else SYNTAXES.get(name, Syntax()).markers
+    ids = {}
+    if tokenizer.stream().is_live:  # else the text comes all at once, and no id with it
+        ids = {i: marker for marker in markers if (i := tokenizer.id_of(marker)) is not None}
+    return make_parser(name, ids=ids, prompt=prompt, tools=tools)
+
+
+def thinks(tokenizer: Tokenizer) -> bool:
+    """Whether the model's format has a place for reasoning."""
+    name = format_of(tokenizer)
+    return name == "harmony" or SYNTAXES.get(name, Syntax()).think is not None

@@ -1,0 +1,164 @@
+"""Pages on disk as MLX arrays: between `pages` (RAM) and `page_files` (files, no MLX).
+
+A file has a tensor for each array of each layer. They are views of the part's one array where it is
+written, without a copy or an evaluation, and are put back into one where it is read.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import mlx.core as mx
+
+from mlxkv.prefix.format import PageFile, PageKey
+from mlxkv.prefix.layout import Kinds
+from mlxkv.prefix.part import Layout, Part, Rows
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from mlxkv.prefix.writer import PageFiles
+
+
+_DTYPES = {str(x).rpartition(".")[2]: x for x in (mx.bfloat16, mx.float16, mx.float32, mx.uint32)}
+"""What a page has, by the names that its file uses."""
+
+
+class PageDisk:
+    """The files of one model's pages, as parts with the KV of its layers.
+
+    Args:
+        files: of this model in this dtype and KV format.
+        kinds: which layers a part has.
+        dtype: what the model computes in.
+    """
+
+    def __init__(self, files: PageFiles, kinds: Kinds, dtype: str):
+        self.files = files
+        self.dtype = dtype
+        self._kinds = kinds
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the model, its dtype and KV format."""
+        return self.files.fingerprint
+
+    def __contains__(self, key: PageKey) -> bool:
+        return key in self.files
+
+    def children(self, parent: str) -> list[tuple[str, int]]:
+        """(name, tokens) of what is known behind a page."""
+        return self.files.children(parent)
+
+    def tokens(self, key: PageKey) -> bytes | None:
+        """The tokens of a page, packed; only its header is read."""
+        return self.files.tokens(key)
+
+    def read(self, keys: Sequence[PageKey]) -> list[tuple[bytes, Part] | None]:
+        """Tokens and KV of some pages; None for what is not there or damaged."""
+        return [self._decoded(key, self.files.read(key)) for key in keys]
+
+    def write(
+        self,
+        pages: Iterable[tuple[PageKey, int, bytes, Part]],
+        *,
+        named: bool = False,
+        wait: bool = False,
+    ) -> None:
+        """Write (key, start, tokens, KV) in the background, if it is not there.
+
+        Args:
+            pages: their arrays are evaluated.
+            named: they belong to named KV, see `PageFiles.write`.
+            wait: for room in the queue.
+        """
+        new = (page for page in pages if named or page[0] not in self.files)
+        self.files.write((self._encoded(*page) for page in new), keep=named, wait=wait)
+
+    def used(self, keys: Sequence[PageKey]) -> None:
+        """Say that pages were used: the least recently used are given up first."""
+        self.files.used(keys)
+
+    def remove(self, key: PageKey) -> None:
+        """Delete one file."""
+        self.files.remove(key)
+
+    def flush(self) -> None:
+        """Wait for what is being written."""
+        self.files.flush()
+
+    def refusals(self) -> str:
+        """Why pages were not written, for people."""
+        refused = self.files.usage().refused
+        return ", ".join(f"{reason}: {n}" for reason, n in refused.items()) or "evicted since"
+
+    def close(self) -> None:
+        """Write what is queued and stop."""
+        self.files.close()
+
+    def _encoded(self, key: PageKey, start: int, tokens: bytes, part: Part) -> PageFile:
+        indices = self._kinds.caches(key.part)
+        tensors: dict[str, np.ndarray] = {}
+        dtypes: dict[str, str] = {}
+        for (i, j), dtype, tensor in _tensors(part):
+            name = f"{indices[i]}.{j}"
+            tensors[name], dtypes[name] = tensor, str(dtype).rpartition(".")[2]
+        return PageFile(key, start, tokens, tensors, dtypes)
+
+    def _decoded(self, key: PageKey, file: PageFile | None) -> tuple[bytes, Part] | None:
+        if file is None:
+            return None
+        layers: list[list[np.ndarray]] = []
+        rows: list[list[Rows]] = []
+        for index in self._kinds.caches(key.part):
+            names = itertools.takewhile(
+                file.tensors.__contains__, (f"{index}.{j}" for j in itertools.count())
+            )
+            found = {name: _rows(file, name) for name in names}
+            layers.append([file.tensors[name] for name in found])
+            rows.append([x for x in found.values() if x is not None])
+            if not found or None in found.values():
+                self.files.remove(key)
+                return None
+        layout = Layout.of(rows)
+        return file.tokens, Part(
+            _words(layers, layout), layout, file.start, file.start + key.n_tokens
+        )
+
+
+def _rows(file: PageFile, name: str) -> Rows | None:
+    """What a tensor keeps of a token; None where it is not that of a page."""
+    tensor, dtype = file.tensors[name], _DTYPES.get(file.dtypes.get(name, ""))
+    if dtype is None or tensor.dtype != _numpy_dtype(dtype) or tensor.ndim != 4:
+        return None
+    B, H, n_tokens, D = tensor.shape
+    return Rows(dtype, (B, H, D)) if n_tokens == file.key.n_tokens else None
+
+
+def _tensors(part: Part) -> Iterator[tuple[tuple[int, int], mx.Dtype, np.ndarray]]:
+    """(layer, array of the layer), dtype and memory of each array; NumPy has no bfloat16, whose
+    bits it gets instead."""
+    import numpy as np  # 40 ms that a prompt of less than a page does not pay
+
+    words, n_tokens = np.asarray(part.words), part.stop - part.start
+    for block, start, stop in part.layout.spans(n_tokens):
+        B, H, D = block.rows.shape
+        shape = len(block.places), B, H, n_tokens, D
+        arrays = words[start:stop].view(_numpy_dtype(block.rows.dtype)).reshape(shape)
+        for place, array in zip(block.places, arrays, strict=True):
+            yield place, block.rows.dtype, array
+
+
+def _words(layers: Sequence[Sequence[np.ndarray]], layout: Layout) -> mx.array:
+    """The tensors of each layer in one array."""
+    import numpy as np
+
+    tensors = [layers[i][j] for block in layout.blocks for i, j in block.places]
+    word = _numpy_dtype(layout.word)
+    return mx.array(np.concatenate([tensor.reshape(-1).view(word) for tensor in tensors]))
+
+
+def _numpy_dtype(dtype: mx.Dtype) -> str:
+    return "uint16" if dtype == mx.bfloat16 else str(dtype).rpartition(".")[2]

@@ -1,0 +1,321 @@
+"""How much of a file system pages may take: what fits, and what goes for it. All of it decides from
+one scan and touches nothing; `page_folder` acts.
+
+What goes first:
+1. Window parts that nobody needs who goes on at a tip or a fork.
+2. The rest, the least recently used first; leaf before trunk, window part before full part. A page
+   counts as used when any page behind it was, so that a chain goes from its end.
+3. Unpinned named KV, in the same order.
+Pinned named KV never goes; nor does what is being written, or what it continues.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlxkv.base.units import parse_bytes
+from mlxkv.errors import UsageError
+from mlxkv.prefix.format import PageKey
+
+CAP_VARIABLE = "MLXKV_KV_DISK"
+SLACK_BYTES = 32 << 10
+"""Room kept for what no page accounts for: directories that grow, the small files' replacements."""
+SMALLEST_CAP_BYTES = 128 << 10
+"""Below it not even the empty folders and one small page fit."""
+_BLOCK = 4096
+_ENTRY_BYTES = 512
+_GIB = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class DiskLimits:
+    """What pages may take of a file system.
+
+    Args:
+        cap_bytes: everything under the folder together; 0 turns it off.
+        free_bytes: what stays free on the file system.
+        daily_bytes: what is written in a day.
+    """
+
+    cap_bytes: int
+    free_bytes: int
+    daily_bytes: int
+
+    @classmethod
+    def for_folder(cls, root: Path) -> DiskLimits:
+        """The limits of this machine, read anew at every start.
+
+        The cap is MLXKV_KV_DISK ("20GiB", "0" for off), else a tenth of the file system, at most
+        64 GiB. A twentieth of the file system, at most 20 GiB, stays free. A tenth of it is
+        written in a day at most: a third of what consumer drives are rated for.
+
+        Raises:
+            UsageError: MLXKV_KV_DISK is no size.
+        """
+        size = file_system(root).f_frsize * file_system(root).f_blocks
+        cap = _chosen_cap()
+        return cls(
+            min(size // 10, 64 * _GIB) if cap is None else cap,
+            min(size // 20, 20 * _GIB),
+            size // 10,
+        )
+
+
+def check_cap() -> None:
+    """Raises UsageError where MLXKV_KV_DISK is no size: before anything is computed."""
+    _chosen_cap()
+
+
+def _chosen_cap() -> int | None:
+    text = os.environ.get(CAP_VARIABLE, "").strip()
+    if text == "0":
+        return 0
+    try:
+        return parse_bytes(text or None)
+    except UsageError:
+        raise UsageError(
+            f"{CAP_VARIABLE} must be a size like 20GiB, or 0 for no KV on disk; got {text!r}"
+        ) from None
+
+
+def file_system(path: Path) -> os.statvfs_result:
+    """Of the folder, or of what would hold it."""
+    for folder in (path.absolute(), *path.absolute().parents):
+        with suppress(OSError):
+            return os.statvfs(folder)
+    return os.statvfs("/")
+
+
+@dataclass(frozen=True, slots=True)
+class DiskUsage:
+    """What the folder takes.
+
+    Args:
+        n_bytes: everything that counts against the cap.
+        n_pages: files of pages, of all models.
+        written_today_bytes: what the daily budget was charged.
+        refused: pages that this process did not write, by reason.
+    """
+
+    n_bytes: int
+    n_pages: int
+    written_today_bytes: int
+    refused: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A page's file in the folder.
+
+    Args:
+        model: the folder that it lies in.
+        key: its name.
+        n_bytes: what it takes.
+        used_ns: when it was used last.
+    """
+
+    model: str
+    key: PageKey
+    n_bytes: int
+    used_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Scan:
+    """What lies in the folder at one moment.
+
+    Args:
+        n_bytes: of everything.
+        pages: the files that are named like pages.
+    """
+
+    n_bytes: int
+    pages: tuple[Stored, ...]
+
+
+def allocated_bytes(stat: os.stat_result) -> int:
+    """What a file or directory takes; never less than its size, which some allocate late."""
+    return max(stat.st_blocks * 512, rounded(stat.st_size))
+
+
+def rounded(n_bytes: int) -> int:
+    """In whole blocks."""
+    return -(-n_bytes // _BLOCK) * _BLOCK
+
+
+def reserved_bytes(n_bytes: int) -> int:
+    """Room for a new file of so many bytes, with its entries in directories."""
+    return rounded(n_bytes) + _ENTRY_BYTES
+
+
+class Room:
+    """Decides what fits, and what goes for it. Nothing is touched.
+
+    Args:
+        scan: of the folder, under its lock.
+        limits: of the folder.
+        free_bytes: on the file system.
+        written_bytes: today.
+        order: what may be evicted, the first to go first; asked for when something must go.
+    """
+
+    def __init__(
+        self,
+        scan: Scan,
+        limits: DiskLimits,
+        free_bytes: int,
+        written_bytes: int,
+        order: Iterable[Stored],
+    ):
+        self.evicted: list[Stored] = []
+        self.written_bytes = written_bytes
+        self._limits = limits
+        self._n_bytes = scan.n_bytes
+        self._free = free_bytes
+        self._order = iter(order)
+        self._ahead: list[Stored] = []
+        self._evict(self._free_up(0))
+
+    def take(self, n_bytes: int, *, keep: bool = False) -> str | None:
+        """Set room aside for a file; why not, if there is none.
+
+        Args:
+            n_bytes: as `reserved_bytes` gives it.
+            keep: whatever was written today.
+        """
+        if not keep and self.written_bytes + n_bytes > self._limits.daily_bytes:
+            return "daily budget"
+        going = self._free_up(n_bytes)
+        freed = sum(page.n_bytes for page in going)
+        if self._n_bytes - freed + n_bytes > self._limits.cap_bytes - SLACK_BYTES:
+            self._ahead = going + self._ahead
+            return "cap"
+        if self._free + freed - n_bytes < self._limits.free_bytes:
+            self._ahead = going + self._ahead
+            return "free space"
+        self._evict(going)
+        self._n_bytes += n_bytes
+        self._free -= n_bytes
+        self.written_bytes += n_bytes
+        return None
+
+    def _free_up(self, n_bytes: int) -> list[Stored]:
+        """What goes for so many bytes more: all there is, if that is not enough."""
+        over = self._n_bytes + n_bytes - (self._limits.cap_bytes - SLACK_BYTES)
+        ahead, self._ahead = self._ahead, []
+        going: list[Stored] = []
+        while over > 0:
+            page = ahead.pop(0) if ahead else next(self._order, None)
+            if page is None:
+                break
+            going.append(page)
+            over -= page.n_bytes
+        self._ahead = ahead
+        return going
+
+    def _evict(self, pages: list[Stored]) -> None:
+        freed = sum(page.n_bytes for page in pages)
+        self._n_bytes -= freed
+        self._free += freed
+        self.evicted += pages
+
+
+@dataclass(frozen=True, slots=True)
+class _Chains:
+    """The pages of one model as a forest.
+
+    Args:
+        parents: of every page that is here.
+        depth: pages before it that are here.
+        used_ns: the latest use of it or of a page behind it.
+        needed: pages whose window part somebody may need.
+    """
+
+    parents: Mapping[str, str]
+    depth: Mapping[str, int]
+    used_ns: Mapping[str, int]
+    needed: Collection[str]
+
+
+def eviction_order(
+    pages: Collection[Stored],
+    wanted: Collection[Stored],
+    window_pages: Mapping[str, int | None],
+    named: Mapping[tuple[str, str], bool],
+) -> list[Stored]:
+    """What may go, the first to go first.
+
+    Args:
+        pages: all that are here.
+        wanted: what is about to be written.
+        window_pages: pages before a tip or fork whose window part is needed there, by model; None
+            or missing where that is not known, and all are kept.
+        named: (model, file name) of what belongs to named KV, and whether it is pinned.
+    """
+    models: dict[str, list[Stored]] = {}
+    for page in [*pages, *wanted]:
+        models.setdefault(page.model, []).append(page)
+    chains = {model: _chains(some, window_pages.get(model)) for model, some in models.items()}
+    writing = {(page.model, page.key) for page in wanted}
+    trunk = _trunk(wanted, chains)
+    ranked = []
+    for page in pages:
+        chain, key = chains[page.model], page.key
+        pinned = named.get((page.model, key.file_name))
+        if pinned or (page.model, key) in writing:
+            continue
+        far = key.part == "window" and key.name not in chain.needed
+        rank = 2 if pinned is not None else 0 if far else 1
+        if rank and (page.model, key.name) in trunk:
+            continue
+        used, depth = chain.used_ns[key.name], chain.depth[key.name]
+        ranked.append(((rank, used, -depth, key.part == "full", key.name), page))
+    return [page for _, page in sorted(ranked, key=lambda pair: pair[0])]
+
+
+def _trunk(wanted: Iterable[Stored], chains: Mapping[str, _Chains]) -> set[tuple[str, str]]:
+    """(model, name) of pages and of all pages before them."""
+    trunk: set[tuple[str, str]] = set()
+    for page in wanted:
+        parents = chains[page.model].parents
+        name = page.key.name
+        while name in parents and (page.model, name) not in trunk:
+            trunk.add((page.model, name))
+            name = parents[name]
+    return trunk
+
+
+def _chains(pages: Iterable[Stored], near: int | None) -> _Chains:
+    parents: dict[str, str] = {}
+    used_ns: dict[str, int] = {}
+    for page in pages:
+        name = page.key.name
+        parents[name] = page.key.parent
+        used_ns[name] = max(used_ns.get(name, 0), page.used_ns)
+    children: dict[str, list[str]] = {}
+    for name, parent in parents.items():
+        children.setdefault(parent, []).append(name)
+    trunk_first = _trunk_first(parents, children)
+    # Names in a circle are forged: they lie behind no root and never get a depth of their own.
+    depth = dict.fromkeys(parents, 0)
+    for name in trunk_first:
+        depth[name] = depth.get(parents[name], -1) + 1
+    reach = dict.fromkeys(parents, -1)
+    for name in reversed(trunk_first):
+        behind = children.get(name, [])
+        used_ns[name] = max([used_ns[name], *(used_ns[child] for child in behind)])
+        far = near if near is not None else len(parents)
+        reach[name] = far if len(behind) != 1 else reach[behind[0]] - 1
+    needed = {name for name, pages_left in reach.items() if pages_left >= 0}
+    return _Chains(parents, depth, used_ns, needed)
+
+
+def _trunk_first(parents: Mapping[str, str], children: Mapping[str, list[str]]) -> list[str]:
+    order = [name for name, parent in parents.items() if parent not in parents]
+    for name in order:
+        order.extend(children.get(name, ()))
+    return order

@@ -1,0 +1,313 @@
+"""The folder that pages lie in: its bounds, its lock, what is in it and what goes first.
+
+Invariants:
+- Whoever writes or evicts holds `lock`. So whatever lies in `tmp` when somebody gets the lock was
+  left by a process that died, and goes.
+- Nothing is written before there is room for it: what lies here, directories, manifests and
+  temporary files included, never takes more than the cap.
+- A file appears by a rename, complete or not at all.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import random
+import stat
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from mlxkv.base import durable, time_machine
+from mlxkv.prefix.eviction import (
+    DiskLimits,
+    Room,
+    Scan,
+    Stored,
+    allocated_bytes,
+    eviction_order,
+    file_system,
+)
+from mlxkv.prefix.format import MAX_HEADER_BYTES, MAX_PAGE_BYTES, PageKey
+
+_DAY_S = 86_400
+
+
+class Folder:
+    """The files of all models' pages, of named KV and of the bookkeeping.
+
+    Args:
+        root: need not exist.
+        limits: of it.
+
+    Attributes:
+        pages: folder of the models' folders.
+        names: folder of the manifests.
+        n_cleared: files of dead processes that were removed.
+        cleared_bytes: what they took.
+    """
+
+    def __init__(self, root: Path, limits: DiskLimits):
+        self.root = root
+        self.limits = limits
+        self.pages = root / "pages"
+        self.names = root / "names"
+        self._tmp = root / "tmp"
+        self._written = root / "written.json"
+        self._manifests: dict[str, tuple[tuple[int, ...], Mapping[tuple[str, str], bool]]] = {}
+        self._n_temporary = 0
+        self._is_excluded = False
+        self.n_cleared = 0
+        self.cleared_bytes = 0
+
+    @contextmanager
+    def locked(self, wait_s: float) -> Iterator[None]:
+        """Alone among all processes; what dead ones left in `tmp` is gone.
+
+        Raises:
+            OSError: the folder cannot be written, or another process holds it (TimeoutError).
+        """
+        self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for folder in (self.pages, self.names, self._tmp):
+            folder.mkdir(mode=0o700, exist_ok=True)
+        self._exclude_from_backups()
+        lock = _acquire(self.root / "lock", wait_s)
+        try:
+            self._clear_tmp()
+            yield
+        finally:
+            # A process that was forked meanwhile has the lock too: closing would not end it.
+            fcntl.flock(lock, fcntl.LOCK_UN)
+            os.close(lock)
+
+    def _exclude_from_backups(self) -> None:
+        """Pages can be computed again, and change every day; names cannot, and are small."""
+        if not self._is_excluded:
+            for folder in (self.pages, self._tmp):
+                time_machine.exclude(folder)
+            self._is_excluded = True
+
+    def _clear_tmp(self) -> None:
+        with os.scandir(self._tmp) as entries:
+            for entry in entries:
+                with suppress(OSError):
+                    n_bytes = allocated_bytes(entry.stat(follow_symlinks=False))
+                    Path(entry.path).unlink()
+                    self.n_cleared += 1
+                    self.cleared_bytes += n_bytes
+
+    def scan(self) -> Scan:
+        """What lies here; files that go meanwhile do not count."""
+        pages: list[Stored] = []
+        n_bytes = 0
+        with suppress(OSError):
+            n_bytes = allocated_bytes(self.root.stat())
+        folders = [str(self.root)]
+        while folders:
+            folder = folders.pop()
+            with suppress(OSError), os.scandir(folder) as entries:
+                model = Path(folder).name if Path(folder).parent == self.pages else None
+                for entry in entries:
+                    with suppress(OSError):
+                        about = entry.stat(follow_symlinks=False)
+                        n_bytes += allocated_bytes(about)
+                        if entry.is_dir(follow_symlinks=False):
+                            folders.append(entry.path)
+                        elif model is not None and (key := PageKey.parse(entry.name)):
+                            size = allocated_bytes(about)
+                            pages.append(Stored(model, key, size, about.st_mtime_ns))
+        return Scan(n_bytes, tuple(pages))
+
+    def room(self, wanted: Collection[Stored] = ()) -> tuple[Scan, Room]:
+        """What lies here, and what may still be written.
+
+        Args:
+            wanted: pages that are about to be written: neither they nor what they continue go.
+        """
+        scan = self.scan()
+        order = self._order(scan.pages, wanted)
+        system = file_system(self.root)
+        free = system.f_bavail * system.f_frsize
+        return scan, Room(scan, self.limits, free, self.written_today(), order)
+
+    def _order(self, pages: Collection[Stored], wanted: Collection[Stored]) -> Iterator[Stored]:
+        near = {model: self._window_pages(model) for model in {page.model for page in pages}}
+        yield from eviction_order(pages, wanted, near, self._named())
+
+    def _window_pages(self, model: str) -> int | None:
+        try:
+            near = json.loads((self.pages / model / "model.json").read_bytes())["window_pages"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return near if isinstance(near, int) else None
+
+    def open_model(self, model: str, window_pages: int) -> Path:
+        """The folder of a model's pages, which says how far its windows reach.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        folder = self.pages / model
+        folder.mkdir(mode=0o700, exist_ok=True)
+        if self._window_pages(model) != window_pages:
+            self.put(folder / "model.json", json.dumps({"window_pages": window_pages}).encode())
+        return folder
+
+    def _named(self) -> Mapping[tuple[str, str], bool]:
+        """(model, file name) of what belongs to named KV, and whether that is pinned."""
+        named: dict[tuple[str, str], bool] = {}
+        with suppress(OSError):
+            for path in self.names.glob("*.json"):
+                for page, pinned in self._manifest(path).items():
+                    named[page] = pinned or named.get(page, False)
+        return named
+
+    def _manifest(self, path: Path) -> Mapping[tuple[str, str], bool]:
+        # A long prompt's manifest is megabytes, and a full folder asks at every batch.
+        try:
+            about = path.stat()
+            signature = (about.st_ino, about.st_size, about.st_mtime_ns)
+            known = self._manifests.get(path.name)
+            if known is None or known[0] != signature:
+                raw = json.loads(path.read_bytes())
+                model, pinned = raw["fingerprint"][:32], bool(raw["pinned"])
+                known = signature, {(model, file_name): pinned for file_name in raw["keys"]}
+                self._manifests[path.name] = known
+        except (OSError, ValueError, KeyError, TypeError):
+            return {}
+        return known[1]
+
+    def evict(self, pages: Iterable[Stored]) -> None:
+        """Delete files.
+
+        Raises:
+            OSError: one cannot be deleted, so there is less room than was decided.
+        """
+        for page in pages:
+            (self.pages / page.model / page.key.file_name).unlink(missing_ok=True)
+
+    def sync_names(self, folder: Path) -> None:
+        """Make a power cut spare the names in a folder, and the folder's own.
+
+        Raises:
+            OSError: it cannot be synced.
+        """
+        for path in (folder, folder.parent, self.root):
+            durable.sync_path(path)
+
+    def drop_empty_models(self) -> None:
+        """Delete the folders of models that have no page left."""
+        for folder in [path for path in self.pages.iterdir() if path.is_dir()]:
+            with suppress(OSError):
+                if {path.name for path in folder.iterdir()} <= {"model.json"}:
+                    (folder / "model.json").unlink(missing_ok=True)
+                    folder.rmdir()
+
+    def written_today(self) -> int:
+        """Bytes that the daily budget was charged since midnight UTC."""
+        try:
+            raw = json.loads(self._written.read_bytes())
+            return int(raw["bytes"]) if raw["day"] == _today() else 0
+        except (OSError, ValueError, KeyError, TypeError):
+            return 0
+
+    def charge(self, written_bytes: int) -> None:
+        """Record what was written today. It is charged before it is written: a kill in between
+        costs budget, and none is ever written that was not charged.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        self.put(self._written, json.dumps({"day": _today(), "bytes": written_bytes}).encode())
+
+    def put(self, path: Path, data: bytes, *, sync: Callable[[int], None] | None = None) -> None:
+        """Write a file, complete or not at all.
+
+        Args:
+            path: where.
+            data: all of it.
+            sync: called with the written file's descriptor before the file appears: `durable.sync`
+                where nothing but the whole file will do, `os.fsync` where a checksum tells and
+                `sync_names` follows. Unnamed pages need neither: half a page is a miss, and costs
+                as much as no page.
+
+        Raises:
+            OSError: it cannot be written; nothing is left of it.
+        """
+        self._n_temporary += 1
+        temporary = self._tmp / f"{os.getpid()}-{id(self):x}-{self._n_temporary}"
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        try:
+            handle = os.open(temporary, flags, 0o600)
+            try:
+                view = memoryview(data)
+                while view:
+                    view = view[os.write(handle, view) :]
+                if sync is not None:
+                    sync(handle)
+            finally:
+                os.close(handle)
+            temporary.rename(path)
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink()
+            raise
+
+
+def read_page(path: str, *, header_only: bool = False) -> bytes:
+    """A page's file, or its first 8 bytes and its header; b"" for what cannot be one.
+
+    Raises:
+        OSError: there is no such file, or it cannot be opened.
+    """
+    # Whatever lies under the name, opening it must not wait (a pipe) or lead elsewhere (a link).
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return b""
+        raise
+    about = os.fstat(handle)
+    if not stat.S_ISREG(about.st_mode) or about.st_size > MAX_PAGE_BYTES:
+        os.close(handle)
+        return b""
+    with os.fdopen(handle, "rb", buffering=0) as file:
+        try:
+            if not header_only:
+                return file.readall()
+            start = file.read(8)
+            length = int.from_bytes(start, "little")
+            return start + file.read(length) if length <= MAX_HEADER_BYTES else b""
+        except OSError:
+            return b""  # a bad sector: as damaged as a wrong byte
+
+
+def _acquire(path: Path, wait_s: float) -> int:
+    """A descriptor that holds the lock.
+
+    Polled, because a process that was stopped (Ctrl-Z) holds it for as long as it likes.
+    """
+    end = time.monotonic() + wait_s
+    while True:
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Somebody may have deleted the folder, and another made it again.
+            if path.stat().st_ino == os.fstat(lock).st_ino:
+                return lock
+        except BlockingIOError:
+            pass
+        except BaseException:
+            os.close(lock)
+            raise
+        os.close(lock)
+        if time.monotonic() > end:
+            raise TimeoutError(f"{path}: another process holds it")
+        time.sleep(random.uniform(0.001, 0.004))
+
+
+def _today() -> int:
+    return int(time.time() // _DAY_S)

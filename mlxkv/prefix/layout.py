@@ -1,0 +1,123 @@
+"""What a page is made of, and where it stands in its chain."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from mlxkv.kv.types import STEP, CacheSpec
+from mlxkv.prefix.format import ROOT, PageKey, page_name
+
+FULL, WINDOW = "full", "window"
+"""The parts of a page: what layers without a window keep, and the others."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kinds:
+    """Which caches the parts of a page belong to.
+
+    Args:
+        full: indices of the caches that keep everything.
+        window: indices of those that rotate.
+        reach: the largest window: tokens that a layer may see, the next one included.
+        stride: the smallest window: tokens after which it has overwritten itself.
+    """
+
+    full: tuple[int, ...]
+    window: tuple[int, ...]
+    reach: int
+    stride: int
+
+    @classmethod
+    def of(cls, specs: Iterable[CacheSpec | None]) -> Kinds | None:
+        """Of a model's layers; None where one keeps a state that has no keys and values."""
+        owned = [spec for spec in specs if spec is not None]
+        if not owned or any(spec.opaque for spec in owned):
+            return None
+        windows = [spec.window for spec in owned if spec.window is not None]
+        return cls(
+            tuple(i for i, spec in enumerate(owned) if spec.window is None),
+            tuple(i for i, spec in enumerate(owned) if spec.window is not None),
+            max(windows, default=0),
+            min(windows, default=0),
+        )
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The parts that a page of this model has."""
+        return (FULL,) * bool(self.full) + (WINDOW,) * bool(self.window)
+
+    def caches(self, part: str) -> tuple[int, ...]:
+        """Indices of the caches of a part."""
+        return self.full if part == FULL else self.window
+
+    def needed(self, links: Sequence[Link], part: str, stop: int) -> list[Link]:
+        """Of a chain from position 0, the pages whose part is needed to go on at `stop`."""
+        if not links or not self.caches(part):
+            return []
+        if part == FULL:
+            return list(links)
+        return list(links[self.first_needed(links[-1], stop) :])
+
+    def first_needed(self, last: Link, stop: int) -> int:
+        """Number of the first page whose window part is needed to go on at `stop` in `last`."""
+        # One row less than the window is enough, and the last page is needed for its position.
+        return max(0, min(stop - (self.reach - 1), last.start)) // STEP
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """The place of a page in its chain.
+
+    Args:
+        parent: name of the page before it.
+        name: its own.
+        start: position of its first token.
+        n_tokens: `STEP`, or fewer for a tip.
+    """
+
+    parent: str
+    name: str
+    start: int
+    n_tokens: int = STEP
+
+    @property
+    def stop(self) -> int:
+        """The position behind its last token."""
+        return self.start + self.n_tokens
+
+    def key(self, part: str) -> PageKey:
+        """Its name on disk."""
+        return PageKey(self.parent, self.name, self.n_tokens, part)
+
+
+def chain_of(data: bytes, n_pages: int) -> Iterator[Link]:
+    """The first whole pages of packed tokens, from position 0 on."""
+    parent = ROOT
+    for i in range(n_pages):
+        link = Link(parent, page_name(parent, data[4 * STEP * i : 4 * STEP * (i + 1)]), STEP * i)
+        yield link
+        parent = link.name
+
+
+def packed(tokens: Sequence[int]) -> bytes:
+    """Token ids as little-endian int32."""
+    return array("i", tokens).tobytes()
+
+
+def unpacked(data: bytes) -> array[int]:
+    """The inverse of `packed`."""
+    ids = array("i")
+    ids.frombytes(data)
+    return ids
+
+
+def n_common(a: bytes, b: bytes) -> int:
+    """Leading tokens that two packed sequences share."""
+    low, high = 0, min(len(a), len(b)) // 4
+    while low < high:
+        middle = (low + high + 1) // 2
+        same = a[4 * low : 4 * middle] == b[4 * low : 4 * middle]
+        low, high = (middle, high) if same else (low, middle - 1)
+    return low

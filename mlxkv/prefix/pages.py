@@ -1,0 +1,439 @@
+"""Prefix pages: KV that was computed once, found again by the tokens it was computed from.
+
+Invariants:
+- A page holds the KV of `STEP` consecutive tokens, of all layers; of fewer only where a sequence
+  stopped (a tip). Its full part is what layers without a window need, its window part the rest.
+- Its name is the chain of all tokens up to its end. Names know no model: one `Pages` serves one
+  model in one dtype and KV format, and on disk the folder's name says which.
+- To go on at position p, full parts of [0, p) are needed and window parts of [p - window, p). The
+  last page may be used in part: its first tokens do not depend on those behind them.
+- What RAM holds is bounded in bytes and in arrays, of which a page has one for each part.
+- `match` decides and changes nothing; `load` acts. Nothing is computed here: what caches held goes
+  back into caches bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import mlx.core as mx
+
+from mlxkv.errors import UsageError
+from mlxkv.kv.layout import Cache
+from mlxkv.kv.types import STEP
+from mlxkv.prefix.format import ROOT, PageKey, page_name
+from mlxkv.prefix.layout import FULL, WINDOW, Kinds, Link, chain_of, n_common, packed, unpacked
+from mlxkv.prefix.part import Part
+from mlxkv.prefix.ram import RamPages
+
+if TYPE_CHECKING:
+    from mlxkv.prefix.disk import PageDisk
+
+WORTH = 16
+"""Tokens of a page from which on it is brought back for them alone."""
+HEADERS = 64
+"""Files whose tokens are read to find where a prompt leaves what is known: 0.1 ms each."""
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """What of a prompt can be restored.
+
+    Args:
+        links: its pages from position 0 on; of the last perhaps not all tokens.
+        n_tokens: leading tokens of the prompt that they give back.
+        shared: leading tokens of the prompt that some known sequence has as well.
+        held: that sequence's tokens from `shared` on, some of them.
+        n_known: how far that sequence is known.
+    """
+
+    links: tuple[Link, ...] = ()
+    n_tokens: int = 0
+    shared: int = 0
+    held: tuple[int, ...] = ()
+    n_known: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Neighbour:
+    """A page that begins as the rest of a prompt does, for `shared` tokens."""
+
+    link: Link
+    tokens: bytes
+    shared: int
+
+
+class Pages:
+    """The pages of one model.
+
+    Args:
+        kinds: of its layers.
+        budget_bytes: what pages may take in RAM.
+        stable: tokens of a sequence up to which KV does not depend on what follows; None for all.
+        open_disk: gives the pages on disk, asked for at the first prompt that has a whole page.
+
+    Attributes:
+        max_arrays: that pages may hold in RAM; None for any number. See `planner.page_arrays`.
+    """
+
+    def __init__(
+        self,
+        kinds: Kinds,
+        budget_bytes: int,
+        stable: int | None = None,
+        open_disk: Callable[[], PageDisk | None] | None = None,
+    ):
+        self.kinds = kinds
+        self.budget_bytes = budget_bytes
+        self.max_arrays: int | None = None
+        self.stable = stable
+        self.ram = RamPages(kinds)
+        self._open_disk = open_disk
+        self._disk: PageDisk | None = None
+        self._cap_bytes: int | None = None
+        self._unreadable: set[PageKey] = set()
+        self._writes_through = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that pages take in RAM."""
+        return self.ram.nbytes
+
+    @property
+    def disk(self) -> PageDisk | None:
+        """The pages on disk, None where there are none to be."""
+        self._open()
+        return self._disk
+
+    @property
+    def opened_disk(self) -> PageDisk | None:
+        """The pages on disk if they were asked for before."""
+        return self._disk
+
+    @property
+    def ssd_bytes(self) -> int:
+        """Bytes that those pages have in files."""
+        return 0 if self._disk is None else self._disk.files.usage().n_bytes
+
+    def _open(self) -> None:
+        # The model's name on disk is a hash of its weights, which short prompts do not wait for.
+        if self._open_disk is not None:
+            self._disk, self._open_disk = self._open_disk(), None
+
+    def match(self, tokens: Sequence[int], limit: int) -> Match:
+        """The longest prefix that can be restored.
+
+        Args:
+            tokens: a prompt.
+            limit: tokens to restore at most.
+        """
+        data = packed(tokens)
+        if self.stable is not None:
+            limit = min(limit, self.stable)
+        if limit >= STEP:
+            self._open()
+        links = self._chain(data, limit // STEP)
+        at = links[-1].stop if links else 0
+        parent = links[-1].name if links else ROOT
+        near = self._neighbours(parent, at, data[4 * at :])
+        usable, n_tokens = self._usable(links, at, limit, near)
+        if not near:
+            return Match(tuple(usable), n_tokens, at, (), at)
+        best = max(near, key=lambda page: page.shared)
+        following = best.tokens[4 * best.shared :]
+        for link in self._children(best.link.name, best.link.stop):
+            following += self._tokens(link)
+            break
+        return Match(
+            tuple(usable),
+            n_tokens,
+            at + best.shared,
+            tuple(unpacked(following)),
+            self._known_until(best.link),
+        )
+
+    def load(self, match: Match, caches: Sequence[Cache]) -> int | None:
+        """Fill caches with what was matched.
+
+        Returns:
+            Tokens of it that came from disk; None, with the caches in any state, where a page
+            could not be read any more: match again.
+        """
+        links, stop = match.links, match.n_tokens
+        needed = {part: self.kinds.needed(links, part, stop) for part in self.kinds.parts}
+        read = self._bring(needed)
+        if read is None:
+            self._shrink()
+            return None
+        try:
+            for part, some in needed.items():
+                slices = [self.ram.part(link, part).slices(stop) for link in some]
+                for i, index in enumerate(self.kinds.caches(part)):
+                    caches[index].load([part_slices[i] for part_slices in slices])
+                    mx.eval(caches[index].state)
+        except UsageError:
+            self.forget(links)
+            return None
+        self.touch(links)
+        if self._disk is not None:
+            self.keep(link for link in links if link.n_tokens == STEP)  # its second use
+        self._shrink()
+        # Pages that no layer needs any more count as the first that one does.
+        first = next(iter(needed.values()))[0]
+        from_disk = [x for x in links if (first if x.start < first.start else x).name in read]
+        return sum(min(link.stop, stop) - link.start for link in from_disk)
+
+    def rows_before(self, link: Link, stop: int) -> Part | None:
+        """The window rows of a page in RAM before position `stop`, in an array of their own."""
+        if not self.ram.has(link, WINDOW):
+            return None
+        rows = self.ram.part(link, WINDOW).before(stop)
+        mx.eval(rows.words)
+        return rows
+
+    def has(self, link: Link) -> bool:
+        """Whether a page is in RAM with all its parts."""
+        return all(self.ram.has(link, part) for part in self.kinds.parts)
+
+    def add(
+        self, link: Link, tokens: bytes, parts: dict[str, Part], chain: Sequence[Link] = ()
+    ) -> None:
+        """Keep a page, or the parts of it that are not here yet.
+
+        Args:
+            link: its place.
+            tokens: its own, packed.
+            parts: evaluated.
+            chain: the pages before it, which are in use as well: where not all of a sequence finds
+                room, it is its end that does not.
+        """
+        self.ram.put(link, tokens, parts)
+        self.ram.touch([*chain, link])
+        if self._writes_through:
+            self.keep([link], named=True)
+        self.ram.drop_outgrown(link, tokens)
+        self._shrink()
+
+    def touch(self, links: Sequence[Link]) -> None:
+        """Say that a sequence goes on from these pages."""
+        self.ram.touch(links)
+        if self._disk is not None:
+            self._disk.used([link.key(part) for link in links for part in self.kinds.parts])
+
+    def keep(self, links: Iterable[Link], *, named: bool = False, wait: bool = False) -> None:
+        """Write pages that are in RAM to disk, in the background.
+
+        Args:
+            links: trunk first.
+            named: they belong to named KV, see `PageFiles.write`.
+            wait: for room in the writer's queue.
+        """
+        if self.disk is None:
+            return
+        pages = [page for link in links if (page := self.ram.get(link.name)) is not None]
+        self.disk.write(
+            (
+                (page.link.key(part), page.link.start, page.tokens, kv)
+                for page in pages
+                for part, kv in page.parts.items()
+            ),
+            named=named,
+            wait=wait or named,
+        )
+
+    @contextmanager
+    def writing_through(self) -> Iterator[None]:
+        """Meanwhile what is cut goes to disk at once, so that RAM need not hold all of it."""
+        self._writes_through = True
+        try:
+            yield
+        finally:
+            self._writes_through = False
+
+    def keys_to_resume(self, links: Sequence[Link]) -> list[PageKey]:
+        """Names on disk of what is needed to go on behind the last of some pages."""
+        stop = links[-1].stop
+        return [
+            link.key(part)
+            for part in self.kinds.parts
+            for link in self.kinds.needed(links, part, stop)
+        ]
+
+    def forget(self, links: Iterable[Link]) -> None:
+        """Give up pages that hold no KV of this model, in RAM and on disk."""
+        for link in links:
+            if (page := self.ram.get(link.name)) is not None:
+                self.ram.drop(page, self.kinds.parts)
+            for key in map(link.key, self.kinds.parts):
+                if self._disk is not None:
+                    self._disk.remove(key)
+                    if key in self._disk:  # in a folder that cannot be written
+                        self._unreadable.add(key)
+
+    def give_back(self, n_bytes: int) -> int:
+        """Give up so much of RAM until `take_share`.
+
+        Where there is a disk, what goes is written there first.
+
+        Returns:
+            Bytes that were given up; fewer than asked for where pages are pinned.
+        """
+        before, pages = self.nbytes, list(self.ram)
+        going = {page.link.name: dict(page.parts) for page in pages}
+        self._cap_bytes = max(0, before - n_bytes)
+        self._shrink()
+        if before == self.nbytes:
+            return 0
+        if self._disk is not None:
+            self._disk.write(
+                (
+                    (page.link.key(part), page.link.start, page.tokens, kv)
+                    for page in pages
+                    for part, kv in going[page.link.name].items()
+                    if part not in page.parts
+                ),
+                wait=True,
+            )
+            self._disk.flush()
+        return before - self.nbytes
+
+    def take_share(self) -> None:
+        """What was given back may be taken again."""
+        self._cap_bytes = None
+
+    def _shrink(self) -> None:
+        """Give up what is beyond the budget."""
+        capped = self._cap_bytes
+        allowed = self.budget_bytes if capped is None else min(self.budget_bytes, capped)
+        self.ram.shrink(allowed, self.max_arrays)
+
+    def clear(self) -> None:
+        """Forget what is in RAM."""
+        self.ram.clear()
+
+    def close(self, *, at_exit: bool = False) -> None:
+        """Write what is worth keeping, wait for it, and forget what is in RAM.
+
+        Args:
+            at_exit: the interpreter is ending: no disk is opened any more.
+        """
+        links = sorted((page.link for page in self.ram), key=lambda link: link.start)
+        # A sequence of less than a page is computed faster than a process starts.
+        if links and links[-1].stop >= STEP and not (at_exit and self._disk is None):
+            self.keep(links, wait=True)
+        if self._disk is not None:
+            self._disk.close()
+            self._disk = None
+        self.clear()
+
+    def _chain(self, data: bytes, n_pages: int) -> list[Link]:
+        """The complete pages of a prompt as far as their full parts are known."""
+        links: list[Link] = []
+        for link in chain_of(data, n_pages):
+            if self.kinds.full and not self._held(link, FULL):
+                break
+            links.append(link)
+        while links and not self.kinds.full and not self._held(links[-1], WINDOW):
+            links.pop()
+        return links
+
+    def _usable(
+        self, links: list[Link], at: int, limit: int, near: Sequence[_Neighbour]
+    ) -> tuple[list[Link], int]:
+        """As much of a chain as window parts allow, with part of a page behind it."""
+
+        def is_whole(chain: list[Link], stop: int) -> bool:
+            windows = self.kinds.needed(chain, WINDOW, stop)
+            last_full = not self.kinds.full or self._held(chain[-1], FULL)
+            return last_full and all(self._held(link, WINDOW) for link in windows)
+
+        for page in sorted(near, key=lambda page: -page.shared):
+            n = min(page.shared, limit - at)
+            if n < min(WORTH, page.link.n_tokens):
+                break
+            if is_whole([*links, page.link], at + n):
+                return [*links, page.link], at + n
+        for k in range(len(links), 0, -1):
+            last = links[k - 1]
+            windows = (
+                links[self.kinds.first_needed(last, last.stop) : k] if self.kinds.window else ()
+            )
+            if all(self._held(link, WINDOW) for link in windows):
+                return links[:k], last.stop
+        return [], 0
+
+    def _held(self, link: Link, part: str) -> bool:
+        if self.ram.has(link, part):
+            return True
+        key = link.key(part)
+        return self._disk is not None and key not in self._unreadable and key in self._disk
+
+    def _children(self, parent: str, at: int) -> Iterator[Link]:
+        """The pages behind one, those in RAM first."""
+        in_ram = self.ram.behind(parent)
+        for page in in_ram:
+            yield page.link
+        known = {page.link.name for page in in_ram}
+        for name, n in self._disk.children(parent) if self._disk is not None else ():
+            if name not in known:
+                yield Link(parent, name, at, n)
+
+    def _neighbours(self, parent: str, at: int, rest: bytes) -> list[_Neighbour]:
+        """The pages behind one, and how many tokens each shares with the rest of a prompt."""
+        near: list[_Neighbour] = []
+        n_read = 0
+        for link in self._children(parent, at) if rest else ():
+            mine = rest[: 4 * link.n_tokens]
+            if self.ram.get(link.name) is None and page_name(parent, mine) == link.name:
+                near.append(_Neighbour(link, mine, link.n_tokens))
+                continue
+            if self.ram.get(link.name) is None:
+                n_read += 1
+                if n_read > HEADERS:
+                    continue
+            tokens = self._tokens(link)
+            near.append(_Neighbour(link, tokens, n_common(tokens, rest)))
+        return near
+
+    def _tokens(self, link: Link) -> bytes:
+        page = self.ram.get(link.name)
+        if page is not None:
+            return page.tokens
+        if self._disk is None:
+            return b""
+        found = (self._disk.tokens(link.key(part)) for part in self.kinds.parts)
+        return next((tokens for tokens in found if tokens), b"")
+
+    def _known_until(self, link: Link) -> int:
+        """How far the sequence that goes through a page is known."""
+        seen = {link.name}  # a file's name can be anything, also its own parent's
+        while behind := [x for x in self._children(link.name, link.stop) if x.name not in seen]:
+            link = max(behind, key=lambda child: (child.n_tokens, child.name))
+            seen.add(link.name)
+        return link.stop
+
+    def _bring(self, needed: dict[str, list[Link]]) -> set[str] | None:
+        """Read what is not in RAM; names of the pages read, None where one is gone."""
+        missing = [
+            (link, part)
+            for part, links in needed.items()
+            for link in links
+            if not self.ram.has(link, part)
+        ]
+        if not missing:
+            return set()
+        if self._disk is None:
+            return None
+        found = self._disk.read([link.key(part) for link, part in missing])
+        for (link, part), file in zip(missing, found, strict=True):
+            if file is None:
+                # What is gone may be written again; what is still there cannot be read.
+                if link.key(part) in self._disk:
+                    self._unreadable.add(link.key(part))
+                continue
+            tokens, kv = file
+            self.ram.put(link, tokens, {part: kv})
+        return None if None in found else {link.name for link, _ in missing}

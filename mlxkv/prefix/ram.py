@@ -1,0 +1,190 @@
+"""The pages in RAM, and which of them go when there is no room.
+
+Invariants:
+- `nbytes` is what the arrays of all parts take, `n_arrays` how many those are: one for each part.
+- First go window parts that nobody needs who goes on at a tip or a fork, or in the page before it,
+  anchors last; then leaves, each its window part first; of all these the least recently used.
+- Pinned pages stay.
+"""
+
+from __future__ import annotations
+
+import heapq
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from mlxkv.kv.types import STEP
+from mlxkv.prefix.layout import FULL, WINDOW, Kinds, Link
+from mlxkv.prefix.part import Part
+
+ANCHORS = 8
+"""Of the window parts that nobody is near to, every so many windows one goes last."""
+SPARE = 64
+"""Where arrays are too many, one in so many goes beyond what has to: finding out which go first
+takes a walk over all pages, and with small pages the next one would ask for it again."""
+
+
+@dataclass(slots=True)
+class Page:
+    """A page; a part that was given up is missing from `parts`."""
+
+    link: Link
+    tokens: bytes
+    parts: dict[str, Part] = field(default_factory=dict)
+    used: int = 0
+
+
+class RamPages:
+    """Pages by name, and the pages behind each.
+
+    Args:
+        kinds: of the model's layers.
+    """
+
+    def __init__(self, kinds: Kinds):
+        self.nbytes = self.n_arrays = 0
+        self._kinds = kinds
+        self._pages: dict[str, Page] = {}
+        self._behind: dict[str, set[str]] = {}
+        self._pinned: set[str] = set()
+        self._tick = 0
+
+    def __len__(self) -> int:
+        return len(self._pages)
+
+    def __iter__(self) -> Iterator[Page]:
+        return iter(self._pages.values())
+
+    def get(self, name: str) -> Page | None:
+        """A page by its name."""
+        return self._pages.get(name)
+
+    def has(self, link: Link, part: str) -> bool:
+        """Whether a part of a page is here."""
+        page = self._pages.get(link.name)
+        return page is not None and part in page.parts
+
+    def part(self, link: Link, part: str) -> Part:
+        """A part that is here."""
+        return self._pages[link.name].parts[part]
+
+    def behind(self, name: str) -> list[Page]:
+        """The pages behind one."""
+        return [self._pages[child] for child in self._behind.get(name, ())]
+
+    def put(self, link: Link, tokens: bytes, parts: Mapping[str, Part]) -> None:
+        """Keep a page, or the parts of it that are not here yet."""
+        page = self._pages.get(link.name)
+        if page is None:
+            page = self._pages[link.name] = Page(link, tokens)
+            self._behind.setdefault(link.parent, set()).add(link.name)
+        for part, kv in parts.items():
+            if part not in page.parts:
+                page.parts[part] = kv
+                self.nbytes += kv.nbytes
+                self.n_arrays += 1
+        self.touch([link])
+
+    def touch(self, links: Iterable[Link]) -> None:
+        """Say that pages were used, all at the same time."""
+        self._tick += 1
+        for link in links:
+            if link.name in self._pages:
+                self._pages[link.name].used = self._tick
+
+    def pin(self, names: Iterable[str]) -> None:
+        """Keep pages whatever the budget says."""
+        self._pinned.update(names)
+
+    def drop_outgrown(self, link: Link, tokens: bytes) -> None:
+        """Give up the tips from which a sequence has gone on to this page."""
+        for page in self.behind(link.parent):
+            went_on = page.link.n_tokens < link.n_tokens and tokens.startswith(page.tokens)
+            if went_on and page.link.name not in self._pinned:
+                self.drop(page, tuple(page.parts))
+
+    def drop(self, page: Page, parts: Iterable[str]) -> None:
+        """Give up parts of a page; without any it is forgotten."""
+        for part in parts:
+            if (kv := page.parts.pop(part, None)) is not None:
+                self.nbytes -= kv.nbytes
+                self.n_arrays -= 1
+        if not page.parts:
+            del self._pages[page.link.name]
+            siblings = self._behind[page.link.parent]
+            siblings.discard(page.link.name)
+            if not siblings:
+                del self._behind[page.link.parent]
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._pages.clear()
+        self._behind.clear()
+        self._pinned.clear()
+        self.nbytes = self.n_arrays = 0
+
+    def shrink(self, budget_bytes: int, max_arrays: int | None = None) -> None:
+        """Give up as much as the budget asks for.
+
+        Args:
+            budget_bytes: what stays at most.
+            max_arrays: how many arrays stay at most; None for any number.
+        """
+        most = sys.maxsize if max_arrays is None else max_arrays
+        if self.nbytes <= budget_bytes and self.n_arrays <= most:
+            return
+        if self.n_arrays > most:
+            most -= most // SPARE
+
+        def is_enough() -> bool:
+            return self.nbytes <= budget_bytes and self.n_arrays <= most
+
+        near = self._near()
+        far = [
+            page
+            for name, page in self._pages.items()
+            if WINDOW in page.parts and name not in near and name not in self._pinned
+        ]
+        for page in sorted(far, key=lambda p: (self._is_anchor(p), p.used, p.link.start)):
+            self.drop(page, [WINDOW])
+            if is_enough():
+                return
+        self._drop_leaves(is_enough)
+
+    def _is_anchor(self, page: Page) -> bool:
+        """Whether it is of the few by which a prompt that was edited far back goes on at all."""
+        n_window = -(-self._kinds.reach // STEP)
+        return page.link.start // STEP % (ANCHORS * n_window) < n_window
+
+    def _near(self) -> set[str]:
+        """Pages whose window part is needed to go on in the last page of a tip or a fork."""
+        near: set[str] = set()
+        for name, page in self._pages.items():
+            if len(self._behind.get(name, ())) == 1:
+                continue
+            first = page.link.start - (self._kinds.reach - 1)
+            at: Page | None = page
+            while at is not None and (at.link.stop > first or at is page):
+                near.add(at.link.name)
+                at = self._pages.get(at.link.parent)
+        return near
+
+    def _drop_leaves(self, is_enough: Callable[[], bool]) -> None:
+        def entry(page: Page) -> tuple[int, int, str]:
+            return page.used, -page.link.start, page.link.name
+
+        leaves = [entry(p) for name, p in self._pages.items() if name not in self._behind]
+        heapq.heapify(leaves)
+        while leaves and not is_enough():
+            name = heapq.heappop(leaves)[2]
+            if name in self._pinned:
+                continue
+            page = self._pages[name]
+            for part in (WINDOW, FULL):
+                if part in page.parts and not is_enough():
+                    self.drop(page, [part])
+            parent = self._pages.get(page.link.parent)
+            is_leaf = page.link.parent not in self._behind
+            if name not in self._pages and parent is not None and is_leaf:
+                heapq.heappush(leaves, entry(parent))

@@ -1,0 +1,405 @@
+"""Pages on disk: the SSD half of the prefix cache. NumPy arrays in and out, no MLX.
+
+Invariants:
+- `read` gives exactly what was written, or None. What is damaged, truncated, foreign or of an
+  older format is removed and is a miss, never an error.
+- Files are written by a thread of their own. What does not fit (cap, free space, daily budget, a
+  full disk, a read-only folder) is not written and is counted in `usage().refused`, never an error.
+- The index says what this process has seen; the folder is shared, so a page that the index does not
+  know is looked for, and one that is gone is forgotten when it is read.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mlxkv.base.durable import sync_path
+from mlxkv.prefix.eviction import (
+    SMALLEST_CAP_BYTES,
+    DiskLimits,
+    DiskUsage,
+    Room,
+    Stored,
+    reserved_bytes,
+)
+from mlxkv.prefix.folder import Folder, read_page
+from mlxkv.prefix.format import (
+    FORMAT_VERSION,
+    ROOT,
+    DamagedPage,
+    PageFile,
+    PageKey,
+    decode,
+    decode_tokens,
+    encode,
+    page_name,
+)
+
+__all__ = ["FORMAT_VERSION", "ROOT", "DiskLimits", "DiskUsage", "PageFile", "PageFiles", "PageKey",
+           "page_name"]  # fmt: skip
+
+QUEUE_BYTES = 512 << 20
+"""What waits for the writer at most: it is memory that no plan counts."""
+BATCH_BYTES = 128 << 20
+"""What is written under one lock: another process waits for a tenth of a second."""
+LOCK_WAIT_S = 10.0
+GIVE_WAY_S = 0.005
+"""Pause between batches: others poll for the lock, and would hardly ever meet it free."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Queued:
+    page: PageFile
+    keep: bool
+
+    @property
+    def reserved_bytes(self) -> int:
+        return reserved_bytes(self.page.bound_bytes)
+
+
+@dataclass(slots=True)
+class _Outcome:
+    """What became of a batch.
+
+    Args:
+        written: what is on disk.
+        evicted: what went for it.
+        reasons: why single pages were not written.
+        reason: why all others were not.
+    """
+
+    written: set[PageKey] = field(default_factory=set)
+    evicted: list[PageKey] = field(default_factory=list)
+    reasons: dict[PageKey, str] = field(default_factory=dict)
+    reason: str = "internal error"
+
+
+class PageFiles:
+    """The pages of one model in one dtype and KV format.
+
+    Args:
+        root: the folder of all models' pages; need not exist.
+        fingerprint: hex, of what makes KV comparable.
+        limits: of the folder.
+        window_pages: pages before a tip or a fork whose window part is needed to go on there.
+    """
+
+    def __init__(self, root: Path, fingerprint: str, limits: DiskLimits, *, window_pages: int = 0):
+        self.fingerprint = fingerprint
+        self.window_pages = window_pages
+        self.folder = Folder(root, limits)
+        self._model = fingerprint[:32]
+        self._path = f"{self.folder.pages / self._model}{os.sep}"
+        self._known: dict[str, dict[tuple[str, int], set[str]]] = {}
+        self._waiting: dict[PageKey, PageFile] = {}
+        self._queue: deque[_Queued] = deque()
+        self._queued_bytes = 0
+        self._refused: Counter[str] = Counter()
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._closed = False
+        self._start()
+
+    def _start(self) -> None:
+        """Read the index, and clear what dead processes left unless a living one is writing."""
+        if not self.folder.root.is_dir():
+            return
+        if self.folder.limits.cap_bytes >= SMALLEST_CAP_BYTES:
+            with suppress(OSError), self.folder.locked(0):
+                pass
+        with suppress(OSError), os.scandir(self._path) as entries:
+            for entry in entries:
+                if key := PageKey.parse(entry.name):
+                    self._learn(key)
+
+    def __contains__(self, key: PageKey) -> bool:
+        with self._changed:
+            if self._knows(key):
+                return True
+        try:
+            os.stat(self._path + key.file_name)  # noqa: PTH116
+        except OSError:
+            return False
+        with self._changed:
+            self._learn(key)
+        return True
+
+    def children(self, parent: str) -> list[tuple[str, int]]:
+        """(name, tokens) of the pages that are known behind one."""
+        with self._changed:
+            return list(self._known.get(parent, ()))
+
+    def tokens(self, key: PageKey) -> bytes | None:
+        """The tokens of a page, from its file's header alone; None as for `read`."""
+        with self._changed:
+            waiting = self._waiting.get(key)
+        if waiting is not None:
+            return waiting.tokens
+        data = self._bytes(key, header_only=True)
+        if data is None:
+            return None
+        try:
+            return decode_tokens(data[8:], key)
+        except DamagedPage:
+            self.remove(key)
+            return None
+
+    def read(self, key: PageKey) -> PageFile | None:
+        """A page, checked; None if it is not there, or was damaged and is now removed."""
+        with self._changed:
+            waiting = self._waiting.get(key)
+        if waiting is not None:
+            return waiting
+        data = self._bytes(key)
+        if data is None:
+            return None
+        try:
+            page, fingerprint = decode(data, key)
+        except DamagedPage:
+            self.remove(key)
+            return None
+        if fingerprint != self.fingerprint:
+            self.remove(key)
+            return None
+        return page
+
+    def remove(self, key: PageKey) -> None:
+        """Delete one page's file."""
+        with suppress(OSError):
+            os.unlink(self._path + key.file_name)  # noqa: PTH108
+        with self._changed:
+            self._forget(key)
+
+    def used(self, keys: Sequence[PageKey]) -> None:
+        """Say that pages were used now; of one call's pages, leaves count as older than trunks."""
+        with self._changed:
+            here = [key for key in keys if key not in self._waiting and self._knows(key)]
+        now = time.time_ns()
+        for key in here:
+            with suppress(OSError):
+                os.utime(self._path + key.file_name, ns=(now, now))
+
+    def write(self, pages: Iterable[PageFile], *, keep: bool = False, wait: bool = False) -> int:
+        """Queue pages for the background, trunk first.
+
+        Args:
+            pages: taken one by one, and no further than there is room in the queue.
+            keep: of a named KV: synced, and not refused by the daily budget.
+            wait: where the queue is full, until it is not; else the rest is refused.
+
+        Returns:
+            Bytes of tensors that were queued; what is there already is not.
+        """
+        accepted = 0
+        if self.folder.limits.cap_bytes < SMALLEST_CAP_BYTES:
+            with self._changed:
+                self._refused["cap"] += 1
+            return accepted
+        try:
+            for page in pages:
+                if not keep and page.key in self:
+                    continue
+                with self._changed:
+                    if not self._put(_Queued(page, keep), wait):
+                        self._refused["queue"] += 1
+                        break
+                accepted += page.nbytes
+        finally:
+            # Only now: what was queued together is written together, under one lock.
+            with self._changed:
+                self._wake()
+        return accepted
+
+    def flush(self) -> None:
+        """Wait until everything that was queued is written or refused."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._waiting)
+
+    def usage(self) -> DiskUsage:
+        """What the folder takes now, and what this process could not write."""
+        scan = self.folder.scan()
+        with self._changed:
+            refused = dict(self._refused)
+        return DiskUsage(scan.n_bytes, len(scan.pages), self.folder.written_today(), refused)
+
+    def close(self) -> None:
+        """Write what is queued and stop."""
+        self.flush()
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    def _learn(self, key: PageKey) -> None:
+        pages = self._known.setdefault(key.parent, {})
+        pages.setdefault((key.name, key.n_tokens), set()).add(key.part)
+
+    def _knows(self, key: PageKey) -> bool:
+        return key.part in self._known.get(key.parent, {}).get((key.name, key.n_tokens), ())
+
+    def _forget(self, key: PageKey) -> None:
+        pages = self._known.get(key.parent, {})
+        parts = pages.get((key.name, key.n_tokens), set())
+        parts.discard(key.part)
+        if not parts:
+            pages.pop((key.name, key.n_tokens), None)
+        if not pages:
+            self._known.pop(key.parent, None)
+
+    def _bytes(self, key: PageKey, *, header_only: bool = False) -> bytes | None:
+        """A file's bytes; None if there is none, or it cannot be opened now."""
+        try:
+            return read_page(self._path + key.file_name, header_only=header_only)
+        except FileNotFoundError:
+            with self._changed:
+                self._forget(key)
+        except OSError:
+            pass
+        return None
+
+    def _put(self, item: _Queued, wait: bool) -> bool:
+        """Queue a page; False if there is no room and it is not to be waited for."""
+        if wait and self._queued_bytes >= QUEUE_BYTES:
+            self._wake()
+            self._changed.wait_for(lambda: self._closed or self._queued_bytes < QUEUE_BYTES)
+        if self._closed or self._queued_bytes >= QUEUE_BYTES:
+            return False
+        self._queue.append(item)
+        self._queued_bytes += item.page.nbytes
+        self._waiting[item.page.key] = item.page
+        self._learn(item.page.key)
+        return True
+
+    def _wake(self) -> None:
+        if self._queue and self._thread is None:
+            thread = threading.Thread(target=self._work, name="mlxkv-pages", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError:  # no more threads, or the interpreter is ending
+                self._refuse_queue("no thread")
+                return
+            self._thread = thread
+
+    def _refuse_queue(self, reason: str) -> None:
+        """Give up what waits; with the lock held."""
+        batch = list(self._queue)
+        self._queue.clear()
+        self._settle(batch, _Outcome(reason=reason))
+
+    def _work(self) -> None:
+        """The thread: it lives while there is something to write."""
+        while True:
+            with self._changed:
+                batch = self._next_batch()
+                if not batch:
+                    self._thread = None
+                    return
+            outcome = _Outcome()
+            try:
+                self._write_batch(batch, outcome)
+            except BaseException:
+                with self._changed:  # whoever waits must not wait for a thread that has died
+                    batch += self._queue
+                    self._queue.clear()
+                    self._thread = None
+                raise
+            finally:
+                with self._changed:
+                    self._settle(batch, outcome)
+                    more = bool(self._queue)
+            if more:
+                time.sleep(GIVE_WAY_S)
+
+    def _next_batch(self) -> list[_Queued]:
+        batch: list[_Queued] = []
+        n_bytes = 0
+        while self._queue and (not batch or n_bytes + self._queue[0].page.nbytes <= BATCH_BYTES):
+            batch.append(self._queue.popleft())
+            n_bytes += batch[-1].page.nbytes
+        return batch
+
+    def _settle(self, batch: Sequence[_Queued], outcome: _Outcome) -> None:
+        """Take a batch off the books: what is not written is not here."""
+        queued = {item.page.key for item in self._queue}
+        for item in batch:
+            key = item.page.key
+            self._queued_bytes -= item.page.nbytes
+            if key not in outcome.written:
+                self._refused[outcome.reasons.get(key, outcome.reason)] += 1
+            if key not in queued:
+                self._waiting.pop(key, None)
+                if key not in outcome.written:
+                    self._forget(key)
+        for key in outcome.evicted:
+            if key not in outcome.written and key not in queued:
+                self._forget(key)
+        self._changed.notify_all()
+
+    def _write_batch(self, batch: Sequence[_Queued], outcome: _Outcome) -> None:
+        """Write what fits."""
+        try:
+            with self.folder.locked(LOCK_WAIT_S):
+                self._write_locked(batch, outcome)
+        except TimeoutError:
+            outcome.reason = "another process holds the folder"
+            with self._changed:  # nobody waits that long for each batch of them
+                self._refuse_queue(outcome.reason)
+        except OSError as error:
+            outcome.reason = f"disk: {error.strerror}"
+
+    def _write_locked(self, batch: Sequence[_Queued], outcome: _Outcome) -> None:
+        folder = self.folder.open_model(self._model, self.window_pages)
+        wanted = [
+            Stored(self._model, item.page.key, item.reserved_bytes, time.time_ns())
+            for item in batch
+        ]
+        scan, room = self.folder.room(wanted)
+        here = {page.key for page in scan.pages if page.model == self._model}
+        here -= {x.page.key for x in batch if x.keep and not self._is_synced(x.page.key)}
+        outcome.written |= here & {item.page.key for item in batch}
+        accepted = self._decide([x for x in batch if x.page.key not in here], room, outcome)
+        outcome.evicted += [page.key for page in room.evicted if page.model == self._model]
+        self.folder.evict(room.evicted)
+        if accepted:
+            self.folder.charge(room.written_bytes)
+        for item in accepted:
+            data = encode(item.page, self.fingerprint)
+            assert reserved_bytes(len(data)) <= item.reserved_bytes
+            sync = os.fsync if item.keep else None  # to the drive; `sync_names` empties its cache
+            self.folder.put(folder / item.page.key.file_name, data, sync=sync)
+            outcome.written.add(item.page.key)
+        if any(item.keep for item in batch):
+            self.folder.sync_names(folder)
+
+    def _is_synced(self, key: PageKey) -> bool:
+        """Whether a page that is to be kept is here and whole, and a power cut spares it."""
+        try:
+            path = self._path + key.file_name
+            _, fingerprint = decode(read_page(path), key)
+            sync_path(Path(path), through=False)  # `sync_names` follows
+        except (DamagedPage, OSError):
+            return False
+        return fingerprint == self.fingerprint
+
+    def _decide(self, items: Iterable[_Queued], room: Room, outcome: _Outcome) -> list[_Queued]:
+        """What of a batch is written: a page is of no use without those before it."""
+        accepted: dict[PageKey, _Queued] = {}
+        lost: dict[str, str] = {}
+        for item in items:
+            key = item.page.key
+            if key in accepted:
+                continue
+            reason = lost.get(key.parent) or room.take(item.reserved_bytes, keep=item.keep)
+            if reason is None:
+                accepted[key] = item
+                continue
+            outcome.reasons[key] = reason
+            if key.part == "full":
+                lost[key.name] = reason
+        return list(accepted.values())

@@ -1,0 +1,1 @@
+"""Which tokens may come, and which one does: parameters, sampler, grammars."""

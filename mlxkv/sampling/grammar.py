@@ -1,0 +1,307 @@
+"""Answers that match a grammar: which tokens may come next.
+
+    maskers = Maskers(tokenizer)                    # once for a model
+    masker = maskers.masker(grammar, prompt=prompt)  # once for an answer
+    mask = masker.allowed(n_vocab)                   # before sampling
+    masker.advance(token)                            # after it
+    if masker.finished: ...                          # the answer is complete
+
+llguidance (MIT; https://github.com/guidance-ai/llguidance) reads the grammars and finds the tokens.
+
+- An answer ends: where nothing can follow, only end tokens are left, and `finished` says so before
+  one is sampled. Between JSON's tokens are at most `MAX_SPACES` blanks and line breaks, so that a
+  model cannot go on with those for ever.
+- The grammar is for what the user gets: reasoning before it is free, and does not end the answer.
+- What a schema asks for and llguidance cannot keep is an error, and never left out.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mlxkv.errors import UsageError
+from mlxkv.parsers.formats import format_of, markers_of
+from mlxkv.sampling import tool_call_grammar
+from mlxkv.sampling.reasoning_gate import Gate, gate_of
+from mlxkv.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+
+KINDS = ("json_object", "json_schema", "regex", "lark", "tools")
+MAX_TEXT = 1 << 20
+"""Characters of a grammar."""
+MAX_SPACES = tool_call_grammar.MAX_SPACES
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """What an answer has to match.
+
+    Args:
+        kind: `json_object`; `json_schema`; `regex` (Rust's, of the whole answer); `lark`
+            (llguidance's dialect, whose white space is what it says); `tools` (calls of functions
+            in the format of the model's family).
+        text: the schema as JSON, the regex, the grammar; for `tools` see `grammar_calls.Calls`.
+
+    Raises:
+        UsageError: no such kind, or a text that is too long.
+    """
+
+    kind: str
+    text: str = ""
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise UsageError(f"a grammar must be one of {', '.join(KINDS)}; got {self.kind!r}")
+        if len(self.text) > MAX_TEXT:
+            raise UsageError(
+                f"a grammar may have {MAX_TEXT:,} characters; this one has {len(self.text):,}"
+            )
+
+
+class Maskers:
+    """Makes maskers for one model. The first takes up to a second: it reads the vocabulary.
+
+    Args:
+        tokenizer: the model's.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._format = format_of(tokenizer)
+
+    def masker(self, grammar: Grammar, prompt: str | None = None) -> Masker:
+        """A masker for one answer.
+
+        Args:
+            grammar: what it has to match.
+            prompt: the rendered prompt, if it is one: it may end in an opened block of reasoning.
+                None for an answer that is all text.
+
+        Raises:
+            UsageError: the grammar has an error or is too complex, or it is one of calls and the
+                family's are not known.
+        """
+        from llguidance import LLMatcher
+
+        source = _source(grammar, self._tokenizer, self._format)
+        matcher = LLMatcher(self._backend, source, log_level=0)
+        if matcher.is_error():
+            raise _refused(grammar.kind, matcher.get_error())
+        gate = None
+        if prompt is not None and not self._describes_reasoning(grammar):
+            gate = gate_of(
+                self._tokenizer,
+                self._format,
+                prompt,
+                lambda token: bool(matcher.validate_tokens([token])),
+            )
+        ends = self._tokenizer.eos_token_ids
+        named = {int(token) for token in re.findall(r"<\[([0-9]{1,9})\]>", source)}
+        is_text = np.ones(self._backend.vocab_size, bool)
+        # A special token is no text, even where its name spells one.
+        is_text[sorted(self._tokenizer.special_ids - named - ends)] = False
+        return Masker(matcher, ends, grammar.kind, is_text, gate)
+
+    def _describes_reasoning(self, grammar: Grammar) -> bool:
+        return grammar.kind == "tools" and self._format in tool_call_grammar.HAS_REASONING
+
+    @cached_property
+    def _backend(self) -> LLTokenizer:
+        from llguidance import LLTokenizer
+
+        ends = sorted(self._tokenizer.eos_token_ids)
+        if not ends:
+            raise UsageError("this model has no end token, so no grammar can end its answer")
+        try:
+            return LLTokenizer(
+                _readable(self._tokenizer.to_json(), markers_of(self._format)), eos_token=ends
+            )
+        except (ValueError, RuntimeError) as error:
+            raise UsageError(f"grammars do not work with this tokenizer: {_line(error)}") from None
+
+
+class Masker:
+    """What may come next in one answer.
+
+    Invariant: the matcher has consumed the tokens since the gate opened, end tokens left out.
+
+    Args:
+        matcher: the grammar's.
+        ends: end tokens.
+        kind: of the grammar, for errors.
+        is_text: bool [n]: of all ids that the matcher knows, those that may come at all.
+        gate: where the part that has to match begins; None for at once.
+
+    Attributes:
+        finished: the answer is complete: nothing can follow, or an end token came.
+    """
+
+    def __init__(
+        self,
+        matcher: LLMatcher,
+        ends: Collection[int],
+        kind: str,
+        is_text: np.ndarray,
+        gate: Gate | None = None,
+    ):
+        self._matcher, self._ends, self._kind = matcher, frozenset(ends), kind
+        self._is_text = is_text
+        self._gate = gate
+        self.finished = False
+
+    def allowed(self, V: int) -> np.ndarray:
+        """Which tokens may come: bool [V], made on the host.
+
+        V may be larger than the vocabulary: what is past it must not come.
+
+        Raises:
+            UsageError: the grammar became too complex, or this vocabulary cannot go on with it.
+        """
+        allowed = np.zeros(V, bool)
+        if self.finished:
+            allowed[[end for end in self._ends if end < V]] = True
+            return allowed
+        if self._gate is not None and self._gate.inside:
+            allowed[: len(self._is_text)] = True
+            allowed[[end for end in self._ends if end < V]] = False
+            return allowed
+        if self._gate is not None and self._gate.only_openers:
+            allowed[[token for token in self._gate.openers if token < V]] = True
+            return allowed
+        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        if self._matcher.is_error():
+            raise _refused(self._kind, self._matcher.get_error())
+        may = np.unpackbits(bits, bitorder="little")[: len(self._is_text)] & self._is_text
+        if not may.any():
+            may = self._validated() & self._is_text
+        allowed[: len(may)] = may[:V]
+        if self._gate is not None:
+            allowed[[token for token in self._gate.openers if token < V]] = True
+        if not allowed.any():
+            raise UsageError("the grammar cannot go on with the tokens that this model has")
+        return allowed
+
+    def advance(self, token: int) -> None:
+        """The token that came.
+
+        Raises:
+            UsageError: it must not come here.
+        """
+        if self.finished or (self._gate is not None and self._gate.take(token)):
+            return
+        if token in self._ends:
+            self.finished = True
+            return
+        if not self._matcher.consume_token(token):
+            raise _refused(self._kind, self._matcher.get_error())
+        self.finished = self._matcher.is_stopped()
+
+    def _validated(self) -> np.ndarray:
+        """bool [n]: what may come, tried one by one.
+
+        Where only one text can follow, llguidance gives the token that the tokenizer makes of it,
+        and where merges spell a special token, that is none of the text.
+        """
+        n = len(self._is_text)
+        return np.array([self._matcher.validate_tokens([t]) for t in range(n)], bool)
+
+
+def _source(grammar: Grammar, tokenizer: Tokenizer, name: str) -> str:
+    """The grammar as llguidance takes it."""
+    from llguidance import LLMatcher
+
+    match grammar.kind:
+        case "regex":
+            return LLMatcher.grammar_from_regex(grammar.text)
+        case "lark":
+            return LLMatcher.grammar_from_lark(grammar.text)
+        case "tools":
+            calls = tool_call_grammar.Calls.from_json(grammar.text)
+            return LLMatcher.grammar_from_lark(tool_call_grammar.lark(calls, name, tokenizer))
+    schema = {"type": "object"} if grammar.kind == "json_object" else _schema(grammar.text)
+    return LLMatcher.grammar_from_json_schema(json.dumps(tool_call_grammar.bounded(schema)))
+
+
+def _schema(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"the JSON schema cannot be read: {_line(error)}") from None
+
+
+def _readable(tokenizer: str, markers: Collection[str]) -> str:
+    """A tokenizer.json that llguidance understands.
+
+    - It takes a `Metaspace` decoder for nothing, and so its mark for a letter; as a replacement it
+      knows it.
+    - A text that spells a special token (an enum of `<table>`) would become that token, which is
+      no text. So they get names that nobody spells; grammars name them by their ids. Where the
+      vocabulary has them as well (Gemma, Llama 2), they are renamed there, or they would be text;
+      what is text (Gemma's `<table>`) stays.
+
+    Args:
+        tokenizer: its tokenizer.json.
+        markers: texts of tokens that are never text.
+    """
+    state = json.loads(tokenizer)
+    decoder = state.get("decoder") or {}
+    parts = decoder.get("decoders", [decoder])
+    if any(part.get("type") == "Metaspace" for part in parts):
+        marks = [part["replacement"] for part in parts if part.get("type") == "Metaspace"]
+        blank = {"type": "Replace", "pattern": {"String": marks[0]}, "content": " "}
+        others = [part for part in parts if part.get("type") != "Metaspace"]
+        state["decoder"] = {"type": "Sequence", "decoders": [blank, *others]}
+    names: dict[str, str] = {}
+    vocabulary = state["model"].get("vocab", ())
+    known = vocabulary if isinstance(vocabulary, dict) else {text for text, _ in vocabulary}
+    added = []
+    for token in state.get("added_tokens", ()):
+        text = token["content"]
+        looks_special = (text[:1], text[-1:]) == ("<", ">")
+        if token["special"] or text in markers or (looks_special and text not in known):
+            names[text] = token["content"] = f"<|\ue000{token['id']}\ue000|>"
+            token["special"] = True
+        elif looks_special:
+            continue  # in the vocabulary it is text, among the added tokens it would not be
+        added.append(token)
+    state["added_tokens"] = added
+    _rename(state["model"], names)
+    return json.dumps(state)
+
+
+def _rename(model: dict[str, Any], names: Mapping[str, str]) -> None:
+    """Give tokens of a vocabulary other names; merges that spell them go."""
+    vocabulary = model.get("vocab")
+    if isinstance(vocabulary, dict):
+        model["vocab"] = {names.get(text, text): token for text, token in vocabulary.items()}
+    elif isinstance(vocabulary, list):
+        model["vocab"] = [[names.get(text, text), score] for text, score in vocabulary]
+    if model.get("unk_token") in names:
+        model["unk_token"] = names[model["unk_token"]]
+    if "merges" in model:
+        model["merges"] = [merge for merge in model["merges"] if not _spells(merge, names)]
+
+
+def _spells(merge: str | list[str], names: Mapping[str, str]) -> bool:
+    """Whether a merge takes or makes one of the tokens."""
+    left, right = merge.split(" ") if isinstance(merge, str) else merge
+    return left + right in names or left in names or right in names
+
+
+def _refused(kind: str, error: str) -> UsageError:
+    # Behind that llguidance says what state it is in.
+    said = error.partition("<state>")[0]
+    return UsageError(f"the grammar ({kind}) cannot be used: {_line(said)}")
+
+
+def _line(error: object) -> str:
+    return " ".join(str(error).split())[:500]

@@ -1,0 +1,1 @@
+"""KV under a name: manifests, archives, the registry, garbage collection."""

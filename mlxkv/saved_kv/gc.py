@@ -1,0 +1,117 @@
+"""Remove what is damaged or unreachable from the KV folder."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlxkv.prefix.eviction import DiskLimits, allocated_bytes
+from mlxkv.prefix.folder import Folder, read_page
+from mlxkv.prefix.format import DamagedPage, PageKey, decode
+from mlxkv.saved_kv.manifest import MANIFEST_VERSION, NamedKV
+from mlxkv.saved_kv.registry import KVNames
+
+
+@dataclass(frozen=True, slots=True)
+class GcReport:
+    """What a clean-up removed, and what is left.
+
+    Args:
+        leftovers: files of writers that died.
+        leftover_bytes: of them.
+        damaged: files that were no whole pages or manifests.
+        damaged_bytes: of them.
+        evicted: pages over the cap.
+        evicted_bytes: of them.
+        n_pages: pages that are left.
+        n_bytes: what everything takes now.
+    """
+
+    leftovers: int
+    leftover_bytes: int
+    damaged: int
+    damaged_bytes: int
+    evicted: int
+    evicted_bytes: int
+    n_pages: int
+    n_bytes: int
+
+
+def gc(root: Path, limits: DiskLimits | None = None) -> GcReport:
+    """Remove what writers that died left, what is damaged, and what is over the cap.
+
+    Every page is read and checked.
+
+    Raises:
+        OutputError: the folder cannot be written.
+    """
+    names = KVNames(root, limits)
+    folder = names._folder
+    if not root.is_dir():
+        return GcReport(0, 0, 0, 0, 0, 0, 0, 0)
+    damaged = [*_damaged_manifests(folder), *_damaged_pages(folder)]
+    damaged_bytes = sum(_remove(path) for path in damaged)
+    with names._writing():
+        _, room = folder.room()
+        folder.evict(room.evicted)
+        folder.drop_empty_models()
+    left = folder.scan()
+    evicted_bytes = sum(page.n_bytes for page in room.evicted)
+    return GcReport(
+        *(folder.n_cleared, folder.cleared_bytes),
+        *(len(damaged), damaged_bytes),
+        *(len(room.evicted), evicted_bytes),
+        *(len(left.pages), left.n_bytes),
+    )
+
+
+def _damaged_manifests(folder: Folder) -> Iterator[Path]:
+    for path in folder.names.glob("*.json"):
+        with suppress(OSError):
+            data = path.read_bytes()
+            try:
+                NamedKV.from_json(data)
+            except ValueError:
+                if not _is_newer(data):
+                    yield path
+
+
+def _is_newer(manifest: bytes) -> bool:
+    """Whether a later mlxkv wrote it: what cannot be understood here is not damaged."""
+    try:
+        return json.loads(manifest)["version"] > MANIFEST_VERSION
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return False
+
+
+def _damaged_pages(folder: Folder) -> list[Path]:
+    paths = list(folder.pages.glob("*/*.safetensors"))
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return [path for path, bad in zip(paths, pool.map(_is_damaged, paths), strict=True) if bad]
+
+
+def _is_damaged(path: Path) -> bool:
+    key = PageKey.parse(path.name)
+    if key is None:
+        return True
+    try:
+        _, fingerprint = decode(read_page(str(path)), key)
+    except DamagedPage:
+        return True
+    except OSError:
+        return False
+    return fingerprint[:32] != path.parent.name
+
+
+def _remove(path: Path) -> int:
+    """Delete a file; the bytes it took."""
+    with suppress(OSError):
+        n_bytes = allocated_bytes(path.lstat())
+        path.unlink()
+        return n_bytes
+    return 0

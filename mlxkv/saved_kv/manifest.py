@@ -1,0 +1,154 @@
+"""What a saved KV's name stands for: as a manifest, and as one file that can be carried elsewhere.
+
+An archive is an uncompressed zip of the manifest and of its pages' files. Whatever it holds is
+checked as a page on disk is; an archive that holds anything else is refused as a whole.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mlxkv.base.paths import NAME
+from mlxkv.prefix.format import (
+    MAX_TOKENS,
+    ROOT,
+    PageKey,
+    page_name,
+)
+
+MANIFEST_VERSION = 1
+MAX_NAME = 100
+MAX_MANIFEST_BYTES = 256 << 20
+_MANIFEST = "manifest.json"
+_EPOCH = (1980, 1, 1, 0, 0, 0)
+_ZIP_ERRORS = (
+    zipfile.BadZipFile,
+    NotImplementedError,
+    RuntimeError,
+    EOFError,
+    ValueError,
+    OverflowError,
+    OSError,
+)
+"""What `zipfile` raises for damaged archives: it promises no more than BadZipFile."""
+
+
+@dataclass(frozen=True, slots=True)
+class NamedKV:
+    """What a name stands for.
+
+    Args:
+        name: as the user types it.
+        fingerprint: of the model, its dtype and the KV format.
+        model: its name, as the user typed it.
+        n_tokens: tokens of the prompt.
+        keys: of its pages, trunk first.
+        text: the prompt, as it was given.
+        messages: the conversation, if it was one.
+        tokens: int32, little-endian.
+        created: seconds since 1970.
+        pinned: whether its pages are never evicted.
+        kv_type: format of the KV.
+        dtype: that the model computed in.
+    """
+
+    name: str
+    fingerprint: str
+    model: str
+    n_tokens: int
+    keys: tuple[PageKey, ...]
+    text: str
+    messages: tuple[Mapping[str, Any], ...] | None
+    tokens: bytes
+    created: float
+    pinned: bool
+    kv_type: str
+    dtype: str
+
+    def to_json(self) -> bytes:
+        """The manifest.
+
+        Raises:
+            ValueError: it would not be read back.
+        """
+        _check(self, len(self.keys))
+        raw = {field: getattr(self, field) for field in self.__dataclass_fields__}
+        raw["keys"] = [key.file_name for key in self.keys]
+        raw["tokens"] = base64.b64encode(self.tokens).decode("ascii")
+        raw["messages"] = None if self.messages is None else list(self.messages)
+        return json.dumps({"version": MANIFEST_VERSION, **raw}).encode()
+
+    @classmethod
+    def from_json(cls, data: bytes) -> NamedKV:
+        """The inverse of `to_json`.
+
+        Raises:
+            ValueError: it is no manifest, or its pages are not those of its tokens.
+        """
+        try:
+            raw = json.loads(data)
+            if raw.pop("version") != MANIFEST_VERSION or set(raw) != set(cls.__dataclass_fields__):
+                raise ValueError("other fields than a manifest has, or another version")
+            keys = [PageKey.parse(name) for name in raw["keys"]]
+            messages = raw["messages"]
+            named = cls(**{
+                **raw,
+                "keys": tuple(key for key in keys if key is not None),
+                "tokens": base64.b64decode(raw["tokens"], validate=True),
+                "messages": None if messages is None else tuple(messages),
+            })  # fmt: skip
+        except (KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"not a manifest ({error})") from error
+        _check(named, len(keys))
+        return named
+
+
+def _check(named: NamedKV, n_keys: int) -> None:
+    """ValueError unless the fields of a manifest are what they should be."""
+    texts = (named.name, named.fingerprint, named.model, named.text, named.kv_type, named.dtype)
+    if not all(isinstance(value, str) for value in texts) or type(named.pinned) is not bool:
+        raise ValueError("a field of another type")
+    if not isinstance(named.created, int | float) or not 0 <= named.created < 1e11:
+        raise ValueError("a time that cannot be")
+    if named.messages is not None and not (
+        named.messages and all(map(_is_message, named.messages))
+    ):
+        raise ValueError("messages that are none")
+    if not re.fullmatch(r"[0-9a-f]{64}", named.fingerprint):
+        raise ValueError("no fingerprint")
+    if not is_name(named.name) or type(named.n_tokens) is not int:
+        raise ValueError("a name or a number of tokens that cannot be")
+    if named.n_tokens * 4 != len(named.tokens) or (np.frombuffer(named.tokens, "<i4") < 0).any():
+        raise ValueError("tokens that cannot be")
+    pages = _chain(named.tokens)
+    chain = [PageKey(*pages[key.name][1:], key.part) for key in named.keys if key.name in pages]
+    if not chain or chain != [*named.keys] or len(chain) != n_keys or len(set(chain)) != n_keys:
+        raise ValueError("pages that are not those of its tokens")
+
+
+def _is_message(message: object) -> bool:
+    return isinstance(message, dict) and isinstance(message.get("role"), str)
+
+
+def _chain(tokens: bytes) -> dict[str, tuple[int, str, str, int]]:
+    """(start, parent, name, n_tokens) of the pages of a sequence, by name."""
+    pages: dict[str, tuple[int, str, str, int]] = {}
+    parent = ROOT
+    for start in range(0, len(tokens), 4 * MAX_TOKENS):
+        some = tokens[start : start + 4 * MAX_TOKENS]
+        name = page_name(parent, some)
+        pages[name] = (start // 4, parent, name, len(some) // 4)
+        parent = name
+    return pages
+
+
+def is_name(name: str) -> bool:
+    return NAME.fullmatch(name) is not None and len(name) <= MAX_NAME

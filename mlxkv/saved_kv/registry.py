@@ -1,0 +1,274 @@
+"""Named KV: a prompt whose pages stay, by the name the user gave it. No MLX.
+
+A name is a manifest, `names/NAME.json`, that lists pages; the pages are ordinary files of
+`page_files`, shared with whatever else has the same beginning. Removing a name makes them evictable
+again.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+
+from mlxkv.base import durable
+from mlxkv.base.paths import is_listed
+from mlxkv.errors import CheckpointError, OutputError, UsageError
+from mlxkv.prefix.eviction import DiskLimits, Stored, reserved_bytes
+from mlxkv.prefix.folder import Folder
+from mlxkv.prefix.format import PageFile, PageKey
+from mlxkv.prefix.writer import PageFiles
+from mlxkv.saved_kv.archive import open_archive, write_archive
+from mlxkv.saved_kv.gc import GcReport, gc
+from mlxkv.saved_kv.manifest import MAX_NAME, NamedKV, is_name
+
+__all__ = ["GcReport", "KVNames", "NamedKV", "gc"]
+
+_LOCK_WAIT_S = 30.0
+
+
+class KVNames:
+    """The named KV of one folder.
+
+    Args:
+        root: the folder of all models' pages; need not exist.
+        limits: of the folder; None for this machine's.
+    """
+
+    def __init__(self, root: Path, limits: DiskLimits | None = None):
+        self.root = root
+        self.limits = limits or DiskLimits.for_folder(root)
+        self._folder = Folder(root, self.limits)
+
+    def save(self, named: NamedKV, *, replace: bool = False) -> None:
+        """Give a prompt's pages a name.
+
+        Args:
+            named: its pages are on disk, or are being written.
+            replace: whether the name may mean something else until now.
+
+        Raises:
+            UsageError: no name, one that is taken, or that differs from a saved one in case only.
+            OutputError: the manifest cannot be written.
+        """
+        path = self._path(named.name)
+        self._check_on()
+        if not replace:
+            self._check_free(named.name)
+        data = named.to_json()
+        with self._writing():
+            self.check_spelling(named.name)
+            wanted = [Stored(named.fingerprint[:32], key, 0, 0) for key in named.keys]
+            _, room = self._folder.room(wanted)
+            if reason := room.take(reserved_bytes(len(data)), keep=True):
+                raise OutputError(
+                    f"{self.root}: no room to save {named.name!r} ({reason}); `mlxkv kv unpin` or "
+                    "`mlxkv kv rm` something, or raise MLXKV_KV_DISK"
+                )
+            self._folder.evict(room.evicted)
+            self._folder.put(path, data, sync=durable.sync)
+            self._folder.sync_names(path.parent)
+
+    def load(self, name: str) -> NamedKV:
+        """What a name stands for.
+
+        Raises:
+            UsageError: nothing does.
+            CheckpointError: its manifest is damaged.
+        """
+        path = self._existing(name)
+        try:
+            return NamedKV.from_json(path.read_bytes())
+        except FileNotFoundError:
+            raise self._unknown(name) from None
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+        except ValueError as error:
+            raise CheckpointError(
+                f"{path}: a damaged manifest ({error}); `mlxkv kv rm {name}` and save it again"
+            ) from error
+
+    def list(self) -> list[NamedKV]:
+        """All that can be read, by name."""
+        found = []
+        for path in sorted(self._folder.names.glob("*.json")):
+            with suppress(OSError, ValueError):
+                found.append(NamedKV.from_json(path.read_bytes()))
+        return found
+
+    def remove(self, name: str) -> None:
+        """Forget a name; its pages stay until there is need of their room.
+
+        Raises:
+            UsageError: there is no such name.
+            OutputError: it cannot be removed.
+        """
+        try:
+            self._existing(name).unlink()
+        except FileNotFoundError:
+            raise self._unknown(name) from None
+        except OSError as error:
+            raise OutputError(f"{self._path(name)}: {error.strerror}") from error
+
+    def pin(self, name: str) -> None:
+        """Never evict a name's pages. Raises as `load` and `save` do."""
+        self.save(replace(self.load(name), pinned=True), replace=True)
+
+    def unpin(self, name: str) -> None:
+        """Let a name's pages be evicted after all others. Raises as `load` and `save` do."""
+        self.save(replace(self.load(name), pinned=False), replace=True)
+
+    def is_pinned(self, name: str) -> bool:
+        """Whether a name is pinned; False if nothing has that name.
+
+        Raises:
+            UsageError: it can be no name.
+        """
+        self._path(name)
+        return any(named.name == name and named.pinned for named in self.list())
+
+    def check_spelling(self, name: str) -> None:
+        """Refuse a new name that differs from a saved one in case only: on many file systems (APFS,
+        NTFS) both are one file.
+
+        Raises:
+            UsageError: it does, or it can be no name.
+        """
+        path = self._path(name)
+        other = None if is_listed(path) else self._spelled_otherwise(name)
+        if other is not None:
+            raise UsageError(
+                f"{name!r} differs from the saved {other!r} in case only, which many file systems "
+                "ignore; choose another name"
+            )
+
+    def missing(self, named: NamedKV) -> list[PageKey]:
+        """The pages of a name that were evicted or damaged."""
+        files = PageFiles(self.root, named.fingerprint, self.limits)
+        return [key for key in named.keys if key not in files]
+
+    def nbytes(self, named: NamedKV) -> int:
+        """Bytes of a name's files."""
+        folder, sizes = self._folder.pages / named.fingerprint[:32], []
+        for key in named.keys:
+            with suppress(OSError):
+                sizes.append((folder / key.file_name).stat().st_size)
+        return sum(sizes)
+
+    def export(self, name: str, file: Path) -> None:
+        """Write a name and its pages into one file, checked.
+
+        Raises:
+            UsageError: no such name, or the file is there already.
+            CheckpointError: the manifest or a page is damaged or gone.
+            OutputError: the file cannot be written.
+        """
+        named = self.load(name)
+        if file.exists():
+            raise UsageError(f"{file} is already there; remove it, or choose another file")
+        write_archive(file, named, self._whole(named))
+
+    def _whole(self, named: NamedKV) -> Iterator[PageFile]:
+        """The pages of a name; CheckpointError where one is gone."""
+        files = PageFiles(self.root, named.fingerprint, self.limits)
+        for key in named.keys:
+            page = files.read(key)
+            if page is None:
+                raise CheckpointError(
+                    f"{named.name!r} is no longer whole: a page of it was evicted or damaged; "
+                    "save it again"
+                )
+            yield page
+
+    def import_(
+        self, file: Path, *, name: str | None = None, fingerprint: str | None = None
+    ) -> NamedKV:
+        """Take a name and its pages from an exported file. It is not pinned.
+
+        Args:
+            file: from `export`.
+            name: to save it under, instead of its own.
+            fingerprint: of the model that it must belong to.
+
+        Raises:
+            UsageError: no such file, or the name is taken.
+            CheckpointError: the file is damaged, holds anything else, or another model's KV.
+            OutputError: there is no room for it.
+        """
+        self._check_on()
+        try:
+            with open_archive(file) as (named, pages):
+                named = replace(named, name=name or named.name, pinned=False)
+                if fingerprint is not None and named.fingerprint != fingerprint:
+                    raise CheckpointError(
+                        f"{file}: KV of {named.model} ({named.dtype}, {named.kv_type}), which is "
+                        "not this model, or not as it is now; save it again with this one"
+                    )
+                self._check_free(named.name)
+                self._take_pages(named, pages)
+        except FileNotFoundError:
+            raise UsageError(f"{file}: no such file") from None
+        self.save(named)
+        return named
+
+    def _check_on(self) -> None:
+        if self.limits.cap_bytes == 0:
+            raise UsageError("MLXKV_KV_DISK=0 switches KV on disk off; give it a size")
+
+    def _check_free(self, name: str) -> None:
+        if is_listed(self._path(name)):
+            raise UsageError(
+                f"{name!r} is already saved; `mlxkv kv rm {name}` first, or choose another name"
+            )
+        self.check_spelling(name)
+
+    def _take_pages(self, named: NamedKV, pages: Iterator[PageFile]) -> None:
+        files = PageFiles(self.root, named.fingerprint, self.limits)
+        try:
+            files.write(pages, keep=True, wait=True)
+        finally:
+            files.close()
+        if any(key not in files for key in named.keys):
+            reasons = ", ".join(files.usage().refused)
+            raise OutputError(
+                f"{self.root}: no room for {named.name!r} ({reasons}); `mlxkv kv rm` something, or "
+                "raise MLXKV_KV_DISK"
+            )
+
+    def _path(self, name: str) -> Path:
+        if not is_name(name):
+            raise UsageError(
+                f"a saved KV's name has letters, digits, '.', '_' and '-', at most {MAX_NAME}; "
+                f"got {name!r}"
+            )
+        return self._folder.names / f"{name}.json"
+
+    def _existing(self, name: str) -> Path:
+        path = self._path(name)
+        if not is_listed(path):
+            raise self._unknown(name)
+        return path
+
+    def _spelled_otherwise(self, name: str) -> str | None:
+        """A saved name that differs in case only; names are ASCII, so case is all."""
+        saved = (path.stem for path in sorted(self._folder.names.glob("*.json")))
+        return next((other for other in saved if other.lower() == name.lower()), None)
+
+    def _unknown(self, name: str) -> UsageError:
+        close = self._spelled_otherwise(name)
+        for found in difflib.get_close_matches(name, [named.name for named in self.list()], n=1):
+            close = close or found
+        hint = f"; did you mean {close}?" if close else "; `mlxkv kv ls` lists them"
+        return UsageError(f"no KV is saved as {name!r}{hint}")
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            with self._folder.locked(_LOCK_WAIT_S):
+                yield
+        except TimeoutError as error:
+            raise OutputError(f"{self.root}: another mlxkv is writing; try again") from error
+        except OSError as error:
+            raise OutputError(f"{self.root}: cannot be written ({error.strerror})") from error

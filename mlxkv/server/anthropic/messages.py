@@ -1,0 +1,139 @@
+"""Anthropic's messages, and what chat templates take of them.
+
+- Messages of one role that follow each other are one.
+- A result becomes a message of its own, with the name of the function that was called; the text of
+  a failed one begins with "Error: ".
+- Ids of calls lose the prefix that they got on their way out: some templates take nine letters and
+  digits, and no other form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from mlxkv.errors import UsageError
+from mlxkv.server.anthropic.fields import (
+    ContentBlock,
+    CountRequest,
+    Message,
+    TextBlock,
+    ThinkingBlock,
+    ToolResultBlock,
+    ToolUseBlock,
+)
+
+CALL_PREFIX = "toolu_"
+BETWEEN = "\n\n"
+"""Between texts of one message that came in several pieces."""
+
+
+def template_messages(request: CountRequest) -> list[dict[str, Any]]:
+    """A request's conversation as chat templates take it.
+
+    Raises:
+        UsageError: a block in a message of the wrong role, a result of no call, or an answer that
+            has begun already.
+    """
+    made: list[dict[str, Any]] = []
+    if request.system:
+        made.append({"role": "system", "content": _text(request.system)})
+    names: dict[str, str] = {}
+    for i, message in enumerate(request.messages):
+        for each in _translated(i, message, names):
+            _append(made, each)
+    if request.messages[-1].role == "assistant":
+        raise UsageError(
+            "the last message is the assistant's: to go on from a begun answer (prefill) is not "
+            "supported; end with a user message"
+        )
+    return made
+
+
+def _append(made: list[dict[str, Any]], message: dict[str, Any]) -> None:
+    """Add a message, or add it to the last one if that has the same role."""
+    last = made[-1] if made else None
+    if last is None or last["role"] != message["role"] or message["role"] in ("tool", "system"):
+        made.append(message)
+        return
+    for key in ("content", "reasoning_content"):
+        texts = [text for text in (last.get(key), message.get(key)) if text]
+        if texts or key == "content":
+            last[key] = BETWEEN.join(texts)
+    if calls := [*last.get("tool_calls", ()), *message.get("tool_calls", ())]:
+        last["tool_calls"] = calls
+
+
+def _translated(i: int, message: Message, names: dict[str, str]) -> list[dict[str, Any]]:
+    """One message as several: what calls gave, and texts between them.
+
+    Args:
+        i: its place, for errors.
+        message: it.
+        names: id -> function of the calls before; those of this message are added.
+    """
+    if isinstance(message.content, str):
+        return [{"role": message.role, "content": message.content}]
+    if message.role == "assistant":
+        return [_assistant(i, message.content, names)]
+    made: list[dict[str, Any]] = []
+    texts: list[str] = []
+    for j, block in enumerate(message.content):
+        if isinstance(block, TextBlock):
+            texts.append(block.text)
+        elif isinstance(block, ToolResultBlock) and message.role == "user":
+            if texts:
+                made.append({"role": "user", "content": BETWEEN.join(texts)})
+                texts = []
+            made.append(_result(f"messages.{i}.content.{j}", block, names))
+        else:
+            raise _misplaced(i, j, block, message.role)
+    if texts or not made:
+        made.append({"role": message.role, "content": BETWEEN.join(texts)})
+    return made
+
+
+def _assistant(i: int, blocks: Sequence[ContentBlock], names: dict[str, str]) -> dict[str, Any]:
+    texts, thoughts, calls = [], [], []
+    for j, block in enumerate(blocks):
+        match block:
+            case TextBlock():
+                texts.append(block.text)
+            case ThinkingBlock():
+                thoughts.append(block.thinking)
+            case ToolUseBlock():
+                names[block.id] = block.name
+                function = {"name": block.name, "arguments": block.input}
+                call_id = block.id.removeprefix(CALL_PREFIX)
+                calls.append({"id": call_id, "type": "function", "function": function})
+            case _:
+                raise _misplaced(i, j, block, "assistant")
+    made: dict[str, Any] = {"role": "assistant", "content": BETWEEN.join(texts)}
+    if any(thoughts):
+        made["reasoning_content"] = BETWEEN.join(thoughts)
+    return made | ({"tool_calls": calls} if calls else {})
+
+
+def _result(place: str, block: ToolResultBlock, names: dict[str, str]) -> dict[str, Any]:
+    name = names.get(block.tool_use_id)
+    if name is None:
+        raise UsageError(
+            f"{place}: tool_use_id {block.tool_use_id[:80]!r} is of no tool_use block before it"
+        )
+    text = _text(block.content or "")
+    return {
+        "role": "tool",
+        "tool_call_id": block.tool_use_id.removeprefix(CALL_PREFIX),
+        "name": name,
+        "content": f"Error: {text}" if block.is_error else text,
+    }
+
+
+def _misplaced(i: int, j: int, block: ContentBlock, role: str) -> UsageError:
+    return UsageError(f"messages.{i}.content.{j}: {block.type} has no place in a {role} message")
+
+
+def _text(content: str | Sequence[Any]) -> str:
+    if isinstance(content, str):
+        return content
+    return BETWEEN.join(block.text for block in content if isinstance(block, TextBlock))

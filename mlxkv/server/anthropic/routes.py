@@ -1,0 +1,80 @@
+"""Anthropic's Messages API: POST /v1/messages and /v1/messages/count_tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+
+from mlxkv.engine.messages import Ask, Engine
+from mlxkv.sampling.grammar import Grammar
+from mlxkv.server import sse
+from mlxkv.server.anthropic.answers import PING, Reply, error_event
+from mlxkv.server.anthropic.fields import CountRequest, MessagesRequest
+from mlxkv.server.anthropic.messages import template_messages
+from mlxkv.server.config import ServerConfig
+from mlxkv.server.fields import bounded, dropped
+from mlxkv.server.json_route import JSONRoute
+from mlxkv.server.model_names import present
+
+
+def router(engine: Engine, config: ServerConfig) -> APIRouter:
+    """The routes of the API."""
+    routes = APIRouter(route_class=JSONRoute, tags=["anthropic"])
+
+    @routes.post("/v1/messages")
+    async def messages(request: Request, body: MessagesRequest) -> Response:
+        """Answer a conversation."""
+        model = await present(engine, config, body.model)
+        ask = _ask(body, model, request.state.owner, _sampling(body), body.grammar())
+        answer = engine.submit(bounded(ask, config))
+        reply = Reply(body)
+        if not body.stream:
+            return JSONResponse(await sse.unless_gone(request, reply.whole(answer), [answer]))
+        events = reply.events(engine, ask, answer)
+        return await sse.stream(request, events, config, error_event, ping=PING, answers=[answer])
+
+    @routes.post("/v1/messages/count_tokens")
+    async def count_tokens(request: Request, body: CountRequest) -> Response:
+        """The tokens that a conversation has for a model."""
+        body.grammar()
+        model = await present(engine, config, body.model)
+        ask = _ask(body, model, request.state.owner)
+        tokens = await sse.unless_gone(request, engine.tokenize(ask))
+        return JSONResponse({"input_tokens": len(tokens)})
+
+    return routes
+
+
+def _ask(
+    body: CountRequest,
+    model: str,
+    owner: str,
+    sampling: dict[str, Any] | None = None,
+    grammar: Grammar | None = None,
+) -> Ask:
+    """What the engine is asked.
+
+    Raises:
+        UsageError: fields that do not go together.
+    """
+    tools = [function.schema_of() for function in body.functions()]
+    options = dropped(think=body.think, tools=tools or None)
+    return Ask(
+        model=model,
+        prompt=template_messages(body),
+        options={**options, **(sampling or {})},
+        owner=owner,
+        grammar=grammar,
+    )
+
+
+def _sampling(body: MessagesRequest) -> dict[str, Any]:
+    return dropped(
+        max_tokens=body.max_tokens,
+        temperature=body.temperature,
+        top_p=body.top_p,
+        top_k=body.top_k,
+        stop=body.stop_sequences or None,
+    )

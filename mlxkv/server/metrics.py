@@ -1,0 +1,149 @@
+"""What the server does: `/metrics` for Prometheus, `/stats.json`, and the page at `/`."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import hashlib
+import re
+import time
+from collections.abc import Iterator
+from importlib.resources import files
+from typing import Any
+
+from fastapi import APIRouter, Response
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import HTMLResponse, JSONResponse
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from mlxkv.engine.messages import Counts, Engine
+from mlxkv.server.config import ServerConfig
+
+_OUTCOMES = ("answered", "failed", "cancelled")
+_TOKENS = ("prompt", "restored_ram", "restored_ssd", "computed", "generated")
+
+
+class EngineCollector(Collector):
+    """The engine's figures, read when they are asked for.
+
+    A model's counters begin anew when it is loaded again, as those of a restarted server do.
+
+    Args:
+        engine: whose.
+    """
+
+    def __init__(self, engine: Engine):
+        self._engine = engine
+
+    def collect(self) -> Iterator[Metric]:
+        stats = self._engine.stats()
+        requests = CounterMetricFamily(
+            "mlxkv_requests", "Requests that have ended.", labels=["model", "outcome"]
+        )
+        tokens = CounterMetricFamily(
+            "mlxkv_tokens",
+            "Tokens. Those of prompts are restored from RAM or SSD, or computed.",
+            labels=["model", "kind"],
+        )
+        misses = CounterMetricFamily(
+            "mlxkv_misses",
+            "Prompts that had more computed than what was held has of them.",
+            labels=["model", "reason"],
+        )
+        for model, counts in stats.models.items():
+            for outcome in _OUTCOMES:
+                requests.add_metric([model, outcome], getattr(counts, outcome))
+            for kind, n in _tokens(counts).items():
+                tokens.add_metric([model, kind], n)
+            for reason, n in counts.misses.items():
+                misses.add_metric([model, reason], n)
+        yield from (requests, tokens, misses)
+        yield GaugeMetricFamily("mlxkv_running", "Requests that are computed.", stats.running)
+        yield GaugeMetricFamily("mlxkv_queued", "Requests that wait.", stats.queued)
+        yield CounterMetricFamily(
+            "mlxkv_rejected", "Requests that the queue had no room for.", stats.rejected
+        )
+        memory = GaugeMetricFamily(
+            "mlxkv_memory_bytes",
+            "Memory: weights, KV and pages are mlxkv's; active, cached and peak are MLX's, "
+            "which has the former in them.",
+            labels=["kind"],
+        )
+        for kind, n_bytes in stats.memory.items():
+            memory.add_metric([kind], n_bytes)
+        yield memory
+
+
+def router(engine: Engine, config: ServerConfig) -> APIRouter:
+    """The routes of watching."""
+    routes = APIRouter(tags=["watching"])
+    registry = CollectorRegistry()
+    registry.register(EngineCollector(engine))
+    page = files("mlxkv.server").joinpath("page.html").read_text(encoding="utf-8")
+    headers = {
+        "Content-Security-Policy": _policy(page),
+        "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer",
+        "Cache-Control": "no-cache",
+    }
+
+    @routes.get("/metrics")
+    async def metrics() -> Response:
+        """What the engine does and has done, in Prometheus' text format."""
+        return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+
+    @routes.get("/stats.json")
+    async def stats() -> Response:
+        """The same as JSON, with the models in memory."""
+        # A model's entry has what its pages take on disk, which are counted.
+        shown = await run_in_threadpool(_shown, engine)
+        return JSONResponse(shown, headers={"Cache-Control": "no-store"})
+
+    @routes.head("/", include_in_schema=False)
+    @routes.get("/")
+    async def watch() -> Response:
+        """A page that shows them, live."""
+        return HTMLResponse(page, headers=headers)
+
+    return routes
+
+
+def _tokens(counts: Counts) -> dict[str, int]:
+    return {kind: getattr(counts, f"{kind}_tokens") for kind in _TOKENS}
+
+
+def _shown(engine: Engine) -> dict[str, Any]:
+    """The figures, and when they were read: rates are differences of two of them."""
+    stats = engine.stats()
+    loaded = {model.name: dataclasses.asdict(model) for model in engine.loaded()}
+    for model in loaded.values():
+        del model["name"], model["path"]
+        model["until"] = model["until"] and model["until"].isoformat()
+    return {
+        "time_s": time.time(),
+        "alive": engine.alive,
+        "running": stats.running,
+        "queued": stats.queued,
+        "rejected": stats.rejected,
+        "memory": stats.memory,
+        "models": {
+            name: {"counts": dataclasses.asdict(counts), "loaded": loaded.get(name)}
+            for name, counts in stats.models.items()
+        },
+    }
+
+
+def _policy(page: str) -> str:
+    """A Content-Security-Policy that lets the page run its own script and ask its own server."""
+
+    def hashed(tag: str) -> str:
+        (inside,) = re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
+        return base64.b64encode(hashlib.sha256(inside.encode()).digest()).decode()
+
+    return (
+        f"default-src 'none'; script-src 'sha256-{hashed('script')}'; "
+        f"style-src 'sha256-{hashed('style')}'; connect-src 'self'; img-src data:; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )

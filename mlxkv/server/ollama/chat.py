@@ -1,0 +1,97 @@
+"""POST /api/generate and /api/chat."""
+
+from __future__ import annotations
+
+import time
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+
+from mlxkv.engine.messages import Ask, Engine
+from mlxkv.generation.outputs import Chunk
+from mlxkv.server import sse
+from mlxkv.server.config import ServerConfig
+from mlxkv.server.fields import bounded
+from mlxkv.server.json_route import JSONRoute
+from mlxkv.server.model_names import present
+from mlxkv.server.ollama.answers import NDJSON, Piece, Reply, error_line
+from mlxkv.server.ollama.fields import Answered, GenerateRequest
+from mlxkv.server.ollama.messages import ChatRequest, template_messages
+
+
+def router(engine: Engine, config: ServerConfig) -> APIRouter:
+    """The routes of answers."""
+    routes = APIRouter(route_class=JSONRoute, tags=["ollama"])
+
+    @routes.post("/api/generate")
+    async def generate(request: Request, body: GenerateRequest) -> Response:
+        """Answer a text; without one, load the model or let it go."""
+        if not body.prompt:
+            return await _load(request, engine, config, body, chats=False)
+        return await _answer(request, engine, config, body)
+
+    @routes.post("/api/chat")
+    async def chat(request: Request, body: ChatRequest) -> Response:
+        """Answer a conversation; without one, load the model or let it go."""
+        if not body.messages:
+            return await _load(request, engine, config, body, chats=True)
+        return await _answer(request, engine, config, body)
+
+    return routes
+
+
+async def _answer(
+    request: Request,
+    engine: Engine,
+    config: ServerConfig,
+    body: GenerateRequest | ChatRequest,
+) -> Response:
+    chats = isinstance(body, ChatRequest)
+    reply = Reply(body.model_name, chats, calls=chats and bool(body.tools))
+    model = await present(engine, config, body.model_name)
+    ask = bounded(_ask(body, model, request.state.owner), config)
+    if model not in engine.names():
+        # The engine would do it; so the time it takes is known.
+        await sse.unless_gone(request, engine.load(model))
+        reply.load_ns = time.perf_counter_ns() - reply.started_ns
+    answer = engine.submit(ask)
+    if body.stream is False:
+        return JSONResponse(await sse.unless_gone(request, reply.whole(answer), [answer]))
+    lines = reply.events(answer)
+    return await sse.stream(request, lines, config, error_line, NDJSON, ping=None, answers=[answer])
+
+
+def _ask(body: GenerateRequest | ChatRequest, model: str, owner: str) -> Ask:
+    """What the engine is asked.
+
+    Raises:
+        UsageError: fields that do not go together.
+    """
+    if isinstance(body, ChatRequest):
+        prompt = template_messages(body.messages or ())
+    else:
+        prompt = body.engine_prompt()
+    return Ask(
+        model=model,
+        prompt=prompt,
+        options=body.keywords(),
+        owner=owner,
+        keep_alive_s=body.keep_alive_s,
+        logprobs=body.n_logprobs,
+        grammar=body.grammar(),
+    )
+
+
+async def _load(
+    request: Request, engine: Engine, config: ServerConfig, body: Answered, chats: bool
+) -> Response:
+    reply = Reply(body.model_name, chats)
+    model = await present(engine, config, body.model_name)
+    if body.keep_alive_s == 0:
+        await engine.unload(model)
+        ended = Chunk("", finish_reason="unload")
+    else:
+        await sse.unless_gone(request, engine.load(model, body.keep_alive_s))
+        reply.load_ns = time.perf_counter_ns() - reply.started_ns
+        ended = Chunk("", finish_reason="load")
+    return JSONResponse(reply.part(Piece(), **reply.ended(ended)))

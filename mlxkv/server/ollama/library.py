@@ -1,0 +1,228 @@
+"""What changes the models that are here: POST /api/pull, /api/copy and /api/create, and
+DELETE /api/delete.
+
+The work runs in threads, a few at a time. When the client goes, it ends at its next report.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncGenerator, Callable
+from typing import Annotated, Any
+
+import anyio
+from fastapi import APIRouter, Request, Response
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import JSONResponse
+from pydantic import Field
+
+from mlxkv.engine.messages import Engine
+from mlxkv.errors import MlxkvError, UsageError
+from mlxkv.sampling.params import GENERATION_CONFIG, SamplingParams
+from mlxkv.server import sse
+from mlxkv.server.config import ServerConfig
+from mlxkv.server.fields import Strict
+from mlxkv.server.json_route import JSONRoute
+from mlxkv.server.model_names import new_name, pullable_name, stored_name
+from mlxkv.server.ollama.answers import NDJSON, error_line, line
+from mlxkv.server.ollama.fields import Named, Options, Refused
+from mlxkv.store import derive, library, resolve
+from mlxkv.store.resolve import Report
+
+MAX_JOBS = 2
+"""Downloads and conversions at a time; each may fill a disk or a network."""
+EVERY_S = 0.1
+"""Between two reports of the same step."""
+_SAMPLING = tuple(GENERATION_CONFIG.values())
+_SETTINGS = {"num_ctx": "context", "num_keep": "keep"}
+
+Work = Callable[[Report], object]
+Progress = AsyncGenerator[dict[str, Any], None]
+
+
+class PullRequest(Named):
+    """A model to be fetched."""
+
+    insecure: Refused = None
+    stream: bool | None = None
+
+
+class DeleteRequest(Named):
+    """A model to be deleted."""
+
+
+class CopyRequest(Strict):
+    """A model to be had under another name as well."""
+
+    source: str
+    destination: str
+
+
+class CreateRequest(Named):
+    """A model to be made of another."""
+
+    from_: Annotated[str | None, Field(alias="from")] = None
+    quantize: str | None = Field(default=None, description="As `mlxkv convert --quantize` has it.")
+    parameters: Options | None = Field(
+        None, description="num_ctx, num_keep, temperature, top_k, top_p, min_p, repeat_penalty."
+    )
+    stream: bool | None = None
+    files: Refused = Field(default=None, description="Use `mlxkv convert`.")
+    adapters: Refused = None
+    template: Refused = None
+    system: Refused = None
+    messages: Refused = None
+    license: Refused = None
+
+    def chosen(self) -> dict[str, Any]:
+        """The parameters that are set.
+
+        Raises:
+            UsageError: one that a model does not keep.
+        """
+        given = self.parameters.model_dump(exclude_none=True) if self.parameters else {}
+        if unknown := sorted(given.keys() - {*_SAMPLING, *_SETTINGS}):
+            raise UsageError(
+                f"parameters.{unknown[0]}: not supported; a model keeps "
+                f"{', '.join((*_SETTINGS, *_SAMPLING))}"
+            )
+        return given
+
+
+class Stopped(MlxkvError):
+    """Nobody waits for the work any more."""
+
+
+def router(engine: Engine, config: ServerConfig) -> APIRouter:
+    """The routes that change what is here."""
+    routes = APIRouter(route_class=JSONRoute, tags=["ollama"])
+    limiter = anyio.CapacityLimiter(MAX_JOBS)
+
+    async def respond(request: Request, work: Work, streams: bool | None) -> Response:
+        lines = _progress(work, limiter)
+        if streams is False:
+            return JSONResponse(await sse.unless_gone(request, _last(lines)))
+        events = _events(lines)
+        return await sse.stream(request, events, config, error_line, NDJSON, ping=None)
+
+    @routes.post("/api/pull")
+    async def pull(request: Request, body: PullRequest) -> Response:
+        """Fetch a model."""
+        name = await run_in_threadpool(pullable_name, body.model_name)
+        return await respond(request, lambda report: resolve.pull(name, report=report), body.stream)
+
+    @routes.delete("/api/delete")
+    async def delete(body: DeleteRequest) -> Response:
+        """Delete a model, and let it go first."""
+        name = await run_in_threadpool(stored_name, body.model_name)
+        await engine.unload(name)
+        await run_in_threadpool(library.remove, name)
+        return Response()
+
+    @routes.post("/api/copy")
+    async def copy(body: CopyRequest) -> Response:
+        """Give a model another name as well."""
+        await run_in_threadpool(_copy, body.source, body.destination)
+        return Response()
+
+    @routes.post("/api/create")
+    async def create(request: Request, body: CreateRequest) -> Response:
+        """Make a model of another."""
+        work = await run_in_threadpool(_creation, body)
+        return await respond(request, work, body.stream)
+
+    return routes
+
+
+def _copy(source: str, destination: str) -> None:
+    folder = resolve.resolve(stored_name(source), fetch=False)
+    derive.derive(folder, new_name(destination))
+
+
+def _creation(body: CreateRequest) -> Work:
+    """The work of making a model.
+
+    Raises:
+        UsageError: what it takes is not supported, or the name is taken.
+        ModelNotFound: no such source.
+    """
+    if not body.from_:
+        raise UsageError("from is required: a model is made of one that is here")
+    given, name, source = body.chosen(), new_name(body.model_name), stored_name(body.from_)
+    sampling = {key: given[key] for key in _SAMPLING if key in given}
+    chosen = {_SETTINGS[key]: given[key] for key in _SETTINGS if key in given}
+
+    def work(report: Report) -> object:
+        return derive.derive(
+            resolve.resolve(source, fetch=False, report=report),
+            name,
+            quantize=body.quantize or None,
+            chosen=chosen,
+            sampling=SamplingParams(**sampling) if sampling else None,
+            report=report,
+        )
+
+    return work
+
+
+class _Lines:
+    """Reports of a thread, as lines for a client."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._label, self._at = "", 0.0
+        self.queue: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
+        self.stop = threading.Event()
+
+    def report(self, label: str, done: int, total: int) -> None:
+        """See `store.Report`; called in the thread."""
+        if self.stop.is_set():
+            raise Stopped("the client is gone")
+        now = time.monotonic()
+        if label == self._label and done < total and now - self._at < EVERY_S:
+            return
+        self._label, self._at = label, now
+        amounts = {"total": total, "completed": done} if total else {}
+        self._loop.call_soon_threadsafe(self.queue.put_nowait, {"status": label, **amounts})
+
+
+async def _progress(work: Work, limiter: anyio.CapacityLimiter) -> Progress:
+    """What some work reports, then `success`; it is stopped when this is closed."""
+    lines = _Lines()
+
+    async def run() -> None:
+        try:
+            await anyio.to_thread.run_sync(work, lines.report, limiter=limiter)
+        finally:
+            lines.queue.put_nowait(None)
+
+    task = asyncio.ensure_future(run())
+    try:
+        while (each := await lines.queue.get()) is not None:
+            yield each
+        await task
+        yield {"status": "success"}
+    finally:
+        lines.stop.set()
+        # Its end is waited for by nobody, and its error is the stop.
+        task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+
+
+async def _events(lines: Progress) -> sse.Events:
+    try:
+        async for each in lines:
+            yield line(each)
+    finally:
+        await lines.aclose()
+
+
+async def _last(lines: Progress) -> dict[str, Any]:
+    last: dict[str, Any] = {}
+    try:
+        async for each in lines:
+            last = each
+    finally:
+        await lines.aclose()
+    return last

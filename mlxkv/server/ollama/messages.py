@@ -1,0 +1,138 @@
+"""Ollama's chat messages and tools, and what chat templates take of them.
+
+Ollama's clients do not send back the ids of calls. Calls without one are numbered from the start
+of the conversation, and results find theirs by the function's name, in order: the same
+conversation is always the same prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from mlxkv.errors import UsageError
+from mlxkv.sampling.grammar import Grammar
+from mlxkv.server.fields import Strict
+from mlxkv.server.ollama.fields import Answered, Refused
+from mlxkv.server.tools import Function, chosen_tools, tools_grammar
+
+
+class CalledFunction(Strict):
+    """What was called."""
+
+    name: str
+    arguments: dict[str, Any]
+    index: int | None = Field(default=None, description="As answers have it; ignored.")
+
+
+class MadeCall(Strict):
+    """A call that the model made."""
+
+    function: CalledFunction
+    id: str | None = None
+    type: Literal["function"] | None = None
+
+
+class Message(Strict):
+    """One message of a conversation."""
+
+    role: Literal["system", "user", "assistant", "tool"]
+    content: str | None = None
+    thinking: str | None = None
+    tool_calls: list[MadeCall] | None = None
+    tool_name: str | None = None
+    tool_call_id: str | None = None
+    name: str | None = Field(default=None, description="An older spelling of tool_name.")
+    images: Refused = None
+
+
+class Tool(Strict):
+    """A function that the model may call."""
+
+    type: Literal["function"] | None = None
+    function: Function
+
+
+class ChatRequest(Answered):
+    """A conversation to be answered."""
+
+    messages: list[Message] | None = None
+    tools: Annotated[list[Tool], Field(max_length=512)] | None = None
+
+    def functions(self) -> list[Function]:
+        """The tools.
+
+        Raises:
+            UsageError: two have one name.
+        """
+        return chosen_tools([tool.function for tool in self.tools or ()], "auto", None)
+
+    def keywords(self) -> dict[str, Any]:
+        """Keywords of `Ask.options`."""
+        tools = [function.schema_of() for function in self.functions()]
+        return super().keywords() | ({"tools": tools} if tools else {})
+
+    def grammar(self) -> Grammar | None:
+        """What the answer has to match, unless it calls a function."""
+        return tools_grammar(self.functions(), "auto", True, super().grammar())
+
+
+def template_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """The same as chat templates take them.
+
+    Raises:
+        UsageError: a message holds what its role has no place for.
+    """
+    open_calls: list[tuple[str, str]] = []
+    n_calls, made = 0, []
+    for i, message in enumerate(messages):
+        _check(i, message)
+        if message.role == "assistant":
+            made.append(_assistant(message, n_calls))
+            open_calls = [
+                (call["id"], call["function"]["name"]) for call in made[-1].get("tool_calls", ())
+            ]
+            n_calls += len(message.tool_calls or ())
+        elif message.role == "tool":
+            made.append(_result(message, open_calls))
+        else:
+            made.append({"role": message.role, "content": message.content or ""})
+    return made
+
+
+def _check(i: int, message: Message) -> None:
+    if message.tool_calls and message.role != "assistant":
+        raise UsageError(f"messages.{i}: tool_calls are the assistant's, not the {message.role}'s")
+    if message.thinking and message.role != "assistant":
+        raise UsageError(f"messages.{i}: thinking is the assistant's, not the {message.role}'s")
+
+
+def _assistant(message: Message, n_before: int) -> dict[str, Any]:
+    made: dict[str, Any] = {"role": "assistant", "content": message.content or ""}
+    if message.thinking:
+        made["reasoning_content"] = message.thinking
+    if message.tool_calls:
+        made["tool_calls"] = [
+            {
+                # Some templates take nine letters and digits, and no other form.
+                "id": call.id or f"call{n:05d}",
+                "type": "function",
+                "function": {"name": call.function.name, "arguments": call.function.arguments},
+            }
+            for n, call in enumerate(message.tool_calls, n_before)
+        ]
+    return made
+
+
+def _result(message: Message, open_calls: list[tuple[str, str]]) -> dict[str, Any]:
+    """What a call gave; the call is no longer open then."""
+    name, call_id = message.tool_name or message.name, message.tool_call_id
+    for call in open_calls:
+        if call_id == call[0] or (call_id is None and name in (None, call[1])):
+            open_calls.remove(call)
+            call_id, name = call[0], name or call[1]
+            break
+    named = {key: value for key, value in (("tool_call_id", call_id), ("name", name)) if value}
+    return {"role": "tool", **named, "content": message.content or ""}

@@ -1,0 +1,247 @@
+"""What models there are: GET /api/tags, /api/ps and /api/version, POST /api/show; and vectors of
+texts, POST /api/embed and /api/embeddings."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Request, Response
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import JSONResponse
+from pydantic import Field
+
+import mlxkv
+from mlxkv.base.units import human_count
+from mlxkv.engine.messages import Engine, Loaded
+from mlxkv.errors import MlxkvError
+from mlxkv.sampling.params import recommended
+from mlxkv.server import sse
+from mlxkv.server.config import ServerConfig
+from mlxkv.server.json_route import JSONRoute
+from mlxkv.server.model_names import present
+from mlxkv.server.ollama.fields import Loading, Named, Options, Real, Text, one_or_more
+from mlxkv.store import info, library, resolve
+from mlxkv.store.info import Card
+from mlxkv.text.tokenizer_files import ModelFiles, read_chat_template
+
+FOR_EVER = "9999-12-31T23:59:59Z"
+_SWITCHES = frozenset({"enable_thinking", "thinking", "reasoning_effort"})
+
+
+class ShowRequest(Named):
+    """A model that is asked about."""
+
+    verbose: bool | None = Field(default=None, description="Without effect: all is shown.")
+
+
+class EmbedRequest(Named):
+    """Texts to be made vectors of."""
+
+    input: Text | Annotated[list[Text], Field(min_length=1, max_length=2048)]
+    truncate: bool | None = Field(default=None, description="Without effect: nothing is cut.")
+    options: Options | Loading | None = Field(default=None, description="Without effect.")
+    keep_alive: Real | str | None = Field(default=None, description="Without effect.")
+    dimensions: None = Field(
+        default=None, description="Vectors are as long as the model makes them."
+    )
+
+
+class EmbeddingsRequest(Named):
+    """A text to be made a vector of; older than /api/embed."""
+
+    prompt: Text
+    options: Options | Loading | None = Field(default=None, description="Without effect.")
+    keep_alive: Real | str | None = Field(default=None, description="Without effect.")
+
+
+class Cards:
+    """What is known of models, read from their files once until they change."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[Path, int], Card | None] = {}
+
+    def of(self, name: str, path: Path) -> Card | None:
+        """A model's card; None if it cannot be read."""
+        try:
+            key = path, (path / "config.json").stat().st_mtime_ns
+            if key not in self._known:
+                self._known[key] = info.describe(name, path)
+            return self._known[key]
+        except (OSError, MlxkvError):
+            return None
+
+
+def router(engine: Engine, config: ServerConfig) -> APIRouter:
+    """The routes of models."""
+    routes = APIRouter(route_class=JSONRoute, tags=["ollama"])
+    cards = Cards()
+
+    @routes.get("/api/version")
+    async def version() -> Response:
+        """The version of mlxkv; not one of Ollama's."""
+        return JSONResponse({"version": mlxkv.__version__})
+
+    @routes.get("/api/tags")
+    async def tags() -> Response:
+        """The models that are here."""
+        return JSONResponse({"models": await run_in_threadpool(_rows, cards)})
+
+    @routes.get("/api/ps")
+    async def ps() -> Response:
+        """The models in memory."""
+        return JSONResponse({"models": [_loaded(each) for each in engine.loaded()]})
+
+    @routes.post("/api/show")
+    async def show(body: ShowRequest) -> Response:
+        """All about one model."""
+        name = await present(engine, config, body.model_name)
+        return JSONResponse(await run_in_threadpool(_shown, name))
+
+    @routes.post("/api/embed")
+    async def embed(request: Request, body: EmbedRequest) -> Response:
+        """Vectors of texts, from a model that makes meaningful ones."""
+        started = time.perf_counter_ns()
+        name = await present(engine, config, body.model_name)
+        found = await sse.unless_gone(request, engine.embed(name, one_or_more(body.input)))
+        return JSONResponse(
+            {
+                "model": body.model_name,
+                "embeddings": [list(vector) for vector in found.vectors],
+                "total_duration": time.perf_counter_ns() - started,
+                "prompt_eval_count": found.n_tokens,
+            }
+        )
+
+    @routes.post("/api/embeddings")
+    async def embeddings(request: Request, body: EmbeddingsRequest) -> Response:
+        """The vector of one text."""
+        name = await present(engine, config, body.model_name)
+        found = await sse.unless_gone(request, engine.embed(name, [body.prompt]))
+        return JSONResponse({"embedding": list(found.vectors[0])})
+
+    return routes
+
+
+def _rows(cards: Cards) -> list[dict[str, Any]]:
+    rows = []
+    for model in library.list_models():
+        known = cards.of(model.name, model.path)
+        parameters = human_count(known.parameters) if known else ""
+        rows.append(
+            {
+                "name": model.name,
+                "model": model.name,
+                "modified_at": _modified(model.path),
+                "size": model.size_bytes,
+                "digest": digest(model.path),
+                "details": _details(model.family, parameters, model.quantization),
+            }
+        )
+    return rows
+
+
+def _details(family: str, parameters: str, quantization: str) -> dict[str, Any]:
+    return {
+        "parent_model": "",
+        "format": "safetensors",
+        "family": family,
+        "families": [family],
+        "parameter_size": parameters,
+        "quantization_level": quantization,
+    }
+
+
+def digest(path: Path) -> str:
+    """Names what a model's files are: SHA-256 of their names, sizes and times, not of their bytes.
+
+    Another value means that something was written; weights are not read for it.
+    """
+    found = hashlib.sha256()
+    for file in sorted(path.rglob("*")):
+        if file.is_file():
+            stat = file.stat()
+            found.update(f"{file.relative_to(path)}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+    return found.hexdigest()
+
+
+def _modified(path: Path) -> str:
+    try:
+        seconds = max(file.stat().st_mtime for file in path.iterdir())
+    except (OSError, ValueError):
+        seconds = 0.0
+    return datetime.fromtimestamp(seconds, UTC).isoformat().replace("+00:00", "Z")
+
+
+def _loaded(model: Loaded) -> dict[str, Any]:
+    until = FOR_EVER if model.until is None else model.until.isoformat()
+    return {
+        "name": model.name,
+        "model": model.name,
+        "size": model.size_bytes,
+        "digest": model.digest,
+        "details": _details(model.family, human_count(model.parameters), model.quantization),
+        "expires_at": until,
+        "size_vram": 0 if "cpu" in model.device.lower() else model.size_bytes,
+        "context_length": model.context,
+        "memory": {
+            "weights": model.weights_bytes,
+            "kv_used": model.kv_used_bytes,
+            "kv_allocated": model.kv_allocated_bytes,
+            "kv_max": model.kv_max_bytes,
+            "pages_ram": model.pages_ram_bytes,
+            "pages_ssd": model.pages_ssd_bytes,
+        },
+        "sequences": model.n_sequences,
+    }
+
+
+def _shown(name: str) -> dict[str, Any]:
+    path = resolve.resolve(name, fetch=False)
+    about = info.describe(name, path)
+    template = read_chat_template(ModelFiles(path), {})
+    source = template.source if template else ""
+    capabilities = ["completion"]
+    if template is not None:
+        capabilities += ["tools"] if "tools" in template.variables else []
+        thinks = _SWITCHES & template.variables or "</think>" in source
+        capabilities += ["thinking"] if thinks else []
+    values = {"num_ctx": about.settings.context.value, **recommended(path).chosen()}
+    parameters = [f"{key} {value}" for key, value in values.items()]
+    return {
+        "modelfile": "\n".join([f"FROM {name}", *(f"PARAMETER {each}" for each in parameters), ""]),
+        "parameters": "\n".join(parameters),
+        "template": source,
+        "license": about.license,
+        "details": _details(about.family, human_count(about.parameters), about.quantization),
+        "model_info": _model_info(about),
+        "capabilities": capabilities,
+        "modified_at": _modified(path),
+    }
+
+
+def _model_info(about: Card) -> dict[str, Any]:
+    family = about.family
+    names = {
+        "num_hidden_layers": "block_count",
+        "hidden_size": "embedding_length",
+        "intermediate_size": "feed_forward_length",
+        "num_attention_heads": "attention.head_count",
+        "num_key_value_heads": "attention.head_count_kv",
+        "head_dim": "attention.key_length",
+        "vocab_size": "vocab_size",
+    }
+    numbers = {f"{family}.{names[key]}": value for key, value in about.config.items()}
+    return {
+        "general.architecture": family,
+        "general.parameter_count": about.parameters,
+        f"{family}.context_length": about.context,
+        **numbers,
+        "mlxkv.bits_per_weight": about.bits_per_weight,
+        "mlxkv.kv_bytes_per_token": about.kv.bytes_per_token,
+        "mlxkv.kv_window_bytes": about.kv.window_bytes,
+        "mlxkv.kv_context_bytes": about.kv.context_bytes,
+    }

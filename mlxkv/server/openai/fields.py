@@ -1,0 +1,199 @@
+"""What requests of OpenAI's APIs share: sampling, tools, formats of the answer.
+
+Fields are refused unless they are here or in the request itself. Of those that are here, these are
+taken and change nothing: `user`, `safety_identifier`, `metadata` and `service_tier` (there is one
+user, and one tier), `prompt_cache_key` and `prompt_cache_retention` (prefixes are found by their
+tokens), and `prediction` is refused. `mlxkv`'s own fields beyond OpenAI's: `top_k`, `min_p`,
+`repeat_penalty` (also `repetition_penalty`), `repeat_last_n`, `context`, `overflow`, `keep`,
+`keep_alive`, `think`, and the formats `regex` and `grammar`.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from mlxkv.errors import UsageError
+from mlxkv.sampling.grammar import Grammar
+from mlxkv.server.fields import Count, Strict, Whole, dropped
+from mlxkv.server.tools import StopText
+
+Text = Annotated[str, Field(min_length=1)]
+Real = Annotated[float, Field(allow_inf_nan=False)]
+Off = Annotated[float, Field(ge=0, le=0)]
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
+
+_THINK: dict[str, bool | str] = {"none": False, "minimal": "low", "xhigh": "high"}
+
+
+class Ignored(Strict):
+    """Fields that are taken and change nothing, see the module."""
+
+    user: str | None = None
+    safety_identifier: str | None = None
+    metadata: dict[str, str] | None = None
+    service_tier: Literal["auto", "default"] | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+
+
+class Sampling(Ignored):
+    """How tokens are chosen, and where the answer ends; what is left out, the model's settings
+    decide."""
+
+    temperature: Annotated[float, Field(ge=0, le=1e6)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Whole | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repeat_penalty: Annotated[float, Field(gt=0, le=1e6)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=1e6)] | None = None
+    repeat_last_n: Whole | None = None
+    frequency_penalty: Off | None = Field(None, description="Only 0; see repeat_penalty.")
+    presence_penalty: Off | None = Field(None, description="Only 0; see repeat_penalty.")
+    seed: Annotated[int, Field(ge=0, lt=2**64)] | None = None
+    logit_bias: (
+        dict[
+            Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-1e6, le=1e6)]
+        ]
+        | None
+    ) = None
+    stop: StopText | Annotated[list[StopText], Field(max_length=16)] | None = None
+    context: Count | None = None
+    overflow: Literal["stop", "shift"] | None = None
+    keep: Whole | None = None
+    keep_alive: Real | str | None = None
+
+    @model_validator(mode="after")
+    def _one_penalty(self) -> Sampling:
+        if self.repeat_penalty is not None and self.repetition_penalty is not None:
+            raise ValueError("repeat_penalty and repetition_penalty are one thing: give one")
+        return self
+
+    def sampling_options(self, index: int = 0) -> dict[str, Any]:
+        """Keywords of `Ask.options`.
+
+        Args:
+            index: of the answer, where several are asked for: each has its own random numbers.
+        """
+        penalty = self.repeat_penalty
+        bias = self.logit_bias
+        return dropped(
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            min_p=self.min_p,
+            repeat_penalty=self.repetition_penalty if penalty is None else penalty,
+            repeat_last_n=self.repeat_last_n,
+            seed=None if self.seed is None else (self.seed + index) % 2**64,
+            logit_bias=bias and {int(token): value for token, value in bias.items()},
+            stop=self.stop or None,
+            context=self.context,
+            overflow=self.overflow,
+            keep=self.keep,
+        )
+
+
+class StreamOptions(Strict):
+    """What a stream holds besides the answer."""
+
+    include_usage: bool | None = None
+    include_obfuscation: Literal[False] | None = None
+
+
+class Streamed(Sampling):
+    """A request that may be answered by a stream of chunks."""
+
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+    @model_validator(mode="after")
+    def _options_of_a_stream(self) -> Streamed:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options needs stream: true")
+        return self
+
+    @property
+    def wants_usage(self) -> bool:
+        """Whether a stream ends with its usage."""
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+
+class TextFormat(Strict):
+    """Any text."""
+
+    type: Literal["text"]
+
+
+class JsonObjectFormat(Strict):
+    """A JSON object."""
+
+    type: Literal["json_object"]
+
+
+class RegexFormat(Strict):
+    """A text that a regular expression matches as a whole. An extension."""
+
+    type: Literal["regex"]
+    regex: Text
+
+
+class GrammarFormat(Strict):
+    """A text of a grammar in llguidance's dialect of Lark. An extension."""
+
+    type: Literal["grammar"]
+    grammar: Text
+    syntax: Literal["lark"] = "lark"
+
+
+class SchemaOf(Strict):
+    """A named JSON schema."""
+
+    name: str
+    description: str | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = Field(None, description="The schema is always kept to.")
+
+
+class JsonSchemaFormat(Strict):
+    """JSON of a schema."""
+
+    type: Literal["json_schema"]
+    json_schema: SchemaOf
+
+
+ResponseFormat = Annotated[
+    TextFormat | JsonObjectFormat | JsonSchemaFormat | RegexFormat | GrammarFormat,
+    Field(discriminator="type"),
+]
+
+
+def reasoning_of(think: bool | str | None, effort: str | None) -> bool | str | None:
+    """How much the model is to think.
+
+    Raises:
+        UsageError: both are given.
+    """
+    if think is not None and effort is not None:
+        raise UsageError("think and reasoning_effort are one thing: give one")
+    return think if effort is None else _THINK.get(effort, effort)
+
+
+def format_grammar(given: ResponseFormat | None) -> Grammar | None:
+    """What a response format says of the answer."""
+    match given:
+        case JsonObjectFormat():
+            return Grammar("json_object")
+        case JsonSchemaFormat():
+            return json_schema_grammar(given.json_schema)
+        case RegexFormat():
+            return Grammar("regex", given.regex)
+        case GrammarFormat():
+            return Grammar("lark", given.grammar)
+    return None
+
+
+def json_schema_grammar(given: SchemaOf) -> Grammar:
+    """The grammar of a named schema."""
+    return Grammar("json_schema", json.dumps(given.schema_))

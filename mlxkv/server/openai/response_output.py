@@ -1,0 +1,157 @@
+"""An answer as the items of a response, and the events in which they come.
+
+One item is open at a time: reasoning, then a message, then calls, in the order in which the model
+wrote them. An item is added, its part is added, grows by deltas and is done, and the item is done.
+"""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass, field
+from typing import Any
+
+from mlxkv.generation.outputs import Chunk
+from mlxkv.parsers.events import ToolCall
+from mlxkv.server.openai.output import chat_logprobs
+from mlxkv.server.results import Progress, arguments_of, broken_calls, shown_logprobs
+
+Event = dict[str, Any]
+
+
+@dataclass(slots=True)
+class _Open:
+    """The item that grows.
+
+    Args:
+        kind: `reasoning` or `message`.
+        id: its name.
+        text: so far.
+        logprobs: of its tokens so far.
+    """
+
+    kind: str
+    id: str
+    text: list[str] = field(default_factory=list)
+    logprobs: list[dict[str, Any]] = field(default_factory=list)
+
+    def part(self, text: str) -> dict[str, Any]:
+        """Its only part."""
+        if self.kind == "reasoning":
+            return {"type": "reasoning_text", "text": text}
+        logprobs = {"logprobs": list(self.logprobs)}
+        return {"type": "output_text", "text": text, "annotations": [], **logprobs}
+
+    def item(self, status: str, content: list[dict[str, Any]]) -> dict[str, Any]:
+        """The item itself."""
+        if self.kind == "reasoning":
+            head = {"id": self.id, "type": "reasoning", "status": status, "summary": []}
+            return {**head, "content": content}
+        head = {"id": self.id, "type": "message", "status": status, "role": "assistant"}
+        return {**head, "content": content}
+
+
+class Output:
+    """The items of one answer.
+
+    Args:
+        progress: what is known of it besides.
+        logprobs: whether messages show theirs.
+
+    Attributes:
+        items: those that are done.
+    """
+
+    def __init__(self, progress: Progress, logprobs: bool):
+        self.progress = progress
+        self.items: list[dict[str, Any]] = []
+        self._logprobs = logprobs
+        self._open: _Open | None = None
+
+    def take(self, chunk: Chunk) -> list[Event]:
+        """The events of a step."""
+        events: list[Event] = []
+        calls = self.progress.take(chunk)
+        logprobs = shown_logprobs(chunk) if self._logprobs else []
+        if chunk.reasoning:
+            events += self._grow("reasoning", chunk.reasoning, [])
+        text = chunk.text + "".join(call.text for call in broken_calls(chunk))
+        if text or logprobs:
+            events += self._grow("message", text, chat_logprobs(logprobs)["content"])
+        for call in calls:
+            events += [*self.close(), *self._call(call)]
+        return events
+
+    def close(self, status: str = "completed") -> list[Event]:
+        """The end of the item that grows, if one does."""
+        if self._open is None:
+            return []
+        item, self._open = self._open, None
+        text, index = "".join(item.text), len(self.items)
+        where = {"item_id": item.id, "output_index": index, "content_index": 0}
+        name = "reasoning_text" if item.kind == "reasoning" else "output_text"
+        logprobs = {} if item.kind == "reasoning" else {"logprobs": item.logprobs}
+        part = item.part(text)
+        self.items.append(item.item(status, [part]))
+        return [
+            {"type": f"response.{name}.done", **where, "text": text, **logprobs},
+            {"type": "response.content_part.done", **where, "part": part},
+            {
+                "type": "response.output_item.done",
+                "output_index": index,
+                "item": self.items[-1],
+            },
+        ]
+
+    def _grow(self, kind: str, text: str, logprobs: list[dict[str, Any]]) -> list[Event]:
+        events = [] if self._open is None or self._open.kind == kind else self.close()
+        index = len(self.items)
+        if self._open is None:
+            item = self._open = _Open(kind, new_id("rs" if kind == "reasoning" else "msg"))
+            where = {"item_id": item.id, "output_index": index, "content_index": 0}
+            events += [
+                {
+                    "type": "response.output_item.added",
+                    "output_index": index,
+                    "item": item.item("in_progress", []),
+                },
+                {"type": "response.content_part.added", **where, "part": item.part("")},
+            ]
+        item = self._open
+        item.text.append(text)
+        item.logprobs += logprobs
+        name = "reasoning_text" if kind == "reasoning" else "output_text"
+        delta: Event = {
+            "type": f"response.{name}.delta",
+            "item_id": item.id,
+            "output_index": index,
+            "content_index": 0,
+            "delta": text,
+        }
+        return [*events, delta if kind == "reasoning" else {**delta, "logprobs": logprobs}]
+
+    def _call(self, call: ToolCall) -> list[Event]:
+        index, item_id, arguments = len(self.items), new_id("fc"), arguments_of(call)
+        head = {"id": item_id, "type": "function_call", "call_id": call.id, "name": call.name}
+        where = {"item_id": item_id, "output_index": index}
+        done = {**head, "status": "completed", "arguments": arguments}
+        self.items.append(done)
+        return [
+            {
+                "type": "response.output_item.added",
+                "output_index": index,
+                "item": {**head, "status": "in_progress", "arguments": ""},
+            },
+            {"type": "response.function_call_arguments.delta", **where, "delta": arguments},
+            {
+                "type": "response.function_call_arguments.done",
+                **where,
+                "name": call.name,
+                "arguments": arguments,
+            },
+            {"type": "response.output_item.done", "output_index": index, "item": done},
+        ]
+
+
+def new_id(prefix: str) -> str:
+    """A name for an item or a response."""
+    return f"{prefix}_{secrets.token_hex(16)}"

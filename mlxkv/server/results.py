@@ -1,0 +1,131 @@
+"""What all three APIs collect of an answer."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import secrets
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from mlxkv.errors import OutOfMemory
+from mlxkv.generation.outputs import Chunk, Stats, TokenLogprobs
+from mlxkv.parsers.events import ToolCall
+
+NEVER = -9999.0
+"""OpenAI's log-probability of what cannot come; JSON has no infinity."""
+
+
+@dataclass(slots=True)
+class Progress:
+    """What is known of an answer besides its text.
+
+    Args:
+        parallel: whether a call after the first counts.
+        n_calls: sound calls so far.
+        n_reasoning: tokens of reasoning.
+        reason: why it ended.
+        stats: what it took.
+        error: why memory ended it.
+    """
+
+    parallel: bool = True
+    n_calls: int = 0
+    n_reasoning: int = 0
+    reason: str | None = None
+    stats: Stats | None = None
+    error: OutOfMemory | None = None
+
+    def take(self, chunk: Chunk) -> list[ToolCall]:
+        """Count a chunk in; the calls of it that the client gets."""
+        self.n_reasoning += chunk.reasoning is not None and chunk.token is not None
+        self.reason, self.stats = chunk.finish_reason, chunk.stats
+        self.error = chunk.error
+        calls = [call for call in chunk.tool_calls if call.error is None]
+        if not self.parallel:
+            calls = calls[: max(0, 1 - self.n_calls)]
+        self.n_calls += len(calls)
+        return calls
+
+    @property
+    def finish_reason(self) -> str:
+        """In OpenAI's words: `stop`, `length` or `tool_calls`."""
+        if self.reason in ("length", "memory"):
+            return "length"
+        return "tool_calls" if self.n_calls else "stop"
+
+    @property
+    def finish(self) -> dict[str, Any]:
+        """`finish_reason`, and `finish_details` where memory was the reason."""
+        ended: dict[str, Any] = {"finish_reason": self.finish_reason}
+        if self.reason == "memory":
+            message = str(self.error or "the memory limit does not allow a longer answer")
+            ended["finish_details"] = {"type": "memory", "message": message}
+        return ended
+
+
+@dataclass(slots=True)
+class Collected:
+    """A whole answer."""
+
+    progress: Progress = field(default_factory=Progress)
+    text: list[str] = field(default_factory=list)
+    reasoning: list[str] = field(default_factory=list)
+    calls: list[ToolCall] = field(default_factory=list)
+    errors: list[ToolCall] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+
+    def add(self, chunk: Chunk) -> None:
+        """The next chunk."""
+        self.calls += self.progress.take(chunk)
+        self.errors += broken_calls(chunk)
+        self.text += [chunk.text, *(call.text for call in broken_calls(chunk))]
+        self.reasoning.append(chunk.reasoning or "")
+        self.logprobs += shown_logprobs(chunk)
+
+
+def broken_calls(chunk: Chunk) -> list[ToolCall]:
+    """Calls that cannot be run; clients see their text, and `tool_call_errors`."""
+    return [call for call in chunk.tool_calls if call.error is not None]
+
+
+def call_errors(calls: Iterable[ToolCall]) -> list[dict[str, Any]]:
+    """What is wrong with them."""
+    return [{"name": call.name, "error": call.error} for call in calls]
+
+
+def arguments_of(call: ToolCall) -> str:
+    """A call's arguments as JSON."""
+    return json.dumps(call.arguments, ensure_ascii=False)
+
+
+def shown_logprobs(chunk: Chunk) -> list[TokenLogprobs]:
+    """Of a chunk's token, unless it is one of reasoning or of a call."""
+    if chunk.logprobs is None or chunk.reasoning is not None or chunk.tool_calls:
+        return []
+    return [chunk.logprobs]
+
+
+def finite(logprob: float) -> float:
+    """A log-probability that JSON can hold."""
+    return logprob if math.isfinite(logprob) else NEVER
+
+
+def new_id(prefix: str) -> str:
+    """A name for what was made."""
+    return f"{prefix}-{secrets.token_hex(12)}"
+
+
+def details(stats: Stats | None) -> dict[str, Any]:
+    """Where a prompt's KV came from: OpenAI's `cached_tokens`, and how they came to be."""
+    if stats is None:
+        return {"cached_tokens": 0}
+    return {
+        "cached_tokens": stats.restored_tokens,
+        "restored_ram_tokens": stats.restored_ram_tokens,
+        "restored_ssd_tokens": stats.restored_ssd_tokens,
+        "computed_tokens": stats.computed_tokens,
+        "miss": stats.miss and dataclasses.asdict(stats.miss),
+    }

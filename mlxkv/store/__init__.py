@@ -1,0 +1,1 @@
+"""Where models come from and lie: names, catalog, Hugging Face, settings."""

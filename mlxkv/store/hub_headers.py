@@ -1,0 +1,188 @@
+"""What a plan needs of a Hugging Face repository that is not here: all but its weights.
+
+A safetensors file begins with a header that names every tensor's dtype and shape: kilobytes of
+gigabytes. The headers are asked for by HTTP range, and each stands in a temporary folder as a
+sparse file of the real length, so that whatever reads a model directory's headers reads these.
+
+Invariants:
+- Nothing goes into huggingface_hub's cache: half a snapshot there might pass for a whole one.
+- Of each file no more is read than its header and what one request brings in any case, also where
+  the server ignores ranges and sends all of it.
+- Files are named by the repository's list, without folders, and never by what is in a file.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory, gettempdir
+
+from mlxkv.checkpoint.weights import (
+    INDEX,
+    MAX_HEADER_BYTES,
+    header_length,
+    indexed_files,
+    weight_files,
+)
+from mlxkv.errors import DownloadError, MlxkvError, ModelNotFound, OutputError
+from mlxkv.store import hub
+
+FIRST_BYTES = 100_000
+"""Asked for of each file at once: most headers are shorter, and a request costs more than that."""
+_PARALLEL = 8
+
+
+@dataclass(frozen=True, slots=True)
+class _Listing:
+    """What `pull` would fetch of a repository, at one commit.
+
+    Args:
+        sizes: bytes by the name of the file; none in a folder.
+        gguf: names of its GGUF files.
+    """
+
+    repo_id: str
+    commit: str | None
+    sizes: Mapping[str, int]
+    gguf: tuple[str, ...]
+
+
+@contextmanager
+def headers_of(repo_id: str) -> Iterator[Path]:
+    """A folder that holds a repository's config.json and the headers of its weights, for a while.
+
+    Its safetensors files are as long as the real ones and zero behind the header: there is
+    nothing to compute with, and nothing to compare. What the block raises about the folder's
+    files names the repository in its place.
+
+    Raises:
+        ModelNotFound: no such repository, or no safetensors in it.
+        DownloadError: no network, a gated repository, or the hub answers with an error.
+        CheckpointError: an index or a header that lies.
+        OutputError: no room for a temporary folder.
+    """
+    try:
+        temporary = TemporaryDirectory(prefix="mlxkv-plan-")
+    except OSError as error:
+        raise OutputError(f"no temporary folder ({error.strerror}); set TMPDIR") from error
+    with temporary as name, _naming(repo_id, Path(name)):
+        _fill(Path(name), repo_id)
+        yield Path(name)
+
+
+@contextmanager
+def _naming(repo_id: str, folder: Path) -> Iterator[None]:
+    """Errors about a file of the folder name the repository, which is what the user knows."""
+    try:
+        yield
+    except MlxkvError as error:
+        if str(folder) not in str(error):
+            raise
+        raise type(error)(str(error).replace(str(folder), repo_id)) from error
+
+
+def _fill(folder: Path, repo_id: str) -> None:
+    try:
+        listing = _list(repo_id)
+        for name in ("config.json", INDEX):
+            if name in listing.sizes:
+                size = min(listing.sizes[name], MAX_HEADER_BYTES)
+                _fetch_start(listing, name, folder / name, size)
+        index = folder / INDEX
+        names = indexed_files(index) if index.exists() else weight_files(listing.sizes)
+        # One that the index names and the repository lacks is for `open_weights` to report.
+        paths = [folder / name for name in names if name in listing.sizes]
+        with ThreadPoolExecutor(_PARALLEL) as pool:
+            list(pool.map(lambda path: _stand_in(listing, path), paths))
+    except MlxkvError:
+        raise
+    except Exception as error:  # the HTTP client behind it differs from version to version
+        raise hub.translate(repo_id, error) from error
+
+
+def _list(repo_id: str) -> _Listing:
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.utils import filter_repo_objects
+
+    hub.hush()
+    info = HfApi().model_info(
+        repo_id, files_metadata=True, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT
+    )
+    found = {sibling.rfilename: sibling.size for sibling in info.siblings or ()}
+    wanted = filter_repo_objects(
+        found, allow_patterns=list(hub.WANTED), ignore_patterns=list(hub.IGNORED)
+    )
+    sizes: dict[str, int] = {}
+    for name in wanted:
+        size = found[name]
+        if not isinstance(size, int) or not 0 <= size < 2**63:
+            raise DownloadError(f"{constants.ENDPOINT} does not say how long {repo_id}/{name} is")
+        sizes[name] = size
+    gguf = tuple(sorted(name for name in found if name.lower().endswith(".gguf")))
+    listing = _Listing(repo_id, info.sha, sizes, gguf)
+    if not weight_files(sizes):
+        raise _without_safetensors(listing)
+    return listing
+
+
+def _without_safetensors(listing: _Listing) -> ModelNotFound:
+    repo_id = listing.repo_id
+    if not listing.gguf:
+        return ModelNotFound(
+            f"{repo_id} holds neither safetensors nor GGUF files, which are what mlxkv reads"
+        )
+    first = listing.gguf[0].rpartition("/")[2]
+    return ModelNotFound(
+        f"{repo_id} holds GGUF files only, which have to be here to be planned: fetch one first "
+        f"(`mlxkv pull {repo_id}:{first}`), then plan it by that name"
+    )
+
+
+def _stand_in(listing: _Listing, path: Path) -> None:
+    """A sparse file with the header of the repository's file of that name, and as long."""
+    size = listing.sizes[path.name]
+    first = min(FIRST_BYTES, size)
+    _fetch_start(listing, path.name, path, first)
+    with path.open("rb") as file:
+        end = 8 + header_length(file.read(8), size, path)
+    if end > first:
+        _fetch_start(listing, path.name, path, end)
+    try:
+        os.truncate(path, end)
+        os.truncate(path, size)
+    except OSError as error:
+        raise OutputError(
+            f"{gettempdir()} takes no sparse file of {size:,} bytes ({error.strerror}); set TMPDIR "
+            "to a folder of another disk"
+        ) from error
+
+
+def _fetch_start(listing: _Listing, name: str, path: Path, n_bytes: int) -> None:
+    """Writes the first bytes of a repository's file, and reads little more than those."""
+    from huggingface_hub import constants, hf_hub_url
+    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+    if not n_bytes:  # no range means that
+        path.touch()
+        return
+    url = hf_hub_url(listing.repo_id, name, revision=listing.commit)
+    wanted = {"Range": f"bytes=0-{n_bytes - 1}", "Accept-Encoding": "identity"}
+    headers = build_hf_headers() | wanted
+    timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
+    missing = n_bytes
+    with get_session().stream("GET", url, headers=headers, timeout=timeout) as response:
+        hf_raise_for_status(response)
+        with path.open("wb") as file:
+            for chunk in response.iter_bytes():
+                file.write(chunk[:missing])
+                missing -= len(chunk)
+                if missing < 0:  # the server ignores the range: the weights are on their way
+                    break
+    if missing > 0:
+        raise DownloadError(
+            f"cannot download {listing.repo_id}: {name} ended {missing:,} bytes early; try again"
+        )

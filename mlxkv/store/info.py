@@ -1,0 +1,314 @@
+"""What a model is, read from its files without loading a weight."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mlxkv.base.units import human_bytes, human_count
+from mlxkv.checkpoint.config import read_config, text_config
+from mlxkv.checkpoint.mlxkv_json import read_record
+from mlxkv.errors import CheckpointError, ModelNotFound
+from mlxkv.store import catalog
+from mlxkv.store.settings import Settings, effective
+
+FORMULA = "n_kv_heads * (k_dim + v_dim) * bytes per value, summed over the layers"
+
+
+@dataclass(frozen=True, slots=True)
+class KVFacts:
+    """What the KV cache of one sequence takes.
+
+    Attributes:
+        bytes_per_token: of the layers that see everything.
+        window_bytes: of the layers with a window, once it is full.
+        n_full_layers: layers that see everything.
+        n_window_layers: layers with a window.
+        window: the largest of the windows; 0 without one.
+        context_bytes: all of it at the model's full context.
+        dtype: of the values, on this machine.
+    """
+
+    bytes_per_token: int
+    window_bytes: int
+    n_full_layers: int
+    n_window_layers: int
+    window: int
+    context_bytes: int
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """What `mlxkv show` prints.
+
+    Attributes:
+        parameters: values of all weights, packed ones counted as what they stand for.
+        bits_per_weight: bits of all tensors by parameters, scales included.
+        definition: `mlxkv (llama)` or `mlx-lm`.
+        chat_template: whether there is one.
+        context: the model's own.
+        settings: what it runs with here, and who says so.
+        files: name and bytes.
+        skipped: tensors that are left out on purpose, such as a vision tower's.
+        config: the numbers of config.json that people ask for.
+    """
+
+    name: str
+    path: Path
+    family: str
+    definition: str
+    parameters: int
+    bits_per_weight: float
+    quantization: str
+    context: int
+    config: Mapping[str, int]
+    kv: KVFacts
+    chat_template: bool
+    source: str
+    origin: str
+    license: str
+    notice: str
+    files: tuple[tuple[str, int], ...]
+    settings: Settings
+    skipped: tuple[str, ...] = ()
+
+    def text(self) -> str:
+        """The card for people, one fact a line."""
+        kv = self.kv
+        cache = f"{human_bytes(kv.bytes_per_token)} a token ({kv.dtype})"
+        if kv.n_window_layers:
+            cache += f" in {kv.n_full_layers} layers, and {human_bytes(kv.window_bytes)} in "
+            cache += f"{kv.n_window_layers} with a window of {kv.window:,}"
+        from mlxkv.checkpoint.weights import skipped_text
+
+        rows = [
+            ("name", self.name),
+            ("family", f"{self.family}, defined by {self.definition}"),
+            ("parameters", human_count(self.parameters)),
+            ("quantization", f"{self.quantization}, {self.bits_per_weight:.2f} bits per weight"),
+            ("context", f"{self.context:,} tokens"),
+            ("KV cache", cache),
+            ("", f"{human_bytes(kv.context_bytes)} at full context; {FORMULA}"),
+            ("shape", ", ".join(f"{key} {value:,}" for key, value in self.config.items())),
+            ("chat template", "yes" if self.chat_template else "no: a base model, use --raw"),
+            ("source", f"{self.source} {self.origin}".strip()),
+            ("license", self.license or "not stated"),
+            ("notice", self.notice),
+            ("skipped", skipped_text(self.skipped)),
+            ("path", str(self.path)),
+        ]
+        rows += [
+            ("" if i else "settings", f"{setting.name:<9} {setting}")
+            for i, setting in enumerate(self.settings)
+        ]
+        rows += [
+            ("" if i else "files", f"{human_bytes(size):>9}  {name}")
+            for i, (name, size) in enumerate(self.files)
+        ]
+        shown = [row for row in rows if row[1]]
+        return "\n".join(f"{key:<14} {value}" for key, value in shown)
+
+
+def to_dict(card: Card) -> dict[str, Any]:
+    """The card as JSON has it."""
+    files = [{"name": name, "bytes": size} for name, size in card.files]
+    settings = {s.name: {"value": s.value, "origin": s.origin} for s in card.settings}
+    return asdict(card) | {"path": str(card.path), "files": files, "settings": settings}
+
+
+def summarize(model_dir: Path) -> tuple[str, str, int]:
+    """Family, quantization and context of a model, for a line of the list.
+
+    Raises:
+        ModelNotFound, ConfigError: no config.json, or a damaged one.
+    """
+    raw = read_config(model_dir)
+    source = str(model_dir / "config.json")
+    inner = text_config(raw)
+    context = inner.get("max_position_embeddings")
+    if not isinstance(context, int):
+        context = _native_context(raw, source)
+    return str(raw.get("model_type", "?")), quantization_label(model_dir, inner), context
+
+
+def _native_context(raw: Mapping[str, Any], source: str) -> int:
+    """The context that a family assumes where config.json does not say; 0 if it does not either."""
+    from mlxkv.models import family_for
+
+    try:
+        family = family_for(raw, source)
+        return family.config(raw, source).context if family.native else 0
+    except CheckpointError:
+        return 0
+
+
+def quantization_label(model_dir: Path, config: Mapping[str, Any]) -> str:
+    """`affine4 g32`, `mixed affine4+affine8`, a foreign method's name, or the weights' dtype."""
+    from mlxkv.checkpoint.quantization import Quantization
+
+    try:
+        quantization = Quantization.from_config(config, "config.json")
+    except CheckpointError:
+        entry = config.get("quantization_config") or config.get("quantization")
+        return str(entry.get("quant_method", "?")) if isinstance(entry, Mapping) else "?"
+    if quantization is None:
+        return _dtype_label(model_dir)
+    own = (form for form in quantization.by_path.values() if form is not None)
+    forms = [quantization.default, *own]
+    names = sorted({f if (f := form.mode)[-1].isdigit() else f"{f}{form.bits}" for form in forms})
+    groups = sorted({form.group_size for form in forms})
+    label = f"{'+'.join(names)} g{'/'.join(map(str, groups))}"
+    return f"mixed {label}" if len(names) > 1 else label
+
+
+def _dtype_label(model_dir: Path) -> str:
+    from mlxkv.checkpoint.weights import open_weights
+
+    try:
+        return str(open_weights(model_dir).dtype).removeprefix("mlx.core.")
+    except (CheckpointError, ModelNotFound):
+        return "?"
+
+
+def describe(name: str, model_dir: Path) -> Card:
+    """The card of a model directory.
+
+    Raises:
+        CheckpointError: config or weights are damaged, or the architecture is not supported.
+    """
+    from mlxkv.checkpoint.weights import open_weights
+    from mlxkv.models import family_for
+    from mlxkv.models.loader import checkpoint_dtype
+
+    raw = read_config(model_dir)
+    source = str(model_dir / "config.json")
+    family = family_for(raw, source)
+    config = family.config(raw, source)
+    weights = open_weights(model_dir)
+    inner = text_config(raw)
+    _, skipped = family.remap(weights.arrays(), config)
+    infos = {name: info for name, info in weights.infos.items() if name not in set(skipped)}
+    parameters = _parameters(infos, inner, source)
+    record = read_record(model_dir)
+    entry = catalog.find(name)
+    origin, license_, notice = "", "", ""
+    if record is not None:
+        origin, license_, notice = record.origin, record.license, record.notice
+    keys = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads",
+            "head_dim", "intermediate_size", "vocab_size")  # fmt: skip
+    return Card(
+        name=f"{entry.name} ({entry.title})" if entry else name,
+        path=model_dir,
+        family=str(raw["model_type"]),
+        definition=f"mlxkv ({family.name})" if family.native else "mlx-lm",
+        parameters=parameters,
+        bits_per_weight=8 * sum(info.nbytes for info in infos.values()) / max(parameters, 1),
+        quantization=quantization_label(model_dir, inner),
+        context=config.context,
+        config={key: inner[key] for key in keys if isinstance(inner.get(key), int)},
+        kv=_kv_facts(
+            family.build(config).cache_specs(), checkpoint_dtype(raw, weights), config.context
+        ),
+        chat_template=_has_template(model_dir),
+        source=record.source if record else _source_of(model_dir),
+        origin=origin,
+        license=license_ or _license_in(model_dir),
+        notice=notice,
+        files=tuple(
+            (path.name, path.stat().st_size)
+            for path in sorted(model_dir.iterdir())
+            if path.is_file()
+        ),
+        settings=effective(model_dir),
+        skipped=tuple(skipped),
+    )
+
+
+def _parameters(infos: Mapping[str, Any], config: Mapping[str, Any], source: str) -> int:
+    """Values of all weights: a packed one holds 32 / bits of them in each of its words."""
+    from mlxkv.checkpoint.quantization import Quantization
+
+    quantization = Quantization.from_config(config, source)
+    total = 0
+    for name, info in infos.items():
+        module, _, kind = name.rpartition(".")
+        packed = f"{module}.scales" in infos
+        if packed and kind in ("scales", "biases"):
+            continue
+        n = 1
+        for size in info.shape:
+            n *= size
+        if packed and kind == "weight" and quantization is not None:
+            n = n * 32 // (quantization.at(module) or quantization.default).bits
+        total += n
+    return total
+
+
+def _kv_facts(specs: list[Any], checkpoint: Any, context: int) -> KVFacts:
+    from mlxkv.kv.types import KVFormat
+    from mlxkv.models.loader import compute_dtype
+
+    dtype = compute_dtype("auto", checkpoint)
+    kv = KVFormat(itemsize=dtype.size)
+    own = [spec for spec in specs if spec is not None]
+    full = [spec for spec in own if spec.window is None]
+    sliding = [spec for spec in own if spec.window is not None]
+    row = sum(s.n_kv_heads * (kv.row_bytes(s.k_dim) + kv.row_bytes(s.v_dim)) for s in full)
+    return KVFacts(
+        bytes_per_token=row,
+        window_bytes=sum(spec.nbytes(spec.window, kv) for spec in sliding),
+        n_full_layers=len(full),
+        n_window_layers=len(sliding),
+        window=max((spec.window for spec in sliding), default=0),
+        context_bytes=sum(spec.nbytes(context, kv) for spec in own),
+        dtype=str(dtype).removeprefix("mlx.core."),
+    )
+
+
+def _has_template(model_dir: Path) -> bool:
+    if (model_dir / "chat_template.jinja").is_file():
+        return True
+    for name in ("tokenizer_config.json", "chat_template.json"):
+        try:
+            if json.loads((model_dir / name).read_text(encoding="utf-8")).get("chat_template"):
+                return True
+        except (OSError, ValueError, AttributeError):
+            continue
+    return False
+
+
+def _source_of(model_dir: Path) -> str:
+    return "hub" if model_dir.parent.name == "snapshots" else "directory"
+
+
+def _license_in(model_dir: Path) -> str:
+    """What the model card's header says, where a repository brought one."""
+    try:
+        lines = (model_dir / "README.md").read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError):
+        return ""
+    for line in lines[1:40]:
+        if line.startswith("license:"):
+            return line.removeprefix("license:").strip()
+    return ""
+
+
+def supported() -> str:
+    """The families that mlxkv runs, for people."""
+    import importlib.util
+
+    from mlxkv.models import NATIVE
+
+    by_module: dict[str, list[str]] = {}
+    for model_type, module in NATIVE.items():
+        by_module.setdefault(module, []).append(model_type)
+    lines = [f"{module:<10} {', '.join(types)}" for module, types in sorted(by_module.items())]
+    if importlib.util.find_spec("mlx_lm") is not None:
+        others = "every other model_type that the installed mlx-lm defines"
+    else:
+        others = "with `pip install mlx-lm`, every other model_type that it defines"
+    return "\n".join([*lines, f"{'mlx-lm':<10} {others}"])

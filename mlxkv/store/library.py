@@ -1,0 +1,122 @@
+"""The models on this machine: list them, remove one."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlxkv.base.paths import NAME, is_listed, models_dir, slug
+from mlxkv.errors import MlxkvError, ModelNotFound, OutputError, UsageError
+from mlxkv.store import catalog, hub
+from mlxkv.store.refs import REPO, is_model, stored
+
+
+@dataclass(frozen=True, slots=True)
+class StoredModel:
+    """One line of `mlxkv list`.
+
+    Attributes:
+        name: what to type.
+        path: the model's directory.
+        family: the config's model_type; "?" where it cannot be read.
+        size_bytes: what `rm` frees.
+        quantization: such as `affine4 g32`, or the dtype of the weights.
+        context: tokens that the model can attend to; 0 if not known.
+        source: `wheel`, `hub`, `gguf` or `converted`.
+    """
+
+    name: str
+    path: Path
+    family: str
+    size_bytes: int
+    quantization: str
+    context: int
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class Removal:
+    """What `remove` deletes: directories of the models folder, and a cached repository."""
+
+    name: str
+    folders: tuple[Path, ...]
+    repo: hub.RepoRemoval | None
+    n_bytes: int
+
+
+def list_models() -> list[StoredModel]:
+    """The models on this machine: the models folder, then the Hugging Face cache."""
+    rows = [_row(record.name, path, _size(path), record.source) for path, record in stored()]
+    for repo in hub.cached_repos():
+        rows.append(_row(repo.repo_id, repo.snapshot, repo.n_bytes, "hub"))
+    return rows
+
+
+def _row(name: str, path: Path, n_bytes: int, source: str) -> StoredModel:
+    from mlxkv.store.info import summarize
+
+    try:
+        family, quantization, context = summarize(path)
+    except MlxkvError:
+        family, quantization, context = "?", "?", 0
+    if not is_model(path):
+        family, quantization = "-", "gguf"
+    return StoredModel(name, path, family, n_bytes, quantization, context, source)
+
+
+def _size(folder: Path) -> int:
+    return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def plan_removal(name: str) -> Removal:
+    """What `remove` would delete, and the bytes that would be free.
+
+    Raises:
+        UsageError: a path, or a name that leads out of the models folder.
+        ModelNotFound: no such model here.
+    """
+    model = catalog.find(name)
+    repo_name = REPO.fullmatch(name)
+    if model is None and not NAME.fullmatch(name) and not repo_name:
+        raise UsageError(
+            f"rm takes a name that `mlxkv list` shows; got {name!r}. Delete a directory of your "
+            "own yourself"
+        )
+    root = models_dir()
+    folders = [root / slug(model.name if model else name)]
+    repo = None
+    if repo_name and repo_name[2] is None:
+        origin = f"{name}/"
+        folders += [path for path, record in stored() if record.origin.startswith(origin)]
+        repo = hub.plan_removal(name)
+    folders = [path for path in folders if path.is_dir() and path.parent == root]
+    folders = [path for path in folders if is_listed(path)]
+    if not folders and repo is None:
+        raise ModelNotFound(f"no model {name!r} is on this machine; `mlxkv list` lists what is")
+    n_bytes = sum(_size(path) for path in folders if not path.is_symlink())
+    return Removal(name, tuple(folders), repo, n_bytes + (repo.n_bytes if repo else 0))
+
+
+def remove(name: str) -> int:
+    """Deletes a model; the bytes freed.
+
+    Raises:
+        UsageError, ModelNotFound: as `plan_removal`.
+        OutputError: a file cannot be deleted.
+    """
+    plan = plan_removal(name)
+    for folder in plan.folders:
+        doomed = folder.with_name(f".work-{folder.name}")
+        try:
+            if folder.is_symlink():
+                folder.unlink()
+                continue
+            shutil.rmtree(doomed, ignore_errors=True)
+            folder.replace(doomed)  # from here on it is no model, whatever happens
+            shutil.rmtree(doomed)
+        except OSError as error:
+            raise OutputError(f"{folder}: {error.strerror}") from error
+    if plan.repo is not None:
+        hub.remove(plan.repo)
+    return plan.n_bytes

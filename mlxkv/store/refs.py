@@ -1,0 +1,181 @@
+"""What the name of a model means, and which names the models folder knows.
+
+A name is a path, a name of the catalog, a directory of the models folder, or a Hugging Face
+repository. Nothing here touches the network.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlxkv.base.paths import NAME, is_listed, models_dir, slug
+from mlxkv.checkpoint.mlxkv_json import Record, read_record
+from mlxkv.errors import ModelNotFound, OutputError, UsageError
+from mlxkv.store import catalog
+from mlxkv.store.catalog import CatalogModel
+
+REPO = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?::([\w.-]+))?", re.ASCII)
+_PATH_STARTS = ("/", "./", "../", "~")
+
+
+@dataclass(frozen=True, slots=True)
+class PathRef:
+    """A directory or a .gguf file of the user's."""
+
+    path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class CatalogRef:
+    """A built-in model."""
+
+    model: CatalogModel
+
+
+@dataclass(frozen=True, slots=True)
+class StoredRef:
+    """A directory in the models folder."""
+
+    name: str
+    path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class HubRef:
+    """A Hugging Face repository, or one GGUF file of it (`wanted`: file name or quantization)."""
+
+    repo_id: str
+    wanted: str | None
+
+
+Ref = PathRef | CatalogRef | StoredRef | HubRef
+
+
+def stored_folder(name: str) -> Path | None:
+    """The folder of a model in the models folder; None if none has exactly this name."""
+    folder = models_dir() / slug(name)
+    return folder if is_model(folder) and is_listed(folder) else None
+
+
+def check_spelling(name: str) -> None:
+    """Refuse a new model's name that differs from a stored one's in case only.
+
+    Raises:
+        UsageError: it does.
+    """
+    wanted = slug(name)
+    for folder, record in stored():
+        if folder.name.lower() == wanted.lower() and folder.name != wanted:
+            raise UsageError(
+                f"model {name!r} would share a folder with {record.name!r} where case is ignored, "
+                "as on most Macs; choose another name"
+            )
+
+
+def is_model(folder: Path) -> bool:
+    """Whether a folder is a model directory."""
+    return (folder / "config.json").is_file()
+
+
+def locate(name: str) -> Ref:
+    """What a name means; touches no network.
+
+    A built-in or stored model goes before a path, so that a folder in the current directory
+    does not change what a name means; `./name` is always a path.
+
+    Raises:
+        ModelNotFound: nothing of that name.
+        UsageError: an empty name.
+    """
+    if not name.strip():
+        raise UsageError("the model's name is empty; `mlxkv list` lists what is here")
+    if name.startswith(_PATH_STARTS):
+        return PathRef(Path(name).expanduser())
+    model = catalog.find(name)
+    if model is not None:
+        return CatalogRef(model)
+    if NAME.fullmatch(name) or REPO.fullmatch(name):
+        folder = stored_folder(name)
+        if folder is not None:
+            return StoredRef(name, folder)
+    path = Path(name)
+    if is_model(path) or (path.suffix == ".gguf" and path.is_file()):
+        return PathRef(path)
+    repo = REPO.fullmatch(name)
+    if repo and not path.exists():
+        return HubRef(repo[1], repo[2])
+    if path.exists() or name.endswith(".gguf") or "/" in name:
+        return PathRef(path)
+    raise ModelNotFound(f"no model named {name!r}{_did_you_mean(name)}")
+
+
+def _did_you_mean(name: str) -> str:
+    known = [model.name for model in catalog.CATALOG] + [record.name for _, record in stored()]
+    close = difflib.get_close_matches(name, known, n=1)
+    if close:
+        return f"; did you mean {close[0]}?"
+    return (
+        f". Known: {', '.join(sorted(set(known)))}; or give a path, or a Hugging Face repository "
+        "as org/name"
+    )
+
+
+def looks_like_model(text: str) -> bool:
+    """Whether a lone argument of `mlxkv run` names a model, rather than being a prompt.
+
+    Known names, paths that exist or are written as one (./, ../, /, ~, .gguf), `org/name` and
+    `name:tag` do, and so do words that begin like the name of a family (`llama3.2`, `qwen3`).
+    """
+    if not text or any(c.isspace() for c in text):
+        return False
+    if text.startswith(_PATH_STARTS) or text.endswith(".gguf"):
+        return True
+    if catalog.find(text) or REPO.fullmatch(text) or is_model(Path(text)):
+        return True
+    if not NAME.fullmatch(text):
+        return False
+    begins = ("llama", "mistral", "gemma", "smollm", "qwen", "phi-", "phi3", "phi4", "gpt-oss")
+    begins += ("deepseek", "glm-", "glm4", "granite", "olmo")
+    known = stored_folder(text) is not None
+    return known or (":" in text and text[0].isalpha()) or text.lower().startswith(begins)
+
+
+def stored() -> list[tuple[Path, Record]]:
+    """The models folder's directories, each with its record."""
+    try:
+        folders = sorted(path for path in models_dir().iterdir() if not path.name.startswith("."))
+    except OSError:
+        return []
+    found = []
+    for folder in folders:
+        if is_model(folder):
+            record = read_record(folder) or Record(folder.name, "converted", "")
+            found.append((folder, record))
+    return found
+
+
+def output_path(name: str) -> Path:
+    """Where `convert --output` writes: a bare name means the models folder.
+
+    Raises:
+        UsageError: the name of a built-in model, one that differs from a stored model's in case
+            only, or one that is no name.
+    """
+    if "/" in name or name in (".", "..") or name.startswith("~"):
+        return Path(name).expanduser()
+    if catalog.find(name):
+        raise UsageError(f"--output {name!r} is the name of a built-in model; choose another")
+    if not NAME.fullmatch(name):
+        raise UsageError(
+            f"--output must be a path (./{name}) or a name of letters, digits, '.', '_' and '-'; "
+            f"got {name!r}"
+        )
+    try:
+        models_dir().mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{models_dir()}: {error.strerror}") from error
+    check_spelling(name)
+    return models_dir() / slug(name)

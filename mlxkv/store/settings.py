@@ -1,0 +1,174 @@
+"""What a model runs with, and who said so.
+
+The first of these that says something decides: the request, the command line (or the caller), the
+environment, the model's own settings file, and then the model, the machine or a default.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from mlxkv.base import device
+from mlxkv.base.units import human_bytes
+from mlxkv.checkpoint.config import read_config
+from mlxkv.checkpoint.mlxkv_json import FILE, KINDS, checked, of_model, read_setting
+from mlxkv.errors import ConfigError, MlxkvError, UsageError
+
+COMMAND_LINE, CALLER, REQUEST = "command line", "caller", "request"
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Setting(Generic[T]):
+    """One effective value.
+
+    Args:
+        name: as the settings file spells it.
+        value: tokens, bytes or a name.
+        origin: who said so: `request`, `command line`, `caller`, an environment variable's name,
+            `mlxkv.json`, `config.json`, `machine` or `default`.
+    """
+
+    name: str
+    value: T
+    origin: str
+
+    def __str__(self) -> str:
+        value = str(self.value)
+        if isinstance(self.value, int):
+            is_bytes = self.name == "memory"
+            value = human_bytes(self.value) if is_bytes else f"{self.value:,} tokens"
+        return f"{value} ({self.origin})"
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """The effective values for one model.
+
+    Args:
+        context: tokens that a prompt and its answer may have together.
+        kv_type: format of the KV cache.
+        memory: bytes that weights, KV and all else may take.
+        overflow: what a sequence does at the context: `stop`, or `shift`, which drops the oldest
+            tokens behind the kept ones.
+        keep: leading tokens that a shift keeps, besides the system prompt and saved KV.
+        own_context: the model's own context, which `context` does not pass.
+    """
+
+    context: Setting[int]
+    kv_type: Setting[str]
+    memory: Setting[int]
+    overflow: Setting[str]
+    keep: Setting[int]
+    own_context: int
+
+    def __iter__(self) -> Iterator[Setting[Any]]:
+        return iter((self.context, self.kv_type, self.memory, self.overflow, self.keep))
+
+    def asked(self, context: int | None, overflow: str | None, keep: int | None) -> Settings:
+        """These settings with what one request sets for itself.
+
+        Raises:
+            UsageError: a value out of its range, or a context past the model's own.
+        """
+        asked = checked({"context": context, "overflow": overflow, "keep": keep})
+        if "context" in asked:
+            _within(asked["context"], KINDS["context"].option, self.own_context)
+        return replace(
+            self, **{name: Setting(name, value, REQUEST) for name, value in asked.items()}
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """What is set for a model from outside; None leaves a value to the others.
+
+    Args:
+        context: tokens.
+        kv_type: one of `KV_CHOICES`.
+        memory: bytes, or like "16GiB"; "auto" for what the machine allows.
+        overflow: one of `OVERFLOWS`.
+        keep: tokens.
+        origin: who sets it.
+
+    Raises:
+        UsageError: a value out of its range.
+    """
+
+    context: int | None = None
+    kv_type: str | None = None
+    memory: str | int | None = None
+    overflow: str | None = None
+    keep: int | None = None
+    origin: str = CALLER
+
+    def __post_init__(self) -> None:
+        checked({name: getattr(self, name) for name in KINDS})
+
+
+def effective(path: Path, given: Given | None = None) -> Settings:
+    """What a model runs with.
+
+    Args:
+        path: its directory.
+        given: what the command line or the caller sets.
+
+    Raises:
+        UsageError: an environment variable that cannot be read, or a context past the model's own.
+        ConfigError: the model's settings file or config.json is wrong.
+        ModelNotFound: no config.json.
+    """
+    given = Given() if given is None else given
+    own, in_file = own_context(path), of_model(path)
+    found = {}
+    for name, kind in KINDS.items():
+        text = os.environ.get(kind.variable, "").strip()
+        # Who says it, how a message names it, and whose mistake it is if it is wrong.
+        sayings = (
+            (getattr(given, name), given.origin, kind.option, UsageError),
+            (_from_text(text), kind.variable, kind.variable, UsageError),
+            (in_file.get(name), FILE, f"{path / FILE}: {name}", ConfigError),
+        )
+        found[name] = _default(name, own)
+        for said, origin, where, error in sayings:
+            if said is not None:
+                value = read_setting(kind, said, where, error)
+                if name == "context":
+                    _within(value, where, own, error)
+                found[name] = Setting(name, value, origin)
+                break
+    return Settings(**found, own_context=own)
+
+
+def own_context(path: Path) -> int:
+    """The context that a model's config.json names."""
+    from mlxkv.models import family_for  # needs MLX; what the user set does not
+
+    raw = read_config(path)
+    source = str(path / "config.json")
+    return family_for(raw, source).config(raw, source).context
+
+
+def _default(name: str, own: int) -> Setting[Any]:
+    if name == "context":
+        return Setting(name, own, "config.json")
+    if name == "memory":
+        return Setting(name, device.memory_limit(), "machine")
+    return Setting(name, KINDS[name].default, "default")
+
+
+def _from_text(text: str) -> str | int | None:
+    """A variable's value; a number is one."""
+    return int(text) if re.fullmatch(r"-?\d{1,18}", text) else text or None
+
+
+def _within(context: int, where: str, own: int, error: type[MlxkvError] = UsageError) -> int:
+    if context > own:
+        raise error(f"{where} must be at most the model's own context, {own:,}; got {context:,}")
+    return context

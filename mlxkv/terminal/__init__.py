@@ -1,0 +1,1 @@
+"""What a person sees: console, chat, one answer, local and remote backends."""

@@ -1,0 +1,114 @@
+"""A model in this process, for `mlxkv run` and its chat."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Self
+
+from mlxkv.errors import TemplateError
+from mlxkv.terminal.one_shot import Settings, options_of, with_defaults
+
+if TYPE_CHECKING:
+    from mlxkv.generation.outputs import Chunk
+    from mlxkv.llm.conversation import Conversation
+    from mlxkv.llm.llm import LLM
+    from mlxkv.memory.types import MemoryStats
+    from mlxkv.sampling.params import SamplingParams
+    from mlxkv.saved_kv.manifest import NamedKV
+    from mlxkv.store.settings import Given
+    from mlxkv.terminal.backend import Progress
+
+
+def load_model(name: str, dtype: str, given: Given) -> LLM:
+    """The model of that name, with progress on stderr."""
+    from mlxkv.store import resolve
+    from mlxkv.terminal.console import ProgressLine
+
+    progress = ProgressLine()
+    try:
+        path = resolve.resolve(name, report=progress if progress.on else resolve.silent)
+        progress(f"loading {name}")
+        from mlxkv.engine.runtime import load_with
+        from mlxkv.store.settings import effective
+
+        return load_with(path, effective(path, given), dtype)
+    finally:
+        progress.clear()
+
+
+class LocalSpeaker:
+    """See `mlxkv.terminal.backend.Speaker`.
+
+    Args:
+        llm: the model.
+        name: as the user named it.
+        given: what was set for it, and for the next one as well.
+        dtype: what it was loaded with, the same.
+    """
+
+    def __init__(self, llm: LLM, name: str, given: Given, dtype: str = "auto"):
+        self.llm, self.name, self.given, self.dtype = llm, name, given, dtype
+
+    @classmethod
+    def load(cls, name: str, given: Given, dtype: str) -> Self:
+        """The model of that name, loaded."""
+        return cls(load_model(name, dtype, given), name, given, dtype)
+
+    @property
+    def title(self) -> str:
+        return self.name
+
+    @property
+    def can_chat(self) -> bool:
+        return self.llm.tokenizer.chat_template is not None
+
+    @property
+    def context(self) -> int:
+        return self.llm.context
+
+    @property
+    def recommended(self) -> SamplingParams:
+        return self.llm.recommended
+
+    def about(self) -> list[tuple[str, str]]:
+        config = self.llm.config
+        return [
+            ("model", f"{self.name} ({config.model_type}, context {config.context:,})"),
+            ("path", str(self.llm.path)),
+            *((setting.name, str(setting)) for setting in self.llm.settings),
+        ]
+
+    def memory(self) -> MemoryStats:
+        return self.llm.stats()
+
+    def check_thinking(self, think: bool | str) -> None:
+        from mlxkv.parsers.formats import thinks
+        from mlxkv.text.chat_template import thinking_options
+
+        template = self.llm.tokenizer.chat_template
+        if template is not None:
+            thinking_options(template, think, thinks(self.llm.tokenizer))
+
+    def stream(
+        self,
+        prompt: str | Sequence[dict[str, Any]],
+        settings: Settings,
+        on_progress: Progress | None = None,
+        kv_from: NamedKV | None = None,
+    ) -> Iterator[Chunk]:
+        if not isinstance(prompt, str) and not self.can_chat:
+            raise TemplateError(
+                f"{self.name} has no chat template (it is a base model): add --raw to have it "
+                "continue the prompt as it is"
+            )
+        options = options_of(with_defaults(settings, self.recommended))
+        return self.llm.stream(prompt, kv_from=kv_from, on_progress=on_progress, **options)
+
+    def conversation(self, system: str | None, kv_from: NamedKV | None = None) -> Conversation:
+        return self.llm.conversation(system=system, kv_from=kv_from)
+
+    def other(self, name: str) -> LocalSpeaker:
+        return LocalSpeaker.load(name, self.given, self.dtype)
+
+    def close(self) -> None:
+        self.llm.close()

@@ -1,0 +1,227 @@
+"""`mlxkv run` with a prompt: one answer, streamed to stdout."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
+
+from mlxkv.errors import INTERRUPTED, UsageError
+from mlxkv.terminal.console import Aside, ProgressLine
+from mlxkv.terminal.stats_text import describe_memory, describe_stats, remarks, stats_dict
+
+if TYPE_CHECKING:
+    from mlxkv.generation.outputs import Chunk
+    from mlxkv.sampling.params import SamplingParams
+    from mlxkv.saved_kv.manifest import NamedKV
+    from mlxkv.terminal.backend import Speaker, Talk
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How answers are made; None leaves it to the model."""
+
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repeat_penalty: float | None = None
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    truncate: bool = False
+    think: bool | str | None = None
+
+
+def check(settings: Settings) -> None:
+    """Refuses what is out of range before a model is loaded.
+
+    Raises:
+        UsageError: names the option and what is allowed.
+    """
+    if settings.max_tokens is not None and settings.max_tokens < 1:
+        raise UsageError(f"--max-tokens must be 1 or more; got {settings.max_tokens}")
+    if "" in settings.stop:
+        raise UsageError("--stop must not be empty")
+    from mlxkv.sampling.params import SamplingParams
+
+    SamplingParams(
+        temperature=settings.temperature,
+        top_k=settings.top_k,
+        top_p=settings.top_p,
+        min_p=settings.min_p,
+        repeat_penalty=settings.repeat_penalty,
+        seed=settings.seed,
+    )
+
+
+def with_defaults(
+    settings: Settings, advice: SamplingParams, repeat_penalty: float | None = None
+) -> Settings:
+    """The settings, with what is not set taken from the model's own recommendation.
+
+    Args:
+        settings: what the user set.
+        advice: what the model recommends.
+        repeat_penalty: where neither says.
+    """
+    values = {"repeat_penalty": repeat_penalty, **advice.chosen()}
+    unset = {name: x for name, x in values.items() if getattr(settings, name) is None}
+    return replace(settings, **unset)
+
+
+def one_answer(
+    speaker: Speaker,
+    prompt: str,
+    *,
+    system: str | None,
+    settings: Settings,
+    raw: bool,
+    as_json: bool,
+    verbose: bool,
+    kv_from: NamedKV | None = None,
+) -> int:
+    """Streams the answer to one prompt to stdout; the exit code.
+
+    Raises:
+        TemplateError: a model without a chat template, and not `raw`.
+        UsageError: a system prompt or a wish to think that `raw` leaves no place for.
+    """
+    if raw and system:
+        raise UsageError("--raw gives the model PROMPT as it is: --system has no place there")
+    if raw and settings.think is not None:
+        raise UsageError("--raw gives the model PROMPT as it is: --think has no place there")
+    messages = [{"role": "system", "content": system}] if system else []
+    messages.append({"role": "user", "content": prompt})
+    progress = ProgressLine()
+    try:
+        asked = prompt if raw else messages
+        chunks = speaker.stream(asked, settings, prefill_report(progress), kv_from)
+        if as_json:
+            return _print_json(chunks, progress, speaker)
+        return _print_text(chunks, verbose, progress, speaker)
+    except KeyboardInterrupt:
+        progress.clear()
+        sys.stdout.write("" if as_json else "\n")
+        sys.stdout.flush()
+        return INTERRUPTED
+    finally:
+        progress.clear()
+
+
+def options_of(settings: Settings) -> dict[str, Any]:
+    """The settings as `stream` and `send` take them."""
+    return {field.name: getattr(settings, field.name) for field in fields(settings)}
+
+
+def send(
+    conversation: Talk,
+    text: str,
+    settings: Settings,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Iterator[Chunk]:
+    """`conversation.send` with these settings."""
+    return conversation.send(text, on_progress=on_progress, **options_of(settings))
+
+
+def prefill_report(progress: ProgressLine) -> Callable[[int, int], None] | None:
+    """Shows how much of a long prompt is read; None where nobody looks."""
+    if not progress.on:
+        return None
+
+    def report(done: int, total: int) -> None:
+        progress(
+            f"reading the prompt: {done:,} of {total:,} tokens"
+            if total
+            else "waiting for the model"
+        )
+
+    return report
+
+
+class Printer:
+    """Writes an answer as it comes: its text to stdout, reasoning beside it (`Aside`).
+
+    Nothing here runs tools: a call is written as the model wrote it.
+    """
+
+    def __init__(self) -> None:
+        self._aside = Aside()
+        self.wrote = False
+
+    def __call__(self, chunk: Chunk) -> None:
+        """Writes what a chunk brings."""
+        if chunk.reasoning:
+            self._aside.write(chunk.reasoning)
+        text = chunk.text + "".join(call.text for call in chunk.tool_calls)
+        if text:
+            self._aside.end()
+            sys.stdout.write(text)
+            sys.stdout.flush()
+            self.wrote = True
+
+    def end(self) -> None:
+        """The answer is over."""
+        self._aside.end()
+
+
+def _print_text(
+    chunks: Iterator[Chunk], verbose: bool, progress: ProgressLine, speaker: Speaker
+) -> int:
+    last, printer = None, Printer()
+    try:
+        for chunk in chunks:
+            progress.clear()
+            printer(chunk)
+            last = chunk
+    finally:
+        printer.end()
+    sys.stdout.write("\n")
+    sys.stdout.flush()
+    assert last is not None
+    code = _say_remarks(last, speaker)
+    if verbose and last.stats is not None:
+        memory = speaker.memory()
+        figures = [describe_stats(last.stats), *([describe_memory(memory)] if memory else [])]
+        print("", *figures, sep="\n", file=sys.stderr)
+    return code
+
+
+def _print_json(chunks: Iterator[Chunk], progress: ProgressLine, speaker: Speaker) -> int:
+    """One object at the end, on one line."""
+    from mlxkv.generation.outputs import join_parts
+
+    parts = []
+    for chunk in chunks:
+        progress.clear()
+        parts.append(chunk)
+    text, reasoning, calls = join_parts(parts)
+    last = parts[-1]
+    tokens = [chunk.token for chunk in parts if chunk.token is not None]
+    memory = speaker.memory()
+    answer = {
+        "model": speaker.name,
+        "text": text,
+        "reasoning": reasoning or None,
+        "tool_calls": [asdict(call) for call in calls],
+        # A server's API has their text alone, and its memory is not this answer's.
+        "tokens": tokens if memory else None,
+        "finish_reason": last.finish_reason,
+        "error": None if last.error is None else str(last.error),
+        "stats": stats_dict(last.stats) if last.stats is not None else None,
+        "memory": asdict(memory) if memory else None,
+    }
+    print(json.dumps(answer, ensure_ascii=False), flush=True)
+    return _say_remarks(last, speaker)
+
+
+def _say_remarks(last: Chunk, speaker: Speaker) -> int:
+    """What should be known of an answer that is over, on stderr; the exit code."""
+    for line in remarks(last.stats, lambda: speaker.context):
+        print(f"mlxkv: {line}", file=sys.stderr)
+    if last.error is None:
+        return 0
+    print(f"mlxkv: the answer ends here: {last.error}", file=sys.stderr)
+    return last.error.exit_code

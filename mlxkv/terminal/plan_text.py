@@ -1,0 +1,93 @@
+"""A memory plan for people, with a chart, and as JSON has it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from mlxkv.base.units import human_bytes
+
+if TYPE_CHECKING:
+    from mlxkv.memory.plan import Plan
+
+CHART_SIZE = 76, 17
+"""Columns and rows."""
+
+
+def to_dict(plan: Plan) -> dict[str, Any]:
+    """The plan as JSON has it."""
+    return asdict(plan) | {
+        "total_bytes": plan.total_bytes,
+        "fits": plan.fits,
+        "formula": plan.formula,
+    }
+
+
+def text(plan: Plan) -> str:
+    """The plan with its formula and a chart."""
+    return f"{_rows(plan)}\n\n{chart(plan)}"
+
+
+def _rows(plan: Plan) -> str:
+    held = f"{plan.sequences} x {plan.context:,} tokens" if plan.sequences > 1 else ""
+    longest = ", ".join(f"{name} {n:,}" for name, n in plan.max_contexts.items())
+    rows = [
+        ("weights", human_bytes(plan.weights_bytes), ""),
+        (
+            "KV cache",
+            human_bytes(plan.kv_bytes),
+            f"{held or f'{plan.context:,} tokens'}, {plan.kv_type}; "
+            f"{human_bytes(plan.kv_bytes_per_token)} a token until windows are full",
+        ),
+        *(
+            ("", "", f"{human_bytes(kind.nbytes)} in {kind.n_layers} layers, {kind.name}")
+            for kind in plan.layers
+        ),
+        ("workspace", human_bytes(plan.workspace_bytes), f"prefill of {plan.chunk:,} at a time"),
+        ("total", human_bytes(plan.total_bytes), "fits" if plan.fits else "does not fit"),
+        ("limit", human_bytes(plan.limit_bytes), ""),
+        (
+            "allocator",
+            human_bytes(plan.cache_bytes),
+            "freed buffers that MLX keeps at most, until there is need",
+        ),
+        ("longest", "", f"{longest} tokens fit, whatever the model's context is"),
+        (
+            "peak",
+            human_bytes(plan.peak_bytes),
+            f"MLX's peak memory, with {human_bytes(plan.pages_bytes)} of prefix pages, which make "
+            "room where there is need",
+        ),
+        ("formula", "", "sequences x sum(layers x n_kv_heads x bytes of k and v x tokens)"),
+        ("", "", plan.formula),
+    ]
+    return "\n".join(f"{name:<10} {size:>9}  {note}".rstrip() for name, size, note in rows)
+
+
+def chart(plan: Plan) -> str:
+    """Total bytes against context, one curve for each KV format, and the limit if it is near."""
+    import plotext
+
+    top = max(n_bytes for curve in plan.curves.values() for _, n_bytes in curve)
+    unit, name = next((u, n) for u, n in ((2**30, "GiB"), (2**20, "MiB"), (1, "B")) if top >= u)
+    plotext.clear_figure()
+    plotext.theme("clear")
+    plotext.plot_size(*CHART_SIZE)
+    for kv_type, curve in plan.curves.items():
+        tokens = [n for n, _ in curve]
+        plotext.plot(
+            tokens, [n_bytes / unit for _, n_bytes in curve], label=kv_type, marker=_MARKS[kv_type]
+        )
+    if plan.limit_bytes <= 2 * top:
+        plotext.hline(plan.limit_bytes / unit)
+        name += f" (line: the limit, {human_bytes(plan.limit_bytes)})"
+    marks = sorted({max(1, plan.context * i // 4) for i in range(5)})
+    plotext.xticks(marks, [f"{n:,}" for n in marks])
+    plotext.xlabel("tokens a sequence")
+    plotext.title(f"total memory, {name}")
+    drawn = plotext.uncolorize(plotext.build())
+    plotext.clear_figure()
+    return "\n".join(line.rstrip() for line in drawn.splitlines())
+
+
+_MARKS = {"native": "#", "q8": "+", "q4": "."}

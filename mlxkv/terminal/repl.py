@@ -1,0 +1,225 @@
+"""The chat of `mlxkv run` on a terminal.
+
+Invariants:
+- While an answer is written, the first Ctrl-C ends it between two tokens, so that the KV of the
+  conversation stays whole; before its first token it stops the prefill at once.
+- At the prompt Ctrl-C clears the line, and on an empty line says how to leave; the second one in a
+  row, or Ctrl-D, leaves.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, cast
+
+from mlxkv.errors import MlxkvError, TemplateError
+from mlxkv.terminal.console import ProgressLine
+from mlxkv.terminal.one_shot import Printer, Settings, prefill_report, send
+from mlxkv.terminal.slash_commands import Chat, Leave, execute
+from mlxkv.terminal.stats_text import describe_rungs, describe_shift, describe_stats
+
+if TYPE_CHECKING:
+    from prompt_toolkit import PromptSession
+
+    from mlxkv.generation.outputs import Chunk
+    from mlxkv.saved_kv.manifest import NamedKV
+    from mlxkv.terminal.backend import Speaker
+
+PROMPT, CONTINUED = ">>> ", "... "
+QUOTES = '"""'
+REWRITES = (
+    "(this model's chat template rewrites earlier answers: each turn computes again from the first "
+    "token that changed)\n"
+)
+
+Ask = Callable[[str], str]
+"""Reads one line; raises EOFError at the end and KeyboardInterrupt at Ctrl-C."""
+
+
+def chat(
+    speaker: Speaker,
+    settings: Settings,
+    *,
+    system: str | None = None,
+    verbose: bool = False,
+    kv_from: NamedKV | None = None,
+) -> int:
+    """Talks until the user leaves; the exit code.
+
+    Raises:
+        TemplateError: the model has no chat template.
+    """
+    if not speaker.can_chat:
+        raise TemplateError(
+            f"{speaker.name} has no chat template (it is a base model) and cannot chat: give it a "
+            "PROMPT with --raw"
+        )
+    state = Chat(speaker, settings, verbose, kv_from)
+    state.begin(system)
+    print(f"{speaker.title}: /? for help, /bye or Ctrl-D to leave")
+    ask = _line_reader()
+    interrupts = 0
+    while True:
+        try:
+            text = read_message(ask)
+            interrupts = 0
+        except EOFError:
+            print()
+            return 0
+        except KeyboardInterrupt:
+            interrupts += 1
+            if interrupts == 2:
+                return 0
+            print("Ctrl-C once more, Ctrl-D or /bye to leave")
+            continue
+        try:
+            _turn(state, text)
+        except Leave:
+            return 0
+        except MlxkvError as error:
+            print(f"mlxkv: {error}", file=sys.stderr)
+        except Exception as error:  # what a bug does must not cost the conversation
+            line = " ".join(str(error).split())
+            print(f"mlxkv: unexpected {type(error).__name__}: {line}", file=sys.stderr)
+
+
+def _turn(state: Chat, text: str) -> None:
+    """One line of the user's: a command or a message."""
+    if not text.strip():
+        return
+    if text.startswith("/") and "\n" not in text:
+        print(execute(state, text.strip()), end="")
+    else:
+        answer(state, text)
+
+
+def answer(state: Chat, text: str) -> None:
+    """Streams the answer to one message."""
+    stats, error, printer = None, None, Printer()
+    progress = ProgressLine()
+    chunks = send(state.conversation, text, state.effective, prefill_report(progress))
+    # Closing it at once, and not when it is collected, keeps what was said in the conversation.
+    with _interrupts() as interrupted, closing(cast("Generator[Chunk]", chunks)):
+        try:
+            for chunk in chunks:
+                progress.clear()
+                printer(chunk)
+                stats, error = chunk.stats or stats, chunk.error
+                interrupted.in_decode = True
+                if interrupted.seen:
+                    break
+        except KeyboardInterrupt:
+            interrupted.seen = True
+        finally:
+            progress.clear()
+            printer.end()
+    print("\n" if printer.wrote else "")
+    if state.conversation.append_only is False and not state.told:
+        state.told = True
+        print(REWRITES, file=sys.stderr)
+    if stats is not None and stats.shifted_tokens != state.dropped:
+        state.dropped = stats.shifted_tokens
+        if state.dropped:
+            print(f"({describe_shift(stats, state.speaker.context)})\n", file=sys.stderr)
+    for line in describe_rungs(stats.rungs) if stats is not None else ():
+        print(f"({line})\n", file=sys.stderr)
+    if error is not None:
+        print(f"(the answer ends here: {error})\n", file=sys.stderr)
+    if interrupted.seen:
+        print("(stopped)\n")
+    elif state.verbose and stats is not None:
+        print(f"{describe_stats(stats)}\n", file=sys.stderr)
+
+
+class _Interrupted:
+    """What Ctrl-C did to the answer that is being written."""
+
+    seen = False
+    in_decode = False
+
+
+@contextmanager
+def _interrupts() -> Iterator[_Interrupted]:
+    """Turns Ctrl-C into a flag once the answer has begun; the second one raises again."""
+    state = _Interrupted()
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if state.seen or not state.in_decode:
+            raise KeyboardInterrupt
+        state.seen = True
+
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield state
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def read_message(ask: Ask) -> str:
+    '''One message: a line, or the lines between `"""` and `"""`.'''
+    line = ask(PROMPT)
+    start = line.lstrip()
+    if not start.startswith(QUOTES):
+        return line
+    rest = start[len(QUOTES) :]
+    if rest.rstrip().endswith(QUOTES):
+        return rest.rstrip()[: -len(QUOTES)]
+    lines = [rest]
+    while not lines[-1].rstrip().endswith(QUOTES):
+        lines.append(ask(CONTINUED))
+    lines[-1] = lines[-1].rstrip()[: -len(QUOTES)]
+    return "\n".join(lines).strip("\n")
+
+
+def history_file() -> Path | None:
+    """Where the lines of earlier chats are; None where no file can be written."""
+    state = os.environ.get("XDG_STATE_HOME", "")
+    base = Path(state) if state.startswith("/") else Path.home() / ".local" / "state"
+    path = base / "mlxkv" / "history"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch(mode=0o600)
+    except OSError:
+        return None
+    return path if os.access(path, os.W_OK) else None
+
+
+def _line_reader() -> Ask:
+    """prompt_toolkit's editor, or plain input where the terminal can do no more."""
+    if os.environ.get("TERM", "dumb") in ("dumb", "unknown", ""):
+        return input
+    session = _editor()
+    return lambda prompt: session.prompt(prompt)
+
+
+def _editor() -> PromptSession[str]:
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.history import FileHistory, InMemoryHistory
+    from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+
+    keys = KeyBindings()
+
+    @keys.add("escape", "enter")
+    def _(event: KeyPressEvent) -> None:
+        event.current_buffer.insert_text("\n")
+
+    @keys.add("c-c")
+    def _(event: KeyPressEvent) -> None:
+        if event.current_buffer.text:
+            event.current_buffer.reset()
+        else:
+            event.app.exit(exception=KeyboardInterrupt)
+
+    path = history_file()
+    return PromptSession(
+        history=FileHistory(str(path)) if path else InMemoryHistory(),
+        key_bindings=keys,
+        prompt_continuation=CONTINUED,
+        enable_history_search=False,
+    )

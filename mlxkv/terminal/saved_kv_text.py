@@ -1,0 +1,106 @@
+"""What `mlxkv kv` prints of saved KV."""
+
+from __future__ import annotations
+
+import datetime
+import textwrap
+from typing import Any
+
+from mlxkv.base.units import human_bytes
+from mlxkv.prefix.folder import Folder
+from mlxkv.saved_kv.gc import GcReport
+from mlxkv.saved_kv.manifest import NamedKV
+from mlxkv.saved_kv.registry import KVNames
+from mlxkv.terminal.console import table
+
+SHOWN_TEXT = 400
+
+
+def summary_dict(names: KVNames) -> dict[str, Any]:
+    """All names, and what the folder takes."""
+    folder = Folder(names.root, names.limits)
+    scan = folder.scan()
+    return {
+        "names": [card_dict(names, saved) for saved in names.list()],
+        "folder": str(names.root),
+        "bytes": scan.n_bytes,
+        "pages": len(scan.pages),
+        "cap_bytes": names.limits.cap_bytes,
+        "written_today_bytes": folder.written_today(),
+        "daily_bytes": names.limits.daily_bytes,
+    }
+
+
+def summary_text(names: KVNames) -> str:
+    """A table of all names, and a line on what the folder takes."""
+    about = summary_dict(names)
+    rows = [
+        (
+            card["name"],
+            card["model"],
+            f"{card['tokens']:,}",
+            human_bytes(card["bytes"]),
+            "pinned" if card["pinned"] else "",
+            card["created"][:16].replace("T", " "),
+        )
+        for card in about["names"]
+    ]
+    header = ("NAME", "MODEL", "TOKENS", "SIZE", "PINNED", "SAVED")
+    total = (
+        f"{human_bytes(about['bytes'])} of {human_bytes(about['cap_bytes'])} in "
+        f"{about['pages']:,} files, those of unnamed prefixes included; "
+        f"{human_bytes(about['written_today_bytes'])} of {human_bytes(about['daily_bytes'])} "
+        "written today"
+    )
+    listed = table(header, rows, right=("TOKENS", "SIZE")) if rows else "nothing is saved yet"
+    return f"{listed}\n\n{total}"
+
+
+def card_dict(names: KVNames, saved: NamedKV) -> dict[str, Any]:
+    """One name."""
+    missing = len(names.missing(saved))
+    return {
+        "name": saved.name,
+        "model": saved.model,
+        "tokens": saved.n_tokens,
+        "bytes": names.nbytes(saved),
+        "files": len(saved.keys),
+        "missing_files": missing,
+        "pinned": saved.pinned,
+        "created": datetime.datetime.fromtimestamp(saved.created).isoformat(timespec="seconds"),
+        "dtype": saved.dtype,
+        "kv_type": saved.kv_type,
+        "kind": "text" if saved.messages is None else "chat",
+        "fingerprint": saved.fingerprint,
+        "text": saved.text,
+    }
+
+
+def card_text(names: KVNames, saved: NamedKV) -> str:
+    """One name, with the head of its text."""
+    card = card_dict(names, saved)
+    lost = card["missing_files"]
+    rows = (
+        ("name", saved.name),
+        ("model", f"{saved.model} ({saved.dtype}, {saved.kv_type})"),
+        ("kind", "a text to continue" if saved.messages is None else "the start of a chat"),
+        ("tokens", f"{saved.n_tokens:,}"),
+        ("size", f"{human_bytes(card['bytes'])} in {card['files']} files"),
+        ("state", f"{lost} files are gone and will be computed again" if lost else "complete"),
+        ("pinned", "yes" if saved.pinned else "no"),
+        ("saved", card["created"].replace("T", " ")),
+        ("fingerprint", saved.fingerprint),
+    )
+    head = textwrap.shorten(saved.text, SHOWN_TEXT, placeholder=" ...")
+    return "\n".join(f"{name:<12} {text}" for name, text in rows) + f"\n\n{head}"
+
+
+def gc_text(report: GcReport) -> str:
+    """What a clean-up did."""
+    rows = (
+        ("leftovers", report.leftovers, report.leftover_bytes),
+        ("damaged", report.damaged, report.damaged_bytes),
+        ("over the cap", report.evicted, report.evicted_bytes),
+        ("left", report.n_pages, report.n_bytes),
+    )
+    return "\n".join(f"{name:<14} {n:>7,} files  {human_bytes(size)}" for name, n, size in rows)

@@ -1,0 +1,109 @@
+"""The figures of an answer and of the memory, in words."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from mlxkv.base.units import human_bytes
+
+if TYPE_CHECKING:
+    from mlxkv.generation.outputs import Stats
+    from mlxkv.memory.types import KVUse, MemoryStats, Rung
+
+FEW = 16
+"""Tokens below which a miss is no news: every other question leaves the one before it somewhere."""
+
+
+def remarks(stats: Stats | None, context: Callable[[], int | None]) -> list[str]:
+    """What happened to an answer that whoever reads it should know, a line each."""
+    if stats is None:
+        return []
+    lines = [describe_shift(stats, context())] if stats.shifted_tokens else []
+    return lines + describe_rungs(stats.rungs)
+
+
+def describe_rungs(rungs: Sequence[Rung]) -> list[str]:
+    """What was done to find memory, the last of each kind with how often it was."""
+    times = Counter((rung.kind, rung.kv_type) for rung in rungs)
+    last = {(rung.kind, rung.kv_type): rung for rung in rungs}
+    return [
+        f"{rung}" + (f", the last of {times[key]} times" if times[key] > 1 else "")
+        for key, rung in last.items()
+    ]
+
+
+def describe_shift(stats: Stats, context: int | None) -> str:
+    """What was lost at the context, on one line; None for one that is not known."""
+    n = stats.shifted_tokens
+    size = "" if context is None else f" of {context:,} tokens"
+    return f"the context{size} was full: the oldest {n:,} were dropped"
+
+
+def stats_dict(stats: Stats) -> dict[str, Any]:
+    """The figures of an answer, those that are computed from others included."""
+    return asdict(stats) | {"prefill_tps": stats.prefill_tps, "decode_tps": stats.decode_tps}
+
+
+def describe_stats(stats: Stats) -> str:
+    """The figures of an answer, aligned, for people."""
+    rows = [
+        ("prompt", describe_prompt(stats)),
+        ("answer", f"{stats.generated_tokens:,} tokens, {stats.decode_tps:.1f} tokens/s"),
+        ("first token", f"{stats.first_token_s:.2f} s"),
+    ]
+    if stats.peak_bytes is not None:
+        rows.append(("peak memory", human_bytes(stats.peak_bytes)))
+    return "\n".join(f"{name:<12} {text}" for name, text in rows)
+
+
+def describe_prompt(stats: Stats) -> str:
+    """Where the prompt's KV came from, and why not more of it was restored, on one line."""
+    sources = (
+        (stats.restored_ram_tokens, "from RAM"),
+        (stats.restored_ssd_tokens, "from SSD"),
+        (stats.computed_tokens, f"computed at {stats.prefill_tps:.1f} tokens/s"),
+    )
+    parts = ", ".join(f"{n:,} {source}" for n, source in sources if n)
+    text = f"{stats.prompt_tokens:,} tokens: {parts}"
+    miss = stats.miss
+    if miss is None or miss.n_tokens < FEW:
+        return text
+    if miss.reason == "dropped":
+        why = f"KV from token {miss.token:,} on was given up for lack of memory, or damaged"
+    else:
+        why = f"differs from token {miss.token:,} on: had {miss.held!r}, got {miss.prompt!r}"
+    return f"{text}; {why} ({miss.n_tokens:,} tokens again, {miss.cost_s:.1f} s)"
+
+
+def describe_memory(stats: MemoryStats) -> str:
+    """Where the memory is, aligned, for people."""
+    rows = [
+        ("weights", human_bytes(stats.weights_bytes)),
+        ("KV now", _kv_text(stats.kv)),
+        ("KV at start", _kv_text(stats.kv_start)),
+        ("KV at most", _kv_text(stats.kv_most)),
+        (
+            "pages",
+            f"{human_bytes(stats.pages_ram_bytes)} in RAM, {human_bytes(stats.pages_ssd_bytes)} on "
+            "SSD",
+        ),
+        ("workspace", human_bytes(stats.workspace_bytes)),
+        (
+            "MLX",
+            f"{human_bytes(stats.active_bytes)} active, {human_bytes(stats.cached_bytes)} cached, "
+            f"{human_bytes(stats.peak_bytes)} at the peak",
+        ),
+        ("unexplained", human_bytes(max(0, stats.unexplained_bytes))),
+        ("limit", human_bytes(stats.limit_bytes)),
+    ]
+    return "\n".join(f"{name:<12} {text}" for name, text in rows)
+
+
+def _kv_text(use: KVUse) -> str:
+    return (
+        f"{human_bytes(use.used_bytes)} used ({use.used_tokens:,} tokens), "
+        f"{human_bytes(use.allocated_bytes)} allocated ({use.allocated_tokens:,})"
+    )

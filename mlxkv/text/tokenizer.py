@@ -1,0 +1,185 @@
+"""A model directory's tokenizer: text to token ids and back.
+
+Reads tokenizer.json through the `tokenizers` library and the small JSON files beside it; gives the
+ids that transformers' fast tokenizers give. Neither transformers nor huggingface_hub is imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mlxkv.errors import UsageError
+from mlxkv.text.chat_template import ChatTemplate
+from mlxkv.text.detokenizer import Detokenizer, bytes_of, check_ids, has_byte_fallback, make_stages
+from mlxkv.text.tokenizer_files import (
+    ModelFiles,
+    apply_added_tokens,
+    count_ids,
+    read_backend,
+    read_chat_template,
+    read_end_tokens,
+    read_special_tokens,
+)
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as Backend
+
+
+class Tokenizer:
+    """One model's tokenizer.
+
+    Attributes:
+        n_vocab: ids run from 0 to this, exclusive. At least the `vocab_size` of config.json, which
+            is often larger than the vocabulary: the ids between decode to nothing.
+        bos_token: text of the first token of a document, None if the model has none.
+        bos_token_id: its id.
+        eos_token: text of the end token that the tokenizer's files name.
+        eos_token_ids: every token that ends an answer.
+        chat_template: None if the checkpoint has none.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        *,
+        special_tokens: Mapping[str, str],
+        eos_token_ids: frozenset[int],
+        n_vocab: int,
+        chat_template: ChatTemplate | None = None,
+    ):
+        self._backend = backend
+        self.special_tokens = dict(special_tokens)
+        self.eos_token_ids = eos_token_ids
+        self.n_vocab = n_vocab
+        self.chat_template = chat_template
+        self.bos_token = self.special_tokens.get("bos_token")
+        self.bos_token_id = None if self.bos_token is None else self.id_of(self.bos_token)
+        self.eos_token = self.special_tokens.get("eos_token")
+
+    @classmethod
+    def from_dir(cls, model_dir: Path) -> Tokenizer:
+        """Read the tokenizer of a model directory.
+
+        Raises:
+            TokenizerError: no tokenizer.json, a file that cannot be read, or an end token that is
+                not in the vocabulary; the message names the file and the key.
+        """
+        model_dir = Path(model_dir)
+        backend = read_backend(model_dir)
+        files = ModelFiles(model_dir)
+        special_tokens = read_special_tokens(files)
+        apply_added_tokens(backend, files, special_tokens)
+        added = backend.get_added_tokens_decoder()
+        return cls(
+            backend,
+            special_tokens=special_tokens,
+            eos_token_ids=read_end_tokens(backend, files, added),
+            n_vocab=count_ids(backend, files, added),
+            chat_template=read_chat_template(files, special_tokens),
+        )
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text.
+
+        Special tokens written out in the text become those tokens, as everywhere in the field.
+
+        Args:
+            text: taken literally: a backslash followed by a t stays two characters.
+            add_special_tokens: add what the model expects around a text, usually the first token.
+                Pass False for a rendered chat, which holds it already.
+
+        Raises:
+            UsageError: text that is not Unicode (half of a surrogate pair).
+        """
+        try:
+            return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        except TypeError:
+            raise UsageError(
+                "the text cannot be encoded: it must be a str without lone surrogates (bytes that "
+                "are not UTF-8, read as text)"
+            ) from None
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of token ids: nothing cleaned up, a leading space kept where the decoder keeps it.
+
+        Raises:
+            UsageError: an id out of range.
+        """
+        ids = list(ids)
+        check_ids(ids, self.n_vocab)
+        text = self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
+        if "\ufffd" in text and has_byte_fallback(self._decoder_state):
+            # `tokenizers` would blank out the valid part of a run of bytes too: see _ByteFallback.
+            stream = self.stream(skip_special_tokens=skip_special_tokens)
+            if stream.is_live:
+                return "".join([*map(stream.add, ids), stream.finish()])
+        return text
+
+    def stream(
+        self, *, skip_special_tokens: bool = True, keep: Collection[str] = ()
+    ) -> Detokenizer:
+        """A detokenizer for one sequence of tokens.
+
+        Args:
+            keep: special tokens that are not skipped.
+        """
+        skipped = self.special_ids if skip_special_tokens else frozenset()
+        if skipped and keep:
+            skipped = skipped - {self.id_of(token) for token in keep}
+
+        def token_of(token: int) -> str | None:
+            return None if token in skipped else self._backend.id_to_token(token)
+
+        def decode(ids: list[int]) -> str:
+            kept = [token for token in ids if token not in skipped]
+            return self._backend.decode(kept, skip_special_tokens=False)
+
+        return Detokenizer(token_of, make_stages(self._decoder_state), decode, self.n_vocab)
+
+    def id_of(self, token: str) -> int | None:
+        """The id of a token by its exact string, None if there is none."""
+        return self._backend.token_to_id(token)
+
+    def token_of(self, token: int) -> str | None:
+        """The string of a token as the vocabulary holds it, None for an id without one."""
+        self.check_ids((token,))
+        return self._backend.id_to_token(token)
+
+    def bytes_of(self, token: int) -> bytes:
+        """What a token adds to a text that goes before it: UTF-8, or a part of a character.
+
+        Special tokens count as what they are called.
+        """
+        if token not in self._bytes:
+            piece = self.token_of(token)
+            data = b"" if piece is None else bytes_of(piece, self._decoder_state)
+            if data is None:
+                data = self.decode([token], skip_special_tokens=False).encode()
+            self._bytes[token] = data
+        return self._bytes[token]
+
+    def to_json(self) -> str:
+        """The tokenizer as a tokenizer.json, added tokens included."""
+        return self._backend.to_str()
+
+    def check_ids(self, ids: Sequence[int]) -> None:
+        """Raise UsageError unless every id is below `n_vocab` and not negative."""
+        check_ids(ids, self.n_vocab)
+
+    @cached_property
+    def _bytes(self) -> dict[int, bytes]:
+        return {}
+
+    @cached_property
+    def _decoder_state(self) -> bytes | None:
+        decoder = self._backend.decoder
+        return None if decoder is None else decoder.__getstate__()
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Tokens that `decode` skips."""
+        added = self._backend.get_added_tokens_decoder()
+        return frozenset(i for i, token in added.items() if token.special)

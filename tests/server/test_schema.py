@@ -1,0 +1,56 @@
+"""Requests that are made up from the OpenAPI document: none of them is an error of the server."""
+
+from __future__ import annotations
+
+import hypothesis
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, Phase
+from schemathesis import GenerationMode
+
+from mlxkv.errors import ModelNotFound
+from mlxkv.server.app import create_app
+from mlxkv.server.config import ServerConfig
+from tests.support.fake_engine import MODEL, FakeEngine
+
+ENGINE = FakeEngine()
+APP = create_app(ENGINE, ServerConfig(hosts=("testserver",)))
+SCHEMA = schemathesis.openapi.from_asgi("/openapi.json", APP)
+SCHEMA.config.generation.update(modes=[GenerationMode.POSITIVE, GenerationMode.NEGATIVE])
+
+
+@pytest.fixture(autouse=True)
+def nothing_to_break(tmp_path, monkeypatch):
+    """Made-up names are names: of no model here, and none is fetched."""
+
+    def pull(name, *, report):
+        raise ModelNotFound(f"no model named {name!r}")
+
+    monkeypatch.setenv("MLXKV_MODELS", str(tmp_path))
+    monkeypatch.setattr("mlxkv.store.hub.cached_snapshot", lambda repo_id: None)
+    monkeypatch.setattr("mlxkv.store.hub.cached_repos", list)
+    monkeypatch.setattr("mlxkv.store.resolve.pull", pull)
+
+
+@SCHEMA.parametrize()
+@hypothesis.settings(
+    max_examples=15,
+    phases=[Phase.explicit, Phase.generate],
+    suppress_health_check=list(HealthCheck),
+)
+def test_no_request_is_an_error_of_the_server(case):
+    if isinstance(case.body, dict) and isinstance(case.body.get("model"), str):
+        case.body["model"] = MODEL
+    answer = case.call()
+    assert answer.status_code in (200, 400, 404, 405)
+    if answer.status_code != 200:
+        assert answer.json()["error"]
+
+
+def test_the_document_says_what_every_route_takes_and_how_errors_look():
+    paths = APP.openapi()["paths"]
+    assert "/v1/chat/completions" in paths
+    for methods in paths.values():
+        for route in methods.values():
+            assert "422" not in route["responses"] and "4XX" in route["responses"]
+            assert route["summary"] and route["description"]

@@ -1,0 +1,7 @@
+"""Where the tests' files lie."""
+
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+GOLDEN = ROOT / "tests" / "families" / "golden"
+TOKENIZERS = ROOT / "tests" / "support" / "tokenizers"
