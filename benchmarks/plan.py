@@ -13,6 +13,8 @@ from pathlib import Path
 import mlx.core as mx
 
 from benchmarks.report import about
+from mlxkv.generation.decoder import Row as DecoderRow
+from mlxkv.generation.decoder import decode
 from mlxkv.generation.session import Session
 from mlxkv.llm.llm import LLM, load
 from mlxkv.llm.plan import plan
@@ -52,7 +54,7 @@ def measure(llm: LLM, model: str, kv_type: str, n_prompt: int, chunk: int) -> Ro
     n_vocab = llm.config.vocab_size
     prompt = [(7919 * i + 5) % n_vocab for i in range(n_prompt)]
     logits = session.prefill(prompt, chunk=chunk)
-    list(session.decode(logits, Sampler(SamplingParams(), n_vocab), N_DECODED))
+    list(decode(DecoderRow(session, logits, Sampler(SamplingParams(), n_vocab), N_DECODED)))
     mx.synchronize()
     return Row(
         kv_type,

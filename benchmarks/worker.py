@@ -1,6 +1,6 @@
 """One engine, one process, one measurement: prints a JSON object on its last line.
 
-Both engines run through their own public loop: `mlxkv.generation.prefill.prefill` and `decode`, and
+Both engines run through their own loop: `Session.prefill` and `decoder.decode`, and
 `mlx_lm.generate.generate_step`, greedy. `base.device` is imported first in both cases, so that both
 compute with the same BLAS.
 """
@@ -60,18 +60,20 @@ def stream_of(engine: str, model: Any, n_vocab: int, kv_type: str = "native") ->
 
     if engine == "mlxkv":
         from mlxkv.cache import make_caches
-        from mlxkv.generation.prefill import decode, prefill
+        from mlxkv.generation.decoder import Row, decode
+        from mlxkv.generation.session import Session
         from mlxkv.sampling.params import SamplingParams
         from mlxkv.sampling.sampler import Sampler
 
         def ours(tokens: list[int], n_filled: int = 0) -> Iterator[int]:
-            caches = make_caches(model, kv_type)
-            native = make_caches(model)
-            fill(caches, native, lambda native: model(mx.array([[1]]), native), n_filled)
+            session, native = Session(model, kv_type), make_caches(model)
+            fill(session.caches, native, lambda native: model(mx.array([[1]]), native), n_filled)
             del native
-            logits = prefill(model, tokens, caches)
+            for _ in range(n_filled):
+                session.took(1)
+            logits = session.prefill([*[1] * n_filled, *tokens])
             sampler = Sampler(SamplingParams(temperature=0), n_vocab)
-            yield from decode(model, caches, logits, sampler)
+            yield from decode(Row(session, logits, sampler))
 
         return ours
     from mlx_lm.generate import generate_step

@@ -18,9 +18,9 @@ from typing import Any, Protocol
 import mlx.core as mx
 
 from mlxkv.base import device
-from mlxkv.engine.runtime import load_with
 from mlxkv.errors import MlxkvError
 from mlxkv.generation.decoder import Decoder, Row
+from mlxkv.llm.llm import LLM
 from mlxkv.sampling.params import SamplingParams
 from mlxkv.sampling.sampler import Sampler
 from mlxkv.store.settings import Given, effective
@@ -96,7 +96,7 @@ class Mlxkv:
 
     def __init__(self, path: Path, kv_type: str, memory: int):
         settings = effective(path, Given(kv_type=kv_type, memory=memory))
-        self._llm = load_with(path, settings)
+        self._llm = LLM.load(path, settings)
         self._llm.tokenizer.eos_token_ids = frozenset()
 
     @property

@@ -19,6 +19,8 @@ import numpy as np
 from mlxkv.base.device import default_chunk
 from mlxkv.bench.cases import TEXT
 from mlxkv.errors import UsageError
+from mlxkv.generation.decoder import Row as DecoderRow
+from mlxkv.generation.decoder import decode
 from mlxkv.generation.session import Session
 from mlxkv.kv.types import KV_TYPES, STEP, ceil_step
 from mlxkv.llm.llm import LLM
@@ -264,7 +266,7 @@ def _rewound(reference: _Reference, kv_type: str, pages: Pages | None) -> Row:
     else:
         session.restore(prompt)
         sampler = Sampler(SamplingParams(temperature=0), reference.llm.config.vocab_size)
-        for _ in session.decode(session.prefill(prompt), sampler, N_REWOUND):
+        for _ in decode(DecoderRow(session, session.prefill(prompt), sampler, N_REWOUND)):
             pass
     known = session.restore(prompt)
     path = "after a rewind" if pages is None else "back from an answer"

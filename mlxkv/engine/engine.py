@@ -2,8 +2,8 @@
 
 Invariants:
 - MLX is used on the engine's thread alone. Others hand it requests and calls, and wait.
-- A model is loaded when it is asked for, step by step between the steps of those that answer; who
-  asked for it waits for it. Which models are here and what they may take, `loaded_models` decides.
+- A model is loaded when it is asked for, step by step between the steps of those that answer.
+  Requests for it wait. `model_pool` decides which models are here and what they may take.
 - The thread survives whatever a request does.
 """
 
@@ -23,11 +23,11 @@ import mlx.core as mx
 
 from mlxkv.base import device
 from mlxkv.engine.messages import Ask, Busy, Embeddings, EngineStats, Loaded
-from mlxkv.engine.model_pool import LoadedModels, Place, key_of
-from mlxkv.engine.scheduler import Task
+from mlxkv.engine.model_pool import LoadedModel, ModelPool, key_of
+from mlxkv.engine.prompt import prepare, start
+from mlxkv.engine.tasks import Task
 from mlxkv.errors import MlxkvError, UsageError
 from mlxkv.generation.outputs import Chunk
-from mlxkv.generation.request import Request
 from mlxkv.memory.types import without_trace
 from mlxkv.store.settings import Given
 
@@ -92,18 +92,19 @@ class EngineAnswer:
 
 
 @dataclass(frozen=True, slots=True)
-class _Waits:
-    """Who waits for a model.
+class PendingRequest:
+    """A request that pending for a model to be loaded.
 
     Args:
-        then: called with it.
-        failed: called with the error if it does not come.
-        is_gone: whether it is not wanted any more.
+        on_ready: called with the model.
+        on_error: called with the error where it cannot be loaded.
+        is_cancelled: whether it is not wanted any more.
+        keep_alive_s: see `Ask`.
     """
 
-    then: Callable[[Place], None]
-    failed: Callable[[Exception], None]
-    is_gone: Callable[[], bool]
+    on_ready: Callable[[LoadedModel], None]
+    on_error: Callable[[Exception], None]
+    is_cancelled: Callable[[], bool]
     keep_alive_s: float | None
 
 
@@ -111,8 +112,8 @@ class _Waits:
 class _Coming:
     """A model that is being loaded."""
 
-    steps: Generator[bool | None, None, Place]
-    waits: list[_Waits] = field(default_factory=list)
+    steps: Generator[bool | None, None, LoadedModel]
+    pending: list[PendingRequest] = field(default_factory=list)
 
 
 class Engine:
@@ -138,11 +139,11 @@ class Engine:
         max_running: int = 16,
     ):
         limit_bytes = memory or device.memory_limit()
-        self._models = LoadedModels(limit_bytes, dtype, given or Given(), keep_alive_s, max_running)
+        self._pool = ModelPool(limit_bytes, dtype, given or Given(), keep_alive_s, max_running)
         self._coming: dict[str, _Coming] = {}
         self._max_queue = max_queue
         self._changed = threading.Condition()
-        self._inbox: deque[Task] = deque()
+        self._inbox: deque[tuple[Ask, Task]] = deque()
         self._calls: deque[Callable[[], None]] = deque()
         self._rejected = 0
         self._closing = False
@@ -173,20 +174,20 @@ class Engine:
             Busy: too many requests wait.
         """
         answer = EngineAnswer(self._wake)
-        task = Task(ask, answer.tell, lambda: answer.is_cancelled)
+        task = Task(ask.request, _logging(answer.tell), lambda: answer.is_cancelled, ask.owner)
         with self._changed:
             if self._n_waiting() >= self._max_queue:
                 self._rejected += 1
                 raise Busy(WAIT_S)
             if not self.alive:
                 raise _stopped()
-            self._inbox.append(task)
+            self._inbox.append((ask, task))
             self._changed.notify()
         return answer
 
     async def load(self, model: str, keep_alive_s: float | None = None) -> Loaded:
         """Have a model in memory; errors as for `mlxkv.load`."""
-        return await self._with_model(model, keep_alive_s, lambda place: place.described())
+        return await self._with_model(model, keep_alive_s, lambda loaded: loaded.described())
 
     async def unload(self, model: str) -> bool:
         """Give a model's memory back; whether it was there, or coming."""
@@ -196,9 +197,9 @@ class Engine:
             if key in self._coming:
                 self._give_up(key, MlxkvError("the model was unloaded"))
                 return True
-            there = self._models.find(key) is not None
+            there = self._pool.find(key) is not None
             if there:
-                self._models.drop(key)
+                self._pool.drop(key)
             return there
 
         return await self._call(unload)
@@ -206,10 +207,10 @@ class Engine:
     async def tokenize(self, ask: Ask) -> list[int]:
         """The token ids of a prompt as the model would get them."""
 
-        def tokenize(place: Place) -> list[int]:
-            llm = place.served.llm
-            turn, _ = llm.prepare(ask.prompt, Request.of(**dict(ask.options)), llm.session())
-            return turn.sequence
+        def tokenize(loaded: LoadedModel) -> list[int]:
+            runtime = loaded.scheduler.runtime
+            prepared = prepare(runtime, ask.request)
+            return start(runtime, ask.request, prepared, runtime.session()).sequence
 
         return await self._with_model(ask.model, ask.keep_alive_s, tokenize)
 
@@ -222,36 +223,37 @@ class Engine:
 
     def names(self) -> set[str]:
         """How requests named the models in memory."""
-        return {place.served.name for place in self._models.places()}
+        return {loaded.name for loaded in self._pool.models()}
 
     def loaded(self) -> list[Loaded]:
         """The models in memory."""
-        return [place.described() for place in self._models.places()]
+        return [loaded.described() for loaded in self._pool.models()]
 
     def stats(self) -> EngineStats:
         """What the engine does and has done."""
-        served = [place.served for place in self._models.places()]
-        uses = [model.llm.budget.use() for model in served]
+        models = self._pool.models()
+        budgets = [model.scheduler.runtime.budget for model in models]
+        uses = [budget.use() for budget in budgets]
         return EngineStats(
-            running=sum(model.n_sequences for model in served),
+            running=sum(model.scheduler.n_sequences for model in models),
             queued=self._n_waiting(),
             rejected=self._rejected,
-            models={model.name: model.counts.copy() for model in served},
+            models={model.name: model.scheduler.counts.copy() for model in models},
             memory={
-                "weights": sum(model.llm.budget.weights_bytes for model in served),
+                "weights": sum(budget.weights_bytes for budget in budgets),
                 "kv_used": sum(use.used_bytes for use in uses),
                 "kv_allocated": sum(use.allocated_bytes for use in uses),
-                "pages": sum(model.llm.budget.pages_bytes for model in served),
+                "pages": sum(budget.pages_bytes for budget in budgets),
                 "active": mx.get_active_memory(),
                 "cached": mx.get_cache_memory(),
                 "peak": mx.get_peak_memory(),
-                "limit": self._models.limit_bytes,
+                "limit": self._pool.limit_bytes,
             },
         )
 
     def _n_waiting(self) -> int:
-        waiting = [len(place.served.waiting) for place in self._models.places()]
-        coming = [len(coming.waits) for coming in list(self._coming.values())]
+        waiting = [len(loaded.scheduler.waiting) for loaded in self._pool.models()]
+        coming = [len(coming.pending) for coming in list(self._coming.values())]
         return len(self._inbox) + sum(waiting) + sum(coming)
 
     def _wake(self) -> None:
@@ -264,18 +266,18 @@ class Engine:
         return await self._hear(future, lambda: _settle(future, function))
 
     async def _with_model(
-        self, model: str, keep_alive_s: float | None, function: Callable[[Place], T]
+        self, model: str, keep_alive_s: float | None, function: Callable[[LoadedModel], T]
     ) -> T:
         """The same with a model, as soon as it is in memory."""
         future: Future[T] = Future()
         is_gone = threading.Event()
 
-        def then(place: Place) -> None:
-            _settle(future, lambda: function(place))
+        def then(loaded: LoadedModel) -> None:
+            _settle(future, lambda: function(loaded))
 
-        waits = _Waits(then, future.set_exception, is_gone.is_set, keep_alive_s)
+        pending = PendingRequest(then, future.set_exception, is_gone.is_set, keep_alive_s)
         try:
-            return await self._hear(future, lambda: self._await_model(model, waits))
+            return await self._hear(future, lambda: self._await_model(model, pending))
         finally:
             is_gone.set()
 
@@ -309,7 +311,7 @@ class Engine:
         threading.Event().wait()
 
     def _run(self) -> None:
-        unwire = device.hold_wired(self._models.limit_bytes)
+        unwire = device.hold_wired(self._pool.limit_bytes)
         try:
             while not self._closing:
                 self._turn()
@@ -319,87 +321,87 @@ class Engine:
                 calls, tasks = list(self._calls), list(self._inbox)
             for call in calls:
                 call()
-            for task in tasks:
+            for _, task in tasks:
                 task.tell(_stopped())
             for key in list(self._coming):
                 self._give_up(key, _stopped())
-            for key in self._models:
-                self._models.drop(key)
+            for key in self._pool:
+                self._pool.drop(key)
             unwire()
 
     def _turn(self) -> None:
         """What is to be done now, or a wait for it."""
         with self._changed:
             if not (self._is_busy() or self._coming or self._has_news()):
-                self._changed.wait(self._models.until_next_expiry_s())
+                self._changed.wait(self._pool.until_next_expiry_s())
             calls, tasks = list(self._calls), list(self._inbox)
             self._calls.clear()
             self._inbox.clear()
         for call in calls:
             call()
-        for task in tasks:
-            self._hand_over(task)
+        for ask, task in tasks:
+            self._hand_over(ask, task)
         had_work = self._is_busy() or bool(self._coming)
         self._load()
-        self._models.share_memory()
-        for key in self._models:
+        self._pool.share_memory()
+        for key in self._pool:
             self._step(key)
-        self._models.expire()
+        self._pool.expire()
         if had_work and not (self._is_busy() or self._coming):
             mx.clear_cache()  # nothing is computed that would want it again soon
             device.trim()
 
     def _is_busy(self) -> bool:
         """Whether anything is being answered."""
-        return any(not place.served.is_idle for place in self._models.places())
+        return any(not loaded.scheduler.is_idle for loaded in self._pool.models())
 
     def _has_news(self) -> bool:
         """Whether anything was asked for since the last turn."""
         return bool(self._inbox or self._calls or self._closing)
 
     def _step(self, key: str) -> None:
-        place = self._models.find(key)
-        if place is None or place.served.is_idle:
+        loaded = self._pool.find(key)
+        if loaded is None or loaded.scheduler.is_idle:
             return
-        place.touch()
+        loaded.touch()
         try:
-            place.served.step()
+            loaded.scheduler.step()
             return
         except Exception as error:  # not one request's: the model starts over
-            _log.exception("the model %s failed and is unloaded", place.served.name)
-            for task in list(place.served.tasks()):
+            _log.exception("the model %s failed and is unloaded", loaded.name)
+            for task in list(loaded.scheduler.tasks()):
                 task.tell(MlxkvError(f"the model failed: {error}"))
-        del place
-        self._models.drop(key)
+        del loaded
+        self._pool.drop(key)
 
-    def _hand_over(self, task: Task) -> None:
+    def _hand_over(self, ask: Ask, task: Task) -> None:
         if task.is_cancelled():
             return task.tell(None)
-        waits = _Waits(
-            lambda place: place.served.waiting.append(task),
+        pending = PendingRequest(
+            lambda loaded: loaded.scheduler.add(task),
             task.tell,
             task.is_cancelled,
-            task.ask.keep_alive_s,
+            ask.keep_alive_s,
         )
-        return self._await_model(task.ask.model, waits)
+        return self._await_model(ask.model, pending)
 
-    def _await_model(self, model: str, waits: _Waits) -> None:
+    def _await_model(self, model: str, pending: PendingRequest) -> None:
         """Hand a model over now, or when it is loaded."""
         try:
             key = key_of(model)
-            place = self._models.find(key)
+            loaded = self._pool.find(key)
         except Exception as error:  # one request's, whatever it is
-            return waits.failed(error)
-        if place is not None:
-            place.touch(waits.keep_alive_s)
-            return waits.then(place)
+            return pending.on_error(error)
+        if loaded is not None:
+            loaded.touch(pending.keep_alive_s)
+            return pending.on_ready(loaded)
         if key not in self._coming:
-            self._coming[key] = _Coming(self._models.loading(model))
-        self._coming[key].waits.append(waits)
+            self._coming[key] = _Coming(self._pool.loading(model))
+        self._coming[key].pending.append(pending)
         return None
 
     def _load(self) -> None:
-        """Go on with the model that was asked for first: one step, or all while nobody waits."""
+        """Go on with the model that was asked for first: one step, or all while nobody pending."""
         while (first := self._first_coming()) is not None:
             key, coming = first
             try:
@@ -407,9 +409,9 @@ class Engine:
                     self._coming[key] = self._coming.pop(key)
             except StopIteration as stop:
                 del self._coming[key]
-                for waits in coming.waits:
-                    stop.value.touch(waits.keep_alive_s)
-                    waits.then(stop.value)
+                for pending in coming.pending:
+                    stop.value.touch(pending.keep_alive_s)
+                    pending.on_ready(stop.value)
                 return
             except Exception as error:  # of those who asked for it, whatever it is
                 self._give_up(key, without_trace(error))
@@ -419,18 +421,18 @@ class Engine:
     def _first_coming(self) -> tuple[str, _Coming] | None:
         """The model to go on with; who does not wait any more is forgotten."""
         for key, coming in list(self._coming.items()):
-            coming.waits = [waits for waits in coming.waits if not waits.is_gone()]
-            if not coming.waits:
-                self._give_up(key, MlxkvError("nobody waits for the model"))
+            coming.pending = [pending for pending in coming.pending if not pending.is_cancelled()]
+            if not coming.pending:
+                self._give_up(key, MlxkvError("no request waits for the model"))
         return next(iter(self._coming.items()), None)
 
     def _give_up(self, key: str, error: Exception) -> None:
         """Load a model no further; those who wait for it are told why."""
         coming = self._coming.pop(key)
         coming.steps.close()
-        for waits in coming.waits:
-            waits.failed(error)
-        self._models.give_back()
+        for pending in coming.pending:
+            pending.on_error(error)
+        self._pool.give_back()
 
 
 def _settle(future: Future[T], function: Callable[[], T]) -> None:
@@ -439,6 +441,21 @@ def _settle(future: Future[T], function: Callable[[], T]) -> None:
         future.set_result(function())
     except Exception as error:
         future.set_exception(error)
+
+
+def _logging(
+    tell: Callable[[Chunk | BaseException | None], None],
+) -> Callable[[Chunk | BaseException | None], None]:
+    """Write errors that are not a request's own into the log, and keep nothing alive of them."""
+
+    def logged(item: Chunk | BaseException | None) -> None:
+        if isinstance(item, BaseException):
+            if not isinstance(item, MlxkvError):
+                _log.error("a request failed", exc_info=item)
+            item = without_trace(item)
+        tell(item)
+
+    return logged
 
 
 def _stopped() -> MlxkvError:

@@ -7,17 +7,14 @@ behind it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Protocol
 
 from mlxkv.errors import MlxkvError
-from mlxkv.sampling.grammar import Grammar
-
-if TYPE_CHECKING:
-    from mlxkv.generation.outputs import Chunk
-    from mlxkv.generation.request import Message
+from mlxkv.generation.outputs import Chunk
+from mlxkv.generation.request import Request
 
 
 class Busy(MlxkvError):
@@ -36,26 +33,20 @@ class Busy(MlxkvError):
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """A request.
+    """A request to a model.
 
     Args:
         model: a name as `mlxkv run` takes it.
-        prompt: a text as it is, chat messages, or token ids.
-        options: keywords of `LLM.stream`.
+        request: what is asked for.
         owner: hash of the API key: pages never cross owners.
         keep_alive_s: how long the model stays; None: the server's default, negative: for ever, 0:
             it goes with the answer.
-        logprobs: None for none, else of the chosen token and of as many of the likeliest.
-        grammar: what the answer has to match.
     """
 
     model: str
-    prompt: str | Sequence[Message] | Sequence[int]
-    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    request: Request
     owner: str = ""
     keep_alive_s: float | None = None
-    logprobs: int | None = None
-    grammar: Grammar | None = None
 
 
 @dataclass(frozen=True, slots=True)

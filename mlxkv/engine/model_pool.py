@@ -23,9 +23,9 @@ import mlx.core as mx
 from mlxkv.base import device
 from mlxkv.base.units import human_bytes
 from mlxkv.engine.messages import Loaded
-from mlxkv.engine.runtime import loading_with
-from mlxkv.engine.scheduler import ServedModel
-from mlxkv.errors import OutOfMemory
+from mlxkv.engine.runtime import Runtime
+from mlxkv.engine.scheduler import Scheduler
+from mlxkv.errors import MlxkvError, OutOfMemory
 from mlxkv.memory import needs
 from mlxkv.models.loader import lay_out
 from mlxkv.store.info import Card, describe
@@ -41,11 +41,12 @@ ROOM_S = 60.0
 
 
 @dataclass
-class Place:
+class LoadedModel:
     """A loaded model, and how long it stays.
 
     Args:
-        served: the model and its requests.
+        name: as requests name it.
+        scheduler: the model and its requests.
         card: what its files say.
         digest: a short name for its files.
         keep_alive_s: how long it stays after its last request; negative: for ever.
@@ -53,7 +54,8 @@ class Place:
         is_told: a request said how long.
     """
 
-    served: ServedModel
+    name: str
+    scheduler: Scheduler
     card: Card
     digest: str
     keep_alive_s: float
@@ -70,28 +72,28 @@ class Place:
         """When it leaves if nobody asks for it; None: never."""
         if self.keep_alive_s < 0:
             return None
-        is_fresh = not (self.is_told or self.served.counts.requests)
+        is_fresh = not (self.is_told or self.scheduler.counts.requests)
         return self.used_at + max(self.keep_alive_s, FRESH_S if is_fresh else 0.0)
 
     def described(self) -> Loaded:
         """What is known of it."""
-        llm, served, card = self.served.llm, self.served, self.card
-        use, end = llm.budget.use(), self.expires_at()
+        runtime, card = self.scheduler.runtime, self.card
+        use, end = runtime.budget.use(), self.expires_at()
         until = None if end is None else time.time() + end - time.monotonic()
         return Loaded(
-            name=served.name,
-            path=str(llm.path),
+            name=self.name,
+            path=str(runtime.path),
             size_bytes=sum(size for _, size in card.files),
-            weights_bytes=llm.budget.weights_bytes,
+            weights_bytes=runtime.budget.weights_bytes,
             kv_used_bytes=use.used_bytes,
             kv_allocated_bytes=use.allocated_bytes,
-            kv_max_bytes=max(0, llm.budget.limit_bytes - llm.budget.weights_bytes),
-            n_sequences=served.n_sequences,
-            pages_ram_bytes=llm.budget.pages_bytes,
-            pages_ssd_bytes=0 if llm.pages is None else llm.pages.ssd_bytes,
+            kv_max_bytes=max(0, runtime.budget.limit_bytes - runtime.budget.weights_bytes),
+            n_sequences=self.scheduler.n_sequences,
+            pages_ram_bytes=runtime.budget.pages_bytes,
+            pages_ssd_bytes=0 if runtime.pages is None else runtime.pages.ssd_bytes,
             device=device.kind(),
             until=None if until is None else datetime.fromtimestamp(until, UTC),
-            context=llm.context,
+            context=runtime.context,
             family=card.family,
             parameters=card.parameters,
             quantization=card.quantization,
@@ -99,7 +101,7 @@ class Place:
         )
 
 
-class LoadedModels:
+class ModelPool:
     """See the module.
 
     Args:
@@ -116,28 +118,28 @@ class LoadedModels:
         self.limit_bytes = limit_bytes
         self._dtype, self._given = dtype, given
         self._keep_alive_s, self._max_running = keep_alive_s, max_running
-        self._places: dict[str, Place] = {}
+        self._models: dict[str, LoadedModel] = {}
         self._coming_bytes = 0
 
-    def find(self, key: str) -> Place | None:
+    def find(self, key: str) -> LoadedModel | None:
         """A model that is here."""
-        return self._places.get(key)
+        return self._models.get(key)
 
-    def places(self) -> list[Place]:
+    def models(self) -> list[LoadedModel]:
         """All that are here."""
-        return list(self._places.values())
+        return list(self._models.values())
 
     def __iter__(self) -> Iterator[str]:
         """The keys of all that are here; they may go meanwhile."""
-        return iter(list(self._places))
+        return iter(list(self._models))
 
     @property
     def used_bytes(self) -> int:
         """What they take, and what is coming."""
-        budgets = [place.served.llm.budget for place in self.places()]
+        budgets = [model.scheduler.runtime.budget for model in self.models()]
         return self._coming_bytes + sum(budget.used_bytes for budget in budgets)
 
-    def loading(self, model: str) -> Generator[bool | None, None, Place]:
+    def loading(self, name: str) -> Generator[bool | None, None, LoadedModel]:
         """Load a model step by step, as soon as there is room.
 
         Yields:
@@ -146,24 +148,26 @@ class LoadedModels:
         Raises:
             OutOfMemory: its weights do not fit, or not within `ROOM_S`. Else as for `mlxkv.load`.
         """
-        key = key_of(model)
+        key = key_of(name)
         path = Path(key)
         n_bytes = lay_out(path, self._dtype).nbytes
         yield
-        yield from self._making_room(model, n_bytes)
+        yield from self._making_room(name, n_bytes)
         self._coming_bytes += n_bytes
         try:
             self.share_memory()
-            llm = yield from loading_with(path, effective(path, self._given), self._dtype)
-            served = ServedModel(model, llm, self._max_running)
-            place = Place(served, describe(model, path), digest_of(path), self._keep_alive_s)
+            settings = effective(path, self._given)
+            runtime = yield from Runtime.loading(path, settings, self._dtype)
+            scheduler = Scheduler(runtime, self._max_running)
+            card, digest = describe(name, path), digest_of(path)
+            model = LoadedModel(name, scheduler, card, digest, self._keep_alive_s)
         finally:
             self._coming_bytes -= n_bytes
-        self._places[key] = place
+        self._models[key] = model
         self.share_memory()
-        return place
+        return model
 
-    def _making_room(self, model: str, n_bytes: int) -> Iterator[bool]:
+    def _making_room(self, name: str, n_bytes: int) -> Iterator[bool]:
         """Unload idle models, the least recently used first, until the weights fit.
 
         Raises:
@@ -172,21 +176,23 @@ class LoadedModels:
         until = time.monotonic() + ROOM_S
         if n_bytes > self.limit_bytes:
             raise OutOfMemory(
-                f"{model}: its weights take {human_bytes(n_bytes)} and the limit of all models is "
+                f"{name}: its weights take {human_bytes(n_bytes)} and the limit of all models is "
                 f"{human_bytes(self.limit_bytes)}"
             )
         while (missing := self.used_bytes + n_bytes - self.limit_bytes) > 0:
             idle = [
-                (place.used_at, key) for key, place in self._places.items() if place.served.is_idle
+                (model.used_at, key)
+                for key, model in self._models.items()
+                if model.scheduler.is_idle
             ]
             if idle:
                 self.drop(min(idle)[1])
             elif not self._give_pages(missing):
-                others = any(not place.served.is_idle for place in self.places())
+                others = any(not model.scheduler.is_idle for model in self.models())
                 if not others or time.monotonic() > until:
                     free = max(0, self.limit_bytes - self.used_bytes)
                     raise OutOfMemory(
-                        f"{model}: its weights take {human_bytes(n_bytes)} and "
+                        f"{name}: its weights take {human_bytes(n_bytes)} and "
                         f"{human_bytes(free)} of {human_bytes(self.limit_bytes)} are free"
                     )
                 yield True  # who is busy now makes room when it is done
@@ -194,30 +200,33 @@ class LoadedModels:
     def _give_pages(self, n_bytes: int) -> int:
         """Have busy models give prefix pages back, if that is enough; how many bytes it was."""
         given = 0
-        if sum(place.served.llm.budget.pages_bytes for place in self.places()) < n_bytes:
+        if sum(model.scheduler.runtime.budget.pages_bytes for model in self.models()) < n_bytes:
             return 0
-        for place in self.places():
-            given += place.served.llm.budget.give_pages(n_bytes - given) if given < n_bytes else 0
+        for model in self.models():
+            given += (
+                model.scheduler.runtime.budget.give_pages(n_bytes - given) if given < n_bytes else 0
+            )
         return given
 
     def share_memory(self) -> None:
         """Each model may take what the others leave; arrays of pages are divided equally."""
         used, arrays = self.used_bytes, needs.page_arrays()
-        for place in self.places():
-            budget = place.served.llm.budget
-            budget.share_arrays(arrays and arrays // len(self._places))
+        for model in self.models():
+            budget = model.scheduler.runtime.budget
+            budget.share_arrays(arrays and arrays // len(self._models))
             limit = self.limit_bytes - (used - budget.used_bytes)
             if limit != budget.limit_bytes:
                 budget.limit_bytes = limit
 
     def drop(self, key: str) -> None:
         """Unload a model; its requests end with an error."""
-        place = self._places.pop(key)
+        model = self._models.pop(key)
         try:
-            place.served.close()
+            model.scheduler.stop(MlxkvError("the model was unloaded"))
+            model.scheduler.runtime.close()
         except Exception:  # what is lost are prefixes
-            _log.exception("the model %s was not closed in order", place.served.name)
-        del place
+            _log.exception("the model %s was not closed in order", model.name)
+        del model
         self.give_back()
 
     def give_back(self) -> None:
@@ -228,30 +237,30 @@ class LoadedModels:
 
     def expire(self) -> None:
         """Unload what nobody has asked for in its time."""
-        # Keys alone: a place that is known here would be in memory when that is given back.
-        for key in [key for key, place in self._places.items() if _is_over(place)]:
+        # Keys alone: a model that is known here would be in memory when that is given back.
+        for key in [key for key, model in self._models.items() if _is_over(model)]:
             self.drop(key)
 
     def until_next_expiry_s(self) -> float | None:
         """Time to the next that leaves; None where none will."""
-        ends = [place.expires_at() for place in self.places()]
+        ends = [model.expires_at() for model in self.models()]
         times = [end for end in ends if end is not None]
         return max(0.0, min(times) - time.monotonic()) if times else None
 
 
-def _is_over(place: Place) -> bool:
+def _is_over(model: LoadedModel) -> bool:
     """Whether nobody has asked for a model in its time."""
-    end = place.expires_at()
-    return place.served.is_idle and end is not None and end <= time.monotonic()
+    end = model.expires_at()
+    return model.scheduler.is_idle and end is not None and end <= time.monotonic()
 
 
-def key_of(model: str) -> str:
+def key_of(name: str) -> str:
     """A model's directory: it may have several names.
 
     Raises:
         ModelNotFound: it is not on this machine.
     """
-    return str(resolve(model, fetch=False))
+    return str(resolve(name, fetch=False))
 
 
 def digest_of(path: Path) -> str:

@@ -1,29 +1,197 @@
-"""From messages, text or ids to the tokens that are run, and what of them is kept at the head."""
+"""From a request's prompt to the tokens that are run, and what of them is kept at the head."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from mlxkv.errors import TemplateError, UsageError
-from mlxkv.generation.session import n_shared
+from mlxkv.engine.runtime import Runtime
+from mlxkv.errors import ContextExceeded, TemplateError, UsageError
+from mlxkv.generation.context_shift import Bound
+from mlxkv.generation.generation import Generation
+from mlxkv.generation.reader import AnswerReader
+from mlxkv.generation.request import Message, Prompt, Request
+from mlxkv.generation.session import Session, n_shared
+from mlxkv.parsers.formats import parser_for, thinks
 from mlxkv.prefix.layout import unpacked
+from mlxkv.sampling.sampler import Sampler
+from mlxkv.saved_kv.manifest import NamedKV
+from mlxkv.store.settings import Settings
+from mlxkv.text.chat_template import thinking_options
 
-if TYPE_CHECKING:
-    from mlxkv.llm.llm import LLM, Prompt
-    from mlxkv.saved_kv.manifest import NamedKV
-
-
-_PROBES = ("A", "7 z")
+PROBES = ("A", "7 z")
 """Two messages that begin differently: what comes before both belongs to no message."""
-
-
 _SYSTEM_ROLES = ("system", "developer")
 
 
-def with_saved(saved: NamedKV | None, messages: Sequence[Mapping[str, Any]]) -> list[Any]:
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What a prompt begins with, as far as a context shift must not drop it.
+
+    Args:
+        saved: KV that it goes on from.
+        messages: those that were rendered; none for a text.
+        options: what the chat template got besides.
+    """
+
+    saved: NamedKV | None = None
+    messages: Sequence[Message] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def n_tokens(self, runtime: Runtime, tokens: Sequence[int]) -> int:
+        """Leading tokens of the prompt that are saved KV, its system prompt, or its first token
+        where every text begins with that one."""
+        n = int(tokens[0] == runtime.tokenizer.bos_token_id)
+        if self.saved is not None:
+            n = max(n, n_shared(tokens, unpacked(self.saved.tokens)))
+        return max(n, self._n_system(runtime, tokens))
+
+    def _n_system(self, runtime: Runtime, tokens: Sequence[int]) -> int:
+        """What the prompt shares with every other one of the same system messages."""
+        if not self.messages:
+            return 0
+        system = itertools.takewhile(lambda m: m.get("role") in _SYSTEM_ROLES, self.messages)
+        head = list(system)
+        probes = [[*head, {"role": "user", "content": probe}] for probe in PROBES]
+        try:
+            texts = [render(runtime, probe, **self.options) for probe in probes]
+        except TemplateError:  # it wants more than one message
+            return 0
+        return min(n_shared(tokens, encode_rendered(runtime, text, self.saved)) for text in texts)
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A prompt as the model gets it.
+
+    Args:
+        tokens: all of it.
+        head: what it begins with.
+        text: what the chat template wrote; None for a text or token ids.
+    """
+
+    tokens: list[int]
+    head: Head = field(default_factory=Head)
+    text: str | None = None
+
+
+def prepare(runtime: Runtime, request: Request) -> Prepared:
+    """A request's prompt, rendered and encoded.
+
+    Raises:
+        UsageError: an empty prompt, or an option that is not for such a prompt.
+        TemplateError: messages, and the model has no chat template or it fails.
+    """
+    prompt, saved = request.prompt, request.saved
+    if not is_messages(prompt):
+        if request.think is not None or request.tools:
+            raise UsageError("think and tools are for messages: a text goes to the model as it is")
+        return Prepared(_behind(runtime, saved, prompt), Head(saved))
+    messages = with_saved(saved, prompt)  # pyright: ignore[reportArgumentType]
+    options = template_options(runtime, request)
+    text = render(runtime, messages, **options)
+    tokens = encode_rendered(runtime, text, saved)
+    return Prepared(tokens, Head(saved, messages, options), text)
+
+
+def start(runtime: Runtime, request: Request, prepared: Prepared, session: Session) -> Generation:
+    """An answer of which nothing is computed yet.
+
+    Raises:
+        UsageError: a setting out of its range, or more is to be kept than the context allows.
+        ContextExceeded: the prompt is longer than the context.
+    """
+    bound, tokens = _bounded(runtime, request, prepared)
+    sampling = request.sampling
+    if request.recommended:
+        sampling = sampling.merged(runtime.recommended)
+    parser = None
+    if prepared.text is not None:
+        parser = parser_for(runtime.tokenizer, prompt=prepared.text, tools=request.tools)
+    masker = None
+    if request.format is not None:
+        masker = runtime.maskers.masker(request.format, prepared.text)
+    return Generation(
+        session,
+        tokens,
+        request,
+        Sampler(sampling, runtime.config.vocab_size),
+        AnswerReader(runtime.tokenizer, parser, request.stop),
+        bound,
+        runtime.tokenizer,
+        masker,
+    )
+
+
+def is_messages(prompt: Prompt) -> bool:
+    """Whether a prompt is chat messages, rather than a text or token ids."""
+    return not isinstance(prompt, str) and bool(prompt) and isinstance(prompt[0], Mapping)
+
+
+def render(runtime: Runtime, messages: Sequence[Message], **options: Any) -> str:
+    """A conversation as the chat template writes it, opened for the next answer.
+
+    Raises:
+        TemplateError: there is no template, or it fails.
+    """
+    template = runtime.tokenizer.chat_template
+    if template is None:
+        raise TemplateError(
+            f"{runtime.path / 'tokenizer_config.json'}: key 'chat_template' is missing, so this "
+            f"model completes text and does not chat; use --raw, or give a text"
+        )
+    return template.render(messages, **options)
+
+
+def template_options(runtime: Runtime, request: Request) -> dict[str, Any]:
+    """What a request sets of the chat template's variables.
+
+    Raises:
+        UsageError: it asks for reasoning in a way that the template has no switch for.
+    """
+    options: dict[str, Any] = {} if request.tools is None else {"tools": request.tools}
+    template = runtime.tokenizer.chat_template
+    if request.think is None or template is None:
+        return options
+    return options | thinking_options(template, request.think, thinks(runtime.tokenizer))
+
+
+def encode(runtime: Runtime, prompt: Prompt) -> list[int]:
+    """Token ids of a text, of messages, or as given.
+
+    Raises:
+        UsageError: nothing in it, or an id that the model does not have.
+    """
+    if isinstance(prompt, str):
+        tokens = runtime.tokenizer.encode(prompt)
+    elif is_messages(prompt):
+        tokens = encode_text(runtime, render(runtime, prompt))  # pyright: ignore[reportArgumentType]
+    else:
+        tokens = list(prompt)
+    if not tokens:
+        raise UsageError("the prompt is empty")
+    n = runtime.config.vocab_size
+    for token in tokens:
+        if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < n:
+            raise UsageError(f"token id {token!r} is out of range; this model has 0 to {n - 1}")
+    return tokens  # pyright: ignore[reportReturnType]
+
+
+def encode_text(runtime: Runtime, text: str) -> list[int]:
+    """Token ids of text that holds its own special tokens, such as a rendered template."""
+    return runtime.tokenizer.encode(text, add_special_tokens=False)
+
+
+def encode_rendered(runtime: Runtime, text: str, saved: NamedKV | None) -> list[int]:
+    """Token ids of a rendered conversation; those of the saved text are the saved ones."""
+    if saved is None or not text.startswith(saved.text):
+        return encode_text(runtime, text)
+    return [*unpacked(saved.tokens), *encode_text(runtime, text[len(saved.text) :])]
+
+
+def with_saved(saved: NamedKV | None, messages: Sequence[Message]) -> list[Any]:
     """Messages behind the saved ones; a system message of theirs goes below the saved one.
 
     Raises:
@@ -39,53 +207,39 @@ def with_saved(saved: NamedKV | None, messages: Sequence[Mapping[str, Any]]) -> 
     return head + rest
 
 
-def encode(llm: LLM, text: str, saved: NamedKV | None) -> list[int]:
-    """Token ids of a rendered conversation; those of the saved text are the saved ones."""
-    if saved is None or not text.startswith(saved.text):
-        return llm.encode_text(text)
-    return [*unpacked(saved.tokens), *llm.encode_text(text[len(saved.text) :])]
-
-
-def behind(llm: LLM, saved: NamedKV | None, prompt: Prompt) -> list[int]:
+def _behind(runtime: Runtime, saved: NamedKV | None, prompt: Prompt) -> list[int]:
     """Token ids of a text, or of ids, behind what was saved."""
     if saved is None:
-        return llm.encode(prompt)
+        return encode(runtime, prompt)
     if isinstance(prompt, str):
-        return [*unpacked(saved.tokens), *llm.encode_text(prompt)]
-    return [*unpacked(saved.tokens), *llm.encode(prompt)]
+        return [*unpacked(saved.tokens), *encode_text(runtime, prompt)]
+    return [*unpacked(saved.tokens), *encode(runtime, prompt)]
 
 
-@dataclass(frozen=True, slots=True)
-class Head:
-    """What a prompt begins with, as far as a context that is full must not lose it.
+def _bounded(runtime: Runtime, request: Request, prepared: Prepared) -> tuple[Bound, list[int]]:
+    """A request's context, and its prompt; what is kept of it is counted when it is needed."""
+    settings = runtime.settings.asked(request.context, request.overflow, request.keep)
+    tokens = prepared.tokens
+    fitted = _fit(runtime, tokens, request, settings)
+    context = settings.context.value
+    if settings.overflow.value == "stop":
+        return Bound(context), fitted
+    keep = settings.keep.value
+    # A prompt that was cut does not begin with its head any more.
+    head = prepared.head if fitted is tokens else Head()
+    bound = Bound(context, lambda: max(keep, head.n_tokens(runtime, fitted)))
+    bound.check(len(fitted), request.max_tokens, keep)
+    return bound, fitted
 
-    Args:
-        saved: KV that it goes on from.
-        messages: those that were rendered; none for a text.
-        options: what the chat template got besides.
-    """
 
-    saved: NamedKV | None = None
-    messages: Sequence[Mapping[str, Any]] = ()
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-    def n_tokens(self, llm: LLM, tokens: Sequence[int]) -> int:
-        """Leading tokens of the prompt that are saved KV, its system prompt, or its first token
-        where every text begins with that one."""
-        n = int(tokens[0] == llm.tokenizer.bos_token_id)
-        if self.saved is not None:
-            n = max(n, n_shared(tokens, unpacked(self.saved.tokens)))
-        return max(n, self._n_system(llm, tokens))
-
-    def _n_system(self, llm: LLM, tokens: Sequence[int]) -> int:
-        """What the prompt shares with every other one of the same system messages."""
-        if not self.messages:
-            return 0
-        system = itertools.takewhile(lambda m: m.get("role") in _SYSTEM_ROLES, self.messages)
-        head = list(system)
-        probes = [[*head, {"role": "user", "content": probe}] for probe in _PROBES]
-        try:
-            texts = [llm.render(probe, **self.options) for probe in probes]
-        except TemplateError:  # it wants more than one message
-            return 0
-        return min(n_shared(tokens, encode(llm, text, self.saved)) for text in texts)
+def _fit(runtime: Runtime, tokens: list[int], request: Request, settings: Settings) -> list[int]:
+    """A prompt that leaves room for an answer, or one that is shifted until it does."""
+    context = settings.context.value
+    shifts = settings.overflow.value == "shift"
+    if len(tokens) < context or (shifts and not request.truncate):
+        return tokens
+    if not request.truncate:
+        raise ContextExceeded(len(tokens), context)
+    room = min(request.max_tokens or context // 4, max(1, context // 2))
+    bos = tokens[:1] if tokens[0] == runtime.tokenizer.bos_token_id else []
+    return bos + tokens[len(tokens) - (context - room - len(bos)) :]

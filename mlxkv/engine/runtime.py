@@ -1,47 +1,151 @@
-"""A model with what it needs to answer: tokenizer, pages, budget, sessions."""
+"""A loaded model and what all its answers share: tokenizer, settings, pages, budget."""
 
 from __future__ import annotations
 
-from collections.abc import Generator
+import logging
+import weakref
+from collections.abc import Callable, Generator
+from functools import cached_property
 from pathlib import Path
+from typing import Self
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
 
+from mlxkv.base import device
 from mlxkv.base.stepwise import finished
 from mlxkv.generation.session import Session
-from mlxkv.llm.llm import LLM, _log
+from mlxkv.kv.types import first_kv_type
+from mlxkv.memory import needs
+from mlxkv.memory.budget import Budget
 from mlxkv.models.loader import loading
+from mlxkv.nn.model import CausalLM
+from mlxkv.prefix.open import open_pages
 from mlxkv.prefix.pages import Pages
-from mlxkv.store.settings import Settings
+from mlxkv.sampling.grammar import Maskers
+from mlxkv.sampling.params import SamplingParams, recommended
+from mlxkv.store.settings import Given, Settings, effective
 from mlxkv.text.tokenizer import Tokenizer
 
-
-def load_with(path: Path, settings: Settings, dtype: mx.Dtype | str = "auto") -> LLM:
-    """Load a model's directory with settings that were found out before; else as `load`."""
-    llm = finished(loading_with(path, settings, dtype))
-    llm.hold_wired()
-    return llm
+_log = logging.getLogger(__name__)
 
 
-def loading_with(
-    path: Path, settings: Settings, dtype: mx.Dtype | str = "auto"
-) -> Generator[None, None, LLM]:
-    """`load_with` in steps."""
-    limit = settings.memory.value
-    model = yield from loading(path, dtype, limit)
-    yield
-    tokenizer = Tokenizer.from_dir(path)
-    return LLM(model, tokenizer, path, settings.kv_type.value, limit, settings)
+class Runtime:
+    """A loaded model and what all its answers share.
+
+    Args:
+        model: see `load_model`.
+        tokenizer: its tokenizer.
+        path: the directory it came from.
+        kv_type: format of the KV cache.
+        limit_bytes: what it may take in memory; None for what the machine allows.
+        settings: context, overflow and where all of these come from; None finds them out.
+
+    Attributes:
+        budget: what it may take in memory, and what it does.
+        pages: prefixes that were computed before; None where the model keeps something else than
+            keys and values.
+    """
+
+    def __init__(
+        self,
+        model: CausalLM,
+        tokenizer: Tokenizer,
+        path: Path,
+        kv_type: str = "native",
+        limit_bytes: int | None = None,
+        settings: Settings | None = None,
+    ):
+        self.model, self.tokenizer, self.path, self.kv_type = model, tokenizer, path, kv_type
+        self.config = model.config
+        self.settings = settings or effective(path, Given(kv_type=kv_type, memory=limit_bytes))
+        weights_bytes = sum(
+            x.nbytes for _, x in tree_flatten(model.parameters()) if isinstance(x, mx.array)
+        )
+        limit_bytes = limit_bytes or device.memory_limit()
+        room = needs.pages_bytes(limit_bytes, weights_bytes)
+        self.pages = open_pages(model, path, first_kv_type(kv_type), room)
+        self.budget = Budget(model, weights_bytes, limit_bytes, self.pages)
+        self._pages: dict[str, Pages | None] = {"": self.pages}
+        self._at_exit = weakref.finalize(self, _close_at_exit, self._pages)
+        self._unwire: Callable[[], object] | None = None
+
+    @classmethod
+    def load(cls, path: Path, settings: Settings, dtype: mx.Dtype | str = "auto") -> Self:
+        """Load a model's directory.
+
+        Raises:
+            As `mlxkv.load`.
+        """
+        runtime = finished(cls.loading(path, settings, dtype))
+        runtime.hold_wired()
+        return runtime
+
+    @classmethod
+    def loading(
+        cls, path: Path, settings: Settings, dtype: mx.Dtype | str = "auto"
+    ) -> Generator[None, None, Self]:
+        """`load` in steps; what is loaded is not wired."""
+        limit = settings.memory.value
+        model = yield from loading(path, dtype, limit)
+        yield
+        tokenizer = Tokenizer.from_dir(path)
+        return cls(model, tokenizer, path, settings.kv_type.value, limit, settings)
+
+    @property
+    def context(self) -> int:
+        """Tokens that prompt and answer may have together."""
+        return self.settings.context.value
+
+    @cached_property
+    def recommended(self) -> SamplingParams:
+        """The sampling that the model's generation_config.json recommends."""
+        return recommended(self.path)
+
+    @cached_property
+    def maskers(self) -> Maskers:
+        """Makes the masks of grammars; the first takes seconds, see `Maskers`."""
+        return Maskers(self.tokenizer)
+
+    def pages_of(self, owner: str) -> Pages | None:
+        """Prefixes that requests of one owner share; never another's."""
+        if owner not in self._pages:
+            kv_type = first_kv_type(self.kv_type)
+            pages = open_pages(self.model, self.path, kv_type, 0, owner=owner)
+            self._pages[owner] = pages
+            if pages is not None:
+                self.budget.adopt(pages)
+        return self._pages[owner]
+
+    def session(self, owner: str = "") -> Session:
+        """Empty caches for one sequence, which share prefixes with all others of its owner."""
+        return Session(self.model, self.kv_type, self.pages_of(owner), self.budget)
+
+    def hold_wired(self) -> None:
+        """Have Metal keep what this model may take resident, until it is closed or forgotten.
+
+        For a model of its own: an engine does it for all of its models.
+        """
+        if self._unwire is None:
+            release = device.hold_wired(self.budget.limit_bytes)
+            self._unwire = weakref.finalize(self, release)
+
+    def close(self) -> None:
+        """Write prefixes to disk that are worth keeping, and forget them; also done at exit."""
+        if self._at_exit.detach() is not None:
+            _close(self._pages)
+        if self._unwire is not None:
+            self._unwire()
 
 
-def keep_prefix(session: Session) -> None:
-    """Keep a sequence's prefix; where that fails, its answer is no worse for it."""
-    try:
-        session.finish()
-    except Exception as error:
-        _log.warning("the prefix is not kept: %s", error)
+def _close(owners: dict[str, Pages | None], *, at_exit: bool = False) -> None:
+    for pages in owners.values():
+        if pages is not None:
+            try:
+                pages.close(at_exit=at_exit)
+            except Exception as error:  # the files of a model may be gone
+                _log.warning("prefixes are not kept: %s", error)
 
 
-def _close_at_exit(pages: Pages | None) -> None:
-    if pages is not None:
-        pages.close(at_exit=True)
+def _close_at_exit(owners: dict[str, Pages | None]) -> None:
+    _close(owners, at_exit=True)

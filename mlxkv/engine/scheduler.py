@@ -1,9 +1,9 @@
 """One loaded model and the requests that it answers, step by step, all on the thread that calls.
 
 Invariants:
-- A request is waiting, has its prompt computed, or decodes. `step` computes one chunk of one
-  prompt, which `prompt_order` chooses, and one token of all that decode, so that nobody waits
-  longer than a chunk takes.
+- A request is waiting, prefilling, decoding or ended: its `state`. `step` computes one chunk of one
+  prompt, which `policy` chooses, and one token of every answer, so that none waits longer than a
+  chunk takes.
 - What goes wrong in a request ends that request. Its prefix is kept as pages, however it ended.
 - Pages of one owner are never another's.
 """
@@ -13,28 +13,23 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterator
 
 import mlx.core as mx
 
 from mlxkv.base.device import default_chunk
-from mlxkv.engine.messages import Ask, Counts
+from mlxkv.engine.messages import Counts
 from mlxkv.engine.policy import Pace, Prompt, next_prompt
-from mlxkv.engine.runtime import keep_prefix
+from mlxkv.engine.prompt import prepare, start
+from mlxkv.engine.runtime import Runtime
+from mlxkv.engine.tasks import Decoding, Ended, Prefilling, State, Task, Waiting
 from mlxkv.errors import CheckpointError, KVCacheFull, MlxkvError
 from mlxkv.generation.decoder import Allowed, Decoder, Drawn, Row
-from mlxkv.generation.generation import Turn
+from mlxkv.generation.generation import Generation
 from mlxkv.generation.outputs import Chunk, TokenLogprobs
-from mlxkv.generation.request import Request
 from mlxkv.generation.session import Session
-from mlxkv.kv.types import first_kv_type
-from mlxkv.llm.llm import LLM
 from mlxkv.memory.types import ALLOCATION_ERRORS, is_allocation_failure, without_trace
-from mlxkv.prefix.open import open_pages
-from mlxkv.prefix.pages import Pages
-from mlxkv.sampling.grammar import Masker, Maskers
+from mlxkv.sampling.grammar import Masker
 
 _log = logging.getLogger(__name__)
 
@@ -45,223 +40,161 @@ MAX_PROMPTS = 4
 """Prompts that are computed in turns; the others wait."""
 
 
-@dataclass(eq=False)
-class Task:
-    """A request inside the engine.
-
-    Args:
-        ask: what is asked for.
-        tell: takes the chunks of the answer, and at last None or the error that ended it.
-        is_cancelled: whether nobody wants the rest.
-    """
-
-    ask: Ask
-    tell: Callable[[Chunk | BaseException | None], None]
-    is_cancelled: Callable[[], bool]
-    turn: Turn | None = field(default=None, init=False)
-    prompt: list[int] = field(default_factory=list, init=False)
-    row: Row | None = field(default=None, init=False)
-    masker: Masker | None = field(default=None, init=False)
-    steps: Generator[tuple[int, int], None, mx.array] | None = field(default=None, init=False)
-    logits: mx.array | None = field(default=None, init=False)
-    was_begun: bool = field(default=False, init=False)
-    waits_for_room: bool = field(default=False, init=False)
-
-    @property
-    def has_kv(self) -> bool:
-        """Whether its prompt is being computed, or is."""
-        return self.steps is not None or self.row is not None
-
-
-class ServedModel:
+class Scheduler:
     """A loaded model and its requests.
 
     Args:
-        name: as requests name it.
-        llm: the model.
-        max_running: requests that decode at a time.
+        runtime: the model.
+        max_running: requests that are computed at a time.
     """
 
-    def __init__(self, name: str, llm: LLM, max_running: int):
-        self.name, self.llm, self.max_running = name, llm, max_running
+    def __init__(self, runtime: Runtime, max_running: int):
+        self.runtime, self.max_running = runtime, max_running
         self.counts = Counts()
         self.waiting: deque[Task] = deque()
-        self.prompts: list[Task] = []
-        self.running: dict[Row, Task] = {}
-        self._decoder = Decoder(llm.model)
-        self._pages: dict[str, Pages | None] = {"": llm.pages}
-        self._maskers: Maskers | None = None
+        self._prefilling: list[Task] = []
+        self._decoding: dict[Row, Task] = {}
+        self._decoder = Decoder(runtime.model)
         self._pace = Pace(STALL_S, MIN_CHUNK, default_chunk())
         self._n_chunks = 0
 
     @property
     def is_idle(self) -> bool:
         """Whether there is nothing to do."""
-        return not (self.waiting or self.prompts or self.running)
+        return not (self.waiting or self._prefilling or self._decoding)
 
     @property
     def n_sequences(self) -> int:
         """Requests that are being computed."""
-        return len(self.running) + len(self.prompts)
+        return len(self._decoding) + len(self._prefilling)
 
     def tasks(self) -> Iterator[Task]:
         """All requests that have not ended."""
-        yield from self.waiting
-        yield from list(self.prompts)
-        yield from list(self.running.values())
+        yield from list(self.waiting)
+        yield from list(self._prefilling)
+        yield from list(self._decoding.values())
+
+    def add(self, task: Task) -> None:
+        """Have a request begin as soon as there is a place for it."""
+        self.waiting.append(task)
 
     def step(self) -> None:
         """One chunk of a prompt, and one token of every answer."""
         self._drop_cancelled()
-        if self.waiting and len(self.prompts) < MAX_PROMPTS and self.n_sequences < self.max_running:
+        has_place = len(self._prefilling) < MAX_PROMPTS and self.n_sequences < self.max_running
+        if self.waiting and has_place:
             self._begin(self.waiting.popleft())
         if (task := self._next_prompt()) is not None:
-            self._prefill(task)
-        if self.running:
+            self._prefill(task, task.state)  # pyright: ignore[reportArgumentType]
+        if self._decoding:
             self._decode()
 
-    def close(self) -> None:
-        """Keep prefixes that are worth it, and forget the model."""
-        for task in list(self.tasks()):
-            self._end(task, MlxkvError("the model was unloaded"))
-        self.waiting.clear()
-        for pages in self._pages.values():
-            if pages is not None:
-                try:
-                    pages.close()
-                except Exception as error:  # the files of a model may be gone
-                    _log.warning("prefixes are not kept: %s", error)
+    def stop(self, error: MlxkvError | None = None) -> None:
+        """End all requests, with an error or in silence; their prefixes are kept."""
+        for task in self.tasks():
+            self._end(task, error)
 
     def _drop_cancelled(self) -> None:
         for task in [task for task in self.tasks() if task.is_cancelled()]:
             self.counts.cancelled += 1
-            if task in self.waiting:
-                self.waiting.remove(task)
             self._end(task, None)
 
     def _begin(self, task: Task) -> None:
-        """Find out what a request wants."""
+        """Render and encode a prompt, and find out what it asks for."""
         self.counts.requests += 1
-        self.prompts.append(task)
         try:
-            request = Request.of(**self._options(task.ask))
-            session = Session(
-                self.llm.model, self.llm.kv_type, self._pages_of(task.ask.owner), self.llm.budget
-            )
-            turn, text = self.llm.prepare(task.ask.prompt, request, session)
-            task.turn = turn
-            if task.ask.grammar is not None:
-                if self._maskers is None:
-                    self._maskers = Maskers(self.llm.tokenizer)
-                task.masker = self._maskers.masker(task.ask.grammar, text)
-            task.prompt = turn.bound.remaining(turn.sequence)
-            self.llm.budget.begin()
+            if task.generation is None:
+                prepared = prepare(self.runtime, task.request)
+                session = self.runtime.session(task.owner)
+                task.generation = start(self.runtime, task.request, prepared, session)
+            task.state = Prefilling(task.generation, task.generation.remaining())
+            self._prefilling.append(task)
+            self.runtime.budget.begin()
         except Exception as error:  # one request's, whatever it is
             self._end(task, error)
 
-    def _options(self, ask: Ask) -> dict[str, Any]:
-        """A request's options; what it leaves open is what the model's maker recommends."""
-        return {**self.llm.recommended.chosen(), **ask.options}
-
-    def _pages_of(self, owner: str) -> Pages | None:
-        if owner not in self._pages:
-            llm = self.llm
-            self._pages[owner] = pages = open_pages(
-                llm.model, llm.path, first_kv_type(llm.kv_type), 0, owner=owner
-            )
-            if pages is not None:
-                llm.budget.adopt(pages)
-        return self._pages[owner]
-
     def _chunk(self) -> int | None:
-        """Tokens of a prompt that may hold the others up; None where nobody is held up."""
-        return self._pace.n_tokens if self.running else None
+        """Tokens of a prompt that may hold the others up; None where nothing is held up."""
+        return self._pace.n_tokens if self._decoding else None
 
     def _next_prompt(self) -> Task | None:
-        """The request whose prompt the next chunk is of; None while all wait for room."""
-        ready = [task for task in self.prompts if not task.waits_for_room]
+        """The request whose prompt the next chunk is of; None while all need room."""
+        ready, prompts = [], []
+        for task in self._prefilling:
+            state = task.state
+            assert isinstance(state, Prefilling)
+            if state.needs_room:
+                continue
+            session = state.generation.session
+            n_computed = None if state.steps is None else session.n_held
+            owner = task.owner if session.gives_pages else None
+            ready.append(task)
+            prompts.append(Prompt(state.tokens, n_computed, owner))
         if not ready:
             return None
-        prompts = []
-        for task in ready:
-            assert task.turn is not None
-            session = task.turn.session
-            n_computed = None if task.steps is None else session.n_held
-            owner = task.ask.owner if session.gives_pages else None
-            prompts.append(Prompt(task.prompt, n_computed, owner))
         self._n_chunks += 1
         return ready[next_prompt(prompts, for_oldest=self._n_chunks % 2 == 1)]
 
-    def _prefill(self, task: Task) -> None:
-        turn = task.turn
-        assert turn is not None
+    def _prefill(self, task: Task, state: Prefilling) -> None:
+        session = state.generation.session
         try:
-            if task.steps is None:  # only now: the prompt before may have left pages of it
-                if task.was_begun:
-                    turn.session.restore(task.prompt)
-                else:
-                    task.was_begun, task.prompt = True, turn.begin()
-                task.steps = turn.session.prefilling(task.prompt, self._chunk)
-            start, held = time.perf_counter(), turn.session.n_held
-            next(task.steps)
-            n = turn.session.n_held - held
+            if state.steps is None:  # only now: the prompt before may have left pages of it
+                state.tokens = state.generation.restore()
+                state.steps = session.prefilling(state.tokens, self._chunk)
+            started, held = time.perf_counter(), session.n_held
+            progress = next(state.steps)
+            n = session.n_held - held
             if n > 0:
-                self._pace.took(n, time.perf_counter() - start)
+                self._pace.took(n, time.perf_counter() - started)
+            if task.request.on_progress is not None:
+                task.request.on_progress(*progress)
             return
         except StopIteration as stop:
-            task.logits, stop.value = stop.value, None
+            logits, stop.value = stop.value, None
         except KVCacheFull as error:
-            others = [other for other in self.tasks() if other.has_kv and other is not task]
-            if others:
-                self._wait_for_room(task)
+            if any(other.holds_kv for other in self.tasks() if other is not task):
+                self._wait_for_room(task, state)
             else:
                 self._end(task, error)
             return
         except Exception as error:  # one request's, whatever it is
             self._end(task, error)
             return
-        task.steps = None
-        self.prompts.remove(task)
-        self._add(task)
+        self._prefilling.remove(task)
+        self._join(task, state.generation, logits)
 
-    def _wait_for_room(self, task: Task) -> None:
+    def _wait_for_room(self, task: Task, state: Prefilling) -> None:
         """Others have the memory: a prompt goes on, from its pages, when one of them has ended."""
-        assert task.turn is not None
         try:
-            keep_prefix(task.turn.session)
-            task.turn.session.reset()
+            keep_prefix(state.generation.session)
+            state.generation.session.reset()
         except Exception as error:  # one request's, whatever it is
             self._end(task, error)
             return
-        task.steps, task.waits_for_room = None, True
+        state.steps, state.needs_room = None, True
 
-    def _add(self, task: Task) -> None:
+    def _join(self, task: Task, generation: Generation, logits: mx.array) -> None:
         """A prompt is computed: its answer joins the others."""
-        turn, logits = task.turn, task.logits
-        assert turn is not None and logits is not None
-        task.logits = None  # whoever starts over is the last to know them
-        n = len(turn.sequence)
-        room = turn.bound.context - (n - turn.bound.n_dropped(n))
-        left = None if turn.limit is None else turn.limit - turn.n_generated
+        masker = generation.masker
         row = Row(
-            turn.session,
+            generation.session,
             logits,
-            turn.sampler,
-            room if left is None else min(room, left),
-            None if task.masker is None else _allowed(task.masker, self.llm.config.vocab_size),
-            task.ask.logprobs,
+            generation.sampler,
+            generation.n_left,
+            None if masker is None else _allowed(masker, self.runtime.config.vocab_size),
+            task.request.logprobs,
         )
         try:
             self._decoder.add(row)
         except Exception as error:  # one request's, whatever it is
-            del row, logits
+            del row, logits  # a restart must be able to free them
             if is_allocation_failure(error):
-                self._again(task, without_trace(error))
+                self._again(task, generation, without_trace(error))
             else:
                 self._end(task, error)
             return
-        task.row = row
-        self.running[row] = task
+        task.state = Decoding(generation, row)
+        self._decoding[row] = task
 
     def _decode(self) -> None:
         try:
@@ -272,75 +205,75 @@ class ServedModel:
             self._start_over(without_trace(error))
             return
         for one in drawn:
-            task = self.running.get(one.row)
+            task = self._decoding.get(one.row)
             if task is not None:
-                self._take(task, one)
+                self._take(task, task.state, one)  # pyright: ignore[reportArgumentType]
 
     def _start_over(self, error: BaseException) -> None:
         """MLX could not allocate: all sequences go on from their pages, one after the other."""
-        tasks = list(self.running.values())
-        self.running.clear()
+        tasks = list(self._decoding.values())
+        self._decoding.clear()
         for task in reversed(tasks):
-            self._again(task, error)
+            assert isinstance(task.state, Decoding)
+            self._again(task, task.state.generation, error)
 
-    def _again(self, task: Task, error: BaseException) -> None:
+    def _again(self, task: Task, generation: Generation, error: BaseException) -> None:
         """MLX could not allocate: a request goes on from its pages, if anything gives way."""
-        turn = task.turn
-        assert turn is not None
-        task.row = None
-        held = turn.bound.remaining(turn.sequence)
+        tokens = generation.remaining()
+        task.state = Prefilling(generation, tokens)
         try:
-            turn.session.start_over(held, error)
+            generation.session.start_over(tokens, error)
         except Exception as full:
             self._end(task, full)
             return
-        turn.sampler.rewind(turn.n_generated)
-        task.prompt = held
-        task.steps = turn.session.prefilling(held, self._chunk)
-        self.prompts.insert(0, task)
+        generation.sampler.rewind(generation.n_generated)
+        self._prefill_again(task, generation, tokens)
 
-    def _take(self, task: Task, drawn: Drawn) -> None:
+    def _take(self, task: Task, state: Decoding, drawn: Drawn) -> None:
         """A step's token of one answer."""
-        turn, row = task.turn, task.row
-        assert turn is not None and row is not None
+        generation, row = state.generation, state.row
         if drawn.token is None:
             if isinstance(drawn.error, CheckpointError):
-                turn.session.discard()
+                generation.session.discard()
             self._end(task, drawn.error)
             return
         self.counts.generated_tokens += 1
         try:
-            chunk = turn.took(drawn.token, self._logprobs(drawn))
-            if task.masker is not None and not turn.over:
-                task.masker.advance(drawn.token)
-                if task.masker.finished:
+            chunk = generation.add(drawn.token, self._logprobs(drawn))
+            if generation.masker is not None and not generation.is_over:
+                generation.masker.advance(drawn.token)
+                if generation.masker.finished:
                     task.tell(chunk)
-                    self._end(task, turn.ended("stop"))
+                    self._end(task, generation.end("stop"))
                     return
         except Exception as error:  # one request's, whatever it is
             self._end(task, error)
             return
-        if turn.over:
+        if generation.is_over:
             self._end(task, chunk)
             return
         task.tell(chunk)
         if len(row.tokens) == row.max_tokens:
-            self._shift(task)
+            self._shift(task, state)
 
-    def _shift(self, task: Task) -> None:
+    def _shift(self, task: Task, state: Decoding) -> None:
         """The context is full, and the oldest tokens go: what remains is computed like a prompt."""
-        turn = task.turn
-        assert turn is not None and task.row is not None
-        del self.running[task.row]
-        task.row = None
+        generation = state.generation
+        del self._decoding[state.row]
+        tokens = generation.remaining()
+        task.state = Prefilling(generation, tokens)
         try:
-            task.prompt = turn.bound.remaining(turn.sequence)
-            turn.session.restore(task.prompt)
-            task.steps = turn.session.prefilling(task.prompt, self._chunk)
+            generation.session.restore(tokens)
         except Exception as error:  # one request's, whatever it is
             self._end(task, error)
             return
-        self.prompts.insert(0, task)
+        self._prefill_again(task, generation, tokens)
+
+    def _prefill_again(self, task: Task, generation: Generation, tokens: list[int]) -> None:
+        """What a sequence holds is computed before other prompts: its answer has begun."""
+        steps = generation.session.prefilling(tokens, self._chunk)
+        task.state = Prefilling(generation, tokens, steps)
+        self._prefilling.insert(0, task)
 
     def _logprobs(self, drawn: Drawn) -> TokenLogprobs | None:
         if drawn.logprob is None or drawn.token is None:
@@ -351,30 +284,26 @@ class ServedModel:
     def _token(
         self, token: int, logprob: float, top: tuple[TokenLogprobs, ...] = ()
     ) -> TokenLogprobs:
-        data = self.llm.tokenizer.bytes_of(token)
+        data = self.runtime.tokenizer.bytes_of(token)
         return TokenLogprobs(token, data.decode(errors="replace"), data, logprob, top)
 
     def _end(self, task: Task, last: Chunk | BaseException | None) -> None:
-        """A request is over, with a last chunk, an error, or because nobody wants it."""
-        if task.row is not None:
-            self._decoder.remove(task.row)
-            self.running.pop(task.row, None)
-        if task in self.prompts:
-            self.prompts.remove(task)
-        if task.steps is not None:
-            task.steps.close()
-        for other in self.prompts:
-            other.waits_for_room = False
-        if isinstance(last, BaseException):
-            if not isinstance(last, MlxkvError):
-                _log.error("a request failed", exc_info=last)
+        """A request is over, with a last chunk, an error, or because it is not wanted any more."""
+        state, task.state = task.state, Ended()
+        self._forget(task, state)
+        for other in self._prefilling:
+            assert isinstance(other.state, Prefilling)
+            other.state.needs_room = False
+        if isinstance(last, MlxkvError):
             last = without_trace(last)
-        if (turn := task.turn) is not None:
+        if isinstance(state, Prefilling | Decoding):
+            generation = state.generation
             try:
-                if isinstance(last, KVCacheFull) and turn.n_generated:
-                    last = turn.ended("memory", last)
-                keep_prefix(turn.session)
-                turn.session.reset()  # whoever still knows the task keeps no KV
+                if isinstance(last, KVCacheFull) and generation.n_generated:
+                    last = generation.end("memory", last)
+                keep_prefix(generation.session)
+                if not task.keeps_session:
+                    generation.session.reset()  # the task may be referred to for longer
             except Exception:
                 _log.exception("a request did not end in order")
         if isinstance(last, Chunk):
@@ -386,6 +315,20 @@ class ServedModel:
         if last is not None:
             self.counts.failed += 1
         task.tell(last)
+
+    def _forget(self, task: Task, state: State) -> None:
+        match state:
+            case Waiting():
+                if task in self.waiting:
+                    self.waiting.remove(task)
+            case Prefilling(steps=steps):
+                if task in self._prefilling:
+                    self._prefilling.remove(task)
+                if steps is not None:
+                    steps.close()
+            case Decoding(row=row):
+                self._decoder.remove(row)
+                self._decoding.pop(row, None)
 
     def _count(self, last: Chunk) -> None:
         stats, counts = last.stats, self.counts
@@ -400,6 +343,14 @@ class ServedModel:
             counts.misses[reason] = counts.misses.get(reason, 0) + 1
 
 
+def keep_prefix(session: Session) -> None:
+    """Keep a sequence's prefix; where that fails, its answer is no worse for it."""
+    try:
+        session.finish()
+    except Exception as error:
+        _log.warning("the prefix is not kept: %s", error)
+
+
 def _allowed(masker: Masker, n_vocab: int) -> Allowed:
-    """What a grammar allows next; the engine advances it."""
+    """What a grammar allows next; the scheduler advances it."""
     return lambda _: masker.allowed(n_vocab)

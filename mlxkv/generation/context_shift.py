@@ -4,22 +4,15 @@ Invariants:
 - What is dropped follows from the sequence's length alone, not from how it came about: a chat that
   is shifted while it is answered, and the same chat sent anew as one long prompt, are shortened to
   the same tokens, whose KV is then restored.
-- Nothing here computes; `decode_within` only says to the session what to hold.
+- Nothing here computes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 from mlxkv.errors import UsageError
-
-if TYPE_CHECKING:
-    import mlx.core as mx
-
-    from mlxkv.generation.session import Session
-    from mlxkv.sampling.sampler import Sampler
 
 
 def most_kept(context: int) -> int:
@@ -107,35 +100,3 @@ class Bound:
         fits = max_tokens is not None and n_tokens + max_tokens <= self.context
         if self.shifts and not fits and max(n_tokens, keep) > most_kept(self.context):
             _ = self.n_kept
-
-
-def decode_within(
-    session: Session,
-    prompt: Sequence[int],
-    logits: mx.array,
-    sampler: Sampler,
-    bound: Bound,
-    limit: int | None,
-) -> Iterator[int]:
-    """Tokens of an answer; where the context is full, what remains is computed and goes on.
-
-    Args:
-        session: holds what remains of the prompt.
-        prompt: the whole of it.
-        logits: `[1, V]` after it.
-        sampler: goes on undisturbed, and so does whoever takes the tokens.
-        bound: the context.
-        limit: see `Bound.limit`.
-    """
-    sequence = list(prompt)
-    while True:
-        room = bound.context - (len(sequence) - bound.n_dropped(len(sequence)))
-        left = None if limit is None else limit - (len(sequence) - len(prompt))
-        for token in session.decode(logits, sampler, room if left is None else min(room, left)):
-            sequence.append(token)
-            yield token
-        if left is not None and left <= room:
-            return
-        remaining = bound.remaining(sequence)
-        session.restore(remaining)
-        logits = session.prefill(remaining)

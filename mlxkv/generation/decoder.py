@@ -4,8 +4,8 @@ Invariants:
 - One step is in flight: while the caller looks at the tokens of one, the next is computed. It has
   been fed the tokens given out, so that a sequence's caches hold what its session knows whenever
   `step` has returned (but for a first and a last token, which are not fed).
-- A row's token depends on its own logits, sampler and mask alone: it is the one that
-  `Session.decode` gives, whoever else is in the batch.
+- A row's token depends on its own logits, sampler and mask alone: it is the one that it
+  gets alone, whatever else is in the batch.
 - What goes wrong in a row ends that row; the others go on.
 - An exception out of `step` itself empties the decoder: a token may have reached the caches of some
   layers and not of others, which the sessions put right by themselves.
@@ -14,7 +14,7 @@ Invariants:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -396,6 +396,23 @@ class Decoder:
             elif ready:
                 lane.ready = tokens[i : i + 1]
         return found
+
+
+def decode(row: Row) -> Iterator[int]:
+    """The tokens of one sequence, decoded alone.
+
+    Raises:
+        CheckpointError: the logits are not numbers: damaged weights, or an overflow.
+        KVCacheFull: there is no room for more, after the last token that there was room for.
+    """
+    decoder = Decoder(row.session.model)
+    decoder.add(row)
+    while decoder.rows:
+        for drawn in decoder.step():
+            if drawn.error is not None:
+                raise drawn.error
+            if drawn.token is not None:
+                yield drawn.token
 
 
 def _last_n(sampler: Sampler) -> int:

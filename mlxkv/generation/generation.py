@@ -1,4 +1,4 @@
-"""One answer in the making: from a prompt to chunks, whoever computes its steps."""
+"""One answer in the making: from a prompt to chunks."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from mlxkv.generation.request import Request
 from mlxkv.generation.session import Restored, Session
 from mlxkv.generation.stats import Clock
 from mlxkv.memory.types import without_trace
+from mlxkv.sampling.grammar import Masker
 from mlxkv.sampling.sampler import Sampler
 from mlxkv.text.tokenizer import Tokenizer
 
 
-class Turn:
-    """An answer in the making.
+class Generation:
+    """One answer in the making. It computes nothing: the scheduler runs its prompt and its steps.
 
     Args:
         session: for its sequence.
@@ -27,11 +28,12 @@ class Turn:
         reader: of the tokens that are chosen.
         bound: the context.
         tokenizer: the model's.
+        masker: of the request's format; None where it has none.
 
     Attributes:
         sequence: the whole prompt and what was generated, dropped tokens included.
         limit: tokens that the answer may have, None for as many as come.
-        over: whether the last chunk was made.
+        is_over: whether the last chunk was made.
     """
 
     def __init__(
@@ -43,11 +45,13 @@ class Turn:
         reader: AnswerReader,
         bound: Bound,
         tokenizer: Tokenizer,
+        masker: Masker | None = None,
     ):
         self.session, self.request, self.sampler, self.bound = session, request, sampler, bound
         self.sequence = list(tokens)
         self.limit = bound.limit(len(tokens), request.max_tokens)
-        self.over = False
+        self.is_over = False
+        self.masker = masker
         self._tokenizer, self._reader = tokenizer, reader
         self._n_prompt = len(tokens)
         self._clock = Clock()
@@ -59,13 +63,29 @@ class Turn:
         """Tokens of the answer so far."""
         return len(self.sequence) - self._n_prompt
 
-    def begin(self) -> list[int]:
-        """Bring back what is known of the prompt; all of what is to be prefilled."""
-        self._prompt = self.bound.remaining(self.sequence)
-        self._restored = self.session.restore(self._prompt)
-        return self._prompt
+    def restore(self) -> list[int]:
+        """Bring back what is held of the sequence; the tokens that are to be prefilled.
 
-    def took(self, token: int, logprobs: TokenLogprobs | None = None) -> Chunk:
+        What the first time finds is what the figures say of the prompt.
+        """
+        tokens = self.remaining()
+        restored = self.session.restore(tokens)
+        if not self._prompt:
+            self._prompt, self._restored = tokens, restored
+        return tokens
+
+    @property
+    def n_left(self) -> int | None:
+        """Tokens until the answer is at its limit or the context is full; None for no bound."""
+        n = len(self.sequence)
+        room = self.bound.context - (n - self.bound.n_dropped(n))
+        return room if self.limit is None else min(room, self.limit - self.n_generated)
+
+    def remaining(self) -> list[int]:
+        """What of the prompt and the answer the caches shall hold: all that fits the context."""
+        return self.bound.remaining(self.sequence)
+
+    def add(self, token: int, logprobs: TokenLogprobs | None = None) -> Chunk:
         """The chunk of the next token; the last has the figures."""
         self._clock.tick()
         self.sequence.append(token)
@@ -79,7 +99,7 @@ class Turn:
                 tool_calls=part.tool_calls,
                 logprobs=logprobs,
             )
-        self.over = True
+        self.is_over = True
         text, reasoning, calls = join_parts([part, self._reader.finish()])
         reason = "stop" if ended or self._reader.stopped else "length"
         return Chunk(
@@ -93,9 +113,9 @@ class Turn:
             stopped_by=self._reader.stopped_by,
         )
 
-    def ended(self, reason: str, error: KVCacheFull | None = None) -> Chunk:
+    def end(self, reason: str, error: KVCacheFull | None = None) -> Chunk:
         """A last chunk without a token: what was generated stays the caller's."""
-        self.over = True
+        self.is_over = True
         if error is not None:
             error = without_trace(error)
         text, reasoning, calls = join_parts([self._reader.finish()])

@@ -144,6 +144,7 @@ class Result:
         reasoning: what the model thought before it answered, None for nothing.
         tool_calls: what it wants called.
         error: with `memory`, see `Chunk`.
+        logprobs: of each token, if they were asked for.
     """
 
     text: str
@@ -153,6 +154,7 @@ class Result:
     reasoning: str | None = None
     tool_calls: tuple[ToolCall, ...] = ()
     error: OutOfMemory | None = None
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,50 +1,42 @@
-"""What is asked of a model, and how its tokens become chunks; `chunks` has what these are."""
+"""What is asked of a model: one typed request, from every face to the scheduler."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from mlxkv.checkpoint import mlxkv_json
 from mlxkv.errors import UsageError
-from mlxkv.generation.outputs import Chunk, Miss, Parts, Result, Stats, TokenLogprobs, join_parts
-from mlxkv.generation.reader import AnswerReader, read_answer
-from mlxkv.generation.stats import Clock, explain_miss
+from mlxkv.sampling.grammar import Grammar
 from mlxkv.sampling.params import SamplingParams
+from mlxkv.saved_kv.manifest import NamedKV
 from mlxkv.text.stop_strings import StopTexts
 
-__all__ = [
-    "AnswerReader",
-    "Chunk",
-    "Clock",
-    "Message",
-    "Miss",
-    "Parts",
-    "Request",
-    "Result",
-    "Stats",
-    "TokenLogprobs",
-    "explain_miss",
-    "join_parts",
-    "read_answer",
-]
-
 Message = Mapping[str, Any]
+Prompt = str | Sequence[Message] | Sequence[int]
+"""A text, which is used as it is; messages, which the chat template renders; or token ids."""
 EFFORTS = ("low", "medium", "high")
+MAX_LOGPROBS = 20
+SAMPLING = frozenset(f.name for f in fields(SamplingParams))
+"""Names of the sampling parameters."""
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """Everything about an answer but its prompt; None takes the default.
+    """Everything about an answer; None takes the default.
 
     Args:
+        prompt: a text, messages or token ids.
         max_tokens: length of the answer; None for as long as the context allows.
         stop: texts that end the answer and are not part of it.
         truncate: cut the head of a prompt that is longer than the context.
         sampling: how tokens are chosen.
-        on_progress: called with (done, all) tokens during a long prefill.
+        recommended: whether what `sampling` does not set is what the model's generation_config.json
+            recommends; else `sampling.params.DEFAULTS`.
+        format: what the answer has to match.
+        logprobs: None for none; else log-probabilities of the chosen tokens, and of so many of the
+            likeliest at each place.
         think: reason before the answer, as far as the chat template has a switch for it: True,
             False, or how much (low, medium, high); None leaves it to the model.
         tools: JSON schemas of functions that the model may call.
@@ -52,52 +44,66 @@ class Request:
             and so for the two below.
         overflow: what happens there: `stop`, or `shift`.
         keep: leading tokens that a shift keeps, besides the system prompt.
+        saved: named KV that the prompt goes on from.
+        on_progress: called with (done, all) tokens during a long prefill.
+
+    Raises:
+        UsageError: a value out of its range.
     """
 
+    prompt: Prompt
     max_tokens: int | None = None
     stop: tuple[str, ...] = ()
     truncate: bool = False
-    sampling: SamplingParams = dataclasses.field(default_factory=SamplingParams)
-    on_progress: Callable[[int, int], None] | None = None
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    recommended: bool = False
+    format: Grammar | None = None
+    logprobs: int | None = None
     think: bool | str | None = None
     tools: Sequence[Mapping[str, Any]] | None = None
     context: int | None = None
     overflow: str | None = None
     keep: int | None = None
+    saved: NamedKV | None = None
+    on_progress: Callable[[int, int], None] | None = None
+
+    def __post_init__(self) -> None:
+        n = self.max_tokens
+        if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n < 1):
+            raise UsageError(f"--max-tokens must be at least 1; got {n!r}")
+        if self.think not in (None, True, False, *EFFORTS):
+            raise UsageError(f"think must be on, off, {', '.join(EFFORTS)}; got {self.think!r}")
+        n = self.logprobs
+        if n is not None and (type(n) is not int or not 0 <= n <= MAX_LOGPROBS):
+            raise UsageError(f"logprobs must be 0 to {MAX_LOGPROBS}; got {n!r}")
+        object.__setattr__(self, "stop", StopTexts(self.stop).texts)
+        mlxkv_json.checked({"context": self.context, "overflow": self.overflow, "keep": self.keep})
 
     @classmethod
-    def of(
-        cls,
-        *,
-        max_tokens: int | None = None,
-        stop: str | Sequence[str] = (),
-        truncate: bool = False,
-        on_progress: Callable[[int, int], None] | None = None,
-        think: bool | str | None = None,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        context: int | None = None,
-        overflow: str | None = None,
-        keep: int | None = None,
-        **sampling: Any,
-    ) -> Request:
-        """Build one from the keywords of `LLM.stream`.
+    def of(cls, prompt: Prompt, *, format: Any = None, **options: Any) -> Request:
+        """Build one from keywords: the fields above and those of `SamplingParams`.
+
+        Args:
+            prompt: a text, messages or token ids.
+            format: anything that `Grammar.of` takes.
+            **options: the other fields; one that is None is not set.
 
         Raises:
             UsageError: an unknown keyword, or a value out of its range.
         """
-        known = {field.name for field in dataclasses.fields(SamplingParams)}
-        if unknown := sorted(sampling.keys() - known):
+        known = {f.name for f in fields(cls)} - {"prompt", "sampling", "format"}
+        if unknown := sorted(options.keys() - known - SAMPLING):
             raise UsageError(
-                f"unknown option {unknown[0]!r}; allowed are {', '.join(sorted(known))}"
+                f"unknown option {unknown[0]!r}; allowed are {', '.join(sorted(known | SAMPLING))}"
             )
-        if max_tokens is not None and (
-            isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1
-        ):
-            raise UsageError(f"--max-tokens must be at least 1; got {max_tokens!r}")
-        if think not in (None, True, False, *EFFORTS):
-            raise UsageError(f"think must be on, off, {', '.join(EFFORTS)}; got {think!r}")
-        texts = StopTexts(stop).texts
-        params = SamplingParams(**sampling)
-        bounds = {"context": context, "overflow": overflow, "keep": keep}
-        mlxkv_json.checked(bounds)
-        return cls(max_tokens, texts, truncate, params, on_progress, think, tools, **bounds)
+        options = {name: value for name, value in options.items() if value is not None}
+        sampling = {name: options.pop(name) for name in SAMPLING & options.keys()}
+        grammar = None if format is None else Grammar.of(format)
+        return cls(prompt, sampling=SamplingParams(**sampling), format=grammar, **options)
+
+    def nth(self, i: int) -> Request:
+        """The request for the i-th of several answers: each seed is one more than the last."""
+        seed = self.sampling.seed
+        if seed is None or i == 0:
+            return self
+        return replace(self, sampling=replace(self.sampling, seed=(seed + i) % 2**64))

@@ -7,7 +7,7 @@ Invariants:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -16,16 +16,15 @@ import mlx.core as mx
 from mlxkv.base.device import default_chunk
 from mlxkv.base.stepwise import finished
 from mlxkv.cache import KVCache, RotatingKVCache, make_caches
-from mlxkv.generation.prefill import decode, prefilling
+from mlxkv.generation.prefill import prefilling
 from mlxkv.kv.layout import Cache
 from mlxkv.kv.types import AUTO, KV_TYPES, STEP, first_kv_type
-from mlxkv.memory.types import ALLOCATION_ERRORS, KVUse, Rung, is_allocation_failure, without_trace
+from mlxkv.memory.types import ALLOCATION_ERRORS, KVUse, Rung, is_allocation_failure
 from mlxkv.nn.model import CausalLM
 from mlxkv.nn.slots import growth_bytes, sliceable
 from mlxkv.prefix.capture import Cutter
 from mlxkv.prefix.layout import Link
 from mlxkv.prefix.pages import Match, Pages
-from mlxkv.sampling.sampler import Sampler
 
 if TYPE_CHECKING:
     from mlxkv.memory.budget import Budget
@@ -312,41 +311,6 @@ class Session:
             self._restore(tokens)
         except ALLOCATION_ERRORS:
             self._empty()
-
-    def decode(
-        self, logits: mx.array, sampler: Sampler, max_tokens: int | None = None
-    ) -> Iterator[int]:
-        """Tokens of the answer, remembered as they come.
-
-        Raises:
-            KVCacheFull: there is no room for more, after the last token that there was room for.
-        """
-        n, drawn = 0, sampler.n_chosen
-        while True:
-            try:
-                left = None if max_tokens is None else max_tokens - n
-                for token in self._decode(logits, sampler, left):
-                    n += 1
-                    yield token
-                return
-            except ALLOCATION_ERRORS as error:
-                if not is_allocation_failure(error):
-                    raise
-                failure = without_trace(error)
-            del logits
-            tokens = list(self._known)
-            self.start_over(tokens, failure)
-            sampler.rewind(drawn + n)
-            logits = self.prefill(tokens)
-
-    def _decode(self, logits: mx.array, sampler: Sampler, max_tokens: int | None) -> Iterator[int]:
-        recent, before_step = list(self._known), self.before_step
-        for token in decode(
-            self.model, self.caches, logits, sampler, recent, max_tokens, before_step
-        ):
-            self.took(token)
-            yield token
-            self.cut_due()
 
     def took(self, token: int) -> None:
         """Remember a token of the answer: the caches hold it, or are given it next."""

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mlxkv.engine import prompt as prompts
-from mlxkv.engine.prompt import Head
+from mlxkv.engine.driver import stream
+from mlxkv.engine.prompt import Head, Prepared
+from mlxkv.engine.runtime import Runtime
 from mlxkv.errors import TemplateError, UsageError
 from mlxkv.generation.outputs import Chunk, join_parts
 from mlxkv.generation.reader import read_answer
 from mlxkv.generation.request import Message, Request
+from mlxkv.parsers.formats import parser_for
+from mlxkv.saved_kv.manifest import NamedKV
 from mlxkv.text.chat_template import ChatTemplate, append_only_suffix
-
-if TYPE_CHECKING:
-    from mlxkv.llm.llm import LLM
-    from mlxkv.saved_kv.manifest import NamedKV
 
 # Switches of templates that would drop the reasoning of earlier turns: GLM-4.7's, Qwen's.
 _KEEP_REASONING = {"clear_thinking": False, "preserve_thinking": True}
@@ -44,7 +44,7 @@ class Conversation:
             None as long as that did not come up.
     """
 
-    def __init__(self, llm: LLM, system: str | None = None, saved: NamedKV | None = None):
+    def __init__(self, llm: Runtime, system: str | None = None, saved: NamedKV | None = None):
         self.llm = llm
         self.system = system
         self.saved = saved
@@ -107,19 +107,19 @@ class Conversation:
         """
         if not text.strip():
             raise UsageError("the prompt is empty")
-        request = Request.of(**options)
         user = {"role": "user", "content": text}
+        request = Request.of([user], **options)
         prompt, tokens = self._next_prompt(user, self._template_options(request))
-        parser = self.llm.parser(prompt, request)
         head = Head(self.saved, [*self._history(), user], self._options)
-        chunks = self.llm.run(self._session, tokens, request, parser, head)
+        prepared = Prepared(tokens, head, prompt)
+        chunks = stream(self.llm, prompts.start(self.llm, request, prepared, self._session))
         return self._send(user, prompt, tokens, request, chunks)
 
     def _template_options(self, request: Request) -> dict[str, Any]:
         template = self.llm.tokenizer.chat_template
         known = frozenset() if template is None else template.variables
         kept = {name: value for name, value in _KEEP_REASONING.items() if name in known}
-        return kept | self.llm.template_options(request)
+        return kept | prompts.template_options(self.llm, request)
 
     def _history(self) -> list[dict[str, Any]]:
         """The messages as the template gets them."""
@@ -135,11 +135,11 @@ class Conversation:
             if suffix is not None:
                 self.append_only = True
                 before = self._prompt + self._answer
-                return before + suffix, self._tokens + self.llm.encode_text(suffix)
+                return before + suffix, self._tokens + prompts.encode_text(self.llm, suffix)
             if same_options:
                 self.append_only = False
-        prompt = self.llm.render([*self._history(), user], **options)
-        return prompt, prompts.encode(self.llm, prompt, self.saved)
+        prompt = prompts.render(self.llm, [*self._history(), user], **options)
+        return prompt, prompts.encode_rendered(self.llm, prompt, self.saved)
 
     def _suffix(
         self, template: ChatTemplate, prompt: str, user: dict[str, Any], options: dict[str, Any]
@@ -216,6 +216,8 @@ class Conversation:
         self._tokens = tokens + answer
         # A stop text, half a character or half a marker was computed and is not part of the
         # history: the next turn is rendered anew then.
-        written = read_answer(tokenizer, self.llm.parser(prompt, request), answer)
+        written = read_answer(
+            tokenizer, parser_for(tokenizer, prompt=prompt, tools=request.tools), answer
+        )
         same = [part.strip() for part in written[:2]] == [text.strip(), reasoning.strip()]
         self._prompt = prompt if same and len(written[2]) == len(calls) else None

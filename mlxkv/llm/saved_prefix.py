@@ -8,47 +8,45 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
 
 from mlxkv.base.paths import kv_dir, models_dir
 from mlxkv.checkpoint.mlxkv_json import read_record
-from mlxkv.engine.prompt import _PROBES
+from mlxkv.engine import prompt as prompts
+from mlxkv.engine.prompt import PROBES
+from mlxkv.engine.runtime import Runtime
 from mlxkv.errors import ContextExceeded, ModelNotFound, OutputError, UsageError
+from mlxkv.generation.request import Prompt
 from mlxkv.kv.types import first_kv_type
 from mlxkv.prefix.disk import PageDisk
 from mlxkv.prefix.layout import packed
 from mlxkv.prefix.pages import Pages
+from mlxkv.saved_kv.manifest import NamedKV
+from mlxkv.saved_kv.registry import KVNames
 from mlxkv.store.refs import PathRef, locate
-
-if TYPE_CHECKING:
-    from mlxkv.llm.llm import LLM, Prompt
-    from mlxkv.saved_kv.manifest import NamedKV
 
 Progress = Callable[[int, int], None]
 
 
 def save(
-    llm: LLM, name: str, prompt: Prompt, model: str | None, on_progress: Progress | None
+    runtime: Runtime, name: str, prompt: Prompt, model: str | None, on_progress: Progress | None
 ) -> NamedKV:
     """See `LLM.save_kv`."""
-    from mlxkv.saved_kv.manifest import NamedKV
-    from mlxkv.saved_kv.registry import KVNames
-
-    pages, disk = _where(llm)
+    pages, disk = _where(runtime)
     names = KVNames(kv_dir())
     names.check_spelling(name)
     pinned = names.is_pinned(name)
-    text, messages, tokens = _prefix(llm, prompt)
-    if len(tokens) >= llm.context:
-        raise ContextExceeded(len(tokens), llm.context)
+    text, messages, tokens = _prefix(runtime, prompt)
+    if len(tokens) >= runtime.context:
+        raise ContextExceeded(len(tokens), runtime.context)
     if pages.stable is not None and len(tokens) > pages.stable:
         raise UsageError(
             f"the prompt has {len(tokens):,} tokens; this model's KV stays the same for what "
             f"follows up to {pages.stable:,} tokens only (its rotary embedding stretches)"
         )
-    session = llm.session()
+    session = runtime.session()
     with pages.writing_through():
         session.restore(tokens)
         mx.eval(session.prefill(tokens, on_progress=on_progress))
@@ -65,7 +63,7 @@ def save(
     saved = NamedKV(
         name=name,
         fingerprint=disk.fingerprint,
-        model=_lasting_name(model) if model else _name_of(llm),
+        model=_lasting_name(model) if model else _name_of(runtime),
         n_tokens=len(tokens),
         keys=tuple(keys),
         text=text,
@@ -73,7 +71,7 @@ def save(
         tokens=packed(tokens),
         created=time.time(),
         pinned=pinned,
-        kv_type=first_kv_type(llm.kv_type),
+        kv_type=first_kv_type(runtime.kv_type),
         dtype=disk.dtype,
     )
     names.save(saved, replace=True)
@@ -89,50 +87,48 @@ def _lasting_name(model: str) -> str:
     return str(ref.path.absolute()) if isinstance(ref, PathRef) else model
 
 
-def find(llm: LLM, name: str | NamedKV | None) -> NamedKV | None:
+def find(runtime: Runtime, name: str | NamedKV | None) -> NamedKV | None:
     """See `LLM.saved_kv`."""
     if name is None:
         return None
-    from mlxkv.saved_kv.registry import KVNames
-
     saved = KVNames(kv_dir()).load(name) if isinstance(name, str) else name
-    pages, disk = _where(llm)
+    pages, disk = _where(runtime)
     if saved.fingerprint != disk.fingerprint:
         raise UsageError(
             f"{saved.name} is KV of {saved.model} ({saved.dtype}, {saved.kv_type}), and this model "
-            f"({disk.dtype}, {llm.kv_type}) has other weights, another dtype or KV format: give "
-            f"--dtype {saved.dtype} --kv-type {saved.kv_type}, or save it anew"
+            f"({disk.dtype}, {runtime.kv_type}) has other weights, another dtype or KV format: "
+            f"give --dtype {saved.dtype} --kv-type {saved.kv_type}, or save it anew"
         )
     if saved.pinned:
         pages.ram.pin(key.name for key in saved.keys)
     return saved
 
 
-def _name_of(llm: LLM) -> str:
+def _name_of(runtime: Runtime) -> str:
     """What the model is called: its directory in the models folder, or its path."""
-    if llm.path.absolute().parent != models_dir():
-        return str(llm.path.absolute())
-    record = read_record(llm.path)
-    return record.name if record else llm.path.name
+    if runtime.path.absolute().parent != models_dir():
+        return str(runtime.path.absolute())
+    record = read_record(runtime.path)
+    return record.name if record else runtime.path.name
 
 
-def _where(llm: LLM) -> tuple[Pages, PageDisk]:
-    if llm.pages is None:
+def _where(runtime: Runtime) -> tuple[Pages, PageDisk]:
+    if runtime.pages is None:
         raise UsageError("this model keeps a state of its own, which cannot be saved as KV")
-    if llm.pages.disk is None:
+    if runtime.pages.disk is None:
         raise UsageError("KV on disk is switched off: MLXKV_KV_DISK is 0")
-    return llm.pages, llm.pages.disk
+    return runtime.pages, runtime.pages.disk
 
 
-def _prefix(llm: LLM, prompt: Prompt) -> tuple[str, tuple[Any, ...] | None, list[int]]:
+def _prefix(runtime: Runtime, prompt: Prompt) -> tuple[str, tuple[Any, ...] | None, list[int]]:
     """Text, messages and token ids of what is to be saved."""
     if isinstance(prompt, str) or not prompt or not isinstance(prompt[0], Mapping):
-        tokens = llm.encode(prompt)
-        text = prompt if isinstance(prompt, str) else llm.tokenizer.decode(tokens)
+        tokens = prompts.encode(runtime, prompt)
+        text = prompt if isinstance(prompt, str) else runtime.tokenizer.decode(tokens)
         return text, None, tokens
     messages = tuple(dict(message) for message in prompt)  # pyright: ignore[reportArgumentType, reportCallIssue]
-    probes = [[*messages, {"role": "user", "content": probe}] for probe in _PROBES]
-    first, second = (llm.render(probe) for probe in probes)
+    probes = [[*messages, {"role": "user", "content": probe}] for probe in PROBES]
+    first, second = (prompts.render(runtime, probe) for probe in probes)
     differ = (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
     text = first[: next(differ, 0)]
-    return text, messages, llm.encode_text(text)
+    return text, messages, prompts.encode_text(runtime, text)

@@ -66,6 +66,32 @@ class Grammar:
                 f"a grammar may have {MAX_TEXT:,} characters; this one has {len(self.text):,}"
             )
 
+    @classmethod
+    def of(cls, format: Any) -> Grammar:
+        """From what a caller may give as a format.
+
+        Args:
+            format: a JSON schema, a pydantic model, a compiled regex, "json" for any JSON object,
+                or a grammar.
+
+        Raises:
+            UsageError: something else.
+        """
+        if isinstance(format, Grammar):
+            return format
+        if isinstance(format, re.Pattern):
+            return cls("regex", format.pattern)
+        if isinstance(format, Mapping):
+            return cls("json_schema", json.dumps(format))
+        if format == "json":
+            return cls("json_object")
+        if (schema_of := getattr(format, "model_json_schema", None)) is not None:
+            return cls("json_schema", json.dumps(schema_of()))
+        raise UsageError(
+            'format must be a JSON schema, a pydantic model, a compiled regex, "json" or a '
+            f"Grammar; got {format!r}"
+        )
+
 
 class Maskers:
     """Makes maskers for one model. The first takes up to a second: it reads the vocabulary.

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from mlxkv.engine.messages import Ask
 from mlxkv.errors import UsageError
-from mlxkv.server.config import ServerConfig
 
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Whole = Annotated[int, Field(ge=0, le=2**31 - 1)]
@@ -44,25 +41,3 @@ def seconds(value: float | str | None) -> float | None:
     if value is not None and not value <= _LONGEST_S:
         raise UsageError("keep_alive is too long: a negative one is for ever")
     return value
-
-
-def bounded(ask: Ask, config: ServerConfig) -> Ask:
-    """The same with a length that the server allows; one that is left out is the longest.
-
-    Raises:
-        UsageError: it asks for more.
-    """
-    if config.max_tokens is None:
-        return ask
-    given = ask.options.get("max_tokens")
-    if given is not None and given > config.max_tokens:
-        raise UsageError(
-            f"an answer may have {config.max_tokens:,} tokens here; {given:,} are asked for"
-        )
-    limited = {**ask.options, "max_tokens": given or config.max_tokens}
-    return dataclasses.replace(ask, options=limited)
-
-
-def dropped(**options: Any) -> dict[str, Any]:
-    """Those that are set: what a request leaves out, the model's settings decide."""
-    return {name: value for name, value in options.items() if value is not None}

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from mlxkv.errors import UsageError
 from mlxkv.sampling.grammar import Grammar
-from mlxkv.server.fields import Strict, dropped
+from mlxkv.server.fields import Strict
 
 NAME_PATTERN = r"^[A-Za-z0-9_.:/-]{1,128}$"
 
@@ -34,7 +34,9 @@ class Function(Strict):
     def schema_of(self) -> dict[str, Any]:
         """As chat templates take it."""
         parameters = {"type": "object", "properties": {}}
-        function = dropped(name=self.name, description=self.description)
+        function = {"name": self.name}
+        if self.description is not None:
+            function["description"] = self.description
         return {
             "type": "function",
             "function": {**function, "parameters": self.parameters or parameters},

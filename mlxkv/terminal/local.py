@@ -28,10 +28,10 @@ def load_model(name: str, dtype: str, given: Given) -> LLM:
     try:
         path = resolve.resolve(name, report=progress if progress.on else resolve.silent)
         progress(f"loading {name}")
-        from mlxkv.engine.runtime import load_with
+        from mlxkv.llm.llm import LLM
         from mlxkv.store.settings import effective
 
-        return load_with(path, effective(path, given), dtype)
+        return LLM.load(path, effective(path, given), dtype)
     finally:
         progress.clear()
 

@@ -53,15 +53,16 @@ async def collect(answer: AsyncIterable[Chunk]) -> list[Chunk]:
     return [chunk async for chunk in answer]
 
 
-def served(engine: Engine, model: Path) -> ServedModel:
+def served(engine: Engine, model: Path) -> Scheduler:
     """What answers a model's requests."""
-    place = engine._models.find(key_of(str(model)))
-    assert place is not None
-    return place.served
+    loaded = engine._pool.find(key_of(str(model)))
+    assert loaded is not None
+    return loaded.scheduler
 
 
 def ask(model: Path, prompt: Any = "hello", **options: Any) -> Ask:
-    return Ask(str(model), prompt, {"max_tokens": 20, **options})
+    options = {"max_tokens": 20, "recommended": True, **options}
+    return Ask(str(model), Request.of(prompt, **options))
 
 
 def tokens(chunks: list[Chunk]) -> list[int]:

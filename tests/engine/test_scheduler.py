@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 import mlxkv
-from mlxkv.engine.messages import Ask
-from mlxkv.engine.scheduler import ServedModel, Task
+from mlxkv.engine.scheduler import Scheduler
+from mlxkv.engine.tasks import Prefilling, Task, Waiting
 from mlxkv.errors import KVCacheFull
 from mlxkv.generation.outputs import Chunk
+from mlxkv.generation.request import Request
 from tests.support.command_line import chat_model
 
 A, B, C = (
@@ -32,12 +33,12 @@ def path(tmp_path_factory) -> Path:
 class Asked:
     """A request to a served model, and what came of it."""
 
-    def __init__(self, served: ServedModel, prompt: str, **options: Any):
+    def __init__(self, served: Scheduler, prompt: str, **options: Any):
         self.told: list[Chunk | BaseException | None] = []
         self.cancelled = False
-        ask = Ask("m", prompt, {"max_tokens": 5, **options})
-        self.task = Task(ask, self.told.append, lambda: self.cancelled)
-        served.waiting.append(self.task)
+        request = Request.of(prompt, **{"max_tokens": 5, **options})
+        self.task = Task(request, self.told.append, lambda: self.cancelled)
+        served.add(self.task)
 
     @property
     def tokens(self) -> list[int]:
@@ -58,15 +59,15 @@ class Asked:
         )
 
 
-def tight(path: Path, factor: float) -> ServedModel:
+def tight(path: Path, factor: float) -> Scheduler:
     """With so many times the memory that 2,050 tokens need."""
     llm = mlxkv.load(path, dtype="float32")
     least = llm.budget._need("native").least(2050)
     llm.budget.limit_bytes = llm.budget.weights_bytes + int(factor * least)
-    return ServedModel("m", llm, 16)
+    return Scheduler(llm, 16)
 
 
-def run(served: ServedModel, asked: Sequence[Asked] = ()) -> int:
+def run(served: Scheduler, asked: Sequence[Asked] = ()) -> int:
     """Until all is answered; how many steps that took."""
     n = 0
     while not served.is_idle:
@@ -92,8 +93,9 @@ def test_prompts_that_do_not_fit_together_wait_for_each_other(path, factor):
     for asked, prompt in zip((first, *others), (A, B, C), strict=True):
         assert asked.errors == []
         assert asked.tokens == alone(path, prompt)
-    assert served.llm.budget.kv_bytes == 0
-    served.close()
+    assert served.runtime.budget.kv_bytes == 0
+    served.stop()
+    served.runtime.close()
 
 
 def test_a_prompt_that_does_not_fit_alone_is_refused(path):
@@ -102,7 +104,8 @@ def test_a_prompt_that_does_not_fit_alone_is_refused(path):
     run(served, [long, short])
     assert [type(error) for error in long.errors] == [KVCacheFull]
     assert short.errors == [] and short.tokens == alone(path, C[:300])
-    served.close()
+    served.stop()
+    served.runtime.close()
 
 
 def test_a_prompt_that_waits_for_room_can_be_cancelled(path):
@@ -110,23 +113,25 @@ def test_a_prompt_that_waits_for_room_can_be_cancelled(path):
     first = Asked(served, A)
     served.step()
     second = Asked(served, B)
-    while not second.task.waits_for_room:
+    while not (isinstance(second.task.state, Prefilling) and second.task.state.needs_room):
         served.step()
     second.cancelled = True
     run(served, [first, second])
     assert second.told == [None] and first.tokens == alone(path, A)
-    served.close()
+    served.stop()
+    served.runtime.close()
 
 
 def test_a_cut_for_lack_of_room_ends_when_there_is_room_again(path):
     served = tight(path, 1.8)
-    neighbour = served.llm.session()
-    neighbour.prefill(served.llm.tokenizer.encode(B))
+    neighbour = served.runtime.session()
+    neighbour.prefill(served.runtime.tokenizer.encode(B))
     first = Asked(served, A)
 
     def cap() -> int | None:
         served.step()
-        return first.task.turn.session.chunk_cap if first.task.turn else None
+        state = first.task.state
+        return None if isinstance(state, Waiting) else state.generation.session.chunk_cap
 
     while (cut := cap()) is None or cut > 16:
         assert not first.over
@@ -139,7 +144,8 @@ def test_a_cut_for_lack_of_room_ends_when_there_is_room_again(path):
     assert stats is not None
     told = [rung.amount for rung in stats.rungs if rung.kind == "chunk"]
     assert told == sorted(told, reverse=True) and len(told) == len(set(told))
-    served.close()
+    served.stop()
+    served.runtime.close()
 
 
 def test_what_was_computed_before_a_wait_counts_as_computed(path):
@@ -152,4 +158,5 @@ def test_what_was_computed_before_a_wait_counts_as_computed(path):
     assert stats is not None
     assert stats.prompt_tokens == stats.computed_tokens + stats.restored_tokens
     assert stats.restored_tokens == 0
-    served.close()
+    served.stop()
+    served.runtime.close()

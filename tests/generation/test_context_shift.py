@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 import mlxkv
 from mlxkv.errors import ContextExceeded, UsageError
 from mlxkv.generation.context_shift import Bound, most_kept, n_dropped
+from mlxkv.generation.decoder import Row, decode
 from mlxkv.generation.session import Session, n_shared
 from mlxkv.llm.llm import LLM
 from mlxkv.sampling.params import SamplingParams
@@ -76,7 +77,7 @@ def by_fresh_runs(
         held = whole[:n_kept] + whole[n_kept + dropped :]
         room = min(context - len(held), len(prompt) + n - len(whole))
         session = Session(llm.model, llm.kv_type)
-        whole += session.decode(session.prefill(held), sampler, room)
+        whole += decode(Row(session, session.prefill(held), sampler, room))
     return whole[len(prompt) :]
 
 

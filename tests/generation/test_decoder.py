@@ -15,7 +15,7 @@ import pytest
 
 import mlxkv
 from mlxkv.errors import CheckpointError, UsageError
-from mlxkv.generation.decoder import Decoder, Drawn, Row
+from mlxkv.generation.decoder import Decoder, Drawn, Row, decode
 from mlxkv.generation.session import Session
 from mlxkv.kv.types import KV_TYPES, STEP
 from mlxkv.nn.model import CausalLM
@@ -75,7 +75,7 @@ class Request:
     def alone(self, model: CausalLM) -> list[int]:
         session = Session(model, self.kv_type)
         logits = session.prefill(self.prompt)
-        return list(session.decode(logits, self.sampler(model), self.n))
+        return list(decode(Row(session, logits, self.sampler(model), self.n)))
 
     def row(self, model: CausalLM, **options) -> Row:
         session = Session(model, self.kv_type)
@@ -255,7 +255,7 @@ def test_broken_logits_of_every_kind_end_their_row_on_every_path(
     alone = {drawn.row: drawn.error for drawn in decoder.step()}
     for first in logits[2:] if mask is None else ():
         with pytest.raises(CheckpointError, match="not numbers"):
-            list(Session(model).decode(first[None], asked.sampler(model), 1))
+            list(decode(Row(Session(model), first[None], asked.sampler(model), 1)))
     assert [isinstance(alone[row], CheckpointError) for row in rows] == [False] * 2 + [True] * 8
 
     decoder, rows = Decoder(model), [asked.row(model, **options) for _ in range(n)]

@@ -69,20 +69,23 @@ class Scripted(LLM):
 
         self.model.last_logits = last_logits  # pyright: ignore[reportAttributeAccessIssue]
 
-    def turn(
-        self,
-        session: Session,
-        tokens: list[int],
-        request: Request,
-        parser: OutputParser | None = None,
-        head: Head | None = None,
-    ) -> Turn:
-        self.prompts.append(tokens)
-        answer = self.answers.pop(0)
-        self.script = self.encode_text(answer)
-        if not self.script or self.script[-1] not in self.tokenizer.eos_token_ids:
-            self.script.append(2)
-        return super().turn(session, tokens, request, parser, head)
+    def session(self, owner: str = "") -> Session:
+        """Notes each prompt that it is asked to restore, and takes the next answer for it."""
+        session = super().session(owner)
+        restore = session.restore
+
+        def noted(tokens: Sequence[int]) -> Restored:
+            self.prompts.append(list(tokens))
+            self.script = self.scripts.pop(0)
+            return restore(tokens)
+
+        session.restore = noted  # pyright: ignore[reportAttributeAccessIssue]
+        return session
+
+    @property
+    def scripts(self) -> list[list[int]]:
+        """Token ids of the answers."""
+        return self._scripts
 
 
 def scripted(folder: Path, name: str, *answers: str, **options: Any) -> Scripted:

@@ -20,6 +20,7 @@ import mlxkv
 from mlxkv.base import device
 from mlxkv.cache import KVCache, RotatingKVCache
 from mlxkv.errors import KVCacheFull
+from mlxkv.generation.decoder import Row, decode
 from mlxkv.kv.buffers import _Buffers
 from mlxkv.llm.llm import LLM
 from mlxkv.llm.plan import plan
@@ -154,7 +155,7 @@ def test_window_layers_are_packed_as_well(paths):
         assert session.nbytes < factor * native
         assert session.tokens == prompt
     assert not session.can_pack
-    tokens = list(session.decode(logits, Sampler(SamplingParams(), logits.shape[-1]), 50))
+    tokens = list(decode(Row(session, logits, Sampler(SamplingParams(), logits.shape[-1]), 50)))
     assert len(tokens) == 50
     session.reset()
     assert session.kv_type == "native"
@@ -391,7 +392,7 @@ def test_nothing_is_traced_where_there_is_ample_room(path, monkeypatch, kv_type)
         session = llm.session()
         prompt = llm.encode(10 * PROMPT)
         logits = session.prefill(prompt, chunk=chunk)
-        tokens = list(session.decode(logits, Sampler(SamplingParams(), logits.shape[-1]), 5))
+        tokens = list(decode(Row(session, logits, Sampler(SamplingParams(), logits.shape[-1]), 5)))
         assert expected is None or tokens == expected
         session.reset()
 

@@ -18,6 +18,7 @@ import mlxkv
 from mlxkv.base import device
 from mlxkv.base.units import parse_bytes
 from mlxkv.errors import UsageError
+from mlxkv.generation.decoder import Row, decode
 from mlxkv.generation.session import Session
 from mlxkv.kv.types import KV_TYPES
 from mlxkv.llm.plan import plan
@@ -83,7 +84,7 @@ def peak_of(session: Session, n_prompt: int, chunk: int) -> int:
     prompt = tokens(n_prompt)
     logits = session.prefill(prompt, chunk=chunk)
     sampler = Sampler(SamplingParams(), logits.shape[-1])
-    for _ in session.decode(logits, sampler, N_DECODED):
+    for _ in decode(Row(session, logits, sampler, N_DECODED)):
         pass
     session.finish()
     mx.synchronize()
@@ -111,7 +112,7 @@ def test_weights_and_kv_are_met_to_the_byte(case, folder):
         needs = plan(path, context=1100 + 1, kv_type=kv_type, dtype="float32")
         session = Session(model, kv_type)
         logits = session.prefill(tokens(1100))
-        list(session.decode(logits, Sampler(SamplingParams(), logits.shape[-1]), 3))
+        list(decode(Row(session, logits, Sampler(SamplingParams(), logits.shape[-1]), 3)))
         assert needs.kv_bytes == session.nbytes
         assert needs.kv_bytes == sum(kind.nbytes for kind in needs.layers)
         assert needs.weights_bytes == weights_of(model)

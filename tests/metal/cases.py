@@ -286,11 +286,12 @@ def _drawn(draw: Callable[[Any, mx.array], object], settings: Any, V: int, B: in
 
 def _decoded(params: Any, logits: mx.array) -> None:
     """The first token of one sequence."""
-    from mlxkv.generation.prefill import decode
+    from mlxkv.generation.decoder import Decoder, Row
     from mlxkv.sampling.sampler import Sampler
 
-    model: Any = None
-    next(decode(model, [], logits, Sampler(params, logits.shape[1])))
+    model: Any = SimpleNamespace(batches=True)
+    session: Any = SimpleNamespace(model=model, tokens=[1])
+    Decoder(model).add(Row(session, logits, Sampler(params, logits.shape[1])))
 
 
 def _rows(params: Any, logits: mx.array) -> None:

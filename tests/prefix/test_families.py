@@ -18,6 +18,7 @@ import pytest
 
 import mlxkv
 from mlxkv.cache import make_caches
+from mlxkv.generation.decoder import Row, decode
 from mlxkv.generation.prefill import prefill
 from mlxkv.generation.session import Session
 from mlxkv.kv.types import STEP, ceil_step
@@ -79,7 +80,7 @@ def run(model: CausalLM, pages: Pages, tokens: list[int], n_decoded: int = 0) ->
     session.restore(tokens)
     logits = session.prefill(tokens, chunk=STEP)
     # One more is yielded than is fed.
-    for _ in session.decode(logits, greedy(model), n_decoded + 1):
+    for _ in decode(Row(session, logits, greedy(model), n_decoded + 1)):
         pass
     session.finish()
     return session.tokens

@@ -16,7 +16,7 @@ from mlxkv.engine.messages import Busy
 from mlxkv.errors import CheckpointError, ContextExceeded, KVCacheFull, OutOfMemory, TemplateError
 from mlxkv.generation.outputs import Chunk, Miss
 from mlxkv.parsers.events import ToolCall
-from tests.support.fake_engine import MODEL, FakeEngine, says, serving, stats
+from tests.support.fake_engine import MODEL, FakeEngine, options_of, says, serving, stats
 from tests.support.fake_engine_ollama import STORED, address, engine, made_model, models, server
 
 __all__ = ["address", "engine", "made_model", "models", "server"]
@@ -74,7 +74,7 @@ def prompt_of(address: str, engine: FakeEngine, *messages: Any, **fields: Any) -
     """What the engine was asked."""
     response = post(address, messages=list(messages), **fields)
     assert response.status_code == 200, response.text
-    return engine.last.prompt
+    return engine.last.request.prompt
 
 
 # Answers
@@ -86,8 +86,8 @@ def test_a_message_is_answered(client, engine):
     assert [(block.type, block.text) for block in message.content] == [("text", "Hello world")]
     assert (message.stop_reason, message.stop_sequence) == ("end_turn", None)
     assert message.id.startswith("msg-")
-    assert engine.last.prompt == HELLO
-    assert engine.last.options == {"max_tokens": 100}
+    assert engine.last.request.prompt == HELLO
+    assert options_of(engine.last) == {"max_tokens": 100}
 
 
 def test_usage_tells_computed_tokens_from_restored_ones(client, engine):
@@ -134,7 +134,7 @@ def test_sampling_becomes_the_engines(client, engine):
     # Newer models of Anthropic's take none; the client has no name for these any more.
     more = {"temperature": 0.5, "top_p": 0.9, "top_k": 40}
     create(client, extra_body=more, stop_sequences=["END"], metadata={"user_id": "u"})
-    assert engine.last.options == {"max_tokens": 100, "stop": ["END"], **more}
+    assert options_of(engine.last) == {"max_tokens": 100, "stop": ["END"], **more}
 
 
 def test_the_stop_sequence_that_ended_the_answer_is_named(client, engine, address):
@@ -189,7 +189,7 @@ def test_thinking_is_a_block_of_its_own(client, engine):
     message = create(client, thinking=how, max_tokens=2000)
     assert [block.type for block in message.content] == ["thinking", "text"]
     assert (message.content[0].thinking, message.content[1].text) == ("Hm.", "Yes")
-    assert engine.last.options["think"] is True
+    assert options_of(engine.last)["think"] is True
     given: Any = {"model": MODEL, "max_tokens": 2000, "messages": HELLO, "thinking": how}
     with client.messages.stream(**given) as stream:
         streamed = stream.get_final_message()
@@ -209,7 +209,7 @@ def test_thinking_is_a_block_of_its_own(client, engine):
 )
 def test_how_much_to_think_is_as_asked(client, engine, fields, think):
     create(client, **fields)
-    assert engine.last.options.get("think") == think
+    assert options_of(engine.last).get("think") == think
 
 
 def test_thinking_is_left_out_where_nobody_wants_to_see_it(client, engine):
@@ -243,8 +243,8 @@ def test_a_call_is_a_block_and_the_reason_to_stop(client, engine):
         "Let me look.", "tool_use", "weather", {"city": "Bern"},
     )  # fmt: skip
     assert message.stop_reason == "tool_use"
-    assert engine.last.options["tools"] == [AS_FUNCTION]
-    assert engine.last.grammar is None
+    assert options_of(engine.last)["tools"] == [AS_FUNCTION]
+    assert engine.last.request.format is None
 
 
 def test_a_streamed_call_has_its_arguments_in_deltas(client, address, engine):
@@ -273,7 +273,7 @@ def test_a_result_goes_back_with_its_call(client, engine):
     turns = [*HELLO, {"role": "assistant", "content": message.content}]
     create(client, tools=[WEATHER], messages=[*turns, {"role": "user", "content": [result, said]}])
     function = {"name": "weather", "arguments": {"city": "Bern"}}
-    assert engine.last.prompt == [
+    assert engine.last.request.prompt == [
         *HELLO,
         {
             "role": "assistant",
@@ -310,7 +310,7 @@ def test_without_parallel_calls_the_first_one_is_all(client, engine):
 
 def test_no_tool_may_be_called_where_the_model_knows_none(client, engine):
     create(client, tools=[WEATHER], tool_choice={"type": "none"})
-    assert "tools" not in engine.last.options
+    assert "tools" not in options_of(engine.last)
 
 
 @pytest.mark.parametrize(
@@ -319,12 +319,12 @@ def test_no_tool_may_be_called_where_the_model_knows_none(client, engine):
 )
 def test_a_call_that_has_to_come_is_a_grammar(client, engine, choice, allowed):
     create(client, tools=[WEATHER, TIME], tool_choice=choice)
-    grammar = engine.last.grammar
+    grammar = engine.last.request.format
     said = json.loads(grammar.text)
     assert (grammar.kind, said["parallel"], said["content"]) == ("tools", True, None)
     assert [tool["name"] for tool in said["tools"]] == allowed
     # The prompt has all tools, whatever the choice, so that its prefix stays.
-    assert [tool["function"]["name"] for tool in engine.last.options["tools"]] == [
+    assert [tool["function"]["name"] for tool in options_of(engine.last)["tools"]] == [
         "weather",
         "time",
     ]
@@ -362,8 +362,8 @@ def test_an_answer_is_parsed_by_its_schema(client, engine):
     given: Any = {"model": MODEL, "max_tokens": 100, "messages": HELLO, "output_format": City}
     parsed = client.messages.parse(**given).parsed_output
     assert parsed == City(name="Bern")
-    assert engine.last.grammar.kind == "json_schema"
-    assert json.loads(engine.last.grammar.text)["required"] == ["name"]
+    assert engine.last.request.format.kind == "json_schema"
+    assert json.loads(engine.last.request.format.text)["required"] == ["name"]
 
 
 # Conversations
@@ -447,7 +447,7 @@ def test_tokens_are_counted_by_the_engine(client, engine, monkeypatch):
     )
     assert counted.input_tokens == 3
     assert asked[0].prompt == [{"role": "system", "content": "Be brief"}, *HELLO]
-    assert asked[0].options == {"tools": [AS_FUNCTION]}
+    assert options_of(asked[0]) == {"tools": [AS_FUNCTION]}
 
 
 def test_what_cannot_be_asked_cannot_be_counted(address):

@@ -19,7 +19,7 @@ from mlxkv.parsers.events import ToolCall
 from mlxkv.sampling.grammar import Grammar
 from mlxkv.sampling.params import SamplingParams
 from mlxkv.store import refs, resolve, settings
-from tests.support.fake_engine import MODEL, says, serving, stats
+from tests.support.fake_engine import MODEL, options_of, says, serving, stats
 from tests.support.fake_engine_ollama import (
     STORED,
     LoadingEngine,
@@ -82,8 +82,8 @@ def test_a_chat_is_answered_with_its_figures(client, engine):
     assert (answer.eval_count, answer.eval_duration) == (2, 500_000_000)
     assert answer.total_duration > 0
     assert answer.load_duration == 0
-    assert engine.last.prompt == HELLO
-    assert engine.last.options == {}
+    assert engine.last.request.prompt == HELLO
+    assert options_of(engine.last) == {}
 
 
 def test_the_last_line_says_where_the_prompt_came_from(address, engine):
@@ -131,7 +131,7 @@ def test_a_chat_streams_by_default_one_line_a_step(address, client):
 def test_generate_renders_a_prompt_with_its_system_prompt(client, engine):
     answer = client.generate(MODEL, "Hi", system="Be brief")
     assert answer.response == "Hello world"
-    assert engine.last.prompt == [
+    assert engine.last.request.prompt == [
         {"role": "system", "content": "Be brief"},
         {"role": "user", "content": "Hi"},
     ]
@@ -141,7 +141,7 @@ def test_generate_renders_a_prompt_with_its_system_prompt(client, engine):
 
 def test_a_raw_prompt_goes_to_the_model_as_it_is(client, address, engine):
     client.generate(MODEL, "Once upon", raw=True)
-    assert engine.last.prompt == "Once upon"
+    assert engine.last.request.prompt == "Once upon"
     assert "no system" in refused(
         address, "/api/generate", model=MODEL, prompt="x", raw=True, system="y"
     )
@@ -157,7 +157,7 @@ def test_options_become_the_engines(client, engine):
             "stop": ["END"], "num_gpu": 1, "num_thread": 8, "mirostat": 0, "presence_penalty": 0.0,
         },
     )  # fmt: skip
-    assert engine.last.options == {
+    assert options_of(engine.last) == {
         "context": 2048, "keep": 4, "max_tokens": 7, "seed": 3, "temperature": 0.5,
         "top_k": 40, "top_p": 0.9, "min_p": 0.1, "repeat_penalty": 1.1, "repeat_last_n": 64,
         "stop": ["END"],
@@ -178,7 +178,7 @@ def test_options_become_the_engines(client, engine):
 )
 def test_values_that_mean_none_or_all_are_translated(client, engine, options, expected):
     client.chat(MODEL, HELLO, options=options)
-    assert engine.last.options == expected
+    assert options_of(engine.last) == expected
 
 
 @pytest.mark.parametrize(
@@ -222,7 +222,7 @@ def test_thinking_is_asked_for_and_comes_in_its_own_field(client, engine, think)
     ]
     message = client.chat(MODEL, HELLO, think=think).message
     assert (message.thinking, message.content) == ("Hm.", "Yes")
-    assert engine.last.options == {"think": think}
+    assert options_of(engine.last) == {"think": think}
     streamed = list(client.generate(MODEL, "Hi", think=think, stream=True))
     assert [(part.thinking, part.response) for part in streamed[:2]] == [("Hm.", ""), (None, "Yes")]
 
@@ -239,17 +239,17 @@ def test_thinking_is_asked_for_and_comes_in_its_own_field(client, engine, think)
 )
 def test_a_format_becomes_a_grammar(client, engine, given, grammar):
     client.chat(MODEL, HELLO, format=given)
-    assert engine.last.grammar == grammar
+    assert engine.last.request.format == grammar
     client.generate(MODEL, "Hi", format=given)
-    assert engine.last.grammar == grammar
+    assert engine.last.request.format == grammar
 
 
 def test_truncate_and_shift_are_as_asked(address, engine):
     body = {"model": MODEL, "messages": HELLO, "stream": False, "truncate": True, "shift": True}
     post(address, "/api/chat", body)
-    assert engine.last.options == {"truncate": True, "overflow": "shift"}
+    assert options_of(engine.last) == {"truncate": True, "overflow": "shift"}
     post(address, "/api/chat", {**body, "truncate": False, "shift": False})
-    assert engine.last.options == {"truncate": False, "overflow": "stop"}
+    assert options_of(engine.last) == {"overflow": "stop"}
 
 
 def test_log_probabilities_come_with_their_tokens(client, address, engine):
@@ -259,7 +259,7 @@ def test_log_probabilities_come_with_their_tokens(client, address, engine):
         (" world", -0.5),
     ]
     assert [each.token for each in answer.logprobs[0].top_logprobs] == ["t0", "t1"]
-    assert engine.last.logprobs == 2
+    assert engine.last.request.logprobs == 2
     parts = list(client.generate(MODEL, "Hi", logprobs=True, stream=True))
     assert [len(part.logprobs or ()) for part in parts] == [1, 1, 0]
     assert "logprobs" in refused(address, "/api/chat", model=MODEL, messages=HELLO, top_logprobs=2)
@@ -283,7 +283,7 @@ def test_tool_calls_come_in_their_own_field(client, engine):
     assert [(c.function.name, c.function.arguments) for c in message.tool_calls] == [
         ("weather", {"city": "Bern"})
     ]
-    assert engine.last.options == {"tools": [WEATHER]}
+    assert options_of(engine.last) == {"tools": [WEATHER]}
     streamed = list(client.chat(MODEL, HELLO, tools=[WEATHER], stream=True))
     assert streamed[0].message.tool_calls[0].function.name == "weather"
 
@@ -333,7 +333,7 @@ def test_a_python_function_is_a_tool_and_its_result_goes_back(client, engine):
     result = {"role": "tool", "tool_name": "add", "content": "3"}
     client.chat(MODEL, [*HELLO, message, result], tools=[add])
     arguments = {"name": "add", "arguments": {"a": 1, "b": 2}}
-    assert engine.last.prompt[1:] == [
+    assert engine.last.request.prompt[1:] == [
         {
             "role": "assistant",
             "content": "",
@@ -356,19 +356,19 @@ def test_results_find_their_calls_by_name_and_order(address, engine):
         {"role": "assistant", "tool_calls": [call("a")]},
     ]
     post(address, "/api/chat", {"model": MODEL, "messages": messages, "stream": False})
-    results = [m for m in engine.last.prompt if m["role"] == "tool"]
+    results = [m for m in engine.last.request.prompt if m["role"] == "tool"]
     assert [(r["tool_call_id"], r["name"], r["content"]) for r in results] == [
         ("call00001", "b", "1"),
         ("call00000", "a", "2"),
         ("call00002", "a", "3"),
     ]
-    assert engine.last.prompt[-1]["tool_calls"][0]["id"] == "call00003"
+    assert engine.last.request.prompt[-1]["tool_calls"][0]["id"] == "call00003"
 
 
 def test_a_format_beside_tools_holds_for_answers_without_calls(client, engine):
     client.chat(MODEL, HELLO, tools=[WEATHER], format="json")
-    assert engine.last.grammar.kind == "tools"
-    assert json.loads(engine.last.grammar.text)["content"]["kind"] == "json_object"
+    assert engine.last.request.format.kind == "tools"
+    assert json.loads(engine.last.request.format.text)["content"]["kind"] == "json_object"
 
 
 # Loading
@@ -465,7 +465,7 @@ def test_a_server_bounds_the_length_of_answers(models):
     engine = LoadingEngine()
     with serving(engine, max_tokens=50) as address, ollama.Client(address) as client:
         client.chat(MODEL, HELLO)
-        assert engine.last.options == {"max_tokens": 50}
+        assert options_of(engine.last) == {"max_tokens": 50}
         body = {"model": MODEL, "messages": HELLO, "options": {"num_predict": 51}}
         assert "50 tokens" in refused(address, "/api/chat", **body)
 

@@ -18,7 +18,16 @@ from mlxkv.errors import KVCacheFull, UsageError
 from mlxkv.generation.outputs import Chunk, Miss
 from mlxkv.parsers.events import ToolCall
 from mlxkv.server.fields import seconds
-from tests.support.fake_engine import MODEL, FakeEngine, Script, logprobs, says, serving, stats
+from tests.support.fake_engine import (
+    MODEL,
+    FakeEngine,
+    Script,
+    logprobs,
+    options_of,
+    says,
+    serving,
+    stats,
+)
 
 HI: list[Any] = [{"role": "user", "content": "hi"}]
 WEATHER: Any = {
@@ -132,7 +141,7 @@ class TestChat:
             assert "KV cache cannot grow" in choice.finish_details["message"]
 
     def test_several_answers_have_indices_seeds_and_one_prompt(self, server):
-        answer = server.chat(lambda ask: says(str(ask.options["seed"]))(ask), n=3, seed=5)
+        answer = server.chat(lambda ask: says(str(options_of(ask)["seed"]))(ask), n=3, seed=5)
         assert [choice.message.content for choice in answer.choices] == ["5", "6", "7"]
         assert [choice.index for choice in answer.choices] == [0, 1, 2]
         assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (10, 3)
@@ -150,11 +159,11 @@ class TestChat:
         assert [token.token for token in content] == ["Hello", " world"]
         assert content[0].logprob == -0.5 and content[0].bytes == list(b"Hello")
         assert [top.logprob for top in content[0].top_logprobs] == [-0.5, -1.5]
-        assert server.engine.last.logprobs == 2
+        assert server.engine.last.request.logprobs == 2
         events = list(server.chat(logprobs=True, stream=True))
         found = [e.choices[0].logprobs.content[0] for e in events if e.choices[0].logprobs]
         assert [token.token for token in found] == ["Hello", " world"]
-        assert found[0].top_logprobs == [] and server.engine.last.logprobs == 0
+        assert found[0].top_logprobs == [] and server.engine.last.request.logprobs == 0
 
     def test_what_cannot_come_has_a_log_probability_that_json_can_hold(self, server):
         never = dataclasses.replace(logprobs("a", 0), logprob=-math.inf)
@@ -183,7 +192,7 @@ class TestChat:
             max_completion_tokens=9,
             extra_body=extra,
         )
-        assert server.engine.last.options == {
+        assert options_of(server.engine.last) == {
             "temperature": 0.5,
             "top_p": 0.9,
             "top_k": 40,
@@ -203,11 +212,14 @@ class TestChat:
 
     def test_what_is_left_out_or_null_is_left_to_the_model(self, server):
         server.chat()
-        assert server.engine.last.options == {}
+        assert options_of(server.engine.last) == {}
         body = {"model": MODEL, "messages": HI, "temperature": None, "tools": None, "stop": None}
         assert server.post("chat/completions", body).status_code == 200
-        assert server.engine.last.options == {}
-        assert (server.engine.last.keep_alive_s, server.engine.last.logprobs) == (None, None)
+        assert options_of(server.engine.last) == {}
+        assert (server.engine.last.keep_alive_s, server.engine.last.request.logprobs) == (
+            None,
+            None,
+        )
 
     @pytest.mark.parametrize(
         "effort, think",
@@ -215,7 +227,7 @@ class TestChat:
     )
     def test_reasoning_effort_is_how_much_the_model_thinks(self, server, effort, think):
         server.chat(reasoning_effort=effort)
-        assert server.engine.last.options["think"] == think
+        assert options_of(server.engine.last)["think"] == think
 
     def test_fields_that_mean_nothing_here_are_taken(self, server):
         server.chat(
@@ -227,7 +239,7 @@ class TestChat:
             presence_penalty=0.0,
             modalities=["text"],
         )
-        assert server.engine.last.options == {}
+        assert options_of(server.engine.last) == {}
 
     @pytest.mark.parametrize(
         "body, said",
@@ -346,7 +358,7 @@ class TestMessages:
         ]
         server.chat(messages=messages)
         function = {"name": "weather", "arguments": {"place": "Rome"}}
-        assert server.engine.last.prompt == [
+        assert server.engine.last.request.prompt == [
             {"role": "system", "content": "be brief"},
             {"role": "user", "content": "a\nb"},
             {
@@ -364,7 +376,7 @@ class TestMessages:
     def test_an_answer_can_be_sent_back_as_the_client_has_it(self, server):
         answer = server.chat(calls(ROME, text="look")).choices[0].message
         server.chat(messages=[*HI, answer.model_dump(), {"role": "user", "content": "go on"}])
-        assert server.engine.last.prompt[1]["content"] == "look"
+        assert server.engine.last.request.prompt[1]["content"] == "look"
 
 
 class TestTools:
@@ -374,7 +386,7 @@ class TestTools:
         made = answer.message.tool_calls
         assert [call.id for call in made] == ["call00001", "call00002"]
         assert json.loads(made[0].function.arguments) == {"place": "Rome é"}
-        assert server.engine.last.options["tools"] == [
+        assert options_of(server.engine.last)["tools"] == [
             {
                 "type": "function",
                 "function": {
@@ -384,7 +396,7 @@ class TestTools:
                 },
             }
         ]
-        assert server.engine.last.grammar is None
+        assert server.engine.last.request.format is None
 
     def test_a_stream_gives_index_id_and_name_first_and_then_the_arguments(self, server):
         events = list(server.chat(calls(ROME, OSLO), tools=[WEATHER], stream=True))
@@ -431,7 +443,7 @@ class TestTools:
 
     def test_the_model_hears_of_no_tool_that_it_must_not_call(self, server):
         server.chat(tools=[WEATHER], tool_choice="none")
-        assert "tools" not in server.engine.last.options
+        assert "tools" not in options_of(server.engine.last)
         allowed = {
             "type": "allowed_tools",
             "allowed_tools": {
@@ -440,7 +452,7 @@ class TestTools:
             },
         }
         server.chat(tools=[WEATHER, CLOCK], tool_choice=allowed)
-        assert [t["function"]["name"] for t in server.engine.last.options["tools"]] == ["clock"]
+        assert [t["function"]["name"] for t in options_of(server.engine.last)["tools"]] == ["clock"]
 
     @pytest.mark.parametrize(
         "choice, names",
@@ -451,7 +463,7 @@ class TestTools:
     )
     def test_a_required_call_is_a_grammar(self, server, choice, names):
         server.chat(tools=[WEATHER, CLOCK], tool_choice=choice, parallel_tool_calls=False)
-        grammar = server.engine.last.grammar
+        grammar = server.engine.last.request.format
         said = json.loads(grammar.text)
         assert grammar.kind == "tools" and not said["parallel"] and said["content"] is None
         assert [tool["name"] for tool in said["tools"]] == names
@@ -474,12 +486,12 @@ class TestFormats:
     def test_a_response_format_is_a_grammar(self, server, given, kind, text):
         for make in (server.chat, server.complete):
             make(extra_body={"response_format": given})
-            grammar = server.engine.last.grammar
+            grammar = server.engine.last.request.format
             assert (grammar.kind, grammar.text) == (kind, text)
 
     def test_text_is_no_grammar(self, server):
         server.chat(response_format={"type": "text"})
-        assert server.engine.last.grammar is None
+        assert server.engine.last.request.format is None
 
     def test_the_clients_own_models_are_schemas(self, server):
         class Person(BaseModel):
@@ -490,11 +502,11 @@ class TestFormats:
             model=MODEL, messages=HI, response_format=Person
         )
         assert answer.choices[0].message.parsed == Person(name="Ada")
-        assert json.loads(server.engine.last.grammar.text)["required"] == ["name"]
+        assert json.loads(server.engine.last.request.format.text)["required"] == ["name"]
 
     def test_a_json_answer_beside_tools_is_one_of_both(self, server):
         server.chat(tools=[CLOCK], response_format={"type": "json_object"})
-        said = json.loads(server.engine.last.grammar.text)
+        said = json.loads(server.engine.last.request.format.text)
         assert said["content"] == {"kind": "json_object", "text": ""}
 
 
@@ -502,20 +514,20 @@ class TestCompletions:
     def test_a_text_is_gone_on_from_as_it_is(self, server):
         answer = server.complete(prompt="once", max_tokens=5)
         assert (answer.object, answer.choices[0].text) == ("text_completion", "Hello world")
-        assert server.engine.last.prompt == "once"
-        assert server.engine.last.options == {"max_tokens": 5}
+        assert server.engine.last.request.prompt == "once"
+        assert options_of(server.engine.last) == {"max_tokens": 5}
 
     def test_token_ids_are_a_prompt(self, server):
         server.complete(prompt=[1, 2, 3])
-        assert server.engine.last.prompt == [1, 2, 3]
+        assert server.engine.last.request.prompt == [1, 2, 3]
 
     @pytest.mark.parametrize("prompt", [["a", "b"], [[1], [2, 3]]])
     def test_a_list_of_prompts_gets_n_answers_each_in_order(self, server, prompt):
         n_asks = len(server.engine.asks)
         answer = server.complete(prompt=prompt, n=2, seed=1)
         asks = server.engine.asks[n_asks:]
-        assert [ask.prompt for ask in asks] == [prompt[0], prompt[0], prompt[1], prompt[1]]
-        assert [ask.options["seed"] for ask in asks] == [1, 2, 1, 2]
+        assert [ask.request.prompt for ask in asks] == [prompt[0], prompt[0], prompt[1], prompt[1]]
+        assert [options_of(ask)["seed"] for ask in asks] == [1, 2, 1, 2]
         assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
         assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (20, 8)
         assert answer.usage.prompt_tokens_details.cached_tokens == 12
@@ -646,7 +658,7 @@ class TestGoneClients:
 
     def test_all_answers_are_cancelled_when_one_fails(self, server):
         def script(ask: Any) -> Any:
-            return [UsageError("broken")] if ask.options["seed"] == 2 else slow(ask)
+            return [UsageError("broken")] if options_of(ask)["seed"] == 2 else slow(ask)
 
         with pytest.raises(openai.BadRequestError, match="broken"):
             server.chat(script, n=2, seed=1)
@@ -675,7 +687,7 @@ def test_the_server_may_bound_the_length_of_answers():
                 body = {"model": MODEL, **prompt, **given}
                 answer = httpx.post(f"{url}/v1/{path}", json=body)
                 assert answer.status_code == (400 if expected is None else 200)
-                assert expected in (None, engine.last.options["max_tokens"])
+                assert expected in (None, options_of(engine.last)["max_tokens"])
 
 
 class TestStreams:

@@ -14,7 +14,16 @@ from pydantic import BaseModel
 from mlxkv.errors import KVCacheFull, UsageError
 from mlxkv.generation.outputs import Chunk
 from mlxkv.parsers.events import ToolCall
-from tests.support.fake_engine import MODEL, FakeEngine, Script, logprobs, says, serving, stats
+from tests.support.fake_engine import (
+    MODEL,
+    FakeEngine,
+    Script,
+    logprobs,
+    options_of,
+    says,
+    serving,
+    stats,
+)
 
 TOOL: Any = {
     "type": "function",
@@ -68,8 +77,8 @@ def test_a_response_is_a_message_with_its_usage(server):
     assert (answer.usage.input_tokens, answer.usage.output_tokens) == (10, 2)
     assert answer.usage.input_tokens_details.cached_tokens == 6
     assert answer.usage.input_tokens_details.restored_ssd_tokens == 2
-    assert server.engine.last.options == {"max_tokens": 9}
-    assert server.engine.last.prompt == [
+    assert options_of(server.engine.last) == {"max_tokens": 9}
+    assert server.engine.last.request.prompt == [
         {"role": "system", "content": "be brief"},
         {"role": "user", "content": "hi"},
     ]
@@ -139,7 +148,7 @@ def test_what_came_can_be_sent_back(server):
         {"id": c.id, "type": "function", "function": {"name": c.name, "arguments": c.arguments}}
         for c in (ROME, OSLO)
     ]
-    assert server.engine.last.prompt == [
+    assert server.engine.last.request.prompt == [
         {"role": "user", "content": "hi"},
         {
             "role": "assistant",
@@ -155,8 +164,8 @@ def test_what_came_can_be_sent_back(server):
 def test_two_turns_of_the_assistant_stay_two(server):
     turns = [{"role": "assistant", "content": t} for t in ("a", "b")]
     server.respond(input=[*turns, {"type": "message", "role": "developer", "content": "c"}])
-    assert [m["content"] for m in server.engine.last.prompt] == ["a", "b", "c"]
-    assert server.engine.last.prompt[2]["role"] == "system"
+    assert [m["content"] for m in server.engine.last.request.prompt] == ["a", "b", "c"]
+    assert server.engine.last.request.prompt[2]["role"] == "system"
 
 
 @pytest.mark.parametrize("reason, details", [("length", None), ("memory", "memory")])
@@ -196,14 +205,14 @@ def test_formats_are_grammars(server):
     server.engine.script = says('{"name":', ' "Ada"}')
     answer = server.client.responses.parse(model=MODEL, input="hi", text_format=Person)
     assert answer.output_parsed == Person(name="Ada")
-    assert json.loads(server.engine.last.grammar.text)["required"] == ["name"]
+    assert json.loads(server.engine.last.request.format.text)["required"] == ["name"]
     for given, kind in (
         ({"type": "json_object"}, "json_object"),
         ({"type": "regex", "regex": "a"}, "regex"),
         ({"type": "grammar", "grammar": "start: x"}, "lark"),
     ):
         assert server.post(text={"format": given}).status_code == 200
-        assert server.engine.last.grammar.kind == kind
+        assert server.engine.last.request.format.kind == kind
 
 
 @pytest.mark.parametrize(
@@ -228,14 +237,14 @@ def test_tools_are_those_that_the_choice_leaves(server, choice, names, kind):
     clock = {"type": "function", "name": "clock", "parameters": None, "strict": None}
     answer = server.respond(tools=[TOOL, clock], tool_choice=choice)
     ask = server.engine.last
-    assert [t["function"]["name"] for t in ask.options.get("tools", [])] == names
-    assert (ask.grammar and ask.grammar.kind) == kind
+    assert [t["function"]["name"] for t in options_of(ask).get("tools", [])] == names
+    assert (ask.request.format and ask.request.format.kind) == kind
     assert [tool.name for tool in answer.tools] == ["weather", "clock"]
 
 
 def test_log_probabilities_come_where_they_are_asked_for(server):
     def script(ask: Any) -> list[Any]:
-        tokens = [logprobs(text, ask.logprobs) for text in ("a", "b")]
+        tokens = [logprobs(text, ask.request.logprobs) for text in ("a", "b")]
         chunks = [Chunk(token.text, 1, logprobs=token) for token in tokens]
         return [*chunks, Chunk("", None, "stop", stats())]
 
@@ -259,7 +268,7 @@ def test_options_reach_the_engine(server):
         metadata={"a": "b"},
         extra_body={"top_k": 5, "seed": 3},
     )
-    assert server.engine.last.options == {
+    assert options_of(server.engine.last) == {
         "temperature": 0.5,
         "top_p": 0.9,
         "top_k": 5,

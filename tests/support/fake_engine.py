@@ -19,6 +19,7 @@ import uvicorn
 from mlxkv.engine.messages import Ask, Counts, Embeddings, EngineStats, Loaded
 from mlxkv.errors import MlxkvError, ModelNotFound, UsageError
 from mlxkv.generation.outputs import Chunk, Stats, TokenLogprobs
+from mlxkv.generation.request import Request
 from mlxkv.server.app import create_app
 from mlxkv.server.config import ServerConfig
 
@@ -52,11 +53,23 @@ def logprobs(text: str, n: int) -> TokenLogprobs:
     return TokenLogprobs(7, text, text.encode(), -0.5, top)
 
 
+def options_of(ask: Ask) -> dict[str, Any]:
+    """What a request sets, besides its prompt, format and log-probabilities."""
+    request, plain = ask.request, Request(ask.request.prompt)
+    apart = {"prompt", "sampling", "recommended", "format", "logprobs"}
+    names = [field.name for field in dataclasses.fields(Request) if field.name not in apart]
+    values = {name: getattr(request, name) for name in names}
+    found = {name: x for name, x in values.items() if x != getattr(plain, name)}
+    if "stop" in found:
+        found["stop"] = list(found["stop"])
+    return found | request.sampling.chosen()
+
+
 def says(*texts: str, reason: str = "stop", **last: Any) -> Script:
     """An answer of these texts, one a token."""
 
     def script(ask: Ask) -> list[Step]:
-        n = ask.logprobs
+        n = ask.request.logprobs
         steps: list[Step] = [
             Chunk(text, token, logprobs=None if n is None else logprobs(text, n))
             for token, text in enumerate(texts)

@@ -32,7 +32,7 @@ from mlxkv.store.settings import Given
 from mlxkv.terminal.one_shot import Settings
 from mlxkv.terminal.remote import RemoteSpeaker
 from tests.support.command_line import TEMPLATE, assert_one_line, chat_model, environment, mlxkv
-from tests.support.fake_engine import MODEL, FakeEngine, says, serving, stats
+from tests.support.fake_engine import MODEL, FakeEngine, options_of, says, serving, stats
 from tests.support.server_process import Server
 from tests.support.terminal import Terminal
 
@@ -468,24 +468,24 @@ MESSAGES = [
 def test_what_is_set_arrives_and_what_is_not_does_not(fake, engine, speaker):
     engine.script = says("Hi")
     list(speaker.stream(MESSAGES, Settings()))
-    assert (engine.last.prompt, engine.last.options) == (MESSAGES, {})
+    assert (engine.last.request.prompt, options_of(engine.last)) == (MESSAGES, {})
     every = Settings(9, 0.5, 4, 0.75, 0.25, 1.5, 6, ("a", "b"), True, "low")
     given = Given(context=64, overflow="shift", keep=3)
     list(RemoteSpeaker(fake[1], MODEL, given).stream(MESSAGES, every))
-    assert engine.last.options == {
+    assert options_of(engine.last) == {
         "max_tokens": 9, "temperature": 0.5, "top_k": 4, "top_p": 0.75, "min_p": 0.25,
         "repeat_penalty": 1.5, "seed": 6, "stop": ["a", "b"], "truncate": True, "think": "low",
         "context": 64, "overflow": "shift", "keep": 3,
     }  # fmt: skip
     list(RemoteSpeaker(fake[1], MODEL, Given(overflow="stop")).stream("Once", Settings(think=None)))
-    assert (engine.last.prompt, engine.last.options) == ("Once", {"overflow": "stop"})
+    assert (engine.last.request.prompt, options_of(engine.last)) == ("Once", {"overflow": "stop"})
 
 
 def test_zeros_are_set_too(engine, speaker):
     engine.script = says("Hi")
     settings = Settings(temperature=0, top_k=0, min_p=0, seed=0, think=False)
     list(speaker.stream(MESSAGES, settings))
-    assert engine.last.options == {
+    assert options_of(engine.last) == {
         "temperature": 0, "top_k": 0, "min_p": 0, "seed": 0, "think": False,
     }  # fmt: skip
 
@@ -574,10 +574,10 @@ def test_a_message_that_fails_is_not_in_the_history(engine, speaker):
     list(talk.send("hello"))
     engine.script = says("Hi again.")
     list(talk.send("again"))
-    assert engine.last.prompt == MESSAGES[1:]
+    assert engine.last.request.prompt == MESSAGES[1:]
     talk.clear()
     list(talk.send("hello"))
-    assert engine.last.prompt == MESSAGES[1:2]
+    assert engine.last.request.prompt == MESSAGES[1:2]
 
 
 def test_the_context_is_that_of_the_loaded_model(fake):

@@ -244,7 +244,7 @@ class CountRequest(Strict):
 
     @property
     def think(self) -> bool | str | None:
-        """As `Ask.options` has it."""
+        """As `Request` has it."""
         effort = self.output_config.effort if self.output_config else None
         match self.thinking:
             case ThinkingOff():

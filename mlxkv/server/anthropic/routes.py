@@ -14,9 +14,9 @@ from mlxkv.server.anthropic.answers import PING, Reply, error_event
 from mlxkv.server.anthropic.fields import CountRequest, MessagesRequest
 from mlxkv.server.anthropic.messages import template_messages
 from mlxkv.server.config import ServerConfig
-from mlxkv.server.fields import bounded, dropped
 from mlxkv.server.json_route import JSONRoute
 from mlxkv.server.model_names import present
+from mlxkv.server.requests import bounded, requested
 
 
 def router(engine: Engine, config: ServerConfig) -> APIRouter:
@@ -60,21 +60,21 @@ def _ask(
         UsageError: fields that do not go together.
     """
     tools = [function.schema_of() for function in body.functions()]
-    options = dropped(think=body.think, tools=tools or None)
-    return Ask(
-        model=model,
-        prompt=template_messages(body),
-        options={**options, **(sampling or {})},
-        owner=owner,
-        grammar=grammar,
+    request = requested(
+        template_messages(body),
+        think=body.think,
+        tools=tools or None,
+        format=grammar,
+        **(sampling or {}),
     )
+    return Ask(model, request, owner)
 
 
 def _sampling(body: MessagesRequest) -> dict[str, Any]:
-    return dropped(
-        max_tokens=body.max_tokens,
-        temperature=body.temperature,
-        top_p=body.top_p,
-        top_k=body.top_k,
-        stop=body.stop_sequences or None,
-    )
+    return {
+        "max_tokens": body.max_tokens,
+        "temperature": body.temperature,
+        "top_p": body.top_p,
+        "top_k": body.top_k,
+        "stop": body.stop_sequences or None,
+    }

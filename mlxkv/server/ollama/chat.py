@@ -11,12 +11,12 @@ from mlxkv.engine.messages import Ask, Engine
 from mlxkv.generation.outputs import Chunk
 from mlxkv.server import sse
 from mlxkv.server.config import ServerConfig
-from mlxkv.server.fields import bounded
 from mlxkv.server.json_route import JSONRoute
 from mlxkv.server.model_names import present
 from mlxkv.server.ollama.answers import NDJSON, Piece, Reply, error_line
 from mlxkv.server.ollama.fields import Answered, GenerateRequest
 from mlxkv.server.ollama.messages import ChatRequest, template_messages
+from mlxkv.server.requests import bounded, requested
 
 
 def router(engine: Engine, config: ServerConfig) -> APIRouter:
@@ -71,15 +71,8 @@ def _ask(body: GenerateRequest | ChatRequest, model: str, owner: str) -> Ask:
         prompt = template_messages(body.messages or ())
     else:
         prompt = body.engine_prompt()
-    return Ask(
-        model=model,
-        prompt=prompt,
-        options=body.keywords(),
-        owner=owner,
-        keep_alive_s=body.keep_alive_s,
-        logprobs=body.n_logprobs,
-        grammar=body.grammar(),
-    )
+    request = requested(prompt, logprobs=body.n_logprobs, format=body.grammar(), **body.keywords())
+    return Ask(model, request, owner, body.keep_alive_s)
 
 
 async def _load(

@@ -19,7 +19,7 @@ from pydantic import AfterValidator, Field
 
 from mlxkv.errors import UsageError
 from mlxkv.sampling.grammar import Grammar
-from mlxkv.server.fields import Strict, Whole, dropped, seconds
+from mlxkv.server.fields import Strict, Whole, seconds
 from mlxkv.server.tools import StopText
 
 Real = Annotated[float, Field(allow_inf_nan=False)]
@@ -94,7 +94,7 @@ class Options(Loading):
     vocab_only: Annotated[bool, _only(False)] | None = None
 
     def keywords(self) -> dict[str, Any]:
-        """Keywords of `Ask.options`.
+        """Keywords of `Request.of`.
 
         Raises:
             UsageError: an answer of no tokens.
@@ -105,19 +105,19 @@ class Options(Loading):
                 "options.num_predict must be 1 or more, -1 (no bound) or -2 (until the context "
                 "is full); got 0"
             )
-        return dropped(
-            max_tokens=n if n is not None and n > 0 else None,
-            context=self.num_ctx,
-            keep=self.num_keep,
-            seed=None if self.seed == -1 else self.seed,
-            temperature=self.temperature,
-            top_k=None if self.top_k is None else max(self.top_k, 0),
-            top_p=self.top_p,
-            min_p=self.min_p,
-            repeat_penalty=self.repeat_penalty,
-            repeat_last_n=MAX_TOKENS if self.repeat_last_n == -1 else self.repeat_last_n,
-            stop=self.stop or None,
-        )
+        return {
+            "max_tokens": n if n is not None and n > 0 else None,
+            "context": self.num_ctx,
+            "keep": self.num_keep,
+            "seed": None if self.seed == -1 else self.seed,
+            "temperature": self.temperature,
+            "top_k": None if self.top_k is None else max(self.top_k, 0),
+            "top_p": self.top_p,
+            "min_p": self.min_p,
+            "repeat_penalty": self.repeat_penalty,
+            "repeat_last_n": MAX_TOKENS if self.repeat_last_n == -1 else self.repeat_last_n,
+            "stop": self.stop or None,
+        }
 
 
 class Named(Strict):
@@ -169,7 +169,7 @@ class Answered(Named):
         return (self.top_logprobs or 0) if self.logprobs else None
 
     def keywords(self) -> dict[str, Any]:
-        """Keywords of `Ask.options`.
+        """Keywords of `Request.of`.
 
         Raises:
             UsageError: values that do not go together.
@@ -179,7 +179,7 @@ class Answered(Named):
             made["overflow"] = "shift" if self.shift else "stop"
         if self.options is not None and self.options.num_predict == -2:
             made["overflow"] = "stop"
-        return made | dropped(truncate=self.truncate, think=self.think)
+        return made | {"truncate": self.truncate, "think": self.think}
 
     def grammar(self) -> Grammar | None:
         """What the answer has to match."""

@@ -15,7 +15,7 @@ from mlxkv.generation.outputs import Chunk
 from mlxkv.parsers.events import ToolCall
 from mlxkv.server import sse
 from mlxkv.server.config import ServerConfig
-from mlxkv.server.fields import Count, Strict, dropped, seconds
+from mlxkv.server.fields import Count, Strict, seconds
 from mlxkv.server.json_route import JSONRoute
 from mlxkv.server.model_names import present
 from mlxkv.server.openai.fields import (
@@ -27,7 +27,8 @@ from mlxkv.server.openai.fields import (
 )
 from mlxkv.server.openai.messages import ChatMessage, template_messages
 from mlxkv.server.openai.output import chat_logprobs, usage
-from mlxkv.server.openai.respond import respond, submit_all, with_options
+from mlxkv.server.openai.respond import respond, several, submit_all
+from mlxkv.server.requests import requested
 from mlxkv.server.results import (
     Collected,
     Progress,
@@ -138,20 +139,16 @@ class ChatRequest(Streamed):
         parallel = self.parallel_tool_calls is not False
         if self.top_logprobs is not None and not self.logprobs:
             raise UsageError("top_logprobs needs logprobs: true")
-        options = dropped(
+        request = requested(
+            template_messages(self.messages),
             max_tokens=self.limit(),
             think=reasoning_of(self.think, self.reasoning_effort),
             tools=[tool.schema_of() for tool in tools] or None,
-        )
-        return Ask(
-            model=model,
-            prompt=template_messages(self.messages),
-            options=options,
-            owner=owner,
-            keep_alive_s=seconds(self.keep_alive),
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
-            grammar=tools_grammar(tools, mode, parallel, format_grammar(self.response_format)),
+            format=tools_grammar(tools, mode, parallel, format_grammar(self.response_format)),
+            **self.sampling_options(),
         )
+        return Ask(model, request, owner, seconds(self.keep_alive))
 
 
 def router(engine: Engine, config: ServerConfig) -> APIRouter:
@@ -162,8 +159,7 @@ def router(engine: Engine, config: ServerConfig) -> APIRouter:
     async def chat_completions(request: Request, body: ChatRequest) -> Response:
         """Answer a conversation."""
         ask = body.ask(await present(engine, config, body.model), request.state.owner)
-        sampling = [body.sampling_options(i) for i in range(body.n_answers)]
-        answers = submit_all(engine, config, [with_options(ask, each) for each in sampling])
+        answers = submit_all(engine, config, several(ask, body.n_answers))
         reply = ChatReply(body)
         return await respond(request, config, reply, answers, body.stream)
 

@@ -17,12 +17,13 @@ from mlxkv.errors import UsageError
 from mlxkv.generation.outputs import Chunk, TokenLogprobs
 from mlxkv.server import sse
 from mlxkv.server.config import ServerConfig
-from mlxkv.server.fields import Count, Whole, dropped, seconds
+from mlxkv.server.fields import Count, Whole, seconds
 from mlxkv.server.json_route import JSONRoute
 from mlxkv.server.model_names import present
 from mlxkv.server.openai.fields import ResponseFormat, Streamed, format_grammar
 from mlxkv.server.openai.output import usage
-from mlxkv.server.openai.respond import respond, submit_all, with_options
+from mlxkv.server.openai.respond import respond, several, submit_all
+from mlxkv.server.requests import requested
 from mlxkv.server.results import Progress, finite, new_id
 
 Tokens = Annotated[list[Whole], Field(min_length=1)]
@@ -76,14 +77,18 @@ class CompletionRequest(Streamed):
         n = self.n or 1
         if len(self.prompts) * n > 1024:
             raise UsageError("too many prompts")
-        options = dropped(max_tokens=self.max_tokens)
-        grammar, keep_alive_s = format_grammar(self.response_format), seconds(self.keep_alive)
-        asks = [
-            Ask(model, prompt, options, owner, keep_alive_s, self.logprobs, grammar)
-            for prompt in self.prompts
-            for _ in range(n)
-        ]
-        return [with_options(ask, self.sampling_options(i % n)) for i, ask in enumerate(asks)]
+        keep_alive_s = seconds(self.keep_alive)
+        asks: list[Ask] = []
+        for prompt in self.prompts:
+            request = requested(
+                prompt,
+                max_tokens=self.max_tokens,
+                logprobs=self.logprobs,
+                format=format_grammar(self.response_format),
+                **self.sampling_options(),
+            )
+            asks += several(Ask(model, request, owner, keep_alive_s), n)
+        return asks
 
 
 def router(engine: Engine, config: ServerConfig) -> APIRouter:

@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 
 from mlxkv.errors import UsageError
 from mlxkv.sampling.grammar import Grammar
-from mlxkv.server.fields import Count, Strict, Whole, dropped
+from mlxkv.server.fields import Count, Strict, Whole
 from mlxkv.server.tools import StopText
 
 Text = Annotated[str, Field(min_length=1)]
@@ -71,28 +71,24 @@ class Sampling(Ignored):
             raise ValueError("repeat_penalty and repetition_penalty are one thing: give one")
         return self
 
-    def sampling_options(self, index: int = 0) -> dict[str, Any]:
-        """Keywords of `Ask.options`.
-
-        Args:
-            index: of the answer, where several are asked for: each has its own random numbers.
-        """
+    def sampling_options(self) -> dict[str, Any]:
+        """Keywords of `Request.of`."""
         penalty = self.repeat_penalty
         bias = self.logit_bias
-        return dropped(
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=self.top_k,
-            min_p=self.min_p,
-            repeat_penalty=self.repetition_penalty if penalty is None else penalty,
-            repeat_last_n=self.repeat_last_n,
-            seed=None if self.seed is None else (self.seed + index) % 2**64,
-            logit_bias=bias and {int(token): value for token, value in bias.items()},
-            stop=self.stop or None,
-            context=self.context,
-            overflow=self.overflow,
-            keep=self.keep,
-        )
+        return {
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+            "min_p": self.min_p,
+            "repeat_penalty": self.repetition_penalty if penalty is None else penalty,
+            "repeat_last_n": self.repeat_last_n,
+            "seed": self.seed,
+            "logit_bias": bias and {int(token): value for token, value in bias.items()},
+            "stop": self.stop or None,
+            "context": self.context,
+            "overflow": self.overflow,
+            "keep": self.keep,
+        }
 
 
 class StreamOptions(Strict):

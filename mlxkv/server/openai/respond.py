@@ -14,7 +14,7 @@ from mlxkv.errors import UsageError
 from mlxkv.server import sse
 from mlxkv.server.config import ServerConfig
 from mlxkv.server.errors import failure_of, openai_error
-from mlxkv.server.fields import bounded
+from mlxkv.server.requests import bounded
 
 
 class Reply(Protocol):
@@ -25,9 +25,9 @@ class Reply(Protocol):
     async def whole(self, answers: Sequence[Answer]) -> dict[str, Any]: ...
 
 
-def with_options(ask: Ask, options: dict[str, Any]) -> Ask:
-    """The same with more options."""
-    return dataclasses.replace(ask, options={**ask.options, **options})
+def several(ask: Ask, n: int) -> list[Ask]:
+    """The same, `n` times, each with random numbers of its own."""
+    return [dataclasses.replace(ask, request=ask.request.nth(i)) for i in range(n)]
 
 
 def submit_all(engine: Engine, config: ServerConfig, asks: Sequence[Ask]) -> list[Answer]:

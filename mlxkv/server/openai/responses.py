@@ -21,7 +21,7 @@ from mlxkv.sampling.grammar import Grammar
 from mlxkv.server import sse
 from mlxkv.server.config import ServerConfig
 from mlxkv.server.errors import failure_of
-from mlxkv.server.fields import Count, Strict, dropped, seconds
+from mlxkv.server.fields import Count, Strict, seconds
 from mlxkv.server.json_route import JSONRoute
 from mlxkv.server.model_names import present
 from mlxkv.server.openai.fields import (
@@ -40,6 +40,7 @@ from mlxkv.server.openai.output import usage
 from mlxkv.server.openai.respond import respond, submit_all
 from mlxkv.server.openai.response_items import Item, item_messages
 from mlxkv.server.openai.response_output import Event, Output, new_id
+from mlxkv.server.requests import requested
 from mlxkv.server.results import Progress
 from mlxkv.server.tools import Function, Name, chosen_tools, tools_grammar
 
@@ -150,23 +151,18 @@ class ResponseRequest(Sampling):
         messages = item_messages(self.input, self.instructions)
         if all(message["role"] == "system" for message in messages):
             raise UsageError("input holds no message to answer")
-        options = dropped(
+        parallel = self.parallel_tool_calls is not False
+        request = requested(
+            messages,
             max_tokens=self.max_output_tokens,
             think=reasoning_of(self.think, self.reasoning and self.reasoning.effort),
             tools=[tool.schema_of() for tool in tools] or None,
             truncate=True if self.truncation == "auto" else None,
+            logprobs=(self.top_logprobs or 0) if self.wants_logprobs else None,
+            format=tools_grammar(tools, mode, parallel, self._grammar()),
             **self.sampling_options(),
         )
-        parallel = self.parallel_tool_calls is not False
-        return Ask(
-            model=model,
-            prompt=messages,
-            options=options,
-            owner=owner,
-            keep_alive_s=seconds(self.keep_alive),
-            logprobs=(self.top_logprobs or 0) if self.wants_logprobs else None,
-            grammar=tools_grammar(tools, mode, parallel, self._grammar()),
-        )
+        return Ask(model, request, owner, seconds(self.keep_alive))
 
     def _grammar(self) -> Grammar | None:
         given = self.text and self.text.format
