@@ -1,6 +1,6 @@
-"""The house keeps its order: imports point down only. The order is docs/design.md's.
+"""The house keeps its order: imports point down only. docs/design.md says what each room is for.
 
-A module that is not in the table fails the test: give it a place.
+Every import counts: those for type checkers, and those inside functions.
 """
 
 from __future__ import annotations
@@ -17,56 +17,72 @@ import pytest
 
 from tests.support.paths import ROOT
 
-LAYERS = (
-    ("errors", "device", "steps", "durable", "time_machine"),
-    ("cache", "kv_types", "kv_format", "slots", "batch"),
-    ("config", "quantization", "weights"),
-    ("rope", "linear", "stacking", "moe", "attention", "layers"),
-    ("models",),
-    ("loader", "tokenizer", "tokenizer_files", "detokenizer", "chat", "parsing", "parsers",
-     "sandbox", "sampling_params", "sampling_math", "sampling", "logprobs", "stopping",
-     "grammar", "grammar_calls", "grammar_gate", "grammar_native", "grammar_text", "grammar_values",
-     "json_schema", "catalog", "names", "terminal", "page_format", "fingerprint",
-     "workspace", "step_bound", "settings", "memory"),
-    ("generate", "session", "decoder", "overflow", "planner", "budget", "pages", "page_cutter",
-     "page_links", "page_part", "page_ram",
-     "page_disk", "page_files", "page_folder", "page_room", "kv_names", "named_kv", "hub",
-     "hub_headers", "wheels", "store", "copies", "card", "plan_card"),
-    ("llm", "conversation", "chunks", "answer", "turn", "saved_prefix", "asks",
-     "prompt_order", "serving", "loaded_models", "engine"),
-    ("convert", "server"),
-    ("cli", "repl", "run", "commands", "doctor", "figures", "kv_cli", "kv_card", "kv_sources",
-     "run_cli", "serve_cli", "verify", "speaker", "local", "remote", "client", "bench"),
-)  # fmt: skip
-LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-
-DEFERRED = {
-    ("store", "convert"): "pulling a GGUF file converts it",
-    ("copies", "convert"): "a model made of another may be packed",
-}
-"""Imports inside a function that may point up, and why."""
+ROOMS: dict[str, set[str]] = {
+    "errors": set(),
+    "base": {"errors"},
+    "kv": {"base"},
+    "cache": {"kv"},
+    "checkpoint": {"base", "kv"},
+    "nn": {"cache", "kv", "checkpoint", "base"},
+    "models": {"nn", "cache", "kv", "checkpoint", "base"},
+    "text": {"base", "checkpoint"},
+    "parsers": {"text"},
+    "sampling": {"parsers", "text", "checkpoint", "nn", "base"},
+    "prefix": {"cache", "kv", "checkpoint", "base"},
+    "convert": {"models", "nn", "checkpoint", "base"},
+    "store": {"convert", "models", "sampling", "checkpoint", "kv", "base"},
+    "saved_kv": {"prefix", "base"},
+    "memory": {"prefix", "models", "nn", "cache", "kv", "base"},
+    "generation": {"memory", "saved_kv", "prefix", "sampling", "parsers", "text", "nn", "cache",
+                   "kv", "checkpoint", "base"},
+    "engine": {"generation", "store", "saved_kv", "memory", "prefix", "models", "nn", "sampling",
+               "parsers", "text", "kv", "base"},
+    "llm": {"engine", "generation", "store", "saved_kv", "memory", "prefix", "models", "parsers",
+            "text", "kv", "checkpoint", "base"},
+    "server": {"engine", "generation", "store", "sampling", "parsers", "text", "base"},
+    "terminal": {"llm", "server", "engine", "generation", "store", "saved_kv", "memory", "prefix",
+                 "sampling", "parsers", "text", "base"},
+    "bench": {"terminal", "llm", "engine", "generation", "store", "memory", "models", "sampling",
+              "text", "kv", "base"},
+    "commands": {"bench", "terminal", "server", "llm", "engine", "generation", "saved_kv", "store",
+                 "convert", "memory", "prefix", "models", "nn", "sampling", "text", "checkpoint",
+                 "kv", "base"},
+    "cli": {"commands"},
+    "mlxkv": {"llm", "models", "memory", "cache", "generation", "base"},
+    "__main__": {"cli"},
+}  # fmt: skip
+"""Room -> what it may import besides itself and `errors`: rooms above it in this table."""
 
 
 @dataclass(frozen=True)
 class Import:
-    """One import of a module of ours by another."""
+    """One import of a module of ours by another, by their dotted names."""
 
     importer: str
     imported: str
     line: str
     deferred: bool
 
+    @property
+    def rooms(self) -> tuple[str, str]:
+        """Of the importer and of the imported."""
+        return room_of(self.importer), room_of(self.imported)
 
-def module_files() -> Iterator[tuple[str, str, Path]]:
-    """(unit of the table, dotted name, file) of every module."""
+
+def module_files() -> dict[str, Path]:
+    """Dotted name -> file of every module."""
+    found = {}
     for package, folder in (("mlxkv", ROOT / "mlxkv"), ("mlxkv.convert", ROOT / "convert")):
         for file in sorted(folder.rglob("*.py")):
             parts = [*package.split("."), *file.relative_to(folder).with_suffix("").parts]
-            dotted = ".".join(parts).removesuffix(".__init__")
-            yield unit_of(dotted), dotted, file
+            found[".".join(parts).removesuffix(".__init__")] = file
+    return found
 
 
-def unit_of(dotted: str) -> str:
+MODULES = module_files()
+
+
+def room_of(dotted: str) -> str:
     """`mlxkv.models.llama` -> `models`; the package itself is `mlxkv`."""
     parts = dotted.split(".")
     return parts[1] if len(parts) > 1 else "mlxkv"
@@ -79,88 +95,107 @@ def is_type_checking(node: ast.AST) -> bool:
 def imports_in(
     node: ast.AST, deferred: bool = False
 ) -> Iterator[tuple[ast.Import | ast.ImportFrom, bool]]:
-    """Import statements that run, and whether only when a function is called."""
+    """Import statements, and whether they run only when a function is called, or never."""
     for child in ast.iter_child_nodes(node):
-        if is_type_checking(child):
-            continue
-        inside = deferred or isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        is_function = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        inside = deferred or is_function or is_type_checking(child)
         if isinstance(child, ast.Import | ast.ImportFrom):
             yield child, inside
         yield from imports_in(child, inside)
 
 
 def imported_names(node: ast.Import | ast.ImportFrom, dotted: str, is_package: bool) -> list[str]:
-    """Dotted names that an import statement may mean, absolute."""
+    """The modules of ours that an import statement means."""
     if isinstance(node, ast.Import):
-        return [alias.name for alias in node.names]
-    base = node.module or ""
-    if node.level:
-        parent = dotted.split(".")
-        parent = parent[: len(parent) - node.level + is_package]
-        base = ".".join([*parent, base] if base else parent)
-    return [f"{base}.{alias.name}" for alias in node.names] if base == "mlxkv" else [base]
+        names = [alias.name for alias in node.names]
+    else:
+        base = node.module or ""
+        if node.level:
+            parent = dotted.split(".")
+            parent = parent[: len(parent) - node.level + is_package]
+            base = ".".join([*parent, base] if base else parent)
+        full = [f"{base}.{alias.name}" for alias in node.names]
+        names = [name if name in MODULES else base for name in full]
+    return [name for name in names if name in MODULES]
 
 
 def all_imports() -> list[Import]:
     found = []
-    for unit, dotted, file in module_files():
+    for dotted, file in MODULES.items():
         is_package = file.name == "__init__.py"
         for node, deferred in imports_in(ast.parse(file.read_text())):
             for name in imported_names(node, dotted, is_package):
-                target = unit_of(name)
-                ours = name.startswith("mlxkv.") and not target.startswith("__")
-                if ours and target != unit:
+                if name != dotted:
                     where = f"{file.relative_to(ROOT)}:{node.lineno}"
-                    found.append(Import(unit, target, where, deferred))
+                    found.append(Import(dotted, name, where, deferred))
     return found
 
 
 IMPORTS = all_imports()
 
 
-def test_every_module_has_a_layer():
-    units = {unit for unit, _, _ in module_files()} - {"mlxkv", "__main__"}
-    assert units - LEVEL.keys() == set(), "put it into LAYERS"
+def test_every_room_is_in_the_table():
+    assert {room_of(dotted) for dotted in MODULES} == ROOMS.keys()
 
 
-def test_imports_point_down_or_sideways_only():
-    upward = [
-        f"{i.line}: {i.importer} (layer {LEVEL[i.importer]}) imports "
-        f"{i.imported} (layer {LEVEL[i.imported]})"
-        for i in IMPORTS
-        if i.importer in LEVEL
-        and LEVEL.get(i.imported, 0) > LEVEL[i.importer]
-        and not (i.deferred and (i.importer, i.imported) in DEFERRED)
-    ]
-    assert upward == []
+def test_the_table_itself_points_one_way():
+    order = list(ROOMS)
+    for room, allowed in ROOMS.items():
+        for below in allowed - {"__version__"}:
+            assert order.index(below) < order.index(room), f"{room} -> {below}"
 
 
-def test_every_deferred_import_that_may_point_up_is_still_there():
-    used = {(i.importer, i.imported) for i in IMPORTS if i.deferred}
-    assert DEFERRED.keys() - used == set()
+def test_imports_point_down_only():
+    up = []
+    for one in IMPORTS:
+        importer, imported = one.rooms
+        is_version = imported == "mlxkv"  # __version__ alone, which is a constant
+        if importer != imported and imported not in {"errors", *ROOMS[importer]} and not is_version:
+            up.append(f"{one.line}: {one.importer} imports {one.imported}")
+    assert up == []
 
 
-def test_modules_that_import_each_other_do_so_in_one_direction():
+def test_no_two_modules_import_each_other_over_any_way():
     graph: dict[str, set[str]] = {}
-    for i in IMPORTS:
-        if not i.deferred:
-            graph.setdefault(i.importer, set()).add(i.imported)
+    for one in IMPORTS:
+        graph.setdefault(one.importer, set()).add(one.imported)
     done: set[str] = set()
 
-    def visit(unit: str, path: tuple[str, ...]) -> None:
-        assert unit not in path, f"a circle: {' -> '.join((*path, unit))}"
-        if unit not in done:
-            for target in sorted(graph.get(unit, ())):
-                visit(target, (*path, unit))
-            done.add(unit)
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, f"a circle: {' -> '.join((*path, module))}"
+        if module not in done:
+            for target in sorted(graph.get(module, ())):
+                visit(target, (*path, module))
+            done.add(module)
 
-    for unit in sorted(graph):
-        visit(unit, ())
+    for module in sorted(graph):
+        visit(module, ())
+
+
+def test_what_a_room_may_import_it_does_import():
+    used: dict[str, set[str]] = {room: set() for room in ROOMS}
+    for one in IMPORTS:
+        importer, imported = one.rooms
+        used[importer].add(imported)
+    unused = {room: allowed - used[room] for room, allowed in ROOMS.items()}
+    assert {room: names for room, names in unused.items() if names} == {}
+
+
+def test_no_file_is_longer_than_400_lines():
+    long = {str(file.relative_to(ROOT)): n for file in MODULES.values()
+            if (n := len(file.read_text().splitlines())) > 400}  # fmt: skip
+    assert long == {}
+
+
+def test_each_room_says_what_lives_there():
+    for dotted, file in MODULES.items():
+        if file.name == "__init__.py":
+            assert ast.get_docstring(ast.parse(file.read_text())), dotted
 
 
 def test_the_package_itself_imports_only_what_is_light():
-    direct = {i.imported for i in IMPORTS if i.importer == "mlxkv" and not i.deferred}
-    assert direct <= {"device", "errors"}
+    direct = {one.rooms[1] for one in IMPORTS if one.importer == "mlxkv" and not one.deferred}
+    assert direct <= {"base", "errors"}
 
 
 @pytest.mark.parametrize(
@@ -193,7 +228,7 @@ def top_level_names(file: Path) -> Iterator[tuple[str, int]]:
 def test_torch_and_transformers_are_for_the_oracle_alone():
     found = [
         f"{file.relative_to(ROOT)}:{line}: {name}"
-        for _, _, file in module_files()
+        for file in MODULES.values()
         for name, line in top_level_names(file)
         if name in {"torch", "transformers"}
     ]
@@ -203,7 +238,7 @@ def test_torch_and_transformers_are_for_the_oracle_alone():
 def test_mlx_lm_is_imported_only_where_it_lends_an_architecture_or_is_measured():
     users = {
         str(file.relative_to(ROOT))
-        for _, _, file in module_files()
+        for file in MODULES.values()
         for name, _ in top_level_names(file)
         if name == "mlx_lm"
     }
@@ -212,10 +247,10 @@ def test_mlx_lm_is_imported_only_where_it_lends_an_architecture_or_is_measured()
 
 def test_only_device_loads_shared_libraries():
     users = {
-        unit for unit, _, file in module_files() for name, _ in top_level_names(file)
+        room_of(dotted) for dotted, file in MODULES.items() for name, _ in top_level_names(file)
         if name == "ctypes"
     }  # fmt: skip
-    assert users <= {"device", "time_machine"}  # the latter asks the C library, which is loaded
+    assert users <= {"base"}
 
 
 def test_every_package_is_in_the_wheel():

@@ -21,10 +21,9 @@ from mlxkv.prefix.folder import Folder
 from mlxkv.prefix.format import PageFile, PageKey
 from mlxkv.prefix.writer import PageFiles
 from mlxkv.saved_kv.archive import open_archive, write_archive
-from mlxkv.saved_kv.gc import GcReport, gc
 from mlxkv.saved_kv.manifest import MAX_NAME, NamedKV, is_name
 
-__all__ = ["GcReport", "KVNames", "NamedKV", "gc"]
+__all__ = ["KVNames", "NamedKV"]
 
 _LOCK_WAIT_S = 30.0
 

@@ -19,11 +19,12 @@ import mlxkv
 from mlxkv.base import device
 from mlxkv.engine import model_pool
 from mlxkv.engine.engine import Engine
-from mlxkv.engine.messages import Ask, Busy
+from mlxkv.engine.messages import Ask
 from mlxkv.engine.model_pool import key_of
-from mlxkv.engine.scheduler import ServedModel
+from mlxkv.engine.scheduler import Busy, Scheduler
 from mlxkv.errors import MlxkvError, ModelNotFound, OutOfMemory, UsageError
 from mlxkv.generation.outputs import Chunk, Stats
+from mlxkv.generation.request import Request
 from mlxkv.models import loader
 from mlxkv.sampling.grammar import Grammar
 from mlxkv.store.settings import Given

@@ -64,7 +64,7 @@ def test_a_packed_cache_takes_its_share_of_a_16_bit_one(kv_type, share, window):
     spec = CacheSpec(4, 128, 128, window)
     sizes = {}
     for name in ("native", kv_type):
-        cache = spec.make(name)
+        cache = make_cache(spec, name)
         for L in (700, 1, 1):
             k = rows(1, 4, L, 128).astype(mx.bfloat16)
             cache.update(k, k)
@@ -81,14 +81,14 @@ def test_an_unknown_format_is_refused():
 
 
 def test_slices_of_another_format_are_refused():
-    native, packed = (CacheSpec(1, 64, 64).make(kv_type) for kv_type in ("native", "q8"))
+    native, packed = (make_cache(CacheSpec(1, 64, 64), kv_type) for kv_type in ("native", "q8"))
     for cache in (native, packed):
         cache.update(rows(1, 1, 9, 64), rows(1, 1, 9, 64))
     for cache, other in ((native, packed), (packed, native)):
         with pytest.raises(UsageError, match="not of KV format"):
             cache.load([other.read(0, 9)])
     with pytest.raises(UsageError, match="do not fit"):
-        CacheSpec(1, 64, 64).make("q4").load([packed.read(0, 9)])
+        make_cache(CacheSpec(1, 64, 64), "q4").load([packed.read(0, 9)])
 
 
 # Attention.
@@ -180,7 +180,7 @@ def exact_attention(
 @pytest.mark.parametrize("B", [2, 3])
 def test_each_row_of_a_batch_is_attended_as_if_alone(kv_type, window, extra, B):
     spec, storage = CacheSpec(2, 80, 64, window), storage_of(kv_type)
-    whole, alone = spec.make(kv_type), [spec.make(kv_type) for _ in range(B)]
+    whole, alone = make_cache(spec, kv_type), [make_cache(spec, kv_type) for _ in range(B)]
     sinks = rows(4, seed=99) if extra == "sinks" else None
     softcap = 3.0 if extra == "softcap" else None
     history = [np.zeros((B, 2, 0, dim)) for dim in (80, 64)]
@@ -207,7 +207,7 @@ def test_each_row_of_a_batch_is_attended_as_if_alone(kv_type, window, extra, B):
 @pytest.mark.parametrize("window", [None, 40, 600])
 def test_a_batch_is_read_loaded_and_taken_back(kv_type, window):
     spec = CacheSpec(2, 80, 64, window)
-    cache, loaded = spec.make(kv_type), spec.make(kv_type)
+    cache, loaded = make_cache(spec, kv_type), make_cache(spec, kv_type)
     for L in (500, 130, 1, 90):
         cache.update(rows(3, 2, L, 80, seed=L), rows(3, 2, L, 64, seed=L + 1))
     assert cache.rewind(640)

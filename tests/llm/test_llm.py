@@ -11,14 +11,10 @@ import mlx.core as mx
 import pytest
 
 import mlxkv
-from mlxkv.engine.prompt import Head
 from mlxkv.errors import ContextExceeded, TemplateError, UsageError
-from mlxkv.generation.generation import Turn
 from mlxkv.generation.outputs import Chunk
-from mlxkv.generation.request import Request
-from mlxkv.generation.session import Session
+from mlxkv.generation.session import Restored, Session
 from mlxkv.llm.llm import LLM
-from mlxkv.parsers.events import OutputParser
 from tests.support.chat_templates.cases import TEMPLATES
 from tests.support.command_line import TEMPLATE, chat_model
 
@@ -56,7 +52,7 @@ class Scripted(LLM):
 
     def __init__(self, llm: LLM, answers: Sequence[str] = ()):
         super().__init__(llm.model, llm.tokenizer, llm.path)
-        self.answers, self.prompts = list(answers), []
+        self.answers, self.prompts, self.ids_of = list(answers), [], self.encode_text
         real = self.model.last_logits
 
         def last_logits(tokens: mx.array, caches: Any) -> mx.array:
@@ -76,16 +72,13 @@ class Scripted(LLM):
 
         def noted(tokens: Sequence[int]) -> Restored:
             self.prompts.append(list(tokens))
-            self.script = self.scripts.pop(0)
+            self.script = self.ids_of(self.answers.pop(0))
+            if not self.script or self.script[-1] not in self.tokenizer.eos_token_ids:
+                self.script.append(2)
             return restore(tokens)
 
         session.restore = noted  # pyright: ignore[reportAttributeAccessIssue]
         return session
-
-    @property
-    def scripts(self) -> list[list[int]]:
-        """Token ids of the answers."""
-        return self._scripts
 
 
 def scripted(folder: Path, name: str, *answers: str, **options: Any) -> Scripted:
@@ -234,7 +227,7 @@ def test_markers_of_the_vocabulary_count_only_as_tokens(folder):
     llm = scripted(folder, "qwen", "", template=REASONING, special=THINK)
     spelled = [llm.tokenizer.id_of(char) for char in "<think>a"]
     llm.answers = ["a"]
-    llm.encode_text = lambda text: spelled if text == "a" else LLM.encode_text(llm, text)  # type: ignore[method-assign]
+    llm.ids_of = lambda text: spelled
     result = llm.chat([USER])
     assert (result.text, result.reasoning) == ("<think>a", None)
 

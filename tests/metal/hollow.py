@@ -133,10 +133,12 @@ def prefilled(model: Any, n_tokens: int) -> list[Any]:
 
 def twin(caches: Sequence[Any], n_tokens: int, kv_type: str = "native") -> list[Any]:
     """Other caches with the first tokens of these, as if loaded from pages."""
+    from mlxkv.cache import make_cache
+
     twins = []
     with shim.gpu():
         for cache in caches:
-            other = cache.spec.make() if cache.spec is not None else type(cache)()
+            other = make_cache(cache.spec) if cache.spec is not None else type(cache)()
             other.load([cache.read(cache.first, n_tokens)])
             twins.append(other if kv_type == "native" else other.repacked(kv_type))
     settle(twins)

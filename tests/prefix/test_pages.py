@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mlxkv.cache import make_cache
 from mlxkv.kv.types import KV_TYPES, STEP, CacheSpec
 from mlxkv.prefix.capture import Cutter
 from mlxkv.prefix.layout import FULL, WINDOW, Kinds, Link, n_common, packed
@@ -52,7 +53,7 @@ class Sequence_:
 
     def __init__(self, pages: Pages, shape: Sequence[int | None]):
         self.pages = pages
-        self.caches = [spec.make() for spec in specs(shape)]
+        self.caches = [make_cache(spec) for spec in specs(shape)]
         self.cutter = Cutter(pages, self.caches)
         self.tokens: list[int] = []
 
@@ -342,7 +343,7 @@ def arrays_in(value: object) -> set[int]:
 @every_shape
 def test_a_page_holds_one_array_a_part(shape, kv_type):
     pages = new_pages(shape)
-    caches = [spec.make(kv_type) for spec in specs(shape)]
+    caches = [make_cache(spec, kv_type) for spec in specs(shape)]
     cutter = Cutter(pages, caches)
     tokens = random_tokens(600)
     for start in range(0, 600, 100):
@@ -448,7 +449,7 @@ def test_what_was_loaded_keeps_no_page_alive(heads, n_tokens):
     assert kinds is not None
     before = mx.get_active_memory()
     pages, tokens = Pages(kinds, BIG), random_tokens(n_tokens)
-    caches = [spec.make() for spec in wide]
+    caches = [make_cache(spec) for spec in wide]
     cutter = Cutter(pages, caches)
     kv = mx.random.normal((1, heads, n_tokens, 64))
     for start in range(0, n_tokens, STEP):
@@ -470,7 +471,7 @@ def test_pages_of_other_shapes_are_dropped_and_not_loaded():
     pages, tokens = new_pages((None,)), random_tokens(600)
     told(pages, (None,), tokens)
     match = pages.match(tokens, 599)
-    foreign = [CacheSpec(3, 2, 2).make()]
+    foreign = [make_cache(CacheSpec(3, 2, 2))]
     assert pages.load(match, foreign) is None
     assert pages.match(tokens, 599).n_tokens == 0
 

@@ -8,6 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlxkv.cache import make_cache
 from mlxkv.kv.layout import Cache, Slice
 from mlxkv.kv.types import KV_TYPES, CacheSpec
 from mlxkv.prefix.part import Part
@@ -32,7 +33,7 @@ every_float = pytest.mark.parametrize("dtype", FLOATS, ids=("float32", "bfloat16
 
 def filled(specs: Sequence[CacheSpec], kv_type: str, dtype: mx.Dtype) -> list[Cache]:
     """Caches that hold `N` tokens of random KV."""
-    caches = [spec.make(kv_type) for spec in specs]
+    caches = [make_cache(spec, kv_type) for spec in specs]
     for seed, (spec, cache) in enumerate(zip(specs, caches, strict=True)):
         dims = spec.k_dim, spec.v_dim
         shapes = [(1, spec.n_kv_heads, N, dim) for dim in dims]
