@@ -145,8 +145,8 @@ class Attention(NormedHeads):
         H, Hk = self.n_heads, self.n_kv_heads
         qkv = self.project("qkv_proj", x).reshape(B, L, H + 2 * Hk, self.head_dim)
         qk, _ = self.normed(qkv, self._eps)
-        qk = self._rope(qk.transpose(0, 2, 1, 3), 0 if cache is None else cache.offset)
-        q, k = qk[:, :H], qk[:, H:]  # [B, H, L, D], [B, Hk, L, D]
+        qk = self["_rope"](qk.transpose(0, 2, 1, 3), 0 if cache is None else cache.offset)
+        q, k = mx.split(qk, (H,), axis=1)  # [B, H, L, D], [B, Hk, L, D]
         v = qkv[:, :, H + Hk :].transpose(0, 2, 1, 3)
         if cache is not None:
             k, v = cache.update(k, v)

@@ -16,7 +16,7 @@ from mlxkv.checkpoint.config import Fields, RopeConfig, rope_config
 from mlxkv.kv.layout import LayerCache, Mask, Offset
 from mlxkv.kv.types import CacheSpec
 from mlxkv.nn.attention import attend
-from mlxkv.nn.layers import ACTIVATIONS, Fusing, GatedMLP
+from mlxkv.nn.layers import ACTIVATIONS, Fusing, GatedMLP, merge_heads, split_heads
 from mlxkv.nn.linear import Embedding, Linear
 from mlxkv.nn.model import CausalLM, attention_masks, model_windows
 from mlxkv.nn.rope import RoPE
@@ -132,17 +132,13 @@ class Attention(Fusing):
         if cache is not None:
             k, v = cache.update(k, v)
         out = attend(q, k, v, self.scale, mask, self.get("sinks"), self.softcap)
-        return self["o_proj"](out.transpose(0, 2, 1, 3).flatten(-2))
+        return self["o_proj"](merge_heads(out))
 
     def heads(self, x: mx.array, offset: Offset) -> tuple[mx.array, mx.array, mx.array]:
         """Queries `[B, H, L, D]`, keys and values `[B, Hk, L, D]`."""
-        B, L, _ = x.shape
         H, Hk = self.n_heads, self.n_kv_heads
-        qkv = self.project("qkv_proj", x).reshape(B, L, H + 2 * Hk, self.head_dim)
-        qkv = qkv.transpose(0, 2, 1, 3)  # [B, H + 2 Hk, L, D]
-        # One rotation for queries and keys together.
-        qk = self._rope.of_first(H + Hk, qkv, offset)
-        return qk[:, :H], qk[:, H:], qkv[:, H + Hk :]
+        qkv = split_heads(self.project("qkv_proj", x), H + 2 * Hk)
+        return self["_rope"].of_qkv(qkv, H, Hk, offset)
 
 
 class Layer(nn.Module):

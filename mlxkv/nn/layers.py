@@ -146,6 +146,20 @@ def on_halves(function: Callable[[mx.array, mx.array], mx.array], rows: mx.array
     return function(first, second).flatten(-2)
 
 
+def split_heads(x: mx.array, n_heads: int) -> mx.array:
+    """`[B, L, N * D]` -> `[B, N, L, D]`."""
+    B, L, _ = x.shape
+    if L == 1:  # nothing to transpose: one operation less to build in each layer of each step
+        return x.reshape(B, n_heads, 1, -1)
+    return x.reshape(B, L, n_heads, -1).transpose(0, 2, 1, 3)
+
+
+def merge_heads(x: mx.array) -> mx.array:
+    """`[B, N, L, D]` -> `[B, L, N * D]`."""
+    B, _, L, _ = x.shape
+    return x.reshape(B, 1, -1) if L == 1 else x.transpose(0, 2, 1, 3).flatten(-2)
+
+
 class GatedMLP(Fusing):
     """down(activation(gate(x)) * up(x)).
 

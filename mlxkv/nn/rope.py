@@ -140,36 +140,54 @@ class RoPE(nn.Module):
             x: `[B, H, L, D]`; the dtype is kept.
             offset: position of the first token, or one per row.
         """
-        one = x.shape[2] == 1 and self._has_no_kernel(x)
-        if isinstance(offset, Positions):
-            return self._of_rows(x, offset, one)
-        if one:
+        if device.on_cpu() and x.shape[2] == 1 and self._has_no_kernel(x):
+            return self._of_token(x, offset)
+        if self._grows:
+            return self._of_growing(x, offset)
+        at = offset.array if isinstance(offset, Positions) else offset
+        return self._rotated(x, at, self["_periods"])
+
+    def of_qkv(
+        self, qkv: mx.array, n_heads: int, n_kv_heads: int, offset: Offset = 0
+    ) -> tuple[mx.array, mx.array, mx.array]:
+        """Queries and keys, rotated in one operation, and values, which are not.
+
+        Args:
+            qkv: `[B, H + 2 Hk, L, D]`, in this order.
+            n_heads: H.
+            n_kv_heads: Hk.
+            offset: as of a call.
+
+        Returns:
+            `[B, H, L, D]`, `[B, Hk, L, D]`, `[B, Hk, L, D]`.
+        """
+        B, _, _, D = qkv.shape
+        n = n_heads + n_kv_heads
+        if B > 1 and self._factor == 1.0 and self._dims == D and not device.on_cpu():
+            # MLX's kernel copies a part of each row of a batch; turning all heads costs less.
+            q, k, _ = mx.split(self(qkv, offset), (n_heads, n), axis=1)
+        else:
+            q, k = mx.split(self(qkv[:, :n], offset), (n_heads,), axis=1)
+        return q, k, qkv[:, n:]
+
+    def _of_token(self, x: mx.array, offset: Offset) -> mx.array:
+        """One token of each row, without the kernel."""
+        if not isinstance(offset, Positions):
             return x @ rotation(self._config, offset, x.shape[-1])
-        periods = self._periods_at(offset + x.shape[2]) if self._grows else self._periods
-        return self._rotated(x, offset, periods)
+        stays, turns = rotations(self._config, offset, x.shape[-1])
+        half = self._dims // 2
+        parts = [x[..., half : 2 * half], x[..., :half], x[..., 2 * half :]]
+        if self._dims == x.shape[-1]:
+            parts.pop()
+        return x * stays + mx.concatenate(parts, axis=-1) * turns
 
-    def of_first(self, n_heads: int, x: mx.array, offset: Offset = 0) -> mx.array:
-        """Rotate the first heads of `[B, H, L, D]`: `[B, n_heads, L, D]`."""
-        # MLX's kernel copies a part of each row of a batch; turning all heads costs less.
-        if x.shape[0] > 1 and self._factor == 1.0 and not (self._is_partial(x) or device.on_cpu()):
-            return self(x, offset)[:, :n_heads]
-        return self(x[:, :n_heads], offset)
-
-    def _is_partial(self, x: mx.array) -> bool:
-        return self._dims < x.shape[-1]
-
-    def _of_rows(self, x: mx.array, offset: Positions, one: bool) -> mx.array:
-        """Each row at a position of its own."""
-        if one:
-            stays, turns = rotations(self._config, offset, x.shape[-1])
-            half = self._dims // 2
-            parts = [x[..., half : 2 * half], x[..., :half], x[..., 2 * half :]]
-            if self._dims == x.shape[-1]:
-                parts.pop()
-            return x * stays + mx.concatenate(parts, axis=-1) * turns
+    def _of_growing(self, x: mx.array, offset: Offset) -> mx.array:
+        """With periods that depend on the length of the sequence."""
+        if not isinstance(offset, Positions):
+            return self._rotated(x, offset, self._periods_at(offset + x.shape[2]))
         stable = self.stable_tokens
         if stable is None or max(offset.of) + x.shape[2] <= stable:
-            return self._rotated(x, offset.array, self._periods)
+            return self._rotated(x, offset.array, self["_periods"])
         rows = mx.split(x, x.shape[0])
         return mx.concatenate([self(row, at) for row, at in zip(rows, offset.of, strict=True)])
 
@@ -192,8 +210,8 @@ class RoPE(nn.Module):
         )
 
     def _has_no_kernel(self, x: mx.array) -> bool:
-        """Whether `rotation` of one token is what to take instead."""
-        return device.on_cpu() and x.dtype == mx.float32 and not (self._grows or self._traditional)
+        """Whether `_of_token` is what the CPU backend is to take instead."""
+        return x.dtype == mx.float32 and not (self._grows or self._traditional)
 
 
 @functools.lru_cache(maxsize=8)

@@ -113,13 +113,16 @@ def test_neighbours_that_stand_still_are_left_alone_bit_for_bit(variant, dtype):
 @every_variant
 @pytest.mark.parametrize("B", [1, 3])
 @pytest.mark.parametrize("on_cpu", [True, False])
-def test_the_first_heads_turn_as_they_do_alone(monkeypatch, variant, B, on_cpu):
+def test_queries_and_keys_turn_as_they_do_alone_and_values_stay(monkeypatch, variant, B, on_cpu):
     monkeypatch.setattr(device, "on_cpu", lambda: on_cpu)
     rope, x = RoPE(variant), mx.array(random(B, 5, 1, DIMS))
     offset = Positions(tuple(range(7, 7 + B))) if B > 1 else 7
-    alone = [rope(x[i : i + 1, :3], 7 + i) for i in range(B)]
+    alone = mx.concatenate([rope(x[i : i + 1, :4], 7 + i) for i in range(B)])
+    q, k, v = rope.of_qkv(x, 3, 1, offset)
     # A batch may be rotated by another kernel, which rounds differently.
-    assert mx.allclose(rope.of_first(3, x, offset), mx.concatenate(alone), atol=1e-5)
+    assert q.shape[1] == 3 and mx.allclose(q, alone[:, :3], atol=1e-5)
+    assert k.shape[1] == 1 and mx.allclose(k, alone[:, 3:], atol=1e-5)
+    assert mx.array_equal(v, x[:, 4:])
 
 
 @pytest.mark.parametrize("name", sorted(VARIANTS.keys() - {"dynamic-past", "longrope-long"}))
