@@ -20,7 +20,7 @@ without its defects on chunks that wrap: docs/design.md says which.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import mlx.core as mx
 
@@ -38,6 +38,8 @@ class KVCache(Buffers):
         spec: the layer's shape, checked on the first update; None takes what comes.
         kv_type: one of `KV_TYPES`.
     """
+
+    __slots__ = ()
 
     def __len__(self) -> int:
         return self.offset
@@ -146,6 +148,8 @@ class RotatingKVCache(Buffers):
     Raises:
         UsageError: `max_size` is not positive.
     """
+
+    __slots__ = ("_head", "_n", "max_size")
 
     def __init__(self, max_size: int, spec: CacheSpec | None = None, kv_type: str = "native"):
         if max_size < 1:
@@ -267,15 +271,16 @@ class RotatingKVCache(Buffers):
     def share(self, row: SharedRow) -> None:
         n = min(self._n, self.max_size)
         self.buffers, self.row, self._n = [], row, n
-        self._head = self._ring_head()
+        self._head = (self.offset - n) % self.max_size
 
-    def advance(self) -> None:
-        self.offset, self._n = self.offset + 1, min(self._n + 1, self.max_size)
-        self._head = self._ring_head()
-
-    def _ring_head(self) -> int:
-        """Where the oldest token is if that at position p is at `p % max_size`."""
-        return (self.offset - self._n) % self.max_size
+    @classmethod
+    def advance(cls, caches: Iterable[Any], offsets: Iterable[int]) -> None:
+        for cache, offset in zip(caches, offsets, strict=True):
+            cache.offset = offset
+            if cache._n < cache.max_size:
+                cache._n += 1  # behind the others: the oldest stays where it is
+            else:
+                cache._head = offset % cache.max_size
 
     @property
     def first(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Self
 
 import mlx.core as mx
@@ -20,6 +20,8 @@ class Buffers:
         buffers: its own; `[]` while it is empty or `row` is set.
         row: where its KV is while its buffers are shared.
     """
+
+    __slots__ = ("__weakref__", "_rows", "_storage", "buffers", "kv_type", "offset", "row", "spec")
 
     def __init__(self, spec: CacheSpec | None = None, kv_type: str = "native"):
         self.spec = spec
@@ -87,9 +89,17 @@ class Buffers:
         """
         self.buffers, self.row = [], row
 
-    def advance(self) -> None:
-        """One more token was written into the shared row."""
-        self.offset += 1
+    @classmethod
+    def advance(cls, caches: Iterable[Any], offsets: Iterable[int]) -> None:
+        """Have caches of this class hold one more token, which was written into their shared rows.
+
+        Args:
+            caches: of one layer.
+            offsets: their new ones. All layers share these numbers: a step looks at every cache,
+                and a number of its own would be one more place in memory.
+        """
+        for cache, offset in zip(caches, offsets, strict=True):
+            cache.offset = offset
 
     def encoded(self, k: mx.array, v: mx.array) -> list[mx.array]:
         """What is stored of keys and values `[B, H, L, D]`, of B sequences like this one."""

@@ -43,7 +43,7 @@ class Slice:
         return v
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Positions:
     """Where the next token of each of several sequences stands; not all at the same.
 
@@ -53,19 +53,13 @@ class Positions:
 
     of: tuple[int, ...]
 
-    @property
+    @functools.cached_property
     def array(self) -> mx.array:
-        """int32 `[B]`."""
-        return _int32(self.of)
+        """int32 `[B]`, made once for a step's layers."""
+        return mx.array(self.of, dtype=mx.int32)
 
     def __add__(self, n: int) -> Positions:
         return Positions(tuple(position + n for position in self.of))
-
-
-@functools.lru_cache(maxsize=8)
-def _int32(numbers: tuple[int, ...]) -> mx.array:
-    """Made once for a step's layers."""
-    return mx.array(numbers, dtype=mx.int32)
 
 
 Offset = int | Positions

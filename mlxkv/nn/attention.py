@@ -47,25 +47,41 @@ def attend(
     Returns:
         `[B, H, L, v_dim]`.
     """
+    if isinstance(k, Ragged):
+        assert isinstance(v, Ragged) and mask is None
+        if len(k.parts) != 1 or k.order is not None:
+            return _attend_ragged(q, k, v, scale, sinks, softcap)
+        k, v, mask = k.parts[0], v.parts[0], k.masks[0]
     if isinstance(k, QuantizedRows):
         assert isinstance(v, QuantizedRows)
         return _attend_packed(q, k, v, scale, mask, sinks, softcap)
-    if isinstance(k, Ragged):
-        assert isinstance(v, Ragged) and mask is None
-        return _attend_ragged(q, k, v, scale, sinks, softcap)
     assert isinstance(v, mx.array)
     if softcap is not None:
         return _attend_capped(q, k, v, scale, mask, softcap)
+    if device.on_cpu():
+        return _attend_on_cpu(q, k, v, scale, mask, sinks)
+    return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask, sinks=sinks)
+
+
+def _attend_on_cpu(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    scale: float,
+    mask: Mask,
+    sinks: mx.array | None,
+) -> mx.array:
+    """Dense keys and values on the CPU backend."""
     B, H, L, D = q.shape
     n_kv_heads = k.shape[1]
-    if L == 1 and not isinstance(mask, str) and H != n_kv_heads and device.on_cpu():
+    if L == 1 and not isinstance(mask, str) and H != n_kv_heads:
         # The heads that share a KV head are one product's rows: K and V are read once, not H/Hk
         # times. Metal's kernel for single queries does this by itself.
         rows = q.reshape(B, n_kv_heads, H // n_kv_heads, D)
         if sinks is not None:
             sinks = sinks.reshape(n_kv_heads, H // n_kv_heads, 1)
         return _attend_one(rows, k, v, scale, sinks, mask).reshape(B, H, 1, v.shape[-1])
-    if L >= SPLIT_QUERIES and mask is not None and device.on_cpu():
+    if L >= SPLIT_QUERIES and mask is not None:
         return _attend_on_all_cores(q, k, v, scale, mask, sinks)
     return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask, sinks=sinks)
 

@@ -11,6 +11,7 @@ Invariants:
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -67,6 +68,9 @@ def arranged(
     return [i for part in parts for i in part.sequences]
 
 
+_offset_of = operator.attrgetter("offset")
+
+
 class _Access:
     """Where a step writes and reads a part's shared buffers, in layers of one window.
 
@@ -76,6 +80,7 @@ class _Access:
         n_rows: rows that are read.
         n_columns: columns of them.
         mask: bool `[n_rows, 1, 1, n_columns]`; None where all columns are seen.
+        offsets: of the sequences behind this step, in the batch's order.
     """
 
     def __init__(
@@ -85,8 +90,9 @@ class _Access:
         n_rows: int,
         n_columns: int,
         mask: mx.array | None,
+        offsets: Sequence[int],
     ):
-        self.n_rows, self.n_columns, self.mask = n_rows, n_columns, mask
+        self.n_rows, self.n_columns, self.mask, self.offsets = n_rows, n_columns, mask, offsets
         self._slots, self._columns = slots, columns
         self._is_in_order = list(slots) == list(range(n_rows))
         self._made: dict[Any, Any] = {}
@@ -144,7 +150,8 @@ class _Members:
         """Where the next token goes, and what it sees."""
         own = [offsets[i] for i in self.sequences]
         columns = own if window is None else [offset % window for offset in own]
-        seen = [offset + 1 if window is None else min(offset + 1, window) for offset in own]
+        behind = [offset + 1 for offset in own]
+        seen = behind if window is None else [min(offset, window) for offset in behind]
         mask = None
         if len(set(seen)) > 1:
             visible = [1] * self._n_rows  # what an empty row gives is not used
@@ -152,7 +159,7 @@ class _Members:
                 visible[slot] = n
             mask = mx.arange(max(seen))[None] < mx.array(visible)[:, None]
             mask = mask[:, None, None]
-        return _Access(self._slots, columns, self._n_rows, max(seen), mask)
+        return _Access(self._slots, columns, self._n_rows, max(seen), mask, behind)
 
 
 class _Steps:
@@ -166,27 +173,36 @@ class _Steps:
         n = sum(len(part.sequences) for part in parts)
         self.members = [_Members(part, n) for part in parts]
         self.order = _order(parts)
-        self._offsets: tuple[int, ...] = ()
-        self._position: Offset = 0
+        self._step = _Step((0,) * n, self.members)
+
+    def at(self, offsets: tuple[int, ...]) -> _Step:
+        """The step that writes to these positions of the sequences."""
+        if self._step.offsets != offsets:
+            self._step = _Step(offsets, self.members)
+        return self._step
+
+
+class _Step:
+    """Where one step writes and reads.
+
+    Args:
+        offsets: position of each sequence's next token.
+        members: of each part.
+
+    Attributes:
+        position: one number where all offsets are the same.
+    """
+
+    def __init__(self, offsets: tuple[int, ...], members: Sequence[_Members]):
+        self.offsets, self._members = offsets, members
+        self.position: Offset = offsets[0] if len(set(offsets)) == 1 else Positions(offsets)
         self._accesses: dict[int | None, list[_Access]] = {}
 
-    def position(self, offsets: tuple[int, ...]) -> Offset:
-        """Position of the next token: one number where all sequences have the same."""
-        self._begin(offsets)
-        return self._position
-
-    def accesses(self, offsets: tuple[int, ...], window: int | None) -> list[_Access]:
+    def accesses(self, window: int | None) -> list[_Access]:
         """For each part, in layers of this window."""
-        self._begin(offsets)
         if window not in self._accesses:
-            self._accesses[window] = [part.access(offsets, window) for part in self.members]
+            self._accesses[window] = [part.access(self.offsets, window) for part in self._members]
         return self._accesses[window]
-
-    def _begin(self, offsets: tuple[int, ...]) -> None:
-        if offsets != self._offsets:
-            self._accesses.clear()
-            self._offsets = offsets
-            self._position = offsets[0] if len(set(offsets)) == 1 else Positions(offsets)
 
 
 def _order(parts: Sequence[Part]) -> Order | None:
@@ -219,15 +235,12 @@ class BatchCache:
     @property
     def offset(self) -> Offset:
         """Position of the next token: one number where all sequences have the same."""
-        return self._steps.position(self._offsets())
+        return self._steps.at(tuple(map(_offset_of, self.caches))).position
 
     @property
     def is_intact(self) -> bool:
         """Whether no cache has left its shared row since the batch was made."""
         return all(part.is_intact for part in self._parts)
-
-    def _offsets(self) -> tuple[int, ...]:
-        return tuple([cache.offset for cache in self.caches])
 
     def mask(self, L: int) -> Mask:
         """None: what a sequence's token sees comes with the keys that `update` returns."""
@@ -245,17 +258,18 @@ class BatchCache:
         Returns:
             Keys and values that each sequence's query sees.
         """
-        B, steps, offsets = len(self.caches), self._steps, self._offsets()
-        B_k, _, L, _ = k.shape
+        caches, steps, parts = self.caches, self._steps, self._parts
+        B, (B_k, _, L, _) = len(caches), k.shape
         if B_k != B or L != 1:
             raise UsageError(f"a batch of {B} sequences takes keys [{B}, H, 1, D]; got {k.shape}")
-        if len(self._parts) == 1:
-            (part,), order = self._parts, steps.order
-            own_k, own_v, mask = part.update(k, v, steps.accesses(offsets, part.window)[0])
+        step = steps.at(tuple(map(_offset_of, caches)))
+        if len(parts) == 1:
+            (part,), order = parts, steps.order
+            own_k, own_v, mask = part.update(k, v, step.accesses(part.window)[0])
             return Ragged((own_k,), (mask,), order), Ragged((own_v,), (mask,), order)
         found = [
-            part.update(members.of(k), members.of(v), steps.accesses(offsets, part.window)[i])
-            for i, (members, part) in enumerate(zip(steps.members, self._parts, strict=True))
+            part.update(members.of(k), members.of(v), step.accesses(part.window)[i])
+            for i, (members, part) in enumerate(zip(steps.members, parts, strict=True))
         ]
         keys, values, masks = zip(*found, strict=True)
         return Ragged(keys, masks, steps.order), Ragged(values, masks, steps.order)
@@ -321,7 +335,6 @@ class _SharedPart(_LayerPart):
         if n > shared.capacity:
             shared.reserve(first.n_rows(n))
         shared.write(first.encoded(k, v), access)
-        for cache in self._caches:
-            cache.advance()
+        first.advance(self._caches, access.offsets)
         k_rows, v_rows = first.decoded(shared.read(access.n_rows), n)
         return k_rows, v_rows, access.mask

@@ -101,7 +101,7 @@ class SharedBuffers:
 
     def read(self, n_rows: int) -> list[mx.array]:
         """The first rows of each array."""
-        if n_rows == self.n_slots:
+        if n_rows == self.arrays[0].shape[0]:
             return self.arrays
         return [array[:n_rows] for array in self.arrays]
 
