@@ -11,7 +11,6 @@ Invariants:
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -49,7 +48,9 @@ def batch(
         return caches_of_sequences[0]
     parts = place([sliceable(caches) for caches in caches_of_sequences], room, one_part)
     steps = _Steps(parts)
-    return [BatchCache(layer, steps) for layer in zip(*caches_of_sequences, strict=True)]
+    layers = list(zip(*caches_of_sequences, strict=True))
+    first = next((i for i, layer in enumerate(layers) if sliceable(layer)), 0)
+    return [BatchCache(layer, steps, leads=i == first) for i, layer in enumerate(layers)]
 
 
 def is_intact(layers: Sequence[LayerCache]) -> bool:
@@ -66,9 +67,6 @@ def arranged(
         return [0]
     parts = place([sliceable(caches) for caches in caches_of_sequences], room, one_part)
     return [i for part in parts for i in part.sequences]
-
-
-_offset_of = operator.attrgetter("offset")
 
 
 class _Access:
@@ -173,13 +171,24 @@ class _Steps:
         n = sum(len(part.sequences) for part in parts)
         self.members = [_Members(part, n) for part in parts]
         self.order = _order(parts)
-        self._step = _Step((0,) * n, self.members)
+        self._step: _Step | None = None
 
-    def at(self, offsets: tuple[int, ...]) -> _Step:
-        """The step that writes to these positions of the sequences."""
-        if self._step.offsets != offsets:
-            self._step = _Step(offsets, self.members)
-        return self._step
+    def next(self, caches: Sequence[Cache], leads: bool) -> _Step:
+        """The step of the next token in a layer.
+
+        The layer that leads looks at all of its caches, those behind it at one of theirs: what it
+        has found holds for them, unless a step was interrupted between two layers.
+
+        Args:
+            caches: of the layer.
+            leads: whether it is the first one of a step.
+        """
+        step = self._step
+        if leads or step is None or step.offsets[0] != caches[0].offset:
+            offsets = tuple([cache.offset for cache in caches])
+            if step is None or step.offsets != offsets:
+                step = self._step = _Step(offsets, self.members)
+        return step
 
 
 class _Step:
@@ -225,17 +234,18 @@ class BatchCache:
     Args:
         caches: one per sequence.
         steps: what all layers of the batch have in common.
+        leads: whether it is the first layer of a step that has keys and values.
     """
 
-    def __init__(self, caches: Sequence[Cache], steps: _Steps):
+    def __init__(self, caches: Sequence[Cache], steps: _Steps, leads: bool):
         self.caches = tuple(caches)
-        self._steps = steps
+        self._steps, self._leads = steps, leads
         self._parts = [_LayerPart.of(self.caches, members) for members in steps.members]
 
     @property
     def offset(self) -> Offset:
         """Position of the next token: one number where all sequences have the same."""
-        return self._steps.at(tuple(map(_offset_of, self.caches))).position
+        return self._steps.next(self.caches, self._leads).position
 
     @property
     def is_intact(self) -> bool:
@@ -262,7 +272,7 @@ class BatchCache:
         B, (B_k, _, L, _) = len(caches), k.shape
         if B_k != B or L != 1:
             raise UsageError(f"a batch of {B} sequences takes keys [{B}, H, 1, D]; got {k.shape}")
-        step = steps.at(tuple(map(_offset_of, caches)))
+        step = steps.next(caches, self._leads)
         if len(parts) == 1:
             (part,), order = parts, steps.order
             own_k, own_v, mask = part.update(k, v, step.accesses(part.window)[0])

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from mlxkv.cache import KVCache, RotatingKVCache
-from mlxkv.kv.layout import Cache
+from mlxkv.kv.layout import Cache, Positions
 from mlxkv.nn.batch import arranged, batch
 from mlxkv.nn.model import CausalLM
 from mlxkv.nn.slots import SLACK, Group, Row, go_together, growth_bytes, place, sliceable
@@ -121,6 +121,39 @@ def test_a_rewind_in_a_shared_row_is_the_one_of_a_cache_alone(n, window):
         for cache, twin in zip(caches, twins, strict=True):
             twin.update(*more)
             assert_holds_the_same(cache, twin)
+
+
+@pytest.mark.parametrize("rewound", [0, 1])
+def test_every_layer_follows_a_rewind_of_any_sequence_between_steps(rewound):
+    layers = [[filled(40, i), filled(43, i)] for i in range(2)]
+    twins = [[filled(40, i), filled(43, i)] for i in range(2)]
+    both = batch([list(caches) for caches in zip(*layers, strict=True)])
+    for step in range(2):
+        k, v = (mx.concatenate(list(x)) for x in zip(rows(1, step), rows(1, 9), strict=True))
+        for layer, own in zip(both, twins, strict=True):
+            assert layer.offset == Positions(tuple(cache.offset for cache in own))
+            layer.update(k, v)
+            for i, twin in enumerate(own):
+                twin.update(k[i : i + 1], v[i : i + 1])
+        for caches, own in zip(layers, twins, strict=True):
+            for cache, twin in zip(caches, own, strict=True):
+                assert_holds_the_same(cache, twin)
+            offset = own[rewound].offset - 1
+            assert caches[rewound].rewind(offset) and own[rewound].rewind(offset)
+
+
+def test_a_layer_that_an_interrupted_step_has_not_reached_is_written_behind_its_own_tokens():
+    layers = [[filled(40, i), filled(43, i)] for i in range(2)]
+    twins = [filled(40, 1), filled(43, 1)]
+    both = batch([list(caches) for caches in zip(*layers, strict=True)])
+    k, v = (mx.concatenate(list(x)) for x in zip(rows(1, 5), rows(1, 6), strict=True))
+    both[0].update(k, v)
+    for layer in both:
+        layer.update(k, v)
+    assert [cache.offset for cache in layers[0]] == [42, 45]
+    for i, (cache, twin) in enumerate(zip(layers[1], twins, strict=True)):
+        twin.update(k[i : i + 1], v[i : i + 1])
+        assert_holds_the_same(cache, twin)
 
 
 def test_a_window_that_was_loaded_one_token_short_goes_on_in_a_shared_row():
