@@ -6,8 +6,9 @@ after `hollow.take_gpu_branches`.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from types import SimpleNamespace
+from types import FrameType, SimpleNamespace
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -26,6 +27,9 @@ MIXED = (64,) * 7 + (2048,)
 """Tokens held by sequences of which one is far longer than the others."""
 
 VOCABULARIES = (49152, 262144)
+
+COMPREHENSIONS = ("<listcomp>", "<dictcomp>", "<setcomp>")
+"""Calls in Python 3.11 alone: no part of a count that holds for all."""
 
 SAMPLING: Mapping[str, Mapping[str, float]] = {
     "greedy": {"temperature": 0.0},
@@ -178,13 +182,39 @@ def _of_batches(side: Side, name: str, model: Any) -> Iterator[Figure]:
     near = {f"batch {B}": [HELD - 7 * i for i in range(B)] for B in (4, 16)}
     for case, lengths in (near | {"batch 4 of equal lengths": [HELD] * 4}).items():
         try:
-            counts = decode_step(side, model, side.batch(model, lengths), len(lengths))
+            caches = side.batch(model, lengths)
+            counts = decode_step(side, model, caches, len(lengths))
         except ValueError:
             if isinstance(side, Ours):
                 raise
             continue  # mlx-lm's Gemma 2 masks no 16 sequences
         yield "launches", name, f"{case} q4", counts.launches
         yield "hidden_bytes", name, f"{case} q4", counts.hidden_bytes.total()
+        if isinstance(side, Ours):
+            n_calls = _python_calls(side, model, caches, len(lengths))
+            n_layers = MODELS[name]["num_hidden_layers"]
+            yield "python_calls_a_layer", name, f"{case} q4", n_calls // n_layers
+
+
+def _python_calls(side: Ours, model: Any, caches: Any, B: int) -> int:
+    """Calls of mlxkv's own Python functions while a batch's step is built.
+
+    They stand for the host's time, of which no test can be sure (`timing` measures it).
+    """
+    n_calls = 0
+
+    def profile(frame: FrameType, event: str, arg: object) -> None:
+        nonlocal n_calls
+        if event == "call" and frame.f_code.co_name not in COMPREHENSIONS:
+            n_calls += frame.f_globals["__name__"].startswith("mlxkv.")
+
+    hollow.settle(caches, model)
+    ids = hollow.tokens(B, 1)
+    with shim.gpu():
+        sys.setprofile(profile)
+        side.last_logits(model, ids, caches)
+        sys.setprofile(None)
+    return n_calls
 
 
 def _of_packed_kv(side: Ours, name: str, model: Any) -> Iterator[Figure]:

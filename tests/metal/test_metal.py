@@ -108,6 +108,13 @@ def test_a_batch_of_16_launches_at_most_a_tenth_more_than_mlx_lm(now, model):
     assert number(now, "launches", model, "batch 16 q4") <= limit
 
 
+@each_model
+def test_a_larger_batch_is_built_in_hardly_more_python_calls(now, model):
+    # Two a layer, where the rows of experts are sorted.
+    of_four = number(now, "python_calls_a_layer", model, "batch 4 q4")
+    assert number(now, "python_calls_a_layer", model, "batch 16 q4") <= of_four + 2
+
+
 def test_a_long_sequence_makes_short_ones_read_a_quarter_more_kv_at_most(now):
     of = "llama-3.1-8b", "7 x 64 and 2,048 q4"
     moved = number(now, "kv_bytes_read", *of) + number(now, "kv_bytes_copied", *of)
