@@ -20,14 +20,14 @@ without its defects on chunks that wrap: docs/design.md says which.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import mlx.core as mx
 
 from mlxkv.errors import UsageError
 from mlxkv.kv.buffers import Buffers, write
 from mlxkv.kv.layout import Cache, Mask, SharedRow, Slice, windowed_mask
-from mlxkv.kv.storage import Rows
+from mlxkv.kv.storage import Rows, storage_of
 from mlxkv.kv.types import CacheSpec, ceil_step
 
 
@@ -350,23 +350,33 @@ class _HasSpecs(Protocol):
     def cache_specs(self) -> Iterable[CacheSpec | None]: ...
 
 
+@runtime_checkable
+class StateSpec(Protocol):
+    """A spec of a state that is no keys and values: it makes the cache that keeps it."""
+
+    def make(self) -> Cache: ...
+
+
 def make_caches(model: _HasSpecs, kv_type: str = "native") -> list[Cache]:
     """Empty caches for a model, one for each layer that owns KV.
 
     Raises:
         UsageError: `kv_type` is not one of `KV_TYPES`.
     """
-    return [make_cache(spec, kv_type) for spec in model.cache_specs() if spec is not None]
+    storage_of(kv_type)
+    return [
+        spec.make() if isinstance(spec, StateSpec) else make_cache(spec, kv_type)
+        for spec in model.cache_specs()
+        if spec is not None
+    ]
 
 
 def make_cache(spec: CacheSpec, kv_type: str = "native") -> KVCache | RotatingKVCache:
-    """An empty cache for one layer.
+    """An empty cache for one layer of keys and values.
 
     Raises:
         UsageError: `kv_type` is not one of `KV_TYPES`.
     """
-    return (
-        KVCache(spec, kv_type)
-        if spec.window is None
-        else RotatingKVCache(spec.window, spec, kv_type)
-    )
+    if spec.window is None:
+        return KVCache(spec, kv_type)
+    return RotatingKVCache(spec.window, spec, kv_type)

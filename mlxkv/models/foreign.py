@@ -214,7 +214,7 @@ class OpaqueSpec(CacheSpec):
         """Not known before the layer has run."""
         return 0
 
-    def make(self, kv_type: str = "native") -> Cache:
+    def make(self) -> Cache:
         return OpaqueCache(self)
 
 
