@@ -97,6 +97,8 @@ class LLM(Runtime):
             ContextExceeded: the prompt is longer than the context.
             TemplateError: messages, and the model has no chat template or it fails.
         """
+        if _is_batch(prompt):
+            raise UsageError("stream answers one prompt: give a list of prompts to generate")
         request = self._request(prompt, kv_from, options)
         return stream(self, self._generation(request))
 
