@@ -19,9 +19,9 @@ import mlxkv
 from mlxkv.base import device
 from mlxkv.engine import model_pool
 from mlxkv.engine.engine import Engine
-from mlxkv.engine.messages import Ask
+from mlxkv.engine.messages import Ask, Busy
 from mlxkv.engine.model_pool import key_of
-from mlxkv.engine.scheduler import Busy, Scheduler
+from mlxkv.engine.scheduler import Scheduler
 from mlxkv.errors import MlxkvError, ModelNotFound, OutOfMemory, UsageError
 from mlxkv.generation.outputs import Chunk, Stats
 from mlxkv.generation.request import Request
@@ -61,9 +61,9 @@ def served(engine: Engine, model: Path) -> Scheduler:
     return loaded.scheduler
 
 
-def ask(model: Path, prompt: Any = "hello", **options: Any) -> Ask:
+def ask(model: Path | str, prompt: Any = "hello", *, owner: str = "", **options: Any) -> Ask:
     options = {"max_tokens": 20, "recommended": True, **options}
-    return Ask(str(model), Request.of(prompt, **options))
+    return Ask(str(model), Request.of(prompt, **options), owner)
 
 
 def tokens(chunks: list[Chunk]) -> list[int]:
@@ -140,7 +140,7 @@ def test_pages_never_cross_owners(models, engine):
     model = models["llama"]
 
     async def run(owner: str) -> int:
-        chunks = await collect(engine.submit(Ask(str(model), LONG, {"max_tokens": 2}, owner)))
+        chunks = await collect(engine.submit(ask(model, LONG, max_tokens=2, owner=owner)))
         return stats(chunks).restored_tokens
 
     async def all_of_them() -> list[int]:
@@ -154,12 +154,12 @@ def test_models_and_owners_share_the_arrays_that_pages_may_hold(models, engine, 
 
     async def run() -> None:
         for name, owner in (("llama", "a"), ("llama", "b"), ("gemma3", "")):
-            await collect(engine.submit(Ask(str(models[name]), "hello", {"max_tokens": 2}, owner)))
+            await collect(engine.submit(ask(models[name], max_tokens=2, owner=owner)))
 
     asyncio.run(run())
     llama, gemma = (served(engine, models[name]) for name in ("llama", "gemma3"))
-    assert [p.max_arrays for p in llama._pages.values() if p] == [166] * 3
-    assert [p.max_arrays for p in gemma._pages.values() if p] == [500]
+    assert [p.max_arrays for p in llama.runtime._pages.values() if p] == [166] * 3
+    assert [p.max_arrays for p in gemma.runtime._pages.values() if p] == [500]
 
 
 def test_a_cancelled_answer_frees_its_place_and_keeps_its_prefix(models, engine):
@@ -183,15 +183,12 @@ def test_a_cancelled_answer_frees_its_place_and_keeps_its_prefix(models, engine)
 
 
 BAD = [
-    (Ask("nonesuch", "x"), ModelNotFound),
+    ({"model": "nonesuch"}, ModelNotFound),
     ({"prompt": ""}, UsageError),
     ({"prompt": [10**6]}, UsageError),
     ({"prompt": 5000 * "x"}, UsageError),
-    ({"top_k": -1}, UsageError),
-    ({"nonsense": 1}, UsageError),
-    ({"temperature": float("nan")}, UsageError),
+    ({"think": True}, UsageError),
     ({"logit_bias": {10**7: 1.0}}, UsageError),
-    ({"stop": 5}, MlxkvError),
 ]
 
 
@@ -204,8 +201,7 @@ def test_bad_requests_fail_alone(models, engine):
         cases = BAD * 2
         rng.shuffle(cases)
         for made, error in cases:
-            given = made if isinstance(made, Ask) else ask(model, **made)
-            bad = collect(engine.submit(given))
+            bad = collect(engine.submit(ask(**{"model": model, **made})))
             good = collect(engine.submit(ask(model, LONG[:50])))
             got, chunks = await asyncio.gather(bad, good, return_exceptions=True)
             assert isinstance(got, error), (made, got)
@@ -276,8 +272,7 @@ def test_broken_weights_end_a_request_and_not_the_engine(models, engine):
 
     async def run() -> None:
         await engine.load(str(model))
-        llm = served(engine, model).llm
-        norm = llm.model.model.norm
+        norm = served(engine, model).runtime.model.model.norm
         before = norm.weight
 
         def broken() -> None:
@@ -336,7 +331,7 @@ def test_the_least_recently_used_model_makes_room(models):
 
     async def run() -> None:
         for name in ("llama", "gemma3", "llama"):
-            engine._models.limit_bytes = sizes[name] + 2_000_000
+            engine._pool.limit_bytes = sizes[name] + 2_000_000
             chunks = await collect(engine.submit(ask(models[name], "hi", max_tokens=3)))
             assert chunks[-1].finish_reason == "length"
             assert str(models[name]) in [loaded.name for loaded in engine.loaded()]
@@ -351,10 +346,8 @@ def test_logprobs_and_grammars(models, engine):
     model = models["llama"]
 
     async def run() -> tuple[list[Chunk], list[Chunk]]:
-        told = Ask(str(model), "hello", {"max_tokens": 5}, logprobs=3)
-        bound = Ask(
-            str(model), "hello", {"max_tokens": 60}, grammar=Grammar("regex", "(yes|no) [0-9]{3}")
-        )
+        told = ask(model, max_tokens=5, logprobs=3)
+        bound = ask(model, max_tokens=60, format=Grammar("regex", "(yes|no) [0-9]{3}"))
         return await asyncio.gather(collect(engine.submit(told)), collect(engine.submit(bound)))
 
     told, bound = asyncio.run(run())
@@ -407,7 +400,7 @@ def test_stats_count_how_requests_ended_and_tokens_as_they_come(models, engine):
     async def run() -> int:
         chunks = await collect(engine.submit(ask(model, LONG)))
         with pytest.raises(UsageError):
-            await collect(engine.submit(ask(model, max_tokens=-1)))
+            await collect(engine.submit(ask(model, "")))
         long = engine.submit(ask(model, LONG + "y", max_tokens=None))
         n = 0
         async for _ in long:
@@ -455,21 +448,21 @@ def test_stats_can_be_read_from_another_thread_at_any_time(models, engine):
 def load_steps(monkeypatch) -> list[Any]:
     """Calls what was appended, at each step of a load, of which there are many."""
     hooks: list[Any] = []
-    steps = model_pool.loading_with
+    steps = model_pool.ModelPool.loading
 
     def watched(*arguments: Any) -> Any:
         loading = steps(*arguments)
         while True:
             try:
-                next(loading)
+                waits = next(loading)
             except StopIteration as stop:
                 return stop.value
             for hook in hooks:
                 hook()
-            yield
+            yield waits
 
     monkeypatch.setattr(loader, "STEP_BYTES", 1)
-    monkeypatch.setattr(model_pool, "loading_with", watched)
+    monkeypatch.setattr(model_pool.ModelPool, "loading", watched)
     return hooks
 
 
@@ -508,7 +501,7 @@ def test_a_model_that_is_being_loaded_can_be_unloaded(models, engine, load_steps
         with pytest.raises(MlxkvError, match="unloaded"):
             await collect(answer)
         load_steps.clear()
-        assert engine.loaded() == [] and engine._models.used_bytes == 0
+        assert engine.loaded() == [] and engine._pool.used_bytes == 0
         chunks = await collect(engine.submit(ask(models["llama"])))
         assert tokens(chunks) == alone(models["llama"], "hello")
 
@@ -574,7 +567,7 @@ def test_nobody_waits_for_a_model_that_nobody_wants_any_more(models, load_steps)
         while engine.stats().queued:
             await asyncio.sleep(0.001)
         await asyncio.sleep(0.1)
-        assert engine.loaded() == [] and engine._models.used_bytes == 0
+        assert engine.loaded() == [] and engine._pool.used_bytes == 0
 
     try:
         asyncio.run(run())
@@ -608,18 +601,18 @@ def test_a_model_is_gone_when_its_memory_is_given_back(models, monkeypatch):
     engine = Engine(dtype="float32")
     engine.start()
     alive: list[bool] = []
-    give_back = model_pool.LoadedModels.give_back
+    give_back = model_pool.ModelPool.give_back
 
     async def run() -> None:
         for keep_alive_s in (0.2, -1):
             await engine.load(str(models["llama"]), keep_alive_s)
-            known = weakref.ref(served(engine, models["llama"]).llm.model)
+            known = weakref.ref(served(engine, models["llama"]).runtime.model)
 
             def watched(self: Any, known: Any = known) -> None:
                 give_back(self)
                 alive.append(known() is not None)
 
-            monkeypatch.setattr(model_pool.LoadedModels, "give_back", watched)
+            monkeypatch.setattr(model_pool.ModelPool, "give_back", watched)
             if keep_alive_s < 0:
                 await engine.unload(str(models["llama"]))
             while engine.loaded():

@@ -446,7 +446,7 @@ def test_tokens_are_counted_by_the_engine(client, engine, monkeypatch):
         model=MODEL, messages=HELLO, system="Be brief", tools=[WEATHER]
     )
     assert counted.input_tokens == 3
-    assert asked[0].prompt == [{"role": "system", "content": "Be brief"}, *HELLO]
+    assert asked[0].request.prompt == [{"role": "system", "content": "Be brief"}, *HELLO]
     assert options_of(asked[0]) == {"tools": [AS_FUNCTION]}
 
 

@@ -172,7 +172,7 @@ def test_options_become_the_engines(client, engine):
         ({"seed": -1}, {}),
         ({"top_k": -1}, {"top_k": 0}),
         ({"repeat_last_n": -1}, {"repeat_last_n": 2**31 - 1}),
-        ({"stop": "END"}, {"stop": "END"}),
+        ({"stop": "END"}, {"stop": ["END"]}),
         ({"temperature": 0}, {"temperature": 0}),
     ],
 )
