@@ -10,7 +10,6 @@ Invariants:
 from __future__ import annotations
 
 import gc
-import hashlib
 import logging
 import time
 from collections.abc import Generator, Iterator
@@ -28,7 +27,7 @@ from mlxkv.engine.scheduler import Scheduler
 from mlxkv.errors import MlxkvError, OutOfMemory
 from mlxkv.memory import needs
 from mlxkv.models.loader import lay_out
-from mlxkv.store.info import Card, describe
+from mlxkv.store.info import Card, describe, digest
 from mlxkv.store.resolve import resolve
 from mlxkv.store.settings import Given, effective
 
@@ -159,8 +158,8 @@ class ModelPool:
             settings = effective(path, self._given)
             runtime = yield from Runtime.loading(path, settings, self._dtype)
             scheduler = Scheduler(runtime, self._max_running)
-            card, digest = describe(name, path), digest_of(path)
-            model = LoadedModel(name, scheduler, card, digest, self._keep_alive_s)
+            card = describe(name, path)
+            model = LoadedModel(name, scheduler, card, digest(path), self._keep_alive_s)
         finally:
             self._coming_bytes -= n_bytes
         self._models[key] = model
@@ -261,13 +260,3 @@ def key_of(name: str) -> str:
         ModelNotFound: it is not on this machine.
     """
     return str(resolve(name, fetch=False))
-
-
-def digest_of(path: Path) -> str:
-    """A short name for a model's files: of their names, sizes and times."""
-    digest = hashlib.sha256()
-    for file in sorted(path.iterdir()):
-        if file.is_file():
-            stat = file.stat()
-            digest.update(f"{file.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
-    return digest.hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -279,6 +280,19 @@ def _has_template(model_dir: Path) -> bool:
         except (OSError, ValueError, AttributeError):
             continue
     return False
+
+
+def digest(model_dir: Path) -> str:
+    """Names what a model's files are: SHA-256 of their names, sizes and times, not of their bytes.
+
+    Another value means that something was written; weights are not read for it.
+    """
+    found = hashlib.sha256()
+    for file in sorted(model_dir.rglob("*")):
+        if file.is_file():
+            stat, name = file.stat(), file.relative_to(model_dir)
+            found.update(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+    return found.hexdigest()
 
 
 def _source_of(model_dir: Path) -> str:

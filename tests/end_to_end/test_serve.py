@@ -111,6 +111,14 @@ def test_ps_and_stop(server, client):
     assert say(client)
 
 
+def test_a_model_has_one_digest_in_the_list_and_in_memory(server, client):
+    say(client)
+    with ollama.Client(host=server.url) as theirs:
+        stored = {model.model: model.digest for model in theirs.list().models}
+        (loaded,) = theirs.ps().models
+    assert loaded.digest == stored[MODEL]
+
+
 def post(server: Server, path: str, body: bytes, **headers: str) -> httpx.Response:
     headers = {"content-type": "application/json", **headers}
     return httpx.post(f"{server.url}{path}", content=body, headers=headers, timeout=30)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 import time
@@ -11,7 +12,7 @@ import httpx
 import ollama
 import pytest
 
-from mlxkv.engine.messages import Busy
+from mlxkv.engine.messages import Busy, Loaded
 from mlxkv.errors import CheckpointError, ContextExceeded, DownloadError, KVCacheFull
 from mlxkv.generation.outputs import Chunk, Miss
 from mlxkv.memory.types import Rung
@@ -569,6 +570,23 @@ def test_tags_lists_what_is_stored(client, models):
     assert model.details.quantization_level == "float32"
     assert len(model.digest) == 64
     assert model.modified_at is not None
+
+
+def test_the_models_in_memory_are_described_off_the_event_loop(client, engine, monkeypatch):
+    on_loop, loaded = [], engine.loaded
+
+    def watched() -> list[Loaded]:
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            on_loop.append(False)
+        else:
+            on_loop.append(True)
+        return loaded()
+
+    monkeypatch.setattr(engine, "loaded", watched)
+    assert client.ps().models
+    assert on_loop == [False]
 
 
 def test_the_digest_changes_with_the_files(client, models):

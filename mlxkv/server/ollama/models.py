@@ -3,7 +3,6 @@ texts, POST /api/embed and /api/embeddings."""
 
 from __future__ import annotations
 
-import hashlib
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -93,7 +92,9 @@ def router(engine: Engine, config: ServerConfig) -> APIRouter:
     @routes.get("/api/ps")
     async def ps() -> Response:
         """The models in memory."""
-        return JSONResponse({"models": [_loaded(each) for each in engine.loaded()]})
+        # What a model's pages take on disk is counted there.
+        found = await run_in_threadpool(engine.loaded)
+        return JSONResponse({"models": [_loaded(each) for each in found]})
 
     @routes.post("/api/show")
     async def show(body: ShowRequest) -> Response:
@@ -137,7 +138,7 @@ def _rows(cards: Cards) -> list[dict[str, Any]]:
                 "model": model.name,
                 "modified_at": _modified(model.path),
                 "size": model.size_bytes,
-                "digest": digest(model.path),
+                "digest": info.digest(model.path),
                 "details": _details(model.family, parameters, model.quantization),
             }
         )
@@ -153,19 +154,6 @@ def _details(family: str, parameters: str, quantization: str) -> dict[str, Any]:
         "parameter_size": parameters,
         "quantization_level": quantization,
     }
-
-
-def digest(path: Path) -> str:
-    """Names what a model's files are: SHA-256 of their names, sizes and times, not of their bytes.
-
-    Another value means that something was written; weights are not read for it.
-    """
-    found = hashlib.sha256()
-    for file in sorted(path.rglob("*")):
-        if file.is_file():
-            stat = file.stat()
-            found.update(f"{file.relative_to(path)}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
-    return found.hexdigest()
 
 
 def _modified(path: Path) -> str:
