@@ -88,6 +88,7 @@ class Generation:
     def add(self, token: int, logprobs: TokenLogprobs | None = None) -> Chunk:
         """The chunk of the next token; the last has the figures."""
         self._clock.tick()
+        n_prompt = self._n_prompt_first
         self.sequence.append(token)
         ended = token in self._tokenizer.eos_token_ids
         part = self._reader.add(token)
@@ -98,6 +99,7 @@ class Generation:
                 reasoning=part.reasoning,
                 tool_calls=part.tool_calls,
                 logprobs=logprobs,
+                prompt_tokens=n_prompt,
             )
         self.is_over = True
         text, reasoning, calls = join_parts([part, self._reader.finish()])
@@ -111,6 +113,7 @@ class Generation:
             calls,
             logprobs,
             stopped_by=self._reader.stopped_by,
+            prompt_tokens=n_prompt,
         )
 
     def end(self, reason: str, error: KVCacheFull | None = None) -> Chunk:
@@ -119,7 +122,21 @@ class Generation:
         if error is not None:
             error = without_trace(error)
         text, reasoning, calls = join_parts([self._reader.finish()])
-        return Chunk(text, None, reason, self._stats(), reasoning or None, calls, error=error)
+        return Chunk(
+            text,
+            None,
+            reason,
+            self._stats(),
+            reasoning or None,
+            calls,
+            error=error,
+            prompt_tokens=self._n_prompt_first,
+        )
+
+    @property
+    def _n_prompt_first(self) -> int | None:
+        """Length of the prompt, while no chunk has said it."""
+        return None if self.n_generated else self._n_prompt
 
     def _stats(self) -> Stats:
         n = self.n_generated

@@ -119,6 +119,7 @@ class Chunk:
         logprobs: of the token, if they were asked for.
         error: with `memory`: the numbers, and what would have helped.
         stopped_by: the stop text that ended it, on the last chunk.
+        prompt_tokens: length of the prompt, on the first chunk.
     """
 
     text: str
@@ -130,6 +131,7 @@ class Chunk:
     logprobs: TokenLogprobs | None = None
     error: OutOfMemory | None = None
     stopped_by: str | None = None
+    prompt_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

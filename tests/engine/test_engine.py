@@ -107,6 +107,15 @@ def test_many_requests_get_what_each_gets_alone(family, models, engine):
     assert engine.stats().models[str(model)].requests == 9
 
 
+def test_the_first_chunk_alone_says_how_long_the_prompt_is(models, engine):
+    async def run(**options: Any) -> list[int | None]:
+        chunks = await collect(engine.submit(ask(models["llama"], LONG[:37], **options)))
+        return [chunk.prompt_tokens for chunk in chunks]
+
+    assert asyncio.run(run(max_tokens=3)) == [37, None, None]
+    assert asyncio.run(run(max_tokens=1)) == [37]
+
+
 def test_a_prefix_is_computed_once(models, engine):
     model = models["llama"]
 

@@ -117,6 +117,11 @@ def test_a_stream_has_its_events_in_order(address):
     assert (delta["usage"]["input_tokens"], delta["usage"]["cache_read_input_tokens"]) == (4, 6)
 
 
+def test_a_stream_has_its_prompt_encoded_once(address, engine, monkeypatch):
+    monkeypatch.setattr(engine, "tokenize", lambda ask: pytest.fail("encoded again"))
+    assert events(address)[0]["message"]["usage"]["input_tokens"] == 10
+
+
 def test_a_stream_builds_the_same_message(client):
     given: Any = {"model": MODEL, "max_tokens": 100, "messages": HELLO}
     with client.messages.stream(**given) as stream:

@@ -24,15 +24,17 @@ from mlxkv.server.app import create_app
 from mlxkv.server.config import ServerConfig
 
 MODEL = "fake"
+N_PROMPT = 10
+"""Tokens of every prompt."""
 
 Step = Chunk | Exception | float
 Script = Callable[[Ask], Sequence[Step]]
 
 
 def stats(**changes: Any) -> Stats:
-    """Figures of an answer: 10 prompt tokens, 6 of them restored."""
+    """Figures of an answer: of the prompt's tokens 6 were restored."""
     figures = {
-        "prompt_tokens": 10,
+        "prompt_tokens": N_PROMPT,
         "restored_tokens": 6,
         "restored_ram_tokens": 4,
         "restored_ssd_tokens": 2,
@@ -99,8 +101,9 @@ class FakeAnswer:
                 if isinstance(step, float | int):
                     await asyncio.sleep(step)
                     continue
+                first = {} if self.n_read else {"prompt_tokens": N_PROMPT}
                 self.n_read += 1
-                yield step
+                yield dataclasses.replace(step, **first)
                 await asyncio.sleep(0)
         finally:
             self.cancel()
@@ -149,7 +152,7 @@ class FakeEngine:
         return model == MODEL
 
     async def tokenize(self, ask: Ask) -> list[int]:
-        return list(range(10))
+        return list(range(N_PROMPT))
 
     async def embed(self, model: str, texts: Sequence[str]) -> Embeddings:
         if texts[0] == "refuse":

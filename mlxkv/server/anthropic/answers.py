@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from mlxkv.engine.messages import Answer, Ask, Engine
+from mlxkv.engine.messages import Answer
 from mlxkv.generation.outputs import Chunk
 from mlxkv.parsers.events import ToolCall
 from mlxkv.server import sse
@@ -122,14 +122,14 @@ class Reply:
             answer.cancel()
         return {**self._head(), "content": content, **self._stop(), "usage": self._usage()}
 
-    async def events(self, engine: Engine, ask: Ask, answer: Answer) -> sse.Events:
+    async def events(self, answer: Answer) -> sse.Events:
         """The message as server-sent events; the answer is cancelled when this is closed."""
         blocks, begun = Blocks(), False
         try:
             async for chunk in answer:
                 if not begun:
                     begun = True
-                    yield self._start(len(await engine.tokenize(ask)))
+                    yield self._start(chunk.prompt_tokens or 0)
                 for piece in self._pieces(chunk):
                     for each in blocks.add(piece):
                         yield each

@@ -32,7 +32,7 @@ def router(engine: Engine, config: ServerConfig) -> APIRouter:
         reply = Reply(body)
         if not body.stream:
             return JSONResponse(await sse.unless_gone(request, reply.whole(answer), [answer]))
-        events = reply.events(engine, ask, answer)
+        events = reply.events(answer)
         return await sse.stream(request, events, config, error_event, ping=PING, answers=[answer])
 
     @routes.post("/v1/messages/count_tokens")
