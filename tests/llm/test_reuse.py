@@ -26,25 +26,18 @@ REWRITING = (
 )
 
 
+pytestmark = pytest.mark.usefixtures("kv")
+
+
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("models")
-    for family in ("llama", "gemma3"):
-        chat_model(path / family, family=family, max_position_embeddings=8192)
-    chat_model(path / "rewriting", family="gemma3", template=REWRITING)
-    return path
+def folder(reused) -> Path:
+    chat_model(reused / "rewriting", family="gemma3", template=REWRITING)
+    return reused
 
 
-@pytest.fixture(autouse=True)
-def kv(tmp_path, monkeypatch) -> Path:
-    monkeypatch.setenv("MLXKV_KV", str(tmp_path / "kv"))
-    monkeypatch.setenv("MLXKV_KV_DISK", "1GiB")
-    return tmp_path / "kv"
-
-
-@pytest.fixture(params=["llama", "gemma3"])
-def llm(request, folder) -> LLM:
-    return mlxkv.load(folder / request.param)
+@pytest.fixture
+def llm(either) -> LLM:
+    return either
 
 
 def restored(stats: Stats) -> tuple[int, int]:

@@ -25,27 +25,19 @@ from tests.prefix.test_pages import ROW, Sequence_, new_pages, told
 from tests.support.command_line import chat_model
 from tests.support.tiny import tokens as random_tokens
 
+pytestmark = pytest.mark.usefixtures("kv")
+
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("models")
-    for family in ("llama", "gemma3"):
-        chat_model(path / family, family=family, max_position_embeddings=8192)
+def folder(reused) -> Path:
     stretching = {"type": "dynamic", "factor": 4.0}
-    chat_model(path / "dynamic", max_position_embeddings=400, rope_scaling=stretching)
-    return path
+    chat_model(reused / "dynamic", max_position_embeddings=400, rope_scaling=stretching)
+    return reused
 
 
-@pytest.fixture(autouse=True)
-def kv(tmp_path, monkeypatch) -> Path:
-    monkeypatch.setenv("MLXKV_KV", str(tmp_path / "kv"))
-    monkeypatch.setenv("MLXKV_KV_DISK", "1GiB")
-    return tmp_path / "kv"
-
-
-@pytest.fixture(params=["llama", "gemma3"])
-def llm(request, folder) -> LLM:
-    return mlxkv.load(folder / request.param)
+@pytest.fixture
+def llm(either) -> LLM:
+    return either
 
 
 def ids(n: int, seed: int = 0) -> list[int]:
