@@ -71,13 +71,15 @@ def output_config(
 
 def _gemma4(raw: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
     """Gemma 4 with every number spelled out: what is left out means E2B's to mlx-lm."""
-    from mlxkv.models.gemma4_config import DEFAULT_ROPE, FULL, SLIDING, Config
+    from mlxkv.models.gemma4_config import DEFAULT_ROPE, Config
+    from mlxkv.nn.decoder_model import FULL, SLIDING
 
     c = Config.from_dict(raw)
     full, sliding = c.heads[-1], next((h for h in c.heads if h.window), None)
     n_kv_heads = (sliding or full).n_kv_heads
     spelled_out = {
         "model_type": "gemma4_text",
+        "hidden_activation": c.hidden_act,
         "architectures": ["Gemma4ForCausalLM"],
         "layer_types": [FULL if heads.window is None else SLIDING for heads in c.heads],
         "head_dim": (sliding or full).head_dim,
@@ -90,7 +92,7 @@ def _gemma4(raw: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]
         "sliding_window": config.get("sliding_window", (sliding and sliding.window) or 512),
     }
     same = (
-        "num_attention_heads", "max_position_embeddings", "rms_norm_eps", "hidden_activation",
+        "num_attention_heads", "max_position_embeddings", "rms_norm_eps",
         "attention_bias", "final_logit_softcapping", "num_kv_shared_layers", "use_double_wide_mlp",
         "hidden_size_per_layer_input", "vocab_size_per_layer_input",
     )  # fmt: skip

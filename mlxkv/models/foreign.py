@@ -323,6 +323,26 @@ class Model(CausalLM):
                 lent.append(cache)
         return lent
 
+    def embed(self, tokens: mx.array) -> mx.array:
+        raise self._is_one_piece()
+
+    def hidden(
+        self,
+        x: mx.array,
+        caches: Sequence[LayerCache] | None = None,
+        per_layer: mx.array | None = None,
+    ) -> mx.array:
+        raise self._is_one_piece()
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        raise self._is_one_piece()
+
+    def _is_one_piece(self) -> UnsupportedModel:
+        return UnsupportedModel(
+            f"{self.config.source}: mlx-lm's {self.config.model_type} takes tokens and gives "
+            "logits; embeddings and hidden states are not to be had of it"
+        )
+
     def __call__(self, tokens: mx.array, caches: Sequence[LayerCache] | None = None) -> mx.array:
         return self._run(tokens, caches)
 

@@ -6,90 +6,21 @@ Reference: transformers `modeling_gemma3n.py`. Multimodal checkpoints load as th
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from statistics import NormalDist
-from typing import Any, ClassVar
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlxkv.checkpoint import tensor_names
 from mlxkv.kv.layout import LayerCache, Mask, Offset
-from mlxkv.kv.storage import KV
-from mlxkv.kv.types import CacheSpec
 from mlxkv.models.gemma3n_altup import AltUp, one_stream, rescaled, root_mean_square
 from mlxkv.models.gemma3n_config import Config
-from mlxkv.nn.attention import attend
-from mlxkv.nn.layers import GatedMLP, NormedHeads, compiled, gated, soft_cap
-from mlxkv.nn.linear import Embedding, Linear
-from mlxkv.nn.model import CausalLM, attention_masks, model_windows
-from mlxkv.nn.rope import RoPE
-
-KeysValues = tuple[KV, KV]
-
-
-class Attention(NormedHeads):
-    """Grouped-query attention with norms on queries, keys and, without a weight, values.
-
-    Scores are not scaled: the norms of q and k do it.
-    """
-
-    fusions: ClassVar = {"qkv_proj": ("q_proj", "k_proj", "v_proj")}
-
-    def __init__(self, config: Config, layer: int):
-        super().__init__()
-        E, D, bias = config.hidden_size, config.head_dim, config.attention_bias
-        self.n_heads, self.n_kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.head_dim, self.eps = D, config.rms_norm_eps
-        self.q_proj = Linear(E, self.n_heads * D, bias=bias)
-        self.k_proj = Linear(E, self.n_kv_heads * D, bias=bias)
-        self.v_proj = Linear(E, self.n_kv_heads * D, bias=bias)
-        self.o_proj = Linear(self.n_heads * D, E, bias=bias)
-        self.q_norm = nn.RMSNorm(D, self.eps)
-        self.k_norm = nn.RMSNorm(D, self.eps)
-        self._rope = _rope(config, layer)
-
-    def __call__(
-        self, x: mx.array, mask: Mask, offset: Offset, cache: LayerCache | None
-    ) -> tuple[mx.array, KeysValues]:
-        """Attention of x `[B, L, E]`, and the keys and values that it went over."""
-        B, L, _ = x.shape
-        H, Hk = self.n_heads, self.n_kv_heads
-        qkv = self.project("qkv_proj", x).reshape(B, L, H + 2 * Hk, self.head_dim)
-        qk, plain = self.normed(qkv, self.eps)
-        qk = self._rope(qk.transpose(0, 2, 1, 3), offset)
-        q, k = qk[:, :H], qk[:, H:]  # [B, H, L, D], [B, Hk, L, D]
-        v = plain[:, :, H + Hk :].transpose(0, 2, 1, 3)
-        if cache is not None:
-            k, v = cache.update(k, v)
-        out = attend(q, k, v, 1.0, mask)
-        return self["o_proj"](out.transpose(0, 2, 1, 3).reshape(B, L, -1)), (k, v)
-
-
-class SharedAttention(nn.Module):
-    """`Attention` over the keys and values of another layer."""
-
-    def __init__(self, config: Config, layer: int):
-        super().__init__()
-        E, D, bias = config.hidden_size, config.head_dim, config.attention_bias
-        self.n_heads, self.head_dim = config.num_attention_heads, D
-        self.q_proj = Linear(E, self.n_heads * D, bias=bias)
-        self.o_proj = Linear(self.n_heads * D, E, bias=bias)
-        self.q_norm = nn.RMSNorm(D, config.rms_norm_eps)
-        self._rope = _rope(config, layer)
-
-    def __call__(
-        self, x: mx.array, mask: Mask, offset: Offset, kv: KeysValues
-    ) -> tuple[mx.array, KeysValues]:
-        B, L, _ = x.shape
-        # Normed before the axes change places: a norm copies what does not lie in order.
-        q = self["q_norm"](self["q_proj"](x).reshape(B, L, self.n_heads, self.head_dim))
-        out = attend(self._rope(q.transpose(0, 2, 1, 3), offset), *kv, 1.0, mask)
-        return self["o_proj"](out.transpose(0, 2, 1, 3).reshape(B, L, -1)), kv
-
-
-def _rope(config: Config, layer: int) -> RoPE:
-    return RoPE(config.full_rope if config.windows[layer] is None else config.sliding_rope)
+from mlxkv.nn.decoder_model import FourNorms
+from mlxkv.nn.layers import GatedMLP, compiled, gated
+from mlxkv.nn.linear import Linear
+from mlxkv.nn.model import attention_masks
+from mlxkv.nn.shared_kv import KeysValues, PerLayerBackbone, SharedKVModel, attention
 
 
 class MLP(GatedMLP):
@@ -139,36 +70,36 @@ class Laurel(nn.Module):
         return x + self["post_laurel_norm"](self["linear_right"](self["linear_left"](x)))
 
 
-class Layer(nn.Module):
+class Layer(FourNorms):
     """One update of all streams."""
 
     def __init__(self, config: Config, layer: int):
-        super().__init__()
         E, P, eps = config.hidden_size, config.hidden_size_per_layer_input, config.rms_norm_eps
-        owns = config.donors[layer] is None
-        self.self_attn = Attention(config, layer) if owns else SharedAttention(config, layer)
-        self.mlp = MLP(
+        mlp = MLP(
             E,
-            config.intermediate_size[layer],
-            config.hidden_activation,
+            config.intermediate_sizes[layer],
+            config.hidden_act,
             config.activation_sparsity_pattern[layer],
         )
-        self.input_layernorm = nn.RMSNorm(E, eps)
-        self.post_attention_layernorm = nn.RMSNorm(E, eps)
-        self.pre_feedforward_layernorm = nn.RMSNorm(E, eps)
-        self.post_feedforward_layernorm = nn.RMSNorm(E, eps)
+        super().__init__(config, attention(config, config.heads[layer]), mlp)
         self.altup = AltUp(config)
         self.laurel = Laurel(config)
         self.per_layer_input_gate = Linear(E, P, bias=False)
         self.per_layer_projection = Linear(P, E, bias=False)
         self.post_per_layer_input_norm = nn.RMSNorm(E, eps)
-        self._gated = gated(config.hidden_activation)
+        self._gated = gated(config.hidden_act)
         self._scales = config.altup_correct_scale
         n_more = config.altup_num_inputs - 1
         self._takes_own = mx.array([False] + [True] * n_more)[:, None, None, None]
 
     def __call__(
-        self, streams: mx.array, own: mx.array, mask: Mask, offset: Offset, source: Any
+        self,
+        streams: mx.array,
+        own: mx.array,
+        mask: Mask,
+        offset: Offset,
+        cache: LayerCache | None,
+        kv: KeysValues | None,
     ) -> tuple[mx.array, KeysValues]:
         """Update the streams.
 
@@ -177,7 +108,8 @@ class Layer(nn.Module):
             own: the tokens' embedding for this layer, `[B, L, P]`.
             mask: see `attend`.
             offset: position of the first token.
-            source: the layer's cache or None; the donor's keys and values where it has none.
+            cache: the layer's own, if any.
+            kv: the donor's keys and values where it has none.
 
         Returns:
             The streams, and the keys and values of its attention.
@@ -186,13 +118,13 @@ class Layer(nn.Module):
         predicted = altup.predict(streams)
         x = one_stream(predicted, altup.active)
         normed = self["input_layernorm"](x)
-        r, kv = self["self_attn"](normed, mask, offset, source)
+        r, used = self["self_attn"](normed, mask, offset, cache, kv)
         x = x + self["post_attention_layernorm"](r)
         x = _averaged(x, self["laurel"](normed))
         r = self["mlp"](self["pre_feedforward_layernorm"](x))
         x = x + self["post_feedforward_layernorm"](r)
         corrected = altup.correct(predicted, x)
-        return self._with_own(corrected, own), kv
+        return self._with_own(corrected, own), used
 
     def _with_own(self, streams: mx.array, own: mx.array) -> mx.array:
         """The layer's own embedding, gated by the active stream, on all streams but the first."""
@@ -215,33 +147,16 @@ def _added(streams: mx.array, x: mx.array, which: mx.array) -> mx.array:
     return mx.where(which, streams + x, streams)
 
 
-class Backbone(nn.Module):
-    """Embeddings, layers, and what makes streams of one hidden state and back: `model`."""
+class Backbone(PerLayerBackbone):
+    """A backbone that makes streams of one hidden state and back."""
 
     def __init__(self, config: Config):
-        super().__init__()
-        E, eps, N = config.hidden_size, config.rms_norm_eps, config.num_hidden_layers
-        P, n_more = config.hidden_size_per_layer_input, config.altup_num_inputs - 1
-        self.per_layer_shape = (N, P)
-        self.embed_tokens = Embedding(config.vocab_size, E)
-        self.embed_tokens_per_layer = Embedding(config.vocab_size_per_layer_input, N * P)
-        self.per_layer_model_projection = Linear(E, N * P, bias=False)
-        self.per_layer_projection_norm = nn.RMSNorm(P, eps)
+        c, n_more = config, config.altup_num_inputs - 1
+        layers = [Layer(c, i) for i in range(c.num_hidden_layers)]
+        super().__init__(c, layers, c.vocab_size_per_layer_input, c.hidden_size_per_layer_input)
+        E = c.hidden_size
         self.altup_projections = [Linear(E, E, bias=False) for _ in range(n_more)]
         self.altup_unembed_projections = [Linear(E, E, bias=False) for _ in range(n_more)]
-        self.layers = [Layer(config, i) for i in range(N)]
-        self.norm = nn.RMSNorm(E, eps)
-
-    def per_layer_inputs(self, tokens: mx.array, h: mx.array) -> mx.array:
-        """What each layer is told of tokens `[B, L]` embedded as `[B, L, E]`: `[B, L, N, P]`."""
-        N, P = self.per_layer_shape
-        projected = self["per_layer_model_projection"](h) * h.shape[-1] ** -0.5
-        projected = self["per_layer_projection_norm"](projected.reshape(*tokens.shape, N, P))
-        table = self["embed_tokens_per_layer"]
-        # Tokens of images and sound have no row here and get that of token 0.
-        known = mx.where(tokens < table.weight.shape[0], tokens, 0)
-        embedded = table(known).reshape(*tokens.shape, N, P) * P**0.5
-        return (projected + embedded) * 2**-0.5
 
     def streams(self, h: mx.array) -> mx.array:
         """One hidden state `[B, L, E]` -> A of its size, `[A, B, L, E]`."""
@@ -258,53 +173,43 @@ class Backbone(nn.Module):
         return total / streams.shape[0]
 
 
-class Model(CausalLM):
+class Model(SharedKVModel):
     """A Gemma 3n language model with its head."""
 
     def __init__(self, config: Config):
-        super().__init__()
-        self.config = config
-        self.model = Backbone(config)
-        if not config.tie_word_embeddings:
-            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
-        self._owned = tuple(model_windows(self.cache_specs()))
+        super().__init__(
+            config,
+            Backbone(config),
+            embed_scale=config.hidden_size**0.5,
+            logit_cap=config.final_logit_softcapping,
+        )
 
-    def cache_specs(self) -> list[CacheSpec | None]:
-        """One per layer; None where it reads its donor's KV."""
-        c = self.config
-        return [
-            CacheSpec(c.num_key_value_heads, c.head_dim, c.head_dim, window)
-            if donor is None
-            else None
-            for window, donor in zip(c.windows, c.donors, strict=True)
-        ]
+    def embed_per_layer(self, tokens: mx.array) -> mx.array | None:
+        # Tokens of images and sound have no row here and get that of token 0.
+        known = tokens < self.config.vocab_size_per_layer_input
+        return super().embed_per_layer(mx.where(known, tokens, 0))
 
-    def hidden(self, tokens: mx.array, caches: Sequence[LayerCache] | None = None) -> mx.array:
-        masks = attention_masks(self._owned, caches, tokens.shape[1])
+    def hidden(
+        self,
+        x: mx.array,
+        caches: Sequence[LayerCache] | None = None,
+        per_layer: mx.array | None = None,
+    ) -> mx.array:
+        assert per_layer is not None, "its layers need embed_per_layer(tokens)"
+        masks = attention_masks(self._windows, caches, x.shape[1])
         # Before any layer: a donor's cache has moved on when its readers rotate their queries.
         offset = 0 if caches is None else caches[0].offset
-        # A Python number takes the dtype of h: rounded to bfloat16 only when computing in it.
-        h = self.model.embed_tokens(tokens) * self.config.hidden_size**0.5
-        own = self.model.per_layer_inputs(tokens, h)
-        streams, kv = self.model.streams(h), list[KeysValues]()
-        for i, (window, donor) in enumerate(
-            zip(self.config.windows, self.config.donors, strict=True)
-        ):
+        own = self.model.per_layer_inputs(x, per_layer)
+        streams, used = self.model.streams(x), list[KeysValues]()
+        config = self.config
+        for i, (window, donor) in enumerate(zip(config.windows, config.donors, strict=True)):
             # Layers with their own KV come first, so a cache has its layer's number.
-            source = kv[donor] if donor is not None else None if caches is None else caches[i]
+            cache = caches[i] if caches is not None and donor is None else None
+            donated = None if donor is None else used[donor]
             layer = self.model.layers[i]
-            streams, held = layer(streams, own[:, :, i], masks[window], offset, source)
-            kv.append(held)
+            streams, kv = layer(streams, own[:, :, i], masks[window], offset, cache, donated)
+            used.append(kv)
         return self.model.norm(self.model.joined(streams))
-
-    def logits(self, hidden: mx.array) -> mx.array:
-        tied = self.config.tie_word_embeddings
-        logits = self.model.embed_tokens.as_linear(hidden) if tied else self.lm_head(hidden)
-        return soft_cap(logits, self.config.final_logit_softcapping)
-
-
-_SKIPPED = re.compile(r"(^|\.)(vision_tower|audio_tower|embed_vision|embed_audio)\.|inv_freq$")
-_OWN_KV = re.compile(r"^model\.layers\.(\d+)\.self_attn\.(k_proj|v_proj|k_norm|v_norm)\.")
 
 
 def remap(weights: Mapping[str, mx.array], config: Config) -> tuple[dict[str, mx.array], list[str]]:
@@ -314,19 +219,5 @@ def remap(weights: Mapping[str, mx.array], config: Config) -> tuple[dict[str, mx
         The weights, and the names left out: towers of images and sound, and the projections of
         keys and values that layers without KV of their own do not use.
     """
-    kept: dict[str, mx.array] = {}
-    skipped: list[str] = []
-    for name, array in weights.items():
-        ours = name.removeprefix("language_model.")
-        if ours.startswith("model.language_model."):
-            ours = "model." + ours.removeprefix("model.language_model.")
-        own_kv = _OWN_KV.match(ours)
-        if _SKIPPED.search(name) or (own_kv and _is_shared(config, int(own_kv[1]))):
-            skipped.append(name)
-        else:
-            kept[ours] = array
-    return kept, skipped
-
-
-def _is_shared(config: Config, layer: int) -> bool:
-    return layer < len(config.donors) and config.donors[layer] is not None
+    readers = [i for i, donor in enumerate(config.donors) if donor is not None]
+    return tensor_names.language_model(weights, readers)

@@ -2,151 +2,95 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mlxkv.checkpoint.config import Fields, RopeConfig, rope_config, text_config
-from mlxkv.models import gemma
-from mlxkv.nn.layers import ACTIVATIONS
+from mlxkv.checkpoint.config import Fields, refuse_bidirectional, text_config
+from mlxkv.checkpoint.rope_config import rope_configs
+from mlxkv.nn.decoder_model import GroupedConfig, grouped_fields, layer_windows
+from mlxkv.nn.shared_kv import Heads, donors
 
-LAYER_TYPES = ("full_attention", "sliding_attention")
+DEFAULTS = {
+    "model_type": "gemma3n_text",
+    "vocab_size": 262400,
+    "hidden_size": 2048,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 256,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-6,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "tie_word_embeddings": True,
+    "sliding_window": 512,
+}
+"""What a config leaves out, as transformers documents it."""
 
 
-@dataclass(frozen=True, slots=True)
-class Config:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config(GroupedConfig):
     """The numbers that define a Gemma 3n; the names are those of config.json.
 
     Attributes:
-        windows: of each layer, None for all tokens.
+        intermediate_sizes: of each layer's MLP; `intermediate_size` is the largest.
         donors: the layer whose KV each layer reads; None: its own.
     """
 
-    model_type: str
-    vocab_size: int
     vocab_size_per_layer_input: int
-    hidden_size: int
     hidden_size_per_layer_input: int
-    intermediate_size: tuple[int, ...]
+    intermediate_sizes: tuple[int, ...]
     activation_sparsity_pattern: tuple[float, ...]
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    max_position_embeddings: int
-    rms_norm_eps: float
-    hidden_activation: str
-    attention_bias: bool
-    tie_word_embeddings: bool
     final_logit_softcapping: float | None
     altup_num_inputs: int
     altup_active_idx: int
     altup_correct_scale: bool
     laurel_rank: int
-    windows: tuple[int | None, ...]
     donors: tuple[int | None, ...]
-    full_rope: RopeConfig
-    sliding_rope: RopeConfig
 
     @property
-    def context(self) -> int:
-        """Tokens that the model can attend to."""
-        return self.max_position_embeddings
+    def heads(self) -> tuple[Heads, ...]:
+        """The attention of each layer."""
+        D, Hk = self.head_dim, self.num_key_value_heads
+        return tuple(
+            Heads(window, D, Hk, donor, False, self.rope_of(window))
+            for window, donor in zip(self.windows, self.donors, strict=True)
+        )
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], source: str = "config.json") -> Config:
-        """Read a config of either style, nested or flat; defaults are Gemma 3n's in transformers.
+        """Read a config of either style, nested or flat.
 
         Raises:
             ConfigError: a key is missing, wrong or not understood.
         """
-        fields = Fields(text_config(raw), source)
-        gemma.refuse_bidirectional(fields)
-        n_heads, n_kv_heads = gemma.heads(fields, 8, 2)
-        head_dim = fields.int("head_dim", 256)
-        context = fields.int("max_position_embeddings", 32768)
-        fields = fields.with_default("max_position_embeddings", context)
-        n_inputs = fields.int("altup_num_inputs", 4)
-        windows = _windows(fields)
+        text = text_config(raw)
+        sizes = _intermediate_sizes(Fields(text, source))
+        fields = Fields({**text, "intermediate_size": max(sizes)}, source).with_defaults(DEFAULTS)
+        refuse_bidirectional(fields)
+        n_inputs, n_layers = fields.int("altup_num_inputs", 4), fields.n_layers()
+        n_shared = fields.count("num_kv_shared_layers", 15, at_most=n_layers)
+        shared = grouped_fields(fields, "hidden_activation")
+        shared["model_type"] = "gemma3n_text"
+        # Every fifth layer is full unless `layer_types` says else; no pattern key counts.
+        shared["windows"] = layer_windows(fields, lambda i: (i + 1) % 5 != 0)
         config = cls(
-            model_type="gemma3n_text",
-            vocab_size=fields.int("vocab_size", 262400),
+            **shared,
             vocab_size_per_layer_input=fields.int("vocab_size_per_layer_input", 262144),
-            hidden_size=fields.int("hidden_size", 2048),
             hidden_size_per_layer_input=fields.int("hidden_size_per_layer_input", 256),
-            intermediate_size=_intermediate_sizes(fields),
+            intermediate_sizes=sizes,
             activation_sparsity_pattern=_sparsity(fields),
-            num_hidden_layers=fields.n_layers(),
-            num_attention_heads=n_heads,
-            num_key_value_heads=n_kv_heads,
-            head_dim=head_dim,
-            max_position_embeddings=context,
-            rms_norm_eps=fields.float("rms_norm_eps", 1e-6),
-            hidden_activation=fields.str(
-                "hidden_activation", "gelu_pytorch_tanh", among=sorted(ACTIVATIONS)
-            ),
-            attention_bias=fields.bool("attention_bias", False),
-            tie_word_embeddings=fields.bool("tie_word_embeddings", True),
             final_logit_softcapping=fields.float("final_logit_softcapping", 30.0),
             altup_num_inputs=n_inputs,
-            altup_active_idx=_count(fields, "altup_active_idx", 0, n_inputs - 1),
+            altup_active_idx=fields.count("altup_active_idx", 0, at_most=n_inputs - 1),
             altup_correct_scale=fields.bool("altup_correct_scale", True),
             laurel_rank=fields.int("laurel_rank", 64),
-            windows=windows,
-            donors=_donors(fields, windows),
-            full_rope=rope_config(
-                fields, head_dim, default_theta=1_000_000.0, layer_type="full_attention"
-            ),
-            sliding_rope=rope_config(
-                fields,
-                head_dim,
-                default_theta=10_000.0,
-                layer_type="sliding_attention",
-                theta_key="rope_local_base_freq",
-                scaling_key=None,
-            ),
+            donors=donors(fields, shared["windows"], n_shared),
+            **rope_configs(fields, shared["head_dim"]),
         )
         # Gemma 3's; released Gemma 3n configs carry it, and scores are not scaled at all.
         fields.ignore("query_pre_attn_scalar")
         fields.finish()
         return config
-
-
-def _windows(fields: Fields) -> tuple[int | None, ...]:
-    """Every fifth layer is full unless `layer_types` says else; no pattern key counts."""
-    n_layers = fields.n_layers()
-    types = fields.strings("layer_types", n_layers, LAYER_TYPES) or tuple(
-        "sliding_attention" if (i + 1) % 5 else "full_attention" for i in range(n_layers)
-    )
-    window = fields.int("sliding_window", 512)
-    return tuple(window if kind == "sliding_attention" else None for kind in types)
-
-
-def _donors(fields: Fields, windows: Sequence[int | None]) -> tuple[int | None, ...]:
-    """The last layers read the KV of the last layer of their kind that has its own.
-
-    Raises:
-        ConfigError: there is no such layer.
-    """
-    n_shared = _count(fields, "num_kv_shared_layers", 15, len(windows))
-    n_own = len(windows) - n_shared
-    last = {window: i for i, window in enumerate(windows[:n_own])}
-    if any(window not in last for window in windows[n_own:]):
-        raise fields.error(
-            "num_kv_shared_layers",
-            f"of {n_shared} leaves no layer of each kind with KV of its own",
-        )
-    return tuple(None if i < n_own else last[window] for i, window in enumerate(windows))
-
-
-def _count(fields: Fields, key: str, default: int, at_most: int) -> int:
-    """A whole number from 0 on."""
-    value = fields.any(key)
-    if value is None:
-        value = default
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= at_most:
-        raise fields.error(key, f"must be a whole number from 0 to {at_most}; got {value!r}")
-    return value
 
 
 def _intermediate_sizes(fields: Fields) -> tuple[int, ...]:

@@ -9,49 +9,41 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mlxkv.checkpoint.config import Fields, RopeConfig, rope_config, text_config
-from mlxkv.nn.layers import ACTIVATIONS
+from mlxkv.checkpoint.config import Fields, refuse_bidirectional, text_config
+from mlxkv.checkpoint.rope_config import RopeConfig, rope_config
+from mlxkv.nn.decoder_model import FULL, LAYER_TYPES, SLIDING, DecoderConfig, decoder_fields
+from mlxkv.nn.shared_kv import Heads, donors
 
-FULL, SLIDING = "full_attention", "sliding_attention"
-LAYER_TYPES = (FULL, SLIDING)
 DEFAULT_ROPE = {
     SLIDING: {"rope_type": "default", "rope_theta": 10_000.0},
     FULL: {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1_000_000.0},
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Heads:
-    """The attention of one layer.
+DEFAULTS = {
+    "model_type": "gemma4_text",
+    "vocab_size": 262144,
+    "num_attention_heads": 8,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-6,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "tie_word_embeddings": True,
+    "sliding_window": 512,
+    "hidden_size_per_layer_input": 256,
+}
+UNIFIED = {
+    **DEFAULTS,
+    "max_position_embeddings": 262144,
+    "sliding_window": 1024,
+    "hidden_size_per_layer_input": 0,
+}
+"""What a config leaves out, as transformers documents it."""
 
-    Args:
-        donor: the earlier layer whose KV this one reads; None where it has its own.
-        k_is_v: whether the values are the keys' projection under another norm.
-    """
 
-    window: int | None
-    head_dim: int
-    n_kv_heads: int
-    donor: int | None
-    k_is_v: bool
-    rope: RopeConfig
-
-
-@dataclass(frozen=True, slots=True)
-class Config:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config(DecoderConfig):
     """The numbers that define a Gemma 4; the names are those of config.json."""
 
-    model_type: str
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    max_position_embeddings: int
-    rms_norm_eps: float
-    hidden_activation: str
-    attention_bias: bool
-    tie_word_embeddings: bool
     final_logit_softcapping: float | None
     num_kv_shared_layers: int
     use_double_wide_mlp: bool
@@ -61,11 +53,6 @@ class Config:
     top_k_experts: int
     moe_intermediate_size: int
     heads: tuple[Heads, ...]
-
-    @property
-    def context(self) -> int:
-        """Tokens that the model can attend to."""
-        return self.max_position_embeddings
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], source: str = "config.json") -> Config:
@@ -78,32 +65,18 @@ class Config:
         """
         fields = Fields(text_config(raw), source)
         unified = "unified" in f"{raw.get('model_type')} {fields.any('model_type')}"
-        fields = fields.with_default("max_position_embeddings", 262144 if unified else 131072)
-        fields = fields.with_default("sliding_window", 1024 if unified else 512)
-        if fields.any("use_bidirectional_attention") not in (None, False, "vision"):
-            raise fields.error("use_bidirectional_attention", "is for embeddings; not supported")
+        fields = fields.with_defaults(UNIFIED if unified else DEFAULTS)
+        refuse_bidirectional(fields, "vision")
         experts = _experts(fields)
+        shared = decoder_fields(fields, "hidden_activation")
+        shared["model_type"] = "gemma4_text"
         config = cls(
-            model_type="gemma4_text",
-            vocab_size=fields.int("vocab_size", 262144),
-            hidden_size=fields.int("hidden_size"),
-            intermediate_size=fields.int("intermediate_size"),
-            num_hidden_layers=fields.n_layers(),
-            num_attention_heads=fields.int("num_attention_heads", 8),
-            max_position_embeddings=fields.int("max_position_embeddings"),
-            rms_norm_eps=fields.float("rms_norm_eps", 1e-6),
-            hidden_activation=fields.str(
-                "hidden_activation", "gelu_pytorch_tanh", among=sorted(ACTIVATIONS)
-            ),
-            attention_bias=fields.bool("attention_bias", False),
-            tie_word_embeddings=fields.bool("tie_word_embeddings", True),
+            **shared,
             final_logit_softcapping=fields.opt_float("final_logit_softcapping"),
-            num_kv_shared_layers=_count(fields, "num_kv_shared_layers", 0),
+            num_kv_shared_layers=fields.count("num_kv_shared_layers", 0),
             use_double_wide_mlp=fields.bool("use_double_wide_mlp", False),
-            hidden_size_per_layer_input=_count(
-                fields, "hidden_size_per_layer_input", 0 if unified else 256
-            ),
-            vocab_size_per_layer_input=_count(fields, "vocab_size_per_layer_input", 262144),
+            hidden_size_per_layer_input=fields.count("hidden_size_per_layer_input", 0),
+            vocab_size_per_layer_input=fields.count("vocab_size_per_layer_input", 262144),
             num_experts=experts[0],
             top_k_experts=experts[1],
             moe_intermediate_size=experts[2],
@@ -111,14 +84,6 @@ class Config:
         )
         fields.finish()
         return config
-
-
-def _count(fields: Fields, key: str, default: int) -> int:
-    """A whole number that may be 0."""
-    if fields.any(key) == 0:
-        return 0
-    value = fields.opt_int(key)
-    return default if value is None else value
 
 
 def _experts(fields: Fields) -> tuple[int, int, int]:
@@ -135,10 +100,10 @@ def _experts(fields: Fields) -> tuple[int, int, int]:
 
 def _heads(fields: Fields) -> tuple[Heads, ...]:
     types = _layer_types(fields)
-    donors = _donors(fields, types)
+    sources = donors(fields, types, fields.count("num_kv_shared_layers", 0))
     window, k_eq_v = fields.int("sliding_window"), fields.bool("attention_k_eq_v", False)
     n_heads = fields.int("num_attention_heads", 8)
-    fields = fields.with_default("rope_parameters", DEFAULT_ROPE)
+    fields = fields.with_defaults({"rope_parameters": DEFAULT_ROPE})
     ropes: dict[tuple[str, int], RopeConfig] = {}
     heads = []
     for i, (kind, (head_dim, n_kv_heads)) in enumerate(
@@ -154,7 +119,7 @@ def _heads(fields: Fields) -> tuple[Heads, ...]:
                 window if sliding else None,
                 head_dim,
                 n_kv_heads,
-                donors[i],
+                sources[i],
                 k_eq_v and not sliding,
                 ropes[kind, head_dim],
             )
@@ -173,18 +138,6 @@ def _layer_types(fields: Fields) -> tuple[str, ...]:
         SLIDING if (i + 1) % 6 else FULL for i in range(n)
     )
     return (*types[:-1], FULL)
-
-
-def _donors(fields: Fields, types: Sequence[str]) -> list[int | None]:
-    """For each layer the one whose KV it reads, None where it has its own."""
-    n_shared = _count(fields, "num_kv_shared_layers", 0)
-    n_own = len(types) - n_shared
-    last = {kind: i for i, kind in enumerate(types[: max(n_own, 0)])}
-    if n_shared and set(last) != set(types):
-        raise fields.error(
-            "num_kv_shared_layers", f"is {n_shared}: no layer before them has the KV they read"
-        )
-    return [None] * n_own + [last[kind] for kind in types[n_own:]]
 
 
 def _head_sizes(fields: Fields, types: Sequence[str]) -> list[tuple[int, int]]:

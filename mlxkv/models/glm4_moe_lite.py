@@ -19,52 +19,38 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxkv.base import device
-from mlxkv.checkpoint.config import Fields, RopeConfig, rope_config
+from mlxkv.checkpoint import tensor_names
+from mlxkv.checkpoint.config import Fields
 from mlxkv.checkpoint.expert_stacks import stack_experts
+from mlxkv.checkpoint.rope_config import RopeConfig, rope_config
 from mlxkv.errors import WeightsError
 from mlxkv.kv.layout import LayerCache, Mask
 from mlxkv.kv.storage import KV, Ragged, dense, leading
 from mlxkv.kv.types import CacheSpec
-from mlxkv.models import glm4, glm4_moe
-from mlxkv.models.glm4_moe import MoEConfig
 from mlxkv.nn.attention import attend
-from mlxkv.nn.layers import ACTIVATIONS, Fusing
+from mlxkv.nn.decoder_model import Backbone, DecoderConfig, DecoderModel, Layer, decoder_fields
+from mlxkv.nn.layers import Fusing
 from mlxkv.nn.linear import DENSE_ROWS, Linear, product_dtype
 from mlxkv.nn.rope import RoPE
+from mlxkv.nn.sigmoid_moe import CORRECTION_BIAS, MoEConfig, feed_forward, first_dense
 
 LATENT_NORM_EPS = 1e-6
 """Of the norms inside the low-rank projections, whatever `rms_norm_eps` says."""
 
 
-@dataclass(frozen=True, slots=True)
-class Config:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config(DecoderConfig):
     """The numbers that define a GLM-4.7-Flash; the names are those of config.json."""
 
-    model_type: str
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
     q_lora_rank: int | None
     kv_lora_rank: int
     qk_nope_head_dim: int
     qk_rope_head_dim: int
     v_head_dim: int
-    max_position_embeddings: int
-    rms_norm_eps: float
-    hidden_act: str
-    attention_bias: bool
-    tie_word_embeddings: bool
     dense_layers: tuple[bool, ...]
     moe: MoEConfig
     rope: RopeConfig
     rope_interleave: bool
-
-    @property
-    def context(self) -> int:
-        """Tokens that the model can attend to."""
-        return self.max_position_embeddings
 
     @property
     def latent_dim(self) -> int:
@@ -84,22 +70,12 @@ class Config:
         if rope.dims != rope_dim:
             raise fields.error("partial_rotary_factor", "must be 1 beside qk_rope_head_dim")
         config = cls(
-            model_type=fields.str("model_type"),
-            vocab_size=fields.int("vocab_size"),
-            hidden_size=fields.int("hidden_size"),
-            intermediate_size=fields.int("intermediate_size"),
-            num_hidden_layers=fields.n_layers(),
-            num_attention_heads=fields.int("num_attention_heads"),
+            **decoder_fields(fields),
             q_lora_rank=fields.opt_int("q_lora_rank"),
             kv_lora_rank=fields.int("kv_lora_rank"),
             qk_nope_head_dim=fields.int("qk_nope_head_dim"),
             qk_rope_head_dim=rope_dim,
             v_head_dim=fields.int("v_head_dim"),
-            max_position_embeddings=fields.int("max_position_embeddings"),
-            rms_norm_eps=fields.float("rms_norm_eps"),
-            hidden_act=fields.str("hidden_act", "silu", among=sorted(ACTIVATIONS)),
-            attention_bias=fields.bool("attention_bias", False),
-            tie_word_embeddings=fields.bool("tie_word_embeddings", False),
             dense_layers=_dense_layers(fields),
             moe=MoEConfig.read(fields),
             rope=rope,
@@ -114,7 +90,7 @@ def _dense_layers(fields: Fields) -> tuple[bool, ...]:
     n_layers = fields.n_layers()
     if fields.int("moe_layer_freq", 1) != 1:
         raise fields.error("moe_layer_freq", "must be 1: every layer after the dense ones")
-    n_dense = glm4_moe.first_dense(fields, 1)
+    n_dense = first_dense(fields, 1)
     types = fields.strings("mlp_layer_types", n_layers, ("dense", "sparse"))
     if types is not None:
         return tuple(kind == "dense" for kind in types)
@@ -288,16 +264,18 @@ def expanding_is_cheaper(config: Config, L: int, S: int) -> bool:
     return S * move < L * move + L * S * saved
 
 
-class Model(glm4_moe.Model):
+class Model(DecoderModel):
     """A GLM-4.7-Flash with its head."""
 
-    def make_layers(self) -> list[nn.Module]:
-        c = self.config
-        kind = PlainQueryAttention if c.q_lora_rank is None else Attention
-        return [
-            glm4.Layer(c, kind(c), glm4_moe.feed_forward(c, dense=dense))
-            for dense in c.dense_layers
+    def __init__(self, config: Config):
+        c, attention = config, PlainQueryAttention if config.q_lora_rank is None else Attention
+        layers = [
+            Layer(c, attention(c), feed_forward(c, c.moe, dense=dense)) for dense in c.dense_layers
         ]
+        super().__init__(c, Backbone(c, layers))
+
+    def keeps_dtype(self, name: str) -> bool:
+        return name.endswith(CORRECTION_BIAS)
 
     def cache_specs(self) -> list[CacheSpec | None]:
         """One per layer: one latent per token, stored once, as keys without values."""
@@ -314,7 +292,7 @@ def remap(weights: Mapping[str, mx.array], config: Config) -> tuple[dict[str, mx
     Raises:
         WeightsError: a `kv_b_proj` of another shape than the config says.
     """
-    kept, skipped = glm4_moe.without_extra_layers(weights, config.num_hidden_layers)
+    kept, skipped = tensor_names.without_extra_layers(weights, config.num_hidden_layers)
     kept = stack_experts(kept)
     for name in [name for name in kept if name.endswith(".self_attn.kv_b_proj.weight")]:
         module = name.removesuffix(".weight")

@@ -7,21 +7,28 @@ Reference: transformers `modeling_gpt_oss.py`; the layout of the released checkp
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxkv.checkpoint.config import Fields, RopeConfig, rope_config
+from mlxkv.checkpoint import tensor_names
+from mlxkv.checkpoint.config import Fields
+from mlxkv.checkpoint.rope_config import rope_config
 from mlxkv.errors import WeightsError
-from mlxkv.kv.layout import LayerCache
-from mlxkv.kv.types import CacheSpec
-from mlxkv.models import glm4, llama
+from mlxkv.nn import decoder_model
+from mlxkv.nn.decoder_model import (
+    Backbone,
+    DecoderModel,
+    GroupedConfig,
+    Layer,
+    grouped_fields,
+    layer_windows,
+)
 from mlxkv.nn.layers import compiled
 from mlxkv.nn.linear import Linear
-from mlxkv.nn.model import attention_masks
 from mlxkv.nn.moe import GatedExperts, weighed
 
 YARN = {
@@ -34,38 +41,19 @@ YARN = {
 }
 """What a config without positions means, as in the reference; so do the other defaults below."""
 
-ROPE_THETA, WINDOW, HEAD_DIM = 150000.0, 128, 64
+DEFAULTS = {"head_dim": 64, "attention_bias": True}
+ROPE_THETA, WINDOW = 150000.0, 128
 SWIGLU_ALPHA, SWIGLU_LIMIT = 1.702, 7.0
 
 
-@dataclass(frozen=True, slots=True)
-class Config:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config(GroupedConfig):
     """The numbers that define a GPT-OSS; the names are those of config.json."""
 
-    model_type: str
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
     num_local_experts: int
     num_experts_per_tok: int
-    max_position_embeddings: int
-    rms_norm_eps: float
     swiglu_alpha: float
     swiglu_limit: float
-    attention_bias: bool
-    tie_word_embeddings: bool
-    windows: tuple[int | None, ...]
-    rope: RopeConfig
-    rope_traditional: bool = False
-
-    @property
-    def context(self) -> int:
-        """Tokens that the model can attend to."""
-        return self.max_position_embeddings
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], source: str = "config.json") -> Config:
@@ -74,58 +62,35 @@ class Config:
         Raises:
             ConfigError: a key is missing, wrong or not understood.
         """
-        fields = Fields(raw, source)
+        fields = Fields({"sliding_window": WINDOW, **raw}, source).with_defaults(DEFAULTS)
         if not fields.has("rope_parameters") and not fields.has("rope_scaling"):
-            fields = fields.with_default("rope_parameters", YARN)
-        head_dim = fields.int("head_dim", HEAD_DIM)
+            fields = fields.with_defaults({"rope_parameters": YARN})
         n_experts = fields.opt_int("num_experts")
         n_experts = fields.int("num_local_experts", n_experts)
         # Some copies of the released configs hold OpenAI's own name only.
         n_chosen = fields.opt_int("experts_per_token", at_most=n_experts)
         fields.str("hidden_act", "silu", among=("silu",))
+        shared = grouped_fields(fields)
+        shared["windows"] = layer_windows(fields, lambda i: i % 2 == 0)
         config = cls(
-            model_type=fields.str("model_type"),
-            vocab_size=fields.int("vocab_size"),
-            hidden_size=fields.int("hidden_size"),
-            intermediate_size=fields.int("intermediate_size"),
-            num_hidden_layers=fields.n_layers(),
-            num_attention_heads=fields.int("num_attention_heads"),
-            num_key_value_heads=glm4.n_kv_heads(fields),
-            head_dim=head_dim,
+            **shared,
             num_local_experts=n_experts,
             num_experts_per_tok=fields.int("num_experts_per_tok", n_chosen, at_most=n_experts),
-            max_position_embeddings=fields.int("max_position_embeddings"),
-            rms_norm_eps=fields.float("rms_norm_eps"),
             swiglu_alpha=fields.float("swiglu_alpha", SWIGLU_ALPHA),
             swiglu_limit=fields.float("swiglu_limit", SWIGLU_LIMIT),
-            attention_bias=fields.bool("attention_bias", True),
-            tie_word_embeddings=fields.bool("tie_word_embeddings", False),
-            windows=_windows(fields),
-            rope=rope_config(fields, head_dim, default_theta=ROPE_THETA),
+            rope=rope_config(fields, shared["head_dim"], default_theta=ROPE_THETA),
         )
         fields.finish()
         return config
 
 
-def _windows(fields: Fields) -> tuple[int | None, ...]:
-    n_layers, window = fields.n_layers(), fields.opt_int("sliding_window")
-    if "sliding_window" not in fields.raw:
-        window = WINDOW
-    kinds = fields.strings("layer_types", n_layers, llama.LAYER_TYPES)
-    if kinds is None:
-        kinds = tuple("full_attention" if i % 2 else "sliding_attention" for i in range(n_layers))
-    if window is None and "sliding_attention" in kinds:
-        raise fields.missing("sliding_window")
-    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
-
-
-class Attention(llama.Attention):
+class Attention(decoder_model.Attention):
     """Grouped-query attention with a sink for each head: a logit that takes part and says nothing.
 
     With it a head may attend to nothing at all.
     """
 
-    def __init__(self, config: Any):
+    def __init__(self, config: Config):
         super().__init__(config)
         self.sinks = mx.zeros((self.n_heads,))
 
@@ -163,26 +128,12 @@ class MoE(nn.Module):
         return weighed(self["experts"](x, experts), weights)
 
 
-class Model(glm4.Model):
+class Model(DecoderModel):
     """A GPT-OSS with its head."""
 
-    def make_layers(self) -> list[nn.Module]:
-        c = self.config
-        return [glm4.Layer(c, Attention(c), MoE(c)) for _ in range(c.num_hidden_layers)]
-
-    def cache_specs(self) -> list[CacheSpec | None]:
-        """One per layer."""
-        c = self.config
-        return [
-            CacheSpec(c.num_key_value_heads, c.head_dim, c.head_dim, window) for window in c.windows
-        ]
-
-    def hidden(self, tokens: mx.array, caches: Sequence[LayerCache] | None = None) -> mx.array:
-        masks = attention_masks(self._windows, caches, tokens.shape[1])
-        h = self.model.embed_tokens(tokens)
-        for i, (layer, window) in enumerate(zip(self.model.layers, self._windows, strict=True)):
-            h = layer(h, masks[window], None if caches is None else caches[i])
-        return self.model.norm(h)
+    def __init__(self, config: Config):
+        layers = [Layer(config, Attention(config), MoE(config)) for _ in config.windows]
+        super().__init__(config, Backbone(config, layers))
 
 
 _EXPERTS = re.compile(
@@ -202,11 +153,9 @@ def remap(weights: Mapping[str, mx.array], config: Config) -> tuple[dict[str, mx
     Raises:
         WeightsError: blocks that are none.
     """
-    kept, skipped = {}, []
+    kept, (weights, skipped) = {}, tensor_names.without_rotary(weights)
     for name, array in weights.items():
-        if name.endswith("rotary_emb.inv_freq"):
-            skipped.append(name)
-        elif match := _EXPERTS.match(name):
+        if match := _EXPERTS.match(name):
             prefix, part, kind = match.group("prefix", "part", "kind")
             array, suffix = _by_rows(name, array, kind), _SUFFIX[kind]
             if part == "down_proj":

@@ -41,7 +41,9 @@ def attention_masks(
 class CausalLM(nn.Module):
     """What the engine asks of a model.
 
-    A family's `Model` sets `config`, has a `hidden` and a `logits`, and one cache spec per layer.
+    A family's `Model` sets `config`, has `embed`, `hidden` and `logits`, and one cache spec per
+    layer. Embeddings are apart from what follows, so that those of other media can stand among
+    them; token ids are not seen behind `embed` and `embed_per_layer`.
 
     Attributes:
         compute_dtype: what it computes in, and keeps KV in; the loader sets it.
@@ -86,8 +88,34 @@ class CausalLM(nn.Module):
         limits = [module.stable_tokens for module in self.modules() if isinstance(module, RoPE)]
         return min((n for n in limits if n is not None), default=None)
 
-    def hidden(self, tokens: mx.array, caches: Sequence[LayerCache] | None = None) -> mx.array:
-        """Final hidden states `[B, L, E]` of tokens `[B, L]`; the caches take their KV."""
+    def embed(self, tokens: mx.array) -> mx.array:
+        """What the first layer takes of tokens `[B, L]`: `[B, L, E]`, scaled where the family does.
+
+        Raises:
+            UnsupportedModel: the definition is mlx-lm's, which takes tokens only.
+        """
+        raise NotImplementedError
+
+    def embed_per_layer(self, tokens: mx.array) -> mx.array | None:
+        """What the layers take of tokens `[B, L]` beside it: `[B, L, layers, P]`, or None."""
+        return None
+
+    def hidden(
+        self,
+        x: mx.array,
+        caches: Sequence[LayerCache] | None = None,
+        per_layer: mx.array | None = None,
+    ) -> mx.array:
+        """Final hidden states of embeddings; the caches take their KV.
+
+        Args:
+            x: as `embed` gives them, `[B, L, E]`, continuing what the caches hold.
+            caches: one per layer that owns KV (`make_caches`); None for one whole sequence.
+            per_layer: as `embed_per_layer` gives them.
+
+        Returns:
+            `[B, L, E]`.
+        """
         raise NotImplementedError
 
     def logits(self, hidden: mx.array) -> mx.array:
@@ -99,16 +127,27 @@ class CausalLM(nn.Module):
 
         Args:
             tokens: `[B, L]`, continuing what the caches hold.
-            caches: one per layer that owns KV (`make_caches`); None scores one whole sequence.
+            caches: as of `hidden`.
 
         Returns:
             `[B, L, V]`.
         """
-        return self.logits(self.hidden(tokens, caches))
+        x, per_layer = self.embed(tokens), self.embed_per_layer(tokens)
+        return self.logits(self.hidden(x, caches, per_layer))
 
     def last_logits(self, tokens: mx.array, caches: Sequence[LayerCache] | None = None) -> mx.array:
         """Logits `[B, V]` after the last token: the head's product for one position only."""
-        return self.logits(self.hidden(tokens, caches)[:, -1:])[:, 0]
+        x, per_layer = self.embed(tokens), self.embed_per_layer(tokens)
+        return self.logits(self.last_hidden(x, caches, per_layer))[:, 0]
+
+    def last_hidden(
+        self,
+        x: mx.array,
+        caches: Sequence[LayerCache] | None = None,
+        per_layer: mx.array | None = None,
+    ) -> mx.array:
+        """The last position of `hidden`, `[B, 1, E]`."""
+        return self.hidden(x, caches, per_layer)[:, -1:]
 
 
 def model_windows(specs: Iterable[CacheSpec | None]) -> list[int | None]:

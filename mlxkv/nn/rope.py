@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxkv.base import device
-from mlxkv.checkpoint.config import RopeConfig
+from mlxkv.checkpoint.rope_config import RopeConfig
 from mlxkv.kv.layout import Offset, Positions
 
 

@@ -110,7 +110,7 @@ def test_an_unknown_activation_is_an_error_that_lists_what_is_known():
 
 def test_gelu_in_a_gemma_config_means_the_tanh_form():
     config = read(without(gemma3_config(hidden_act="gelu"), "hidden_activation"))
-    assert config.hidden_activation == "gelu_pytorch_tanh"
+    assert config.hidden_act == "gelu_pytorch_tanh"
     assert read(llama_config(hidden_act="gelu")).hidden_act == "gelu"
 
 
@@ -235,8 +235,8 @@ def test_sliding_layers_without_a_window_are_an_error():
 def test_gemma3s_two_kinds_of_layers_have_their_own_rope():
     scaling = {"rope_type": "linear", "factor": 8.0}
     config = read(gemma3_config(rope_theta=5e5, rope_local_base_freq=2e4, rope_scaling=scaling))
-    assert (config.full_rope.theta, config.sliding_rope.theta) == (5e5, 2e4)
-    assert (config.full_rope.rope_type, config.full_rope.factor) == ("linear", 8.0)
+    assert (config.rope.theta, config.sliding_rope.theta) == (5e5, 2e4)
+    assert (config.rope.rope_type, config.rope.factor) == ("linear", 8.0)
     assert config.sliding_rope.rope_type == "default"
 
 

@@ -12,7 +12,8 @@ import pytest
 from gguf import GGMLQuantizationType, quants
 
 import mlxkv
-from mlxkv.checkpoint.config import Fields, rope_config
+from mlxkv.checkpoint.config import Fields
+from mlxkv.checkpoint.rope_config import rope_config
 from mlxkv.convert import convert
 from mlxkv.convert.gguf_file import open_gguf, readable_types
 from mlxkv.convert.gguf_model import default_dtype, gguf_config

@@ -23,7 +23,8 @@ from mlxkv.convert.hub_tensors import DenseTensor, StackedPart
 from mlxkv.errors import ConfigError, WeightsError
 from mlxkv.kv.types import KVFormat
 from mlxkv.memory.needs import kv_bytes
-from mlxkv.models import family_for, glm4_moe, glm4_moe_lite
+from mlxkv.models import family_for, glm4_moe_lite
+from mlxkv.nn import sigmoid_moe
 from tests.support import tiny
 from tests.support.loading import assert_rounded
 
@@ -235,7 +236,7 @@ def test_packed_matrices_of_heads_give_what_dense_ones_do(monkeypatch, on_cpu, L
 def router(bias: list[float], logit: list[float], **options: Any) -> dict[int, float]:
     """Expert -> weight for one token whose logits are these."""
     config = definition({**MOE, "n_routed_experts": len(logit), **options})[1].moe
-    block = glm4_moe.Router(len(logit), config)
+    block = sigmoid_moe.Router(len(logit), config)
     block.weight, block.e_score_correction_bias = mx.eye(len(logit)), mx.array(bias)
     experts, weights = block(mx.array([[logit]]))
     pairs = zip(np.array(experts)[0, 0], np.array(weights)[0, 0], strict=True)

@@ -18,7 +18,7 @@ from mlx.utils import tree_map
 
 import mlxkv
 from mlxkv.cache import KVCache, make_caches
-from mlxkv.checkpoint.config import RopeConfig
+from mlxkv.checkpoint.rope_config import RopeConfig
 from mlxkv.errors import UsageError
 from mlxkv.generation.prefill import prefill
 from mlxkv.kv.layout import Cache, Positions

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from mlxkv.base import device
-from mlxkv.checkpoint.config import Fields, RopeConfig, rope_config
+from mlxkv.checkpoint.config import Fields
+from mlxkv.checkpoint.rope_config import RopeConfig, rope_config
 from mlxkv.errors import ConfigError
 from mlxkv.kv.layout import Positions
 from mlxkv.nn.rope import RoPE, attention_factor

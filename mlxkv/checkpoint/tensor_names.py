@@ -1,0 +1,71 @@
+"""Names of tensors that several families leave out or rename.
+
+Each function returns the weights kept, and the names of those left out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Container, Mapping
+
+import mlx.core as mx
+
+Remapped = tuple[dict[str, mx.array], list[str]]
+
+_ROTARY = re.compile(r"rotary_emb\.|inv_freq$")
+_MEDIA = re.compile(
+    r"(^|\.)(vision_tower|vision_model|vision_embedder|audio_tower|embed_vision|embed_audio|"
+    r"multi_modal_projector)\."
+)
+_LAYER = re.compile(r"^model\.layers\.(\d+)\.")
+_KV = re.compile(r"\.self_attn\.(k_proj|v_proj|k_norm|v_norm)\.")
+
+
+def without_rotary(weights: Mapping[str, mx.array]) -> Remapped:
+    """Without rotary frequencies, which `rope.py` computes."""
+    return _without(weights, lambda name: False)
+
+
+def without_extra_layers(weights: Mapping[str, mx.array], n_layers: int) -> Remapped:
+    """Without rotary frequencies and layers that predict the token after next."""
+
+    def is_extra(name: str) -> bool:
+        layer = _layer(name)
+        return layer is not None and layer >= n_layers
+
+    return _without(weights, is_extra)
+
+
+def language_model(weights: Mapping[str, mx.array], readers: Container[int | None] = ()) -> Remapped:
+    """The language model's part of a checkpoint, under the names of one of text alone.
+
+    Args:
+        weights: of a multimodal checkpoint or not.
+        readers: layers that read another's KV: what their own would be made of is left out.
+    """
+    kept: dict[str, mx.array] = {}
+    skipped: list[str] = []
+    for name, array in weights.items():
+        ours = name.removeprefix("language_model.")
+        if ours.startswith("model.language_model."):
+            ours = "model." + ours.removeprefix("model.language_model.")
+        unused_kv = _KV.search(ours) and _layer(ours) in readers
+        if unused_kv or _MEDIA.search(name) or _ROTARY.search(name):
+            skipped.append(name)
+        else:
+            kept[ours] = array
+    return kept, skipped
+
+
+def _without(weights: Mapping[str, mx.array], is_extra: Callable[[str], bool]) -> Remapped:
+    kept, skipped = dict(weights), list[str]()
+    for name in weights:
+        if _ROTARY.search(name) or is_extra(name):
+            del kept[name]
+            skipped.append(name)
+    return kept, skipped
+
+
+def _layer(name: str) -> int | None:
+    match = _LAYER.match(name)
+    return int(match[1]) if match else None

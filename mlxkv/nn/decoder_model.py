@@ -1,0 +1,326 @@
+"""The decoder that most families are: embedding, layers of attention and MLP, final norm, head.
+
+A family's file extends the config, chooses or extends the layers, and hands them to `DecoderModel`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlxkv.checkpoint.config import Fields
+from mlxkv.checkpoint.rope_config import RopeConfig
+from mlxkv.kv.layout import LayerCache, Mask, Offset
+from mlxkv.kv.types import CacheSpec
+from mlxkv.nn.attention import attend
+from mlxkv.nn.layers import (
+    ACTIVATIONS,
+    Fusing,
+    NormedHeads,
+    merge_heads,
+    residual,
+    soft_cap,
+    split_heads,
+)
+from mlxkv.nn.linear import Embedding, Linear
+from mlxkv.nn.model import CausalLM, attention_masks, model_windows
+from mlxkv.nn.rope import RoPE
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+LAYER_TYPES = (FULL, SLIDING)
+
+Norm = Callable[[int, float], nn.Module]
+"""(size, eps) -> a norm: `nn.RMSNorm` or `OffsetRMSNorm`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecoderConfig:
+    """The numbers that every decoder has; the names are those of config.json."""
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    hidden_act: str
+    attention_bias: bool
+    tie_word_embeddings: bool
+
+    @property
+    def context(self) -> int:
+        """Tokens that the model can attend to."""
+        return self.max_position_embeddings
+
+
+def decoder_fields(fields: Fields, activation: str = "hidden_act") -> dict[str, Any]:
+    """The values of `DecoderConfig`'s fields.
+
+    Args:
+        fields: the config, with the family's defaults put in (`Fields.with_defaults`).
+        activation: the key that names the activation.
+
+    Raises:
+        ConfigError: a key is missing or wrong.
+    """
+    return {
+        "model_type": fields.str("model_type"),
+        "vocab_size": fields.int("vocab_size"),
+        "hidden_size": fields.int("hidden_size"),
+        "intermediate_size": fields.int("intermediate_size"),
+        "num_hidden_layers": fields.n_layers(),
+        "num_attention_heads": fields.int("num_attention_heads"),
+        "max_position_embeddings": fields.int("max_position_embeddings"),
+        "rms_norm_eps": fields.float("rms_norm_eps"),
+        "hidden_act": fields.str(activation, "silu", among=sorted(ACTIVATIONS)),
+        "attention_bias": fields.bool("attention_bias", False),
+        "tie_word_embeddings": fields.bool("tie_word_embeddings", False),
+    }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupedConfig(DecoderConfig):
+    """A decoder whose layers all have grouped-query attention with heads of one size.
+
+    Attributes:
+        windows: of each layer, None for all tokens.
+        rope: of all layers, or of the full ones.
+        sliding_rope: of the sliding layers, where they have their own.
+    """
+
+    num_key_value_heads: int
+    head_dim: int
+    windows: tuple[int | None, ...]
+    rope: RopeConfig
+    rope_traditional: bool = False
+    sliding_rope: RopeConfig | None = None
+
+    @property
+    def scale(self) -> float:
+        """Factor on the scores of attention."""
+        return self.head_dim**-0.5
+
+    @property
+    def out_bias(self) -> bool:
+        """Whether the output projection of attention has a bias."""
+        return self.attention_bias
+
+    def rope_of(self, window: int | None) -> RopeConfig:
+        """The rotary embedding of a layer with this window."""
+        return self.rope if window is None or self.sliding_rope is None else self.sliding_rope
+
+
+def grouped_fields(fields: Fields, activation: str = "hidden_act") -> dict[str, Any]:
+    """The values of `GroupedConfig`'s fields but for the rotary embeddings.
+
+    No layer slides unless the family says so (`layer_windows`).
+
+    Args:
+        fields: as of `decoder_fields`.
+        activation: the key that names the activation.
+
+    Raises:
+        ConfigError: a key is missing or wrong.
+    """
+    n_heads = fields.int("num_attention_heads")
+    n_kv_heads = fields.int("num_key_value_heads", n_heads)
+    if n_heads % n_kv_heads:
+        raise fields.error("num_key_value_heads", f"{n_kv_heads} must divide {n_heads}")
+    return {
+        **decoder_fields(fields, activation),
+        "num_key_value_heads": n_kv_heads,
+        "head_dim": fields.int("head_dim"),
+        "windows": (None,) * fields.n_layers(),
+    }
+
+
+def layer_windows(fields: Fields, slides: Callable[[int], bool]) -> tuple[int | None, ...]:
+    """The window of each layer, from `layer_types` and `sliding_window`.
+
+    Args:
+        fields: the config.
+        slides: whether a layer slides where the config has no `layer_types`.
+
+    Raises:
+        ConfigError: `layer_types` is wrong, or a layer slides and there is no window.
+    """
+    n_layers, window = fields.n_layers(), fields.opt_int("sliding_window")
+    types = fields.strings("layer_types", n_layers, LAYER_TYPES) or tuple(
+        SLIDING if slides(i) else FULL for i in range(n_layers)
+    )
+    if window is None and SLIDING in types:
+        raise fields.missing("sliding_window")
+    return tuple(window if kind == SLIDING else None for kind in types)
+
+
+class Attention(Fusing):
+    """Grouped-query attention with rotary positions."""
+
+    fusions: ClassVar = {"qkv_proj": ("q_proj", "k_proj", "v_proj")}
+
+    def __init__(self, config: GroupedConfig, window: int | None = None):
+        super().__init__()
+        E, D, bias = config.hidden_size, config.head_dim, config.attention_bias
+        self.n_heads, self.n_kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.scale = config.scale
+        self.softcap: float | None = None
+        self.q_proj = Linear(E, self.n_heads * D, bias=bias)
+        self.k_proj = Linear(E, self.n_kv_heads * D, bias=bias)
+        self.v_proj = Linear(E, self.n_kv_heads * D, bias=bias)
+        self.o_proj = Linear(self.n_heads * D, E, bias=config.out_bias)
+        self._rope = RoPE(config.rope_of(window), config.rope_traditional, D)
+
+    def __call__(self, x: mx.array, mask: Mask, cache: LayerCache | None) -> mx.array:
+        q, k, v = self.heads(x, 0 if cache is None else cache.offset)
+        if cache is not None:
+            k, v = cache.update(k, v)
+        out = attend(q, k, v, self.scale, mask, self.get("sinks"), self.softcap)
+        return self["o_proj"](merge_heads(out))
+
+    def heads(self, x: mx.array, offset: Offset) -> tuple[mx.array, mx.array, mx.array]:
+        """Queries `[B, H, L, D]`, keys and values `[B, Hk, L, D]`."""
+        H, Hk = self.n_heads, self.n_kv_heads
+        qkv = split_heads(self.project("qkv_proj", x), H + 2 * Hk)
+        return self["_rope"].of_qkv(qkv, H, Hk, offset)
+
+
+class NormedAttention(Attention, NormedHeads):
+    """`Attention` with norms on the heads of queries and keys."""
+
+    def __init__(self, config: GroupedConfig, window: int | None = None, norm: Norm = nn.RMSNorm):
+        super().__init__(config, window)
+        self._eps = config.rms_norm_eps
+        self.q_norm = norm(config.head_dim, self._eps)
+        self.k_norm = norm(config.head_dim, self._eps)
+
+    def heads(self, x: mx.array, offset: Offset) -> tuple[mx.array, mx.array, mx.array]:
+        B, L, _ = x.shape
+        H, Hk = self.n_heads, self.n_kv_heads
+        qkv = self.project("qkv_proj", x).reshape(B, L, H + 2 * Hk, -1)
+        qk, _ = self.normed(qkv, self._eps)
+        qk = self["_rope"](qk.transpose(0, 2, 1, 3), offset)
+        q, k = mx.split(qk, (H,), axis=1)  # [B, H, L, D], [B, Hk, L, D]
+        return q, k, qkv[:, :, H + Hk :].transpose(0, 2, 1, 3)
+
+
+class Layer(nn.Module):
+    """x + attention(norm(x)), and the same with an MLP.
+
+    Args:
+        config: the model's.
+        attention: of (x, mask, cache).
+        mlp: of x, or a mixture of experts.
+        norm: the kind of both norms.
+    """
+
+    def __init__(
+        self, config: DecoderConfig, attention: nn.Module, mlp: nn.Module, norm: Norm = nn.RMSNorm
+    ):
+        super().__init__()
+        E, eps = config.hidden_size, config.rms_norm_eps
+        self.self_attn = attention
+        self.mlp = mlp
+        self.input_layernorm = norm(E, eps)
+        self.post_attention_layernorm = norm(E, eps)
+
+    def __call__(self, x: mx.array, mask: Mask, cache: LayerCache | None) -> mx.array:
+        x = x + self["self_attn"](self["input_layernorm"](x), mask, cache)
+        return x + self["mlp"](self["post_attention_layernorm"](x))
+
+
+class FourNorms(nn.Module):
+    """The modules of a layer with a norm before and after both attention and MLP."""
+
+    def __init__(
+        self, config: DecoderConfig, attention: nn.Module, mlp: nn.Module, norm: Norm = nn.RMSNorm
+    ):
+        super().__init__()
+        E, eps = config.hidden_size, config.rms_norm_eps
+        self.self_attn = attention
+        self.mlp = mlp
+        self.input_layernorm = norm(E, eps)
+        self.post_attention_layernorm = norm(E, eps)
+        self.pre_feedforward_layernorm = norm(E, eps)
+        self.post_feedforward_layernorm = norm(E, eps)
+
+
+class FourNormLayer(FourNorms):
+    """x + norm(attention(norm(x))), and the same with the MLP, within float16's range."""
+
+    def __call__(self, x: mx.array, mask: Mask, cache: LayerCache | None) -> mx.array:
+        r = self["self_attn"](self["input_layernorm"](x), mask, cache)
+        x = residual(x, self["post_attention_layernorm"](r))
+        r = self["mlp"](self["pre_feedforward_layernorm"](x))
+        return residual(x, self["post_feedforward_layernorm"](r))
+
+
+class Backbone(nn.Module):
+    """Embedding, layers and final norm: what the checkpoint calls `model`."""
+
+    def __init__(self, config: DecoderConfig, layers: Sequence[nn.Module], norm: Norm = nn.RMSNorm):
+        super().__init__()
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        self.layers = list(layers)
+        self.norm = norm(config.hidden_size, config.rms_norm_eps)
+
+
+class DecoderModel(CausalLM):
+    """A backbone with its head, which may be the embedding.
+
+    Args:
+        config: the model's.
+        backbone: its layers are callables of (x, mask, cache), unless `hidden` is overridden.
+        embed_scale: factor on the embeddings; None: they stay as they are.
+        logit_cap: see `soft_cap`.
+    """
+
+    model: Any
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        backbone: Backbone,
+        *,
+        embed_scale: float | None = None,
+        logit_cap: float | None = None,
+    ):
+        super().__init__()
+        self.config = config
+        self.model = backbone
+        self._embed_scale, self._logit_cap = embed_scale, logit_cap
+        if not config.tie_word_embeddings:
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self._windows = tuple(model_windows(self.cache_specs()))
+
+    def cache_specs(self) -> list[CacheSpec | None]:
+        c = self.config
+        return [
+            CacheSpec(c.num_key_value_heads, c.head_dim, c.head_dim, window) for window in c.windows
+        ]
+
+    def embed(self, tokens: mx.array) -> mx.array:
+        x = self.model.embed_tokens(tokens)
+        # A Python number takes the dtype of x: rounded to bfloat16 only when computing in it.
+        return x if self._embed_scale is None else x * self._embed_scale
+
+    def hidden(
+        self,
+        x: mx.array,
+        caches: Sequence[LayerCache] | None = None,
+        per_layer: mx.array | None = None,
+    ) -> mx.array:
+        masks = attention_masks(self._windows, caches, x.shape[1])
+        for i, (layer, window) in enumerate(zip(self.model.layers, self._windows, strict=True)):
+            x = layer(x, masks[window], None if caches is None else caches[i])
+        return self.model.norm(x)
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        tied = self.config.tie_word_embeddings
+        logits = self.model.embed_tokens.as_linear(hidden) if tied else self.lm_head(hidden)
+        return soft_cap(logits, self._logit_cap)

@@ -1,0 +1,196 @@
+"""What Gemma 3n and 4 share: last layers that read the KV of earlier ones, embeddings per layer."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlxkv.checkpoint.config import Fields
+from mlxkv.checkpoint.rope_config import RopeConfig
+from mlxkv.kv.layout import LayerCache, Mask, Offset
+from mlxkv.kv.storage import KV
+from mlxkv.kv.types import CacheSpec
+from mlxkv.nn.attention import attend
+from mlxkv.nn.decoder_model import Backbone, DecoderConfig, DecoderModel
+from mlxkv.nn.layers import Fusing, NormedHeads, merge_heads
+from mlxkv.nn.linear import Embedding, Linear
+from mlxkv.nn.rope import RoPE
+
+KeysValues = tuple[KV, KV]
+"""Keys `[B, Hk, S, D]` and values that a layer used, for the layers that share them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """The attention of one layer.
+
+    Args:
+        donor: the earlier layer whose KV this one reads; None where it has its own.
+        k_is_v: whether the values are the keys' projection under another norm.
+    """
+
+    window: int | None
+    head_dim: int
+    n_kv_heads: int
+    donor: int | None
+    k_is_v: bool
+    rope: RopeConfig
+
+
+def donors(fields: Fields, kinds: Sequence[Hashable], n_shared: int) -> tuple[int | None, ...]:
+    """For each layer the one whose KV it reads, None where it has its own.
+
+    The last layers read the KV of the last layer of their kind that has its own.
+
+    Raises:
+        ConfigError: there is no such layer.
+    """
+    n_own = max(len(kinds) - n_shared, 0)
+    last = {kind: i for i, kind in enumerate(kinds[:n_own])}
+    if any(kind not in last for kind in kinds[n_own:]):
+        raise fields.error(
+            "num_kv_shared_layers",
+            f"of {n_shared} leaves no layer of each kind with KV of its own",
+        )
+    return tuple(None if i < n_own else last[kind] for i, kind in enumerate(kinds))
+
+
+class SharedAttention(Fusing):
+    """Queries of this layer on the keys and values of an earlier one.
+
+    Scores are not scaled: the norms of queries and keys do it.
+    """
+
+    def __init__(self, config: DecoderConfig, heads: Heads):
+        super().__init__()
+        E, D, H = config.hidden_size, heads.head_dim, config.num_attention_heads
+        self.n_heads, self.n_kv_heads, self.head_dim = H, heads.n_kv_heads, D
+        self.q_proj = Linear(E, H * D, bias=config.attention_bias)
+        self.o_proj = Linear(H * D, E, bias=config.attention_bias)
+        self.q_norm = nn.RMSNorm(D, config.rms_norm_eps)
+        self._rope = RoPE(heads.rope)
+
+    def __call__(
+        self,
+        x: mx.array,
+        mask: Mask,
+        offset: Offset,
+        cache: LayerCache | None,
+        kv: KeysValues | None,
+    ) -> tuple[mx.array, KeysValues]:
+        """Attention of x `[B, L, E]`, and the keys and values that it went over.
+
+        Args:
+            x: the layer's input.
+            mask: see `attend`.
+            offset: position of the first token.
+            cache: the layer's own; None where it has none, or in one pass over a whole sequence.
+            kv: the donor's; None for a layer with its own.
+        """
+        q, k, v = self.heads(x, offset, kv)
+        if cache is not None:
+            assert isinstance(k, mx.array) and isinstance(v, mx.array), "another layer's KV"
+            k, v = cache.update(k, v)
+        out = attend(q, k, v, 1.0, mask)
+        return self["o_proj"](merge_heads(out)), (k, v)
+
+    def heads(self, x: mx.array, offset: Offset, kv: KeysValues | None) -> tuple[mx.array, KV, KV]:
+        """Queries `[B, H, L, D]`, keys and values."""
+        assert kv is not None, "a layer without KV needs its donor's"
+        q = self["q_norm"](self._split(self["q_proj"](x)))
+        return self["_rope"](q.transpose(0, 2, 1, 3), offset), *kv
+
+    def _split(self, x: mx.array) -> mx.array:
+        """`[B, L, N, D]`; norms come before the axes change places, else they copy."""
+        return x.reshape(*x.shape[:-1], -1, self.head_dim)
+
+
+class OwnAttention(SharedAttention, NormedHeads):
+    """Grouped-query attention with norms on queries, keys and, without a weight, values."""
+
+    fusions: ClassVar = {"qkv_proj": ("q_proj", "k_proj", "v_proj")}
+
+    def __init__(self, config: DecoderConfig, heads: Heads):
+        super().__init__(config, heads)
+        self._eps = config.rms_norm_eps
+        rows = self.n_kv_heads * self.head_dim
+        self.k_norm = nn.RMSNorm(self.head_dim, self._eps)
+        for name in self.fusions["qkv_proj"][1:]:
+            self[name] = Linear(config.hidden_size, rows, bias=config.attention_bias)
+
+    def heads(self, x: mx.array, offset: Offset, kv: KeysValues | None) -> tuple[mx.array, KV, KV]:
+        H, Hk = self.n_heads, self.n_kv_heads
+        # Without a v_proj the last heads are the keys' once more, before their norm and rotation.
+        heads = self._split(self.project("qkv_proj", x))  # [B, L, H + Hk or H + 2 Hk, D]
+        qk, plain = self.normed(heads, self._eps)
+        qk = self["_rope"](qk.transpose(0, 2, 1, 3), offset)  # [B, H + Hk, L, D]
+        return qk[:, :H], qk[:, H:], plain[:, :, -Hk:].transpose(0, 2, 1, 3)
+
+
+class KeyIsValueAttention(OwnAttention):
+    """Attention whose values are its keys' projection under a norm of their own."""
+
+    fusions: ClassVar = {"qkv_proj": ("q_proj", "k_proj")}
+
+
+def attention(config: DecoderConfig, heads: Heads) -> SharedAttention:
+    """The kind of attention that a layer has."""
+    if heads.donor is not None:
+        return SharedAttention(config, heads)
+    return (KeyIsValueAttention if heads.k_is_v else OwnAttention)(config, heads)
+
+
+class PerLayerBackbone(Backbone):
+    """A backbone whose layers take an embedding of their own, of P values.
+
+    Args:
+        config: the model's.
+        layers: each takes the values of `per_layer_inputs` for it.
+        n_rows: tokens that have an embedding per layer.
+        per_layer_dim: P; 0 where layers take nothing.
+    """
+
+    def __init__(
+        self, config: DecoderConfig, layers: Sequence[nn.Module], n_rows: int, per_layer_dim: int
+    ):
+        super().__init__(config, layers)
+        E, N, P = config.hidden_size, config.num_hidden_layers, per_layer_dim
+        self.per_layer_shape = N, P
+        if P:
+            self.embed_tokens_per_layer = Embedding(n_rows, N * P)
+            self.per_layer_model_projection = Linear(E, N * P, bias=False)
+            self.per_layer_projection_norm = nn.RMSNorm(P, config.rms_norm_eps)
+
+    def per_layer_inputs(self, x: mx.array, own: mx.array) -> mx.array:
+        """What each layer takes: embeddings `[B, L, E]` projected, and the tokens' own for it.
+
+        Args:
+            x: the embeddings.
+            own: as `SharedKVModel.embed_per_layer` gives them, `[B, L, N, P]`.
+
+        Returns:
+            `[B, L, N, P]`.
+        """
+        projected = self["per_layer_model_projection"](x) * x.shape[-1] ** -0.5
+        return (self["per_layer_projection_norm"](projected.reshape(own.shape)) + own) * 2**-0.5
+
+
+class SharedKVModel(DecoderModel):
+    """A decoder whose config has `heads`, one for each layer, and whose backbone is per layer."""
+
+    def cache_specs(self) -> list[CacheSpec | None]:
+        """One per layer; None where it reads its donor's KV."""
+        return [
+            CacheSpec(h.n_kv_heads, h.head_dim, h.head_dim, h.window) if h.donor is None else None
+            for h in self.config.heads
+        ]
+
+    def embed_per_layer(self, tokens: mx.array) -> mx.array | None:
+        N, P = self.model.per_layer_shape
+        if not P:
+            return None
+        return self.model.embed_tokens_per_layer(tokens).reshape(*tokens.shape, N, P) * P**0.5

@@ -1,0 +1,150 @@
+"""Mixtures of experts behind a sigmoid router, with an expert for every token, as GLM has them.
+
+The first layers are dense. Reference: transformers `modeling_glm4_moe.py`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlxkv.checkpoint.config import Fields
+from mlxkv.nn.decoder_model import DecoderConfig
+from mlxkv.nn.layers import GatedMLP, Prepared, compiled, gated
+from mlxkv.nn.moe import GatedExperts, weighed
+
+CORRECTION_BIAS = "e_score_correction_bias"
+"""A parameter that stays in float32: two experts may differ by less than 16 bits can say."""
+
+
+@dataclass(frozen=True, slots=True)
+class MoEConfig:
+    """The numbers of a mixture of experts; the names are those of config.json."""
+
+    moe_intermediate_size: int
+    n_routed_experts: int
+    n_shared_experts: int
+    num_experts_per_tok: int
+    n_group: int
+    topk_group: int
+    norm_topk_prob: bool
+    routed_scaling_factor: float
+
+    @classmethod
+    def read(cls, fields: Fields) -> MoEConfig:
+        """Read the keys of a config of either style.
+
+        Raises:
+            ConfigError: a key is missing or wrong, or the router is of another kind.
+        """
+        fields.str("scoring_func", "sigmoid", among=("sigmoid",))
+        fields.str("topk_method", "noaux_tc", among=("noaux_tc",))
+        n_experts, n_group = fields.int("n_routed_experts"), fields.int("n_group", 1)
+        if n_experts % n_group or n_experts // n_group < 2:
+            raise fields.error("n_group", f"{n_group} must divide {n_experts} experts")
+        topk_group = fields.int("topk_group", 1, at_most=n_group)
+        return cls(
+            moe_intermediate_size=fields.int("moe_intermediate_size"),
+            n_routed_experts=n_experts,
+            n_shared_experts=fields.int("n_shared_experts"),
+            num_experts_per_tok=fields.int(
+                "num_experts_per_tok", at_most=n_experts // n_group * topk_group
+            ),
+            n_group=n_group,
+            topk_group=topk_group,
+            norm_topk_prob=fields.bool("norm_topk_prob", True),
+            routed_scaling_factor=fields.float("routed_scaling_factor"),
+        )
+
+
+def first_dense(fields: Fields, default: int) -> int:
+    """`first_k_dense_replace`: the layers before the first mixture, which may be none."""
+    if fields.any("first_k_dense_replace") == 0:
+        return 0
+    return fields.int("first_k_dense_replace", default)
+
+
+class Router(Prepared):
+    """Chooses the experts of each token, in float32 as the model was trained.
+
+    The experts are chosen by sigmoid(logit) + correction bias, within the groups whose two best
+    add up to most; they are weighed by the sigmoid alone.
+    """
+
+    def __init__(self, hidden_size: int, config: MoEConfig):
+        super().__init__()
+        self._config = config
+        self.weight = mx.zeros((config.n_routed_experts, hidden_size))
+        self.e_score_correction_bias = mx.zeros((config.n_routed_experts,))
+
+    def prepare(self) -> None:
+        self.weight = self.weight.astype(mx.float32)
+        self.e_score_correction_bias = self.e_score_correction_bias.astype(mx.float32)
+
+    def __call__(self, x: mx.array) -> tuple[mx.array, mx.array]:
+        """Experts `[B, L, k]` of tokens `[B, L, E]`, and their weights in the tokens' dtype."""
+        c, k = self._config, self._config.num_experts_per_tok
+        scores, choice = _scores(x.astype(mx.float32) @ self["weight"].T, self[CORRECTION_BIAS])
+        if c.n_group > 1:
+            choice = self._within_best_groups(choice)
+        experts = mx.argpartition(choice, kth=-k, axis=-1)[..., -k:]
+        weights = mx.take_along_axis(scores, experts, axis=-1)
+        total = weights.sum(axis=-1, keepdims=True) if c.norm_topk_prob else None
+        return experts, _shares(x.dtype, c.routed_scaling_factor)(weights, total)
+
+    def _within_best_groups(self, choice: mx.array) -> mx.array:
+        c = self._config
+        groups = mx.unflatten(choice, -1, (c.n_group, -1))  # [B, L, groups, experts of one]
+        best = mx.topk(groups, 2, axis=-1).sum(axis=-1)
+        kept = mx.argpartition(-best, kth=c.topk_group - 1, axis=-1)[..., : c.topk_group]
+        hidden = mx.put_along_axis(mx.ones_like(best), kept, mx.array(0.0), axis=-1)
+        return mx.where(hidden[..., None] > 0, -mx.inf, groups).flatten(-2)
+
+
+@compiled
+def _scores(logits: mx.array, correction: mx.array) -> tuple[mx.array, mx.array]:
+    """What experts are weighed by, and what they are chosen by."""
+    scores = mx.sigmoid(logits)
+    return scores, scores + correction
+
+
+@functools.cache
+def _shares(dtype: mx.Dtype, factor: float) -> Callable[[mx.array, mx.array | None], mx.array]:
+    """(scores of the chosen, their sum or None) -> the weights, in `dtype`."""
+
+    @compiled
+    def shares(scores: mx.array, total: mx.array | None) -> mx.array:
+        if total is not None:
+            scores = scores / (total + 1e-20)  # as the reference does, against a division by zero
+        return (scores * factor).astype(dtype)
+
+    return shares
+
+
+class MoE(nn.Module):
+    """The chosen experts of each token, weighed, and the shared one on top."""
+
+    def __init__(self, hidden_size: int, config: MoEConfig, activation: str):
+        super().__init__()
+        hidden = config.moe_intermediate_size
+        self.gate = Router(hidden_size, config)
+        self.switch_mlp = GatedExperts(
+            config.n_routed_experts, hidden_size, hidden, gated(activation)
+        )
+        self.shared_experts = GatedMLP(hidden_size, hidden * config.n_shared_experts, activation)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        experts, weights = self["gate"](x)
+        chosen = weighed(self["switch_mlp"](x, experts), weights)
+        return chosen + self["shared_experts"](x)
+
+
+def feed_forward(config: DecoderConfig, moe: MoEConfig, *, dense: bool) -> nn.Module:
+    """One layer's MLP or mixture."""
+    if dense:
+        return GatedMLP(config.hidden_size, config.intermediate_size, config.hidden_act)
+    return MoE(config.hidden_size, moe, config.hidden_act)
