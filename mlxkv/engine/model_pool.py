@@ -149,16 +149,16 @@ class ModelPool:
         """
         key = key_of(name)
         path = Path(key)
-        n_bytes = lay_out(path, self._dtype).nbytes
+        layout = lay_out(path, self._dtype)
+        n_bytes, card = layout.nbytes, describe(name, path, layout)
         yield
         yield from self._making_room(name, n_bytes)
         self._coming_bytes += n_bytes
         try:
             self.share_memory()
             settings = effective(path, self._given)
-            runtime = yield from Runtime.loading(path, settings, self._dtype)
+            runtime = yield from Runtime.loading(path, settings, self._dtype, layout)
             scheduler = Scheduler(runtime, self._max_running)
-            card = describe(name, path)
             model = LoadedModel(name, scheduler, card, digest(path), self._keep_alive_s)
         finally:
             self._coming_bytes -= n_bytes

@@ -18,7 +18,7 @@ from mlxkv.generation.session import Session
 from mlxkv.kv.types import first_kv_type
 from mlxkv.memory import needs
 from mlxkv.memory.budget import Budget
-from mlxkv.models.loader import loading
+from mlxkv.models.loader import Layout, loading
 from mlxkv.nn.model import CausalLM
 from mlxkv.prefix.open import open_pages
 from mlxkv.prefix.pages import Pages
@@ -83,11 +83,15 @@ class Runtime:
 
     @classmethod
     def loading(
-        cls, path: Path, settings: Settings, dtype: mx.Dtype | str = "auto"
+        cls,
+        path: Path,
+        settings: Settings,
+        dtype: mx.Dtype | str = "auto",
+        layout: Layout | None = None,
     ) -> Generator[None, None, Self]:
-        """`load` in steps; what is loaded is not wired."""
+        """`load` in steps, of what may be laid out already; what is loaded is not wired."""
         limit = settings.memory.value
-        model = yield from loading(path, dtype, limit)
+        model = yield from loading(path, dtype, limit, layout)
         yield
         tokenizer = Tokenizer.from_dir(path)
         return cls(model, tokenizer, path, settings.kv_type.value, limit, settings)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -24,7 +24,7 @@ from mlxkv.checkpoint.config import read_config, text_config
 from mlxkv.checkpoint.quantization import Quantization
 from mlxkv.checkpoint.weights import Weights, open_weights, skipped_text
 from mlxkv.errors import OutOfMemory, UnsupportedModel, UsageError, WeightsError
-from mlxkv.models import family_for
+from mlxkv.models import Family, family_for
 from mlxkv.nn.layers import Prepared
 from mlxkv.nn.linear import QuantizedEmbedding, split_products
 from mlxkv.nn.model import CausalLM
@@ -43,15 +43,43 @@ _log = logging.getLogger("mlxkv")
 
 
 @dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """What a model directory says before a weight is read.
+
+    Args:
+        raw: config.json.
+        source: its path, for errors.
+        family: who defines the model.
+        config: the family's view of `raw`.
+        weights: headers of all tensors.
+        skipped: tensors that are left out on purpose, such as a vision tower's.
+    """
+
+    raw: Mapping[str, Any]
+    source: str
+    family: Family
+    config: Any
+    weights: Weights
+    skipped: Sequence[str]
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """What it was made for."""
+        return checkpoint_dtype(self.raw, self.weights)
+
+
+@dataclass(frozen=True, slots=True)
 class Layout:
     """A model and the lazy weights that belong into it: nothing of either is in memory yet.
 
     Args:
+        checkpoint: what it is of.
         model: built and packed, with placeholder weights.
         weights: by name, in the dtype they will be computed in.
         dtype: what is computed in.
     """
 
+    checkpoint: Checkpoint
     model: CausalLM
     weights: dict[str, mx.array]
     dtype: mx.Dtype
@@ -69,6 +97,21 @@ class Layout:
                 module.compute_dtype = self.dtype
 
 
+def open_checkpoint(path: Path) -> tuple[Checkpoint, dict[str, mx.array]]:
+    """Read a model directory's headers; with them its lazy weights, under the family's names.
+
+    Raises:
+        As `load_model`.
+    """
+    raw = read_config(path)
+    source = str(path / "config.json")
+    family = family_for(raw, source)
+    config = family.config(raw, source)
+    weights = open_weights(path)
+    kept, skipped = family.remap(weights.arrays(), config)
+    return Checkpoint(raw, source, family, config, weights, skipped), kept
+
+
 def lay_out(
     path: str | Path, dtype: mx.Dtype | str = "auto", *, headers_only: bool = False
 ) -> Layout:
@@ -83,21 +126,16 @@ def lay_out(
     """
     compute_dtype(dtype, mx.float32)
     path = Path(path)
-    raw = read_config(path)
-    source = str(path / "config.json")
-    family = family_for(raw, source)
-    config = family.config(raw, source)
-    weights = open_weights(path)
-    kept, skipped = family.remap(weights.arrays(), config)
-    if skipped:
-        _log.info("%s: left out %s", path, skipped_text(skipped))
-    config = with_own_head(config, kept, compare=not headers_only)
-    model = family.build(config)
+    checkpoint, kept = open_checkpoint(path)
+    if checkpoint.skipped:
+        _log.info("%s: left out %s", path, skipped_text(checkpoint.skipped))
+    config = with_own_head(checkpoint.config, kept, compare=not headers_only)
+    model = checkpoint.family.build(config)
     root = model.weights_root()
-    quantization = Quantization.from_config(text_config(raw), source)
-    pack_modules(root, kept, quantization, source)
+    quantization = Quantization.from_config(text_config(checkpoint.raw), checkpoint.source)
+    pack_modules(root, kept, quantization, checkpoint.source)
     check_names(root, kept, path)
-    target = compute_dtype(dtype, checkpoint_dtype(raw, weights))
+    target = compute_dtype(dtype, checkpoint.dtype)
     exact = _scale_dtypes(kept, target)
     if not model.mixes_dtypes and mx.float32 in exact.values():
         target, exact = mx.float32, {}
@@ -105,7 +143,7 @@ def lay_out(
         name: array if model.keeps_dtype(name) else _cast(array, exact.get(name, target))
         for name, array in kept.items()
     }
-    return Layout(model, cast, target)
+    return Layout(checkpoint, model, cast, target)
 
 
 def load_model(
@@ -131,12 +169,22 @@ def load_model(
 
 
 def loading(
-    path: str | Path, dtype: mx.Dtype | str = "auto", limit_bytes: int | None = None
+    path: str | Path,
+    dtype: mx.Dtype | str = "auto",
+    limit_bytes: int | None = None,
+    layout: Layout | None = None,
 ) -> Generator[None, None, CausalLM]:
-    """`load_model` in steps, each of a block or of `STEP_BYTES`."""
+    """`load_model` in steps, each of a block or of `STEP_BYTES`.
+
+    Args:
+        path: see `load_model`, and so for the next two.
+        dtype: in which it is laid out.
+        limit_bytes: for its weights.
+        layout: what `lay_out` found already; its weights are taken out of it.
+    """
     if not device.can_compile():
         mx.disable_compile()
-    layout = lay_out(path, dtype)
+    layout = layout or lay_out(path, dtype)
     yield
     if limit_bytes is not None and layout.nbytes > limit_bytes:
         raise OutOfMemory(

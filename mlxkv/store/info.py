@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlxkv.base.units import human_bytes, human_count
 from mlxkv.checkpoint.config import read_config, text_config
@@ -15,6 +15,10 @@ from mlxkv.checkpoint.mlxkv_json import read_record
 from mlxkv.errors import CheckpointError, ModelNotFound
 from mlxkv.store import catalog
 from mlxkv.store.settings import Settings, effective
+
+if TYPE_CHECKING:
+    from mlxkv.checkpoint.weights import Weights
+    from mlxkv.models.loader import Layout
 
 FORMULA = "n_kv_heads * (k_dim + v_dim) * bytes per value, summed over the layers"
 
@@ -147,8 +151,16 @@ def _native_context(raw: Mapping[str, Any], source: str) -> int:
         return 0
 
 
-def quantization_label(model_dir: Path, config: Mapping[str, Any]) -> str:
-    """`affine4 g32`, `mixed affine4+affine8`, a foreign method's name, or the weights' dtype."""
+def quantization_label(
+    model_dir: Path, config: Mapping[str, Any], weights: Weights | None = None
+) -> str:
+    """`affine4 g32`, `mixed affine4+affine8`, a foreign method's name, or the weights' dtype.
+
+    Args:
+        model_dir: where the weights are.
+        config: config.json, without what is around the text model's.
+        weights: their headers, where they are read already.
+    """
     from mlxkv.checkpoint.quantization import Quantization
 
     try:
@@ -157,7 +169,7 @@ def quantization_label(model_dir: Path, config: Mapping[str, Any]) -> str:
         entry = config.get("quantization_config") or config.get("quantization")
         return str(entry.get("quant_method", "?")) if isinstance(entry, Mapping) else "?"
     if quantization is None:
-        return _dtype_label(model_dir)
+        return _dtype_label(model_dir, weights)
     own = (form for form in quantization.by_path.values() if form is not None)
     forms = [quantization.default, *own]
     names = sorted({f if (f := form.mode)[-1].isdigit() else f"{f}{form.bits}" for form in forms})
@@ -166,34 +178,37 @@ def quantization_label(model_dir: Path, config: Mapping[str, Any]) -> str:
     return f"mixed {label}" if len(names) > 1 else label
 
 
-def _dtype_label(model_dir: Path) -> str:
+def _dtype_label(model_dir: Path, weights: Weights | None) -> str:
     from mlxkv.checkpoint.weights import open_weights
 
     try:
-        return str(open_weights(model_dir).dtype).removeprefix("mlx.core.")
+        return str((weights or open_weights(model_dir)).dtype).removeprefix("mlx.core.")
     except (CheckpointError, ModelNotFound):
         return "?"
 
 
-def describe(name: str, model_dir: Path) -> Card:
+def describe(name: str, model_dir: Path, layout: Layout | None = None) -> Card:
     """The card of a model directory.
+
+    Args:
+        name: the model's.
+        model_dir: the directory.
+        layout: the model as it is about to be loaded, so that nothing is read again for its card.
 
     Raises:
         CheckpointError: config or weights are damaged, or the architecture is not supported.
     """
-    from mlxkv.checkpoint.weights import open_weights
-    from mlxkv.models import family_for
-    from mlxkv.models.loader import checkpoint_dtype
+    from mlxkv.models.loader import open_checkpoint
 
-    raw = read_config(model_dir)
-    source = str(model_dir / "config.json")
-    family = family_for(raw, source)
-    config = family.config(raw, source)
-    weights = open_weights(model_dir)
-    inner = text_config(raw)
-    _, skipped = family.remap(weights.arrays(), config)
-    infos = {name: info for name, info in weights.infos.items() if name not in set(skipped)}
-    parameters = _parameters(infos, inner, source)
+    if layout is None:
+        checkpoint, _ = open_checkpoint(model_dir)
+        model = checkpoint.family.build(checkpoint.config)
+    else:
+        checkpoint, model = layout.checkpoint, layout.model
+    raw, family, context = checkpoint.raw, checkpoint.family, checkpoint.config.context
+    inner, skipped = text_config(raw), set(checkpoint.skipped)
+    infos = {name: info for name, info in checkpoint.weights.infos.items() if name not in skipped}
+    parameters = _parameters(infos, inner, checkpoint.source)
     record = read_record(model_dir)
     entry = catalog.find(name)
     origin, license_, notice = "", "", ""
@@ -208,12 +223,10 @@ def describe(name: str, model_dir: Path) -> Card:
         definition=f"mlxkv ({family.name})" if family.native else "mlx-lm",
         parameters=parameters,
         bits_per_weight=8 * sum(info.nbytes for info in infos.values()) / max(parameters, 1),
-        quantization=quantization_label(model_dir, inner),
-        context=config.context,
+        quantization=quantization_label(model_dir, inner, checkpoint.weights),
+        context=context,
         config={key: inner[key] for key in keys if isinstance(inner.get(key), int)},
-        kv=_kv_facts(
-            family.build(config).cache_specs(), checkpoint_dtype(raw, weights), config.context
-        ),
+        kv=_kv_facts(model.cache_specs(), checkpoint.dtype, context),
         chat_template=_has_template(model_dir),
         source=record.source if record else _source_of(model_dir),
         origin=origin,
@@ -225,7 +238,7 @@ def describe(name: str, model_dir: Path) -> Card:
             if path.is_file()
         ),
         settings=effective(model_dir),
-        skipped=tuple(skipped),
+        skipped=tuple(checkpoint.skipped),
     )
 
 

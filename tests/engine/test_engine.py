@@ -17,6 +17,7 @@ import pytest
 
 import mlxkv
 from mlxkv.base import device
+from mlxkv.checkpoint import weights
 from mlxkv.engine import model_pool
 from mlxkv.engine.engine import Engine
 from mlxkv.engine.messages import Ask, Busy
@@ -25,8 +26,9 @@ from mlxkv.engine.scheduler import Scheduler
 from mlxkv.errors import MlxkvError, ModelNotFound, OutOfMemory, UsageError
 from mlxkv.generation.outputs import Chunk, Stats
 from mlxkv.generation.request import Request
-from mlxkv.models import loader
+from mlxkv.models import Family, loader
 from mlxkv.sampling.grammar import Grammar
+from mlxkv.store.info import describe
 from mlxkv.store.settings import Given
 from tests.support.command_line import chat_model
 
@@ -473,6 +475,28 @@ def load_steps(monkeypatch) -> list[Any]:
     monkeypatch.setattr(loader, "STEP_BYTES", 1)
     monkeypatch.setattr(model_pool.ModelPool, "loading", watched)
     return hooks
+
+
+def test_a_model_is_laid_out_once_to_be_loaded(models, engine, monkeypatch):
+    opened, built = [], []
+    open_weights, build = weights.open_weights, Family.build
+
+    def opening(path: Any) -> weights.Weights:
+        opened.append(Path(path))
+        return open_weights(path)
+
+    def building(family: Family, config: Any) -> Any:
+        built.append(family.name)
+        return build(family, config)
+
+    monkeypatch.setattr(loader, "open_weights", opening)
+    monkeypatch.setattr(weights, "open_weights", opening)
+    monkeypatch.setattr(Family, "build", building)
+    asyncio.run(engine.load(str(models["llama"])))
+    assert (opened, built) == ([models["llama"]], ["llama"])
+    (loaded,) = engine.loaded()
+    card = describe(loaded.name, models["llama"])
+    assert (loaded.parameters, loaded.quantization) == (card.parameters, card.quantization)
 
 
 def test_an_answer_goes_on_while_another_model_is_loaded(models, engine, load_steps):
