@@ -289,7 +289,7 @@ class _Header:
         if isinstance(n_parts, int) and n_parts > 1:
             raise UnsupportedModel(
                 f"{self.path}: one of {n_parts} parts of a split model: join them first with "
-                "llama.cpp's `llama-gguf-split --merge`"
+                "llama.cpp's `llama-gguf-split`"
             )
 
     def alignment(self, metadata: Mapping[str, Any]) -> int:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mlxkv.checkpoint.quantization import Format
-from mlxkv.errors import UsageError, WeightsError
+from mlxkv.errors import Hint, UsageError, WeightsError
 
 from .hub_config import output_config
 from .quantization import (
@@ -65,12 +65,16 @@ def parse_options(
         UsageError: names what is allowed.
     """
     if dtype is not None and dtype not in DTYPES:
-        raise UsageError(f"--dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
+        raise UsageError(f"must be one of {', '.join(DTYPES)}; got {dtype!r}", field="dtype")
     if max_shard_bytes <= 0:
         raise UsageError(f"the shard size must be positive; got {max_shard_bytes}")
     dense = quantize == "none"
     if group_size is not None and (quantize is None or dense):
-        raise UsageError("--group-size needs --quantize")
+        raise UsageError(
+            "is for a model that is quantized",
+            field="group_size",
+            hints=[Hint("quantize", "affine4")],
+        )
     quantization = None
     if quantize is not None and not dense:
         quantization = parse_quantization(quantize, group_size)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from mlxkv.checkpoint.quantization import MODES, Format
-from mlxkv.errors import UsageError
+from mlxkv.errors import Hint, UsageError
 
 DEFAULT_GROUP = {"affine": 64, "mxfp4": 32, "mxfp8": 32, "nvfp4": 16}
 _ALIASES = {"q4": "affine4", "q8": "affine8"}
@@ -18,7 +18,7 @@ _PRECISE = re.compile(r"norm|router|\.gate\.|sinks|conv|scalar|altup|laurel|corr
 
 
 def name_of(packing: Format) -> str:
-    """As `--quantize` writes it."""
+    """The name that a user gives for it, such as `affine4`."""
     return f"affine{packing.bits}" if packing.mode == "affine" else packing.mode
 
 
@@ -33,20 +33,22 @@ def fits(packing: Format, shape: tuple[int, ...]) -> bool:
 
 
 def parse_quantization(name: str, group_size: int | None = None) -> Format:
-    """A `--quantize` with its `--group-size`.
+    """The format of a name such as `affine4`, with its group size.
 
     Raises:
         UsageError: names what is allowed.
     """
     full = _ALIASES.get(name, name)
     if full not in NAMES:
-        raise UsageError(f"--quantize must be one of {', '.join(NAMES)}, none; got {name!r}")
+        raise UsageError(f"must be one of {', '.join(NAMES)}, none; got {name!r}", field="quantize")
     mode = "affine" if full.startswith("affine") else full
     bits = int(full[-1])
     groups = MODES[mode][1]
     if group_size is not None and group_size not in groups:
         allowed = ", ".join(map(str, groups))
-        raise UsageError(f"--group-size of {full} must be one of {allowed}; got {group_size}")
+        raise UsageError(
+            f"must be one of {allowed} for {full}; got {group_size}", field="group_size"
+        )
     return Format(mode, bits, group_size or DEFAULT_GROUP[mode])
 
 
@@ -65,18 +67,23 @@ def check_recipe(recipe: str | None, quantization: Format | None) -> None:
     """Refuses a recipe that says nothing.
 
     Raises:
-        UsageError: unknown, without `--quantize`, or nothing has more bits.
+        UsageError: unknown, nothing is quantized, or nothing has more bits.
     """
     if recipe is None:
         return
     if recipe not in RECIPES:
-        raise UsageError(f"--recipe must be one of {', '.join(RECIPES)}; got {recipe!r}")
+        raise UsageError(f"must be one of {', '.join(RECIPES)}; got {recipe!r}", field="recipe")
     if quantization is None:
-        raise UsageError(f"--recipe {recipe} needs --quantize")
+        raise UsageError(
+            f"{recipe} is for a model that is quantized",
+            field="recipe",
+            hints=[Hint("quantize", "affine4")],
+        )
     if quantization.bits == 8:
         raise UsageError(
-            f"--recipe {recipe} keeps some tensors at more bits than --quantize, and nothing has "
-            f"more than {name_of(quantization)}: leave it out"
+            f"{recipe} keeps some tensors at more bits than the others, and nothing has more than "
+            f"{name_of(quantization)}: leave it out",
+            field="recipe",
         )
 
 

@@ -26,7 +26,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlxkv.base.durable import sync_path
-from mlxkv.errors import OutputError, WeightsError
+from mlxkv.errors import Hint, OutputError, WeightsError
 
 from .plan import ITEM_BYTES, ConvertPlan, PlannedTensor, StoredArray
 from .quantization import has_biases
@@ -102,9 +102,9 @@ def check_output(output: Path, overwrite: bool) -> None:
         OutputError: says what to do.
     """
     if output.exists() and not output.is_dir():
-        raise OutputError(f"{output}: exists and is not a folder: choose another --output")
+        raise OutputError(f"{output}: exists and is not a folder: choose another output")
     if not overwrite and output.is_dir() and any(output.iterdir()):
-        raise OutputError(f"{output}: exists already: choose another --output or remove it first")
+        raise OutputError(f"{output}: exists already: choose another output or remove it first")
 
 
 def _check_space(output: Path, n_bytes: int) -> None:
@@ -115,7 +115,7 @@ def _check_space(output: Path, n_bytes: int) -> None:
     if n_bytes > free:
         raise OutputError(
             f"{output}: needs {n_bytes / 2**30:.2f} GiB and {folder} has {free / 2**30:.2f} GiB "
-            "free: make room or choose another --output"
+            "free: make room or choose another output"
         )
 
 
@@ -309,8 +309,8 @@ def _cast(planned: PlannedTensor, values: mx.array, dtype: mx.Dtype) -> mx.array
     if not mx.isfinite(cast).all().item():
         if mx.isfinite(values).all().item():
             raise WeightsError(
-                f"{planned.origin}: holds values past the range of {planned.dtype}: use --dtype "
-                "bfloat16 or float32"
+                f"{planned.origin}: holds values past the range of {planned.dtype}",
+                hints=[Hint("dtype", "bfloat16"), Hint("dtype", "float32")],
             )
         raise WeightsError(f"{planned.origin}: holds NaN or infinite values: the file is damaged")
     return cast

@@ -14,7 +14,7 @@ import typer
 from mlxkv import __version__
 from mlxkv.commands import kv, run, serve
 from mlxkv.commands.bench import bench
-from mlxkv.commands.options import KVType, Model
+from mlxkv.commands.options import KVType, Model, options_of
 from mlxkv.commands.run import Context
 from mlxkv.errors import INTERRUPTED, MlxkvError, UsageError
 from mlxkv.llm import plan as plans
@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
         if debug:
             raise
         if isinstance(error, MlxkvError):
-            return _fail(str(error), error.exit_code)
+            return _fail(error.spelled(options_of(app, args)), error.exit_code)
         if isinstance(error, usage_error):
             text = cast(typer.BadParameter, error).format_message()
             return _fail(f"{text.rstrip('.')}; see `mlxkv --help`", UsageError.exit_code)
@@ -246,7 +246,7 @@ def verify(
         int | None,
         typer.Option(help="Length of the prompt; past the second wrap of every window without it."),
     ] = None,
-    kv_types: Annotated[
+    kv_type: Annotated[
         list[str] | None,
         typer.Option("--kv-type", help="native, q8 or q4; may be repeated; all without it."),
     ] = None,
@@ -268,11 +268,11 @@ def verify(
     from mlxkv.store.settings import COMMAND_LINE, Given
     from mlxkv.terminal.local import load_model
 
-    for kv_type in kv_types or ():
-        storage_of(kv_type)
+    for each in kv_type or ():
+        storage_of(each)
     given = Given(context=context, memory=memory, origin=COMMAND_LINE)
     with load_model(model, dtype, given) as llm:
-        report = check.verify(llm, tokens, tuple(kv_types or KV_TYPES))
+        report = check.verify(llm, tokens, tuple(kv_type or KV_TYPES))
     print(json.dumps(check.to_dict(report)) if as_json else check.text(report))
     return 0 if report.passed else 1
 

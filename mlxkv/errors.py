@@ -15,23 +15,85 @@
     └── OutOfMemory                7, 503   the memory limit does not allow it
         └── KVCacheFull            7, 503   a sequence cannot grow further
 
-A message says what was given, what is allowed and what to do, on one line. The command line prints
-it and exits with `exit_code`; a server answers with `status`.
+A message says what was given, what is allowed and what to do, on one line. It names no option: an
+error carries the field to blame and the settings that would help (`Hint`) under their names in
+Python, and a `Spelling` writes them as the user knows them: `--kv-type q8` on the command line,
+`options.num_ctx: 4096` in Ollama's API, `kv_type='q8'` in Python. The command line prints the
+message and exits with `exit_code`; a server answers with `status`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 INTERRUPTED = 130
 """Exit code of a command that Ctrl-C stopped: 128 + SIGINT, as shells have it."""
 
 
+@dataclass(frozen=True, slots=True)
+class Hint:
+    """A setting that would help.
+
+    Args:
+        field: its name in Python.
+        value: what to set it to.
+        effect: what that does, such as "allows 4,096"; "" for something to try.
+    """
+
+    field: str
+    value: object
+    effect: str = ""
+
+
+class Spelling:
+    """How an interface writes fields; this one writes Python's arguments."""
+
+    def name(self, field: str) -> str | None:
+        """What a field is called; None if it cannot be set here."""
+        return None if field == "raw" else field  # in Python a text is always raw
+
+    def setting(self, field: str, value: object) -> str | None:
+        """A field and a value for it; None if it cannot be set here."""
+        name = self.name(field)
+        return None if name is None else f"{name}={value!r}"
+
+
+PYTHON = Spelling()
+
+
 class MlxkvError(Exception):
-    """Base of all errors that mlxkv raises on purpose."""
+    """Base of all errors that mlxkv raises on purpose.
+
+    Args:
+        text: what is wrong; with `field` it goes on from the field's name, as in "must be ...".
+        field: the argument to blame, by its name in Python.
+        hints: settings that would help; those that an interface does not have are left out there.
+    """
 
     exit_code = 1
     status = 500
+
+    def __init__(self, text: str = "", *, field: str | None = None, hints: Sequence[Hint] = ()):
+        super().__init__(text)
+        self.text, self.field, self.hints = text, field, tuple(hints)
+
+    def __str__(self) -> str:
+        return self.spelled(PYTHON)
+
+    def spelled(self, spelling: Spelling) -> str:
+        """The message, with fields as an interface writes them."""
+        parts = [self.text]
+        if self.field is not None:
+            parts = [f"{spelling.name(self.field) or self.field} {self.text}"]
+        to_try = []
+        for hint in self.hints:
+            setting = spelling.setting(hint.field, hint.value)
+            if setting is not None and hint.effect:
+                parts.append(f"{setting} {hint.effect}")
+            elif setting is not None:
+                to_try.append(setting)
+        return "; ".join([*parts, *([f"try {' or '.join(to_try)}"] if to_try else [])])
 
 
 class UsageError(MlxkvError):
@@ -53,7 +115,8 @@ class ContextExceeded(UsageError):
         self.n_tokens, self.context = n_tokens, context
         super().__init__(
             f"the prompt has {n_tokens:,} tokens and the context is {context:,}: shorten it by "
-            f"{n_tokens - context + 1:,}, or cut it with --truncate or --overflow shift"
+            f"{n_tokens - context + 1:,}, or have it cut",
+            hints=(Hint("truncate", True), Hint("overflow", "shift")),
         )
 
 
@@ -120,7 +183,8 @@ class KVCacheFull(OutOfMemory):
         to_tokens: tokens it had to grow to.
         max_tokens: tokens the limit allows.
         limit: the limit, for people.
-        helps: what would have helped.
+        others: what other sequences hold, for people; "" for nothing.
+        hints: what would have helped.
     """
 
     def __init__(
@@ -129,11 +193,13 @@ class KVCacheFull(OutOfMemory):
         to_tokens: int,
         max_tokens: int,
         limit: str = "",
-        helps: Sequence[str] = (),
+        others: str = "",
+        hints: Sequence[Hint] = (),
     ):
         self.from_tokens, self.to_tokens, self.max_tokens = from_tokens, to_tokens, max_tokens
-        text = (
+        super().__init__(
             f"the KV cache cannot grow from {from_tokens:,} to {to_tokens:,} tokens: the memory "
             f"limit{f' of {limit}' if limit else ''} allows {max_tokens:,}"
+            f"{f', and other sequences hold {others}' if others else ''}",
+            hints=hints,
         )
-        super().__init__("; ".join([text, *helps]))

@@ -32,7 +32,7 @@ def parse_bytes(text: str | int | None) -> int | None:
         return text
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", str(text).upper())
     if match is None or match[2] not in _UNITS or float(match[1]) <= 0:
-        raise UsageError(f"--memory must be like 16GiB, 500MB or auto; got {text!r}")
+        raise UsageError(f"must be like 16GiB, 500MB or auto; got {text!r}", field="memory")
     return int(float(match[1]) * _UNITS[match[2]])
 
 

@@ -152,14 +152,14 @@ def check_writable(path: Path) -> None:
         OutputError: names it.
     """
     if path.is_dir():
-        raise OutputError(f"--report {path} is a folder; name a file")
+        raise OutputError(f"{path} is a folder; name a file", field="report")
     existed = path.exists()
     try:
         path.open("a").close()
         if not existed:
             path.unlink()
     except OSError as error:
-        raise OutputError(f"--report {path}: {error.strerror}; name another file") from error
+        raise OutputError(f"{path}: {error.strerror}; name another file", field="report") from error
 
 
 def write(report: dict[str, Any], path: Path) -> None:
@@ -171,4 +171,4 @@ def write(report: dict[str, Any], path: Path) -> None:
     try:
         path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
-        raise OutputError(f"--report {path}: {error.strerror}") from error
+        raise OutputError(f"{path}: {error.strerror}", field="report") from error

@@ -56,15 +56,15 @@ OVERFLOWS = ("stop", "shift")
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """How one setting is spelled and read.
+    """How one setting is read.
 
     Args:
+        variable: the environment variable that sets it.
         allowed: what it must be, for messages.
         read: the value; raises ValueError where it is none.
         default: where nobody says anything; None for the model's or the machine's.
     """
 
-    option: str
     variable: str
     allowed: str
     read: Callable[[Any], Any]
@@ -100,13 +100,13 @@ def _bytes(value: Any) -> int:
 
 # Two tokens are the least that a prompt and an answer can have.
 KINDS = {
-    "context": Kind("--context", "MLXKV_CONTEXT", "a whole number, 2 or more", _whole(2)),
-    "kv_type": Kind("--kv-type", "MLXKV_KV_TYPE", f"one of {', '.join(KV_CHOICES)}",
+    "context": Kind("MLXKV_CONTEXT", "a whole number, 2 or more", _whole(2)),
+    "kv_type": Kind("MLXKV_KV_TYPE", f"one of {', '.join(KV_CHOICES)}",
                      _among(KV_CHOICES), "native"),
-    "memory": Kind("--memory", "MLXKV_MEMORY", "like 16GiB, 500MB or auto", _bytes),
-    "overflow": Kind("--overflow", "MLXKV_OVERFLOW", f"one of {', '.join(OVERFLOWS)}",
+    "memory": Kind("MLXKV_MEMORY", "like 16GiB, 500MB or auto", _bytes),
+    "overflow": Kind("MLXKV_OVERFLOW", f"one of {', '.join(OVERFLOWS)}",
                       _among(OVERFLOWS), "stop"),
-    "keep": Kind("--keep", "MLXKV_KEEP", "a whole number, 0 or more", _whole(0), 0),
+    "keep": Kind("MLXKV_KEEP", "a whole number, 0 or more", _whole(0), 0),
 }  # fmt: skip
 
 
@@ -117,9 +117,7 @@ def checked(values: Mapping[str, Any]) -> dict[str, Any]:
         UsageError: a value out of its range.
     """
     given = {name: value for name, value in values.items() if value is not None}
-    return {
-        name: read_setting(KINDS[name], value, KINDS[name].option) for name, value in given.items()
-    }
+    return {name: read_setting(name, value) for name, value in given.items()}
 
 
 def of_model(path: Path) -> dict[str, Any]:
@@ -138,12 +136,30 @@ def of_model(path: Path) -> dict[str, Any]:
         )
     said = {name: raw[name] for name in KINDS if raw.get(name) is not None}
     for name, value in said.items():
-        read_setting(KINDS[name], value, f"{file}: {name}", ConfigError)
+        read_setting(name, value, f"{file}: {name}", ConfigError)
     return said
 
 
-def read_setting(kind: Kind, value: Any, where: str, error: type[MlxkvError] = UsageError) -> Any:
+def read_setting(
+    name: str, value: Any, where: str | None = None, error: type[MlxkvError] = UsageError
+) -> Any:
+    """The value of one setting.
+
+    Args:
+        name: which one.
+        value: as it was given.
+        where: the file or the environment variable that has it; None for a caller's argument.
+        error: raised where it cannot be read.
+    """
+    kind = KINDS[name]
     try:
         return kind.read(value)
     except ValueError:
-        raise error(f"{where} must be {kind.allowed}; got {value!r}") from None
+        raise error_at(name, f"must be {kind.allowed}; got {value!r}", where, error) from None
+
+
+def error_at(
+    name: str, text: str, where: str | None, error: type[MlxkvError] = UsageError
+) -> MlxkvError:
+    """An error of a setting, where it stands: an argument's name is spelled where it is shown."""
+    return error(text, field=name) if where is None else error(f"{where} {text}")

@@ -36,7 +36,9 @@ def without_extra_layers(weights: Mapping[str, mx.array], n_layers: int) -> Rema
     return _without(weights, is_extra)
 
 
-def language_model(weights: Mapping[str, mx.array], readers: Container[int | None] = ()) -> Remapped:
+def language_model(
+    weights: Mapping[str, mx.array], readers: Container[int | None] = ()
+) -> Remapped:
     """The language model's part of a checkpoint, under the names of one of text alone.
 
     Args:

@@ -101,7 +101,7 @@ def run(
             "with --kv-from its own.",
         ),
     ] = None,
-    address: Annotated[
+    server: Annotated[
         str | None,
         typer.Option(
             "--server",
@@ -128,8 +128,8 @@ def run(
     """
     from mlxkv.terminal import one_shot
 
-    server = _asked_server(address, use_server, api_key)
-    if server is not None:
+    asked = _asked_server(server, use_server, api_key)
+    if asked is not None:
         _refuse_local(dtype, memory, kv_type, kv_from)
     settings = one_shot.Settings(
         max_tokens, temperature, top_k, top_p, min_p, repeat_penalty, seed,
@@ -141,7 +141,7 @@ def run(
     from mlxkv.store.settings import COMMAND_LINE, Given
 
     given = Given(context, kv_type, memory, overflow, keep, COMMAND_LINE)
-    name, prompt = inputs.split_words(words or [], model, saved, _names_model(server))
+    name, prompt = inputs.split_words(words or [], model, saved, _names_model(asked))
     piped = inputs.read_piped()
     text = inputs.join_prompt(prompt, piped)
     chat = text is None
@@ -149,7 +149,7 @@ def run(
         raise UsageError('there is no prompt: mlxkv run "PROMPT", or pipe it in')
     if chat and (raw or as_json):
         raise UsageError(f"{'--raw' if raw else '--json'} needs a PROMPT")
-    with closing(_speaker(server, name, given, dtype)) as speaker:
+    with closing(_speaker(asked, name, given, dtype)) as speaker:
         if text is None:
             from mlxkv.terminal.repl import chat as start_chat
 

@@ -132,7 +132,8 @@ def _prompt(llm: LLM, n_tokens: int | None) -> list[int]:
         wanted = min(2 * ceil_step(max(STEP, _window(llm) or 0)) + 2 * STEP + 1, longest)
     if not 2 * STEP < wanted <= longest:
         raise UsageError(
-            f"--tokens must be {2 * STEP + 1:,} to {longest:,} for this model; got {wanted:,}"
+            f"must be {2 * STEP + 1:,} to {longest:,} for this model; got {wanted:,}",
+            field="tokens",
         )
     text, tokens, n = "", list[int](), 0
     while len(tokens) < wanted:

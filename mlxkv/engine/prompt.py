@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mlxkv.engine.runtime import Runtime
-from mlxkv.errors import ContextExceeded, TemplateError, UsageError
+from mlxkv.errors import ContextExceeded, Hint, TemplateError, UsageError
 from mlxkv.generation.context_shift import Bound
 from mlxkv.generation.generation import Generation
 from mlxkv.generation.reader import AnswerReader
@@ -140,7 +140,8 @@ def render(runtime: Runtime, messages: Sequence[Message], **options: Any) -> str
     if template is None:
         raise TemplateError(
             f"{runtime.path / 'tokenizer_config.json'}: key 'chat_template' is missing, so this "
-            f"model completes text and does not chat; use --raw, or give a text"
+            f"model completes text and does not chat: give a text",
+            hints=[Hint("raw", True)],
         )
     return template.render(messages, **options)
 
@@ -200,7 +201,9 @@ def with_saved(saved: NamedKV | None, messages: Sequence[Message]) -> list[Any]:
     if saved is None:
         return list(messages)
     if saved.messages is None:
-        raise UsageError(f"{saved.name} holds a text and no messages: give a text, or use --raw")
+        raise UsageError(
+            f"{saved.name} holds a text and no messages: give a text", hints=[Hint("raw", True)]
+        )
     head, rest = [dict(message) for message in saved.messages], [dict(m) for m in messages]
     if head[0]["role"] == "system" and rest and rest[0].get("role") == "system":
         head[0]["content"] = f"{head[0]['content']}\n\n{rest.pop(0)['content']}"

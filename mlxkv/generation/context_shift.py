@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import cached_property
 
-from mlxkv.errors import UsageError
+from mlxkv.errors import Hint, UsageError
 
 
 def most_kept(context: int) -> int:
@@ -65,9 +65,10 @@ class Bound:
         n = 0 if self._count_kept is None else self._count_kept()
         if n > (most := most_kept(self.context)):
             raise UsageError(
-                f"--overflow shift would keep {n:,} tokens (--keep, the system prompt, saved KV) "
-                f"and the context of {self.context:,} allows {max(0, most):,}: raise --context, "
-                f"keep less, or use --overflow stop"
+                f"a context shift would keep {n:,} tokens (the system prompt and saved KV "
+                f"included) and the context of {self.context:,} allows {max(0, most):,}: keep "
+                f"less, or use a larger context",
+                hints=[Hint("overflow", "stop")],
             )
         return n
 

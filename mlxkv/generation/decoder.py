@@ -21,7 +21,7 @@ from typing import cast
 import mlx.core as mx
 import numpy as np
 
-from mlxkv.errors import CheckpointError, KVCacheFull, UsageError
+from mlxkv.errors import CheckpointError, Hint, KVCacheFull, UsageError
 from mlxkv.generation.session import Session
 from mlxkv.kv.layout import LayerCache
 from mlxkv.kv.types import STEP
@@ -433,7 +433,8 @@ def _recent(lane: _Lane, fed: mx.array | None, row: int) -> Recent | None:
 def _error_of(sound: bool, stuck: bool) -> Exception | None:
     if not sound:
         return CheckpointError(
-            "the model's logits are not numbers: its weights are damaged, or overflow in this "
-            "dtype (try --dtype float32)"
+            "the model's logits are not numbers: its weights are damaged, or overflow in "
+            "this dtype",
+            hints=[Hint("dtype", "float32")],
         )
     return UsageError("no token is allowed to come next") if stuck else None

@@ -70,12 +70,14 @@ class Request:
     def __post_init__(self) -> None:
         n = self.max_tokens
         if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n < 1):
-            raise UsageError(f"--max-tokens must be at least 1; got {n!r}")
+            raise UsageError(f"must be at least 1; got {n!r}", field="max_tokens")
         if self.think not in (None, True, False, *EFFORTS):
-            raise UsageError(f"think must be on, off, {', '.join(EFFORTS)}; got {self.think!r}")
+            raise UsageError(
+                f"must be on, off, {', '.join(EFFORTS)}; got {self.think!r}", field="think"
+            )
         n = self.logprobs
         if n is not None and (type(n) is not int or not 0 <= n <= MAX_LOGPROBS):
-            raise UsageError(f"logprobs must be 0 to {MAX_LOGPROBS}; got {n!r}")
+            raise UsageError(f"must be 0 to {MAX_LOGPROBS}; got {n!r}", field="logprobs")
         object.__setattr__(self, "stop", StopTexts(self.stop).texts)
         mlxkv_json.checked({"context": self.context, "overflow": self.overflow, "keep": self.keep})
 

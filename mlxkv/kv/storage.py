@@ -284,7 +284,7 @@ def storage_of(kv_type: str) -> Native | Affine:
         UsageError: it is not one of `KV_TYPES`.
     """
     if kv_type not in STORAGES:
-        raise UsageError(f"--kv-type must be one of {', '.join(KV_TYPES)}; got {kv_type!r}")
+        raise UsageError(f"must be one of {', '.join(KV_TYPES)}; got {kv_type!r}", field="kv_type")
     return STORAGES[kv_type]
 
 

@@ -15,7 +15,7 @@ LAYOUTS = {"native": "native", "q8": "q8, side by side", "q4": "q4, side by side
 in another way, so that KV on disk of the earlier one is not taken for it."""
 AUTO = "auto"
 KV_CHOICES = (*KV_TYPES, AUTO)
-"""What `--kv-type` takes: with `auto` KV is native, and packed where memory is short."""
+"""KV types that a user can choose: `auto` is native, and quantized when memory is short."""
 
 
 STEP = 256
@@ -79,7 +79,7 @@ def first_kv_type(choice: str) -> str:
         UsageError: it is not one of `KV_CHOICES`.
     """
     if choice not in KV_CHOICES:
-        raise UsageError(f"--kv-type must be one of {', '.join(KV_CHOICES)}; got {choice!r}")
+        raise UsageError(f"must be one of {', '.join(KV_CHOICES)}; got {choice!r}", field="kv_type")
     return KV_TYPES[0] if choice == AUTO else choice
 
 

@@ -44,8 +44,9 @@ def plan(
         UsageError: an argument out of its range.
         ModelNotFound, CheckpointError, DownloadError: as for `load`.
     """
-    if sequences < 1 or (context is not None and context < 1) or (chunk is not None and chunk < 1):
-        raise UsageError("--context, --sequences and chunk must be at least 1")
+    for field, n in (("context", context), ("sequences", sequences), ("chunk", chunk)):
+        if n is not None and n < 1:
+            raise UsageError(f"must be at least 1; got {n}", field=field)
     layout, settings = _layout(model, dtype, Given(kv_type=kv_type, memory=memory))
     weights_bytes = layout.nbytes
     return plan_model(

@@ -17,7 +17,7 @@ from mlxkv.checkpoint.mlxkv_json import read_record
 from mlxkv.engine import prompt as prompts
 from mlxkv.engine.prompt import PROBES
 from mlxkv.engine.runtime import Runtime
-from mlxkv.errors import ContextExceeded, ModelNotFound, OutputError, UsageError
+from mlxkv.errors import ContextExceeded, Hint, ModelNotFound, OutputError, UsageError
 from mlxkv.generation.request import Prompt
 from mlxkv.kv.types import first_kv_type
 from mlxkv.prefix.disk import PageDisk
@@ -97,7 +97,8 @@ def find(runtime: Runtime, name: str | NamedKV | None) -> NamedKV | None:
         raise UsageError(
             f"{saved.name} is KV of {saved.model} ({saved.dtype}, {saved.kv_type}), and this model "
             f"({disk.dtype}, {runtime.kv_type}) has other weights, another dtype or KV format: "
-            f"give --dtype {saved.dtype} --kv-type {saved.kv_type}, or save it anew"
+            f"save it anew, or load the model as it was",
+            hints=[Hint("dtype", saved.dtype), Hint("kv_type", saved.kv_type)],
         )
     if saved.pinned:
         pages.ram.pin(key.name for key in saved.keys)

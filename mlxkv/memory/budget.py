@@ -25,7 +25,7 @@ import mlx.core as mx
 from mlxkv.base import device
 from mlxkv.base.device import default_chunk
 from mlxkv.base.units import human_bytes
-from mlxkv.errors import KVCacheFull
+from mlxkv.errors import Hint, KVCacheFull
 from mlxkv.kv.types import KV_TYPES, STEP
 from mlxkv.memory import needs
 from mlxkv.memory.needs import Needs
@@ -352,15 +352,14 @@ class Budget:
         need = self._need(session.kv_type)
         others = self._others(session)
         enough = self.weights_bytes + others + need.least(n_wanted)
-        helps = [f"--memory {-(-enough // 2**20)}MiB allows {n_wanted:,}"]
+        hints = [Hint("memory", f"{-(-enough // 2**20)}MiB", f"allows {n_wanted:,}")]
         if not session.is_auto:
             for kv_type in KV_TYPES[KV_TYPES.index(session.kv_type) + 1 :]:
                 n = self._most_tokens(session, kv_type)
                 if n > most:
-                    helps.append(f"--kv-type {kv_type} allows {n:,}")
-        if others:
-            helps.append(f"other sequences have {human_bytes(others)}")
-        return KVCacheFull(held, n_wanted, most, limit=human_bytes(self.limit_bytes), helps=helps)
+                    hints.append(Hint("kv_type", kv_type, f"allows {n:,}"))
+        limit, shown = human_bytes(self.limit_bytes), human_bytes(others) if others else ""
+        return KVCacheFull(held, n_wanted, most, limit, shown, hints)
 
 
 def _halves(n: int) -> tuple[int, ...]:

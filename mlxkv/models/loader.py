@@ -23,7 +23,7 @@ from mlxkv.base.units import human_bytes
 from mlxkv.checkpoint.config import read_config, text_config
 from mlxkv.checkpoint.quantization import Quantization
 from mlxkv.checkpoint.weights import Weights, open_weights, skipped_text
-from mlxkv.errors import OutOfMemory, UnsupportedModel, UsageError, WeightsError
+from mlxkv.errors import Hint, OutOfMemory, UnsupportedModel, UsageError, WeightsError
 from mlxkv.models import Family, family_for
 from mlxkv.nn.layers import Prepared
 from mlxkv.nn.linear import QuantizedEmbedding, split_products
@@ -189,8 +189,8 @@ def loading(
     if limit_bytes is not None and layout.nbytes > limit_bytes:
         raise OutOfMemory(
             f"{path}: its weights take {human_bytes(layout.nbytes)} and the limit is "
-            f"{human_bytes(limit_bytes)}; use a quantized model (`mlxkv convert --quantize "
-            f"affine4`) or raise --memory"
+            f"{human_bytes(limit_bytes)}: quantize the model (see `mlxkv convert`), or allow more",
+            hints=[Hint("memory", f"{-(-layout.nbytes // 2**20)}MiB", "holds the weights")],
         )
     model = layout.model
     model.weights_root().update(tree_unflatten(list(layout.weights.items())))

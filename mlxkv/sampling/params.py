@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxkv.checkpoint.config import read_json
-from mlxkv.errors import ConfigError, UsageError
+from mlxkv.errors import ConfigError, Spelling, UsageError
 
 GENERATION_CONFIG = {
     "temperature": "temperature",
@@ -56,19 +56,19 @@ class SamplingParams:
     logit_bias: Mapping[int, float] | None = None
 
     def __post_init__(self) -> None:
-        _check_real("--temperature", self.temperature, "0 or more", lambda x: x >= 0)
-        _check_whole("--top-k", self.top_k, "0 (all) or more", lambda x: x >= 0)
+        _check_real("temperature", self.temperature, "0 or more", lambda x: x >= 0)
+        _check_whole("top_k", self.top_k, "0 (all) or more", lambda x: x >= 0)
         _check_real(
-            "--top-p",
+            "top_p",
             self.top_p,
             "between 0 and 1",
             lambda x: 0 < x <= 1,
             at_zero="above 0 and at most 1",
         )
-        _check_real("--min-p", self.min_p, "between 0 and 1", lambda x: 0 <= x <= 1)
-        _check_real("--repeat-penalty", self.repeat_penalty, "above 0", lambda x: x > 0)
-        _check_whole("--repeat-last-n", self.repeat_last_n, "0 (off) or more", lambda x: x >= 0)
-        _check_whole("--seed", self.seed, "from 0 to 2^64 - 1", lambda x: 0 <= x < 2**64)
+        _check_real("min_p", self.min_p, "between 0 and 1", lambda x: 0 <= x <= 1)
+        _check_real("repeat_penalty", self.repeat_penalty, "above 0", lambda x: x > 0)
+        _check_whole("repeat_last_n", self.repeat_last_n, "0 (off) or more", lambda x: x >= 0)
+        _check_whole("seed", self.seed, "from 0 to 2^64 - 1", lambda x: 0 <= x < 2**64)
         if self.logit_bias is not None:
             object.__setattr__(self, "logit_bias", _checked_bias(self.logit_bias))
 
@@ -105,7 +105,14 @@ class SamplingParams:
         try:
             return cls(**values)
         except UsageError as error:
-            raise ConfigError(f"{source}: {error}") from None
+            raise ConfigError(f"{source}: {error.spelled(_FileKeys())}") from None
+
+
+class _FileKeys(Spelling):
+    """As generation_config.json has them."""
+
+    def name(self, field: str) -> str:
+        return next((key for key, ours in GENERATION_CONFIG.items() if ours == field), field)
 
 
 def recommended(folder: Path) -> SamplingParams:
@@ -118,16 +125,17 @@ def recommended(folder: Path) -> SamplingParams:
 
 def _checked_bias(bias: Any) -> dict[int, float]:
     if not isinstance(bias, Mapping):
-        raise UsageError(f"logit_bias must map token ids to numbers; got {bias!r}")
+        raise UsageError(f"must map token ids to numbers; got {bias!r}", field="logit_bias")
     for token, value in bias.items():
         if not _is_whole(token) or token < 0:
             raise UsageError(
-                f"logit_bias: a token id must be a whole number, 0 or more; got {_shown(token)}"
+                f"has a token id that is no whole number, 0 or more: {_shown(token)}",
+                field="logit_bias",
             )
         if not _is_finite(value):
             raise UsageError(
-                f"logit_bias: the bias of token {token} must be a finite number; "
-                f"got {_shown(value)}"
+                f"must be a finite number for token {token}; got {_shown(value)}",
+                field="logit_bias",
             )
     return {int(token): float(value) for token, value in bias.items()}
 
@@ -139,12 +147,12 @@ def _check_real(
         return
     if at_zero is not None and _is_finite(value) and value == 0:
         allowed = at_zero
-    raise UsageError(f"{name} must be {allowed}; got {_shown(value)}")
+    raise UsageError(f"must be {allowed}; got {_shown(value)}", field=name)
 
 
 def _check_whole(name: str, value: Any, allowed: str, ok: Callable[[int], bool]) -> None:
     if value is not None and not (_is_whole(value) and ok(value)):
-        raise UsageError(f"{name} must be a whole number, {allowed}; got {_shown(value)}")
+        raise UsageError(f"must be a whole number, {allowed}; got {_shown(value)}", field=name)
 
 
 def _is_finite(value: Any) -> bool:

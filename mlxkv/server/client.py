@@ -78,18 +78,19 @@ class Server:
         Raises:
             UsageError: no address, or a key that cannot be sent.
         """
-        named = "--server"
+        where = "" if address is not None else "MLXKV_SERVER "
         if address is None:
-            address, named = os.environ.get("MLXKV_SERVER") or f"{HOST}:{PORT}", "MLXKV_SERVER"
+            address = os.environ.get("MLXKV_SERVER") or f"{HOST}:{PORT}"
         key = os.environ.get("MLXKV_API_KEY", "") if key is None else key
         if not (key.isascii() and key.isprintable()):
-            raise UsageError("--api-key must be printable ASCII")
+            raise UsageError("must be printable ASCII", field="api_key")
         found = _URL.fullmatch(address)
         port = int(found["port"] or _PORTS[found["scheme"]]) if found else 0
         if found is None or not 0 < port < 1 << 16:
             raise UsageError(
-                f"{named} must be an address like {HOST}:{PORT}, or a URL of http or https; got "
-                f"{address!r}"
+                f"{where}must be an address like {HOST}:{PORT}, or a URL of http or https; got "
+                f"{address!r}",
+                field=None if where else "server",
             )
         host = (found["ipv6"] or found["host"]).lower()
         return cls(found["scheme"] or "http", host, port, found["path"].rstrip("/"), key)

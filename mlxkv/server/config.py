@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 from dataclasses import dataclass
 
-from mlxkv.errors import UsageError
+from mlxkv.errors import Hint, UsageError
 
 HOST, PORT = "127.0.0.1", 11434
 """Where a server listens, and where clients look for one, unless they are told."""
@@ -50,11 +50,15 @@ class ServerConfig:
     def __post_init__(self) -> None:
         for key in self.api_keys:
             if not key or not key.isascii() or not key.isprintable() or " " in key:
-                raise UsageError("--api-key must be printable ASCII without spaces, and not empty")
+                raise UsageError(
+                    "must be printable ASCII without spaces, and not empty", field="api_keys"
+                )
         if not self.api_keys and not is_loopback(self.host):
             raise UsageError(
-                f"--host {self.host} can be reached by other machines, so --api-key is required; "
-                f"or listen on 127.0.0.1"
+                f"{self.host} can be reached by other machines, so an API key is required; or "
+                f"listen on 127.0.0.1",
+                field="host",
+                hints=[Hint("api_keys", "KEY")],
             )
 
 

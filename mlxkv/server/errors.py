@@ -1,10 +1,11 @@
-"""Errors in the shape of the API that was asked.
+"""Errors in the shape of the API that was asked, and with its names for fields.
 
 The path tells the API: `/v1/messages` is Anthropic's, `/api` Ollama's, everything else OpenAI's.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from collections.abc import Mapping
@@ -16,7 +17,7 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from mlxkv.engine.messages import Busy
-from mlxkv.errors import ContextExceeded, MlxkvError, ModelNotFound
+from mlxkv.errors import ContextExceeded, MlxkvError, ModelNotFound, Spelling
 
 _log = logging.getLogger(__name__)
 
@@ -29,8 +30,94 @@ _OPENAI_TYPES = {
     503: "overloaded_error",
 }
 _ANTHROPIC_TYPES = {**_OPENAI_TYPES, 504: "timeout_error"}
+# Class of error -> short name, and the field to blame where the error does not say.
+_CODES = {
+    ContextExceeded: ("context_length_exceeded", "messages"),
+    ModelNotFound: ("model_not_found", "model"),
+}
 _SHOWN_ERRORS = 5
 _SHOWN_CHARS = 300
+
+
+@dataclass(frozen=True, eq=False)
+class Fields(Spelling):
+    """An API's names for the fields of a `Request`.
+
+    Args:
+        names: field -> name; a field that is not here cannot be set in this API.
+        values: (name, value) -> what stands for the value there, where it is another.
+    """
+
+    names: Mapping[str, str]
+    values: Mapping[tuple[str, object], object] = field(default_factory=dict)
+
+    def name(self, field: str) -> str | None:
+        return self.names.get(field)
+
+    def setting(self, field: str, value: object) -> str | None:
+        name = self.name(field)
+        if name is None:
+            return None
+        return f"{name}: {json.dumps(self.values.get((name, value), value))}"
+
+
+def _same(*names: str) -> dict[str, str]:
+    return {name: name for name in names}
+
+
+_EVERYWHERE = _same("model", "temperature", "top_k", "top_p")
+_OURS = _same(
+    "min_p", "repeat_penalty", "repeat_last_n", "seed", "logit_bias", "stop", "context", "overflow",
+    "keep", "keep_alive", "think", "tools", "logprobs",
+)  # fmt: skip
+OPENAI = Fields({**_EVERYWHERE, **_OURS, "max_tokens": "max_tokens", "format": "response_format"})
+RESPONSES = Fields(
+    {
+        **_EVERYWHERE,
+        **_OURS,
+        "max_tokens": "max_output_tokens",
+        "format": "text.format",
+        "truncate": "truncation",
+    },
+    {("truncation", True): "auto"},
+)
+ANTHROPIC = Fields(
+    {
+        **_EVERYWHERE,
+        **_same("max_tokens", "tools"),
+        "stop": "stop_sequences",
+        "think": "thinking",
+        "format": "output_config.format",
+    }
+)
+OLLAMA = Fields(
+    {
+        **_same("model", "think", "tools", "format", "truncate", "logprobs", "keep_alive"),
+        "quantize": "quantize",
+        "overflow": "shift",
+        "max_tokens": "options.num_predict",
+        "context": "options.num_ctx",
+        "keep": "options.num_keep",
+        **{
+            name: f"options.{name}"
+            for name in (
+                "temperature", "top_k", "top_p", "min_p", "repeat_penalty", "repeat_last_n", "seed",
+                "stop",
+            )
+        },
+    },
+    {("shift", "shift"): True, ("shift", "stop"): False},
+)  # fmt: skip
+
+
+def _is_below(path: str, prefix: str) -> bool:
+    return path == prefix or path.startswith(f"{prefix}/")
+
+
+def fields_of(path: str) -> Fields:
+    """What the API of a path calls its fields."""
+    known = (("/v1/messages", ANTHROPIC), ("/v1/responses", RESPONSES), ("/api", OLLAMA))
+    return next((fields for prefix, fields in known if _is_below(path, prefix)), OPENAI)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,18 +139,23 @@ class Failure:
     headers: Mapping[str, str] = field(default_factory=dict)
 
 
-def failure_of(error: BaseException) -> Failure:
-    """What a client is told of an exception; of one that nobody expected, only that it came."""
+def failure_of(error: BaseException, fields: Fields) -> Failure:
+    """What a client is told of an exception; of an unexpected one, only that there was one.
+
+    Args:
+        error: the exception.
+        fields: the API's names.
+    """
     match error:
         case Busy():
             after = {"Retry-After": str(max(1, math.ceil(error.retry_after_s)))}
             return Failure(error.status, str(error), "server_busy", headers=after)
-        case ContextExceeded():
-            return Failure(error.status, str(error), "context_length_exceeded", "messages")
-        case ModelNotFound():
-            return Failure(error.status, str(error), "model_not_found", "model")
         case MlxkvError():
-            return Failure(error.status, str(error))
+            code, param = next(
+                (said for kind, said in _CODES.items() if isinstance(error, kind)), (None, None)
+            )
+            named = None if error.field is None else fields.name(error.field)
+            return Failure(error.status, error.spelled(fields), code, named or param)
         case RequestValidationError():
             return _invalid(error)
         case HTTPException():
@@ -116,16 +208,16 @@ def ollama_error(failure: Failure) -> dict[str, Any]:
 
 def shape(path: str, failure: Failure) -> dict[str, Any]:
     """The error as the API of a path writes it."""
-    if path == "/v1/messages" or path.startswith("/v1/messages/"):
+    if _is_below(path, "/v1/messages"):
         return anthropic_error(failure)
-    if path == "/api" or path.startswith("/api/"):
+    if _is_below(path, "/api"):
         return ollama_error(failure)
     return openai_error(failure)
 
 
 def error_response(path: str, error: BaseException) -> Response:
     """The response to a request that failed."""
-    failure = failure_of(error)
+    failure = failure_of(error, fields_of(path))
     return JSONResponse(
         shape(path, failure), status_code=failure.status, headers=dict(failure.headers)
     )

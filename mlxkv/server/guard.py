@@ -72,14 +72,14 @@ class Guard:
             raise HTTPException(
                 403,
                 f"the Host header {host[:80]!r} is no name of this server: use localhost or an "
-                f"address, or start it with --allow-host",
+                f"address, or have its operator allow the name",
             )
         origin = headers.get("origin")
         own = f"{scope.get('scheme', 'http')}://{host}".lower()
         allowed = self._config.origins
         if origin is not None and origin.lower() != own and not {origin, "*"} & {*allowed}:
             raise HTTPException(
-                403, f"the origin {origin[:80]!r} is not allowed: start the server with --origin"
+                403, f"the origin {origin[:80]!r} is not allowed: its operator can allow it"
             )
 
     def _knows(self, name: str | None) -> bool:

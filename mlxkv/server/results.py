@@ -13,6 +13,7 @@ from typing import Any
 from mlxkv.errors import OutOfMemory
 from mlxkv.generation.outputs import Chunk, Stats, TokenLogprobs
 from mlxkv.parsers.events import ToolCall
+from mlxkv.server.errors import OPENAI
 
 NEVER = -9999.0
 """OpenAI's log-probability of what cannot come; JSON has no infinity."""
@@ -61,7 +62,9 @@ class Progress:
         """`finish_reason`, and `finish_details` where memory was the reason."""
         ended: dict[str, Any] = {"finish_reason": self.finish_reason}
         if self.reason == "memory":
-            message = str(self.error or "the memory limit does not allow a longer answer")
+            message = "the memory limit does not allow a longer answer"
+            if self.error is not None:
+                message = self.error.spelled(OPENAI)
             ended["finish_details"] = {"type": "memory", "message": message}
         return ended
 

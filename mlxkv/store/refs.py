@@ -158,7 +158,7 @@ def stored() -> list[tuple[Path, Record]]:
 
 
 def output_path(name: str) -> Path:
-    """Where `convert --output` writes: a bare name means the models folder.
+    """Where a converted model is written: a bare name means the models folder.
 
     Raises:
         UsageError: the name of a built-in model, one that differs from a stored model's in case
@@ -167,11 +167,14 @@ def output_path(name: str) -> Path:
     if "/" in name or name in (".", "..") or name.startswith("~"):
         return Path(name).expanduser()
     if catalog.find(name):
-        raise UsageError(f"--output {name!r} is the name of a built-in model; choose another")
+        raise UsageError(
+            f"{name!r} is the name of a built-in model; choose another", field="output"
+        )
     if not NAME.fullmatch(name):
         raise UsageError(
-            f"--output must be a path (./{name}) or a name of letters, digits, '.', '_' and '-'; "
-            f"got {name!r}"
+            f"must be a path (./{name}) or a name of letters, digits, '.', '_' and '-'; got "
+            f"{name!r}",
+            field="output",
         )
     try:
         models_dir().mkdir(parents=True, exist_ok=True)

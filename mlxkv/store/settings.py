@@ -16,7 +16,7 @@ from typing import Any, Generic, TypeVar
 from mlxkv.base import device
 from mlxkv.base.units import human_bytes
 from mlxkv.checkpoint.config import read_config
-from mlxkv.checkpoint.mlxkv_json import FILE, KINDS, checked, of_model, read_setting
+from mlxkv.checkpoint.mlxkv_json import FILE, KINDS, checked, error_at, of_model, read_setting
 from mlxkv.errors import ConfigError, MlxkvError, UsageError
 
 COMMAND_LINE, CALLER, REQUEST = "command line", "caller", "request"
@@ -79,7 +79,7 @@ class Settings:
         """
         asked = checked({"context": context, "overflow": overflow, "keep": keep})
         if "context" in asked:
-            _within(asked["context"], KINDS["context"].option, self.own_context)
+            _within(asked["context"], None, self.own_context)
         return replace(
             self, **{name: Setting(name, value, REQUEST) for name, value in asked.items()}
         )
@@ -131,14 +131,14 @@ def effective(path: Path, given: Given | None = None) -> Settings:
         text = os.environ.get(kind.variable, "").strip()
         # Who says it, how a message names it, and whose mistake it is if it is wrong.
         sayings = (
-            (getattr(given, name), given.origin, kind.option, UsageError),
+            (getattr(given, name), given.origin, None, UsageError),
             (_from_text(text), kind.variable, kind.variable, UsageError),
             (in_file.get(name), FILE, f"{path / FILE}: {name}", ConfigError),
         )
         found[name] = _default(name, own)
         for said, origin, where, error in sayings:
             if said is not None:
-                value = read_setting(kind, said, where, error)
+                value = read_setting(name, said, where, error)
                 if name == "context":
                     _within(value, where, own, error)
                 found[name] = Setting(name, value, origin)
@@ -168,7 +168,9 @@ def _from_text(text: str) -> str | int | None:
     return int(text) if re.fullmatch(r"-?\d{1,18}", text) else text or None
 
 
-def _within(context: int, where: str, own: int, error: type[MlxkvError] = UsageError) -> int:
+def _within(
+    context: int, where: str | None, own: int, error: type[MlxkvError] = UsageError
+) -> None:
     if context > own:
-        raise error(f"{where} must be at most the model's own context, {own:,}; got {context:,}")
-    return context
+        text = f"must be at most the model's own context, {own:,}; got {context:,}"
+        raise error_at("context", text, where, error)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlxkv.errors import INTERRUPTED, UsageError
 from mlxkv.terminal.console import Aside, ProgressLine
+from mlxkv.terminal.spelling import RUN
 from mlxkv.terminal.stats_text import describe_memory, describe_stats, remarks, stats_dict
 
 if TYPE_CHECKING:
@@ -42,9 +43,9 @@ def check(settings: Settings) -> None:
         UsageError: names the option and what is allowed.
     """
     if settings.max_tokens is not None and settings.max_tokens < 1:
-        raise UsageError(f"--max-tokens must be 1 or more; got {settings.max_tokens}")
+        raise UsageError(f"must be 1 or more; got {settings.max_tokens}", field="max_tokens")
     if "" in settings.stop:
-        raise UsageError("--stop must not be empty")
+        raise UsageError("must not be empty", field="stop")
     from mlxkv.sampling.params import SamplingParams
 
     SamplingParams(
@@ -90,9 +91,13 @@ def one_answer(
         UsageError: a system prompt or a wish to think that `raw` leaves no place for.
     """
     if raw and system:
-        raise UsageError("--raw gives the model PROMPT as it is: --system has no place there")
+        raise UsageError(
+            "has no place with --raw, which gives the model PROMPT as it is", field="system"
+        )
     if raw and settings.think is not None:
-        raise UsageError("--raw gives the model PROMPT as it is: --think has no place there")
+        raise UsageError(
+            "has no place with --raw, which gives the model PROMPT as it is", field="think"
+        )
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": prompt})
     progress = ProgressLine()
@@ -209,7 +214,7 @@ def _print_json(chunks: Iterator[Chunk], progress: ProgressLine, speaker: Speake
         # A server's API has their text alone, and its memory is not this answer's.
         "tokens": tokens if memory else None,
         "finish_reason": last.finish_reason,
-        "error": None if last.error is None else str(last.error),
+        "error": None if last.error is None else last.error.spelled(RUN),
         "stats": stats_dict(last.stats) if last.stats is not None else None,
         "memory": asdict(memory) if memory else None,
     }
@@ -223,5 +228,5 @@ def _say_remarks(last: Chunk, speaker: Speaker) -> int:
         print(f"mlxkv: {line}", file=sys.stderr)
     if last.error is None:
         return 0
-    print(f"mlxkv: the answer ends here: {last.error}", file=sys.stderr)
+    print(f"mlxkv: the answer ends here: {last.error.spelled(RUN)}", file=sys.stderr)
     return last.error.exit_code

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, cast
 from mlxkv.errors import MlxkvError, TemplateError
 from mlxkv.terminal.console import ProgressLine
 from mlxkv.terminal.one_shot import Printer, Settings, prefill_report, send
-from mlxkv.terminal.slash_commands import Chat, Leave, execute
+from mlxkv.terminal.slash_commands import PARAMETERS, Chat, Leave, execute
+from mlxkv.terminal.spelling import RUN
 from mlxkv.terminal.stats_text import describe_rungs, describe_shift, describe_stats
 
 if TYPE_CHECKING:
@@ -83,7 +84,9 @@ def chat(
         except Leave:
             return 0
         except MlxkvError as error:
-            print(f"mlxkv: {error}", file=sys.stderr)
+            # The chat's own commands set what has a name of its own here; else it is an option.
+            spelled = str(error) if error.field in PARAMETERS else error.spelled(RUN)
+            print(f"mlxkv: {spelled}", file=sys.stderr)
         except Exception as error:  # what a bug does must not cost the conversation
             line = " ".join(str(error).split())
             print(f"mlxkv: unexpected {type(error).__name__}: {line}", file=sys.stderr)
@@ -130,7 +133,7 @@ def answer(state: Chat, text: str) -> None:
     for line in describe_rungs(stats.rungs) if stats is not None else ():
         print(f"({line})\n", file=sys.stderr)
     if error is not None:
-        print(f"(the answer ends here: {error})\n", file=sys.stderr)
+        print(f"(the answer ends here: {error.spelled(RUN)})\n", file=sys.stderr)
     if interrupted.seen:
         print("(stopped)\n")
     elif state.verbose and stats is not None:

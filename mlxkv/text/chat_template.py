@@ -177,13 +177,14 @@ def thinking_options(
         return switches or ({} if think else {"reasoning_effort": "low"})
     if isinstance(think, str):
         raise UsageError(
-            f"this model's chat template reads no reasoning_effort, so think cannot be {think!r}; "
-            f"allowed is {'on or off' if switches else 'only to leave it out'}"
+            f"cannot be {think!r}: this model's chat template reads no reasoning_effort; "
+            f"allowed is {'on or off' if switches else 'only to leave it out'}",
+            field="think",
         )
     if not switches and (think or has_reasoning):
         raise UsageError(
-            "this model's chat template has no switch for reasoning: leave --think and --no-think "
-            "out"
+            "must be left out: this model's chat template has no switch for reasoning",
+            field="think",
         )
     return switches
 

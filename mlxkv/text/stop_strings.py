@@ -22,11 +22,11 @@ class StopTexts:
 
     def __init__(self, texts: str | Sequence[str] = ()):
         if not isinstance(texts, Sequence):
-            raise UsageError(f"--stop must be a text that is not empty; got {texts!r}")
+            raise UsageError(f"must be a text that is not empty; got {texts!r}", field="stop")
         self.texts = (texts,) if isinstance(texts, str) else tuple(texts)
         for text in self.texts:
             if not isinstance(text, str) or not text:
-                raise UsageError(f"--stop must be a text that is not empty; got {text!r}")
+                raise UsageError(f"must be a text that is not empty; got {text!r}", field="stop")
         self._held = ""
         self.found: str | None = None
 

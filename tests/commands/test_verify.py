@@ -143,7 +143,7 @@ def test_without_the_disk_its_path_is_left_out(llm, monkeypatch):
 
 def test_a_prompt_of_less_than_two_pages_proves_nothing(llm):
     for n in (0, 512, 100_000):
-        with pytest.raises(UsageError, match="--tokens must be 513 to 4,0"):
+        with pytest.raises(UsageError, match="tokens must be 513 to 4,0"):
             verify.verify(llm, n)
 
 

@@ -134,7 +134,7 @@ def test_values_past_float16_are_not_turned_into_infinity(tmp_path: Path):
     weights = tiny.random_weights(tiny.tensor_shapes(config))
     weights["model.layers.1.mlp.up_proj.weight"][3, 5] = 1e6
     path = write_model(tmp_path / "model.gguf", config, weights=weights)
-    with pytest.raises(CheckpointError, match="past the range of float16: use --dtype bfloat16"):
+    with pytest.raises(CheckpointError, match="past the range of float16; try dtype='bfloat16'"):
         convert(path, tmp_path / "out", dtype="float16")
     convert(path, tmp_path / "out", dtype="bfloat16")
 

@@ -227,7 +227,7 @@ def test_too_little_space_is_said_before_anything_is_written(
 def test_an_output_that_exists_is_refused_before_the_source_is_opened(tmp_path: Path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("x")
-    with pytest.raises(OutputError, match=r"out: exists already: choose another --output"):
+    with pytest.raises(OutputError, match=r"out: exists already: choose another output"):
         convert(tmp_path / "no such source", tmp_path / "out")
     (tmp_path / "file").write_text("x")
     with pytest.raises(OutputError, match=r"file: exists and is not a folder"):

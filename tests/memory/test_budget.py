@@ -175,7 +175,7 @@ def test_a_sequence_without_room_ends_with_what_was_generated(paths):
     assert error.from_tokens == 300 + n - 1
     assert error.to_tokens == error.from_tokens + 1
     assert error.max_tokens <= error.to_tokens
-    assert "--memory" in str(error) and "--kv-type q8 allows" in str(error)
+    assert "memory='" in str(error) and "kv_type='q8' allows" in str(error)
     assert answer(llm, PROMPT[:100], n=5).finish_reason == "length"
 
 

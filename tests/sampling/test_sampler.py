@@ -543,7 +543,7 @@ def test_a_models_generation_config_is_read():
     greedy = SamplingParams.from_generation_config({"do_sample": False, "temperature": 0.6}, "x")
     assert greedy.temperature == 0
     assert SamplingParams.from_generation_config({"top_k": None}, "x") == SamplingParams()
-    with pytest.raises(ConfigError, match=r"dir/generation_config.json: --top-p must be between"):
+    with pytest.raises(ConfigError, match=r"dir/generation_config.json: top_p must be between"):
         SamplingParams.from_generation_config({"top_p": 3}, "dir/generation_config.json")
 
 

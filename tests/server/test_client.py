@@ -100,7 +100,7 @@ def test_an_address_may_be_short(address, url):
      "user:key@host", "host/?q", "http://a\nb"],
 )  # fmt: skip
 def test_what_is_no_address_is_refused(address, monkeypatch):
-    with pytest.raises(UsageError, match=r"--server must be an address like 127\.0\.0\.1:11434"):
+    with pytest.raises(UsageError, match=r"server must be an address like 127\.0\.0\.1:11434"):
         Server.at(address)
     if address:
         monkeypatch.setenv("MLXKV_SERVER", address)
@@ -123,7 +123,7 @@ def test_the_environment_names_a_server_and_a_key_where_nobody_does(monkeypatch)
 
 def test_a_key_that_cannot_be_sent_is_refused():
     for key in ("a\nb", "schlüssel"):
-        with pytest.raises(UsageError, match="--api-key must be printable ASCII"):
+        with pytest.raises(UsageError, match="api_key must be printable ASCII"):
             Server.at("host", key)
 
 

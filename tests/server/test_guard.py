@@ -42,7 +42,7 @@ def post(url: str, body: Any = HELLO, **options: Any) -> httpx.Response:
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "example.com", ""])
 def test_an_address_that_others_can_reach_needs_a_key(host):
-    with pytest.raises(UsageError, match="--api-key is required"):
+    with pytest.raises(UsageError, match="an API key is required"):
         ServerConfig(host=host)
     assert ServerConfig(host=host, api_keys=("secret",)).host == host
 

@@ -174,7 +174,7 @@ def test_a_settings_file_that_is_wrong_is_named_with_its_key(model, content, sai
 
 def test_a_context_past_the_models_own_is_refused_with_both_numbers(model, monkeypatch):
     assert effective(model, Given(context=1024)).context.value == 1024
-    with pytest.raises(UsageError, match=r"--context must be at most .* 1,024; got 1,025"):
+    with pytest.raises(UsageError, match=r"context must be at most .* 1,024; got 1,025"):
         effective(model, Given(context=1025))
     monkeypatch.setenv("MLXKV_CONTEXT", "1025")
     with pytest.raises(UsageError, match=r"MLXKV_CONTEXT must be at most .* 1,024; got 1,025"):

@@ -18,6 +18,7 @@ import pytest
 from mlxkv.engine.messages import Busy
 from mlxkv.errors import (
     CheckpointError,
+    Hint,
     KVCacheFull,
     MlxkvError,
     ModelNotFound,
@@ -510,11 +511,11 @@ def test_the_figures_are_those_of_the_engine(engine, speaker):
 
 
 def test_an_answer_that_memory_ended_says_so(engine, speaker):
-    error = KVCacheFull(512, 768, 600, helps=("shorten it",))
+    error = KVCacheFull(512, 768, 600, hints=[Hint("memory", "1GiB")])
     engine.script = says("Hel", reason="memory", error=error)
     *_, last = speaker.stream(MESSAGES, Settings())
     assert last.finish_reason == "memory"
-    assert type(last.error) is OutOfMemory and str(last.error) == str(error)
+    assert type(last.error) is OutOfMemory and str(last.error) == error.text
 
 
 def test_a_call_that_nobody_runs_is_text(engine, speaker):

@@ -23,7 +23,7 @@ from mlxkv.parsers.events import ToolCall
 from mlxkv.server import sse
 from mlxkv.server.anthropic.fields import MessagesRequest
 from mlxkv.server.anthropic.messages import CALL_PREFIX
-from mlxkv.server.errors import anthropic_error, failure_of
+from mlxkv.server.errors import ANTHROPIC, anthropic_error, failure_of
 from mlxkv.server.results import Progress, broken_calls, details, new_id
 
 PING = sse.event({"type": "ping"}, "ping")
@@ -37,7 +37,7 @@ def event(kind: str, **data: Any) -> bytes:
 
 def error_event(error: BaseException) -> bytes:
     """The last event of a stream that failed."""
-    return sse.event(anthropic_error(failure_of(error)), "error")
+    return sse.event(anthropic_error(failure_of(error, ANTHROPIC)), "error")
 
 
 @dataclass(slots=True)

@@ -22,7 +22,7 @@ from mlxkv.engine.messages import Answer
 from mlxkv.generation.outputs import Chunk, Stats, TokenLogprobs
 from mlxkv.parsers.events import ToolCall
 from mlxkv.server import sse
-from mlxkv.server.errors import failure_of, ollama_error
+from mlxkv.server.errors import OLLAMA, failure_of, ollama_error
 from mlxkv.server.results import broken_calls, finite
 
 NDJSON = "application/x-ndjson"
@@ -35,7 +35,7 @@ def line(data: dict[str, Any]) -> bytes:
 
 def error_line(error: BaseException) -> bytes:
     """The last line of a stream that failed; its status would have been the response's."""
-    failure = failure_of(error)
+    failure = failure_of(error, OLLAMA)
     return line({**ollama_error(failure), "status": failure.status})
 
 
@@ -118,7 +118,7 @@ class Reply:
         durations = {"total_duration": total, "load_duration": self.load_ns}
         figures = {} if chunk.stats is None else _figures(chunk.stats)
         if chunk.error is not None:
-            figures.setdefault("memory", {})["message"] = str(chunk.error)
+            figures.setdefault("memory", {})["message"] = chunk.error.spelled(OLLAMA)
         return {"done": True, "done_reason": chunk.finish_reason, **durations, **figures}
 
     async def events(self, answer: Answer) -> sse.Events:

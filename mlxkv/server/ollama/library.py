@@ -64,7 +64,9 @@ class CreateRequest(Named):
     """A model to be made of another."""
 
     from_: Annotated[str | None, Field(alias="from")] = None
-    quantize: str | None = Field(default=None, description="As `mlxkv convert --quantize` has it.")
+    quantize: str | None = Field(
+        default=None, description="As `mlxkv convert` has it: affine4, affine8, mxfp4, ..."
+    )
     parameters: Options | None = Field(
         None, description="num_ctx, num_keep, temperature, top_k, top_p, min_p, repeat_penalty."
     )

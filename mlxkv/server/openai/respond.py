@@ -13,7 +13,7 @@ from mlxkv.engine.messages import Answer, Ask, Engine
 from mlxkv.errors import UsageError
 from mlxkv.server import sse
 from mlxkv.server.config import ServerConfig
-from mlxkv.server.errors import failure_of, openai_error
+from mlxkv.server.errors import OPENAI, failure_of, openai_error
 from mlxkv.server.requests import bounded
 
 
@@ -53,7 +53,7 @@ def submit_all(engine: Engine, config: ServerConfig, asks: Sequence[Ask]) -> lis
 
 def error_event(error: BaseException) -> bytes:
     """The end of a stream that failed."""
-    return sse.event(openai_error(failure_of(error))) + sse.DONE
+    return sse.event(openai_error(failure_of(error, OPENAI))) + sse.DONE
 
 
 async def respond(

@@ -20,7 +20,7 @@ from mlxkv.errors import UsageError
 from mlxkv.sampling.grammar import Grammar
 from mlxkv.server import sse
 from mlxkv.server.config import ServerConfig
-from mlxkv.server.errors import failure_of
+from mlxkv.server.errors import RESPONSES, failure_of
 from mlxkv.server.fields import Count, Strict, seconds
 from mlxkv.server.json_route import JSONRoute
 from mlxkv.server.model_names import present
@@ -225,7 +225,7 @@ class ResponseReply:
 
     def failed(self, error: BaseException) -> bytes:
         """The end of a stream that failed."""
-        failure = failure_of(error)
+        failure = failure_of(error, RESPONSES)
         code = failure.code or ("server_error" if failure.status >= 500 else "invalid_prompt")
         said = {"code": code, "message": failure.message}
         return self._lifecycle("failed", {**self._response("failed"), "error": said})
