@@ -20,7 +20,7 @@ from mlxkv.server.config import ServerConfig
 from mlxkv.server.errors import error_response
 from mlxkv.server.guard import Guard
 from mlxkv.server.ollama import routes as ollama
-from mlxkv.server.openai import chat, completions, models, responses
+from mlxkv.server.openai import chat, completions, models, responses, tokenize
 from mlxkv.server.sse import ClientGone
 
 ROUTERS: tuple[Callable[[Engine, ServerConfig], APIRouter], ...] = (
@@ -28,6 +28,7 @@ ROUTERS: tuple[Callable[[Engine, ServerConfig], APIRouter], ...] = (
     completions.router,
     models.router,
     responses.router,
+    tokenize.router,
     anthropic.router,
     ollama.router,
     metrics.router,

@@ -1,0 +1,51 @@
+"""POST /tokenize: the token ids of a prompt, in the shape of vLLM's server."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+
+from mlxkv.engine.messages import Ask, Engine
+from mlxkv.errors import UsageError
+from mlxkv.server import sse
+from mlxkv.server.config import ServerConfig
+from mlxkv.server.fields import Strict
+from mlxkv.server.json_route import JSONRoute
+from mlxkv.server.model_names import present
+from mlxkv.server.openai.messages import ChatMessage, template_messages
+from mlxkv.server.requests import requested
+
+
+class TokenizeRequest(Strict):
+    """A text, or a conversation as the model's chat template writes it."""
+
+    model: str
+    prompt: str | None = None
+    messages: list[ChatMessage] | None = None
+
+    def ask(self, model: str, owner: str) -> Ask:
+        """What the engine is asked.
+
+        Raises:
+            UsageError: neither a prompt nor messages, or both.
+        """
+        if (self.prompt is None) == (self.messages is None):
+            raise UsageError("give prompt or messages")
+        prompt = template_messages(self.messages) if self.messages is not None else self.prompt
+        return Ask(model, requested(prompt or ""), owner)
+
+
+def router(engine: Engine, config: ServerConfig) -> APIRouter:
+    """The route of token ids."""
+    routes = APIRouter(route_class=JSONRoute, tags=["openai"])
+
+    @routes.post("/tokenize")
+    async def tokenize(request: Request, body: TokenizeRequest) -> Response:
+        """Count a prompt's tokens before it is sent."""
+        model = await present(engine, config, body.model)
+        tokens = await sse.unless_gone(
+            request, engine.tokenize(body.ask(model, request.state.owner))
+        )
+        return JSONResponse({"count": len(tokens), "tokens": tokens})
+
+    return routes
