@@ -78,8 +78,7 @@ def convert(
     """Converts a model.
 
     Args:
-        source: a directory with config.json and safetensors, a .gguf file, a repository or a name
-            that `mlxkv pull` knows.
+        source: a directory with config.json and safetensors, or a .gguf file.
         output: the folder to make; it must not exist, or be empty.
         dtype: of what is not packed: float16, bfloat16 or float32. None keeps the source's; what
             a GGUF file's types are unpacked to is bfloat16 for Gemma and float16 for others.

@@ -10,18 +10,16 @@ from .sources import PICKLED, Source
 
 
 def open_source(source: str | Path) -> Source:
-    """Opens what the user named: a directory, a GGUF file, or a repository or model name.
+    """Opens a directory or a GGUF file.
 
     Raises:
-        ModelNotFound: there is no such thing.
+        ModelNotFound: there is no such path.
         UnsupportedModel: a file of another kind, or an architecture that is not known.
         CheckpointError: it is damaged.
     """
     path = Path(source)
     if not path.exists():
-        from mlxkv.store import resolve
-
-        path = resolve.resolve(str(source))
+        raise ModelNotFound(f"{path}: no such file or folder")
     if path.is_dir():
         return _open_directory(path)
     if path.suffix in PICKLED:

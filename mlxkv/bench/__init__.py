@@ -1,1 +1,1 @@
-"""`mlxkv bench`: how fast a model is on this machine, beside mlx-lm, and a report to share."""
+"""What is measured and checked on a machine: `mlxkv bench`, `verify` and `doctor`."""

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mlxkv.commands.options import AsJson, DType, Memory
+
 if TYPE_CHECKING:
     from mlxkv.saved_kv.registry import KVNames
 
@@ -19,7 +21,6 @@ app = typer.Typer(
 )
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="A name; `mlxkv kv ls` lists them.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def _names() -> KVNames:
@@ -46,8 +47,8 @@ def save(
         bool, typer.Option("--raw", help="A text to continue, not the start of a chat.")
     ] = False,
     pin: Annotated[bool, typer.Option("--pin", help="Never give it up for room.")] = False,
-    dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")] = "auto",
-    memory: Annotated[str | None, typer.Option(help="Limit, such as 16GiB.")] = None,
+    dtype: DType = "auto",
+    memory: Memory = None,
     kv_type: Annotated[
         str | None, typer.Option("--kv-type", help="Format of the KV: native, q8 or q4.")
     ] = None,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mlxkv.commands import inputs
+from mlxkv.commands.options import Context
 from mlxkv.commands.serve import Key
 from mlxkv.errors import UsageError
 
@@ -17,11 +18,6 @@ if TYPE_CHECKING:
     from mlxkv.server.client import Server
     from mlxkv.store.settings import Given
     from mlxkv.terminal.backend import Speaker
-
-Context = Annotated[
-    int | None,
-    typer.Option(help="Tokens of prompt and answer together; at most the model's own, as without."),
-]
 
 
 def run(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mlxkv.commands.options import AsJson, DType
 from mlxkv.errors import ModelNotFound, UsageError
 from mlxkv.server.config import HOST, PORT
 
@@ -54,7 +55,7 @@ def serve(
     ] = 300.0,
     max_queue: Annotated[int, typer.Option(help="Requests that may wait.")] = 64,
     max_running: Annotated[int, typer.Option(help="Answers that a model writes at a time.")] = 16,
-    dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")] = "auto",
+    dtype: DType = "auto",
     context: Annotated[int | None, typer.Option(help="Tokens of prompt and answer.")] = None,
     memory: Annotated[
         str | None, typer.Option(help="Limit of all models together, such as 16GiB.")
@@ -140,7 +141,7 @@ def _listen(host: str, port: int) -> socket.socket:
 
 def ps(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="More columns.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
     server: Address = None,
     api_key: Key = None,
 ) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 import mlxkv
 from mlxkv.base import device
-from mlxkv.commands import doctor
+from mlxkv.bench import doctor
 from mlxkv.engine.engine import Engine
 from tests.support.command_line import chat_model
 

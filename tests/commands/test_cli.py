@@ -11,8 +11,8 @@ import time
 import pytest
 
 from mlxkv.base.units import human_bytes, human_count
+from mlxkv.bench import doctor
 from mlxkv.cli import main
-from mlxkv.commands import doctor
 from mlxkv.commands.inputs import join_prompt, split_words
 from mlxkv.errors import UsageError
 from mlxkv.terminal.console import ProgressLine, table

@@ -11,8 +11,8 @@ import mlx.core as mx
 import pytest
 
 import mlxkv
+from mlxkv.bench import verify
 from mlxkv.cache import KVCache, RotatingKVCache
-from mlxkv.commands import verify
 from mlxkv.errors import UsageError
 from mlxkv.kv.layout import Slice
 from mlxkv.llm.llm import LLM

@@ -7,7 +7,7 @@ import mlx.core as mx
 import pytest
 
 from mlxkv.base import time_machine
-from mlxkv.commands import doctor
+from mlxkv.bench import doctor
 
 
 @pytest.fixture

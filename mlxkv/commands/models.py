@@ -1,0 +1,165 @@
+"""What there is to run: `mlxkv pull`, `list`, `show`, `rm`, `convert`, `plan` and `models`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Annotated
+
+import typer
+
+from mlxkv.commands.options import AsJson, DType, KVType, Memory, Model
+
+
+def pull(model: Model) -> None:
+    """Fetch a model."""
+    from mlxkv.store import catalog, resolve
+    from mlxkv.terminal.console import ProgressLine
+
+    progress = ProgressLine()
+    try:
+        path = resolve.pull(model, report=progress if progress.on else resolve.silent)
+    finally:
+        progress.clear()
+    entry = catalog.find(model)
+    if entry is not None and entry.notice:
+        print(entry.notice, file=sys.stderr)
+    print(path)
+
+
+def list_(
+    as_json: AsJson = False,
+) -> None:
+    """List the models that are here."""
+    from dataclasses import asdict
+
+    from mlxkv.base.units import human_bytes
+    from mlxkv.store import library
+    from mlxkv.terminal.console import table
+
+    models = library.list_models()
+    if as_json:
+        print(json.dumps([asdict(model) | {"path": str(model.path)} for model in models]))
+        return
+    if not models:
+        print("no models yet: `mlxkv run` fetches the default one", file=sys.stderr)
+        return
+    rows = [
+        (
+            model.name,
+            model.family,
+            human_bytes(model.size_bytes),
+            model.quantization,
+            f"{model.context:,}" if model.context else "?",
+            model.source,
+        )
+        for model in models
+    ]
+    header = ("NAME", "FAMILY", "SIZE", "QUANTIZATION", "CONTEXT", "SOURCE")
+    print(table(header, rows, right=("SIZE", "CONTEXT")))
+
+
+def show(
+    model: Model,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a model is: shape, size, KV cache, licence, files."""
+    from mlxkv.store import resolve
+    from mlxkv.store.info import describe, to_dict
+
+    card = describe(model, resolve.resolve(model, fetch=False))
+    print(json.dumps(to_dict(card), indent=2) if as_json else card.text())
+
+
+def rm(
+    model: Model,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+) -> None:
+    """Remove a model from the disk."""
+    from mlxkv.base.units import human_bytes
+    from mlxkv.store import library
+
+    plan = library.plan_removal(model)
+    size = human_bytes(plan.n_bytes)
+    if sys.stdin.isatty() and not yes and not typer.confirm(f"remove {model} ({size})?", err=True):
+        print("nothing removed", file=sys.stderr)
+        return
+    freed = library.remove(model)
+    print(f"removed {model}, {human_bytes(freed)} freed")
+
+
+def convert(
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="Directory, .gguf file, org/name or name.")
+    ],
+    output: Annotated[
+        str | None,
+        typer.Option(
+            "--output", "-o", help="A path, or a bare name for mlxkv's own models folder."
+        ),
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16.")] = None,
+    quantize: Annotated[
+        str | None,
+        typer.Option("--quantize", "-q", help="affine4, affine8, mxfp4, mxfp8, nvfp4, ... none."),
+    ] = None,
+    group_size: Annotated[int | None, typer.Option(help="Values that share a scale.")] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="mixed: more bits for embeddings, head and the like.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan only.")] = False,
+) -> None:
+    """Convert a checkpoint to an MLX model directory."""
+    from mlxkv.store import refs, resolve
+    from mlxkv.terminal.console import ProgressLine
+
+    progress = ProgressLine()
+    try:
+        path = resolve.source_path(source, report=progress if progress.on else resolve.silent)
+        target = refs.output_path(output or resolve.default_output(source, quantize, dtype))
+        from mlxkv.convert import convert as convert_model  # pyright: ignore[reportMissingImports]
+
+        result = convert_model(
+            path,
+            target,
+            dtype=dtype,
+            quantize=quantize,
+            group_size=group_size,
+            recipe=recipe,
+            dry_run=dry_run,
+            progress=lambda step: progress("converting", step.done_bytes, step.total_bytes),
+        )
+    finally:
+        progress.clear()
+    if dry_run:
+        from mlxkv.convert import describe  # pyright: ignore[reportMissingImports]
+
+        print(describe(result.plan))
+    else:
+        print(result.path)
+
+
+def plan(
+    model: Model,
+    context: Annotated[
+        int | None, typer.Option(help="Tokens; without it what `run` would have.")
+    ] = None,
+    sequences: Annotated[int, typer.Option(help="Conversations at a time.")] = 1,
+    kv_type: KVType = None,
+    dtype: DType = "auto",
+    memory: Memory = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what memory a model and its KV cache need, before anything is loaded."""
+    from mlxkv.llm import plan as plans
+    from mlxkv.terminal import plan_text
+
+    needs = plans.plan(model, context, sequences, kv_type, memory, dtype)
+    print(json.dumps(plan_text.to_dict(needs)) if as_json else plan_text.text(needs))
+
+
+def models() -> None:
+    """List the model families that mlxkv runs."""
+    from mlxkv.store.info import supported
+
+    print(supported())
