@@ -323,4 +323,4 @@ class DecoderModel(CausalLM):
     def logits(self, hidden: mx.array) -> mx.array:
         tied = self.config.tie_word_embeddings
         logits = self.model.embed_tokens.as_linear(hidden) if tied else self.lm_head(hidden)
-        return soft_cap(logits, self._logit_cap)
+        return logits if self._logit_cap is None else soft_cap(logits, self._logit_cap)

@@ -101,12 +101,9 @@ class SharedAttention(Fusing):
     def heads(self, x: mx.array, offset: Offset, kv: KeysValues | None) -> tuple[mx.array, KV, KV]:
         """Queries `[B, H, L, D]`, keys and values."""
         assert kv is not None, "a layer without KV needs its donor's"
-        q = self["q_norm"](self._split(self["q_proj"](x)))
+        # Norms come before the axes change places, else they copy.
+        q = self["q_norm"](self["q_proj"](x).reshape(*x.shape[:-1], -1, self.head_dim))
         return self["_rope"](q.transpose(0, 2, 1, 3), offset), *kv
-
-    def _split(self, x: mx.array) -> mx.array:
-        """`[B, L, N, D]`; norms come before the axes change places, else they copy."""
-        return x.reshape(*x.shape[:-1], -1, self.head_dim)
 
 
 class OwnAttention(SharedAttention, NormedHeads):
@@ -125,8 +122,8 @@ class OwnAttention(SharedAttention, NormedHeads):
     def heads(self, x: mx.array, offset: Offset, kv: KeysValues | None) -> tuple[mx.array, KV, KV]:
         H, Hk = self.n_heads, self.n_kv_heads
         # Without a v_proj the last heads are the keys' once more, before their norm and rotation.
-        heads = self._split(self.project("qkv_proj", x))  # [B, L, H + Hk or H + 2 Hk, D]
-        qk, plain = self.normed(heads, self._eps)
+        heads = self.project("qkv_proj", x).reshape(*x.shape[:-1], -1, self.head_dim)
+        qk, plain = self.normed(heads, self._eps)  # [B, L, H + Hk or H + 2 Hk, D]
         qk = self["_rope"](qk.transpose(0, 2, 1, 3), offset)  # [B, H + Hk, L, D]
         return qk[:, :H], qk[:, H:], plain[:, :, -Hk:].transpose(0, 2, 1, 3)
 
