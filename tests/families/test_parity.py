@@ -145,6 +145,20 @@ def check_prefill(golden: Golden, model: Any, chunk: int) -> None:
     assert answer == golden.greedy, f"{golden.directory.name}, chunks of {chunk}"
 
 
+@various
+def test_embeddings_are_given_apart_from_tokens(load, case):
+    """As those of pictures will be: made in parts, put together, and given to the layers."""
+    golden, model = load(case, "new")
+    tokens = mx.array([golden.prompt])
+    parts = [tokens[:, :9], tokens[:, 9:]]
+    x = mx.concatenate([model.embed(part) for part in parts], axis=1)
+    own = [model.embed_per_layer(part) for part in parts]
+    per_layer = None if own[0] is None else mx.concatenate(own, axis=1)
+    assert x.shape == (*tokens.shape, model.config.hidden_size)
+    caches = mlxkv.make_caches(model)
+    check_logits(golden, model.logits(model.hidden(x, caches, per_layer))[0], "embeddings")
+
+
 @every_case
 @pytest.mark.parametrize("style", ["new", "hub"])
 def test_one_pass_without_caches_equals_the_reference(load, case, style):

@@ -19,7 +19,7 @@ from mlx.utils import tree_map
 import mlxkv
 from mlxkv.cache import KVCache, make_caches
 from mlxkv.checkpoint.rope_config import RopeConfig
-from mlxkv.errors import UsageError
+from mlxkv.errors import UnsupportedModel, UsageError
 from mlxkv.generation.prefill import prefill
 from mlxkv.kv.layout import Cache, Positions
 from mlxkv.kv.types import KV_TYPES
@@ -234,6 +234,13 @@ def borrowed(request) -> CausalLM:
     model = definition.build(definition.config(raw, "config.json"))
     model.update(tree_map(lambda x: mx.random.normal(x.shape) * 0.3, model.parameters()))
     return model
+
+
+def test_definitions_of_mlx_lm_say_that_they_take_tokens_only(borrowed):
+    x = mx.zeros((1, 1, 8))
+    for part in (borrowed.embed, borrowed.hidden, borrowed.logits):
+        with pytest.raises(UnsupportedModel, match=f"{borrowed.config.model_type} takes tokens"):
+            part(x)
 
 
 @pytest.mark.filterwarnings("ignore")
