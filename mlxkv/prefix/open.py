@@ -4,47 +4,63 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
+
+import mlx.core as mx
 
 from mlxkv.base.paths import kv_dir
-from mlxkv.kv.types import STEP
-from mlxkv.nn.model import CausalLM
+from mlxkv.kv.types import STEP, CacheSpec
 from mlxkv.prefix.disk import PageDisk
 from mlxkv.prefix.eviction import check_cap
 from mlxkv.prefix.layout import Kinds
 from mlxkv.prefix.pages import Pages
 
-if TYPE_CHECKING:
-    pass
+
+class CachedModel(Protocol):
+    """What pages have to know of a model: `nn.model.CausalLM` is one."""
+
+    @property
+    def stable_tokens(self) -> int | None:
+        """Tokens up to which KV does not depend on later tokens; None for all."""
+        ...
+
+    @property
+    def compute_dtype(self) -> mx.Dtype:
+        """The dtype of its KV."""
+        ...
+
+    def cache_specs(self) -> list[CacheSpec | None]:
+        """One per layer."""
+        ...
 
 
 def fingerprint_in(root: Path, path: Path, dtype: str, kv_type: str) -> str:
-    """What a model's KV is called in a folder of pages, which keeps the hash of its weights."""
+    """The fingerprint of a model's KV, with the hash of its weights kept in the pages' folder."""
     from mlxkv.prefix.fingerprint import fingerprint
 
     return fingerprint(path, dtype=dtype, kv_type=kv_type, cache=root / "fingerprints.json")
 
 
 def open_pages(
-    model: CausalLM,
+    model: CachedModel,
     path: Path,
     kv_type: str,
     budget_bytes: int,
     folder: Path | None = None,
     owner: str = "",
 ) -> Pages | None:
-    """The pages of a loaded model; None where a layer keeps something else than KV.
+    """The pages of a loaded model; None where a layer keeps something other than KV.
 
     Args:
-        model: as `load_model` gives it.
-        path: its directory, which says what its pages are called on disk.
+        model: as `load_model` returns it.
+        path: its directory, from whose weights pages on disk are named.
         kv_type: format of the KV.
-        budget_bytes: what pages may take in RAM.
-        folder: where they are on disk; None for the user's own.
-        owner: whose they are, if not everybody's.
+        budget_bytes: bytes that pages may take in RAM.
+        folder: folder of pages on disk; None for the user's default.
+        owner: only requests of this owner share the pages; empty: all requests.
 
     Raises:
-        UsageError: MLXKV_KV_DISK is no size.
+        UsageError: MLXKV_KV_DISK is not a size.
     """
     kinds = Kinds.of(model.cache_specs())
     check_cap()
