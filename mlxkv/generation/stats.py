@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from mlxkv.generation.outputs import Miss, Stats
 from mlxkv.generation.session import Restored
-from mlxkv.prefix.pages import WORTH
+from mlxkv.prefix.match import WORTH
 from mlxkv.text.tokenizer import Tokenizer
 
 AROUND = 12

@@ -8,15 +8,14 @@ Invariants:
 - To go on at position p, full parts of [0, p) are needed and window parts of [p - window, p). The
   last page may be used in part: its first tokens do not depend on those behind them.
 - What RAM holds is bounded in bytes and in arrays, of which a page has one for each part.
-- `match` decides and changes nothing; `load` acts. Nothing is computed here: what caches held goes
-  back into caches bit for bit.
+- `match.plan_match` plans and changes nothing; `Pages.load` acts. Nothing is computed here: what
+  caches held goes back into caches bit for bit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
@@ -24,46 +23,14 @@ import mlx.core as mx
 from mlxkv.errors import UsageError
 from mlxkv.kv.layout import Cache
 from mlxkv.kv.types import STEP
-from mlxkv.prefix.format import ROOT, PageKey, page_name
-from mlxkv.prefix.layout import FULL, WINDOW, Kinds, Link, chain_of, n_common, packed, unpacked
+from mlxkv.prefix.format import PageKey
+from mlxkv.prefix.layout import WINDOW, Kinds, Link, packed
+from mlxkv.prefix.match import Match, plan_match
 from mlxkv.prefix.part import Part
 from mlxkv.prefix.ram import RamPages
 
 if TYPE_CHECKING:
     from mlxkv.prefix.disk import PageDisk
-
-WORTH = 16
-"""Tokens of a page from which on it is brought back for them alone."""
-HEADERS = 64
-"""Files whose tokens are read to find where a prompt leaves what is known: 0.1 ms each."""
-
-
-@dataclass(frozen=True, slots=True)
-class Match:
-    """What of a prompt can be restored.
-
-    Args:
-        links: its pages from position 0 on; of the last perhaps not all tokens.
-        n_tokens: leading tokens of the prompt that they give back.
-        shared: leading tokens of the prompt that some known sequence has as well.
-        held: that sequence's tokens from `shared` on, some of them.
-        n_known: how far that sequence is known.
-    """
-
-    links: tuple[Link, ...] = ()
-    n_tokens: int = 0
-    shared: int = 0
-    held: tuple[int, ...] = ()
-    n_known: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class _Neighbour:
-    """A page that begins as the rest of a prompt does, for `shared` tokens."""
-
-    link: Link
-    tokens: bytes
-    shared: int
 
 
 class Pages:
@@ -76,7 +43,7 @@ class Pages:
         open_disk: gives the pages on disk, asked for at the first prompt that has a whole page.
 
     Attributes:
-        max_arrays: that pages may hold in RAM; None for any number. See `planner.page_arrays`.
+        max_arrays: that pages may hold in RAM; None for any number. See `needs.page_arrays`.
     """
 
     def __init__(
@@ -130,30 +97,42 @@ class Pages:
             tokens: a prompt.
             limit: tokens to restore at most.
         """
-        data = packed(tokens)
         if self.stable is not None:
             limit = min(limit, self.stable)
         if limit >= STEP:
             self._open()
-        links = self._chain(data, limit // STEP)
-        at = links[-1].stop if links else 0
-        parent = links[-1].name if links else ROOT
-        near = self._neighbours(parent, at, data[4 * at :])
-        usable, n_tokens = self._usable(links, at, limit, near)
-        if not near:
-            return Match(tuple(usable), n_tokens, at, (), at)
-        best = max(near, key=lambda page: page.shared)
-        following = best.tokens[4 * best.shared :]
-        for link in self._children(best.link.name, best.link.stop):
-            following += self._tokens(link)
-            break
-        return Match(
-            tuple(usable),
-            n_tokens,
-            at + best.shared,
-            tuple(unpacked(following)),
-            self._known_until(best.link),
-        )
+        return plan_match(self, packed(tokens), limit)
+
+    def holds(self, link: Link, part: str) -> bool:
+        """Whether a part of a page is in RAM, or can be read from disk."""
+        if self.ram.has(link, part):
+            return True
+        key = link.key(part)
+        return self._disk is not None and key not in self._unreadable and key in self._disk
+
+    def is_in_ram(self, link: Link) -> bool:
+        """Whether any part of a page is in RAM."""
+        return self.ram.get(link.name) is not None
+
+    def children(self, parent: str, at: int) -> Iterator[Link]:
+        """The pages that follow the page `parent` at position `at`, those in RAM first."""
+        in_ram = self.ram.behind(parent)
+        for page in in_ram:
+            yield page.link
+        known = {page.link.name for page in in_ram}
+        for name, n in self._disk.children(parent) if self._disk is not None else ():
+            if name not in known:
+                yield Link(parent, name, at, n)
+
+    def tokens(self, link: Link) -> bytes:
+        """A page's tokens, packed; none where they cannot be read."""
+        page = self.ram.get(link.name)
+        if page is not None:
+            return page.tokens
+        if self._disk is None:
+            return b""
+        found = (self._disk.tokens(link.key(part)) for part in self.kinds.parts)
+        return next((tokens for tokens in found if tokens), b"")
 
     def load(self, match: Match, caches: Sequence[Cache]) -> int | None:
         """Fill caches with what was matched.
@@ -328,92 +307,6 @@ class Pages:
             self._disk.close()
             self._disk = None
         self.clear()
-
-    def _chain(self, data: bytes, n_pages: int) -> list[Link]:
-        """The complete pages of a prompt as far as their full parts are known."""
-        links: list[Link] = []
-        for link in chain_of(data, n_pages):
-            if self.kinds.full and not self._held(link, FULL):
-                break
-            links.append(link)
-        while links and not self.kinds.full and not self._held(links[-1], WINDOW):
-            links.pop()
-        return links
-
-    def _usable(
-        self, links: list[Link], at: int, limit: int, near: Sequence[_Neighbour]
-    ) -> tuple[list[Link], int]:
-        """As much of a chain as window parts allow, with part of a page behind it."""
-
-        def is_whole(chain: list[Link], stop: int) -> bool:
-            windows = self.kinds.needed(chain, WINDOW, stop)
-            last_full = not self.kinds.full or self._held(chain[-1], FULL)
-            return last_full and all(self._held(link, WINDOW) for link in windows)
-
-        for page in sorted(near, key=lambda page: -page.shared):
-            n = min(page.shared, limit - at)
-            if n < min(WORTH, page.link.n_tokens):
-                break
-            if is_whole([*links, page.link], at + n):
-                return [*links, page.link], at + n
-        for k in range(len(links), 0, -1):
-            last = links[k - 1]
-            windows = (
-                links[self.kinds.first_needed(last, last.stop) : k] if self.kinds.window else ()
-            )
-            if all(self._held(link, WINDOW) for link in windows):
-                return links[:k], last.stop
-        return [], 0
-
-    def _held(self, link: Link, part: str) -> bool:
-        if self.ram.has(link, part):
-            return True
-        key = link.key(part)
-        return self._disk is not None and key not in self._unreadable and key in self._disk
-
-    def _children(self, parent: str, at: int) -> Iterator[Link]:
-        """The pages behind one, those in RAM first."""
-        in_ram = self.ram.behind(parent)
-        for page in in_ram:
-            yield page.link
-        known = {page.link.name for page in in_ram}
-        for name, n in self._disk.children(parent) if self._disk is not None else ():
-            if name not in known:
-                yield Link(parent, name, at, n)
-
-    def _neighbours(self, parent: str, at: int, rest: bytes) -> list[_Neighbour]:
-        """The pages behind one, and how many tokens each shares with the rest of a prompt."""
-        near: list[_Neighbour] = []
-        n_read = 0
-        for link in self._children(parent, at) if rest else ():
-            mine = rest[: 4 * link.n_tokens]
-            if self.ram.get(link.name) is None and page_name(parent, mine) == link.name:
-                near.append(_Neighbour(link, mine, link.n_tokens))
-                continue
-            if self.ram.get(link.name) is None:
-                n_read += 1
-                if n_read > HEADERS:
-                    continue
-            tokens = self._tokens(link)
-            near.append(_Neighbour(link, tokens, n_common(tokens, rest)))
-        return near
-
-    def _tokens(self, link: Link) -> bytes:
-        page = self.ram.get(link.name)
-        if page is not None:
-            return page.tokens
-        if self._disk is None:
-            return b""
-        found = (self._disk.tokens(link.key(part)) for part in self.kinds.parts)
-        return next((tokens for tokens in found if tokens), b"")
-
-    def _known_until(self, link: Link) -> int:
-        """How far the sequence that goes through a page is known."""
-        seen = {link.name}  # a file's name can be anything, also its own parent's
-        while behind := [x for x in self._children(link.name, link.stop) if x.name not in seen]:
-            link = max(behind, key=lambda child: (child.n_tokens, child.name))
-            seen.add(link.name)
-        return link.stop
 
     def _bring(self, needed: dict[str, list[Link]]) -> set[str] | None:
         """Read what is not in RAM; names of the pages read, None where one is gone."""

@@ -23,8 +23,9 @@ from mlxkv.generation.prefill import prefill
 from mlxkv.generation.session import Session
 from mlxkv.kv.types import STEP, ceil_step
 from mlxkv.nn.model import CausalLM
+from mlxkv.prefix.match import WORTH
 from mlxkv.prefix.open import open_pages
-from mlxkv.prefix.pages import WORTH, Pages
+from mlxkv.prefix.pages import Pages
 from mlxkv.sampling.params import SamplingParams
 from mlxkv.sampling.sampler import Sampler
 from tests.families.oracle.cases import CASES, LONG, Case

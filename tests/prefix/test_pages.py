@@ -17,7 +17,8 @@ from mlxkv.cache import make_cache
 from mlxkv.kv.types import KV_TYPES, STEP, CacheSpec
 from mlxkv.prefix.capture import Cutter
 from mlxkv.prefix.layout import FULL, WINDOW, Kinds, Link, n_common, packed
-from mlxkv.prefix.pages import WORTH, Match, Pages
+from mlxkv.prefix.match import WORTH, Match
+from mlxkv.prefix.pages import Pages
 from mlxkv.prefix.ram import SPARE
 from tests.support.tiny import tokens as random_tokens
 
