@@ -41,6 +41,7 @@ from mlxkv.prefix.format import (
     encode,
     page_name,
 )
+from mlxkv.prefix.index import PageIndex
 
 __all__ = ["FORMAT_VERSION", "ROOT", "DiskLimits", "DiskUsage", "PageFile", "PageFiles", "PageKey",
            "page_name"]  # fmt: skip
@@ -97,7 +98,7 @@ class PageFiles:
         self.folder = Folder(root, limits)
         self._model = fingerprint[:32]
         self._path = f"{self.folder.pages / self._model}{os.sep}"
-        self._known: dict[str, dict[tuple[str, int], set[str]]] = {}
+        self._index = PageIndex()
         self._waiting: dict[PageKey, PageFile] = {}
         self._queue: deque[_Queued] = deque()
         self._queued_bytes = 0
@@ -117,24 +118,24 @@ class PageFiles:
         with suppress(OSError), os.scandir(self._path) as entries:
             for entry in entries:
                 if key := PageKey.parse(entry.name):
-                    self._learn(key)
+                    self._index.add(key)
 
     def __contains__(self, key: PageKey) -> bool:
         with self._changed:
-            if self._knows(key):
+            if key in self._index:
                 return True
         try:
             os.stat(self._path + key.file_name)  # noqa: PTH116
         except OSError:
             return False
         with self._changed:
-            self._learn(key)
+            self._index.add(key)
         return True
 
     def children(self, parent: str) -> list[tuple[str, int]]:
         """(name, tokens) of the pages that are known behind one."""
         with self._changed:
-            return list(self._known.get(parent, ()))
+            return self._index.children(parent)
 
     def tokens(self, key: PageKey) -> bytes | None:
         """The tokens of a page, from its file's header alone; None as for `read`."""
@@ -175,12 +176,12 @@ class PageFiles:
         with suppress(OSError):
             os.unlink(self._path + key.file_name)  # noqa: PTH108
         with self._changed:
-            self._forget(key)
+            self._index.discard(key)
 
     def used(self, keys: Sequence[PageKey]) -> None:
         """Say that pages were used now; of one call's pages, leaves count as older than trunks."""
         with self._changed:
-            here = [key for key in keys if key not in self._waiting and self._knows(key)]
+            here = [key for key in keys if key not in self._waiting and key in self._index]
         now = time.time_ns()
         for key in here:
             with suppress(OSError):
@@ -236,29 +237,13 @@ class PageFiles:
             self._closed = True
             self._changed.notify_all()
 
-    def _learn(self, key: PageKey) -> None:
-        pages = self._known.setdefault(key.parent, {})
-        pages.setdefault((key.name, key.n_tokens), set()).add(key.part)
-
-    def _knows(self, key: PageKey) -> bool:
-        return key.part in self._known.get(key.parent, {}).get((key.name, key.n_tokens), ())
-
-    def _forget(self, key: PageKey) -> None:
-        pages = self._known.get(key.parent, {})
-        parts = pages.get((key.name, key.n_tokens), set())
-        parts.discard(key.part)
-        if not parts:
-            pages.pop((key.name, key.n_tokens), None)
-        if not pages:
-            self._known.pop(key.parent, None)
-
     def _bytes(self, key: PageKey, *, header_only: bool = False) -> bytes | None:
         """A file's bytes; None if there is none, or it cannot be opened now."""
         try:
             return read_page(self._path + key.file_name, header_only=header_only)
         except FileNotFoundError:
             with self._changed:
-                self._forget(key)
+                self._index.discard(key)
         except OSError:
             pass
         return None
@@ -273,7 +258,7 @@ class PageFiles:
         self._queue.append(item)
         self._queued_bytes += item.page.nbytes
         self._waiting[item.page.key] = item.page
-        self._learn(item.page.key)
+        self._index.add(item.page.key)
         return True
 
     def _wake(self) -> None:
@@ -335,10 +320,10 @@ class PageFiles:
             if key not in queued:
                 self._waiting.pop(key, None)
                 if key not in outcome.written:
-                    self._forget(key)
+                    self._index.discard(key)
         for key in outcome.evicted:
             if key not in outcome.written and key not in queued:
-                self._forget(key)
+                self._index.discard(key)
         self._changed.notify_all()
 
     def _write_batch(self, batch: Sequence[_Queued], outcome: _Outcome) -> None:
