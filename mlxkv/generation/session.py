@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
@@ -18,16 +17,15 @@ from mlxkv.base.stepwise import finished
 from mlxkv.cache import KVCache, RotatingKVCache, make_caches
 from mlxkv.generation.prefill import prefilling
 from mlxkv.kv.layout import Cache
-from mlxkv.kv.types import AUTO, KV_TYPES, STEP, first_kv_type
-from mlxkv.memory.types import ALLOCATION_ERRORS, KVUse, Rung, is_allocation_failure
+from mlxkv.kv.types import AUTO, STEP, first_kv_type
+from mlxkv.memory.budget import Budget
+from mlxkv.memory.types import ALLOCATION_ERRORS, Grant, KVUse, Rung, is_allocation_failure
 from mlxkv.nn.model import CausalLM
 from mlxkv.nn.slots import growth_bytes, sliceable
 from mlxkv.prefix.capture import Cutter
 from mlxkv.prefix.layout import Link
-from mlxkv.prefix.pages import Match, Pages
-
-if TYPE_CHECKING:
-    from mlxkv.memory.budget import Budget
+from mlxkv.prefix.match import Match
+from mlxkv.prefix.pages import Pages
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +65,7 @@ class Session:
 
     Attributes:
         kv_type: the format that the KV is in now.
-        rungs: what was done since the last `restore` to find memory.
-        chunk_cap: tokens of a prompt that are computed at a time for lack of memory; None for all.
-        n_failed_at: tokens that were held when MLX last failed to allocate; None: it did not.
+        rungs: what was done since the last `restore` to free memory.
     """
 
     def __init__(
@@ -90,8 +86,6 @@ class Session:
         self._longest = 0  # tokens that the caches have held since they were empty
         self._n_restored = 0  # tokens of the last prompt that were not computed
         self.rungs: list[Rung] = []
-        self.chunk_cap: int | None = None
-        self.n_failed_at: int | None = None
         if budget is not None:
             budget.join(self)
 
@@ -142,29 +136,51 @@ class Session:
             cache.reset()
         self._known, self._longest = [], 0
 
-    @property
-    def can_pack(self) -> bool:
-        """Whether the KV may be packed further."""
-        return self.is_auto and self.kv_type != KV_TYPES[-1]
-
-    def pack(self) -> Rung:
-        """Bring the KV into the next smaller format, layer by layer; it gives no pages any more."""
+    def quantize(self, kv_type: str) -> Rung:
+        """Convert the KV to a smaller format, layer by layer; from then on it gives no pages."""
         before = self.nbytes
-        self.kv_type = KV_TYPES[KV_TYPES.index(self.kv_type) + 1]
+        self.kv_type = kv_type
         self._cutter = None
         for i, cache in enumerate(self.caches):
             if isinstance(cache, KVCache | RotatingKVCache):
-                self.caches[i] = cache = cache.repacked(self.kv_type)
+                self.caches[i] = cache = cache.converted(kv_type)
                 mx.eval(cache.state)
         mx.clear_cache()
-        return Rung("packed", self.n_held, before - self.nbytes, self.kv_type)
+        return Rung("packed", self.n_held, before - self.nbytes, kv_type)
+
+    def _apply(self, grant: Grant) -> None:
+        """Do what the budget asks for.
+
+        Raises:
+            KVCacheFull: there is no room.
+        """
+        self.rungs += grant.rungs
+        if grant.full is not None:
+            raise grant.full
+        if grant.quantize_to is not None:
+            self.rungs.append(self.quantize(grant.quantize_to))
+
+    def _granted(self, budget: Budget, n_new: int, *, last: bool, beside: int = 0) -> int:
+        """How many of the next tokens may be computed at once; see `Budget.grant`.
+
+        Raises:
+            KVCacheFull: there is no room for any.
+        """
+        n = 0
+        while n == 0:
+            grant = budget.grant(self, n_new, last=last, beside=beside)
+            self._apply(grant)
+            n = grant.n_tokens
+        return n
 
     def restore(self, tokens: Sequence[int]) -> Restored:
         """Keep or bring back the longest prefix of `tokens` that can be gone on from.
 
         At least one token is left to compute, whose logits are the answer's first.
         """
-        self.rungs, self.chunk_cap, self.n_failed_at = [], None, None
+        self.rungs = []
+        if self._budget is not None:
+            self._budget.begin_prompt(self)
         try:
             return self._restore(tokens)
         except ALLOCATION_ERRORS as error:
@@ -272,7 +288,7 @@ class Session:
             n_new = min(chunk() or default_chunk(), n_left)
             if self._budget is None:
                 return n_new
-            return self._budget.grant(self, n_new, last=n_new == n_left)
+            return self._granted(self._budget, n_new, last=n_new == n_left)
 
         def computed(done: int) -> None:
             self._cut(start + done)
@@ -288,7 +304,7 @@ class Session:
         if self._budget is not None and self.n_held % STEP == 0:
             self._budget.note()
             beside = growth_bytes(sliceable(self.caches), self.n_held + 1)
-            self._budget.grant(self, 1, last=True, beside=beside)
+            self._granted(self._budget, 1, last=True, beside=beside)
 
     def has_room(self, n_bytes: int) -> bool:
         """Whether its caches may be moved, which takes so many bytes."""
@@ -302,9 +318,9 @@ class Session:
         """
         if self._budget is None or not is_allocation_failure(error):
             raise error
-        self.n_failed_at = min(len(tokens), self.n_held)
+        n_held = min(len(tokens), self.n_held)
         self._empty()
-        self._budget.after_failure(self)
+        self._apply(self._budget.after_failure(self, n_held))
         if self.kv_type != self._first_type:
             return  # there are no pages in this format
         try:

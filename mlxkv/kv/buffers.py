@@ -117,7 +117,7 @@ class Buffers:
     def read(self, start: int, stop: int) -> Slice:
         raise NotImplementedError
 
-    def repacked(self, kv_type: str) -> Self:
+    def converted(self, kv_type: str) -> Self:
         """An empty cache of the same kind in another format, with what this one holds."""
         cache = self._empty(kv_type)
         if self.offset:

@@ -1,24 +1,22 @@
 """What a model's sequences may take in memory, and what gives way where there is no room.
 
 Invariants:
-- Whatever grows with tokens asks before it does, at each step of 256 tokens: a chunk of a prompt
-  and a token for which the caches grow. What is granted is what a traced step needs (`workspace`).
-- Where the answer is no, rungs of a ladder are taken in this order, and each is written down: MLX's
-  allocator gives back what it keeps, the prompt goes on in smaller chunks, prefix pages are written
-  out or dropped, the sequence's KV is packed (`--kv-type auto`). Then this sequence ends with
-  `KVCacheFull`; nothing else is touched.
+- A sequence asks before its caches grow, at each step of 256 tokens: for a chunk of its prompt, and
+  for a token. The answer is a `Grant`, from the needs of a traced step (`trace`).
+- Where memory is short, the rungs of a ladder are taken in this order, and each is reported: MLX's
+  allocator frees its cached buffers, the prompt continues in smaller chunks, prefix pages are
+  written out or dropped, the sequence is told to quantize its KV (`--kv-type auto`). After the last
+  rung this sequence ends with `KVCacheFull`; no other is touched.
 - An allocation that fails inside MLX takes the same rungs, one after the other.
+- The budget keeps an account for each sequence, and changes nothing in a sequence.
 - `limit_bytes` may change at any time, and counts from the next question on.
 """
 
 from __future__ import annotations
 
 import contextlib
-import threading
-import weakref
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
@@ -28,23 +26,22 @@ from mlxkv.base.units import human_bytes
 from mlxkv.errors import Hint, KVCacheFull
 from mlxkv.kv.types import KV_TYPES, STEP
 from mlxkv.memory import needs
+from mlxkv.memory.accounts import Accounts
 from mlxkv.memory.needs import Needs
+from mlxkv.memory.page_shares import PageShares
 from mlxkv.memory.step_bound import StepBound
-from mlxkv.memory.types import KVUse, MemoryStats, Rung
-
-if TYPE_CHECKING:
-    from mlxkv.generation.session import Session
-    from mlxkv.nn.model import CausalLM
-    from mlxkv.prefix.pages import Pages
+from mlxkv.memory.types import Consumer, Grant, KVUse, MemoryStats, Rung
+from mlxkv.nn.model import CausalLM
+from mlxkv.prefix.pages import Pages
 
 MIN_CHUNK = 16
-"""Tokens of a prompt below which a chunk is not cut smaller."""
+"""Tokens below which a chunk of a prompt is not halved any more."""
 ROOMY = 2**30, 64
-"""Bytes, and times the KV after it, that a chunk of a page or less never needs, where the model has
-no `StepBound`: where so much is free the step is not traced. Scores grow with the KV."""
+"""Bytes, and multiples of the KV after it, that a chunk of a page or less never needs, where the
+model has no `StepBound`: with so much free the step is not traced. Scores grow with the KV."""
 WIDER = 1.05
-"""How much more a step may take than one of no fewer tokens behind no fewer: a trace says 1% more
-where the caches grow by two steps at once."""
+"""Safety factor when the trace of a larger step stands in for a smaller one (1% measured, where the
+caches grow by two steps at once)."""
 
 
 class Budget:
@@ -52,76 +49,57 @@ class Budget:
 
     Args:
         model: loaded.
-        weights_bytes: of it.
-        limit_bytes: what it may take with all that belongs to it.
-        pages: its prefixes; None where it has none.
+        weights_bytes: bytes of its weights.
+        limit_bytes: memory limit for the model and all that belongs to it.
+        pages: its prefix pages; None where it has none.
 
     Attributes:
         start: KV when the last request began.
-        most: KV at the most since then.
+        most: the largest KV since then.
     """
 
     def __init__(
         self, model: CausalLM, weights_bytes: int, limit_bytes: int, pages: Pages | None = None
     ):
         self.weights_bytes, self.pages = weights_bytes, pages
-        self._all_pages = [] if pages is None else [pages]
+        self._shares = PageShares(pages)
         self._limit_bytes = limit_bytes
         self._model = model
         self._needs: dict[str, Needs] = {}
-        self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
-        self._joining = threading.Lock()
-        # What sequences were granted and have not taken yet: tokens held then, bytes after it.
-        self._granted: weakref.WeakKeyDictionary[Session, tuple[int, int]] = (
-            weakref.WeakKeyDictionary()
-        )
-        # Prompts that were let in, and are not computed yet: their length.
-        self._admitted: weakref.WeakKeyDictionary[Session, int] = weakref.WeakKeyDictionary()
+        self._accounts = Accounts()
         self.start = self.most = KVUse()
-        self.share_arrays(needs.page_arrays())
 
     @property
     def limit_bytes(self) -> int:
-        """What the model may take with all that belongs to it."""
+        """Memory limit for the model and all that belongs to it."""
         return self._limit_bytes
 
     @limit_bytes.setter
     def limit_bytes(self, limit_bytes: int) -> None:
         self._limit_bytes = limit_bytes
-        share = needs.pages_bytes(limit_bytes, self.weights_bytes)
-        for pages in self._all_pages:
-            pages.budget_bytes = share // len(self._all_pages)
+        self._shares.set_bytes(needs.pages_bytes(limit_bytes, self.weights_bytes))
 
     def adopt(self, pages: Pages) -> None:
-        """Count another owner's prefixes in: all get the same share."""
-        self._all_pages.append(pages)
+        """Add another owner's prefix pages: all owners get the same share."""
+        self._shares.adopt(pages)
         self.limit_bytes = self._limit_bytes
-        self.share_arrays(self._page_arrays)
 
     def share_arrays(self, page_arrays: int | None) -> None:
-        """Say how many arrays the prefixes of all owners may hold: all get the same share.
+        """Set how many arrays the pages of all owners may hold; see `needs.page_arrays`."""
+        self._shares.set_arrays(page_arrays)
 
-        Args:
-            page_arrays: see `planner.page_arrays`; None for any number.
-        """
-        self._page_arrays = page_arrays
-        for pages in self._all_pages:
-            pages.max_arrays = page_arrays and page_arrays // len(self._all_pages)
+    def give_pages(self, n_bytes: int) -> int:
+        """Drop prefix pages from RAM, and return the bytes freed."""
+        return self._shares.give_back(n_bytes)
 
-    def join(self, session: Session) -> None:
-        """Count a sequence in, for as long as it lives."""
-        with self._joining:
-            self._sessions.add(session)
-
-    def _live(self) -> list[Session]:
-        """The sequences, also for a thread that watches while others join."""
-        with self._joining:
-            return list(self._sessions)
+    def join(self, sequence: Consumer) -> None:
+        """Open an account for a sequence, which lasts as long as the sequence lives."""
+        self._accounts.open(sequence)
 
     @property
     def kv_bytes(self) -> int:
         """Allocated by all sequences."""
-        return sum(session.nbytes for session in self._live())
+        return sum(sequence.nbytes for sequence in self._accounts.live())
 
     @property
     def used_bytes(self) -> int:
@@ -131,23 +109,16 @@ class Budget:
     @property
     def pages_bytes(self) -> int:
         """Prefix pages in RAM."""
-        return sum(pages.nbytes for pages in self._all_pages)
+        return self._shares.nbytes
 
     def use(self) -> KVUse:
         """KV of all live sequences, now."""
-        uses = [session.use() for session in self._live()]
-        return KVUse(
-            sum(use.used_tokens for use in uses),
-            sum(use.used_bytes for use in uses),
-            sum(use.allocated_tokens for use in uses),
-            sum(use.allocated_bytes for use in uses),
-        )
+        return self._accounts.use()
 
     def begin(self) -> None:
-        """A request begins: its figures do, and pages may take their share again."""
+        """Start the figures of a request, and allow pages their share again."""
         self.start = self.most = self.use()
-        for pages in self._all_pages:
-            pages.take_share()
+        self._shares.take_share()
 
     def note(self) -> None:
         """Take the KV of now into the figures."""
@@ -155,207 +126,218 @@ class Budget:
         if use.allocated_bytes >= self.most.allocated_bytes:
             self.most = use
 
-    def admit(self, session: Session, n_prompt: int) -> None:
-        """Refuse a prompt whose KV finds no room, whatever gives way, before it is computed.
+    def begin_prompt(self, sequence: Consumer) -> None:
+        """Forget earlier cuts and failures: a sequence begins another prompt."""
+        account = self._accounts[sequence]
+        account.chunk_cap = account.n_chunk_told = account.n_failed_at = None
+        account.is_quantizing = False
 
-        One that is let in has its room until it is computed: later ones are refused for it.
+    def chunk_cap(self, sequence: Consumer) -> int | None:
+        """Tokens of a chunk at most, where memory was short for this sequence; None for any."""
+        return self._accounts[sequence].chunk_cap
+
+    def admit(self, sequence: Consumer, n_prompt: int) -> None:
+        """Reserve KV for a whole prompt before prefill. The reservation lasts until it is computed.
 
         Raises:
-            KVCacheFull: with the numbers.
+            KVCacheFull: there is no room even if everything else gives way.
         """
-        self._admitted[session] = n_prompt
-        if self._is_roomy(session, n_prompt - 1, 1):
+        self._accounts[sequence].n_admitted = n_prompt
+        if self._is_roomy(sequence, n_prompt - 1, 1):
             return
-        # What can still be packed is priced packed.
-        kv_type = KV_TYPES[-1] if session.is_auto else session.kv_type
-        if n_prompt > (most := self._most_tokens(session, kv_type)):
-            self.dismiss(session)
-            raise self._full(session, n_prompt, most)
+        # Price what can still be quantized in its smallest format.
+        kv_type = KV_TYPES[-1] if sequence.is_auto else sequence.kv_type
+        if n_prompt > (most := self._most_tokens(sequence, kv_type)):
+            self.dismiss(sequence)
+            raise self._full(sequence, n_prompt, most)
 
-    def dismiss(self, session: Session) -> None:
-        """A sequence starts anew, or is over: what it was promised is free."""
-        self._admitted.pop(session, None)
-        self._granted.pop(session, None)
+    def dismiss(self, sequence: Consumer) -> None:
+        """Free what a sequence has reserved: it starts anew, or has ended."""
+        account = self._accounts[sequence]
+        account.n_admitted, account.granted = 0, None
 
-    def has_room(self, session: Session, n_bytes: int) -> bool:
-        """Whether twice so many bytes are free: what is moved must not take a step's workspace."""
-        return 2 * n_bytes <= self._free(session) - mx.get_cache_memory()
+    def has_room(self, sequence: Consumer, n_bytes: int) -> bool:
+        """Whether twice so many bytes are free: a copy must not take a step's workspace."""
+        return 2 * n_bytes <= self._free(sequence) - mx.get_cache_memory()
 
-    def grant(self, session: Session, n_new: int, *, last: bool, beside: int = 0) -> int:
-        """How many of the next tokens may be computed at once, at least one.
+    def grant(self, sequence: Consumer, n_new: int, *, last: bool, beside: int = 0) -> Grant:
+        """Decide how many of the next tokens a sequence may compute at once.
 
         Args:
-            session: whose caches take them.
-            n_new: tokens that are wanted.
-            last: whether the logits after the last of them are.
+            sequence: the sequence that asks.
+            n_new: tokens it wants to compute.
+            last: whether it needs the logits after the last of them.
             beside: bytes that the step takes beside what this sequence alone needs.
-
-        Raises:
-            KVCacheFull: no rung of the ladder finds room for any.
         """
-        self._widen(session, n_new, last)
-        wanted = min(n_new, session.chunk_cap or n_new)
-        if self._is_roomy(session, session.n_held, wanted, beside):
-            return self._given(session, wanted)
-        for sizes in self._ladder(session, wanted):
+        account = self._accounts[sequence]
+        if not account.is_quantizing:
+            self._widen(sequence, n_new, last)
+        account.is_quantizing = False
+        wanted = min(n_new, account.chunk_cap or n_new)
+        rungs: list[Rung] = []
+        if self._is_roomy(sequence, sequence.n_held, wanted, beside):
+            return self._granted(sequence, wanted, rungs)
+        for sizes in self._ladder(sequence, wanted, rungs):
             for n in sizes:
-                if not self._fits(session, n, last=last and n == n_new, beside=beside):
+                if not self._fits(sequence, n, last=last and n == n_new, beside=beside):
                     continue
                 if n < wanted:
-                    session.chunk_cap = n
-                    if all(n < rung.amount for rung in session.rungs if rung.kind == "chunk"):
-                        session.rungs.append(Rung("chunk", session.n_held, n))
-                return self._given(session, n)
-        raise self._full(session, session.n_held + 1)
+                    self._cut(sequence, n, rungs)
+                return self._granted(sequence, n, rungs)
+        if (kv_type := _smaller_format(sequence)) is not None:
+            return self._to_quantize(sequence, kv_type, rungs)
+        if self._fits(sequence, 1, last=last and n_new == 1, beside=beside):
+            if wanted > 1:
+                self._cut(sequence, 1, rungs)
+            return self._granted(sequence, 1, rungs)
+        return Grant(rungs=tuple(rungs), full=self._full(sequence, sequence.n_held + 1))
 
-    def _given(self, session: Session, n: int) -> int:
-        """Note what is granted to a sequence: `n` tokens."""
-        after = self._need(session.kv_type).kv_bytes(session.n_held + n)
-        self._granted[session] = session.n_held, after
-        return n
+    def _granted(self, sequence: Consumer, n: int, rungs: Sequence[Rung]) -> Grant:
+        after = self._need(sequence.kv_type).kv_bytes(sequence.n_held + n)
+        self._accounts[sequence].granted = sequence.n_held, after
+        return Grant(n, tuple(rungs))
 
-    def _widen(self, session: Session, n_new: int, last: bool) -> None:
-        """Take back half of a cut that was made for lack of room, where there is room again.
+    def _to_quantize(self, sequence: Consumer, kv_type: str, rungs: Sequence[Rung]) -> Grant:
+        self._accounts[sequence].is_quantizing = True
+        return Grant(rungs=tuple(rungs), quantize_to=kv_type)
 
-        What an allocation that failed has cut stays.
+    def _cut(self, sequence: Consumer, n: int, rungs: list[Rung]) -> None:
+        """Limit a sequence to chunks of `n` tokens, and report the smallest limit once."""
+        account = self._accounts[sequence]
+        account.chunk_cap = n
+        if account.n_chunk_told is None or n < account.n_chunk_told:
+            account.n_chunk_told = n
+            rungs.append(Rung("chunk", sequence.n_held, n))
+
+    def _widen(self, sequence: Consumer, n_new: int, last: bool) -> None:
+        """Double the limit of a chunk where there is room again.
+
+        A limit that follows a failed allocation stays.
         """
-        if session.chunk_cap is None or session.n_failed_at is not None:
+        account = self._accounts[sequence]
+        if account.chunk_cap is None or account.n_failed_at is not None:
             return
-        n = min(n_new, 2 * session.chunk_cap)
-        if n > session.chunk_cap and self._fits(session, n, last=last and n == n_new):
-            session.chunk_cap = n
+        n = min(n_new, 2 * account.chunk_cap)
+        if n > account.chunk_cap and self._fits(sequence, n, last=last and n == n_new):
+            account.chunk_cap = n
 
-    def _ladder(self, session: Session, wanted: int) -> Iterator[Sequence[int]]:
-        """Chunks to try, each after another rung was taken."""
+    def _ladder(
+        self, sequence: Consumer, wanted: int, rungs: list[Rung]
+    ) -> Iterator[Sequence[int]]:
+        """Chunks to try, each after another rung that the budget can take by itself."""
         smaller = _halves(wanted)
         cached = mx.get_cache_memory()
-        if cached and not self._fits(session, wanted, last=True, beside=cached):
+        if cached and not self._fits(sequence, wanted, last=True, beside=cached):
             mx.clear_cache()
-            session.rungs.append(Rung("cache", session.n_held, cached))
+            rungs.append(Rung("cache", sequence.n_held, cached))
         yield (wanted,)
         yield smaller
         while self.pages_bytes:
-            missing = -self._room_after(session, (wanted, *smaller)[-1], last=True)
-            given = self.give_pages(max(1, missing))
-            if not given:
+            missing = -self._room_after(sequence, (wanted, *smaller)[-1], last=True)
+            freed = self.give_pages(max(1, missing))
+            if not freed:
                 break  # what is left is pinned
-            session.rungs.append(Rung("pages", session.n_held, given))
+            rungs.append(Rung("pages", sequence.n_held, freed))
             yield (wanted, *smaller)
-        while session.can_pack:
-            session.rungs.append(session.pack())
-            yield (wanted, *smaller)
-        yield (1,)
 
-    def after_failure(self, session: Session) -> None:
-        """MLX could not allocate, and the sequence starts over: the next rung.
+    def after_failure(self, sequence: Consumer, n_held: int) -> Grant:
+        """Take the next rung after MLX failed to allocate.
 
-        Raises:
-            KVCacheFull: there is none.
+        Args:
+            sequence: starts over; it has freed its caches.
+            n_held: tokens that it held before.
         """
-        held = session.n_failed_at or 0
+        account = self._accounts[sequence]
+        account.n_failed_at = n_held
         with contextlib.suppress(RuntimeError):
-            # The step behind it fails as well, with a text of its own, and is not wanted.
+            # The step behind it fails as well, with another message, which is of no interest.
             device.finish()
+        rungs: list[Rung] = []
         cached = mx.get_cache_memory()
         mx.clear_cache()
         if cached:
-            session.rungs.append(Rung("cache", held, cached))
-        if session.chunk_cap is None or session.chunk_cap > MIN_CHUNK:
-            now = session.chunk_cap or default_chunk()
-            session.chunk_cap = max(MIN_CHUNK, now // 4)
-            session.rungs.append(Rung("chunk", held, session.chunk_cap))
-        elif given := self.give_pages(self.pages_bytes):
-            session.rungs.append(Rung("pages", held, given))
-        elif session.can_pack:
-            session.rungs.append(session.pack())
+            rungs.append(Rung("cache", n_held, cached))
+        if account.chunk_cap is None or account.chunk_cap > MIN_CHUNK:
+            now = account.chunk_cap or default_chunk()
+            account.chunk_cap = n = max(MIN_CHUNK, now // 4)
+            account.n_chunk_told = min(n, account.n_chunk_told or n)
+            rungs.append(Rung("chunk", n_held, n))
+        elif freed := self.give_pages(self.pages_bytes):
+            rungs.append(Rung("pages", n_held, freed))
+        elif (kv_type := _smaller_format(sequence)) is not None:
+            return Grant(rungs=tuple(rungs), quantize_to=kv_type)
         else:
-            raise self._full(session, held + 1, held)
+            full = self._full(sequence, n_held + 1, n_held)
+            return Grant(rungs=tuple(rungs), full=full)
+        return Grant(rungs=tuple(rungs))
 
-    def give_pages(self, n_bytes: int) -> int:
-        """Drop prefix pages from RAM; how many bytes that were."""
-        given = 0
-        for pages in sorted(self._all_pages, key=lambda pages: -pages.nbytes):
-            if given < n_bytes:
-                given += pages.give_back(n_bytes - given)
-        return given
-
-    def _is_roomy(self, session: Session, n_held: int, n_new: int, beside: int = 0) -> bool:
-        """Whether so much is free that what a step takes need not be known: no trace of it."""
+    def _is_roomy(self, sequence: Consumer, n_held: int, n_new: int, beside: int = 0) -> bool:
+        """Whether so much is free that the step need not be traced."""
         if self._bound is not None:
-            needed = self._bound(session.kv_type, n_held, n_new)
+            needed = self._bound(sequence.kv_type, n_held, n_new)
         elif n_new <= STEP:
             base, times = ROOMY
-            needed = base + times * self._need(session.kv_type).kv_bytes(n_held + n_new)
+            needed = base + times * self._need(sequence.kv_type).kv_bytes(n_held + n_new)
         else:
             return False
-        return beside + needed <= self._free(session) - mx.get_cache_memory()
+        return beside + needed <= self._free(sequence) - mx.get_cache_memory()
 
     @cached_property
     def _bound(self) -> StepBound | None:
         return StepBound.of(self._model)
 
-    def _free(self, asking: Session) -> int:
-        """Bytes that nobody has taken or was granted, of the limit and of the machine."""
-        granted = sum(
-            max(0, after - session.nbytes)
-            for session, (held, after) in list(self._granted.items())
-            if session is not asking and session.n_held == held
-        )
+    def _free(self, asking: Consumer) -> int:
+        """Bytes neither used nor granted to other sequences, of the limit and of the machine."""
+        granted = self._accounts.granted_bytes(asking)
         own = self.limit_bytes - self.used_bytes - granted
         return min(own, device.memory_limit() - mx.get_active_memory())
 
-    def _room_after(self, session: Session, n_new: int, *, last: bool) -> int:
-        """Bytes that are left while the next tokens are computed; negative where they miss."""
-        held = self._need(session.kv_type).step(session.n_held, n_new, last=last)
-        return self._free(session) - (held.peak - held.before)
+    def _room_after(self, sequence: Consumer, n_new: int, *, last: bool) -> int:
+        """Bytes left while the next tokens are computed; negative where bytes are missing."""
+        held = self._need(sequence.kv_type).step(sequence.n_held, n_new, last=last)
+        return self._free(sequence) - (held.peak - held.before)
 
-    def _fits(self, session: Session, n_new: int, *, last: bool, beside: int = 0) -> bool:
-        """Whether so many bytes are left while the next tokens are computed.
+    def _fits(self, sequence: Consumer, n_new: int, *, last: bool, beside: int = 0) -> bool:
+        """Whether `beside` bytes are left while the next tokens are computed.
 
-        Asked of a larger step first, which is one of few: a trace takes as long as a short prompt,
-        and where answers are being written a prompt's chunks are of any length.
+        Looks at a larger step first, one of few lengths: a trace takes as long as a short prompt,
+        and beside running answers a prompt's chunks have any length.
         """
         if n_new > 1:
-            n_held = -(-session.n_held // STEP) * STEP
+            n_held = -(-sequence.n_held // STEP) * STEP
             n_more = max(MIN_CHUNK, 1 << (n_new - 1).bit_length())
-            held = self._need(session.kv_type).step(n_held, n_more, last=True)
-            if self._free(session) - WIDER * (held.peak - held.before) >= beside:
+            held = self._need(sequence.kv_type).step(n_held, n_more, last=True)
+            if self._free(sequence) - WIDER * (held.peak - held.before) >= beside:
                 return True
-        return self._room_after(session, n_new, last=last) >= beside
+        return self._room_after(sequence, n_new, last=last) >= beside
 
     def _need(self, kv_type: str) -> Needs:
         if kv_type not in self._needs:
             self._needs[kv_type] = Needs(self._model, kv_type, default_chunk())
         return self._needs[kv_type]
 
-    def _most_tokens(self, session: Session, kv_type: str) -> int:
-        """Tokens that this sequence can have if everything else gives way."""
-        others = self._others(session)
+    def _most_tokens(self, sequence: Consumer, kv_type: str) -> int:
+        """Tokens that this sequence can hold if everything else gives way."""
+        others = self._others(sequence)
         return self._need(kv_type).most_tokens(self.limit_bytes - self.weights_bytes - others)
 
-    def _others(self, session: Session) -> int:
-        """Bytes that other sequences hold, or will when the prompts that were let in are."""
-        n_bytes = 0
-        for other in self._live():
-            if other is session:
-                continue
-            n_promised = self._admitted.get(other, 0)
-            is_due = n_promised > other.n_held
-            will = self._need(other.kv_type).kv_bytes(n_promised) if is_due else 0
-            n_bytes += max(other.nbytes, will)
-        return n_bytes
+    def _others(self, sequence: Consumer) -> int:
+        """Bytes that other sequences hold or have reserved."""
+        return self._accounts.others_bytes(
+            sequence, lambda kv_type, n: self._need(kv_type).kv_bytes(n)
+        )
 
-    def _full(self, session: Session, n_wanted: int, most: int | None = None) -> KVCacheFull:
-        """Why a sequence cannot go on, and what would have helped."""
-        held = max(session.n_held, session.n_failed_at or 0)
-        most = self._most_tokens(session, session.kv_type) if most is None else most
-        need = self._need(session.kv_type)
-        others = self._others(session)
+    def _full(self, sequence: Consumer, n_wanted: int, most: int | None = None) -> KVCacheFull:
+        """The error that ends a sequence, with what would have helped."""
+        held = max(sequence.n_held, self._accounts[sequence].n_failed_at or 0)
+        most = self._most_tokens(sequence, sequence.kv_type) if most is None else most
+        need = self._need(sequence.kv_type)
+        others = self._others(sequence)
         enough = self.weights_bytes + others + need.least(n_wanted)
         hints = [Hint("memory", f"{-(-enough // 2**20)}MiB", f"allows {n_wanted:,}")]
-        if not session.is_auto:
-            for kv_type in KV_TYPES[KV_TYPES.index(session.kv_type) + 1 :]:
-                n = self._most_tokens(session, kv_type)
+        if not sequence.is_auto:
+            for kv_type in KV_TYPES[KV_TYPES.index(sequence.kv_type) + 1 :]:
+                n = self._most_tokens(sequence, kv_type)
                 if n > most:
                     hints.append(Hint("kv_type", kv_type, f"allows {n:,}"))
         limit, shown = human_bytes(self.limit_bytes), human_bytes(others) if others else ""
@@ -363,12 +345,18 @@ class Budget:
 
 
 def _halves(n: int) -> tuple[int, ...]:
-    """Smaller chunks than `n`, down to `MIN_CHUNK`."""
+    """Chunks smaller than `n`, down to `MIN_CHUNK`."""
     sizes = []
     while n > MIN_CHUNK:
         n = max(MIN_CHUNK, n // 2)
         sizes.append(n)
     return tuple(sizes)
+
+
+def _smaller_format(sequence: Consumer) -> str | None:
+    """The next smaller format that a sequence's KV may be quantized to."""
+    at = KV_TYPES.index(sequence.kv_type) + 1
+    return KV_TYPES[at] if sequence.is_auto and at < len(KV_TYPES) else None
 
 
 def memory_stats(budget: Budget) -> MemoryStats:

@@ -1,12 +1,13 @@
-"""What is said of memory: what is used, what gave way, how a failure to allocate looks."""
+"""Plain data about memory: what a sequence holds, what it is granted, what gave way."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from mlxkv.base.units import human_bytes
+from mlxkv.errors import KVCacheFull
 
 Error = TypeVar("Error", bound=BaseException)
 
@@ -30,13 +31,13 @@ them.
 
 @dataclass(frozen=True, slots=True)
 class Rung:
-    """What was done to find room.
+    """A step that was taken to free memory.
 
     Args:
         kind: `cache`, `chunk`, `pages` or `packed`.
         n_tokens: tokens that the sequence held then.
-        amount: bytes that were given back; for `chunk` the tokens that are computed at a time now.
-        kv_type: the format of the sequence's KV, for `packed`.
+        amount: bytes that were freed; for `chunk` the tokens of a chunk from now on.
+        kv_type: the format that the sequence's KV was quantized to, for `packed`.
     """
 
     kind: str
@@ -53,25 +54,70 @@ class Rung:
             case "pages":
                 what = f"prefix pages of {human_bytes(self.amount)} were dropped from RAM"
             case _:
-                what = f"the KV was packed to {self.kv_type}, {human_bytes(self.amount)} less"
+                what = f"the KV was quantized to {self.kv_type}, {human_bytes(self.amount)} less"
         return f"memory is short at {self.n_tokens:,} tokens: {what}"
 
 
 @dataclass(frozen=True, slots=True)
 class KVUse:
-    """KV of all live sequences.
+    """KV of one sequence, or of all live ones.
 
     Args:
-        used_tokens: tokens that are held.
-        used_bytes: what they take.
-        allocated_tokens: tokens that there is room for.
-        allocated_bytes: what that takes.
+        used_tokens: tokens held.
+        used_bytes: their bytes.
+        allocated_tokens: capacity of the buffers in tokens.
+        allocated_bytes: bytes of the buffers.
     """
 
     used_tokens: int = 0
     used_bytes: int = 0
     allocated_tokens: int = 0
     allocated_bytes: int = 0
+
+
+class Consumer(Protocol):
+    """A sequence as the budget sees it: only read, and known for as long as it lives."""
+
+    @property
+    def n_held(self) -> int:
+        """Tokens in its caches."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its caches."""
+        ...
+
+    @property
+    def kv_type(self) -> str:
+        """The format its KV has now."""
+        ...
+
+    @property
+    def is_auto(self) -> bool:
+        """Whether its KV may be quantized further where memory is short."""
+        ...
+
+    def use(self) -> KVUse:
+        """What its caches hold, and have room for."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """The budget's answer to a sequence that needs memory.
+
+    Args:
+        n_tokens: how many tokens it may compute at once; 0 where it may not yet, or not any more.
+        rungs: what was done to free memory.
+        quantize_to: the format to which the sequence has to quantize its KV, and then ask again.
+        full: why the sequence has to end.
+    """
+
+    n_tokens: int = 0
+    rungs: tuple[Rung, ...] = ()
+    quantize_to: str | None = None
+    full: KVCacheFull | None = None
 
 
 def is_allocation_failure(error: BaseException) -> bool:
@@ -89,21 +135,21 @@ def without_trace(error: Error) -> Error:
 
 @dataclass(frozen=True, slots=True)
 class MemoryStats:
-    """Where a model's memory is.
+    """How a model's memory is used.
 
     Args:
-        limit_bytes: what it may take.
-        weights_bytes: of the model.
-        kv: of all live sequences, now.
-        kv_start: when the last request began.
-        kv_most: at the most since then.
+        limit_bytes: the model's memory limit.
+        weights_bytes: the model's weights.
+        kv: KV of all live sequences, now.
+        kv_start: the same when the last request began.
+        kv_most: the largest since then.
         pages_ram_bytes: prefix pages in RAM.
-        pages_ssd_bytes: prefix pages on disk, all models' together.
-        workspace_bytes: what the peak had beside weights, the most KV and pages.
+        pages_ssd_bytes: prefix pages on disk, of all models together.
+        workspace_bytes: the peak less weights, the largest KV and pages.
         active_bytes: what MLX has allocated in this process.
-        cached_bytes: freed buffers that its allocator keeps.
-        peak_bytes: the most it had allocated since the last request began.
-        unexplained_bytes: of `active_bytes`, what is neither weights nor KV nor pages.
+        cached_bytes: freed buffers that MLX's allocator keeps.
+        peak_bytes: MLX's peak since the last request began.
+        unexplained_bytes: the part of `active_bytes` that is neither weights, KV nor pages.
     """
 
     limit_bytes: int

@@ -131,7 +131,9 @@ def test_a_cut_for_lack_of_room_ends_when_there_is_room_again(path):
     def cap() -> int | None:
         served.step()
         state = first.task.state
-        return None if isinstance(state, Waiting) else state.generation.session.chunk_cap
+        if isinstance(state, Waiting):
+            return None
+        return served.runtime.budget.chunk_cap(state.generation.session)
 
     while (cut := cap()) is None or cut > 16:
         assert not first.over

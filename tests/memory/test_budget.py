@@ -21,10 +21,10 @@ from mlxkv.base import device
 from mlxkv.cache import KVCache, RotatingKVCache
 from mlxkv.errors import KVCacheFull
 from mlxkv.generation.decoder import Row, decode
-from mlxkv.kv.buffers import _Buffers
+from mlxkv.kv.buffers import Buffers
 from mlxkv.llm.llm import LLM
 from mlxkv.llm.plan import plan
-from mlxkv.memory import plan as planner
+from mlxkv.memory import needs
 from mlxkv.memory.trace import prefill_step
 from mlxkv.prefix.open import open_pages
 from mlxkv.sampling.params import SamplingParams
@@ -149,12 +149,11 @@ def test_window_layers_are_packed_as_well(paths):
     logits = session.prefill(prompt)
     native = session.nbytes
     for kv_type, factor in (("q8", 0.6), ("q4", 0.4)):
-        rung = session.pack()
+        rung = session.quantize(kv_type)
         assert rung.kv_type == session.kv_type == kv_type
         assert {cache.kv_type for cache in session.caches} == {kv_type}
         assert session.nbytes < factor * native
         assert session.tokens == prompt
-    assert not session.can_pack
     tokens = list(decode(Row(session, logits, Sampler(SamplingParams(), logits.shape[-1]), 50)))
     assert len(tokens) == 50
     session.reset()
@@ -259,7 +258,7 @@ class Failing:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, fails: Callable[[int], bool]):
         self.n, self.n_failed, self.fails = 0, 0, fails
         for owner, name in (
-            (_Buffers, "_reserved"),
+            (Buffers, "_reserved"),
             (RotatingKVCache, "_concatenated"),
         ):
             monkeypatch.setattr(owner, name, self.wrapped(getattr(owner, name)))
@@ -362,7 +361,7 @@ def test_few_steps_are_traced_whatever_chunks_a_prompt_comes_in(paths, monkeypat
         return prefill_step(model, kv_type, n_held, n_new, last=last)
 
     llm = limited(paths["llama"], len(PROMPT) + 80, extra=1 << 20)
-    monkeypatch.setattr(planner, "prefill_step", counted)
+    monkeypatch.setattr(needs, "prefill_step", counted)
     assert not llm.budget._is_roomy(llm.session(), 0, 16)
     draw, tokens = random.Random(5), llm.tokenizer.encode(PROMPT)
     n_chunks = 0
@@ -386,8 +385,8 @@ def test_nothing_is_traced_where_there_is_ample_room(path, monkeypatch, kv_type)
 
     expected = unlimited(path, 10 * PROMPT, 5).tokens if kv_type == "native" else None
     llm = mlxkv.load(path, dtype="float32", kv_type=kv_type, memory="8GiB")
-    monkeypatch.setattr(planner, "prefill_step", refused)
-    monkeypatch.setattr(planner, "decode_step", refused)
+    monkeypatch.setattr(needs, "prefill_step", refused)
+    monkeypatch.setattr(needs, "decode_step", refused)
     for chunk in (100, 256, 2048):
         session = llm.session()
         prompt = llm.encode(10 * PROMPT)

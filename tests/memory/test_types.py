@@ -10,11 +10,11 @@ import mlx.core as mx
 import pytest
 
 import mlxkv
-from mlxkv.engine.messages import Ask
-from mlxkv.engine.scheduler import ServedModel, Task
-from mlxkv.generation import prefill
-from mlxkv.generation.decoder import Decoder
+from mlxkv.engine.scheduler import Scheduler
+from mlxkv.engine.tasks import Task
+from mlxkv.generation.decoder import Decoder, Drawn
 from mlxkv.generation.outputs import Chunk
+from mlxkv.generation.request import Request
 from mlxkv.memory.types import is_allocation_failure
 from tests.support.command_line import chat_model
 
@@ -98,7 +98,7 @@ def fails_once(function: Callable[..., Any], at: int, text: str) -> Callable[...
 def test_a_decode_step_without_memory_on_the_gpu_changes_no_answer(path, monkeypatch, sampling):
     llm = mlxkv.load(path, dtype="float32")
     expected = llm.generate(PROMPT, max_tokens=20, **sampling)
-    monkeypatch.setattr(prefill, "_token_of", fails_once(prefill._token_of, 10, OUT_OF_MEMORY))
+    monkeypatch.setattr(Decoder, "_given", fails_once(Decoder._given, 10, OUT_OF_MEMORY))
     result = llm.generate(PROMPT, max_tokens=20, **sampling)
     assert result.tokens == expected.tokens
     assert "chunk" in [rung.kind for rung in result.stats.rungs]
@@ -108,16 +108,16 @@ def test_a_step_that_fails_behind_one_without_memory_is_not_wanted(path, monkeyp
     """Metal gives up what it had queued: the error waits for the next look at the device."""
     prompt = PROMPT[:40]  # without a page that could be restored
     expected = mlxkv.load(path, dtype="float32").generate(prompt, max_tokens=20).tokens
-    llm, take = mlxkv.load(path, dtype="float32"), prefill._token_of
-    waited: list[int] = []
+    llm, given = mlxkv.load(path, dtype="float32"), Decoder._given
+    waited: list[list[Drawn]] = []
     pending: list[str] = []
 
-    def token_of(step: Any) -> int:
+    def fails_at_the_tenth(*arguments: Any, **options: Any) -> list[Drawn]:
         if len(waited) == 10:
-            waited.append(0)
+            waited.append([])
             pending.append(OTHERS[3])
             raise RuntimeError(OUT_OF_MEMORY)
-        waited.append(take(step))
+        waited.append(given(*arguments, **options))
         return waited[-1]
 
     def looking(function: Callable[..., None]) -> Callable[..., None]:
@@ -128,7 +128,7 @@ def test_a_step_that_fails_behind_one_without_memory_is_not_wanted(path, monkeyp
 
         return look
 
-    monkeypatch.setattr(prefill, "_token_of", token_of)
+    monkeypatch.setattr(Decoder, "_given", fails_at_the_tenth)
     for name in ("eval", "async_eval", "synchronize"):
         monkeypatch.setattr(mx, name, looking(getattr(mx, name)))
     assert llm.generate(prompt, max_tokens=20).tokens == expected
@@ -140,21 +140,22 @@ def test_a_batch_without_memory_on_the_gpu_changes_no_answer(path, monkeypatch):
     prompts = [PROMPT[:200], PROMPT[50:]]
     expected = [llm.generate(prompt, max_tokens=20).tokens for prompt in prompts]
     monkeypatch.setattr(Decoder, "_given", fails_once(Decoder._given, 9, OUT_OF_MEMORY))
-    served = ServedModel("m", llm, 16)
+    served = Scheduler(llm, 16)
     told: list[list[Any]] = [[], []]
     for prompt, items in zip(prompts, told, strict=True):
-        served.waiting.append(Task(Ask("m", prompt, {"max_tokens": 20}), items.append, bool))
+        served.add(Task(Request.of(prompt, max_tokens=20), items.append, bool))
     while not served.is_idle:
         served.step()
     for items, tokens in zip(told, expected, strict=True):
         chunks = [item for item in items if isinstance(item, Chunk)]
         assert [chunk.token for chunk in chunks if chunk.token is not None] == tokens
         assert "chunk" in [rung.kind for rung in chunks[-1].stats.rungs]
-    served.close()
+    served.stop()
+    llm.close()
 
 
 def test_a_gpu_that_hangs_is_no_lack_of_memory(path, monkeypatch):
     llm = mlxkv.load(path, dtype="float32")
-    monkeypatch.setattr(prefill, "_token_of", fails_once(prefill._token_of, 10, OTHERS[1]))
+    monkeypatch.setattr(Decoder, "_given", fails_once(Decoder._given, 10, OTHERS[1]))
     with pytest.raises(RuntimeError, match="Hang"):
         llm.generate(PROMPT, max_tokens=20)

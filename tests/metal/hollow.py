@@ -140,7 +140,7 @@ def twin(caches: Sequence[Any], n_tokens: int, kv_type: str = "native") -> list[
         for cache in caches:
             other = make_cache(cache.spec) if cache.spec is not None else type(cache)()
             other.load([cache.read(cache.first, n_tokens)])
-            twins.append(other if kv_type == "native" else other.repacked(kv_type))
+            twins.append(other if kv_type == "native" else other.converted(kv_type))
     settle(twins)
     return twins
 
