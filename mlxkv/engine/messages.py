@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from pathlib import Path
 from typing import Protocol
 
 from mlxkv.errors import MlxkvError
@@ -41,12 +42,14 @@ class Ask:
         owner: hash of the API key: pages never cross owners.
         keep_alive_s: how long the model stays; None: the server's default, negative: for ever, 0:
             it goes with the answer.
+        path: the model's directory, where the name is resolved already; else the engine does it.
     """
 
     model: str
     request: Request
     owner: str = ""
     keep_alive_s: float | None = None
+    path: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,9 +150,11 @@ class Engine(Protocol):
 
     def submit(self, ask: Ask) -> Answer: ...
 
-    async def load(self, model: str, keep_alive_s: float | None = None) -> Loaded: ...
+    async def load(
+        self, model: str, keep_alive_s: float | None = None, path: Path | None = None
+    ) -> Path: ...
 
-    async def unload(self, model: str) -> bool: ...
+    async def unload(self, model: str, path: Path | None = None) -> bool: ...
 
     async def tokenize(self, ask: Ask) -> list[int]: ...
 

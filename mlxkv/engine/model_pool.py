@@ -1,9 +1,9 @@
-"""The models in memory, all within one limit: loaded on demand, unloaded when nobody asks for them.
+"""The models in memory, all within one limit: loaded on demand, unloaded when idle.
 
 Invariants:
 - A model is here once, however it is named: its directory is the key.
 - Each one's budget is what the others leave. What is being loaded counts before it is there.
-- Who makes room is idle and the least recently used; who is busy gives prefix pages at most.
+- Idle models make room, the least recently used first; a busy one gives up prefix pages at most.
 - It is changed on the engine's thread alone; other threads may look.
 """
 
@@ -34,7 +34,7 @@ from mlxkv.store.settings import Given, effective
 _log = logging.getLogger(__name__)
 
 FRESH_S = 5.0
-"""How long a model that was loaded waits for its first request at least, where nobody said how."""
+"""How long a loaded model stays at least for its first request, unless a request said how long."""
 ROOM_S = 60.0
 """How long a model waits for others to become idle and make room."""
 
@@ -118,7 +118,7 @@ class ModelPool:
         self._dtype, self._given = dtype, given
         self._keep_alive_s, self._max_running = keep_alive_s, max_running
         self._models: dict[str, LoadedModel] = {}
-        self._coming_bytes = 0
+        self._loading_bytes = 0
 
     def find(self, key: str) -> LoadedModel | None:
         """A model that is here."""
@@ -134,12 +134,16 @@ class ModelPool:
 
     @property
     def used_bytes(self) -> int:
-        """What they take, and what is coming."""
+        """What they take, and what is being loaded."""
         budgets = [model.scheduler.runtime.budget for model in self.models()]
-        return self._coming_bytes + sum(budget.used_bytes for budget in budgets)
+        return self._loading_bytes + sum(budget.used_bytes for budget in budgets)
 
-    def loading(self, name: str) -> Generator[bool | None, None, LoadedModel]:
+    def loading(self, name: str, key: str) -> Generator[bool | None, None, LoadedModel]:
         """Load a model step by step, as soon as there is room.
+
+        Args:
+            name: as the request has it.
+            key: see `key_of`.
 
         Yields:
             True where others have to make room first.
@@ -147,13 +151,12 @@ class ModelPool:
         Raises:
             OutOfMemory: its weights do not fit, or not within `ROOM_S`. Else as for `mlxkv.load`.
         """
-        key = key_of(name)
         path = Path(key)
         layout = lay_out(path, self._dtype)
         n_bytes, card = layout.nbytes, describe(name, path, layout)
         yield
         yield from self._making_room(name, n_bytes)
-        self._coming_bytes += n_bytes
+        self._loading_bytes += n_bytes
         try:
             self.share_memory()
             settings = effective(path, self._given)
@@ -161,7 +164,7 @@ class ModelPool:
             scheduler = Scheduler(runtime, self._max_running)
             model = LoadedModel(name, scheduler, card, digest(path), self._keep_alive_s)
         finally:
-            self._coming_bytes -= n_bytes
+            self._loading_bytes -= n_bytes
         self._models[key] = model
         self.share_memory()
         return model
@@ -194,7 +197,7 @@ class ModelPool:
                         f"{name}: its weights take {human_bytes(n_bytes)} and "
                         f"{human_bytes(free)} of {human_bytes(self.limit_bytes)} are free"
                     )
-                yield True  # who is busy now makes room when it is done
+                yield True  # a busy model makes room when its requests are done
 
     def _give_pages(self, n_bytes: int) -> int:
         """Have busy models give prefix pages back, if that is enough; how many bytes it was."""
@@ -229,13 +232,13 @@ class ModelPool:
         self.give_back()
 
     def give_back(self) -> None:
-        """Return the memory of a model that nobody knows any more."""
+        """Return the memory of a model that is not referenced any more."""
         gc.collect()
         mx.clear_cache()
         device.trim()
 
     def expire(self) -> None:
-        """Unload what nobody has asked for in its time."""
+        """Unload models whose keep-alive has passed."""
         # Keys alone: a model that is known here would be in memory when that is given back.
         for key in [key for key, model in self._models.items() if _is_over(model)]:
             self.drop(key)
@@ -248,15 +251,19 @@ class ModelPool:
 
 
 def _is_over(model: LoadedModel) -> bool:
-    """Whether nobody has asked for a model in its time."""
+    """Whether a model's keep-alive has passed without a request."""
     end = model.expires_at()
     return model.scheduler.is_idle and end is not None and end <= time.monotonic()
 
 
-def key_of(name: str) -> str:
+def key_of(name: str, path: Path | None = None) -> str:
     """A model's directory: it may have several names.
+
+    Args:
+        name: as a request has it.
+        path: the directory, where the name is resolved already.
 
     Raises:
         ModelNotFound: it is not on this machine.
     """
-    return str(resolve(name, fetch=False))
+    return str(path or resolve(name, fetch=False))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import itertools
 import random
 import threading
@@ -335,6 +336,24 @@ def test_models_leave_when_nobody_asks(models):
         engine.close()
 
 
+def test_a_name_is_resolved_once_a_request(models, engine, monkeypatch):
+    names: list[Any] = []
+    resolve = model_pool.resolve
+
+    def resolving(name: Any, **options: Any) -> Path:
+        names.append(name)
+        return resolve(name, **options)
+
+    monkeypatch.setattr(model_pool, "resolve", resolving)
+    model = models["llama"]
+    for _ in range(2):  # one that loads the model, and one that finds it in memory
+        asyncio.run(collect(engine.submit(ask(model, max_tokens=1))))
+    assert names == [str(model)] * 2
+    located = dataclasses.replace(ask("a name of it", max_tokens=1), path=model)
+    asyncio.run(collect(engine.submit(located)))
+    assert names == [str(model)] * 2 and len(engine.loaded()) == 1
+
+
 def test_the_least_recently_used_model_makes_room(models):
     sizes = {name: mlxkv.plan(path, dtype="float32").weights_bytes for name, path in models.items()}
     engine = Engine(dtype="float32", memory=max(sizes.values()) + 3_000_000)
@@ -622,7 +641,7 @@ def test_a_model_that_waits_for_room_holds_no_other_up(models, tmp_path):
         third = await collect(engine.submit(ask(models["gemma3"], max_tokens=3)))
         assert len(tokens(third)) == 3 and not second.done()
         first.cancel()
-        assert (await second).name == str(large)
+        assert await second == large
 
     try:
         asyncio.run(run())

@@ -12,6 +12,7 @@ import dataclasses
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import uvicorn
@@ -143,12 +144,14 @@ class FakeEngine:
         self.answers.append(FakeAnswer(self.script(ask)))
         return self.answers[-1]
 
-    async def load(self, model: str, keep_alive_s: float | None = None) -> Loaded:
+    async def load(
+        self, model: str, keep_alive_s: float | None = None, path: Path | None = None
+    ) -> Path:
         if model != MODEL:
             raise ModelNotFound(f"no model named {model!r}")
-        return self.loaded()[0]
+        return path or Path("models", model)
 
-    async def unload(self, model: str) -> bool:
+    async def unload(self, model: str, path: Path | None = None) -> bool:
         return model == MODEL
 
     async def tokenize(self, ask: Ask) -> list[int]:

@@ -47,14 +47,16 @@ class LoadingEngine(FakeEngine):
             return answer
         return super().submit(ask)
 
-    async def load(self, model: str, keep_alive_s: float | None = None) -> Loaded:
+    async def load(
+        self, model: str, keep_alive_s: float | None = None, path: Path | None = None
+    ) -> Path:
         if self.load_error is not None:
             raise self.load_error
         self.loads.append((model, keep_alive_s))
         self.models.add(model)
-        return self.loaded()[0]
+        return path or Path("models", model)
 
-    async def unload(self, model: str) -> bool:
+    async def unload(self, model: str, path: Path | None = None) -> bool:
         self.unloads.append(model)
         found = model in self.models
         self.models.discard(model)

@@ -1,0 +1,80 @@
+"""Answers on their way from the engine's thread to an event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+
+from mlxkv.errors import MlxkvError
+from mlxkv.generation.outputs import Chunk
+from mlxkv.memory.types import without_trace
+
+_log = logging.getLogger(__name__)
+
+
+class EngineAnswer:
+    """The chunks of one answer, read once; see `messages.Answer`.
+
+    Args:
+        wake: tells the engine's thread that the answer was cancelled.
+    """
+
+    def __init__(self, wake: Callable[[], None]):
+        self._items: deque[Chunk | BaseException | None] = deque()
+        self._lock = threading.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._event: asyncio.Event | None = None
+        self._cancelled = False
+        self._wake = wake
+
+    @property
+    def is_cancelled(self) -> bool:
+        """Whether the rest is not wanted any more."""
+        return self._cancelled
+
+    def cancel(self) -> None:
+        """End it within one step; also of an answer that has ended."""
+        self._cancelled = True
+        self._wake()
+
+    def tell(self, item: Chunk | BaseException | None) -> None:
+        """Append a chunk, or how the answer ends: None, or an error.
+
+        An error that is not the request's own is logged with its trace.
+        """
+        if isinstance(item, BaseException):
+            if not isinstance(item, MlxkvError):
+                _log.error("a request failed", exc_info=item)
+            item = without_trace(item)
+        with self._lock:
+            self._items.append(item)
+            loop, event = self._loop, self._event
+        if loop is not None and event is not None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: the reader is gone
+                loop.call_soon_threadsafe(event.set)
+
+    async def __aiter__(self) -> AsyncIterator[Chunk]:
+        with self._lock:
+            self._loop, self._event = asyncio.get_running_loop(), asyncio.Event()
+        try:
+            while True:
+                with self._lock:
+                    self._event.clear()
+                    item = self._items.popleft() if self._items else self
+                if item is self:
+                    await self._event.wait()
+                elif isinstance(item, Chunk):
+                    yield item
+                elif isinstance(item, BaseException):
+                    try:
+                        raise item
+                    finally:
+                        del item  # with its trace it would hold itself
+                else:
+                    return
+        finally:
+            self.cancel()
