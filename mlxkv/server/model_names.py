@@ -7,14 +7,17 @@ fetched to answer a request: clients are told to pull it.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 
 from fastapi.concurrency import run_in_threadpool
 
 from mlxkv.base.paths import NAME, models_dir, slug
-from mlxkv.engine.messages import Engine
+from mlxkv.engine.messages import Ask, Engine
 from mlxkv.errors import ModelNotFound, UsageError
+from mlxkv.generation.request import Request
 from mlxkv.server.config import ServerConfig
-from mlxkv.store import catalog, hub
+from mlxkv.store import catalog, hub, resolve
 from mlxkv.store.refs import (
     REPO,
     CatalogRef,
@@ -31,12 +34,29 @@ _HOSTS = ("hf.co/", "huggingface.co/")
 _MAX_CHARS = 256
 
 
-async def present(engine: Engine, config: ServerConfig, name: str) -> str:
-    """The name by which the engine knows a model that is here.
+@dataclass(frozen=True, slots=True)
+class LocalModel:
+    """A model on this machine.
 
     Args:
-        engine: whose models may be named as they are.
-        config: the same for the operator's.
+        name: by which the engine knows it.
+        path: its directory; None for a name that the engine resolves.
+    """
+
+    name: str
+    path: Path | None = None
+
+    def ask(self, request: Request, owner: str, keep_alive_s: float | None = None) -> Ask:
+        """A request to it; arguments as for `Ask`."""
+        return Ask(self.name, request, owner, keep_alive_s, self.path)
+
+
+async def present(engine: Engine, config: ServerConfig, name: str) -> LocalModel:
+    """A model on this machine. A request's name is resolved here or by the engine, and once.
+
+    Args:
+        engine: models in memory may have any name.
+        config: and so may the operator's.
         name: as a request has it, with or without `:latest`.
 
     Raises:
@@ -45,12 +65,25 @@ async def present(engine: Engine, config: ServerConfig, name: str) -> str:
     known = {*config.models, *engine.names()}
     for spelling in spellings(name):
         if spelling in known:
-            return spelling
-    return await run_in_threadpool(stored_name, name)
+            return LocalModel(spelling)
+    return await run_in_threadpool(find, name)
+
+
+def find(name: str) -> LocalModel:
+    """A model that is stored here, apart from those that engine and operator name.
+
+    Raises:
+        ModelNotFound: as `present`.
+    """
+    for spelling in spellings(name):
+        ref = _ref(spelling)
+        if ref is not None and (path := resolve.local(ref)) is not None:
+            return LocalModel(spelling, path)
+    raise _not_found(name)
 
 
 def stored_name(name: str) -> str:
-    """The same, without what the engine and the operator know.
+    """The name of a model that is stored here, though it may be incomplete.
 
     Raises:
         ModelNotFound: as `present`.
@@ -58,7 +91,7 @@ def stored_name(name: str) -> str:
     for spelling in spellings(name):
         if _is_here(spelling):
             return spelling
-    raise ModelNotFound(f"model {_short(name)} not found: pull it first, or GET /api/tags")
+    raise _not_found(name)
 
 
 def pullable_name(name: str) -> str:
@@ -129,6 +162,10 @@ def _is_here(name: str) -> bool:
         case HubRef(repo_id):
             return hub.cached_snapshot(repo_id) is not None
     return False
+
+
+def _not_found(name: str) -> ModelNotFound:
+    return ModelNotFound(f"model {_short(name)} not found: pull it first, or GET /api/tags")
 
 
 def _short(name: str) -> str:

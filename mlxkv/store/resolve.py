@@ -58,17 +58,27 @@ def resolve(name: str | Path, *, fetch: bool = True, report: Report = silent) ->
             return _resolve_path(path, report)
         case StoredRef(path=path):
             return path
-        case CatalogRef(model):
-            folder = models_dir() / slug(model.name)
-            if is_model(folder):
-                return folder
-        case HubRef(repo_id, wanted):
-            folder = _cached(repo_id, wanted, report)
-            if folder is not None:
-                return folder
+    if (folder := local(ref, report=report)) is not None:
+        return folder
     if not fetch:
         raise ModelNotFound(f"{name} is not on this machine: fetch it with `mlxkv pull {name}`")
     return _fetch(ref, report)
+
+
+def local(ref: StoredRef | CatalogRef | HubRef, *, report: Report = silent) -> Path | None:
+    """The directory of a model that is on this machine; None for one that has to be fetched.
+
+    Raises:
+        OutputError, CheckpointError: its GGUF file cannot be converted.
+    """
+    match ref:
+        case StoredRef(path=path):
+            return path
+        case CatalogRef(model):
+            folder = models_dir() / slug(model.name)
+            return folder if is_model(folder) else None
+        case HubRef(repo_id, wanted):
+            return _cached(repo_id, wanted, report)
 
 
 def pull(name: str, *, report: Report = silent) -> Path:

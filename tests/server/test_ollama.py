@@ -572,6 +572,11 @@ def test_tags_lists_what_is_stored(client, models):
     assert model.modified_at is not None
 
 
+def test_the_engine_gets_the_directory_that_a_name_was_resolved_to(client, engine, models):
+    client.chat(STORED, HELLO)  # in a folder of its own name, and not in memory
+    assert engine.last.path == models / "tiny-1k"
+
+
 def test_the_models_in_memory_are_described_off_the_event_loop(client, engine, monkeypatch):
     on_loop, loaded = [], engine.loaded
 

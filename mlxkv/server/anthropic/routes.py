@@ -15,7 +15,7 @@ from mlxkv.server.anthropic.fields import CountRequest, MessagesRequest
 from mlxkv.server.anthropic.messages import template_messages
 from mlxkv.server.config import ServerConfig
 from mlxkv.server.json_route import JSONRoute
-from mlxkv.server.model_names import present
+from mlxkv.server.model_names import LocalModel, present
 from mlxkv.server.requests import bounded, requested
 
 
@@ -49,7 +49,7 @@ def router(engine: Engine, config: ServerConfig) -> APIRouter:
 
 def _ask(
     body: CountRequest,
-    model: str,
+    model: LocalModel,
     owner: str,
     sampling: dict[str, Any] | None = None,
     grammar: Grammar | None = None,
@@ -67,7 +67,7 @@ def _ask(
         format=grammar,
         **(sampling or {}),
     )
-    return Ask(model, request, owner)
+    return model.ask(request, owner)
 
 
 def _sampling(body: MessagesRequest) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 
 from fastapi import APIRouter, Request, Response
@@ -12,7 +13,7 @@ from mlxkv.generation.outputs import Chunk
 from mlxkv.server import sse
 from mlxkv.server.config import ServerConfig
 from mlxkv.server.json_route import JSONRoute
-from mlxkv.server.model_names import present
+from mlxkv.server.model_names import LocalModel, present
 from mlxkv.server.ollama.answers import NDJSON, Piece, Reply, error_line
 from mlxkv.server.ollama.fields import Answered, GenerateRequest
 from mlxkv.server.ollama.messages import ChatRequest, template_messages
@@ -50,9 +51,10 @@ async def _answer(
     reply = Reply(body.model_name, chats, calls=chats and bool(body.tools))
     model = await present(engine, config, body.model_name)
     ask = bounded(_ask(body, model, request.state.owner), config)
-    if model not in engine.names():
+    if model.name not in engine.names():
         # The engine would do it; so the time it takes is known.
-        await sse.unless_gone(request, engine.load(model))
+        path = await sse.unless_gone(request, engine.load(model.name, path=model.path))
+        ask = dataclasses.replace(ask, path=path)
         reply.load_ns = time.perf_counter_ns() - reply.started_ns
     answer = engine.submit(ask)
     if body.stream is False:
@@ -61,7 +63,7 @@ async def _answer(
     return await sse.stream(request, lines, config, error_line, NDJSON, ping=None, answers=[answer])
 
 
-def _ask(body: GenerateRequest | ChatRequest, model: str, owner: str) -> Ask:
+def _ask(body: GenerateRequest | ChatRequest, model: LocalModel, owner: str) -> Ask:
     """What the engine is asked.
 
     Raises:
@@ -72,7 +74,7 @@ def _ask(body: GenerateRequest | ChatRequest, model: str, owner: str) -> Ask:
     else:
         prompt = body.engine_prompt()
     request = requested(prompt, logprobs=body.n_logprobs, format=body.grammar(), **body.keywords())
-    return Ask(model, request, owner, body.keep_alive_s)
+    return model.ask(request, owner, body.keep_alive_s)
 
 
 async def _load(
@@ -81,10 +83,10 @@ async def _load(
     reply = Reply(body.model_name, chats)
     model = await present(engine, config, body.model_name)
     if body.keep_alive_s == 0:
-        await engine.unload(model)
+        await engine.unload(model.name, model.path)
         ended = Chunk("", finish_reason="unload")
     else:
-        await sse.unless_gone(request, engine.load(model, body.keep_alive_s))
+        await sse.unless_gone(request, engine.load(model.name, body.keep_alive_s, model.path))
         reply.load_ns = time.perf_counter_ns() - reply.started_ns
         ended = Chunk("", finish_reason="load")
     return JSONResponse(reply.part(Piece(), **reply.ended(ended)))

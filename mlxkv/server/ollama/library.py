@@ -25,7 +25,7 @@ from mlxkv.server import sse
 from mlxkv.server.config import ServerConfig
 from mlxkv.server.fields import Strict
 from mlxkv.server.json_route import JSONRoute
-from mlxkv.server.model_names import new_name, pullable_name, stored_name
+from mlxkv.server.model_names import find, new_name, pullable_name, stored_name
 from mlxkv.server.ollama.answers import NDJSON, error_line, line
 from mlxkv.server.ollama.fields import Named, Options, Refused
 from mlxkv.store import derive, library, resolve
@@ -139,7 +139,8 @@ def router(engine: Engine, config: ServerConfig) -> APIRouter:
 
 
 def _copy(source: str, destination: str) -> None:
-    folder = resolve.resolve(stored_name(source), fetch=False)
+    folder = find(source).path
+    assert folder is not None
     derive.derive(folder, new_name(destination))
 
 

@@ -21,7 +21,7 @@ from mlxkv.sampling.params import recommended
 from mlxkv.server import sse
 from mlxkv.server.config import ServerConfig
 from mlxkv.server.json_route import JSONRoute
-from mlxkv.server.model_names import present
+from mlxkv.server.model_names import LocalModel, present
 from mlxkv.server.ollama.fields import Loading, Named, Options, Real, Text, one_or_more
 from mlxkv.store import info, library, resolve
 from mlxkv.store.info import Card
@@ -99,15 +99,15 @@ def router(engine: Engine, config: ServerConfig) -> APIRouter:
     @routes.post("/api/show")
     async def show(body: ShowRequest) -> Response:
         """All about one model."""
-        name = await present(engine, config, body.model_name)
-        return JSONResponse(await run_in_threadpool(_shown, name))
+        model = await present(engine, config, body.model_name)
+        return JSONResponse(await run_in_threadpool(_shown, model))
 
     @routes.post("/api/embed")
     async def embed(request: Request, body: EmbedRequest) -> Response:
         """Vectors of texts, from a model that makes meaningful ones."""
         started = time.perf_counter_ns()
-        name = await present(engine, config, body.model_name)
-        found = await sse.unless_gone(request, engine.embed(name, one_or_more(body.input)))
+        model = await present(engine, config, body.model_name)
+        found = await sse.unless_gone(request, engine.embed(model.name, one_or_more(body.input)))
         return JSONResponse(
             {
                 "model": body.model_name,
@@ -120,8 +120,8 @@ def router(engine: Engine, config: ServerConfig) -> APIRouter:
     @routes.post("/api/embeddings")
     async def embeddings(request: Request, body: EmbeddingsRequest) -> Response:
         """The vector of one text."""
-        name = await present(engine, config, body.model_name)
-        found = await sse.unless_gone(request, engine.embed(name, [body.prompt]))
+        model = await present(engine, config, body.model_name)
+        found = await sse.unless_gone(request, engine.embed(model.name, [body.prompt]))
         return JSONResponse({"embedding": list(found.vectors[0])})
 
     return routes
@@ -187,8 +187,9 @@ def _loaded(model: Loaded) -> dict[str, Any]:
     }
 
 
-def _shown(name: str) -> dict[str, Any]:
-    path = resolve.resolve(name, fetch=False)
+def _shown(model: LocalModel) -> dict[str, Any]:
+    name = model.name
+    path = model.path or resolve.resolve(name, fetch=False)
     about = info.describe(name, path)
     template = read_chat_template(ModelFiles(path), {})
     source = template.source if template else ""

@@ -17,7 +17,7 @@ from mlxkv.server import sse
 from mlxkv.server.config import ServerConfig
 from mlxkv.server.fields import Count, Strict, seconds
 from mlxkv.server.json_route import JSONRoute
-from mlxkv.server.model_names import present
+from mlxkv.server.model_names import LocalModel, present
 from mlxkv.server.openai.fields import (
     Effort,
     ResponseFormat,
@@ -127,7 +127,7 @@ class ChatRequest(Streamed):
             raise UsageError("max_tokens and max_completion_tokens are one thing: give one")
         return max((n for n in given if n is not None), default=None)
 
-    def ask(self, model: str, owner: str) -> Ask:
+    def ask(self, model: LocalModel, owner: str) -> Ask:
         """What the engine is asked; the same but for the seed, for all of `n`.
 
         Raises:
@@ -148,7 +148,7 @@ class ChatRequest(Streamed):
             format=tools_grammar(tools, mode, parallel, format_grammar(self.response_format)),
             **self.sampling_options(),
         )
-        return Ask(model, request, owner, seconds(self.keep_alive))
+        return model.ask(request, owner, seconds(self.keep_alive))
 
 
 def router(engine: Engine, config: ServerConfig) -> APIRouter:

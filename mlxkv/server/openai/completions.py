@@ -19,7 +19,7 @@ from mlxkv.server import sse
 from mlxkv.server.config import ServerConfig
 from mlxkv.server.fields import Count, Whole, seconds
 from mlxkv.server.json_route import JSONRoute
-from mlxkv.server.model_names import present
+from mlxkv.server.model_names import LocalModel, present
 from mlxkv.server.openai.fields import ResponseFormat, Streamed, format_grammar
 from mlxkv.server.openai.output import usage
 from mlxkv.server.openai.respond import respond, several, submit_all
@@ -66,7 +66,7 @@ class CompletionRequest(Streamed):
             return [given]  # pyright: ignore[reportReturnType]
         return list(given)  # pyright: ignore[reportReturnType]
 
-    def asks(self, model: str, owner: str) -> list[Ask]:
+    def asks(self, model: LocalModel, owner: str) -> list[Ask]:
         """What the engine is asked: `n` answers to the first prompt, then to the next.
 
         Raises:
@@ -87,7 +87,7 @@ class CompletionRequest(Streamed):
                 format=format_grammar(self.response_format),
                 **self.sampling_options(),
             )
-            asks += several(Ask(model, request, owner, keep_alive_s), n)
+            asks += several(model.ask(request, owner, keep_alive_s), n)
         return asks
 
 

@@ -51,9 +51,9 @@ def router(engine: Engine, config: ServerConfig) -> APIRouter:
     @routes.post("/v1/embeddings")
     async def embeddings(request: Request, body: EmbeddingRequest) -> Response:
         """Vectors of texts, from a model that makes meaningful ones."""
-        name = await present(engine, config, body.model)
+        model = await present(engine, config, body.model)
         texts = [body.input] if isinstance(body.input, str) else body.input
-        found = await sse.unless_gone(request, engine.embed(name, texts))
+        found = await sse.unless_gone(request, engine.embed(model.name, texts))
         if len(found.vectors) != len(texts):
             raise UsageError("the model gave another number of vectors than there are texts")
         rows = [_row(i, vector, body.encoding_format) for i, vector in enumerate(found.vectors)]

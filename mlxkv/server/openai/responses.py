@@ -23,7 +23,7 @@ from mlxkv.server.config import ServerConfig
 from mlxkv.server.errors import RESPONSES, failure_of
 from mlxkv.server.fields import Count, Strict, seconds
 from mlxkv.server.json_route import JSONRoute
-from mlxkv.server.model_names import present
+from mlxkv.server.model_names import LocalModel, present
 from mlxkv.server.openai.fields import (
     Effort,
     GrammarFormat,
@@ -140,7 +140,7 @@ class ResponseRequest(Sampling):
                 return self.tool_choice.mode, [tool.name for tool in self.tool_choice.tools]
         return self.tool_choice or "auto", None
 
-    def ask(self, model: str, owner: str) -> Ask:
+    def ask(self, model: LocalModel, owner: str) -> Ask:
         """What the engine is asked.
 
         Raises:
@@ -162,7 +162,7 @@ class ResponseRequest(Sampling):
             format=tools_grammar(tools, mode, parallel, self._grammar()),
             **self.sampling_options(),
         )
-        return Ask(model, request, owner, seconds(self.keep_alive))
+        return model.ask(request, owner, seconds(self.keep_alive))
 
     def _grammar(self) -> Grammar | None:
         given = self.text and self.text.format
