@@ -3,14 +3,34 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from mlxkv.errors import UsageError
+from mlxkv.generation.request import MAX_LOGPROBS
 
+
+def _empty(value: Any) -> Any:
+    if value:
+        raise ValueError("not supported")
+    return value
+
+
+Refused = Annotated[Any, AfterValidator(_empty)]
+"""A field that may only be empty."""
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Whole = Annotated[int, Field(ge=0, le=2**31 - 1)]
+Real = Annotated[float, Field(allow_inf_nan=False)]
+Text = Annotated[str, Field(min_length=1)]
+Texts = Text | Annotated[list[Text], Field(min_length=1, max_length=2048)]
+Temperature = Annotated[float, Field(ge=0, le=1e6)]
+TopP = Annotated[float, Field(gt=0, le=1)]
+MinP = Annotated[float, Field(ge=0, le=1)]
+Penalty = Annotated[float, Field(gt=0, le=1e6)]
+TopLogprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
+StopText = Annotated[str, Field(min_length=1, max_length=1024)]
+StopTexts = Annotated[list[StopText], Field(max_length=16)]
 
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h)")
 _UNITS_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
@@ -21,6 +41,11 @@ class Strict(BaseModel):
     """A part of a request: other fields, and values of other types, are refused."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+
+
+def one_or_more(value: str | list[str]) -> list[str]:
+    """A text or several, as several."""
+    return [value] if isinstance(value, str) else value
 
 
 def seconds(value: float | str | None) -> float | None:

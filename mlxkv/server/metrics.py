@@ -40,16 +40,16 @@ class EngineCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         stats = self._engine.stats()
         requests = CounterMetricFamily(
-            "mlxkv_requests", "Requests that have ended.", labels=["model", "outcome"]
+            "mlxkv_requests", "Finished requests, by outcome.", labels=["model", "outcome"]
         )
         tokens = CounterMetricFamily(
             "mlxkv_tokens",
-            "Tokens. Those of prompts are restored from RAM or SSD, or computed.",
+            "Tokens. Prompt tokens are restored from RAM or SSD, or computed.",
             labels=["model", "kind"],
         )
         misses = CounterMetricFamily(
             "mlxkv_misses",
-            "Prompts that had more computed than what was held has of them.",
+            "Prompts that reused less KV than a cached sequence offered, by reason.",
             labels=["model", "reason"],
         )
         for model, counts in stats.models.items():
@@ -60,15 +60,15 @@ class EngineCollector(Collector):
             for reason, n in counts.misses.items():
                 misses.add_metric([model, reason], n)
         yield from (requests, tokens, misses)
-        yield GaugeMetricFamily("mlxkv_running", "Requests that are computed.", stats.running)
-        yield GaugeMetricFamily("mlxkv_queued", "Requests that wait.", stats.queued)
+        yield GaugeMetricFamily("mlxkv_running", "Requests being answered.", stats.running)
+        yield GaugeMetricFamily("mlxkv_queued", "Requests waiting in the queue.", stats.queued)
         yield CounterMetricFamily(
-            "mlxkv_rejected", "Requests that the queue had no room for.", stats.rejected
+            "mlxkv_rejected", "Requests refused because the queue was full.", stats.rejected
         )
         memory = GaugeMetricFamily(
             "mlxkv_memory_bytes",
-            "Memory: weights, KV and pages are mlxkv's; active, cached and peak are MLX's, "
-            "which has the former in them.",
+            "Memory. weights, kv_* and pages are counted by mlxkv; active, cached and peak are "
+            "what MLX reports, those included.",
             labels=["kind"],
         )
         for kind, n_bytes in stats.memory.items():
@@ -77,7 +77,7 @@ class EngineCollector(Collector):
 
 
 def router(engine: Engine, config: ServerConfig) -> APIRouter:
-    """The routes of watching."""
+    """The routes for monitoring."""
     routes = APIRouter(tags=["watching"])
     registry = CollectorRegistry()
     registry.register(EngineCollector(engine))
@@ -91,12 +91,12 @@ def router(engine: Engine, config: ServerConfig) -> APIRouter:
 
     @routes.get("/metrics")
     async def metrics() -> Response:
-        """What the engine does and has done, in Prometheus' text format."""
+        """Metrics of the engine in Prometheus' text format."""
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
     @routes.get("/stats.json")
     async def stats() -> Response:
-        """The same as JSON, with the models in memory."""
+        """The same metrics as JSON, with the models in memory."""
         # A model's entry has what its pages take on disk, which are counted.
         shown = await run_in_threadpool(_shown, engine)
         return JSONResponse(shown, headers={"Cache-Control": "no-store"})
@@ -104,7 +104,7 @@ def router(engine: Engine, config: ServerConfig) -> APIRouter:
     @routes.head("/", include_in_schema=False)
     @routes.get("/")
     async def watch() -> Response:
-        """A page that shows them, live."""
+        """A page that shows the metrics live."""
         return HTMLResponse(page, headers=headers)
 
     return routes

@@ -13,12 +13,7 @@ from mlxkv.sampling.grammar import Grammar
 from mlxkv.server.fields import Strict
 
 NAME_PATTERN = r"^[A-Za-z0-9_.:/-]{1,128}$"
-
-
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
-
-
-StopText = Annotated[str, Field(min_length=1, max_length=1024)]
 
 
 class Function(Strict):

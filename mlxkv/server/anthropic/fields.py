@@ -18,21 +18,11 @@ import json
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from mlxkv.sampling.grammar import Grammar
-from mlxkv.server.fields import Count, Strict, Whole
-from mlxkv.server.tools import Function, Name, StopText, chosen_tools, tools_grammar
-
-
-def _empty(value: Any) -> Any:
-    if value:
-        raise ValueError("not supported")
-    return value
-
-
-Refused = Annotated[Any, AfterValidator(_empty)]
-"""A field that may only be empty."""
+from mlxkv.server.fields import Count, Refused, StopTexts, Strict, Temperature, TopP, Whole
+from mlxkv.server.tools import Function, Name, chosen_tools, tools_grammar
 
 
 class CacheControl(Strict):
@@ -290,9 +280,9 @@ class MessagesRequest(CountRequest):
 
     max_tokens: Count
     stream: bool | None = None
-    stop_sequences: Annotated[list[StopText], Field(max_length=16)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=1e6)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    stop_sequences: StopTexts | None = None
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
     top_k: Whole | None = None
     metadata: Metadata | None = Field(default=None, description="Without effect.")
     service_tier: Literal["auto", "standard_only"] | None = None

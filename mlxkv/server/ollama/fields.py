@@ -12,19 +12,28 @@ Fields that are not here are refused. What differs from Ollama:
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
 from mlxkv.errors import UsageError
 from mlxkv.sampling.grammar import Grammar
-from mlxkv.server.fields import Strict, Whole, seconds
-from mlxkv.server.tools import StopText
+from mlxkv.server.fields import (
+    MinP,
+    Penalty,
+    Real,
+    Refused,
+    StopText,
+    StopTexts,
+    Strict,
+    Temperature,
+    TopLogprobs,
+    TopP,
+    Whole,
+    seconds,
+)
 
-Real = Annotated[float, Field(allow_inf_nan=False)]
 Think = bool | Literal["low", "medium", "high"]
-Text = Annotated[str, Field(min_length=1)]
 MAX_TOKENS = 2**31 - 1
 
 
@@ -37,16 +46,6 @@ def _only(off: float | bool, instead: str = "") -> AfterValidator:
         return value
 
     return AfterValidator(check)
-
-
-def _empty(value: Any) -> Any:
-    if value:
-        raise ValueError("not supported")
-    return value
-
-
-Refused = Annotated[Any, AfterValidator(_empty)]
-"""A field that may only be empty."""
 
 
 class Loading(Strict):
@@ -75,13 +74,13 @@ class Options(Loading):
     num_keep: Whole | None = None
     num_predict: Annotated[int, Field(ge=-2, le=MAX_TOKENS)] | None = None
     seed: Annotated[int, Field(ge=-1, lt=2**64)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=1e6)] | None = None
+    temperature: Temperature | None = None
     top_k: Annotated[int, Field(ge=-1, le=MAX_TOKENS)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repeat_penalty: Annotated[float, Field(gt=0, le=1e6)] | None = None
+    top_p: TopP | None = None
+    min_p: MinP | None = None
+    repeat_penalty: Penalty | None = None
     repeat_last_n: Annotated[int, Field(ge=-1, le=MAX_TOKENS)] | None = None
-    stop: StopText | Annotated[list[StopText], Field(max_length=16)] | None = None
+    stop: StopText | StopTexts | None = None
     mirostat: Annotated[int, _only(0)] | None = None
     mirostat_tau: Real | None = Field(default=None, description="Without effect: mirostat is off.")
     mirostat_eta: Real | None = Field(default=None, description="Without effect: mirostat is off.")
@@ -150,7 +149,7 @@ class Answered(Named):
     truncate: bool | None = None
     shift: bool | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    top_logprobs: TopLogprobs | None = None
 
     @property
     def keep_alive_s(self) -> float | None:
@@ -159,7 +158,7 @@ class Answered(Named):
 
     @property
     def n_logprobs(self) -> int | None:
-        """As `Ask.logprobs` has it.
+        """As `Request.logprobs` has it.
 
         Raises:
             UsageError: the likeliest tokens are asked for, and not the chosen one.
@@ -226,8 +225,3 @@ def keep_alive_s(value: float | str | None) -> float | None:
         if digits.isascii() and digits.isdigit() and len(digits) <= 12:
             value = float(value)
     return seconds(value)
-
-
-def one_or_more(value: str | Sequence[str]) -> list[str]:
-    """A text or several, as several."""
-    return [value] if isinstance(value, str) else list(value)

@@ -23,11 +23,11 @@ from mlxkv.errors import MlxkvError, UsageError
 from mlxkv.sampling.params import GENERATION_CONFIG, SamplingParams
 from mlxkv.server import sse
 from mlxkv.server.config import ServerConfig
-from mlxkv.server.fields import Strict
+from mlxkv.server.fields import Refused, Strict
 from mlxkv.server.json_route import JSONRoute
 from mlxkv.server.model_names import find, new_name, pullable_name, stored_name
 from mlxkv.server.ollama.answers import NDJSON, error_line, line
-from mlxkv.server.ollama.fields import Named, Options, Refused
+from mlxkv.server.ollama.fields import Named, Options
 from mlxkv.store import derive, library, resolve
 from mlxkv.store.resolve import Report
 

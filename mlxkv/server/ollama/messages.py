@@ -14,8 +14,8 @@ from pydantic import Field
 
 from mlxkv.errors import UsageError
 from mlxkv.sampling.grammar import Grammar
-from mlxkv.server.fields import Strict
-from mlxkv.server.ollama.fields import Answered, Refused
+from mlxkv.server.fields import Refused, Strict
+from mlxkv.server.ollama.fields import Answered
 from mlxkv.server.tools import Function, chosen_tools, tools_grammar
 
 
@@ -70,7 +70,7 @@ class ChatRequest(Answered):
         return chosen_tools([tool.function for tool in self.tools or ()], "auto", None)
 
     def keywords(self) -> dict[str, Any]:
-        """Keywords of `Ask.options`."""
+        """Keywords of `Request.of`."""
         tools = [function.schema_of() for function in self.functions()]
         return super().keywords() | ({"tools": tools} if tools else {})
 

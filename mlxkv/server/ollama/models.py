@@ -6,7 +6,7 @@ from __future__ import annotations
 import time
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.concurrency import run_in_threadpool
@@ -20,9 +20,10 @@ from mlxkv.errors import MlxkvError
 from mlxkv.sampling.params import recommended
 from mlxkv.server import sse
 from mlxkv.server.config import ServerConfig
+from mlxkv.server.fields import Real, Text, Texts, one_or_more
 from mlxkv.server.json_route import JSONRoute
 from mlxkv.server.model_names import LocalModel, present
-from mlxkv.server.ollama.fields import Loading, Named, Options, Real, Text, one_or_more
+from mlxkv.server.ollama.fields import Loading, Named, Options
 from mlxkv.store import info, library, resolve
 from mlxkv.store.info import Card
 from mlxkv.text.tokenizer_files import ModelFiles, read_chat_template
@@ -40,7 +41,7 @@ class ShowRequest(Named):
 class EmbedRequest(Named):
     """Texts to be made vectors of."""
 
-    input: Text | Annotated[list[Text], Field(min_length=1, max_length=2048)]
+    input: Texts
     truncate: bool | None = Field(default=None, description="Without effect: nothing is cut.")
     options: Options | Loading | None = Field(default=None, description="Without effect.")
     keep_alive: Real | str | None = Field(default=None, description="Without effect.")

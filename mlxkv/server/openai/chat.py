@@ -15,7 +15,7 @@ from mlxkv.generation.outputs import Chunk
 from mlxkv.parsers.events import ToolCall
 from mlxkv.server import sse
 from mlxkv.server.config import ServerConfig
-from mlxkv.server.fields import Count, Strict, seconds
+from mlxkv.server.fields import Count, Strict, TopLogprobs, seconds
 from mlxkv.server.json_route import JSONRoute
 from mlxkv.server.model_names import LocalModel, present
 from mlxkv.server.openai.fields import (
@@ -91,7 +91,7 @@ class ChatRequest(Streamed):
     max_completion_tokens: Count | None = None
     n: Annotated[int, Field(ge=1, le=128)] | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    top_logprobs: TopLogprobs | None = None
     tools: Annotated[list[FunctionTool], Field(max_length=512)] | None = None
     tool_choice: Literal["auto", "none", "required"] | NamedChoice | AllowedChoice | None = None
     parallel_tool_calls: bool | None = None

@@ -17,7 +17,7 @@ from mlxkv.errors import UsageError
 from mlxkv.generation.outputs import Chunk, TokenLogprobs
 from mlxkv.server import sse
 from mlxkv.server.config import ServerConfig
-from mlxkv.server.fields import Count, Whole, seconds
+from mlxkv.server.fields import Count, TopLogprobs, Whole, seconds
 from mlxkv.server.json_route import JSONRoute
 from mlxkv.server.model_names import LocalModel, present
 from mlxkv.server.openai.fields import ResponseFormat, Streamed, format_grammar
@@ -46,7 +46,7 @@ class CompletionRequest(Streamed):
     best_of: Annotated[int, Field(ge=1, le=1)] | None = None
     echo: Literal[False] | None = Field(None, description="Prompts are not echoed.")
     suffix: None = Field(None, description="Nothing is filled in before a suffix.")
-    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    logprobs: TopLogprobs | None = None
     response_format: ResponseFormat | None = Field(None, description="As in chat completions.")
 
     @field_validator("echo", "suffix", "best_of", mode="before")

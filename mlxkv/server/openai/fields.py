@@ -17,11 +17,20 @@ from pydantic import Field, model_validator
 
 from mlxkv.errors import UsageError
 from mlxkv.sampling.grammar import Grammar
-from mlxkv.server.fields import Count, Strict, Whole
-from mlxkv.server.tools import StopText
+from mlxkv.server.fields import (
+    Count,
+    MinP,
+    Penalty,
+    Real,
+    StopText,
+    StopTexts,
+    Strict,
+    Temperature,
+    Text,
+    TopP,
+    Whole,
+)
 
-Text = Annotated[str, Field(min_length=1)]
-Real = Annotated[float, Field(allow_inf_nan=False)]
 Off = Annotated[float, Field(ge=0, le=0)]
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
 
@@ -43,12 +52,12 @@ class Sampling(Ignored):
     """How tokens are chosen, and where the answer ends; what is left out, the model's settings
     decide."""
 
-    temperature: Annotated[float, Field(ge=0, le=1e6)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
     top_k: Whole | None = None
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repeat_penalty: Annotated[float, Field(gt=0, le=1e6)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=1e6)] | None = None
+    min_p: MinP | None = None
+    repeat_penalty: Penalty | None = None
+    repetition_penalty: Penalty | None = None
     repeat_last_n: Whole | None = None
     frequency_penalty: Off | None = Field(None, description="Only 0; see repeat_penalty.")
     presence_penalty: Off | None = Field(None, description="Only 0; see repeat_penalty.")
@@ -59,7 +68,7 @@ class Sampling(Ignored):
         ]
         | None
     ) = None
-    stop: StopText | Annotated[list[StopText], Field(max_length=16)] | None = None
+    stop: StopText | StopTexts | None = None
     context: Count | None = None
     overflow: Literal["stop", "shift"] | None = None
     keep: Whole | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import struct
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from fastapi import APIRouter, Request, Response
 from fastapi.concurrency import run_in_threadpool
@@ -16,9 +16,10 @@ from mlxkv.engine.messages import Engine
 from mlxkv.errors import ModelNotFound, UsageError
 from mlxkv.server import sse
 from mlxkv.server.config import ServerConfig
+from mlxkv.server.fields import Texts, one_or_more
 from mlxkv.server.json_route import JSONRoute
 from mlxkv.server.model_names import present
-from mlxkv.server.openai.fields import Ignored, Text
+from mlxkv.server.openai.fields import Ignored
 from mlxkv.store import library
 
 
@@ -26,7 +27,7 @@ class EmbeddingRequest(Ignored):
     """Texts to be made vectors of."""
 
     model: str
-    input: Text | Annotated[list[Text], Field(min_length=1, max_length=2048)]
+    input: Texts
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: None = Field(None, description="Vectors are as long as the model makes them.")
 
@@ -52,7 +53,7 @@ def router(engine: Engine, config: ServerConfig) -> APIRouter:
     async def embeddings(request: Request, body: EmbeddingRequest) -> Response:
         """Vectors of texts, from a model that makes meaningful ones."""
         model = await present(engine, config, body.model)
-        texts = [body.input] if isinstance(body.input, str) else body.input
+        texts = one_or_more(body.input)
         found = await sse.unless_gone(request, engine.embed(model.name, texts))
         if len(found.vectors) != len(texts):
             raise UsageError("the model gave another number of vectors than there are texts")

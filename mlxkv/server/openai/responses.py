@@ -21,7 +21,7 @@ from mlxkv.sampling.grammar import Grammar
 from mlxkv.server import sse
 from mlxkv.server.config import ServerConfig
 from mlxkv.server.errors import RESPONSES, failure_of
-from mlxkv.server.fields import Count, Strict, seconds
+from mlxkv.server.fields import Count, Strict, TopLogprobs, seconds
 from mlxkv.server.json_route import JSONRoute
 from mlxkv.server.model_names import LocalModel, present
 from mlxkv.server.openai.fields import (
@@ -117,7 +117,7 @@ class ResponseRequest(Sampling):
     reasoning: ReasoningOptions | None = None
     think: bool | Literal["low", "medium", "high"] | None = None
     truncation: Literal["auto", "disabled"] | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    top_logprobs: TopLogprobs | None = None
     include: list[Literal["reasoning.encrypted_content", "message.output_text.logprobs"]] | None = (
         None
     )
