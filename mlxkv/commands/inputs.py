@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mlxkv.errors import UsageError
 from mlxkv.store import catalog
@@ -185,6 +186,28 @@ def saved_kv(name: str | None) -> NamedKV | None:
     from mlxkv.saved_kv.registry import KVNames
 
     return KVNames(kv_dir()).load(name)
+
+
+def answer_format(text: str | None) -> str | dict[str, Any] | None:
+    """What `--format` asks for: "json", or the JSON schema in a file.
+
+    Raises:
+        UsageError: no such file, or it holds no JSON object.
+    """
+    if text is None or text == "json":
+        return text
+    file = Path(text).expanduser()
+    if not _exists(file):
+        raise UsageError(
+            f"must be json, or a file with a JSON schema; got {text!r}", field="format"
+        )
+    try:
+        schema = json.loads(_text(file))
+    except ValueError as error:
+        raise UsageError(f"{file}: not valid JSON ({error})") from None
+    if not isinstance(schema, dict):
+        raise UsageError(f"{file}: a JSON schema must be an object; got {schema!r:.60}")
+    return schema
 
 
 def read_piped() -> str | None:

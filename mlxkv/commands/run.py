@@ -64,6 +64,14 @@ def run(
             "reasoning goes to stderr.",
         ),
     ] = None,
+    format: Annotated[
+        str | None,
+        typer.Option(
+            "--format",
+            metavar="json|FILE",
+            help="Have the answer be JSON, or match the JSON schema in FILE.",
+        ),
+    ] = None,
     kv_from: Annotated[
         str | None,
         typer.Option("--kv-from", metavar="NAME", help="Start from KV of `mlxkv kv save NAME`."),
@@ -129,7 +137,7 @@ def run(
         _refuse_local(dtype, memory, kv_type, kv_from)
     settings = one_shot.Settings(
         max_tokens, temperature, top_k, top_p, min_p, repeat_penalty, seed,
-        tuple(stop or ()), truncate, think,
+        tuple(stop or ()), truncate, think, inputs.answer_format(format),
     )  # fmt: skip
     one_shot.check(settings)
     saved = inputs.saved_kv(kv_from)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 from mlxkv.errors import TemplateError
-from mlxkv.terminal.one_shot import Settings, options_of, with_defaults
+from mlxkv.terminal.one_shot import Settings, options_of
 
 if TYPE_CHECKING:
     from mlxkv.generation.outputs import Chunk
@@ -101,8 +101,13 @@ class LocalSpeaker:
                 f"{self.name} has no chat template (it is a base model): add --raw to have it "
                 "continue the prompt as it is"
             )
-        options = options_of(with_defaults(settings, self.recommended))
-        return self.llm.stream(prompt, kv_from=kv_from, on_progress=on_progress, **options)
+        return self.llm.stream(
+            prompt,
+            kv_from=kv_from,
+            on_progress=on_progress,
+            recommended=True,
+            **options_of(settings),
+        )
 
     def conversation(self, system: str | None, kv_from: NamedKV | None = None) -> Conversation:
         return self.llm.conversation(system=system, kv_from=kv_from)

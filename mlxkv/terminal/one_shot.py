@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How answers are made; None leaves it to the model."""
+    """How answers are made; None leaves it to the model.
+
+    `format` is what `Grammar.of` reads: "json" or a JSON schema.
+    """
 
     max_tokens: int | None = None
     temperature: float | None = None
@@ -34,6 +37,7 @@ class Settings:
     stop: tuple[str, ...] = ()
     truncate: bool = False
     think: bool | str | None = None
+    format: str | Mapping[str, Any] | None = None
 
 
 def check(settings: Settings) -> None:

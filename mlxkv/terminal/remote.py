@@ -176,6 +176,7 @@ class RemoteSpeaker:
             "model": self.name,
             "stream": True,
             "think": settings.think,
+            "format": settings.format,
             "truncate": settings.truncate or None,
             "shift": None if given.overflow is None else given.overflow == "shift",
             "options": {name: value for name, value in options.items() if value is not None},

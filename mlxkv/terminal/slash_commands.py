@@ -267,7 +267,7 @@ def _load(chat: Chat, rest: str) -> str:
 def _load_conversation(chat: Chat, path: Path) -> str:
     content = _read(path)
     settings, (system, turns) = _parameters_of(content, path), _messages_of(content, path)
-    settings = replace(settings, think=chat.settings.think)
+    settings = replace(settings, think=chat.settings.think, format=chat.settings.format)
     chat.settings, chat.kv_from = settings, None  # the file has all messages
     chat.begin(system)
     chat.conversation.restore_turns(turns)

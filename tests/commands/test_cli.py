@@ -440,3 +440,33 @@ def test_progress_is_one_line_that_goes_away_and_only_on_a_terminal(monkeypatch)
 def test_modules_of_this_package_import_without_mlx():
     code = "import mlxkv, mlxkv.cli, sys; assert 'mlx.core' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"n": {"enum": [7, 8]}},
+    "required": ["n"],
+    "additionalProperties": False,
+}
+
+
+def test_a_format_is_what_the_answer_matches(call, tmp_path):
+    file = tmp_path / "schema.json"
+    file.write_text(json.dumps(SCHEMA))
+    told = call("run", "chatty", "hello", "--format", str(file), "-n", "60")
+    assert told.returncode == 0, told.stderr
+    assert json.loads(told.stdout)["n"] in (7, 8)
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [(None, "json, or a file"), ("[1", "not valid JSON"), ("[1]", "must be an object")],
+)
+def test_a_format_that_cannot_be_read_is_refused_before_a_model_is_loaded(
+    call, tmp_path, text, words
+):
+    file = tmp_path / "schema.json"
+    if text is not None:
+        file.write_text(text)
+    told = call("run", "nonesuch", "hello", "--format", str(file))
+    assert_one_line(told, 2, words)

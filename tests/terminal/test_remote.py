@@ -28,6 +28,7 @@ from mlxkv.errors import (
 from mlxkv.generation.outputs import Chunk, Miss, join_parts
 from mlxkv.memory.types import Rung
 from mlxkv.parsers.events import ToolCall
+from mlxkv.sampling.grammar import Grammar
 from mlxkv.server.client import Server as Address
 from mlxkv.store.settings import Given
 from mlxkv.terminal.one_shot import Settings
@@ -345,6 +346,7 @@ def test_an_answer_imports_nothing_heavy(server, away, more):
 
 def test_a_chat_imports_nothing_heavy(server, away, tmp_path):
     script = f"""
+from mlxkv.sampling.grammar import Grammar
 from mlxkv.server.client import Server
 from mlxkv.terminal.slash_commands import Chat, execute
 from mlxkv.terminal.remote import RemoteSpeaker
@@ -470,7 +472,7 @@ def test_what_is_set_arrives_and_what_is_not_does_not(fake, engine, speaker):
     engine.script = says("Hi")
     list(speaker.stream(MESSAGES, Settings()))
     assert (engine.last.request.prompt, options_of(engine.last)) == (MESSAGES, {})
-    every = Settings(9, 0.5, 4, 0.75, 0.25, 1.5, 6, ("a", "b"), True, "low")
+    every = Settings(9, 0.5, 4, 0.75, 0.25, 1.5, 6, ("a", "b"), True, "low", {"type": "object"})
     given = Given(context=64, overflow="shift", keep=3)
     list(RemoteSpeaker(fake[1], MODEL, given).stream(MESSAGES, every))
     assert options_of(engine.last) == {
@@ -478,6 +480,7 @@ def test_what_is_set_arrives_and_what_is_not_does_not(fake, engine, speaker):
         "repeat_penalty": 1.5, "seed": 6, "stop": ["a", "b"], "truncate": True, "think": "low",
         "context": 64, "overflow": "shift", "keep": 3,
     }  # fmt: skip
+    assert engine.last.request.format == Grammar("json_schema", '{"type": "object"}')
     list(RemoteSpeaker(fake[1], MODEL, Given(overflow="stop")).stream("Once", Settings(think=None)))
     assert (engine.last.request.prompt, options_of(engine.last)) == ("Once", {"overflow": "stop"})
 

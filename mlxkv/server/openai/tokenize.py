@@ -11,7 +11,7 @@ from mlxkv.server import sse
 from mlxkv.server.config import ServerConfig
 from mlxkv.server.fields import Strict
 from mlxkv.server.json_route import JSONRoute
-from mlxkv.server.model_names import present
+from mlxkv.server.model_names import LocalModel, present
 from mlxkv.server.openai.messages import ChatMessage, template_messages
 from mlxkv.server.requests import requested
 
@@ -23,7 +23,7 @@ class TokenizeRequest(Strict):
     prompt: str | None = None
     messages: list[ChatMessage] | None = None
 
-    def ask(self, model: str, owner: str) -> Ask:
+    def ask(self, model: LocalModel, owner: str) -> Ask:
         """What the engine is asked.
 
         Raises:
@@ -32,7 +32,7 @@ class TokenizeRequest(Strict):
         if (self.prompt is None) == (self.messages is None):
             raise UsageError("give prompt or messages")
         prompt = template_messages(self.messages) if self.messages is not None else self.prompt
-        return Ask(model, requested(prompt or ""), owner)
+        return Ask(model.name, requested(prompt or ""), owner, path=model.path)
 
 
 def router(engine: Engine, config: ServerConfig) -> APIRouter:
