@@ -19,7 +19,7 @@ without its defects on chunks that wrap: docs/design.md says which.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import mlx.core as mx
@@ -145,11 +145,14 @@ class RotatingKVCache(Buffers):
         spec: the layer's shape, checked on the first update; None takes what comes.
         kv_type: one of `KV_TYPES`.
 
+    Attributes:
+        copied: makes a copy with memory of its own; another function where a step is traced.
+
     Raises:
         UsageError: `max_size` is not positive.
     """
 
-    __slots__ = ("_head", "_n", "max_size")
+    __slots__ = ("_head", "_n", "copied", "max_size")
 
     def __init__(self, max_size: int, spec: CacheSpec | None = None, kv_type: str = "native"):
         if max_size < 1:
@@ -158,6 +161,7 @@ class RotatingKVCache(Buffers):
         self.max_size = max_size
         self._n = 0
         self._head = 0
+        self.copied: Callable[[mx.array], mx.array] = mx.contiguous
 
     def __len__(self) -> int:
         return min(self._n, self.max_size)
@@ -218,7 +222,7 @@ class RotatingKVCache(Buffers):
             # The surplus of a chunk: from here on it is a ring of max_size rows. A view would keep
             # the surplus allocated for as long as the ring lives.
             old = self._temporal(self._n - self.max_size, self._n)
-            at, buffers = 0, [mx.contiguous(x) for x in old]
+            at, buffers = 0, [self.copied(x) for x in old]
         head = (at + 1) % self.max_size
         write(buffers, arrays, at, at + 1)
         return buffers, self.max_size, head
@@ -227,7 +231,7 @@ class RotatingKVCache(Buffers):
         kept = min(self._n, self.max_size - 1)
         if kept == 0:
             # The caller's array may be a view into something larger.
-            return [mx.contiguous(x) for x in arrays], L, 0
+            return [self.copied(x) for x in arrays], L, 0
         old = self._temporal(self._n - kept, self._n)
         pairs = zip(old, arrays, strict=True)
         return [mx.concatenate(list(pair), axis=2) for pair in pairs], kept + L, 0

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mlxkv.memory.trace import reshaped_strides
+from mlxkv.memory.simulation import reshaped_strides
 
 VIEWS = frozenset(
     {
