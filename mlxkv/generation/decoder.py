@@ -14,134 +14,24 @@ Invariants:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from typing import cast
 
 import mlx.core as mx
 import numpy as np
 
 from mlxkv.errors import CheckpointError, Hint, KVCacheFull, UsageError
-from mlxkv.generation.session import Session
+from mlxkv.generation.flight import Allowed, Drawn, Flight, Lane, Row
 from mlxkv.kv.layout import LayerCache
 from mlxkv.kv.types import STEP
 from mlxkv.memory.types import is_allocation_failure
 from mlxkv.nn.batch import arranged, batch, is_intact
 from mlxkv.nn.model import CausalLM
-from mlxkv.sampling.logprobs import Told, tell
+from mlxkv.sampling.logprobs import tell
 from mlxkv.sampling.math import log_normalizer, soundness
 from mlxkv.sampling.sampler import Recent, RowChoice, Sampler, choose
 
-Allowed = Callable[[Sequence[int]], np.ndarray | None]
-"""The answer's tokens so far -> which may come next, bool `[V]` with at least one; None: any."""
-
-
-@dataclass(eq=False, slots=True)
-class Row:
-    """One sequence of a decoder, from the end of its prompt on.
-
-    Args:
-        session: whose caches hold the prompt.
-        logits: `[1, V]` after it, as `Session.prefill` gives them.
-        sampler: chooses; its own, for it holds random state.
-        max_tokens: after which the row leaves by itself; None for as many as are asked for.
-        allowed: what a grammar allows next. Called once for each token, when all before it have
-            been given out. The model's step is in flight all the same, only the choice is late.
-        n_logprobs: how many of the likeliest tokens to tell beside the chosen one; None for none,
-            and no log-probabilities at all.
-
-    Attributes:
-        tokens: the answer's, given out so far.
-    """
-
-    session: Session
-    logits: mx.array
-    sampler: Sampler
-    max_tokens: int | None = None
-    allowed: Allowed | None = None
-    n_logprobs: int | None = None
-    tokens: list[int] = field(default_factory=list, init=False)
-
-
-@dataclass(frozen=True, slots=True)
-class Drawn:
-    """What a step gave a row.
-
-    Args:
-        row: the row.
-        token: the next token of its answer; None where it failed.
-        error: why; the row has left the decoder.
-        logprob: the token's log-probability, of the model's own distribution.
-        top: the likeliest tokens and theirs, the likeliest first.
-    """
-
-    row: Row
-    token: int | None
-    error: Exception | None = None
-    logprob: float | None = None
-    top: tuple[tuple[int, float], ...] = ()
-
-
-@dataclass(eq=False, slots=True)
-class _Lane:
-    """A row inside the decoder.
-
-    Args:
-        row: the row.
-        before: the last tokens before the answer, for its repeat penalty; None where it has none.
-        recent: what that looks at next.
-        n_drawn: tokens chosen, given out or not.
-        ready: `[1]`, its first token once that is given out and not yet fed.
-        error: what its mask raised.
-        full: why it cannot be fed any more, once its last token is given out.
-        gone: it has left.
-    """
-
-    row: Row
-    before: list[int] | None
-    recent: Recent | None = None
-    n_drawn: int = 0
-    ready: mx.array | None = None
-    error: Exception | None = None
-    full: KVCacheFull | None = None
-    gone: bool = False
-
-    @property
-    def at_limit(self) -> bool:
-        return self.row.max_tokens is not None and self.n_drawn >= self.row.max_tokens
-
-
-@dataclass(slots=True)
-class _Flight:
-    """A step's choices, computed or about to be.
-
-    Args:
-        lanes: in the order of the logits' rows.
-        logits: `[B, V]`.
-        soundness: `[B]`, finite where the logits are sound.
-        normalizer: `[B, 1]` of all rows; None unless all ask for log-probabilities.
-        parts: rows that are chosen, and their tokens `[n]`.
-        tokens: `[B]`; None until the masked rows' are chosen.
-        stuck: masked rows for which nothing is allowed.
-        told: what log-probabilities are told, where a row asks.
-    """
-
-    lanes: list[_Lane]
-    logits: mx.array
-    soundness: mx.array
-    normalizer: mx.array | None
-    parts: list[tuple[list[int], mx.array]]
-    tokens: mx.array | None = None
-    stuck: set[int] = field(default_factory=set)
-    told: Told | None = None
-
-    @property
-    def arrays(self) -> list[mx.array]:
-        """What to compute."""
-        found = [self.logits, self.soundness, *(tokens for _, tokens in self.parts)]
-        if self.tokens is not None:
-            found.append(self.tokens)
-        return found if self.told is None else [*found, *self.told.arrays]
+__all__ = ["Allowed", "Decoder", "Drawn", "Row", "decode"]
 
 
 class Decoder:
@@ -153,10 +43,10 @@ class Decoder:
 
     def __init__(self, model: CausalLM):
         self._model = model
-        self._lanes: list[_Lane] = []
-        self._fresh: list[_Flight] = []
-        self._flight: _Flight | None = None
-        self._batch: tuple[list[_Lane], Sequence[LayerCache]] = [], []
+        self._lanes: list[Lane] = []
+        self._fresh: list[Flight] = []
+        self._flight: Flight | None = None
+        self._batch: tuple[list[Lane], Sequence[LayerCache]] = [], []
         self._n_steps = 0
 
     @property
@@ -177,7 +67,7 @@ class Decoder:
         if row.max_tokens is not None and row.max_tokens < 1:
             raise UsageError(f"max_tokens must be at least 1; got {row.max_tokens}")
         last_n = _last_n(row.sampler)
-        lane = _Lane(row, row.session.tokens[-last_n:] if last_n else None)
+        lane = Lane(row, row.session.tokens[-last_n:] if last_n else None)
         flight = self._drawn([lane], row.logits)
         self._lanes.append(lane)
         self._fresh.append(flight)
@@ -223,7 +113,7 @@ class Decoder:
             self._batch = [], []
             raise
 
-    def _leave(self, lane: _Lane) -> None:
+    def _leave(self, lane: Lane) -> None:
         lane.gone = True
         self._lanes.remove(lane)
         self._batch = [], []  # keeps no caches alive
@@ -231,7 +121,7 @@ class Decoder:
         if self._flight is not None and all(lane.gone for lane in self._flight.lanes):
             self._flight = None  # it would keep the last sequence's KV alive
 
-    def _next(self, flight: _Flight | None) -> _Flight | None:
+    def _next(self, flight: Flight | None) -> Flight | None:
         """Feed what a flight has chosen, and what rows that have joined bring; None: nothing."""
         lanes, parts = [], []
         if flight is not None:
@@ -258,7 +148,7 @@ class Decoder:
         lanes, tokens = self._arranged(lanes, tokens)
         return self._drawn(lanes, self._logits(lanes, tokens[:, None]), tokens)
 
-    def _goes_on(self, lane: _Lane) -> bool:
+    def _goes_on(self, lane: Lane) -> bool:
         """Whether a row is fed its next token, for which there must be room."""
         if lane.gone or lane.at_limit or lane.error is not None:
             return False
@@ -276,7 +166,7 @@ class Decoder:
             self._batch = [], []  # it has other caches now
         return lane.full is None and lane.error is None
 
-    def _arranged(self, lanes: list[_Lane], tokens: mx.array) -> tuple[list[_Lane], mx.array]:
+    def _arranged(self, lanes: list[Lane], tokens: mx.array) -> tuple[list[Lane], mx.array]:
         """Lanes in the order in which their KV lies, where others have joined or left."""
         if self._batch[0] == lanes or not self._model.batches:
             return lanes, tokens
@@ -286,7 +176,7 @@ class Decoder:
             return lanes, tokens
         return [lanes[i] for i in order], tokens[mx.array(order)]
 
-    def _logits(self, lanes: list[_Lane], tokens: mx.array) -> mx.array:
+    def _logits(self, lanes: list[Lane], tokens: mx.array) -> mx.array:
         """Logits `[B, V]` after tokens `[B, 1]`."""
         if not self._model.batches and len(lanes) > 1:
             rows = zip(lanes, mx.split(tokens, len(lanes)), strict=True)
@@ -299,7 +189,7 @@ class Decoder:
             self._batch = lanes, batch(caches, room, self._model.one_part)
         return self._model.last_logits(tokens, self._batch[1])
 
-    def _drawn(self, lanes: list[_Lane], logits: mx.array, fed: mx.array | None = None) -> _Flight:
+    def _drawn(self, lanes: list[Lane], logits: mx.array, fed: mx.array | None = None) -> Flight:
         """Choose a token for each row that has no mask, its computation under way.
 
         The logits are those behind the tokens `fed` `[B]`; behind the prompts without.
@@ -314,7 +204,7 @@ class Decoder:
             for i, lane in enumerate(lanes)
             if lane.row.allowed is None
         }
-        flight = _Flight(lanes, logits, sound, normalizer, choose(logits, asked))
+        flight = Flight(lanes, logits, sound, normalizer, choose(logits, asked))
         if len(asked) == len(lanes):
             self._settle(flight)
         for lane in lanes:
@@ -322,7 +212,7 @@ class Decoder:
         mx.async_eval(*flight.arrays)
         return flight
 
-    def _chosen(self, flight: _Flight) -> mx.array:
+    def _chosen(self, flight: Flight) -> mx.array:
         """The tokens `[B]` of a flight, those of its masked rows chosen now."""
         if flight.tokens is not None:
             return flight.tokens
@@ -337,7 +227,7 @@ class Decoder:
         return tokens
 
     @staticmethod
-    def _mask(flight: _Flight, i: int, lane: _Lane) -> np.ndarray | None:
+    def _mask(flight: Flight, i: int, lane: Lane) -> np.ndarray | None:
         """What may come next in a row; anything, in one that has left or fails by this."""
         if lane.gone or lane.row.allowed is None:
             return None
@@ -352,7 +242,7 @@ class Decoder:
         return mask
 
     @staticmethod
-    def _settle(flight: _Flight) -> mx.array:
+    def _settle(flight: Flight) -> mx.array:
         """Bring the tokens of all parts in order, and tell log-probabilities of them."""
         rows = [i for part, _ in flight.parts for i in part]
         found = [tokens for _, tokens in flight.parts]
@@ -371,7 +261,7 @@ class Decoder:
             self._leave(lane)
         return [Drawn(lane.row, None, lane.full or lane.error) for lane in ended]
 
-    def _given(self, flight: _Flight, ready: bool = False) -> list[Drawn]:
+    def _given(self, flight: Flight, ready: bool = False) -> list[Drawn]:
         """Wait for a flight and give its tokens out."""
         tokens = self._chosen(flight)
         values = cast(list[int], tokens.tolist())
@@ -420,7 +310,7 @@ def _last_n(sampler: Sampler) -> int:
     return int(sampler.params.repeat_last_n or 0) if sampler.needs_recent else 0
 
 
-def _recent(lane: _Lane, fed: mx.array | None, row: int) -> Recent | None:
+def _recent(lane: Lane, fed: mx.array | None, row: int) -> Recent | None:
     """What a row's repeat penalty looks at behind `fed[row]`."""
     if lane.before is None:
         return None

@@ -166,12 +166,11 @@ class Session:
         Raises:
             KVCacheFull: there is no room for any.
         """
-        n = 0
-        while n == 0:
+        while True:
             grant = budget.grant(self, n_new, last=last, beside=beside)
             self._apply(grant)
-            n = grant.n_tokens
-        return n
+            if grant.n_tokens:
+                return grant.n_tokens
 
     def restore(self, tokens: Sequence[int]) -> Restored:
         """Keep or bring back the longest prefix of `tokens` that can be gone on from.

@@ -1,0 +1,125 @@
+"""The rows of a decoder, and the step that is in flight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+import numpy as np
+
+from mlxkv.errors import KVCacheFull
+from mlxkv.generation.session import Session
+from mlxkv.sampling.logprobs import Told
+from mlxkv.sampling.sampler import Recent, Sampler
+
+Allowed = Callable[[Sequence[int]], np.ndarray | None]
+"""The answer's tokens so far -> which may come next, bool `[V]` with at least one; None: any."""
+
+
+@dataclass(eq=False, slots=True)
+class Row:
+    """One sequence of a decoder, from the end of its prompt on.
+
+    Args:
+        session: whose caches hold the prompt.
+        logits: `[1, V]` after it, as `Session.prefill` gives them.
+        sampler: chooses; its own, for it holds random state.
+        max_tokens: after which the row leaves by itself; None for as many as are asked for.
+        allowed: what a grammar allows next. Called once for each token, when all before it have
+            been given out. The model's step is in flight all the same, only the choice is late.
+        n_logprobs: how many of the likeliest tokens to tell beside the chosen one; None for none,
+            and no log-probabilities at all.
+
+    Attributes:
+        tokens: the answer's, given out so far.
+    """
+
+    session: Session
+    logits: mx.array
+    sampler: Sampler
+    max_tokens: int | None = None
+    allowed: Allowed | None = None
+    n_logprobs: int | None = None
+    tokens: list[int] = field(default_factory=list, init=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """What a step gave a row.
+
+    Args:
+        row: the row.
+        token: the next token of its answer; None where it failed.
+        error: why; the row has left the decoder.
+        logprob: the token's log-probability, of the model's own distribution.
+        top: the likeliest tokens and theirs, the likeliest first.
+    """
+
+    row: Row
+    token: int | None
+    error: Exception | None = None
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(eq=False, slots=True)
+class Lane:
+    """A row inside the decoder.
+
+    Args:
+        row: the row.
+        before: the last tokens before the answer, for its repeat penalty; None where it has none.
+        recent: what that looks at next.
+        n_drawn: tokens chosen, given out or not.
+        ready: `[1]`, its first token once that is given out and not yet fed.
+        error: what its mask raised.
+        full: why it cannot be fed any more, once its last token is given out.
+        gone: it has left.
+    """
+
+    row: Row
+    before: list[int] | None
+    recent: Recent | None = None
+    n_drawn: int = 0
+    ready: mx.array | None = None
+    error: Exception | None = None
+    full: KVCacheFull | None = None
+    gone: bool = False
+
+    @property
+    def at_limit(self) -> bool:
+        return self.row.max_tokens is not None and self.n_drawn >= self.row.max_tokens
+
+
+@dataclass(slots=True)
+class Flight:
+    """A step's choices, computed or about to be.
+
+    Args:
+        lanes: in the order of the logits' rows.
+        logits: `[B, V]`.
+        soundness: `[B]`, finite where the logits are sound.
+        normalizer: `[B, 1]` of all rows; None unless all ask for log-probabilities.
+        parts: rows that are chosen, and their tokens `[n]`.
+        tokens: `[B]`; None until the masked rows' are chosen.
+        stuck: masked rows for which nothing is allowed.
+        told: what log-probabilities are told, where a row asks.
+    """
+
+    lanes: list[Lane]
+    logits: mx.array
+    soundness: mx.array
+    normalizer: mx.array | None
+    parts: list[tuple[list[int], mx.array]]
+    tokens: mx.array | None = None
+    stuck: set[int] = field(default_factory=set)
+    told: Told | None = None
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """What to compute."""
+        found = [self.logits, self.soundness, *(tokens for _, tokens in self.parts)]
+        if self.tokens is not None:
+            found.append(self.tokens)
+        return found if self.told is None else [*found, *self.told.arrays]
