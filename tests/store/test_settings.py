@@ -185,11 +185,11 @@ def test_a_context_past_the_models_own_is_refused_with_both_numbers(model, monke
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"context": 0}, "--context"),
-        ({"kv_type": "q5"}, "--kv-type must be one of native, q8, q4"),
-        ({"memory": "lots"}, "--memory must be like 16GiB, 500MB or auto; got 'lots'"),
-        ({"overflow": ""}, "--overflow"),
-        ({"keep": -1}, "--keep"),
+        ({"context": 0}, "context"),
+        ({"kv_type": "q5"}, "kv_type must be one of native, q8, q4"),
+        ({"memory": "lots"}, "memory must be like 16GiB, 500MB or auto; got 'lots'"),
+        ({"overflow": ""}, "overflow"),
+        ({"keep": -1}, "keep"),
     ],
 )
 def test_a_wrong_argument_is_refused_before_a_model_is_looked_for(given, said):

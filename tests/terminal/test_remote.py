@@ -296,10 +296,10 @@ def test_a_key_without_a_server_is_refused(here):
     [
         (("nonesuch", "hello"), 3, ["answered 404", "'nonesuch' not found"]),
         (("./chatty", "hello"), 3, ["answered 404", "'./chatty'"]),
-        (("base", "hello"), 4, ["answered 422", "chat_template", "--raw"]),
+        (("base", "hello"), 4, ["answered 422", "chat_template", "give a text"]),
         (("chatty", "hello", "--think"), 2, ["answered 400", "no switch for reasoning"]),
         (("chatty", "hello", "--context", "300000"), 2, ["answered 400", "200,000"]),
-        (("chatty", "x" * 100, "--context", "64"), 2, ["the context is 64", "--truncate"]),
+        (("chatty", "x" * 100, "--context", "64"), 2, ["the context is 64", "truncate: true"]),
         (("chatty", "hello", "--seed", str(2**64)), 2, ["--seed"]),
         (("chatty", "hello", *["--stop", "x"] * 17), 2, ["answered 400", "stop"]),
     ],
