@@ -260,13 +260,13 @@ def test_a_foreign_quantization_is_named(tmp_path: Path):
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ({"quantize": "affine7"}, r"--quantize must be one of affine2, .*nvfp4, none; got 'affine7'"),
-    ({"quantize": "affine4", "group_size": 16}, r"affine4 must be one of 32, 64, 128; got 16"),
-    ({"quantize": "nvfp4", "group_size": 32}, r"--group-size of nvfp4 must be one of 16; got 32"),
-    ({"group_size": 32}, r"--group-size needs --quantize"),
-    ({"dtype": "float8"}, r"--dtype must be one of float16, bfloat16, float32; got 'float8'"),
-    ({"recipe": "mixed"}, r"--recipe mixed needs --quantize"),
-    ({"recipe": "best", "quantize": "affine4"}, r"--recipe must be one of mixed; got 'best'"),
+    ({"quantize": "affine7"}, r"quantize must be one of affine2, .*nvfp4, none; got 'affine7'"),
+    ({"quantize": "affine4", "group_size": 16}, r"must be one of 32, 64, 128 for affine4; got 16"),
+    ({"quantize": "nvfp4", "group_size": 32}, r"group_size must be one of 16 for nvfp4; got 32"),
+    ({"group_size": 32}, r"group_size is for a model that is quantized"),
+    ({"dtype": "float8"}, r"dtype must be one of float16, bfloat16, float32; got 'float8'"),
+    ({"recipe": "mixed"}, r"recipe mixed is for a model that is quantized"),
+    ({"recipe": "best", "quantize": "affine4"}, r"recipe must be one of mixed; got 'best'"),
     ({"recipe": "mixed", "quantize": "affine8"}, r"nothing has more than affine8"),
 ])  # fmt: skip
 def test_a_wrong_option_says_what_is_allowed(tmp_path: Path, options: dict[str, Any], message: str):
