@@ -26,8 +26,7 @@ from mlxkv.server.openai.fields import (
     reasoning_of,
 )
 from mlxkv.server.openai.messages import ChatMessage, template_messages
-from mlxkv.server.openai.output import chat_logprobs, usage
-from mlxkv.server.openai.respond import respond, several, submit_all
+from mlxkv.server.openai.respond import chat_logprobs, respond, several, usage
 from mlxkv.server.requests import requested
 from mlxkv.server.results import (
     Collected,
@@ -159,9 +158,8 @@ def router(engine: Engine, config: ServerConfig) -> APIRouter:
     async def chat_completions(request: Request, body: ChatRequest) -> Response:
         """Answer a conversation."""
         ask = body.ask(await present(engine, config, body.model), request.state.owner)
-        answers = submit_all(engine, config, several(ask, body.n_answers))
-        reply = ChatReply(body)
-        return await respond(request, config, reply, answers, body.stream)
+        asks = several(ask, body.n_answers)
+        return await respond(request, engine, config, asks, ChatReply(body), body.stream)
 
     return routes
 

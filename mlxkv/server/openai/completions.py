@@ -21,8 +21,7 @@ from mlxkv.server.fields import Count, TopLogprobs, Whole, seconds
 from mlxkv.server.json_route import JSONRoute
 from mlxkv.server.model_names import LocalModel, present
 from mlxkv.server.openai.fields import ResponseFormat, Streamed, format_grammar
-from mlxkv.server.openai.output import usage
-from mlxkv.server.openai.respond import respond, several, submit_all
+from mlxkv.server.openai.respond import respond, several, usage
 from mlxkv.server.requests import requested
 from mlxkv.server.results import Progress, finite, new_id
 
@@ -99,9 +98,7 @@ def router(engine: Engine, config: ServerConfig) -> APIRouter:
     async def completions(request: Request, body: CompletionRequest) -> Response:
         """Go on from a text."""
         asks = body.asks(await present(engine, config, body.model), request.state.owner)
-        answers = submit_all(engine, config, asks)
-        reply = CompletionReply(body)
-        return await respond(request, config, reply, answers, body.stream)
+        return await respond(request, engine, config, asks, CompletionReply(body), body.stream)
 
     return routes
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from mlxkv.generation.outputs import Chunk
 from mlxkv.parsers.events import ToolCall
-from mlxkv.server.openai.output import chat_logprobs
+from mlxkv.server.openai.respond import chat_logprobs
 from mlxkv.server.results import Progress, arguments_of, broken_calls, shown_logprobs
 
 Event = dict[str, Any]

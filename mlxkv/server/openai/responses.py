@@ -36,8 +36,7 @@ from mlxkv.server.openai.fields import (
     json_schema_grammar,
     reasoning_of,
 )
-from mlxkv.server.openai.output import usage
-from mlxkv.server.openai.respond import respond, submit_all
+from mlxkv.server.openai.respond import respond, usage
 from mlxkv.server.openai.response_items import Item, item_messages
 from mlxkv.server.openai.response_output import Event, Output, new_id
 from mlxkv.server.requests import requested
@@ -179,9 +178,8 @@ def router(engine: Engine, config: ServerConfig) -> APIRouter:
     async def responses(request: Request, body: ResponseRequest) -> Response:
         """Answer items with items."""
         ask = body.ask(await present(engine, config, body.model), request.state.owner)
-        answers = submit_all(engine, config, [ask])
         reply = ResponseReply(body)
-        return await respond(request, config, reply, answers, body.stream, reply.failed)
+        return await respond(request, engine, config, [ask], reply, body.stream, reply.failed)
 
     return routes
 
