@@ -1,4 +1,4 @@
-"""What front ends say to the engine and hear from it; `engine` has what is behind it.
+"""What front ends send to the engine and get from it.
 
 A front end submits an `Ask` from any thread and reads an `Answer`; everything that touches MLX is
 behind it.
@@ -93,8 +93,8 @@ class Counts:
         requests: that were begun.
         answered: that ended with an answer.
         failed: that ended with an error.
-        cancelled: that nobody waited for any more.
-        misses: prompts of which more was computed than what was held has of it, by `Miss.reason`.
+        cancelled: whose client cancelled them or went away.
+        misses: prompts that reused less KV than a cached sequence offered, by `Miss.reason`.
     """
 
     requests: int = 0

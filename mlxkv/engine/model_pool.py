@@ -68,7 +68,7 @@ class LoadedModel:
             self.keep_alive_s, self.is_told = keep_alive_s, True
 
     def expires_at(self) -> float | None:
-        """When it leaves if nobody asks for it; None: never."""
+        """When it is unloaded if no request comes; None: never."""
         if self.keep_alive_s < 0:
             return None
         is_fresh = not (self.is_told or self.scheduler.counts.requests)

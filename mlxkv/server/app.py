@@ -41,7 +41,7 @@ def create_app(engine: Engine, config: ServerConfig) -> FastAPI:
 
     Args:
         engine: started already; the caller closes it.
-        config: who may ask, and how much.
+        config: access and limits.
     """
     middleware = [Middleware(Guard, config=config)]
     if config.origins:

@@ -1,4 +1,4 @@
-"""What `mlxkv serve` is told: where it listens, who may ask, and how much."""
+"""Settings of the server: address, access and limits."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class ServerConfig:
     Args:
         host: address to listen on.
         port: port to listen on.
-        api_keys: who knows one of them may ask; none: everybody on this machine may.
+        api_keys: a request must carry one of them; none: no key is needed.
         origins: web pages that may ask, such as `https://app.example`; `*` for all of them.
         hosts: further names that the server goes by, such as `mac-mini.local`.
         models: names or paths that the operator gave; requests may name them as they are.

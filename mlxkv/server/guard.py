@@ -1,4 +1,4 @@
-"""Who may ask, and how much: the first thing that a request meets.
+"""Access control, before anything else sees a request.
 
 - `Host` must be an address, a name of this machine or a configured one: a name that an attacker
   has pointed at this machine (DNS rebinding) is none of them, and an address cannot be pointed.

@@ -31,7 +31,7 @@ DONE = b"data: [DONE]\n\n"
 
 
 class ClientGone(Exception):
-    """Nobody reads the response any more."""
+    """The client closed the connection."""
 
 
 def event(data: Any, name: str | None = None) -> bytes:

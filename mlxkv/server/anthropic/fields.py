@@ -192,7 +192,7 @@ class OutputConfig(Strict):
 
 
 class Metadata(Strict):
-    """Who asks."""
+    """About the user; without effect."""
 
     user_id: str | None = None
 

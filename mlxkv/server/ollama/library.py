@@ -94,7 +94,7 @@ class CreateRequest(Named):
 
 
 class Stopped(MlxkvError):
-    """Nobody waits for the work any more."""
+    """The client that the work was for is gone."""
 
 
 def router(engine: Engine, config: ServerConfig) -> APIRouter:
@@ -209,7 +209,7 @@ async def _progress(work: Work, limiter: anyio.CapacityLimiter) -> Progress:
         yield {"status": "success"}
     finally:
         lines.stop.set()
-        # Its end is waited for by nobody, and its error is the stop.
+        # Nothing awaits the task; its error, the stop, must be retrieved.
         task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
 
 

@@ -39,7 +39,7 @@ Content = Annotated[TextContent | RefusalContent, Field(discriminator="type")]
 
 
 class MessageItem(Strict):
-    """What somebody said."""
+    """A message of one role."""
 
     type: Literal["message"] = "message"
     role: Literal["user", "assistant", "system", "developer"]
