@@ -4,16 +4,27 @@
 this bound is free, nothing has to be known that precisely.
 
     2 KV after the step                              caches that grow are copied, layer by layer
-    + 4 B * 4 * H * n * S                            scores, where no kernel is fused
-    + 4 B * 2 * H * S * (k_dim + v_dim)              keys and values of all heads, unpacked
+    + (H + 2 Hk) * n * (k_dim + v_dim) of a layer    first chunks that a native cache does not copy
+    + the largest attention of a layer               below
     + 4 B * 4 * n * W                                activations
     + 4 B * 2 * V                                    logits
     + 4 B * weights of one layer and of the head     dequantized, on the CPU backend
 
-n tokens behind h; S keys, h + n or what the longest window leaves of them; H query heads; W the sum
-of what the products of the widest layer give for a token, experts as often as they are chosen.
-Bytes are those of float32, whatever is computed in. `tests/test_step_bound.py` holds it against the
-trace of every family.
+A layer's attention takes, where it is one fused kernel (`fused.is_fused`):
+
+    4 B * 4 * n * S                                  the mask of a sliding window
+    + 4 B * 2 * Hk * S * (k_dim + v_dim)             keys and values, dequantized
+
+and elsewhere
+
+    4 B * 4 * H * n * S                              scores
+    + 4 B * 2 * H * S * (k_dim + v_dim)              keys and values of all heads, dequantized
+
+n tokens behind h; S keys, h + n or what the window leaves of them; H query heads, Hk KV heads; W
+the sum of what the products of the widest layer give for a token, experts as often as they are
+chosen. Bytes are those of float32, whatever is computed in. `tests/memory/test_step_bound.py` holds
+it against the trace of every family, `tests/metal/test_bounds.py` against that of released models'
+proportions as Metal would run them.
 """
 
 from __future__ import annotations
@@ -27,7 +38,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxkv.base import device
-from mlxkv.kv.types import CacheSpec, KVFormat, ceil_step
+from mlxkv.kv.types import KV_TYPES, CacheSpec, KVFormat, ceil_step
+from mlxkv.nn.fused import is_fused
 from mlxkv.nn.model import CausalLM
 from mlxkv.nn.moe import GatedExperts
 
@@ -45,6 +57,7 @@ class StepBound:
         specs: one per layer.
         itemsize: bytes per value that is computed in.
         n_heads: query heads.
+        is_capped: whether scores have a soft cap.
         width: values that the products of the widest layer give for a token.
         vocab_size: of the logits.
         unpacked: values of weights that are dequantized at a time.
@@ -53,13 +66,19 @@ class StepBound:
     specs: tuple[CacheSpec, ...]
     itemsize: int
     n_heads: int
+    is_capped: bool
     width: int
     vocab_size: int
     unpacked: int
 
     @classmethod
     def of(cls, model: CausalLM) -> StepBound | None:
-        """None for mlx-lm's definitions: they may keep something else than keys and values."""
+        """None for mlx-lm's definitions: what they compute does not follow from their weights.
+
+        They may keep a state instead of keys and values, hold keys and values of another shape than
+        they attend with, or scores beside a kernel. Each has a code of its own for it, so a bound
+        that holds for those that are known is none for the next.
+        """
         specs = tuple(spec for spec in model.cache_specs() if spec is not None)
         n_heads = getattr(model.config, "num_attention_heads", None)
         if not isinstance(n_heads, int) or any(spec.opaque for spec in specs):
@@ -69,6 +88,7 @@ class StepBound:
             specs,
             model.compute_dtype.size,
             n_heads,
+            getattr(model.config, "attn_logit_softcapping", None) is not None,
             max(widths.values(), default=0) + widths[""],
             model.config.vocab_size,
             max(values.values(), default=0) + values[""],
@@ -77,19 +97,10 @@ class StepBound:
     def __call__(self, kv_type: str, n_held: int, n_new: int) -> int:
         """Bytes of KV and computation during a step of `n_new` tokens behind `n_held`."""
         kv = KVFormat(kv_type, self.itemsize)
-        after = ceil_step(n_held + n_new)
-        windows = [spec.window for spec in self.specs]
-        n_keys = after
-        if windows and None not in windows:
-            n_keys = min(after, max(window or 0 for window in windows) + n_new)
-        row = max((spec.k_dim + spec.v_dim for spec in self.specs), default=0)
-        values = (
-            4 * self.n_heads * n_new * n_keys
-            + 2 * self.n_heads * n_keys * row
-            + 4 * n_new * self.width
-            + 2 * self.vocab_size
-            + self.unpacked
+        attention = max(
+            (self._attention(spec, kv_type, n_held, n_new) for spec in set(self.specs)), default=0
         )
+        values = attention + 4 * n_new * self.width + 2 * self.vocab_size + self.unpacked
         held = sum(spec.nbytes(n_held + n_new, kv) for spec in self.specs)
         # A window's cache holds a whole chunk beside its window until the next update.
         surplus = sum(
@@ -97,7 +108,41 @@ class StepBound:
             for spec in self.specs
             if spec.window is not None
         )
-        return BASE_BYTES + 2 * (held + surplus) + FLOAT * values
+        kept = self._kept(kv_type, n_new) if n_held == 0 else 0
+        return BASE_BYTES + 2 * (held + surplus) + self.itemsize * kept + FLOAT * values
+
+    def _kept(self, kv_type: str, n_new: int) -> int:
+        """Values of a first chunk that its caches keep beside keys and values.
+
+        A native cache that a chunk fills to the last row is not written: it is a view of what was
+        computed, and keeps the queries that lie in the same arrays.
+        """
+        if kv_type != KV_TYPES[0]:
+            return 0
+        return n_new * sum(
+            (self.n_heads + 2 * spec.n_kv_heads) * (spec.k_dim + spec.v_dim)
+            for spec in self.specs
+            if spec.n_rows(n_new) <= n_new
+        )
+
+    def _attention(self, spec: CacheSpec, kv_type: str, n_held: int, n_new: int) -> int:
+        """Values that one layer's attention holds beside its queries and its result."""
+        n_keys = ceil_step(n_held + n_new)
+        if spec.window is not None:
+            n_keys = min(n_keys, spec.window + n_new)
+        fused = is_fused(
+            n_new,
+            spec.k_dim,
+            spec.v_dim,
+            self.n_heads // spec.n_kv_heads,
+            packed=kv_type != KV_TYPES[0],
+            capped=self.is_capped,
+        )
+        if fused:
+            n_heads, n_scores = spec.n_kv_heads, n_new if spec.window is not None else 0
+        else:
+            n_heads, n_scores = self.n_heads, self.n_heads * n_new
+        return n_keys * (4 * n_scores + 2 * n_heads * (spec.k_dim + spec.v_dim))
 
 
 def _layers(model: CausalLM) -> tuple[Counter[str], Counter[str]]:

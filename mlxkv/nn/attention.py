@@ -34,6 +34,8 @@ def attend(
 ) -> mx.array:
     """softmax(scale * q k^T + mask) v, each KV head serving H / Hk query heads.
 
+    Where this is one kernel, and keeps no scores, is written down in `fused.is_fused`.
+
     Args:
         q: `[B, H, L, k_dim]`.
         k: `[B, Hk, S, k_dim]`, packed or not; of sequences that differ, for one query each.
