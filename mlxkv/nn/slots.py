@@ -7,8 +7,9 @@ Invariants:
   position p lies at column p, in a window of W tokens at `p % W`.
 - A slot is free when no cache refers to it any more: a cache that is written alone, reset or
   dropped leaves by itself, and nothing has to be told.
-- Buffers that are made anew for a sequence that joins have a quarter more slots than are used, so
-  the next n // 4 that join are the only ones copied. One that leaves copies at most one other.
+- Buffers that are made anew for a sequence that joins a group have a quarter more slots than are
+  used, at least one more, where there is room: the next n // 4 that join, or the next one, are the
+  only ones copied. One that leaves copies at most one other.
 """
 
 from __future__ import annotations
@@ -86,13 +87,23 @@ class Group:
             if cache is not None and _is_at(cache, layer, slot):
                 yield cache
 
-    def admit(self, sequences: Sequence[Layers]) -> None:
-        """Move sequences in; evaluates layer by layer, so that one layer at most is there twice."""
+    def n_slots_with(self, n_new: int, *, spare: bool) -> int:
+        """Rows after so many more sequences were moved in; see `admit`."""
+        n_needed = self.n_used + n_new
+        if n_needed <= self.n_slots:
+            return self.n_slots
+        return n_needed + (max(1, n_needed // SLACK) if spare and self.layers else 0)
+
+    def admit(self, sequences: Sequence[Layers], *, spare: bool) -> None:
+        """Move sequences in; evaluates layer by layer, so that one layer at most is there twice.
+
+        Args:
+            sequences: the caches of each.
+            spare: whether a group that has buffers, and no row for them, takes some more rows.
+        """
         used = set(self.used())
-        n_needed = len(used) + len(sequences)
-        if n_needed > self.n_slots:
-            spare = n_needed // SLACK if self.layers else 0
-            self._owners += [[] for _ in range(n_needed + spare - self.n_slots)]
+        n_slots = self.n_slots_with(len(sequences), spare=spare)
+        self._owners += [[] for _ in range(n_slots - self.n_slots)]
         free = [slot for slot in range(self.n_slots) if slot not in used]
         places = list(zip(free, sequences, strict=False))
         # First: where a layer fails, those before it are in their slots.
@@ -177,8 +188,11 @@ def place(sequences: Sequence[Layers], room: Room, one_part: bool = False) -> li
         new = [i for i in sorted(bucket.members) if _place_of(sequences[i]) is not group]
         if not new or len(bucket.members) == 1:
             continue
-        if room(_bytes_to_admit(group, [sequences[i] for i in new])):
-            group.admit([sequences[i] for i in new])
+        layers = [sequences[i] for i in new]
+        for spare in (True, False):
+            if room(_bytes_to_admit(group, layers, spare=spare)):
+                group.admit(layers, spare=spare)
+                break
     return _parts(sequences)
 
 
@@ -291,10 +305,9 @@ def growth_bytes(layers: Layers, n_tokens: int) -> int:
     return more + largest
 
 
-def _bytes_to_admit(group: Group, new: Sequence[Layers]) -> int:
+def _bytes_to_admit(group: Group, new: Sequence[Layers], *, spare: bool) -> int:
     """What is allocated more, without what the new ones give back, at the most."""
-    n_needed = group.n_used + len(new)
-    n_slots = max(group.n_slots, n_needed + (n_needed // SLACK if group.layers else 0))
+    n_slots = group.n_slots_with(len(new), spare=spare)
     longest = max(_length(layers) for layers in new)
     total, largest = 0, 0
     for i, cache in enumerate(new[0]):

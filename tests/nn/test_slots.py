@@ -15,7 +15,17 @@ from mlxkv.cache import KVCache, RotatingKVCache
 from mlxkv.kv.layout import Cache, Positions
 from mlxkv.nn.batch import arranged, batch
 from mlxkv.nn.model import CausalLM
-from mlxkv.nn.slots import SLACK, Group, Row, go_together, growth_bytes, place, sliceable
+from mlxkv.nn.slots import (
+    SLACK,
+    Group,
+    Room,
+    Row,
+    SharedBuffers,
+    go_together,
+    growth_bytes,
+    place,
+    sliceable,
+)
 from tests.nn.test_batch import alone, assert_same, every_model, load, prefilled
 
 H, D, WINDOW = 2, 16, 24
@@ -253,6 +263,54 @@ def test_one_that_joins_takes_a_free_slot_and_nothing_else_is_copied(monkeypatch
     sequences.append([filled(100, 9)])
     batch(sequences)
     assert {group_of(caches[0]) for caches in sequences} == {group}
+
+
+def copying_joins(monkeypatch: pytest.MonkeyPatch, n_most: int, room: Room) -> list[int]:
+    """Sizes that a group reached by copying those that were in it, while one joined at a time."""
+    copied: list[int] = []
+    resize = SharedBuffers.resize
+
+    def counted(self: SharedBuffers, n_slots: int, capacity: int) -> None:
+        copied.append(len(sequences))
+        resize(self, n_slots, capacity)
+
+    monkeypatch.setattr("mlxkv.nn.slots.SharedBuffers.resize", counted)
+    sequences = [[filled(100, i)] for i in range(2)]
+    batch(sequences, room)
+    while len(sequences) < n_most:
+        sequences.append([filled(100, len(sequences))])
+        batch(sequences, room)
+        assert len({group_of(caches[0]) for caches in sequences}) == 1
+    return copied
+
+
+def test_every_second_join_at_least_copies_nothing_else(monkeypatch):
+    assert copying_joins(monkeypatch, 21, everything) == [3, 5, 7, 9, 12, 16, 21]
+
+
+def test_a_group_without_room_for_a_spare_row_takes_one_that_joins(monkeypatch):
+    row = 256 * 2 * H * D * 4
+    # 3 rows made of 2 take 1 more and the layer once more, 4 of 3 take 5 rows; a spare one takes
+    # two more each time.
+    assert copying_joins(monkeypatch, 4, lambda n_bytes: n_bytes <= 5 * row) == [3, 4]
+    assert copying_joins(monkeypatch, 4, lambda n_bytes: n_bytes <= 6 * row) == [3]
+
+
+@pytest.mark.parametrize("n", [3, 4])
+def test_one_that_joins_after_another_left_copies_nothing_else(monkeypatch, n):
+    sequences = [[filled(100, i)] for i in range(n)]
+    batch(sequences[:2])
+    batch(sequences)
+    sequences[-1][0].reset()
+    batch(sequences[:-1])  # gives back the free rows that are more than a quarter
+    group = group_of(sequences[0][0])
+    monkeypatch.setattr("mlxkv.nn.slots.SharedBuffers.resize", None)
+    for i in range(3):
+        sequences[-1] = [filled(100, 9 + i)]
+        batch(sequences)
+        assert {group_of(caches[0]) for caches in sequences} == {group}
+        sequences[-1][0].reset()
+        batch(sequences[:-1])
 
 
 def test_a_slot_that_was_half_filled_when_memory_ran_out_is_not_given_away(monkeypatch):
