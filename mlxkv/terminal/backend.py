@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from mlxkv.memory.types import MemoryStats
     from mlxkv.sampling.params import SamplingParams
     from mlxkv.saved_kv.manifest import NamedKV
-    from mlxkv.terminal.one_shot import Settings
+    from mlxkv.terminal.answer_options import AnswerOptions
 
 Progress = Callable[[int, int], None]
 """Called with (done, all) tokens of a long prompt, and with (0, 0) where that is not known."""
@@ -91,7 +91,7 @@ class Speaker(Protocol):
     def stream(
         self,
         prompt: str | Sequence[dict[str, Any]],
-        settings: Settings,
+        settings: AnswerOptions,
         on_progress: Progress | None = None,
         kv_from: NamedKV | None = None,
     ) -> Iterator[Chunk]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 from mlxkv.errors import TemplateError
-from mlxkv.terminal.one_shot import Settings, options_of
+from mlxkv.terminal.answer_options import AnswerOptions, options_of
 
 if TYPE_CHECKING:
     from mlxkv.generation.outputs import Chunk
@@ -92,7 +92,7 @@ class LocalSpeaker:
     def stream(
         self,
         prompt: str | Sequence[dict[str, Any]],
-        settings: Settings,
+        settings: AnswerOptions,
         on_progress: Progress | None = None,
         kv_from: NamedKV | None = None,
     ) -> Iterator[Chunk]:

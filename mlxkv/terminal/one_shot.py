@@ -4,77 +4,20 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 from mlxkv.errors import INTERRUPTED, UsageError
+from mlxkv.terminal.answer_options import AnswerOptions, options_of
 from mlxkv.terminal.console import Aside, ProgressLine
 from mlxkv.terminal.spelling import RUN
 from mlxkv.terminal.stats_text import describe_memory, describe_stats, remarks, stats_dict
 
 if TYPE_CHECKING:
     from mlxkv.generation.outputs import Chunk
-    from mlxkv.sampling.params import SamplingParams
     from mlxkv.saved_kv.manifest import NamedKV
     from mlxkv.terminal.backend import Speaker, Talk
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """How answers are made; None leaves it to the model.
-
-    `format` is what `Grammar.of` reads: "json" or a JSON schema.
-    """
-
-    max_tokens: int | None = None
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
-    repeat_penalty: float | None = None
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-    truncate: bool = False
-    think: bool | str | None = None
-    format: str | Mapping[str, Any] | None = None
-
-
-def check(settings: Settings) -> None:
-    """Refuses what is out of range before a model is loaded.
-
-    Raises:
-        UsageError: names the option and what is allowed.
-    """
-    if settings.max_tokens is not None and settings.max_tokens < 1:
-        raise UsageError(f"must be 1 or more; got {settings.max_tokens}", field="max_tokens")
-    if "" in settings.stop:
-        raise UsageError("must not be empty", field="stop")
-    from mlxkv.sampling.params import SamplingParams
-
-    SamplingParams(
-        temperature=settings.temperature,
-        top_k=settings.top_k,
-        top_p=settings.top_p,
-        min_p=settings.min_p,
-        repeat_penalty=settings.repeat_penalty,
-        seed=settings.seed,
-    )
-
-
-def with_defaults(
-    settings: Settings, advice: SamplingParams, repeat_penalty: float | None = None
-) -> Settings:
-    """The settings, with what is not set taken from the model's own recommendation.
-
-    Args:
-        settings: what the user set.
-        advice: what the model recommends.
-        repeat_penalty: where neither says.
-    """
-    values = {"repeat_penalty": repeat_penalty, **advice.chosen()}
-    unset = {name: x for name, x in values.items() if getattr(settings, name) is None}
-    return replace(settings, **unset)
 
 
 def one_answer(
@@ -82,7 +25,7 @@ def one_answer(
     prompt: str,
     *,
     system: str | None,
-    settings: Settings,
+    settings: AnswerOptions,
     raw: bool,
     as_json: bool,
     verbose: bool,
@@ -120,15 +63,10 @@ def one_answer(
         progress.clear()
 
 
-def options_of(settings: Settings) -> dict[str, Any]:
-    """The settings as `stream` and `send` take them."""
-    return {field.name: getattr(settings, field.name) for field in fields(settings)}
-
-
 def send(
     conversation: Talk,
     text: str,
-    settings: Settings,
+    settings: AnswerOptions,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[Chunk]:
     """`conversation.send` with these settings."""

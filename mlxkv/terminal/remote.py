@@ -22,7 +22,7 @@ from mlxkv.sampling.params import GENERATION_CONFIG, SamplingParams
 from mlxkv.server.client import Server
 from mlxkv.store.refs import looks_like_model
 from mlxkv.store.settings import COMMAND_LINE, Given, Setting
-from mlxkv.terminal.one_shot import Settings
+from mlxkv.terminal.answer_options import AnswerOptions
 
 if TYPE_CHECKING:
     from mlxkv.saved_kv.manifest import NamedKV
@@ -129,7 +129,7 @@ class RemoteSpeaker:
     def stream(
         self,
         prompt: str | Sequence[dict[str, Any]],
-        settings: Settings,
+        settings: AnswerOptions,
         on_progress: Progress | None = None,
         kv_from: NamedKV | None = None,
     ) -> Generator[Chunk]:
@@ -154,7 +154,11 @@ class RemoteSpeaker:
         """The server lets its models go itself."""
 
     def _answer(
-        self, path: str, asked: dict[str, Any], settings: Settings, on_progress: Progress | None
+        self,
+        path: str,
+        asked: dict[str, Any],
+        settings: AnswerOptions,
+        on_progress: Progress | None,
     ) -> Generator[Chunk]:
         started, first_s = time.perf_counter(), None
         if on_progress is not None:
@@ -167,7 +171,7 @@ class RemoteSpeaker:
                     return
         raise self.server.ended()
 
-    def _body(self, asked: dict[str, Any], settings: Settings) -> dict[str, Any]:
+    def _body(self, asked: dict[str, Any], settings: AnswerOptions) -> dict[str, Any]:
         given = self.given
         options = {theirs: getattr(settings, ours) for ours, theirs in _OPTIONS.items()}
         options |= {"num_ctx": given.context, "num_keep": given.keep}
@@ -219,7 +223,7 @@ class RemoteTalk:
     def send(
         self, text: str, on_progress: Progress | None = None, **options: Any
     ) -> Iterator[Chunk]:
-        """Stream the answer to the user's next message; options are the fields of `Settings`.
+        """Stream the answer to the user's next message; options are the fields of `AnswerOptions`.
 
         An answer that is left early stays in the history as far as it came.
         """
@@ -227,7 +231,9 @@ class RemoteTalk:
         shown: list[Chunk] = []
         asked = [*self.messages, user]
         try:
-            with closing(self._speaker.stream(asked, Settings(**options), on_progress)) as chunks:
+            with closing(
+                self._speaker.stream(asked, AnswerOptions(**options), on_progress)
+            ) as chunks:
                 for chunk in chunks:
                     shown.append(chunk)
                     yield chunk

@@ -19,8 +19,9 @@ from types import FrameType
 from typing import TYPE_CHECKING, cast
 
 from mlxkv.errors import MlxkvError, TemplateError
+from mlxkv.terminal.answer_options import AnswerOptions
 from mlxkv.terminal.console import ProgressLine
-from mlxkv.terminal.one_shot import Printer, Settings, prefill_report, send
+from mlxkv.terminal.one_shot import Printer, prefill_report, send
 from mlxkv.terminal.slash_commands import PARAMETERS, Chat, Leave, execute
 from mlxkv.terminal.spelling import RUN
 from mlxkv.terminal.stats_text import describe_rungs, describe_shift, describe_stats
@@ -45,7 +46,7 @@ Ask = Callable[[str], str]
 
 def chat(
     speaker: Speaker,
-    settings: Settings,
+    settings: AnswerOptions,
     *,
     system: str | None = None,
     verbose: bool = False,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlxkv.errors import OutputError, UsageError
-from mlxkv.terminal.one_shot import Settings, check, with_defaults
+from mlxkv.terminal.answer_options import AnswerOptions, check, with_defaults
 from mlxkv.terminal.stats_text import describe_memory
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class Chat:
     """
 
     speaker: Speaker
-    settings: Settings
+    settings: AnswerOptions
     verbose: bool = False
     kv_from: NamedKV | None = None
     conversation: Talk = field(init=False)
@@ -86,7 +86,7 @@ class Chat:
     dropped: int = field(default=0, init=False)
 
     @property
-    def effective(self) -> Settings:
+    def effective(self) -> AnswerOptions:
         """The settings, what the user did not set filled in."""
         return with_defaults(self.settings, self.speaker.recommended, CHAT_REPEAT_PENALTY)
 
@@ -296,14 +296,14 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
-def _parameters_of(content: dict[str, Any], path: Path) -> Settings:
+def _parameters_of(content: dict[str, Any], path: Path) -> AnswerOptions:
     raw = content.get("parameters", {})
     if not isinstance(raw, dict) or not raw.keys() <= PARAMETERS.keys():
         raise UsageError(f"{path}: key 'parameters' must hold only {', '.join(PARAMETERS)}")
     stop = raw.get("stop") or ()
     if not isinstance(stop, list | tuple) or not all(isinstance(text, str) for text in stop):
         raise UsageError(f"{path}: key 'stop' must be a list of texts")
-    settings = Settings(**{**raw, "stop": tuple(stop)})
+    settings = AnswerOptions(**{**raw, "stop": tuple(stop)})
     for name in ("max_tokens",):
         value = getattr(settings, name)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool)):

@@ -22,8 +22,8 @@ from mlxkv.sampling.params import SamplingParams
 from mlxkv.sampling.sampler import Sampler
 from mlxkv.store.settings import Given
 from mlxkv.terminal import repl
+from mlxkv.terminal.answer_options import AnswerOptions
 from mlxkv.terminal.local import LocalSpeaker
-from mlxkv.terminal.one_shot import Settings
 from mlxkv.terminal.slash_commands import Chat
 from tests.llm.test_llm import turns
 from tests.support import tiny
@@ -366,7 +366,7 @@ def test_kv_is_saved_within_the_context(models, tmp_path, monkeypatch):
 
 def test_a_chat_says_each_time_that_more_was_dropped(models, capsys):
     llm = load(models, context=256, overflow="shift")
-    chat = Chat(LocalSpeaker(llm, "llama", Given()), Settings(max_tokens=60))
+    chat = Chat(LocalSpeaker(llm, "llama", Given()), AnswerOptions(max_tokens=60))
     chat.begin("Be brief.")
     said = []
     for _ in range(5):

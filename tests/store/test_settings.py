@@ -18,8 +18,8 @@ from mlxkv.cli import main
 from mlxkv.convert import convert
 from mlxkv.errors import ConfigError, UsageError
 from mlxkv.store.settings import CALLER, COMMAND_LINE, REQUEST, Given, effective
+from mlxkv.terminal.answer_options import AnswerOptions
 from mlxkv.terminal.local import LocalSpeaker
-from mlxkv.terminal.one_shot import Settings as Sampling
 from mlxkv.terminal.slash_commands import Chat, execute
 from tests.support.command_line import assert_one_line, chat_model, environment
 
@@ -306,7 +306,7 @@ def test_a_chat_shows_its_settings_and_loads_the_next_model_with_them(model, tmp
     chat_model(model.parent / "short", max_position_embeddings=64)
     chat_model(model.parent / "other", family="gemma3")
     given = Given(context=100, kv_type="q8", overflow="shift", origin=COMMAND_LINE)
-    chat = Chat(LocalSpeaker(mlxkv.load("chatty"), "chatty", given), Sampling())
+    chat = Chat(LocalSpeaker(mlxkv.load("chatty"), "chatty", given), AnswerOptions())
     chat.begin(None)
     assert "context          1,024 tokens (config.json)" in execute(chat, "/show model")
     with pytest.raises(UsageError, match="64; got 100"):

@@ -31,7 +31,7 @@ from mlxkv.parsers.events import ToolCall
 from mlxkv.sampling.grammar import Grammar
 from mlxkv.server.client import Server as Address
 from mlxkv.store.settings import Given
-from mlxkv.terminal.one_shot import Settings
+from mlxkv.terminal.answer_options import AnswerOptions
 from mlxkv.terminal.remote import RemoteSpeaker
 from tests.support.command_line import TEMPLATE, assert_one_line, chat_model, environment, mlxkv
 from tests.support.fake_engine import MODEL, FakeEngine, options_of, says, serving, stats
@@ -351,9 +351,10 @@ from mlxkv.server.client import Server
 from mlxkv.terminal.slash_commands import Chat, execute
 from mlxkv.terminal.remote import RemoteSpeaker
 from mlxkv.terminal.repl import answer
-from mlxkv.terminal.one_shot import Settings
+from mlxkv.terminal.answer_options import AnswerOptions
 from mlxkv.store.settings import Given
-chat = Chat(RemoteSpeaker(Server.at({server.url!r}), "chatty", Given()), Settings(max_tokens=3))
+speaker = RemoteSpeaker(Server.at({server.url!r}), "chatty", Given())
+chat = Chat(speaker, AnswerOptions(max_tokens=3))
 chat.begin(None)
 answer(chat, "hello")
 for line in ("/show", "/set seed 1", "/set think off", "/save {tmp_path}/x.json",
@@ -470,9 +471,11 @@ MESSAGES = [
 
 def test_what_is_set_arrives_and_what_is_not_does_not(fake, engine, speaker):
     engine.script = says("Hi")
-    list(speaker.stream(MESSAGES, Settings()))
+    list(speaker.stream(MESSAGES, AnswerOptions()))
     assert (engine.last.request.prompt, options_of(engine.last)) == (MESSAGES, {})
-    every = Settings(9, 0.5, 4, 0.75, 0.25, 1.5, 6, ("a", "b"), True, "low", {"type": "object"})
+    every = AnswerOptions(
+        9, 0.5, 4, 0.75, 0.25, 1.5, 6, ("a", "b"), True, "low", {"type": "object"}
+    )
     given = Given(context=64, overflow="shift", keep=3)
     list(RemoteSpeaker(fake[1], MODEL, given).stream(MESSAGES, every))
     assert options_of(engine.last) == {
@@ -481,13 +484,17 @@ def test_what_is_set_arrives_and_what_is_not_does_not(fake, engine, speaker):
         "context": 64, "overflow": "shift", "keep": 3,
     }  # fmt: skip
     assert engine.last.request.format == Grammar("json_schema", '{"type": "object"}')
-    list(RemoteSpeaker(fake[1], MODEL, Given(overflow="stop")).stream("Once", Settings(think=None)))
+    list(
+        RemoteSpeaker(fake[1], MODEL, Given(overflow="stop")).stream(
+            "Once", AnswerOptions(think=None)
+        )
+    )
     assert (engine.last.request.prompt, options_of(engine.last)) == ("Once", {"overflow": "stop"})
 
 
 def test_zeros_are_set_too(engine, speaker):
     engine.script = says("Hi")
-    settings = Settings(temperature=0, top_k=0, min_p=0, seed=0, think=False)
+    settings = AnswerOptions(temperature=0, top_k=0, min_p=0, seed=0, think=False)
     list(speaker.stream(MESSAGES, settings))
     assert options_of(engine.last) == {
         "temperature": 0, "top_k": 0, "min_p": 0, "seed": 0, "think": False,
@@ -504,7 +511,7 @@ def test_the_figures_are_those_of_the_engine(engine, speaker):
         Chunk("Hel", 3),
         Chunk("lo", 4, "length", expected),
     ]
-    chunks = list(speaker.stream(MESSAGES, Settings()))
+    chunks = list(speaker.stream(MESSAGES, AnswerOptions()))
     assert join_parts(chunks) == ("Hello", "hm so", ())
     last = chunks[-1]
     assert last.finish_reason == "length" and last.stats is not None
@@ -516,7 +523,7 @@ def test_the_figures_are_those_of_the_engine(engine, speaker):
 def test_an_answer_that_memory_ended_says_so(engine, speaker):
     error = KVCacheFull(512, 768, 600, hints=[Hint("memory", "1GiB")])
     engine.script = says("Hel", reason="memory", error=error)
-    *_, last = speaker.stream(MESSAGES, Settings())
+    *_, last = speaker.stream(MESSAGES, AnswerOptions())
     assert last.finish_reason == "memory"
     assert type(last.error) is OutOfMemory and str(last.error) == error.text
 
@@ -527,7 +534,7 @@ def test_a_call_that_nobody_runs_is_text(engine, speaker):
         Chunk("So: ", 1),
         Chunk("", 2, "stop", stats(), tool_calls=(call,)),
     ]
-    chunks = list(speaker.stream(MESSAGES, Settings()))
+    chunks = list(speaker.stream(MESSAGES, AnswerOptions()))
     assert join_parts(chunks) == ("So: <call>{}</call>", "", ())
 
 
@@ -537,7 +544,7 @@ def test_an_error_has_its_kind_before_the_first_word_and_after_it(engine, speake
     engine.script = lambda ask: [*before, CheckpointError("weights are damaged")]
     said = []
     with pytest.raises(CheckpointError, match="answered 422: weights are damaged"):
-        for chunk in speaker.stream(MESSAGES, Settings()):
+        for chunk in speaker.stream(MESSAGES, AnswerOptions()):
             said.append(chunk.text)
     assert said == ["Hel"] * n_before
 
@@ -545,7 +552,7 @@ def test_an_error_has_its_kind_before_the_first_word_and_after_it(engine, speake
 def test_a_full_queue_is_no_lack_of_memory(engine, speaker):
     engine.busy = Busy(2.0)
     with pytest.raises(MlxkvError, match="answered 503: too many requests") as caught:
-        list(speaker.stream(MESSAGES, Settings()))
+        list(speaker.stream(MESSAGES, AnswerOptions()))
     assert caught.value.exit_code == 1
 
 
@@ -563,7 +570,7 @@ def test_an_answer_that_is_left_is_cancelled_and_stays_in_the_history(engine, sp
 def test_an_answer_without_its_last_line_is_an_error(engine, speaker):
     engine.script = lambda ask: [Chunk("Hel", 1)]
     with pytest.raises(MlxkvError, match="ended the answer before it was done"):
-        list(speaker.stream(MESSAGES, Settings()))
+        list(speaker.stream(MESSAGES, AnswerOptions()))
 
 
 def test_a_message_that_fails_is_not_in_the_history(engine, speaker):
@@ -598,4 +605,4 @@ def test_a_model_that_is_not_there_is_not_found(fake, speaker):
 
 def test_kv_of_this_machine_is_refused(speaker):
     with pytest.raises(UsageError, match="this machine's"):
-        speaker.stream(MESSAGES, Settings(), None, object())
+        speaker.stream(MESSAGES, AnswerOptions(), None, object())

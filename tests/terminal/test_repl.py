@@ -11,8 +11,8 @@ from mlxkv.memory.types import KVUse, MemoryStats
 from mlxkv.sampling.params import SamplingParams
 from mlxkv.store.settings import COMMAND_LINE, Given, Setting
 from mlxkv.terminal import repl, slash_commands
+from mlxkv.terminal.answer_options import AnswerOptions, with_defaults
 from mlxkv.terminal.local import LocalSpeaker
-from mlxkv.terminal.one_shot import Settings, with_defaults
 from mlxkv.terminal.slash_commands import Chat, Leave, execute
 from tests.support.command_line import chat_model
 from tests.support.terminal import Terminal
@@ -153,7 +153,7 @@ def chat():
         settings=(Setting("context", 512, COMMAND_LINE), Setting("overflow", "stop", "default")),
     )
     speaker = LocalSpeaker(llm, "m", Given())  # pyright: ignore[reportArgumentType]
-    chat = Chat(speaker, Settings())
+    chat = Chat(speaker, AnswerOptions())
     chat.begin("Be brief.")
     chat.conversation.turns += [
         {"role": "user", "content": "hi"},
@@ -245,7 +245,7 @@ def test_what_is_not_set_is_the_models_recommendation(chat):
     execute(chat, "/set temperature 0")
     assert chat.effective.temperature == 0
     advice = chat.speaker.recommended
-    assert with_defaults(Settings(top_k=3), advice) == Settings(temperature=0.6, top_k=3)
+    assert with_defaults(AnswerOptions(top_k=3), advice) == AnswerOptions(temperature=0.6, top_k=3)
 
 
 def test_what_is_saved_is_what_is_loaded(chat, tmp_path):
@@ -255,11 +255,11 @@ def test_what_is_saved_is_what_is_loaded(chat, tmp_path):
     execute(chat, '/set stop "END"')
     execute(chat, f'/save "{file}"')
     chat.begin(None)
-    chat.settings = Settings()
+    chat.settings = AnswerOptions()
     assert "3 messages" in execute(chat, f'/load "{file}"')
     assert chat.conversation.messages == before
     assert chat.system == "Be brief."
-    assert chat.settings == Settings(seed=7, stop=("END",))
+    assert chat.settings == AnswerOptions(seed=7, stop=("END",))
     assert [path.name for path in tmp_path.iterdir()] == ["my talk.json"]
 
 

@@ -15,9 +15,10 @@ from mlxkv.parsers.events import ToolCall
 from mlxkv.sampling.params import SamplingParams
 from mlxkv.store.settings import Given
 from mlxkv.terminal import repl
+from mlxkv.terminal.answer_options import AnswerOptions
 from mlxkv.terminal.console import Aside
 from mlxkv.terminal.local import LocalSpeaker
-from mlxkv.terminal.one_shot import Printer, Settings
+from mlxkv.terminal.one_shot import Printer
 from mlxkv.terminal.slash_commands import Chat, execute
 from mlxkv.text.chat_template import ChatTemplate
 from tests.support.chat_templates.cases import TEMPLATES
@@ -130,7 +131,7 @@ def chat():
     source = TEMPLATES["reasoning"].read_text()
     tokenizer = SimpleNamespace(chat_template=ChatTemplate(source), id_of=lambda token: None)
     llm = SimpleNamespace(tokenizer=tokenizer, conversation=Talk, recommended=SamplingParams())
-    chat = Chat(LocalSpeaker(llm, "thinker", Given()), Settings())  # type: ignore[arg-type]
+    chat = Chat(LocalSpeaker(llm, "thinker", Given()), AnswerOptions())  # type: ignore[arg-type]
     chat.begin(None)
     return chat
 
@@ -172,7 +173,7 @@ def test_saved_reasoning_is_loaded_again(chat, tmp_path):
     file = tmp_path / "talk.json"
     content = {"format": "mlxkv conversation", "version": 1, "model": "x", "messages": turns}
     file.write_text(json.dumps(content))
-    chat.settings = Settings(think=False)
+    chat.settings = AnswerOptions(think=False)
     execute(chat, f"/load {file}")
     assert chat.conversation.messages == turns
     assert chat.settings.think is False
