@@ -19,13 +19,13 @@ without its defects on chunks that wrap: docs/design.md says which.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import mlx.core as mx
 
 from mlxkv.errors import UsageError
-from mlxkv.kv.buffers import Buffers, write
+from mlxkv.kv.buffers import Buffers
 from mlxkv.kv.layout import Cache, Mask, SharedRow, Slice, windowed_mask
 from mlxkv.kv.storage import Rows, storage_of
 from mlxkv.kv.types import CacheSpec, ceil_step
@@ -64,7 +64,7 @@ class KVCache(Buffers):
         arrays, buffers = self._storage.encode_both(k, v), self.arrays
         if stop > self.capacity:
             buffers = self._reserved(arrays, start, ceil_step(stop))
-        write(buffers, arrays, start, stop)  # behind what is held
+        buffers = self._written(buffers, arrays, start, stop)
         self.buffers, self.row, self.offset = buffers, None, stop
         return self._storage.decode_both(buffers, stop, *self._rows[2:4])
 
@@ -146,13 +146,12 @@ class RotatingKVCache(Buffers):
         kv_type: one of `KV_TYPES`.
 
     Attributes:
-        copied: makes a copy with memory of its own; another function where a step is traced.
 
     Raises:
         UsageError: `max_size` is not positive.
     """
 
-    __slots__ = ("_head", "_n", "copied", "max_size")
+    __slots__ = ("_head", "_n", "max_size")
 
     def __init__(self, max_size: int, spec: CacheSpec | None = None, kv_type: str = "native"):
         if max_size < 1:
@@ -161,7 +160,6 @@ class RotatingKVCache(Buffers):
         self.max_size = max_size
         self._n = 0
         self._head = 0
-        self.copied: Callable[[mx.array], mx.array] = mx.contiguous
 
     def __len__(self) -> int:
         return min(self._n, self.max_size)
@@ -212,8 +210,7 @@ class RotatingKVCache(Buffers):
         # Too large where a chunk's surplus was rewound: no longer needed, so given back.
         if stop > self.capacity or self.capacity > self.max_size:
             buffers = self._reserved(arrays, start, min(ceil_step(stop), self.max_size))
-        write(buffers, arrays, start, stop)  # behind what is held
-        return buffers, stop, self._head
+        return self._written(buffers, arrays, start, stop), stop, self._head
 
     def _overwritten(self, arrays: Sequence[mx.array]) -> tuple[list[mx.array], int, int]:
         # New handles on the same memory: until the update is done the old ones show what was held.
@@ -224,8 +221,7 @@ class RotatingKVCache(Buffers):
             old = self._temporal(self._n - self.max_size, self._n)
             at, buffers = 0, [self.copied(x) for x in old]
         head = (at + 1) % self.max_size
-        write(buffers, arrays, at, at + 1)
-        return buffers, self.max_size, head
+        return self._written(buffers, arrays, at, at + 1), self.max_size, head
 
     def _concatenated(self, arrays: Sequence[mx.array], L: int) -> tuple[list[mx.array], int, int]:
         kept = min(self._n, self.max_size - 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Self
 
 import mlx.core as mx
@@ -19,14 +19,18 @@ class Buffers:
     Attributes:
         buffers: its own; `[]` while it is empty or `row` is set.
         row: where its KV is while its buffers are shared.
+        copied: makes a copy with memory of its own; another function where a step is traced.
     """
 
-    __slots__ = ("__weakref__", "_rows", "_storage", "buffers", "kv_type", "offset", "row", "spec")
+    __slots__ = (
+        "__weakref__", "_rows", "_storage", "buffers", "copied", "kv_type", "offset", "row", "spec",
+    )  # fmt: skip
 
     def __init__(self, spec: CacheSpec | None = None, kv_type: str = "native"):
         self.spec = spec
         self.kv_type = kv_type
         self.offset = 0
+        self.copied: Callable[[mx.array], mx.array] = mx.contiguous
         self._storage = storage_of(kv_type)
         self._rows: tuple[Any, ...] = ()
         self.row: SharedRow | None = None
@@ -238,6 +242,18 @@ class Buffers:
         blank = (mx.zeros((1, spec.n_kv_heads, 1, dim)) for dim in (spec.k_dim, spec.v_dim))
         return tuple(x[:, :, :0] for x in self._storage.encode_both(*blank))
 
+    def _written(
+        self, buffers: list[mx.array], arrays: Sequence[mx.array], start: int, stop: int
+    ) -> list[mx.array]:
+        """Buffers with rows written in place."""
+        if (start, stop) == (0, buffers[0].shape[2]):
+            # MLX would return the rows themselves, a view that keeps all alive that was computed
+            # with them: queries lie in the same array.
+            return [self.copied(x) for x in arrays]
+        for buffer, x in zip(buffers, arrays, strict=True):
+            buffer[:, :, start:stop] = x
+        return buffers
+
     def _reserved(self, arrays: Sequence[mx.array], n_used: int, capacity: int) -> list[mx.array]:
         """Buffers for `capacity` tokens, the first `n_used` kept: growth copies, here."""
         held = self.arrays
@@ -246,12 +262,6 @@ class Buffers:
         if capacity == self.capacity:
             return held
         return [extended(buffer, n_used, capacity) for buffer in held]
-
-
-def write(buffers: Sequence[mx.array], arrays: Sequence[mx.array], start: int, stop: int) -> None:
-    """Write rows in place."""
-    for buffer, x in zip(buffers, arrays, strict=True):
-        buffer[:, :, start:stop] = x
 
 
 def _row(x: mx.array) -> tuple[int, int, int, mx.Dtype]:

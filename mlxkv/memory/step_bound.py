@@ -1,10 +1,9 @@
 """What a step can hold in memory at the most, from a model's shapes alone.
 
-`workspace` traces a step: exact, and up to a third of a second for a long chunk. Where more than
+`trace` traces a step: exact, and up to a third of a second for a long chunk. Where more than
 this bound is free, nothing has to be known that precisely.
 
     2 KV after the step                              caches that grow are copied, layer by layer
-    + (H + 2 Hk) * n * (k_dim + v_dim) of a layer    first chunks that a native cache does not copy
     + the largest attention of a layer               below
     + 4 B * 4 * n * W                                activations
     + 4 B * 2 * V                                    logits
@@ -108,22 +107,7 @@ class StepBound:
             for spec in self.specs
             if spec.window is not None
         )
-        kept = self._kept(kv_type, n_new) if n_held == 0 else 0
-        return BASE_BYTES + 2 * (held + surplus) + self.itemsize * kept + FLOAT * values
-
-    def _kept(self, kv_type: str, n_new: int) -> int:
-        """Values of a first chunk that its caches keep beside keys and values.
-
-        A native cache that a chunk fills to the last row is not written: it is a view of what was
-        computed, and keeps the queries that lie in the same arrays.
-        """
-        if kv_type != KV_TYPES[0]:
-            return 0
-        return n_new * sum(
-            (self.n_heads + 2 * spec.n_kv_heads) * (spec.k_dim + spec.v_dim)
-            for spec in self.specs
-            if spec.n_rows(n_new) <= n_new
-        )
+        return BASE_BYTES + 2 * (held + surplus) + FLOAT * values
 
     def _attention(self, spec: CacheSpec, kv_type: str, n_held: int, n_new: int) -> int:
         """Values that one layer's attention holds beside its queries and its result."""

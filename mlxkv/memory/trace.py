@@ -96,9 +96,8 @@ def _caches_at(model: CausalLM, kv_type: str, n_held: int, n_chunk: int) -> list
     for cache in caches:
         if not isinstance(cache, KVCache | RotatingKVCache) or cache.spec is None:
             continue
-        if isinstance(cache, RotatingKVCache):
-            # MLX cannot export `contiguous`; a maximum with itself is a copy as well.
-            cache.copied = lambda x: mx.maximum(x, x)
+        # MLX cannot export `contiguous`; a maximum with itself is a copy as well.
+        cache.copied = lambda x: mx.maximum(x, x)
         for n in (n_held - n_before, n_before):
             if n:
                 cache.update(*_rows(cache.spec, n, model.compute_dtype))

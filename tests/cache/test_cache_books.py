@@ -297,3 +297,18 @@ def test_make_mask_on_a_growing_cache_can_slide(offset, L):
     expected = hidden((key <= query) & (key > query - 8))
     got = np.broadcast_to(mask_as_bias(mask, L, offset + L), expected.shape)
     np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize("L", [255, 256, 512])
+@pytest.mark.parametrize("make", [KVCache, lambda: RotatingKVCache(512)])
+def test_a_cache_keeps_nothing_alive_but_its_buffers(make, L):
+    H, D, rest = 2, 64, 8
+    cache = make()
+    mx.synchronize()
+    before = mx.get_active_memory()
+    computed = mx.random.normal((1, L, (2 + rest) * H, D)).transpose(0, 2, 1, 3)
+    cache.update(computed[:, :H], computed[:, H : 2 * H])
+    mx.eval(cache.state)
+    del computed
+    mx.synchronize()
+    assert mx.get_active_memory() - before <= cache.nbytes + 1024
