@@ -80,7 +80,9 @@ def measure(
     n = len(tokens) - 1
     for start in range(0, n, chunk):
         stop = min(start + chunk, n)
-        hidden = [model.hidden(mx.array([list(tokens[start:stop])]), run) for run in runs]
+        part = mx.array([list(tokens[start:stop])])
+        x, per_layer = model.embed(part), model.embed_per_layer(part)
+        hidden = [model.hidden(x, run, per_layer) for run in runs]
         mx.eval(hidden)
         for first in range(max(start, n_skipped), stop, ROWS):
             last = min(first + ROWS, stop)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import nullcontext
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -41,3 +43,11 @@ def branches(request) -> Iterator[None]:
 def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts are computed 256 tokens at a time, also on the branches of a GPU."""
     monkeypatch.setattr(device, "GPU_CHUNK", device.CPU_CHUNK)
+
+
+@pytest.fixture(scope="module")
+def families(tmp_path_factory) -> Iterator[Path]:
+    """A folder for a module's tiny models, some hundred of them: removed afterwards."""
+    path = tmp_path_factory.mktemp("families")
+    yield path
+    shutil.rmtree(path)

@@ -75,6 +75,10 @@ class LayerCache(Protocol):
     def mask(self, L: int) -> Mask: ...
 
 
+Caches = Sequence[LayerCache] | None
+"""One for each layer that owns KV; None for one pass over a whole sequence."""
+
+
 class Cache(Protocol):
     """What one layer remembers, for B sequences of equal length."""
 

@@ -20,7 +20,7 @@ from mlx.utils import tree_flatten
 from mlxkv.cache import KVCache, RotatingKVCache
 from mlxkv.checkpoint.config import MAX_SIZE, Fields, text_config
 from mlxkv.errors import ConfigError, UnsupportedModel, UsageError
-from mlxkv.kv.layout import Cache, LayerCache, Mask, Positions, Slice
+from mlxkv.kv.layout import Cache, Caches, LayerCache, Mask, Positions, Slice
 from mlxkv.kv.storage import Ragged, dense
 from mlxkv.kv.types import CacheSpec, KVFormat
 from mlxkv.nn.batch import BatchCache, batch
@@ -327,10 +327,7 @@ class Model(CausalLM):
         raise self._is_one_piece()
 
     def hidden(
-        self,
-        x: mx.array,
-        caches: Sequence[LayerCache] | None = None,
-        per_layer: mx.array | None = None,
+        self, x: mx.array, caches: Caches = None, per_layer: mx.array | None = None
     ) -> mx.array:
         raise self._is_one_piece()
 
@@ -343,10 +340,10 @@ class Model(CausalLM):
             "logits; embeddings and hidden states are not to be had of it"
         )
 
-    def __call__(self, tokens: mx.array, caches: Sequence[LayerCache] | None = None) -> mx.array:
+    def __call__(self, tokens: mx.array, caches: Caches = None) -> mx.array:
         return self._run(tokens, caches)
 
-    def last_logits(self, tokens: mx.array, caches: Sequence[LayerCache] | None = None) -> mx.array:
+    def last_logits(self, tokens: mx.array, caches: Caches = None) -> mx.array:
         # A definition gives logits of every token it is given: those of a chunk that nobody reads
         # are never computed, so the last token goes by itself.
         if tokens.shape[1] > 1 and caches is not None:

@@ -6,14 +6,14 @@ Reference: transformers `modeling_gemma3n.py`. Multimodal checkpoints load as th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from statistics import NormalDist
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlxkv.checkpoint import tensor_names
-from mlxkv.kv.layout import LayerCache, Mask, Offset
+from mlxkv.kv.layout import Caches, LayerCache, Mask, Offset
 from mlxkv.models.gemma3n_altup import AltUp, one_stream, rescaled, root_mean_square
 from mlxkv.models.gemma3n_config import Config
 from mlxkv.nn.decoder_model import FourNorms
@@ -190,10 +190,7 @@ class Model(SharedKVModel):
         return super().embed_per_layer(mx.where(known, tokens, 0))
 
     def hidden(
-        self,
-        x: mx.array,
-        caches: Sequence[LayerCache] | None = None,
-        per_layer: mx.array | None = None,
+        self, x: mx.array, caches: Caches = None, per_layer: mx.array | None = None
     ) -> mx.array:
         assert per_layer is not None, "its layers need embed_per_layer(tokens)"
         masks = attention_masks(self._windows, caches, x.shape[1])

@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxkv.checkpoint import tensor_names
-from mlxkv.kv.layout import LayerCache, Mask, Offset
+from mlxkv.kv.layout import Caches, LayerCache, Mask, Offset
 from mlxkv.models.gemma4_config import Config
 from mlxkv.nn.decoder_model import FourNorms
 from mlxkv.nn.layers import GatedMLP, Prepared, compiled, gated
@@ -144,18 +144,12 @@ class Model(SharedKVModel):
         )
 
     def hidden(
-        self,
-        x: mx.array,
-        caches: Sequence[LayerCache] | None = None,
-        per_layer: mx.array | None = None,
+        self, x: mx.array, caches: Caches = None, per_layer: mx.array | None = None
     ) -> mx.array:
         return self.model.norm(self._layers(x, caches, per_layer, last_only=False))
 
     def last_hidden(
-        self,
-        x: mx.array,
-        caches: Sequence[LayerCache] | None = None,
-        per_layer: mx.array | None = None,
+        self, x: mx.array, caches: Caches = None, per_layer: mx.array | None = None
     ) -> mx.array:
         """As every model's; the layers without KV are computed for the last token alone."""
         return self.model.norm(self._layers(x, caches, per_layer, last_only=True)[:, -1:])

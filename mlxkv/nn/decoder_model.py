@@ -14,7 +14,7 @@ import mlx.nn as nn
 
 from mlxkv.checkpoint.config import Fields
 from mlxkv.checkpoint.rope_config import RopeConfig
-from mlxkv.kv.layout import LayerCache, Mask, Offset
+from mlxkv.kv.layout import Caches, LayerCache, Mask, Offset
 from mlxkv.kv.types import CacheSpec
 from mlxkv.nn.attention import attend
 from mlxkv.nn.layers import (
@@ -310,10 +310,7 @@ class DecoderModel(CausalLM):
         return x if self._embed_scale is None else x * self._embed_scale
 
     def hidden(
-        self,
-        x: mx.array,
-        caches: Sequence[LayerCache] | None = None,
-        per_layer: mx.array | None = None,
+        self, x: mx.array, caches: Caches = None, per_layer: mx.array | None = None
     ) -> mx.array:
         masks = attention_masks(self._windows, caches, x.shape[1])
         for i, (layer, window) in enumerate(zip(self.model.layers, self._windows, strict=True)):

@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxkv.kv.layout import LayerCache, Mask, windowed_mask
+from mlxkv.kv.layout import Caches, LayerCache, Mask, windowed_mask
 from mlxkv.kv.types import CacheSpec
 from mlxkv.nn.rope import RoPE
 
@@ -101,10 +101,7 @@ class CausalLM(nn.Module):
         return None
 
     def hidden(
-        self,
-        x: mx.array,
-        caches: Sequence[LayerCache] | None = None,
-        per_layer: mx.array | None = None,
+        self, x: mx.array, caches: Caches = None, per_layer: mx.array | None = None
     ) -> mx.array:
         """Final hidden states of embeddings; the caches take their KV.
 
@@ -122,7 +119,7 @@ class CausalLM(nn.Module):
         """Logits `[B, L, V]` of final hidden states `[B, L, E]`."""
         raise NotImplementedError
 
-    def __call__(self, tokens: mx.array, caches: Sequence[LayerCache] | None = None) -> mx.array:
+    def __call__(self, tokens: mx.array, caches: Caches = None) -> mx.array:
         """Logits of every position.
 
         Args:
@@ -135,16 +132,13 @@ class CausalLM(nn.Module):
         x, per_layer = self.embed(tokens), self.embed_per_layer(tokens)
         return self.logits(self.hidden(x, caches, per_layer))
 
-    def last_logits(self, tokens: mx.array, caches: Sequence[LayerCache] | None = None) -> mx.array:
+    def last_logits(self, tokens: mx.array, caches: Caches = None) -> mx.array:
         """Logits `[B, V]` after the last token: the head's product for one position only."""
         x, per_layer = self.embed(tokens), self.embed_per_layer(tokens)
         return self.logits(self.last_hidden(x, caches, per_layer))[:, 0]
 
     def last_hidden(
-        self,
-        x: mx.array,
-        caches: Sequence[LayerCache] | None = None,
-        per_layer: mx.array | None = None,
+        self, x: mx.array, caches: Caches = None, per_layer: mx.array | None = None
     ) -> mx.array:
         """The last position of `hidden`, `[B, 1, E]`."""
         return self.hidden(x, caches, per_layer)[:, -1:]

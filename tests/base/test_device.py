@@ -25,7 +25,7 @@ SET = 10 << 30
 
 def blas_seen(code: str, **env: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-c", code + "; from mlxkv import device; print(device.load_blas())"],
+        [sys.executable, "-c", code + "; from mlxkv.base import device; print(device.load_blas())"],
         env=os.environ | env,
         capture_output=True,
         text=True,

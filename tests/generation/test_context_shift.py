@@ -266,11 +266,11 @@ def test_a_request_goes_before_the_settings(models):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"context": 1025}, "--context must be at most the model's own context, 1,024; got 1,025"),
-        ({"context": 1}, "--context must be a whole number, 2 or more; got 1"),
-        ({"context": "64"}, "--context must be a whole number"),
-        ({"overflow": "wrap"}, "--overflow must be one of stop, shift; got 'wrap'"),
-        ({"keep": -1}, "--keep must be a whole number, 0 or more; got -1"),
+        ({"context": 1025}, "context must be at most the model's own context, 1,024; got 1,025"),
+        ({"context": 1}, "context must be a whole number, 2 or more; got 1"),
+        ({"context": "64"}, "context must be a whole number"),
+        ({"overflow": "wrap"}, "overflow must be one of stop, shift; got 'wrap'"),
+        ({"keep": -1}, "keep must be a whole number, 0 or more; got -1"),
         ({"overflow": "shift", "keep": 600}, "would keep 600 tokens .* 1,024 allows 512"),
     ],
 )

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 import random
-import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,10 +43,8 @@ KINDS = (
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Iterator[Path]:
-    path = tmp_path_factory.mktemp("families")
-    yield path
-    shutil.rmtree(path)
+def folder(families) -> Path:
+    return families
 
 
 @functools.cache

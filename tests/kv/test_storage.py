@@ -263,7 +263,8 @@ def test_every_family_runs_on_packed_kv(kv_type, case, tmp_path, monkeypatch):
 @packed_types
 @pytest.mark.parametrize("case", FAMILIES, ids=lambda case: case.name)
 def test_two_sequences_at_once_on_packed_kv_equal_each_alone(kv_type, case, tmp_path):
-    """Up to a code that another order of sums turns over: 0.01 deviations; mixed up they are 1."""
+    """Up to a code that another order of sums turns over: 0.01 deviations in 8 bits, 0.15 to 0.2 in
+    4; mixed up they are 1."""
     model = mlxkv.load_model(checkpoint(tmp_path, case), dtype=mx.float32)
     both = [random_tokens(330, model.config.vocab_size, seed=seed) for seed in (0, 1)]
 
@@ -275,7 +276,8 @@ def test_two_sequences_at_once_on_packed_kv_equal_each_alone(kv_type, case, tmp_
     logits = run(both)
     for b in range(2):
         alone = run(both[b : b + 1])[0]
-        assert np.abs(logits[b] - alone).max() < 0.1 * alone.std()
+        assert np.abs(logits[b] - alone).max() < (0.3 if kv_type == "q4" else 0.1) * alone.std()
+        assert np.median(np.abs(logits[b] - alone)) < 0.01 * alone.std()
 
 
 @packed_types

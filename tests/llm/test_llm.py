@@ -172,7 +172,7 @@ def test_a_prompt_over_the_context_is_an_error_unless_it_may_be_cut(folder):
         ([], {}, "the prompt is empty"),
         ([5, 10**6], {}, "token id 1000000 is out of range"),
         ([True], {}, "token id True is out of range"),
-        ("x", {"max_tokens": 0}, "max-tokens must be at least 1; got 0"),
+        ("x", {"max_tokens": 0}, "max_tokens must be at least 1; got 0"),
         ("x", {"tempo": 1}, "unknown option 'tempo'"),
         ("x", {"stop": ""}, "stop must be a text that is not empty"),
         ("x", {"think": True}, "think and tools are for messages"),
@@ -239,7 +239,7 @@ def test_thinking_is_switched_by_the_variable_that_the_template_reads(folder):
     unset, on, off = (llm.tokenizer.decode(p, skip_special_tokens=False) for p in llm.prompts)
     assert unset == on
     assert off == on + "<think>\n\n</think>\n\n"
-    with pytest.raises(UsageError, match=r"no reasoning_effort.* 'high'; allowed is on or off"):
+    with pytest.raises(UsageError, match=r"'high': .* no reasoning_effort; allowed is on or off"):
         llm.chat([USER], think="high")
 
 

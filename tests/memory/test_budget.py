@@ -183,7 +183,7 @@ def test_what_would_have_helped_helps(paths):
     llm = limited(path, 600)
     error = answer(llm, PROMPT[:300], n=3000).error
     assert error is not None
-    memory = re.search(r"--memory (\S+) allows", str(error))
+    memory = re.search(r"memory='(\S+)' allows", str(error))
     assert memory is not None
     more = mlxkv.load(path, dtype="float32", memory=memory[1])
     n = error.to_tokens - 300

@@ -5,8 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
@@ -46,10 +45,8 @@ in models whose weights are smaller than one step's scores: the largest of five 
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Iterator[Path]:
-    path = tmp_path_factory.mktemp("plans")
-    yield path
-    shutil.rmtree(path)
+def folder(families) -> Path:
+    return families
 
 
 @functools.cache

@@ -7,8 +7,7 @@ products have more rows, whose sums MLX may order differently. Greedy tokens are
 from __future__ import annotations
 
 import functools
-import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import mlx.core as mx
@@ -42,10 +41,8 @@ LENGTHS = (5, 40, 1, 300, 31, 32, 33, 40, 255, 256, 70, 18, 23, 24, 25, 129)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Iterator[Path]:
-    path = tmp_path_factory.mktemp("families")
-    yield path
-    shutil.rmtree(path)
+def folder(families) -> Path:
+    return families
 
 
 @functools.cache

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import random
-import shutil
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import mlx.core as mx
 import numpy as np
@@ -29,13 +27,6 @@ from mlxkv.nn.slots import (
 from tests.nn.test_batch import alone, assert_same, every_model, load, prefilled
 
 H, D, WINDOW = 2, 16, 24
-
-
-@pytest.fixture(scope="module")
-def families(tmp_path_factory) -> Iterator[Path]:
-    path = tmp_path_factory.mktemp("families")
-    yield path
-    shutil.rmtree(path)
 
 
 @pytest.fixture

@@ -346,7 +346,6 @@ def test_an_answer_imports_nothing_heavy(server, away, more):
 
 def test_a_chat_imports_nothing_heavy(server, away, tmp_path):
     script = f"""
-from mlxkv.sampling.grammar import Grammar
 from mlxkv.server.client import Server
 from mlxkv.terminal.slash_commands import Chat, execute
 from mlxkv.terminal.remote import RemoteSpeaker
