@@ -69,7 +69,7 @@ class Metadata:
         self._read.update(keys)
 
     def finish(self) -> None:
-        """Refuses keys that nobody read and that say something.
+        """Refuse keys that were not read and that say something.
 
         Raises:
             ConfigError: names the first of them.

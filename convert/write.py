@@ -2,7 +2,7 @@
 
 The output is written into a sibling folder `.NAME.partial-XXXX` and renamed when every byte is on
 the disk, so that a folder under the final name is always complete. The partial folder holds a lock
-for as long as its writer lives: a later run removes what nobody holds.
+for as long as its writer lives: a later run removes what no process holds.
 
 The safetensors files are written here because the `safetensors` package wants all tensors of a file
 at once. Format: https://github.com/huggingface/safetensors#format
@@ -180,7 +180,7 @@ def _remove_stale(parent: Path, output: Path) -> None:
             except BlockingIOError:
                 raise OutputError(f"{output}: another conversion is writing it") from None
             except OSError:
-                continue  # without locks nobody can say whose it is
+                continue  # without locks its owner is unknown
             shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -1,6 +1,6 @@
 """Work that is done step by step: a generator that pauses between two steps and returns a result.
 
-Whoever has something else to do in between drives it itself; `finished` is for the others.
+A caller with other work in between drives the generator itself; `finished` is for the others.
 """
 
 from __future__ import annotations

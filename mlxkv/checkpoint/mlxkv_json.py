@@ -62,7 +62,7 @@ class Kind:
         variable: the environment variable that sets it.
         allowed: what it must be, for messages.
         read: the value; raises ValueError where it is none.
-        default: where nobody says anything; None for the model's or the machine's.
+        default: where it is set nowhere; None for the model's or the machine's.
     """
 
     variable: str

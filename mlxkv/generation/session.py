@@ -342,7 +342,7 @@ class Session:
         """Give the pages what this sequence has computed, its unfinished page too.
 
         Returns:
-            Its pages; none where there is nobody to give them to.
+            Its pages; none without a page store.
         """
         n = self._settle()
         if self._budget is not None:

@@ -194,7 +194,7 @@ class Affine:
 
     A dimension that no group size divides is padded with zeros. Keys and values of one size are
     kept side by side, `[B, 2 * H, L, *]` with the keys' heads first: a step quantizes and writes
-    both at a time. Change `kv_types.LAYOUTS` with what is kept.
+    both at a time. Change `types.LAYOUTS` with what is kept.
 
     Args:
         bits: of a code.

@@ -4,7 +4,7 @@
         n_kv_heads * (k_dim + v_dim) * bytes per value * min(tokens up to the next 256, window)
 
 KV heads, not attention heads; a sliding layer stops at its window; a layer that shares another's
-KV stores nothing. What prefill and decode hold beside that is found by tracing them (`workspace`).
+KV stores nothing. What prefill and decode hold beside that is found by tracing them (`trace`).
 """
 
 from __future__ import annotations

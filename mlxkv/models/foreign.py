@@ -344,7 +344,7 @@ class Model(CausalLM):
         return self._run(tokens, caches)
 
     def last_logits(self, tokens: mx.array, caches: Caches = None) -> mx.array:
-        # A definition gives logits of every token it is given: those of a chunk that nobody reads
+        # A definition gives logits of every token it is given: those of a chunk that are not read
         # are never computed, so the last token goes by itself.
         if tokens.shape[1] > 1 and caches is not None:
             self._run(tokens[:, :-1], caches)

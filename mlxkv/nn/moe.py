@@ -198,7 +198,7 @@ class GatedExperts(Fusing):
         bias: whether the three projections have biases.
 
     Attributes:
-        traced: nothing is computed, only the graph is wanted (see `workspace`): tokens are divided
+        traced: nothing is computed, only the graph is wanted (see `trace`): tokens are divided
             evenly over the experts, and a `stop_gradient` stands where results are waited for.
     """
 

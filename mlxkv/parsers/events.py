@@ -27,7 +27,7 @@ class Reasoning:
 
 @dataclass(frozen=True, slots=True)
 class Markup:
-    """Text of the format itself, for nobody: markers, headers, the white space around them."""
+    """Text of the format itself, never shown: markers, headers, the white space around them."""
 
     text: str
 

@@ -1,4 +1,4 @@
-"""Pages on disk as MLX arrays: between `pages` (RAM) and `page_files` (files, no MLX).
+"""Pages on disk as MLX arrays: between `pages` (RAM) and `writer` (files, no MLX).
 
 A file has a tensor for each array of each layer. They are views of the part's one array where it is
 written, without a copy or an evaluation, and are put back into one where it is read.

@@ -1,8 +1,8 @@
-"""How much of a file system pages may take: what fits, and what goes for it. All of it decides from
-one scan and touches nothing; `page_folder` acts.
+"""How much of a file system pages may take: what fits, and what is evicted for it. All of it
+decides from one scan and touches nothing; `folder` acts.
 
-What goes first:
-1. Window parts that nobody needs who goes on at a tip or a fork.
+Eviction order:
+1. Window parts not needed to resume at a leaf or branch.
 2. The rest, the least recently used first; leaf before trunk, window part before full part. A page
    counts as used when any page behind it was, so that a chain goes from its end.
 3. Unpinned named KV, in the same order.

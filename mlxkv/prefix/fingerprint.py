@@ -76,7 +76,7 @@ def _signature(model_dir: Path) -> Signature:
                     times = about.st_mtime_ns, about.st_ctime_ns
                     found.append([entry.name, about.st_size, *times, about.st_ino])
     except OSError:
-        return []  # whoever opens the weights says what is wrong
+        return []  # opening the weights says what is wrong
     return sorted(found, key=lambda entry: str(entry[0]))
 
 

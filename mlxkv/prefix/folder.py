@@ -1,7 +1,7 @@
 """The folder that pages lie in: its bounds, its lock, what is in it and what goes first.
 
 Invariants:
-- Whoever writes or evicts holds `lock`. So whatever lies in `tmp` when somebody gets the lock was
+- A process that writes or evicts holds `lock`. So whatever lies in `tmp` when one gets the lock was
   left by a process that died, and goes.
 - Nothing is written before there is room for it: what lies here, directories, manifests and
   temporary files included, never takes more than the cap.

@@ -2,8 +2,8 @@
 
 Invariants:
 - `nbytes` is what the arrays of all parts take, `n_arrays` how many those are: one for each part.
-- First go window parts that nobody needs who goes on at a tip or a fork, or in the page before it,
-  anchors last; then leaves, each its window part first; of all these the least recently used.
+- Eviction order: 1. window parts not needed to resume at a leaf or branch, or in the page before
+  it, anchors last; 2. leaves, window part first. LRU within each.
 - Pinned pages stay.
 """
 
@@ -19,7 +19,7 @@ from mlxkv.prefix.layout import FULL, WINDOW, Kinds, Link
 from mlxkv.prefix.part import Part
 
 ANCHORS = 8
-"""Of the window parts that nobody is near to, every so many windows one goes last."""
+"""Of the window parts far from any leaf or branch, one every so many windows goes last."""
 SPARE = 64
 """Where arrays are too many, one in so many goes beyond what has to: finding out which go first
 takes a walk over all pages, and with small pages the next one would ask for it again."""

@@ -289,7 +289,7 @@ class PageFiles:
             try:
                 self._write_batch(batch, outcome)
             except BaseException:
-                with self._changed:  # whoever waits must not wait for a thread that has died
+                with self._changed:  # a waiting thread must not wait for one that has died
                     batch += self._queue
                     self._queue.clear()
                     self._thread = None
@@ -333,7 +333,7 @@ class PageFiles:
                 self._write_locked(batch, outcome)
         except TimeoutError:
             outcome.reason = "another process holds the folder"
-            with self._changed:  # nobody waits that long for each batch of them
+            with self._changed:  # no caller waits that long for each batch of them
                 self._refuse_queue(outcome.reason)
         except OSError as error:
             outcome.reason = f"disk: {error.strerror}"

@@ -49,7 +49,7 @@ class Grammar:
         kind: `json_object`; `json_schema`; `regex` (Rust's, of the whole answer); `lark`
             (llguidance's dialect, whose white space is what it says); `tools` (calls of functions
             in the format of the model's family).
-        text: the schema as JSON, the regex, the grammar; for `tools` see `grammar_calls.Calls`.
+        text: the schema as JSON, the regex, the grammar; for `tools` see `tool_call_grammar.Calls`.
 
     Raises:
         UsageError: no such kind, or a text that is too long.
@@ -270,7 +270,7 @@ def _readable(tokenizer: str, markers: Collection[str]) -> str:
     - It takes a `Metaspace` decoder for nothing, and so its mark for a letter; as a replacement it
       knows it.
     - A text that spells a special token (an enum of `<table>`) would become that token, which is
-      no text. So they get names that nobody spells; grammars name them by their ids. Where the
+      no text. So they get names that no text spells; grammars name them by their ids. Where the
       vocabulary has them as well (Gemma, Llama 2), they are renamed there, or they would be text;
       what is text (Gemma's `<table>`) stays.
 

@@ -1,6 +1,6 @@
 """How tokens are to be chosen: what a request says and what a model recommends.
 
-Nothing here needs MLX; `sampling` applies it.
+Nothing here needs MLX; `sampler` applies it.
 """
 
 from __future__ import annotations

@@ -115,7 +115,7 @@ def gate_of(
 
     Args:
         tokenizer: the model's.
-        name: of its format, see `parsing.format_of`.
+        name: of its format, see `formats.format_of`.
         prompt: what it answers to.
         begins: whether an answer may begin with a token.
     """

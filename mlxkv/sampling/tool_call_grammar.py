@@ -7,7 +7,7 @@
 | mistral | `[TOOL_CALLS]` `[{"name": N, "arguments": {...}}, ...]`, or `N[ARGS]{...}`, several |
 | glm4 | `N`, a line break, `{...}`, one |
 | harmony (GPT-OSS) | a message on the channel `commentary` to `functions.N`: `{...}`, one |
-| glm (GLM-4.5 and later), gemma4, functiongemma | not JSON: see `grammar_native`; several |
+| glm (GLM-4.5 and later), gemma4, functiongemma | not JSON: see `native_call_grammar`; several |
 
 Harmony's grammar begins where the answer does: it has the reasoning in it, see `HAS_REASONING`.
 """
@@ -88,7 +88,7 @@ def lark(calls: Calls, name: str, tokenizer: Tokenizer) -> str:
 
     Args:
         calls: which.
-        name: of the model's format, see `parsing.format_of`.
+        name: of the model's format, see `formats.format_of`.
         tokenizer: the model's: markers are tokens.
 
     Raises:

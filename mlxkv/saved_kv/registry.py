@@ -1,7 +1,7 @@
 """Named KV: a prompt whose pages stay, by the name the user gave it. No MLX.
 
 A name is a manifest, `names/NAME.json`, that lists pages; the pages are ordinary files of
-`page_files`, shared with whatever else has the same beginning. Removing a name makes them evictable
+`writer`, shared with whatever else has the same beginning. Removing a name makes them evictable
 again.
 """
 

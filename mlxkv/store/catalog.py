@@ -134,7 +134,7 @@ GEMMA3 = CatalogModel(
     gguf="gemma-3-270m-q4_k_m.gguf",
     sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
     license="Gemma Terms of Use",
-    # The terms ask whoever passes the weights on to include this sentence.
+    # The terms ask those who pass the weights on to include this sentence.
     notice=(
         "Gemma is provided under and subject to the Gemma Terms of Use found at "
         "ai.google.dev/gemma/terms"

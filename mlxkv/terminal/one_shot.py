@@ -74,7 +74,7 @@ def send(
 
 
 def prefill_report(progress: ProgressLine) -> Callable[[int, int], None] | None:
-    """Shows how much of a long prompt is read; None where nobody looks."""
+    """Shows how much of a long prompt is read; None where stderr is no terminal."""
     if not progress.on:
         return None
 

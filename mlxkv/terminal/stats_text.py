@@ -18,7 +18,7 @@ FEW = 16
 
 
 def remarks(stats: Stats | None, context: Callable[[], int | None]) -> list[str]:
-    """What happened to an answer that whoever reads it should know, a line each."""
+    """Remarks on an answer for its reader, a line each."""
     if stats is None:
         return []
     lines = [describe_shift(stats, context())] if stats.shifted_tokens else []

@@ -180,7 +180,7 @@ class _Lines:
         self.stop = threading.Event()
 
     def report(self, label: str, done: int, total: int) -> None:
-        """See `store.Report`; called in the thread."""
+        """See `resolve.Report`; called in the thread."""
         if self.stop.is_set():
             raise Stopped("the client is gone")
         now = time.monotonic()
