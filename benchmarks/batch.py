@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import report
 from benchmarks.compare import ROOT, Job, environment, run_once
+from benchmarks.options import add_machine_options
 from benchmarks.report import ENGINES, Run
 
 
@@ -47,10 +47,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--long", type=int, default=2048, help="of one of them in mixed; 0: none")
     parser.add_argument("--runs", type=int, default=5, help="pairs of runs")
     parser.add_argument("--seconds", type=float, default=4.0, help="of each batch")
-    parser.add_argument("--blas", choices=("openblas", "reference"), default="openblas")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of OpenBLAS")
-    parser.add_argument("--dtype", default="auto", help="auto: float32 on the CPU")
-    parser.add_argument("--output", type=Path, required=True, help="NAME or NAME.json")
+    add_machine_options(parser)
     return parser.parse_args(argv)
 
 

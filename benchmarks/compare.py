@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import report
+from benchmarks.options import add_machine_options
 from benchmarks.report import ENGINES, Run
 
 PROMPT = "Why is the sky blue?"
@@ -184,10 +185,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--prompt", type=int, default=2048, help="tokens of the memory measure")
     parser.add_argument("--runs", type=int, default=5, help="pairs of runs")
     parser.add_argument("--seconds", type=float, default=4.0, help="of decoding in each run")
-    parser.add_argument("--blas", choices=("openblas", "reference"), default="openblas")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of OpenBLAS")
-    parser.add_argument("--dtype", default="auto", help="auto: float32 on the CPU")
-    parser.add_argument("--output", type=Path, required=True, help="NAME or NAME.json")
+    add_machine_options(parser)
     return parser.parse_args()
 
 

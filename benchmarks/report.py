@@ -10,7 +10,7 @@ import shlex
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -225,6 +225,13 @@ def plot(written: dict[str, Any], path: Path) -> None:
     )  # fmt: skip
     for axis, (title, members) in zip(axes[:, 0], groups, strict=True):
         _dots(axis, title, members)
+    save(figure, written, path)
+
+
+def save(figure: Any, written: Mapping[str, Any], path: Path) -> None:
+    """Write a figure with the model and the machine on top; the same one gives the same file."""
+    import matplotlib.pyplot as plt
+
     machine = written["machine"]
     figure.suptitle(
         f"{written['model']}: {machine['cpu']}, {machine['cores']} cores, "

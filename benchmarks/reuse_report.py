@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks import report
 from benchmarks.report import machine_lines
 from benchmarks.reuse_engines import LRU, MLXKV, PROMPT_CACHE, SAVED, SERVER
 
@@ -332,14 +333,7 @@ def plot(written: dict[str, Any], path: Path) -> None:
         for line, label in zip(*axis.get_legend_handles_labels(), strict=True)
     }
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=8)
-    machine = written["machine"]
-    figure.suptitle(
-        f"{written['model']}: {machine['cpu']}, {machine['cores']} cores, "
-        f"BLAS {'; '.join(written['blas'])}",
-        fontsize=11,
-    )
-    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
-    plt.close(figure)
+    report.save(figure, written, path)
 
 
 def _lines(axis: Any, rows: Sequence[Row], what: str) -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import os
 import shlex
 import sys
 import tempfile
@@ -23,6 +22,7 @@ from benchmarks import report
 from benchmarks.compare import ROOT, environment
 from benchmarks.load_client import ANSWERED, Answer, Ask, ask_all, percentile
 from benchmarks.load_server import MLX_LM, MLXKV, Server
+from benchmarks.options import add_machine_options
 from benchmarks.report import ENGINES, Run
 from benchmarks.reuse import on_cpu, unpack
 from benchmarks.reuse_scenarios import Text
@@ -254,10 +254,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="for `mlx_lm server`; without it what is fastest on the CPU, its defaults elsewhere",
     )  # fmt: skip
     parser.add_argument("--limit", type=float, default=900, help="seconds of one measurement")
-    parser.add_argument("--blas", choices=("openblas", "reference"), default="openblas")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of OpenBLAS")
-    parser.add_argument("--dtype", default="auto", help="of mlxkv; auto: float32 on the CPU")
-    parser.add_argument("--output", type=Path, required=True, help="NAME or NAME.json")
+    add_machine_options(parser, of="of mlxkv; auto: float32 on the CPU")
     return parser.parse_args(argv)
 
 

@@ -13,7 +13,6 @@ import argparse
 import asyncio
 import contextlib
 import json
-import os
 import shlex
 import subprocess
 import sys
@@ -30,6 +29,7 @@ from benchmarks import soak_report
 from benchmarks.compare import ROOT, environment
 from benchmarks.load_client import ANSWERED, FAILED, Answer, Ask, ask, new_client
 from benchmarks.load_server import MLXKV, Server
+from benchmarks.options import add_machine_options
 from benchmarks.report import about
 from benchmarks.serve import has_template, prepared
 from benchmarks.soak_checks import Record, Sample, checks, failed, figures
@@ -210,10 +210,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--mlxkv", default="", metavar="OPTIONS", help="for `mlxkv serve`")
     parser.add_argument("--limit", type=float, default=900, help="seconds of one request")
-    parser.add_argument("--blas", choices=("openblas", "reference"), default="openblas")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of OpenBLAS")
-    parser.add_argument("--dtype", default="float32", help="of server and solo runs")
-    parser.add_argument("--output", type=Path, required=True, help="NAME or NAME.json")
+    add_machine_options(parser, "float32", "of server and solo runs")
     return parser.parse_args(argv)
 
 

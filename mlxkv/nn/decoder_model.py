@@ -234,18 +234,14 @@ class Layer(nn.Module):
         return x + self["mlp"](self["post_attention_layernorm"](x))
 
 
-class FourNorms(nn.Module):
+class FourNorms(Layer):
     """The modules of a layer with a norm before and after both attention and MLP."""
 
     def __init__(
         self, config: DecoderConfig, attention: nn.Module, mlp: nn.Module, norm: Norm = nn.RMSNorm
     ):
-        super().__init__()
+        super().__init__(config, attention, mlp, norm)
         E, eps = config.hidden_size, config.rms_norm_eps
-        self.self_attn = attention
-        self.mlp = mlp
-        self.input_layernorm = norm(E, eps)
-        self.post_attention_layernorm = norm(E, eps)
         self.pre_feedforward_layernorm = norm(E, eps)
         self.post_feedforward_layernorm = norm(E, eps)
 

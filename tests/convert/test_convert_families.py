@@ -57,6 +57,16 @@ SIZES = {
     "rms_norm_eps": 1e-6,
     "torch_dtype": "float32",
 }
+GEMMA4 = {
+    **SIZES,
+    "model_type": "gemma4_text",
+    "hidden_size_per_layer_input": 0,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "sliding_window": 16,
+    "global_head_dim": 64,
+    "attention_k_eq_v": True,
+    "num_global_key_value_heads": 1,
+}
 EXPERTS = {
     "n_routed_experts": 4,
     "num_experts_per_tok": 2,
@@ -100,14 +110,7 @@ FAMILIES = {
     ),
     "gemma4-dense": Family(
         {
-            **SIZES,
-            "model_type": "gemma4_text",
-            "hidden_size_per_layer_input": 0,
-            "layer_types": ["sliding_attention", "full_attention"] * 2,
-            "sliding_window": 16,
-            "global_head_dim": 64,
-            "attention_k_eq_v": True,
-            "num_global_key_value_heads": 1,
+            **GEMMA4,
             "final_logit_softcapping": 8.0,
         },
         norm_mean=0.5,
@@ -128,14 +131,7 @@ FAMILIES = {
     ),
     "gemma4-moe": Family(
         {
-            **SIZES,
-            "model_type": "gemma4_text",
-            "hidden_size_per_layer_input": 0,
-            "layer_types": ["sliding_attention", "full_attention"] * 2,
-            "sliding_window": 16,
-            "global_head_dim": 64,
-            "attention_k_eq_v": True,
-            "num_global_key_value_heads": 1,
+            **GEMMA4,
             "enable_moe_block": True,
             "num_experts": 4,
             "top_k_experts": 2,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +59,25 @@ class Asked:
         )
 
 
+_made: list[Scheduler] = []
+
+
+@pytest.fixture(autouse=True)
+def closed() -> Iterator[None]:
+    yield
+    while _made:
+        scheduler = _made.pop()
+        scheduler.stop()
+        scheduler.runtime.close()
+
+
 def tight(path: Path, factor: float) -> Scheduler:
     """With so many times the memory that 2,050 tokens need."""
     llm = mlxkv.load(path, dtype="float32")
     least = llm.budget._need("native").least(2050)
     llm.budget.limit_bytes = llm.budget.weights_bytes + int(factor * least)
-    return Scheduler(llm, 16)
+    _made.append(Scheduler(llm, 16))
+    return _made[-1]
 
 
 def run(served: Scheduler, asked: Sequence[Asked] = ()) -> int:
@@ -94,8 +107,6 @@ def test_prompts_that_do_not_fit_together_wait_for_each_other(path, factor):
         assert asked.errors == []
         assert asked.tokens == alone(path, prompt)
     assert served.runtime.budget.kv_bytes == 0
-    served.stop()
-    served.runtime.close()
 
 
 def test_a_prompt_that_does_not_fit_alone_is_refused(path):
@@ -104,8 +115,6 @@ def test_a_prompt_that_does_not_fit_alone_is_refused(path):
     run(served, [long, short])
     assert [type(error) for error in long.errors] == [KVCacheFull]
     assert short.errors == [] and short.tokens == alone(path, C[:300])
-    served.stop()
-    served.runtime.close()
 
 
 def test_a_prompt_that_waits_for_room_can_be_cancelled(path):
@@ -118,8 +127,6 @@ def test_a_prompt_that_waits_for_room_can_be_cancelled(path):
     second.cancelled = True
     run(served, [first, second])
     assert second.told == [None] and first.tokens == alone(path, A)
-    served.stop()
-    served.runtime.close()
 
 
 def test_a_cut_for_lack_of_room_ends_when_there_is_room_again(path):
@@ -146,8 +153,6 @@ def test_a_cut_for_lack_of_room_ends_when_there_is_room_again(path):
     assert stats is not None
     told = [rung.amount for rung in stats.rungs if rung.kind == "chunk"]
     assert told == sorted(told, reverse=True) and len(told) == len(set(told))
-    served.stop()
-    served.runtime.close()
 
 
 def test_what_was_computed_before_a_wait_counts_as_computed(path):
@@ -160,5 +165,3 @@ def test_what_was_computed_before_a_wait_counts_as_computed(path):
     assert stats is not None
     assert stats.prompt_tokens == stats.computed_tokens + stats.restored_tokens
     assert stats.restored_tokens == 0
-    served.stop()
-    served.runtime.close()

@@ -7,7 +7,7 @@ import os
 import random
 import stat
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -104,14 +104,29 @@ def test_what_can_be_no_name_is_refused_everywhere(root, name, tmp_path):
             act(name)
 
 
+def lookups(store: KVNames, folder: Path) -> list[Callable[[str], object]]:
+    """All that takes the name of something saved."""
+    return [
+        store.load,
+        store.remove,
+        store.pin,
+        store.unpin,
+        lambda name: store.export(name, folder / "x"),
+    ]
+
+
+def assert_unknown(store: KVNames, folder: Path, name: str) -> None:
+    """All of them say that there is none, and suggest `book`."""
+    said = rf"no KV is saved as '{name}'; did you mean book\?"
+    for lookup in lookups(store, folder):
+        with pytest.raises(UsageError, match=said):
+            lookup(name)
+
+
 def test_an_unknown_name_is_an_error_that_suggests_one(root, tmp_path):
     store = names(root)
     store.save(named())
-    acts = [store.load, store.remove, store.pin, store.unpin]
-    acts.append(lambda name: store.export(name, tmp_path / "x"))
-    for act in acts:
-        with pytest.raises(UsageError, match=r"no KV is saved as 'bock'; did you mean book\?"):
-            act("bock")
+    assert_unknown(store, tmp_path, "bock")
     with pytest.raises(UsageError, match="`mlxkv kv ls` lists them"):
         store.load("zzz")
 
@@ -164,11 +179,7 @@ def test_names_that_differ_in_case_and_were_saved_before_both_go_on(root):
 def test_a_lookup_is_exact_where_the_file_system_ignores_case(apfs, tmp_path):
     store = names(apfs)
     store.save(named())
-    acts = [store.load, store.remove, store.pin, store.unpin]
-    acts.append(lambda name: store.export(name, tmp_path / "x"))
-    for act in acts:
-        with pytest.raises(UsageError, match=r"no KV is saved as 'BOOK'; did you mean book\?"):
-            act("BOOK")
+    assert_unknown(store, tmp_path, "BOOK")
     with pytest.raises(UsageError, match="differs from the saved 'book' in case only"):
         store.save(named("BOOK"), replace=True)
     assert store.load("book") == named() and not store.is_pinned("BOOK")

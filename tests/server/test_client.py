@@ -11,15 +11,7 @@ from typing import Any
 
 import pytest
 
-from mlxkv.errors import (
-    CheckpointError,
-    DownloadError,
-    MlxkvError,
-    ModelNotFound,
-    OutOfMemory,
-    OutputError,
-    UsageError,
-)
+from mlxkv import errors
 from mlxkv.server.client import Server
 
 Reply = Callable[[Any], None]
@@ -100,11 +92,13 @@ def test_an_address_may_be_short(address, url):
      "user:key@host", "host/?q", "http://a\nb"],
 )  # fmt: skip
 def test_what_is_no_address_is_refused(address, monkeypatch):
-    with pytest.raises(UsageError, match=r"server must be an address like 127\.0\.0\.1:11434"):
+    with pytest.raises(
+        errors.UsageError, match=r"server must be an address like 127\.0\.0\.1:11434"
+    ):
         Server.at(address)
     if address:
         monkeypatch.setenv("MLXKV_SERVER", address)
-        with pytest.raises(UsageError, match="MLXKV_SERVER must be an address"):
+        with pytest.raises(errors.UsageError, match="MLXKV_SERVER must be an address"):
             Server.at()
 
 
@@ -123,7 +117,7 @@ def test_the_environment_names_a_server_and_a_key_where_nobody_does(monkeypatch)
 
 def test_a_key_that_cannot_be_sent_is_refused():
     for key in ("a\nb", "schlüssel"):
-        with pytest.raises(UsageError, match="api_key must be printable ASCII"):
+        with pytest.raises(errors.UsageError, match="api_key must be printable ASCII"):
             Server.at("host", key)
 
 
@@ -148,16 +142,23 @@ def test_requests_carry_the_key_and_go_below_the_path():
 @pytest.mark.parametrize(
     ("status", "kind"),
     [
-        (400, UsageError), (401, UsageError), (403, UsageError), (404, ModelNotFound),
-        (413, UsageError), (422, CheckpointError), (500, MlxkvError), (502, DownloadError),
-        (503, OutOfMemory), (507, OutputError),
+        (400, errors.UsageError),
+        (401, errors.UsageError),
+        (403, errors.UsageError),
+        (404, errors.ModelNotFound),
+        (413, errors.UsageError),
+        (422, errors.CheckpointError),
+        (500, errors.MlxkvError),
+        (502, errors.DownloadError),
+        (503, errors.OutOfMemory),
+        (507, errors.OutputError),
     ],
-)  # fmt: skip
+)
 def test_an_error_keeps_its_words_and_its_exit_code(status, kind):
     with replying(whole(status, b'{"error": "it is so"}')) as server:
-        with pytest.raises(MlxkvError, match=rf"answered {status}: it is so$") as asked:
+        with pytest.raises(errors.MlxkvError, match=rf"answered {status}: it is so$") as asked:
             server.ask("GET", "/")
-        with pytest.raises(MlxkvError, match="it is so") as streamed:
+        with pytest.raises(errors.MlxkvError, match="it is so") as streamed:
             next(server.lines("/", {}))
     assert type(asked.value) is type(streamed.value) is kind
 
@@ -172,29 +173,32 @@ def test_an_error_keeps_its_words_and_its_exit_code(status, kind):
     ],
 )
 def test_an_error_in_another_shape_is_one_line_too(body, words):
-    with replying(whole(404, body)) as server, pytest.raises(ModelNotFound, match=words):
+    with replying(whole(404, body)) as server, pytest.raises(errors.ModelNotFound, match=words):
         server.ask("GET", "/")
 
 
 def test_a_server_that_is_busy_is_not_out_of_memory():
     reply = whole(503, b'{"error": "too many"}', Retry_After="2")
-    with replying(reply) as server, pytest.raises(MlxkvError, match="too many") as caught:
+    with replying(reply) as server, pytest.raises(errors.MlxkvError, match="too many") as caught:
         server.ask("GET", "/")
-    assert type(caught.value) is MlxkvError
+    assert type(caught.value) is errors.MlxkvError
 
 
 def test_a_redirect_is_not_followed():
     reply = whole(307, b"", Location="http://127.0.0.1:9/")
-    with replying(reply) as server, pytest.raises(MlxkvError, match="answered 307: nothing"):
+    with replying(reply) as server, pytest.raises(errors.MlxkvError, match="answered 307: nothing"):
         server.ask("GET", "/")
 
 
 @pytest.mark.parametrize("body", [b"hello", b"[1]", b"\xff"])
 def test_what_is_no_json_object_is_another_server(body):
     words = "does not answer like `mlxkv serve`"
-    with replying(whole(200, body)) as server, pytest.raises(MlxkvError, match=words):
+    with replying(whole(200, body)) as server, pytest.raises(errors.MlxkvError, match=words):
         server.ask("GET", "/")
-    with replying(whole(200, body + b"\n")) as server, pytest.raises(MlxkvError, match=words):
+    with (
+        replying(whole(200, body + b"\n")) as server,
+        pytest.raises(errors.MlxkvError, match=words),
+    ):
         next(server.lines("/", {}))
 
 
@@ -203,12 +207,14 @@ def test_what_speaks_no_http_is_another_server():
         handler.wfile.write(b"220 mail.example ESMTP\r\n")
         handler.close_connection = True
 
-    with replying(reply) as server, pytest.raises(MlxkvError, match="does not answer like"):
+    with replying(reply) as server, pytest.raises(errors.MlxkvError, match="does not answer like"):
         server.ask("GET", "/")
 
 
 def test_no_server_is_said_with_what_to_do():
-    with pytest.raises(UsageError, match=r"no server at http://127\.0\.0\.1:9 .*`mlxkv serve`"):
+    with pytest.raises(
+        errors.UsageError, match=r"no server at http://127\.0\.0\.1:9 .*`mlxkv serve`"
+    ):
         Server.at("127.0.0.1:9").ask("GET", "/")
 
 
@@ -234,14 +240,14 @@ def test_lines_come_one_by_one():
 def test_an_error_that_ends_a_stream_has_the_exit_code_of_its_status():
     first = b'{"a":1}\n'
     ends = [
-        ({"error": "damaged", "status": 422}, CheckpointError),
-        ({"error": "who knows"}, MlxkvError),
+        ({"error": "damaged", "status": 422}, errors.CheckpointError),
+        ({"error": "who knows"}, errors.MlxkvError),
     ]
     for end, kind in ends:
         with replying(chunked(first, json.dumps(end).encode() + b"\n")) as server:
             lines = server.lines("/", {})
             assert next(lines) == {"a": 1}
-            with pytest.raises(MlxkvError, match=str(end["error"])) as caught:
+            with pytest.raises(errors.MlxkvError, match=str(end["error"])) as caught:
                 next(lines)
         assert type(caught.value) is kind
 
@@ -251,7 +257,7 @@ def test_half_a_line_is_an_error_and_no_end(last):
     with replying(chunked(b'{"a":1}\n', last=last)) as server:
         lines = server.lines("/", {})
         assert next(lines) == {"a": 1}
-        with pytest.raises(MlxkvError, match="ended the answer before it was done"):
+        with pytest.raises(errors.MlxkvError, match="ended the answer before it was done"):
             next(lines)
 
 

@@ -28,6 +28,7 @@ from tests.support.fake_engine import (
     serving,
     stats,
 )
+from tests.support.openai_server import OpenAIServer
 
 HI: list[Any] = [{"role": "user", "content": "hi"}]
 WEATHER: Any = {
@@ -42,12 +43,8 @@ WEATHER: Any = {
 CLOCK: Any = {"type": "function", "function": {"name": "clock"}}
 
 
-class Server:
-    """A server with a fake engine, and OpenAI's client for it."""
-
-    def __init__(self, engine: FakeEngine, url: str):
-        self.engine, self.url = engine, url
-        self.client = openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0)
+class Server(OpenAIServer):
+    """With the requests of these tests."""
 
     def chat(self, script: Script | None = None, **options: Any) -> Any:
         self.engine.script = script or says("Hello", " world")

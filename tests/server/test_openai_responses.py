@@ -24,6 +24,7 @@ from tests.support.fake_engine import (
     serving,
     stats,
 )
+from tests.support.openai_server import OpenAIServer
 
 TOOL: Any = {
     "type": "function",
@@ -47,12 +48,8 @@ def thinks_and_calls(ask: Any) -> list[Any]:
     ]
 
 
-class Server:
-    """A server with a fake engine, and OpenAI's client for it."""
-
-    def __init__(self, engine: FakeEngine, url: str):
-        self.engine, self.url = engine, url
-        self.client = openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0)
+class Server(OpenAIServer):
+    """With the requests of these tests."""
 
     def respond(self, script: Script | None = None, **options: Any) -> Any:
         self.engine.script = script or says("Hello", " world")
