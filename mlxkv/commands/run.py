@@ -131,16 +131,17 @@ def run(
     What is piped in is the prompt, or goes below PROMPT.
     """
     from mlxkv.terminal import one_shot
-    from mlxkv.terminal.answer_options import AnswerOptions, check
+    from mlxkv.terminal.answer_options import AnswerOptions
 
     asked = _asked_server(server, use_server, api_key)
     if asked is not None:
         _refuse_local(dtype, memory, kv_type, kv_from)
     settings = AnswerOptions(
-        max_tokens, temperature, top_k, top_p, min_p, repeat_penalty, seed,
-        tuple(stop or ()), truncate, think, inputs.answer_format(format),
+        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+        repeat_penalty=repeat_penalty, seed=seed, max_tokens=max_tokens,
+        stop=tuple(stop or ()), truncate=truncate, think=think,
+        format=inputs.answer_format(format),
     )  # fmt: skip
-    check(settings)
     saved = inputs.saved_kv(kv_from)
     kv_type = kv_type or (saved.kv_type if saved else None)
     from mlxkv.store.settings import COMMAND_LINE, Given

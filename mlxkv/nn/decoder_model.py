@@ -209,8 +209,8 @@ class NormedAttention(Attention, NormedHeads):
         return q, k, qkv[:, :, H + Hk :].transpose(0, 2, 1, 3)
 
 
-class Layer(nn.Module):
-    """x + attention(norm(x)), and the same with an MLP.
+class TwoNorms(nn.Module):
+    """The modules of a layer with a norm before attention and MLP.
 
     Args:
         config: the model's.
@@ -229,12 +229,16 @@ class Layer(nn.Module):
         self.input_layernorm = norm(E, eps)
         self.post_attention_layernorm = norm(E, eps)
 
+
+class Layer(TwoNorms):
+    """x + attention(norm(x)), and the same with an MLP."""
+
     def __call__(self, x: mx.array, mask: Mask, cache: LayerCache | None) -> mx.array:
         x = x + self["self_attn"](self["input_layernorm"](x), mask, cache)
         return x + self["mlp"](self["post_attention_layernorm"](x))
 
 
-class FourNorms(Layer):
+class FourNorms(TwoNorms):
     """The modules of a layer with a norm before and after both attention and MLP."""
 
     def __init__(

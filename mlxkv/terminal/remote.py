@@ -12,6 +12,7 @@ import json
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -28,15 +29,10 @@ if TYPE_CHECKING:
     from mlxkv.saved_kv.manifest import NamedKV
     from mlxkv.terminal.backend import Progress
 
-_OPTIONS = {
-    "max_tokens": "num_predict",
-    "temperature": "temperature",
-    "top_k": "top_k",
-    "top_p": "top_p",
-    "min_p": "min_p",
-    "repeat_penalty": "repeat_penalty",
-    "seed": "seed",
+_OPTIONS = {"max_tokens": "num_predict"} | {
+    field.name: field.name for field in fields(SamplingParams) if field.name != "logit_bias"
 }
+"""What is set for answers -> Ollama's name for it."""
 
 
 def names_model(server: Server) -> Callable[[str], bool]:

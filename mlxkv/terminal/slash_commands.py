@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlxkv.errors import OutputError, UsageError
-from mlxkv.terminal.answer_options import AnswerOptions, check, with_defaults
+from mlxkv.terminal.answer_options import AnswerOptions, with_defaults
 from mlxkv.terminal.stats_text import describe_memory
 
 if TYPE_CHECKING:
@@ -170,9 +170,7 @@ def _set_parameter(chat: Chat, name: str, value: str) -> str:
         raise UsageError(f"{name} takes a number; got {value!r}") from None
     if name == "stop" and parsed is None:
         parsed = ()
-    settings = replace(chat.settings, **{name: parsed})
-    check(settings)
-    chat.settings = settings
+    chat.settings = replace(chat.settings, **{name: parsed})
     return f"{name} = {'default' if parsed is None else parsed}"
 
 
@@ -303,13 +301,10 @@ def _parameters_of(content: dict[str, Any], path: Path) -> AnswerOptions:
     stop = raw.get("stop") or ()
     if not isinstance(stop, list | tuple) or not all(isinstance(text, str) for text in stop):
         raise UsageError(f"{path}: key 'stop' must be a list of texts")
-    settings = AnswerOptions(**{**raw, "stop": tuple(stop)})
-    for name in ("max_tokens",):
-        value = getattr(settings, name)
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
-            raise UsageError(f"{path}: key {name!r} must be a whole number; got {value!r}")
-    check(settings)
-    return settings
+    n = raw.get("max_tokens")
+    if n is not None and type(n) is not int:
+        raise UsageError(f"{path}: key 'max_tokens' must be a whole number; got {n!r}")
+    return AnswerOptions(**{**raw, "stop": tuple(stop)})
 
 
 def _messages_of(content: dict[str, Any], path: Path) -> tuple[str | None, list[dict[str, str]]]:

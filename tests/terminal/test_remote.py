@@ -473,8 +473,9 @@ def test_what_is_set_arrives_and_what_is_not_does_not(fake, engine, speaker):
     list(speaker.stream(MESSAGES, AnswerOptions()))
     assert (engine.last.request.prompt, options_of(engine.last)) == (MESSAGES, {})
     every = AnswerOptions(
-        9, 0.5, 4, 0.75, 0.25, 1.5, 6, ("a", "b"), True, "low", {"type": "object"}
-    )
+        max_tokens=9, temperature=0.5, top_k=4, top_p=0.75, min_p=0.25, repeat_penalty=1.5, seed=6,
+        stop=("a", "b"), truncate=True, think="low", format={"type": "object"},
+    )  # fmt: skip
     given = Given(context=64, overflow="shift", keep=3)
     list(RemoteSpeaker(fake[1], MODEL, given).stream(MESSAGES, every))
     assert options_of(engine.last) == {
