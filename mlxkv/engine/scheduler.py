@@ -15,8 +15,6 @@ import time
 from collections import deque
 from collections.abc import Iterator
 
-import mlx.core as mx
-
 from mlxkv.base.device import default_chunk
 from mlxkv.engine.messages import Counts
 from mlxkv.engine.policy import Pace, Prompt, next_prompt
@@ -150,7 +148,8 @@ class Scheduler:
                 task.request.on_progress(*progress)
             return
         except StopIteration as stop:
-            logits, stop.value = stop.value, None
+            # Not in a variable of this function: a restart in `_join` must be able to free them.
+            state.logits, stop.value = stop.value, None
         except KVCacheFull as error:
             if any(other.holds_kv for other in self.tasks() if other is not task):
                 self._wait_for_room(task, state)
@@ -161,7 +160,7 @@ class Scheduler:
             self._end(task, error)
             return
         self._prefilling.remove(task)
-        self._join(task, state.generation, logits)
+        self._join(task, state)
 
     def _wait_for_room(self, task: Task, state: Prefilling) -> None:
         """Others have the memory: a prompt goes on, from its pages, when one of them has ended."""
@@ -173,9 +172,11 @@ class Scheduler:
             return
         state.steps, state.needs_room = None, True
 
-    def _join(self, task: Task, generation: Generation, logits: mx.array) -> None:
+    def _join(self, task: Task, state: Prefilling) -> None:
         """A prompt is computed: its answer joins the others."""
-        masker = generation.masker
+        generation, logits = state.generation, state.logits
+        assert logits is not None
+        state.logits, masker = None, generation.masker
         row = Row(
             generation.session,
             logits,
@@ -187,7 +188,7 @@ class Scheduler:
         try:
             self._decoder.add(row)
         except Exception as error:  # one request's, whatever it is
-            del row, logits  # a restart must be able to free them
+            del row, logits
             if is_allocation_failure(error):
                 self._again(task, generation, without_trace(error))
             else:

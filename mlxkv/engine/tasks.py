@@ -27,12 +27,14 @@ class Prefilling:
         tokens: what is computed: the prompt, or what is kept of it and of the answer so far.
         steps: the chunks, once KV is held.
         needs_room: whether it goes on only when another request has ended.
+        logits: `[1, V]` after the last chunk, until the answer joins the others.
     """
 
     generation: Generation
     tokens: list[int]
     steps: Generator[tuple[int, int], None, mx.array] | None = None
     needs_room: bool = False
+    logits: mx.array | None = None
 
 
 @dataclass(frozen=True, eq=False, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ import mlxkv
 from mlxkv.engine.scheduler import Scheduler
 from mlxkv.engine.tasks import Prefilling, Task, Waiting
 from mlxkv.errors import KVCacheFull
+from mlxkv.generation.decoder import Decoder, Row
 from mlxkv.generation.outputs import Chunk
 from mlxkv.generation.request import Request
+from mlxkv.generation.session import Session
 from tests.support.command_line import chat_model
 
 A, B, C = (
@@ -165,3 +168,27 @@ def test_what_was_computed_before_a_wait_counts_as_computed(path):
     assert stats is not None
     assert stats.prompt_tokens == stats.computed_tokens + stats.restored_tokens
     assert stats.restored_tokens == 0
+
+
+def test_a_restart_can_free_the_prompts_logits(path, monkeypatch):
+    served = tight(path, 2.5)
+    add, start_over = Decoder.add, Session.start_over
+    logits: list[weakref.ref] = []
+    freed: list[bool] = []
+
+    def fail_once(self: Decoder, row: Row) -> None:
+        if logits:
+            return add(self, row)
+        logits.append(weakref.ref(row.logits))
+        raise RuntimeError("[malloc] Unable to allocate 1 bytes.")
+
+    def looked(self: Session, tokens: list[int], error: BaseException) -> None:
+        freed.append(logits[0]() is None)
+        start_over(self, tokens, error)
+
+    monkeypatch.setattr(Decoder, "add", fail_once)
+    monkeypatch.setattr(Session, "start_over", looked)
+    asked = Asked(served, C)
+    run(served, [asked])
+    assert freed == [True] and asked.errors == []
+    assert asked.tokens == alone(path, C)
