@@ -10,6 +10,7 @@ import mlx.core as mx
 
 from mlxkv.engine import prompt as prompts
 from mlxkv.engine.driver import run, stream
+from mlxkv.engine.prompt import Prepared
 from mlxkv.engine.runtime import Runtime
 from mlxkv.errors import UsageError
 from mlxkv.generation.generation import Generation
@@ -99,8 +100,8 @@ class LLM(Runtime):
         """
         if _is_batch(prompt):
             raise UsageError("stream answers one prompt: give a list of prompts to generate")
-        request = self._request(prompt, kv_from, options)
-        return stream(self, self._generation(request))
+        request = Request.of(prompt, saved=self.saved_kv(kv_from), **options)
+        return stream(self, self._generation(request, prompts.prepare(self, request)))
 
     @overload
     def generate(
@@ -143,11 +144,12 @@ class LLM(Runtime):
         """
         if n is not None and (type(n) is not int or n < 1):
             raise UsageError(f"n must be a whole number, 1 or more; got {n!r}")
-        is_batch = _is_batch(prompt)
+        is_batch, saved = _is_batch(prompt), self.saved_kv(kv_from)
         generations = []
         for each in prompt if is_batch else [prompt]:
-            request = self._request(each, kv_from, options)  # pyright: ignore[reportArgumentType]
-            generations += [self._generation(request.nth(i)) for i in range(n or 1)]
+            request = Request.of(each, saved=saved, **options)  # pyright: ignore[reportArgumentType]
+            prepared = prompts.prepare(self, request)
+            generations += [self._generation(request.nth(i), prepared) for i in range(n or 1)]
         one = len(generations) == 1
         answers: list[list[Chunk]] = [[] for _ in generations]
         for i, chunk in run(self, generations, keep_sessions=one):
@@ -231,13 +233,8 @@ class LLM(Runtime):
         """Where the memory is, and where it was during the last request."""
         return memory_stats(self.budget)
 
-    def _request(
-        self, prompt: Prompt, kv_from: str | NamedKV | None, options: dict[str, Any]
-    ) -> Request:
-        return Request.of(prompt, saved=self.saved_kv(kv_from), **options)
-
-    def _generation(self, request: Request) -> Generation:
-        return prompts.start(self, request, prompts.prepare(self, request), self.session())
+    def _generation(self, request: Request, prepared: Prepared) -> Generation:
+        return prompts.start(self, request, prepared, self.session())
 
     def _collected(self, chunks: Sequence[Chunk]) -> Result:
         ends = self.tokenizer.eos_token_ids

@@ -106,6 +106,15 @@ def test_each_prompt_of_a_batch_gets_its_answers_in_a_row(llm):
     assert [each.tokens for each in answers] == [first, first, second, second]
 
 
+def test_a_prompt_is_encoded_once_however_many_answers_it_gets(llm, monkeypatch):
+    encode, encoded = llm.tokenizer.encode, []
+    monkeypatch.setattr(
+        llm.tokenizer, "encode", lambda text, **more: encoded.append(text) or encode(text, **more)
+    )
+    llm.generate(PROMPTS[:2], n=3, max_tokens=2)
+    assert encoded == PROMPTS[:2]
+
+
 @pytest.mark.parametrize("n", [0, -1, True, "2"])
 def test_n_is_a_number_of_answers(llm, n):
     with pytest.raises(UsageError, match="n must be a whole number"):
