@@ -25,7 +25,7 @@ from mlxkv.engine.answers import EngineAnswer
 from mlxkv.engine.loading import ModelLoads, PendingRequest
 from mlxkv.engine.messages import Ask, Busy, Embeddings, EngineStats, Loaded
 from mlxkv.engine.model_pool import LoadedModel, ModelPool, key_of
-from mlxkv.engine.prompt import prepare, start
+from mlxkv.engine.prompt import bounded, prepare
 from mlxkv.engine.tasks import Task
 from mlxkv.errors import MlxkvError, UsageError
 from mlxkv.store.settings import Given
@@ -135,8 +135,8 @@ class Engine:
 
         def tokenize(loaded: LoadedModel) -> list[int]:
             runtime = loaded.scheduler.runtime
-            prepared = prepare(runtime, ask.request)
-            return start(runtime, ask.request, prepared, runtime.session()).sequence
+            _, tokens = bounded(runtime, ask.request, prepare(runtime, ask.request))
+            return tokens
 
         return await self._with_model(ask.model, ask.path, ask.keep_alive_s, tokenize)
 

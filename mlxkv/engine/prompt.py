@@ -103,7 +103,7 @@ def start(runtime: Runtime, request: Request, prepared: Prepared, session: Sessi
         UsageError: a setting out of its range, or more is to be kept than the context allows.
         ContextExceeded: the prompt is longer than the context.
     """
-    bound, tokens = _bounded(runtime, request, prepared)
+    bound, tokens = bounded(runtime, request, prepared)
     sampling = request.sampling
     if request.recommended:
         sampling = sampling.merged(runtime.recommended)
@@ -219,8 +219,12 @@ def _behind(runtime: Runtime, saved: NamedKV | None, prompt: Prompt) -> list[int
     return [*unpacked(saved.tokens), *encode(runtime, prompt)]
 
 
-def _bounded(runtime: Runtime, request: Request, prepared: Prepared) -> tuple[Bound, list[int]]:
-    """A request's context, and its prompt; what is kept of it is counted when it is needed."""
+def bounded(runtime: Runtime, request: Request, prepared: Prepared) -> tuple[Bound, list[int]]:
+    """A request's context, and its prompt; what is kept of it is counted when it is needed.
+
+    Raises:
+        UsageError, ContextExceeded: as `start`.
+    """
     settings = runtime.settings.asked(request.context, request.overflow, request.keep)
     tokens = prepared.tokens
     fitted = _fit(runtime, tokens, request, settings)

@@ -4,8 +4,8 @@ Invariants:
 - One step is in flight: while the caller looks at the tokens of one, the next is computed. It has
   been fed the tokens given out, so that a sequence's caches hold what its session knows whenever
   `step` has returned (but for a first and a last token, which are not fed).
-- A row's token depends on its own logits, sampler and mask alone: it is the one that it
-  gets alone, whatever else is in the batch.
+- A row's token depends on its own logits, sampler and mask: it gets the same one alone, whatever
+  else is in the batch.
 - What goes wrong in a row ends that row; the others go on.
 - An exception out of `step` itself empties the decoder: a token may have reached the caches of some
   layers and not of others, which the sessions put right by themselves.

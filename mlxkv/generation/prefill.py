@@ -1,7 +1,4 @@
-"""Prefill and decode on one sequence's caches, as functions: `session` is who calls them.
-
-Invariant: one decode step is in flight: while the caller looks at a token, the next is computed.
-"""
+"""Prefill on one sequence's caches, as functions; `session` calls them."""
 
 from __future__ import annotations
 

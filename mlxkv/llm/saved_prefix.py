@@ -7,7 +7,7 @@ needed for them to be right: what of it was given up is computed again.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -123,7 +123,7 @@ def _where(runtime: Runtime) -> tuple[Pages, PageDisk]:
 
 def _prefix(runtime: Runtime, prompt: Prompt) -> tuple[str, tuple[Any, ...] | None, list[int]]:
     """Text, messages and token ids of what is to be saved."""
-    if isinstance(prompt, str) or not prompt or not isinstance(prompt[0], Mapping):
+    if not prompts.is_messages(prompt):
         tokens = prompts.encode(runtime, prompt)
         text = prompt if isinstance(prompt, str) else runtime.tokenizer.decode(tokens)
         return text, None, tokens
