@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import inspect
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import typer
 
+from mlxkv.terminal.answer_options import SAMPLING
 from mlxkv.terminal.spelling import Options
 
 KVType = Annotated[
@@ -22,6 +25,33 @@ Context = Annotated[
 DType = Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")]
 Memory = Annotated[str | None, typer.Option(help="Limit, such as 16GiB.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def with_sampling(command: Callable[..., int]) -> Callable[..., int]:
+    """A command with an option for each sampling parameter in place of its argument `sampling`.
+
+    Args:
+        command: gets the options by name in `sampling`, None where they are left out.
+    """
+    signature = inspect.signature(command, eval_str=True)
+    taken = []
+    for argument in signature.parameters.values():
+        if argument.name != "sampling":
+            taken.append(argument)
+            continue
+        for name, parameter in SAMPLING.items():
+            names = [f"--{name.replace('_', '-')}", f"-{parameter.letter}"]
+            option = typer.Option(*names[: 1 + bool(parameter.letter)], help=parameter.help)
+            hint = Annotated[parameter.kind | None, option]
+            taken.append(argument.replace(name=name, default=None, annotation=hint))
+
+    @functools.wraps(command)
+    def call(**options: Any) -> int:
+        sampling = {name: options.pop(name) for name in SAMPLING}
+        return command(**options, sampling=sampling)
+
+    call.__signature__ = signature.replace(parameters=taken)  # pyright: ignore[reportAttributeAccessIssue]
+    return call
 
 
 def options_of(app: typer.Typer, args: Sequence[str]) -> Options:

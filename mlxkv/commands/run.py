@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mlxkv.commands import inputs
-from mlxkv.commands.options import Context
+from mlxkv.commands.options import Context, with_sampling
 from mlxkv.commands.serve import Key
 from mlxkv.errors import UsageError
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from mlxkv.terminal.backend import Speaker
 
 
+@with_sampling
 def run(
     words: Annotated[
         list[str] | None,
@@ -32,26 +33,11 @@ def run(
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="The model; the arguments are the prompt.")
     ] = None,
+    *,
     max_tokens: Annotated[
         int | None, typer.Option("--max-tokens", "-n", help="Stop after so many tokens.")
     ] = None,
-    temperature: Annotated[
-        float | None,
-        typer.Option(
-            "--temperature",
-            "-t",
-            help="0 takes the likeliest token; default: the model's recommendation, or 0.",
-        ),
-    ] = None,
-    top_k: Annotated[int | None, typer.Option(help="Draw from the K likeliest; 0: all.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest P.")] = None,
-    min_p: Annotated[
-        float | None, typer.Option(help="Drop what is less likely than P x the likeliest.")
-    ] = None,
-    repeat_penalty: Annotated[
-        float | None, typer.Option(help="Above 1 makes repetition less likely.")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="The same seed gives the same answer.")] = None,
+    sampling: Mapping[str, Any],
     system: Annotated[str | None, typer.Option(help="The system prompt.")] = None,
     stop: Annotated[
         list[str] | None, typer.Option(help="Stop before this text; may be repeated.")
@@ -137,11 +123,13 @@ def run(
     if asked is not None:
         _refuse_local(dtype, memory, kv_type, kv_from)
     settings = AnswerOptions(
-        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
-        repeat_penalty=repeat_penalty, seed=seed, max_tokens=max_tokens,
-        stop=tuple(stop or ()), truncate=truncate, think=think,
+        max_tokens=max_tokens,
+        stop=tuple(stop or ()),
+        truncate=truncate,
+        think=think,
         format=inputs.answer_format(format),
-    )  # fmt: skip
+        **sampling,
+    )
     saved = inputs.saved_kv(kv_from)
     kv_type = kv_type or (saved.kv_type if saved else None)
     from mlxkv.store.settings import COMMAND_LINE, Given

@@ -83,11 +83,10 @@ class LLM(Runtime):
             kv_from: name of saved KV that the prompt goes on from, see `save_kv`.
             **options: `max_tokens`, `stop`, `truncate`, `format`, `logprobs`, `on_progress`, for
                 messages `think` and `tools`, `context`, `overflow` and `keep` in place of the
-                model's settings (see `Request`), and the fields of `SamplingParams`: `temperature`
-                (0, greedy, by default), `top_k`, `top_p`, `min_p`, `repeat_penalty`,
-                `repeat_last_n`, `seed`, `logit_bias`. `format` is a JSON schema, a pydantic
-                model, a compiled regex, "json" or a `Grammar`. With `recommended` what is not set
-                is what the model's generation_config.json recommends.
+                model's settings (see `Request`), and the fields of `SamplingParams`, such as
+                `temperature` (0, greedy, by default). `format` is a JSON schema, a pydantic model,
+                a compiled regex, "json" or a `Grammar`. With `recommended` what is not set is what
+                the model's generation_config.json recommends.
 
         Yields:
             One chunk per token; the last has `finish_reason` and `stats`. Answers to messages come

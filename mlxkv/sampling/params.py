@@ -1,74 +1,124 @@
 """How tokens are to be chosen: what a request says and what a model recommends.
 
-Nothing here needs MLX; `sampler` applies it.
+The fields of `SamplingParams` are the table of parameters. The options of `mlxkv run`, the chat's
+parameters and the fields of the HTTP APIs are made of it. A new parameter is an entry here, and its
+mathematics in `sampler`. Nothing here needs MLX.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from numbers import Integral, Real
 from pathlib import Path
+from types import EllipsisType
 from typing import Any
 
 from mlxkv.checkpoint.config import read_json
 from mlxkv.errors import ConfigError, Spelling, UsageError
 
-GENERATION_CONFIG = {
-    "temperature": "temperature",
-    "top_k": "top_k",
-    "top_p": "top_p",
-    "min_p": "min_p",
-    "repetition_penalty": "repeat_penalty",
-}
-"""Keys of a model's generation_config.json that are followed, and what they are called here."""
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """What a sampling parameter is, for all interfaces.
+
+    Args:
+        kind: int or float.
+        off: its value where neither the caller nor the model sets it; None for none.
+        allowed: the range in words, for errors.
+        low: the smallest value.
+        high: the largest value.
+        above: whether `low` itself is out of the range.
+        help: the option's help in `mlxkv run`; "" where neither that nor the chat has it.
+        letter: the option's short form.
+        config: its key in a model's generation_config.json, where that may recommend it; OpenAI's
+            APIs take this name too.
+        anthropic: whether Anthropic's API has it.
+        minus_one: what -1 stands for in the HTTP APIs that take it; `...` where it is an error.
+    """
+
+    kind: type[int] | type[float]
+    off: float | None
+    allowed: str
+    low: float
+    high: float = math.inf
+    above: bool = False
+    help: str = ""
+    letter: str = ""
+    config: str = ""
+    anthropic: bool = False
+    minus_one: int | EllipsisType | None = ...
+
+    def check(self, name: str, value: Any) -> None:
+        """Refuse a value of another type or out of the range; None is not set.
+
+        Raises:
+            UsageError: says what is allowed.
+        """
+        is_kind = _is_whole if self.kind is int else _is_finite
+        if value is None or (is_kind(value) and self._has(value)):
+            return
+        whole = "a whole number, " if self.kind is int else ""
+        raise UsageError(f"must be {whole}{self.allowed}; got {_shown(value)}", field=name)
+
+    def _has(self, value: float) -> bool:
+        return self.low <= value <= self.high and not (self.above and value == self.low)
+
+
+def _parameter(*args: Any, **more: Any) -> Any:
+    return field(default=None, metadata={"parameter": Parameter(*args, **more)})
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How the next token is chosen. None means "not set": see `merged` and `resolved`.
 
-    Attributes:
-        temperature: 0 is greedy; logits are divided by it otherwise.
-        top_k: keep the k likeliest tokens; 0, or anything past the vocabulary, keeps all.
-        top_p: keep the smallest set of likeliest tokens whose probabilities sum to this or more;
-            tokens exactly as likely as the last one of the set stay too. 1 keeps all.
-        min_p: keep tokens at least this fraction as likely as the likeliest; 0 keeps all.
-        repeat_penalty: positive logits of recent tokens are divided by it, negative multiplied
-            (CTRL, arXiv:1909.05858). 1 is off.
-        repeat_last_n: how many recent tokens count as recent; 0 is off.
-        seed: the same seed, logits and parameters give the same tokens, whatever MLX's global
-            random state is; unset draws a fresh one.
-        logit_bias: added to the logits of these token ids first.
-
     Raises:
         UsageError: a value out of its range.
     """
 
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
-    repeat_penalty: float | None = None
-    repeat_last_n: int | None = None
-    seed: int | None = None
+    temperature: float | None = _parameter(
+        float, 0.0, "0 or more", 0, letter="t", config="temperature", anthropic=True,
+        help="0 takes the likeliest token; default: the model's recommendation, or 0.",
+    )  # fmt: skip
+    """0 is greedy; logits are divided by it otherwise."""
+    top_k: int | None = _parameter(
+        int, 0, "0 (all) or more", 0, config="top_k", anthropic=True, minus_one=0,
+        help="Draw from the K likeliest; 0: all.",
+    )  # fmt: skip
+    """Keep the k likeliest tokens; 0, or anything past the vocabulary, keeps all."""
+    top_p: float | None = _parameter(
+        float, 1.0, "above 0 and at most 1", 0, 1, above=True, config="top_p", anthropic=True,
+        help="Draw from the likeliest P.",
+    )  # fmt: skip
+    """Keep the smallest set of likeliest tokens whose probabilities sum to this or more; tokens
+    exactly as likely as the last one of the set stay too. 1 keeps all."""
+    min_p: float | None = _parameter(
+        float, 0.0, "between 0 and 1", 0, 1, config="min_p",
+        help="Drop what is less likely than P x the likeliest.",
+    )  # fmt: skip
+    """Keep tokens at least this fraction as likely as the likeliest; 0 keeps all."""
+    repeat_penalty: float | None = _parameter(
+        float, 1.0, "above 0", 0, above=True, config="repetition_penalty",
+        help="Above 1 makes repetition less likely.",
+    )  # fmt: skip
+    """Positive logits of recent tokens are divided by it, negative multiplied (CTRL,
+    arXiv:1909.05858). 1 is off."""
+    repeat_last_n: int | None = _parameter(int, 64, "0 (off) or more", 0, minus_one=2**31 - 1)
+    """How many recent tokens count as recent; 0 is off."""
+    seed: int | None = _parameter(
+        int, None, "from 0 to 2^64 - 1", 0, 2**64 - 1, minus_one=None,
+        help="The same seed gives the same answer.",
+    )  # fmt: skip
+    """The same seed, logits and parameters give the same tokens, whatever MLX's global random state
+    is; unset draws a fresh one."""
     logit_bias: Mapping[int, float] | None = None
+    """Added to the logits of these token ids first."""
 
     def __post_init__(self) -> None:
-        _check_real("temperature", self.temperature, "0 or more", lambda x: x >= 0)
-        _check_whole("top_k", self.top_k, "0 (all) or more", lambda x: x >= 0)
-        _check_real(
-            "top_p",
-            self.top_p,
-            "between 0 and 1",
-            lambda x: 0 < x <= 1,
-            at_zero="above 0 and at most 1",
-        )
-        _check_real("min_p", self.min_p, "between 0 and 1", lambda x: 0 <= x <= 1)
-        _check_real("repeat_penalty", self.repeat_penalty, "above 0", lambda x: x > 0)
-        _check_whole("repeat_last_n", self.repeat_last_n, "0 (off) or more", lambda x: x >= 0)
-        _check_whole("seed", self.seed, "from 0 to 2^64 - 1", lambda x: 0 <= x < 2**64)
+        for name, parameter in PARAMETERS.items():
+            parameter.check(name, getattr(self, name))
         if self.logit_bias is not None:
             object.__setattr__(self, "logit_bias", _checked_bias(self.logit_bias))
 
@@ -140,21 +190,6 @@ def _checked_bias(bias: Any) -> dict[int, float]:
     return {int(token): float(value) for token, value in bias.items()}
 
 
-def _check_real(
-    name: str, value: Any, allowed: str, ok: Callable[[float], bool], at_zero: str | None = None
-) -> None:
-    if value is None or (_is_finite(value) and ok(value)):
-        return
-    if at_zero is not None and _is_finite(value) and value == 0:
-        allowed = at_zero
-    raise UsageError(f"must be {allowed}; got {_shown(value)}", field=name)
-
-
-def _check_whole(name: str, value: Any, allowed: str, ok: Callable[[int], bool]) -> None:
-    if value is not None and not (_is_whole(value) and ok(value)):
-        raise UsageError(f"must be a whole number, {allowed}; got {_shown(value)}", field=name)
-
-
 def _is_finite(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
@@ -167,7 +202,11 @@ def _shown(value: Any) -> str:
     return str(value) if isinstance(value, Real) else repr(value)
 
 
-# What holds for a value that neither the caller nor the model sets; last, as it is checked too.
-DEFAULTS = SamplingParams(
-    temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, repeat_penalty=1.0, repeat_last_n=64
-)
+PARAMETERS: Mapping[str, Parameter] = {
+    f.name: f.metadata["parameter"] for f in fields(SamplingParams) if f.metadata
+}
+"""All but `logit_bias`, which is no number."""
+GENERATION_CONFIG = {p.config: name for name, p in PARAMETERS.items() if p.config}
+"""Keys of a model's generation_config.json that are followed, and what they are called here."""
+DEFAULTS = SamplingParams(**{name: p.off for name, p in PARAMETERS.items()})  # pyright: ignore[reportArgumentType]
+"""What holds for a value that neither the caller nor the model sets."""

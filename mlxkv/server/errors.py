@@ -18,6 +18,7 @@ from starlette.exceptions import HTTPException
 
 from mlxkv.engine.messages import Busy
 from mlxkv.errors import ContextExceeded, MlxkvError, ModelNotFound, Spelling
+from mlxkv.sampling.params import PARAMETERS
 
 _log = logging.getLogger(__name__)
 
@@ -65,15 +66,13 @@ def _same(*names: str) -> dict[str, str]:
     return {name: name for name in names}
 
 
-_EVERYWHERE = _same("model", "temperature", "top_k", "top_p")
 _OURS = _same(
-    "min_p", "repeat_penalty", "repeat_last_n", "seed", "logit_bias", "stop", "context", "overflow",
-    "keep", "keep_alive", "think", "tools", "logprobs",
+    *PARAMETERS, "model", "logit_bias", "stop", "context", "overflow", "keep", "keep_alive",
+    "think", "tools", "logprobs",
 )  # fmt: skip
-OPENAI = Fields({**_EVERYWHERE, **_OURS, "max_tokens": "max_tokens", "format": "response_format"})
+OPENAI = Fields({**_OURS, "max_tokens": "max_tokens", "format": "response_format"})
 RESPONSES = Fields(
     {
-        **_EVERYWHERE,
         **_OURS,
         "max_tokens": "max_output_tokens",
         "format": "text.format",
@@ -83,8 +82,8 @@ RESPONSES = Fields(
 )
 ANTHROPIC = Fields(
     {
-        **_EVERYWHERE,
-        **_same("max_tokens", "tools"),
+        **_same("model", "max_tokens", "tools"),
+        **_same(*(name for name, parameter in PARAMETERS.items() if parameter.anthropic)),
         "stop": "stop_sequences",
         "think": "thinking",
         "format": "output_config.format",
@@ -98,13 +97,7 @@ OLLAMA = Fields(
         "max_tokens": "options.num_predict",
         "context": "options.num_ctx",
         "keep": "options.num_keep",
-        **{
-            name: f"options.{name}"
-            for name in (
-                "temperature", "top_k", "top_p", "min_p", "repeat_penalty", "repeat_last_n", "seed",
-                "stop",
-            )
-        },
+        **{name: f"options.{name}" for name in (*PARAMETERS, "stop")},
     },
     {("shift", "shift"): True, ("shift", "stop"): False},
 )  # fmt: skip

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import re
-from typing import Annotated, Any
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model
 
 from mlxkv.errors import UsageError
 from mlxkv.generation.request import MAX_LOGPROBS
+from mlxkv.sampling.params import PARAMETERS, Parameter
 
 
 def _empty(value: Any) -> Any:
@@ -19,15 +22,13 @@ def _empty(value: Any) -> Any:
 
 Refused = Annotated[Any, AfterValidator(_empty)]
 """A field that may only be empty."""
-Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
-Whole = Annotated[int, Field(ge=0, le=2**31 - 1)]
+MAX_WHOLE = 2**31 - 1
+MAX_REAL = 1e6
+Count = Annotated[int, Field(ge=1, le=MAX_WHOLE)]
+Whole = Annotated[int, Field(ge=0, le=MAX_WHOLE)]
 Real = Annotated[float, Field(allow_inf_nan=False)]
 Text = Annotated[str, Field(min_length=1)]
 Texts = Text | Annotated[list[Text], Field(min_length=1, max_length=2048)]
-Temperature = Annotated[float, Field(ge=0, le=1e6)]
-TopP = Annotated[float, Field(gt=0, le=1)]
-MinP = Annotated[float, Field(ge=0, le=1)]
-Penalty = Annotated[float, Field(gt=0, le=1e6)]
 TopLogprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
 StopText = Annotated[str, Field(min_length=1, max_length=1024)]
 StopTexts = Annotated[list[StopText], Field(max_length=16)]
@@ -41,6 +42,59 @@ class Strict(BaseModel):
     """A part of a request: other fields, and values of other types, are refused."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class Sampled(Strict):
+    """A request with sampling parameters; `sampled` makes its fields.
+
+    Attributes:
+        spellings: field -> parameter; several may be one parameter.
+    """
+
+    spellings: ClassVar[Mapping[str, str]] = {}
+
+    def sampling(self) -> dict[str, Any]:
+        """The parameters that are set, as keywords of `Request.of`.
+
+        Raises:
+            UsageError: one is set twice.
+        """
+        found: dict[str, Any] = {}
+        for spelling, name in self.spellings.items():
+            value, instead = getattr(self, spelling), PARAMETERS[name].minus_one
+            if value is None:
+                continue
+            if name in found:
+                raise UsageError(f"{name} and {spelling} are one thing: give one")
+            found[name] = instead if value == -1 and instead is not ... else value
+        return found
+
+
+def sampled(spellings: Mapping[str, str], minus_one: bool = False) -> type[Sampled]:
+    """A base class with a field for each parameter, in the range that the table has.
+
+    Args:
+        spellings: field -> parameter.
+        minus_one: whether -1 is taken where it means something.
+    """
+    made: Any = {
+        spelling: (_range(PARAMETERS[name], minus_one) | None, None)
+        for spelling, name in spellings.items()
+    }
+    base = create_model("Sampled", __base__=Sampled, **made)
+    base.spellings = spellings
+    return base
+
+
+def _range(parameter: Parameter, minus_one: bool) -> Any:
+    most = MAX_WHOLE if parameter.kind is int else MAX_REAL
+    limits = {
+        "gt" if parameter.above else "ge": parameter.low,
+        "le": most if math.isinf(parameter.high) else parameter.high,
+    }
+    if minus_one and parameter.minus_one is not ...:
+        limits["ge"] = -1
+    return Annotated[parameter.kind, Field(**limits)]
 
 
 def one_or_more(value: str | list[str]) -> list[str]:

@@ -19,7 +19,7 @@ from mlxkv.base.paths import models_dir, slug
 from mlxkv.checkpoint import mlxkv_json
 from mlxkv.checkpoint.mlxkv_json import RECORD, Record, read_record
 from mlxkv.errors import ConfigError, UsageError
-from mlxkv.sampling.params import SamplingParams
+from mlxkv.sampling.params import GENERATION_CONFIG, SamplingParams
 from mlxkv.store import settings
 from mlxkv.store.refs import is_model
 from mlxkv.store.resolve import Report, silent, work_folder
@@ -108,13 +108,7 @@ def _write_record(source: Path, made: Path, name: str, chosen: Mapping[str, Any]
 
 def _write_sampling(file: Path, sampling: SamplingParams) -> None:
     raw = json.loads(file.read_text("utf-8")) if file.is_file() else {}
-    said = {
-        "temperature": sampling.temperature,
-        "top_k": sampling.top_k,
-        "top_p": sampling.top_p,
-        "min_p": sampling.min_p,
-        "repetition_penalty": sampling.repeat_penalty,
-    }
+    said = {key: getattr(sampling, name) for key, name in GENERATION_CONFIG.items()}
     raw |= {key: value for key, value in said.items() if value is not None}
     if sampling.temperature is not None:
         raw["do_sample"] = sampling.temperature > 0

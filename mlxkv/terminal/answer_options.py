@@ -7,7 +7,10 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from mlxkv.errors import UsageError
-from mlxkv.sampling.params import SamplingParams
+from mlxkv.sampling.params import PARAMETERS, SamplingParams
+
+SAMPLING = {name: parameter for name, parameter in PARAMETERS.items() if parameter.help}
+"""The sampling parameters of the command line and of a chat."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlxkv.errors import OutputError, UsageError
-from mlxkv.terminal.answer_options import AnswerOptions, with_defaults
+from mlxkv.terminal.answer_options import SAMPLING, AnswerOptions, with_defaults
 from mlxkv.terminal.stats_text import describe_memory
 
 if TYPE_CHECKING:
@@ -19,12 +19,7 @@ if TYPE_CHECKING:
 
 FORMAT = "mlxkv conversation"
 PARAMETERS: dict[str, Callable[[str], Any]] = {
-    "temperature": float,
-    "top_k": int,
-    "top_p": float,
-    "min_p": float,
-    "repeat_penalty": float,
-    "seed": int,
+    **{name: parameter.kind for name, parameter in SAMPLING.items()},
     "max_tokens": int,
     "stop": lambda text: (text,) if text else (),
 }

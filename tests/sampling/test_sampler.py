@@ -492,10 +492,10 @@ def test_rows_of_one_rule_are_chosen_in_one_call(rule: dict[str, Any]):
         ({"temperature": True}, "temperature must be 0 or more; got True"),
         ({"top_k": -1}, "top_k must be a whole number, 0 (all) or more; got -1"),
         ({"top_k": 1.5}, "top_k must be a whole number, 0 (all) or more; got 1.5"),
-        ({"top_p": 1.5}, "top_p must be between 0 and 1; got 1.5"),
-        ({"top_p": -1}, "top_p must be between 0 and 1; got -1"),
+        ({"top_p": 1.5}, "top_p must be above 0 and at most 1; got 1.5"),
+        ({"top_p": -1}, "top_p must be above 0 and at most 1; got -1"),
         ({"top_p": 0}, "top_p must be above 0 and at most 1; got 0"),
-        ({"top_p": math.nan}, "top_p must be between 0 and 1; got nan"),
+        ({"top_p": math.nan}, "top_p must be above 0 and at most 1; got nan"),
         ({"min_p": 1.01}, "min_p must be between 0 and 1; got 1.01"),
         ({"min_p": -0.01}, "min_p must be between 0 and 1; got -0.01"),
         ({"repeat_penalty": 0}, "repeat_penalty must be above 0; got 0"),
@@ -543,7 +543,7 @@ def test_a_models_generation_config_is_read():
     greedy = SamplingParams.from_generation_config({"do_sample": False, "temperature": 0.6}, "x")
     assert greedy.temperature == 0
     assert SamplingParams.from_generation_config({"top_k": None}, "x") == SamplingParams()
-    with pytest.raises(ConfigError, match=r"dir/generation_config.json: top_p must be between"):
+    with pytest.raises(ConfigError, match=r"dir/generation_config.json: top_p must be above 0"):
         SamplingParams.from_generation_config({"top_p": 3}, "dir/generation_config.json")
 
 

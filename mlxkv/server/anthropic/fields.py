@@ -21,7 +21,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from mlxkv.sampling.grammar import Grammar
-from mlxkv.server.fields import Count, Refused, StopTexts, Strict, Temperature, TopP, Whole
+from mlxkv.sampling.params import PARAMETERS
+from mlxkv.server.fields import Count, Refused, StopTexts, Strict, sampled
 from mlxkv.server.tools import Function, Name, chosen_tools, tools_grammar
 
 
@@ -275,15 +276,15 @@ class CountRequest(Strict):
         return tools_grammar(allowed, mode, self.parallel, content)
 
 
-class MessagesRequest(CountRequest):
+_SAMPLING = {name: name for name, parameter in PARAMETERS.items() if parameter.anthropic}
+
+
+class MessagesRequest(CountRequest, sampled(_SAMPLING)):
     """A conversation to be answered."""
 
     max_tokens: Count
     stream: bool | None = None
     stop_sequences: StopTexts | None = None
-    temperature: Temperature | None = None
-    top_p: TopP | None = None
-    top_k: Whole | None = None
     metadata: Metadata | None = Field(default=None, description="Without effect.")
     service_tier: Literal["auto", "standard_only"] | None = None
 

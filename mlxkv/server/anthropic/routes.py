@@ -71,10 +71,7 @@ def _ask(
 
 
 def _sampling(body: MessagesRequest) -> dict[str, Any]:
-    return {
+    return body.sampling() | {
         "max_tokens": body.max_tokens,
-        "temperature": body.temperature,
-        "top_p": body.top_p,
-        "top_k": body.top_k,
         "stop": body.stop_sequences or None,
     }

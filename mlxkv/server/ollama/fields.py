@@ -18,23 +18,21 @@ from pydantic import AfterValidator, Field
 
 from mlxkv.errors import UsageError
 from mlxkv.sampling.grammar import Grammar
+from mlxkv.sampling.params import PARAMETERS
 from mlxkv.server.fields import (
-    MinP,
-    Penalty,
+    MAX_WHOLE,
     Real,
     Refused,
     StopText,
     StopTexts,
     Strict,
-    Temperature,
     TopLogprobs,
-    TopP,
     Whole,
+    sampled,
     seconds,
 )
 
 Think = bool | Literal["low", "medium", "high"]
-MAX_TOKENS = 2**31 - 1
 
 
 def _only(off: float | bool, instead: str = "") -> AfterValidator:
@@ -63,23 +61,16 @@ class Loading(Strict):
     logits_all: bool | None = None
 
 
-class Options(Loading):
+class Options(Loading, sampled({name: name for name in PARAMETERS}, minus_one=True)):
     """How an answer is made; what is left out, the model's settings decide.
 
     `num_predict` -1 and -2 are both as long as the context allows; with `shift` and -1 the answer
     has no bound of its own. `repeat_last_n` -1 is all of the context, `seed` -1 a random one.
     """
 
-    num_ctx: Annotated[int, Field(ge=2, le=MAX_TOKENS)] | None = None
+    num_ctx: Annotated[int, Field(ge=2, le=MAX_WHOLE)] | None = None
     num_keep: Whole | None = None
-    num_predict: Annotated[int, Field(ge=-2, le=MAX_TOKENS)] | None = None
-    seed: Annotated[int, Field(ge=-1, lt=2**64)] | None = None
-    temperature: Temperature | None = None
-    top_k: Annotated[int, Field(ge=-1, le=MAX_TOKENS)] | None = None
-    top_p: TopP | None = None
-    min_p: MinP | None = None
-    repeat_penalty: Penalty | None = None
-    repeat_last_n: Annotated[int, Field(ge=-1, le=MAX_TOKENS)] | None = None
+    num_predict: Annotated[int, Field(ge=-2, le=MAX_WHOLE)] | None = None
     stop: StopText | StopTexts | None = None
     mirostat: Annotated[int, _only(0)] | None = None
     mirostat_tau: Real | None = Field(default=None, description="Without effect: mirostat is off.")
@@ -104,17 +95,10 @@ class Options(Loading):
                 "options.num_predict must be 1 or more, -1 (no bound) or -2 (until the context "
                 "is full); got 0"
             )
-        return {
+        return self.sampling() | {
             "max_tokens": n if n is not None and n > 0 else None,
             "context": self.num_ctx,
             "keep": self.num_keep,
-            "seed": None if self.seed == -1 else self.seed,
-            "temperature": self.temperature,
-            "top_k": None if self.top_k is None else max(self.top_k, 0),
-            "top_p": self.top_p,
-            "min_p": self.min_p,
-            "repeat_penalty": self.repeat_penalty,
-            "repeat_last_n": MAX_TOKENS if self.repeat_last_n == -1 else self.repeat_last_n,
             "stop": self.stop or None,
         }
 

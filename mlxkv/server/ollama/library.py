@@ -37,6 +37,7 @@ EVERY_S = 0.1
 """Between two reports of the same step."""
 _SAMPLING = tuple(GENERATION_CONFIG.values())
 _SETTINGS = {"num_ctx": "context", "num_keep": "keep"}
+_KEPT = (*_SETTINGS, *_SAMPLING)
 
 Work = Callable[[Report], object]
 Progress = AsyncGenerator[dict[str, Any], None]
@@ -67,9 +68,7 @@ class CreateRequest(Named):
     quantize: str | None = Field(
         default=None, description="As `mlxkv convert` has it: affine4, affine8, mxfp4, ..."
     )
-    parameters: Options | None = Field(
-        None, description="num_ctx, num_keep, temperature, top_k, top_p, min_p, repeat_penalty."
-    )
+    parameters: Options | None = Field(None, description=f"{', '.join(_KEPT)}.")
     stream: bool | None = None
     files: Refused = Field(default=None, description="Use `mlxkv convert`.")
     adapters: Refused = None
@@ -84,13 +83,14 @@ class CreateRequest(Named):
         Raises:
             UsageError: one that a model does not keep.
         """
-        given = self.parameters.model_dump(exclude_none=True) if self.parameters else {}
-        if unknown := sorted(given.keys() - {*_SAMPLING, *_SETTINGS}):
+        if self.parameters is None:
+            return {}
+        given = self.parameters.model_dump(exclude_none=True)
+        if unknown := sorted(given.keys() - {*_KEPT}):
             raise UsageError(
-                f"parameters.{unknown[0]}: not supported; a model keeps "
-                f"{', '.join((*_SETTINGS, *_SAMPLING))}"
+                f"parameters.{unknown[0]}: not supported; a model keeps {', '.join(_KEPT)}"
             )
-        return given
+        return given | self.parameters.sampling()
 
 
 class Stopped(MlxkvError):

@@ -17,18 +17,16 @@ from pydantic import Field, model_validator
 
 from mlxkv.errors import UsageError
 from mlxkv.sampling.grammar import Grammar
+from mlxkv.sampling.params import GENERATION_CONFIG, PARAMETERS
 from mlxkv.server.fields import (
     Count,
-    MinP,
-    Penalty,
     Real,
     StopText,
     StopTexts,
     Strict,
-    Temperature,
     Text,
-    TopP,
     Whole,
+    sampled,
 )
 
 Off = Annotated[float, Field(ge=0, le=0)]
@@ -48,20 +46,12 @@ class Ignored(Strict):
     prompt_cache_retention: str | None = None
 
 
-class Sampling(Ignored):
+class Sampling(Ignored, sampled({name: name for name in PARAMETERS} | GENERATION_CONFIG)):
     """How tokens are chosen, and where the answer ends; what is left out, the model's settings
     decide."""
 
-    temperature: Temperature | None = None
-    top_p: TopP | None = None
-    top_k: Whole | None = None
-    min_p: MinP | None = None
-    repeat_penalty: Penalty | None = None
-    repetition_penalty: Penalty | None = None
-    repeat_last_n: Whole | None = None
     frequency_penalty: Off | None = Field(None, description="Only 0; see repeat_penalty.")
     presence_penalty: Off | None = Field(None, description="Only 0; see repeat_penalty.")
-    seed: Annotated[int, Field(ge=0, lt=2**64)] | None = None
     logit_bias: (
         dict[
             Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-1e6, le=1e6)]
@@ -74,24 +64,10 @@ class Sampling(Ignored):
     keep: Whole | None = None
     keep_alive: Real | str | None = None
 
-    @model_validator(mode="after")
-    def _one_penalty(self) -> Sampling:
-        if self.repeat_penalty is not None and self.repetition_penalty is not None:
-            raise ValueError("repeat_penalty and repetition_penalty are one thing: give one")
-        return self
-
     def sampling_options(self) -> dict[str, Any]:
         """Keywords of `Request.of`."""
-        penalty = self.repeat_penalty
         bias = self.logit_bias
-        return {
-            "temperature": self.temperature,
-            "top_p": self.top_p,
-            "top_k": self.top_k,
-            "min_p": self.min_p,
-            "repeat_penalty": self.repetition_penalty if penalty is None else penalty,
-            "repeat_last_n": self.repeat_last_n,
-            "seed": self.seed,
+        return self.sampling() | {
             "logit_bias": bias and {int(token): value for token, value in bias.items()},
             "stop": self.stop or None,
             "context": self.context,
