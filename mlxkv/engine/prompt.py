@@ -118,7 +118,7 @@ def start(runtime: Runtime, request: Request, prepared: Prepared, session: Sessi
         tokens,
         request,
         Sampler(sampling, runtime.config.vocab_size),
-        AnswerReader(runtime.tokenizer, parser, request.stop),
+        AnswerReader(runtime.tokenizer, parser, request.stop, request.min_tokens),
         bound,
         runtime.tokenizer,
         masker,

@@ -184,6 +184,9 @@ class Scheduler:
             generation.n_left,
             None if masker is None else _allowed(masker, self.runtime.config.vocab_size),
             task.request.logprobs,
+            generation.answer,
+            generation.ends,
+            task.request.min_tokens - generation.n_generated,
         )
         try:
             self._decoder.add(row)

@@ -29,7 +29,7 @@ from mlxkv.nn.batch import arranged, batch, is_intact
 from mlxkv.nn.model import CausalLM
 from mlxkv.sampling.logprobs import tell
 from mlxkv.sampling.math import log_normalizer, soundness
-from mlxkv.sampling.sampler import Recent, RowChoice, Sampler, choose
+from mlxkv.sampling.sampler import AnswerIds, Recent, RowChoice, Sampler, choose
 
 __all__ = ["Allowed", "Decoder", "Drawn", "Row", "decode"]
 
@@ -67,7 +67,10 @@ class Decoder:
         if row.max_tokens is not None and row.max_tokens < 1:
             raise UsageError(f"max_tokens must be at least 1; got {row.max_tokens}")
         last_n = _last_n(row.sampler)
-        lane = Lane(row, row.session.tokens[-last_n:] if last_n else None)
+        answer = None
+        if row.sampler.needs_answer:
+            answer = AnswerIds(row.sampler.n_vocab, row.answered)
+        lane = Lane(row, row.session.tokens[-last_n:] if last_n else None, answer)
         flight = self._drawn([lane], row.logits)
         self._lanes.append(lane)
         self._fresh.append(flight)
@@ -196,11 +199,12 @@ class Decoder:
         """
         for i, lane in enumerate(lanes):
             lane.recent = _recent(lane, fed, i)
+            lane.barred = lane.row.ends if lane.n_drawn < lane.row.min_tokens else ()
         all_tell = all(lane.row.n_logprobs is not None for lane in lanes)
         normalizer = log_normalizer(logits) if all_tell else None
         sound = soundness(logits) if normalizer is None else normalizer[:, 0]
         asked = {
-            i: RowChoice(lane.row.sampler, lane.recent)
+            i: RowChoice(lane.row.sampler, lane.recent, barred=lane.barred)
             for i, lane in enumerate(lanes)
             if lane.row.allowed is None
         }
@@ -217,7 +221,7 @@ class Decoder:
         if flight.tokens is not None:
             return flight.tokens
         asked = {
-            i: RowChoice(lane.row.sampler, lane.recent, self._mask(flight, i, lane))
+            i: RowChoice(lane.row.sampler, lane.recent, self._mask(flight, i, lane), lane.barred)
             for i, lane in enumerate(flight.lanes)
             if lane.row.allowed is not None
         }
@@ -311,13 +315,17 @@ def _last_n(sampler: Sampler) -> int:
 
 
 def _recent(lane: Lane, fed: mx.array | None, row: int) -> Recent | None:
-    """What a row's repeat penalty looks at behind `fed[row]`."""
-    if lane.before is None:
+    """What a row's penalties look at behind `fed[row]`."""
+    if lane.before is None and lane.answer is None:
         return None
     # What was fed last may have been given out or not; it is taken from the device either way.
     n_known, n = max(lane.n_drawn - 1, 0), _last_n(lane.row.sampler) - (fed is not None)
-    known = [*lane.before, *lane.row.tokens[max(n_known - n, 0) : n_known]]
-    return Recent(known[max(len(known) - n, 0) :], fed, row)
+    known = [] if lane.before is None else lane.before
+    if lane.before is not None:
+        known = [*known, *lane.row.tokens[max(n_known - n, 0) : n_known]]
+        known = known[max(len(known) - n, 0) :]
+    answer = None if lane.answer is None else lane.answer.first(lane.row.tokens, n_known)
+    return Recent(known, fed, row, answer)
 
 
 def _error_of(sound: bool, stuck: bool) -> Exception | None:

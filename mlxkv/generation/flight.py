@@ -11,7 +11,7 @@ import numpy as np
 from mlxkv.errors import KVCacheFull
 from mlxkv.generation.session import Session
 from mlxkv.sampling.logprobs import Told
-from mlxkv.sampling.sampler import Recent, Sampler
+from mlxkv.sampling.sampler import AnswerIds, Recent, Sampler
 
 Allowed = Callable[[Sequence[int]], np.ndarray | None]
 """The answer's tokens so far -> which may come next, bool `[V]` with at least one; None: any."""
@@ -30,6 +30,9 @@ class Row:
             been given out. The model's step is in flight all the same, only the choice is late.
         n_logprobs: how many of the likeliest tokens to tell beside the chosen one; None for none,
             and no log-probabilities at all.
+        answered: tokens that the answer had before this row, for penalties that count them.
+        ends: tokens that must not come among the first `min_tokens`.
+        min_tokens: of this row.
 
     Attributes:
         tokens: the answer's, given out so far.
@@ -41,6 +44,9 @@ class Row:
     max_tokens: int | None = None
     allowed: Allowed | None = None
     n_logprobs: int | None = None
+    answered: Sequence[int] = ()
+    ends: tuple[int, ...] = ()
+    min_tokens: int = 0
     tokens: list[int] = field(default_factory=list, init=False)
 
 
@@ -70,7 +76,9 @@ class Lane:
     Args:
         row: the row.
         before: the last tokens before the answer, for its repeat penalty; None where it has none.
-        recent: what that looks at next.
+        answer: the answer's, for penalties that count them; None where it has none.
+        recent: what its penalties look at next.
+        barred: what must not come next.
         n_drawn: tokens chosen, given out or not.
         ready: `[1]`, its first token once that is given out and not yet fed.
         error: what its mask raised.
@@ -80,7 +88,9 @@ class Lane:
 
     row: Row
     before: list[int] | None
+    answer: AnswerIds | None = None
     recent: Recent | None = None
+    barred: tuple[int, ...] = ()
     n_drawn: int = 0
     ready: mx.array | None = None
     error: Exception | None = None

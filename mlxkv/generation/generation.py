@@ -59,6 +59,16 @@ class Generation:
         self._restored = Restored(0)
 
     @property
+    def answer(self) -> list[int]:
+        """Tokens of the answer so far, also those that a shift dropped."""
+        return self.sequence[self._n_prompt :]
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """End tokens that the model may choose."""
+        return tuple(x for x in self._tokenizer.eos_token_ids if x < self.sampler.n_vocab)
+
+    @property
     def n_generated(self) -> int:
         """Tokens of the answer so far."""
         return len(self.sequence) - self._n_prompt
@@ -90,7 +100,7 @@ class Generation:
         self._clock.tick()
         n_prompt = self._n_prompt_first
         self.sequence.append(token)
-        ended = token in self._tokenizer.eos_token_ids
+        ended = token in self._tokenizer.eos_token_ids and not self.request.ignore_eos
         part = self._reader.add(token)
         if not (ended or self._reader.stopped or self.n_generated == self.limit):
             return Chunk(

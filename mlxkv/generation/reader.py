@@ -21,16 +21,22 @@ class AnswerReader:
         tokenizer: the model's.
         parser: of its output; None for plain text.
         stop: stop texts.
+        min_tokens: tokens in whose text none of them begins.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, parser: OutputParser | None = None, stop: Sequence[str] = ()
+        self,
+        tokenizer: Tokenizer,
+        parser: OutputParser | None = None,
+        stop: Sequence[str] = (),
+        min_tokens: int = 0,
     ):
         self._parser = PlainParser() if parser is None else parser
         self._words = tokenizer.stream(keep=self._parser.markers)
         self._ends = tokenizer.eos_token_ids
         self._shown_ends = {tokenizer.id_of(marker) for marker in self._parser.markers}
         self._stop = StopTexts(stop)
+        self._n_unstopped = min_tokens + 1
 
     @property
     def stopped(self) -> bool:
@@ -44,6 +50,7 @@ class AnswerReader:
 
     def add(self, token: int) -> Parts:
         """The next token; an end token adds nothing, unless it is a marker of the format."""
+        self._n_unstopped -= 1
         if token in self._ends and token not in self._shown_ends:
             return Parts()
         return self._parts(self._parser.add(self._words.add(token), token))
@@ -63,6 +70,9 @@ class AnswerReader:
         for event in events:
             match event:
                 case Content():
+                    if self._n_unstopped > 0:
+                        text += event.text
+                        continue
                     text += self._stop.add(event.text)
                     if self.stopped:
                         break

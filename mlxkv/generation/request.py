@@ -46,6 +46,9 @@ class Request:
         keep: leading tokens that a shift keeps, besides the system prompt.
         saved: named KV that the prompt goes on from.
         on_progress: called with (done, all) tokens during a long prefill.
+        min_tokens: tokens before which neither an end token may come nor a stop text ends the
+            answer.
+        ignore_eos: whether the answer goes on behind end tokens.
 
     Raises:
         UsageError: a value out of its range.
@@ -66,6 +69,8 @@ class Request:
     keep: int | None = None
     saved: NamedKV | None = None
     on_progress: Callable[[int, int], None] | None = None
+    min_tokens: int = 0
+    ignore_eos: bool = False
 
     def __post_init__(self) -> None:
         n = self.max_tokens
@@ -78,6 +83,11 @@ class Request:
         n = self.logprobs
         if n is not None and (type(n) is not int or not 0 <= n <= MAX_LOGPROBS):
             raise UsageError(f"must be 0 to {MAX_LOGPROBS}; got {n!r}", field="logprobs")
+        n = self.min_tokens
+        if type(n) is not int or n < 0 or (self.max_tokens is not None and n > self.max_tokens):
+            raise UsageError(f"must be 0 to max_tokens; got {n!r}", field="min_tokens")
+        if self.format is not None and (self.min_tokens or self.ignore_eos):
+            raise UsageError("min_tokens and ignore_eos: a format says itself where an answer ends")
         object.__setattr__(self, "stop", StopTexts(self.stop).texts)
         mlxkv_json.checked({"context": self.context, "overflow": self.overflow, "keep": self.keep})
 

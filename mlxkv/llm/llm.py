@@ -81,12 +81,12 @@ class LLM(Runtime):
         Args:
             prompt: a text (used as it is), messages (rendered by the chat template), or token ids.
             kv_from: name of saved KV that the prompt goes on from, see `save_kv`.
-            **options: `max_tokens`, `stop`, `truncate`, `format`, `logprobs`, `on_progress`, for
-                messages `think` and `tools`, `context`, `overflow` and `keep` in place of the
-                model's settings (see `Request`), and the fields of `SamplingParams`, such as
-                `temperature` (0, greedy, by default). `format` is a JSON schema, a pydantic model,
-                a compiled regex, "json" or a `Grammar`. With `recommended` what is not set is what
-                the model's generation_config.json recommends.
+            **options: `max_tokens`, `min_tokens`, `ignore_eos`, `stop`, `truncate`, `format`,
+                `logprobs`, `on_progress`, for messages `think` and `tools`, `context`, `overflow`
+                and `keep` in place of the model's settings (see `Request`), and the fields of
+                `SamplingParams`, such as `temperature` (0, greedy, by default). `format` is a
+                JSON schema, a pydantic model, a compiled regex, "json" or a `Grammar`. With
+                `recommended` what is not set is what the model's generation_config.json recommends.
 
         Yields:
             One chunk per token; the last has `finish_reason` and `stats`. Answers to messages come
@@ -236,8 +236,10 @@ class LLM(Runtime):
         return prompts.start(self, request, prepared, self.session())
 
     def _collected(self, chunks: Sequence[Chunk]) -> Result:
-        ends = self.tokenizer.eos_token_ids
-        tokens = [c.token for c in chunks if c.token is not None and c.token not in ends]
+        tokens = [c.token for c in chunks if c.token is not None]
+        ended = chunks[-1].finish_reason == "stop"
+        if ended and tokens and tokens[-1] in self.tokenizer.eos_token_ids:
+            tokens.pop()
         text, reasoning, calls = join_parts(chunks)
         last = chunks[-1]
         assert last.finish_reason and last.stats

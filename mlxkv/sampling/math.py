@@ -43,6 +43,11 @@ def penalized(x: mx.array, penalty: mx.array) -> mx.array:
 
 
 @_fused
+def discounted(x: mx.array, counts: mx.array, presence: mx.array, frequency: mx.array) -> mx.array:
+    return x.astype(mx.float32) - frequency * counts - mx.where(counts > 0, presence, 0)
+
+
+@_fused
 def masked(x: mx.array, mask: mx.array) -> mx.array:
     return mx.where(mask, x, mx.array(-mx.inf, x.dtype))
 
@@ -93,6 +98,19 @@ def _past(weights: mx.array, running: mx.array, total: mx.array, u: mx.array) ->
 def _place(row: mx.array, inside: mx.array, last: mx.array) -> mx.array:
     # Padding weighs nothing, but where the logits are no numbers.
     return mx.minimum(row * _ROW + inside, last)
+
+
+def without(logits: mx.array, ids: tuple[int, ...]) -> mx.array:
+    """Logits [B, V], -inf for these tokens."""
+    places = mx.broadcast_to(mx.array(ids, mx.uint32), (logits.shape[0], len(ids)))
+    return mx.put_along_axis(logits, places, mx.array(-mx.inf, logits.dtype), axis=-1)
+
+
+def occurrences(ids: mx.array, n_vocab: int) -> mx.array:
+    """How often each token is in ids [B, N]: float32 [B, V]; the id V stands for no token."""
+    B = ids.shape[0]
+    counts = mx.zeros((B, n_vocab + 1)).at[mx.arange(B)[:, None], ids].add(1.0)
+    return counts[:, :n_vocab]
 
 
 def rows_of(x: mx.array, rows: Sequence[int]) -> mx.array:

@@ -35,7 +35,7 @@ class Parameter:
         config: its key in a model's generation_config.json, where that may recommend it; OpenAI's
             APIs take this name too.
         anthropic: whether Anthropic's API has it.
-        minus_one: what -1 stands for in the HTTP APIs that take it; `...` where it is an error.
+        minus_one: what -1 stands for in the HTTP APIs; `...` where it stands for nothing else.
     """
 
     kind: type[int] | type[float]
@@ -115,6 +115,16 @@ class SamplingParams:
     is; unset draws a fresh one."""
     logit_bias: Mapping[int, float] | None = None
     """Added to the logits of these token ids first."""
+    presence_penalty: float | None = _parameter(
+        float, 0.0, "between -2 and 2", -2, 2,
+        help="Above 0 makes what the answer has less likely, -2 to 2.",
+    )  # fmt: skip
+    """Subtracted from the logits of tokens that the answer has."""
+    frequency_penalty: float | None = _parameter(
+        float, 0.0, "between -2 and 2", -2, 2,
+        help="The same for each time that the answer has it.",
+    )  # fmt: skip
+    """Subtracted once for each time that the answer has the token."""
 
     def __post_init__(self) -> None:
         for name, parameter in PARAMETERS.items():

@@ -2,7 +2,8 @@
 
 Order of the steps (llama.cpp's, which Ollama runs as well; mlx-lm also applies temperature last):
 
-    logit bias -> repeat penalty -> top-k -> top-p -> min-p -> temperature -> draw
+    logit bias -> repeat penalty -> presence and frequency penalty
+        -> top-k -> top-p -> min-p -> temperature -> draw
 
 Top-p and min-p therefore judge the probabilities at temperature 1, and top-p those left by top-k,
 renormalized. `temperature` 0 takes the likeliest token and ignores the filters. Everything is lazy:
@@ -15,7 +16,7 @@ import math
 import random
 import secrets
 from collections.abc import Hashable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -25,20 +26,24 @@ from mlxkv.errors import UsageError
 from mlxkv.sampling.math import (
     at_least,
     biased,
+    discounted,
     draw,
     likely,
     masked,
     nucleus_floor,
+    occurrences,
     padded,
     penalized,
     row_sums,
     rows_of,
     weigh,
+    without,
 )
 from mlxkv.sampling.params import DEFAULTS, SamplingParams
 
 __all__ = [
     "DEFAULTS",
+    "AnswerIds",
     "Recent",
     "RowChoice",
     "Sampler",
@@ -84,24 +89,34 @@ class Sampler:
         self._log_min_p = mx.array(math.log(_real(p.min_p) or 1))
         self._last = mx.array(self.top_k - 1, mx.uint32)
         self._penalty = mx.array(_real(p.repeat_penalty))
+        self._presence = mx.array(_real(p.presence_penalty))
+        self._frequency = mx.array(_real(p.frequency_penalty))
 
     @property
     def needs_recent(self) -> bool:
         """Whether the repeat penalty is on, and `recent` is looked at."""
         return self.params.repeat_penalty != 1 and bool(self.params.repeat_last_n)
 
-    def __call__(self, logits: mx.array, recent: mx.array | None = None) -> mx.array:
+    @property
+    def needs_answer(self) -> bool:
+        """Whether a penalty is on that counts the answer's tokens, and `answer` is looked at."""
+        return bool(self.params.presence_penalty or self.params.frequency_penalty)
+
+    def __call__(
+        self, logits: mx.array, recent: mx.array | None = None, answer: mx.array | None = None
+    ) -> mx.array:
         """Choose a token for each row, lazily.
 
         Args:
             logits: [B, V], any float type; computed on in float32.
             recent: [B, N] or [N] ids of the tokens before this one, newest last; N may be 0.
+            answer: [B, N] or [N] ids of the answer's tokens so far; V stands for no token.
 
         Returns:
             [B] uint32 token ids.
         """
         self.n_chosen += 1
-        return self._choose(logits, recent, [self] * logits.shape[0])
+        return self._choose(logits, recent, answer, [self] * logits.shape[0])
 
     def rewind(self, n_chosen: int) -> None:
         """Go back to where so many tokens of one row had been chosen."""
@@ -110,9 +125,11 @@ class Sampler:
         for _ in range(0 if self.greedy else 2 * n_chosen):
             self._random.getrandbits(24)
 
-    def probabilities(self, logits: mx.array, recent: mx.array | None = None) -> mx.array:
+    def probabilities(
+        self, logits: mx.array, recent: mx.array | None = None, answer: mx.array | None = None
+    ) -> mx.array:
         """The distribution that a call with the same arguments draws from: [B, V] float32."""
-        logits = self._adjusted(logits, recent)
+        logits = self._adjusted(logits, recent, answer)
         if self.greedy:
             best = mx.argmax(logits, axis=-1, keepdims=True)
             return (mx.arange(self.n_vocab) == best).astype(mx.float32)
@@ -123,10 +140,14 @@ class Sampler:
         return mx.put_along_axis(mx.zeros(logits.shape), ids, weights, axis=-1)
 
     def _choose(
-        self, logits: mx.array, recent: mx.array | None, draws: Sequence[Sampler]
+        self,
+        logits: mx.array,
+        recent: mx.array | None,
+        answer: mx.array | None,
+        draws: Sequence[Sampler],
     ) -> mx.array:
         """Tokens [B]; each row's random numbers are drawn from one of `draws`, in order."""
-        logits = self._adjusted(logits, recent)
+        logits = self._adjusted(logits, recent, answer)
         if self.greedy:
             return mx.argmax(logits, axis=-1)
         # 24 bits: every one is a float32 below 1.
@@ -140,13 +161,16 @@ class Sampler:
         adjusted = (
             tuple(sorted((p.logit_bias or {}).items())),
             (p.repeat_penalty, p.repeat_last_n) if self.needs_recent else None,
+            (p.presence_penalty, p.frequency_penalty),
         )
         if self.greedy:
             return self.n_vocab, adjusted
         return self.n_vocab, adjusted, p.temperature, self.top_k, p.top_p, p.min_p
 
-    def _adjusted(self, logits: mx.array, recent: mx.array | None) -> mx.array:
-        """Logits [B, V] after the bias and the repeat penalty."""
+    def _adjusted(
+        self, logits: mx.array, recent: mx.array | None, answer: mx.array | None
+    ) -> mx.array:
+        """Logits [B, V] after the bias and the penalties."""
         B, V = logits.shape
         assert self.n_vocab == V, logits.shape
         if self._bias is not None:
@@ -154,13 +178,16 @@ class Sampler:
             ids = mx.broadcast_to(ids, (B, ids.shape[-1]))
             shifted = biased(mx.take_along_axis(logits, ids, axis=-1), values)
             logits = mx.put_along_axis(logits.astype(mx.float32), ids, shifted, axis=-1)
-        if not self.needs_recent or recent is None or recent.size == 0:
-            return logits
-        recent = recent[..., -int(self.params.repeat_last_n or 0) :]
-        recent = mx.broadcast_to(recent, (B, recent.shape[-1]))
-        # A token that occurs twice is written twice with the same value: penalized once.
-        seen = penalized(mx.take_along_axis(logits, recent, axis=-1), self._penalty)
-        return mx.put_along_axis(logits.astype(mx.float32), recent, seen, axis=-1)
+        if self.needs_recent and recent is not None and recent.size:
+            recent = recent[..., -int(self.params.repeat_last_n or 0) :]
+            recent = mx.broadcast_to(recent, (B, recent.shape[-1]))
+            # A token that occurs twice is written twice with the same value: penalized once.
+            seen = penalized(mx.take_along_axis(logits, recent, axis=-1), self._penalty)
+            logits = mx.put_along_axis(logits.astype(mx.float32), recent, seen, axis=-1)
+        if self.needs_answer and answer is not None and answer.size:
+            counts = occurrences(mx.broadcast_to(answer, (B, answer.shape[-1])), V)
+            logits = discounted(logits, counts, self._presence, self._frequency)
+        return logits
 
     def _weighted(self, logits: mx.array) -> tuple[mx.array, mx.array | None]:
         """Temperature behind top-k, top-p and min-p.
@@ -191,6 +218,41 @@ class Sampler:
         return weights, ids
 
 
+class AnswerIds:
+    """The tokens of one answer, for the penalties that count them.
+
+    A step uploads them, four bytes a token, and not a count for each token of the vocabulary.
+
+    Args:
+        n_vocab: V, which stands for no token.
+        before: tokens that the answer has already.
+    """
+
+    def __init__(self, n_vocab: int, before: Sequence[int] = ()):
+        self._n_vocab, self._n_before, self._n = n_vocab, len(before), 0
+        self._ids = np.empty(0, np.uint32)
+        self._append(before)
+
+    def first(self, tokens: Sequence[int], n: int) -> np.ndarray:
+        """Those before and the first n of `tokens`, and V up to a length that seldom changes.
+
+        Args:
+            tokens: those of every call before, and maybe more.
+            n: not less than before.
+        """
+        self._append(tokens[self._n - self._n_before : n])
+        return self._ids
+
+    def _append(self, tokens: Sequence[int]) -> None:
+        end = self._n + len(tokens)
+        if end > len(self._ids):
+            longer = np.full(max(256, 1 << (end - 1).bit_length()), self._n_vocab, np.uint32)
+            longer[: self._n] = self._ids[: self._n]
+            self._ids = longer
+        self._ids[self._n : end] = tokens
+        self._n = end
+
+
 class Recent(NamedTuple):
     """The tokens before the one to choose.
 
@@ -198,11 +260,13 @@ class Recent(NamedTuple):
         known: those that the host knows, newest last.
         fed: [B] tokens behind them, still on the device; None where `known` is all.
         row: which of these is the row's.
+        answer: what the host knows of the answer, see `AnswerIds`.
     """
 
     known: Sequence[int]
     fed: mx.array | None = None
     row: int = 0
+    answer: np.ndarray | None = None
 
 
 class RowChoice(NamedTuple):
@@ -210,13 +274,15 @@ class RowChoice(NamedTuple):
 
     Args:
         sampler: the row's own.
-        recent: what its repeat penalty looks at; None for nothing.
+        recent: what its penalties look at; None for nothing.
         mask: bool [V], what may come at all; None for anything.
+        barred: tokens that must not come.
     """
 
     sampler: Sampler
     recent: Recent | None = None
     mask: np.ndarray | None = None
+    barred: tuple[int, ...] = ()
 
 
 def choose(logits: mx.array, rows: Mapping[int, RowChoice]) -> list[tuple[list[int], mx.array]]:
@@ -228,11 +294,11 @@ def choose(logits: mx.array, rows: Mapping[int, RowChoice]) -> list[tuple[list[i
         Rows, and their tokens `[n]` in the same order; each row once.
     """
     groups: dict[Hashable, list[int]] = {}
-    for i, (sampler, recent, mask) in rows.items():
+    for i, (sampler, recent, mask, barred) in rows.items():
         shape = None
-        if recent is not None and sampler.needs_recent:
+        if recent is not None and (sampler.needs_recent or sampler.needs_answer):
             shape = len(recent.known), id(recent.fed)
-        groups.setdefault((sampler.rule, shape, mask is None), []).append(i)
+        groups.setdefault((sampler.rule, shape, mask is None, barred), []).append(i)
     found = []
     for group in groups.values():
         chosen = [rows[i] for i in group]
@@ -241,22 +307,34 @@ def choose(logits: mx.array, rows: Mapping[int, RowChoice]) -> list[tuple[list[i
         if masks:
             # Stacked on the host, where they come from.
             part = masked(part, mx.array(np.stack(masks)))
+        if chosen[0].barred:
+            part = without(part, chosen[0].barred)
         first, samplers = chosen[0].sampler, [one.sampler for one in chosen]
-        recent = None
-        if first.needs_recent:
-            recent = _stacked([one.recent for one in chosen if one.recent is not None])
+        recents = [one.recent for one in chosen if one.recent is not None]
+        recent = answer = None
+        if first.needs_recent and recents:
+            recent = _stacked(recents, [one.known for one in recents])
+        if first.needs_answer and recents:
+            answer = _stacked(recents, _answers(recents, first.n_vocab))
         for sampler in samplers:
             sampler.n_chosen += 1
-        found.append((group, first._choose(part, recent, samplers)))
+        found.append((group, first._choose(part, recent, answer, samplers)))
     return found
 
 
-def _stacked(recents: Sequence[Recent]) -> mx.array | None:
-    """Tokens before [n, N] of rows that have as many and were fed together."""
-    if not recents:
-        return None
-    n_known, fed = len(recents[0].known), recents[0].fed
-    known = mx.array(np.array([one.known for one in recents], np.uint32)) if n_known else None
+def _answers(recents: Sequence[Recent], n_vocab: int) -> np.ndarray:
+    """What the host knows of each answer, up to one length: [n, N]."""
+    known = [() if one.answer is None else one.answer for one in recents]
+    ids = np.full((len(known), max(map(len, known))), n_vocab, np.uint32)
+    for row, tokens in zip(ids, known, strict=True):
+        row[: len(tokens)] = tokens
+    return ids
+
+
+def _stacked(recents: Sequence[Recent], ids: Any) -> mx.array | None:
+    """Tokens that the host knows [n, N], and behind them those that were fed together."""
+    ids, fed = np.asarray(ids, np.uint32), recents[0].fed
+    known = mx.array(ids) if ids.size else None
     if fed is None:
         return known
     last = rows_of(fed, [one.row for one in recents])[:, None].astype(mx.uint32)

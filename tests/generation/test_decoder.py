@@ -39,6 +39,8 @@ KINDS = (
     SamplingParams(temperature=1.0, min_p=0.05, seed=11, repeat_penalty=1.1),
     SamplingParams(temperature=0, logit_bias={3: -5.0}),
     SamplingParams(temperature=0, repeat_penalty=1.5, repeat_last_n=1),
+    SamplingParams(temperature=0, presence_penalty=1.5, frequency_penalty=0.5),
+    SamplingParams(temperature=0.8, seed=5, frequency_penalty=-1.5, repeat_penalty=1.1),
 )
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from mlxkv.errors import ConfigError, UsageError
 from mlxkv.sampling.params import DEFAULTS, SamplingParams
-from mlxkv.sampling.sampler import Recent, RowChoice, Sampler, choose
+from mlxkv.sampling.sampler import AnswerIds, Recent, RowChoice, Sampler, choose
 from tests.support.branches import BRANCHES, Branches, gpu_branches
 
 V = 200
@@ -28,7 +28,10 @@ def logits_of(seed: int, n_vocab: int = V, rows: int = 1, scale: float = 3.0) ->
 
 
 def reference(
-    logits: np.ndarray, params: SamplingParams, recent: list[int] | None = None
+    logits: np.ndarray,
+    params: SamplingParams,
+    recent: list[int] | None = None,
+    answer: list[int] | None = None,
 ) -> np.ndarray:
     """The distribution [V] of one row, in float64, step by step."""
     p = params.resolved()
@@ -37,6 +40,10 @@ def reference(
         x[token] += bias
     for token in set((recent or [])[-p.repeat_last_n :] if p.repeat_last_n else []):
         x[token] = x[token] / p.repeat_penalty if x[token] > 0 else x[token] * p.repeat_penalty
+    for token in answer or []:
+        x[token] -= p.frequency_penalty
+    for token in set(answer or []):
+        x[token] -= p.presence_penalty
     if p.temperature == 0:
         return (np.arange(len(x)) == x.argmax()).astype(np.float64)
     order = np.argsort(-x)
@@ -363,14 +370,63 @@ def test_logits_that_are_not_numbers_give_some_id_in_range(filters: dict[str, An
 def test_nothing_is_evaluated_before_the_token_is_asked_for(filters: dict[str, Any]):
     logits, recent = mx.array(logits_of(12)), mx.array([[1, 2, 3]])
     params = SamplingParams(
-        temperature=0.9, repeat_penalty=1.1, logit_bias={1: 1.0}, seed=1, **filters
+        temperature=0.9,
+        repeat_penalty=1.1,
+        logit_bias={1: 1.0},
+        seed=1,
+        presence_penalty=1,
+        **filters,
     )
     sampler = Sampler(params, V)
     # While mx.vmap traces a function, whatever evaluates raises. (mx.compile does not trace where
     # there is no C++ compiler.)
     with pytest.raises(ValueError, match="eval"):
-        mx.vmap(lambda x: sampler(x[None], recent).item())(logits)
-    mx.vmap(lambda x: sampler(x[None], recent))(logits)
+        mx.vmap(lambda x: sampler(x[None], recent, recent).item())(logits)
+    mx.vmap(lambda x: sampler(x[None], recent, recent))(logits)
+
+
+COUNTING = [
+    {"presence_penalty": 1.5},
+    {"frequency_penalty": 0.75},
+    {"presence_penalty": -2, "frequency_penalty": 2},
+    {"frequency_penalty": -0.5, "repeat_penalty": 1.3, "logit_bias": {4: 1.5}},
+]
+
+
+@pytest.mark.usefixtures("branches")
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("penalties", COUNTING, ids=str)
+@pytest.mark.parametrize("answer", [[], [5], [4, 9, 4, 4, V - 1, 0, 9], [*range(V)] * 3])
+def test_penalties_that_count_are_the_references(
+    penalties: dict[str, Any], temperature: float, answer: list[int]
+):
+    params = SamplingParams(temperature=temperature, top_k=30, top_p=0.9, **penalties)
+    logits, recent = logits_of(21, rows=2), [4, 8]
+    given = mx.array(AnswerIds(V, answer).first((), 0))
+    got = np.array(Sampler(params, V).probabilities(mx.array(logits), mx.array(recent), given))
+    for row in range(2):
+        expected = reference(logits[row], params, recent, answer)
+        assert np.array_equal(got[row] > 0, expected > 0)
+        np.testing.assert_allclose(got[row], expected, rtol=1e-5, atol=1e-9)
+
+
+def test_an_answers_ids_are_uploaded_and_not_a_vocabulary():
+    answer, tokens = AnswerIds(100_000, [7, 7]), [*range(600)]
+    for n in (0, 1, 1, 253, 254, 255, 600):
+        ids = answer.first(tokens[: n + 1], n)
+        assert len(ids) == (256 if n + 2 <= 256 else 512 if n + 2 <= 512 else 1024)
+        assert ids[ids < 100_000].tolist() == [7, 7, *tokens[:n]]
+
+
+def test_without_penalties_a_choice_has_no_more_operations():
+    logits, fed = mx.array(logits_of(15)), mx.array([3])
+    recent = Recent(range(9), fed, 0, AnswerIds(V, [1, 2]).first((), 0))
+    n = {}
+    for value in (None, 0, 0.5):
+        sampler = Sampler(SamplingParams(presence_penalty=value, frequency_penalty=value), V)
+        rows = {0: RowChoice(sampler, recent)}
+        n[value] = n_primitives(*[tokens for _, tokens in choose(logits, rows)])
+    assert n[None] == n[0] == n_primitives(mx.argmax(logits, axis=-1)) < n[0.5]
 
 
 # Rows together ------------------------------------------------------------------------------------
@@ -385,6 +441,9 @@ RULES: list[dict[str, Any]] = [
     {"temperature": 1.0, "top_p": 0.8},
     {"temperature": 1.3, "top_k": 600, "top_p": 0.9, "min_p": 0.01},
     {"temperature": 0.9, "repeat_penalty": 1.4, "logit_bias": {1: 2.0}},
+    {"temperature": 0.0, "presence_penalty": 1.5},
+    {"temperature": 0.8, "frequency_penalty": -0.4, "top_p": 0.9},
+    {"temperature": 0.9, "presence_penalty": 2, "frequency_penalty": 1, "repeat_penalty": 1.2},
 ]
 """What rows of a batch may ask for; a seed comes with each."""
 
@@ -417,6 +476,7 @@ def test_each_row_of_a_batch_gets_the_token_that_it_gets_alone(
     logits = mx.array(logits_of(len(asked), n_vocab, rows=len(asked))).astype(dtype)
 
     fed = mx.array([*range(50, 50 + len(asked))])
+    barred = (7, 11)
 
     def choices() -> dict[int, RowChoice]:
         found = {}
@@ -425,12 +485,14 @@ def test_each_row_of_a_batch_gets_the_token_that_it_gets_alone(
                 continue
             sampler = Sampler(SamplingParams(seed=seed, **rule), n_vocab)
             known = [token * (i + 1) % n_vocab for token in range(n_recent)]
-            recent = Recent(known, fed if n_recent % 2 else None, i)
+            answer = AnswerIds(n_vocab, known[:2]).first(known[2:], max(n_recent - 2, 0))
+            recent = Recent(known, fed if n_recent % 2 else None, i, answer)
             mask = None
             if masked is not None:
                 mask = np.random.default_rng(masked).random(n_vocab) < 0.1
                 mask[i] = True
-            found[i] = RowChoice(sampler, recent if sampler.needs_recent else None, mask)
+            is_on = sampler.needs_recent or sampler.needs_answer
+            found[i] = RowChoice(sampler, recent if is_on else None, mask, barred[: seed % 3])
         return found
 
     with branches():
@@ -440,15 +502,19 @@ def test_each_row_of_a_batch_gets_the_token_that_it_gets_alone(
             for rows, tokens in choose(logits, together):
                 got |= dict(zip(rows, np.array(tokens).tolist(), strict=True))
             assert got.keys() == alone.keys()
-            for i, (sampler, recent, mask) in alone.items():
+            for i, (sampler, recent, mask, never) in alone.items():
                 row = logits[i : i + 1]
+                assert got[i] not in never
+                if never:
+                    row = mx.where(mx.array([t in never for t in range(n_vocab)]), -mx.inf, row)
                 if mask is not None:
                     row = mx.where(mx.array(mask), row, mx.array(-mx.inf, dtype))
                     assert mask[got[i]]
                 before = [] if recent is None else [*recent.known]
                 if recent is not None and recent.fed is not None:
                     before.append(50 + i)
-                assert got[i] == sampler(row, mx.array(before, mx.uint32)).item()
+                before = mx.array(before, mx.uint32)
+                assert got[i] == sampler(row, before, before).item()
                 assert together[i].sampler.n_chosen == sampler.n_chosen
 
 
@@ -471,7 +537,11 @@ def test_rows_of_one_rule_are_chosen_in_one_call(rule: dict[str, Any]):
             if mixed:
                 params = dataclasses.replace(params, logit_bias={i: 1.0})
             sampler = Sampler(params, 1300)
-            recent = Recent(range(9), fed, i) if sampler.needs_recent else None
+            recent = None
+            if sampler.needs_recent or sampler.needs_answer:
+                # Answers of other lengths: they do not part the rows.
+                answer = AnswerIds(1300, range(i * 30))
+                recent = Recent(range(9), fed, i, answer.first((), 0))
             rows[i] = RowChoice(sampler, recent, np.arange(1300) % 3 != 0)
         return n_primitives(*[tokens for _, tokens in choose(logits[:n], rows)])
 
@@ -500,6 +570,8 @@ def test_rows_of_one_rule_are_chosen_in_one_call(rule: dict[str, Any]):
         ({"min_p": -0.01}, "min_p must be between 0 and 1; got -0.01"),
         ({"repeat_penalty": 0}, "repeat_penalty must be above 0; got 0"),
         ({"repeat_penalty": math.inf}, "repeat_penalty must be above 0; got inf"),
+        ({"presence_penalty": 2.01}, "presence_penalty must be between -2 and 2; got 2.01"),
+        ({"frequency_penalty": -3}, "frequency_penalty must be between -2 and 2; got -3"),
         ({"repeat_last_n": -1}, "repeat_last_n must be a whole number, 0 (off) or more; got -1"),
         ({"seed": -1}, "seed must be a whole number, from 0 to 2^64 - 1; got -1"),
         ({"seed": 2**64}, f"seed must be a whole number, from 0 to 2^64 - 1; got {2**64}"),
@@ -531,7 +603,7 @@ def test_what_is_unset_comes_from_the_model_and_then_from_the_defaults():
     model = SamplingParams(temperature=0.7, top_p=0.9)
     merged = asked.merged(model)
     assert (merged.temperature, merged.top_k, merged.top_p, merged.min_p) == (0.0, 5, 0.9, None)
-    assert merged.resolved() == SamplingParams(0.0, 5, 0.9, 0.0, 1.0, 64, None, None)
+    assert merged.resolved() == SamplingParams(0.0, 5, 0.9, 0.0, 1.0, 64, None, None, 0.0, 0.0)
     assert SamplingParams().resolved() == DEFAULTS
 
 
