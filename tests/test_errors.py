@@ -55,6 +55,7 @@ def errors() -> Iterator[MlxkvError]:
     """What an answer can fail with, raised where it is."""
     bad = {
         "temperature": -1, "top_k": -1, "top_p": 2, "min_p": 2, "repeat_penalty": 0,
+        "presence_penalty": 3, "frequency_penalty": -3, "min_tokens": -1,
         "repeat_last_n": -1, "seed": -1, "logit_bias": 3, "max_tokens": 0, "think": "much",
         "logprobs": 99, "stop": [""], "context": 1, "overflow": "fall", "keep": -1,
     }  # fmt: skip

@@ -70,7 +70,9 @@ _OURS = _same(
     *PARAMETERS, "model", "logit_bias", "stop", "context", "overflow", "keep", "keep_alive",
     "think", "tools", "logprobs",
 )  # fmt: skip
-OPENAI = Fields({**_OURS, "max_tokens": "max_tokens", "format": "response_format"})
+OPENAI = Fields(
+    {**_OURS, **_same("min_tokens"), "max_tokens": "max_tokens", "format": "response_format"}
+)
 RESPONSES = Fields(
     {
         **_OURS,

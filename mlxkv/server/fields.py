@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, create_model
 
 from mlxkv.errors import UsageError
 from mlxkv.generation.request import MAX_LOGPROBS
@@ -25,6 +25,8 @@ Refused = Annotated[Any, AfterValidator(_empty)]
 MAX_WHOLE = 2**31 - 1
 MAX_REAL = 1e6
 Count = Annotated[int, Field(ge=1, le=MAX_WHOLE)]
+Limit = Annotated[Count | None, BeforeValidator(lambda value: None if value == -1 else value)]
+"""Length of an answer; -1 is none, as several clients send it."""
 Whole = Annotated[int, Field(ge=0, le=MAX_WHOLE)]
 Real = Annotated[float, Field(allow_inf_nan=False)]
 Text = Annotated[str, Field(min_length=1)]
@@ -70,29 +72,27 @@ class Sampled(Strict):
         return found
 
 
-def sampled(spellings: Mapping[str, str], minus_one: bool = False) -> type[Sampled]:
-    """A base class with a field for each parameter, in the range that the table has.
+def sampled(spellings: Mapping[str, str]) -> type[Sampled]:
+    """A base class with a field for each parameter, in the range that the table has, and -1.
 
     Args:
         spellings: field -> parameter.
-        minus_one: whether -1 is taken where it means something.
     """
     made: Any = {
-        spelling: (_range(PARAMETERS[name], minus_one) | None, None)
-        for spelling, name in spellings.items()
+        spelling: (_range(PARAMETERS[name]) | None, None) for spelling, name in spellings.items()
     }
     base = create_model("Sampled", __base__=Sampled, **made)
     base.spellings = spellings
     return base
 
 
-def _range(parameter: Parameter, minus_one: bool) -> Any:
+def _range(parameter: Parameter) -> Any:
     most = MAX_WHOLE if parameter.kind is int else MAX_REAL
     limits = {
         "gt" if parameter.above else "ge": parameter.low,
         "le": most if math.isinf(parameter.high) else parameter.high,
     }
-    if minus_one and parameter.minus_one is not ...:
+    if parameter.minus_one is not ...:
         limits["ge"] = -1
     return Annotated[parameter.kind, Field(**limits)]
 

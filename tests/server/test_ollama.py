@@ -155,13 +155,14 @@ def test_options_become_the_engines(client, engine):
         options={
             "num_ctx": 2048, "num_keep": 4, "num_predict": 7, "seed": 3, "temperature": 0.5,
             "top_k": 40, "top_p": 0.9, "min_p": 0.1, "repeat_penalty": 1.1, "repeat_last_n": 64,
-            "stop": ["END"], "num_gpu": 1, "num_thread": 8, "mirostat": 0, "presence_penalty": 0.0,
+            "stop": ["END"], "num_gpu": 1, "num_thread": 8, "mirostat": 0, "presence_penalty": -1,
+            "frequency_penalty": 0.5,
         },
     )  # fmt: skip
     assert options_of(engine.last) == {
         "context": 2048, "keep": 4, "max_tokens": 7, "seed": 3, "temperature": 0.5,
         "top_k": 40, "top_p": 0.9, "min_p": 0.1, "repeat_penalty": 1.1, "repeat_last_n": 64,
-        "stop": ["END"],
+        "stop": ["END"], "presence_penalty": -1, "frequency_penalty": 0.5,
     }  # fmt: skip
 
 
@@ -187,7 +188,7 @@ def test_values_that_mean_none_or_all_are_translated(client, engine, options, ex
     [
         ({"mirostat": 2}, "options.mirostat: not supported"),
         ({"tfs_z": 0.5}, "options.tfs_z: not supported"),
-        ({"presence_penalty": 1.5}, "see repeat_penalty"),
+        ({"presence_penalty": 2.5}, "options.presence_penalty"),
         ({"num_predict": 0}, "num_predict must be 1 or more"),
         ({"num_ctx": 0}, "options.num_ctx"),
         ({"temperature": -1}, "options.temperature"),

@@ -174,6 +174,8 @@ class TestChat:
             "min_p": 0.1,
             "repetition_penalty": 1.1,
             "repeat_last_n": 8,
+            "min_tokens": 3,
+            "ignore_eos": True,
             "context": 2048,
             "overflow": "shift",
             "keep": 4,
@@ -184,6 +186,8 @@ class TestChat:
             temperature=0.5,
             top_p=0.9,
             seed=7,
+            presence_penalty=-1,
+            frequency_penalty=0.5,
             logit_bias={"5": -100},
             stop=["a", "b"],
             max_completion_tokens=9,
@@ -197,6 +201,10 @@ class TestChat:
             "repeat_penalty": 1.1,
             "repeat_last_n": 8,
             "seed": 7,
+            "presence_penalty": -1,
+            "frequency_penalty": 0.5,
+            "min_tokens": 3,
+            "ignore_eos": True,
             "logit_bias": {5: -100.0},
             "stop": ["a", "b"],
             "max_tokens": 9,
@@ -226,14 +234,28 @@ class TestChat:
         server.chat(reasoning_effort=effort)
         assert options_of(server.engine.last)["think"] == think
 
+    @pytest.mark.parametrize(
+        "off, expected",
+        [
+            ({"top_k": -1}, {"top_k": 0}),
+            ({"seed": -1}, {}),
+            ({"max_tokens": -1}, {}),
+            ({"max_completion_tokens": -1}, {}),
+            ({"max_tokens": -1, "max_completion_tokens": 4}, {"max_tokens": 4}),
+            ({"repeat_last_n": -1}, {"repeat_last_n": 2**31 - 1}),
+        ],
+    )
+    def test_minus_one_is_how_clients_spell_off(self, server, off, expected):
+        body = {"model": MODEL, "messages": HI, **off}
+        assert server.post("chat/completions", body).status_code == 200
+        assert options_of(server.engine.last) == expected
+
     def test_fields_that_mean_nothing_here_are_taken(self, server):
         server.chat(
             user="me",
             metadata={"a": "b"},
             service_tier="auto",
             store=False,
-            frequency_penalty=0,
-            presence_penalty=0.0,
             modalities=["text"],
         )
         assert options_of(server.engine.last) == {}
@@ -263,12 +285,17 @@ class TestChat:
             ({"temperature": True}, "temperature"),
             ({"top_p": 0}, "top_p"),
             ({"top_p": 1.5}, "top_p"),
-            ({"top_k": -1}, "top_k"),
+            ({"top_k": -2}, "top_k"),
+            ({"max_tokens": -2}, "max_tokens"),
+            ({"min_tokens": -1}, "min_tokens"),
+            ({"min_tokens": 5, "max_tokens": 4}, "min_tokens must be 0 to max_tokens"),
+            ({"ignore_eos": True, "response_format": {"type": "json_object"}}, "a format says"),
             ({"top_k": 1.5}, "top_k"),
             ({"min_p": 2}, "min_p"),
-            ({"seed": -1}, "seed"),
+            ({"seed": -2}, "seed"),
             ({"seed": 2**64}, "seed"),
-            ({"frequency_penalty": 0.5}, "frequency_penalty"),
+            ({"frequency_penalty": 2.5}, "frequency_penalty"),
+            ({"presence_penalty": -2.1}, "presence_penalty"),
             ({"logit_bias": {"x": 1}}, "logit_bias"),
             ({"logit_bias": {"-1": 1}}, "logit_bias"),
             ({"logit_bias": {"5": "1"}}, "logit_bias"),

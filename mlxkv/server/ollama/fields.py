@@ -35,12 +35,12 @@ from mlxkv.server.fields import (
 Think = bool | Literal["low", "medium", "high"]
 
 
-def _only(off: float | bool, instead: str = "") -> AfterValidator:
+def _only(off: float | bool) -> AfterValidator:
     """Refuses all values but the one at which an option does nothing."""
 
     def check(value: Any) -> Any:
         if value != off:
-            raise ValueError(f"not supported; only {json.dumps(off)} (off) is taken{instead}")
+            raise ValueError(f"not supported; only {json.dumps(off)} (off) is taken")
         return value
 
     return AfterValidator(check)
@@ -61,7 +61,7 @@ class Loading(Strict):
     logits_all: bool | None = None
 
 
-class Options(Loading, sampled({name: name for name in PARAMETERS}, minus_one=True)):
+class Options(Loading, sampled({name: name for name in PARAMETERS})):
     """How an answer is made; what is left out, the model's settings decide.
 
     `num_predict` -1 and -2 are both as long as the context allows; with `shift` and -1 the answer
@@ -77,8 +77,6 @@ class Options(Loading, sampled({name: name for name in PARAMETERS}, minus_one=Tr
     mirostat_eta: Real | None = Field(default=None, description="Without effect: mirostat is off.")
     tfs_z: Annotated[float, _only(1)] | None = None
     typical_p: Annotated[float, _only(1)] | None = None
-    presence_penalty: Annotated[float, _only(0, "; see repeat_penalty")] | None = None
-    frequency_penalty: Annotated[float, _only(0, "; see repeat_penalty")] | None = None
     penalize_newline: Annotated[bool, _only(True)] | None = None
     embedding_only: Annotated[bool, _only(False)] | None = None
     vocab_only: Annotated[bool, _only(False)] | None = None

@@ -15,7 +15,7 @@ from mlxkv.generation.outputs import Chunk
 from mlxkv.parsers.events import ToolCall
 from mlxkv.server import sse
 from mlxkv.server.config import ServerConfig
-from mlxkv.server.fields import Count, Strict, TopLogprobs, seconds
+from mlxkv.server.fields import Limit, Strict, TopLogprobs, seconds
 from mlxkv.server.json_route import JSONRoute
 from mlxkv.server.model_names import LocalModel, present
 from mlxkv.server.openai.fields import (
@@ -86,8 +86,8 @@ class ChatRequest(Streamed):
 
     model: str
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
-    max_tokens: Count | None = None
-    max_completion_tokens: Count | None = None
+    max_tokens: Limit = None
+    max_completion_tokens: Limit = None
     n: Annotated[int, Field(ge=1, le=128)] | None = None
     logprobs: bool | None = None
     top_logprobs: TopLogprobs | None = None

@@ -17,7 +17,7 @@ from mlxkv.errors import UsageError
 from mlxkv.generation.outputs import Chunk, TokenLogprobs
 from mlxkv.server import sse
 from mlxkv.server.config import ServerConfig
-from mlxkv.server.fields import Count, TopLogprobs, Whole, seconds
+from mlxkv.server.fields import Limit, TopLogprobs, Whole, seconds
 from mlxkv.server.json_route import JSONRoute
 from mlxkv.server.model_names import LocalModel, present
 from mlxkv.server.openai.fields import ResponseFormat, Streamed, format_grammar
@@ -38,8 +38,8 @@ class CompletionRequest(Streamed):
         | Annotated[list[str], Field(min_length=1)]
         | Annotated[list[Tokens], Field(min_length=1)]
     )
-    max_tokens: Count | None = Field(
-        None, description="Left out, the answer may be as long as the context allows."
+    max_tokens: Limit = Field(
+        None, description="Left out or -1, the answer may be as long as the context allows."
     )
     n: Annotated[int, Field(ge=1, le=128)] | None = None
     best_of: Annotated[int, Field(ge=1, le=1)] | None = None

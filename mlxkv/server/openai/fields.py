@@ -5,7 +5,8 @@ taken and change nothing: `user`, `safety_identifier`, `metadata` and `service_t
 user, and one tier), `prompt_cache_key` and `prompt_cache_retention` (prefixes are found by their
 tokens), and `prediction` is refused. `mlxkv`'s own fields beyond OpenAI's: `top_k`, `min_p`,
 `repeat_penalty` (also `repetition_penalty`), `repeat_last_n`, `context`, `overflow`, `keep`,
-`keep_alive`, `think`, and the formats `regex` and `grammar`.
+`keep_alive`, `think`, the formats `regex` and `grammar`, and in chat and completions vLLM's
+`min_tokens` and `ignore_eos`.
 """
 
 from __future__ import annotations
@@ -29,7 +30,6 @@ from mlxkv.server.fields import (
     sampled,
 )
 
-Off = Annotated[float, Field(ge=0, le=0)]
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
 
 _THINK: dict[str, bool | str] = {"none": False, "minimal": "low", "xhigh": "high"}
@@ -50,8 +50,6 @@ class Sampling(Ignored, sampled({name: name for name in PARAMETERS} | GENERATION
     """How tokens are chosen, and where the answer ends; what is left out, the model's settings
     decide."""
 
-    frequency_penalty: Off | None = Field(None, description="Only 0; see repeat_penalty.")
-    presence_penalty: Off | None = Field(None, description="Only 0; see repeat_penalty.")
     logit_bias: (
         dict[
             Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-1e6, le=1e6)]
@@ -88,12 +86,19 @@ class Streamed(Sampling):
 
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    min_tokens: Whole | None = None
+    ignore_eos: bool | None = None
 
     @model_validator(mode="after")
     def _options_of_a_stream(self) -> Streamed:
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options needs stream: true")
         return self
+
+    def sampling_options(self) -> dict[str, Any]:
+        """Keywords of `Request.of`."""
+        ends = {"min_tokens": self.min_tokens, "ignore_eos": self.ignore_eos}
+        return super().sampling_options() | ends
 
     @property
     def wants_usage(self) -> bool:

@@ -21,7 +21,7 @@ from mlxkv.sampling.grammar import Grammar
 from mlxkv.server import sse
 from mlxkv.server.config import ServerConfig
 from mlxkv.server.errors import RESPONSES, failure_of
-from mlxkv.server.fields import Count, Strict, TopLogprobs, seconds
+from mlxkv.server.fields import Limit, Strict, TopLogprobs, seconds
 from mlxkv.server.json_route import JSONRoute
 from mlxkv.server.model_names import LocalModel, present
 from mlxkv.server.openai.fields import (
@@ -106,7 +106,7 @@ class ResponseRequest(Sampling):
     model: str
     input: Annotated[str, Field(min_length=1)] | Annotated[list[Item], Field(min_length=1)]
     instructions: str | None = None
-    max_output_tokens: Count | None = None
+    max_output_tokens: Limit = None
     stream: bool | None = None
     stream_options: ResponseStreamOptions | None = None
     tools: Annotated[list[FunctionTool], Field(max_length=512)] | None = None
