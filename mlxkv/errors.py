@@ -83,10 +83,14 @@ class MlxkvError(Exception):
 
     def spelled(self, spelling: Spelling) -> str:
         """The message, with fields as an interface writes them."""
-        parts = [self.text]
+        text = self.text
         if self.field is not None:
-            parts = [f"{spelling.name(self.field) or self.field} {self.text}"]
-        to_try = []
+            text = f"{spelling.name(self.field) or self.field} {text}"
+        return self.with_hints(text, spelling)
+
+    def with_hints(self, text: str, spelling: Spelling) -> str:
+        """A text, and the settings that would help as an interface writes them."""
+        parts, to_try = [text], []
         for hint in self.hints:
             setting = spelling.setting(hint.field, hint.value)
             if setting is not None and hint.effect:

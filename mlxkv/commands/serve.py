@@ -50,6 +50,10 @@ def serve(
         list[str] | None,
         typer.Option("--allow-host", help="Another name of this server; may be repeated."),
     ] = None,
+    strict: Annotated[
+        bool,
+        typer.Option("--strict", help="Refuse fields without effect here; else they are named."),
+    ] = False,
     keep_alive: Annotated[
         float, typer.Option(help="Seconds that an unused model stays; negative: for ever.")
     ] = 300.0,
@@ -74,6 +78,7 @@ def serve(
         api_keys=keys,
         origins=tuple(origins or ()),
         hosts=tuple(hosts or ()),
+        strict=strict,
         models=tuple(models or ()),
     )
     from mlxkv.base.units import parse_bytes

@@ -156,7 +156,9 @@ def template_options(runtime: Runtime, request: Request) -> dict[str, Any]:
     template = runtime.tokenizer.chat_template
     if request.think is None or template is None:
         return options
-    return options | thinking_options(template, request.think, thinks(runtime.tokenizer))
+    has_reasoning = thinks(runtime.tokenizer)
+    wish = request.think
+    return options | thinking_options(template, wish, has_reasoning, request.best_effort)
 
 
 def encode(runtime: Runtime, prompt: Prompt) -> list[int]:
@@ -225,7 +227,10 @@ def bounded(runtime: Runtime, request: Request, prepared: Prepared) -> tuple[Bou
     Raises:
         UsageError, ContextExceeded: as `start`.
     """
-    settings = runtime.settings.asked(request.context, request.overflow, request.keep)
+    context, most = request.context, runtime.settings.own_context
+    if context is not None and request.best_effort:
+        context = min(context, most)
+    settings = runtime.settings.asked(context, request.overflow, request.keep)
     tokens = prepared.tokens
     fitted = _fit(runtime, tokens, request, settings)
     context = settings.context.value

@@ -39,6 +39,8 @@ class Request:
             likeliest at each place.
         think: reason before the answer, as far as the chat template has a switch for it: True,
             False, or how much (low, medium, high); None leaves it to the model.
+        best_effort: meet a wish for reasoning or context as far as the model goes, instead of an
+            error: an effort where there is a plain switch, a context above the model's own.
         tools: JSON schemas of functions that the model may call.
         context: tokens that prompt and answer may have together; None for the model's setting,
             and so for the two below.
@@ -63,6 +65,7 @@ class Request:
     format: Grammar | None = None
     logprobs: int | None = None
     think: bool | str | None = None
+    best_effort: bool = False
     tools: Sequence[Mapping[str, Any]] | None = None
     context: int | None = None
     overflow: str | None = None

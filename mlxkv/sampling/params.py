@@ -34,7 +34,6 @@ class Parameter:
         letter: the option's short form.
         config: its key in a model's generation_config.json, where that may recommend it; OpenAI's
             APIs take this name too.
-        anthropic: whether Anthropic's API has it.
         minus_one: what -1 stands for in the HTTP APIs; `...` where it stands for nothing else.
     """
 
@@ -47,7 +46,6 @@ class Parameter:
     help: str = ""
     letter: str = ""
     config: str = ""
-    anthropic: bool = False
     minus_one: int | EllipsisType | None = ...
 
     def check(self, name: str, value: Any) -> None:
@@ -79,17 +77,17 @@ class SamplingParams:
     """
 
     temperature: float | None = _parameter(
-        float, 0.0, "0 or more", 0, letter="t", config="temperature", anthropic=True,
+        float, 0.0, "0 or more", 0, letter="t", config="temperature",
         help="0 takes the likeliest token; default: the model's recommendation, or 0.",
     )  # fmt: skip
     """0 is greedy; logits are divided by it otherwise."""
     top_k: int | None = _parameter(
-        int, 0, "0 (all) or more", 0, config="top_k", anthropic=True, minus_one=0,
+        int, 0, "0 (all) or more", 0, config="top_k", minus_one=0,
         help="Draw from the K likeliest; 0: all.",
     )  # fmt: skip
     """Keep the k likeliest tokens; 0, or anything past the vocabulary, keeps all."""
     top_p: float | None = _parameter(
-        float, 1.0, "above 0 and at most 1", 0, 1, above=True, config="top_p", anthropic=True,
+        float, 1.0, "above 0 and at most 1", 0, 1, above=True, config="top_p",
         help="Draw from the likeliest P.",
     )  # fmt: skip
     """Keep the smallest set of likeliest tokens whose probabilities sum to this or more; tokens

@@ -18,7 +18,8 @@ from mlxkv.server import metrics
 from mlxkv.server.anthropic import routes as anthropic
 from mlxkv.server.config import ServerConfig
 from mlxkv.server.errors import error_response
-from mlxkv.server.guard import Guard
+from mlxkv.server.guard import LOCAL_ORIGINS, Guard
+from mlxkv.server.ignored import Ignored
 from mlxkv.server.ollama import routes as ollama
 from mlxkv.server.openai import chat, completions, models, responses, tokenize
 from mlxkv.server.sse import ClientGone
@@ -43,16 +44,16 @@ def create_app(engine: Engine, config: ServerConfig) -> FastAPI:
         engine: started already; the caller closes it.
         config: access and limits.
     """
-    middleware = [Middleware(Guard, config=config)]
-    if config.origins:
-        # Outside of the guard, so that browsers may read its refusals.
-        cors = Middleware(
-            CORSMiddleware,
-            allow_origins=list(config.origins),
-            allow_methods=["GET", "POST", "DELETE", "HEAD"],
-            allow_headers=["*"],
-        )
-        middleware.insert(0, cors)
+    # Outside of the guard, so that browsers may read its refusals.
+    cors = Middleware(
+        CORSMiddleware,
+        allow_origins=list(config.origins),
+        allow_origin_regex=LOCAL_ORIGINS,
+        allow_methods=["GET", "POST", "DELETE", "HEAD"],
+        allow_headers=["*"],
+        expose_headers=["mlxkv-ignored"],
+    )
+    middleware = [cors, Middleware(Guard, config=config)]
     app = FastAPI(
         title="mlxkv",
         version=_version(),
@@ -70,6 +71,7 @@ def create_app(engine: Engine, config: ServerConfig) -> FastAPI:
         docs_url=None,
         redoc_url=None,
     )
+    app.state.ignored = Ignored(config)
     for make in ROUTERS:
         app.include_router(make(engine, config))
 

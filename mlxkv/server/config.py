@@ -19,8 +19,10 @@ class ServerConfig:
         host: address to listen on.
         port: port to listen on.
         api_keys: a request must carry one of them; none: no key is needed.
-        origins: web pages that may ask, such as `https://app.example`; `*` for all of them.
-        hosts: further names that the server goes by, such as `mac-mini.local`.
+        origins: further web pages that may ask, such as `https://app.example`; `*` for all.
+        hosts: further names that the server goes by, such as `mac-mini.example`.
+        strict: refuse requests with fields that no API here declares, and wishes that a model can
+            meet only in part.
         models: names or paths that the operator gave; requests may name them as they are.
         max_body_bytes: size of a request.
         max_tokens: length of one answer; None for as long as the context allows.
@@ -39,6 +41,7 @@ class ServerConfig:
     api_keys: tuple[str, ...] = ()
     origins: tuple[str, ...] = ()
     hosts: tuple[str, ...] = ()
+    strict: bool = False
     models: tuple[str, ...] = ()
     max_body_bytes: int = 32 << 20
     max_tokens: int | None = None

@@ -8,16 +8,20 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Mapping
+import os
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
+from mlxkv.base.paths import models_dir
 from mlxkv.engine.messages import Busy
-from mlxkv.errors import ContextExceeded, MlxkvError, ModelNotFound, Spelling
+from mlxkv.errors import ContextExceeded, MlxkvError, ModelNotFound, OutOfMemory, Spelling
 from mlxkv.sampling.params import PARAMETERS
 
 _log = logging.getLogger(__name__)
@@ -35,7 +39,10 @@ _ANTHROPIC_TYPES = {**_OPENAI_TYPES, 504: "timeout_error"}
 _CODES = {
     ContextExceeded: ("context_length_exceeded", "messages"),
     ModelNotFound: ("model_not_found", "model"),
+    OutOfMemory: ("insufficient_memory", None),
 }
+_FOLDERS = re.compile(r"(?<![\w:/.])/(?!v1/|api/)(?:[^/\s'\"]+/)+")
+_FIELD = re.compile(r"(?!(str|int|float|bool)$)[^A-Z\[\]()]+")
 _SHOWN_ERRORS = 5
 _SHOWN_CHARS = 300
 
@@ -46,10 +53,13 @@ class Fields(Spelling):
 
     Args:
         names: field -> name; a field that is not here cannot be set in this API.
+        too_long: how the API says that a prompt of `n` tokens passes a context of `limit`: clients
+            know a full context by these words, and compact.
         values: (name, value) -> what stands for the value there, where it is another.
     """
 
     names: Mapping[str, str]
+    too_long: str
     values: Mapping[tuple[str, object], object] = field(default_factory=dict)
 
     def name(self, field: str) -> str | None:
@@ -70,8 +80,12 @@ _OURS = _same(
     *PARAMETERS, "model", "logit_bias", "stop", "context", "overflow", "keep", "keep_alive",
     "think", "tools", "logprobs",
 )  # fmt: skip
+_OPENAI_TOO_LONG = (
+    "This model's maximum context length is {limit} tokens, and the prompt has {n}: shorten it"
+)
 OPENAI = Fields(
-    {**_OURS, **_same("min_tokens"), "max_tokens": "max_tokens", "format": "response_format"}
+    {**_OURS, **_same("min_tokens"), "max_tokens": "max_tokens", "format": "response_format"},
+    _OPENAI_TOO_LONG,
 )
 RESPONSES = Fields(
     {
@@ -80,16 +94,18 @@ RESPONSES = Fields(
         "format": "text.format",
         "truncate": "truncation",
     },
+    _OPENAI_TOO_LONG,
     {("truncation", True): "auto"},
 )
 ANTHROPIC = Fields(
     {
         **_same("model", "max_tokens", "tools"),
-        **_same(*(name for name, parameter in PARAMETERS.items() if parameter.anthropic)),
+        **_same(*PARAMETERS),
         "stop": "stop_sequences",
         "think": "thinking",
         "format": "output_config.format",
-    }
+    },
+    "prompt is too long: {n} tokens > {limit} maximum",
 )
 OLLAMA = Fields(
     {
@@ -101,6 +117,7 @@ OLLAMA = Fields(
         "keep": "options.num_keep",
         **{name: f"options.{name}" for name in (*PARAMETERS, "stop")},
     },
+    "the input length exceeds the context length: {n} tokens, and {limit} are allowed",
     {("shift", "shift"): True, ("shift", "stop"): False},
 )  # fmt: skip
 
@@ -150,7 +167,7 @@ def failure_of(error: BaseException, fields: Fields) -> Failure:
                 (said for kind, said in _CODES.items() if isinstance(error, kind)), (None, None)
             )
             named = None if error.field is None else fields.name(error.field)
-            return Failure(error.status, error.spelled(fields), code, named or param)
+            return Failure(error.status, _told(error, fields), code, named or param)
         case RequestValidationError():
             return _invalid(error)
         case HTTPException():
@@ -159,11 +176,32 @@ def failure_of(error: BaseException, fields: Fields) -> Failure:
     return Failure(500, "an error inside the server; its log says more", "internal_error")
 
 
+def _told(error: MlxkvError, fields: Fields) -> str:
+    """The message of an error, in the API's words where clients look for them."""
+    if isinstance(error, ContextExceeded):
+        said = fields.too_long.format(n=error.n_tokens, limit=error.context)
+        return error.with_hints(said, fields)
+    return without_folders(error.spelled(fields))
+
+
+def without_folders(text: str) -> str:
+    """A message in which files have their names alone: folders are not the client's business."""
+    for folder in sorted({str(models_dir()), str(Path.home())}, key=len, reverse=True):
+        text = text.replace(f"{folder}{os.sep}", "/")
+    return _FOLDERS.sub("", text)
+
+
 def _invalid(error: RequestValidationError) -> Failure:
     """Every fault of a request's fields on one line."""
-    found, said, param = error.errors(), [], None
-    for each in found[:_SHOWN_ERRORS]:
-        place = ".".join(str(part) for part in each["loc"] if part != "body")
+    places = [_place(each["loc"]) for each in error.errors()]
+    # Of a field that may be one of several types, only the error of the type that was meant.
+    found = [
+        (place, each)
+        for place, each in zip(places, error.errors(), strict=True)
+        if not any(other.startswith(f"{place}.") for other in places if place)
+    ]
+    said, param = [], None
+    for place, each in found[:_SHOWN_ERRORS]:
         message = str(each["msg"]).removeprefix("Value error, ")
         if each["type"] == "json_invalid":
             place, message = "", f"the body is not JSON: {each['ctx']['error']}"
@@ -174,6 +212,12 @@ def _invalid(error: RequestValidationError) -> Failure:
     more = len(found) - len(said)
     text = "; ".join(said) + (f" (and {more} more)" if more > 0 else "")
     return Failure(400, text[:2000], "invalid_request", param and param[:_SHOWN_CHARS])
+
+
+def _place(loc: Sequence[Any]) -> str:
+    """`messages.0.content`: pydantic adds the names of types, which are no fields."""
+    parts = [str(part) for part in loc[1:] if isinstance(part, int) or _FIELD.fullmatch(part)]
+    return ".".join(parts if loc[:1] == ("body",) else [str(loc[0]), *parts] if loc else [])
 
 
 def openai_error(failure: Failure) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Mapping
@@ -22,6 +23,36 @@ def _empty(value: Any) -> Any:
 
 Refused = Annotated[Any, AfterValidator(_empty)]
 """A field that may only be empty."""
+
+
+def only(*off: Any) -> AfterValidator:
+    """Refuse all values but those at which a field does nothing; null is one of them."""
+
+    def check(value: Any) -> Any:
+        if value is not None and value not in off:
+            shown = " or ".join(json.dumps(each) for each in off) or "null"
+            raise ValueError(f"not supported; only {shown} (off) is taken")
+        return value
+
+    return AfterValidator(check)
+
+
+class LeftOut(BaseModel):
+    """An item of a list that this server has no use for: the request is served without it, and
+    `ignored` names it by its `type`."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+
+def type_of(value: Any) -> str | None:
+    """The `type` of an item, before or after it is read."""
+    return value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+
+
+class NoEffect:
+    """Marks a declared field that changes nothing, as `Annotated[..., NoEffect()]`."""
+
+
 MAX_WHOLE = 2**31 - 1
 MAX_REAL = 1e6
 Count = Annotated[int, Field(ge=1, le=MAX_WHOLE)]
@@ -40,13 +71,24 @@ _UNITS_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 _LONGEST_S = 1e9
 
 
-class Strict(BaseModel):
-    """A part of a request: other fields, and values of other types, are refused."""
+class Part(BaseModel):
+    """A part of a request. Values of other types are refused; fields that are not declared change
+    nothing, and `ignored.note` names them.
+
+    A field that would change the answer and is not supported is declared, as `Refused` or with the
+    values at which it does nothing (`only`).
+    """
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+
+class Strict(Part):
+    """A part of a request that changes what is stored: fields that are not declared are refused."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
-class Sampled(Strict):
+class Sampled(Part):
     """A request with sampling parameters; `sampled` makes its fields.
 
     Attributes:

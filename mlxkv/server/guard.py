@@ -1,9 +1,9 @@
 """Access control, before anything else sees a request.
 
-- `Host` must be an address, a name of this machine or a configured one: a name that an attacker
-  has pointed at this machine (DNS rebinding) is none of them, and an address cannot be pointed.
-- `Origin`, which browsers alone send, must be the server's own or a configured one. Without that a
-  web page could ask, though never read the answer, with a form that needs no leave of CORS.
+- `Host` must be an address, a name of this machine or network, or a configured one: a name that an
+  attacker has pointed at this machine (DNS rebinding) is none of them, and an address cannot be.
+- `Origin`, which browsers alone send, must be the server's own, local or a configured one. Without
+  that a web page could ask, though never read the answer, with a form that needs no leave of CORS.
 - Where there are API keys, one of them must come as a bearer token or in `x-api-key`.
 - A body is counted while it comes in.
 """
@@ -14,15 +14,24 @@ import hashlib
 import hmac
 import ipaddress
 import logging
+import re
 
 from fastapi import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from mlxkv.server import ignored
 from mlxkv.server.config import ServerConfig
 from mlxkv.server.errors import error_response
 
 _log = logging.getLogger(__name__)
 
+_LOCAL_NAMES = (".localhost", ".local", ".internal")
+"""Ends of names that no public DNS server gives out: containers and machines of this network."""
+LOCAL_ORIGINS = (
+    r"https?://(localhost|127\.0\.0\.1|0\.0\.0\.0|\[::1\])(:[0-9]{1,5})?"
+    r"|(app|file|tauri|vscode-webview|vscode-file)://[A-Za-z0-9._-]*"
+)
+"""Pages that may ask by default, as with Ollama: of this machine, and of programs on it."""
 OPEN_PATHS = frozenset({"/", "/health"})
 """What needs no key: it tells nothing but that the server lives. The page at `/` is always the
 same; its figures come from `/stats.json`, which needs one."""
@@ -52,7 +61,10 @@ class Guard:
 
         async def watched(message: Message) -> None:
             nonlocal started
-            started = started or message["type"] == "http.response.start"
+            if message["type"] == "http.response.start":
+                started = True
+                headers = [*message.get("headers", ()), *ignored.header(scope.get("state", {}))]
+                message = {**message, "headers": headers}
             await send(message)
 
         try:
@@ -77,7 +89,9 @@ class Guard:
         origin = headers.get("origin")
         own = f"{scope.get('scheme', 'http')}://{host}".lower()
         allowed = self._config.origins
-        if origin is not None and origin.lower() != own and not {origin, "*"} & {*allowed}:
+        if origin is None or origin.lower() == own or {origin, "*"} & {*allowed}:
+            return
+        if not re.fullmatch(LOCAL_ORIGINS, origin):
             raise HTTPException(
                 403, f"the origin {origin[:80]!r} is not allowed: its operator can allow it"
             )
@@ -86,7 +100,7 @@ class Guard:
         if name is None:
             return False
         named = {"localhost", *(host.lower() for host in (self._config.host, *self._config.hosts))}
-        if name in named or name.endswith(".localhost"):
+        if name in named or name.endswith(_LOCAL_NAMES):
             return True
         try:
             ipaddress.ip_address(name)

@@ -25,17 +25,17 @@ def requested(prompt: Prompt, **options: Any) -> Request:
 
 
 def bounded(ask: Ask, config: ServerConfig) -> Ask:
-    """The same with a length that the server allows; one that is left out is the longest.
+    """The same under the server's rules: a length that it allows, the longest where none is given;
+    and wishes met as far as a model can, unless the server is strict.
 
     Raises:
         UsageError: it asks for more.
     """
     given = ask.request.max_tokens
-    if config.max_tokens is None:
-        return ask
-    if given is not None and given > config.max_tokens:
-        raise UsageError(
-            f"an answer may have {config.max_tokens:,} tokens here; {given:,} are asked for"
-        )
-    request = dataclasses.replace(ask.request, max_tokens=given or config.max_tokens)
+    limit = config.max_tokens
+    if limit is not None and given is not None and given > limit:
+        raise UsageError(f"an answer may have {limit:,} tokens here; {given:,} are asked for")
+    request = dataclasses.replace(
+        ask.request, max_tokens=given or limit, best_effort=not config.strict
+    )
     return dataclasses.replace(ask, request=request)

@@ -10,13 +10,16 @@ from pydantic import Field
 
 from mlxkv.errors import UsageError
 from mlxkv.sampling.grammar import Grammar
-from mlxkv.server.fields import Strict
+from mlxkv.server.fields import Part
 
 NAME_PATTERN = r"^[A-Za-z0-9_.:/-]{1,128}$"
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 
+PICTURE_NOTE = "[image left out: this model reads text only]"
+"""What stands in the place of a picture that a tool gave."""
 
-class Function(Strict):
+
+class Function(Part):
     """A function that the model may call."""
 
     name: Name

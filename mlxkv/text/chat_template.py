@@ -156,7 +156,7 @@ class ChatTemplate:
 
 
 def thinking_options(
-    template: ChatTemplate, think: bool | str, has_reasoning: bool
+    template: ChatTemplate, think: bool | str, has_reasoning: bool, best_effort: bool = False
 ) -> dict[str, Any]:
     """The variables that make a template ask for reasoning, or for none.
 
@@ -164,6 +164,7 @@ def thinking_options(
         template: the model's.
         think: True, False, or how much: low, medium, high.
         has_reasoning: whether the model can reason at all.
+        best_effort: do what the template's switches allow, and nothing where it has none.
 
     Raises:
         UsageError: the template reads no variable for that.
@@ -175,6 +176,8 @@ def thinking_options(
             return {**switches, "reasoning_effort": think}
         # There, without a switch of its own, the least effort is as near to none as it gets.
         return switches or ({} if think else {"reasoning_effort": "low"})
+    if best_effort:
+        return switches
     if isinstance(think, str):
         raise UsageError(
             f"cannot be {think!r}: this model's chat template reads no reasoning_effort; "

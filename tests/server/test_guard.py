@@ -103,11 +103,37 @@ def raw(url: str, request: bytes) -> bytes:
     return found
 
 
-@pytest.mark.parametrize("origin", ["https://evil.example", "null", "http://localhost:1"])
+@pytest.mark.parametrize(
+    "origin",
+    ["https://evil.example", "null", "http://localhost.evil.example", "http://x@localhost:1"],
+)
 def test_a_web_page_of_another_origin_is_refused(server, origin):
     answer = post(server[1], headers={"origin": origin})
     assert answer.status_code == 403 and "origin" in answer.json()["error"]["message"]
     assert "access-control-allow-origin" not in answer.headers
+
+
+@pytest.mark.parametrize(
+    "origin",
+    [
+        "http://localhost:3000",
+        "https://127.0.0.1",
+        "http://[::1]:8080",
+        "app://obsidian.md",
+        "vscode-webview://0abc-def",
+        "file://",
+        "tauri://localhost",
+    ],
+)
+def test_pages_of_this_machine_and_its_programs_may_ask_and_read(server, origin):
+    answer = post(server[1], headers={"origin": origin})
+    assert answer.status_code == 200
+    assert answer.headers["access-control-allow-origin"] == origin
+
+
+@pytest.mark.parametrize("host", ["host.docker.internal", "mac-mini.local", "app.localhost"])
+def test_names_that_no_public_server_gives_out_are_the_servers(server, host):
+    assert post(server[1], headers={"host": f"{host}:11434"}).status_code == 200
 
 
 def test_a_page_of_the_server_itself_may_ask(server):
@@ -252,7 +278,7 @@ def test_another_method_is_405(server):
     [
         (UsageError("no"), 400, None),
         (ContextExceeded(10, 5), 400, "context_length_exceeded"),
-        (KVCacheFull(1, 2, 1), 503, None),
+        (KVCacheFull(1, 2, 1), 503, "insufficient_memory"),
         (Busy(1.2), 503, "server_busy"),
         (ValueError("a secret"), 500, "internal_error"),
     ],

@@ -379,6 +379,17 @@ def test_a_template_without_a_switch_for_thinking_says_so(think, able):
         thinking_options(of("{{ messages }}"), think, has_reasoning=able)
 
 
+@pytest.mark.parametrize("think", [True, False, "low", "high"])
+@pytest.mark.parametrize("able", [True, False])
+@pytest.mark.parametrize(
+    ("source", "switches"),
+    [("{{ messages }}", ()), ("{{ enable_thinking }}", ("enable_thinking",))],
+)
+def test_best_effort_sets_the_switches_that_there_are(source, switches, able, think):
+    options = thinking_options(of(source), think, has_reasoning=able, best_effort=True)
+    assert options == dict.fromkeys(switches, bool(think))
+
+
 def test_reasoning_that_a_template_keeps_goes_on_whatever_white_space_it_puts_around_it():
     talk = [USER, {"role": "assistant", "content": "Hi.", "reasoning_content": "hm"}]
     answer = "\n<think>\nhm\n</think>\n\nHi."

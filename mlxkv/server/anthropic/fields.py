@@ -1,12 +1,9 @@
 """Requests of Anthropic's Messages API.
 
-Fields that are not here are refused. These are taken and change nothing:
-
-- `cache_control`, everywhere: prefixes are kept and found again by themselves.
-- `metadata`, `service_tier`, `speed` "standard": there is one user and one tier.
-- `signature` of thinking, `citations` and `caller` of blocks that come back.
-- `thinking.budget_tokens`, but that it must leave room for an answer: models have no such limit.
-- `eager_input_streaming` of tools: calls are shown when they are complete.
+- `cache_control` changes nothing: prefixes are kept and found again by themselves.
+- `thinking.budget_tokens` must leave room for an answer; models have no such limit.
+- `eager_input_streaming` of tools changes nothing: calls are shown when they are complete.
+- Tools that Anthropic's server runs or defines, and the blocks that they made, are left out.
 
 Without `thinking` it is the model that decides; where it thinks, its thinking is shown.
 `output_config.effort` is what its template calls `reasoning_effort`.
@@ -18,94 +15,30 @@ import json
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from mlxkv.sampling.grammar import Grammar
 from mlxkv.sampling.params import PARAMETERS
-from mlxkv.server.fields import Count, Refused, StopTexts, Strict, sampled
+from mlxkv.server.anthropic.blocks import Block, CacheControl, ContentBlock, TextBlock
+from mlxkv.server.fields import Count, LeftOut, NoEffect, Part, Refused, StopTexts, sampled, type_of
 from mlxkv.server.tools import Function, Name, chosen_tools, tools_grammar
 
 
-class CacheControl(Strict):
-    """A mark for a cache that needs none."""
-
-    type: Literal["ephemeral"]
-    ttl: Literal["5m", "1h"] | None = None
-
-
-class Block(Strict):
-    """What all blocks may have."""
-
-    cache_control: CacheControl | None = Field(default=None, description="Without effect.")
-
-
-class TextBlock(Block):
-    """Text."""
-
-    type: Literal["text"]
-    text: str
-    citations: Refused = None
-
-
-class ThinkingBlock(Block):
-    """What the model thought."""
-
-    type: Literal["thinking"]
-    thinking: str
-    signature: str | None = Field(default=None, description="Without effect.")
-
-
-class ToolUseBlock(Block):
-    """A call that the model made."""
-
-    type: Literal["tool_use"]
-    id: Annotated[str, Field(min_length=1, max_length=256)]
-    name: Name
-    input: dict[str, Any]
-    caller: dict[str, Any] | None = Field(default=None, description="Without effect.")
-
-
-class OtherBlock(BaseModel):
-    """Blocks that are refused: models here read text."""
-
-    model_config = ConfigDict(extra="allow", strict=True)
-    type: Literal[
-        "image", "document", "search_result", "redacted_thinking", "server_tool_use",
-        "web_search_tool_result", "web_fetch_tool_result", "code_execution_tool_result",
-        "container_upload", "tool_reference",
-    ]  # fmt: skip
-
-    @model_validator(mode="after")
-    def _refuse(self) -> OtherBlock:
-        raise ValueError(f"{self.type} blocks are not supported: models here read text")
-
-
-class ToolResultBlock(Block):
-    """What a call gave."""
-
-    type: Literal["tool_result"]
-    tool_use_id: str
-    content: str | list[Annotated[TextBlock | OtherBlock, Field(discriminator="type")]] | None = (
-        None
-    )
-    is_error: bool | None = None
-
-
-ContentBlock = Annotated[
-    TextBlock | ThinkingBlock | ToolUseBlock | ToolResultBlock | OtherBlock,
-    Field(discriminator="type"),
-]
-
-
-class Message(Strict):
+class Message(Part):
     """One message of a conversation."""
 
     role: Literal["user", "assistant", "system"]
     content: str | list[ContentBlock]
 
 
+class ServerTool(LeftOut):
+    """A tool that Anthropic's server runs or defines."""
+
+    type: str
+
+
 class Tool(Block):
-    """A function that the model may call; tools that a server runs are refused."""
+    """A function that the model may call."""
 
     type: Literal["custom"] | None = None
     name: Name
@@ -114,10 +47,10 @@ class Tool(Block):
     strict: bool | None = Field(
         default=None, description="Calls keep to the schema where tool_choice is any or tool."
     )
-    eager_input_streaming: bool | None = Field(default=None, description="Without effect.")
-    defer_loading: Refused = None
-    input_examples: Refused = None
-    allowed_callers: list[Literal["direct"]] | None = None
+    eager_input_streaming: Annotated[bool | None, NoEffect()] = None
+    defer_loading: Annotated[bool | None, NoEffect()] = None
+    input_examples: Annotated[list[Any] | None, NoEffect()] = None
+    allowed_callers: Annotated[list[str] | None, NoEffect()] = None
 
     def function(self) -> Function:
         """The same as a function of OpenAI's."""
@@ -129,21 +62,31 @@ class Tool(Block):
         )
 
 
-class AutoChoice(Strict):
+def _kind_of_tool(tool: Any) -> str:
+    return "client" if type_of(tool) in (None, "custom") else "server"
+
+
+AnyTool = Annotated[
+    Annotated[Tool, Tag("client")] | Annotated[ServerTool, Tag("server")],
+    Discriminator(_kind_of_tool),
+]
+
+
+class AutoChoice(Part):
     """The model decides whether to call."""
 
     type: Literal["auto"]
     disable_parallel_tool_use: bool | None = None
 
 
-class AnyChoice(Strict):
+class AnyChoice(Part):
     """Some tool has to be called."""
 
     type: Literal["any"]
     disable_parallel_tool_use: bool | None = None
 
 
-class ToolChoice(Strict):
+class ToolChoice(Part):
     """This tool has to be called."""
 
     type: Literal["tool"]
@@ -151,13 +94,13 @@ class ToolChoice(Strict):
     disable_parallel_tool_use: bool | None = None
 
 
-class NoChoice(Strict):
+class NoChoice(Part):
     """No tool may be called."""
 
     type: Literal["none"]
 
 
-class ThinkingOn(Strict):
+class ThinkingOn(Part):
     """Think before the answer."""
 
     type: Literal["enabled"]
@@ -165,46 +108,46 @@ class ThinkingOn(Strict):
     display: Literal["summarized", "omitted"] | None = None
 
 
-class ThinkingOff(Strict):
+class ThinkingOff(Part):
     """Answer at once."""
 
     type: Literal["disabled"]
 
 
-class ThinkingAdaptive(Strict):
+class ThinkingAdaptive(Part):
     """As the model decides."""
 
     type: Literal["adaptive"]
     display: Literal["summarized", "omitted"] | None = None
 
 
-class JsonFormat(Strict):
+class JsonFormat(Part):
     """JSON of a schema."""
 
     type: Literal["json_schema"]
     schema_: dict[str, Any] = Field(alias="schema")
 
 
-class OutputConfig(Strict):
+class OutputConfig(Part):
     """How the answer is to be."""
 
-    effort: Literal["low", "medium", "high"] | None = None
+    effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
     format: JsonFormat | None = None
 
 
-class Metadata(Strict):
+class Metadata(Part):
     """About the user; without effect."""
 
     user_id: str | None = None
 
 
-class CountRequest(Strict):
+class CountRequest(Part):
     """A conversation."""
 
     model: str
     messages: Annotated[list[Message], Field(min_length=1)]
     system: str | list[TextBlock] | None = None
-    tools: Annotated[list[Tool], Field(max_length=512)] | None = None
+    tools: Annotated[list[AnyTool], Field(max_length=512)] | None = None
     tool_choice: (
         Annotated[AutoChoice | AnyChoice | ToolChoice | NoChoice, Field(discriminator="type")]
         | None
@@ -213,10 +156,8 @@ class CountRequest(Strict):
         Annotated[ThinkingOn | ThinkingOff | ThinkingAdaptive, Field(discriminator="type")] | None
     ) = None
     output_config: OutputConfig | None = None
-    cache_control: CacheControl | None = Field(default=None, description="Without effect.")
+    cache_control: Annotated[CacheControl | None, NoEffect()] = None
     speed: Literal["standard"] | None = None
-    container: None = None
-    context_management: Refused = None
     mcp_servers: Refused = None
 
     @property
@@ -237,6 +178,7 @@ class CountRequest(Strict):
     def think(self) -> bool | str | None:
         """As `Request` has it."""
         effort = self.output_config.effort if self.output_config else None
+        effort = "high" if effort in ("xhigh", "max") else effort
         match self.thinking:
             case ThinkingOff():
                 return False
@@ -251,7 +193,9 @@ class CountRequest(Strict):
             UsageError: two have one name.
         """
         mode = "none" if isinstance(self.tool_choice, NoChoice) else "auto"
-        return chosen_tools([tool.function() for tool in self.tools or ()], mode, None)
+        return chosen_tools(
+            [tool.function() for tool in self.tools or () if isinstance(tool, Tool)], mode, None
+        )
 
     def grammar(self) -> Grammar | None:
         """What the answer has to match.
@@ -276,7 +220,7 @@ class CountRequest(Strict):
         return tools_grammar(allowed, mode, self.parallel, content)
 
 
-_SAMPLING = {name: name for name, parameter in PARAMETERS.items() if parameter.anthropic}
+_SAMPLING = {name: name for name in PARAMETERS}
 
 
 class MessagesRequest(CountRequest, sampled(_SAMPLING)):
@@ -285,7 +229,7 @@ class MessagesRequest(CountRequest, sampled(_SAMPLING)):
     max_tokens: Count
     stream: bool | None = None
     stop_sequences: StopTexts | None = None
-    metadata: Metadata | None = Field(default=None, description="Without effect.")
+    metadata: Annotated[Metadata | None, NoEffect()] = None
     service_tier: Literal["auto", "standard_only"] | None = None
 
     @model_validator(mode="after")

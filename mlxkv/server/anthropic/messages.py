@@ -13,15 +13,18 @@ from collections.abc import Sequence
 from typing import Any
 
 from mlxkv.errors import UsageError
-from mlxkv.server.anthropic.fields import (
+from mlxkv.server.anthropic.blocks import (
     ContentBlock,
-    CountRequest,
-    Message,
+    DocumentBlock,
+    SearchResultBlock,
+    ServerBlock,
     TextBlock,
     ThinkingBlock,
     ToolResultBlock,
     ToolUseBlock,
 )
+from mlxkv.server.anthropic.fields import CountRequest, Message
+from mlxkv.server.fields import LeftOut
 
 CALL_PREFIX = "toolu_"
 BETWEEN = "\n\n"
@@ -79,8 +82,10 @@ def _translated(i: int, message: Message, names: dict[str, str]) -> list[dict[st
     made: list[dict[str, Any]] = []
     texts: list[str] = []
     for j, block in enumerate(message.content):
-        if isinstance(block, TextBlock):
+        if isinstance(block, TextBlock | DocumentBlock | SearchResultBlock):
             texts.append(block.text)
+        elif isinstance(block, LeftOut):
+            continue
         elif isinstance(block, ToolResultBlock) and message.role == "user":
             if texts:
                 made.append({"role": "user", "content": BETWEEN.join(texts)})
@@ -106,6 +111,8 @@ def _assistant(i: int, blocks: Sequence[ContentBlock], names: dict[str, str]) ->
                 function = {"name": block.name, "arguments": block.input}
                 call_id = block.id.removeprefix(CALL_PREFIX)
                 calls.append({"id": call_id, "type": "function", "function": function})
+            case LeftOut():
+                continue
             case _:
                 raise _misplaced(i, j, block, "assistant")
     made: dict[str, Any] = {"role": "assistant", "content": BETWEEN.join(texts)}
@@ -136,4 +143,4 @@ def _misplaced(i: int, j: int, block: ContentBlock, role: str) -> UsageError:
 def _text(content: str | Sequence[Any]) -> str:
     if isinstance(content, str):
         return content
-    return BETWEEN.join(block.text for block in content if isinstance(block, TextBlock))
+    return BETWEEN.join(block.text for block in content if not isinstance(block, ServerBlock))

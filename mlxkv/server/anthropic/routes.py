@@ -14,6 +14,7 @@ from mlxkv.server.anthropic.answers import PING, Reply, error_event
 from mlxkv.server.anthropic.fields import CountRequest, MessagesRequest
 from mlxkv.server.anthropic.messages import template_messages
 from mlxkv.server.config import ServerConfig
+from mlxkv.server.ignored import note
 from mlxkv.server.json_route import JSONRoute
 from mlxkv.server.model_names import LocalModel, present
 from mlxkv.server.requests import bounded, requested
@@ -26,6 +27,7 @@ def router(engine: Engine, config: ServerConfig) -> APIRouter:
     @routes.post("/v1/messages")
     async def messages(request: Request, body: MessagesRequest) -> Response:
         """Answer a conversation."""
+        note(request, body)
         model = await present(engine, config, body.model)
         ask = _ask(body, model, request.state.owner, _sampling(body), body.grammar())
         answer = engine.submit(bounded(ask, config))
@@ -38,11 +40,18 @@ def router(engine: Engine, config: ServerConfig) -> APIRouter:
     @routes.post("/v1/messages/count_tokens")
     async def count_tokens(request: Request, body: CountRequest) -> Response:
         """The tokens that a conversation has for a model."""
+        note(request, body)
         body.grammar()
         model = await present(engine, config, body.model)
         ask = _ask(body, model, request.state.owner)
-        tokens = await sse.unless_gone(request, engine.tokenize(ask))
+        tokens = await sse.unless_gone(request, engine.tokenize(bounded(ask, config)))
         return JSONResponse({"input_tokens": len(tokens)})
+
+    @routes.get("/api/hello", include_in_schema=False)
+    @routes.head("/api/hello", include_in_schema=False)
+    async def hello() -> Response:
+        """What clients ask to see whether the API can be reached."""
+        return JSONResponse({"message": "hello"})
 
     return routes
 

@@ -12,6 +12,7 @@ from mlxkv.engine.messages import Ask, Engine
 from mlxkv.generation.outputs import Chunk
 from mlxkv.server import sse
 from mlxkv.server.config import ServerConfig
+from mlxkv.server.ignored import note
 from mlxkv.server.json_route import JSONRoute
 from mlxkv.server.model_names import LocalModel, present
 from mlxkv.server.ollama.answers import NDJSON, Piece, Reply, error_line
@@ -27,6 +28,7 @@ def router(engine: Engine, config: ServerConfig) -> APIRouter:
     @routes.post("/api/generate")
     async def generate(request: Request, body: GenerateRequest) -> Response:
         """Answer a text; without one, load the model or let it go."""
+        note(request, body)
         if not body.prompt:
             return await _load(request, engine, config, body, chats=False)
         return await _answer(request, engine, config, body)
@@ -34,6 +36,7 @@ def router(engine: Engine, config: ServerConfig) -> APIRouter:
     @routes.post("/api/chat")
     async def chat(request: Request, body: ChatRequest) -> Response:
         """Answer a conversation; without one, load the model or let it go."""
+        note(request, body)
         if not body.messages:
             return await _load(request, engine, config, body, chats=True)
         return await _answer(request, engine, config, body)

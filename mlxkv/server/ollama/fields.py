@@ -14,20 +14,22 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import Field
 
 from mlxkv.errors import UsageError
 from mlxkv.sampling.grammar import Grammar
 from mlxkv.sampling.params import PARAMETERS
 from mlxkv.server.fields import (
     MAX_WHOLE,
+    NoEffect,
+    Part,
     Real,
     Refused,
     StopText,
     StopTexts,
-    Strict,
     TopLogprobs,
     Whole,
+    only,
     sampled,
     seconds,
 )
@@ -35,30 +37,19 @@ from mlxkv.server.fields import (
 Think = bool | Literal["low", "medium", "high"]
 
 
-def _only(off: float | bool) -> AfterValidator:
-    """Refuses all values but the one at which an option does nothing."""
-
-    def check(value: Any) -> Any:
-        if value != off:
-            raise ValueError(f"not supported; only {json.dumps(off)} (off) is taken")
-        return value
-
-    return AfterValidator(check)
-
-
-class Loading(Strict):
+class Loading(Part):
     """Options about the device and the loading of a model: taken, and without effect."""
 
-    numa: bool | None = None
-    num_batch: int | None = None
-    num_gpu: int | None = None
-    main_gpu: int | None = None
-    num_thread: int | None = None
-    low_vram: bool | None = None
-    f16_kv: bool | None = None
-    use_mmap: bool | None = None
-    use_mlock: bool | None = None
-    logits_all: bool | None = None
+    numa: Annotated[bool | None, NoEffect()] = None
+    num_batch: Annotated[int | None, NoEffect()] = None
+    num_gpu: Annotated[int | None, NoEffect()] = None
+    main_gpu: Annotated[int | None, NoEffect()] = None
+    num_thread: Annotated[int | None, NoEffect()] = None
+    low_vram: Annotated[bool | None, NoEffect()] = None
+    f16_kv: Annotated[bool | None, NoEffect()] = None
+    use_mmap: Annotated[bool | None, NoEffect()] = None
+    use_mlock: Annotated[bool | None, NoEffect()] = None
+    logits_all: Annotated[bool | None, NoEffect()] = None
 
 
 class Options(Loading, sampled({name: name for name in PARAMETERS})):
@@ -72,14 +63,14 @@ class Options(Loading, sampled({name: name for name in PARAMETERS})):
     num_keep: Whole | None = None
     num_predict: Annotated[int, Field(ge=-2, le=MAX_WHOLE)] | None = None
     stop: StopText | StopTexts | None = None
-    mirostat: Annotated[int, _only(0)] | None = None
-    mirostat_tau: Real | None = Field(default=None, description="Without effect: mirostat is off.")
-    mirostat_eta: Real | None = Field(default=None, description="Without effect: mirostat is off.")
-    tfs_z: Annotated[float, _only(1)] | None = None
-    typical_p: Annotated[float, _only(1)] | None = None
-    penalize_newline: Annotated[bool, _only(True)] | None = None
-    embedding_only: Annotated[bool, _only(False)] | None = None
-    vocab_only: Annotated[bool, _only(False)] | None = None
+    mirostat: Annotated[int, only(0)] | None = None
+    mirostat_tau: Annotated[Real | None, NoEffect()] = None
+    mirostat_eta: Annotated[Real | None, NoEffect()] = None
+    tfs_z: Annotated[float, only(1)] | None = None
+    typical_p: Annotated[float, only(1)] | None = None
+    penalize_newline: Annotated[bool, only(True)] | None = None
+    embedding_only: Annotated[bool, only(False)] | None = None
+    vocab_only: Annotated[bool, only(False)] | None = None
 
     def keywords(self) -> dict[str, Any]:
         """Keywords of `Request.of`.
@@ -101,7 +92,7 @@ class Options(Loading, sampled({name: name for name in PARAMETERS})):
         }
 
 
-class Named(Strict):
+class Named(Part):
     """A request that names a model; `name` is how older clients spell `model`."""
 
     model: str | None = None

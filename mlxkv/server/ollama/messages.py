@@ -14,12 +14,12 @@ from pydantic import Field
 
 from mlxkv.errors import UsageError
 from mlxkv.sampling.grammar import Grammar
-from mlxkv.server.fields import Refused, Strict
+from mlxkv.server.fields import Part, Refused
 from mlxkv.server.ollama.fields import Answered
 from mlxkv.server.tools import Function, chosen_tools, tools_grammar
 
 
-class CalledFunction(Strict):
+class CalledFunction(Part):
     """What was called."""
 
     name: str
@@ -27,7 +27,7 @@ class CalledFunction(Strict):
     index: int | None = Field(default=None, description="As answers have it; ignored.")
 
 
-class MadeCall(Strict):
+class MadeCall(Part):
     """A call that the model made."""
 
     function: CalledFunction
@@ -35,7 +35,7 @@ class MadeCall(Strict):
     type: Literal["function"] | None = None
 
 
-class Message(Strict):
+class Message(Part):
     """One message of a conversation."""
 
     role: Literal["system", "user", "assistant", "tool"]
@@ -48,7 +48,7 @@ class Message(Strict):
     images: Refused = None
 
 
-class Tool(Strict):
+class Tool(Part):
     """A function that the model may call."""
 
     type: Literal["function"] | None = None

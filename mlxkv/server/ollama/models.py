@@ -6,7 +6,7 @@ from __future__ import annotations
 import time
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.concurrency import run_in_threadpool
@@ -20,7 +20,8 @@ from mlxkv.errors import MlxkvError
 from mlxkv.sampling.params import recommended
 from mlxkv.server import sse
 from mlxkv.server.config import ServerConfig
-from mlxkv.server.fields import Real, Text, Texts, one_or_more
+from mlxkv.server.fields import NoEffect, Real, Text, Texts, one_or_more
+from mlxkv.server.ignored import note
 from mlxkv.server.json_route import JSONRoute
 from mlxkv.server.model_names import LocalModel, present
 from mlxkv.server.ollama.fields import Loading, Named, Options
@@ -32,19 +33,23 @@ FOR_EVER = "9999-12-31T23:59:59Z"
 _SWITCHES = frozenset({"enable_thinking", "thinking", "reasoning_effort"})
 
 
+OLLAMA_VERSION = "0.21.2"
+"""Clients ask for one: Codex from 0.13.4 on, VS Code's Copilot from 0.6.4 on."""
+
+
 class ShowRequest(Named):
     """A model that is asked about."""
 
-    verbose: bool | None = Field(default=None, description="Without effect: all is shown.")
+    verbose: Annotated[bool | None, NoEffect()] = None
 
 
 class EmbedRequest(Named):
     """Texts to be made vectors of."""
 
     input: Texts
-    truncate: bool | None = Field(default=None, description="Without effect: nothing is cut.")
-    options: Options | Loading | None = Field(default=None, description="Without effect.")
-    keep_alive: Real | str | None = Field(default=None, description="Without effect.")
+    truncate: Annotated[bool | None, NoEffect()] = None
+    options: Annotated[Options | Loading | None, NoEffect()] = None
+    keep_alive: Annotated[Real | str | None, NoEffect()] = None
     dimensions: None = Field(
         default=None, description="Vectors are as long as the model makes them."
     )
@@ -54,8 +59,8 @@ class EmbeddingsRequest(Named):
     """A text to be made a vector of; older than /api/embed."""
 
     prompt: Text
-    options: Options | Loading | None = Field(default=None, description="Without effect.")
-    keep_alive: Real | str | None = Field(default=None, description="Without effect.")
+    options: Annotated[Options | Loading | None, NoEffect()] = None
+    keep_alive: Annotated[Real | str | None, NoEffect()] = None
 
 
 class Cards:
@@ -82,8 +87,8 @@ def router(engine: Engine, config: ServerConfig) -> APIRouter:
 
     @routes.get("/api/version")
     async def version() -> Response:
-        """The version of mlxkv; not one of Ollama's."""
-        return JSONResponse({"version": mlxkv.__version__})
+        """The version of Ollama whose API this is, and mlxkv's own."""
+        return JSONResponse({"version": OLLAMA_VERSION, "mlxkv": mlxkv.__version__})
 
     @routes.get("/api/tags")
     async def tags() -> Response:
@@ -98,14 +103,16 @@ def router(engine: Engine, config: ServerConfig) -> APIRouter:
         return JSONResponse({"models": [_loaded(each) for each in found]})
 
     @routes.post("/api/show")
-    async def show(body: ShowRequest) -> Response:
+    async def show(request: Request, body: ShowRequest) -> Response:
         """All about one model."""
+        note(request, body)
         model = await present(engine, config, body.model_name)
         return JSONResponse(await run_in_threadpool(_shown, model))
 
     @routes.post("/api/embed")
     async def embed(request: Request, body: EmbedRequest) -> Response:
         """Vectors of texts, from a model that makes meaningful ones."""
+        note(request, body)
         started = time.perf_counter_ns()
         model = await present(engine, config, body.model_name)
         found = await sse.unless_gone(request, engine.embed(model.name, one_or_more(body.input)))
@@ -121,6 +128,7 @@ def router(engine: Engine, config: ServerConfig) -> APIRouter:
     @routes.post("/api/embeddings")
     async def embeddings(request: Request, body: EmbeddingsRequest) -> Response:
         """The vector of one text."""
+        note(request, body)
         model = await present(engine, config, body.model_name)
         found = await sse.unless_gone(request, engine.embed(model.name, [body.prompt]))
         return JSONResponse({"embedding": list(found.vectors[0])})

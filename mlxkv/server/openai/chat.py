@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request, Response
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
 from mlxkv.engine.messages import Answer, Ask, Engine
 from mlxkv.errors import UsageError
@@ -15,7 +15,18 @@ from mlxkv.generation.outputs import Chunk
 from mlxkv.parsers.events import ToolCall
 from mlxkv.server import sse
 from mlxkv.server.config import ServerConfig
-from mlxkv.server.fields import Limit, Strict, TopLogprobs, seconds
+from mlxkv.server.fields import (
+    LeftOut,
+    Limit,
+    NoEffect,
+    Part,
+    Refused,
+    TopLogprobs,
+    only,
+    seconds,
+    type_of,
+)
+from mlxkv.server.ignored import note
 from mlxkv.server.json_route import JSONRoute
 from mlxkv.server.model_names import LocalModel, present
 from mlxkv.server.openai.fields import (
@@ -40,41 +51,53 @@ from mlxkv.server.results import (
 from mlxkv.server.tools import Function, Name, chosen_tools, tools_grammar
 
 
-class FunctionTool(Strict):
-    """A tool: a function; OpenAI's custom tools are refused."""
+class FunctionTool(Part):
+    """A function that the model may call."""
 
     type: Literal["function"]
     function: Function
 
 
-class NameOf(Strict):
+class OtherTool(LeftOut):
+    """A tool that is no function."""
+
+    type: str
+
+
+AnyTool = Annotated[
+    Annotated[FunctionTool, Tag("function")] | Annotated[OtherTool, Tag("other")],
+    Discriminator(lambda tool: "function" if type_of(tool) == "function" else "other"),
+]
+
+
+class NameOf(Part):
     """A function's name."""
 
     name: Name
 
 
-class NamedChoice(Strict):
+class NamedChoice(Part):
     """This function has to be called."""
 
     type: Literal["function"]
     function: NameOf
 
 
-class NamedTool(Strict):
+class NamedTool(Part):
     """One of the allowed tools."""
 
     type: Literal["function"]
     function: NameOf
 
 
-class AllowedTools(Strict):
+class AllowedTools(Part):
     """Those tools that may be called."""
 
     mode: Literal["auto", "required"]
     tools: list[NamedTool]
 
 
-class AllowedChoice(Strict):
+class AllowedChoice(Part):
     """Only these tools may be called."""
 
     type: Literal["allowed_tools"]
@@ -91,13 +114,15 @@ class ChatRequest(Streamed):
     n: Annotated[int, Field(ge=1, le=128)] | None = None
     logprobs: bool | None = None
     top_logprobs: TopLogprobs | None = None
-    tools: Annotated[list[FunctionTool], Field(max_length=512)] | None = None
+    tools: Annotated[list[AnyTool], Field(max_length=512)] | None = None
     tool_choice: Literal["auto", "none", "required"] | NamedChoice | AllowedChoice | None = None
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
     reasoning_effort: Effort | None = None
     think: bool | Literal["low", "medium", "high"] | None = None
-    store: Literal[False] | None = Field(None, description="Answers are not stored.")
+    functions: Refused = None
+    function_call: Annotated[Any, only("none", "auto")] = None
+    store: Annotated[bool | None, NoEffect()] = None
     modalities: list[Literal["text"]] | None = None
 
     @property
@@ -133,7 +158,7 @@ class ChatRequest(Streamed):
             UsageError: fields that do not go together.
         """
         mode, named = self.choice()
-        functions = [tool.function for tool in self.tools or ()]
+        functions = [tool.function for tool in self.tools or () if isinstance(tool, FunctionTool)]
         tools = chosen_tools(functions, mode, named)
         parallel = self.parallel_tool_calls is not False
         if self.top_logprobs is not None and not self.logprobs:
@@ -157,6 +182,7 @@ def router(engine: Engine, config: ServerConfig) -> APIRouter:
     @routes.post("/v1/chat/completions")
     async def chat_completions(request: Request, body: ChatRequest) -> Response:
         """Answer a conversation."""
+        note(request, body)
         ask = body.ask(await present(engine, config, body.model), request.state.owner)
         asks = several(ask, body.n_answers)
         return await respond(request, engine, config, asks, ChatReply(body), body.stream)

@@ -18,6 +18,7 @@ from mlxkv.generation.outputs import Chunk, TokenLogprobs
 from mlxkv.server import sse
 from mlxkv.server.config import ServerConfig
 from mlxkv.server.fields import Limit, TopLogprobs, Whole, seconds
+from mlxkv.server.ignored import note
 from mlxkv.server.json_route import JSONRoute
 from mlxkv.server.model_names import LocalModel, present
 from mlxkv.server.openai.fields import ResponseFormat, Streamed, format_grammar
@@ -97,6 +98,7 @@ def router(engine: Engine, config: ServerConfig) -> APIRouter:
     @routes.post("/v1/completions")
     async def completions(request: Request, body: CompletionRequest) -> Response:
         """Go on from a text."""
+        note(request, body)
         asks = body.asks(await present(engine, config, body.model), request.state.owner)
         return await respond(request, engine, config, asks, CompletionReply(body), body.stream)
 

@@ -1,12 +1,11 @@
 """What requests of OpenAI's APIs share: sampling, tools, formats of the answer.
 
-Fields are refused unless they are here or in the request itself. Of those that are here, these are
-taken and change nothing: `user`, `safety_identifier`, `metadata` and `service_tier` (there is one
-user, and one tier), `prompt_cache_key` and `prompt_cache_retention` (prefixes are found by their
-tokens), and `prediction` is refused. `mlxkv`'s own fields beyond OpenAI's: `top_k`, `min_p`,
-`repeat_penalty` (also `repetition_penalty`), `repeat_last_n`, `context`, `overflow`, `keep`,
-`keep_alive`, `think`, the formats `regex` and `grammar`, and in chat and completions vLLM's
-`min_tokens` and `ignore_eos`.
+A field that no class here declares changes nothing and is named (`ignored`): `safety_identifier`
+and `service_tier` (there is one user, and one tier), `prompt_cache_key` and
+`prompt_cache_retention` (prefixes are found by their tokens), `prediction`. Fields beyond OpenAI's:
+`top_k`, `min_p`, `repeat_penalty` (also `repetition_penalty`), `repeat_last_n`, `context`,
+`overflow`, `keep`, `keep_alive`, `think`, the formats `regex` and `grammar`, and in chat and
+completions vLLM's `min_tokens` and `ignore_eos`.
 """
 
 from __future__ import annotations
@@ -21,12 +20,15 @@ from mlxkv.sampling.grammar import Grammar
 from mlxkv.sampling.params import GENERATION_CONFIG, PARAMETERS
 from mlxkv.server.fields import (
     Count,
+    NoEffect,
+    Part,
     Real,
+    Refused,
     StopText,
     StopTexts,
-    Strict,
     Text,
     Whole,
+    only,
     sampled,
 )
 
@@ -35,18 +37,47 @@ Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
 _THINK: dict[str, bool | str] = {"none": False, "minimal": "low", "xhigh": "high"}
 
 
-class Ignored(Strict):
+class Unsupported(Part):
+    """Fields of OpenAI's and other servers' that would change the answer: only at the values at
+    which they do nothing."""
+
+    audio: Refused = None
+    web_search_options: Refused = None
+    guided_json: Refused = None
+    guided_regex: Refused = None
+    guided_choice: Refused = None
+    guided_grammar: Refused = None
+    structured_outputs: Refused = None
+    grammar: Refused = None
+    json_schema: Refused = None
+    chat_template: Refused = None
+    documents: Refused = None
+    stop_token_ids: Refused = None
+    allowed_token_ids: Refused = None
+    bad_words: Refused = None
+    prompt_logprobs: Refused = None
+    truncate_prompt_tokens: Annotated[Any, only(-1)] = None
+    use_beam_search: Annotated[Any, only(False)] = None
+    length_penalty: Annotated[Any, only(0, 1)] = None
+    include_stop_str_in_output: Annotated[Any, only(False)] = None
+    skip_special_tokens: Annotated[Any, only(True)] = None
+    mirostat: Annotated[Any, only(0)] = None
+    typical_p: Annotated[Any, only(1)] = None
+    top_a: Annotated[Any, only(0)] = None
+    tfs_z: Annotated[Any, only(1)] = None
+    xtc_probability: Annotated[Any, only(0)] = None
+    dry_multiplier: Annotated[Any, only(0)] = None
+    dynatemp_range: Annotated[Any, only(0)] = None
+
+
+class Common(Unsupported):
     """Fields that are taken and change nothing, see the module."""
 
-    user: str | None = None
-    safety_identifier: str | None = None
-    metadata: dict[str, str] | None = None
-    service_tier: Literal["auto", "default"] | None = None
-    prompt_cache_key: str | None = None
-    prompt_cache_retention: str | None = None
+    user: Annotated[str | None, NoEffect()] = None
+    metadata: Annotated[dict[str, Any] | None, NoEffect()] = None
 
 
-class Sampling(Ignored, sampled({name: name for name in PARAMETERS} | GENERATION_CONFIG)):
+class Sampling(Common, sampled({name: name for name in PARAMETERS} | GENERATION_CONFIG)):
     """How tokens are chosen, and where the answer ends; what is left out, the model's settings
     decide."""
 
@@ -74,7 +105,7 @@ class Sampling(Ignored, sampled({name: name for name in PARAMETERS} | GENERATION
         }
 
 
-class StreamOptions(Strict):
+class StreamOptions(Part):
     """What a stream holds besides the answer."""
 
     include_usage: bool | None = None
@@ -106,26 +137,26 @@ class Streamed(Sampling):
         return bool(self.stream_options and self.stream_options.include_usage)
 
 
-class TextFormat(Strict):
+class TextFormat(Part):
     """Any text."""
 
     type: Literal["text"]
 
 
-class JsonObjectFormat(Strict):
+class JsonObjectFormat(Part):
     """A JSON object."""
 
     type: Literal["json_object"]
 
 
-class RegexFormat(Strict):
+class RegexFormat(Part):
     """A text that a regular expression matches as a whole. An extension."""
 
     type: Literal["regex"]
     regex: Text
 
 
-class GrammarFormat(Strict):
+class GrammarFormat(Part):
     """A text of a grammar in llguidance's dialect of Lark. An extension."""
 
     type: Literal["grammar"]
@@ -133,7 +164,7 @@ class GrammarFormat(Strict):
     syntax: Literal["lark"] = "lark"
 
 
-class SchemaOf(Strict):
+class SchemaOf(Part):
     """A named JSON schema."""
 
     name: str
@@ -142,7 +173,7 @@ class SchemaOf(Strict):
     strict: bool | None = Field(None, description="The schema is always kept to.")
 
 
-class JsonSchemaFormat(Strict):
+class JsonSchemaFormat(Part):
     """JSON of a schema."""
 
     type: Literal["json_schema"]

@@ -9,45 +9,45 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from mlxkv.server.fields import Strict
-from mlxkv.server.tools import Name
+from mlxkv.server.fields import LeftOut, NoEffect, Part
+from mlxkv.server.tools import PICTURE_NOTE, Name
 
 
-class TextPart(Strict):
+class TextPart(Part):
     """A piece of text; images, sound and files are refused."""
 
     type: Literal["text"]
     text: str
 
 
-class RefusalPart(Strict):
+class RefusalPart(Part):
     """A piece of an answer that refused something."""
 
     type: Literal["refusal"]
     refusal: str
 
 
-class CalledFunction(Strict):
+class CalledFunction(Part):
     """What was called; the arguments are JSON in a text."""
 
     name: Name
     arguments: str
 
 
-class MadeCall(Strict):
+class MadeCall(Part):
     """A call that the model made."""
 
     id: str
     type: Literal["function"] = "function"
     function: CalledFunction
-    index: int | None = Field(None, description="As streams have it; ignored.")
+    index: Annotated[int | None, NoEffect()] = None
 
 
-class SystemMessage(Strict):
+class SystemMessage(Part):
     """What the model is told to be."""
 
     role: Literal["system", "developer"]
@@ -55,7 +55,7 @@ class SystemMessage(Strict):
     name: str | None = None
 
 
-class UserMessage(Strict):
+class UserMessage(Part):
     """What the user says."""
 
     role: Literal["user"]
@@ -63,7 +63,7 @@ class UserMessage(Strict):
     name: str | None = None
 
 
-class AssistantMessage(Strict):
+class AssistantMessage(Part):
     """What the model said."""
 
     role: Literal["assistant"]
@@ -78,11 +78,18 @@ class AssistantMessage(Strict):
     function_call: None = None
 
 
-class ToolMessage(Strict):
+class PicturePart(LeftOut):
+    """A picture that a tool gave: a note stands in its place."""
+
+    type: Literal["image_url"]
+    text: ClassVar[str] = PICTURE_NOTE
+
+
+class ToolMessage(Part):
     """What a call gave."""
 
     role: Literal["tool"]
-    content: str | list[TextPart]
+    content: str | list[Annotated[TextPart | PicturePart, Field(discriminator="type")]]
     tool_call_id: str
     name: str | None = None
 
@@ -137,8 +144,8 @@ def made_call(call_id: str, name: str, arguments: str) -> dict[str, Any]:
     return {"id": call_id, "type": "function", "function": {"name": name, "arguments": given}}
 
 
-def joined(content: str | Sequence[TextPart | RefusalPart]) -> str:
+def joined(content: str | Sequence[TextPart | RefusalPart | PicturePart]) -> str:
     """Parts of a text as one, a line break between them."""
     if isinstance(content, str):
         return content
-    return "\n".join(p.text if isinstance(p, TextPart) else p.refusal for p in content)
+    return "\n".join(p.refusal if isinstance(p, RefusalPart) else p.text for p in content)

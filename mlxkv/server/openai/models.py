@@ -17,13 +17,14 @@ from mlxkv.errors import ModelNotFound, UsageError
 from mlxkv.server import sse
 from mlxkv.server.config import ServerConfig
 from mlxkv.server.fields import Texts, one_or_more
+from mlxkv.server.ignored import note
 from mlxkv.server.json_route import JSONRoute
 from mlxkv.server.model_names import present
-from mlxkv.server.openai.fields import Ignored
+from mlxkv.server.openai.fields import Common
 from mlxkv.store import library
 
 
-class EmbeddingRequest(Ignored):
+class EmbeddingRequest(Common):
     """Texts to be made vectors of."""
 
     model: str
@@ -52,6 +53,7 @@ def router(engine: Engine, config: ServerConfig) -> APIRouter:
     @routes.post("/v1/embeddings")
     async def embeddings(request: Request, body: EmbeddingRequest) -> Response:
         """Vectors of texts, from a model that makes meaningful ones."""
+        note(request, body)
         model = await present(engine, config, body.model)
         texts = one_or_more(body.input)
         found = await sse.unless_gone(request, engine.embed(model.name, texts))

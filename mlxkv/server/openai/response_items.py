@@ -2,25 +2,28 @@
 
 Clients send back the items they got, so the fields of those are taken: `id`, `status`, `phase`,
 `annotations` and `logprobs` say nothing to a template and are left out, and so is
-`encrypted_content`: reasoning comes and goes in the clear. References to stored items are refused.
+`encrypted_content`: reasoning comes and goes in the clear. Items of tools that OpenAI's server runs
+are left out, and named (`ignored`). `response_store` puts items in the place of references.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Discriminator, Field, Tag
 
-from mlxkv.server.fields import Strict
+from mlxkv.server.fields import LeftOut, Part, type_of
 from mlxkv.server.openai.messages import made_call
-from mlxkv.server.tools import Name
+from mlxkv.server.openai.response_tools import INPUT, full_name
+from mlxkv.server.tools import PICTURE_NOTE, Name
 
 Status = Literal["in_progress", "completed", "incomplete"]
 
 
-class TextContent(Strict):
-    """A piece of text; images, sound and files are refused."""
+class TextContent(Part):
+    """A piece of text; images, sound and files of a message are refused."""
 
     type: Literal["input_text", "output_text"]
     text: str
@@ -28,17 +31,24 @@ class TextContent(Strict):
     logprobs: list[Any] | None = None
 
 
-class RefusalContent(Strict):
+class RefusalContent(Part):
     """A piece of an answer that refused something."""
 
     type: Literal["refusal"]
     refusal: str
 
 
+class ResultPicture(LeftOut):
+    """A picture that a tool gave: a note stands in its place."""
+
+    type: Literal["input_image"]
+    text: ClassVar[str] = PICTURE_NOTE
+
+
 Content = Annotated[TextContent | RefusalContent, Field(discriminator="type")]
 
 
-class MessageItem(Strict):
+class MessageItem(Part):
     """A message of one role."""
 
     type: Literal["message"] = "message"
@@ -49,42 +59,68 @@ class MessageItem(Strict):
     phase: str | None = None
 
 
-class CallItem(Strict):
+ResultContent = Annotated[TextContent | RefusalContent | ResultPicture, Field(discriminator="type")]
+
+
+class CallItem(Part):
     """A call that the model made."""
 
     type: Literal["function_call"]
     call_id: str
     name: Name
+    namespace: Name | None = None
     arguments: str
     id: str | None = None
     status: Status | None = None
 
 
-class CallOutputItem(Strict):
-    """What a call gave."""
+class CustomCallItem(Part):
+    """A call of a custom tool."""
 
-    type: Literal["function_call_output"]
+    type: Literal["custom_tool_call"]
     call_id: str
-    output: str | list[Content]
+    name: Name
+    namespace: Name | None = None
+    input: str
     id: str | None = None
     status: Status | None = None
 
 
-class SummaryText(Strict):
+class ShellCallItem(Part):
+    """A command that a model asked for."""
+
+    type: Literal["local_shell_call"]
+    call_id: str
+    action: dict[str, Any]
+    id: str | None = None
+    status: Status | None = None
+
+
+class CallOutputItem(Part):
+    """What a call gave."""
+
+    type: Literal["function_call_output", "custom_tool_call_output", "local_shell_call_output"]
+    call_id: str
+    output: str | list[ResultContent]
+    id: str | None = None
+    status: Status | None = None
+
+
+class SummaryText(Part):
     """A summary of reasoning."""
 
     type: Literal["summary_text"]
     text: str
 
 
-class ReasoningText(Strict):
+class ReasoningText(Part):
     """Reasoning."""
 
     type: Literal["reasoning_text"]
     text: str
 
 
-class ReasoningItem(Strict):
+class ReasoningItem(Part):
     """What the model thought."""
 
     type: Literal["reasoning"]
@@ -95,27 +131,55 @@ class ReasoningItem(Strict):
     status: Status | None = None
 
 
+class HostedItem(LeftOut):
+    """What a tool of OpenAI's server did, or what only that server can read."""
+
+    type: Literal[
+        "web_search_call", "file_search_call", "computer_call", "computer_call_output",
+        "image_generation_call", "code_interpreter_call", "mcp_call", "mcp_list_tools",
+        "mcp_approval_request", "mcp_approval_response", "compaction", "tool_search_call",
+        "tool_search_output",
+    ]  # fmt: skip
+
+
+class ItemReference(Part):
+    """An item of an earlier response."""
+
+    type: Literal["item_reference"] = "item_reference"
+    id: str
+
+
+_OUTPUTS = ("function_call_output", "custom_tool_call_output", "local_shell_call_output")
+_KINDS = ("message", "function_call", "custom_tool_call", "local_shell_call", "reasoning")
+
+
 def _kind(item: Any) -> str:
-    given = item.get("type") if isinstance(item, dict) else getattr(item, "type", None)
-    return "message" if given is None else str(given)
+    given = type_of(item)
+    if given is None:
+        return "message" if not isinstance(item, dict) or "role" in item else "item_reference"
+    if given in _OUTPUTS:
+        return "output"
+    return given if given in (*_KINDS, "item_reference") else "hosted"
 
 
 Item = Annotated[
     Annotated[MessageItem, Tag("message")]
     | Annotated[CallItem, Tag("function_call")]
-    | Annotated[CallOutputItem, Tag("function_call_output")]
-    | Annotated[ReasoningItem, Tag("reasoning")],
+    | Annotated[CustomCallItem, Tag("custom_tool_call")]
+    | Annotated[ShellCallItem, Tag("local_shell_call")]
+    | Annotated[CallOutputItem, Tag("output")]
+    | Annotated[ReasoningItem, Tag("reasoning")]
+    | Annotated[ItemReference, Tag("item_reference")]
+    | Annotated[HostedItem, Tag("hosted")],
     Discriminator(_kind),
 ]
 
 
-def item_messages(items: str | Sequence[Item], instructions: str | None) -> list[dict[str, Any]]:
+def item_messages(items: Sequence[Item], instructions: str | None) -> list[dict[str, Any]]:
     """Items as chat templates take them: reasoning, text and calls of one turn are one message."""
     messages: list[dict[str, Any]] = []
     if instructions:
         messages.append({"role": "system", "content": instructions})
-    if isinstance(items, str):
-        return [*messages, {"role": "user", "content": items}]
     names: dict[str, str] = {}
     for item in items:
         match item:
@@ -123,9 +187,10 @@ def item_messages(items: str | Sequence[Item], instructions: str | None) -> list
                 parts = item.content or item.summary
                 turn = _turn(messages, behind=("content", "tool_calls"))
                 turn["reasoning_content"] = "\n".join(part.text for part in parts)
-            case CallItem():
-                names[item.call_id] = item.name
-                made = made_call(item.call_id, item.name, item.arguments)
+            case CallItem() | CustomCallItem() | ShellCallItem():
+                name, arguments = _called(item)
+                names[item.call_id] = name
+                made = made_call(item.call_id, name, arguments)
                 _turn(messages).setdefault("tool_calls", []).append(made)
             case CallOutputItem():
                 name = names.get(item.call_id)
@@ -141,6 +206,16 @@ def item_messages(items: str | Sequence[Item], instructions: str | None) -> list
     return messages
 
 
+def _called(item: CallItem | CustomCallItem | ShellCallItem) -> tuple[str, str]:
+    """The function of a call as the model knows it, and its arguments as JSON."""
+    match item:
+        case CallItem():
+            return full_name(item.namespace, item.name), item.arguments
+        case CustomCallItem():
+            return full_name(item.namespace, item.name), json.dumps({INPUT: item.input})
+    return "local_shell", json.dumps(item.action)
+
+
 def _turn(messages: list[dict[str, Any]], behind: Sequence[str] = ()) -> dict[str, Any]:
     """The message of the turn that is the assistant's; a new one where these parts are there."""
     if not messages or messages[-1]["role"] != "assistant" or any(map(messages[-1].get, behind)):
@@ -148,7 +223,7 @@ def _turn(messages: list[dict[str, Any]], behind: Sequence[str] = ()) -> dict[st
     return messages[-1]
 
 
-def _text(content: str | Sequence[Content]) -> str:
+def _text(content: str | Sequence[Content] | Sequence[ResultContent]) -> str:
     if isinstance(content, str):
         return content
-    return "\n".join(p.text if isinstance(p, TextContent) else p.refusal for p in content)
+    return "\n".join(p.refusal if isinstance(p, RefusalContent) else p.text for p in content)

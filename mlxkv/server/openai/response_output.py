@@ -7,12 +7,14 @@ wrote them. An item is added, its part is added, grows by deltas and is done, an
 from __future__ import annotations
 
 import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from mlxkv.generation.outputs import Chunk
 from mlxkv.parsers.events import ToolCall
 from mlxkv.server.openai.respond import chat_logprobs
+from mlxkv.server.openai.response_tools import INPUT, Callee
 from mlxkv.server.results import Progress, arguments_of, broken_calls, shown_logprobs
 
 Event = dict[str, Any]
@@ -56,15 +58,16 @@ class Output:
     Args:
         progress: what is known of it besides.
         logprobs: whether messages show theirs.
+        callees: the request's tools, by the names that the model knows.
 
     Attributes:
         items: those that are done.
     """
 
-    def __init__(self, progress: Progress, logprobs: bool):
+    def __init__(self, progress: Progress, logprobs: bool, callees: Mapping[str, Callee]):
         self.progress = progress
         self.items: list[dict[str, Any]] = []
-        self._logprobs = logprobs
+        self._logprobs, self._callees = logprobs, callees
         self._open: _Open | None = None
 
     def take(self, chunk: Chunk) -> list[Event]:
@@ -130,24 +133,34 @@ class Output:
         return [*events, delta if kind == "reasoning" else {**delta, "logprobs": logprobs}]
 
     def _call(self, call: ToolCall) -> list[Event]:
-        index, item_id, arguments = len(self.items), new_id("fc"), arguments_of(call)
-        head = {"id": item_id, "type": "function_call", "call_id": call.id, "name": call.name}
-        where = {"item_id": item_id, "output_index": index}
-        done = {**head, "status": "completed", "arguments": arguments}
+        """The events of a call: under the API's names, and of a custom tool as text."""
+        callee = self._callees.get(call.name)
+        head: dict[str, Any] = {"call_id": call.id, "name": callee.name if callee else call.name}
+        if callee is not None and callee.namespace:
+            head["namespace"] = callee.namespace
+        if callee is not None and callee.is_custom:
+            text, field, events = (
+                str(call.arguments.get(INPUT, "")),
+                "input",
+                "custom_tool_call_input",
+            )
+            head = {"id": new_id("ctc"), "type": "custom_tool_call", **head}
+        else:
+            field, events = "arguments", "function_call_arguments"
+            text = arguments_of(call)
+            head = {"id": new_id("fc"), "type": "function_call", **head}
+        index = len(self.items)
+        where = {"item_id": head["id"], "output_index": index}
+        done = {**head, "status": "completed", field: text}
         self.items.append(done)
         return [
             {
                 "type": "response.output_item.added",
                 "output_index": index,
-                "item": {**head, "status": "in_progress", "arguments": ""},
+                "item": {**head, "status": "in_progress", field: ""},
             },
-            {"type": "response.function_call_arguments.delta", **where, "delta": arguments},
-            {
-                "type": "response.function_call_arguments.done",
-                **where,
-                "name": call.name,
-                "arguments": arguments,
-            },
+            {"type": f"response.{events}.delta", **where, "delta": text},
+            {"type": f"response.{events}.done", **where, "name": head["name"], field: text},
             {"type": "response.output_item.done", "output_index": index, "item": done},
         ]
 

@@ -1,18 +1,18 @@
-"""POST /v1/responses.
+"""POST /v1/responses, and what is kept of them for an hour (`response_store`).
 
-Nothing is stored: `store: true`, `previous_response_id`, `conversation` and `background` are
-refused, and every response says `store: false`. A conversation is sent as its items, and its KV is
-found by their tokens. `include` may name reasoning and log-probabilities; reasoning comes in the
-clear, as the content of its item.
+`conversation` and `background` are refused. Reasoning comes in the clear, as the content of its
+item, whatever `include` names.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, HTTPException, Request, Response
+from fastapi.responses import JSONResponse
 from pydantic import Field
 
 from mlxkv.engine.messages import Answer, Ask, Engine
@@ -21,7 +21,8 @@ from mlxkv.sampling.grammar import Grammar
 from mlxkv.server import sse
 from mlxkv.server.config import ServerConfig
 from mlxkv.server.errors import RESPONSES, failure_of
-from mlxkv.server.fields import Limit, Strict, TopLogprobs, seconds
+from mlxkv.server.fields import Limit, NoEffect, Part, TopLogprobs, seconds
+from mlxkv.server.ignored import note
 from mlxkv.server.json_route import JSONRoute
 from mlxkv.server.model_names import LocalModel, present
 from mlxkv.server.openai.fields import (
@@ -39,27 +40,23 @@ from mlxkv.server.openai.fields import (
 from mlxkv.server.openai.respond import respond, usage
 from mlxkv.server.openai.response_items import Item, item_messages
 from mlxkv.server.openai.response_output import Event, Output, new_id
+from mlxkv.server.openai.response_store import ResponseStore
+from mlxkv.server.openai.response_tools import AnyTool, callees
 from mlxkv.server.requests import requested
 from mlxkv.server.results import Progress
-from mlxkv.server.tools import Function, Name, chosen_tools, tools_grammar
+from mlxkv.server.tools import Name, chosen_tools, tools_grammar
 
 LOGPROBS = "message.output_text.logprobs"
 
 
-class FunctionTool(Function):
-    """A tool: a function; OpenAI's own tools are refused."""
+class NamedTool(Part):
+    """A tool by its name."""
 
-    type: Literal["function"]
-
-
-class NamedTool(Strict):
-    """A function by its name."""
-
-    type: Literal["function"]
+    type: Literal["function", "custom"]
     name: Name
 
 
-class AllowedChoice(Strict):
+class AllowedChoice(Part):
     """Only these tools may be called."""
 
     type: Literal["allowed_tools"]
@@ -79,25 +76,25 @@ TextFormats = Annotated[
 ]
 
 
-class TextOptions(Strict):
+class TextOptions(Part):
     """How the answer looks."""
 
     format: TextFormats | None = None
-    verbosity: Literal["medium"] | None = Field(None, description="There is no other.")
+    verbosity: Annotated[str | None, NoEffect()] = None
 
 
-class ReasoningOptions(Strict):
+class ReasoningOptions(Part):
     """How much the model thinks. Summaries are not made: all of the reasoning comes."""
 
     effort: Effort | None = None
-    summary: Literal["auto", "concise", "detailed"] | None = None
-    generate_summary: Literal["auto", "concise", "detailed"] | None = None
+    summary: Annotated[str | None, NoEffect()] = None
+    generate_summary: Annotated[str | None, NoEffect()] = None
 
 
-class ResponseStreamOptions(Strict):
+class ResponseStreamOptions(Part):
     """What a stream holds besides."""
 
-    include_obfuscation: Literal[False] | None = None
+    include_obfuscation: Annotated[bool | None, NoEffect()] = None
 
 
 class ResponseRequest(Sampling):
@@ -109,7 +106,7 @@ class ResponseRequest(Sampling):
     max_output_tokens: Limit = None
     stream: bool | None = None
     stream_options: ResponseStreamOptions | None = None
-    tools: Annotated[list[FunctionTool], Field(max_length=512)] | None = None
+    tools: Annotated[list[AnyTool], Field(max_length=512)] | None = None
     tool_choice: Literal["auto", "none", "required"] | NamedTool | AllowedChoice | None = None
     parallel_tool_calls: bool | None = None
     text: TextOptions | None = None
@@ -117,12 +114,10 @@ class ResponseRequest(Sampling):
     think: bool | Literal["low", "medium", "high"] | None = None
     truncation: Literal["auto", "disabled"] | None = None
     top_logprobs: TopLogprobs | None = None
-    include: list[Literal["reasoning.encrypted_content", "message.output_text.logprobs"]] | None = (
-        None
-    )
-    store: Literal[False] | None = Field(None, description="Responses are not stored.")
+    include: list[str] | None = None
+    store: bool | None = Field(None, description="Kept for an hour, in memory; true if left out.")
     background: Literal[False] | None = None
-    previous_response_id: None = Field(None, description="Send the items instead.")
+    previous_response_id: str | None = None
     conversation: None = Field(None, description="Send the items instead.")
 
     @property
@@ -139,15 +134,20 @@ class ResponseRequest(Sampling):
                 return self.tool_choice.mode, [tool.name for tool in self.tool_choice.tools]
         return self.tool_choice or "auto", None
 
-    def ask(self, model: LocalModel, owner: str) -> Ask:
+    def ask(self, model: LocalModel, owner: str, items: Sequence[Any]) -> Ask:
         """What the engine is asked.
+
+        Args:
+            model: to which.
+            owner: whose request it is.
+            items: the whole conversation.
 
         Raises:
             UsageError: fields that do not go together.
         """
         mode, named = self.choice()
-        tools = chosen_tools(self.tools or (), mode, named)
-        messages = item_messages(self.input, self.instructions)
+        tools = chosen_tools([each.function for each in callees(self.tools or ())], mode, named)
+        messages = item_messages(items, self.instructions)
         if all(message["role"] == "system" for message in messages):
             raise UsageError("input holds no message to answer")
         parallel = self.parallel_tool_calls is not False
@@ -173,13 +173,33 @@ class ResponseRequest(Sampling):
 def router(engine: Engine, config: ServerConfig) -> APIRouter:
     """The route of responses."""
     routes = APIRouter(route_class=JSONRoute, tags=["openai"])
+    store = ResponseStore()
 
     @routes.post("/v1/responses")
     async def responses(request: Request, body: ResponseRequest) -> Response:
         """Answer items with items."""
-        ask = body.ask(await present(engine, config, body.model), request.state.owner)
-        reply = ResponseReply(body)
+        note(request, body)
+        owner = request.state.owner
+        items = store.conversation(owner, body.previous_response_id, body.input)
+        ask = body.ask(await present(engine, config, body.model), owner, items)
+        keep = partial(store.put, owner, items) if body.store is not False else None
+        reply = ResponseReply(body, keep)
         return await respond(request, engine, config, [ask], reply, body.stream, reply.failed)
+
+    @routes.get("/v1/responses/{response_id}")
+    async def stored(request: Request, response_id: str) -> Response:
+        """A response of the last hour."""
+        found = store.get(request.state.owner, response_id)
+        if found is None:
+            raise HTTPException(404, f"no response with the id {response_id[:80]!r}")
+        return JSONResponse(found.response)
+
+    @routes.delete("/v1/responses/{response_id}")
+    async def forget(request: Request, response_id: str) -> Response:
+        """Forget a response."""
+        if not store.delete(request.state.owner, response_id):
+            raise HTTPException(404, f"no response with the id {response_id[:80]!r}")
+        return JSONResponse({"id": response_id, "object": "response", "deleted": True})
 
     return routes
 
@@ -189,13 +209,16 @@ class ResponseReply:
 
     Args:
         body: the request.
+        keep: takes the response at its end; None where it is not to be stored.
     """
 
-    def __init__(self, body: ResponseRequest):
-        self._body = body
+    def __init__(self, body: ResponseRequest, keep: Callable[[dict[str, Any]], None] | None):
+        self._body, self._keep = body, keep
         self._id, self._created = new_id("resp"), int(time.time())
         self._output = Output(
-            Progress(parallel=body.parallel_tool_calls is not False), body.wants_logprobs
+            Progress(parallel=body.parallel_tool_calls is not False),
+            body.wants_logprobs,
+            {callee.function.name: callee for callee in callees(body.tools or ())},
         )
         self._n_events = 0
 
@@ -204,7 +227,7 @@ class ResponseReply:
         async for _, chunk in sse.merged(answers):
             self._output.take(chunk)
         self._output.close(self._ended())
-        return self._response(self._ended())
+        return self._kept(self._response(self._ended()))
 
     async def events(self, answers: Sequence[Answer]) -> sse.Events:
         """The response as server-sent events."""
@@ -219,7 +242,12 @@ class ResponseReply:
         status = self._ended()
         for event in self._output.close(status):
             yield self._event(event)
-        yield self._lifecycle(status, self._response(status))
+        yield self._lifecycle(status, self._kept(self._response(status)))
+
+    def _kept(self, response: dict[str, Any]) -> dict[str, Any]:
+        if self._keep is not None:
+            self._keep(response)
+        return response
 
     def failed(self, error: BaseException) -> bytes:
         """The end of a stream that failed."""
@@ -259,9 +287,9 @@ class ResponseReply:
             "model": body.model,
             "output": list(self._output.items),
             "parallel_tool_calls": body.parallel_tool_calls is not False,
-            "previous_response_id": None,
+            "previous_response_id": body.previous_response_id,
             "reasoning": {"effort": body.reasoning and body.reasoning.effort, "summary": None},
-            "store": False,
+            "store": self._keep is not None,
             "temperature": shown.get("temperature"),
             "text": shown.get("text") or {"format": {"type": "text"}},
             "tool_choice": shown.get("tool_choice", "auto"),

@@ -9,14 +9,15 @@ from mlxkv.engine.messages import Ask, Engine
 from mlxkv.errors import UsageError
 from mlxkv.server import sse
 from mlxkv.server.config import ServerConfig
-from mlxkv.server.fields import Strict
+from mlxkv.server.fields import Part
+from mlxkv.server.ignored import note
 from mlxkv.server.json_route import JSONRoute
 from mlxkv.server.model_names import LocalModel, present
 from mlxkv.server.openai.messages import ChatMessage, template_messages
-from mlxkv.server.requests import requested
+from mlxkv.server.requests import bounded, requested
 
 
-class TokenizeRequest(Strict):
+class TokenizeRequest(Part):
     """A text, or a conversation as the model's chat template writes it."""
 
     model: str
@@ -42,9 +43,10 @@ def router(engine: Engine, config: ServerConfig) -> APIRouter:
     @routes.post("/tokenize")
     async def tokenize(request: Request, body: TokenizeRequest) -> Response:
         """Count a prompt's tokens before it is sent."""
+        note(request, body)
         model = await present(engine, config, body.model)
         tokens = await sse.unless_gone(
-            request, engine.tokenize(body.ask(model, request.state.owner))
+            request, engine.tokenize(bounded(body.ask(model, request.state.owner), config))
         )
         return JSONResponse({"count": len(tokens), "tokens": tokens})
 

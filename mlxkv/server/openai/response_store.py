@@ -1,0 +1,132 @@
+"""Responses of the last hour, in memory: `store`, `previous_response_id` and `item_reference`.
+
+A response is its owner's alone. What it takes is bounded; the oldest go first.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from mlxkv.errors import UsageError
+from mlxkv.server.openai.response_items import Item, ItemReference
+
+KEEP_S = 3600.0
+MAX_BYTES = 64 << 20
+
+_ITEMS: TypeAdapter[list[Any]] = TypeAdapter(list[Item])
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """One response.
+
+    Args:
+        owner: whose it is.
+        response: as the client got it.
+        items: the whole conversation, its answer included.
+        until: when it is forgotten, in seconds of the clock.
+        n_bytes: what it counts for.
+    """
+
+    owner: str
+    response: dict[str, Any]
+    items: list[Any]
+    until: float
+    n_bytes: int
+
+
+class ResponseStore:
+    """Responses by id, and items by id.
+
+    Args:
+        clock: seconds that only grow.
+        max_bytes: of all responses, as JSON.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic, max_bytes: int = MAX_BYTES):
+        self._clock, self._max_bytes = clock, max_bytes
+        self._responses: OrderedDict[str, Stored] = OrderedDict()
+        self._n_bytes = 0
+
+    def put(self, owner: str, items: Sequence[Any], response: dict[str, Any]) -> None:
+        """Keep a response and the conversation that it ends."""
+        self._expire()
+        whole = [*items, *_ITEMS.validate_python(response["output"])]
+        n_bytes = len(_ITEMS.dump_json(whole, warnings=False))
+        if n_bytes > self._max_bytes:
+            return
+        until = self._clock() + KEEP_S
+        self._responses[response["id"]] = Stored(owner, response, whole, until, n_bytes)
+        self._n_bytes += n_bytes
+        while self._n_bytes > self._max_bytes:
+            self._drop(next(iter(self._responses)))
+
+    def get(self, owner: str, response_id: str) -> Stored | None:
+        """A response of an owner's, if it is still there."""
+        self._expire()
+        found = self._responses.get(response_id)
+        return found if found is not None and found.owner == owner else None
+
+    def delete(self, owner: str, response_id: str) -> bool:
+        """Forget a response; whether there was one."""
+        if self.get(owner, response_id) is None:
+            return False
+        self._drop(response_id)
+        return True
+
+    def conversation(
+        self, owner: str, previous: str | None, items: str | Sequence[Any]
+    ) -> list[Any]:
+        """A request's items behind those of the response that it goes on from.
+
+        Args:
+            owner: whose request it is.
+            previous: id of that response; None for a new conversation.
+            items: of the request; references stand for stored items.
+
+        Raises:
+            UsageError: a response or an item that is not here (any more).
+        """
+        given = (
+            _ITEMS.validate_python([{"role": "user", "content": items}])
+            if isinstance(items, str)
+            else items
+        )
+        before: list[Any] = []
+        if previous is not None:
+            stored = self.get(owner, previous)
+            if stored is None:
+                raise UsageError(
+                    f"previous_response_id: {previous[:80]!r} is not known; responses are kept in "
+                    f"memory for an hour, and with store: false not at all: send the items"
+                )
+            before = stored.items
+        return [*before, *(self._referred(owner, item) for item in given)]
+
+    def _referred(self, owner: str, item: Any) -> Any:
+        if not isinstance(item, ItemReference):
+            return item
+        self._expire()
+        for stored in reversed(self._responses.values()):
+            if stored.owner == owner:
+                for known in stored.items:
+                    if getattr(known, "id", None) == item.id:
+                        return known
+        raise UsageError(
+            f"input: the item {item.id[:80]!r} is not known; items are kept in memory for an hour, "
+            f"and with store: false not at all: send the item"
+        )
+
+    def _expire(self) -> None:
+        now = self._clock()
+        while self._responses and next(iter(self._responses.values())).until <= now:
+            self._drop(next(iter(self._responses)))
+
+    def _drop(self, response_id: str) -> None:
+        self._n_bytes -= self._responses.pop(response_id).n_bytes

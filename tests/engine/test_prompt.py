@@ -1,0 +1,31 @@
+"""What a request's wishes become where a model does not go so far."""
+
+from __future__ import annotations
+
+import pytest
+
+import mlxkv
+from mlxkv.engine.prompt import bounded, prepare
+from mlxkv.errors import UsageError
+from mlxkv.generation.request import Request
+from tests.support.command_line import chat_model
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory):
+    path = tmp_path_factory.mktemp("prompt") / "m"
+    with mlxkv.load(chat_model(path, family="llama", max_position_embeddings=1024)) as llm:
+        yield llm
+
+
+@pytest.mark.parametrize(("asked", "given"), [(None, 1024), (512, 512), (32768, 1024)])
+def test_best_effort_takes_the_models_context_where_more_is_asked_for(llm, asked, given):
+    request = Request.of("hello", context=asked, best_effort=True)
+    bound, _ = bounded(llm, request, prepare(llm, request))
+    assert bound.context == given
+
+
+def test_without_it_a_context_above_the_models_own_is_an_error(llm):
+    request = Request.of("hello", context=32768)
+    with pytest.raises(UsageError, match="context"):
+        bounded(llm, request, prepare(llm, request))
