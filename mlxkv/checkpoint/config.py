@@ -210,10 +210,13 @@ class Fields:
 
     def with_defaults(self, defaults: Mapping[str, Any]) -> Fields:
         """The same reader with values for absent keys."""
-        absent = {key: value for key, value in defaults.items() if not self.has(key)}
-        if not absent:
-            return self
-        fields = Fields({**self.raw, **absent}, self.source)
+        return self.with_values(
+            {key: value for key, value in defaults.items() if not self.has(key)}
+        )
+
+    def with_values(self, values: Mapping[str, Any]) -> Fields:
+        """The same reader with these values, whatever was there."""
+        fields = Fields({**self.raw, **values}, self.source)
         fields._read = self._read
         return fields
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Container, Mapping
+from typing import Any
 
 import mlx.core as mx
 
@@ -21,8 +22,8 @@ _LAYER = re.compile(r"^model\.layers\.(\d+)\.")
 _KV = re.compile(r"\.self_attn\.(k_proj|v_proj|k_norm|v_norm)\.")
 
 
-def without_rotary(weights: Mapping[str, mx.array]) -> Remapped:
-    """Without rotary frequencies, which `rope.py` computes."""
+def without_rotary(weights: Mapping[str, mx.array], config: Any = None) -> Remapped:
+    """Without rotary frequencies, which `rope.py` computes: `remap` of a family of any config."""
     return _without(weights, lambda name: False)
 
 
@@ -37,12 +38,13 @@ def without_extra_layers(weights: Mapping[str, mx.array], n_layers: int) -> Rema
 
 
 def language_model(
-    weights: Mapping[str, mx.array], readers: Container[int | None] = ()
+    weights: Mapping[str, mx.array], config: Any = None, *, readers: Container[int | None] = ()
 ) -> Remapped:
     """The language model's part of a checkpoint, under the names of one of text alone.
 
     Args:
         weights: of a multimodal checkpoint or not.
+        config: any: this, too, can be a family's `remap`.
         readers: layers that read another's KV: what their own would be made of is left out.
     """
     kept: dict[str, mx.array] = {}

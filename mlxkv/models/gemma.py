@@ -5,9 +5,8 @@ Reference: transformers `modeling_gemma.py`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Self
 
 import mlx.core as mx
 
@@ -15,15 +14,15 @@ from mlxkv.checkpoint import tensor_names
 from mlxkv.checkpoint.config import Fields, refuse_bidirectional
 from mlxkv.checkpoint.rope_config import rope_config
 from mlxkv.kv.layout import LayerCache, Mask
-from mlxkv.nn import decoder_model
 from mlxkv.nn.decoder_model import (
     Attention,
     Backbone,
     DecoderModel,
     GroupedConfig,
+    TwoNorms,
     grouped_fields,
 )
-from mlxkv.nn.layers import GatedMLP, OffsetRMSNorm, residual
+from mlxkv.nn.layers import OffsetRMSNorm, residual
 
 DEFAULTS = {
     "vocab_size": 256000,
@@ -42,35 +41,26 @@ DEFAULTS = {
 class Config(GroupedConfig):
     """The numbers that define a Gemma 1; the names are those of config.json."""
 
-    @classmethod
-    def from_dict(cls, raw: Mapping[str, Any], source: str = "config.json") -> Config:
-        """Read a config of either style.
+    norm = OffsetRMSNorm
+    scales_embedding = True
 
-        Raises:
-            ConfigError: a key is missing, wrong or not understood.
-        """
-        fields = Fields(raw, source).with_defaults(DEFAULTS)
+    @classmethod
+    def read(cls, fields: Fields) -> Self:
+        fields = fields.with_defaults(DEFAULTS)
         refuse_bidirectional(fields)
         shared = grouped_fields(fields)
         if shared["hidden_act"] == "gelu":
             # The first releases say so, and were always computed in the tanh form.
             shared["hidden_act"] = "gelu_pytorch_tanh"
-        config = cls(
+        return cls(
             **shared,
             rope=rope_config(fields, shared["head_dim"], default_theta=10000.0),
             rope_traditional=fields.bool("rope_traditional", False),
         )
-        fields.finish()
-        return config
 
 
-class Layer(decoder_model.Layer):
+class Layer(TwoNorms):
     """x + attention(norm(x)), and the same with the MLP, within float16's range."""
-
-    def __init__(self, config: Config):
-        c = config
-        mlp = GatedMLP(c.hidden_size, c.intermediate_size, c.hidden_act)
-        super().__init__(c, Attention(c), mlp, OffsetRMSNorm)
 
     def __call__(self, x: mx.array, mask: Mask, cache: LayerCache | None) -> mx.array:
         x = residual(x, self["self_attn"](self["input_layernorm"](x), mask, cache))
@@ -81,11 +71,9 @@ class Model(DecoderModel):
     """A Gemma with its head, which is the embedding unless the config says otherwise."""
 
     def __init__(self, config: Config):
-        layers = [Layer(config) for _ in range(config.num_hidden_layers)]
-        backbone = Backbone(config, layers, OffsetRMSNorm)
-        super().__init__(config, backbone, embed_scale=config.hidden_size**0.5)
+        layers = [Layer(config, Attention(config)) for _ in config.windows]
+        super().__init__(config, Backbone(config, layers))
 
 
-def remap(weights: Mapping[str, mx.array], config: Config) -> tuple[dict[str, mx.array], list[str]]:
-    """Hugging Face names -> ours, which are the same; rotary frequencies are left out."""
-    return tensor_names.without_rotary(weights)
+remap = tensor_names.without_rotary
+"""Hugging Face names -> ours, which are the same."""

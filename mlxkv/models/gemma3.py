@@ -5,14 +5,11 @@ Reference: transformers `modeling_gemma3.py`. Multimodal checkpoints load as the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
-
-import mlx.core as mx
+from typing import Self
 
 from mlxkv.checkpoint import tensor_names
-from mlxkv.checkpoint.config import Fields, refuse_bidirectional, text_config
+from mlxkv.checkpoint.config import Fields, refuse_bidirectional
 from mlxkv.checkpoint.rope_config import rope_configs
 from mlxkv.nn.decoder_model import (
     Backbone,
@@ -23,7 +20,7 @@ from mlxkv.nn.decoder_model import (
     grouped_fields,
     layer_windows,
 )
-from mlxkv.nn.layers import GatedMLP, OffsetRMSNorm
+from mlxkv.nn.layers import OffsetRMSNorm
 
 DEFAULTS = {
     "model_type": "gemma3_text",
@@ -43,21 +40,12 @@ DEFAULTS = {
 class Config(GroupedConfig):
     """The numbers that define a Gemma 3; the names are those of config.json."""
 
-    query_pre_attn_scalar: float
-    final_logit_softcapping: float | None
-
-    @property
-    def scale(self) -> float:
-        return self.query_pre_attn_scalar**-0.5
+    norm = OffsetRMSNorm
+    scales_embedding = True
 
     @classmethod
-    def from_dict(cls, raw: Mapping[str, Any], source: str = "config.json") -> Config:
-        """Read a config of either style, nested or flat.
-
-        Raises:
-            ConfigError: a key is missing, wrong or not understood.
-        """
-        fields = Fields(text_config(raw), source).with_defaults(DEFAULTS)
+    def read(cls, fields: Fields) -> Self:
+        fields = fields.with_defaults(DEFAULTS)
         refuse_bidirectional(fields)
         # Every Gemma config means the tanh form, also where it says `gelu`.
         activation = "hidden_activation" if fields.has("hidden_activation") else "hidden_act"
@@ -67,16 +55,14 @@ class Config(GroupedConfig):
         shared["model_type"], shared["hidden_act"] = "gemma3_text", "gelu_pytorch_tanh"
         # `layer_types` wins: transformers writes a pattern of 6 beside any types.
         shared["windows"] = layer_windows(fields, lambda i: (i + 1) % pattern != 0)
-        config = cls(
+        # Gemma 2's; transformers' Gemma 3 carries it and does not apply it.
+        fields.ignore("attn_logit_softcapping")
+        return cls(
             **shared,
             query_pre_attn_scalar=fields.float("query_pre_attn_scalar", 256.0),
             final_logit_softcapping=fields.opt_float("final_logit_softcapping"),
             **rope_configs(fields, shared["head_dim"]),
         )
-        # Gemma 2's; transformers' Gemma 3 carries it and does not apply it.
-        fields.ignore("attn_logit_softcapping")
-        fields.finish()
-        return config
 
 
 class Model(DecoderModel):
@@ -84,23 +70,9 @@ class Model(DecoderModel):
 
     def __init__(self, config: Config):
         c = config
-        layers = [
-            FourNormLayer(
-                c,
-                NormedAttention(c, window, OffsetRMSNorm),
-                GatedMLP(c.hidden_size, c.intermediate_size, c.hidden_act),
-                OffsetRMSNorm,
-            )
-            for window in c.windows
-        ]
-        super().__init__(
-            c,
-            Backbone(c, layers, OffsetRMSNorm),
-            embed_scale=c.hidden_size**0.5,
-            logit_cap=c.final_logit_softcapping,
-        )
+        layers = [FourNormLayer(c, NormedAttention(c, window)) for window in c.windows]
+        super().__init__(c, Backbone(c, layers))
 
 
-def remap(weights: Mapping[str, mx.array], config: Config) -> tuple[dict[str, mx.array], list[str]]:
-    """Hugging Face names -> ours: the language model's, without the vision tower."""
-    return tensor_names.language_model(weights)
+remap = tensor_names.language_model
+"""Hugging Face names -> ours: the language model's, without the vision tower."""

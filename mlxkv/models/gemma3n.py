@@ -19,7 +19,6 @@ from mlxkv.models.gemma3n_config import Config
 from mlxkv.nn.decoder_model import FourNorms
 from mlxkv.nn.layers import GatedMLP, compiled, gated
 from mlxkv.nn.linear import Linear
-from mlxkv.nn.model import attention_masks
 from mlxkv.nn.shared_kv import KeysValues, PerLayerBackbone, SharedKVModel, attention
 
 
@@ -95,21 +94,21 @@ class Layer(FourNorms):
     def __call__(
         self,
         streams: mx.array,
-        own: mx.array,
         mask: Mask,
         offset: Offset,
         cache: LayerCache | None,
         kv: KeysValues | None,
+        own: mx.array,
     ) -> tuple[mx.array, KeysValues]:
         """Update the streams.
 
         Args:
             streams: `[A, B, L, E]`.
-            own: the tokens' embedding for this layer, `[B, L, P]`.
             mask: see `attend`.
             offset: position of the first token.
             cache: the layer's own, if any.
             kv: the donor's keys and values where it has none.
+            own: the tokens' embedding for this layer, `[B, L, P]`.
 
         Returns:
             The streams, and the keys and values of its attention.
@@ -153,7 +152,7 @@ class Backbone(PerLayerBackbone):
     def __init__(self, config: Config):
         c, n_more = config, config.altup_num_inputs - 1
         layers = [Layer(c, i) for i in range(c.num_hidden_layers)]
-        super().__init__(c, layers, c.vocab_size_per_layer_input, c.hidden_size_per_layer_input)
+        super().__init__(c, layers)
         E = c.hidden_size
         self.altup_projections = [Linear(E, E, bias=False) for _ in range(n_more)]
         self.altup_unembed_projections = [Linear(E, E, bias=False) for _ in range(n_more)]
@@ -177,12 +176,7 @@ class Model(SharedKVModel):
     """A Gemma 3n language model with its head."""
 
     def __init__(self, config: Config):
-        super().__init__(
-            config,
-            Backbone(config),
-            embed_scale=config.hidden_size**0.5,
-            logit_cap=config.final_logit_softcapping,
-        )
+        super().__init__(config, Backbone(config))
 
     def embed_per_layer(self, tokens: mx.array) -> mx.array | None:
         # Tokens of images and sound have no row here and get that of token 0.
@@ -193,19 +187,8 @@ class Model(SharedKVModel):
         self, x: mx.array, caches: Caches = None, per_layer: mx.array | None = None
     ) -> mx.array:
         assert per_layer is not None, "its layers need embed_per_layer(tokens)"
-        masks = attention_masks(self._windows, caches, x.shape[1])
-        # Before any layer: a donor's cache has moved on when its readers rotate their queries.
-        offset = 0 if caches is None else caches[0].offset
-        own = self.model.per_layer_inputs(x, per_layer)
-        streams, used = self.model.streams(x), list[KeysValues]()
-        config = self.config
-        for i, (window, donor) in enumerate(zip(config.windows, config.donors, strict=True)):
-            # Layers with their own KV come first, so a cache has its layer's number.
-            cache = caches[i] if caches is not None and donor is None else None
-            donated = None if donor is None else used[donor]
-            layer = self.model.layers[i]
-            streams, kv = layer(streams, own[:, :, i], masks[window], offset, cache, donated)
-            used.append(kv)
+        inputs = self.model.per_layer_inputs(x, per_layer)
+        streams = self.through_layers(self.model.streams(x), inputs, caches)
         return self.model.norm(self.model.joined(streams))
 
 
@@ -216,5 +199,5 @@ def remap(weights: Mapping[str, mx.array], config: Config) -> tuple[dict[str, mx
         The weights, and the names left out: towers of images and sound, and the projections of
         keys and values that layers without KV of their own do not use.
     """
-    readers = [i for i, donor in enumerate(config.donors) if donor is not None]
-    return tensor_names.language_model(weights, readers)
+    readers = [i for i, heads in enumerate(config.heads) if heads.donor is not None]
+    return tensor_names.language_model(weights, readers=readers)

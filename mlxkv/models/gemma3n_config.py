@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Self
 
-from mlxkv.checkpoint.config import Fields, refuse_bidirectional, text_config
+from mlxkv.checkpoint.config import Fields, refuse_bidirectional
 from mlxkv.checkpoint.rope_config import rope_configs
-from mlxkv.nn.decoder_model import GroupedConfig, grouped_fields, layer_windows
-from mlxkv.nn.shared_kv import Heads, donors
+from mlxkv.nn.decoder_model import decoder_fields, grouping, layer_windows
+from mlxkv.nn.shared_kv import Heads, SharedKVConfig, donors
 
 DEFAULTS = {
     "model_type": "gemma3n_text",
@@ -28,52 +27,33 @@ DEFAULTS = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Config(GroupedConfig):
+class Config(SharedKVConfig):
     """The numbers that define a Gemma 3n; the names are those of config.json.
 
     Attributes:
         intermediate_sizes: of each layer's MLP; `intermediate_size` is the largest.
-        donors: the layer whose KV each layer reads; None: its own.
     """
 
-    vocab_size_per_layer_input: int
-    hidden_size_per_layer_input: int
     intermediate_sizes: tuple[int, ...]
     activation_sparsity_pattern: tuple[float, ...]
-    final_logit_softcapping: float | None
     altup_num_inputs: int
     altup_active_idx: int
     altup_correct_scale: bool
     laurel_rank: int
-    donors: tuple[int | None, ...]
-
-    @property
-    def heads(self) -> tuple[Heads, ...]:
-        """The attention of each layer."""
-        D, Hk = self.head_dim, self.num_key_value_heads
-        return tuple(
-            Heads(window, D, Hk, donor, False, self.rope_of(window))
-            for window, donor in zip(self.windows, self.donors, strict=True)
-        )
 
     @classmethod
-    def from_dict(cls, raw: Mapping[str, Any], source: str = "config.json") -> Config:
-        """Read a config of either style, nested or flat.
-
-        Raises:
-            ConfigError: a key is missing, wrong or not understood.
-        """
-        text = text_config(raw)
-        sizes = _intermediate_sizes(Fields(text, source))
-        fields = Fields({**text, "intermediate_size": max(sizes)}, source).with_defaults(DEFAULTS)
+    def read(cls, fields: Fields) -> Self:
+        sizes = _intermediate_sizes(fields)
+        fields = fields.with_values({"intermediate_size": max(sizes)}).with_defaults(DEFAULTS)
         refuse_bidirectional(fields)
-        n_inputs, n_layers = fields.int("altup_num_inputs", 4), fields.n_layers()
-        n_shared = fields.count("num_kv_shared_layers", 15, at_most=n_layers)
-        shared = grouped_fields(fields, "hidden_activation")
+        # Gemma 3's; released Gemma 3n configs carry it, and scores are not scaled at all.
+        fields.ignore("query_pre_attn_scalar")
+        n_inputs, shared = (
+            fields.int("altup_num_inputs", 4),
+            decoder_fields(fields, "hidden_activation"),
+        )
         shared["model_type"] = "gemma3n_text"
-        # Every fifth layer is full unless `layer_types` says else; no pattern key counts.
-        shared["windows"] = layer_windows(fields, lambda i: (i + 1) % 5 != 0)
-        config = cls(
+        return cls(
             **shared,
             vocab_size_per_layer_input=fields.int("vocab_size_per_layer_input", 262144),
             hidden_size_per_layer_input=fields.int("hidden_size_per_layer_input", 256),
@@ -84,13 +64,20 @@ class Config(GroupedConfig):
             altup_active_idx=fields.count("altup_active_idx", 0, at_most=n_inputs - 1),
             altup_correct_scale=fields.bool("altup_correct_scale", True),
             laurel_rank=fields.int("laurel_rank", 64),
-            donors=donors(fields, shared["windows"], n_shared),
-            **rope_configs(fields, shared["head_dim"]),
+            heads=_heads(fields),
         )
-        # Gemma 3's; released Gemma 3n configs carry it, and scores are not scaled at all.
-        fields.ignore("query_pre_attn_scalar")
-        fields.finish()
-        return config
+
+
+def _heads(fields: Fields) -> tuple[Heads, ...]:
+    D, Hk = fields.int("head_dim"), grouping(fields, fields.int("num_key_value_heads"))
+    # Every fifth layer is full unless `layer_types` says else; no pattern key counts.
+    windows = layer_windows(fields, lambda i: (i + 1) % 5 != 0)
+    n_shared = fields.count("num_kv_shared_layers", 15, at_most=len(windows))
+    ropes = rope_configs(fields, D)
+    return tuple(
+        Heads(window, D, Hk, donor, False, ropes["rope" if window is None else "sliding_rope"])
+        for window, donor in zip(windows, donors(fields, windows, n_shared), strict=True)
+    )
 
 
 def _intermediate_sizes(fields: Fields) -> tuple[int, ...]:

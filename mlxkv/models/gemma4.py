@@ -9,7 +9,7 @@ checkpoints load as their language model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -20,8 +20,7 @@ from mlxkv.models.gemma4_config import Config
 from mlxkv.nn.decoder_model import FourNorms
 from mlxkv.nn.layers import GatedMLP, Prepared, compiled, gated
 from mlxkv.nn.linear import Linear
-from mlxkv.nn.model import attention_masks
-from mlxkv.nn.moe import GatedExperts, weighed
+from mlxkv.nn.moe import GatedExperts, best_experts, weighed
 from mlxkv.nn.shared_kv import Heads, KeysValues, PerLayerBackbone, SharedKVModel, attention
 
 __all__ = ["Config", "Model", "remap"]
@@ -88,9 +87,8 @@ class Router(Prepared):
         """Experts `[B, L, k]` of x `[B, L, E]`, and their weights."""
         scale = self["scale"] if self._root == 1.0 else self["scale"] * self._root
         scores = self["proj"](mx.fast.rms_norm(x, scale, self._eps))
-        experts = mx.argpartition(scores, kth=-self._k, axis=-1)[..., -self._k :]
         # The share among the chosen is their softmax: what the others had falls out of the sum.
-        weights = mx.softmax(mx.take_along_axis(scores, experts, axis=-1), axis=-1, precise=True)
+        experts, weights = best_experts(scores, self._k)
         return experts, weights * self["per_expert_scale"][experts]
 
 
@@ -132,56 +130,22 @@ class Model(SharedKVModel):
     """A Gemma 4 with its head."""
 
     def __init__(self, config: Config):
-        c, kind = config, ExpertsLayer if config.num_experts else Layer
-        layers = [kind(c, heads) for heads in c.heads]
-        super().__init__(
-            c,
-            PerLayerBackbone(
-                c, layers, c.vocab_size_per_layer_input, c.hidden_size_per_layer_input
-            ),
-            embed_scale=c.hidden_size**0.5,
-            logit_cap=c.final_logit_softcapping,
-        )
+        kind = ExpertsLayer if config.num_experts else Layer
+        layers = [kind(config, heads) for heads in config.heads]
+        super().__init__(config, PerLayerBackbone(config, layers))
 
     def hidden(
         self, x: mx.array, caches: Caches = None, per_layer: mx.array | None = None
     ) -> mx.array:
-        return self.model.norm(self._layers(x, caches, per_layer, last_only=False))
+        inputs = None if per_layer is None else self.model.per_layer_inputs(x, per_layer)
+        return self.model.norm(self.through_layers(x, inputs, caches))
 
     def last_hidden(
         self, x: mx.array, caches: Caches = None, per_layer: mx.array | None = None
     ) -> mx.array:
         """As every model's; the layers without KV are computed for the last token alone."""
-        return self.model.norm(self._layers(x, caches, per_layer, last_only=True)[:, -1:])
-
-    def _layers(
-        self,
-        x: mx.array,
-        caches: Sequence[LayerCache] | None,
-        per_layer: mx.array | None,
-        last_only: bool,
-    ) -> mx.array:
-        L, n_own = x.shape[1], len(self._windows)
-        masks = attention_masks(self._windows, caches, L)
-        offset = caches[0].offset if caches else 0
         inputs = None if per_layer is None else self.model.per_layer_inputs(x, per_layer)
-        used: list[KeysValues] = []
-        for i, (layer, heads) in enumerate(zip(self.model.layers, self.config.heads, strict=True)):
-            if last_only and i == n_own:
-                x, offset = x[:, -1:], offset + (L - 1)
-                inputs = None if inputs is None else inputs[:, -1:]
-                masks = {window: _last_row(mask) for window, mask in masks.items()}
-            cache = caches[i] if caches is not None and heads.donor is None else None
-            donated = None if heads.donor is None else used[heads.donor]
-            own = None if inputs is None else inputs[:, :, i]
-            x, kv = layer(x, masks[heads.window], offset, cache, donated, own)
-            used.append(kv)
-        return x
-
-
-def _last_row(mask: Mask) -> Mask:
-    """The mask of a chunk's last query, which sees every key where the chunk was causal."""
-    return mask[-1:] if isinstance(mask, mx.array) else None
+        return self.model.norm(self.through_layers(x, inputs, caches, last_only=True)[:, -1:])
 
 
 def remap(weights: Mapping[str, mx.array], config: Config) -> tuple[dict[str, mx.array], list[str]]:
@@ -192,7 +156,9 @@ def remap(weights: Mapping[str, mx.array], config: Config) -> tuple[dict[str, mx
         that read another's KV would have needed for their own.
     """
     n_layers, n_shared = config.num_hidden_layers, config.num_kv_shared_layers
-    text, skipped = tensor_names.language_model(weights, range(n_layers - n_shared, n_layers))
+    text, skipped = tensor_names.language_model(
+        weights, readers=range(n_layers - n_shared, n_layers)
+    )
     kept: dict[str, mx.array] = {}
     for name, array in text.items():
         kept |= _experts(name, array)

@@ -11,8 +11,8 @@ from typing import Any
 
 from mlxkv.checkpoint.config import Fields, refuse_bidirectional, text_config
 from mlxkv.checkpoint.rope_config import RopeConfig, rope_config
-from mlxkv.nn.decoder_model import FULL, LAYER_TYPES, SLIDING, DecoderConfig, decoder_fields
-from mlxkv.nn.shared_kv import Heads, donors
+from mlxkv.nn.decoder_model import FULL, LAYER_TYPES, SLIDING, decoder_fields, grouping
+from mlxkv.nn.shared_kv import Heads, SharedKVConfig, donors
 
 DEFAULT_ROPE = {
     SLIDING: {"rope_type": "default", "rope_theta": 10_000.0},
@@ -41,18 +41,14 @@ UNIFIED = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Config(DecoderConfig):
+class Config(SharedKVConfig):
     """The numbers that define a Gemma 4; the names are those of config.json."""
 
-    final_logit_softcapping: float | None
     num_kv_shared_layers: int
     use_double_wide_mlp: bool
-    hidden_size_per_layer_input: int
-    vocab_size_per_layer_input: int
     num_experts: int
     top_k_experts: int
     moe_intermediate_size: int
-    heads: tuple[Heads, ...]
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], source: str = "config.json") -> Config:
@@ -67,7 +63,11 @@ class Config(DecoderConfig):
         unified = "unified" in f"{raw.get('model_type')} {fields.any('model_type')}"
         fields = fields.with_defaults(UNIFIED if unified else DEFAULTS)
         refuse_bidirectional(fields, "vision")
-        experts = _experts(fields)
+        has_experts = fields.bool("enable_moe_block", False)
+        if not has_experts:
+            # transformers does not look at them either.
+            fields.ignore("num_experts", "moe_intermediate_size")
+        n_experts = fields.int("num_experts") if has_experts else 0
         shared = decoder_fields(fields, "hidden_activation")
         shared["model_type"] = "gemma4_text"
         config = cls(
@@ -77,40 +77,25 @@ class Config(DecoderConfig):
             use_double_wide_mlp=fields.bool("use_double_wide_mlp", False),
             hidden_size_per_layer_input=fields.count("hidden_size_per_layer_input", 0),
             vocab_size_per_layer_input=fields.count("vocab_size_per_layer_input", 262144),
-            num_experts=experts[0],
-            top_k_experts=experts[1],
-            moe_intermediate_size=experts[2],
+            num_experts=n_experts,
+            top_k_experts=fields.int("top_k_experts", at_most=n_experts) if has_experts else 0,
+            moe_intermediate_size=fields.int("moe_intermediate_size") if has_experts else 0,
             heads=_heads(fields),
         )
         fields.finish()
         return config
 
 
-def _experts(fields: Fields) -> tuple[int, int, int]:
-    """How many, how many for a token, and their size; zeros for a dense model."""
-    if not fields.bool("enable_moe_block", False):
-        # transformers does not look at them either.
-        fields.ignore("num_experts", "moe_intermediate_size")
-        return 0, 0, 0
-    n, k = fields.int("num_experts"), fields.int("top_k_experts")
-    if k > n:
-        raise fields.error("top_k_experts", f"is {k} of {n} experts")
-    return n, k, fields.int("moe_intermediate_size")
-
-
 def _heads(fields: Fields) -> tuple[Heads, ...]:
     types = _layer_types(fields)
     sources = donors(fields, types, fields.count("num_kv_shared_layers", 0))
     window, k_eq_v = fields.int("sliding_window"), fields.bool("attention_k_eq_v", False)
-    n_heads = fields.int("num_attention_heads", 8)
     fields = fields.with_defaults({"rope_parameters": DEFAULT_ROPE})
     ropes: dict[tuple[str, int], RopeConfig] = {}
     heads = []
     for i, (kind, (head_dim, n_kv_heads)) in enumerate(
         zip(types, _head_sizes(fields, types), strict=True)
     ):
-        if n_heads % n_kv_heads:
-            raise fields.error("num_key_value_heads", f"{n_kv_heads} must divide {n_heads}")
         if (kind, head_dim) not in ropes:
             ropes[kind, head_dim] = _rope(fields, kind, head_dim)
         sliding = kind == SLIDING
@@ -118,7 +103,7 @@ def _heads(fields: Fields) -> tuple[Heads, ...]:
             Heads(
                 window if sliding else None,
                 head_dim,
-                n_kv_heads,
+                grouping(fields, n_kv_heads),
                 sources[i],
                 k_eq_v and not sliding,
                 ropes[kind, head_dim],

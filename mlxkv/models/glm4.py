@@ -6,9 +6,8 @@ GLM-4 adds norms on what attention and MLP give back. Reference: transformers `m
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Self
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -36,32 +35,23 @@ DEFAULTS = {"partial_rotary_factor": 0.5, "head_dim": 128, "attention_bias": Tru
 class Config(GroupedConfig):
     """The numbers that define a GLM; the names are those of config.json."""
 
+    out_bias = False
+
     @property
     def post_norms(self) -> bool:
         """Whether what attention and MLP give back is normed as well."""
         return self.model_type == "glm4"
 
-    @property
-    def out_bias(self) -> bool:
-        return False
-
     @classmethod
-    def from_dict(cls, raw: Mapping[str, Any], source: str = "config.json") -> Config:
-        """Read a config of either style.
-
-        Raises:
-            ConfigError: a key is missing, wrong or not understood.
-        """
-        fields = Fields(raw, source).with_defaults(DEFAULTS)
+    def read(cls, fields: Fields) -> Self:
+        fields = fields.with_defaults(DEFAULTS)
         shared = grouped_fields(fields)
-        config = cls(
+        return cls(
             **shared,
             # Early GLM-4 configs name no base: 10000 is the documented one.
             rope=rope_config(fields, shared["head_dim"], default_theta=10000.0),
             rope_traditional=fields.bool("rope_traditional", True),
         )
-        fields.finish()
-        return config
 
 
 class MLP(nn.Module):
@@ -103,6 +93,5 @@ class Model(DecoderModel):
         super().__init__(c, Backbone(c, layers))
 
 
-def remap(weights: Mapping[str, mx.array], config: Config) -> tuple[dict[str, mx.array], list[str]]:
-    """Hugging Face names -> ours, which are the same; rotary frequencies are left out."""
-    return tensor_names.without_rotary(weights)
+remap = tensor_names.without_rotary
+"""Hugging Face names -> ours, which are the same."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Self
 
 import mlx.core as mx
 
@@ -32,35 +32,25 @@ from mlxkv.nn.sigmoid_moe import CORRECTION_BIAS, MoEConfig, feed_forward, first
 class Config(GroupedConfig):
     """The numbers that define a GLM-4.5; the names are those of config.json."""
 
+    out_bias = False
+
     use_qk_norm: bool
     first_k_dense_replace: int
     moe: MoEConfig
 
-    @property
-    def out_bias(self) -> bool:
-        return False
-
     @classmethod
-    def from_dict(cls, raw: Mapping[str, Any], source: str = "config.json") -> Config:
-        """Read a config of either style.
-
-        Raises:
-            ConfigError: a key is missing, wrong or not understood.
-        """
-        fields = Fields(raw, source)
+    def read(cls, fields: Fields) -> Self:
         head_dim = max(1, fields.int("hidden_size") // fields.int("num_attention_heads"))
         # Half of each head turns, where a config does not say what transformers' default is.
         fields = fields.with_defaults({"head_dim": head_dim, "partial_rotary_factor": 0.5})
         shared = grouped_fields(fields)
-        config = cls(
+        return cls(
             **shared,
             use_qk_norm=fields.bool("use_qk_norm", False),
             first_k_dense_replace=first_dense(fields, 1),
             moe=MoEConfig.read(fields),
             rope=rope_config(fields, shared["head_dim"], default_theta=None),
         )
-        fields.finish()
-        return config
 
 
 class Model(DecoderModel):

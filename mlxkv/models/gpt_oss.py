@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Self
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -29,7 +29,7 @@ from mlxkv.nn.decoder_model import (
 )
 from mlxkv.nn.layers import compiled
 from mlxkv.nn.linear import Linear
-from mlxkv.nn.moe import GatedExperts, weighed
+from mlxkv.nn.moe import GatedExperts, best_experts, weighed
 
 YARN = {
     "rope_type": "yarn",
@@ -56,13 +56,9 @@ class Config(GroupedConfig):
     swiglu_limit: float
 
     @classmethod
-    def from_dict(cls, raw: Mapping[str, Any], source: str = "config.json") -> Config:
-        """Read a config of either style.
-
-        Raises:
-            ConfigError: a key is missing, wrong or not understood.
-        """
-        fields = Fields({"sliding_window": WINDOW, **raw}, source).with_defaults(DEFAULTS)
+    def read(cls, fields: Fields) -> Self:
+        fields = fields.with_values({"sliding_window": WINDOW, **fields.raw})
+        fields = fields.with_defaults(DEFAULTS)
         if not fields.has("rope_parameters") and not fields.has("rope_scaling"):
             fields = fields.with_defaults({"rope_parameters": YARN})
         n_experts = fields.opt_int("num_experts")
@@ -72,7 +68,7 @@ class Config(GroupedConfig):
         fields.str("hidden_act", "silu", among=("silu",))
         shared = grouped_fields(fields)
         shared["windows"] = layer_windows(fields, lambda i: i % 2 == 0)
-        config = cls(
+        return cls(
             **shared,
             num_local_experts=n_experts,
             num_experts_per_tok=fields.int("num_experts_per_tok", n_chosen, at_most=n_experts),
@@ -80,8 +76,6 @@ class Config(GroupedConfig):
             swiglu_limit=fields.float("swiglu_limit", SWIGLU_LIMIT),
             rope=rope_config(fields, shared["head_dim"], default_theta=ROPE_THETA),
         )
-        fields.finish()
-        return config
 
 
 class Attention(decoder_model.Attention):
@@ -121,10 +115,7 @@ class MoE(nn.Module):
         )
 
     def __call__(self, x: mx.array) -> mx.array:
-        logits = self["router"](x)
-        experts = mx.argpartition(logits, kth=-self._k, axis=-1)[..., -self._k :]
-        chosen = mx.take_along_axis(logits, experts, axis=-1)
-        weights = mx.softmax(chosen, axis=-1, precise=True)  # [B, L, k]
+        experts, weights = best_experts(self["router"](x), self._k)
         return weighed(self["experts"](x, experts), weights)
 
 

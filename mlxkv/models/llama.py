@@ -5,11 +5,8 @@ Reference: transformers `modeling_llama.py`, `modeling_mistral.py`, `modeling_mi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
-
-import mlx.core as mx
+from typing import Self
 
 from mlxkv.checkpoint import tensor_names
 from mlxkv.checkpoint.config import Fields
@@ -23,7 +20,6 @@ from mlxkv.nn.decoder_model import (
     grouped_fields,
     layer_windows,
 )
-from mlxkv.nn.layers import GatedMLP
 
 MISTRAL_WINDOW = 4096
 """transformers' window where a Mistral config leaves the key out (null means none)."""
@@ -33,8 +29,6 @@ MISTRAL_WINDOW = 4096
 class Config(GroupedConfig):
     """The numbers that define a Llama; the names are those of config.json."""
 
-    mlp_bias: bool
-
     @property
     def context(self) -> int:
         """Tokens that the model can attend to."""
@@ -42,14 +36,10 @@ class Config(GroupedConfig):
         return int(self.max_position_embeddings * stretch)
 
     @classmethod
-    def from_dict(cls, raw: Mapping[str, Any], source: str = "config.json") -> Config:
-        """Read a config of either style.
-
-        Raises:
-            ConfigError: a key is missing, wrong or not understood.
-        """
-        is_llama = raw.get("model_type") == "llama"
-        fields = Fields(raw if is_llama else {"sliding_window": MISTRAL_WINDOW, **raw}, source)
+    def read(cls, fields: Fields) -> Self:
+        is_llama = fields.any("model_type") == "llama"
+        if not is_llama:
+            fields = fields.with_values({"sliding_window": MISTRAL_WINDOW, **fields.raw})
         if not fields.has("head_dim"):
             hidden_size, n_heads = fields.int("hidden_size"), fields.int("num_attention_heads")
             if hidden_size % n_heads:
@@ -59,33 +49,22 @@ class Config(GroupedConfig):
         slides = not is_llama and fields.has("sliding_window")
         shared = grouped_fields(fields)
         shared["windows"] = layer_windows(fields, lambda _: slides)
-        config = cls(
+        return cls(
             **shared,
             mlp_bias=fields.bool("mlp_bias", False),
             # The first Llamas' configs name no base: 10000 is their documented one.
             rope=rope_config(fields, shared["head_dim"], default_theta=10000.0),
             rope_traditional=fields.bool("rope_traditional", False),
         )
-        fields.finish()
-        return config
 
 
 class Model(DecoderModel):
     """A Llama with its head."""
 
     def __init__(self, config: Config):
-        c = config
-        layers = [
-            Layer(
-                c,
-                Attention(c),
-                GatedMLP(c.hidden_size, c.intermediate_size, c.hidden_act, c.mlp_bias),
-            )
-            for _ in range(c.num_hidden_layers)
-        ]
-        super().__init__(c, Backbone(c, layers))
+        layers = [Layer(config, Attention(config)) for _ in config.windows]
+        super().__init__(config, Backbone(config, layers))
 
 
-def remap(weights: Mapping[str, mx.array], config: Config) -> tuple[dict[str, mx.array], list[str]]:
-    """Hugging Face names -> ours, which are the same; rotary frequencies are left out."""
-    return tensor_names.without_rotary(weights)
+remap = tensor_names.without_rotary
+"""Hugging Face names -> ours, which are the same."""

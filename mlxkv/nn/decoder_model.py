@@ -5,14 +5,14 @@ A family's file extends the config, chooses or extends the layers, and hands the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxkv.checkpoint.config import Fields
+from mlxkv.checkpoint.config import Fields, text_config
 from mlxkv.checkpoint.rope_config import RopeConfig
 from mlxkv.kv.layout import Caches, LayerCache, Mask, Offset
 from mlxkv.kv.types import CacheSpec
@@ -20,7 +20,9 @@ from mlxkv.nn.attention import attend
 from mlxkv.nn.layers import (
     ACTIVATIONS,
     Fusing,
+    GatedMLP,
     NormedHeads,
+    OffsetRMSNorm,
     merge_heads,
     residual,
     soft_cap,
@@ -33,13 +35,19 @@ from mlxkv.nn.rope import RoPE
 FULL, SLIDING = "full_attention", "sliding_attention"
 LAYER_TYPES = (FULL, SLIDING)
 
-Norm = Callable[[int, float], nn.Module]
-"""(size, eps) -> a norm: `nn.RMSNorm` or `OffsetRMSNorm`."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecoderConfig:
-    """The numbers that every decoder has; the names are those of config.json."""
+    """The numbers that every decoder has; the names are those of config.json.
+
+    Attributes:
+        norm: the kind of all norms.
+        scales_embedding: whether embeddings are multiplied by sqrt(hidden_size).
+        final_logit_softcapping: the cap on the logits (`soft_cap`); None for none.
+    """
+
+    norm: ClassVar[type[nn.RMSNorm] | type[OffsetRMSNorm]] = nn.RMSNorm
+    scales_embedding: ClassVar[bool] = False
 
     model_type: str
     vocab_size: int
@@ -52,11 +60,30 @@ class DecoderConfig:
     hidden_act: str
     attention_bias: bool
     tie_word_embeddings: bool
+    mlp_bias: bool = False
+    final_logit_softcapping: float | None = None
 
     @property
     def context(self) -> int:
         """Tokens that the model can attend to."""
         return self.max_position_embeddings
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any], source: str = "config.json") -> Self:
+        """Read a config of either style, flat or nested in a multimodal one.
+
+        Raises:
+            ConfigError: a key is missing, wrong or not understood.
+        """
+        fields = Fields(text_config(raw), source)
+        config = cls.read(fields)
+        fields.finish()
+        return config
+
+    @classmethod
+    def read(cls, fields: Fields) -> Self:
+        """The config that these keys describe, with the family's defaults for absent ones."""
+        raise NotImplementedError
 
 
 def decoder_fields(fields: Fields, activation: str = "hidden_act") -> dict[str, Any]:
@@ -92,7 +119,12 @@ class GroupedConfig(DecoderConfig):
         windows: of each layer, None for all tokens.
         rope: of all layers, or of the full ones.
         sliding_rope: of the sliding layers, where they have their own.
+        out_bias: whether `attention_bias` holds for the output projection.
+        query_pre_attn_scalar: what scores are divided by the root of; None: `head_dim`.
+        attn_logit_softcapping: the cap on the scores; None for none.
     """
+
+    out_bias: ClassVar[bool] = True
 
     num_key_value_heads: int
     head_dim: int
@@ -100,16 +132,13 @@ class GroupedConfig(DecoderConfig):
     rope: RopeConfig
     rope_traditional: bool = False
     sliding_rope: RopeConfig | None = None
+    query_pre_attn_scalar: float | None = None
+    attn_logit_softcapping: float | None = None
 
     @property
     def scale(self) -> float:
         """Factor on the scores of attention."""
-        return self.head_dim**-0.5
-
-    @property
-    def out_bias(self) -> bool:
-        """Whether the output projection of attention has a bias."""
-        return self.attention_bias
+        return (self.query_pre_attn_scalar or self.head_dim) ** -0.5
 
     def rope_of(self, window: int | None) -> RopeConfig:
         """The rotary embedding of a layer with this window."""
@@ -128,16 +157,25 @@ def grouped_fields(fields: Fields, activation: str = "hidden_act") -> dict[str, 
     Raises:
         ConfigError: a key is missing or wrong.
     """
-    n_heads = fields.int("num_attention_heads")
-    n_kv_heads = fields.int("num_key_value_heads", n_heads)
-    if n_heads % n_kv_heads:
-        raise fields.error("num_key_value_heads", f"{n_kv_heads} must divide {n_heads}")
+    n_kv_heads = fields.int("num_key_value_heads", fields.int("num_attention_heads"))
     return {
         **decoder_fields(fields, activation),
-        "num_key_value_heads": n_kv_heads,
+        "num_key_value_heads": grouping(fields, n_kv_heads),
         "head_dim": fields.int("head_dim"),
         "windows": (None,) * fields.n_layers(),
     }
+
+
+def grouping(fields: Fields, n_kv_heads: int) -> int:
+    """The number of KV heads, if each serves as many query heads.
+
+    Raises:
+        ConfigError: it does not divide `num_attention_heads`.
+    """
+    n_heads = fields.int("num_attention_heads")
+    if n_heads % n_kv_heads:
+        raise fields.error("num_key_value_heads", f"{n_kv_heads} must divide {n_heads}")
+    return n_kv_heads
 
 
 def layer_windows(fields: Fields, slides: Callable[[int], bool]) -> tuple[int | None, ...]:
@@ -168,12 +206,11 @@ class Attention(Fusing):
         super().__init__()
         E, D, bias = config.hidden_size, config.head_dim, config.attention_bias
         self.n_heads, self.n_kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.scale = config.scale
-        self.softcap: float | None = None
+        self.scale, self.softcap = config.scale, config.attn_logit_softcapping
         self.q_proj = Linear(E, self.n_heads * D, bias=bias)
         self.k_proj = Linear(E, self.n_kv_heads * D, bias=bias)
         self.v_proj = Linear(E, self.n_kv_heads * D, bias=bias)
-        self.o_proj = Linear(self.n_heads * D, E, bias=config.out_bias)
+        self.o_proj = Linear(self.n_heads * D, E, bias=bias and config.out_bias)
         self._rope = RoPE(config.rope_of(window), config.rope_traditional, D)
 
     def __call__(self, x: mx.array, mask: Mask, cache: LayerCache | None) -> mx.array:
@@ -193,11 +230,11 @@ class Attention(Fusing):
 class NormedAttention(Attention, NormedHeads):
     """`Attention` with norms on the heads of queries and keys."""
 
-    def __init__(self, config: GroupedConfig, window: int | None = None, norm: Norm = nn.RMSNorm):
+    def __init__(self, config: GroupedConfig, window: int | None = None):
         super().__init__(config, window)
         self._eps = config.rms_norm_eps
-        self.q_norm = norm(config.head_dim, self._eps)
-        self.k_norm = norm(config.head_dim, self._eps)
+        self.q_norm = config.norm(config.head_dim, self._eps)
+        self.k_norm = config.norm(config.head_dim, self._eps)
 
     def heads(self, x: mx.array, offset: Offset) -> tuple[mx.array, mx.array, mx.array]:
         B, L, _ = x.shape
@@ -215,19 +252,18 @@ class TwoNorms(nn.Module):
     Args:
         config: the model's.
         attention: of (x, mask, cache).
-        mlp: of x, or a mixture of experts.
-        norm: the kind of both norms.
+        mlp: of x, or a mixture of experts; None: a `GatedMLP` of the config's sizes.
     """
 
-    def __init__(
-        self, config: DecoderConfig, attention: nn.Module, mlp: nn.Module, norm: Norm = nn.RMSNorm
-    ):
+    def __init__(self, config: DecoderConfig, attention: nn.Module, mlp: nn.Module | None = None):
         super().__init__()
-        E, eps = config.hidden_size, config.rms_norm_eps
+        c, E, eps = config, config.hidden_size, config.rms_norm_eps
+        if mlp is None:
+            mlp = GatedMLP(E, c.intermediate_size, c.hidden_act, c.mlp_bias)
         self.self_attn = attention
         self.mlp = mlp
-        self.input_layernorm = norm(E, eps)
-        self.post_attention_layernorm = norm(E, eps)
+        self.input_layernorm = c.norm(E, eps)
+        self.post_attention_layernorm = c.norm(E, eps)
 
 
 class Layer(TwoNorms):
@@ -241,13 +277,11 @@ class Layer(TwoNorms):
 class FourNorms(TwoNorms):
     """The modules of a layer with a norm before and after both attention and MLP."""
 
-    def __init__(
-        self, config: DecoderConfig, attention: nn.Module, mlp: nn.Module, norm: Norm = nn.RMSNorm
-    ):
-        super().__init__(config, attention, mlp, norm)
+    def __init__(self, config: DecoderConfig, attention: nn.Module, mlp: nn.Module | None = None):
+        super().__init__(config, attention, mlp)
         E, eps = config.hidden_size, config.rms_norm_eps
-        self.pre_feedforward_layernorm = norm(E, eps)
-        self.post_feedforward_layernorm = norm(E, eps)
+        self.pre_feedforward_layernorm = config.norm(E, eps)
+        self.post_feedforward_layernorm = config.norm(E, eps)
 
 
 class FourNormLayer(FourNorms):
@@ -263,11 +297,11 @@ class FourNormLayer(FourNorms):
 class Backbone(nn.Module):
     """Embedding, layers and final norm: what the checkpoint calls `model`."""
 
-    def __init__(self, config: DecoderConfig, layers: Sequence[nn.Module], norm: Norm = nn.RMSNorm):
+    def __init__(self, config: DecoderConfig, layers: Sequence[nn.Module]):
         super().__init__()
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = list(layers)
-        self.norm = norm(config.hidden_size, config.rms_norm_eps)
+        self.norm = config.norm(config.hidden_size, config.rms_norm_eps)
 
 
 class DecoderModel(CausalLM):
@@ -276,24 +310,15 @@ class DecoderModel(CausalLM):
     Args:
         config: the model's.
         backbone: its layers are callables of (x, mask, cache), unless `hidden` is overridden.
-        embed_scale: factor on the embeddings; None: they stay as they are.
-        logit_cap: see `soft_cap`.
     """
 
     model: Any
 
-    def __init__(
-        self,
-        config: DecoderConfig,
-        backbone: Backbone,
-        *,
-        embed_scale: float | None = None,
-        logit_cap: float | None = None,
-    ):
+    def __init__(self, config: DecoderConfig, backbone: Backbone):
         super().__init__()
         self.config = config
         self.model = backbone
-        self._embed_scale, self._logit_cap = embed_scale, logit_cap
+        self._embed_scale = config.hidden_size**0.5 if config.scales_embedding else None
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self._windows = tuple(model_windows(self.cache_specs()))
@@ -320,4 +345,4 @@ class DecoderModel(CausalLM):
     def logits(self, hidden: mx.array) -> mx.array:
         tied = self.config.tie_word_embeddings
         logits = self.model.embed_tokens.as_linear(hidden) if tied else self.lm_head(hidden)
-        return logits if self._logit_cap is None else soft_cap(logits, self._logit_cap)
+        return soft_cap(logits, self.config.final_logit_softcapping)

@@ -294,6 +294,13 @@ class GatedExperts(Fusing):
         return rows
 
 
+def best_experts(logits: mx.array, k: int) -> tuple[mx.array, mx.array]:
+    """The k best experts of each token, and the softmax of their logits alone, `[B, L, k]` both."""
+    experts = mx.argpartition(logits, kth=-k, axis=-1)[..., -k:]
+    chosen = mx.take_along_axis(logits, experts, axis=-1)
+    return experts, mx.softmax(chosen, axis=-1, precise=True)
+
+
 def weighed(answers: mx.array, weights: mx.array) -> mx.array:
     """The sum of each token's answers `[B, L, k, dim]` times their weights `[B, L, k]`.
 

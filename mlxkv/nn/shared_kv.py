@@ -11,13 +11,14 @@ import mlx.nn as nn
 
 from mlxkv.checkpoint.config import Fields
 from mlxkv.checkpoint.rope_config import RopeConfig
-from mlxkv.kv.layout import LayerCache, Mask, Offset
+from mlxkv.kv.layout import Caches, LayerCache, Mask, Offset
 from mlxkv.kv.storage import KV
 from mlxkv.kv.types import CacheSpec
 from mlxkv.nn.attention import attend
 from mlxkv.nn.decoder_model import Backbone, DecoderConfig, DecoderModel
 from mlxkv.nn.layers import Fusing, NormedHeads, merge_heads
 from mlxkv.nn.linear import Embedding, Linear
+from mlxkv.nn.model import attention_masks
 from mlxkv.nn.rope import RoPE
 
 KeysValues = tuple[KV, KV]
@@ -39,6 +40,23 @@ class Heads:
     donor: int | None
     k_is_v: bool
     rope: RopeConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SharedKVConfig(DecoderConfig):
+    """The numbers of a decoder whose layers differ in their attention.
+
+    Attributes:
+        heads: the attention of each layer.
+        hidden_size_per_layer_input: size of the embedding that each layer takes; 0: none.
+        vocab_size_per_layer_input: tokens that have one.
+    """
+
+    scales_embedding = True
+
+    heads: tuple[Heads, ...]
+    hidden_size_per_layer_input: int
+    vocab_size_per_layer_input: int
 
 
 def donors(fields: Fields, kinds: Sequence[Hashable], n_shared: int) -> tuple[int | None, ...]:
@@ -142,23 +160,13 @@ def attention(config: DecoderConfig, heads: Heads) -> SharedAttention:
 
 
 class PerLayerBackbone(Backbone):
-    """A backbone whose layers take an embedding of their own, of P values.
+    """A backbone whose N layers take an embedding of their own, of P values."""
 
-    Args:
-        config: the model's.
-        layers: each takes the values of `per_layer_inputs` for it.
-        n_rows: tokens that have an embedding per layer.
-        per_layer_dim: P; 0 where layers take nothing.
-    """
-
-    def __init__(
-        self, config: DecoderConfig, layers: Sequence[nn.Module], n_rows: int, per_layer_dim: int
-    ):
+    def __init__(self, config: SharedKVConfig, layers: Sequence[nn.Module]):
         super().__init__(config, layers)
-        E, N, P = config.hidden_size, config.num_hidden_layers, per_layer_dim
-        self.per_layer_shape = N, P
+        E, N, P = config.hidden_size, len(layers), config.hidden_size_per_layer_input
         if P:
-            self.embed_tokens_per_layer = Embedding(n_rows, N * P)
+            self.embed_tokens_per_layer = Embedding(config.vocab_size_per_layer_input, N * P)
             self.per_layer_model_projection = Linear(E, N * P, bias=False)
             self.per_layer_projection_norm = nn.RMSNorm(P, config.rms_norm_eps)
 
@@ -177,7 +185,13 @@ class PerLayerBackbone(Backbone):
 
 
 class SharedKVModel(DecoderModel):
-    """A decoder whose config has `heads`, one for each layer, and whose backbone is per layer."""
+    """A decoder whose last layers may read the KV of earlier ones, on a `PerLayerBackbone`.
+
+    Its layers are callables of (x, mask, offset, cache, the donor's KV, own embedding) and give x
+    and the KV they used.
+    """
+
+    config: SharedKVConfig
 
     def cache_specs(self) -> list[CacheSpec | None]:
         """One per layer; None where it reads its donor's KV."""
@@ -187,7 +201,41 @@ class SharedKVModel(DecoderModel):
         ]
 
     def embed_per_layer(self, tokens: mx.array) -> mx.array | None:
-        N, P = self.model.per_layer_shape
+        P = self.config.hidden_size_per_layer_input
         if not P:
             return None
-        return self.model.embed_tokens_per_layer(tokens).reshape(*tokens.shape, N, P) * P**0.5
+        return self.model.embed_tokens_per_layer(tokens).reshape(*tokens.shape, -1, P) * P**0.5
+
+    def through_layers(
+        self, x: mx.array, inputs: mx.array | None, caches: Caches, last_only: bool = False
+    ) -> mx.array:
+        """What the last layer gives.
+
+        Args:
+            x: `[..., L, E]`, what the first layer takes.
+            inputs: of `per_layer_inputs`, if the layers take any.
+            caches: one per layer that owns KV.
+            last_only: compute the layers without KV of their own for the last token alone.
+        """
+        L, n_own = x.shape[-2], len(self._windows)
+        masks = attention_masks(self._windows, caches, L)
+        # Before any layer: a donor's cache has moved on when its readers rotate their queries.
+        offset = caches[0].offset if caches else 0
+        used: list[KeysValues] = []
+        for i, (layer, heads) in enumerate(zip(self.model.layers, self.config.heads, strict=True)):
+            if last_only and i == n_own:
+                x, offset = x[..., -1:, :], offset + (L - 1)
+                inputs = None if inputs is None else inputs[:, -1:]
+                masks = {window: _last_row(mask) for window, mask in masks.items()}
+            # Layers with their own KV come first, so a cache has its layer's number.
+            cache = caches[i] if caches is not None and heads.donor is None else None
+            donated = None if heads.donor is None else used[heads.donor]
+            own = None if inputs is None else inputs[:, :, i]
+            x, kv = layer(x, masks[heads.window], offset, cache, donated, own)
+            used.append(kv)
+        return x
+
+
+def _last_row(mask: Mask) -> Mask:
+    """The mask of a chunk's last query, which sees every key where the chunk was causal."""
+    return mask[-1:] if isinstance(mask, mx.array) else None

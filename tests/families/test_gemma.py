@@ -145,8 +145,8 @@ def test_a_gemma3n_of_more_than_ten_layers_is_sparse_in_ten_unless_it_says_else(
     del raw["layer_types"]
     config = gemma3n.Config.from_dict(raw)
     assert config.activation_sparsity_pattern == (0.95,) * 10 + (0.0,)
-    assert config.windows == ((24,) * 4 + (None,)) * 2 + (24,)
-    assert config.donors == (None,) * 9 + (4, 8)
+    assert [heads.window for heads in config.heads] == ([24] * 4 + [None]) * 2 + [24]
+    assert [heads.donor for heads in config.heads] == [None] * 9 + [4, 8]
 
 
 @pytest.mark.parametrize("name", ["gemma-plain", "gemma2-text"])
