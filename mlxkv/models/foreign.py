@@ -25,6 +25,7 @@ from mlxkv.kv.storage import Ragged, dense
 from mlxkv.kv.types import CacheSpec, KVFormat
 from mlxkv.nn.batch import BatchCache, batch
 from mlxkv.nn.model import CausalLM
+from mlxkv.nn.shared_buffers import padded
 
 
 def defines(model_type: str) -> bool:
@@ -158,7 +159,7 @@ class PaddedCache:
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Append a token to each sequence; keys `[B, H, S, k_dim]` of the longest S, and values."""
         k, v = self._layer.update(keys, values)
-        return _padded(k), _padded(v)
+        return _in_one(k), _in_one(v)
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Mask:
         """Which of the padded rows each sequence's next token sees: bool `[B, 1, 1, S]`."""
@@ -174,17 +175,10 @@ class PaddedCache:
         return ((rows < own) & (rows >= own - window))[:, None, None]
 
 
-def _padded(kv: Ragged) -> mx.array:
+def _in_one(kv: Ragged) -> mx.array:
     """Rows of all sequences `[B, H, S, D]`, padded to the longest S."""
-    longest = kv.shape[2]
-    rows = [dense(part) for part in kv.parts]
-    padded = [
-        x
-        if x.shape[2] == longest
-        else mx.pad(x, [(0, 0), (0, 0), (0, longest - x.shape[2]), (0, 0)])
-        for x in rows
-    ]
-    out = padded[0] if len(padded) == 1 else mx.concatenate(padded)
+    rows = [padded(dense(part), kv.shape[2]) for part in kv.parts]
+    out = rows[0] if len(rows) == 1 else mx.concatenate(rows)
     return out if kv.order is None else mx.take(out, kv.order.back, axis=0)
 
 

@@ -14,14 +14,7 @@ from mlxkv.checkpoint import tensor_names
 from mlxkv.checkpoint.config import Fields, refuse_bidirectional
 from mlxkv.checkpoint.rope_config import rope_config
 from mlxkv.kv.layout import LayerCache, Mask
-from mlxkv.nn.decoder_model import (
-    Attention,
-    Backbone,
-    DecoderModel,
-    GroupedConfig,
-    TwoNorms,
-    grouped_fields,
-)
+from mlxkv.nn.decoder_model import Attention, DecoderModel, GroupedConfig, TwoNorms, grouped_fields
 from mlxkv.nn.layers import OffsetRMSNorm, residual
 
 DEFAULTS = {
@@ -72,7 +65,7 @@ class Model(DecoderModel):
 
     def __init__(self, config: Config):
         layers = [Layer(config, Attention(config)) for _ in config.windows]
-        super().__init__(config, Backbone(config, layers))
+        super().__init__(config, layers)
 
 
 remap = tensor_names.without_rotary

@@ -13,7 +13,6 @@ from mlxkv.checkpoint.config import Fields, refuse_bidirectional
 from mlxkv.checkpoint.rope_config import rope_config
 from mlxkv.nn.decoder_model import (
     Attention,
-    Backbone,
     DecoderModel,
     FourNormLayer,
     GroupedConfig,
@@ -67,7 +66,7 @@ class Model(DecoderModel):
 
     def __init__(self, config: Config):
         layers = [FourNormLayer(config, Attention(config)) for _ in config.windows]
-        super().__init__(config, Backbone(config, layers))
+        super().__init__(config, layers)
 
 
 remap = tensor_names.without_rotary

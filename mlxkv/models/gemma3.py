@@ -12,7 +12,6 @@ from mlxkv.checkpoint import tensor_names
 from mlxkv.checkpoint.config import Fields, refuse_bidirectional
 from mlxkv.checkpoint.rope_config import rope_configs
 from mlxkv.nn.decoder_model import (
-    Backbone,
     DecoderModel,
     FourNormLayer,
     GroupedConfig,
@@ -71,7 +70,7 @@ class Model(DecoderModel):
     def __init__(self, config: Config):
         c = config
         layers = [FourNormLayer(c, NormedAttention(c, window)) for window in c.windows]
-        super().__init__(c, Backbone(c, layers))
+        super().__init__(c, layers)
 
 
 remap = tensor_names.language_model

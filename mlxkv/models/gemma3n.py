@@ -6,7 +6,7 @@ Reference: transformers `modeling_gemma3n.py`. Multimodal checkpoints load as th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from statistics import NormalDist
 
 import mlx.core as mx
@@ -16,10 +16,9 @@ from mlxkv.checkpoint import tensor_names
 from mlxkv.kv.layout import Caches, LayerCache, Mask, Offset
 from mlxkv.models.gemma3n_altup import AltUp, one_stream, rescaled, root_mean_square
 from mlxkv.models.gemma3n_config import Config
-from mlxkv.nn.decoder_model import FourNorms
 from mlxkv.nn.layers import GatedMLP, compiled, gated
 from mlxkv.nn.linear import Linear
-from mlxkv.nn.shared_kv import KeysValues, PerLayerBackbone, SharedKVModel, attention
+from mlxkv.nn.shared_kv import KeysValues, PerLayerBackbone, PerLayerNorms, SharedKVModel
 
 
 class MLP(GatedMLP):
@@ -69,24 +68,19 @@ class Laurel(nn.Module):
         return x + self["post_laurel_norm"](self["linear_right"](self["linear_left"](x)))
 
 
-class Layer(FourNorms):
+class Layer(PerLayerNorms):
     """One update of all streams."""
 
     def __init__(self, config: Config, layer: int):
-        E, P, eps = config.hidden_size, config.hidden_size_per_layer_input, config.rms_norm_eps
         mlp = MLP(
-            E,
+            config.hidden_size,
             config.intermediate_sizes[layer],
             config.hidden_act,
             config.activation_sparsity_pattern[layer],
         )
-        super().__init__(config, attention(config, config.heads[layer]), mlp)
+        super().__init__(config, config.heads[layer], mlp)
         self.altup = AltUp(config)
         self.laurel = Laurel(config)
-        self.per_layer_input_gate = Linear(E, P, bias=False)
-        self.per_layer_projection = Linear(P, E, bias=False)
-        self.post_per_layer_input_norm = nn.RMSNorm(E, eps)
-        self._gated = gated(config.hidden_act)
         self._scales = config.altup_correct_scale
         n_more = config.altup_num_inputs - 1
         self._takes_own = mx.array([False] + [True] * n_more)[:, None, None, None]
@@ -100,18 +94,11 @@ class Layer(FourNorms):
         kv: KeysValues | None,
         own: mx.array,
     ) -> tuple[mx.array, KeysValues]:
-        """Update the streams.
+        """The next streams `[A, B, L, E]`, and the keys and values of the attention.
 
         Args:
             streams: `[A, B, L, E]`.
-            mask: see `attend`.
-            offset: position of the first token.
-            cache: the layer's own, if any.
-            kv: the donor's keys and values where it has none.
-            own: the tokens' embedding for this layer, `[B, L, P]`.
-
-        Returns:
-            The streams, and the keys and values of its attention.
+            own: the tokens' embedding for this layer, `[B, L, P]`; the others are of `attention`.
         """
         altup = self["altup"]
         predicted = altup.predict(streams)
@@ -132,8 +119,7 @@ class Layer(FourNorms):
         if self._scales:
             x = x * altup.correct_output_scale
         x = self["per_layer_projection"](self._gated(self["per_layer_input_gate"](x), own))
-        x = self["post_per_layer_input_norm"](x)
-        return _added(streams, x, self._takes_own)
+        return _added(streams, self["post_per_layer_input_norm"](x), self._takes_own)
 
 
 @compiled
@@ -149,11 +135,9 @@ def _added(streams: mx.array, x: mx.array, which: mx.array) -> mx.array:
 class Backbone(PerLayerBackbone):
     """A backbone that makes streams of one hidden state and back."""
 
-    def __init__(self, config: Config):
-        c, n_more = config, config.altup_num_inputs - 1
-        layers = [Layer(c, i) for i in range(c.num_hidden_layers)]
-        super().__init__(c, layers)
-        E = c.hidden_size
+    def __init__(self, config: Config, layers: Sequence[nn.Module]):
+        super().__init__(config, layers)
+        E, n_more = config.hidden_size, config.altup_num_inputs - 1
         self.altup_projections = [Linear(E, E, bias=False) for _ in range(n_more)]
         self.altup_unembed_projections = [Linear(E, E, bias=False) for _ in range(n_more)]
 
@@ -176,7 +160,8 @@ class Model(SharedKVModel):
     """A Gemma 3n language model with its head."""
 
     def __init__(self, config: Config):
-        super().__init__(config, Backbone(config))
+        layers = [Layer(config, i) for i in range(config.num_hidden_layers)]
+        super().__init__(config, layers, Backbone)
 
     def embed_per_layer(self, tokens: mx.array) -> mx.array | None:
         # Tokens of images and sound have no row here and get that of token 0.

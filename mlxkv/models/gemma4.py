@@ -17,29 +17,20 @@ import mlx.nn as nn
 from mlxkv.checkpoint import tensor_names
 from mlxkv.kv.layout import Caches, LayerCache, Mask, Offset
 from mlxkv.models.gemma4_config import Config
-from mlxkv.nn.decoder_model import FourNorms
 from mlxkv.nn.layers import GatedMLP, Prepared, compiled, gated
 from mlxkv.nn.linear import Linear
-from mlxkv.nn.moe import GatedExperts, best_experts, weighed
-from mlxkv.nn.shared_kv import Heads, KeysValues, PerLayerBackbone, SharedKVModel, attention
-
-__all__ = ["Config", "Model", "remap"]
+from mlxkv.nn.moe import GatedExperts, weighed
+from mlxkv.nn.shared_kv import Heads, KeysValues, PerLayerBackbone, PerLayerNorms, SharedKVModel
 
 
-class Layer(FourNorms):
+class Layer(PerLayerNorms):
     """Attention and MLP between norms, then the per-layer input, all of it times a scalar."""
 
     def __init__(self, config: Config, heads: Heads):
-        E, eps = config.hidden_size, config.rms_norm_eps
         wide = config.use_double_wide_mlp and heads.donor is not None
-        mlp = GatedMLP(E, config.intermediate_size * (1 + wide), config.hidden_act)
-        super().__init__(config, attention(config, heads), mlp)
+        n_hidden = config.intermediate_size * (1 + wide)
+        super().__init__(config, heads, GatedMLP(config.hidden_size, n_hidden, config.hidden_act))
         self.layer_scalar = mx.ones((1,))
-        if P := config.hidden_size_per_layer_input:
-            self.per_layer_input_gate = Linear(E, P, bias=False)
-            self.per_layer_projection = Linear(P, E, bias=False)
-            self.post_per_layer_input_norm = nn.RMSNorm(E, eps)
-            self._gated = gated(config.hidden_act)
 
     def __call__(
         self,
@@ -88,7 +79,8 @@ class Router(Prepared):
         scale = self["scale"] if self._root == 1.0 else self["scale"] * self._root
         scores = self["proj"](mx.fast.rms_norm(x, scale, self._eps))
         # The share among the chosen is their softmax: what the others had falls out of the sum.
-        experts, weights = best_experts(scores, self._k)
+        experts = mx.argpartition(scores, kth=-self._k, axis=-1)[..., -self._k :]
+        weights = mx.softmax(mx.take_along_axis(scores, experts, axis=-1), axis=-1, precise=True)
         return experts, weights * self["per_expert_scale"][experts]
 
 
@@ -132,7 +124,7 @@ class Model(SharedKVModel):
     def __init__(self, config: Config):
         kind = ExpertsLayer if config.num_experts else Layer
         layers = [kind(config, heads) for heads in config.heads]
-        super().__init__(config, PerLayerBackbone(config, layers))
+        super().__init__(config, layers, PerLayerBackbone)
 
     def hidden(
         self, x: mx.array, caches: Caches = None, per_layer: mx.array | None = None

@@ -11,14 +11,13 @@ from typing import Any
 
 from mlxkv.checkpoint.config import Fields, refuse_bidirectional, text_config
 from mlxkv.checkpoint.rope_config import RopeConfig, rope_config
-from mlxkv.nn.decoder_model import FULL, LAYER_TYPES, SLIDING, decoder_fields, grouping
+from mlxkv.nn.decoder_model import FULL, SLIDING, decoder_fields, grouping, layer_types
 from mlxkv.nn.shared_kv import Heads, SharedKVConfig, donors
 
 DEFAULT_ROPE = {
     SLIDING: {"rope_type": "default", "rope_theta": 10_000.0},
     FULL: {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1_000_000.0},
 }
-
 
 DEFAULTS = {
     "model_type": "gemma4_text",
@@ -30,6 +29,7 @@ DEFAULTS = {
     "tie_word_embeddings": True,
     "sliding_window": 512,
     "hidden_size_per_layer_input": 256,
+    "rope_parameters": DEFAULT_ROPE,
 }
 UNIFIED = {
     **DEFAULTS,
@@ -52,13 +52,7 @@ class Config(SharedKVConfig):
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], source: str = "config.json") -> Config:
-        """Read a config of either style, nested or flat.
-
-        What is left out is the family's default, as transformers documents it.
-
-        Raises:
-            ConfigError: a key is missing, wrong or not understood.
-        """
+        # Here and not in `read`: the type of the whole model decides about defaults.
         fields = Fields(text_config(raw), source)
         unified = "unified" in f"{raw.get('model_type')} {fields.any('model_type')}"
         fields = fields.with_defaults(UNIFIED if unified else DEFAULTS)
@@ -87,42 +81,28 @@ class Config(SharedKVConfig):
 
 
 def _heads(fields: Fields) -> tuple[Heads, ...]:
-    types = _layer_types(fields)
+    # Five sliding layers to each full one; the last one is full whatever is said.
+    types = (*layer_types(fields, lambda i: (i + 1) % 6 != 0)[:-1], FULL)
     sources = donors(fields, types, fields.count("num_kv_shared_layers", 0))
     window, k_eq_v = fields.int("sliding_window"), fields.bool("attention_k_eq_v", False)
-    fields = fields.with_defaults({"rope_parameters": DEFAULT_ROPE})
-    ropes: dict[tuple[str, int], RopeConfig] = {}
-    heads = []
-    for i, (kind, (head_dim, n_kv_heads)) in enumerate(
-        zip(types, _head_sizes(fields, types), strict=True)
-    ):
-        if (kind, head_dim) not in ropes:
-            ropes[kind, head_dim] = _rope(fields, kind, head_dim)
-        sliding = kind == SLIDING
-        heads.append(
-            Heads(
-                window if sliding else None,
-                head_dim,
-                grouping(fields, n_kv_heads),
-                sources[i],
-                k_eq_v and not sliding,
-                ropes[kind, head_dim],
-            )
+    heads = [
+        Heads(
+            window=window if kind == SLIDING else None,
+            head_dim=head_dim,
+            n_kv_heads=grouping(fields, n_kv_heads),
+            donor=donor,
+            k_is_v=k_eq_v and kind == FULL,
+            rope=_rope(fields, kind, head_dim),
         )
+        for kind, donor, (head_dim, n_kv_heads) in zip(
+            types, sources, _head_sizes(fields, types), strict=True
+        )
+    ]
     for layer in heads:
         donor = layer if layer.donor is None else heads[layer.donor]
         if (layer.head_dim, layer.n_kv_heads) != (donor.head_dim, donor.n_kv_heads):
             raise fields.error("per_layer_config", "gives a layer other heads than its KV has")
     return tuple(heads)
-
-
-def _layer_types(fields: Fields) -> tuple[str, ...]:
-    """As given, or five sliding layers to each full one; the last one is full whatever is said."""
-    n = fields.n_layers()
-    types = fields.strings("layer_types", n, LAYER_TYPES) or tuple(
-        SLIDING if (i + 1) % 6 else FULL for i in range(n)
-    )
-    return (*types[:-1], FULL)
 
 
 def _head_sizes(fields: Fields, types: Sequence[str]) -> list[tuple[int, int]]:

@@ -16,14 +16,7 @@ from mlxkv.checkpoint import tensor_names
 from mlxkv.checkpoint.config import Fields
 from mlxkv.checkpoint.rope_config import rope_config
 from mlxkv.kv.layout import LayerCache, Mask
-from mlxkv.nn.decoder_model import (
-    Attention,
-    Backbone,
-    DecoderModel,
-    GroupedConfig,
-    Layer,
-    grouped_fields,
-)
+from mlxkv.nn.decoder_model import Attention, DecoderModel, GroupedConfig, Layer, grouped_fields
 from mlxkv.nn.layers import gated, on_halves
 from mlxkv.nn.linear import Linear
 
@@ -36,11 +29,6 @@ class Config(GroupedConfig):
     """The numbers that define a GLM; the names are those of config.json."""
 
     out_bias = False
-
-    @property
-    def post_norms(self) -> bool:
-        """Whether what attention and MLP give back is normed as well."""
-        return self.model_type == "glm4"
 
     @classmethod
     def read(cls, fields: Fields) -> Self:
@@ -88,9 +76,9 @@ class Model(DecoderModel):
     """A GLM with its head."""
 
     def __init__(self, config: Config):
-        c, kind = config, PostNormLayer if config.post_norms else Layer
+        c, kind = config, PostNormLayer if config.model_type == "glm4" else Layer
         layers = [kind(c, Attention(c), MLP(c)) for _ in range(c.num_hidden_layers)]
-        super().__init__(c, Backbone(c, layers))
+        super().__init__(c, layers)
 
 
 remap = tensor_names.without_rotary

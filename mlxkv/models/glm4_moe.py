@@ -18,14 +18,13 @@ from mlxkv.checkpoint.expert_stacks import stack_experts
 from mlxkv.checkpoint.rope_config import rope_config
 from mlxkv.nn.decoder_model import (
     Attention,
-    Backbone,
     DecoderModel,
     GroupedConfig,
     Layer,
     NormedAttention,
     grouped_fields,
 )
-from mlxkv.nn.sigmoid_moe import CORRECTION_BIAS, MoEConfig, feed_forward, first_dense
+from mlxkv.nn.sigmoid_moe import CORRECTION_BIAS, MoE, MoEConfig, first_dense
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,10 +58,10 @@ class Model(DecoderModel):
     def __init__(self, config: Config):
         c, attention = config, NormedAttention if config.use_qk_norm else Attention
         layers = [
-            Layer(c, attention(c), feed_forward(c, c.moe, dense=i < c.first_k_dense_replace))
+            Layer(c, attention(c), MoE(c, c.moe) if i >= c.first_k_dense_replace else None)
             for i in range(c.num_hidden_layers)
         ]
-        super().__init__(c, Backbone(c, layers))
+        super().__init__(c, layers)
 
     def keeps_dtype(self, name: str) -> bool:
         return name.endswith(CORRECTION_BIAS)

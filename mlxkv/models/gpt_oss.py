@@ -19,17 +19,10 @@ from mlxkv.checkpoint.config import Fields
 from mlxkv.checkpoint.rope_config import rope_config
 from mlxkv.errors import WeightsError
 from mlxkv.nn import decoder_model
-from mlxkv.nn.decoder_model import (
-    Backbone,
-    DecoderModel,
-    GroupedConfig,
-    Layer,
-    grouped_fields,
-    layer_windows,
-)
+from mlxkv.nn.decoder_model import DecoderModel, GroupedConfig, Layer, grouped_fields, layer_windows
 from mlxkv.nn.layers import compiled
 from mlxkv.nn.linear import Linear
-from mlxkv.nn.moe import GatedExperts, best_experts, weighed
+from mlxkv.nn.moe import GatedExperts, weighed
 
 YARN = {
     "rope_type": "yarn",
@@ -115,7 +108,10 @@ class MoE(nn.Module):
         )
 
     def __call__(self, x: mx.array) -> mx.array:
-        experts, weights = best_experts(self["router"](x), self._k)
+        logits = self["router"](x)
+        experts = mx.argpartition(logits, kth=-self._k, axis=-1)[..., -self._k :]
+        chosen = mx.take_along_axis(logits, experts, axis=-1)
+        weights = mx.softmax(chosen, axis=-1, precise=True)  # [B, L, k]
         return weighed(self["experts"](x, experts), weights)
 
 
@@ -124,7 +120,7 @@ class Model(DecoderModel):
 
     def __init__(self, config: Config):
         layers = [Layer(config, Attention(config), MoE(config)) for _ in config.windows]
-        super().__init__(config, Backbone(config, layers))
+        super().__init__(config, layers)
 
 
 _EXPERTS = re.compile(

@@ -66,12 +66,7 @@ def attend(
 
 
 def _attend_on_cpu(
-    q: mx.array,
-    k: mx.array,
-    v: mx.array,
-    scale: float,
-    mask: Mask,
-    sinks: mx.array | None,
+    q: mx.array, k: mx.array, v: mx.array, scale: float, mask: Mask, sinks: mx.array | None
 ) -> mx.array:
     """Dense keys and values on the CPU backend."""
     B, H, L, D = q.shape
@@ -133,12 +128,7 @@ def _attend_rows(
 
 
 def _attend_ragged(
-    q: mx.array,
-    k: Ragged,
-    v: Ragged,
-    scale: float,
-    sinks: mx.array | None,
-    softcap: float | None,
+    q: mx.array, k: Ragged, v: Ragged, scale: float, sinks: mx.array | None, softcap: float | None
 ) -> mx.array:
     """One query of each of several sequences, each over keys of its own."""
     if k.order is not None:

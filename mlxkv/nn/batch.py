@@ -12,7 +12,6 @@ Invariants:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import mlx.core as mx
 
@@ -20,6 +19,7 @@ from mlxkv.cache import KVCache, RotatingKVCache
 from mlxkv.errors import UsageError
 from mlxkv.kv.layout import Cache, LayerCache, Mask, Offset, Positions
 from mlxkv.kv.storage import Order, Ragged, Rows
+from mlxkv.nn.shared_buffers import Access
 from mlxkv.nn.slots import Part, Room, Row, place, sliceable
 
 
@@ -69,56 +69,6 @@ def arranged(
     return [i for part in parts for i in part.sequences]
 
 
-class _Access:
-    """Where a step writes and reads a part's shared buffers, in layers of one window.
-
-    Args:
-        slots: of its sequences, in the batch's order.
-        columns: the same.
-        n_rows: rows that are read.
-        n_columns: columns of them.
-        mask: bool `[n_rows, 1, 1, n_columns]`; None where all columns are seen.
-        offsets: of the sequences behind this step, in the batch's order.
-    """
-
-    def __init__(
-        self,
-        slots: Sequence[int],
-        columns: Sequence[int],
-        n_rows: int,
-        n_columns: int,
-        mask: mx.array | None,
-        offsets: Sequence[int],
-    ):
-        self.n_rows, self.n_columns, self.mask, self.offsets = n_rows, n_columns, mask, offsets
-        self._slots, self._columns = slots, columns
-        self._is_in_order = list(slots) == list(range(n_rows))
-        self._made: dict[Any, Any] = {}
-
-    def columns(self, n_slots: int, shape: tuple[int, ...]) -> mx.array | None:
-        """uint32 `[n, H, 1, D]` if the sequences fill all slots in their order, else None.
-
-        Made once for all layers, as `index` is.
-        """
-        if n_slots != self.n_rows or not self._is_in_order:
-            return None
-        if shape not in self._made:
-            columns = mx.array(list(self._columns), dtype=mx.uint32)[:, None, None, None]
-            self._made[shape] = mx.broadcast_to(columns, shape)
-        return self._made[shape]
-
-    def index(self, n_heads: int) -> tuple[mx.array, mx.array, mx.array]:
-        """Slots, heads and columns, uint32 `[n, H]` each."""
-        if n_heads not in self._made:
-            # On the host: as operations they would be launched in every step.
-            heads = [list(range(n_heads))] * len(self._slots)
-            slots = [[slot] * n_heads for slot in self._slots]
-            columns = [[column] * n_heads for column in self._columns]
-            arrays = [mx.array(x, dtype=mx.uint32) for x in (slots, heads, columns)]
-            self._made[n_heads] = tuple(arrays)
-        return self._made[n_heads]
-
-
 class _Members:
     """The sequences of a part, in the batch's order.
 
@@ -144,7 +94,7 @@ class _Members:
         """Its rows of `[B, ...]`."""
         return x if self._at is None else x[self._at]
 
-    def access(self, offsets: Sequence[int], window: int | None) -> _Access:
+    def access(self, offsets: Sequence[int], window: int | None) -> Access:
         """Where the next token goes, and what it sees."""
         own = [offsets[i] for i in self.sequences]
         columns = own if window is None else [offset % window for offset in own]
@@ -157,7 +107,7 @@ class _Members:
                 visible[slot] = n
             mask = mx.arange(max(seen))[None] < mx.array(visible)[:, None]
             mask = mask[:, None, None]
-        return _Access(self._slots, columns, self._n_rows, max(seen), mask, behind)
+        return Access(self._slots, columns, self._n_rows, max(seen), mask, behind)
 
 
 class _Steps:
@@ -205,9 +155,9 @@ class _Step:
     def __init__(self, offsets: tuple[int, ...], members: Sequence[_Members]):
         self.offsets, self._members = offsets, members
         self.position: Offset = offsets[0] if len(set(offsets)) == 1 else Positions(offsets)
-        self._accesses: dict[int | None, list[_Access]] = {}
+        self._accesses: dict[int | None, list[Access]] = {}
 
-    def accesses(self, window: int | None) -> list[_Access]:
+    def accesses(self, window: int | None) -> list[Access]:
         """For each part, in layers of this window."""
         if window not in self._accesses:
             self._accesses[window] = [part.access(self.offsets, window) for part in self._members]
@@ -240,7 +190,7 @@ class BatchCache:
     def __init__(self, caches: Sequence[Cache], steps: _Steps, leads: bool):
         self.caches = tuple(caches)
         self._steps, self._leads = steps, leads
-        self._parts = [_LayerPart.of(self.caches, members) for members in steps.members]
+        self._parts = [_part(self.caches, members) for members in steps.members]
 
     @property
     def offset(self) -> Offset:
@@ -285,45 +235,25 @@ class BatchCache:
         return Ragged(keys, masks, steps.order), Ragged(values, masks, steps.order)
 
 
-class _LayerPart:
-    """A part of a batch in one layer."""
-
-    window: int | None = None
-
-    @property
-    def is_intact(self) -> bool:
-        """Whether its caches are where they were."""
-        return True
-
-    @classmethod
-    def of(cls, caches: Sequence[Cache], members: _Members) -> _LayerPart:
-        """Of the caches of all sequences, those of a part."""
-        own = [caches[i] for i in members.sequences]
-        if members.is_shared and (layers := sliceable(own)):
-            return _SharedPart(layers)
-        return _OwnPart(own[0])
-
-    def update(
-        self, k: mx.array, v: mx.array, access: _Access
-    ) -> tuple[Rows, Rows, mx.array | None]:
-        """Append a token to each; keys, values and mask."""
-        raise NotImplementedError
+_Rows = tuple[Rows, Rows, mx.array | None]
+"""Keys and values of a part's sequences, and the mask."""
 
 
-class _OwnPart(_LayerPart):
-    """A sequence with buffers of its own."""
+class _OwnPart:
+    """A sequence with buffers of its own, in one layer."""
+
+    window, is_intact = None, True
 
     def __init__(self, cache: Cache):
         self._cache = cache
 
-    def update(
-        self, k: mx.array, v: mx.array, access: _Access
-    ) -> tuple[Rows, Rows, mx.array | None]:
+    def update(self, k: mx.array, v: mx.array, access: Access) -> _Rows:
+        """Append a token."""
         return *self._cache.update(k, v), None
 
 
-class _SharedPart(_LayerPart):
-    """Sequences that share buffers; rows come in the buffers' order."""
+class _SharedPart:
+    """Sequences that share buffers, in one layer; rows come in the buffers' order."""
 
     def __init__(self, caches: Sequence[KVCache | RotatingKVCache]):
         first = caches[0]
@@ -334,12 +264,12 @@ class _SharedPart(_LayerPart):
 
     @property
     def is_intact(self) -> bool:
+        """Whether its caches are where they were."""
         rows = zip(self._caches, self._rows, strict=True)
         return all(cache.row is row for cache, row in rows)
 
-    def update(
-        self, k: mx.array, v: mx.array, access: _Access
-    ) -> tuple[Rows, Rows, mx.array | None]:
+    def update(self, k: mx.array, v: mx.array, access: Access) -> _Rows:
+        """Append a token to each."""
         first, shared, n = self._first, self._row.shared, access.n_columns
         assert first.row is self._row, "a sequence has left the batch: make it anew"
         if n > shared.capacity:
@@ -348,3 +278,11 @@ class _SharedPart(_LayerPart):
         first.advance(self._caches, access.offsets)
         k_rows, v_rows = first.decoded(shared.read(access.n_rows), n)
         return k_rows, v_rows, access.mask
+
+
+def _part(caches: Sequence[Cache], members: _Members) -> _OwnPart | _SharedPart:
+    """Of the caches of all sequences in a layer, those of a part."""
+    own = [caches[i] for i in members.sequences]
+    if members.is_shared and (layers := sliceable(own)):
+        return _SharedPart(layers)
+    return _OwnPart(own[0])

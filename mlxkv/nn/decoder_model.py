@@ -148,14 +148,8 @@ class GroupedConfig(DecoderConfig):
 def grouped_fields(fields: Fields, activation: str = "hidden_act") -> dict[str, Any]:
     """The values of `GroupedConfig`'s fields but for the rotary embeddings.
 
-    No layer slides unless the family says so (`layer_windows`).
-
-    Args:
-        fields: as of `decoder_fields`.
-        activation: the key that names the activation.
-
-    Raises:
-        ConfigError: a key is missing or wrong.
+    No layer slides unless the family says so (`layer_windows`). Arguments and errors are those of
+    `decoder_fields`.
     """
     n_kv_heads = fields.int("num_key_value_heads", fields.int("num_attention_heads"))
     return {
@@ -178,6 +172,14 @@ def grouping(fields: Fields, n_kv_heads: int) -> int:
     return n_kv_heads
 
 
+def layer_types(fields: Fields, slides: Callable[[int], bool]) -> tuple[str, ...]:
+    """`layer_types`, or what `slides` says of each layer where the config has none."""
+    n = fields.n_layers()
+    return fields.strings("layer_types", n, LAYER_TYPES) or tuple(
+        SLIDING if slides(i) else FULL for i in range(n)
+    )
+
+
 def layer_windows(fields: Fields, slides: Callable[[int], bool]) -> tuple[int | None, ...]:
     """The window of each layer, from `layer_types` and `sliding_window`.
 
@@ -188,10 +190,7 @@ def layer_windows(fields: Fields, slides: Callable[[int], bool]) -> tuple[int | 
     Raises:
         ConfigError: `layer_types` is wrong, or a layer slides and there is no window.
     """
-    n_layers, window = fields.n_layers(), fields.opt_int("sliding_window")
-    types = fields.strings("layer_types", n_layers, LAYER_TYPES) or tuple(
-        SLIDING if slides(i) else FULL for i in range(n_layers)
-    )
+    types, window = layer_types(fields, slides), fields.opt_int("sliding_window")
     if window is None and SLIDING in types:
         raise fields.missing("sliding_window")
     return tuple(window if kind == SLIDING else None for kind in types)
@@ -309,15 +308,21 @@ class DecoderModel(CausalLM):
 
     Args:
         config: the model's.
-        backbone: its layers are callables of (x, mask, cache), unless `hidden` is overridden.
+        layers: callables of (x, mask, cache), unless `hidden` is overridden.
+        backbone: what holds them.
     """
 
     model: Any
 
-    def __init__(self, config: DecoderConfig, backbone: Backbone):
+    def __init__(
+        self,
+        config: DecoderConfig,
+        layers: Sequence[nn.Module],
+        backbone: Callable[[Any, Sequence[nn.Module]], Backbone] = Backbone,
+    ):
         super().__init__()
         self.config = config
-        self.model = backbone
+        self.model = backbone(config, layers)
         self._embed_scale = config.hidden_size**0.5 if config.scales_embedding else None
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -345,4 +350,5 @@ class DecoderModel(CausalLM):
     def logits(self, hidden: mx.array) -> mx.array:
         tied = self.config.tie_word_embeddings
         logits = self.model.embed_tokens.as_linear(hidden) if tied else self.lm_head(hidden)
-        return soft_cap(logits, self.config.final_logit_softcapping)
+        cap = self.config.final_logit_softcapping
+        return logits if cap is None else soft_cap(logits, cap)

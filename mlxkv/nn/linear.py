@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -23,6 +24,38 @@ SPLIT_ROWS = 256
 """Output rows below which a product is not worth a second core."""
 
 _Arrays = Sequence[mx.array | None]
+
+
+class Quantizable(nn.Module):
+    """A module that `nn.quantize` can replace by one on packed weights."""
+
+    def to_quantized(
+        self,
+        group_size: int | None = None,
+        bits: int | None = None,
+        mode: str = "affine",
+        quantize_input: bool = False,
+    ) -> Any:
+        return self._quantized(group_size or 64, bits or 4, mode)
+
+    def _quantized(self, group_size: int, bits: int, mode: str) -> nn.Module:
+        """The module on packed weights."""
+        raise NotImplementedError
+
+
+class PackedStack(nn.Module):
+    """The packed form of a module with one matrix for each head or expert, `[N, out, in]`."""
+
+    def __init__(self, module: nn.Module, group_size: int, bits: int, mode: str):
+        nn.Module.__init__(self)
+        self.group_size, self.bits, self.mode = group_size, bits, mode
+        arrays = mx.quantize(module["weight"], group_size=group_size, bits=bits, mode=mode)
+        # The formats other than affine have no biases beside their scales.
+        for name, array in zip(("weight", "scales", "biases"), arrays, strict=False):
+            self[name] = array
+        if "bias" in module:
+            self.bias = module["bias"]
+        self.freeze()
 
 
 class _Divided(nn.Module):
@@ -66,7 +99,7 @@ class _Divided(nn.Module):
         raise NotImplementedError
 
 
-class _Dense(_Divided):
+class _Dense(_Divided, Quantizable):
     def _whole(self) -> _Arrays:
         return [self["weight"].T]
 
@@ -132,14 +165,8 @@ class Linear(_Dense, nn.Linear):
     def __call__(self, x: mx.array) -> mx.array:
         return self._product(x) if "_parts" in self else nn.Linear.__call__(self, x)
 
-    def to_quantized(
-        self,
-        group_size: int | None = None,
-        bits: int | None = None,
-        mode: str = "affine",
-        quantize_input: bool = False,
-    ) -> QuantizedLinear:
-        return QuantizedLinear.from_linear(self, group_size or 64, bits or 4, mode)
+    def _quantized(self, group_size: int, bits: int, mode: str) -> nn.Module:
+        return QuantizedLinear.from_linear(self, group_size, bits, mode)
 
 
 class QuantizedLinear(_Packed, nn.QuantizedLinear):
@@ -154,14 +181,8 @@ class Embedding(_Dense, nn.Embedding):
     def as_linear(self, x: mx.array) -> mx.array:
         return self._product(x) if "_parts" in self else nn.Embedding.as_linear(self, x)
 
-    def to_quantized(
-        self,
-        group_size: int | None = None,
-        bits: int | None = None,
-        mode: str = "affine",
-        quantize_input: bool = False,
-    ) -> QuantizedEmbedding:
-        return QuantizedEmbedding.from_embedding(self, group_size or 64, bits or 4, mode)
+    def _quantized(self, group_size: int, bits: int, mode: str) -> nn.Module:
+        return QuantizedEmbedding.from_embedding(self, group_size, bits, mode)
 
 
 class QuantizedEmbedding(_Packed, nn.QuantizedEmbedding):

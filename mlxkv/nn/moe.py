@@ -16,7 +16,7 @@ import numpy as np
 
 from mlxkv.base import device
 from mlxkv.nn.layers import Fusing, on_halves
-from mlxkv.nn.linear import SPLIT_ROWS, product_dtype
+from mlxkv.nn.linear import SPLIT_ROWS, PackedStack, Quantizable, product_dtype
 
 SORTED_ROWS = 64
 """Rows (tokens x experts of each) from which they are sorted by expert: neighbours then share a
@@ -31,7 +31,7 @@ Activation = Callable[[mx.array, mx.array], mx.array]
 """(gate, up) -> what the down projection takes."""
 
 
-class ExpertLinear(nn.Module):
+class ExpertLinear(Quantizable):
     """x W_e^T + b_e, with e the expert of each row.
 
     Args:
@@ -40,6 +40,8 @@ class ExpertLinear(nn.Module):
         out_dims: size of its result.
         bias: whether every expert has a bias.
     """
+
+    mode = "none"
 
     def __init__(self, n_experts: int, in_dims: int, out_dims: int, bias: bool = False):
         super().__init__()
@@ -54,7 +56,7 @@ class ExpertLinear(nn.Module):
     @property
     def dense_rows(self) -> int:
         """Rows of an average expert from which `of` is the faster way on the CPU backend."""
-        return DENSE_ROWS_PER_EXPERT["none"]
+        return DENSE_ROWS_PER_EXPERT[self.mode]
 
     @property
     def gathers(self) -> bool:
@@ -79,15 +81,8 @@ class ExpertLinear(nn.Module):
         x = (x @ self._dense(expert, x.dtype).T).astype(x.dtype)
         return x + self["bias"][expert] if "bias" in self else x
 
-    def to_quantized(
-        self,
-        group_size: int | None = None,
-        bits: int | None = None,
-        mode: str = "affine",
-        quantize_input: bool = False,
-    ) -> QuantizedExpertLinear:
-        """The same, packed; `nn.quantize` calls it."""
-        return QuantizedExpertLinear.from_experts(self, group_size or 64, bits or 4, mode)
+    def _quantized(self, group_size: int, bits: int, mode: str) -> nn.Module:
+        return QuantizedExpertLinear(self, group_size, bits, mode)
 
     def _gather(self, x: mx.array, indices: mx.array, in_order: bool) -> mx.array:
         weight = self["weight"].swapaxes(-1, -2)
@@ -100,31 +95,8 @@ class ExpertLinear(nn.Module):
         return _slice_of(self["weight"], expert)
 
 
-class QuantizedExpertLinear(ExpertLinear):
+class QuantizedExpertLinear(PackedStack, ExpertLinear):
     """`ExpertLinear` on packed weights, in any of MLX's formats."""
-
-    def __init__(self, group_size: int, bits: int, mode: str):
-        nn.Module.__init__(self)
-        self.group_size, self.bits, self.mode = group_size, bits, mode
-
-    @classmethod
-    def from_experts(
-        cls, experts: ExpertLinear, group_size: int, bits: int, mode: str
-    ) -> QuantizedExpertLinear:
-        """Pack an `ExpertLinear`'s weight."""
-        packed = cls(group_size, bits, mode)
-        arrays = mx.quantize(experts["weight"], group_size=group_size, bits=bits, mode=mode)
-        # The formats other than affine have no biases beside their scales.
-        for name, array in zip(("weight", "scales", "biases"), arrays, strict=False):
-            packed[name] = array
-        if "bias" in experts:
-            packed.bias = experts["bias"]
-        packed.freeze()
-        return packed
-
-    @property
-    def dense_rows(self) -> int:
-        return DENSE_ROWS_PER_EXPERT[self.mode]
 
     @property
     def gathers(self) -> bool:
@@ -292,13 +264,6 @@ class GatedExperts(Fusing):
             return mx.stop_gradient(rows)  # marks the place in the graph
         mx.eval(rows)
         return rows
-
-
-def best_experts(logits: mx.array, k: int) -> tuple[mx.array, mx.array]:
-    """The k best experts of each token, and the softmax of their logits alone, `[B, L, k]` both."""
-    experts = mx.argpartition(logits, kth=-k, axis=-1)[..., -k:]
-    chosen = mx.take_along_axis(logits, experts, axis=-1)
-    return experts, mx.softmax(chosen, axis=-1, precise=True)
 
 
 def weighed(answers: mx.array, weights: mx.array) -> mx.array:

@@ -174,12 +174,7 @@ class RoPE(nn.Module):
         """One token of each row, without the kernel."""
         if not isinstance(offset, Positions):
             return x @ rotation(self._config, offset, x.shape[-1])
-        stays, turns = rotations(self._config, offset, x.shape[-1])
-        half = self._dims // 2
-        parts = [x[..., half : 2 * half], x[..., :half], x[..., 2 * half :]]
-        if self._dims == x.shape[-1]:
-            parts.pop()
-        return x * stays + mx.concatenate(parts, axis=-1) * turns
+        return _turned(x, self._dims, *rotations(self._config, offset, x.shape[-1]))
 
     def _of_growing(self, x: mx.array, offset: Offset) -> mx.array:
         """With periods that depend on the length of the sequence."""
@@ -221,23 +216,8 @@ def rotation(config: RopeConfig, offset: int, D: int) -> mx.array:
     The CPU backend has no kernel for the rotation and runs some fifteen operations instead, which
     cost more than one product with this.
     """
-    # float32 angles, as the reference and the kernels have them.
-    angles = float(offset) * mx.array(inverse_frequencies(config))
-    factor = attention_factor(config)
-    c, s = mx.diag(mx.cos(angles) * factor), mx.diag(mx.sin(angles) * factor)
-    turned = mx.concatenate(
-        [mx.concatenate([c, s], axis=1), mx.concatenate([-s, c], axis=1)], axis=0
-    )
-    n_rest = D - 2 * len(angles)
-    if n_rest:
-        right = mx.zeros((D - n_rest, n_rest))
-        turned = mx.concatenate(
-            [
-                mx.concatenate([turned, right], axis=1),
-                mx.concatenate([right.T, mx.eye(n_rest)], axis=1),
-            ]
-        )
-    return turned
+    stays, turns = _factors(config, (offset,), D)
+    return _turned(mx.eye(D), config.dims, stays[0, 0], turns[0, 0])
 
 
 @functools.lru_cache(maxsize=8)
@@ -247,11 +227,23 @@ def rotations(config: RopeConfig, offset: Positions, D: int) -> tuple[mx.array, 
 
     A matrix per sequence would be read for a few rows only: at 256 dimensions three times slower.
     """
-    positions = mx.array(offset.of, dtype=mx.float32)[:, None]
-    angles = positions * mx.array(inverse_frequencies(config))  # [B, dims / 2]
+    return _factors(config, offset.of, D)
+
+
+def _factors(config: RopeConfig, positions: tuple[int, ...], D: int) -> tuple[mx.array, mx.array]:
+    # float32 angles, as the reference and the kernels have them.
+    at = mx.array(positions, dtype=mx.float32)[:, None]
+    angles = at * mx.array(inverse_frequencies(config))  # [B, dims / 2]
     factor = attention_factor(config)
     c, s = mx.cos(angles) * factor, mx.sin(angles) * factor
-    rest = len(offset.of), D - 2 * angles.shape[1]
+    rest = len(positions), D - 2 * angles.shape[1]
     stays = mx.concatenate([c, c, mx.ones(rest)], axis=1)
     turns = mx.concatenate([-s, s, mx.zeros(rest)], axis=1)
     return stays[:, None, None], turns[:, None, None]
+
+
+def _turned(x: mx.array, dims: int, stays: mx.array, turns: mx.array) -> mx.array:
+    """x times one factor, and its partners in the first `dims` values times the other."""
+    half = dims // 2
+    parts = [x[..., half:dims], x[..., :half], x[..., dims:]]
+    return x * stays + mx.concatenate(parts[: 2 if dims == x.shape[-1] else 3], axis=-1) * turns

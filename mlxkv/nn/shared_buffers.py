@@ -3,23 +3,61 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any
 
 import mlx.core as mx
 
 from mlxkv.kv.buffers import extended
 
 
-class Places(Protocol):
-    """Where a step writes the tokens of some sequences."""
+class Access:
+    """Where a step writes and reads a part's shared buffers, in layers of one window.
+
+    Args:
+        slots: of its sequences, in the batch's order.
+        columns: the same.
+        n_rows: rows that are read.
+        n_columns: columns of them.
+        mask: bool `[n_rows, 1, 1, n_columns]`; None where all columns are seen.
+        offsets: of the sequences behind this step, in the batch's order.
+    """
+
+    def __init__(
+        self,
+        slots: Sequence[int],
+        columns: Sequence[int],
+        n_rows: int,
+        n_columns: int,
+        mask: mx.array | None,
+        offsets: Sequence[int],
+    ):
+        self.n_rows, self.n_columns, self.mask, self.offsets = n_rows, n_columns, mask, offsets
+        self._slots, self._columns = slots, columns
+        self._is_in_order = list(slots) == list(range(n_rows))
+        self._made: dict[Any, Any] = {}
 
     def columns(self, n_slots: int, shape: tuple[int, ...]) -> mx.array | None:
-        """uint32 `[n, H, 1, D]` if the sequences fill all slots in their order, else None."""
-        ...
+        """uint32 `[n, H, 1, D]` if the sequences fill all slots in their order, else None.
+
+        Made once for all layers, as `index` is.
+        """
+        if n_slots != self.n_rows or not self._is_in_order:
+            return None
+        if shape not in self._made:
+            columns = mx.array(list(self._columns), dtype=mx.uint32)[:, None, None, None]
+            self._made[shape] = mx.broadcast_to(columns, shape)
+        return self._made[shape]
 
     def index(self, n_heads: int) -> tuple[mx.array, mx.array, mx.array]:
         """Slots, heads and columns, uint32 `[n, H]` each."""
-        ...
+        if n_heads not in self._made:
+            # On the host: as operations they would be launched in every step.
+            heads = [list(range(n_heads))] * len(self._slots)
+            slots = [[slot] * n_heads for slot in self._slots]
+            columns = [[column] * n_heads for column in self._columns]
+            arrays = [mx.array(x, dtype=mx.uint32) for x in (slots, heads, columns)]
+            self._made[n_heads] = tuple(arrays)
+        return self._made[n_heads]
 
 
 class SharedBuffers:
@@ -53,24 +91,24 @@ class SharedBuffers:
         """Bytes of all rows."""
         return sum(array.nbytes for array in self.arrays)
 
-    def write(self, rows: Sequence[mx.array], places: Places) -> None:
+    def write(self, rows: Sequence[mx.array], access: Access) -> None:
         """Write one token of each of some sequences: one scatter an array.
 
         Args:
             rows: `[n, H, 1, D]`, in the order of `arrays`.
-            places: where they go.
+            access: where they go.
         """
         written = []
         for array, x in zip(self.arrays, rows, strict=True):
             if x.size == 0:  # values of latent attention, which are part of the keys
                 written.append(array)
                 continue
-            columns = places.columns(array.shape[0], x.shape)
+            columns = access.columns(array.shape[0], x.shape)
             if columns is not None:  # the same in a third of the host's time
                 written.append(mx.put_along_axis(array, columns, x, axis=2))
                 continue
             array = array[...]  # a handle of its own: an interrupt finds what was there
-            array[places.index(array.shape[1])] = x.squeeze(2)
+            array[access.index(array.shape[1])] = x.squeeze(2)
             written.append(array)
         self.arrays = written
 
@@ -100,7 +138,7 @@ class SharedBuffers:
         for array, x in zip(self.arrays, rows, strict=True):
             if x.size:
                 array = array[...]
-                array[slot : slot + 1] = _padded(x, self.capacity)
+                array[slot : slot + 1] = padded(x, self.capacity)
             written.append(array)
         self.arrays = written
 
@@ -116,7 +154,7 @@ class SharedBuffers:
             array[: old.shape[0], :, :kept] = old[:n_slots, :, :kept]
 
 
-def _padded(x: mx.array, n_columns: int) -> mx.array:
-    """Rows `[1, H, n, D]` with zeros behind them."""
+def padded(x: mx.array, n_columns: int) -> mx.array:
+    """Rows `[B, H, n, D]` with zeros behind them."""
     n_missing = n_columns - x.shape[2]
     return mx.pad(x, [(0, 0), (0, 0), (0, n_missing), (0, 0)]) if n_missing else x

@@ -15,8 +15,8 @@ from mlxkv.kv.layout import Caches, LayerCache, Mask, Offset
 from mlxkv.kv.storage import KV
 from mlxkv.kv.types import CacheSpec
 from mlxkv.nn.attention import attend
-from mlxkv.nn.decoder_model import Backbone, DecoderConfig, DecoderModel
-from mlxkv.nn.layers import Fusing, NormedHeads, merge_heads
+from mlxkv.nn.decoder_model import Backbone, DecoderConfig, DecoderModel, FourNorms
+from mlxkv.nn.layers import Fusing, NormedHeads, gated, merge_heads
 from mlxkv.nn.linear import Embedding, Linear
 from mlxkv.nn.model import attention_masks
 from mlxkv.nn.rope import RoPE
@@ -157,6 +157,19 @@ def attention(config: DecoderConfig, heads: Heads) -> SharedAttention:
     if heads.donor is not None:
         return SharedAttention(config, heads)
     return (KeyIsValueAttention if heads.k_is_v else OwnAttention)(config, heads)
+
+
+class PerLayerNorms(FourNorms):
+    """`FourNorms`, and the modules for an embedding of the layer's own, if the config has any."""
+
+    def __init__(self, config: SharedKVConfig, heads: Heads, mlp: nn.Module):
+        super().__init__(config, attention(config, heads), mlp)
+        E, P = config.hidden_size, config.hidden_size_per_layer_input
+        if P:
+            self.per_layer_input_gate = Linear(E, P, bias=False)
+            self.per_layer_projection = Linear(P, E, bias=False)
+            self.post_per_layer_input_norm = nn.RMSNorm(E, config.rms_norm_eps)
+            self._gated = gated(config.hidden_act)
 
 
 class PerLayerBackbone(Backbone):

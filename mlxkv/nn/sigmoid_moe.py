@@ -128,23 +128,14 @@ def _shares(dtype: mx.Dtype, factor: float) -> Callable[[mx.array, mx.array | No
 class MoE(nn.Module):
     """The chosen experts of each token, weighed, and the shared one on top."""
 
-    def __init__(self, hidden_size: int, config: MoEConfig, activation: str):
+    def __init__(self, config: DecoderConfig, moe: MoEConfig):
         super().__init__()
-        hidden = config.moe_intermediate_size
-        self.gate = Router(hidden_size, config)
-        self.switch_mlp = GatedExperts(
-            config.n_routed_experts, hidden_size, hidden, gated(activation)
-        )
-        self.shared_experts = GatedMLP(hidden_size, hidden * config.n_shared_experts, activation)
+        E, hidden, activation = config.hidden_size, moe.moe_intermediate_size, config.hidden_act
+        self.gate = Router(E, moe)
+        self.switch_mlp = GatedExperts(moe.n_routed_experts, E, hidden, gated(activation))
+        self.shared_experts = GatedMLP(E, hidden * moe.n_shared_experts, activation)
 
     def __call__(self, x: mx.array) -> mx.array:
         experts, weights = self["gate"](x)
         chosen = weighed(self["switch_mlp"](x, experts), weights)
         return chosen + self["shared_experts"](x)
-
-
-def feed_forward(config: DecoderConfig, moe: MoEConfig, *, dense: bool) -> nn.Module:
-    """One layer's MLP or mixture."""
-    if dense:
-        return GatedMLP(config.hidden_size, config.intermediate_size, config.hidden_act)
-    return MoE(config.hidden_size, moe, config.hidden_act)

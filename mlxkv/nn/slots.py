@@ -22,7 +22,7 @@ import mlx.core as mx
 
 from mlxkv.cache import KVCache, RotatingKVCache
 from mlxkv.kv.layout import Cache
-from mlxkv.nn.shared_buffers import SharedBuffers
+from mlxkv.nn.shared_buffers import SharedBuffers, padded
 
 SLACK = 4
 """One in so many: tokens that a group reads without need, and slots that it keeps free."""
@@ -353,7 +353,7 @@ def _turned(x: mx.array, at: int, window: int) -> mx.array:
     """Rows `[1, H, n, D]` of a ring of `window`, whose first one lies at column `at`."""
     n = x.shape[2]
     if n < window and x.size:  # one token less than the window: the next one's column
-        x = mx.pad(x, [(0, 0), (0, 0), (0, window - n), (0, 0)])
+        x = padded(x, window)
     return (
         x if at == 0 else mx.concatenate([x[:, :, window - at :], x[:, :, : window - at]], axis=2)
     )

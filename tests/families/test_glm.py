@@ -23,8 +23,8 @@ from mlxkv.convert.hub_tensors import DenseTensor, StackedPart
 from mlxkv.errors import ConfigError, WeightsError
 from mlxkv.kv.types import KVFormat
 from mlxkv.memory.needs import kv_bytes
-from mlxkv.models import family_for, glm4_moe_lite
-from mlxkv.nn import sigmoid_moe
+from mlxkv.models import family_for
+from mlxkv.nn import latent_attention, sigmoid_moe
 from tests.support import tiny
 from tests.support.loading import assert_rounded
 
@@ -191,7 +191,7 @@ def test_heads_with_scales_in_float32_keep_them_and_the_dtype_of_their_rows(lite
 def test_single_tokens_are_absorbed_and_a_first_chunk_is_expanded():
     sizes = {"kv_lora_rank": 512, "qk_nope_head_dim": 192, "qk_rope_head_dim": 64}
     config = definition({**LITE, **sizes, "v_head_dim": 256})[1]
-    cheaper = glm4_moe_lite.expanding_is_cheaper
+    cheaper = latent_attention.expanding_is_cheaper
     assert cheaper(config, 256, 256)
     assert not cheaper(config, 1, 2)
     assert not cheaper(config, 1, 100_000)
@@ -209,7 +209,7 @@ def test_the_norms_inside_the_projections_have_their_own_eps():
 @pytest.mark.parametrize("on_cpu", [True, False])
 @pytest.mark.parametrize("L", [3, 80])
 def test_packed_matrices_of_heads_give_what_dense_ones_do(monkeypatch, on_cpu, L):
-    packed = glm4_moe_lite.HeadLinear(32, 64, 2)
+    packed = latent_attention.HeadLinear(32, 64, 2)
     packed.weight = mx.random.normal(packed.weight.shape, key=mx.random.key(0))
     packed = packed.to_quantized(32, 4)
     dense = mx.dequantize(packed.weight, packed.scales, packed.biases, 32, 4)
