@@ -7,7 +7,6 @@ A family's module has `Config.from_dict(raw, source)`, `Model(config)` and
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any

@@ -24,7 +24,7 @@ from mlxkv.nn.decoder_model import (
     NormedAttention,
     grouped_fields,
 )
-from mlxkv.nn.sigmoid_moe import CORRECTION_BIAS, MoE, MoEConfig, first_dense
+from mlxkv.nn.sigmoid_moe import CORRECTION_BIAS, MoE, MoEConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +46,7 @@ class Config(GroupedConfig):
         return cls(
             **shared,
             use_qk_norm=fields.bool("use_qk_norm", False),
-            first_k_dense_replace=first_dense(fields, 1),
+            first_k_dense_replace=fields.count("first_k_dense_replace", 1),
             moe=MoEConfig.read(fields),
             rope=rope_config(fields, shared["head_dim"], default_theta=None),
         )

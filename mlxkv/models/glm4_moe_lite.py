@@ -18,7 +18,7 @@ from mlxkv.errors import WeightsError
 from mlxkv.kv.types import CacheSpec
 from mlxkv.nn.decoder_model import DecoderModel, Layer
 from mlxkv.nn.latent_attention import LatentConfig, latent_attention, latent_fields
-from mlxkv.nn.sigmoid_moe import CORRECTION_BIAS, MoE, MoEConfig, first_dense
+from mlxkv.nn.sigmoid_moe import CORRECTION_BIAS, MoE, MoEConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +42,7 @@ def _dense_layers(fields: Fields) -> tuple[bool, ...]:
     n_layers = fields.n_layers()
     if fields.int("moe_layer_freq", 1) != 1:
         raise fields.error("moe_layer_freq", "must be 1: every layer after the dense ones")
-    n_dense = first_dense(fields, 1)
+    n_dense = fields.count("first_k_dense_replace", 1)
     types = fields.strings("mlp_layer_types", n_layers, ("dense", "sparse"))
     if types is not None:
         return tuple(kind == "dense" for kind in types)

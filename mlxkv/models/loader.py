@@ -210,16 +210,13 @@ def checkpoint_dtype(raw: Mapping[str, Any], weights: Weights) -> mx.Dtype:
     does not hold the scales. float32 scales do not decide: beside bfloat16 values they hold the
     float16 scales of a GGUF file.
     """
-    of_scales = _scales_of(weights).dtype
+    scales = {name: info for name, info in weights.infos.items() if name.endswith(".scales")}
+    of_scales = Weights(scales).dtype
     if of_scales != mx.float32:
         return of_scales
     config = text_config(raw)
     named = config.get("torch_dtype") or config.get("dtype")
     return DTYPES.get(named, weights.dtype) if isinstance(named, str) else weights.dtype
-
-
-def _scales_of(weights: Weights) -> Weights:
-    return Weights({k: info for k, info in weights.infos.items() if k.endswith(".scales")})
 
 
 def _scale_dtypes(weights: Mapping[str, mx.array], target: mx.Dtype) -> dict[str, mx.Dtype]:

@@ -8,7 +8,6 @@ latent and the answer back (absorbed), or the latents out to keys and values (ex
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -24,7 +23,7 @@ from mlxkv.nn.attention import attend
 from mlxkv.nn.decoder_model import DecoderConfig, decoder_fields
 from mlxkv.nn.layers import Fusing
 from mlxkv.nn.linear import DENSE_ROWS, Linear, PackedStack, Quantizable, product_dtype
-from mlxkv.nn.rope import RoPE
+from mlxkv.nn.rope import RoPE, yarn_mscale
 
 LATENT_NORM_EPS = 1e-6
 """Of the norms inside the low-rank projections, whatever `rms_norm_eps` says."""
@@ -41,6 +40,11 @@ class LatentConfig(DecoderConfig):
     v_head_dim: int
     rope: RopeConfig
     rope_interleave: bool
+
+    @property
+    def q_dim(self) -> int:
+        """Values of a head's query, and of its key."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
 
     @property
     def latent_dim(self) -> int:
@@ -143,11 +147,10 @@ class LatentAttention(Fusing):
         """The modules that give the queries, and `n_queries`, the size of the first projection."""
         c, rank = config, config.q_lora_rank
         assert rank is not None
-        q_dim = c.num_attention_heads * (c.qk_nope_head_dim + c.qk_rope_head_dim)
         self.n_queries = rank
         self.q_a_proj = Linear(c.hidden_size, rank, bias=c.attention_bias)
         self.q_a_layernorm = nn.RMSNorm(rank, LATENT_NORM_EPS)
-        self.q_b_proj = Linear(rank, q_dim, bias=False)
+        self.q_b_proj = Linear(rank, c.num_attention_heads * c.q_dim, bias=False)
 
     def queries(self, x: mx.array) -> mx.array:
         """Queries of all heads, `[B * L, H * (nope + rope)]`, from the first projection."""
@@ -193,10 +196,8 @@ class PlainQueryAttention(LatentAttention):
     fusions: ClassVar = {"qkv_a_proj": ("q_proj", "kv_a_proj_with_mqa")}
 
     def make_queries(self, config: LatentConfig) -> None:
-        c = config
-        q_dim = c.num_attention_heads * (c.qk_nope_head_dim + c.qk_rope_head_dim)
-        self.n_queries = q_dim
-        self.q_proj = Linear(c.hidden_size, q_dim, bias=False)
+        self.n_queries = config.num_attention_heads * config.q_dim
+        self.q_proj = Linear(config.hidden_size, self.n_queries, bias=False)
 
     def queries(self, x: mx.array) -> mx.array:
         return x
@@ -209,11 +210,8 @@ def latent_attention(config: LatentConfig) -> LatentAttention:
 
 def _scale(config: LatentConfig) -> float:
     """1 / sqrt(query size), times YaRN's `mscale_all_dim` squared."""
-    scale = (config.qk_nope_head_dim + config.qk_rope_head_dim) ** -0.5
-    rope = config.rope
-    if rope.mscale_all_dim and rope.factor > 1:
-        scale *= (0.1 * rope.mscale_all_dim * math.log(rope.factor) + 1.0) ** 2
-    return scale
+    mscale = yarn_mscale(config.rope.factor, config.rope.mscale_all_dim or 0.0)
+    return config.q_dim**-0.5 * mscale**2
 
 
 def expanding_is_cheaper(config: LatentConfig, L: int, S: int) -> bool:

@@ -56,8 +56,8 @@ def attention_factor(config: RopeConfig) -> float:
             return 1.0
         return math.sqrt(1 + math.log(factor) / math.log(config.original_max_position_embeddings))
     if config.mscale and config.mscale_all_dim:
-        return _yarn_mscale(factor, config.mscale) / _yarn_mscale(factor, config.mscale_all_dim)
-    return _yarn_mscale(factor, 1.0)
+        return yarn_mscale(factor, config.mscale) / yarn_mscale(factor, config.mscale_all_dim)
+    return yarn_mscale(factor, 1.0)
 
 
 def _llama3(config: RopeConfig, plain: float) -> float:
@@ -85,7 +85,8 @@ def _yarn(config: RopeConfig, plain: list[float]) -> list[float]:
     return [f / config.factor * ramp + f * (1 - ramp) for f, ramp in zip(plain, ramps, strict=True)]
 
 
-def _yarn_mscale(factor: float, mscale: float) -> float:
+def yarn_mscale(factor: float, mscale: float) -> float:
+    """YaRN's factor on queries and on keys, for a context stretched by `factor`."""
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 

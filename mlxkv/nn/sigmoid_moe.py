@@ -61,13 +61,6 @@ class MoEConfig:
         )
 
 
-def first_dense(fields: Fields, default: int) -> int:
-    """`first_k_dense_replace`: the layers before the first mixture, which may be none."""
-    if fields.any("first_k_dense_replace") == 0:
-        return 0
-    return fields.int("first_k_dense_replace", default)
-
-
 class Router(Prepared):
     """Chooses the experts of each token, in float32 as the model was trained.
 
