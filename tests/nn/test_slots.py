@@ -14,6 +14,7 @@ from mlxkv.kv.layout import Cache, Positions
 from mlxkv.nn.batch import arranged, batch
 from mlxkv.nn.model import CausalLM
 from mlxkv.nn.slots import (
+    KEPT,
     SLACK,
     Group,
     Room,
@@ -48,6 +49,10 @@ def filled(n: int, seed: int = 0, window: int | None = None, kv_type: str = "nat
 
 def everything(n_bytes: int) -> bool:
     return True
+
+
+def nothing(n_bytes: int) -> bool:
+    return False
 
 
 def held(cache: Cache) -> list[np.ndarray]:
@@ -326,15 +331,33 @@ def test_a_slot_that_was_half_filled_when_memory_ran_out_is_not_given_away(monke
     assert_holds_the_same(sequences[2][1], twin)
 
 
-def test_free_slots_are_at_most_a_quarter():
+def test_a_group_of_3_that_falls_to_2_and_grows_to_4_is_not_copied(monkeypatch):
+    sequences = [[filled(100, i)] for i in range(4)]
+    batch(sequences[:2])
+    batch(sequences[:3])
+    group = group_of(sequences[0][0])
+    monkeypatch.setattr("mlxkv.nn.slots.SharedBuffers.resize", None)
+    sequences[2][0].reset()
+    batch(sequences[:2])
+    sequences[2] = [filled(100, 5)]
+    batch(sequences[:3])
+    batch(sequences)
+    assert {group_of(caches[0]) for caches in sequences} == {group}
+
+
+@pytest.mark.parametrize("room", [everything, nothing])
+def test_free_slots_are_at_most_a_quarter_or_two_where_there_is_room(room):
     sequences = [[filled(50, i)] for i in range(16)]
     batch(sequences)
     group = group_of(sequences[0][0])
     assert group is not None
     while len(sequences) > 2:
+        before = group.n_slots
         sequences.pop(len(sequences) // 2)[0].reset()
-        batch(sequences)
-        assert group.n_slots <= len(sequences) + -(-len(sequences) // SLACK)
+        batch(sequences, room)
+        quarter = -(-len(sequences) // SLACK)
+        most = quarter if room is nothing else max(quarter, KEPT)
+        assert group.n_slots == min(before, len(sequences) + most)
         assert group.used() == list(range(len(sequences)))
         assert group.layers[0].n_slots == group.n_slots
 
