@@ -31,19 +31,19 @@ def open_source(source: str | Path) -> Source:
             f"{path}: a weights file alone has no config and tokenizer: give its folder "
             f"{path.parent}"
         )
-    from .gguf_source import open_gguf_source
+    from .gguf.source import open_gguf_source
 
     return open_gguf_source(path)
 
 
 def _open_directory(path: Path) -> Source:
-    from .hub_source import open_hub_source
+    from .hub.source import open_hub_source
 
     if (path / "config.json").exists():
         return open_hub_source(path)
     files = sorted(path.glob("*.gguf"))
     if len(files) == 1:
-        from .gguf_source import open_gguf_source
+        from .gguf.source import open_gguf_source
 
         return open_gguf_source(files[0])
     if files:

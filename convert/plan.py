@@ -15,7 +15,7 @@ from typing import Any
 from mlxkv.checkpoint.quantization import Format
 from mlxkv.errors import Hint, UsageError, WeightsError
 
-from .hub_config import output_config
+from .config import output_config
 from .quantization import (
     check_recipe,
     fits,

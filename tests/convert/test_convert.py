@@ -13,7 +13,7 @@ import pytest
 
 import mlxkv
 from mlxkv.convert import Progress, convert, describe
-from mlxkv.convert.hub_config import output_config
+from mlxkv.convert.config import output_config
 from mlxkv.convert.quantization import NAMES
 from mlxkv.errors import UnsupportedModel, UsageError, WeightsError
 from tests.support import tiny

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from mlxkv.convert import convert
-from mlxkv.convert.gguf_file import open_gguf
-from mlxkv.convert.gguf_model import gguf_config, gguf_weights
-from mlxkv.convert.gguf_tokenizer import gguf_tokenizer
+from mlxkv.convert.gguf.file import open_gguf
+from mlxkv.convert.gguf.model import gguf_config, gguf_weights
+from mlxkv.convert.gguf.tokenizer import gguf_tokenizer
 from mlxkv.errors import CheckpointError, MlxkvError, ModelNotFound, UnsupportedModel
 from tests.support import tiny
 from tests.support.gguf_files import write_gguf, write_model

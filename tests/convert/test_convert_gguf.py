@@ -15,10 +15,10 @@ import mlxkv
 from mlxkv.checkpoint.config import Fields
 from mlxkv.checkpoint.rope_config import rope_config
 from mlxkv.convert import convert
-from mlxkv.convert.gguf_file import open_gguf, readable_types
-from mlxkv.convert.gguf_model import default_dtype, gguf_config
-from mlxkv.convert.gguf_rope import llama3_factors
-from mlxkv.convert.tensors import gguf_weight, pack
+from mlxkv.convert.gguf.file import open_gguf, readable_types
+from mlxkv.convert.gguf.model import default_dtype, gguf_config
+from mlxkv.convert.gguf.rope import llama3_factors
+from mlxkv.convert.gguf.weight import gguf_weight, pack
 from mlxkv.errors import CheckpointError, ConfigError, UnsupportedModel, WeightsError
 from mlxkv.nn.rope import inverse_frequencies
 from tests.support import gguf_files, tiny

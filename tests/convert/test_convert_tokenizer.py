@@ -15,10 +15,10 @@ from sentencepiece import sentencepiece_model_pb2
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from mlxkv.convert import convert
-from mlxkv.convert.gguf_file import open_gguf
-from mlxkv.convert.gguf_tokenizer import gguf_tokenizer, write_tokenizer
-from mlxkv.convert.pretokenizers import PRE_TOKENIZERS
-from mlxkv.convert.sentencepiece_model import open_sentencepiece
+from mlxkv.convert.gguf.file import open_gguf
+from mlxkv.convert.gguf.pretokenizers import PRE_TOKENIZERS
+from mlxkv.convert.gguf.tokenizer import gguf_tokenizer, write_tokenizer
+from mlxkv.convert.hub.sentencepiece import open_sentencepiece
 from mlxkv.errors import TokenizerError
 from tests.support import tiny
 from tests.support.gguf_files import write_gguf

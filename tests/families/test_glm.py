@@ -18,8 +18,8 @@ import mlxkv
 from mlxkv.base import device
 from mlxkv.checkpoint.expert_stacks import expert_stacks
 from mlxkv.convert import convert
-from mlxkv.convert.hub_source import open_hub_source
-from mlxkv.convert.hub_tensors import DenseTensor, StackedPart
+from mlxkv.convert.hub.source import open_hub_source
+from mlxkv.convert.hub.tensors import DenseTensor, StackedPart
 from mlxkv.errors import ConfigError, WeightsError
 from mlxkv.kv.types import KVFormat
 from mlxkv.memory.needs import kv_bytes

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from mlxkv.checkpoint.config import read_json
 from mlxkv.errors import TokenizerError
 
-from .pieces import SPACE, USER_DEFINED, Pieces, build
+from ..pieces import SPACE, USER_DEFINED, Pieces, build
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -12,8 +12,8 @@ import numpy as np
 
 from mlxkv.errors import TokenizerError
 
-from .gguf_file import GGUFFile
-from .pieces import CONTROL, Pieces, added_tokens, build, vocabulary_of
+from ..pieces import CONTROL, Pieces, added_tokens, build, vocabulary_of
+from .file import GGUFFile
 from .pretokenizers import PRE_TOKENIZERS
 
 if TYPE_CHECKING:

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from mlxkv.errors import CheckpointError
 
-from .gguf_file import GGUFFile, open_gguf
-from .gguf_model import default_dtype, gguf_config, gguf_weights
-from .gguf_tokenizer import FILES, write_tokenizer
-from .plan import check_names
-from .sources import Source, expected_shapes, parse_config
+from ..plan import check_names
+from ..sources import Source, expected_shapes, parse_config
+from .file import GGUFFile, open_gguf
+from .model import default_dtype, gguf_config, gguf_weights
+from .tokenizer import FILES, write_tokenizer
 
 
 def open_gguf_source(path: Path) -> Source:

@@ -20,7 +20,7 @@ import numpy as np
 from mlxkv.checkpoint.quantization import Format
 from mlxkv.errors import CheckpointError
 
-from .tensors import matrix_shape
+from ..tensors import matrix_shape
 
 _NUMPY = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "U32": "<u4", "U8": "u1"}
 NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "U32": "uint32", "U8": "uint8"}

@@ -22,7 +22,10 @@ from mlxkv.checkpoint.weights import Weights, open_weights
 from mlxkv.errors import UnsupportedModel, WeightsError
 from mlxkv.models import Family
 
-from .hub_tensors import (
+from ..plan import DTYPES, check_names
+from ..sources import Source, expected_shapes, parse_config
+from ..tensors import SourceTensor, matrix_shape
+from .tensors import (
     NAMES,
     ComputedPart,
     DenseTensor,
@@ -32,9 +35,6 @@ from .hub_tensors import (
     StackedPart,
     data_offsets,
 )
-from .plan import DTYPES, check_names
-from .sources import Source, expected_shapes, parse_config
-from .tensors import SourceTensor, matrix_shape
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -244,7 +244,7 @@ def _side_files(path: Path) -> tuple[Callable[[Path], None], tuple[str, ...], tu
         return copy, tuple(names), ()
     if "tokenizer.model" not in names:
         return copy, tuple(names), ("no tokenizer.json or tokenizer.model: the output has none",)
-    from .sentencepiece_model import open_sentencepiece
+    from .sentencepiece import open_sentencepiece
 
     model = open_sentencepiece(path)
 

@@ -9,10 +9,10 @@ import numpy as np
 
 from mlxkv.errors import CheckpointError
 
-from .gguf_file import GGUFFile, GGUFTensor, dequantize
+from .file import GGUFFile, GGUFTensor, dequantize
 
 if TYPE_CHECKING:
-    from .gguf_metadata import Metadata
+    from .metadata import Metadata
 
 # The contexts that Llama 3.1 and its descendants were pretrained with.
 _ORIGINAL_CONTEXTS = (8192, 4096, 2048, 16384, 32768, 65536, 131072)

@@ -16,10 +16,10 @@ import numpy as np
 
 from mlxkv.errors import UnsupportedModel, WeightsError
 
-from .gguf_file import GGUFFile, GGUFTensor, readable_types
-from .gguf_metadata import Metadata
-from .gguf_rope import linear_or_yarn, scaling_from_factors
-from .tensors import GGUFWeight, gguf_weight
+from .file import GGUFFile, GGUFTensor, readable_types
+from .metadata import Metadata
+from .rope import linear_or_yarn, scaling_from_factors
+from .weight import GGUFWeight, gguf_weight
 
 _LAYER = re.compile(r"blk\.(\d+)\.(.+)\.(weight|bias)")
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from mlxkv.errors import ConfigError
 
-from .gguf_file import GGUFFile
+from .file import GGUFFile
 
 
 class Metadata:

@@ -1,0 +1,1 @@
+"""A GGUF file as a source: its header, config, weights and tokenizer."""
