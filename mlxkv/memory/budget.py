@@ -27,18 +27,19 @@ from mlxkv.errors import Hint, KVCacheFull
 from mlxkv.kv.types import KV_TYPES, STEP
 from mlxkv.memory import needs
 from mlxkv.memory.accounts import Accounts
-from mlxkv.memory.needs import Needs
+from mlxkv.memory.needs import MIN_CHUNK, Needs, larger_chunk
 from mlxkv.memory.page_shares import PageShares
 from mlxkv.memory.step_bound import StepBound
 from mlxkv.memory.types import Consumer, Grant, KVUse, MemoryStats, Rung
 from mlxkv.nn.model import CausalLM
 from mlxkv.prefix.pages import Pages
 
-MIN_CHUNK = 16
-"""Tokens below which a chunk of a prompt is not halved any more."""
 ROOMY = 2**30, 64
 """Bytes, and multiples of the KV after it, that a chunk of a page or less never needs, where the
-model has no `StepBound`: with so much free the step is not traced. Scores grow with the KV."""
+model has no `StepBound`: with so much free nothing is traced. Scores grow with the KV."""
+AMPLE = 1.5
+"""Safety factor when the trace of a larger step, its KV included, says that there is ample room
+(1.21 measured, where attention has windows)."""
 WIDER = 1.05
 """Safety factor when the trace of a larger step stands in for a smaller one (1% measured, where the
 caches grow by two steps at once)."""
@@ -272,15 +273,15 @@ class Budget:
         return Grant(rungs=tuple(rungs))
 
     def _is_roomy(self, sequence: Consumer, n_held: int, n_new: int, beside: int = 0) -> bool:
-        """Whether so much is free that the step need not be traced."""
+        """Whether so much is free that this very step need not be traced."""
+        room = self._free(sequence) - mx.get_cache_memory() - beside
         if self._bound is not None:
-            needed = self._bound(sequence.kv_type, n_held, n_new)
-        elif n_new <= STEP:
-            base, times = ROOMY
-            needed = base + times * self._need(sequence.kv_type).kv_bytes(n_held + n_new)
-        else:
-            return False
-        return beside + needed <= self._free(sequence) - mx.get_cache_memory()
+            return self._bound(sequence.kv_type, n_held, n_new) <= room
+        need = self._need(sequence.kv_type)
+        base, times = ROOMY
+        if n_new <= STEP and base + times * need.kv_bytes(n_held + n_new) <= room:
+            return True
+        return any(AMPLE * held <= room for held in need.larger_steps(n_held, n_new))
 
     @cached_property
     def _bound(self) -> StepBound | None:
@@ -305,7 +306,7 @@ class Budget:
         """
         if n_new > 1:
             n_held = -(-sequence.n_held // STEP) * STEP
-            n_more = max(MIN_CHUNK, 1 << (n_new - 1).bit_length())
+            n_more = larger_chunk(n_new)
             held = self._need(sequence.kv_type).step(n_held, n_more, last=True)
             if self._free(sequence) - WIDER * (held.peak - held.before) >= beside:
                 return True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -17,6 +17,8 @@ from mlxkv.prefix.layout import Kinds
 _log = logging.getLogger(__name__)
 
 
+MIN_CHUNK = 16
+"""Tokens below which a chunk of a prompt is not halved any more."""
 LONGEST_TRACED = 8192
 """Tokens of packed KV up to which steps are traced; beyond, what they hold is extrapolated."""
 
@@ -93,6 +95,24 @@ class Needs:
             marks = self._growth_marks if n_new == 1 else self._chunk_marks
             return Held(self.kv_bytes(n_held), after + _on_line(marks, n_held + n_new))
         return self._traced(n_held, n_new, last)
+
+    def larger_steps(self, n_held: int, n_new: int) -> Iterator[int]:
+        """Peaks of steps of no fewer tokens behind no fewer, each of which bounds this step's.
+
+        First the smallest that was traced before, then that of the next powers of two: few steps
+        have to be traced for it. `tests/memory/test_larger_steps.py` compares with definitions.
+        """
+        # Behind a multiple of STEP all caches grow.
+        known = [
+            held.peak
+            for (n_behind, n, last), held in self._steps.items()
+            if n_behind >= n_held and n >= larger_chunk(n_new) and last and n_behind % STEP == 0
+        ]
+        if known:
+            yield min(known)
+        n_behind = max(STEP, _power_of_two(n_held)) if n_held else 0
+        if self.kv_type == "native" or n_behind <= LONGEST_TRACED:
+            yield self._traced(n_behind, larger_chunk(n_new), True).peak
 
     def _traced(self, n_held: int, n_new: int, last: bool) -> Held:
         """`step`, traced whatever its length."""
@@ -197,6 +217,21 @@ class Needs:
     def most_tokens(self, room_bytes: int) -> int:
         """The longest sequence for which there is room if all else gives way."""
         return _largest(lambda n: self.least(n) <= room_bytes)
+
+
+def larger_chunk(n_new: int) -> int:
+    """Tokens of a chunk, one of few lengths, that holds no less in memory than one of `n_new`.
+
+    The token beyond a power of two has the caches grow twice: mlx-lm's definitions compute the last
+    token by itself (`foreign.Model.last_logits`).
+    """
+    n = max(MIN_CHUNK, _power_of_two(n_new))
+    return n + 1 if n > STEP else n
+
+
+def _power_of_two(n: int) -> int:
+    """The next one."""
+    return 1 << (n - 1).bit_length()
 
 
 def _largest(fits: Callable[[int], bool]) -> int:

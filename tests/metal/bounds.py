@@ -16,11 +16,14 @@ from typing import Any
 
 import mlx.core as mx
 
-from tests.metal import hollow, shim
+from tests.metal import hollow, shim, theirs
+from tests.metal.definitions import DEFINITIONS
 from tests.metal.proportions import MODELS
 
 STEPS = ((0, 1), (0, 2048), (300, 8), (300, 9), (6143, 1), (6144, 4), (6144, 256), (6144, 2048))
 """Tokens held, and new ones."""
+SMALLER = ((0, 9), (0, 513), (200, 257), (3000, 1500), (6144, 257), (14336, 2048))
+"""The same of steps that a larger one stands in for."""
 FLOAT32 = ("llama-3.1-8b", "gpt-oss-20b", "gemma3-4b")
 """Models that are measured in float32 as well, the widest values that a Mac computes in."""
 DIMS = (64, 72, 80, 96, 112, 128, 192, 256, 512, 576)
@@ -57,6 +60,22 @@ def steps() -> Iterator[dict[str, Any]]:
                 }
 
 
+def larger_steps() -> Iterator[dict[str, Any]]:
+    """What steps of mlx-lm's definitions hold, and what larger ones hold of each."""
+    from mlxkv.memory.needs import Needs
+    from mlxkv.memory.trace import prefill_step
+
+    for name, config in DEFINITIONS.items():
+        model = hollow.model(config, mx.bfloat16, quantized=True)
+        with shim.gpu():
+            need = Needs(model, "native", 2048)
+            for n_held, n_new in SMALLER:
+                held = prefill_step(model, "native", n_held, n_new, last=True)
+                larger = list(need.larger_steps(n_held, n_new))
+                step = n_held, n_new
+                yield {"model": name, "step": step, "traced": held.peak, "larger": larger}
+
+
 def attention() -> Iterator[dict[str, Any]]:
     """Attention that `is_fused` calls one kernel, and the operations that MLX makes of it."""
     from mlxkv.nn.attention import attend
@@ -81,4 +100,7 @@ def attention() -> Iterator[dict[str, Any]]:
 if __name__ == "__main__":
     shim.install(Path(sys.argv[1]))
     hollow.take_gpu_branches()
-    json.dump({"steps": list(steps()), "attention": list(attention())}, sys.stdout)
+    figures = {"steps": list(steps()), "attention": list(attention())}
+    if theirs.installed():
+        figures["larger_steps"] = list(larger_steps())
+    json.dump(figures, sys.stdout)

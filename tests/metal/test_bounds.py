@@ -11,6 +11,9 @@ from typing import Any
 
 import pytest
 
+from mlxkv.memory.budget import AMPLE
+from tests.metal import theirs
+from tests.metal.definitions import DEFINITIONS
 from tests.metal.proportions import MODELS
 from tests.support.paths import ROOT
 
@@ -51,3 +54,11 @@ def test_attention_that_is_called_fused_is_one_kernel(figures):
         or {"Matmul", "Softmax"} & set(case["operations"])
     ]
     assert loose == []
+
+
+@pytest.mark.skipif(not theirs.installed(), reason="mlx-lm is not installed")
+def test_no_step_of_mlx_lms_definitions_holds_more_than_a_larger_one(figures):
+    steps = figures["larger_steps"]
+    assert {step["model"] for step in steps} == DEFINITIONS.keys()
+    small = [step for step in steps if step["traced"] >= 0.85 * AMPLE * min(step["larger"])]
+    assert small == []
