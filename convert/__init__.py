@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .plan import ConvertPlan
     from .report import describe
+    from .sources import Source
 
 __all__ = ["ConvertPlan", "ConvertResult", "Progress", "convert", "describe"]
 
@@ -99,7 +100,7 @@ def convert(
     """
     from .open import open_source
     from .plan import MAX_SHARD_BYTES, make_plan, parse_options
-    from .write import check_output, write_model
+    from .write import check_output
 
     output = Path(output)
     options = parse_options(dtype, quantize, group_size, recipe, max_shard_bytes or MAX_SHARD_BYTES)
@@ -109,40 +110,35 @@ def convert(
     plan = make_plan(opened, options)
     if dry_run:
         return ConvertResult(plan, None)
-    report = _Reporter(plan.total_bytes, progress)
+    return ConvertResult(plan, _carry_out(plan, opened, output, overwrite, progress))
+
+
+def _carry_out(
+    plan: ConvertPlan,
+    source: Source,
+    output: Path,
+    overwrite: bool,
+    progress: Callable[[Progress], None] | None,
+) -> Path:
+    from .write import write_model
+
+    done_bytes = 0
+
+    def report(phase: str, name: str = "") -> None:
+        if progress is not None:
+            progress(Progress(phase, done_bytes, plan.total_bytes, name))
+
+    def advance(name: str, n_bytes: int) -> None:
+        nonlocal done_bytes
+        done_bytes += n_bytes
+        report("tensors", name)
+
+    def write_side_files(folder: Path) -> None:
+        report("files")
+        source.write_side_files(folder)
+
     path = write_model(
-        plan,
-        opened.tensors,
-        report.wrap(opened.write_side_files),
-        output,
-        overwrite=overwrite,
-        advance=report.advance,
+        plan, source.tensors, write_side_files, output, overwrite=overwrite, advance=advance
     )
-    report.finish()
-    return ConvertResult(plan, path)
-
-
-class _Reporter:
-    """Counts the bytes written and passes them on."""
-
-    def __init__(self, total_bytes: int, progress: Callable[[Progress], None] | None):
-        self.total_bytes, self.done_bytes = total_bytes, 0
-        self.progress = progress
-
-    def send(self, phase: str, name: str = "") -> None:
-        if self.progress is not None:
-            self.progress(Progress(phase, self.done_bytes, self.total_bytes, name))
-
-    def advance(self, name: str, n_bytes: int) -> None:
-        self.done_bytes += n_bytes
-        self.send("tensors", name)
-
-    def wrap(self, write_side_files: Callable[[Path], None]) -> Callable[[Path], None]:
-        def announced(folder: Path) -> None:
-            self.send("files")
-            write_side_files(folder)
-
-        return announced
-
-    def finish(self) -> None:
-        self.send("done")
+    report("done")
+    return path

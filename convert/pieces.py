@@ -9,7 +9,7 @@ same result.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -93,6 +93,18 @@ def added_tokens(
         for token, kind in zip(tokens, types, strict=True)
         if kind in (UNKNOWN, CONTROL, USER_DEFINED) and token
     ]
+
+
+def set_template(tokenizer: Tokenizer, before: Mapping[str, int], after: Mapping[str, int]) -> None:
+    """Put start and end tokens, text -> id, around every text that asks for special tokens."""
+    from tokenizers import processors
+
+    if before or after:
+        tokenizer.post_processor = processors.TemplateProcessing(  # pyright: ignore
+            single=[*before, "$A", *after],
+            pair=[*before, "$A", *after, *before, "$B", *after],
+            special_tokens=list({**before, **after}.items()),
+        )
 
 
 def merges(pieces: Pieces) -> list[tuple[str, str]]:

@@ -6,6 +6,7 @@ a function that writes the files that belong beside them.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,6 +59,11 @@ class Source:
     skipped: tuple[tuple[str, str], ...] = ()
     notes: tuple[str, ...] = field(default=())
     tied: bool = False
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as people read it."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def parse_config(raw: Mapping[str, Any], source: str, n_tensors: int) -> tuple[Family, Any]:

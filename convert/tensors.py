@@ -12,6 +12,11 @@ import mlx.core as mx
 
 from mlxkv.checkpoint.quantization import Format
 
+SAFETENSORS_DTYPES = {
+    "float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint32": "U32", "uint8": "U8",
+}  # fmt: skip
+"""MLX's names of the dtypes that a tensor may be stored in here, and safetensors'."""
+
 
 class SourceTensor(Protocol):
     """One tensor of the model, wherever it comes from.

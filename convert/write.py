@@ -11,6 +11,7 @@ at once. Format: https://github.com/huggingface/safetensors#format
 from __future__ import annotations
 
 import fcntl
+import glob
 import json
 import os
 import secrets
@@ -30,18 +31,12 @@ from mlxkv.errors import Hint, OutputError, WeightsError
 
 from .plan import ITEM_BYTES, ConvertPlan, PlannedTensor, StoredArray
 from .quantization import has_biases
-from .tensors import SourceTensor, matrix_shape
+from .sources import write_json
+from .tensors import SAFETENSORS_DTYPES, SourceTensor, matrix_shape
 
 # Of float32 values in flight; dequantizing takes a few times this on top.
 BLOCK_BYTES = 4 << 20
 _LOCK = ".lock"
-_SAFETENSORS_DTYPES = {
-    "float32": "F32",
-    "float16": "F16",
-    "bfloat16": "BF16",
-    "uint32": "U32",
-    "uint8": "U8",
-}
 
 Advance = Callable[[str, int], None]
 """Called with a tensor's name and the bytes just written."""
@@ -89,10 +84,6 @@ def write_model(
             write_json(folder / "config.json", dict(sorted(plan.config.items())))
             write_side_files(folder)
     return output
-
-
-def write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def check_output(output: Path, overwrite: bool) -> None:
@@ -168,7 +159,7 @@ def _remove_stale(parent: Path, output: Path) -> None:
     Raises:
         OutputError: another run is writing this output now.
     """
-    for folder in parent.glob(f".{_escaped(output.name)}.partial-*"):
+    for folder in parent.glob(f".{glob.escape(output.name)}.partial-*"):
         try:
             lock = (folder / _LOCK).open("rb+")
         except FileNotFoundError:
@@ -182,10 +173,6 @@ def _remove_stale(parent: Path, output: Path) -> None:
             except OSError:
                 continue  # without locks its owner is unknown
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def _escaped(name: str) -> str:
-    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
 
 
 def _publish(folder: Path, output: Path, overwrite: bool) -> None:
@@ -244,7 +231,7 @@ def _layout(members: tuple[PlannedTensor, ...]) -> tuple[bytes, dict[str, _Regio
     offset = 0
     for array in arrays:
         table[array.name] = {
-            "dtype": _SAFETENSORS_DTYPES[array.dtype],
+            "dtype": SAFETENSORS_DTYPES[array.dtype],
             "shape": list(array.shape),
             "data_offsets": [offset, offset + array.nbytes],
         }
@@ -283,7 +270,7 @@ def _block(
     planned: PlannedTensor, source: SourceTensor, start: int, stop: int
 ) -> tuple[mx.array, ...]:
     """These rows as they are stored: what is decided in the plan, done."""
-    dtype = _mlx_dtype(planned.dtype)
+    dtype = getattr(mx, planned.dtype)
     target = planned.quantization
     if target is None:
         arrays = (_cast(planned, source.rows(start, stop), dtype),)
@@ -314,10 +301,6 @@ def _cast(planned: PlannedTensor, values: mx.array, dtype: mx.Dtype) -> mx.array
             )
         raise WeightsError(f"{planned.origin}: holds NaN or infinite values: the file is damaged")
     return cast
-
-
-def _mlx_dtype(name: str) -> mx.Dtype:
-    return {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}[name]
 
 
 def _bytes_of(array: mx.array) -> memoryview:

@@ -11,6 +11,7 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 from __future__ import annotations
 
+import math
 import mmap
 import struct
 from collections.abc import Mapping
@@ -66,10 +67,6 @@ class GGUFTensor:
     offset: int
     nbytes: int
     row_bytes: int
-
-    @property
-    def n_rows(self) -> int:
-        return self.nbytes // self.row_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,11 +126,7 @@ def dequantize(rows: np.ndarray, type_name: str) -> np.ndarray:
     """Stored rows (uint8 `[n, row_bytes]`) as float32 `[n, columns]`."""
     from gguf import GGMLQuantizationType, quants
 
-    if type_name == "F32":
-        return rows.view("<f4")
-    if type_name == "F16":
-        return rows.view("<f2").astype(np.float32)
-    if type_name == "F64":
+    if type_name == "F64":  # the one plain type that the package leaves out
         return rows.view("<f8").astype(np.float32)
     # Scales of a damaged file may be NaN or infinite; the values are checked where they are used.
     with np.errstate(all="ignore"):
@@ -334,11 +327,8 @@ class _Header:
                 f"tensor {name!r} of type {ggml_type.name} has the shape {shape}, "
                 f"whose last dimension must be a multiple of {block}"
             )
-        n_rows = 1
-        for n in shape[:-1]:
-            n_rows *= n
         row_bytes = columns // block * block_bytes
-        nbytes = n_rows * row_bytes
+        nbytes = math.prod(shape[:-1]) * row_bytes
         if offset + nbytes > self.size:
             raise self.short(f"tensor {name!r} needs bytes up to {offset + nbytes:,}")
         return GGUFTensor(name, shape, ggml_type.name, offset, nbytes, row_bytes)

@@ -19,7 +19,7 @@ from mlxkv.errors import UnsupportedModel, WeightsError
 from .file import GGUFFile, GGUFTensor, readable_types
 from .metadata import Metadata
 from .rope import linear_or_yarn, scaling_from_factors
-from .weight import GGUFWeight, gguf_weight
+from .weight import GGUFWeight
 
 _LAYER = re.compile(r"blk\.(\d+)\.(.+)\.(weight|bias)")
 
@@ -134,14 +134,7 @@ def gguf_weights(file: GGUFFile, config: Mapping[str, Any]) -> dict[str, GGUFWei
         added = 1.0 if architecture.norms_plus_one and "norm" in tensor.name else 0.0
         head_dim = config["head_dim"] if permuted else 0
         _check_heads(file, tensor, head_dim)
-        found[name] = gguf_weight(
-            file,
-            tensor,
-            name,
-            head_dim=head_dim,
-            added=added,
-            scale_dtype=architecture.scale_dtype,
-        )
+        found[name] = GGUFWeight(file, tensor, name, head_dim, added, architecture.scale_dtype)
     if unknown:
         raise WeightsError(
             f"{file.path}: {len(unknown)} tensors that architecture {file.architecture!r} does "

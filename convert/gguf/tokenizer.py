@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,8 @@ import numpy as np
 
 from mlxkv.errors import TokenizerError
 
-from ..pieces import CONTROL, Pieces, added_tokens, build, vocabulary_of
+from ..pieces import CONTROL, Pieces, added_tokens, build, set_template, vocabulary_of
+from ..sources import write_json
 from .file import GGUFFile
 from .pretokenizers import PRE_TOKENIZERS
 
@@ -71,12 +71,8 @@ class _Keys:
 
     def token_id(self, name: str, n_tokens: int) -> int | None:
         value = self.any(f"{name}_token_id")
-        if value is None:
-            return None
-        if not isinstance(value, int) or not 0 <= value < n_tokens:
-            # Some converters write 2**32 - 1 for "none".
-            return None
-        return value
+        # Some converters write 2**32 - 1 for "none".
+        return value if isinstance(value, int) and 0 <= value < n_tokens else None
 
 
 def write_tokenizer(file: GGUFFile, folder: Path) -> None:
@@ -89,8 +85,8 @@ def write_tokenizer(file: GGUFFile, folder: Path) -> None:
     tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
     keys = _Keys(file)
     tokens = keys.strings("tokens")
-    _write(folder / "tokenizer_config.json", _tokenizer_config(keys, tokens))
-    _write(folder / "generation_config.json", _generation_config(keys, tokens))
+    write_json(folder / "tokenizer_config.json", _tokenizer_config(keys, tokens))
+    write_json(folder / "generation_config.json", _generation_config(keys, tokens))
 
 
 def gguf_tokenizer(file: GGUFFile) -> Tokenizer:
@@ -111,9 +107,10 @@ def gguf_tokenizer(file: GGUFFile) -> Tokenizer:
         tokenizer, add_bos = _sentencepiece(keys, tokens, types), True
     else:
         raise keys.error("model", f"must be gpt2 or llama; got {kind!r}")
-    add_bos = keys.flag("add_bos_token", add_bos)
-    add_eos = keys.flag("add_eos_token", False)
-    _set_template(tokenizer, keys, tokens, add_bos, add_eos)
+    bos = keys.token_id("bos", len(tokens)) if keys.flag("add_bos_token", add_bos) else None
+    eos = keys.token_id("eos", len(tokens)) if keys.flag("add_eos_token", False) else None
+    before, after = ({} if i is None else {tokens[i]: i} for i in (bos, eos))
+    set_template(tokenizer, before, after)
     return tokenizer
 
 
@@ -162,26 +159,6 @@ def _merges(keys: _Keys) -> list[tuple[str, str]]:
     return pairs
 
 
-def _set_template(
-    tokenizer: Tokenizer, keys: _Keys, tokens: Sequence[str], add_bos: bool, add_eos: bool
-) -> None:
-    """Start and end tokens around every text that asks for special tokens."""
-    from tokenizers import processors
-
-    bos = keys.token_id("bos", len(tokens)) if add_bos else None
-    eos = keys.token_id("eos", len(tokens)) if add_eos else None
-    before = [] if bos is None else [tokens[bos]]
-    after = [] if eos is None else [tokens[eos]]
-    if not before and not after:
-        return
-    used = {tokens[i]: i for i in (bos, eos) if i is not None}
-    tokenizer.post_processor = processors.TemplateProcessing(  # pyright: ignore
-        single=[*before, "$A", *after],
-        pair=[*before, "$A", *after, *before, "$B", *after],
-        special_tokens=list(used.items()),
-    )
-
-
 def _tokenizer_config(keys: _Keys, tokens: Sequence[str]) -> dict[str, Any]:
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -225,7 +202,3 @@ def _generation_config(keys: _Keys, tokens: Sequence[str]) -> Mapping[str, Any]:
     if ids:
         config["eos_token_id"] = ids
     return config
-
-
-def _write(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -26,7 +26,7 @@ class GGUFWeight:
     Attributes:
         head_dim: rows are permuted within heads of this many, for the other layout of RoPE; 0: not.
         added: what the file holds on top of the value (1 for Gemma's norms).
-        packed, scale_dtype: see `SourceTensor`. A block's scale is a float16, and so is its bias:
+        scale_dtype: see `SourceTensor`. A block's scale is a float16, and so is its bias:
             -8 d and -128 d are exact as long as they do not overflow, which the writer checks.
     """
 
@@ -35,7 +35,6 @@ class GGUFWeight:
     name: str
     head_dim: int = 0
     added: float = 0.0
-    packed: Format | None = None
     scale_dtype: str = "float16"
 
     @property
@@ -50,6 +49,11 @@ class GGUFWeight:
     def dtype(self) -> str:
         plain = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
         return plain.get(self.tensor.type, self.tensor.type)
+
+    @property
+    def packed(self) -> Format | None:
+        is_plain = len(self.shape) < 2 or self.added
+        return None if is_plain else PACKED_TYPES.get(self.tensor.type)
 
     @property
     def row_step(self) -> int:
@@ -127,17 +131,3 @@ def _nibbles(quants: np.ndarray) -> np.ndarray:
     packed[:, :8] = low[:, 0::2] | (low[:, 1::2] << np.uint8(4))
     packed[:, 8:] = high[:, 0::2] | (high[:, 1::2] << np.uint8(4))
     return packed
-
-
-def gguf_weight(
-    file: GGUFFile,
-    tensor: GGUFTensor,
-    name: str,
-    *,
-    head_dim: int = 0,
-    added: float = 0.0,
-    scale_dtype: str = "float16",
-) -> GGUFWeight:
-    """A tensor of a GGUF file under our name; see `GGUFWeight`."""
-    packed = PACKED_TYPES.get(tensor.type) if len(tensor.shape) > 1 and not added else None
-    return GGUFWeight(file, tensor, name, head_dim, added, packed, scale_dtype)

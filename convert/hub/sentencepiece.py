@@ -6,7 +6,6 @@ its definition. Format: https://github.com/google/sentencepiece, `sentencepiece_
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from mlxkv.checkpoint.config import read_json
 from mlxkv.errors import TokenizerError
 
-from ..pieces import SPACE, USER_DEFINED, Pieces, build
+from ..pieces import SPACE, USER_DEFINED, Pieces, build, set_template
+from ..sources import write_json
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -53,7 +53,8 @@ class SentencePieceModel:
         """
         tokenizer = build(self.pieces, str(self.path))
         self._add_tokens(tokenizer)
-        self._set_template(tokenizer)
+        bos = self._template_token(tokenizer, "bos", True)
+        set_template(tokenizer, bos, self._template_token(tokenizer, "eos", False))
         return tokenizer
 
     def write(self, folder: Path) -> None:
@@ -61,8 +62,7 @@ class SentencePieceModel:
         if not self.config:
             names = {f"{name}_token": self._token(name) for name in self.ids}
             config = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": True, **names}
-            text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-            (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
+            write_json(folder / "tokenizer_config.json", config)
 
     def _token(self, name: str) -> str | None:
         """The text of a special token; tokenizer_config.json counts before the model."""
@@ -84,28 +84,12 @@ class SentencePieceModel:
                     f"{len(self.pieces.tokens):,} leaves no place for"
                 )
 
-    def _set_template(self, tokenizer: Tokenizer) -> None:
-        from tokenizers import processors
-
-        wanted = {
-            "bos": self.config.get("add_bos_token", True),
-            "eos": self.config.get("add_eos_token", False),
-        }
-        ids: dict[str, int] = {}
-        sides: dict[str, list[str]] = {"bos": [], "eos": []}
-        for name, side in sides.items():
-            token = self._token(name) if wanted[name] else None
-            i = tokenizer.token_to_id(token) if token else None
-            if token and i is not None:
-                side.append(token)
-                ids[token] = i
-        if ids:
-            text = [*sides["bos"], "$A", *sides["eos"]]
-            tokenizer.post_processor = processors.TemplateProcessing(  # pyright: ignore
-                single=text,
-                pair=[*text, *(part.replace("$A", "$B") for part in text)],
-                special_tokens=list(ids.items()),
-            )
+    def _template_token(self, tokenizer: Tokenizer, name: str, default: bool) -> dict[str, int]:
+        """Text and id of the token at one end of a text; {} for none."""
+        wanted = self.config.get(f"add_{name}_token", default)
+        token = self._token(name) if wanted else None
+        i = tokenizer.token_to_id(token) if token else None
+        return {token: i} if token and i is not None else {}
 
 
 def open_sentencepiece(folder: Path) -> SentencePieceModel:

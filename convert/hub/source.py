@@ -33,7 +33,6 @@ from .tensors import (
     PackedTensor,
     Part,
     StackedPart,
-    data_offsets,
 )
 
 _TOKENIZER_FILES = (
@@ -97,7 +96,6 @@ def _remapped(weights: Weights, family: Family, config: Any) -> tuple[dict[str, 
     arrays = weights.arrays()
     names = {id(array): name for name, array in arrays.items()}
     kept, left_out = family.remap(arrays, config)
-    offsets = {file: data_offsets(file) for file in weights.files}
 
     def compute(name: str) -> Callable[[], mx.array]:
         return lambda: family.remap(weights.arrays(), config)[0][name]
@@ -106,7 +104,7 @@ def _remapped(weights: Weights, family: Family, config: Any) -> tuple[dict[str, 
         info = weights.infos[origin]
         if info.dtype not in NAMES:
             raise UnsupportedModel(f"{info.file}: tensor {origin} has dtype {info.dtype}")
-        return FilePart(info.file, offsets[info.file][origin], info.shape, info.dtype)
+        return FilePart(info.file, info.offset, info.shape, info.dtype)
 
     found = {}
     dropped = set(left_out)

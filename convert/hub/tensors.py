@@ -7,8 +7,6 @@ as a whole and let go.
 
 from __future__ import annotations
 
-import json
-import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +18,10 @@ import numpy as np
 from mlxkv.checkpoint.quantization import Format
 from mlxkv.errors import CheckpointError
 
-from ..tensors import matrix_shape
+from ..tensors import SAFETENSORS_DTYPES, matrix_shape
 
 _NUMPY = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "U32": "<u4", "U8": "u1"}
-NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "U32": "uint32", "U8": "uint8"}
-"""safetensors' names of the dtypes that a checkpoint's tensors may have here, and MLX's."""
+NAMES = {kind: name for name, kind in SAFETENSORS_DTYPES.items()}
 
 
 class Part(Protocol):
@@ -200,18 +197,3 @@ class PackedTensor:
 
     def packed_rows(self, start: int, stop: int) -> tuple[mx.array, ...]:
         return tuple(part.rows(start, stop) for part in self.parts)
-
-
-def data_offsets(file: Path) -> dict[str, int]:
-    """Where each tensor of a safetensors file begins; its header has been validated before."""
-    try:
-        with file.open("rb") as opened:
-            (length,) = struct.unpack("<Q", opened.read(8))
-            header = json.loads(opened.read(length))
-        return {
-            name: 8 + length + entry["data_offsets"][0]
-            for name, entry in header.items()
-            if name != "__metadata__"
-        }
-    except (OSError, ValueError, KeyError, struct.error) as error:
-        raise CheckpointError(f"{file}: not a whole safetensors file ({error})") from error

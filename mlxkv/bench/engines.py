@@ -13,9 +13,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
 
 from mlxkv.base import device
 from mlxkv.errors import MlxkvError
@@ -152,7 +153,8 @@ class MlxLm:
 
     @property
     def dtype(self) -> str:
-        return _name(_most(_arrays(self._model.parameters())))
+        leaves = (x for _, x in tree_flatten(self._model.parameters()))
+        return _name(_most(x for x in leaves if isinstance(x, mx.array)))
 
     def steps(self, prompts: Prompts, n_answer: int) -> Iterator[int]:
         if len(prompts) == 1:
@@ -176,12 +178,6 @@ class MlxLm:
             generator.insert([list(prompt) for prompt in prompts])
             while came := generator.next_generated():
                 yield len(came)
-
-
-def _arrays(tree: Any) -> Iterator[mx.array]:
-    from mlx.utils import tree_flatten
-
-    return (x for _, x in tree_flatten(tree) if isinstance(x, mx.array))
 
 
 def _most(arrays: Iterable[mx.array]) -> mx.Dtype:

@@ -17,7 +17,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlxkv.base.device import default_chunk
-from mlxkv.bench.cases import TEXT
+from mlxkv.bench.cases import prompts
 from mlxkv.errors import UsageError
 from mlxkv.generation.decoder import Row as DecoderRow
 from mlxkv.generation.decoder import decode
@@ -135,12 +135,7 @@ def _prompt(llm: LLM, n_tokens: int | None) -> list[int]:
             f"must be {2 * STEP + 1:,} to {longest:,} for this model; got {wanted:,}",
             field="tokens",
         )
-    text, tokens, n = "", list[int](), 0
-    while len(tokens) < wanted:
-        text += "".join(TEXT.format(n=i % 9 + 2, m=(i * 37) % 500) for i in range(n, n + 8))
-        n += 8
-        tokens = llm.tokenizer.encode(text)
-    return tokens[:wanted]
+    return prompts(llm.tokenizer, wanted, 1)[0]
 
 
 class _Reference:

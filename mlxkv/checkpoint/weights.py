@@ -38,21 +38,18 @@ class TensorInfo:
         shape: as stored.
         dtype: the format's name: F32, BF16, U32, ...
         file: the file that holds it.
+        offset: of its first byte in the file.
     """
 
     shape: tuple[int, ...]
     dtype: str
     file: Path
+    offset: int
 
     @property
     def nbytes(self) -> int:
         """Bytes in the file."""
         return prod(self.shape) * _BITS[self.dtype] // 8
-
-    @property
-    def float_dtype(self) -> mx.Dtype | None:
-        """The floating dtype; None for packed weights and integers."""
-        return _FLOATS.get(self.dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,22 +228,19 @@ def parse_header(text: bytes, n_data: int, file: Path) -> dict[str, TensorInfo]:
     if not isinstance(header, dict):
         raise _damaged(file, "its header is not an object")
     header.pop("__metadata__", None)
-    infos: dict[str, TensorInfo] = {}
-    spans: list[tuple[int, int]] = []
-    for name, entry in header.items():
-        infos[name], span = _entry(name, entry, file)
-        spans.append(span)
+    base = 8 + len(text)
+    infos = {name: _entry(name, entry, base, file) for name, entry in header.items()}
     end = 0
-    for start, stop in sorted(spans):
+    for start, n_bytes in sorted((info.offset - base, info.nbytes) for info in infos.values()):
         if start != end:
             raise _damaged(file, f"its header leaves a hole or an overlap at byte {end:,}")
-        end = stop
+        end += n_bytes
     if end != n_data:
         raise _damaged(file, f"its header describes {end:,} bytes of data and it has {n_data:,}")
     return infos
 
 
-def _entry(name: str, entry: Any, file: Path) -> tuple[TensorInfo, tuple[int, int]]:
+def _entry(name: str, entry: Any, base: int, file: Path) -> TensorInfo:
     try:
         dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
     except (KeyError, TypeError, ValueError):
@@ -260,7 +254,7 @@ def _entry(name: str, entry: Any, file: Path) -> tuple[TensorInfo, tuple[int, in
         raise _damaged(
             file, f"tensor {name} is {stop - start:,} bytes and its shape says otherwise"
         )
-    return TensorInfo(tuple(shape), dtype, file), (start, stop)
+    return TensorInfo(tuple(shape), dtype, file, base + start)
 
 
 def _damaged(file: Path, what: str) -> CheckpointError:

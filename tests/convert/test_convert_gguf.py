@@ -18,7 +18,7 @@ from mlxkv.convert import convert
 from mlxkv.convert.gguf.file import open_gguf, readable_types
 from mlxkv.convert.gguf.model import default_dtype, gguf_config
 from mlxkv.convert.gguf.rope import llama3_factors
-from mlxkv.convert.gguf.weight import gguf_weight, pack
+from mlxkv.convert.gguf.weight import GGUFWeight, pack
 from mlxkv.errors import CheckpointError, ConfigError, UnsupportedModel, WeightsError
 from mlxkv.nn.rope import inverse_frequencies
 from tests.support import gguf_files, tiny
@@ -49,7 +49,7 @@ def test_every_type_reads_as_the_gguf_package_dequantizes_it(tmp_path: Path, kin
         stored = quants.quantize(values, GGMLQuantizationType[kind])
     expected = quants.dequantize(stored, GGMLQuantizationType[kind])
     file = open_gguf(path)
-    weight = gguf_weight(file, file.tensors[name], "up")
+    weight = GGUFWeight(file, file.tensors[name], "up")
     assert weight.shape == shape
     np.testing.assert_array_equal(np.array(weight.rows(0, 6)), expected)
     np.testing.assert_array_equal(np.array(weight.rows(2, 5)), expected[2:5])
