@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from mlxkv.errors import UsageError
 from mlxkv.kv.layout import windowed_mask
 from mlxkv.kv.storage import dense
-from mlxkv.kv.types import CacheSpec
 from mlxkv.nn.attention import attend
 from tests.support.cache_drive import (
     GROWING,
@@ -225,7 +224,7 @@ def test_read_after_rewind_ends_at_the_new_offset(kind):
 
 @every_kind
 def test_reading_nothing_is_allowed_on_an_empty_cache(kind):
-    piece = kind.make(CacheSpec(2, 4, 3, kind.window)).read(0, 0)
+    piece = kind.make(kind.spec(2, 4, 3)).read(0, 0)
     assert [x.shape[2] for x in piece.arrays] == [0] * len(piece.arrays)
     with pytest.raises(UsageError):
         kind.make(None).read(0, 1)

@@ -33,7 +33,7 @@ def per_token(kind) -> int:
 @every_kind
 def test_an_empty_cache_holds_nothing(kind):
     assert_empty(kind.make(None))
-    assert_empty(kind.make(CacheSpec(2, 4, 3, kind.window)))
+    assert_empty(kind.make(kind.spec(2, 4, 3)))
 
 
 @every_kind
@@ -71,7 +71,7 @@ def test_reset_gives_the_bytes_back_and_takes_another_batch_size_and_width(kind)
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32])
 @every_kind
 def test_the_dtype_is_kept_and_priced(kind, dtype):
-    spec = CacheSpec(2, 4, 6, kind.window)
+    spec = kind.spec(2, 4, 6)
     cache = kind.make(spec)
     for n, L in [(5, 5), (6, 1), (306, 300), (307, 1), (312, 5), (313, 1)]:
         k = mx.random.normal((1, 2, L, 4)).astype(dtype)
@@ -201,7 +201,7 @@ def test_tokens_of_another_shape_are_refused_and_change_nothing(kind, k, v):
 
 @every_kind
 def test_a_spec_is_checked_on_the_first_update(kind):
-    cache = kind.make(CacheSpec(2, 4, 6, kind.window))
+    cache = kind.make(kind.spec(2, 4, 6))
     for k, v in [((1, 2, 3, 4), (1, 2, 3, 4)), ((1, 1, 3, 4), (1, 1, 3, 6))]:
         with pytest.raises(UsageError):
             cache.update(mx.zeros(k), mx.zeros(v))

@@ -30,7 +30,7 @@ def slices(drive: Drive, start: int, cuts: list[int]) -> list[Slice]:
 
 
 def spec_of(drive: Drive) -> CacheSpec:
-    return CacheSpec(drive.H, drive.k_dim, drive.v_dim, drive.kind.window)
+    return drive.kind.spec(drive.H, drive.k_dim, drive.v_dim)
 
 
 def reload(drive: Drive, parts: list[Slice], spec: CacheSpec | None = None) -> None:
@@ -70,7 +70,7 @@ def test_rows_older_than_the_window_may_be_missing(kind):
 
 @every_kind
 def test_a_loaded_cache_allocates_what_its_spec_says(kind):
-    spec = CacheSpec(2, 4, 6, kind.window)
+    spec = kind.spec(2, 4, 6)
     for n in (1, 255, 256, 257, 700):
         drive = Drive(kind, H=2, k_dim=4, v_dim=6, spec=spec).feed_all([n])
         reload(drive, slices(drive, drive.cache.first, [200, 400]), spec)
@@ -79,7 +79,7 @@ def test_a_loaded_cache_allocates_what_its_spec_says(kind):
 
 @every_kind
 def test_loading_replaces_what_was_held(kind):
-    drive = Drive(kind, spec=CacheSpec(1, 2, 2, kind.window)).feed_all([300, 1])
+    drive = Drive(kind, spec=kind.spec(1, 2, 2)).feed_all([300, 1])
     parts = slices(drive, drive.cache.first, [256])
     drive.cache.update(mx.zeros((1, 1, 20, 2)), mx.zeros((1, 1, 20, 2)))
     drive.cache.load(parts)
@@ -111,12 +111,12 @@ def test_gaps_and_foreign_shapes_are_refused(kind):
     drive = Drive(kind).feed_all([40])
     late = [drive.cache.read(36, 38), drive.cache.read(39, 40)]
     short = [drive.cache.read(36, 40)]
-    cache = kind.make(CacheSpec(1, 2, 2, kind.window))
+    cache = kind.make(kind.spec(1, 2, 2))
     for parts, words in ((late, "go on from 38"), (short, "missing")):
         with pytest.raises(UsageError, match=words):
             cache.load(parts)
     with pytest.raises(UsageError, match="do not fit"):
-        kind.make(CacheSpec(2, 2, 2, kind.window)).load(
+        kind.make(kind.spec(2, 2, 2)).load(
             [Slice((mx.zeros((1, 1, 9, 2)), mx.zeros((1, 1, 9, 2))), 0, 9)]
         )
 

@@ -32,8 +32,12 @@ class Kind:
     window: int | None = None
     kv_type: str = "native"
 
+    def spec(self, n_kv_heads: int, k_dim: int, v_dim: int) -> CacheSpec:
+        """The spec for which `make_cache` makes this kind."""
+        return CacheSpec(n_kv_heads, k_dim, v_dim, self.window)
+
     def kept(self, rows: np.ndarray) -> np.ndarray:
-        """What the format keeps of rows: each is packed by itself."""
+        """What the format keeps of rows: each row is quantized by itself."""
         if self.kv_type == "native":
             return rows
         storage = storage_of(self.kv_type)
