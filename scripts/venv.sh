@@ -1,11 +1,11 @@
-# Sourced by the other scripts: `ready run` or `ready dev` makes .venv fit for that, once.
+# Sourced by the other scripts: `ready run` or `ready dev` makes .venv and installs into it, once.
 # Needs nothing but Python 3.11 or newer (on a Mac macOS 14 and an arm64 Python), and leaves the
 # system's Python alone. POSIX sh and tools: macOS has bash 3.2, and BSD's sed, awk and wc.
 
 root=$(cd "$(dirname "$0")/.." && pwd)
 venv=$root/.venv
 
-# Fails in a Python that is too old; prints why MLX has no wheel for one, or nothing.
+# Exits with 1 in a Python that is too old; prints why MLX has no wheel for this one, or nothing.
 fitness='
 import platform, sys
 if sys.version_info < (3, 11):
