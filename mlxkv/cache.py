@@ -1,4 +1,4 @@
-"""KV caches: what one layer remembers of the tokens it has seen.
+"""KV caches: the keys and values of one layer.
 
 Invariants:
 - A cache holds the KV of the positions `[offset - n, offset)` in temporal order, `n` of them.
@@ -6,12 +6,12 @@ Invariants:
 - Buffers are allocated in steps of `STEP` tokens and written in place; `nbytes` is what they take.
 - `mask(L)` describes the KV that the next `update` of `L` tokens returns.
 - Everything is lazy: no method evaluates, and none reads a value back.
-- An update or a rewind changes all of a cache at its end, with nothing called in between: an
-  interrupt finds it as it was before or as it is after.
-- What is handed out stays as it was: writing `buffer[...] = x` rebinds that very array object, so
-  a buffer never leaves the cache itself, only views of it do.
-- While a sequence is decoded beside others its KV may lie in buffers that they share (`slots`): the
-  cache is a row of them then. It reads through views, and the first write of its own copies it out.
+- An update or a rewind stores everything at its end, with nothing called in between: an
+  interrupt finds the cache as it was before or as it is after.
+- Arrays that were returned do not change: `buffer[...] = x` rebinds the array object that it is
+  called on, so a cache returns only views of a buffer, never the buffer.
+- While a sequence is decoded in a batch, its KV may be a row of shared buffers (`slots`). The cache
+  reads it through views, and its first write outside of the batch copies it out.
 
 The design follows Ollama's image engine (a `KVCache` that grows by 256 and a `RotatingKVCache`),
 without its defects on chunks that wrap: docs/design.md says which.
@@ -35,7 +35,7 @@ class KVCache(Buffers):
     """Grows without bound, `STEP` tokens at a time.
 
     Args:
-        spec: the layer's shape, checked on the first update; None takes what comes.
+        spec: the layer's shape, checked on the first update; None: not checked.
         kv_type: one of `KV_TYPES`.
     """
 
@@ -61,12 +61,12 @@ class KVCache(Buffers):
             UsageError: the shapes do not fit each other or what is held.
         """
         start, stop = self.offset, self.offset + self._check(k, v)
-        arrays, buffers = self._storage.encode_both(k, v), self.arrays
+        arrays, buffers = self.encoded(k, v), self.arrays
         if stop > self.capacity:
             buffers = self._reserved(arrays, start, ceil_step(stop))
         buffers = self._written(buffers, arrays, start, stop)
         self.buffers, self.row, self.offset = buffers, None, stop
-        return self._storage.decode_both(buffers, stop, *self._rows[2:4])
+        return self.decoded(buffers, stop)
 
     def mask(self, L: int) -> Mask:
         """Mask for the KV that an update of `L` tokens will return."""
@@ -137,15 +137,13 @@ class RotatingKVCache(Buffers):
     query sees its whole window; the surplus is dropped by the next update, and until then
     `rewind` can give it back.
 
-    Rows lie in temporal order from `_head` on and wrap at `capacity`; `_head` is other than 0
-    only in a full ring of `max_size`.
+    Rows are in temporal order from `_head` on and wrap at `capacity`; `_head` is not 0 only in a
+    full ring of `max_size`.
 
     Args:
         max_size: tokens that a query sees, itself included; at least 1.
-        spec: the layer's shape, checked on the first update; None takes what comes.
+        spec: the layer's shape, checked on the first update; None: not checked.
         kv_type: one of `KV_TYPES`.
-
-    Attributes:
 
     Raises:
         UsageError: `max_size` is not positive.
@@ -187,23 +185,18 @@ class RotatingKVCache(Buffers):
             UsageError: the shapes do not fit each other or what is held.
         """
         L = self._check(k, v)
-        arrays = self._storage.encode_both(k, v)
+        arrays = self.encoded(k, v)
         if self.row is not None and self._head and self._n < self.max_size:
-            self._straighten()  # in buffers of its own only a full ring begins behind 0
+            self._straighten()  # outside of shared buffers only a full ring has a head
         if self._n + L <= self.max_size:
             buffers, n, head = self._appended(arrays, L)
         elif L == 1:
             buffers, n, head = self._overwritten(arrays)
         else:
             buffers, n, head = self._concatenated(arrays, L)
-        self.buffers, self.row, self._n, self._head, self.offset = (
-            buffers,
-            None,
-            n,
-            head,
-            self.offset + L,
-        )
-        return self._storage.decode_both(buffers, n, *self._rows[2:4])
+        offset = self.offset + L
+        self.buffers, self.row, self._n, self._head, self.offset = buffers, None, n, head, offset
+        return self.decoded(buffers, n)
 
     def _appended(self, arrays: Sequence[mx.array], L: int) -> tuple[list[mx.array], int, int]:
         start, stop, buffers = self._n, self._n + L, self.arrays
@@ -213,11 +206,11 @@ class RotatingKVCache(Buffers):
         return self._written(buffers, arrays, start, stop), stop, self._head
 
     def _overwritten(self, arrays: Sequence[mx.array]) -> tuple[list[mx.array], int, int]:
-        # New handles on the same memory: until the update is done the old ones show what was held.
+        # New array objects on the same memory: the old ones stay valid until the update is done.
         at, buffers = self._head, [array[...] for array in self.arrays]
         if self._n > self.max_size or self.capacity > self.max_size:
-            # The surplus of a chunk: from here on it is a ring of max_size rows. A view would keep
-            # the surplus allocated for as long as the ring lives.
+            # Drop a chunk's surplus: from here on this is a ring of max_size rows. A view would
+            # keep the surplus allocated.
             old = self._temporal(self._n - self.max_size, self._n)
             at, buffers = 0, [self.copied(x) for x in old]
         head = (at + 1) % self.max_size
@@ -288,7 +281,7 @@ class RotatingKVCache(Buffers):
         return self.offset - self._n
 
     def load(self, parts: Sequence[Slice]) -> None:
-        """Go on behind consecutive slices: what the window needs of them is held.
+        """Hold what the window needs of consecutive slices.
 
         Raises:
             UsageError: they hold less than `max_size - 1` tokens before their end and do not begin
@@ -296,8 +289,8 @@ class RotatingKVCache(Buffers):
         """
         stop = parts[-1].stop
         needed = max(0, stop - (self.max_size - 1))
-        # A whole window where there is one: the next single token then meets the very rows that a
-        # cache which never stopped has.
+        # A whole window if there is one: the next token then sees the same rows as in a cache that
+        # was never interrupted.
         self._n = self._load(parts, needed, min(ceil_step(stop), self.max_size))
 
     def read(self, start: int, stop: int) -> Slice:
@@ -352,7 +345,7 @@ class _HasSpecs(Protocol):
 
 @runtime_checkable
 class StateSpec(Protocol):
-    """A spec of a state that is no keys and values: it makes the cache that keeps it."""
+    """A spec of a state other than keys and values, which makes its own cache."""
 
     def make(self) -> Cache: ...
 

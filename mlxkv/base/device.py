@@ -1,8 +1,8 @@
-"""What MLX runs on, and what has to be set up before it is imported.
+"""The device that MLX runs on, and what must be set up before MLX is imported.
 
 On Linux MLX's CPU wheel links the reference BLAS. An OpenBLAS that is loaded into the global scope
-first serves MLX's float32 matrix products instead, 8 to 50 times faster; macOS has Accelerate.
-This module imports nothing of MLX until it is asked about the device.
+first computes MLX's float32 matrix products instead, 8 to 50 times faster; macOS has Accelerate.
+This module imports MLX only when a function needs the device.
 """
 
 from __future__ import annotations
@@ -16,8 +16,6 @@ import sys
 import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING
-
-from mlxkv.base import device
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -93,7 +91,7 @@ def finish() -> None:
 
 
 def _already_loaded() -> str | None:
-    """OpenBLAS that came in by LD_PRELOAD, or before us."""
+    """An OpenBLAS that LD_PRELOAD or another library has loaded."""
     try:
         with open("/proc/self/maps", encoding="utf-8") as maps:  # noqa: PTH123
             # The loader maps the file behind the soname: libopenblasp-r0.3.21.so.
@@ -187,26 +185,26 @@ def memory_limit() -> int:
 
 
 class WiredLimit:
-    """Memory that Metal keeps resident, in this process: for as long as models are in it.
+    """Memory that Metal keeps resident for this process, while it has models.
 
     MLX wires nothing by default, so the system may page weights out between two requests. mlx-lm
-    wires the whole recommended working set, and long prompts then took the kernel down. Here it is
-    what the models may take (weights, KV and workspace), and never more than that set.
+    wires the whole recommended working set, and long prompts then caused kernel panics. Here the
+    limit is what the models may take (weights, KV and workspace), and never more than that set.
 
-    It may be set while nothing is computed, so what is in flight is waited for.
+    The limit may only be set while nothing is computed, so setting it waits for what is in flight.
     """
 
     def __init__(self) -> None:
-        # A model that is forgotten may be collected while the limit is being set.
+        # A model may be garbage-collected, which releases it, while the limit is being set.
         self._lock = threading.RLock()
         self._held: dict[object, int] = {}
         self._before: int | None = None
 
     def hold(self, n_bytes: int) -> Callable[[], None]:
-        """Wire what a model, or all of an engine, may take.
+        """Wire what a model, or a whole engine, may take.
 
         Returns:
-            To be called when that is gone; further calls do nothing.
+            A function that releases it; further calls of it do nothing.
         """
         key = object()
         with self._lock:
@@ -234,12 +232,8 @@ class WiredLimit:
             self._before = None
 
 
-_wired = WiredLimit()
-
-
-def hold_wired(n_bytes: int) -> Callable[[], None]:
-    """See `WiredLimit.hold`: there is one limit in a process."""
-    return _wired.hold(n_bytes)
+hold_wired = WiredLimit().hold
+"""Of the one limit that a process has."""
 
 
 def recommended_bytes() -> int | None:
@@ -252,14 +246,11 @@ def recommended_bytes() -> int | None:
     return int(size) if size else None
 
 
-CPU_CHUNK = 256
-
-
-GPU_CHUNK = 2048
+CPU_CHUNK, GPU_CHUNK = 256, 2048
 """Prefill chunks: on the CPU backend attention over a short chunk stays in its caches (132 against
-85 tokens/s at 2048); a GPU wants long ones."""
+85 tokens/s at 2048); a GPU needs long ones."""
 
 
 def default_chunk() -> int:
     """Tokens per prefill chunk on this device."""
-    return CPU_CHUNK if device.on_cpu() else GPU_CHUNK
+    return CPU_CHUNK if on_cpu() else GPU_CHUNK

@@ -1,4 +1,4 @@
-"""What a power cut spares."""
+"""Files that survive a power cut."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 
 
 def sync(handle: int) -> None:
-    """Bring a file or directory, and all that was synced before it, to permanent storage.
+    """Write a file or directory, and all that was synced before it, to permanent storage.
 
-    On macOS `os.fsync` hands the bytes to the drive, which may keep them in a volatile cache and
-    write them in another order; F_FULLFSYNC empties that cache (fcntl(2)). Where many files become
-    durable together, `os.fsync` of each and `sync` of the last do.
+    On macOS `os.fsync` only passes the bytes to the drive, which may keep them in a volatile cache
+    and write them in another order; F_FULLFSYNC flushes that cache (fcntl(2)). To make many files
+    durable, call `os.fsync` on each and `sync` on the last.
 
     Raises:
         OSError: it cannot be synced.
@@ -27,11 +27,7 @@ def sync(handle: int) -> None:
 
 
 def sync_path(path: Path, *, through: bool = True) -> None:
-    """Sync a file or a directory by its path.
-
-    Args:
-        path: of it.
-        through: `sync`; else `os.fsync`, because a `sync` of something else follows.
+    """Sync a file or a directory by its path, without `through` by `os.fsync` alone.
 
     Raises:
         OSError: it is not there, or cannot be synced.

@@ -1,6 +1,6 @@
-"""Work that is done step by step: a generator that pauses between two steps and returns a result.
+"""Work in steps: a generator that yields after each step and returns a result.
 
-A caller with other work in between drives the generator itself; `finished` is for the others.
+A caller with other work in between drives the generator itself; others call `finished`.
 """
 
 from __future__ import annotations
@@ -15,12 +15,7 @@ Result = TypeVar("Result")
 def finished(
     steps: Generator[Step, None, Result], on_step: Callable[[Step], None] | None = None
 ) -> Result:
-    """The result when all steps are done.
-
-    Args:
-        steps: the work.
-        on_step: called with what each step yields.
-    """
+    """Run all steps and return the result; call `on_step` with what each one yields."""
     while True:
         try:
             step = next(steps)

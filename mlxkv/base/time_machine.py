@@ -1,7 +1,7 @@
 """Keep folders that can be computed again out of Time Machine's backups (macOS).
 
-The attribute is the one that `tmutil addexclusion` sets. It goes with the folder where that is
-moved, and concerns everything below it.
+The attribute is the one that `tmutil addexclusion` sets. It moves with the folder, and applies to
+everything below it.
 """
 
 from __future__ import annotations

@@ -18,8 +18,8 @@ class Buffers:
 
     Attributes:
         buffers: its own; `[]` while it is empty or `row` is set.
-        row: where its KV is while its buffers are shared.
-        copied: makes a copy with memory of its own; another function where a step is traced.
+        row: the row of shared buffers that holds its KV, if one does.
+        copied: makes a copy with memory of its own; replaced while a step is traced.
     """
 
     __slots__ = (
@@ -78,16 +78,16 @@ class Buffers:
 
     @property
     def max_rows(self) -> int | None:
-        """Tokens that are held at the most while one comes at a time; None for any number."""
+        """Most tokens held in decode; None for no limit."""
         raise NotImplementedError
 
     def n_rows(self, n_tokens: int) -> int:
-        """Tokens that there is room for once it has seen `n_tokens`."""
+        """Capacity after `n_tokens` tokens."""
         rows = ceil_step(n_tokens)
         return rows if self.max_rows is None else min(rows, self.max_rows)
 
     def share(self, row: SharedRow) -> None:
-        """Have the KV held lie in a row of shared buffers from here on.
+        """Use a row of shared buffers, which holds this KV already.
 
         The token at position p is at `p % max_rows` there, or at `p`.
         """
@@ -95,12 +95,12 @@ class Buffers:
 
     @classmethod
     def advance(cls, caches: Iterable[Any], offsets: Iterable[int]) -> None:
-        """Have caches of this class hold one more token, which was written into their shared rows.
+        """Count one more token, which was written into the caches' shared rows.
 
         Args:
             caches: of one layer.
-            offsets: their new ones. All layers share these numbers: a step looks at every cache,
-                and a number of its own would be one more place in memory.
+            offsets: their new offsets. All layers share these objects: a step reads every cache's,
+                and separate ones would cost a memory access each.
         """
         for cache, offset in zip(caches, offsets, strict=True):
             cache.offset = offset
@@ -126,9 +126,8 @@ class Buffers:
         cache = self._empty(kv_type)
         if self.offset:
             held = self.read(self.first, self.offset)
-            n = held.stop - held.start
-            k, v = self._storage.decode_both(held.arrays, n, *self._rows[2:4])
-            arrays = cache._storage.encode_both(*dense_both(k, v))
+            k, v = self.decoded(held.arrays, held.stop - held.start)
+            arrays = cache.encoded(*dense_both(k, v))
             cache._rows = self._rows
             cache.load([Slice(tuple(arrays), held.start, held.stop)])
         return cache
@@ -146,7 +145,7 @@ class Buffers:
         self._release()
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """`update` for mlx-lm's model definitions, which know nothing of packed rows."""
+        """`update` for mlx-lm's model definitions, which cannot read quantized rows."""
         return dense_both(*self.update(keys, values))
 
     def update(self, k: mx.array, v: mx.array) -> tuple[Rows, Rows]:
@@ -217,12 +216,12 @@ class Buffers:
         spec, arrays, storage = self.spec, parts[0].arrays, self._storage
         native = isinstance(storage, Native)
         if spec is None and not native:
-            raise UsageError("a cache without a spec does not know what packed slices hold")
+            raise UsageError("a cache without a spec cannot load quantized slices")
         n = storage.n_arrays(*((spec.k_dim, spec.v_dim) if spec else (1, 1)))
         if len(arrays) != n or any(x.ndim != 4 for part in parts for x in part.arrays):
             raise UsageError(f"slices of {len(arrays)} arrays are not of KV format {self.kv_type}")
         B, H = arrays[0].shape[:2]
-        v_dtype = arrays[-1].dtype  # of packed rows: of the biases, and so the keys' as well
+        v_dtype = arrays[-1].dtype  # of quantized rows: the biases', and so the keys' as well
         dtype = arrays[0].dtype if native else v_dtype
         if spec is None:
             return B, H, arrays[0].shape[3], arrays[1].shape[3], dtype, v_dtype
@@ -247,15 +246,14 @@ class Buffers:
     ) -> list[mx.array]:
         """Buffers with rows written in place."""
         if (start, stop) == (0, buffers[0].shape[2]):
-            # MLX would return the rows themselves, a view that keeps all alive that was computed
-            # with them: queries lie in the same array.
+            # MLX would return the rows themselves, a view of an array that has the queries too.
             return [self.copied(x) for x in arrays]
         for buffer, x in zip(buffers, arrays, strict=True):
             buffer[:, :, start:stop] = x
         return buffers
 
     def _reserved(self, arrays: Sequence[mx.array], n_used: int, capacity: int) -> list[mx.array]:
-        """Buffers for `capacity` tokens, the first `n_used` kept: growth copies, here."""
+        """Buffers for `capacity` tokens, with the first `n_used` copied."""
         held = self.arrays
         if not held:
             return [_rows_like(x, capacity) for x in arrays]
@@ -265,7 +263,7 @@ class Buffers:
 
 
 def _row(x: mx.array) -> tuple[int, int, int, mx.Dtype]:
-    """What tokens have in common."""
+    """What all slices of a cache have in common."""
     B, H, _, D = x.shape
     return B, H, D, x.dtype
 

@@ -1,4 +1,4 @@
-"""What a cache gives and takes: slices of tokens, positions, masks, and the protocols of caches."""
+"""The types of a cache's interface: slices of tokens, positions, masks, protocols."""
 
 from __future__ import annotations
 
@@ -45,11 +45,7 @@ class Slice:
 
 @dataclass(frozen=True)
 class Positions:
-    """Where the next token of each of several sequences stands; not all at the same.
-
-    Args:
-        of: one position per sequence.
-    """
+    """Positions of the next token of several sequences, which differ."""
 
     of: tuple[int, ...]
 
@@ -67,7 +63,7 @@ Offset = int | Positions
 
 
 class LayerCache(Protocol):
-    """What a model's layer asks of the cache it is given."""
+    """What a model's layer needs of a cache."""
 
     @property
     def offset(self) -> Offset: ...
@@ -80,7 +76,7 @@ Caches = Sequence[LayerCache] | None
 
 
 class Cache(Protocol):
-    """What one layer remembers, for B sequences of equal length."""
+    """The KV of one layer, for B sequences of equal length."""
 
     spec: CacheSpec | None
     offset: int
@@ -103,8 +99,7 @@ class Cache(Protocol):
 def windowed_mask(L: int, n_before: int, window: int) -> mx.array:
     """Causal mask of a sliding window.
 
-    Query `i` stands at position `n_before + i` of the keys and sees the last `window` of them,
-    itself included.
+    Query `i` is at position `n_before + i` of the keys and sees `window` keys up to its own.
 
     Returns:
         bool `[L, n_before + L]`.

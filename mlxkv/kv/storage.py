@@ -23,17 +23,16 @@ _ALL = slice(None)
 class QuantizedRows:
     """Keys or values as codes: value = scale * code + bias, per group along the head's dimension.
 
-    They are a part of what is stored: keys and values of one size lie side by side in the same
-    arrays, with room for more tokens behind them.
+    They are views of larger arrays: keys and values of one size lie side by side in the same
+    arrays, which have room for more tokens.
 
     Args:
-        stored: codes, uint32 `[B, n >= heads, n >= S, D * bits / 32]`; scales, in the dtype that is
-            computed in, `[B, n >= heads, n >= S, D / group_size]`; biases, the same.
-        dim: values per row that count; those behind are padding.
+        stored: codes, uint32 `[B, n >= heads, n >= S, D * bits / 32]`; scales, in the compute
+            dtype, `[B, n >= heads, n >= S, D / group_size]`; biases, the same.
+        dim: values of a row; the rest is padding.
         bits: of a code.
-        first_head: where the heads of these rows begin.
-        n_heads: how many they are.
-        n_tokens: the tokens held, the first of what is stored.
+        first_head: index of the first head of these rows in `stored`.
+        n_tokens: tokens held, from the start of `stored`.
     """
 
     stored: tuple[mx.array, mx.array, mx.array]
@@ -76,43 +75,43 @@ class QuantizedRows:
 
     def tokens(self, start: int, stop: int) -> QuantizedRows:
         """Some of the tokens."""
-        heads = slice(self.first_head, self.first_head + self.n_heads)
-        codes, scales, biases = (x[:, heads, start:stop] for x in self.stored)
-        return QuantizedRows(
-            (codes, scales, biases), self.dim, self.bits, 0, self.n_heads, stop - start
-        )
+        codes, scales, biases = (x[:, self._heads, start:stop] for x in self.stored)
+        kept = codes, scales, biases
+        return replace(self, stored=kept, first_head=0, n_tokens=stop - start)
 
     def leading(self, dim: int) -> QuantizedRows:
         """The first values of each row."""
         return replace(self, dim=dim)
 
     def after(self, *arrays: mx.array) -> QuantizedRows:
-        """The same, not unpacked before these are computed."""
+        """The same, dequantized only after these are computed."""
         codes, scales, biases = self.stored
         (codes,) = mx.depends([codes], list(arrays))
         return replace(self, stored=(codes, scales, biases))
 
     def dequantized(self) -> mx.array:
         """The rows `[B, H, S, D]`."""
-        heads = slice(self.first_head, self.first_head + self.n_heads)
-        # With the room behind them: Metal's kernel would copy a part of it first.
-        codes, scales, biases = (x[:, heads] for x in self.stored)
-        return self._unpacked(codes, scales, biases)[:, :, : self.n_tokens, : self.dim]
+        # The whole buffer: Metal's kernel would copy a part of it first.
+        codes, scales, biases = (x[:, self._heads] for x in self.stored)
+        return self._dequantize(codes, scales, biases)[:, :, : self.n_tokens, : self.dim]
 
     def dequantized_with(self, other: QuantizedRows) -> tuple[mx.array, mx.array]:
         """These rows and others, in one operation where both are stored in the same arrays."""
         if self.stored is not other.stored:
             return self.dequantized(), other.dequantized()
-        rows = self._unpacked(*self.stored)
+        rows = self._dequantize(*self.stored)
         return rows[self._part][..., : self.dim], rows[other._part][..., : other.dim]
 
-    def _unpacked(self, codes: mx.array, scales: mx.array, biases: mx.array) -> mx.array:
+    def _dequantize(self, codes: mx.array, scales: mx.array, biases: mx.array) -> mx.array:
         return mx.dequantize(codes, scales, biases, group_size=self.group_size, bits=self.bits)
 
     @property
+    def _heads(self) -> slice:
+        return slice(self.first_head, self.first_head + self.n_heads)
+
+    @property
     def _part(self) -> tuple[slice, ...]:
-        heads = slice(self.first_head, self.first_head + self.n_heads)
-        return slice(None), heads, slice(self.n_tokens)
+        return _ALL, self._heads, slice(self.n_tokens)
 
 
 Rows = mx.array | QuantizedRows
@@ -121,10 +120,10 @@ Rows = mx.array | QuantizedRows
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """Which sequence of a batch stands at which row of its parts.
+    """Which sequence of a batch is in which row of its parts.
 
     Args:
-        rows: int32 `[R]`, for each row of all parts the sequence; a row that stands empty has any.
+        rows: int32 `[R]`, for each row of all parts the sequence; any for an empty row.
         back: int32 `[B]`, for each sequence its row.
     """
 
@@ -167,16 +166,8 @@ class Native:
         """Arrays that are kept of keys and values of these sizes."""
         return 2
 
-    def encode(self, rows: mx.array) -> list[mx.array]:
-        """The arrays that are kept of rows `[B, H, L, D]`."""
-        return [rows]
-
-    def decode(self, arrays: Sequence[mx.array], dim: int) -> Rows:
-        """What attention takes of kept arrays."""
-        return arrays[0]
-
     def encode_both(self, k: mx.array, v: mx.array) -> list[mx.array]:
-        """The arrays that are kept of keys and values: what every step asks for."""
+        """The arrays that are kept of keys and values `[B, H, L, D]`."""
         return [k, v]
 
     def decode_both(
@@ -206,8 +197,13 @@ class Affine:
         """Arrays that are kept of keys and values of these sizes."""
         return 3 if _side_by_side(k_dim, v_dim) else 6
 
-    def encode(self, rows: mx.array) -> list[mx.array]:
-        """The arrays that are kept of rows `[B, H, L, D]`."""
+    def encode_both(self, k: mx.array, v: mx.array) -> list[mx.array]:
+        """The arrays that are kept of keys and values, or of keys and then of values."""
+        if _side_by_side(k.shape[-1], v.shape[-1]):
+            return self._quantized(_joined(k, v))
+        return self._quantized(k) + self._quantized(v)
+
+    def _quantized(self, rows: mx.array) -> list[mx.array]:
         group, padded = groups(rows.shape[-1])
         if padded == 0:
             return [rows] * 3
@@ -215,20 +211,6 @@ class Affine:
         if n_missing:
             rows = mx.pad(rows, [(0, 0), (0, 0), (0, 0), (0, n_missing)])
         return list(mx.quantize(rows, group_size=group, bits=self.bits))
-
-    def decode(self, arrays: Sequence[mx.array], dim: int) -> Rows:
-        """What attention takes of kept arrays."""
-        if dim == 0:
-            return arrays[0]
-        codes, scales, biases = arrays
-        _, H, S, _ = codes.shape
-        return QuantizedRows((codes, scales, biases), dim, self.bits, 0, H, S)
-
-    def encode_both(self, k: mx.array, v: mx.array) -> list[mx.array]:
-        """The arrays that are kept of keys and values, or of keys and then of values."""
-        if _side_by_side(k.shape[-1], v.shape[-1]):
-            return self.encode(_joined(k, v))
-        return self.encode(k) + self.encode(v)
 
     def decode_both(
         self, arrays: Sequence[mx.array], n: int, k_dim: int, v_dim: int
@@ -246,7 +228,7 @@ class Affine:
 
 
 def _handles(arrays: Sequence[mx.array]) -> tuple[mx.array, mx.array, mx.array]:
-    """New handles on buffers: writing to a buffer rebinds its own handle to what it holds then."""
+    """New array objects for buffers: a write to a buffer rebinds the buffer's own object."""
     codes, scales, biases = arrays
     return codes[...], scales[...], biases[...]
 
@@ -267,22 +249,18 @@ def _joined(k: mx.array, v: mx.array) -> mx.array:
 
 @functools.cache
 def _keys_first() -> mx.array:
-    """bool `[1, 2, 1, 1, 1]`; made once, since every layer asks for it at every step."""
+    """bool `[1, 2, 1, 1, 1]`; made once, since every layer needs it in every step."""
     return mx.array([[[[[True]]], [[[False]]]]])
 
 
 STORAGES: dict[str, Native | Affine] = {
     name: Native() if bits is None else Affine(bits) for name, bits in CODE_BITS.items()
 }
-"""What a KV format is called -> how it stores rows."""
+"""KV format -> how it stores rows."""
 
 
 def storage_of(kv_type: str) -> Native | Affine:
-    """How a KV format stores rows.
-
-    Raises:
-        UsageError: it is not one of `KV_TYPES`.
-    """
+    """How a KV format stores rows; UsageError for an unknown one."""
     if kv_type not in STORAGES:
         raise UsageError(f"must be one of {', '.join(KV_TYPES)}; got {kv_type!r}", field="kv_type")
     return STORAGES[kv_type]

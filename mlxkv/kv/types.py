@@ -11,8 +11,8 @@ KV_TYPES = ("native", "q8", "q4")
 CODE_BITS = {"native": None, "q8": 8, "q4": 4}
 """KV format -> bits of a quantized value."""
 LAYOUTS = {"native": "native", "q8": "q8, side by side", "q4": "q4, side by side"}
-"""KV format -> what its arrays are called in a model's fingerprint: another where they are laid out
-in another way, so that KV on disk of the earlier one is not taken for it."""
+"""KV format -> name of its layout in a model's fingerprint. A changed layout needs a new name, so
+that KV on disk in the earlier one is not loaded."""
 AUTO = "auto"
 KV_CHOICES = (*KV_TYPES, AUTO)
 """KV types that a user can choose: `auto` is native, and quantized when memory is short."""

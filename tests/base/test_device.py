@@ -72,7 +72,7 @@ class FakeMetal:
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.limits, self.threads = [7], [""]
         monkeypatch.setattr(device, "on_cpu", lambda: False)
-        monkeypatch.setattr(device, "_wired", device.WiredLimit())
+        monkeypatch.setattr(device, "hold_wired", device.WiredLimit().hold)
         monkeypatch.setattr(
             mx, "device_info", lambda: {"max_recommended_working_set_size": SET, "memory_size": 2}
         )

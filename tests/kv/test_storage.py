@@ -17,6 +17,7 @@ from mlxkv.kv.types import KV_TYPES, CacheSpec, KVFormat
 from mlxkv.nn.attention import BLOCK, attend
 from mlxkv.prefix.open import open_pages
 from tests.prefix.test_families import FAMILIES, checkpoint
+from tests.support.cache_drive import stored
 from tests.support.tiny import tokens as random_tokens
 
 PACKED = ("q8", "q4")
@@ -28,8 +29,7 @@ def rows(*shape: int, seed: int = 0) -> mx.array:
 
 
 def pack(x: mx.array, kv_type: str) -> QuantizedRows:
-    storage = storage_of(kv_type)
-    packed = storage.decode(storage.encode(x), x.shape[-1])
+    packed = stored(x, kv_type)
     assert isinstance(packed, QuantizedRows)
     return packed
 
@@ -54,8 +54,8 @@ def test_rows_come_back_within_a_step(kv_type, dim):
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32])
 def test_a_row_takes_the_bytes_that_are_planned(kv_type, dim, dtype):
     x = mx.zeros((1, 1, 7, dim), dtype)
-    n_bytes = sum(array.nbytes for array in storage_of(kv_type).encode(x))
-    assert n_bytes == 7 * KVFormat(kv_type, dtype.size).row_bytes(dim)
+    n_bytes = sum(array.nbytes for array in storage_of(kv_type).encode_both(x, x))
+    assert n_bytes == 2 * 7 * KVFormat(kv_type, dtype.size).row_bytes(dim)
 
 
 @pytest.mark.parametrize(("kv_type", "share"), [("q8", 0.53), ("q4", 0.28)])
@@ -179,7 +179,7 @@ def exact_attention(
 @pytest.mark.parametrize("extra", ["plain", "sinks", "softcap"])
 @pytest.mark.parametrize("B", [2, 3])
 def test_each_row_of_a_batch_is_attended_as_if_alone(kv_type, window, extra, B):
-    spec, storage = CacheSpec(2, 80, 64, window), storage_of(kv_type)
+    spec = CacheSpec(2, 80, 64, window)
     whole, alone = make_cache(spec, kv_type), [make_cache(spec, kv_type) for _ in range(B)]
     sinks = rows(4, seed=99) if extra == "sinks" else None
     softcap = 3.0 if extra == "softcap" else None
@@ -190,7 +190,7 @@ def test_each_row_of_a_batch_is_attended_as_if_alone(kv_type, window, extra, B):
         mask = whole.mask(L)
         got = np.array(attend(q, *whole.update(*kv), 0.2, mask, sinks, softcap))
 
-        kept = [np.array(dense(storage.decode(storage.encode(x), x.shape[3]))) for x in kv]
+        kept = [np.array(dense(stored(x, kv_type))) for x in kv]
         history = [np.concatenate(pair, axis=2) for pair in zip(history, kept, strict=True)]
         logits = None if sinks is None else np.array(sinks)
         expected = exact_attention(np.array(q), *history, 0.2, window, logits, softcap)
@@ -290,6 +290,6 @@ def test_a_packed_rotating_cache_goes_back(kv_type):
     assert not cache.rewind(50)
     held = cache.read(cache.first, 90)
     storage = storage_of(kv_type)
-    expected = dense(storage.decode(storage.encode(x[:, :, cache.first : 90]), 64))
+    expected = dense(stored(x[:, :, cache.first : 90], kv_type))
     for rows_held in storage.decode_both(held.arrays, 90 - cache.first, 64, 64):
         np.testing.assert_array_equal(dense(rows_held), expected)

@@ -16,7 +16,7 @@ import pytest
 
 from mlxkv.cache import KVCache, RotatingKVCache
 from mlxkv.errors import UsageError
-from mlxkv.kv.storage import dense, dense_both, storage_of
+from mlxkv.kv.storage import Rows, dense, dense_both, storage_of
 from mlxkv.kv.types import CacheSpec
 from tests.support.windowed_reference import FullHistory, mask_as_bias, softmax_attention
 
@@ -40,8 +40,13 @@ class Kind:
         """What the format keeps of rows: each row is quantized by itself."""
         if self.kv_type == "native":
             return rows
-        storage = storage_of(self.kv_type)
-        return np.array(dense(storage.decode(storage.encode(mx.array(rows)), rows.shape[-1])))
+        return np.array(dense(stored(mx.array(rows), self.kv_type)))
+
+
+def stored(rows: mx.array, kv_type: str) -> Rows:
+    """Rows `[B, H, L, D]` as attention reads them from a cache of a KV format."""
+    storage, (*_, L, D) = storage_of(kv_type), rows.shape
+    return storage.decode_both(storage.encode_both(rows, rows), L, D, D)[0]
 
 
 def rotating(window: int, kv_type: str = "native") -> Kind:
