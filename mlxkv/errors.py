@@ -207,3 +207,8 @@ class KVCacheFull(OutOfMemory):
             f"{f', and other sequences hold {others}' if others else ''}",
             hints=hints,
         )
+
+
+def one_line(error: BaseException) -> str:
+    """An exception's text on one line; its class where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__

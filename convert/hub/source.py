@@ -16,7 +16,7 @@ import mlx.core as mx
 
 from mlxkv.checkpoint.config import read_config, text_config
 from mlxkv.checkpoint.expert_stacks import expert_stacks
-from mlxkv.checkpoint.mlxkv_json import FILE, of_model
+from mlxkv.checkpoint.mlxkv_json import RECORD, of_model
 from mlxkv.checkpoint.quantization import Format, Quantization
 from mlxkv.checkpoint.weights import Weights, open_weights
 from mlxkv.errors import UnsupportedModel, WeightsError
@@ -237,7 +237,7 @@ def _side_files(path: Path) -> tuple[Callable[[Path], None], tuple[str, ...], tu
     settings = of_model(path)
     copy = partial(_copy_files, path, tuple(names), settings)
     if settings:
-        names.append(FILE)
+        names.append(RECORD)
     if "tokenizer.json" in names:
         return copy, tuple(names), ()
     if "tokenizer.model" not in names:
@@ -260,4 +260,4 @@ def _copy_files(
     for name in names:
         shutil.copyfile(source / name, folder / name)
     if settings:  # without the record of where the source came from
-        (folder / FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        (folder / RECORD).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

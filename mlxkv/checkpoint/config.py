@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any
 
 from mlxkv.errors import ConfigError, ModelNotFound
@@ -27,13 +28,11 @@ MATHS_KEYS = frozenset(
         "word_embed_proj_dim",
     }
 )  # fmt: skip
-"""Keys that change the mathematics wherever they are set: a family that does not read one that
-says something refuses the config."""
-
+"""Keys that change the mathematics: a family refuses a config that sets one it does not read."""
 
 MAX_SIZE = 2**31 - 1
 MAX_LAYERS = 4096
-"""Bounds that no model comes near, so that a damaged config cannot ask for absurd structures."""
+"""Bounds far above every model's, so that a damaged config cannot build absurd structures."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -129,13 +128,14 @@ class Fields:
 
     def opt_int(self, key: str, *, at_most: int = MAX_SIZE) -> int | None:
         """A whole number of at least 1, or None when absent or null."""
-        if not self.has(key):
-            return None
+        return self._whole(key, 1, at_most) if self.has(key) else None
+
+    def _whole(self, key: str, least: int, most: int) -> int:
         value = self.raw[key]
         if isinstance(value, float) and value.is_integer():
             value = int(value)
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= at_most:
-            raise self.error(key, f"must be a whole number from 1 to {at_most}; got {value!r}")
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+            raise self.error(key, f"must be a whole number from {least} to {most}; got {value!r}")
         return value
 
     def float(self, key: str, default: float | None = None) -> float:
@@ -144,12 +144,7 @@ class Fields:
 
     def count(self, key: str, default: int, *, at_most: int = MAX_SIZE) -> int:
         """A whole number of at least 0."""
-        value = self.raw[key] if self.has(key) else default
-        if isinstance(value, float) and value.is_integer():
-            value = int(value)
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= at_most:
-            raise self.error(key, f"must be a whole number from 0 to {at_most}; got {value!r}")
-        return value
+        return self._whole(key, 0, at_most) if self.has(key) else default
 
     def opt_float(self, key: str, *, zero: bool = False) -> float | None:
         """A positive number, or with `zero` 0 as well; None when absent or null."""
@@ -182,7 +177,7 @@ class Fields:
             return None
         value = self.raw[key]
         if not isinstance(value, list) or len(value) != length:
-            raise self.error(key, f"must be a list of {length}; got {_brief(value)}")
+            raise self.error(key, f"must be a list of {length}; got {short(value)}")
         for item in value:
             if item not in among:
                 raise self.error(key, f"holds {item!r}; allowed are {', '.join(among)}")
@@ -196,7 +191,7 @@ class Fields:
         if not isinstance(value, list) or not all(
             isinstance(item, int | float) and 0 < item < 1e300 for item in value
         ):
-            raise self.error(key, f"must be a list of positive numbers; got {_brief(value)}")
+            raise self.error(key, f"must be a list of positive numbers; got {short(value)}")
         return tuple(float(item) for item in value)
 
     def nested(self, key: str) -> Fields:
@@ -228,14 +223,14 @@ class Fields:
         """Refuse keys that change the mathematics and were not read.
 
         Raises:
-            ConfigError: one of `MATHS_KEYS` is set and no one asked for it.
+            ConfigError: one of `MATHS_KEYS` is set and was not read.
         """
         for key in sorted(MATHS_KEYS & set(self.raw) - self._read):
             if self.raw[key] not in (None, False, {}, []):
                 raise self.error(
                     key,
                     f"changes the mathematics and is not understood for model_type "
-                    f"{self.raw.get('model_type')!r}; got {_brief(self.raw[key])}",
+                    f"{self.raw.get('model_type')!r}; got {short(self.raw[key])}",
                 )
 
     def _or_default(self, key: str, value: Any, default: Any) -> Any:
@@ -247,19 +242,11 @@ class Fields:
 
 
 def refuse_bidirectional(fields: Fields, *others: Any) -> None:
-    """Gemmas that look ahead make embeddings, not text.
+    """Refuse Gemmas with bidirectional attention, which make embeddings, not text.
 
     Args:
         fields: the config.
         others: values of the key that are allowed beside false.
-
-    Raises:
-        ConfigError: this is one.
     """
     if fields.any("use_bidirectional_attention") not in (None, False, *others):
         raise fields.error("use_bidirectional_attention", "is for embeddings; not supported")
-
-
-def _brief(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -19,10 +19,10 @@ RECORD = "mlxkv.json"
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What `mlxkv.json` in a model's directory says of the model; `settings` reads the rest.
+    """Where a model came from, as `mlxkv.json` has it beside the model's settings.
 
     Attributes:
-        name: as the user types it.
+        name: the model's.
         source: `wheel`, `hub` or `gguf`.
         origin: wheel, repository or file that it was made of.
         license: SPDX identifier, or the name of the terms; "" if not known.
@@ -47,10 +47,6 @@ def read_record(folder: Path) -> Record | None:
         return None
 
 
-FILE = RECORD
-"""The model's own settings stand beside the record of where it came from."""
-
-
 OVERFLOWS = ("stop", "shift")
 
 
@@ -61,8 +57,8 @@ class Kind:
     Args:
         variable: the environment variable that sets it.
         allowed: what it must be, for messages.
-        read: the value; raises ValueError where it is none.
-        default: where it is set nowhere; None for the model's or the machine's.
+        read: checks and converts a value; raises ValueError for a wrong one.
+        default: None for the model's or the machine's.
     """
 
     variable: str
@@ -98,7 +94,7 @@ def _bytes(value: Any) -> int:
         raise ValueError from None
 
 
-# Two tokens are the least that a prompt and an answer can have.
+# A prompt and an answer have at least two tokens.
 KINDS = {
     "context": Kind("MLXKV_CONTEXT", "a whole number, 2 or more", _whole(2)),
     "kv_type": Kind("MLXKV_KV_TYPE", f"one of {', '.join(KV_CHOICES)}",
@@ -126,7 +122,7 @@ def of_model(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: a key that is not known, or a value out of its range.
     """
-    file = path / FILE
+    file = path / RECORD
     if not file.is_file():
         return {}
     raw = read_json(file)
@@ -143,13 +139,13 @@ def of_model(path: Path) -> dict[str, Any]:
 def read_setting(
     name: str, value: Any, where: str | None = None, error: type[MlxkvError] = UsageError
 ) -> Any:
-    """The value of one setting.
+    """Check and convert the value of one setting.
 
     Args:
-        name: which one.
+        name: the setting's.
         value: as it was given.
         where: the file or the environment variable that has it; None for a caller's argument.
-        error: raised where it cannot be read.
+        error: raised for a wrong value.
     """
     kind = KINDS[name]
     try:
@@ -161,5 +157,5 @@ def read_setting(
 def error_at(
     name: str, text: str, where: str | None, error: type[MlxkvError] = UsageError
 ) -> MlxkvError:
-    """An error of a setting, where it stands: an argument's name is spelled where it is shown."""
+    """An error of a setting: of a file or variable by its name, of an argument by its field."""
     return error(text, field=name) if where is None else error(f"{where} {text}")

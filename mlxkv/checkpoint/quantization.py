@@ -21,7 +21,7 @@ _FORMAT_KEYS = ("group_size", "bits", "mode")
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """How one weight is packed: `bits` per value, one scale per `group_size` values of a row."""
+    """How one weight is quantized: `bits` per value, one scale per `group_size` values of a row."""
 
     mode: str = "affine"
     bits: int = 4
@@ -66,8 +66,8 @@ class Quantization:
     """The formats of a checkpoint.
 
     Args:
-        default: for every packed weight that is not named.
-        by_path: module path -> its own format; None where it is kept as it is.
+        default: for every quantized weight that is not named.
+        by_path: module path -> its own format; None for one that is not quantized.
     """
 
     default: Format
@@ -87,7 +87,7 @@ class Quantization:
         if not isinstance(entry, Mapping):
             raise UnsupportedModel(f"{source}: {key} must be an object; got {entry!r}")
         if entry.get("quant_method") == "mxfp4" and raw.get("model_type") == "gpt_oss":
-            # As released: the experts alone are packed, and their layout says the rest.
+            # As released: only the experts are quantized, and their layout says the rest.
             return cls(Format("mxfp4", 4, 32), {})
         if "quant_method" in entry:
             raise UnsupportedModel(

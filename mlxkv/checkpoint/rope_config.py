@@ -34,7 +34,7 @@ class RopeConfig:
         theta: base of the wavelengths.
         max_position_embeddings: the model's context, which `dynamic` and `longrope` stretch from.
         original_max_position_embeddings: context of the pretraining; not the model's limit.
-        n_turning: of `proportional`: the first pairs, which turn; the others stand still.
+        n_turning: of `proportional`: how many of the first pairs are rotated.
     """
 
     rope_type: str
@@ -103,7 +103,7 @@ def rope_config(
 
 
 def rope_configs(fields: Fields, head_dim: int) -> dict[str, Any]:
-    """Those of Gemma 3's and 3n's full layers, `rope`, and of the sliding ones, `sliding_rope`."""
+    """The embeddings of Gemma 3's and 3n's full (`rope`) and sliding layers (`sliding_rope`)."""
     rope = rope_config(fields, head_dim, default_theta=1_000_000.0, layer_type="full_attention")
     sliding = rope_config(
         fields,
@@ -119,7 +119,7 @@ def rope_configs(fields: Fields, head_dim: int) -> dict[str, Any]:
 def _proportional(
     fields: Fields, params: Fields, head_dim: int, theta: float, partial: float
 ) -> RopeConfig:
-    """Pairs lie half a head apart whatever part of them turns, at the whole head's wavelengths."""
+    """Pairs are half a head apart even if some are not rotated; wavelengths are those of all."""
     n_turning = int(partial * head_dim // 2)
     if head_dim % 2 or not 0 < n_turning <= head_dim // 2:
         raise fields.error("partial_rotary_factor", f"turns {n_turning} pairs of {head_dim} values")

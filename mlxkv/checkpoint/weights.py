@@ -18,7 +18,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlxkv.checkpoint.config import read_json
-from mlxkv.errors import CheckpointError, ModelNotFound, UnsupportedModel
+from mlxkv.errors import CheckpointError, ModelNotFound, UnsupportedModel, one_line
 
 _FLOATS = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
 _LOADABLE = {*_FLOATS, "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64", "BOOL"}
@@ -95,7 +95,7 @@ class Weights:
             try:
                 loaded = mx.load(str(file))
             except (RuntimeError, ValueError) as error:
-                raise CheckpointError(f"{file}: cannot be read ({one_line(error)})") from error
+                raise CheckpointError(f"{file}: cannot be read ({one_line(error):.200})") from error
             assert isinstance(loaded, dict)
             wanted = {name for name, info in self.infos.items() if info.file == file}
             arrays.update({name: array for name, array in loaded.items() if name in wanted})
@@ -194,15 +194,10 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
 
 
 def header_length(start: bytes, size: int, file: Path) -> int:
-    """Bytes of the JSON that follows the first eight bytes of a safetensors file.
-
-    Args:
-        start: those eight, or fewer where the file ends before.
-        size: of the whole file.
-        file: for messages.
+    """Bytes of the JSON header that follows `start`, the first eight bytes of a safetensors file.
 
     Raises:
-        CheckpointError: no header is that long in such a file.
+        CheckpointError: no header is that long in a file of this size.
     """
     length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
     if not 2 <= length <= min(size - 8, MAX_HEADER_BYTES):
@@ -213,13 +208,8 @@ def header_length(start: bytes, size: int, file: Path) -> int:
 def parse_header(text: bytes, n_data: int, file: Path) -> dict[str, TensorInfo]:
     """The entries of a safetensors header.
 
-    Args:
-        text: the JSON.
-        n_data: bytes that follow it in the file.
-        file: for messages.
-
     Raises:
-        CheckpointError: the entries do not describe those bytes.
+        CheckpointError: they do not describe the `n_data` bytes that follow it in the file.
     """
     try:
         header = json.loads(text)
@@ -268,8 +258,3 @@ def skipped_text(names: Sequence[str]) -> str:
         first, _, rest = name.removeprefix("model.").partition(".")
         groups.add(rest.partition(".")[2] if first == "layers" else first)
     return f"{len(names)} tensors ({', '.join(sorted(groups))})" if names else ""
-
-
-def one_line(error: Exception) -> str:
-    """An exception's text on one line."""
-    return " ".join(str(error).split())[:200]

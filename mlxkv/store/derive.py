@@ -1,7 +1,7 @@
-"""Models made of other models on this machine: under another name, packed, with other settings.
+"""Models made from other models on this machine: renamed, quantized, or with other settings.
 
-A copy shares its weights with the original where the file system can (hard links): neither is ever
-written to. All other files are its own.
+A copy shares its weights with the original by hard links, if the file system has them; weights are
+never written to. All other files are copied.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ def derive(
     sampling: SamplingParams | None = None,
     report: Report = silent,
 ) -> Path:
-    """Makes a model of another, and returns its directory.
+    """Make a model from another, and return its directory.
 
     Args:
         source: the other's directory.
-        name: of the new model; a name that is free.
-        quantize: pack its weights so, see `mlxkv.convert`; None leaves them as they are.
+        name: of the new model.
+        quantize: quantize its weights, see `mlxkv.convert`; None copies them.
         chosen: settings that it runs with, see `settings`.
-        sampling: what it recommends; what is unset stays the source's.
+        sampling: what it recommends; unset parameters are the source's.
         report: called with the progress.
 
     Raises:
@@ -58,7 +58,7 @@ def derive(
         if quantize is None:
             _copy(source, made)
         else:
-            _pack(source, made, name, quantize, report)
+            _quantize(source, made, name, quantize, report)
         _write_record(source, made, name, chosen or {})
         if sampling is not None:
             _write_sampling(made / GENERATION, sampling)
@@ -82,7 +82,7 @@ def _link(file: Path, target: Path) -> bool:
     return False
 
 
-def _pack(source: Path, target: Path, name: str, quantize: str, report: Report) -> None:
+def _quantize(source: Path, target: Path, name: str, quantize: str, report: Report) -> None:
     from mlxkv.convert import convert  # pyright: ignore[reportMissingImports]
 
     label = f"converting {name}"
@@ -96,7 +96,7 @@ def _pack(source: Path, target: Path, name: str, quantize: str, report: Report) 
 
 def _write_record(source: Path, made: Path, name: str, chosen: Mapping[str, Any]) -> None:
     record = read_record(source) or Record(name, "converted", source.name)
-    # Without a fingerprint, no change of the file that the source was made of concerns it.
+    # No fingerprint: it does not depend on the file that the source was made from.
     record = replace(record, name=name, fingerprint="")
     kept = {**mlxkv_json.of_model(source), **mlxkv_json.checked(chosen)}
     (made / RECORD).write_text(json.dumps(asdict(record) | kept, indent=2) + "\n", "utf-8")

@@ -1,7 +1,7 @@
 """Hugging Face repositories, in huggingface_hub's own cache.
 
-What is complete in the cache is found by its documented layout, without importing the client
-and without a request: that is the path of every run but the first. HF_HOME, HF_HUB_CACHE,
+A complete repository is found by the cache's documented layout, without importing the client
+and without a request: every run but the first needs no more. HF_HOME, HF_HUB_CACHE,
 HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE mean what they mean to huggingface_hub.
 """
 
@@ -55,9 +55,8 @@ def cached_snapshot(repo_id: str) -> Path | None:
 
 def is_complete(folder: Path) -> bool:
     """Whether a folder holds a config, a tokenizer and every shard of its weights."""
-    if not (folder / "config.json").is_file():
-        return False
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+    tokenizers = (folder / name for name in ("tokenizer.json", "tokenizer.model"))
+    if not (folder / "config.json").is_file() or not any(path.is_file() for path in tokenizers):
         return False
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
@@ -75,9 +74,7 @@ def cached_gguf_files(folder: Path) -> list[str]:
 
 
 def download(repo_id: str, *, quiet: bool = True) -> Path:
-    """Fetches config, tokenizer and safetensors of a repository; its snapshot folder.
-
-    What is in the cache already is not fetched again.
+    """Fetch what the cache lacks of config, tokenizer and safetensors; the snapshot's folder.
 
     Raises:
         ModelNotFound: no such repository, or a private one.
@@ -112,7 +109,7 @@ def list_gguf_files(repo_id: str) -> list[str]:
 
 
 def download_gguf(repo_id: str, filename: str, *, quiet: bool = True) -> Path:
-    """Fetches one GGUF file of a repository; its path in the cache.
+    """Fetch one GGUF file of a repository; its path in the cache.
 
     Raises:
         ModelNotFound, DownloadError, OutputError: as `download`.
@@ -154,11 +151,8 @@ def choose_gguf(repo_id: str, files: Sequence[str], wanted: str | None) -> str:
 
 def cached_repos() -> list[CachedRepo]:
     """The model repositories in the cache that hold weights mlxkv can read."""
-    cache = _scan()
-    if cache is None:
-        return []
-    found = []
-    for repo in cache.repos:
+    cache, found = _scan(), []
+    for repo in () if cache is None else cache.repos:
         if repo.repo_type != "model":
             continue
         snapshot = cached_snapshot(repo.repo_id)
@@ -167,39 +161,16 @@ def cached_repos() -> list[CachedRepo]:
     return sorted(found, key=lambda repo: repo.repo_id.lower())
 
 
-@dataclass(frozen=True, slots=True)
-class RepoRemoval:
-    """Deleting all revisions of a cached repository.
-
-    Attributes:
-        strategy: huggingface_hub's plan of it.
-        n_bytes: what it frees.
-    """
-
-    repo_id: str
-    strategy: DeleteCacheStrategy
-    n_bytes: int
-
-
-def plan_removal(repo_id: str) -> RepoRemoval | None:
-    """What `remove` would delete; None if the repository is not in the cache."""
+def plan_removal(repo_id: str) -> DeleteCacheStrategy | None:
+    """Deletes all revisions when executed; None if the repository is not in the cache."""
     cache = _scan()
-    if cache is None:
-        return None
-    for repo in cache.repos:
+    for repo in () if cache is None else cache.repos:
         if repo.repo_type == "model" and repo.repo_id == repo_id:
             # The client finds a revision by its commit alone, and a duplicated repository has the
-            # commits of its original: show it no other one.
+            # commits of its original: leave only this one in what it sees.
             alone = dataclasses.replace(cache, repos=frozenset({repo}))
-            commits = [revision.commit_hash for revision in repo.revisions]
-            strategy = alone.delete_revisions(*commits)
-            return RepoRemoval(repo_id, strategy, strategy.expected_freed_size)
+            return alone.delete_revisions(*(revision.commit_hash for revision in repo.revisions))
     return None
-
-
-def remove(removal: RepoRemoval) -> None:
-    """Carries out a plan, through huggingface_hub."""
-    removal.strategy.execute()
 
 
 def _scan() -> HFCacheInfo | None:
@@ -214,7 +185,7 @@ def _scan() -> HFCacheInfo | None:
 
 
 def hush(quiet: bool = True) -> None:
-    """Keeps the client from logging, and from drawing progress where it is to be quiet."""
+    """Keep the client from logging and, if quiet, from drawing progress."""
     from huggingface_hub.utils import disable_progress_bars, logging
 
     logging.set_verbosity_error()

@@ -1,13 +1,12 @@
-"""What a plan needs of a Hugging Face repository that is not here: all but its weights.
+"""What a plan needs of a Hugging Face repository that is not on this machine: all but its weights.
 
 A safetensors file begins with a header that names every tensor's dtype and shape: kilobytes of
-gigabytes. The headers are asked for by HTTP range, and each stands in a temporary folder as a
-sparse file of the real length, so that whatever reads a model directory's headers reads these.
+gigabytes. The headers are fetched by HTTP range into a temporary folder, as sparse files of the
+real length, so that the code that reads a model directory's headers can read these.
 
 Invariants:
-- Nothing goes into huggingface_hub's cache: half a snapshot there might pass for a whole one.
-- Of each file no more is read than its header and what one request brings in any case, also where
-  the server ignores ranges and sends all of it.
+- Nothing goes into huggingface_hub's cache, where half a snapshot might pass for a whole one.
+- Little more than a file's header is read, even from a server that ignores ranges and sends all.
 - Files are named by the repository's list, without folders, and never by what is in a file.
 """
 
@@ -32,7 +31,7 @@ from mlxkv.errors import DownloadError, MlxkvError, ModelNotFound, OutputError
 from mlxkv.store import hub
 
 FIRST_BYTES = 100_000
-"""Asked for of each file at once: most headers are shorter, and a request costs more than that."""
+"""Of each file's first request: most headers are shorter, and a second request costs more."""
 _PARALLEL = 8
 
 
@@ -53,11 +52,10 @@ class _Listing:
 
 @contextmanager
 def headers_of(repo_id: str) -> Iterator[Path]:
-    """A folder that holds a repository's config.json and the headers of its weights, for a while.
+    """A temporary folder with a repository's config.json and the headers of its weights.
 
-    Its safetensors files are as long as the real ones and zero behind the header: there is
-    nothing to compute with, and nothing to compare. What the block raises about the folder's
-    files names the repository in its place.
+    Its safetensors files have the real length and are zero after the header. Errors in the block
+    that name the folder name the repository instead.
 
     Raises:
         ModelNotFound: no such repository, or no safetensors in it.
@@ -162,11 +160,11 @@ def _stand_in(listing: _Listing, path: Path) -> None:
 
 
 def _fetch_start(listing: _Listing, name: str, path: Path, n_bytes: int) -> None:
-    """Writes the first bytes of a repository's file, and reads little more than those."""
+    """Write the first bytes of a repository's file, and read little more than those."""
     from huggingface_hub import constants, hf_hub_url
     from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
-    if not n_bytes:  # no range means that
+    if not n_bytes:  # which no range can say
         path.touch()
         return
     url = hf_hub_url(listing.repo_id, name, revision=listing.commit)

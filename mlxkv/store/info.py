@@ -6,12 +6,13 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlxkv.base.units import human_bytes, human_count
 from mlxkv.checkpoint.config import read_config, text_config
-from mlxkv.checkpoint.mlxkv_json import read_record
+from mlxkv.checkpoint.mlxkv_json import Record, read_record
 from mlxkv.errors import CheckpointError, ModelNotFound
 from mlxkv.store import catalog
 from mlxkv.store.settings import Settings, effective
@@ -51,15 +52,15 @@ class Card:
     """What `mlxkv show` prints.
 
     Attributes:
-        parameters: values of all weights, packed ones counted as what they stand for.
+        parameters: values of all weights, those of quantized ones included.
         bits_per_weight: bits of all tensors by parameters, scales included.
         definition: `mlxkv (llama)` or `mlx-lm`.
         chat_template: whether there is one.
         context: the model's own.
-        settings: what it runs with here, and who says so.
+        settings: what it runs with on this machine.
         files: name and bytes.
         skipped: tensors that are left out on purpose, such as a vision tower's.
-        config: the numbers of config.json that people ask for.
+        config: the main numbers of config.json.
     """
 
     name: str
@@ -141,7 +142,7 @@ def summarize(model_dir: Path) -> tuple[str, str, int]:
 
 
 def _native_context(raw: Mapping[str, Any], source: str) -> int:
-    """The context that a family assumes where config.json does not say; 0 if it does not either."""
+    """The context that a family assumes if config.json has none; 0 if the family has none."""
     from mlxkv.models import family_for
 
     try:
@@ -157,9 +158,8 @@ def quantization_label(
     """`affine4 g32`, `mixed affine4+affine8`, a foreign method's name, or the weights' dtype.
 
     Args:
-        model_dir: where the weights are.
-        config: config.json, without what is around the text model's.
-        weights: their headers, where they are read already.
+        config: the text model's part of config.json.
+        weights: the weights' headers, if they were read already.
     """
     from mlxkv.checkpoint.quantization import Quantization
 
@@ -191,9 +191,7 @@ def describe(name: str, model_dir: Path, layout: Layout | None = None) -> Card:
     """The card of a model directory.
 
     Args:
-        name: the model's.
-        model_dir: the directory.
-        layout: the model as it is about to be loaded, so that nothing is read again for its card.
+        layout: of a model that is being loaded, so that nothing is read twice.
 
     Raises:
         CheckpointError: config or weights are damaged, or the architecture is not supported.
@@ -209,11 +207,8 @@ def describe(name: str, model_dir: Path, layout: Layout | None = None) -> Card:
     inner, skipped = text_config(raw), set(checkpoint.skipped)
     infos = {name: info for name, info in checkpoint.weights.infos.items() if name not in skipped}
     parameters = _parameters(infos, inner, checkpoint.source)
-    record = read_record(model_dir)
     entry = catalog.find(name)
-    origin, license_, notice = "", "", ""
-    if record is not None:
-        origin, license_, notice = record.origin, record.license, record.notice
+    record = read_record(model_dir) or Record(name, _source_of(model_dir), "")
     keys = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads",
             "head_dim", "intermediate_size", "vocab_size")  # fmt: skip
     return Card(
@@ -228,10 +223,10 @@ def describe(name: str, model_dir: Path, layout: Layout | None = None) -> Card:
         config={key: inner[key] for key in keys if isinstance(inner.get(key), int)},
         kv=_kv_facts(model.cache_specs(), checkpoint.dtype, context),
         chat_template=_has_template(model_dir),
-        source=record.source if record else _source_of(model_dir),
-        origin=origin,
-        license=license_ or _license_in(model_dir),
-        notice=notice,
+        source=record.source,
+        origin=record.origin,
+        license=record.license or _license_in(model_dir),
+        notice=record.notice,
         files=tuple(
             (path.name, path.stat().st_size)
             for path in sorted(model_dir.iterdir())
@@ -243,20 +238,18 @@ def describe(name: str, model_dir: Path, layout: Layout | None = None) -> Card:
 
 
 def _parameters(infos: Mapping[str, Any], config: Mapping[str, Any], source: str) -> int:
-    """Values of all weights: a packed one holds 32 / bits of them in each of its words."""
+    """Values of all weights: a quantized one holds 32 / bits of them in each of its words."""
     from mlxkv.checkpoint.quantization import Quantization
 
     quantization = Quantization.from_config(config, source)
     total = 0
     for name, info in infos.items():
         module, _, kind = name.rpartition(".")
-        packed = f"{module}.scales" in infos
-        if packed and kind in ("scales", "biases"):
+        quantized = f"{module}.scales" in infos
+        if quantized and kind in ("scales", "biases"):
             continue
-        n = 1
-        for size in info.shape:
-            n *= size
-        if packed and kind == "weight" and quantization is not None:
+        n = prod(info.shape)
+        if quantized and kind == "weight" and quantization is not None:
             n = n * 32 // (quantization.at(module) or quantization.default).bits
         total += n
     return total
@@ -296,10 +289,7 @@ def _has_template(model_dir: Path) -> bool:
 
 
 def digest(model_dir: Path) -> str:
-    """Names what a model's files are: SHA-256 of their names, sizes and times, not of their bytes.
-
-    Another value means that something was written; weights are not read for it.
-    """
+    """SHA-256 of the names, sizes and times of a model's files, which changes with any write."""
     found = hashlib.sha256()
     for file in sorted(model_dir.rglob("*")):
         if file.is_file():

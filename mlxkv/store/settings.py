@@ -1,6 +1,6 @@
-"""What a model runs with, and who said so.
+"""The settings that a model runs with, and where each comes from.
 
-The first of these that says something decides: the request, the command line (or the caller), the
+The first of these that sets a value decides it: the request, the command line (or the caller), the
 environment, the model's own settings file, and then the model, the machine or a default.
 """
 
@@ -16,7 +16,7 @@ from typing import Any, Generic, TypeVar
 from mlxkv.base import device
 from mlxkv.base.units import human_bytes
 from mlxkv.checkpoint.config import read_config
-from mlxkv.checkpoint.mlxkv_json import FILE, KINDS, checked, error_at, of_model, read_setting
+from mlxkv.checkpoint.mlxkv_json import KINDS, RECORD, checked, error_at, of_model, read_setting
 from mlxkv.errors import ConfigError, MlxkvError, UsageError
 
 COMMAND_LINE, CALLER, REQUEST = "command line", "caller", "request"
@@ -31,7 +31,7 @@ class Setting(Generic[T]):
     Args:
         name: as the settings file spells it.
         value: tokens, bytes or a name.
-        origin: who said so: `request`, `command line`, `caller`, an environment variable's name,
+        origin: `request`, `command line`, `caller`, an environment variable's name,
             `mlxkv.json`, `config.json`, `machine` or `default`.
     """
 
@@ -72,7 +72,7 @@ class Settings:
         return iter((self.context, self.kv_type, self.memory, self.overflow, self.keep))
 
     def asked(self, context: int | None, overflow: str | None, keep: int | None) -> Settings:
-        """These settings with what one request sets for itself.
+        """These settings with those of one request.
 
         Raises:
             UsageError: a value out of its range, or a context past the model's own.
@@ -87,15 +87,11 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """What is set for a model from outside; None leaves a value to the others.
+    """The settings of a command line or caller; None leaves a value to the other sources.
 
     Args:
-        context: tokens.
-        kv_type: one of `KV_CHOICES`.
         memory: bytes, or like "16GiB"; "auto" for what the machine allows.
-        overflow: one of `OVERFLOWS`.
-        keep: tokens.
-        origin: who sets it.
+        origin: `COMMAND_LINE` or `CALLER`.
 
     Raises:
         UsageError: a value out of its range.
@@ -113,11 +109,7 @@ class Given:
 
 
 def effective(path: Path, given: Given | None = None) -> Settings:
-    """What a model runs with.
-
-    Args:
-        path: its directory.
-        given: what the command line or the caller sets.
+    """The settings of the model in a directory.
 
     Raises:
         UsageError: an environment variable that cannot be read, or a context past the model's own.
@@ -129,16 +121,16 @@ def effective(path: Path, given: Given | None = None) -> Settings:
     found = {}
     for name, kind in KINDS.items():
         text = os.environ.get(kind.variable, "").strip()
-        # Who says it, how a message names it, and whose mistake it is if it is wrong.
-        sayings = (
+        # Value, origin, its place for messages, and the error for a wrong value.
+        sources = (
             (getattr(given, name), given.origin, None, UsageError),
             (_from_text(text), kind.variable, kind.variable, UsageError),
-            (in_file.get(name), FILE, f"{path / FILE}: {name}", ConfigError),
+            (in_file.get(name), RECORD, f"{path / RECORD}: {name}", ConfigError),
         )
         found[name] = _default(name, own)
-        for said, origin, where, error in sayings:
-            if said is not None:
-                value = read_setting(name, said, where, error)
+        for raw, origin, where, error in sources:
+            if raw is not None:
+                value = read_setting(name, raw, where, error)
                 if name == "context":
                     _within(value, where, own, error)
                 found[name] = Setting(name, value, origin)
@@ -148,7 +140,7 @@ def effective(path: Path, given: Given | None = None) -> Settings:
 
 def own_context(path: Path) -> int:
     """The context that a model's config.json names."""
-    from mlxkv.models import family_for  # needs MLX; what the user set does not
+    from mlxkv.models import family_for  # imports MLX, which `Given` does not need
 
     raw = read_config(path)
     source = str(path / "config.json")
@@ -164,7 +156,7 @@ def _default(name: str, own: int) -> Setting[Any]:
 
 
 def _from_text(text: str) -> str | int | None:
-    """A variable's value; a number is one."""
+    """A variable's value: an int if it is a whole number."""
     return int(text) if re.fullmatch(r"-?\d{1,18}", text) else text or None
 
 

@@ -1,6 +1,6 @@
 """Chat templates: messages to the prompt text that a model was trained on.
 
-A template is jinja2 source out of a checkpoint. It runs in a sandbox (`jinja_sandbox`, imported at
+A template is jinja2 source from a checkpoint. It runs in a sandbox (`jinja_sandbox`, imported at
 the first render) and renders as transformers' `apply_chat_template` does.
 
 A rendered prompt holds its special tokens, the first one included: encode it with
@@ -12,9 +12,10 @@ from __future__ import annotations
 import secrets
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from reprlib import repr as short
 from typing import TYPE_CHECKING, Any
 
-from mlxkv.errors import MlxkvError, TemplateError, UsageError
+from mlxkv.errors import MlxkvError, TemplateError, UsageError, one_line
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -30,12 +31,12 @@ class ChatTemplate:
 
     Args:
         source: jinja2 source.
-        bos_token: what the template sees under that name; None leaves it undefined, as
+        bos_token: the template's variable of that name; None leaves it undefined, as
             transformers does, so that `{{ bos_token }}` writes nothing.
         eos_token: the same for the end token.
         special_tokens: more such variables, by name ("pad_token", ...).
         tools_source: another template, used when tools are given.
-        name_of_file: where it came from, for errors.
+        name_of_file: for errors.
     """
 
     def __init__(
@@ -139,7 +140,7 @@ class ChatTemplate:
 
         if isinstance(error, MlxkvError):
             return error
-        said = " ".join(str(error).split()) or type(error).__name__
+        said = one_line(error)
         if isinstance(error, exceptions.TemplateSyntaxError):
             what = f"line {error.lineno}: syntax error: {said}"
         elif isinstance(error, LimitError):
@@ -266,7 +267,7 @@ def _checked_messages(messages: Sequence[Message]) -> list[Any]:
     checked = []
     for i, message in enumerate(messages):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise UsageError(f'message {i + 1} must be a dict with a "role"; got {_short(message)}')
+            raise UsageError(f'message {i + 1} must be a dict with a "role"; got {short(message)}')
         plain = _plain({k: v for k, v in message.items() if v is not None}, f"message {i + 1}")
         checked.append(_with_reasoning(plain))
     return checked
@@ -287,7 +288,7 @@ def _checked_dicts(items: Sequence[Mapping[str, Any]] | None, name: str) -> list
         raise UsageError(f"{name} must be a list of dicts; got {type(items).__name__}")
     for item in items:
         if not isinstance(item, Mapping):
-            raise UsageError(f"{name} must be a list of dicts; got {_short(item)} in it")
+            raise UsageError(f"{name} must be a list of dicts; got {short(item)} in it")
     return _plain(items, name)
 
 
@@ -307,10 +308,5 @@ def _plain(value: Any, where: str) -> Any:
     if isinstance(value, float):
         return float.__float__(value)
     raise UsageError(
-        f"{where}: a chat template takes text, numbers, lists and dicts; got {_short(value)}"
+        f"{where}: a chat template takes text, numbers, lists and dicts; got {short(value)}"
     )
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,14 +1,14 @@
-"""Token ids to text, as they come.
+"""Token ids to text, one token at a time.
 
-A tokenizer's decoder works on the whole list of tokens; here each of its steps is a small stream
-that takes one token and gives the text that later tokens cannot change. Invariants:
+A tokenizer's decoder works on the whole list of tokens. Here each of its steps is a small stream
+that takes one token and returns the text that later tokens cannot change. Invariants:
 
 - what all calls of `add` and the final `finish` return, joined, is `Tokenizer.decode` of all ids;
-- text once returned is final, and never ends inside a character: bytes that begin a UTF-8
+- returned text is final, and never ends inside a character: bytes that begin a UTF-8
   character are held until it is complete, or until they cannot become one;
-- one token costs a constant amount of work, whatever came before.
+- one token costs a constant amount of work.
 
-A decoder with a step that is not known here is run once, at `finish`: late, but never wrong.
+A decoder with an unknown step is run once, at `finish`.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ class Stage(Protocol):
     """One step of a decoder."""
 
     def push(self, piece: str) -> list[str]:
-        """Take one piece; give those that are final now."""
+        """Take one piece; return those that are final now."""
         ...
 
     def flush(self) -> list[str]:
-        """Give what was held back: no more pieces will come."""
+        """Return what was held back: no more pieces will come."""
         ...
 
 
@@ -121,7 +121,7 @@ def make_stages(state: bytes | None) -> list[Stage] | None:
 
 
 def bytes_of(piece: str, state: bytes | None) -> bytes | None:
-    """What one token adds to a text that goes before it.
+    """What one token adds to a text before it.
 
     Args:
         piece: the token's string.

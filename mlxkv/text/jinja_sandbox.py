@@ -25,8 +25,7 @@ from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
-# A 1,000-message conversation whose template looks at every pair of messages stays below this;
-# it takes a few seconds to use up.
+# Enough for a template that compares every pair of 1,000 messages; takes a few seconds.
 MAX_STEPS = 5_000_000
 # Some 16 million tokens of rendered text, past every model's context.
 MAX_CHARS = 64 * 1024 * 1024
@@ -188,10 +187,5 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    return json.dumps(
-        value,
-        ensure_ascii=ensure_ascii,
-        indent=indent,
-        separators=separators,
-        sort_keys=sort_keys,
-    )
+    chosen = {"indent": indent, "separators": separators, "sort_keys": sort_keys}
+    return json.dumps(value, ensure_ascii=ensure_ascii, **chosen)

@@ -10,9 +10,6 @@ from mlxkv.errors import UsageError
 class StopTexts:
     """Passes text on until a stop text appears; what may be the start of one is held back.
 
-    Args:
-        texts: the stop texts.
-
     Attributes:
         found: the stop text that appeared; of several at one place, the one given first.
 
@@ -45,11 +42,8 @@ class StopTexts:
             self.found = min(places, key=places.__getitem__)
             shown, self._held = self._held[: places[self.found]], ""
             return shown
-        n_held = max(self._overlap(stop) for stop in self.texts)
-        shown, self._held = (
-            self._held[: len(self._held) - n_held],
-            self._held[len(self._held) - n_held :],
-        )
+        end = len(self._held) - max(self._overlap(stop) for stop in self.texts)
+        shown, self._held = self._held[:end], self._held[end:]
         return shown
 
     def finish(self) -> str:

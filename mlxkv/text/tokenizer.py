@@ -1,7 +1,7 @@
 """A model directory's tokenizer: text to token ids and back.
 
-Reads tokenizer.json through the `tokenizers` library and the small JSON files beside it; gives the
-ids that transformers' fast tokenizers give. Neither transformers nor huggingface_hub is imported.
+Reads tokenizer.json through the `tokenizers` library and the small JSON files beside it; returns
+the ids of transformers' fast tokenizers. Neither transformers nor huggingface_hub is imported.
 """
 
 from __future__ import annotations
@@ -149,9 +149,9 @@ class Tokenizer:
         return self._backend.id_to_token(token)
 
     def bytes_of(self, token: int) -> bytes:
-        """What a token adds to a text that goes before it: UTF-8, or a part of a character.
+        """What a token adds to a text before it: UTF-8, or a part of a character.
 
-        Special tokens count as what they are called.
+        A special token adds its name.
         """
         if token not in self._bytes:
             piece = self.token_of(token)

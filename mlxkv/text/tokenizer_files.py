@@ -12,17 +12,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlxkv.errors import TokenizerError
+from mlxkv.errors import TokenizerError, one_line
 from mlxkv.text.chat_template import ChatTemplate
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken
     from tokenizers import Tokenizer as Backend
 
-# Special tokens at which an answer ends, whatever a checkpoint's files declare: fine-tuned
-# checkpoints and GGUF files often name only the end of the document. Each maps to tokens one of
-# which must be special tokens too (none: no condition), where the same name means something else
-# in other families.
+# Special tokens that end an answer even if no file of the checkpoint says so: fine-tuned
+# checkpoints and GGUF files often name only the end of the document. If a name means something else
+# in other families, it maps to tokens of which the tokenizer must have one.
 _GLM = ("[gMASK]",)
 _HARMONY = ("<|channel|>",)
 WELL_KNOWN_END_TOKENS: Mapping[str, tuple[str, ...]] = {
@@ -44,15 +43,7 @@ WELL_KNOWN_END_TOKENS: Mapping[str, tuple[str, ...]] = {
 # it is an end token only where gpt-oss's <|channel|> is not a token.
 _PHI_END = "<|end|>"
 
-_NAMED = (
-    "bos_token",
-    "eos_token",
-    "unk_token",
-    "sep_token",
-    "pad_token",
-    "cls_token",
-    "mask_token",
-)
+_NAMED = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 
 
 class ModelFiles:
@@ -77,7 +68,7 @@ def _read_object(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise TokenizerError(f"{path}: cannot be read as JSON: {_one_line(error)}") from None
+        raise TokenizerError(f"{path}: cannot be read as JSON: {one_line(error)}") from None
     if not isinstance(value, dict):
         raise TokenizerError(f"{path}: must hold a JSON object; got {type(value).__name__}")
     return value
@@ -103,7 +94,7 @@ def read_backend(model_dir: Path) -> Backend:
         # A panic inside the Rust library is a BaseException of a class that cannot be imported.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise TokenizerError(f"{path}: cannot be read: {_one_line(error)}") from None
+        raise TokenizerError(f"{path}: cannot be read: {one_line(error)}") from None
     # Some files carry what their model was trained with: a cut at 512 tokens, padding.
     backend.no_truncation()
     backend.no_padding()
@@ -337,8 +328,4 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise TokenizerError(f"{path}: cannot be read: {_one_line(error)}") from None
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+        raise TokenizerError(f"{path}: cannot be read: {one_line(error)}") from None
