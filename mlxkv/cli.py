@@ -17,7 +17,7 @@ from mlxkv.commands.bench import bench
 from mlxkv.commands.doctor import doctor
 from mlxkv.commands.options import options_of
 from mlxkv.commands.verify import verify
-from mlxkv.errors import INTERRUPTED, MlxkvError, UsageError
+from mlxkv.errors import INTERRUPTED, MlxkvError, UsageError, one_line
 
 app = typer.Typer(
     name="mlxkv",
@@ -47,7 +47,7 @@ app.command()(bench)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command line; the exit code."""
+    """Run the command line; the exit code."""
     args = list(sys.argv[1:] if argv is None else argv)
     flags = args[: args.index("--")] if "--" in args else args
     debug = "--debug" in flags
@@ -57,9 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         code = app(args, prog_name="mlxkv", standalone_mode=False)
         return code if isinstance(code, int) else 0
-    except typer.Abort:
-        return INTERRUPTED
-    except KeyboardInterrupt:
+    except (typer.Abort, KeyboardInterrupt):
         return INTERRUPTED
     except Exception as error:
         if debug:
@@ -69,8 +67,8 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(error, usage_error):
             text = cast(typer.BadParameter, error).format_message()
             return _fail(f"{text.rstrip('.')}; see `mlxkv --help`", UsageError.exit_code)
-        text = " ".join(str(error).split())
-        return _fail(f"unexpected {type(error).__name__}: {text} (--debug shows the trace)", 1)
+        text = f"unexpected {type(error).__name__}: {one_line(error)}"
+        return _fail(f"{text} (--debug shows the trace)", 1)
 
 
 def _fail(message: str, code: int) -> int:

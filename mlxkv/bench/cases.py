@@ -17,9 +17,9 @@ from mlxkv.store.settings import Settings
 from mlxkv.text.tokenizer import Tokenizer
 
 SHORTEST = 8
-"""Tokens of the prompt at context 0: a model needs something to go on from."""
+"""Tokens of the prompt at context 0: a model needs a prompt."""
 APART = 1000
-"""Paragraphs between the beginnings of two prompts of a batch: no two share a beginning."""
+"""Paragraphs between the starts of two prompts of a batch, so that no two share a prefix."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class Case:
         batch: sequences at a time.
         n_prompt: tokens that each prompt has.
         n_timed: decode steps that are timed; the answer has one token more, which prefill gives.
-        plan_bytes: MLX's peak memory as the planner foresees it for mlxkv.
+        plan_bytes: MLX's peak memory by the plan, for mlxkv.
     """
 
     context: int
@@ -51,10 +51,8 @@ class Skipped:
     """A case that was not measured, or not to its end.
 
     Args:
-        context: as asked for.
-        batch: sequences at a time.
-        reason: for people; holds no path.
-        engine: which of them; "" for all.
+        reason: contains no path.
+        engine: "" for all.
     """
 
     context: int
@@ -63,18 +61,12 @@ class Skipped:
     engine: str = ""
 
     def __str__(self) -> str:
-        return f"{self.engine or 'skipped'}: context {self.context:,}, batch {self.batch}: " + (
-            self.reason
-        )
+        case = f"context {self.context:,}, batch {self.batch}"
+        return f"{self.engine or 'skipped'}: {case}: {self.reason}"
 
 
 class Planner:
-    """Which cases a model's context and the memory limit allow.
-
-    Args:
-        path: the model's directory; nothing of it is loaded.
-        settings: its context, KV format and memory limit.
-    """
+    """Which cases a model's context and the memory limit allow; the model is not loaded."""
 
     def __init__(self, path: Path, settings: Settings):
         layout = lay_out(path)
@@ -86,9 +78,9 @@ class Planner:
     def choose(
         self, contexts: Sequence[int], batches: Sequence[int], n_timed: int
     ) -> tuple[list[Case], list[Skipped]]:
-        """The cases, short contexts first, and those that are left out.
+        """The cases, short contexts first, and the skipped ones.
 
-        A prompt as long as the model's context is cut by what the answer takes.
+        A prompt as long as the model's context is shortened by the length of the answer.
         """
         cases, skipped = [], []
         for context in contexts:
@@ -101,10 +93,8 @@ class Planner:
                 case = Case(context, batch, n_prompt, n_timed, 0)
                 needed = self._needed_bytes(case)
                 if needed > self._limit:
-                    reason = (
-                        f"the plan needs {human_bytes(needed)} and the limit is "
-                        f"{human_bytes(self._limit)}"
-                    )
+                    limit = human_bytes(self._limit)
+                    reason = f"the plan needs {human_bytes(needed)} and the limit is {limit}"
                     skipped.append(Skipped(context, batch, reason))
                     continue
                 cases.append(Case(context, batch, n_prompt, n_timed, self._peak_bytes(case)))

@@ -19,7 +19,7 @@ BAR = 44
 
 
 def head(report: dict[str, Any]) -> str:
-    """The machine, the model and the versions, a fact or two a line."""
+    """The machine, the model and the versions."""
     machine, model, settings = report["machine"], report["model"], report["settings"]
     blas = f", {machine['blas']}" if "blas" in machine else ""
     versions = ", ".join(f"{name} {v}" for name, v in report["versions"].items() if v)
@@ -83,13 +83,13 @@ def _cells(result: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _ranges(result: dict[str, Any]) -> tuple[str, ...]:
-    # The first token's are those of prefill, the other way round.
+    # The first token's range is the inverse of prefill's.
     of = (result["prefill_tps"], result["decode_tps"])
     return ("", "", "", *(f"{_short(x['min'])}..{_short(x['max'])}" for x in of), "", "", "")
 
 
 def _number(value: float) -> str:
-    """Three digits of it."""
+    """Three significant digits of a large number, two of one below 1."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}" if value >= 1 else f"{value:.2g}"
 
 
@@ -104,9 +104,9 @@ def legend(report: dict[str, Any]) -> str:
     )
     runs = _n_runs(report)
     lines = [
-        "Prefill: until each sequence has its first token. Decode: what comes behind",
-        "that, of all sequences together. Peak: MLX's memory, weights included; plan:",
-        "what was foreseen of it.",
+        "Prefill: until each sequence has its first token. Decode: after that, all",
+        "sequences together. Peak: MLX's memory, weights included. Plan: the peak by",
+        "`mlxkv plan`.",
         *(
             f"Context {context:,}: prompts of {prompt:,} tokens, {used:,} with the answer."
             for context, prompt, used in lengths

@@ -1,4 +1,4 @@
-"""`mlxkv doctor`: what MLX runs on here, and what to do about what is missing."""
+"""The checks of `mlxkv doctor`: device, folders, packages, and how to fix problems."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Any
 
 from mlxkv.base import device
 from mlxkv.base.units import human_bytes
+from mlxkv.errors import one_line
 
 PACKAGES = ("mlx", "mlx-lm", "tokenizers", "huggingface-hub", "gguf", "safetensors")
 LOW_DISK_BYTES = 2 << 30
@@ -26,9 +27,7 @@ class Finding:
     """One line of the report.
 
     Attributes:
-        name: what was looked at.
-        value: what was found.
-        state: `ok`, `advice` (works, and could be better) or `broken`.
+        state: `ok`, `advice` (works, but could be better) or `broken`.
         advice: what to do; "" if nothing.
     """
 
@@ -39,17 +38,12 @@ class Finding:
 
 
 def examine() -> list[Finding]:
-    """Looks at everything; raises nothing."""
+    """Run all checks; raises nothing."""
     from mlxkv import __version__
 
-    findings = [
-        Finding("mlxkv", __version__),
-        Finding("python", f"{platform.python_version()} ({sys.executable})"),
-        _system(),
-    ]
-    findings += _mlx()
-    findings += [_models_folder(), _kv_folder(), _hub_cache(), *_packages()]
-    return findings
+    python = Finding("python", f"{platform.python_version()} ({sys.executable})")
+    folders = [_models_folder(), _kv_folder(), _hub_cache()]
+    return [Finding("mlxkv", __version__), python, _system(), *_mlx(), *folders, *_packages()]
 
 
 def _system() -> Finding:
@@ -72,7 +66,7 @@ def _mlx() -> list[Finding]:
     except ImportError as error:
         what = "mlx[cpu]" if sys.platform == "linux" else "mlx"
         return [Finding("device", f"no MLX ({error})", "broken", f"pip install '{what}'")]
-    if wanted := _too_old("mlx"):  # the questions below may have no answer there
+    if wanted := _too_old("mlx"):  # may lack the functions used below
         return [Finding("device", f"MLX {metadata.version('mlx')}", "broken", _install(wanted))]
     info = mx.device_info()
     kind = device.kind()
@@ -87,12 +81,12 @@ def _mlx() -> list[Finding]:
 
 
 def _computes(value: str, mx: Any) -> Finding:
-    """A small product, because a driver that is found may still not run."""
+    """Compute a small product, because a driver may be found and not work."""
     try:
         ones = mx.ones((8, 8))
         good = (ones @ ones).sum().item() == 512
     except RuntimeError as error:
-        return Finding("device", value, "broken", " ".join(str(error).split())[:200])
+        return Finding("device", value, "broken", one_line(error)[:200])
     if not good:
         return Finding("device", value, "broken", "MLX computes wrong products here: reinstall it")
     return Finding("device", value)
@@ -121,7 +115,7 @@ def _blas() -> Finding:
         "blas",
         "MLX's own, the slow reference",
         "advice",
-        "apt install libopenblas0-pthread (prompts are read about 10 times faster)",
+        "apt install libopenblas0-pthread (makes prefill about 10 times faster)",
     )
 
 
@@ -196,7 +190,7 @@ def _packages() -> list[Finding]:
 
 
 def _too_old(name: str) -> str:
-    """The requirement of mlxkv that an installed package is too old for; "" if none is."""
+    """mlxkv's requirement that the installed package is too old for; "" if it is new enough."""
     try:
         requirements = metadata.requires("mlxkv") or []
     except metadata.PackageNotFoundError:  # run from its sources
@@ -219,7 +213,7 @@ def _install(requirement: str) -> str:
 
 
 def text(findings: Sequence[Finding]) -> str:
-    """The report for people: a line each, and below it what to do."""
+    """The report as text: a line for each finding, followed by its advice."""
     marks = {"ok": " ", "advice": "!", "broken": "x"}
     lines = []
     for finding in findings:

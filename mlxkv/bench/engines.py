@@ -1,8 +1,8 @@
 """mlxkv and mlx-lm, each through its own public loop; one of them in a process.
 
-Both get the same token ids and the same checkpoint, choose greedily, and go on past the end token.
-The clock is one: from the call to the first token, and from the first to the last. A batch's first
-token is there when all of its sequences have theirs.
+Both get the same token ids and the same checkpoint, decode greedily, and continue past the end
+token. Both are timed from the call to the first token, and from the first to the last. A batch has
+its first token when all of its sequences have theirs.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class Timing:
     Args:
         n_prompt: tokens of all prompts.
         first_s: until every sequence had its first token.
-        n_decoded: tokens of all sequences behind that.
-        decode_s: what they took.
+        n_decoded: tokens of all sequences after that.
+        decode_s: the time for those.
         peak_bytes: MLX's peak memory, weights included.
     """
 
@@ -59,10 +59,10 @@ class Engine(Protocol):
         ...
 
     def steps(self, prompts: Prompts, n_answer: int) -> Iterator[int]:
-        """Generate `n_answer` tokens for each prompt, nothing of them known before.
+        """Generate `n_answer` tokens for each prompt, with no KV restored.
 
         Yields:
-            How many tokens came, after each step.
+            The number of new tokens of each step.
         """
         ...
 
@@ -75,7 +75,7 @@ def measure(engine: Engine, prompts: Prompts, n_timed: int) -> Timing:
     n, n_first = 0, 0
     start = first = last = time.perf_counter()
     for n_new in engine.steps(prompts, n_timed + 1):
-        last = time.perf_counter()  # what an engine tidies up behind its last token is not decode
+        last = time.perf_counter()  # cleaning up after the last token is not decode
         n += n_new
         if not n_first and n >= len(prompts):
             first, n_first = last, n
@@ -106,7 +106,7 @@ class Mlxkv:
 
     def steps(self, prompts: Prompts, n_answer: int) -> Iterator[int]:
         if self._llm.pages is not None:
-            self._llm.pages.clear()  # or the prompt of the run before would be restored
+            self._llm.pages.clear()  # else the last run's prompt would be restored
         if len(prompts) == 1:
             return self._one(prompts[0], n_answer)
         return self._several(prompts, n_answer)
@@ -181,7 +181,7 @@ class MlxLm:
 
 
 def _most(arrays: Iterable[mx.array]) -> mx.Dtype:
-    """The floating dtype that the most arrays have: packed weights are integers beside scales."""
+    """The floating dtype of most arrays: quantized weights are integers beside scales."""
     dtypes = [x.dtype for x in arrays if mx.issubdtype(x.dtype, mx.floating)]
     return max(dtypes, key=dtypes.count, default=mx.float32)
 

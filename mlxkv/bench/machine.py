@@ -17,7 +17,7 @@ PACKAGES = ("mlxkv", "mlx", "mlx-lm")
 
 
 def about() -> dict[str, Any]:
-    """What a reader of figures has to know of the machine and of what ran on it."""
+    """The machine, the versions and the commit, as a report has them."""
     machine = {
         "chip": chip(),
         "cores": os.cpu_count(),
@@ -42,7 +42,7 @@ def chip() -> str:
 
 
 def system() -> str:
-    """macOS 15.5, or Linux 6.8.0: what a distribution or its owner adds to that is left out."""
+    """macOS 15.5, or Linux 6.8.0 without a distribution's suffix, which may name its owner."""
     if sys.platform == "darwin":
         return f"macOS {platform.mac_ver()[0]}"
     return f"{platform.system()} {platform.release().split('-')[0]}"
@@ -60,13 +60,13 @@ def versions() -> dict[str, str | None]:
 
 
 def commit(root: Path | None = None) -> str | None:
-    """The commit of mlxkv's code, `+` behind it where the checkout differs; None if not known.
+    """The commit of mlxkv's code, with `+` if the checkout differs; None if not known.
 
     Args:
-        root: of the checkout; None for the folder that this package lies in.
+        root: of the checkout; None for this package's.
     """
     root = root or Path(__file__).resolve().parents[2]
-    # A folder with packages may lie in somebody's repository: it must be this one's own.
+    # git would also find a repository above an installed package: the folder must have its own.
     if (root / ".git").exists():
         head = _output("git", "-C", str(root), "rev-parse", "HEAD")
         changed = _output("git", "-C", str(root), "status", "--porcelain", "-uno")

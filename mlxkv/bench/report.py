@@ -1,6 +1,6 @@
-"""The report of a run: one dict for the file and for `--json`, which the table is made of as well.
+"""The report of a run: one dict for the file, for `--json` and for the table.
 
-It names a model only where the name is public, and no path, user, host or prompt at all.
+It names a model only if the name is public, and contains no path, user, host or prompt.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Spread:
 
     @classmethod
     def of(cls, runs: Sequence[float], digits: int) -> Spread:
-        """Of at least one run, rounded."""
+        """Of one or more runs, rounded."""
         rounded = tuple(round(value, digits) for value in runs)
         median = round(statistics.median(runs), digits)
         return cls(median, min(rounded), max(rounded), rounded)
@@ -53,7 +53,7 @@ def build(
     skipped: Sequence[Skipped],
     complete: bool,
 ) -> dict[str, Any]:
-    """The report; cases of which nothing was measured are left out."""
+    """The report, without cases that have no measurement."""
     results = [
         _result(case, engine, rounds.timings[case, engine])
         for case in cases
@@ -92,7 +92,7 @@ def _result(case: Case, engine: str, timings: Sequence[Timing]) -> dict[str, Any
 
 
 def model_facts(name: str, card: Card) -> dict[str, Any]:
-    """What a report says of a model: its sizes, and its name where that is public."""
+    """A model's sizes, and its name if that is public."""
     return {
         "name": public_name(name, card.path),
         "model_type": card.family,
@@ -105,12 +105,7 @@ def model_facts(name: str, card: Card) -> dict[str, Any]:
 
 
 def public_name(name: str, path: Path) -> str | None:
-    """A built-in model's name, or a repository's; None for what the user has made or named.
-
-    Args:
-        name: as the user typed it.
-        path: the model's directory.
-    """
+    """A built-in model's name, or a repository's; None for a model that the user made or named."""
     ref, record = locate(name), read_record(path)
     found = None
     if isinstance(ref, CatalogRef):
@@ -131,7 +126,7 @@ def _user() -> str:
 
 
 def default_path(report_machine: dict[str, Any], model: dict[str, Any]) -> Path:
-    """`mlxkv-bench-<chip>-<model>.json` in the current folder, numbered where that is taken."""
+    """`mlxkv-bench-<chip>-<model>.json` in the current folder, numbered if that exists."""
     size = f"{model['model_type']}-{model['parameters'] / 1e6:.0f}m"
     words = (report_machine["chip"], model["name"] or f"{size}-{model['quantization']}")
     stem = "-".join(["mlxkv-bench", *(_slug(word) for word in words)])
@@ -146,11 +141,7 @@ def _slug(text: str) -> str:
 
 
 def check_writable(path: Path) -> None:
-    """Refuse a path that a report cannot be written to, before anything is measured.
-
-    Raises:
-        OutputError: names it.
-    """
+    """Raise OutputError for a path that cannot be written, before anything is measured."""
     if path.is_dir():
         raise OutputError(f"{path} is a folder; name a file", field="report")
     existed = path.exists()
@@ -163,11 +154,7 @@ def check_writable(path: Path) -> None:
 
 
 def write(report: dict[str, Any], path: Path) -> None:
-    """Write the report file.
-
-    Raises:
-        OutputError: it cannot be written.
-    """
+    """Write the report file, or raise OutputError."""
     try:
         path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     except OSError as error:

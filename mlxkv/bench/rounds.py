@@ -1,6 +1,6 @@
-"""Engines in turns: worker processes are started, and what they measure is collected.
+"""Engines in turns: start worker processes and collect their measurements.
 
-Invariant: what has been measured is in `Rounds` at once, so that an interrupt loses none of it.
+Invariant: each measurement is in `Rounds` at once, so that an interrupt loses none of them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from mlxkv.errors import MlxkvError
 
 Note = Callable[[str], None]
 """Called with what is being done."""
-
 Key = tuple[Case, str]
 """A case and an engine."""
 
@@ -34,13 +33,8 @@ GRACE_S = 5
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What all workers of a command have in common.
-
-    Args:
-        path: the model's directory.
-        kv_type: of mlxkv's KV.
-        memory: its limit, in bytes.
-        prompts: of each case to measure.
+    """What all workers of a command have in common: the model, KV format and limit in bytes of
+    mlxkv, and the prompts of each case.
     """
 
     path: str
@@ -55,8 +49,8 @@ class Failure:
 
     Args:
         kind: the error's class, or the signal that ended the process.
-        text: for people; it may name a path.
-        exit_code: of the command, where nothing can be measured for it.
+        text: may name a path.
+        exit_code: of the command, if nothing could be measured.
     """
 
     kind: str
@@ -94,10 +88,10 @@ class Rounds:
 
 
 def turns(engines: Sequence[str], repeat: int) -> Iterator[tuple[str, int]]:
-    """Which engine is next, and how many rounds of its there are to be after that.
+    """Which engine is next, and how many rounds it has after that.
 
-    Two take turns, A B B A A B, so that what the machine does meanwhile (heat, other programs)
-    meets both. One alone stays loaded.
+    Two take turns, A B B A A B, so that heat and other programs affect both alike. One alone stays
+    loaded.
     """
     if len(engines) == 1:
         yield engines[0], repeat
@@ -108,7 +102,7 @@ def turns(engines: Sequence[str], repeat: int) -> Iterator[tuple[str, int]]:
 
 
 def run(task: Task, engines: Sequence[str], repeat: int, rounds: Rounds, note: Note) -> None:
-    """Measure every case of every engine; what comes is put into `rounds`.
+    """Measure every case of every engine, into `rounds`.
 
     Raises:
         MlxkvError: mlxkv itself cannot load the model.
@@ -122,7 +116,7 @@ def run(task: Task, engines: Sequence[str], repeat: int, rounds: Rounds, note: N
 
 
 def _catch_up(task: Task, engine: str, n_rounds: int, rounds: Rounds, note: Note) -> None:
-    """Bring an engine's cases to `n_rounds`; a process that a case has ended is started again."""
+    """Bring an engine's cases to `n_rounds`; restart a process that a case has ended."""
     while engine not in rounds.unusable:
         left = [
             case
@@ -132,21 +126,11 @@ def _catch_up(task: Task, engine: str, n_rounds: int, rounds: Rounds, note: Note
         if not left:
             return
         missing = n_rounds - max(rounds.n_of(case, engine) for case in left)
-        attempt = _Attempt(task, engine, left, missing, rounds, note)
-        attempt.run()
+        _Attempt(task, engine, left, missing, rounds, note).run()
 
 
 class _Attempt:
-    """One worker process.
-
-    Args:
-        task: see there.
-        engine: which it runs.
-        cases: that it measures.
-        n_rounds: how often.
-        rounds: where it goes.
-        note: told what is being done.
-    """
+    """One worker process, which measures some cases `n_rounds` times."""
 
     def __init__(
         self,
@@ -189,12 +173,12 @@ class _Attempt:
                 json.dump(asdict(self._job), process.stdin)
                 process.stdin.close()
             except BrokenPipeError:
-                return  # it has ended: its exit code and stderr say why
+                return  # the worker has ended: its exit code and stderr say why
             for line in process.stdout:
                 self._take(json.loads(line))
 
     def _take(self, event: dict[str, Any]) -> None:
-        """Enter what a worker says."""
+        """Enter a worker's event."""
         case = self._cases[event["case"]] if "case" in event else None
         if "failed" in event:
             failure = Failure(event["kind"], event["failed"], event["exit_code"])
@@ -244,7 +228,7 @@ def _environment(engine: str) -> dict[str, str]:
 
 
 def _end(process: subprocess.Popen[str]) -> None:
-    """Have a process end that an interrupt has left behind."""
+    """End a process that is still running after an interrupt."""
     if process.poll() is not None:
         return
     process.terminate()

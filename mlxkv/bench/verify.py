@@ -1,8 +1,8 @@
-"""`mlxkv verify`: one prompt computed in every way that mlxkv has, on the user's own model.
+"""The checks of `mlxkv verify`: one prompt computed on every path that mlxkv has.
 
 The reference is a cold run in one process: nothing restored, the device's own chunks. Every other
-path continues with the reference's greedy answer, so that all of them are asked the same, and its
-distribution at each position is held against the reference's.
+path gets the reference's greedy answer, and its distribution at each position is compared with the
+reference's.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ N_ANSWER = 24
 """Tokens of the answer that every path is compared on."""
 N_REWOUND = 40
 TOLERANCE = {"float32": 1e-6, "float16": 2e-3, "bfloat16": 2e-2}
-"""KL divergence in nats that the order of sums explains: by the dtype that is computed in."""
+"""KL divergence in nats that the order of sums explains, by compute dtype."""
 FORMAT_TOLERANCE = {"native": 0.0, "q8": 5e-3, "q4": 0.3}
-"""What packing adds to that: a sum made in another order may fall on the other side of a code."""
-PACKED_TOLERANCE = {"q8": 5e-2, "q4": 1.0}
-"""KL divergence that a format itself may cost beside native KV."""
+"""What quantized KV adds to that: a sum in another order may round to another code."""
+QUANTIZED_TOLERANCE = {"q8": 5e-2, "q4": 1.0}
+"""KL divergence that a format itself may cost against native KV."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,14 +47,12 @@ class Row:
     """One path's result.
 
     Args:
-        path: its name.
-        kv_type: format of the KV.
         restored: tokens of the prompt that were not computed.
         n_tokens: tokens of the answer that were compared.
-        n_same: those of them for which the likeliest token is the reference's.
+        n_same: positions with the reference's likeliest token.
         kl_max: the largest KL divergence from the reference over all positions, in nats.
-        tolerance: what is allowed of it.
-        note: what went wrong besides, "" for nothing.
+        tolerance: the largest allowed.
+        note: another failure; "" for none.
     """
 
     path: str
@@ -76,15 +74,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What `verify` found.
-
-    Args:
-        model: its directory.
-        dtype: what it computed in.
-        n_prompt: tokens of the prompt.
-        window: the largest sliding window, None without one.
-        rows: one per path.
-    """
+    """What `verify` found: `window` is the largest sliding window, `rows` has one for each path."""
 
     model: str
     dtype: str
@@ -102,9 +92,8 @@ def verify(llm: LLM, n_tokens: int | None = None, kv_types: Sequence[str] = KV_T
     """Compare all ways to compute a prompt.
 
     Args:
-        llm: the model.
         n_tokens: length of the prompt; None for one that wraps every window twice.
-        kv_types: KV formats to compare as well.
+        kv_types: KV formats to check.
 
     Raises:
         UsageError: `n_tokens` is below two pages, or longer than the context allows.
@@ -125,8 +114,8 @@ def _prompt(llm: LLM, n_tokens: int | None) -> list[int]:
     if longest <= 2 * STEP:
         least = 2 * STEP + 1 + llm.context - longest
         raise UsageError(f"verify needs a context of {least:,} tokens or more; got {llm.context:,}")
-    # Past the second wrap. One token behind a page: where chunks are pages too, what is restored
-    # is computed on in the reference's own chunks, and must be the same bit for bit.
+    # Past the second wrap, and one token past a page: if chunks are pages, a restored prompt
+    # continues in the reference's own chunks, and must be equal bit for bit.
     wanted = n_tokens
     if wanted is None:
         wanted = min(2 * ceil_step(max(STEP, _window(llm) or 0)) + 2 * STEP + 1, longest)
@@ -142,10 +131,7 @@ class _Reference:
     """A cold run: its distribution at each position of the answer.
 
     Args:
-        llm: the model.
-        prompt: token ids.
-        kv_type: format of the KV.
-        answer: what is fed behind the prompt; None for the likeliest tokens.
+        answer: tokens to feed after the prompt; None for the likeliest.
     """
 
     def __init__(
@@ -166,7 +152,7 @@ class _Reference:
     def row(
         self, path: str, session: Session, logits: mx.array, restored: int, note: str = ""
     ) -> Row:
-        """Feed a path the same answer and compare."""
+        """Feed a path the answer and compare."""
         log_p = []
         for token in self.answer:
             log_p.append(_log_softmax(logits))
@@ -183,7 +169,7 @@ class _Reference:
         restored: int = 0,
         note: str = "",
     ) -> Row:
-        """A path's distributions beside this run's."""
+        """Compare a path's distributions with this run's."""
         pairs = list(zip(self.log_p, log_p, strict=True))
         n_same = sum(int(p.argmax() == q.argmax()) for p, q in pairs)
         kl = 0.0
@@ -193,7 +179,7 @@ class _Reference:
 
 
 def _rows(native: _Reference, kv_type: str) -> Iterator[Row]:
-    """Every path of one KV format: the cold one beside native KV, the others beside that one."""
+    """Every path of one KV format: the cold run against native KV, the others against that run."""
     llm, prompt = native.llm, native.prompt
     model = llm.model
     reference = native
@@ -202,7 +188,7 @@ def _rows(native: _Reference, kv_type: str) -> Iterator[Row]:
         yield native.compared("cold", kv_type, again.log_p, TOLERANCE[native.dtype])
     else:
         reference = _Reference(llm, prompt, kv_type, native.answer)
-        tolerance = PACKED_TOLERANCE[kv_type]
+        tolerance = QUANTIZED_TOLERANCE[kv_type]
         yield native.compared("cold, beside native", kv_type, reference.log_p, tolerance)
 
     def computed(path: str, chunk: int | None) -> Row:
@@ -250,10 +236,10 @@ def _restored(
 
 
 def _rewound(reference: _Reference, kv_type: str, pages: Pages | None) -> Row:
-    """Past the prompt by some other tokens, and back.
+    """Go past the prompt by some other tokens, and back.
 
-    Without pages the tokens come in one chunk, whose surplus every cache can give back; with pages
-    they come one by one, which a window that has wrapped cannot.
+    Without pages the tokens are one chunk, which every cache can rewind; with pages they are
+    decoded one by one, which a window that has wrapped cannot rewind.
     """
     session = Session(reference.llm.model, kv_type, pages)
     prompt = reference.prompt
@@ -280,7 +266,7 @@ def _divergence(p: np.ndarray, q: np.ndarray) -> float:
     """KL(p || q) in nats of log-probabilities; 0 only for the same ones."""
     if np.array_equal(p, q):
         return 0.0
-    # Rounding may take a sum of next to nothing below zero.
+    # Rounding may make a tiny sum negative.
     return float(np.maximum((np.exp(p) * (p - q)).sum(), np.finfo(np.float64).tiny))
 
 
@@ -291,7 +277,7 @@ def to_dict(report: Report) -> dict[str, Any]:
 
 
 def text(report: Report) -> str:
-    """A report as a table, and a line that says what it means."""
+    """A report as a table with a verdict."""
     rows = [
         (
             row.path,

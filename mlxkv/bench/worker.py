@@ -1,7 +1,7 @@
 """One engine in a process of its own: reads a job from stdin, writes events to stdout.
 
-Its peak memory is its own, and what ends it (an allocation that Metal aborts on) ends no
-measurement but its own. Both engines are loaded through this module, so both have the same BLAS.
+Its peak memory is measured alone, and a crash (Metal aborts on a failed allocation) ends only its
+own measurement. Both engines are loaded through this module, so both have the same BLAS.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mlxkv.errors import INTERRUPTED, MlxkvError
+from mlxkv.errors import INTERRUPTED, MlxkvError, one_line
 
 WARM_CPU = 32, 4
-"""Tokens of prompts and steps that warm the CPU backend up. It compiles no kernel for a shape: a
-whole case would take a minute to learn nothing."""
+"""Tokens of prompts and steps that warm up the CPU backend, which compiles no kernels by shape: a
+whole case would only take longer."""
 
 Emit = Callable[..., None]
 
@@ -29,11 +29,9 @@ class Job:
 
     Args:
         engine: `mlxkv` or `mlx-lm`.
-        path: the model's directory.
-        kv_type: of mlxkv's KV.
         memory: mlxkv's limit, in bytes.
         rounds: how often every case is measured.
-        cases: of each, its number, the prompts' token ids and the steps that are timed.
+        cases: number, the prompts' token ids and the timed steps of each.
     """
 
     engine: str
@@ -45,7 +43,7 @@ class Job:
 
 
 def work(job: Job, emit: Emit) -> None:
-    """Load, warm up, measure; each result is an event as soon as it is there."""
+    """Load, warm up, measure; emit each result at once."""
     from mlxkv.base import device
     from mlxkv.bench.engines import load, measure
 
@@ -60,7 +58,7 @@ def work(job: Job, emit: Emit) -> None:
             timing = measure(engine, prompts, n_timed)
         except Exception as error:
             failed.add(number)
-            emit(case=number, error=_one_line(error), kind=type(error).__name__)
+            emit(case=number, error=one_line(error), kind=type(error).__name__)
             return
         if not warm_up:
             emit(case=number, timing=asdict(timing))
@@ -80,13 +78,9 @@ def work(job: Job, emit: Emit) -> None:
                 run(number, prompts, n_timed, warm_up=False)
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
-
-
 def main() -> None:
     """The process."""
-    # What the engines print goes to stderr; events alone to stdout.
+    # The engines' output goes to stderr; only events go to stdout.
     events = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
 
@@ -102,9 +96,9 @@ def main() -> None:
         code = 1
     except Exception as error:
         exit_code = error.exit_code if isinstance(error, MlxkvError) else 1
-        emit(failed=_one_line(error), kind=type(error).__name__, exit_code=exit_code)
+        emit(failed=one_line(error), kind=type(error).__name__, exit_code=exit_code)
     sys.stderr.flush()
-    # A step may be in flight, which OpenBLAS' exit handler waits for in vain.
+    # OpenBLAS' exit handler would hang if a step is in flight.
     os._exit(code)
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mlxkv.commands.options import Memory
 from mlxkv.errors import INTERRUPTED, MlxkvError, UsageError
 from mlxkv.kv.types import KV_TYPES
 
@@ -23,38 +24,34 @@ if TYPE_CHECKING:
 GPU_CONTEXTS, CPU_CONTEXTS, CPU_CONTEXTS_VS = (0, 2048, 8192), (0, 512), (0, 128)
 GPU_BATCHES, CPU_BATCHES, CPU_BATCHES_VS = (1, 4), (1, 4), (1,)
 GPU_TOKENS, CPU_TOKENS = 128, 16
-"""Defaults. On the CPU backend they are cut to two minutes for the default model on two idle cores
-(129 s of CPU time, 88 beside mlx-lm, which prefills packed weights at 9 tokens/s there)."""
+"""Defaults. On the CPU backend the default model takes two minutes on two idle cores (129 s of CPU
+time; 88 s beside mlx-lm, which prefills quantized weights at 9 tokens/s there)."""
 
 
 def bench(
     model: Annotated[
         str | None,
-        typer.Argument(metavar="[MODEL]", help="As for run; the default model without it."),
+        typer.Argument(metavar="[MODEL]", help="As for run; default: the default model."),
     ] = None,
     context: Annotated[
         str | None,
-        typer.Option(help="Tokens of the prompts, such as 0,2048,8192; 0 for the shortest."),
+        typer.Option(help="Tokens of the prompts, such as 0,2048,8192; 0: the shortest prompt."),
     ] = None,
     batch: Annotated[str | None, typer.Option(help="Sequences at a time, such as 1,4.")] = None,
-    tokens: Annotated[
-        int | None, typer.Option("--tokens", help="Decode steps that are timed.")
-    ] = None,
-    repeat: Annotated[int, typer.Option(help="Runs of each, whose median is shown.")] = 3,
+    tokens: Annotated[int | None, typer.Option(help="Decode steps that are timed.")] = None,
+    repeat: Annotated[int, typer.Option(help="Runs of each case; the median is shown.")] = 3,
     vs: Annotated[
-        str | None, typer.Option("--vs", metavar="mlx-lm", help="Measure it in turn with mlxkv.")
+        str | None, typer.Option(metavar="mlx-lm", help="Measure mlx-lm in turn with mlxkv.")
     ] = None,
     kv_type: Annotated[
-        str, typer.Option("--kv-type", help="Format of mlxkv's KV cache: native, q8 or q4.")
+        str, typer.Option(help="Format of mlxkv's KV cache: native, q8 or q4.")
     ] = "native",
-    memory: Annotated[
-        str | None, typer.Option(help="Limit of mlxkv, such as 16GiB; the machine's without it.")
-    ] = None,
+    memory: Memory = None,
     report: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="The report; else mlxkv-bench-CHIP-MODEL.json in the current folder.",
+            help="The report; default: mlxkv-bench-CHIP-MODEL.json in the current folder.",
         ),
     ] = None,
     as_json: Annotated[
@@ -91,18 +88,7 @@ def bench(
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What the command line says; None is the device's default.
-
-    Args:
-        model: name.
-        contexts: tokens of the prompts.
-        batches: sequences at a time.
-        n_timed: decode steps.
-        repeat: runs of each case.
-        engines: which.
-        kv_type: of mlxkv's KV.
-        memory: mlxkv's limit.
-    """
+    """The values of the command line; None is the device's default."""
 
     model: str
     contexts: tuple[int, ...] | None
@@ -171,7 +157,7 @@ def _bench(asked: Asked, file: Path | None, *, as_json: bool, plot: bool) -> int
     )
     try:
         _show(report, as_json=as_json, plot=plot)
-    finally:  # also where the reader of a pipe has gone
+    finally:  # also if the reader of a pipe has gone
         code = _end(report, rounds, file, complete)
     return code
 
@@ -220,17 +206,7 @@ def _end(report: dict[str, Any], rounds: Rounds, file: Path, complete: bool) -> 
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """What is known before anything is measured.
-
-    Args:
-        path: the model's directory.
-        effective: what it runs with.
-        cases: what is measured.
-        skipped: what is not.
-        machine: of the report.
-        model: of the report.
-        settings: of the report.
-    """
+    """What is known before the first measurement; `machine` to `settings` are the report's."""
 
     path: Path
     effective: Settings

@@ -1,4 +1,4 @@
-"""`mlxkv doctor`: what MLX runs on here, and what to do about what is missing."""
+"""`mlxkv doctor`: what MLX runs on, and how to install what is missing."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ import json
 from mlxkv.commands.options import AsJson
 
 
-def doctor(
-    as_json: AsJson = False,
-) -> int:
-    """Check what MLX runs on, and say what to do about what is missing."""
+def doctor(as_json: AsJson = False) -> int:
+    """Check what MLX runs on, and say how to fix problems."""
     from mlxkv.bench import doctor as checks
 
     findings = checks.examine()

@@ -1,4 +1,4 @@
-"""What `mlxkv kv save` reads: texts, files and folders, as one prompt."""
+"""Arguments and piped text as prompts: texts, files, folders, MODEL and PROMPT, formats."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ MAX_FILE_BYTES = 4 << 20
 
 
 def read(sources: Sequence[str]) -> str:
-    """The prompt that some arguments and the piped text give.
+    """The prompt that the arguments and the piped text make.
 
     Args:
-        sources: files and folders, or one text. A folder stands for its text files: those that git
-            tracks or would track, where it is a repository, else all that are not hidden.
+        sources: files and folders, or one text. A folder means its text files: in a repository
+            those that git does not ignore, else all that are not hidden.
 
     Raises:
         UsageError: nothing to read, no such file, or a file that is no text.
     """
     paths = [Path(source).expanduser() for source in sources]
     missing = [source for source, path in zip(sources, paths, strict=True) if not _exists(path)]
-    # A word alone is rather a file's name with a slip in it than a prompt.
+    # A single word is more likely a misspelled file name than a prompt.
     if len(sources) == 1 and missing and any(c.isspace() for c in sources[0]):
         text: str | None = sources[0]
     elif missing:
@@ -111,11 +111,7 @@ def _tracked(folder: Path) -> list[str] | None:
 
 
 def fingerprint_for(archive: Path, model: str | None) -> str:
-    """What the model of this machine calls its KV, which an imported file must belong to.
-
-    Args:
-        archive: from `mlxkv kv export`.
-        model: its name; None for the one that the file names.
+    """The fingerprint that an imported file must have: of `model`, or the model that it names.
 
     Raises:
         UsageError: no such file.
@@ -143,15 +139,9 @@ def split_words(
 ) -> tuple[str, str | None]:
     """MODEL and PROMPT out of the arguments of `run`.
 
-    One argument alone is the MODEL if it looks like one, and else the PROMPT for the default
-    model; of two the first is the MODEL. With `--model` all of them are the PROMPT; with saved KV,
-    which names its model, too, unless the first is one.
-
-    Args:
-        words: the arguments.
-        model: of `--model`.
-        saved: KV of `--kv-from`.
-        names_model: whether a word looks like a model.
+    A single argument is the MODEL if `names_model` says so, else the PROMPT for the default
+    model; of two the first is the MODEL. With `--model` all are the PROMPT, and so with saved KV,
+    which has a model, unless the first of two names one.
 
     Raises:
         UsageError: more than two arguments: a prompt without quotes.
@@ -189,7 +179,7 @@ def saved_kv(name: str | None) -> NamedKV | None:
 
 
 def answer_format(text: str | None) -> str | dict[str, Any] | None:
-    """What `--format` asks for: "json", or the JSON schema in a file.
+    """The value of `--format`: "json", or the JSON schema in a file.
 
     Raises:
         UsageError: no such file, or it holds no JSON object.
@@ -211,7 +201,7 @@ def answer_format(text: str | None) -> str | dict[str, Any] | None:
 
 
 def read_piped() -> str | None:
-    """What was piped or redirected into stdin, less one final newline; None if nothing was.
+    """Text piped or redirected into stdin, without one final newline; None if there is none.
 
     Raises:
         UsageError: it is not UTF-8 text.
@@ -230,15 +220,12 @@ def read_piped() -> str | None:
 
 
 def join_prompt(prompt: str | None, piped: str | None) -> str | None:
-    """The prompt, with what was piped below it; None where there is neither.
+    """The prompt followed by the piped text; None if there is neither.
 
     Raises:
         UsageError: it is empty.
     """
-    parts = [part for part in (prompt, piped) if part is not None]
-    if not parts:
-        return None
-    text = "\n\n".join(parts)
-    if not text.strip():
+    text = "\n\n".join(part for part in (prompt, piped) if part is not None)
+    if not text.strip() and (prompt, piped) != (None, None):
         raise UsageError("the prompt is empty")
-    return text
+    return text or None

@@ -37,23 +37,21 @@ def save(
         list[str] | None,
         typer.Argument(
             metavar="(PROMPT | FILE...)",
-            help="Files and folders, or a text; what is piped in goes below.",
+            help="Files and folders, or a text; piped text is appended.",
         ),
     ] = None,
     model: Annotated[
-        str | None, typer.Option("--model", "-m", help="The model; smollm2:135m without it.")
+        str | None, typer.Option("--model", "-m", help="The model; default: smollm2:135m.")
     ] = None,
     raw: Annotated[
         bool, typer.Option("--raw", help="A text to continue, not the start of a chat.")
     ] = False,
-    pin: Annotated[bool, typer.Option("--pin", help="Never give it up for room.")] = False,
+    pin: Annotated[bool, typer.Option("--pin", help="Never evict it.")] = False,
     dtype: DType = "auto",
     memory: Memory = None,
-    kv_type: Annotated[
-        str | None, typer.Option("--kv-type", help="Format of the KV: native, q8 or q4.")
-    ] = None,
+    kv_type: Annotated[str | None, typer.Option(help="Format of the KV: native, q8 or q4.")] = None,
     context: Annotated[
-        int | None, typer.Option(help="Tokens that it must leave room in; else as for `run`.")
+        int | None, typer.Option(help="Context that it must leave room in; default: as for `run`.")
     ] = None,
 ) -> None:
     """Compute a prompt, a file or a whole folder of text once, and keep its KV.
@@ -87,7 +85,7 @@ def save(
 
 @app.command("ls")
 def ls(as_json: AsJson = False) -> None:
-    """List what is saved, and what all KV on disk takes."""
+    """List the saved names, and the size of all KV on disk."""
     import json
 
     from mlxkv.terminal.saved_kv_text import summary_dict, summary_text
@@ -100,7 +98,7 @@ app.command("list", hidden=True)(ls)
 
 @app.command()
 def show(name: Name, as_json: AsJson = False) -> None:
-    """Show what a name stands for."""
+    """Show one name: its model, text and size."""
     import json
 
     from mlxkv.terminal.saved_kv_text import card_dict, card_text
@@ -112,28 +110,28 @@ def show(name: Name, as_json: AsJson = False) -> None:
 
 @app.command()
 def rm(name: Name) -> None:
-    """Forget a name; its KV goes when there is need of its room (`mlxkv kv gc`)."""
+    """Remove a name; its KV is evicted when its space is needed (see `mlxkv kv gc`)."""
     _names().remove(name)
     print(f"removed {name}")
 
 
 @app.command()
 def pin(name: Name) -> None:
-    """Never give it up for room."""
+    """Never evict it."""
     _names().pin(name)
     print(f"pinned {name}")
 
 
 @app.command()
 def unpin(name: Name) -> None:
-    """Let it go when there is need of its room, after all that has no name."""
+    """Allow its eviction, after all KV without a name."""
     _names().unpin(name)
     print(f"unpinned {name}")
 
 
 @app.command()
 def gc() -> None:
-    """Remove leftovers, damaged files, and what is over the cap; every page is checked."""
+    """Check every page; remove leftovers, damaged files, and pages over the cap."""
     from mlxkv.base.paths import kv_dir
     from mlxkv.saved_kv.gc import gc as collect
     from mlxkv.terminal.saved_kv_text import gc_text
@@ -159,13 +157,12 @@ def export(
 @app.command("import")
 def import_(
     file: Annotated[str, typer.Argument(metavar="FILE", help="From `mlxkv kv export`.")],
-    name: Annotated[str | None, typer.Option("--name", help="Another name for it.")] = None,
+    name: Annotated[str | None, typer.Option(help="Another name for it.")] = None,
     model: Annotated[
-        str | None,
-        typer.Option("--model", "-m", help="The model it must belong to; the one it names."),
+        str | None, typer.Option("--model", "-m", help="Its model; default: the one it names.")
     ] = None,
 ) -> None:
-    """Take a name and its KV from a file, if it belongs to the model that is here."""
+    """Import a name and its KV from a file, if it belongs to the model on this machine."""
     from pathlib import Path
 
     from mlxkv.commands.inputs import fingerprint_for

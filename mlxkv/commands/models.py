@@ -1,4 +1,4 @@
-"""What there is to run: `mlxkv pull`, `list`, `show`, `rm`, `convert`, `plan` and `models`."""
+"""Commands about models: `mlxkv pull`, `list`, `show`, `rm`, `convert`, `plan` and `models`."""
 
 from __future__ import annotations
 
@@ -27,10 +27,8 @@ def pull(model: Model) -> None:
     print(path)
 
 
-def list_(
-    as_json: AsJson = False,
-) -> None:
-    """List the models that are here."""
+def list_(as_json: AsJson = False) -> None:
+    """List the models on this machine."""
     from dataclasses import asdict
 
     from mlxkv.base.units import human_bytes
@@ -59,11 +57,8 @@ def list_(
     print(table(header, rows, right=("SIZE", "CONTEXT")))
 
 
-def show(
-    model: Model,
-    as_json: AsJson = False,
-) -> None:
-    """Show what a model is: shape, size, KV cache, licence, files."""
+def show(model: Model, as_json: AsJson = False) -> None:
+    """Show a model's shape, size, KV cache, licence and files."""
     from mlxkv.store import resolve
     from mlxkv.store.info import describe, to_dict
 
@@ -142,15 +137,15 @@ def convert(
 def plan(
     model: Model,
     context: Annotated[
-        int | None, typer.Option(help="Tokens; without it what `run` would have.")
+        int | None, typer.Option(help="Tokens of a sequence; default: as for `run`.")
     ] = None,
-    sequences: Annotated[int, typer.Option(help="Conversations at a time.")] = 1,
+    sequences: Annotated[int, typer.Option(help="Sequences at a time.")] = 1,
     kv_type: KVType = None,
     dtype: DType = "auto",
     memory: Memory = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say what memory a model and its KV cache need, before anything is loaded."""
+    """Compute the memory that a model and its KV cache need, without loading the model."""
     from mlxkv.llm import plan as plans
     from mlxkv.terminal import plan_text
 

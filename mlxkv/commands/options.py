@@ -13,17 +13,22 @@ from mlxkv.terminal.answer_options import SAMPLING
 from mlxkv.terminal.spelling import Options
 
 KVType = Annotated[
-    str | None, typer.Option("--kv-type", help="Format of the KV cache: native, q8, q4 or auto.")
+    str | None,
+    typer.Option(
+        help="Format of the KV cache: native, q8, q4, or auto: quantize when memory is short."
+    ),
 ]
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="Name, path, .gguf file or Hugging Face org/name.")
 ]
 Context = Annotated[
     int | None,
-    typer.Option(help="Tokens of prompt and answer together; at most the model's own, as without."),
+    typer.Option(help="Tokens of prompt and answer together; default and maximum: the model's."),
 ]
-DType = Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")]
-Memory = Annotated[str | None, typer.Option(help="Limit, such as 16GiB.")]
+DType = Annotated[str, typer.Option(help="Compute in auto, float32, float16 or bfloat16.")]
+Memory = Annotated[
+    str | None, typer.Option(help="Memory limit, such as 16GiB; default: the machine's.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -55,7 +60,7 @@ def with_sampling(command: Callable[..., int]) -> Callable[..., int]:
 
 
 def options_of(app: typer.Typer, args: Sequence[str]) -> Options:
-    """The options and arguments of the command that was called, by the names of its parameters."""
+    """The options and arguments of the command in `args`, by the names of its parameters."""
     command: Any = typer.main.get_command(app)
     for arg in args:
         commands = getattr(command, "commands", {})

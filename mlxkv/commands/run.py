@@ -1,4 +1,4 @@
-"""`mlxkv run`: its options, and who answers."""
+"""`mlxkv run`: its options, and the choice between a local and a server's model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mlxkv.commands import inputs
-from mlxkv.commands.options import Context, with_sampling
+from mlxkv.commands.options import Context, DType, KVType, Memory, with_sampling
 from mlxkv.commands.serve import Key
 from mlxkv.errors import UsageError
 
@@ -26,16 +26,16 @@ def run(
         list[str] | None,
         typer.Argument(
             metavar="[MODEL] [PROMPT]",
-            help="One argument alone is a MODEL if it is the name of one, a path, org/name or "
-            "name:tag, and else the PROMPT for the default model (smollm2:135m).",
+            help="A single argument is a MODEL if it is a model's name, a path, org/name or "
+            "name:tag; otherwise it is the PROMPT for the default model (smollm2:135m).",
         ),
     ] = None,
     model: Annotated[
-        str | None, typer.Option("--model", "-m", help="The model; the arguments are the prompt.")
+        str | None, typer.Option("--model", "-m", help="The model; all arguments are the prompt.")
     ] = None,
     *,
     max_tokens: Annotated[
-        int | None, typer.Option("--max-tokens", "-n", help="Stop after so many tokens.")
+        int | None, typer.Option("--max-tokens", "-n", help="Stop after this many tokens.")
     ] = None,
     sampling: Mapping[str, Any],
     system: Annotated[str | None, typer.Option(help="The system prompt.")] = None,
@@ -46,7 +46,7 @@ def run(
         bool | None,
         typer.Option(
             "--think/--no-think",
-            help="Have the model reason first, or not, if its chat template has a switch for it; "
+            help="Reason before the answer, or not, if the chat template has a switch for it; "
             "reasoning goes to stderr.",
         ),
     ] = None,
@@ -55,12 +55,16 @@ def run(
         typer.Option(
             "--format",
             metavar="json|FILE",
-            help="Have the answer be JSON, or match the JSON schema in FILE.",
+            help="The answer is JSON, or matches the JSON schema in FILE.",
         ),
     ] = None,
     kv_from: Annotated[
         str | None,
-        typer.Option("--kv-from", metavar="NAME", help="Start from KV of `mlxkv kv save NAME`."),
+        typer.Option(
+            "--kv-from",
+            metavar="NAME",
+            help="Start from KV of `mlxkv kv save NAME`, in its format.",
+        ),
     ] = None,
     raw: Annotated[bool, typer.Option("--raw", help="No chat template: continue PROMPT.")] = False,
     truncate: Annotated[
@@ -69,40 +73,26 @@ def run(
     context: Context = None,
     overflow: Annotated[
         str | None,
-        typer.Option(
-            help="At the context: stop, or shift, which drops the oldest tokens and goes on."
-        ),
+        typer.Option(help="At the context: stop, or shift: drop the oldest tokens and continue."),
     ] = None,
     keep: Annotated[
         int | None,
         typer.Option(help="First tokens that a shift keeps, besides the system prompt."),
     ] = None,
-    dtype: Annotated[
-        str, typer.Option(help="auto, float32, float16 or bfloat16: what to compute in.")
-    ] = "auto",
-    memory: Annotated[
-        str | None, typer.Option(help="Limit, such as 16GiB; the machine's without it.")
-    ] = None,
-    kv_type: Annotated[
-        str | None,
-        typer.Option(
-            "--kv-type",
-            help="Format of the KV cache: native, q8, q4, or auto: native until memory is short; "
-            "with --kv-from its own.",
-        ),
-    ] = None,
+    dtype: DType = "auto",
+    memory: Memory = None,
+    kv_type: KVType = None,
     server: Annotated[
         str | None,
         typer.Option(
-            "--server",
             metavar="ADDRESS",
-            help="Ask the server there, such as 127.0.0.1:11434, and load nothing here.",
+            help="Run on that server, such as 127.0.0.1:11434; load no model in this process.",
         ),
     ] = None,
     use_server: Annotated[
         bool,
         typer.Option(
-            "--use-server", help="Ask the server that runs: MLXKV_SERVER's, or this machine's."
+            "--use-server", help="Run on the server of MLXKV_SERVER, or on this machine's."
         ),
     ] = False,
     api_key: Key = None,
@@ -112,9 +102,9 @@ def run(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> int:
-    """Answer PROMPT, or chat where there is none.
+    """Answer PROMPT; without one, start a chat.
 
-    What is piped in is the prompt, or goes below PROMPT.
+    Piped text is the prompt, or is appended to PROMPT.
     """
     from mlxkv.terminal import one_shot
     from mlxkv.terminal.answer_options import AnswerOptions
@@ -161,13 +151,13 @@ def run(
 
 
 def _asked_server(address: str | None, use_server: bool, key: str | None) -> Server | None:
-    """The server that the user asks for; None for a model in this process.
+    """The server to run on; None for a model in this process.
 
-    MLXKV_SERVER says where a server is and not that it is wanted: what a shell has set for `ps`
-    must not send a prompt to another machine.
+    MLXKV_SERVER alone chooses no server: a variable that was set for `ps` must not send a prompt to
+    another machine.
 
     Raises:
-        UsageError: an address that is none, or a key for no server.
+        UsageError: a wrong address, or a key without a server.
     """
     if address is None and not use_server:
         if key is not None:
@@ -179,22 +169,18 @@ def _asked_server(address: str | None, use_server: bool, key: str | None) -> Ser
 
 
 def _refuse_local(dtype: str, memory: str | None, kv_type: str | None, kv_from: str | None) -> None:
-    """Refuses what a server has decided before it is asked.
-
-    Raises:
-        UsageError: names the option and what to do.
-    """
+    """Refuse options that a server sets when it loads its models."""
     decided = {"--dtype": dtype != "auto", "--memory": memory, "--kv-type": kv_type}
     for option, value in decided.items():
         if value:
             raise UsageError(
-                f"{option} is for a model that is loaded here, and the server has loaded its own: "
+                f"{option} applies when a model is loaded, which the server does: "
                 f"give it to `mlxkv serve`"
             )
     if kv_from is not None:
         raise UsageError(
-            "--kv-from is KV of this machine, which a server does not take; what prompts share, it "
-            "finds again by itself"
+            "--kv-from is KV on this machine, which a server cannot use; a server restores shared "
+            "prefixes without names"
         )
 
 

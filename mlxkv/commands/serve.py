@@ -1,4 +1,4 @@
-"""`mlxkv serve`, and what asks a server that runs: `mlxkv ps`, `mlxkv stop`."""
+"""`mlxkv serve`, and the commands about a running server: `mlxkv ps`, `mlxkv stop`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mlxkv.commands.options import AsJson, DType
+from mlxkv.commands.options import AsJson, Context, DType, KVType
 from mlxkv.errors import ModelNotFound, UsageError
 from mlxkv.server.config import HOST, PORT
 
@@ -20,12 +20,10 @@ if TYPE_CHECKING:
 
 Address = Annotated[
     str | None,
-    typer.Option(
-        "--server", metavar="ADDRESS", help="The server's; else MLXKV_SERVER, or this machine's."
-    ),
+    typer.Option(metavar="ADDRESS", help="The server; default: MLXKV_SERVER, or this machine's."),
 ]
 Key = Annotated[
-    str | None, typer.Option("--api-key", help="The server's; MLXKV_API_KEY without it.")
+    str | None, typer.Option("--api-key", help="The server's API key; default: MLXKV_API_KEY.")
 ]
 
 
@@ -34,7 +32,7 @@ def serve(
     port: Annotated[int, typer.Option(help="Port to listen on; 0 for a free one.")] = PORT,
     models: Annotated[
         list[str] | None,
-        typer.Option("--model", "-m", help="Load it at once and keep it; may be repeated."),
+        typer.Option("--model", "-m", help="Load this model at once and keep it; may be repeated."),
     ] = None,
     api_keys: Annotated[
         list[str] | None,
@@ -44,7 +42,7 @@ def serve(
     ] = None,
     origins: Annotated[
         list[str] | None,
-        typer.Option("--origin", help="A web page that may ask; may be repeated."),
+        typer.Option("--origin", help="Origin of a web page that may send requests; repeatable."),
     ] = None,
     hosts: Annotated[
         list[str] | None,
@@ -55,18 +53,16 @@ def serve(
         typer.Option("--strict", help="Refuse fields without effect here; else they are named."),
     ] = False,
     keep_alive: Annotated[
-        float, typer.Option(help="Seconds that an unused model stays; negative: for ever.")
+        float, typer.Option(help="Seconds before an unused model is unloaded; negative: never.")
     ] = 300.0,
-    max_queue: Annotated[int, typer.Option(help="Requests that may wait.")] = 64,
-    max_running: Annotated[int, typer.Option(help="Answers that a model writes at a time.")] = 16,
+    max_queue: Annotated[int, typer.Option(help="Requests in the queue, at most.")] = 64,
+    max_running: Annotated[int, typer.Option(help="Answers of a model at a time, at most.")] = 16,
     dtype: DType = "auto",
-    context: Annotated[int | None, typer.Option(help="Tokens of prompt and answer.")] = None,
+    context: Context = None,
     memory: Annotated[
-        str | None, typer.Option(help="Limit of all models together, such as 16GiB.")
+        str | None, typer.Option(help="Memory limit of all models together, such as 16GiB.")
     ] = None,
-    kv_type: Annotated[
-        str | None, typer.Option("--kv-type", help="native, q8, q4 or auto.")
-    ] = None,
+    kv_type: KVType = None,
 ) -> int:
     """Serve models over HTTP: the APIs of OpenAI, Ollama and Anthropic."""
     from mlxkv.server.config import ServerConfig
@@ -190,7 +186,7 @@ def stop(
     server: Address = None,
     api_key: Key = None,
 ) -> None:
-    """Have a running server give a model's memory back."""
+    """Unload a model of a running server."""
     running = _server(server, api_key)
     names = [loaded["name"] for loaded in _loaded(running)]
     if model not in names:

@@ -1,4 +1,4 @@
-"""`mlxkv verify`: prove on a model that restored KV gives what computing gives."""
+"""`mlxkv verify`: prove on a model that restored KV equals computed KV."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ def verify(
     model: Model,
     tokens: Annotated[
         int | None,
-        typer.Option(help="Length of the prompt; past the second wrap of every window without it."),
+        typer.Option(help="Length of the prompt; default: past the second wrap of every window."),
     ] = None,
     kv_type: Annotated[
         list[str] | None,
-        typer.Option("--kv-type", help="native, q8 or q4; may be repeated; all without it."),
+        typer.Option(help="native, q8 or q4; may be repeated; default: all."),
     ] = None,
     context: Context = None,
     dtype: DType = "auto",
     memory: Memory = None,
     as_json: AsJson = False,
 ) -> int:
-    """Prove on a model of yours that restored KV gives what computing gives.
+    """Prove on your model that restored KV gives the same answers as computed KV.
 
     Runs one prompt cold, in other chunks, after a rewind, and from pages in RAM and on disk, in
     each KV format; exits with 1 if a path differs from the cold run by more than is allowed.

@@ -1,4 +1,4 @@
-"""What a person sets for answers, on the command line and in a chat."""
+"""The options of an answer, on the command line and in a chat."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SAMPLING = {name: parameter for name, parameter in PARAMETERS.items() if paramet
 
 @dataclass(frozen=True, slots=True)
 class AnswerOptions(SamplingParams):
-    """How answers are made; None leaves it to the model.
+    """Sampling and other options of an answer; None leaves one to the model.
 
     `format` is what `Grammar.of` reads: "json" or a JSON schema.
 
@@ -40,13 +40,7 @@ class AnswerOptions(SamplingParams):
 def with_defaults(
     settings: AnswerOptions, advice: SamplingParams, repeat_penalty: float | None = None
 ) -> AnswerOptions:
-    """The settings, with what is not set taken from the model's own recommendation.
-
-    Args:
-        settings: what the user set.
-        advice: what the model recommends.
-        repeat_penalty: where neither says.
-    """
+    """The settings, with unset ones from the model's recommendation, or `repeat_penalty`."""
     values = {"repeat_penalty": repeat_penalty, **advice.chosen()}
     unset = {name: x for name, x in values.items() if getattr(settings, name) is None}
     return replace(settings, **unset)

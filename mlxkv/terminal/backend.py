@@ -1,6 +1,6 @@
-"""Who answers in `mlxkv run`: a model in this process (`local`) or a server's (`remote`).
+"""The interface of a model in `mlxkv run`: in this process (`local`) or on a server (`remote`).
 
-What is here is all that `run` and the chat know of it, and none of it needs MLX.
+`run` and the chat use nothing else of a model. Nothing here needs MLX.
 """
 
 from __future__ import annotations
@@ -16,15 +16,14 @@ if TYPE_CHECKING:
     from mlxkv.terminal.answer_options import AnswerOptions
 
 Progress = Callable[[int, int], None]
-"""Called with (done, all) tokens of a long prompt, and with (0, 0) where that is not known."""
+"""Called with (done, all) tokens of a long prompt, and with (0, 0) if that is not known."""
 
 
 class Talk(Protocol):
     """A conversation; see `mlxkv.llm.conversation.Conversation`.
 
     Attributes:
-        append_only: whether the chat template left earlier answers alone; None where that did not
-            come up, or is not known.
+        append_only: whether the chat template left earlier answers unchanged; None if not known.
     """
 
     append_only: bool | None
@@ -54,7 +53,7 @@ class Speaker(Protocol):
 
     @property
     def title(self) -> str:
-        """Its name, and where it is unless that is here."""
+        """Its name, and the server's address if it is on one."""
         ...
 
     @property
@@ -64,28 +63,24 @@ class Speaker(Protocol):
 
     @property
     def context(self) -> int | None:
-        """Tokens that prompt and answer may have together; None where that is not known."""
+        """Tokens that prompt and answer may have together; None if not known."""
         ...
 
     @property
     def recommended(self) -> SamplingParams:
-        """How its makers would sample."""
+        """The sampling that its makers recommend."""
         ...
 
     def about(self) -> list[tuple[str, str]]:
-        """What it is and runs with, in rows for people."""
+        """Facts and settings as (name, value) rows."""
         ...
 
     def memory(self) -> MemoryStats | None:
-        """Where its memory is; None where that is another process's."""
+        """Its memory; None if it is another process's."""
         ...
 
     def check_thinking(self, think: bool | str) -> None:
-        """Refuses what the chat template has no switch for.
-
-        Raises:
-            UsageError: it has none.
-        """
+        """Raise UsageError if the chat template has no switch for that."""
         ...
 
     def stream(
@@ -95,13 +90,11 @@ class Speaker(Protocol):
         on_progress: Progress | None = None,
         kv_from: NamedKV | None = None,
     ) -> Iterator[Chunk]:
-        """The answer to messages, or to a text that goes to the model as it is.
+        """The answer to messages, or the continuation of a text.
 
         Args:
-            prompt: either.
-            settings: how to answer; what they leave open, the model's makers recommend.
-            on_progress: told how far a long prompt is.
-            kv_from: saved KV that it goes on from; only in this process.
+            settings: unset ones are what the model's makers recommend.
+            kv_from: saved KV to start from; only in this process.
 
         Raises:
             TemplateError: messages, and it has no chat template.
@@ -113,7 +106,7 @@ class Speaker(Protocol):
         ...
 
     def other(self, name: str) -> Speaker:
-        """Another model where this one is, with the same settings.
+        """Another model in the same place, with the same settings.
 
         Raises:
             ModelNotFound: there is none of that name.
@@ -121,5 +114,5 @@ class Speaker(Protocol):
         ...
 
     def close(self) -> None:
-        """It is needed no more."""
+        """Release its memory."""
         ...

@@ -30,10 +30,6 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[
 class Aside:
     """Text beside the result: a model's reasoning. It goes to stderr, so that stdout is the answer
     alone; dimmed on a terminal, and elsewhere (or with NO_COLOR) after a label.
-
-    Args:
-        stream: where to write.
-        label: what it is.
     """
 
     def __init__(self, stream: TextIO | None = None, label: str = "reasoning"):
@@ -44,13 +40,13 @@ class Aside:
         self._open = False
 
     def write(self, text: str) -> None:
-        """More of it."""
+        """Write more of it."""
         self._stream.write(text if self._open else self._start + text)
         self._stream.flush()
         self._open = True
 
     def end(self) -> None:
-        """It is over; an empty line follows."""
+        """End it with an empty line."""
         if self._open:
             self._stream.write(f"{self._end}\n\n")
             self._stream.flush()
@@ -58,13 +54,7 @@ class Aside:
 
 
 class ProgressLine:
-    """One line on stderr that is written over; nothing at all where stderr is no terminal
-    that can erase a line.
-
-    Args:
-        stream: where to write.
-        quiet: write nothing.
-    """
+    """One line on stderr that is overwritten; nothing on a terminal that cannot erase a line."""
 
     def __init__(self, stream: TextIO | None = None, *, quiet: bool = False):
         self._stream = sys.stderr if stream is None else stream
@@ -78,7 +68,7 @@ class ProgressLine:
         return self._on
 
     def __call__(self, label: str, done: int = 0, total: int = 0) -> None:
-        """Shows what is being done, and how much of it is, in bytes."""
+        """Show what is being done, and how much of it is done, in bytes."""
         if not self._on:
             return
         now_s = time.monotonic()
@@ -98,7 +88,7 @@ class ProgressLine:
         self._shown = text
 
     def clear(self) -> None:
-        """Takes the line away."""
+        """Erase the line."""
         if self._shown:
             self._stream.write("\r\x1b[K")
             self._stream.flush()

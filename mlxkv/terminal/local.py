@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def load_model(name: str, dtype: str, given: Given) -> LLM:
-    """The model of that name, with progress on stderr."""
+    """Load the model of that name, with progress on stderr."""
     from mlxkv.store import resolve
     from mlxkv.terminal.console import ProgressLine
 
@@ -37,21 +37,14 @@ def load_model(name: str, dtype: str, given: Given) -> LLM:
 
 
 class LocalSpeaker:
-    """See `mlxkv.terminal.backend.Speaker`.
-
-    Args:
-        llm: the model.
-        name: as the user named it.
-        given: what was set for it, and for the next one as well.
-        dtype: what it was loaded with, the same.
-    """
+    """See `mlxkv.terminal.backend.Speaker`. `other` loads with the same settings and dtype."""
 
     def __init__(self, llm: LLM, name: str, given: Given, dtype: str = "auto"):
         self.llm, self.name, self.given, self.dtype = llm, name, given, dtype
 
     @classmethod
     def load(cls, name: str, given: Given, dtype: str) -> Self:
-        """The model of that name, loaded."""
+        """Load the model of that name."""
         return cls(load_model(name, dtype, given), name, given, dtype)
 
     @property

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from mlxkv.errors import INTERRUPTED, UsageError
-from mlxkv.terminal.answer_options import AnswerOptions, options_of
+from mlxkv.terminal.answer_options import AnswerOptions
 from mlxkv.terminal.console import Aside, ProgressLine
 from mlxkv.terminal.spelling import RUN
 from mlxkv.terminal.stats_text import describe_memory, describe_stats, remarks, stats_dict
@@ -17,7 +17,7 @@ from mlxkv.terminal.stats_text import describe_memory, describe_stats, remarks, 
 if TYPE_CHECKING:
     from mlxkv.generation.outputs import Chunk
     from mlxkv.saved_kv.manifest import NamedKV
-    from mlxkv.terminal.backend import Speaker, Talk
+    from mlxkv.terminal.backend import Speaker
 
 
 def one_answer(
@@ -31,20 +31,16 @@ def one_answer(
     verbose: bool,
     kv_from: NamedKV | None = None,
 ) -> int:
-    """Streams the answer to one prompt to stdout; the exit code.
+    """Stream the answer to one prompt to stdout; the exit code.
 
     Raises:
         TemplateError: a model without a chat template, and not `raw`.
-        UsageError: a system prompt or a wish to think that `raw` leaves no place for.
+        UsageError: a system prompt or `think` beside `raw`.
     """
-    if raw and system:
-        raise UsageError(
-            "has no place with --raw, which gives the model PROMPT as it is", field="system"
-        )
-    if raw and settings.think is not None:
-        raise UsageError(
-            "has no place with --raw, which gives the model PROMPT as it is", field="think"
-        )
+    for field, value in (("system", system or None), ("think", settings.think)):
+        if raw and value is not None:
+            text = "has no place with --raw, which gives the model PROMPT as it is"
+            raise UsageError(text, field=field)
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": prompt})
     progress = ProgressLine()
@@ -63,27 +59,14 @@ def one_answer(
         progress.clear()
 
 
-def send(
-    conversation: Talk,
-    text: str,
-    settings: AnswerOptions,
-    on_progress: Callable[[int, int], None] | None = None,
-) -> Iterator[Chunk]:
-    """`conversation.send` with these settings."""
-    return conversation.send(text, on_progress=on_progress, **options_of(settings))
-
-
 def prefill_report(progress: ProgressLine) -> Callable[[int, int], None] | None:
-    """Shows how much of a long prompt is read; None where stderr is no terminal."""
+    """Shows how much of a long prompt is computed; None if stderr is no terminal."""
     if not progress.on:
         return None
 
     def report(done: int, total: int) -> None:
-        progress(
-            f"reading the prompt: {done:,} of {total:,} tokens"
-            if total
-            else "waiting for the model"
-        )
+        text = f"reading the prompt: {done:,} of {total:,} tokens" if total else ""
+        progress(text or "waiting for the model")
 
     return report
 
@@ -91,7 +74,7 @@ def prefill_report(progress: ProgressLine) -> Callable[[int, int], None] | None:
 class Printer:
     """Writes an answer as it comes: its text to stdout, reasoning beside it (`Aside`).
 
-    Nothing here runs tools: a call is written as the model wrote it.
+    Tools are not run: a call is written as the model wrote it.
     """
 
     def __init__(self) -> None:
@@ -99,7 +82,7 @@ class Printer:
         self.wrote = False
 
     def __call__(self, chunk: Chunk) -> None:
-        """Writes what a chunk brings."""
+        """Write a chunk's text, reasoning and calls."""
         if chunk.reasoning:
             self._aside.write(chunk.reasoning)
         text = chunk.text + "".join(call.text for call in chunk.tool_calls)
@@ -110,7 +93,7 @@ class Printer:
             self.wrote = True
 
     def end(self) -> None:
-        """The answer is over."""
+        """End the reasoning."""
         self._aside.end()
 
 
@@ -153,7 +136,7 @@ def _print_json(chunks: Iterator[Chunk], progress: ProgressLine, speaker: Speake
         "text": text,
         "reasoning": reasoning or None,
         "tool_calls": [asdict(call) for call in calls],
-        # A server's API has their text alone, and its memory is not this answer's.
+        # A server's API sends no ids, and its memory is not this answer's alone.
         "tokens": tokens if memory else None,
         "finish_reason": last.finish_reason,
         "error": None if last.error is None else last.error.spelled(RUN),
@@ -165,7 +148,7 @@ def _print_json(chunks: Iterator[Chunk], progress: ProgressLine, speaker: Speake
 
 
 def _say_remarks(last: Chunk, speaker: Speaker) -> int:
-    """What should be known of an answer that is over, on stderr; the exit code."""
+    """Print remarks on an answer, and its error, to stderr; the exit code."""
     for line in remarks(last.stats, lambda: speaker.context):
         print(f"mlxkv: {line}", file=sys.stderr)
     if last.error is None:

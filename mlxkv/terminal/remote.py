@@ -1,9 +1,9 @@
-"""A server's model, for `mlxkv run --server` and its chat, by the server's own Ollama API.
+"""A model on a server, for `mlxkv run --server` and its chat, through the Ollama API.
 
 Invariants:
-- Nothing here needs MLX, and nothing is loaded in this process.
+- Nothing here needs MLX, and no model is loaded in this process.
 - An answer that is closed before its end closes its connection, which cancels it on the server.
-- What is not set is left out of a request: the server's settings decide, not this machine's.
+- Unset options are left out of a request: the server's settings decide, not this machine's.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ if TYPE_CHECKING:
 _OPTIONS = {"max_tokens": "num_predict"} | {
     field.name: field.name for field in fields(SamplingParams) if field.name != "logit_bias"
 }
-"""What is set for answers -> Ollama's name for it."""
+"""Option of an answer -> Ollama's name for it."""
 
 
 def names_model(server: Server) -> Callable[[str], bool]:
-    """Whether a lone argument names a model: as in this process, or one that the server has."""
+    """A test of whether an argument names a model: by its form, or because the server has it."""
 
     def test(word: str) -> bool:
         if looks_like_model(word):
@@ -54,10 +54,7 @@ def names_model(server: Server) -> Callable[[str], bool]:
 class RemoteSpeaker:
     """See `mlxkv.terminal.backend.Speaker`.
 
-    Args:
-        server: where the model is.
-        name: as the user named it.
-        given: context, overflow and keep that are set for it; they go with every request.
+    Context, overflow and keep of `given` go with every request.
     """
 
     def __init__(self, server: Server, name: str, given: Given):
@@ -92,11 +89,7 @@ class RemoteSpeaker:
 
     @cached_property
     def _shown(self) -> dict[str, Any]:
-        """What the server says of the model.
-
-        Raises:
-            ModelNotFound: it has none of that name.
-        """
+        """The server's description of the model; ModelNotFound if it has none of that name."""
         return self.server.ask("POST", "/api/show", {"model": self.name})
 
     def about(self) -> list[tuple[str, str]]:
@@ -118,7 +111,7 @@ class RemoteSpeaker:
         return None
 
     def check_thinking(self, think: bool | str) -> None:
-        # Which switch it has, the server knows, and says with the next answer.
+        # The server knows the kinds of switches, and refuses a wrong value with the next answer.
         if think and "thinking" not in self._shown.get("capabilities", ()):
             raise UsageError(f"{self.name} has no switch for reasoning in its chat template")
 
@@ -147,7 +140,7 @@ class RemoteSpeaker:
         return made
 
     def close(self) -> None:
-        """The server lets its models go itself."""
+        """The server unloads its models itself."""
 
     def _answer(
         self,
@@ -185,12 +178,7 @@ class RemoteSpeaker:
 
 
 class RemoteTalk:
-    """A conversation whose KV is the server's, which finds the prefix of each message again.
-
-    Args:
-        speaker: who answers.
-        system: system prompt.
-    """
+    """A conversation with KV on the server, which restores the prefix of each message."""
 
     append_only: bool | None = None
 
@@ -221,7 +209,7 @@ class RemoteTalk:
     ) -> Iterator[Chunk]:
         """Stream the answer to the user's next message; options are the fields of `AnswerOptions`.
 
-        An answer that is left early stays in the history as far as it came.
+        Of an answer that is left early the part so far stays in the history.
         """
         user = {"role": "user", "content": text}
         shown: list[Chunk] = []
@@ -263,7 +251,7 @@ def _chunk(line: Mapping[str, Any], first_s: float) -> Chunk:
 
 
 def _stats(line: Mapping[str, Any], first_s: float) -> Stats | None:
-    """The figures of the last line; None where the server is another one and has fewer."""
+    """The figures of the last line; None from another server, which sends fewer."""
     try:
         cache, memory, miss = line["prompt_cache"], line["memory"], line["prompt_cache"]["miss"]
         return Stats(

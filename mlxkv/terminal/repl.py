@@ -18,10 +18,10 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, cast
 
-from mlxkv.errors import MlxkvError, TemplateError
-from mlxkv.terminal.answer_options import AnswerOptions
+from mlxkv.errors import MlxkvError, TemplateError, one_line
+from mlxkv.terminal.answer_options import AnswerOptions, options_of
 from mlxkv.terminal.console import ProgressLine
-from mlxkv.terminal.one_shot import Printer, prefill_report, send
+from mlxkv.terminal.one_shot import Printer, prefill_report
 from mlxkv.terminal.slash_commands import PARAMETERS, Chat, Leave, execute
 from mlxkv.terminal.spelling import RUN
 from mlxkv.terminal.stats_text import describe_rungs, describe_shift, describe_stats
@@ -52,7 +52,7 @@ def chat(
     verbose: bool = False,
     kv_from: NamedKV | None = None,
 ) -> int:
-    """Talks until the user leaves; the exit code.
+    """Run a chat until the user leaves; the exit code.
 
     Raises:
         TemplateError: the model has no chat template.
@@ -85,16 +85,16 @@ def chat(
         except Leave:
             return 0
         except MlxkvError as error:
-            # The chat's own commands set what has a name of its own here; else it is an option.
+            # Parameters have the names of `/set`; other fields are options of `mlxkv run`.
             spelled = str(error) if error.field in PARAMETERS else error.spelled(RUN)
             print(f"mlxkv: {spelled}", file=sys.stderr)
-        except Exception as error:  # what a bug does must not cost the conversation
-            line = " ".join(str(error).split())
-            print(f"mlxkv: unexpected {type(error).__name__}: {line}", file=sys.stderr)
+        except Exception as error:  # a bug must not cost the conversation
+            text = f"unexpected {type(error).__name__}: {one_line(error)}"
+            print(f"mlxkv: {text}", file=sys.stderr)
 
 
 def _turn(state: Chat, text: str) -> None:
-    """One line of the user's: a command or a message."""
+    """Run a command, or answer a message."""
     if not text.strip():
         return
     if text.startswith("/") and "\n" not in text:
@@ -104,11 +104,11 @@ def _turn(state: Chat, text: str) -> None:
 
 
 def answer(state: Chat, text: str) -> None:
-    """Streams the answer to one message."""
+    """Stream the answer to one message."""
     stats, error, printer = None, None, Printer()
-    progress = ProgressLine()
-    chunks = send(state.conversation, text, state.effective, prefill_report(progress))
-    # Closing it at once, and not when it is collected, keeps what was said in the conversation.
+    progress, options = ProgressLine(), options_of(state.effective)
+    chunks = state.conversation.send(text, on_progress=prefill_report(progress), **options)
+    # Closed at once, not when it is collected: that adds the answer so far to the conversation.
     with _interrupts() as interrupted, closing(cast("Generator[Chunk]", chunks)):
         try:
             for chunk in chunks:
@@ -142,7 +142,7 @@ def answer(state: Chat, text: str) -> None:
 
 
 class _Interrupted:
-    """What Ctrl-C did to the answer that is being written."""
+    """Whether Ctrl-C was pressed, and whether the answer has begun."""
 
     seen = False
     in_decode = False
@@ -150,7 +150,7 @@ class _Interrupted:
 
 @contextmanager
 def _interrupts() -> Iterator[_Interrupted]:
-    """Turns Ctrl-C into a flag once the answer has begun; the second one raises again."""
+    """Turn Ctrl-C into a flag once the answer has begun; the second one raises."""
     state = _Interrupted()
 
     def handle(number: int, frame: FrameType | None) -> None:
@@ -182,7 +182,7 @@ def read_message(ask: Ask) -> str:
 
 
 def history_file() -> Path | None:
-    """Where the lines of earlier chats are; None where no file can be written."""
+    """The file with the lines of earlier chats; None if it cannot be written."""
     state = os.environ.get("XDG_STATE_HOME", "")
     base = Path(state) if state.startswith("/") else Path.home() / ".local" / "state"
     path = base / "mlxkv" / "history"
@@ -195,7 +195,7 @@ def history_file() -> Path | None:
 
 
 def _line_reader() -> Ask:
-    """prompt_toolkit's editor, or plain input where the terminal can do no more."""
+    """prompt_toolkit's editor, or plain input on a terminal that cannot do more."""
     if os.environ.get("TERM", "dumb") in ("dumb", "unknown", ""):
         return input
     session = _editor()

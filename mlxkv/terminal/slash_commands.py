@@ -1,4 +1,4 @@
-"""What the commands of the chat do. Each returns the text to print."""
+"""The commands of the chat. Each returns the text to print."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ THINK: dict[str, bool | str | None] = {
     "high": "high",
     "default": None,
 }
-# Small models talk in circles without one; Ollama's default is the same.
+# Small models repeat themselves without one; Ollama's default is the same.
 CHAT_REPEAT_PENALTY = 1.1
 HELP = '''\
-/set                          what is set
+/set                          show the settings
 /set parameter NAME VALUE     {names}
-/set system "TEXT"            the system prompt; the conversation begins anew with it
+/set system "TEXT"            set the system prompt and start a new conversation
 /set think HOW                on, off, low, medium, high or default: reason before an answer
 /set verbose, /set quiet      print speed and memory after an answer, or not
 /show [model|system|parameters|memory]
 /save FILE                    write the conversation
-/load FILE or MODEL           go on with a saved conversation, or change the model
+/load FILE or MODEL           continue a saved conversation, or change the model
 /clear                        forget the conversation
 /bye                          leave (so does Ctrl-D)
 /?                            this
@@ -58,17 +58,14 @@ class Leave(Exception):
 
 @dataclass
 class Chat:
-    """What a chat holds.
+    """The state of a chat.
 
     Attributes:
-        speaker: who answers.
-        settings: how answers are made.
+        settings: options of answers that the user has set.
         verbose: print figures after an answer.
-        kv_from: saved KV that conversations go on from.
-        conversation: the messages, and in this process their KV.
-        system: the system prompt.
-        told: the user knows that the template rewrites earlier answers.
-        dropped: tokens of the conversation that the user knows were dropped at the context.
+        kv_from: saved KV that conversations start from.
+        told: it was printed that the template rewrites earlier answers.
+        dropped: tokens dropped at the context, as last printed.
     """
 
     speaker: Speaker
@@ -82,17 +79,17 @@ class Chat:
 
     @property
     def effective(self) -> AnswerOptions:
-        """The settings, what the user did not set filled in."""
+        """The settings, with defaults for unset ones."""
         return with_defaults(self.settings, self.speaker.recommended, CHAT_REPEAT_PENALTY)
 
     def begin(self, system: str | None) -> None:
-        """Starts a conversation."""
+        """Start a conversation."""
         self.system, self.told = system, False
         self.conversation = self.speaker.conversation(system, self.kv_from)
 
 
 def execute(chat: Chat, line: str) -> str:
-    """Does what a line that starts with a slash says; what to print, newline included.
+    """Run a line that starts with a slash; the text to print, newline included.
 
     Raises:
         Leave: the user wants to leave.
@@ -136,7 +133,7 @@ def _set(chat: Chat, rest: str) -> str:
             chat.system = _unquoted(value)
             chat.conversation.set_system(chat.system)
             chat.conversation.clear()
-            return "the system prompt is set; the conversation begins anew"
+            return "the system prompt is set; a new conversation starts"
         case "parameter":
             what, _, value = value.partition(" ")
     return _set_parameter(chat, what, value.strip())
@@ -244,7 +241,7 @@ def _load(chat: Chat, rest: str) -> str:
     path = _file(rest, "/load")
     if path.is_file() and path.suffix != ".gguf":
         return _load_conversation(chat, path)
-    # What is not there may be the name of a model, but not with this ending.
+    # Without such a file it may be a model's name, but not with this ending.
     if path.suffix == ".json":
         raise UsageError(f"{path}: no such file")
     speaker = chat.speaker.other(rest)
@@ -254,7 +251,7 @@ def _load(chat: Chat, rest: str) -> str:
     chat.speaker.close()
     chat.speaker, chat.kv_from = speaker, None
     chat.begin(chat.system)
-    return f"{rest} is loaded; the conversation begins anew"
+    return f"{rest} is loaded; a new conversation starts"
 
 
 def _load_conversation(chat: Chat, path: Path) -> str:
@@ -272,11 +269,7 @@ def _load_conversation(chat: Chat, path: Path) -> str:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """A saved conversation, as far as this module has to know it.
-
-    Raises:
-        UsageError: it is none.
-    """
+    """The JSON of a saved conversation; UsageError for another file."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

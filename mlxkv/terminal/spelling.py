@@ -11,8 +11,7 @@ class Options(Spelling):
     """Options of a command.
 
     Args:
-        names: field -> option or argument of this command; None for `mlxkv run`, which has nearly
-            all of them.
+        names: field -> option or argument; None for `mlxkv run`, which has nearly all of them.
     """
 
     def __init__(self, names: Mapping[str, str] | None = None):

@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from mlxkv.memory.types import KVUse, MemoryStats, Rung
 
 FEW = 16
-"""Tokens below which a miss is no news: every other question leaves the one before it somewhere."""
+"""Tokens below which a miss is not shown: most questions diverge from the one before somewhere."""
 
 
 def remarks(stats: Stats | None, context: Callable[[], int | None]) -> list[str]:
-    """Remarks on an answer for its reader, a line each."""
+    """Remarks on an answer, a line each: what was dropped, and what was done to find memory."""
     if stats is None:
         return []
     lines = [describe_shift(stats, context())] if stats.shifted_tokens else []
@@ -26,7 +26,7 @@ def remarks(stats: Stats | None, context: Callable[[], int | None]) -> list[str]
 
 
 def describe_rungs(rungs: Sequence[Rung]) -> list[str]:
-    """What was done to find memory, the last of each kind with how often it was."""
+    """What was done to find memory: the last rung of each kind, and how often."""
     times = Counter((rung.kind, rung.kv_type) for rung in rungs)
     last = {(rung.kind, rung.kv_type): rung for rung in rungs}
     return [
@@ -36,14 +36,14 @@ def describe_rungs(rungs: Sequence[Rung]) -> list[str]:
 
 
 def describe_shift(stats: Stats, context: int | None) -> str:
-    """What was lost at the context, on one line; None for one that is not known."""
+    """How many tokens were dropped at the context, on one line."""
     n = stats.shifted_tokens
     size = "" if context is None else f" of {context:,} tokens"
     return f"the context{size} was full: the oldest {n:,} were dropped"
 
 
 def stats_dict(stats: Stats) -> dict[str, Any]:
-    """The figures of an answer, those that are computed from others included."""
+    """The figures of an answer, speeds included."""
     return asdict(stats) | {"prefill_tps": stats.prefill_tps, "decode_tps": stats.decode_tps}
 
 
@@ -60,7 +60,7 @@ def describe_stats(stats: Stats) -> str:
 
 
 def describe_prompt(stats: Stats) -> str:
-    """Where the prompt's KV came from, and why not more of it was restored, on one line."""
+    """Where the prompt's KV came from, and why part of a prefix was recomputed, on one line."""
     sources = (
         (stats.restored_ram_tokens, "from RAM"),
         (stats.restored_ssd_tokens, "from SSD"),
