@@ -164,7 +164,9 @@ def cached_repos() -> list[CachedRepo]:
 def plan_removal(repo_id: str) -> DeleteCacheStrategy | None:
     """Deletes all revisions when executed; None if the repository is not in the cache."""
     cache = _scan()
-    for repo in () if cache is None else cache.repos:
+    if cache is None:
+        return None
+    for repo in cache.repos:
         if repo.repo_type == "model" and repo.repo_id == repo_id:
             # The client finds a revision by its commit alone, and a duplicated repository has the
             # commits of its original: leave only this one in what it sees.
