@@ -70,7 +70,7 @@ def stream_of(engine: str, model: Any, n_vocab: int, kv_type: str = "native") ->
             fill(session.caches, native, lambda native: model(mx.array([[1]]), native), n_filled)
             del native
             for _ in range(n_filled):
-                session.took(1)
+                session.append(1)
             logits = session.prefill([*[1] * n_filled, *tokens])
             sampler = Sampler(SamplingParams(temperature=0), n_vocab)
             yield from decode(Row(session, logits, sampler))

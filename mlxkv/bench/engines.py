@@ -50,7 +50,7 @@ class Timing:
     peak_bytes: int
 
 
-class Engine(Protocol):
+class TimedEngine(Protocol):
     """A loaded model."""
 
     @property
@@ -67,7 +67,7 @@ class Engine(Protocol):
         ...
 
 
-def measure(engine: Engine, prompts: Prompts, n_timed: int) -> Timing:
+def measure(engine: TimedEngine, prompts: Prompts, n_timed: int) -> Timing:
     """Run prompts of one length to `n_timed` tokens past the first."""
     gc.collect()
     mx.clear_cache()
@@ -85,7 +85,7 @@ def measure(engine: Engine, prompts: Prompts, n_timed: int) -> Timing:
     return Timing(n_prompt, first - start, n - n_first, last - first, mx.get_peak_memory())
 
 
-def load(engine: str, path: Path, kv_type: str, memory: int) -> Engine:
+def load(engine: str, path: Path, kv_type: str, memory: int) -> TimedEngine:
     """Load a model into one of the engines."""
     if engine == MLXKV:
         return Mlxkv(path, kv_type, memory)

@@ -73,7 +73,7 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class VerifyReport:
     """What `verify` found: `window` is the largest sliding window, `rows` has one for each path."""
 
     model: str
@@ -88,7 +88,9 @@ class Report:
         return all(row.verdict != "FAILED" for row in self.rows)
 
 
-def verify(llm: LLM, n_tokens: int | None = None, kv_types: Sequence[str] = KV_TYPES) -> Report:
+def verify(
+    llm: LLM, n_tokens: int | None = None, kv_types: Sequence[str] = KV_TYPES
+) -> VerifyReport:
     """Compare all ways to compute a prompt.
 
     Args:
@@ -101,7 +103,7 @@ def verify(llm: LLM, n_tokens: int | None = None, kv_types: Sequence[str] = KV_T
     prompt = _prompt(llm, n_tokens)
     reference = _Reference(llm, prompt, "native")
     rows = [row for kv_type in kv_types for row in _rows(reference, kv_type)]
-    return Report(str(llm.path), reference.dtype, len(prompt), _window(llm), tuple(rows))
+    return VerifyReport(str(llm.path), reference.dtype, len(prompt), _window(llm), tuple(rows))
 
 
 def _window(llm: LLM) -> int | None:
@@ -270,13 +272,13 @@ def _divergence(p: np.ndarray, q: np.ndarray) -> float:
     return float(np.maximum((np.exp(p) * (p - q)).sum(), np.finfo(np.float64).tiny))
 
 
-def to_dict(report: Report) -> dict[str, Any]:
+def to_dict(report: VerifyReport) -> dict[str, Any]:
     """A report as JSON has it."""
     rows = [asdict(row) | {"verdict": row.verdict} for row in report.rows]
     return asdict(report) | {"rows": rows, "passed": report.passed}
 
 
-def text(report: Report) -> str:
+def text(report: VerifyReport) -> str:
     """A report as a table with a verdict."""
     rows = [
         (

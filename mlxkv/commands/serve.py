@@ -78,10 +78,10 @@ def serve(
         models=tuple(models or ()),
     )
     from mlxkv.base.units import parse_bytes
-    from mlxkv.engine.engine import Engine
+    from mlxkv.engine.engine import ThreadedEngine
     from mlxkv.store.settings import COMMAND_LINE, Given
 
-    engine = Engine(
+    engine = ThreadedEngine(
         memory=parse_bytes(memory or os.environ.get("MLXKV_MEMORY")),
         dtype=dtype,
         given=Given(context=context, kv_type=kv_type, origin=COMMAND_LINE),

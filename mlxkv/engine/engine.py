@@ -25,7 +25,7 @@ from mlxkv.engine.answers import EngineAnswer
 from mlxkv.engine.loading import ModelLoads, PendingRequest
 from mlxkv.engine.messages import Ask, Busy, Embeddings, EngineStats, Loaded
 from mlxkv.engine.model_pool import LoadedModel, ModelPool, key_of
-from mlxkv.engine.prompt import bounded, prepare
+from mlxkv.engine.prompt import fit_context, prepare
 from mlxkv.engine.tasks import Task
 from mlxkv.errors import MlxkvError, UsageError
 from mlxkv.store.settings import Given
@@ -37,7 +37,7 @@ WAIT_S = 5.0
 """When a client may try again if the queue is full."""
 
 
-class Engine:
+class ThreadedEngine:
     """Loads models and answers requests, on a thread of its own.
 
     Args:
@@ -135,7 +135,7 @@ class Engine:
 
         def tokenize(loaded: LoadedModel) -> list[int]:
             runtime = loaded.scheduler.runtime
-            _, tokens = bounded(runtime, ask.request, prepare(runtime, ask.request))
+            _, tokens = fit_context(runtime, ask.request, prepare(runtime, ask.request))
             return tokens
 
         return await self._with_model(ask.model, ask.path, ask.keep_alive_s, tokenize)

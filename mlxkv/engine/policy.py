@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class Prompt:
+class PendingPrompt:
     """A prompt that is to be computed.
 
     Args:
@@ -49,7 +49,7 @@ class Pace:
         self._allowed_s, self._least, self._most = allowed_s, least, most
         self.n_tokens = least
 
-    def took(self, n_tokens: int, seconds: float) -> None:
+    def record(self, n_tokens: int, seconds: float) -> None:
         """What a chunk took. A short one within its time says nothing of longer ones."""
         if n_tokens < self.n_tokens and seconds <= self._allowed_s:
             return
@@ -58,7 +58,7 @@ class Pace:
         self.n_tokens = round(max(self._least, min(fits, longest)))
 
 
-def next_prompt(prompts: Sequence[Prompt], for_oldest: bool) -> int:
+def next_prompt(prompts: Sequence[PendingPrompt], for_oldest: bool) -> int:
     """The index of the prompt whose chunk is next.
 
     Args:
@@ -71,7 +71,7 @@ def next_prompt(prompts: Sequence[Prompt], for_oldest: bool) -> int:
     return min(free, key=lambda i: prompts[i].n_left, default=0)
 
 
-def _waits(prompt: Prompt, prompts: Sequence[Prompt]) -> bool:
+def _waits(prompt: PendingPrompt, prompts: Sequence[PendingPrompt]) -> bool:
     """Whether another one is computing what this one begins with."""
     if prompt.n_computed is not None or prompt.owner is None:
         return False

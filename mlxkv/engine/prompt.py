@@ -15,7 +15,7 @@ from mlxkv.generation.reader import AnswerReader
 from mlxkv.generation.request import Message, Prompt, Request
 from mlxkv.generation.session import Session, n_shared
 from mlxkv.parsers.formats import parser_for, thinks
-from mlxkv.prefix.layout import unpacked
+from mlxkv.prefix.layout import token_ids
 from mlxkv.sampling.sampler import Sampler
 from mlxkv.saved_kv.manifest import NamedKV
 from mlxkv.store.settings import Settings
@@ -45,7 +45,7 @@ class Head:
         where every text begins with that one."""
         n = int(tokens[0] == runtime.tokenizer.bos_token_id)
         if self.saved is not None:
-            n = max(n, n_shared(tokens, unpacked(self.saved.tokens)))
+            n = max(n, n_shared(tokens, token_ids(self.saved.tokens)))
         return max(n, self._n_system(runtime, tokens))
 
     def _n_system(self, runtime: Runtime, tokens: Sequence[int]) -> int:
@@ -103,7 +103,7 @@ def start(runtime: Runtime, request: Request, prepared: Prepared, session: Sessi
         UsageError: a setting out of its range, or more is to be kept than the context allows.
         ContextExceeded: the prompt is longer than the context.
     """
-    bound, tokens = bounded(runtime, request, prepared)
+    bound, tokens = fit_context(runtime, request, prepared)
     sampling = request.sampling
     if request.recommended:
         sampling = sampling.merged(runtime.recommended)
@@ -191,7 +191,7 @@ def encode_rendered(runtime: Runtime, text: str, saved: NamedKV | None) -> list[
     """Token ids of a rendered conversation; those of the saved text are the saved ones."""
     if saved is None or not text.startswith(saved.text):
         return encode_text(runtime, text)
-    return [*unpacked(saved.tokens), *encode_text(runtime, text[len(saved.text) :])]
+    return [*token_ids(saved.tokens), *encode_text(runtime, text[len(saved.text) :])]
 
 
 def with_saved(saved: NamedKV | None, messages: Sequence[Message]) -> list[Any]:
@@ -217,11 +217,11 @@ def _behind(runtime: Runtime, saved: NamedKV | None, prompt: Prompt) -> list[int
     if saved is None:
         return encode(runtime, prompt)
     if isinstance(prompt, str):
-        return [*unpacked(saved.tokens), *encode_text(runtime, prompt)]
-    return [*unpacked(saved.tokens), *encode(runtime, prompt)]
+        return [*token_ids(saved.tokens), *encode_text(runtime, prompt)]
+    return [*token_ids(saved.tokens), *encode(runtime, prompt)]
 
 
-def bounded(runtime: Runtime, request: Request, prepared: Prepared) -> tuple[Bound, list[int]]:
+def fit_context(runtime: Runtime, request: Request, prepared: Prepared) -> tuple[Bound, list[int]]:
     """A request's context, and its prompt; what is kept of it is counted when it is needed.
 
     Raises:

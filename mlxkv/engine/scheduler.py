@@ -17,12 +17,12 @@ from collections.abc import Iterator
 
 from mlxkv.base.device import default_chunk
 from mlxkv.engine.messages import Counts
-from mlxkv.engine.policy import Pace, Prompt, next_prompt
+from mlxkv.engine.policy import Pace, PendingPrompt, next_prompt
 from mlxkv.engine.prompt import prepare, start
 from mlxkv.engine.runtime import Runtime
 from mlxkv.engine.tasks import Decoding, Ended, Prefilling, State, Task, Waiting
 from mlxkv.errors import CheckpointError, KVCacheFull, MlxkvError
-from mlxkv.generation.decoder import Allowed, Decoder, Drawn, Row
+from mlxkv.generation.decoder import Allowed, Decoder, Row, RowResult
 from mlxkv.generation.generation import Generation
 from mlxkv.generation.outputs import Chunk, TokenLogprobs
 from mlxkv.generation.session import Session
@@ -127,7 +127,7 @@ class Scheduler:
             n_computed = None if state.steps is None else session.n_held
             owner = task.owner if session.gives_pages else None
             ready.append(task)
-            prompts.append(Prompt(state.tokens, n_computed, owner))
+            prompts.append(PendingPrompt(state.tokens, n_computed, owner))
         if not ready:
             return None
         self._n_chunks += 1
@@ -143,7 +143,7 @@ class Scheduler:
             progress = next(state.steps)
             n = session.n_held - held
             if n > 0:
-                self._pace.took(n, time.perf_counter() - started)
+                self._pace.record(n, time.perf_counter() - started)
             if task.request.on_progress is not None:
                 task.request.on_progress(*progress)
             return
@@ -233,7 +233,7 @@ class Scheduler:
         generation.sampler.rewind(generation.n_generated)
         self._prefill_again(task, generation, tokens)
 
-    def _take(self, task: Task, state: Decoding, drawn: Drawn) -> None:
+    def _take(self, task: Task, state: Decoding, drawn: RowResult) -> None:
         """A step's token of one answer."""
         generation, row = state.generation, state.row
         if drawn.token is None:
@@ -279,7 +279,7 @@ class Scheduler:
         task.state = Prefilling(generation, tokens, steps)
         self._prefilling.insert(0, task)
 
-    def _logprobs(self, drawn: Drawn) -> TokenLogprobs | None:
+    def _logprobs(self, drawn: RowResult) -> TokenLogprobs | None:
         if drawn.logprob is None or drawn.token is None:
             return None
         top = tuple(self._token(token, logprob) for token, logprob in drawn.top)

@@ -21,17 +21,17 @@ import mlx.core as mx
 import numpy as np
 
 from mlxkv.errors import CheckpointError, Hint, KVCacheFull, UsageError
-from mlxkv.generation.flight import Allowed, Drawn, Flight, Lane, Row
+from mlxkv.generation.flight import Allowed, Flight, Lane, Row, RowResult
 from mlxkv.kv.layout import LayerCache
 from mlxkv.kv.types import STEP
 from mlxkv.memory.types import is_allocation_failure
-from mlxkv.nn.batch import arranged, batch, is_intact
+from mlxkv.nn.batch import batch, is_intact, kv_order
 from mlxkv.nn.model import CausalLM
 from mlxkv.sampling.logprobs import tell
 from mlxkv.sampling.math import log_normalizer, soundness
 from mlxkv.sampling.sampler import AnswerIds, Recent, RowChoice, Sampler, choose
 
-__all__ = ["Allowed", "Decoder", "Drawn", "Row", "decode"]
+__all__ = ["Allowed", "Decoder", "Row", "RowResult", "decode"]
 
 
 class Decoder:
@@ -71,7 +71,7 @@ class Decoder:
         if row.sampler.needs_answer:
             answer = AnswerIds(row.sampler.n_vocab, row.answered)
         lane = Lane(row, row.session.tokens[-last_n:] if last_n else None, answer)
-        flight = self._drawn([lane], row.logits)
+        flight = self._choose([lane], row.logits)
         self._lanes.append(lane)
         self._fresh.append(flight)
 
@@ -84,7 +84,7 @@ class Decoder:
             if lane.row is row:
                 self._leave(lane)
 
-    def step(self) -> list[Drawn]:
+    def step(self) -> list[RowResult]:
         """The next token of each row; of those that have just joined, where there are any.
 
         Rows that have reached `max_tokens` or failed have left when this returns.
@@ -100,7 +100,7 @@ class Decoder:
             if self._fresh:
                 # Not behind the next step: on the CPU backend that would hold them up.
                 fresh, self._fresh = self._fresh, []
-                return [drawn for flight in fresh for drawn in self._given(flight, ready=True)]
+                return [drawn for flight in fresh for drawn in self._deliver(flight, ready=True)]
             if not self._lanes:
                 self._flight = None
                 return []
@@ -110,7 +110,7 @@ class Decoder:
             if flight is None:
                 return self._full()
             self._flight = self._next(flight)
-            return self._given(flight) + self._full()
+            return self._deliver(flight) + self._full()
         except BaseException:
             self._lanes, self._fresh, self._flight = [], [], None
             self._batch = [], []
@@ -128,7 +128,7 @@ class Decoder:
         """Feed what a flight has chosen, and what rows that have joined bring; None: nothing."""
         lanes, parts = [], []
         if flight is not None:
-            tokens = self._chosen(flight)
+            tokens = self._choose_masked(flight)
             kept = [i for i, lane in enumerate(flight.lanes) if self._goes_on(lane)]
             lanes = [flight.lanes[i] for i in kept]
             if len(kept) == len(flight.lanes):
@@ -148,8 +148,8 @@ class Decoder:
         if self._n_steps % STEP == 0:
             mx.clear_cache()
         tokens = parts[0] if len(parts) == 1 else mx.concatenate(parts)
-        lanes, tokens = self._arranged(lanes, tokens)
-        return self._drawn(lanes, self._logits(lanes, tokens[:, None]), tokens)
+        lanes, tokens = self._in_kv_order(lanes, tokens)
+        return self._choose(lanes, self._logits(lanes, tokens[:, None]), tokens)
 
     def _goes_on(self, lane: Lane) -> bool:
         """Whether a row is fed its next token, for which there must be room."""
@@ -169,12 +169,12 @@ class Decoder:
             self._batch = [], []  # it has other caches now
         return lane.full is None and lane.error is None
 
-    def _arranged(self, lanes: list[Lane], tokens: mx.array) -> tuple[list[Lane], mx.array]:
+    def _in_kv_order(self, lanes: list[Lane], tokens: mx.array) -> tuple[list[Lane], mx.array]:
         """Lanes in the order in which their KV lies, where others have joined or left."""
         if self._batch[0] == lanes or not self._model.batches:
             return lanes, tokens
         room = lanes[0].row.session.has_room
-        order = arranged([lane.row.session.caches for lane in lanes], room, self._model.one_part)
+        order = kv_order([lane.row.session.caches for lane in lanes], room, self._model.one_part)
         if order == sorted(order):
             return lanes, tokens
         return [lanes[i] for i in order], tokens[mx.array(order)]
@@ -192,7 +192,7 @@ class Decoder:
             self._batch = lanes, batch(caches, room, self._model.one_part)
         return self._model.last_logits(tokens, self._batch[1])
 
-    def _drawn(self, lanes: list[Lane], logits: mx.array, fed: mx.array | None = None) -> Flight:
+    def _choose(self, lanes: list[Lane], logits: mx.array, fed: mx.array | None = None) -> Flight:
         """Choose a token for each row that has no mask, its computation under way.
 
         The logits are those behind the tokens `fed` `[B]`; behind the prompts without.
@@ -216,7 +216,7 @@ class Decoder:
         mx.async_eval(*flight.arrays)
         return flight
 
-    def _chosen(self, flight: Flight) -> mx.array:
+    def _choose_masked(self, flight: Flight) -> mx.array:
         """The tokens `[B]` of a flight, those of its masked rows chosen now."""
         if flight.tokens is not None:
             return flight.tokens
@@ -258,16 +258,16 @@ class Decoder:
         flight.told = tell(flight.logits, tokens, asked, flight.normalizer)
         return tokens
 
-    def _full(self) -> list[Drawn]:
+    def _full(self) -> list[RowResult]:
         """Rows that cannot be fed, for lack of memory above all; their tokens are given out."""
         ended = [lane for lane in self._lanes if lane.full or lane.error]
         for lane in ended:
             self._leave(lane)
-        return [Drawn(lane.row, None, lane.full or lane.error) for lane in ended]
+        return [RowResult(lane.row, None, lane.full or lane.error) for lane in ended]
 
-    def _given(self, flight: Flight, ready: bool = False) -> list[Drawn]:
+    def _deliver(self, flight: Flight, ready: bool = False) -> list[RowResult]:
         """Wait for a flight and give its tokens out."""
-        tokens = self._chosen(flight)
+        tokens = self._choose_masked(flight)
         values = cast(list[int], tokens.tolist())
         sound = [math.isfinite(x) for x in cast(list[float], flight.soundness.tolist())]
         told = {} if flight.told is None else flight.told.by_row()
@@ -278,13 +278,13 @@ class Decoder:
             error = lane.error or _error_of(sound[i], i in flight.stuck)
             if error is not None:
                 self._leave(lane)
-                found.append(Drawn(lane.row, None, error))
+                found.append(RowResult(lane.row, None, error))
                 continue
             token = values[i]
-            lane.row.session.took(token)
+            lane.row.session.append(token)
             lane.row.tokens.append(token)
             logprob, top = told.get(i, (None, ()))
-            found.append(Drawn(lane.row, token, None, logprob, top[: lane.row.n_logprobs]))
+            found.append(RowResult(lane.row, token, None, logprob, top[: lane.row.n_logprobs]))
             if len(lane.row.tokens) == lane.row.max_tokens:
                 self._leave(lane)
             elif ready:

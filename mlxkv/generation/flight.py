@@ -51,7 +51,7 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
-class Drawn:
+class RowResult:
     """What a step gave a row.
 
     Args:

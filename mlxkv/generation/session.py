@@ -160,7 +160,7 @@ class Session:
         if grant.quantize_to is not None:
             self.rungs.append(self.quantize(grant.quantize_to))
 
-    def _granted(self, budget: Budget, n_new: int, *, last: bool, beside: int = 0) -> int:
+    def _ask_budget(self, budget: Budget, n_new: int, *, last: bool, beside: int = 0) -> int:
         """How many of the next tokens may be computed at once; see `Budget.grant`.
 
         Raises:
@@ -287,7 +287,7 @@ class Session:
             n_new = min(chunk() or default_chunk(), n_left)
             if self._budget is None:
                 return n_new
-            return self._granted(self._budget, n_new, last=n_new == n_left)
+            return self._ask_budget(self._budget, n_new, last=n_new == n_left)
 
         def computed(done: int) -> None:
             self._cut(start + done)
@@ -303,7 +303,7 @@ class Session:
         if self._budget is not None and self.n_held % STEP == 0:
             self._budget.note()
             beside = growth_bytes(sliceable(self.caches), self.n_held + 1)
-            self._granted(self._budget, 1, last=True, beside=beside)
+            self._ask_budget(self._budget, 1, last=True, beside=beside)
 
     def has_room(self, n_bytes: int) -> bool:
         """Whether its caches may be moved, which takes so many bytes."""
@@ -327,7 +327,7 @@ class Session:
         except ALLOCATION_ERRORS:
             self._empty()
 
-    def took(self, token: int) -> None:
+    def append(self, token: int) -> None:
         """Remember a token of the answer: the caches hold it, or are given it next."""
         self._known.append(token)
 

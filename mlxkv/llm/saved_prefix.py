@@ -21,7 +21,7 @@ from mlxkv.errors import ContextExceeded, Hint, ModelNotFound, OutputError, Usag
 from mlxkv.generation.request import Prompt
 from mlxkv.kv.types import first_kv_type
 from mlxkv.prefix.disk import PageDisk
-from mlxkv.prefix.layout import packed
+from mlxkv.prefix.layout import token_bytes
 from mlxkv.prefix.pages import Pages
 from mlxkv.saved_kv.manifest import NamedKV
 from mlxkv.saved_kv.registry import KVNames
@@ -68,7 +68,7 @@ def save(
         keys=tuple(keys),
         text=text,
         messages=messages,
-        tokens=packed(tokens),
+        tokens=token_bytes(tokens),
         created=time.time(),
         pinned=pinned,
         kv_type=first_kv_type(runtime.kv_type),

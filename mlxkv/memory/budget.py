@@ -177,23 +177,23 @@ class Budget:
         wanted = min(n_new, account.chunk_cap or n_new)
         rungs: list[Rung] = []
         if self._is_roomy(sequence, sequence.n_held, wanted, beside):
-            return self._granted(sequence, wanted, rungs)
+            return self._grant_tokens(sequence, wanted, rungs)
         for sizes in self._ladder(sequence, wanted, rungs):
             for n in sizes:
                 if not self._fits(sequence, n, last=last and n == n_new, beside=beside):
                     continue
                 if n < wanted:
                     self._cut(sequence, n, rungs)
-                return self._granted(sequence, n, rungs)
+                return self._grant_tokens(sequence, n, rungs)
         if (kv_type := _smaller_format(sequence)) is not None:
             return self._to_quantize(sequence, kv_type, rungs)
         if self._fits(sequence, 1, last=last and n_new == 1, beside=beside):
             if wanted > 1:
                 self._cut(sequence, 1, rungs)
-            return self._granted(sequence, 1, rungs)
+            return self._grant_tokens(sequence, 1, rungs)
         return Grant(rungs=tuple(rungs), full=self._full(sequence, sequence.n_held + 1))
 
-    def _granted(self, sequence: Consumer, n: int, rungs: Sequence[Rung]) -> Grant:
+    def _grant_tokens(self, sequence: Consumer, n: int, rungs: Sequence[Rung]) -> Grant:
         after = self._need(sequence.kv_type).kv_bytes(sequence.n_held + n)
         self._accounts[sequence].granted = sequence.n_held, after
         return Grant(n, tuple(rungs))

@@ -59,7 +59,7 @@ def is_intact(layers: Sequence[LayerCache]) -> bool:
     return not isinstance(first, BatchCache) or first.is_intact
 
 
-def arranged(
+def kv_order(
     caches_of_sequences: Sequence[Sequence[Cache]], room: Room, one_part: bool = False
 ) -> list[int]:
     """The order of sequences in which `batch` has nothing to rearrange in each layer."""

@@ -16,7 +16,7 @@ import mlx.core as mx
 from mlxkv.kv.layout import Cache
 from mlxkv.kv.types import STEP
 from mlxkv.prefix.format import ROOT, page_name
-from mlxkv.prefix.layout import FULL, WINDOW, Link, chain_of, packed
+from mlxkv.prefix.layout import FULL, WINDOW, Link, chain_of, token_bytes
 from mlxkv.prefix.pages import Pages
 from mlxkv.prefix.part import Part
 
@@ -46,7 +46,7 @@ class Cutter:
             tip: window rows of the tokens behind the last complete page.
         """
         n_pages = len(tokens) // STEP
-        self._links = list(chain_of(packed(tokens), n_pages))
+        self._links = list(chain_of(token_bytes(tokens), n_pages))
         self._parent = self._links[-1].name if self._links else ROOT
         self._start = self._kept = STEP * n_pages
         self._rows: list[Part] | None = []
@@ -99,13 +99,13 @@ class Cutter:
     def _store(self, tokens: Sequence[int], n_tokens: int) -> Link:
         """Give the page that begins at `_start` away, if it is not known yet."""
         start, stop = self._start, self._start + n_tokens
-        data = packed(tokens[start:stop])
+        data = token_bytes(tokens[start:stop])
         link = Link(self._parent, page_name(self._parent, data), start, n_tokens)
         if self._pages.has(link):
             return link
         parts: dict[str, Part] = {}
         if self._full:
-            parts[FULL] = Part.pack([cache.read(start, stop) for cache in self._full])
+            parts[FULL] = Part.of([cache.read(start, stop) for cache in self._full])
         rows = self._page_rows(stop)
         if rows is not None:
             parts[WINDOW] = rows
@@ -131,4 +131,4 @@ class Cutter:
         if any(cache.first > self._kept for cache in self._window):
             self._rows = None  # a gap: this page will have no window part
             return None
-        return Part.pack([cache.read(self._kept, stop) for cache in self._window])
+        return Part.of([cache.read(self._kept, stop) for cache in self._window])

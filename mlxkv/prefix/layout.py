@@ -101,13 +101,13 @@ def chain_of(data: bytes, n_pages: int) -> Iterator[Link]:
         parent = link.name
 
 
-def packed(tokens: Sequence[int]) -> bytes:
+def token_bytes(tokens: Sequence[int]) -> bytes:
     """Token ids as little-endian int32."""
     return array("i", tokens).tobytes()
 
 
-def unpacked(data: bytes) -> array[int]:
-    """The inverse of `packed`."""
+def token_ids(data: bytes) -> array[int]:
+    """The inverse of `token_bytes`."""
     ids = array("i")
     ids.frombytes(data)
     return ids

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from mlxkv.kv.types import STEP
 from mlxkv.prefix.format import ROOT, page_name
-from mlxkv.prefix.layout import FULL, WINDOW, Kinds, Link, chain_of, n_common, unpacked
+from mlxkv.prefix.layout import FULL, WINDOW, Kinds, Link, chain_of, n_common, token_ids
 
 WORTH = 16
 """Tokens of a page that must be shared for the page to be restored in part."""
@@ -89,7 +89,7 @@ def plan_match(held: Holdings, data: bytes, limit: int) -> Match:
     if (child := next(held.children(best.link.name, best.link.stop), None)) is not None:
         following += held.tokens(child)
     known = _known_until(held, best.link)
-    return Match(tuple(usable), n_tokens, at + best.shared, tuple(unpacked(following)), known)
+    return Match(tuple(usable), n_tokens, at + best.shared, tuple(token_ids(following)), known)
 
 
 def _chain(held: Holdings, data: bytes, n_pages: int) -> list[Link]:

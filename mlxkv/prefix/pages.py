@@ -24,7 +24,7 @@ from mlxkv.errors import UsageError
 from mlxkv.kv.layout import Cache
 from mlxkv.kv.types import STEP
 from mlxkv.prefix.format import PageKey
-from mlxkv.prefix.layout import WINDOW, Kinds, Link, packed
+from mlxkv.prefix.layout import WINDOW, Kinds, Link, token_bytes
 from mlxkv.prefix.match import Match, plan_match
 from mlxkv.prefix.part import Part
 from mlxkv.prefix.ram import RamPages
@@ -101,7 +101,7 @@ class Pages:
             limit = min(limit, self.stable)
         if limit >= STEP:
             self._open()
-        return plan_match(self, packed(tokens), limit)
+        return plan_match(self, token_bytes(tokens), limit)
 
     def holds(self, link: Link, part: str) -> bool:
         """Whether a part of a page is in RAM, or can be read from disk."""

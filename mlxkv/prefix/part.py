@@ -118,7 +118,7 @@ class Part:
         return self.words.nbytes
 
     @classmethod
-    def pack(cls, slices: Sequence[Slice]) -> Self:
+    def of(cls, slices: Sequence[Slice]) -> Self:
         """Of what caches hold at the same positions, lazily; one slice for each layer."""
         layout = Layout.of([map(Rows.of, piece.arrays) for piece in slices])
         blocks = [

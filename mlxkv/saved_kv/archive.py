@@ -37,7 +37,7 @@ def write_archive(file: Path, named: NamedKV, pages: Iterable[PageFile]) -> None
     Raises:
         OutputError: the file cannot be written.
     """
-    with _becoming(file) as archive:
+    with _new_archive(file) as archive:
         archive.writestr(zipfile.ZipInfo(_MANIFEST, _EPOCH), named.to_json())
         for page in pages:
             info = zipfile.ZipInfo(_member(page.key), _EPOCH)
@@ -72,7 +72,7 @@ def _damage_in(file: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _becoming(file: Path) -> Iterator[zipfile.ZipFile]:
+def _new_archive(file: Path) -> Iterator[zipfile.ZipFile]:
     """An archive beside the file that becomes it, or is removed.
 
     Raises:

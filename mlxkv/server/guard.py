@@ -72,7 +72,7 @@ class Guard:
             self._check(scope, headers)
             scope.setdefault("state", {})["owner"] = self._owner(scope["path"], headers)
             limit = self._config.max_body_bytes
-            await self._app(scope, _limited(receive, headers, limit), watched)
+            await self._app(scope, _limit_body(receive, headers, limit), watched)
         except Exception as error:
             if started:
                 raise
@@ -165,7 +165,7 @@ def _name_of(host: str) -> str | None:
     return name.lower().rstrip(".")
 
 
-def _limited(receive: Receive, headers: dict[str, str], limit: int) -> Receive:
+def _limit_body(receive: Receive, headers: dict[str, str], limit: int) -> Receive:
     """The same messages, up to as many bytes of body."""
     said = headers.get("content-length", "")
     n_read = int(said) if said.isascii() and said.isdigit() and len(said) < 20 else 0

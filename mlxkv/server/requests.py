@@ -11,7 +11,7 @@ from mlxkv.generation.request import Prompt, Request
 from mlxkv.server.config import ServerConfig
 
 
-def requested(prompt: Prompt, **options: Any) -> Request:
+def build_request(prompt: Prompt, **options: Any) -> Request:
     """A request; what it leaves open is what the model's maker recommends.
 
     Args:
@@ -24,9 +24,9 @@ def requested(prompt: Prompt, **options: Any) -> Request:
     return Request.of(prompt, recommended=True, **options)
 
 
-def bounded(ask: Ask, config: ServerConfig) -> Ask:
-    """The same under the server's rules: a length that it allows, the longest where none is given;
-    and wishes met as far as a model can, unless the server is strict.
+def apply_rules(ask: Ask, config: ServerConfig) -> Ask:
+    """Put a request under the server's rules: a length that it allows, the longest where none is
+    given; and wishes met as far as a model can, unless the server is strict.
 
     Raises:
         UsageError: it asks for more.

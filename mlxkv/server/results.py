@@ -20,7 +20,7 @@ NEVER = -9999.0
 
 
 @dataclass(slots=True)
-class Progress:
+class AnswerState:
     """What is known of an answer besides its text.
 
     Args:
@@ -73,7 +73,7 @@ class Progress:
 class Collected:
     """A whole answer."""
 
-    progress: Progress = field(default_factory=Progress)
+    progress: AnswerState = field(default_factory=AnswerState)
     text: list[str] = field(default_factory=list)
     reasoning: list[str] = field(default_factory=list)
     calls: list[ToolCall] = field(default_factory=list)

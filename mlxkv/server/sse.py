@@ -45,7 +45,7 @@ def dumps(data: Any) -> str:
     return json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
 
-async def merged(answers: Sequence[Answer]) -> AsyncGenerator[tuple[int, Chunk], None]:
+async def merge(answers: Sequence[Answer]) -> AsyncGenerator[tuple[int, Chunk], None]:
     """(index, chunk) of several answers as they come; cancels them all when it is closed."""
     readers = [aiter(answer) for answer in answers]
     pending: dict[asyncio.Future[Chunk | None], int] = {}

@@ -41,7 +41,7 @@ class Function(Part):
         }
 
 
-def chosen_tools(
+def allowed_tools(
     functions: Sequence[Function], mode: str, named: Sequence[str] | None
 ) -> list[Function]:
     """The tools that a choice leaves.

@@ -16,7 +16,7 @@ import pytest
 import mlxkv
 from mlxkv.base import device
 from mlxkv.bench import doctor
-from mlxkv.engine.engine import Engine
+from mlxkv.engine.engine import ThreadedEngine
 from tests.support.command_line import chat_model
 
 SET = 10 << 30
@@ -135,7 +135,7 @@ def test_nothing_is_in_flight_when_the_wired_limit_is_set(metal, monkeypatch):
 
 
 def test_the_engine_wires_its_limit_on_its_own_thread(metal, path):
-    engine = Engine(dtype="float32", memory=3 << 30)
+    engine = ThreadedEngine(dtype="float32", memory=3 << 30)
     engine.start()
     engine.close()
     assert metal.limits == [7, 3 << 30, 7]

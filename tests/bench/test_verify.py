@@ -125,7 +125,7 @@ def test_a_disk_that_gives_other_bytes_fails(factor, llm, monkeypatch):
     def decoded(self, key, file):
         tokens, part = real(self, key, file)
         slices = [Slice((x.k * factor, x.v), x.start, x.stop) for x in part.slices()]
-        return tokens, Part.pack(slices)
+        return tokens, Part.of(slices)
 
     monkeypatch.setattr(PageDisk, "_decoded", decoded)
     assert failed(llm) == {"after a restart, from SSD"}

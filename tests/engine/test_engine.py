@@ -20,7 +20,7 @@ import mlxkv
 from mlxkv.base import device
 from mlxkv.checkpoint import weights
 from mlxkv.engine import model_pool
-from mlxkv.engine.engine import Engine
+from mlxkv.engine.engine import ThreadedEngine
 from mlxkv.engine.messages import Ask, Busy
 from mlxkv.engine.model_pool import key_of
 from mlxkv.engine.scheduler import Scheduler
@@ -46,8 +46,8 @@ def models(tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.fixture
-def engine() -> Iterator[Engine]:
-    made = Engine(dtype="float32")
+def engine() -> Iterator[ThreadedEngine]:
+    made = ThreadedEngine(dtype="float32")
     made.start()
     yield made
     made.close()
@@ -57,7 +57,7 @@ async def collect(answer: AsyncIterable[Chunk]) -> list[Chunk]:
     return [chunk async for chunk in answer]
 
 
-def served(engine: Engine, model: Path) -> Scheduler:
+def served(engine: ThreadedEngine, model: Path) -> Scheduler:
     """What answers a model's requests."""
     loaded = engine._pool.find(key_of(str(model)))
     assert loaded is not None
@@ -305,7 +305,7 @@ def test_broken_weights_end_a_request_and_not_the_engine(models, engine):
 
 
 def test_the_queue_has_a_bound(models):
-    engine = Engine(dtype="float32", max_queue=2)  # not started: nothing leaves the queue
+    engine = ThreadedEngine(dtype="float32", max_queue=2)  # not started: nothing leaves the queue
     engine._thread.is_alive = lambda: True  # pyright: ignore[reportAttributeAccessIssue]
     for _ in range(2):
         engine.submit(ask(models["llama"]))
@@ -316,7 +316,7 @@ def test_the_queue_has_a_bound(models):
 
 
 def test_models_leave_when_nobody_asks(models):
-    engine = Engine(dtype="float32", keep_alive_s=0.2)
+    engine = ThreadedEngine(dtype="float32", keep_alive_s=0.2)
     engine.start()
 
     async def run() -> None:
@@ -356,7 +356,7 @@ def test_a_name_is_resolved_once_a_request(models, engine, monkeypatch):
 
 def test_the_least_recently_used_model_makes_room(models):
     sizes = {name: mlxkv.plan(path, dtype="float32").weights_bytes for name, path in models.items()}
-    engine = Engine(dtype="float32", memory=max(sizes.values()) + 3_000_000)
+    engine = ThreadedEngine(dtype="float32", memory=max(sizes.values()) + 3_000_000)
     engine.start()
 
     async def run() -> None:
@@ -392,7 +392,7 @@ def test_logprobs_and_grammars(models, engine):
 
 
 def test_a_full_context_shifts_in_the_engine_as_well(models):
-    engine = Engine(dtype="float32", given=Given(context=128, overflow="shift"))
+    engine = ThreadedEngine(dtype="float32", given=Given(context=128, overflow="shift"))
     engine.start()
     model, prompt = models["llama"], LONG[:100]
     with mlxkv.load(model, dtype="float32", context=128, overflow="shift") as llm:
@@ -563,7 +563,7 @@ def test_a_model_that_is_being_loaded_can_be_unloaded(models, engine, load_steps
 def test_a_model_that_can_never_fit_unloads_nobody(models):
     sizes = {name: mlxkv.plan(path, dtype="float32").weights_bytes for name, path in models.items()}
     small, large = sorted(sizes, key=sizes.__getitem__)
-    engine = Engine(dtype="float32", memory=sizes[large] - 1)
+    engine = ThreadedEngine(dtype="float32", memory=sizes[large] - 1)
     engine.start()
 
     async def run() -> None:
@@ -580,7 +580,7 @@ def test_a_model_that_can_never_fit_unloads_nobody(models):
 
 def test_a_model_waits_for_a_busy_one_to_make_room(models):
     sizes = {name: mlxkv.plan(path, dtype="float32").weights_bytes for name, path in models.items()}
-    engine = Engine(dtype="float32", memory=sum(sizes.values()) - 1)
+    engine = ThreadedEngine(dtype="float32", memory=sum(sizes.values()) - 1)
     engine.start()
 
     async def run() -> None:
@@ -600,7 +600,7 @@ def test_a_model_waits_for_a_busy_one_to_make_room(models):
 
 
 def test_nobody_waits_for_a_model_that_nobody_wants_any_more(models, load_steps):
-    engine = Engine(dtype="float32", max_queue=4)
+    engine = ThreadedEngine(dtype="float32", max_queue=4)
     engine.start()
 
     async def run() -> None:
@@ -630,7 +630,7 @@ def test_nobody_waits_for_a_model_that_nobody_wants_any_more(models, load_steps)
 def test_a_model_that_waits_for_room_holds_no_other_up(models, tmp_path):
     large = chat_model(tmp_path / "large", family="llama", num_hidden_layers=40)
     sizes = [mlxkv.plan(path, dtype="float32").weights_bytes for path in (large, models["llama"])]
-    engine = Engine(dtype="float32", memory=sum(sizes) - 1)
+    engine = ThreadedEngine(dtype="float32", memory=sum(sizes) - 1)
     engine.start()
 
     async def run() -> None:
@@ -650,7 +650,7 @@ def test_a_model_that_waits_for_room_holds_no_other_up(models, tmp_path):
 
 
 def test_a_model_is_gone_when_its_memory_is_given_back(models, monkeypatch):
-    engine = Engine(dtype="float32")
+    engine = ThreadedEngine(dtype="float32")
     engine.start()
     alive: list[bool] = []
     give_back = model_pool.ModelPool.give_back
@@ -678,7 +678,7 @@ def test_a_model_is_gone_when_its_memory_is_given_back(models, monkeypatch):
 
 
 def test_a_model_that_is_kept_for_no_time_is_loaded_once_for_a_request(models, load_steps):
-    engine = Engine(dtype="float32", keep_alive_s=0)
+    engine = ThreadedEngine(dtype="float32", keep_alive_s=0)
     engine.start()
     steps: list[str] = []
     load_steps.append(lambda: steps.append("step"))
@@ -699,7 +699,7 @@ def test_a_model_that_is_kept_for_no_time_is_loaded_once_for_a_request(models, l
 
 
 def test_a_closed_engine_says_so(models):
-    engine = Engine(dtype="float32")
+    engine = ThreadedEngine(dtype="float32")
     engine.start()
     engine.close()
     assert not engine.alive
@@ -710,7 +710,7 @@ def test_a_closed_engine_says_so(models):
 
 def test_the_thread_of_a_closed_engine_stays():
     # If it ended while the interpreter does, MLX's destructors would abort the process.
-    engine = Engine(dtype="float32")
+    engine = ThreadedEngine(dtype="float32")
     engine.start()
     engine.close()
     engine._thread.join(0.2)

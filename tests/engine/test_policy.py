@@ -2,36 +2,38 @@
 
 from __future__ import annotations
 
-from mlxkv.engine.policy import Pace, Prompt, next_prompt
+from mlxkv.engine.policy import Pace, PendingPrompt, next_prompt
 
 A, B = list(range(1000)), list(range(5000, 6000))
 
 
 def test_every_other_chunk_is_the_oldest_ones():
-    prompts = [Prompt(A, 10), Prompt(B[:5])]
+    prompts = [PendingPrompt(A, 10), PendingPrompt(B[:5])]
     assert [next_prompt(prompts, oldest) for oldest in (True, False)] == [0, 1]
 
 
 def test_the_other_is_of_the_one_that_ends_soonest():
-    assert next_prompt([Prompt(A), Prompt(B[:500]), Prompt(B, 600)], False) == 2
-    assert next_prompt([Prompt(A, 700), Prompt(B[:500])], False) == 0
+    assert (
+        next_prompt([PendingPrompt(A), PendingPrompt(B[:500]), PendingPrompt(B, 600)], False) == 2
+    )
+    assert next_prompt([PendingPrompt(A, 700), PendingPrompt(B[:500])], False) == 0
 
 
 def test_of_equal_ones_the_oldest_comes_first():
-    assert next_prompt([Prompt(A), Prompt(B)], False) == 0
+    assert next_prompt([PendingPrompt(A), PendingPrompt(B)], False) == 0
 
 
 def test_a_prompt_waits_while_its_beginning_is_computed():
     first = A[:800]
-    waits = [Prompt([*first, *B], 256, "me"), Prompt([*first, 1], None, "me")]
+    waits = [PendingPrompt([*first, *B], 256, "me"), PendingPrompt([*first, 1], None, "me")]
     assert next_prompt(waits, False) == 0
-    past = [Prompt([*first, *B], 800, "me"), Prompt([*first, 1], None, "me")]
+    past = [PendingPrompt([*first, *B], 800, "me"), PendingPrompt([*first, 1], None, "me")]
     assert next_prompt(past, False) == 1
 
 
 def test_nobody_waits_for_what_another_owner_computes():
     for theirs, mine in (("you", "me"), (None, None)):
-        prompts = [Prompt([*A, *B], 256, theirs), Prompt([*A, 1], None, mine)]
+        prompts = [PendingPrompt([*A, *B], 256, theirs), PendingPrompt([*A, 1], None, mine)]
         assert next_prompt(prompts, False) == 1
 
 
@@ -39,27 +41,27 @@ def test_a_chunk_comes_to_take_what_it_may_whatever_it_costs_by_itself():
     for fixed, each in ((0.17, 0.004), (0.0, 0.002), (0.4, 0.01)):
         pace = Pace(0.5, 16, 2048)
         for _ in range(60):
-            pace.took(pace.n_tokens, fixed + each * pace.n_tokens)
+            pace.record(pace.n_tokens, fixed + each * pace.n_tokens)
         assert abs(pace.n_tokens - (0.5 - fixed) / each) <= 2 or pace.n_tokens == 16
 
 
 def test_chunks_grow_by_twice_at_most_and_shrink_at_once():
     pace = Pace(0.5, 16, 256)
-    pace.took(16, 1e-6)
+    pace.record(16, 1e-6)
     assert pace.n_tokens == 32
     for _ in range(9):
-        pace.took(pace.n_tokens, 1e-6)
+        pace.record(pace.n_tokens, 1e-6)
     assert pace.n_tokens == 256
-    pace.took(256, 5.0)
+    pace.record(256, 5.0)
     assert pace.n_tokens == 26
-    pace.took(256, 50.0)
+    pace.record(256, 50.0)
     assert pace.n_tokens == 16
 
 
 def test_the_rest_of_a_prompt_does_not_shorten_chunks():
     pace = Pace(0.5, 16, 256)
-    pace.took(256, 0.5)
-    pace.took(1, 0.2)
+    pace.record(256, 0.5)
+    pace.record(1, 0.2)
     assert pace.n_tokens == 256
-    pace.took(100, 0.6)
+    pace.record(100, 0.6)
     assert pace.n_tokens == 83

@@ -14,7 +14,7 @@ import pytest
 
 import mlxkv
 from mlxkv.errors import CheckpointError, UsageError
-from mlxkv.generation.decoder import Decoder, Drawn, Row, decode
+from mlxkv.generation.decoder import Decoder, Row, RowResult, decode
 from mlxkv.generation.session import Session
 from mlxkv.kv.types import KV_TYPES, STEP
 from mlxkv.nn.model import CausalLM
@@ -85,9 +85,9 @@ def request(n_prompt: int, n: int = 6, params: SamplingParams = GREEDY, seed: in
     return Request(tuple(random_tokens(n_prompt, 96, seed=seed)), params, n)
 
 
-def run(decoder: Decoder, n_steps: int | None = None) -> list[Drawn]:
+def run(decoder: Decoder, n_steps: int | None = None) -> list[RowResult]:
     """Steps until nobody is left, or as many."""
-    found: list[Drawn] = []
+    found: list[RowResult] = []
     while decoder.rows and n_steps != 0:
         found += decoder.step()
         n_steps = None if n_steps is None else n_steps - 1

@@ -12,7 +12,7 @@ import pytest
 import mlxkv
 from mlxkv.engine.scheduler import Scheduler
 from mlxkv.engine.tasks import Task
-from mlxkv.generation.decoder import Decoder, Drawn
+from mlxkv.generation.decoder import Decoder, RowResult
 from mlxkv.generation.outputs import Chunk
 from mlxkv.generation.request import Request
 from mlxkv.memory.types import is_allocation_failure
@@ -109,10 +109,10 @@ def test_a_step_that_fails_behind_one_without_memory_is_not_wanted(path, monkeyp
     prompt = PROMPT[:40]  # without a page that could be restored
     expected = mlxkv.load(path, dtype="float32").generate(prompt, max_tokens=20).tokens
     llm, given = mlxkv.load(path, dtype="float32"), Decoder._given
-    waited: list[list[Drawn]] = []
+    waited: list[list[RowResult]] = []
     pending: list[str] = []
 
-    def fails_at_the_tenth(*arguments: Any, **options: Any) -> list[Drawn]:
+    def fails_at_the_tenth(*arguments: Any, **options: Any) -> list[RowResult]:
         if len(waited) == 10:
             waited.append([])
             pending.append(OTHERS[3])

@@ -11,7 +11,7 @@ import pytest
 
 from mlxkv.cache import KVCache, RotatingKVCache
 from mlxkv.kv.layout import Cache, Positions
-from mlxkv.nn.batch import arranged, batch
+from mlxkv.nn.batch import batch, kv_order
 from mlxkv.nn.model import CausalLM
 from mlxkv.nn.slots import (
     KEPT,
@@ -401,7 +401,7 @@ def test_what_an_earlier_sequence_left_in_a_slot_is_never_read():
 
 def test_the_arranged_order_needs_no_rearranging():
     sequences = [[filled(n, i)] for i, n in enumerate((900, 64, 880, 60, 910))]
-    order = arranged(sequences, everything)
+    order = kv_order(sequences, everything)
     (layer,) = batch([sequences[i] for i in order])
     k, _ = layer.update(*(mx.concatenate([x] * 5) for x in rows(1, 0)))
     assert k.order is None

@@ -11,7 +11,7 @@ import pytest
 from mlxkv.kv.types import KV_TYPES, CacheSpec
 from mlxkv.prefix.disk import PageDisk
 from mlxkv.prefix.format import PageFile, PageKey, page_name
-from mlxkv.prefix.layout import FULL, WINDOW, Kinds, packed
+from mlxkv.prefix.layout import FULL, WINDOW, Kinds, token_bytes
 from mlxkv.prefix.part import Part
 from mlxkv.prefix.writer import PageFiles
 from tests.prefix.test_part import FLOATS, assert_same, filled, read
@@ -37,7 +37,7 @@ def disk(files) -> PageDisk:
 
 def key_of(n_tokens: int, part: str) -> tuple[PageKey, bytes]:
     """The name of a first page of so many tokens, and the tokens."""
-    tokens, root = packed(range(n_tokens)), "0" * 32
+    tokens, root = token_bytes(range(n_tokens)), "0" * 32
     return PageKey(root, page_name(root, tokens), n_tokens, part), tokens
 
 
@@ -46,7 +46,7 @@ def key_of(n_tokens: int, part: str) -> tuple[PageKey, bytes]:
 @pytest.mark.parametrize(("n_tokens", "part", "layers"), [(256, FULL, [1]), (39, WINDOW, [0, 2])])
 def test_a_part_comes_back_from_its_file_bit_for_bit(disk, kv_type, dtype, n_tokens, part, layers):
     caches = filled([CacheSpec(2, 64, SPECS[i].v_dim) for i in layers], kv_type, dtype)
-    kv = Part.pack(read(caches, 0, n_tokens))
+    kv = Part.of(read(caches, 0, n_tokens))
     mx.eval(kv.words)
     key, tokens = key_of(n_tokens, part)
     disk.write([(key, 0, tokens, kv)])
@@ -62,7 +62,7 @@ def test_what_is_written_is_the_parts_own_memory(disk, monkeypatch, kv_type, dty
     """A copy would have to be evaluated, one for each array of each layer."""
     written: list[PageFile] = []
     monkeypatch.setattr(disk.files, "write", lambda pages, **_: written.extend(pages))
-    kv = Part.pack(read(filled([SPECS[1]], kv_type, dtype), 0, 256))
+    kv = Part.of(read(filled([SPECS[1]], kv_type, dtype), 0, 256))
     mx.eval(kv.words)
     key, tokens = key_of(256, FULL)
     disk.write([(key, 0, tokens, kv)])
@@ -77,7 +77,7 @@ def test_what_is_written_is_the_parts_own_memory(disk, monkeypatch, kv_type, dty
 def test_a_file_has_a_tensor_for_each_array_of_each_layer(disk, files, dtype):
     """As before parts were one array each: what lies on disk from then stays valid."""
     caches = filled([SPECS[0], SPECS[2]], "native", dtype)
-    kv = Part.pack(read(caches, 280, 300))
+    kv = Part.of(read(caches, 280, 300))
     mx.eval(kv.words)
     key, tokens = key_of(20, WINDOW)
     disk.write([(key, 280, tokens, kv)])

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from mlxkv.cache import make_cache
 from mlxkv.kv.types import KV_TYPES, STEP, CacheSpec
 from mlxkv.prefix.capture import Cutter
-from mlxkv.prefix.layout import FULL, WINDOW, Kinds, Link, n_common, packed
+from mlxkv.prefix.layout import FULL, WINDOW, Kinds, Link, n_common, token_bytes
 from mlxkv.prefix.match import WORTH, Match
 from mlxkv.prefix.pages import Pages
 from mlxkv.prefix.ram import SPARE
@@ -169,7 +169,9 @@ def test_what_comes_back_is_what_was_computed(shape, turns):
         trunk = known[parent % len(known)]
         tokens = [*trunk[: len(trunk) * 2 // 3 + n % 7], *random_tokens(n, seed=n)]
         one = Sequence_(pages, shape)
-        shared = max((n_common(packed(tokens), packed(other)) for other in known), default=0)
+        shared = max(
+            (n_common(token_bytes(tokens), token_bytes(other)) for other in known), default=0
+        )
         match = one.restore(tokens)
         assert min(shared, len(tokens) - 1) - match.n_tokens < WORTH
         one.feed(tokens[match.n_tokens :], chunk).finish()

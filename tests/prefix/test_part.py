@@ -62,7 +62,7 @@ def bits(x: mx.array) -> bytes:
 @every_model
 def test_what_is_packed_comes_back_bit_for_bit(specs, kv_type, dtype):
     caches = filled(specs, kv_type, dtype)
-    part = Part.pack(read(caches, 7, 263))
+    part = Part.of(read(caches, 7, 263))
     assert_same(part.slices(), read(caches, 7, 263))
     assert part.nbytes == sum(x.nbytes for piece in read(caches, 7, 263) for x in piece.arrays)
     assert part.words.ndim == 1
@@ -72,8 +72,8 @@ def test_what_is_packed_comes_back_bit_for_bit(specs, kv_type, dtype):
 @every_model
 def test_pieces_that_follow_each_other_join_to_the_whole(specs, kv_type):
     caches = filled(specs, kv_type, mx.bfloat16)
-    pieces = [Part.pack(read(caches, *at)) for at in ((4, 5), (5, 120), (120, 260))]
-    whole, joined = Part.pack(read(caches, 4, 260)), Part.join(pieces)
+    pieces = [Part.of(read(caches, *at)) for at in ((4, 5), (5, 120), (120, 260))]
+    whole, joined = Part.of(read(caches, 4, 260)), Part.join(pieces)
     assert (joined.start, joined.stop, joined.layout) == (4, 260, whole.layout)
     assert bits(joined.words) == bits(whole.words)
 
@@ -82,10 +82,10 @@ def test_pieces_that_follow_each_other_join_to_the_whole(specs, kv_type):
 @every_model
 def test_what_lies_before_a_position_is_as_if_it_were_all(specs, kv_type):
     caches = filled(specs, kv_type, mx.bfloat16)
-    part = Part.pack(read(caches, 4, 260))
+    part = Part.of(read(caches, 4, 260))
     for stop in (5, 100, 259):
         assert_same(part.slices(stop), read(caches, 4, stop))
-        assert bits(part.before(stop).words) == bits(Part.pack(read(caches, 4, stop)).words)
+        assert bits(part.before(stop).words) == bits(Part.of(read(caches, 4, stop)).words)
     assert part.before(260) is part
     assert_same(part.slices(1000), read(caches, 4, 260))
 
@@ -97,7 +97,7 @@ def test_a_part_keeps_no_larger_buffer_alive(specs, kv_type):
     wide = [CacheSpec(s.n_kv_heads, 32 * s.k_dim, 32 * s.v_dim) for s in specs]
     before = mx.get_active_memory()
     caches = filled(wide, kv_type, mx.float32)
-    part = Part.pack(read(caches, 0, 64))
+    part = Part.of(read(caches, 0, 64))
     mx.eval(part.words)
     del caches
     assert mx.get_active_memory() - before <= part.nbytes + 2**14
@@ -112,6 +112,6 @@ def test_a_scale_of_two_bytes_behind_codes_of_four_is_found():
     specs = [CacheSpec(1, 64, 32), CacheSpec(1, 32, 64)]
     caches = filled(specs, "q8", mx.bfloat16)
     for stop in (1, 2, 3):
-        part = Part.pack(read(caches, 0, stop))
+        part = Part.of(read(caches, 0, stop))
         assert part.layout.word == mx.uint16
         assert_same(part.slices(), read(caches, 0, stop))

@@ -24,7 +24,7 @@ from mlxkv.server import sse
 from mlxkv.server.anthropic.fields import MessagesRequest
 from mlxkv.server.anthropic.messages import CALL_PREFIX
 from mlxkv.server.errors import ANTHROPIC, anthropic_error, failure_of
-from mlxkv.server.results import Progress, broken_calls, details, new_id
+from mlxkv.server.results import AnswerState, broken_calls, details, new_id
 
 PING = sse.event({"type": "ping"}, "ping")
 Kind = Literal["thinking", "text"]
@@ -49,11 +49,11 @@ class Reply:
     """
 
     body: MessagesRequest
-    _progress: Progress = field(init=False)
+    _progress: AnswerState = field(init=False)
     _stopped_by: str | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        self._progress = Progress(parallel=self.body.parallel)
+        self._progress = AnswerState(parallel=self.body.parallel)
 
     def _pieces(self, chunk: Chunk) -> Iterator[tuple[Kind, str] | ToolCall]:
         """What a step adds, in order."""

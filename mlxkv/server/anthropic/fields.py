@@ -21,10 +21,10 @@ from mlxkv.sampling.grammar import Grammar
 from mlxkv.sampling.params import PARAMETERS
 from mlxkv.server.anthropic.blocks import Block, CacheControl, ContentBlock, TextBlock
 from mlxkv.server.fields import Count, LeftOut, NoEffect, Part, Refused, StopTexts, sampled, type_of
-from mlxkv.server.tools import Function, Name, chosen_tools, tools_grammar
+from mlxkv.server.tools import Function, Name, allowed_tools, tools_grammar
 
 
-class Message(Part):
+class InputMessage(Part):
     """One message of a conversation."""
 
     role: Literal["user", "assistant", "system"]
@@ -145,7 +145,7 @@ class CountRequest(Part):
     """A conversation."""
 
     model: str
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[InputMessage], Field(min_length=1)]
     system: str | list[TextBlock] | None = None
     tools: Annotated[list[AnyTool], Field(max_length=512)] | None = None
     tool_choice: (
@@ -193,7 +193,7 @@ class CountRequest(Part):
             UsageError: two have one name.
         """
         mode = "none" if isinstance(self.tool_choice, NoChoice) else "auto"
-        return chosen_tools(
+        return allowed_tools(
             [tool.function() for tool in self.tools or () if isinstance(tool, Tool)], mode, None
         )
 
@@ -216,7 +216,7 @@ class CountRequest(Part):
                 mode, named = "required", [self.tool_choice.name]
             case _:
                 mode, named = "auto", None
-        allowed = chosen_tools(functions, mode, named)
+        allowed = allowed_tools(functions, mode, named)
         return tools_grammar(allowed, mode, self.parallel, content)
 
 

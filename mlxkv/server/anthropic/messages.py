@@ -23,7 +23,7 @@ from mlxkv.server.anthropic.blocks import (
     ToolResultBlock,
     ToolUseBlock,
 )
-from mlxkv.server.anthropic.fields import CountRequest, Message
+from mlxkv.server.anthropic.fields import CountRequest, InputMessage
 from mlxkv.server.fields import LeftOut
 
 CALL_PREFIX = "toolu_"
@@ -67,7 +67,7 @@ def _append(made: list[dict[str, Any]], message: dict[str, Any]) -> None:
         last["tool_calls"] = calls
 
 
-def _translated(i: int, message: Message, names: dict[str, str]) -> list[dict[str, Any]]:
+def _translated(i: int, message: InputMessage, names: dict[str, str]) -> list[dict[str, Any]]:
     """One message as several: what calls gave, and texts between them.
 
     Args:

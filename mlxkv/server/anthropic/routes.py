@@ -17,7 +17,7 @@ from mlxkv.server.config import ServerConfig
 from mlxkv.server.ignored import note
 from mlxkv.server.json_route import JSONRoute
 from mlxkv.server.model_names import LocalModel, present
-from mlxkv.server.requests import bounded, requested
+from mlxkv.server.requests import apply_rules, build_request
 
 
 def router(engine: Engine, config: ServerConfig) -> APIRouter:
@@ -30,7 +30,7 @@ def router(engine: Engine, config: ServerConfig) -> APIRouter:
         note(request, body)
         model = await present(engine, config, body.model)
         ask = _ask(body, model, request.state.owner, _sampling(body), body.grammar())
-        answer = engine.submit(bounded(ask, config))
+        answer = engine.submit(apply_rules(ask, config))
         reply = Reply(body)
         if not body.stream:
             return JSONResponse(await sse.unless_gone(request, reply.whole(answer), [answer]))
@@ -44,7 +44,7 @@ def router(engine: Engine, config: ServerConfig) -> APIRouter:
         body.grammar()
         model = await present(engine, config, body.model)
         ask = _ask(body, model, request.state.owner)
-        tokens = await sse.unless_gone(request, engine.tokenize(bounded(ask, config)))
+        tokens = await sse.unless_gone(request, engine.tokenize(apply_rules(ask, config)))
         return JSONResponse({"input_tokens": len(tokens)})
 
     @routes.get("/api/hello", include_in_schema=False)
@@ -69,7 +69,7 @@ def _ask(
         UsageError: fields that do not go together.
     """
     tools = [function.schema_of() for function in body.functions()]
-    request = requested(
+    request = build_request(
         template_messages(body),
         think=body.think,
         tools=tools or None,

@@ -18,7 +18,7 @@ from mlxkv.server.model_names import LocalModel, present
 from mlxkv.server.ollama.answers import NDJSON, Piece, Reply, error_line
 from mlxkv.server.ollama.fields import Answered, GenerateRequest
 from mlxkv.server.ollama.messages import ChatRequest, template_messages
-from mlxkv.server.requests import bounded, requested
+from mlxkv.server.requests import apply_rules, build_request
 
 
 def router(engine: Engine, config: ServerConfig) -> APIRouter:
@@ -53,7 +53,7 @@ async def _answer(
     chats = isinstance(body, ChatRequest)
     reply = Reply(body.model_name, chats, calls=chats and bool(body.tools))
     model = await present(engine, config, body.model_name)
-    ask = bounded(_ask(body, model, request.state.owner), config)
+    ask = apply_rules(_ask(body, model, request.state.owner), config)
     if model.name not in engine.names():
         # The engine would do it; so the time it takes is known.
         path = await sse.unless_gone(request, engine.load(model.name, path=model.path))
@@ -76,7 +76,9 @@ def _ask(body: GenerateRequest | ChatRequest, model: LocalModel, owner: str) -> 
         prompt = template_messages(body.messages or ())
     else:
         prompt = body.engine_prompt()
-    request = requested(prompt, logprobs=body.n_logprobs, format=body.grammar(), **body.keywords())
+    request = build_request(
+        prompt, logprobs=body.n_logprobs, format=body.grammar(), **body.keywords()
+    )
     return model.ask(request, owner, body.keep_alive_s)
 
 

@@ -40,7 +40,7 @@ _SETTINGS = {"num_ctx": "context", "num_keep": "keep"}
 _KEPT = (*_SETTINGS, *_SAMPLING)
 
 Work = Callable[[Report], object]
-Progress = AsyncGenerator[dict[str, Any], None]
+Statuses = AsyncGenerator[dict[str, Any], None]
 
 
 class PullRequest(Named):
@@ -191,7 +191,7 @@ class _Lines:
         self._loop.call_soon_threadsafe(self.queue.put_nowait, {"status": label, **amounts})
 
 
-async def _progress(work: Work, limiter: anyio.CapacityLimiter) -> Progress:
+async def _progress(work: Work, limiter: anyio.CapacityLimiter) -> Statuses:
     """What some work reports, then `success`; it is stopped when this is closed."""
     lines = _Lines()
 
@@ -213,7 +213,7 @@ async def _progress(work: Work, limiter: anyio.CapacityLimiter) -> Progress:
         task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
 
 
-async def _events(lines: Progress) -> sse.Events:
+async def _events(lines: Statuses) -> sse.Events:
     try:
         async for each in lines:
             yield line(each)
@@ -221,7 +221,7 @@ async def _events(lines: Progress) -> sse.Events:
         await lines.aclose()
 
 
-async def _last(lines: Progress) -> dict[str, Any]:
+async def _last(lines: Statuses) -> dict[str, Any]:
     last: dict[str, Any] = {}
     try:
         async for each in lines:

@@ -16,7 +16,7 @@ from mlxkv.errors import UsageError
 from mlxkv.sampling.grammar import Grammar
 from mlxkv.server.fields import Part, Refused
 from mlxkv.server.ollama.fields import Answered
-from mlxkv.server.tools import Function, chosen_tools, tools_grammar
+from mlxkv.server.tools import Function, allowed_tools, tools_grammar
 
 
 class CalledFunction(Part):
@@ -35,7 +35,7 @@ class MadeCall(Part):
     type: Literal["function"] | None = None
 
 
-class Message(Part):
+class ChatMessage(Part):
     """One message of a conversation."""
 
     role: Literal["system", "user", "assistant", "tool"]
@@ -58,7 +58,7 @@ class Tool(Part):
 class ChatRequest(Answered):
     """A conversation to be answered."""
 
-    messages: list[Message] | None = None
+    messages: list[ChatMessage] | None = None
     tools: Annotated[list[Tool], Field(max_length=512)] | None = None
 
     def functions(self) -> list[Function]:
@@ -67,7 +67,7 @@ class ChatRequest(Answered):
         Raises:
             UsageError: two have one name.
         """
-        return chosen_tools([tool.function for tool in self.tools or ()], "auto", None)
+        return allowed_tools([tool.function for tool in self.tools or ()], "auto", None)
 
     def keywords(self) -> dict[str, Any]:
         """Keywords of `Request.of`."""
@@ -79,7 +79,7 @@ class ChatRequest(Answered):
         return tools_grammar(self.functions(), "auto", True, super().grammar())
 
 
-def template_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
+def template_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
     """The same as chat templates take them.
 
     Raises:
@@ -102,14 +102,14 @@ def template_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
     return made
 
 
-def _check(i: int, message: Message) -> None:
+def _check(i: int, message: ChatMessage) -> None:
     if message.tool_calls and message.role != "assistant":
         raise UsageError(f"messages.{i}: tool_calls are the assistant's, not the {message.role}'s")
     if message.thinking and message.role != "assistant":
         raise UsageError(f"messages.{i}: thinking is the assistant's, not the {message.role}'s")
 
 
-def _assistant(message: Message, n_before: int) -> dict[str, Any]:
+def _assistant(message: ChatMessage, n_before: int) -> dict[str, Any]:
     made: dict[str, Any] = {"role": "assistant", "content": message.content or ""}
     if message.thinking:
         made["reasoning_content"] = message.thinking
@@ -126,7 +126,7 @@ def _assistant(message: Message, n_before: int) -> dict[str, Any]:
     return made
 
 
-def _result(message: Message, open_calls: list[tuple[str, str]]) -> dict[str, Any]:
+def _result(message: ChatMessage, open_calls: list[tuple[str, str]]) -> dict[str, Any]:
     """What a call gave; the call is no longer open then."""
     name, call_id = message.tool_name or message.name, message.tool_call_id
     for call in open_calls:

@@ -38,17 +38,17 @@ from mlxkv.server.openai.fields import (
 )
 from mlxkv.server.openai.messages import ChatMessage, template_messages
 from mlxkv.server.openai.respond import chat_logprobs, respond, several, usage
-from mlxkv.server.requests import requested
+from mlxkv.server.requests import build_request
 from mlxkv.server.results import (
+    AnswerState,
     Collected,
-    Progress,
     arguments_of,
     broken_calls,
     call_errors,
     new_id,
     shown_logprobs,
 )
-from mlxkv.server.tools import Function, Name, chosen_tools, tools_grammar
+from mlxkv.server.tools import Function, Name, allowed_tools, tools_grammar
 
 
 class FunctionTool(Part):
@@ -159,11 +159,11 @@ class ChatRequest(Streamed):
         """
         mode, named = self.choice()
         functions = [tool.function for tool in self.tools or () if isinstance(tool, FunctionTool)]
-        tools = chosen_tools(functions, mode, named)
+        tools = allowed_tools(functions, mode, named)
         parallel = self.parallel_tool_calls is not False
         if self.top_logprobs is not None and not self.logprobs:
             raise UsageError("top_logprobs needs logprobs: true")
-        request = requested(
+        request = build_request(
             template_messages(self.messages),
             max_tokens=self.limit(),
             think=reasoning_of(self.think, self.reasoning_effort),
@@ -201,13 +201,13 @@ class ChatReply:
         self._body = body
         self._id, self._created = new_id("chatcmpl"), int(time.time())
 
-    def _new(self) -> Progress:
-        return Progress(parallel=self._body.parallel_tool_calls is not False)
+    def _new(self) -> AnswerState:
+        return AnswerState(parallel=self._body.parallel_tool_calls is not False)
 
     async def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
         """The response in one piece."""
         collected = [Collected(self._new()) for _ in answers]
-        async for i, chunk in sse.merged(answers):
+        async for i, chunk in sse.merge(answers):
             collected[i].add(chunk)
         return {
             **self._head("chat.completion"),
@@ -242,7 +242,7 @@ class ChatReply:
         """The response as server-sent events."""
         progress = [self._new() for _ in answers]
         begun: set[int] = set()
-        async for i, chunk in sse.merged(answers):
+        async for i, chunk in sse.merge(answers):
             if i not in begun:
                 begun.add(i)
                 yield self._event(i, {"role": "assistant", "content": ""})

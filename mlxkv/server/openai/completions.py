@@ -23,8 +23,8 @@ from mlxkv.server.json_route import JSONRoute
 from mlxkv.server.model_names import LocalModel, present
 from mlxkv.server.openai.fields import ResponseFormat, Streamed, format_grammar
 from mlxkv.server.openai.respond import respond, several, usage
-from mlxkv.server.requests import requested
-from mlxkv.server.results import Progress, finite, new_id
+from mlxkv.server.requests import build_request
+from mlxkv.server.results import AnswerState, finite, new_id
 
 Tokens = Annotated[list[Whole], Field(min_length=1)]
 
@@ -80,7 +80,7 @@ class CompletionRequest(Streamed):
         keep_alive_s = seconds(self.keep_alive)
         asks: list[Ask] = []
         for prompt in self.prompts:
-            request = requested(
+            request = build_request(
                 prompt,
                 max_tokens=self.max_tokens,
                 logprobs=self.logprobs,
@@ -123,10 +123,10 @@ class CompletionReply:
 
     async def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
         """The response in one piece."""
-        progress = [Progress() for _ in answers]
+        progress = [AnswerState() for _ in answers]
         texts: list[list[str]] = [[] for _ in answers]
         logprobs: list[list[TokenLogprobs]] = [[] for _ in answers]
-        async for i, chunk in sse.merged(answers):
+        async for i, chunk in sse.merge(answers):
             progress[i].take(chunk)
             texts[i].append(all_text(chunk))
             logprobs[i] += [chunk.logprobs] if chunk.logprobs else []
@@ -138,10 +138,10 @@ class CompletionReply:
 
     async def events(self, answers: Sequence[Answer]) -> sse.Events:
         """The response as server-sent events."""
-        progress = [Progress() for _ in answers]
+        progress = [AnswerState() for _ in answers]
         offsets = [0] * len(answers)
         null_usage = {"usage": None} if self._body.wants_usage else {}
-        async for i, chunk in sse.merged(answers):
+        async for i, chunk in sse.merge(answers):
             progress[i].take(chunk)
             logprobs, ended = [chunk.logprobs] if chunk.logprobs else [], {}
             if chunk.finish_reason is not None:

@@ -16,8 +16,8 @@ from mlxkv.generation.outputs import TokenLogprobs
 from mlxkv.server import sse
 from mlxkv.server.config import ServerConfig
 from mlxkv.server.errors import OPENAI, failure_of, openai_error
-from mlxkv.server.requests import bounded
-from mlxkv.server.results import Progress, details, finite
+from mlxkv.server.requests import apply_rules
+from mlxkv.server.results import AnswerState, details, finite
 
 
 class Reply(Protocol):
@@ -46,7 +46,7 @@ def submit_all(engine: Engine, config: ServerConfig, asks: Sequence[Ask]) -> lis
     answers: list[Answer] = []
     try:
         for ask in asks:
-            answers.append(engine.submit(bounded(ask, config)))
+            answers.append(engine.submit(apply_rules(ask, config)))
     except BaseException:
         for answer in answers:
             answer.cancel()
@@ -103,7 +103,7 @@ def chat_logprobs(tokens: Sequence[TokenLogprobs]) -> dict[str, Any]:
     return {"content": content, "refusal": None}
 
 
-def usage(answers: Sequence[Progress], n_each: int = 1) -> dict[str, Any]:
+def usage(answers: Sequence[AnswerState], n_each: int = 1) -> dict[str, Any]:
     """Tokens of a request.
 
     Args:

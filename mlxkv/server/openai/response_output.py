@@ -15,7 +15,7 @@ from mlxkv.generation.outputs import Chunk
 from mlxkv.parsers.events import ToolCall
 from mlxkv.server.openai.respond import chat_logprobs
 from mlxkv.server.openai.response_tools import INPUT, Callee
-from mlxkv.server.results import Progress, arguments_of, broken_calls, shown_logprobs
+from mlxkv.server.results import AnswerState, arguments_of, broken_calls, shown_logprobs
 
 Event = dict[str, Any]
 
@@ -64,7 +64,7 @@ class Output:
         items: those that are done.
     """
 
-    def __init__(self, progress: Progress, logprobs: bool, callees: Mapping[str, Callee]):
+    def __init__(self, progress: AnswerState, logprobs: bool, callees: Mapping[str, Callee]):
         self.progress = progress
         self.items: list[dict[str, Any]] = []
         self._logprobs, self._callees = logprobs, callees

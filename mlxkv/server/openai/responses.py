@@ -42,9 +42,9 @@ from mlxkv.server.openai.response_items import Item, item_messages
 from mlxkv.server.openai.response_output import Event, Output, new_id
 from mlxkv.server.openai.response_store import ResponseStore
 from mlxkv.server.openai.response_tools import AnyTool, callees
-from mlxkv.server.requests import requested
-from mlxkv.server.results import Progress
-from mlxkv.server.tools import Name, chosen_tools, tools_grammar
+from mlxkv.server.requests import build_request
+from mlxkv.server.results import AnswerState
+from mlxkv.server.tools import Name, allowed_tools, tools_grammar
 
 LOGPROBS = "message.output_text.logprobs"
 
@@ -146,12 +146,12 @@ class ResponseRequest(Sampling):
             UsageError: fields that do not go together.
         """
         mode, named = self.choice()
-        tools = chosen_tools([each.function for each in callees(self.tools or ())], mode, named)
+        tools = allowed_tools([each.function for each in callees(self.tools or ())], mode, named)
         messages = item_messages(items, self.instructions)
         if all(message["role"] == "system" for message in messages):
             raise UsageError("input holds no message to answer")
         parallel = self.parallel_tool_calls is not False
-        request = requested(
+        request = build_request(
             messages,
             max_tokens=self.max_output_tokens,
             think=reasoning_of(self.think, self.reasoning and self.reasoning.effort),
@@ -216,7 +216,7 @@ class ResponseReply:
         self._body, self._keep = body, keep
         self._id, self._created = new_id("resp"), int(time.time())
         self._output = Output(
-            Progress(parallel=body.parallel_tool_calls is not False),
+            AnswerState(parallel=body.parallel_tool_calls is not False),
             body.wants_logprobs,
             {callee.function.name: callee for callee in callees(body.tools or ())},
         )
@@ -224,7 +224,7 @@ class ResponseReply:
 
     async def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
         """The response in one piece."""
-        async for _, chunk in sse.merged(answers):
+        async for _, chunk in sse.merge(answers):
             self._output.take(chunk)
         self._output.close(self._ended())
         return self._kept(self._response(self._ended()))
@@ -232,7 +232,7 @@ class ResponseReply:
     async def events(self, answers: Sequence[Answer]) -> sse.Events:
         """The response as server-sent events."""
         begun = False
-        async for _, chunk in sse.merged(answers):
+        async for _, chunk in sse.merge(answers):
             if not begun:
                 begun = True
                 for kind in ("created", "in_progress"):
@@ -302,7 +302,7 @@ class ResponseReply:
         }
 
 
-def _usage(progress: Progress) -> dict[str, Any]:
+def _usage(progress: AnswerState) -> dict[str, Any]:
     """Tokens under the names of responses."""
     used = usage([progress])
     return {

@@ -14,7 +14,7 @@ from mlxkv.server.ignored import note
 from mlxkv.server.json_route import JSONRoute
 from mlxkv.server.model_names import LocalModel, present
 from mlxkv.server.openai.messages import ChatMessage, template_messages
-from mlxkv.server.requests import bounded, requested
+from mlxkv.server.requests import apply_rules, build_request
 
 
 class TokenizeRequest(Part):
@@ -33,7 +33,7 @@ class TokenizeRequest(Part):
         if (self.prompt is None) == (self.messages is None):
             raise UsageError("give prompt or messages")
         prompt = template_messages(self.messages) if self.messages is not None else self.prompt
-        return Ask(model.name, requested(prompt or ""), owner, path=model.path)
+        return Ask(model.name, build_request(prompt or ""), owner, path=model.path)
 
 
 def router(engine: Engine, config: ServerConfig) -> APIRouter:
@@ -46,7 +46,7 @@ def router(engine: Engine, config: ServerConfig) -> APIRouter:
         note(request, body)
         model = await present(engine, config, body.model)
         tokens = await sse.unless_gone(
-            request, engine.tokenize(bounded(body.ask(model, request.state.owner), config))
+            request, engine.tokenize(apply_rules(body.ask(model, request.state.owner), config))
         )
         return JSONResponse({"count": len(tokens), "tokens": tokens})
 
