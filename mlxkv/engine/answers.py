@@ -1,4 +1,4 @@
-"""Answers on their way from the engine's thread to an event loop."""
+"""Carries answers from the engine's thread to an event loop."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class EngineAnswer:
     """The chunks of one answer, read once; see `messages.Answer`.
 
     Args:
-        wake: tells the engine's thread that the answer was cancelled.
+        wake: wakes the engine's thread after the answer is cancelled.
     """
 
     def __init__(self, wake: Callable[[], None]):
@@ -33,19 +33,16 @@ class EngineAnswer:
 
     @property
     def is_cancelled(self) -> bool:
-        """Whether the rest is not wanted any more."""
+        """Whether `cancel` was called."""
         return self._cancelled
 
     def cancel(self) -> None:
-        """End it within one step; also of an answer that has ended."""
+        """End the answer within one step; does nothing once it has ended."""
         self._cancelled = True
         self._wake()
 
     def tell(self, item: Chunk | BaseException | None) -> None:
-        """Append a chunk, or how the answer ends: None, or an error.
-
-        An error that is not the request's own is logged with its trace.
-        """
+        """Append a chunk, or the end: None, or an error. Unexpected errors are logged."""
         if isinstance(item, BaseException):
             if not isinstance(item, MlxkvError):
                 _log.error("a request failed", exc_info=item)
@@ -73,7 +70,7 @@ class EngineAnswer:
                     try:
                         raise item
                     finally:
-                        del item  # with its trace it would hold itself
+                        del item  # breaks the reference cycle of an error and its trace
                 else:
                     return
         finally:

@@ -1,9 +1,9 @@
-"""Answers on the thread that asks: the scheduler, run with the requests of one caller."""
+"""Runs the scheduler for one caller's requests, on the caller's thread."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import mlx.core as mx
 
@@ -13,14 +13,12 @@ from mlxkv.engine.tasks import Task
 from mlxkv.generation.generation import Generation
 from mlxkv.generation.outputs import Chunk
 
-_Told = deque[tuple[int, Chunk | BaseException | None]]
-
 
 def stream(runtime: Runtime, generation: Generation) -> Iterator[Chunk]:
-    """The chunks of one answer; its session keeps its KV when the answer has ended.
+    """Yield the chunks of one answer; its session keeps its KV afterwards.
 
     Raises:
-        KVCacheFull: there is no room for its prompt.
+        KVCacheFull: no room for the prompt.
         CheckpointError: the model's logits are not numbers.
     """
     return (chunk for _, chunk in run(runtime, [generation], keep_sessions=True))
@@ -33,40 +31,40 @@ def run(
 
     Args:
         runtime: the model.
-        generations: the answers, prepared; each with a session of its own.
-        keep_sessions: whether sessions keep their KV when their answers have ended.
+        generations: one per answer, each with its own session.
+        keep_sessions: whether sessions keep their KV after their answers.
 
     Yields:
-        (which answer, its next chunk), as they come.
+        (index of the answer, its next chunk).
 
     Raises:
-        As `stream`; the other answers end with it.
+        As `stream`; an error ends all answers.
     """
     mx.reset_peak_memory()
-    scheduler, told = Scheduler(runtime, len(generations)), _Told()
-    for i, generation in enumerate(generations):
-        scheduler.add(
-            Task(
-                generation.request,
-                _teller(told, i),
-                lambda: False,
-                generation=generation,
-                keeps_session=keep_sessions,
-            )
+    scheduler = Scheduler(runtime, len(generations))
+    items: deque[tuple[int, Chunk | BaseException | None]] = deque()
+
+    def add(i: int, generation: Generation) -> None:
+        task = Task(
+            generation.request,
+            lambda item: items.append((i, item)),
+            lambda: False,
+            generation=generation,
+            keeps_session=keep_sessions,
         )
+        scheduler.add(task)
+
+    for i, generation in enumerate(generations):
+        add(i, generation)
     try:
         while not scheduler.is_idle:
             scheduler.step()
-            while told:
-                i, item = told.popleft()
+            while items:
+                i, item = items.popleft()
                 if isinstance(item, BaseException):
                     raise item
                 if item is not None:
                     yield i, item
     finally:
-        # Also of answers that were left early: what was computed is worth as much.
+        # If the caller stops early, too: this keeps the prefixes.
         scheduler.stop()
-
-
-def _teller(told: _Told, i: int) -> Callable[[Chunk | BaseException | None], None]:
-    return lambda item: told.append((i, item))

@@ -1,9 +1,9 @@
-"""The one thread that touches MLX: models on demand, and many requests at a time.
+"""The one thread that uses MLX: loads models on demand, and answers many requests at a time.
 
 Invariants:
-- MLX is used on the engine's thread alone. Others hand it requests and calls, and wait.
-- A model is loaded when it is asked for, step by step between the steps of those that answer.
-  Requests for it wait. `model_pool` decides which models are here and what they may take.
+- Only the engine's thread uses MLX. Other threads hand it requests and calls, and wait.
+- The first request for a model loads it, step by step between the steps of running answers; other
+  requests for it wait. `model_pool` decides which models are in memory, and their limits.
 - The thread survives every error of a request.
 """
 
@@ -34,7 +34,7 @@ _log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 WAIT_S = 5.0
-"""When a client may try again if the queue is full."""
+"""When a client may retry after the queue was full."""
 
 
 class ThreadedEngine:
@@ -42,8 +42,8 @@ class ThreadedEngine:
 
     Args:
         memory: bytes for all models together; None for what the machine allows.
-        dtype: what is computed in.
-        given: settings of all models, see `settings`.
+        dtype: dtype to compute in.
+        given: settings of all models, see `store.settings`.
         keep_alive_s: how long a model stays after its last request; negative: for ever.
         max_queue: requests that may wait.
         max_running: requests of one model that decode at a time.
@@ -76,7 +76,7 @@ class ThreadedEngine:
         self._thread.start()
 
     def close(self) -> None:
-        """End all requests, keep prefixes that are worth it, and stop."""
+        """End all requests, write prefixes to disk, and stop the thread."""
         with self._changed:
             self._closing = True
             self._changed.notify()
@@ -85,14 +85,14 @@ class ThreadedEngine:
 
     @property
     def alive(self) -> bool:
-        """Whether the engine's thread works."""
+        """Whether the engine's thread runs."""
         return self._thread.is_alive() and not self._closing and not self._ended.is_set()
 
     def submit(self, ask: Ask) -> EngineAnswer:
-        """Ask for an answer, from any thread.
+        """Queue a request, from any thread.
 
         Raises:
-            Busy: too many requests wait.
+            Busy: the queue is full.
         """
         answer = EngineAnswer(self._wake)
         task = Task(ask.request, answer.tell, lambda: answer.is_cancelled, ask.owner)
@@ -109,29 +109,26 @@ class ThreadedEngine:
     async def load(
         self, model: str, keep_alive_s: float | None = None, path: Path | None = None
     ) -> Path:
-        """Have a model in memory, and say its directory; errors as for `mlxkv.load`."""
-
-        def directory(loaded: LoadedModel) -> Path:
-            return loaded.scheduler.runtime.path
-
-        return await self._with_model(model, path, keep_alive_s, directory)
+        """Load a model, and return its directory; raises as `mlxkv.load`."""
+        return await self._with_model(
+            model, path, keep_alive_s, lambda loaded: loaded.scheduler.runtime.path
+        )
 
     async def unload(self, model: str, path: Path | None = None) -> bool:
-        """Give a model's memory back; whether it was loaded, or being loaded."""
+        """Unload a model, and return whether it was loaded or being loaded."""
 
         def unload() -> bool:
             key = key_of(model, path)
             if self._loads.cancel(key, MlxkvError("the model was unloaded")):
                 return True
-            there = self._pool.find(key) is not None
-            if there:
+            if is_loaded := self._pool.find(key) is not None:
                 self._pool.drop(key)
-            return there
+            return is_loaded
 
         return await self._call(unload)
 
     async def tokenize(self, ask: Ask) -> list[int]:
-        """The token ids of a prompt as the model would get them."""
+        """The token ids of a request's prompt."""
 
         def tokenize(loaded: LoadedModel) -> list[int]:
             runtime = loaded.scheduler.runtime
@@ -141,22 +138,22 @@ class ThreadedEngine:
         return await self._with_model(ask.model, ask.path, ask.keep_alive_s, tokenize)
 
     async def embed(self, model: str, texts: Sequence[str]) -> Embeddings:
-        """Raises UsageError: the families that mlxkv runs are made to generate."""
+        """Raises UsageError: mlxkv runs no families that are trained for embeddings."""
         raise UsageError(
-            f"{model} is made to generate text and gives no meaningful embeddings: use a model "
-            "that was trained for them"
+            f"{model} generates text and has no meaningful embeddings: mlxkv supports no embedding "
+            "models"
         )
 
     def names(self) -> set[str]:
-        """How requests named the models in memory."""
+        """The names of the models in memory."""
         return {loaded.name for loaded in self._pool.models()}
 
     def loaded(self) -> list[Loaded]:
         """The models in memory."""
-        return [loaded.described() for loaded in self._pool.models()]
+        return [loaded.describe() for loaded in self._pool.models()]
 
     def stats(self) -> EngineStats:
-        """What the engine does and has done."""
+        """The engine's metrics."""
         models = self._pool.models()
         budgets = [model.scheduler.runtime.budget for model in models]
         uses = [budget.use() for budget in budgets]
@@ -186,7 +183,7 @@ class ThreadedEngine:
             self._changed.notify()
 
     async def _call(self, function: Callable[[], T]) -> T:
-        """Run something on the engine's thread, between two steps."""
+        """Run a function on the engine's thread, between two steps."""
         future: Future[T] = Future()
         return await self._result(future, lambda: _settle(future, function))
 
@@ -197,7 +194,7 @@ class ThreadedEngine:
         keep_alive_s: float | None,
         function: Callable[[LoadedModel], T],
     ) -> T:
-        """The same with a model, as soon as it is in memory."""
+        """`_call` with a model, as soon as it is in memory."""
         future: Future[T] = Future()
         cancelled = threading.Event()
 
@@ -211,10 +208,10 @@ class ThreadedEngine:
             cancelled.set()
 
     async def _result(self, future: Future[T], call: Callable[[], None]) -> T:
-        """The result that a call on the engine's thread gives its future."""
+        """Run `call` on the engine's thread, and await the future that it completes."""
 
         def run() -> None:
-            # The caller may have cancelled it; from here on that is not possible.
+            # Unless the caller has cancelled the future: from here on it cannot.
             if not future.set_running_or_notify_cancel():
                 return
             if self._closing:
@@ -234,9 +231,9 @@ class ThreadedEngine:
             self._run()
         finally:
             self._ended.set()
-        # A thread that used MLX must not end while the interpreter does: MLX's thread-local
-        # destructors, which run after `join`, take the GIL then, and the process is aborted
-        # (MLX 0.32, Python 3.11). So it waits for the end of the process.
+        # A thread that used MLX must not end while the interpreter exits: MLX's thread-local
+        # destructors, which run after `join`, then take the GIL and abort the process (MLX 0.32,
+        # Python 3.11). So it sleeps until the process ends.
         threading.Event().wait()
 
     def _run(self) -> None:
@@ -258,7 +255,7 @@ class ThreadedEngine:
             unwire()
 
     def _turn(self) -> None:
-        """Do what is due, or wait for it."""
+        """Run one turn of the loop; sleep first if there is nothing to do."""
         with self._changed:
             if not (self._is_busy() or self._loads or self._has_news()):
                 self._changed.wait(self._pool.until_next_expiry_s())
@@ -276,15 +273,15 @@ class ThreadedEngine:
             self._step(key)
         self._pool.expire()
         if had_work and not (self._is_busy() or self._loads):
-            mx.clear_cache()  # no computation will need it soon
+            mx.clear_cache()
             device.trim()
 
     def _is_busy(self) -> bool:
-        """Whether a request is being answered."""
+        """Whether any model has requests."""
         return any(not loaded.scheduler.is_idle for loaded in self._pool.models())
 
     def _has_news(self) -> bool:
-        """Whether requests or calls came since the last turn."""
+        """Whether there are new requests or calls."""
         return bool(self._inbox or self._calls or self._closing)
 
     def _step(self, key: str) -> None:
@@ -295,7 +292,7 @@ class ThreadedEngine:
         try:
             loaded.scheduler.step()
             return
-        except Exception as error:  # not one request's: the model starts over
+        except Exception as error:  # of the whole model, not of one request
             _log.exception("the model %s failed and is unloaded", loaded.name)
             for task in list(loaded.scheduler.tasks()):
                 task.tell(MlxkvError(f"the model failed: {error}"))
@@ -315,7 +312,7 @@ class ThreadedEngine:
 
 
 def _settle(future: Future[T], function: Callable[[], T]) -> None:
-    """Give a future the result or the error of a function."""
+    """Complete a future with a function's result or error."""
     try:
         future.set_result(function())
     except Exception as error:

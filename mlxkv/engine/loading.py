@@ -1,6 +1,6 @@
 """Models that are being loaded, and the requests that wait for them.
 
-It is used on the engine's thread alone; other threads may count what is pending.
+Only the engine's thread uses it; other threads may read `n_pending`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class PendingRequest:
     Args:
         on_ready: called with the model.
         on_error: called with the error if it cannot be loaded.
-        is_cancelled: whether the request is not wanted any more.
+        is_cancelled: whether the request was cancelled.
         keep_alive_s: see `Ask`.
     """
 
@@ -40,11 +40,7 @@ class _Load:
 
 
 class ModelLoads:
-    """See the module.
-
-    Args:
-        pool: what is loaded goes there.
-    """
+    """Loads models into a pool; see the module."""
 
     def __init__(self, pool: ModelPool):
         self._pool = pool
@@ -59,17 +55,17 @@ class ModelLoads:
         return sum(len(load.pending) for load in list(self._loads.values()))
 
     def request(self, name: str, path: Path | None, pending: PendingRequest) -> None:
-        """Hand a model over now, or when it is loaded.
+        """Call `pending.on_ready` with a model, at once or when it is loaded.
 
         Args:
-            name: the model's.
-            path: its directory, where the name is resolved already.
+            name: the model's name.
+            path: its directory if known, else the name is resolved.
             pending: the request.
         """
         try:
             key = key_of(name, path)
             loaded = self._pool.find(key)
-        except Exception as error:  # one request's, whatever it is
+        except Exception as error:
             return pending.on_error(error)
         if loaded is not None:
             loaded.touch(pending.keep_alive_s)
@@ -80,11 +76,11 @@ class ModelLoads:
         return None
 
     def proceed(self, has_other_work: Callable[[], bool]) -> None:
-        """Take the next step of the oldest load; all its steps while there is no other work."""
+        """Run the next step of the oldest load, or more steps while there is no other work."""
         while (first := self._oldest()) is not None:
             key, load = first
             try:
-                if next(load.steps):  # it waits for room: the others come first
+                if next(load.steps):  # it waits for memory: move it behind the others
                     self._loads[key] = self._loads.pop(key)
             except StopIteration as stop:
                 del self._loads[key]
@@ -92,13 +88,13 @@ class ModelLoads:
                     stop.value.touch(pending.keep_alive_s)
                     pending.on_ready(stop.value)
                 return
-            except Exception as error:  # of the requests for it, whatever it is
+            except Exception as error:
                 self.cancel(key, without_trace(error))
             if has_other_work():
                 return
 
     def cancel(self, key: str, error: Exception) -> bool:
-        """End a load; its requests fail with the error. Whether there was one."""
+        """Cancel a load; its requests fail with the error. Returns whether there was one."""
         load = self._loads.pop(key, None)
         if load is None:
             return False
@@ -109,12 +105,12 @@ class ModelLoads:
         return True
 
     def cancel_all(self, error: Exception) -> None:
-        """End all loads."""
+        """Cancel all loads."""
         for key in list(self._loads):
             self.cancel(key, error)
 
     def _oldest(self) -> tuple[str, _Load] | None:
-        """The load to go on with; loads whose requests are all cancelled end."""
+        """The oldest load; first cancels loads whose requests are all cancelled."""
         for key, load in list(self._loads.items()):
             load.pending = [pending for pending in load.pending if not pending.is_cancelled()]
             if not load.pending:

@@ -1,7 +1,6 @@
-"""What front ends send to the engine and get from it.
+"""The engine's interface for front ends, without MLX.
 
-A front end submits an `Ask` from any thread and reads an `Answer`; everything that touches MLX is
-behind it.
+A front end submits an `Ask` from any thread and reads an `Answer`.
 """
 
 from __future__ import annotations
@@ -19,17 +18,13 @@ from mlxkv.generation.request import Request
 
 
 class Busy(MlxkvError):
-    """More requests wait than the queue takes.
-
-    Args:
-        retry_after_s: when to try again.
-    """
+    """The queue is full; retry after `retry_after_s`."""
 
     status = 503
 
     def __init__(self, retry_after_s: float):
         self.retry_after_s = retry_after_s
-        super().__init__(f"too many requests are waiting: try again in {retry_after_s:.0f} s")
+        super().__init__(f"too many requests are waiting: retry in {retry_after_s:.0f} s")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +32,12 @@ class Ask:
     """A request to a model.
 
     Args:
-        model: a name as `mlxkv run` takes it.
-        request: what is asked for.
-        owner: hash of the API key: pages never cross owners.
-        keep_alive_s: how long the model stays; None: the server's default, negative: for ever, 0:
-            it goes with the answer.
-        path: the model's directory, where the name is resolved already; else the engine does it.
+        model: a name as for `mlxkv run`.
+        request: the request.
+        owner: hash of the API key; requests share prefix pages only within an owner.
+        keep_alive_s: how long the model stays loaded; None: the server's default, negative: for
+            ever, 0: unload it after the answer.
+        path: the model's directory; None if the engine resolves the name.
     """
 
     model: str
@@ -77,7 +72,7 @@ class Loaded:
 
 @dataclass(frozen=True, slots=True)
 class Embeddings:
-    """Vectors of texts, and the tokens that all of them had."""
+    """Vectors of texts, and the number of tokens in all of them."""
 
     vectors: Sequence[Sequence[float]]
     n_tokens: int
@@ -85,15 +80,15 @@ class Embeddings:
 
 @dataclass
 class Counts:
-    """What a model has done since it was loaded.
+    """Counters of a model since it was loaded.
 
-    Tokens of prompts count when the answer has ended, generated ones as they come.
+    Prompt tokens are counted when the answer ends, generated ones as they come.
 
     Args:
-        requests: that were begun.
-        answered: that ended with an answer.
-        failed: that ended with an error.
-        cancelled: whose client cancelled them or went away.
+        requests: requests that have started.
+        answered: requests that ended with an answer.
+        failed: requests that ended with an error.
+        cancelled: requests that the client cancelled, or left by disconnecting.
         misses: prompts that reused less KV than a cached sequence offered, by `Miss.reason`.
     """
 
@@ -109,19 +104,19 @@ class Counts:
     misses: dict[str, int] = field(default_factory=dict)
 
     def copy(self) -> Counts:
-        """As it is now."""
+        """A snapshot."""
         return dataclasses.replace(self, misses=dict(self.misses))
 
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """What the engine does and has done.
+    """The engine's metrics.
 
     Args:
-        running: requests that are being computed.
+        running: requests that are running.
         queued: requests that wait.
-        rejected: requests that the queue had no room for.
-        models: counts of each loaded model, by name.
+        rejected: requests that a full queue refused.
+        models: counters of each loaded model, by name.
         memory: bytes by kind: weights, kv_used, kv_allocated, pages, active, cached, peak, limit.
     """
 
@@ -133,17 +128,17 @@ class EngineStats:
 
 
 class Answer(Protocol):
-    """The chunks of one answer; to be read once."""
+    """The chunks of one answer; readable once."""
 
     def __aiter__(self) -> AsyncIterator[Chunk]: ...
 
     def cancel(self) -> None:
-        """End it within one step; also of an answer that has ended."""
+        """End the answer within one step; does nothing once it has ended."""
         ...
 
 
 class Engine(Protocol):
-    """See the module."""
+    """Loads models and answers requests."""
 
     @property
     def alive(self) -> bool: ...

@@ -1,10 +1,10 @@
 """The models in memory, all within one limit: loaded on demand, unloaded when idle.
 
 Invariants:
-- A model is here once, however it is named: its directory is the key.
-- Each one's budget is what the others leave. What is being loaded counts before it is there.
-- Idle models make room, the least recently used first; a busy one gives up prefix pages at most.
-- It is changed on the engine's thread alone; other threads may look.
+- A model is loaded once, whatever its names: its directory is the key.
+- A model's budget is what the others leave. A model counts as soon as its load begins.
+- Idle models are unloaded to make room, LRU first; a busy one gives up prefix pages only.
+- Only the engine's thread changes it; other threads may read.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from mlxkv.store.settings import Given, effective
 _log = logging.getLogger(__name__)
 
 FRESH_S = 5.0
-"""How long a loaded model stays at least for its first request, unless a request said how long."""
+"""A loaded model stays this long for its first request, unless a request set its keep-alive."""
 ROOM_S = 60.0
-"""How long a model waits for others to become idle and make room."""
+"""How long a load waits for other models to become idle."""
 
 
 @dataclass
@@ -44,13 +44,13 @@ class LoadedModel:
     """A loaded model, and how long it stays.
 
     Args:
-        name: as requests name it.
+        name: its name in requests.
         scheduler: the model and its requests.
-        card: what its files say.
-        digest: a short name for its files.
+        card: facts from its files.
+        digest: hash that identifies its files.
         keep_alive_s: how long it stays after its last request; negative: for ever.
-        used_at: when that was.
-        is_told: a request said how long.
+        used_at: time of its last request.
+        is_set: whether a request set `keep_alive_s`.
     """
 
     name: str
@@ -59,23 +59,23 @@ class LoadedModel:
     digest: str
     keep_alive_s: float
     used_at: float = field(default_factory=time.monotonic)
-    is_told: bool = False
+    is_set: bool = False
 
     def touch(self, keep_alive_s: float | None = None) -> None:
-        """It is asked for."""
+        """Note a request, and its keep-alive if it sets one."""
         self.used_at = time.monotonic()
         if keep_alive_s is not None:
-            self.keep_alive_s, self.is_told = keep_alive_s, True
+            self.keep_alive_s, self.is_set = keep_alive_s, True
 
     def expires_at(self) -> float | None:
-        """When it is unloaded if no request comes; None: never."""
+        """Monotonic time at which it is unloaded unless a request comes; None: never."""
         if self.keep_alive_s < 0:
             return None
-        is_fresh = not (self.is_told or self.scheduler.counts.requests)
+        is_fresh = not (self.is_set or self.scheduler.counts.requests)
         return self.used_at + max(self.keep_alive_s, FRESH_S if is_fresh else 0.0)
 
-    def described(self) -> Loaded:
-        """What is known of it."""
+    def describe(self) -> Loaded:
+        """Its state, for front ends."""
         runtime, card = self.scheduler.runtime, self.card
         use, end = runtime.budget.use(), self.expires_at()
         until = None if end is None else time.time() + end - time.monotonic()
@@ -101,12 +101,12 @@ class LoadedModel:
 
 
 class ModelPool:
-    """See the module.
+    """The models in memory; see the module.
 
     Args:
-        limit_bytes: for all models together.
-        dtype: what is computed in.
-        given: settings of all models, see `settings`.
+        limit_bytes: memory limit of all models together.
+        dtype: dtype to compute in.
+        given: settings of all models, see `store.settings`.
         keep_alive_s: how long a model stays after its last request; negative: for ever.
         max_running: requests of one model that decode at a time.
     """
@@ -121,20 +121,20 @@ class ModelPool:
         self._loading_bytes = 0
 
     def find(self, key: str) -> LoadedModel | None:
-        """A model that is here."""
+        """A loaded model."""
         return self._models.get(key)
 
     def models(self) -> list[LoadedModel]:
-        """All that are here."""
+        """All loaded models."""
         return list(self._models.values())
 
     def __iter__(self) -> Iterator[str]:
-        """The keys of all that are here; they may go meanwhile."""
+        """The keys of all loaded models; safe while models are dropped."""
         return iter(list(self._models))
 
     @property
     def used_bytes(self) -> int:
-        """What they take, and what is being loaded."""
+        """Bytes of all models, those being loaded included."""
         budgets = [model.scheduler.runtime.budget for model in self.models()]
         return self._loading_bytes + sum(budget.used_bytes for budget in budgets)
 
@@ -142,14 +142,14 @@ class ModelPool:
         """Load a model step by step, as soon as there is room.
 
         Args:
-            name: as the request has it.
+            name: the request's name for it.
             key: see `key_of`.
 
         Yields:
-            True where others have to make room first.
+            True while it waits for other models to make room.
 
         Raises:
-            OutOfMemory: its weights do not fit, or not within `ROOM_S`. Else as for `mlxkv.load`.
+            OutOfMemory: its weights do not fit, or not within `ROOM_S`. Else as `mlxkv.load`.
         """
         path = Path(key)
         layout = lay_out(path, self._dtype)
@@ -170,55 +170,43 @@ class ModelPool:
         return model
 
     def _making_room(self, name: str, n_bytes: int) -> Iterator[bool]:
-        """Unload idle models, the least recently used first, until the weights fit.
-
-        Raises:
-            OutOfMemory: they do not.
-        """
+        """Unload idle models, LRU first, until the weights fit; raises OutOfMemory."""
         until = time.monotonic() + ROOM_S
         if n_bytes > self.limit_bytes:
             raise OutOfMemory(
-                f"{name}: its weights take {human_bytes(n_bytes)} and the limit of all models is "
+                f"{name}: its weights take {human_bytes(n_bytes)}, and the limit of all models is "
                 f"{human_bytes(self.limit_bytes)}"
             )
         while (missing := self.used_bytes + n_bytes - self.limit_bytes) > 0:
-            idle = [
-                (model.used_at, key)
-                for key, model in self._models.items()
-                if model.scheduler.is_idle
-            ]
+            models = self._models.items()
+            idle = [(model.used_at, key) for key, model in models if model.scheduler.is_idle]
             if idle:
                 self.drop(min(idle)[1])
             elif not self._give_pages(missing):
-                others = any(not model.scheduler.is_idle for model in self.models())
-                if not others or time.monotonic() > until:
+                if not self._models or time.monotonic() > until:
                     free = max(0, self.limit_bytes - self.used_bytes)
                     raise OutOfMemory(
-                        f"{name}: its weights take {human_bytes(n_bytes)} and "
-                        f"{human_bytes(free)} of {human_bytes(self.limit_bytes)} are free"
+                        f"{name}: its weights take {human_bytes(n_bytes)}, and {human_bytes(free)} "
+                        f"of the limit of {human_bytes(self.limit_bytes)} are free"
                     )
                 yield True  # a busy model makes room when its requests are done
 
     def _give_pages(self, n_bytes: int) -> int:
-        """Have busy models give prefix pages back, if that is enough; how many bytes it was."""
-        given = 0
-        if sum(model.scheduler.runtime.budget.pages_bytes for model in self.models()) < n_bytes:
+        """Drop prefix pages of busy models if they suffice; the bytes freed."""
+        freed, budgets = 0, [model.scheduler.runtime.budget for model in self.models()]
+        if sum(budget.pages_bytes for budget in budgets) < n_bytes:
             return 0
-        for model in self.models():
-            given += (
-                model.scheduler.runtime.budget.give_pages(n_bytes - given) if given < n_bytes else 0
-            )
-        return given
+        for budget in budgets:
+            freed += budget.give_pages(n_bytes - freed) if freed < n_bytes else 0
+        return freed
 
     def share_memory(self) -> None:
-        """Each model may take what the others leave; arrays of pages are divided equally."""
+        """Give each model what the others leave; divide the pages' arrays equally."""
         used, arrays = self.used_bytes, needs.page_arrays()
         for model in self.models():
             budget = model.scheduler.runtime.budget
             budget.share_arrays(arrays and arrays // len(self._models))
-            limit = self.limit_bytes - (used - budget.used_bytes)
-            if limit != budget.limit_bytes:
-                budget.limit_bytes = limit
+            budget.limit_bytes = self.limit_bytes - (used - budget.used_bytes)
 
     def drop(self, key: str) -> None:
         """Unload a model; its requests end with an error."""
@@ -226,25 +214,25 @@ class ModelPool:
         try:
             model.scheduler.stop(MlxkvError("the model was unloaded"))
             model.scheduler.runtime.close()
-        except Exception:  # what is lost are prefixes
-            _log.exception("the model %s was not closed in order", model.name)
+        except Exception:
+            _log.exception("closing the model %s failed; its prefixes may be lost", model.name)
         del model
         self.give_back()
 
     def give_back(self) -> None:
-        """Return the memory of a model that is not referenced any more."""
+        """Return unreferenced memory to the system."""
         gc.collect()
         mx.clear_cache()
         device.trim()
 
     def expire(self) -> None:
         """Unload models whose keep-alive has passed."""
-        # Keys alone: a model that is known here would be in memory when that is given back.
+        # Keys only: a reference to a model here would keep its memory in use.
         for key in [key for key, model in self._models.items() if _is_over(model)]:
             self.drop(key)
 
     def until_next_expiry_s(self) -> float | None:
-        """Time to the next that leaves; None where none will."""
+        """Seconds until the next model expires; None if none will."""
         ends = [model.expires_at() for model in self.models()]
         times = [end for end in ends if end is not None]
         return max(0.0, min(times) - time.monotonic()) if times else None
@@ -257,13 +245,13 @@ def _is_over(model: LoadedModel) -> bool:
 
 
 def key_of(name: str, path: Path | None = None) -> str:
-    """A model's directory: it may have several names.
+    """A model's directory as its key: several names may mean one model.
 
     Args:
-        name: as a request has it.
-        path: the directory, where the name is resolved already.
+        name: a request's name for it.
+        path: the directory if known, else the name is resolved.
 
     Raises:
-        ModelNotFound: it is not on this machine.
+        ModelNotFound: not on this machine.
     """
     return str(path or resolve(name, fetch=False))

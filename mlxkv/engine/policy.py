@@ -1,10 +1,9 @@
-"""Which of several prompts the next chunk is of, and how long it is. Decides, and does nothing.
+"""Chooses the prompt of the next prefill chunk, and the chunk's length. Pure planning.
 
-- Of two chunks one is the oldest prompt's, so that none waits for ever, and the other is of the one
-  that ends soonest, so that a short one does not wait for all of a long one.
-- Nothing is computed twice: a prompt that begins like one that is being computed waits until that
-  one is past what they share.
-- While answers are written a chunk is as long as it may take.
+- Every other chunk is for the oldest prompt, so that none waits for ever; the others are for the
+  prompt with the fewest tokens left, so that a short prompt does not wait for a long one.
+- No shared prefix is computed twice: a prompt waits while another one computes their common prefix.
+- While answers are decoded, a chunk may take a limited time (`Pace`).
 """
 
 from __future__ import annotations
@@ -15,12 +14,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class PendingPrompt:
-    """A prompt that is to be computed.
+    """A prompt with tokens left to compute.
 
     Args:
-        tokens: all of it, as a list.
-        n_computed: tokens of it that are held; None for one that was not begun.
-        owner: whose pages it shares; None for one that shares nothing.
+        tokens: the whole prompt.
+        n_computed: tokens whose KV is held; None before prefill begins.
+        owner: owner of its pages; None if it shares none.
     """
 
     tokens: list[int]
@@ -29,20 +28,20 @@ class PendingPrompt:
 
     @property
     def n_left(self) -> int:
-        """Tokens that are not computed, as far as is known."""
+        """Tokens left to compute; before prefill all, although some may be restored."""
         return len(self.tokens) - (self.n_computed or 0)
 
 
 class Pace:
-    """How many tokens make a chunk that takes as long as it may.
+    """Adapts the length of chunks to the time that one may take.
 
-    A chunk costs something by itself (a packed SmolLM2 on the CPU: 0.17 s, and 4 ms a token), so
-    that no speed in tokens says how many: the last chunk's length is brought nearer to it.
+    A chunk has a fixed cost (a quantized SmolLM2 on the CPU: 0.17 s, and 4 ms a token), so the
+    length is not a constant speed times the time: each chunk's time corrects the next one's length.
 
     Args:
         allowed_s: how long a chunk may take.
-        least: tokens of the shortest; also of the first.
-        most: tokens of the longest.
+        least: tokens of the shortest chunk, and of the first.
+        most: tokens of the longest chunk.
     """
 
     def __init__(self, allowed_s: float, least: int, most: int):
@@ -50,7 +49,7 @@ class Pace:
         self.n_tokens = least
 
     def record(self, n_tokens: int, seconds: float) -> None:
-        """What a chunk took. A short one within its time says nothing of longer ones."""
+        """Adapt to a chunk's time. A fast chunk shorter than `n_tokens` changes nothing."""
         if n_tokens < self.n_tokens and seconds <= self._allowed_s:
             return
         fits = n_tokens * self._allowed_s / max(seconds, 1e-9)
@@ -62,8 +61,8 @@ def next_prompt(prompts: Sequence[PendingPrompt], for_oldest: bool) -> int:
     """The index of the prompt whose chunk is next.
 
     Args:
-        prompts: at least one, the oldest first.
-        for_oldest: whether it is the oldest one's turn.
+        prompts: at least one, oldest first.
+        for_oldest: whether this chunk is for the oldest.
     """
     if for_oldest:
         return 0
@@ -72,17 +71,14 @@ def next_prompt(prompts: Sequence[PendingPrompt], for_oldest: bool) -> int:
 
 
 def _waits(prompt: PendingPrompt, prompts: Sequence[PendingPrompt]) -> bool:
-    """Whether another one is computing what this one begins with."""
+    """Whether another prompt is computing the prefix that both share."""
     if prompt.n_computed is not None or prompt.owner is None:
         return False
-    return any(
-        other.owner == prompt.owner
-        and other.n_computed is not None
-        and _share(prompt.tokens, other.tokens, other.n_computed + 1)
-        for other in prompts
-    )
-
-
-def _share(a: list[int], b: list[int], n: int) -> bool:
-    """Whether two sequences have their first `n` tokens, at least, in common."""
-    return min(len(a), len(b)) >= n and a[:n] == b[:n]
+    for other in prompts:
+        if other.owner == prompt.owner and other.n_computed is not None:
+            n = other.n_computed + 1
+            if min(len(prompt.tokens), len(other.tokens)) >= n and (
+                prompt.tokens[:n] == other.tokens[:n]
+            ):
+                return True
+    return False

@@ -1,4 +1,4 @@
-"""From a request's prompt to the tokens that are run, and what of them is kept at the head."""
+"""From a request's prompt to tokens, and the head that a context shift keeps."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from mlxkv.store.settings import Settings
 from mlxkv.text.chat_template import thinking_options
 
 PROBES = ("A", "7 z")
-"""Two messages that begin differently: what comes before both belongs to no message."""
+"""Two messages that begin differently: text before them is part of no user message."""
 _SYSTEM_ROLES = ("system", "developer")
 
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """What a prompt begins with, as far as a context shift must not drop it.
+    """The beginning of a prompt, which a context shift must not drop.
 
     Args:
-        saved: KV that it goes on from.
-        messages: those that were rendered; none for a text.
-        options: what the chat template got besides.
+        saved: saved KV that the prompt continues.
+        messages: the rendered messages; none for a text.
+        options: the chat template's other variables.
     """
 
     saved: NamedKV | None = None
@@ -41,35 +41,33 @@ class Head:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def n_tokens(self, runtime: Runtime, tokens: Sequence[int]) -> int:
-        """Leading tokens of the prompt that are saved KV, its system prompt, or its first token
-        where every text begins with that one."""
+        """Number of leading tokens that are saved KV, system prompt or beginning-of-text token."""
         n = int(tokens[0] == runtime.tokenizer.bos_token_id)
         if self.saved is not None:
             n = max(n, n_shared(tokens, token_ids(self.saved.tokens)))
         return max(n, self._n_system(runtime, tokens))
 
     def _n_system(self, runtime: Runtime, tokens: Sequence[int]) -> int:
-        """What the prompt shares with every other one of the same system messages."""
+        """Leading tokens that every prompt with the same system messages shares."""
         if not self.messages:
             return 0
-        system = itertools.takewhile(lambda m: m.get("role") in _SYSTEM_ROLES, self.messages)
-        head = list(system)
+        head = list(itertools.takewhile(lambda m: m.get("role") in _SYSTEM_ROLES, self.messages))
         probes = [[*head, {"role": "user", "content": probe}] for probe in PROBES]
         try:
             texts = [render(runtime, probe, **self.options) for probe in probes]
-        except TemplateError:  # it wants more than one message
+        except TemplateError:  # the template needs more than one message
             return 0
         return min(n_shared(tokens, encode_rendered(runtime, text, self.saved)) for text in texts)
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A prompt as the model gets it.
+    """A prompt as token ids.
 
     Args:
-        tokens: all of it.
-        head: what it begins with.
-        text: what the chat template wrote; None for a text or token ids.
+        tokens: the whole prompt.
+        head: its beginning.
+        text: the rendered chat template; None for a text or token ids.
     """
 
     tokens: list[int]
@@ -78,17 +76,17 @@ class Prepared:
 
 
 def prepare(runtime: Runtime, request: Request) -> Prepared:
-    """A request's prompt, rendered and encoded.
+    """Render and encode a request's prompt.
 
     Raises:
-        UsageError: an empty prompt, or an option that is not for such a prompt.
+        UsageError: an empty prompt, or an option that such prompts do not have.
         TemplateError: messages, and the model has no chat template or it fails.
     """
     prompt, saved = request.prompt, request.saved
     if not is_messages(prompt):
         if request.think is not None or request.tools:
-            raise UsageError("think and tools are for messages: a text goes to the model as it is")
-        return Prepared(_behind(runtime, saved, prompt), Head(saved))
+            raise UsageError("think and tools need messages: a text uses no chat template")
+        return Prepared(_after_saved(runtime, saved, prompt), Head(saved))
     messages = with_saved(saved, prompt)  # pyright: ignore[reportArgumentType]
     options = template_options(runtime, request)
     text = render(runtime, messages, **options)
@@ -97,10 +95,10 @@ def prepare(runtime: Runtime, request: Request) -> Prepared:
 
 
 def start(runtime: Runtime, request: Request, prepared: Prepared, session: Session) -> Generation:
-    """An answer of which nothing is computed yet.
+    """Make an answer; nothing is computed yet.
 
     Raises:
-        UsageError: a setting out of its range, or more is to be kept than the context allows.
+        UsageError: a setting out of its range, or a shift must keep more than the context allows.
         ContextExceeded: the prompt is longer than the context.
     """
     bound, tokens = fit_context(runtime, request, prepared)
@@ -126,12 +124,12 @@ def start(runtime: Runtime, request: Request, prepared: Prepared, session: Sessi
 
 
 def is_messages(prompt: Prompt) -> bool:
-    """Whether a prompt is chat messages, rather than a text or token ids."""
+    """Whether a prompt is chat messages, and not a text or token ids."""
     return not isinstance(prompt, str) and bool(prompt) and isinstance(prompt[0], Mapping)
 
 
 def render(runtime: Runtime, messages: Sequence[Message], **options: Any) -> str:
-    """A conversation as the chat template writes it, opened for the next answer.
+    """Render a conversation with the chat template, up to where the next answer begins.
 
     Raises:
         TemplateError: there is no template, or it fails.
@@ -147,10 +145,10 @@ def render(runtime: Runtime, messages: Sequence[Message], **options: Any) -> str
 
 
 def template_options(runtime: Runtime, request: Request) -> dict[str, Any]:
-    """What a request sets of the chat template's variables.
+    """The chat template's variables that a request sets.
 
     Raises:
-        UsageError: it asks for reasoning in a way that the template has no switch for.
+        UsageError: a value of `think` that the template does not support.
     """
     options: dict[str, Any] = {} if request.tools is None else {"tools": request.tools}
     template = runtime.tokenizer.chat_template
@@ -162,10 +160,10 @@ def template_options(runtime: Runtime, request: Request) -> dict[str, Any]:
 
 
 def encode(runtime: Runtime, prompt: Prompt) -> list[int]:
-    """Token ids of a text, of messages, or as given.
+    """Token ids of a text or of messages; token ids are checked.
 
     Raises:
-        UsageError: nothing in it, or an id that the model does not have.
+        UsageError: an empty prompt, or an id that the model does not have.
     """
     if isinstance(prompt, str):
         tokens = runtime.tokenizer.encode(prompt)
@@ -183,28 +181,28 @@ def encode(runtime: Runtime, prompt: Prompt) -> list[int]:
 
 
 def encode_text(runtime: Runtime, text: str) -> list[int]:
-    """Token ids of text that holds its own special tokens, such as a rendered template."""
+    """Token ids of text with its own special tokens, such as a rendered template."""
     return runtime.tokenizer.encode(text, add_special_tokens=False)
 
 
 def encode_rendered(runtime: Runtime, text: str, saved: NamedKV | None) -> list[int]:
-    """Token ids of a rendered conversation; those of the saved text are the saved ones."""
+    """Token ids of a rendered conversation; its saved beginning keeps the saved ids."""
     if saved is None or not text.startswith(saved.text):
         return encode_text(runtime, text)
     return [*token_ids(saved.tokens), *encode_text(runtime, text[len(saved.text) :])]
 
 
 def with_saved(saved: NamedKV | None, messages: Sequence[Message]) -> list[Any]:
-    """Messages behind the saved ones; a system message of theirs goes below the saved one.
+    """Append messages to the saved ones; a second system message joins the saved one.
 
     Raises:
-        UsageError: the saved prompt is a text and no conversation.
+        UsageError: the saved prompt is a text.
     """
     if saved is None:
         return list(messages)
     if saved.messages is None:
         raise UsageError(
-            f"{saved.name} holds a text and no messages: give a text", hints=[Hint("raw", True)]
+            f"{saved.name} is a saved text, not messages: give a text", hints=[Hint("raw", True)]
         )
     head, rest = [dict(message) for message in saved.messages], [dict(m) for m in messages]
     if head[0]["role"] == "system" and rest and rest[0].get("role") == "system":
@@ -212,13 +210,13 @@ def with_saved(saved: NamedKV | None, messages: Sequence[Message]) -> list[Any]:
     return head + rest
 
 
-def _behind(runtime: Runtime, saved: NamedKV | None, prompt: Prompt) -> list[int]:
-    """Token ids of a text, or of ids, behind what was saved."""
+def _after_saved(runtime: Runtime, saved: NamedKV | None, prompt: Prompt) -> list[int]:
+    """Token ids of saved KV and of a text or token ids after it."""
     if saved is None:
         return encode(runtime, prompt)
-    if isinstance(prompt, str):
-        return [*token_ids(saved.tokens), *encode_text(runtime, prompt)]
-    return [*token_ids(saved.tokens), *encode(runtime, prompt)]
+    is_text = isinstance(prompt, str)
+    new = encode_text(runtime, prompt) if is_text else encode(runtime, prompt)
+    return [*token_ids(saved.tokens), *new]
 
 
 def fit_context(runtime: Runtime, request: Request, prepared: Prepared) -> tuple[Bound, list[int]]:
@@ -237,7 +235,7 @@ def fit_context(runtime: Runtime, request: Request, prepared: Prepared) -> tuple
     if settings.overflow.value == "stop":
         return Bound(context), fitted
     keep = settings.keep.value
-    # A prompt that was cut does not begin with its head any more.
+    # A prompt that was cut does not begin with its head.
     head = prepared.head if fitted is tokens else Head()
     bound = Bound(context, lambda: max(keep, head.n_tokens(runtime, fitted)))
     bound.check(len(fitted), request.max_tokens, keep)
@@ -245,7 +243,7 @@ def fit_context(runtime: Runtime, request: Request, prepared: Prepared) -> tuple
 
 
 def _fit(runtime: Runtime, tokens: list[int], request: Request, settings: Settings) -> list[int]:
-    """A prompt that leaves room for an answer, or one that is shifted until it does."""
+    """Cut a prompt so that an answer fits, unless a shift will drop tokens instead."""
     context = settings.context.value
     shifts = settings.overflow.value == "shift"
     if len(tokens) < context or (shifts and not request.truncate):

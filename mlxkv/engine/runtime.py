@@ -36,15 +36,14 @@ class Runtime:
     Args:
         model: see `load_model`.
         tokenizer: its tokenizer.
-        path: the directory it came from.
+        path: its directory.
         kv_type: format of the KV cache.
-        limit_bytes: what it may take in memory; None for what the machine allows.
-        settings: context, overflow and where all of these come from; None finds them out.
+        limit_bytes: memory limit; None for what the machine allows.
+        settings: context, overflow and their origins; None reads them.
 
     Attributes:
-        budget: what it may take in memory, and what it does.
-        pages: prefixes that were computed before; None where the model keeps something else than
-            keys and values.
+        budget: its memory limit and use.
+        pages: cached prefixes; None for a model whose layers keep other state than keys and values.
     """
 
     def __init__(
@@ -67,16 +66,12 @@ class Runtime:
         self.pages = open_pages(model, path, first_kv_type(kv_type), room)
         self.budget = Budget(model, weights_bytes, limit_bytes, self.pages)
         self._pages: dict[str, Pages | None] = {"": self.pages}
-        self._at_exit = weakref.finalize(self, _close_at_exit, self._pages)
+        self._at_exit = weakref.finalize(self, _close, self._pages, at_exit=True)
         self._unwire: Callable[[], object] | None = None
 
     @classmethod
     def load(cls, path: Path, settings: Settings, dtype: mx.Dtype | str = "auto") -> Self:
-        """Load a model's directory.
-
-        Raises:
-            As `mlxkv.load`.
-        """
+        """Load a model's directory; raises as `mlxkv.load`."""
         runtime = finished(cls.loading(path, settings, dtype))
         runtime.hold_wired()
         return runtime
@@ -89,7 +84,7 @@ class Runtime:
         dtype: mx.Dtype | str = "auto",
         layout: Layout | None = None,
     ) -> Generator[None, None, Self]:
-        """`load` in steps, of what may be laid out already; what is loaded is not wired."""
+        """`load` in steps, without `hold_wired`; `layout` if the model is laid out already."""
         limit = settings.memory.value
         model = yield from loading(path, dtype, limit, layout)
         yield
@@ -108,11 +103,11 @@ class Runtime:
 
     @cached_property
     def maskers(self) -> Maskers:
-        """Makes the masks of grammars; the first takes seconds, see `Maskers`."""
+        """Makes masks of grammars; the first takes seconds, see `Maskers`."""
         return Maskers(self.tokenizer)
 
     def pages_of(self, owner: str) -> Pages | None:
-        """Prefixes that requests of one owner share; never another's."""
+        """Prefix pages of one owner, which no other owner's requests see."""
         if owner not in self._pages:
             kv_type = first_kv_type(self.kv_type)
             pages = open_pages(self.model, self.path, kv_type, 0, owner=owner)
@@ -122,20 +117,20 @@ class Runtime:
         return self._pages[owner]
 
     def session(self, owner: str = "") -> Session:
-        """Empty caches for one sequence, which share prefixes with all others of its owner."""
+        """Empty caches for one sequence, which shares prefixes with its owner's others."""
         return Session(self.model, self.kv_type, self.pages_of(owner), self.budget)
 
     def hold_wired(self) -> None:
-        """Have Metal keep what this model may take resident, until it is closed or forgotten.
+        """Have Metal keep this model's memory resident until it is closed or collected.
 
-        For a model of its own: an engine does it for all of its models.
+        For a single model: an engine does it for all of its models.
         """
         if self._unwire is None:
             release = device.hold_wired(self.budget.limit_bytes)
             self._unwire = weakref.finalize(self, release)
 
     def close(self) -> None:
-        """Write prefixes to disk that are worth keeping, and forget them; also done at exit."""
+        """Write prefixes to disk and drop them from RAM; also runs at exit."""
         if self._at_exit.detach() is not None:
             _close(self._pages)
         if self._unwire is not None:
@@ -147,9 +142,5 @@ def _close(owners: dict[str, Pages | None], *, at_exit: bool = False) -> None:
         if pages is not None:
             try:
                 pages.close(at_exit=at_exit)
-            except Exception as error:  # the files of a model may be gone
-                _log.warning("prefixes are not kept: %s", error)
-
-
-def _close_at_exit(owners: dict[str, Pages | None]) -> None:
-    _close(owners, at_exit=True)
+            except Exception as error:  # for example, the model's files were deleted
+                _log.warning("prefixes were not saved: %s", error)

@@ -1,11 +1,11 @@
-"""One loaded model and the requests that it answers, step by step, all on the thread that calls.
+"""One loaded model and its requests, computed step by step on the calling thread.
 
 Invariants:
-- A request is waiting, prefilling, decoding or ended: its `state`. `step` computes one chunk of one
-  prompt, which `policy` chooses, and one token of every answer, so that none waits longer than a
-  chunk takes.
-- What goes wrong in a request ends that request. Its prefix is kept as pages, however it ended.
-- Pages of one owner are never another's.
+- A request's `state` is waiting, prefilling, decoding or ended. `step` computes one chunk of one
+  prompt, which `policy` chooses, and one token of every answer, so that an answer waits no longer
+  than a chunk takes.
+- An error in a request ends that request alone. Its prefix is kept as pages, however it ended.
+- Owners never share pages.
 """
 
 from __future__ import annotations
@@ -22,29 +22,23 @@ from mlxkv.engine.prompt import prepare, start
 from mlxkv.engine.runtime import Runtime
 from mlxkv.engine.tasks import Decoding, Ended, Prefilling, State, Task, Waiting
 from mlxkv.errors import CheckpointError, KVCacheFull, MlxkvError
-from mlxkv.generation.decoder import Allowed, Decoder, Row, RowResult
+from mlxkv.generation.decoder import Decoder, Row, RowResult
 from mlxkv.generation.generation import Generation
 from mlxkv.generation.outputs import Chunk, TokenLogprobs
 from mlxkv.generation.session import Session
 from mlxkv.memory.types import ALLOCATION_ERRORS, is_allocation_failure, without_trace
-from mlxkv.sampling.grammar import Masker
 
 _log = logging.getLogger(__name__)
 
 STALL_S = 0.5
-"""How long a chunk of one prompt may hold up the answers that are being written."""
+"""How long a chunk of a prompt may delay the next token of running answers."""
 MIN_CHUNK = 16
 MAX_PROMPTS = 4
-"""Prompts that are computed in turns; the others wait."""
+"""Prompts that are prefilled in turns; the others wait."""
 
 
 class Scheduler:
-    """A loaded model and its requests.
-
-    Args:
-        runtime: the model.
-        max_running: requests that are computed at a time.
-    """
+    """A loaded model and its requests, of which `max_running` run at a time."""
 
     def __init__(self, runtime: Runtime, max_running: int):
         self.runtime, self.max_running = runtime, max_running
@@ -58,12 +52,12 @@ class Scheduler:
 
     @property
     def is_idle(self) -> bool:
-        """Whether there is nothing to do."""
+        """Whether it has no requests."""
         return not (self.waiting or self._prefilling or self._decoding)
 
     @property
     def n_sequences(self) -> int:
-        """Requests that are being computed."""
+        """Requests that are prefilling or decoding."""
         return len(self._decoding) + len(self._prefilling)
 
     def tasks(self) -> Iterator[Task]:
@@ -73,11 +67,11 @@ class Scheduler:
         yield from list(self._decoding.values())
 
     def add(self, task: Task) -> None:
-        """Have a request begin as soon as there is a place for it."""
+        """Queue a request; it starts when there is a place for it."""
         self.waiting.append(task)
 
     def step(self) -> None:
-        """One chunk of a prompt, and one token of every answer."""
+        """Compute one chunk of a prompt, and one token of every answer."""
         self._drop_cancelled()
         has_place = len(self._prefilling) < MAX_PROMPTS and self.n_sequences < self.max_running
         if self.waiting and has_place:
@@ -88,7 +82,7 @@ class Scheduler:
             self._decode()
 
     def stop(self, error: MlxkvError | None = None) -> None:
-        """End all requests, with an error or in silence; their prefixes are kept."""
+        """End all requests, with an error if there is one; their prefixes are kept."""
         for task in self.tasks():
             self._end(task, error)
 
@@ -98,7 +92,7 @@ class Scheduler:
             self._end(task, None)
 
     def _begin(self, task: Task) -> None:
-        """Render and encode a prompt, and find out what it asks for."""
+        """Render and encode a request's prompt, and start prefill."""
         self.counts.requests += 1
         try:
             if task.generation is None:
@@ -108,15 +102,15 @@ class Scheduler:
             task.state = Prefilling(task.generation, task.generation.remaining())
             self._prefilling.append(task)
             self.runtime.budget.begin()
-        except Exception as error:  # one request's, whatever it is
+        except Exception as error:
             self._end(task, error)
 
     def _chunk(self) -> int | None:
-        """Tokens of a prompt that may hold the others up; None where nothing is held up."""
+        """Tokens of a chunk while answers are decoding; None for any number otherwise."""
         return self._pace.n_tokens if self._decoding else None
 
     def _next_prompt(self) -> Task | None:
-        """The request whose prompt the next chunk is of; None while all need room."""
+        """The request whose prompt gets the next chunk; None while all wait for room."""
         ready, prompts = [], []
         for task in self._prefilling:
             state = task.state
@@ -136,7 +130,7 @@ class Scheduler:
     def _prefill(self, task: Task, state: Prefilling) -> None:
         session = state.generation.session
         try:
-            if state.steps is None:  # only now: the prompt before may have left pages of it
+            if state.steps is None:  # not earlier: another prompt may have left pages of it
                 state.tokens = state.generation.restore()
                 state.steps = session.prefilling(state.tokens, self._chunk)
             started, held = time.perf_counter(), session.n_held
@@ -148,7 +142,7 @@ class Scheduler:
                 task.request.on_progress(*progress)
             return
         except StopIteration as stop:
-            # Not in a variable of this function: a restart in `_join` must be able to free them.
+            # No local variable: a restart in `_join` must be able to free the logits.
             state.logits, stop.value = stop.value, None
         except KVCacheFull as error:
             if any(other.holds_kv for other in self.tasks() if other is not task):
@@ -156,33 +150,33 @@ class Scheduler:
             else:
                 self._end(task, error)
             return
-        except Exception as error:  # one request's, whatever it is
+        except Exception as error:
             self._end(task, error)
             return
         self._prefilling.remove(task)
         self._join(task, state)
 
     def _wait_for_room(self, task: Task, state: Prefilling) -> None:
-        """Others have the memory: a prompt goes on, from its pages, when one of them has ended."""
+        """Pause a prompt until another request ends; it then resumes from its pages."""
         try:
             keep_prefix(state.generation.session)
             state.generation.session.reset()
-        except Exception as error:  # one request's, whatever it is
+        except Exception as error:
             self._end(task, error)
             return
         state.steps, state.needs_room = None, True
 
     def _join(self, task: Task, state: Prefilling) -> None:
-        """A prompt is computed: its answer joins the others."""
+        """Start decoding after prefill."""
         generation, logits = state.generation, state.logits
         assert logits is not None
-        state.logits, masker = None, generation.masker
+        state.logits, masker, n_vocab = None, generation.masker, self.runtime.config.vocab_size
         row = Row(
             generation.session,
             logits,
             generation.sampler,
             generation.n_left,
-            None if masker is None else _allowed(masker, self.runtime.config.vocab_size),
+            None if masker is None else lambda _: masker.allowed(n_vocab),
             task.request.logprobs,
             generation.answer,
             generation.ends,
@@ -190,7 +184,7 @@ class Scheduler:
         )
         try:
             self._decoder.add(row)
-        except Exception as error:  # one request's, whatever it is
+        except Exception as error:
             del row, logits
             if is_allocation_failure(error):
                 self._again(task, generation, without_trace(error))
@@ -202,19 +196,19 @@ class Scheduler:
 
     def _decode(self) -> None:
         try:
-            drawn = self._decoder.step()
+            results = self._decoder.step()
         except ALLOCATION_ERRORS as error:
             if not is_allocation_failure(error):
                 raise
             self._start_over(without_trace(error))
             return
-        for one in drawn:
-            task = self._decoding.get(one.row)
+        for result in results:
+            task = self._decoding.get(result.row)
             if task is not None:
-                self._take(task, task.state, one)  # pyright: ignore[reportArgumentType]
+                self._handle(task, task.state, result)  # pyright: ignore[reportArgumentType]
 
     def _start_over(self, error: BaseException) -> None:
-        """MLX could not allocate: all sequences go on from their pages, one after the other."""
+        """After MLX failed to allocate: restart all sequences from their pages, one by one."""
         tasks = list(self._decoding.values())
         self._decoding.clear()
         for task in reversed(tasks):
@@ -222,7 +216,7 @@ class Scheduler:
             self._again(task, task.state.generation, error)
 
     def _again(self, task: Task, generation: Generation, error: BaseException) -> None:
-        """MLX could not allocate: a request goes on from its pages, if anything gives way."""
+        """After MLX failed to allocate: restart a request from its pages if memory can be freed."""
         tokens = generation.remaining()
         task.state = Prefilling(generation, tokens)
         try:
@@ -233,24 +227,24 @@ class Scheduler:
         generation.sampler.rewind(generation.n_generated)
         self._prefill_again(task, generation, tokens)
 
-    def _take(self, task: Task, state: Decoding, drawn: RowResult) -> None:
-        """A step's token of one answer."""
+    def _handle(self, task: Task, state: Decoding, result: RowResult) -> None:
+        """Handle a step's result for one answer."""
         generation, row = state.generation, state.row
-        if drawn.token is None:
-            if isinstance(drawn.error, CheckpointError):
+        if result.token is None:
+            if isinstance(result.error, CheckpointError):
                 generation.session.discard()
-            self._end(task, drawn.error)
+            self._end(task, result.error)
             return
         self.counts.generated_tokens += 1
         try:
-            chunk = generation.add(drawn.token, self._logprobs(drawn))
+            chunk = generation.add(result.token, self._logprobs(result))
             if generation.masker is not None and not generation.is_over:
-                generation.masker.advance(drawn.token)
+                generation.masker.advance(result.token)
                 if generation.masker.finished:
                     task.tell(chunk)
                     self._end(task, generation.end("stop"))
                     return
-        except Exception as error:  # one request's, whatever it is
+        except Exception as error:
             self._end(task, error)
             return
         if generation.is_over:
@@ -261,29 +255,29 @@ class Scheduler:
             self._shift(task, state)
 
     def _shift(self, task: Task, state: Decoding) -> None:
-        """The context is full, and the oldest tokens go: what remains is computed like a prompt."""
+        """The context is full: drop the oldest tokens, and prefill the remaining ones."""
         generation = state.generation
         del self._decoding[state.row]
         tokens = generation.remaining()
         task.state = Prefilling(generation, tokens)
         try:
             generation.session.restore(tokens)
-        except Exception as error:  # one request's, whatever it is
+        except Exception as error:
             self._end(task, error)
             return
         self._prefill_again(task, generation, tokens)
 
     def _prefill_again(self, task: Task, generation: Generation, tokens: list[int]) -> None:
-        """What a sequence holds is computed before other prompts: its answer has begun."""
+        """Prefill a sequence before other prompts, as its answer has begun."""
         steps = generation.session.prefilling(tokens, self._chunk)
         task.state = Prefilling(generation, tokens, steps)
         self._prefilling.insert(0, task)
 
-    def _logprobs(self, drawn: RowResult) -> TokenLogprobs | None:
-        if drawn.logprob is None or drawn.token is None:
+    def _logprobs(self, result: RowResult) -> TokenLogprobs | None:
+        if result.logprob is None or result.token is None:
             return None
-        top = tuple(self._token(token, logprob) for token, logprob in drawn.top)
-        return self._token(drawn.token, drawn.logprob, top)
+        top = tuple(self._token(token, logprob) for token, logprob in result.top)
+        return self._token(result.token, result.logprob, top)
 
     def _token(
         self, token: int, logprob: float, top: tuple[TokenLogprobs, ...] = ()
@@ -292,7 +286,7 @@ class Scheduler:
         return TokenLogprobs(token, data.decode(errors="replace"), data, logprob, top)
 
     def _end(self, task: Task, last: Chunk | BaseException | None) -> None:
-        """A request is over, with a last chunk, an error, or because it is not wanted any more."""
+        """End a request with its last chunk, an error, or None if it was cancelled."""
         state, task.state = task.state, Ended()
         self._forget(task, state)
         for other in self._prefilling:
@@ -307,9 +301,9 @@ class Scheduler:
                     last = generation.end("memory", last)
                 keep_prefix(generation.session)
                 if not task.keeps_session:
-                    generation.session.reset()  # the task may be referred to for longer
+                    generation.session.reset()  # references to the task may outlive it
             except Exception:
-                _log.exception("a request did not end in order")
+                _log.exception("ending a request failed")
         if isinstance(last, Chunk):
             self.counts.answered += 1
             self._count(last)
@@ -348,13 +342,8 @@ class Scheduler:
 
 
 def keep_prefix(session: Session) -> None:
-    """Keep a sequence's prefix; where that fails, its answer is no worse for it."""
+    """Keep a sequence's prefix; a failure does not affect its answer."""
     try:
         session.finish()
     except Exception as error:
-        _log.warning("the prefix is not kept: %s", error)
-
-
-def _allowed(masker: Masker, n_vocab: int) -> Allowed:
-    """What a grammar allows next; the scheduler advances it."""
-    return lambda _: masker.allowed(n_vocab)
+        _log.warning("a prefix was not kept: %s", error)

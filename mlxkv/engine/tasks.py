@@ -1,4 +1,4 @@
-"""What is known of a request while it is answered."""
+"""A request inside the scheduler, and its state."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class Prefilling:
 
     Args:
         generation: its answer.
-        tokens: what is computed: the prompt, or what is kept of it and of the answer so far.
-        steps: the chunks, once KV is held.
-        needs_room: whether it goes on only when another request has ended.
-        logits: `[1, V]` after the last chunk, until the answer joins the others.
+        tokens: tokens to compute: the prompt, or the kept part of prompt and answer.
+        steps: the chunks; None until prefill begins.
+        needs_room: whether it waits for another request to end.
+        logits: `[1, V]` after the last chunk, until decoding begins.
     """
 
     generation: Generation
@@ -47,7 +47,7 @@ class Decoding:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """Its last chunk or its error was told."""
+    """Its last chunk or its error was delivered."""
 
 
 State = Waiting | Prefilling | Decoding | Ended
@@ -58,12 +58,12 @@ class Task:
     """A request inside the scheduler.
 
     Args:
-        request: what is asked for.
-        tell: takes the chunks of the answer, and at last None or the error that ended it.
-        is_cancelled: whether the rest is not wanted any more.
-        owner: whose pages it shares.
-        generation: its answer, prepared already; None to have it prepared when its turn comes.
-        keeps_session: whether the session of `generation` keeps its KV when the answer has ended.
+        request: the request.
+        tell: receives the chunks of the answer, then None or the error that ended it.
+        is_cancelled: whether the request was cancelled.
+        owner: owner of its pages.
+        generation: its answer; None to make it when the request starts.
+        keeps_session: whether the session of `generation` keeps its KV after the answer.
     """
 
     request: Request

@@ -12,16 +12,16 @@ from mlxkv.parsers.events import ToolCall
 
 @dataclass(frozen=True, slots=True)
 class Miss:
-    """Why more of a prompt was computed than what was held has of it.
+    """Why part of a cached prefix had to be recomputed.
 
     Args:
-        reason: `diverged`: the prompt differs from what was held; `dropped`: KV that is needed to
-            go on where it does was given up for lack of memory, or its file was damaged.
-        token: position of the first token that differs, or from which on KV was missing.
-        held: text around it in what was held, the place marked by `|`.
+        reason: `diverged`: the prompt differs from the cached sequence; `dropped`: KV of the shared
+            prefix was evicted, or its file was damaged.
+        token: position of the first token that differs, or whose KV was missing.
+        held: text around it in the cached sequence, the position marked by `|`.
         prompt: the same in the prompt.
         n_tokens: tokens that were computed and would have been restored otherwise.
-        cost_s: the part of the prefill that they took, in seconds.
+        cost_s: their part of the prefill time, in seconds.
     """
 
     reason: str
@@ -34,7 +34,7 @@ class Miss:
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """What an answer took.
+    """Times, token counts and memory of an answer.
 
     Args:
         prompt_tokens: length of the prompt.

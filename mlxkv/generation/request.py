@@ -1,4 +1,4 @@
-"""What is asked of a model: one typed request, from every face to the scheduler."""
+"""A typed request, from every front end to the scheduler."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from mlxkv.errors import UsageError
 from mlxkv.sampling.grammar import Grammar
 from mlxkv.sampling.params import SamplingParams
 from mlxkv.saved_kv.manifest import NamedKV
+from mlxkv.text.chat_template import Message
 from mlxkv.text.stop_strings import StopTexts
 
-Message = Mapping[str, Any]
 Prompt = str | Sequence[Message] | Sequence[int]
 """A text, which is used as it is; messages, which the chat template renders; or token ids."""
 EFFORTS = ("low", "medium", "high")

@@ -45,8 +45,8 @@ def load(
         model: a directory, a name that `mlxkv list` shows, or a Hugging Face repository.
         dtype: what to compute in: auto, float32, float16, bfloat16.
         memory: limit in bytes or like "16GiB"; else what the machine allows.
-        kv_type: format of the KV cache: native, q8, q4, or auto, which is native and packed only
-            where memory is short; else native.
+        kv_type: format of the KV cache: native, q8, q4, or auto: native, and quantized only where
+            memory is short; else native.
         context: tokens that prompt and answer may have together; else the model's own.
         overflow: what happens there: `stop`, or `shift`, which drops the oldest tokens behind
             those that are kept and goes on; else stop.

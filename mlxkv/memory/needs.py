@@ -20,7 +20,7 @@ _log = logging.getLogger(__name__)
 MIN_CHUNK = 16
 """Tokens below which a chunk of a prompt is not halved any more."""
 LONGEST_TRACED = 8192
-"""Tokens of packed KV up to which steps are traced; beyond, what they hold is extrapolated."""
+"""Tokens of quantized KV up to which steps are traced; beyond, what they hold is extrapolated."""
 
 
 def pages_bytes(limit_bytes: int, weights_bytes: int) -> int:
@@ -90,7 +90,7 @@ class Needs:
     def step(self, n_held: int, n_new: int, *, last: bool) -> Held:
         """What one step holds, KV included; only the KV where MLX cannot trace the model."""
         if self.kv_type != "native" and n_held > LONGEST_TRACED and n_new <= self.chunk:
-            # The graph of attention over packed KV grows with the tokens held.
+            # The graph of attention over quantized KV grows with the tokens held.
             after = self.kv_bytes(n_held + n_new)
             marks = self._growth_marks if n_new == 1 else self._chunk_marks
             return Held(self.kv_bytes(n_held), after + _on_line(marks, n_held + n_new))

@@ -130,7 +130,7 @@ class StepBound:
 
 
 def _layers(model: CausalLM) -> tuple[Counter[str], Counter[str]]:
-    """Values that its products take and give for a token, and values of its packed weights.
+    """Values that its products take and give for a token, and values of its quantized weights.
 
     By layer; what is in no layer stands under "".
     """
@@ -161,7 +161,7 @@ def _layers(model: CausalLM) -> tuple[Counter[str], Counter[str]]:
 
 
 def _n_in(module: nn.Module) -> int:
-    """Values in a row of a weight, packed or not."""
+    """Values in a row of a weight, quantized or not."""
     n = module["weight"].shape[-1]
     return n * 32 // module.bits if "scales" in module else n
 

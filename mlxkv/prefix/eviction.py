@@ -232,7 +232,7 @@ class _Chains:
         parents: of every page that is here.
         depth: pages before it that are here.
         used_ns: the latest use of it or of a page behind it.
-        needed: pages whose window part somebody may need.
+        needed: pages whose window part is needed to resume.
     """
 
     parents: Mapping[str, str]

@@ -295,7 +295,7 @@ def _acquire(path: Path, wait_s: float) -> int:
         lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Somebody may have deleted the folder, and another made it again.
+            # Another process may have deleted the folder and created it again.
             if path.stat().st_ino == os.fstat(lock).st_ino:
                 return lock
         except BlockingIOError:

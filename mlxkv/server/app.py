@@ -34,14 +34,14 @@ ROUTERS: tuple[Callable[[Engine, ServerConfig], APIRouter], ...] = (
     ollama.router,
     metrics.router,
 )
-"""The front ends."""
+"""One per front end."""
 
 
 def create_app(engine: Engine, config: ServerConfig) -> FastAPI:
     """The ASGI application.
 
     Args:
-        engine: started already; the caller closes it.
+        engine: a started engine; the caller closes it.
         config: access and limits.
     """
     # Outside of the guard, so that browsers may read its refusals.
@@ -65,8 +65,8 @@ def create_app(engine: Engine, config: ServerConfig) -> FastAPI:
             ClientGone: _on_gone,
         },
         responses={
-            "4XX": {"description": "The request cannot be served; the API's error shape"},
-            "5XX": {"description": "The server cannot serve now; the API's error shape"},
+            "4XX": {"description": "The request is invalid or not allowed; the API's error shape"},
+            "5XX": {"description": "The server failed or is busy; the API's error shape"},
         },
         docs_url=None,
         redoc_url=None,
@@ -77,9 +77,9 @@ def create_app(engine: Engine, config: ServerConfig) -> FastAPI:
 
     @app.get("/health", tags=["watching"])
     async def health() -> Response:
-        """Whether the engine works: 200, or 503 when its thread is dead."""
+        """200 while the engine runs, 503 once its thread has died."""
         alive = engine.alive
-        status = "ok" if alive else "the engine is dead: restart the server"
+        status = "ok" if alive else "the engine's thread has died: restart the server"
         return JSONResponse({"status": status}, status_code=200 if alive else 503)
 
     return app

@@ -1,7 +1,7 @@
-"""Asking a server that runs: `mlxkv ps`, `stop`, and `run` with a server.
+"""HTTP client of a running server, for `mlxkv ps`, `stop`, and `run` with a server.
 
-Errors are the server's own words, under the exit code that a command in this process would have.
-No proxy is asked and no redirect followed: prompts and keys go to the address that was named.
+Errors have the server's message, and the exit code that a command in this process would have. No
+proxy is used and no redirect followed: prompts and keys go to the named address only.
 """
 
 from __future__ import annotations
@@ -28,17 +28,8 @@ from mlxkv.errors import (
 from mlxkv.server.config import HOST, PORT
 
 CONNECT_S, ANSWER_S = 10.0, 60.0
-_KINDS = {
-    kind.status: kind
-    for kind in (
-        UsageError,
-        ModelNotFound,
-        CheckpointError,
-        DownloadError,
-        OutputError,
-        OutOfMemory,
-    )
-}
+_ERRORS = (UsageError, ModelNotFound, CheckpointError, DownloadError, OutputError, OutOfMemory)
+_KINDS = {kind.status: kind for kind in _ERRORS}
 _REFUSED = (401, 403, 413)
 _URL = re.compile(
     r"(?:(?P<scheme>https?)://)?(?:\[(?P<ipv6>[0-9a-fA-F:.]+)\]|(?P<host>[\w.-]+))"
@@ -57,8 +48,8 @@ class Server:
         scheme: http or https.
         host: name or address.
         port: its port.
-        path: what its own paths are below, without a slash at the end.
-        key: API key, "" for none.
+        path: prefix of its paths, without a slash at the end.
+        key: API key; "" for none.
     """
 
     scheme: str
@@ -69,14 +60,14 @@ class Server:
 
     @classmethod
     def at(cls, address: str | None = None, key: str | None = None) -> Server:
-        """A server by its address; None is MLXKV_SERVER's, or this machine's.
+        """The server at an address.
 
         Args:
-            address: HOST, HOST:PORT or a URL.
-            key: API key; None for MLXKV_API_KEY, or none.
+            address: HOST, HOST:PORT or a URL; None for MLXKV_SERVER, or this machine.
+            key: API key; None for MLXKV_API_KEY, or no key.
 
         Raises:
-            UsageError: no address, or a key that cannot be sent.
+            UsageError: an invalid address, or a key that is not printable ASCII.
         """
         where = "" if address is not None else "MLXKV_SERVER "
         if address is None:
@@ -100,11 +91,11 @@ class Server:
         return f"{self.scheme}://{host}:{self.port}{self.path}"
 
     def ask(self, method: str, path: str, body: Any = None) -> dict[str, Any]:
-        """The whole answer to a request.
+        """Send a request, and return the whole response.
 
         Raises:
-            UsageError: there is no server.
-            MlxkvError: it refuses.
+            UsageError: no server at the address.
+            MlxkvError: the server answers with an error.
         """
         connection = self._connect()
         try:
@@ -116,11 +107,11 @@ class Server:
             connection.close()
 
     def lines(self, path: str, body: Any) -> Generator[dict[str, Any]]:
-        """The answer to a POST as its lines come. Closing it before its end cancels the answer.
+        """Send a POST, and yield the lines of its response. Closing the generator cancels it.
 
         Raises:
-            UsageError: there is no server.
-            MlxkvError: it refuses, or what it does fails.
+            UsageError: no server at the address.
+            MlxkvError: the server answers with an error, or the response breaks off.
         """
         connection = self._connect()
         try:
@@ -137,9 +128,9 @@ class Server:
         finally:
             connection.close()
 
-    def ended(self) -> MlxkvError:
-        """An answer that ended without its last line."""
-        return MlxkvError(f"{self} ended the answer before it was done")
+    def incomplete(self) -> MlxkvError:
+        """The error for a response without its last line."""
+        return MlxkvError(f"{self} closed the connection before the answer was complete")
 
     def _connect(self) -> http.client.HTTPConnection:
         kind = http.client.HTTPSConnection if self.scheme == "https" else http.client.HTTPConnection
@@ -160,17 +151,17 @@ class Server:
         body: Any,
         waits: bool = False,
     ) -> http.client.HTTPResponse:
-        """The response to a request, its body unread.
+        """Send a request, and return the response with its body unread.
 
         Args:
-            connection: to ask over.
-            method: of HTTP.
-            path: below the server's own.
-            body: sent as JSON; None for nothing.
-            waits: for as long as a model takes to be loaded and to write.
+            connection: an open connection.
+            method: HTTP method.
+            path: below `self.path`.
+            body: sent as JSON; None for no body.
+            waits: wait without a timeout, as loading and generating may take any time.
 
         Raises:
-            MlxkvError: its status is an error.
+            MlxkvError: the status is an error.
         """
         headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
         data = None
@@ -178,51 +169,47 @@ class Server:
             data = json.dumps(body).encode()
             headers["Content-Type"] = "application/json"
         connection.sock.settimeout(None if waits else ANSWER_S)
-        # A server whose machine is gone says nothing: the system finds that out.
+        # Detects a server whose machine has gone off the network.
         connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        # A body that is not read to its end has an answer that says why.
+        # A server that refuses a body before reading all of it answers why.
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             connection.request(method, f"{self.path}{path}", data, headers)
         response = connection.getresponse()
         if response.status != 200:
             busy = response.getheader("Retry-After") is not None
-            said = response.read()
-            raise self._error(response.status, _message(said), busy or not _is_ours(said))
+            data = response.read()
+            raise self._error(response.status, _message(data), busy or not _is_ours(data))
         return response
 
-    def _error(self, status: int, message: str, passing: bool = False) -> MlxkvError:
-        """What the server says went wrong, as the exception that it would be here.
+    def _error(self, status: int, message: str, is_general: bool = False) -> MlxkvError:
+        """A response's error as the exception that it would be in this process.
 
         Args:
-            status: of HTTP.
-            message: its words.
-            passing: it is busy, or what answers is not `mlxkv serve`: a status from 500 on then
-                says nothing of models and memory.
+            status: HTTP status.
+            message: the server's message.
+            is_general: the server is busy, or a proxy answered: statuses from 500 on then do not
+                mean a model or its memory.
         """
         kind = UsageError if status in _REFUSED else _KINDS.get(status, MlxkvError)
-        kind = MlxkvError if passing and status >= 500 else kind
+        kind = MlxkvError if is_general and status >= 500 else kind
         return kind(f"{self} answered {status}: {message}")
 
     def _broken(self, error: Exception) -> MlxkvError:
-        """Something came that is no answer, or nothing more does."""
+        """The error for a malformed response or a broken connection."""
         if isinstance(error, http.client.IncompleteRead | http.client.RemoteDisconnected):
-            return self.ended()
+            return self.incomplete()
         if isinstance(error, OSError):
             return MlxkvError(f"the connection to {self} broke: {_reason(error)}")
         return MlxkvError(f"{self} does not answer like `mlxkv serve` ({type(error).__name__})")
 
 
 def _reason(error: Exception) -> str:
-    """What the system says went wrong."""
+    """The operating system's message for an error."""
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 def _object(data: bytes) -> dict[str, Any]:
-    """A JSON object.
-
-    Raises:
-        ValueError: it is none.
-    """
+    """Parse a JSON object, or raise ValueError."""
     value = json.loads(data)
     if not isinstance(value, dict):
         raise ValueError("not an object")
@@ -230,7 +217,7 @@ def _object(data: bytes) -> dict[str, Any]:
 
 
 def _is_ours(answer: bytes) -> bool:
-    """Whether an error is one of `mlxkv serve`, and not of what stands before it."""
+    """Whether an error is from `mlxkv serve`, and not from a proxy in front of it."""
     try:
         return "error" in _object(answer)
     except ValueError:
@@ -238,18 +225,18 @@ def _is_ours(answer: bytes) -> bool:
 
 
 def _status(line: Mapping[str, Any]) -> int:
-    """Of an error that ends a stream."""
+    """The status of an error that ends a stream."""
     status = line.get("status")
     return status if isinstance(status, int) else 500
 
 
 def _message(answer: bytes | Mapping[str, Any]) -> str:
-    """What an error says, in the shape of any API that the server has."""
+    """The message of an error in the shape of any of the server's APIs."""
     if isinstance(answer, bytes):
         try:
             answer = _object(answer)
         except ValueError:
-            return " ".join(answer[:_SHOWN_CHARS].decode("utf-8", "replace").split()) or "nothing"
-    said = answer.get("error")
-    said = said.get("message") if isinstance(said, dict) else said
-    return str(said or answer)[:_SHOWN_CHARS]
+            return " ".join(answer[:_SHOWN_CHARS].decode("utf-8", "replace").split()) or "no body"
+    error = answer.get("error")
+    error = error.get("message") if isinstance(error, dict) else error
+    return str(error or answer)[:_SHOWN_CHARS]

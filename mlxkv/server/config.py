@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from mlxkv.errors import Hint, UsageError
 
 HOST, PORT = "127.0.0.1", 11434
-"""Where a server listens, and where clients look for one, unless they are told."""
+"""Default address of servers and clients."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,14 +26,14 @@ class ServerConfig:
         models: names or paths that the operator gave; requests may name them as they are.
         max_body_bytes: size of a request.
         max_tokens: length of one answer; None for as long as the context allows.
-        max_choices: answers that one request may ask for (`n`, or a list of prompts).
-        first_s: how long an answer's first event is waited for before a stream begins: an error
-            until then has its own HTTP status, later ones are events.
-        ping_s: pause in a stream after which a comment shows that it lives.
-        stall_s: how long a client may leave a stream unread before it counts as gone.
+        max_choices: answers to one request (`n`, or a list of prompts).
+        first_s: time to wait for the first event before a stream starts. An error before has its
+            own HTTP status; later ones are events of the stream.
+        ping_s: send a comment after this long without an event.
+        stall_s: time after which a client that does not read its stream counts as disconnected.
 
     Raises:
-        UsageError: other machines can reach the address, and there is no API key; or an empty one.
+        UsageError: other machines can reach the address and no API key is set, or an invalid key.
     """
 
     host: str = HOST
@@ -58,8 +58,8 @@ class ServerConfig:
                 )
         if not self.api_keys and not is_loopback(self.host):
             raise UsageError(
-                f"{self.host} can be reached by other machines, so an API key is required; or "
-                f"listen on 127.0.0.1",
+                f"other machines can reach {self.host}, so an API key is required; or listen on "
+                f"127.0.0.1",
                 field="host",
                 hints=[Hint("api_keys", "KEY")],
             )

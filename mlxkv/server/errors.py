@@ -1,6 +1,6 @@
-"""Errors in the shape of the API that was asked, and with its names for fields.
+"""Errors in the shape of the request's API, with its names for fields.
 
-The path tells the API: `/v1/messages` is Anthropic's, `/api` Ollama's, everything else OpenAI's.
+The path selects the API: `/v1/messages` is Anthropic's, `/api` Ollama's, everything else OpenAI's.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _OPENAI_TYPES = {
     503: "overloaded_error",
 }
 _ANTHROPIC_TYPES = {**_OPENAI_TYPES, 504: "timeout_error"}
-# Class of error -> short name, and the field to blame where the error does not say.
+# Class of error -> code, and the field for errors that name none.
 _CODES = {
     ContextExceeded: ("context_length_exceeded", "messages"),
     ModelNotFound: ("model_not_found", "model"),
@@ -127,21 +127,21 @@ def _is_below(path: str, prefix: str) -> bool:
 
 
 def fields_of(path: str) -> Fields:
-    """What the API of a path calls its fields."""
+    """The field names of a path's API."""
     known = (("/v1/messages", ANTHROPIC), ("/v1/responses", RESPONSES), ("/api", OLLAMA))
     return next((fields for prefix, fields in known if _is_below(path, prefix)), OPENAI)
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """An error on its way to the client, in no API's shape yet.
+    """An error response, not yet in an API's shape.
 
     Args:
-        status: of the HTTP response.
-        message: for a human.
-        code: short name, where clients know one.
-        param: the field of the request that is to blame.
-        headers: of the response.
+        status: HTTP status.
+        message: what is wrong, and what to do.
+        code: the API's code for such errors; None for none.
+        param: the request's invalid field; None for none.
+        headers: HTTP headers.
     """
 
     status: int
@@ -152,19 +152,14 @@ class Failure:
 
 
 def failure_of(error: BaseException, fields: Fields) -> Failure:
-    """What a client is told of an exception; of an unexpected one, only that there was one.
-
-    Args:
-        error: the exception.
-        fields: the API's names.
-    """
+    """The response for an exception. An unexpected one is logged, and clients see no details."""
     match error:
         case Busy():
             after = {"Retry-After": str(max(1, math.ceil(error.retry_after_s)))}
             return Failure(error.status, str(error), "server_busy", headers=after)
         case MlxkvError():
             code, param = next(
-                (said for kind, said in _CODES.items() if isinstance(error, kind)), (None, None)
+                (pair for kind, pair in _CODES.items() if isinstance(error, kind)), (None, None)
             )
             named = None if error.field is None else fields.name(error.field)
             return Failure(error.status, _told(error, fields), code, named or param)
@@ -173,7 +168,7 @@ def failure_of(error: BaseException, fields: Fields) -> Failure:
         case HTTPException():
             return Failure(error.status_code, str(error.detail), headers=error.headers or {})
     _log.error("a request failed", exc_info=error)
-    return Failure(500, "an error inside the server; its log says more", "internal_error")
+    return Failure(500, "internal error: see the server's log", "internal_error")
 
 
 def _told(error: MlxkvError, fields: Fields) -> str:
@@ -200,7 +195,7 @@ def _invalid(error: RequestValidationError) -> Failure:
         for place, each in zip(places, error.errors(), strict=True)
         if not any(other.startswith(f"{place}.") for other in places if place)
     ]
-    said, param = [], None
+    shown, param = [], None
     for place, each in found[:_SHOWN_ERRORS]:
         message = str(each["msg"]).removeprefix("Value error, ")
         if each["type"] == "json_invalid":
@@ -208,9 +203,9 @@ def _invalid(error: RequestValidationError) -> Failure:
         elif each["type"] == "extra_forbidden":
             message = "not supported"
         param = param or place or None
-        said.append(f"{place}: {message}" if place else message)
-    more = len(found) - len(said)
-    text = "; ".join(said) + (f" (and {more} more)" if more > 0 else "")
+        shown.append(f"{place}: {message}" if place else message)
+    more = len(found) - len(shown)
+    text = "; ".join(shown) + (f" (and {more} more)" if more > 0 else "")
     return Failure(400, text[:2000], "invalid_request", param and param[:_SHOWN_CHARS])
 
 
@@ -246,7 +241,7 @@ def ollama_error(failure: Failure) -> dict[str, Any]:
 
 
 def shape(path: str, failure: Failure) -> dict[str, Any]:
-    """The error as the API of a path writes it."""
+    """The error in the shape of a path's API."""
     if _is_below(path, "/v1/messages"):
         return anthropic_error(failure)
     if _is_below(path, "/api"):
@@ -255,7 +250,7 @@ def shape(path: str, failure: Failure) -> dict[str, Any]:
 
 
 def error_response(path: str, error: BaseException) -> Response:
-    """The response to a request that failed."""
+    """The HTTP response for an exception."""
     failure = failure_of(error, fields_of(path))
     return JSONResponse(
         shape(path, failure), status_code=failure.status, headers=dict(failure.headers)

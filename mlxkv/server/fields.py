@@ -1,4 +1,4 @@
-"""Fields that requests of several APIs have."""
+"""Types of fields that several APIs share."""
 
 from __future__ import annotations
 
@@ -42,6 +42,12 @@ class LeftOut(BaseModel):
     `ignored` names it by its `type`."""
 
     model_config = ConfigDict(extra="allow", strict=True)
+
+
+class ToolPicture(LeftOut):
+    """A picture that a tool gave: a note stands in its place."""
+
+    text: ClassVar[str] = "[image left out: this model reads text only]"
 
 
 def type_of(value: Any) -> str | None:
@@ -140,7 +146,7 @@ def _range(parameter: Parameter) -> Any:
 
 
 def one_or_more(value: str | list[str]) -> list[str]:
-    """A text or several, as several."""
+    """One text or a list of texts, as a list."""
     return [value] if isinstance(value, str) else value
 
 
@@ -148,17 +154,17 @@ def seconds(value: float | str | None) -> float | None:
     """`keep_alive` in seconds: a number, or Ollama's `1h30m`; negative is for ever.
 
     Raises:
-        UsageError: it is neither, or longer than a calendar.
+        UsageError: it is neither, or longer than 1e9 s.
     """
     if isinstance(value, str):
         text = value.removeprefix("-")
         parts = _DURATION.findall(text)
         if not parts or "".join(number + unit for number, unit in parts) != text:
             raise UsageError(
-                f'keep_alive must be seconds, or like "5m" or "1h30m"; got {value[:40]!r}'
+                f'keep_alive must be seconds, or a time like "5m" or "1h30m"; got {value[:40]!r}'
             )
         total = sum(float(number) * _UNITS_S[unit] for number, unit in parts)
         value = -total if value.startswith("-") else total
     if value is not None and not value <= _LONGEST_S:
-        raise UsageError("keep_alive is too long: a negative one is for ever")
+        raise UsageError(f"keep_alive must be at most {_LONGEST_S:.0e} s; negative: for ever")
     return value

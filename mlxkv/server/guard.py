@@ -1,4 +1,4 @@
-"""Access control, before anything else sees a request.
+"""Access control, before any other code sees a request.
 
 - `Host` must be an address, a name of this machine or network, or a configured one: a name that an
   attacker has pointed at this machine (DNS rebinding) is none of them, and an address cannot be.
@@ -33,17 +33,12 @@ LOCAL_ORIGINS = (
 )
 """Pages that may ask by default, as with Ollama: of this machine, and of programs on it."""
 OPEN_PATHS = frozenset({"/", "/health"})
-"""What needs no key: it tells nothing but that the server lives. The page at `/` is always the
-same; its figures come from `/stats.json`, which needs one."""
+"""Paths that need no key: they only show that the server runs. The page at `/` is static; its
+figures come from `/stats.json`, which needs a key."""
 
 
 class Guard:
-    """ASGI middleware; sets `request.state.owner`.
-
-    Args:
-        app: what it guards.
-        config: the server's settings.
-    """
+    """ASGI middleware that checks access and sets `request.state.owner`."""
 
     def __init__(self, app: ASGIApp, config: ServerConfig):
         self._app = app
@@ -83,8 +78,8 @@ class Guard:
         if not self._knows(_name_of(host)):
             raise HTTPException(
                 403,
-                f"the Host header {host[:80]!r} is no name of this server: use localhost or an "
-                f"address, or have its operator allow the name",
+                f"the Host header {host[:80]!r} is not a name of this server: use localhost or an "
+                f"IP address, or have the server's operator allow the name",
             )
         origin = headers.get("origin")
         own = f"{scope.get('scheme', 'http')}://{host}".lower()
@@ -93,7 +88,7 @@ class Guard:
             return
         if not re.fullmatch(LOCAL_ORIGINS, origin):
             raise HTTPException(
-                403, f"the origin {origin[:80]!r} is not allowed: its operator can allow it"
+                403, f"the origin {origin[:80]!r} is not allowed by the server's operator"
             )
 
     def _knows(self, name: str | None) -> bool:
@@ -109,29 +104,29 @@ class Guard:
         return True
 
     def _owner(self, path: str, headers: dict[str, str]) -> str:
-        """Whose pages a request may use; "" where there are no keys."""
+        """The owner of a request's pages; "" if no keys are set."""
         if not self._owners or path in OPEN_PATHS:
             return ""
         scheme, _, token = headers.get("authorization", "").partition(" ")
-        given = token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
+        key = token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
         found = ""
         for digest, owner in self._owners.items():
-            # All are compared, so that the time tells nothing.
-            if hmac.compare_digest(digest, _digest(given)):
+            # Compare all of them, so that the time does not reveal a match.
+            if hmac.compare_digest(digest, _digest(key)):
                 found = owner
         if not found:
             raise HTTPException(
                 401,
                 "an API key is required: send it as `Authorization: Bearer KEY` or `x-api-key`"
-                if not given
-                else "this API key is not known",
+                if not key
+                else "unknown API key",
                 {"WWW-Authenticate": "Bearer"},
             )
         return found
 
 
 def owner_of(key: str) -> str:
-    """The name under which a key's pages are kept."""
+    """The owner's name under which a key's pages are stored."""
     return hashlib.sha256(b"mlxkv owner\0" + key.encode()).hexdigest()[:32]
 
 
@@ -140,18 +135,18 @@ def _digest(key: str) -> bytes:
 
 
 def _headers(scope: Scope) -> dict[str, str]:
-    """Names and values; of a header that must come once, two are an error."""
+    """Headers by name; security headers that come twice are refused."""
     headers: dict[str, str] = {}
     for raw, value in scope["headers"]:
         name = raw.decode("latin-1").lower()
         if name in headers and name in {"host", "origin", "authorization", "x-api-key"}:
-            raise HTTPException(400, f"the header {name} came twice")
+            raise HTTPException(400, f"duplicate header {name}")
         headers[name] = value.decode("latin-1")
     return headers
 
 
 def _name_of(host: str) -> str | None:
-    """`localhost:8080` -> `localhost`, `[::1]:80` -> `::1`; None for what is no host."""
+    """`localhost:8080` -> `localhost`, `[::1]:80` -> `::1`; None for an invalid host."""
     name, port = host, ""
     if host.startswith("["):
         name, closed, port = host[1:].partition("]")
@@ -166,9 +161,9 @@ def _name_of(host: str) -> str | None:
 
 
 def _limit_body(receive: Receive, headers: dict[str, str], limit: int) -> Receive:
-    """The same messages, up to as many bytes of body."""
-    said = headers.get("content-length", "")
-    n_read = int(said) if said.isascii() and said.isdigit() and len(said) < 20 else 0
+    """`receive` with a limit on the bytes of the body."""
+    length = headers.get("content-length", "")
+    n_read = int(length) if length.isascii() and length.isdigit() and len(length) < 20 else 0
     too_large = HTTPException(
         413, f"the request is larger than {limit:,} bytes", {"Connection": "close"}
     )

@@ -1,7 +1,7 @@
-"""Bodies as JSON that means one thing: no NaN, no half characters, no bottomless nesting.
+"""Strict JSON bodies: no NaN, no lone surrogates, no deep nesting.
 
-A body is JSON whatever its content type says: Ollama's own examples send it with `curl -d`, as a
-form. A web page cannot use that, see `guard`.
+A body is parsed as JSON whatever its content type: Ollama's examples use `curl -d`, which sends a
+form's type. Web pages cannot exploit that, see `guard`.
 """
 
 from __future__ import annotations
@@ -15,23 +15,19 @@ from fastapi import Request, Response
 from fastapi.routing import APIRoute
 
 MAX_DEPTH = 64
-"""Brackets within brackets; a JSON schema that needs more is not found in the wild."""
+"""Levels of nesting; real JSON schemas need fewer."""
 
 
 class JSONRequest(Request):
     """A request whose body is JSON."""
 
     async def json(self) -> Any:
-        """The body, parsed.
-
-        Raises:
-            JSONDecodeError: it is none.
-        """
+        """The body, parsed; raises as `parse_json`."""
         return parse_json(await self.body())
 
 
 class JSONRoute(APIRoute):
-    """A route that reads its body so."""
+    """A route whose body is JSON."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handler = super().get_route_handler()
@@ -47,14 +43,14 @@ class JSONRoute(APIRoute):
 
 
 def parse_json(body: bytes) -> Any:
-    """JSON as the standard has it.
+    """Parse standard JSON.
 
     Raises:
-        JSONDecodeError: it is not, or nests deeper than `MAX_DEPTH`.
+        JSONDecodeError: not standard JSON, or nested deeper than `MAX_DEPTH`.
     """
 
     def refuse(name: str) -> Any:
-        raise JSONDecodeError(f"{name} is no number of JSON", "", 0)
+        raise JSONDecodeError(f"{name} is not a JSON number", "", 0)
 
     try:
         value = json.loads(body, parse_constant=refuse, parse_float=_finite)
@@ -63,9 +59,9 @@ def parse_json(body: bytes) -> Any:
     except JSONDecodeError:
         raise
     except RecursionError:
-        raise JSONDecodeError(f"it nests deeper than {MAX_DEPTH}", "", 0) from None
+        raise JSONDecodeError(f"nested deeper than {MAX_DEPTH} levels", "", 0) from None
     except UnicodeError:
-        raise JSONDecodeError("a text is not Unicode", "", 0) from None
+        raise JSONDecodeError("a string is not valid Unicode", "", 0) from None
     except ValueError:  # an int of more than 4,300 digits
         raise JSONDecodeError("a number is too long", "", 0) from None
     _check_depth(value)
@@ -83,7 +79,7 @@ def _check_depth(value: Any) -> None:
     level, depth = [value], 0
     while level:
         if depth > MAX_DEPTH:
-            raise JSONDecodeError(f"it nests deeper than {MAX_DEPTH}", "", 0)
+            raise JSONDecodeError(f"nested deeper than {MAX_DEPTH} levels", "", 0)
         inner: list[Any] = []
         for each in level:
             if isinstance(each, dict):

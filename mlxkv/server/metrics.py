@@ -1,4 +1,4 @@
-"""What the server does: `/metrics` for Prometheus, `/stats.json`, and the page at `/`."""
+"""Monitoring: `/metrics` for Prometheus, `/stats.json`, and the page at `/`."""
 
 from __future__ import annotations
 
@@ -26,12 +26,9 @@ _TOKENS = ("prompt", "restored_ram", "restored_ssd", "computed", "generated")
 
 
 class EngineCollector(Collector):
-    """The engine's figures, read when they are asked for.
+    """Reads the engine's metrics at each scrape.
 
-    A model's counters begin anew when it is loaded again, as those of a restarted server do.
-
-    Args:
-        engine: whose.
+    A model's counters restart at 0 when it is loaded again, like those of a restarted server.
     """
 
     def __init__(self, engine: Engine):
@@ -44,7 +41,7 @@ class EngineCollector(Collector):
         )
         tokens = CounterMetricFamily(
             "mlxkv_tokens",
-            "Tokens. Prompt tokens are restored from RAM or SSD, or computed.",
+            "Tokens by kind. Prompt tokens are restored from RAM or SSD, or computed.",
             labels=["model", "kind"],
         )
         misses = CounterMetricFamily(
@@ -60,15 +57,15 @@ class EngineCollector(Collector):
             for reason, n in counts.misses.items():
                 misses.add_metric([model, reason], n)
         yield from (requests, tokens, misses)
-        yield GaugeMetricFamily("mlxkv_running", "Requests being answered.", stats.running)
+        yield GaugeMetricFamily("mlxkv_running", "Requests that are running.", stats.running)
         yield GaugeMetricFamily("mlxkv_queued", "Requests waiting in the queue.", stats.queued)
         yield CounterMetricFamily(
-            "mlxkv_rejected", "Requests refused because the queue was full.", stats.rejected
+            "mlxkv_rejected", "Requests rejected because the queue was full.", stats.rejected
         )
         memory = GaugeMetricFamily(
             "mlxkv_memory_bytes",
-            "Memory. weights, kv_* and pages are counted by mlxkv; active, cached and peak are "
-            "what MLX reports, those included.",
+            "Memory by kind. mlxkv counts weights, kv_* and pages; MLX reports active, cached and "
+            "peak, which include them.",
             labels=["kind"],
         )
         for kind, n_bytes in stats.memory.items():
@@ -97,8 +94,7 @@ def router(engine: Engine, config: ServerConfig) -> APIRouter:
     @routes.get("/stats.json")
     async def stats() -> Response:
         """The same metrics as JSON, with the models in memory."""
-        # A model's entry has what its pages take on disk, which are counted.
-        shown = await run_in_threadpool(_shown, engine)
+        shown = await run_in_threadpool(_shown, engine)  # scans the KV folder
         return JSONResponse(shown, headers={"Cache-Control": "no-store"})
 
     @routes.head("/", include_in_schema=False)
@@ -115,7 +111,7 @@ def _tokens(counts: Counts) -> dict[str, int]:
 
 
 def _shown(engine: Engine) -> dict[str, Any]:
-    """The figures, and when they were read: rates are differences of two of them."""
+    """The metrics with their time, from which clients compute rates."""
     stats = engine.stats()
     loaded = {model.name: dataclasses.asdict(model) for model in engine.loaded()}
     for model in loaded.values():
@@ -136,7 +132,7 @@ def _shown(engine: Engine) -> dict[str, Any]:
 
 
 def _policy(page: str) -> str:
-    """A Content-Security-Policy that lets the page run its own script and ask its own server."""
+    """A Content-Security-Policy that allows the page's own script, style and server only."""
 
     def hashed(tag: str) -> str:
         (inside,) = re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)

@@ -1,7 +1,7 @@
-"""Names of models in requests that speak of models that are here.
+"""Resolve the model names of requests to models on this machine.
 
-No name of a request is a path, except one that the operator gave. A model that is not here is not
-fetched to answer a request: clients are told to pull it.
+A request's name is never a path, unless the operator named that path. A missing model is not
+downloaded: the error tells clients to pull it.
 """
 
 from __future__ import annotations
@@ -39,28 +39,28 @@ class LocalModel:
     """A model on this machine.
 
     Args:
-        name: by which the engine knows it.
-        path: its directory; None for a name that the engine resolves.
+        name: its name in the engine.
+        path: its directory; None if the engine resolves the name.
     """
 
     name: str
     path: Path | None = None
 
     def ask(self, request: Request, owner: str, keep_alive_s: float | None = None) -> Ask:
-        """A request to it; arguments as for `Ask`."""
+        """A request to this model; arguments as for `Ask`."""
         return Ask(self.name, request, owner, keep_alive_s, self.path)
 
 
 async def present(engine: Engine, config: ServerConfig, name: str) -> LocalModel:
-    """A model on this machine. A request's name is resolved here or by the engine, and once.
+    """Find a model on this machine.
 
     Args:
-        engine: models in memory may have any name.
-        config: and so may the operator's.
-        name: as a request has it, with or without `:latest`.
+        engine: has the names of the models in memory.
+        config: has the operator's models.
+        name: the request's name, with or without `:latest`.
 
     Raises:
-        ModelNotFound: it is not here, or no name.
+        ModelNotFound: no such model on this machine.
     """
     known = {*config.models, *engine.names()}
     for spelling in spellings(name):
@@ -70,11 +70,7 @@ async def present(engine: Engine, config: ServerConfig, name: str) -> LocalModel
 
 
 def find(name: str) -> LocalModel:
-    """A model that is stored here, apart from those that engine and operator name.
-
-    Raises:
-        ModelNotFound: as `present`.
-    """
+    """Find a complete model in the store; raises as `present`."""
     for spelling in spellings(name):
         ref = _ref(spelling)
         if ref is not None and (path := resolve.local(ref)) is not None:
@@ -83,11 +79,7 @@ def find(name: str) -> LocalModel:
 
 
 def stored_name(name: str) -> str:
-    """The name of a model that is stored here, though it may be incomplete.
-
-    Raises:
-        ModelNotFound: as `present`.
-    """
+    """The name of a stored model, which may be incomplete; raises as `present`."""
     for spelling in spellings(name):
         if _is_here(spelling):
             return spelling
@@ -95,31 +87,31 @@ def stored_name(name: str) -> str:
 
 
 def pullable_name(name: str) -> str:
-    """A model that can be fetched: of the catalog, or a Hugging Face repository.
+    """The name of a model that can be downloaded: a built-in one or a Hugging Face repository.
 
     Raises:
-        ModelNotFound: there is none of that name.
+        ModelNotFound: no such model.
     """
     for spelling in spellings(name):
         ref = _ref(spelling)
         if isinstance(ref, CatalogRef | HubRef | StoredRef):
             return spelling
     raise ModelNotFound(
-        f"model {_short(name)} not found: give a built-in model, or a Hugging Face repository "
+        f"model {_short(name)} not found: name a built-in model or a Hugging Face repository "
         "(org/name)"
     )
 
 
 def new_name(name: str) -> str:
-    """A name under which a model may be stored here.
+    """Check a name for a new model.
 
     Raises:
-        UsageError: it is no name, or one that is taken.
+        UsageError: an invalid name, or one that exists.
     """
     name = name.removesuffix(LATEST)
     if len(name) > _MAX_CHARS or not NAME.fullmatch(name) or name.endswith(".gguf"):
         raise UsageError(
-            f"a model's name has letters, digits, '.', '_', '-' and one ':'; got {_short(name)}"
+            f"a model's name must be letters, digits, '.', '_', '-' and one ':'; got {_short(name)}"
         )
     if catalog.find(name):
         raise UsageError(f"{_short(name)} is the name of a built-in model; choose another")
@@ -130,7 +122,7 @@ def new_name(name: str) -> str:
 
 
 def spellings(name: str) -> Iterator[str]:
-    """What a client may mean by a name: Ollama's clients add `:latest`, or leave it out."""
+    """Names that a client may mean: Ollama's clients add `:latest`, or leave it out."""
     for host in _HOSTS:
         name = name.removeprefix(host)
     bare = name.removesuffix(LATEST)
@@ -143,7 +135,7 @@ def spellings(name: str) -> Iterator[str]:
 
 
 def _ref(name: str) -> StoredRef | CatalogRef | HubRef | None:
-    """What a name means; None if it is none, or a path."""
+    """The model that a name refers to; None for an invalid name or a path."""
     if len(name) > _MAX_CHARS or not (NAME.fullmatch(name) or REPO.fullmatch(name)):
         return None
     try:
@@ -165,7 +157,7 @@ def _is_here(name: str) -> bool:
 
 
 def _not_found(name: str) -> ModelNotFound:
-    return ModelNotFound(f"model {_short(name)} not found: pull it first, or GET /api/tags")
+    return ModelNotFound(f"model {_short(name)} not found: pull it; GET /api/tags lists all")
 
 
 def _short(name: str) -> str:

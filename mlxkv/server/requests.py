@@ -1,4 +1,4 @@
-"""From what an API was sent to the request that the engine takes; all three APIs meet here."""
+"""Build the engine's requests, for all three APIs."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from mlxkv.server.config import ServerConfig
 
 
 def build_request(prompt: Prompt, **options: Any) -> Request:
-    """A request; what it leaves open is what the model's maker recommends.
+    """A request whose unset sampling parameters are the model's recommended ones.
 
     Args:
-        prompt: a text as it is, chat messages, or token ids.
-        **options: as `Request.of` takes them; None for what was not sent.
+        prompt: a text, chat messages, or token ids.
+        **options: keywords of `Request.of`; None for a field that was not sent.
 
     Raises:
         UsageError: a value out of its range.
@@ -29,7 +29,7 @@ def apply_rules(ask: Ask, config: ServerConfig) -> Ask:
     given; and wishes met as far as a model can, unless the server is strict.
 
     Raises:
-        UsageError: it asks for more.
+        UsageError: the request's `max_tokens` is larger.
     """
     given = ask.request.max_tokens
     limit = config.max_tokens

@@ -1,4 +1,4 @@
-"""What all three APIs collect of an answer."""
+"""Collects an answer's chunks, for all three APIs."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from mlxkv.parsers.events import ToolCall
 from mlxkv.server.errors import OPENAI
 
 NEVER = -9999.0
-"""OpenAI's log-probability of what cannot come; JSON has no infinity."""
+"""OpenAI's log-probability of an impossible token; JSON has no infinity."""
 
 
 @dataclass(slots=True)
 class AnswerState:
-    """What is known of an answer besides its text.
+    """Calls, counts and the end of an answer that is being read.
 
     Args:
-        parallel: whether a call after the first counts.
-        n_calls: sound calls so far.
+        parallel: whether calls after the first are shown.
+        n_calls: valid calls so far.
         n_reasoning: tokens of reasoning.
         reason: why it ended.
-        stats: what it took.
-        error: why memory ended it.
+        stats: its times and counts, once it ended.
+        error: the error, if memory ended it.
     """
 
     parallel: bool = True
@@ -40,7 +40,7 @@ class AnswerState:
     error: OutOfMemory | None = None
 
     def take(self, chunk: Chunk) -> list[ToolCall]:
-        """Count a chunk in; the calls of it that the client gets."""
+        """Count a chunk, and return those of its calls that the client gets."""
         self.n_reasoning += chunk.reasoning is not None and chunk.token is not None
         self.reason, self.stats = chunk.finish_reason, chunk.stats
         self.error = chunk.error
@@ -52,7 +52,7 @@ class AnswerState:
 
     @property
     def finish_reason(self) -> str:
-        """In OpenAI's words: `stop`, `length` or `tool_calls`."""
+        """OpenAI's `stop`, `length` or `tool_calls`."""
         if self.reason in ("length", "memory"):
             return "length"
         return "tool_calls" if self.n_calls else "stop"
@@ -60,13 +60,13 @@ class AnswerState:
     @property
     def finish(self) -> dict[str, Any]:
         """`finish_reason`, and `finish_details` where memory was the reason."""
-        ended: dict[str, Any] = {"finish_reason": self.finish_reason}
-        if self.reason == "memory":
-            message = "the memory limit does not allow a longer answer"
-            if self.error is not None:
-                message = self.error.spelled(OPENAI)
-            ended["finish_details"] = {"type": "memory", "message": message}
-        return ended
+        if self.reason != "memory":
+            return {"finish_reason": self.finish_reason}
+        message = "the memory limit does not allow a longer answer"
+        if self.error is not None:
+            message = self.error.spelled(OPENAI)
+        details = {"type": "memory", "message": message}
+        return {"finish_reason": self.finish_reason, "finish_details": details}
 
 
 @dataclass(slots=True)
@@ -81,7 +81,7 @@ class Collected:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
 
     def add(self, chunk: Chunk) -> None:
-        """The next chunk."""
+        """Append a chunk."""
         self.calls += self.progress.take(chunk)
         self.errors += broken_calls(chunk)
         self.text += [chunk.text, *(call.text for call in broken_calls(chunk))]
@@ -90,12 +90,12 @@ class Collected:
 
 
 def broken_calls(chunk: Chunk) -> list[ToolCall]:
-    """Calls that cannot be run; clients see their text, and `tool_call_errors`."""
+    """A chunk's invalid calls: clients get their text and `tool_call_errors`."""
     return [call for call in chunk.tool_calls if call.error is not None]
 
 
 def call_errors(calls: Iterable[ToolCall]) -> list[dict[str, Any]]:
-    """What is wrong with them."""
+    """Each invalid call's name and error."""
     return [{"name": call.name, "error": call.error} for call in calls]
 
 
@@ -105,7 +105,7 @@ def arguments_of(call: ToolCall) -> str:
 
 
 def shown_logprobs(chunk: Chunk) -> list[TokenLogprobs]:
-    """Of a chunk's token, unless it is one of reasoning or of a call."""
+    """A chunk's log-probabilities; none for a token of reasoning or of a call."""
     if chunk.logprobs is None or chunk.reasoning is not None or chunk.tool_calls:
         return []
     return [chunk.logprobs]
@@ -116,13 +116,23 @@ def finite(logprob: float) -> float:
     return logprob if math.isfinite(logprob) else NEVER
 
 
+def logprob_fields(token: TokenLogprobs) -> dict[str, Any]:
+    """A token and its likeliest alternatives, as OpenAI and Ollama show them."""
+
+    def fields(each: TokenLogprobs) -> dict[str, Any]:
+        logprob = finite(each.logprob)
+        return {"token": each.text, "logprob": logprob, "bytes": list(each.bytes)}
+
+    return {**fields(token), "top_logprobs": [fields(each) for each in token.top]}
+
+
 def new_id(prefix: str) -> str:
-    """A name for what was made."""
+    """A random id."""
     return f"{prefix}-{secrets.token_hex(12)}"
 
 
 def details(stats: Stats | None) -> dict[str, Any]:
-    """Where a prompt's KV came from: OpenAI's `cached_tokens`, and how they came to be."""
+    """OpenAI's `cached_tokens`, and how many tokens came from RAM, SSD or prefill."""
     if stats is None:
         return {"cached_tokens": 0}
     return {

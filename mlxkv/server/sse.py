@@ -1,10 +1,9 @@
-"""Streams, and clients that go away.
+"""Event streams, and clients that disconnect.
 
-- An answer is cancelled as soon as its client is gone: it closed the connection, or left the
-  stream unread for `stall_s`.
-- Nothing is buffered here: the next event is asked for when the one before is written.
-- Up to the first event, for `first_s`, an error is a response of its own with its status; after
-  that the stream has begun and the error is its last event.
+- An answer is cancelled as soon as its client disconnects, or does not read for `stall_s`.
+- Nothing is buffered: the next event is computed when the one before is written.
+- An error before the first event, or within `first_s`, is a response with its own status; later
+  the stream has begun and the error is its last event.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ def dumps(data: Any) -> str:
 
 
 async def merge(answers: Sequence[Answer]) -> AsyncGenerator[tuple[int, Chunk], None]:
-    """(index, chunk) of several answers as they come; cancels them all when it is closed."""
+    """Yield (index, chunk) of several answers as they come. Closing it cancels them all."""
     readers = [aiter(answer) for answer in answers]
     pending: dict[asyncio.Future[Chunk | None], int] = {}
     try:
@@ -66,15 +65,15 @@ async def merge(answers: Sequence[Answer]) -> AsyncGenerator[tuple[int, Chunk], 
 async def unless_gone(
     request: Request, work: Coroutine[Any, Any, T], answers: Sequence[Answer] = ()
 ) -> T:
-    """The result of some work that is given up when the client goes.
+    """Await some work, and cancel it when the client disconnects.
 
     Args:
-        request: whose client is watched.
-        work: what is done meanwhile.
-        answers: cancelled at the end, also where the work has not begun to read them.
+        request: the HTTP request.
+        work: a coroutine.
+        answers: cancelled at the end, even if the work has not begun to read them.
 
     Raises:
-        ClientGone: it did.
+        ClientGone: the client disconnected.
     """
     task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_gone(request.receive))
     try:
@@ -96,19 +95,19 @@ async def stream(
     ping: bytes | None = PING,
     answers: Sequence[Answer] = (),
 ) -> Response:
-    """The response that sends events while they come.
+    """A response that sends events as they come.
 
     Args:
-        request: whose client is watched.
-        events: written out one by one; closed at the end, whatever it is.
-        config: how long to wait for what.
-        on_error: the last event of a stream that failed.
+        request: the HTTP request.
+        events: sent one by one; always closed at the end.
+        config: timeouts.
+        on_error: makes the last event of a stream that failed.
         media_type: of the response.
-        ping: what shows that a silent stream lives; None for nothing.
-        answers: cancelled at the end, also where no event has begun to read them.
+        ping: sent in pauses, to keep the connection open; None for nothing.
+        answers: cancelled at the end, even if no event has begun to read them.
 
     Raises:
-        ClientGone: before anything was sent. Whatever the first event raises.
+        ClientGone: the client disconnected before the first event. Also what that event raises.
     """
     first, gone = _next(events), asyncio.ensure_future(_gone(request.receive))
     try:
@@ -143,7 +142,7 @@ class _Stream(Response):
     ):
         super().__init__(media_type=media_type)
         del self.headers["content-length"]
-        # Proxies are not to hold events back.
+        # Keep proxies from buffering events.
         self.headers.update({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         self._events, self._next, self._gone = events, first, gone
         self._config, self._on_error, self._ping = config, on_error, ping
@@ -156,7 +155,7 @@ class _Stream(Response):
             if pump.done():
                 pump.result()
         except TimeoutError:
-            pass  # the server closes a connection whose response has no end
+            pass  # the client does not read: uvicorn closes the incomplete response
         finally:
             _cancel(self._answers)
             await _drop(pump, self._gone)
@@ -169,7 +168,7 @@ class _Stream(Response):
         more = True
         while more:
             body, more = await self._body()
-            # A client that does not read makes this wait.
+            # Waits while the client does not read.
             async with asyncio.timeout(self._config.stall_s):
                 await send({"type": "http.response.body", "body": body, "more_body": more})
 
@@ -195,7 +194,7 @@ async def _gone(receive: Receive) -> None:
 
 
 def _next(items: AsyncIterator[T]) -> asyncio.Future[T | None]:
-    """The next item while something else is done; None for the end."""
+    """A future of the next item; None at the end."""
 
     async def one() -> T | None:
         return await anext(items, None)
@@ -209,7 +208,7 @@ def _cancel(answers: Sequence[Answer]) -> None:
 
 
 async def _drop(*futures: asyncio.Future[Any]) -> None:
-    """Cancel what still runs, and wait for its end; what failed has been told."""
+    """Cancel futures and wait for their end; their errors are ignored."""
     for future in futures:
         future.cancel()
     await asyncio.gather(*futures, return_exceptions=True)

@@ -1,9 +1,9 @@
-"""Tools of a request, in the form that all three APIs bring them to."""
+"""A request's tools, in the form that all three APIs convert them to."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -15,9 +15,6 @@ from mlxkv.server.fields import Part
 NAME_PATTERN = r"^[A-Za-z0-9_.:/-]{1,128}$"
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 
-PICTURE_NOTE = "[image left out: this model reads text only]"
-"""What stands in the place of a picture that a tool gave."""
-
 
 class Function(Part):
     """A function that the model may call."""
@@ -26,33 +23,29 @@ class Function(Part):
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = Field(
-        None, description="Calls keep to the schema where tool_choice is required or names one."
+        None, description="With tool_choice required or a name, calls follow the schema."
     )
 
     def schema_of(self) -> dict[str, Any]:
-        """As chat templates take it."""
-        parameters = {"type": "object", "properties": {}}
-        function = {"name": self.name}
-        if self.description is not None:
-            function["description"] = self.description
-        return {
-            "type": "function",
-            "function": {**function, "parameters": self.parameters or parameters},
-        }
+        """The function in the form that chat templates take."""
+        about = {} if self.description is None else {"description": self.description}
+        parameters = self.parameters or {"type": "object", "properties": {}}
+        function = {"name": self.name, **about, "parameters": parameters}
+        return {"type": "function", "function": function}
 
 
 def allowed_tools(
     functions: Sequence[Function], mode: str, named: Sequence[str] | None
 ) -> list[Function]:
-    """The tools that a choice leaves.
+    """The tools that `tool_choice` allows.
 
     Args:
-        functions: all of them.
+        functions: all tools.
         mode: `auto`, `none`, `required`.
-        named: the only ones that may be called; None for all.
+        named: the tools that may be called; None for all.
 
     Raises:
-        UsageError: a name that is none of them; a call is required and there is no tool.
+        UsageError: an unknown or duplicate name, or a required call without tools.
     """
     known = [function.name for function in functions]
     if len(set(known)) != len(known):
@@ -73,14 +66,14 @@ def allowed_tools(
 def tools_grammar(
     functions: Sequence[Function], mode: str, parallel: bool, content: Grammar | None
 ) -> Grammar | None:
-    """What a choice of tools and a format say of the answer together.
+    """The grammar of an answer that follows `tool_choice` and a format.
 
     Raises:
-        UsageError: a format beside tools that need not be called, and no JSON.
+        UsageError: a format beside a required call, or one beside tools that is not JSON.
     """
     if mode == "required":
         if content is not None:
-            raise UsageError("response_format has no place where tool_choice requires a call")
+            raise UsageError("tool_choice requires a call: response_format is not allowed with it")
         return _calls(functions, parallel, None)
     if content is None or not functions:
         return content
@@ -93,12 +86,7 @@ def tools_grammar(
 
 
 def _calls(functions: Sequence[Function], parallel: bool, content: Grammar | None) -> Grammar:
-    said: Mapping[str, Any] = {
-        "tools": [
-            {"name": each.name, "parameters": each.schema_of()["function"]["parameters"]}
-            for each in functions
-        ],
-        "parallel": parallel,
-        "content": content and {"kind": content.kind, "text": content.text},
-    }
-    return Grammar("tools", json.dumps(said))
+    schemas = [each.schema_of()["function"] for each in functions]
+    tools = [{"name": each["name"], "parameters": each["parameters"]} for each in schemas]
+    form = content and {"kind": content.kind, "text": content.text}
+    return Grammar("tools", json.dumps({"tools": tools, "parallel": parallel, "content": form}))

@@ -158,7 +158,7 @@ class RemoteSpeaker:
                 yield _chunk(line, first_s)
                 if line.get("done"):
                     return
-        raise self.server.ended()
+        raise self.server.incomplete()
 
     def _body(self, asked: dict[str, Any], settings: AnswerOptions) -> dict[str, Any]:
         given = self.given

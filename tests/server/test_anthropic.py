@@ -303,7 +303,7 @@ def test_a_failed_call_says_so_to_the_model(address, engine):
 def test_a_result_of_no_call_is_refused(address):
     result = {"type": "tool_result", "tool_use_id": "nobody", "content": "x"}
     said = refused(address, messages=[{"role": "user", "content": [result]}])
-    assert "messages.0.content.0: tool_use_id 'nobody'" in said
+    assert "messages.0.content.0: no earlier tool_use block has the id 'nobody'" in said
 
 
 def test_without_parallel_calls_the_first_one_is_all(client, engine):
@@ -478,7 +478,7 @@ def test_a_client_may_see_whether_the_server_is_there(address, method):
 def test_a_block_has_its_place(address):
     use = {"type": "tool_use", "id": "x", "name": "weather", "input": {}}
     said = refused(address, messages=[{"role": "user", "content": [use]}])
-    assert "messages.0.content.0: tool_use has no place in a user message" in said
+    assert "messages.0.content.0: tool_use is not allowed in a user message" in said
 
 
 @pytest.mark.parametrize(

@@ -168,7 +168,7 @@ def test_an_error_keeps_its_words_and_its_exit_code(status, kind):
     [
         (b'{"error": {"message": "OpenAI says so"}}', "answered 404: OpenAI says so$"),
         (b"<h1>Not\nFound</h1>", "answered 404: <h1>Not Found</h1>$"),
-        (b"", "answered 404: nothing$"),
+        (b"", "answered 404: no body$"),
         (b"[]", r"answered 404: \[\]$"),
     ],
 )
@@ -186,7 +186,7 @@ def test_a_server_that_is_busy_is_not_out_of_memory():
 
 def test_a_redirect_is_not_followed():
     reply = whole(307, b"", Location="http://127.0.0.1:9/")
-    with replying(reply) as server, pytest.raises(errors.MlxkvError, match="answered 307: nothing"):
+    with replying(reply) as server, pytest.raises(errors.MlxkvError, match="answered 307: no body"):
         server.ask("GET", "/")
 
 
@@ -257,7 +257,7 @@ def test_half_a_line_is_an_error_and_no_end(last):
     with replying(chunked(b'{"a":1}\n', last=last)) as server:
         lines = server.lines("/", {})
         assert next(lines) == {"a": 1}
-        with pytest.raises(errors.MlxkvError, match="ended the answer before it was done"):
+        with pytest.raises(errors.MlxkvError, match="before the answer was complete"):
             next(lines)
 
 

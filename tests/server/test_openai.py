@@ -148,7 +148,7 @@ class TestChat:
         assert set(texts.values()) == {"Hello world"}
 
     def test_one_request_cannot_ask_for_any_number_of_answers(self, server):
-        with pytest.raises(openai.BadRequestError, match="may ask for 4 answers"):
+        with pytest.raises(openai.BadRequestError, match="may have 4 answers"):
             server.chat(n=5)
 
     def test_log_probabilities_come_for_each_token(self, server):
@@ -299,9 +299,9 @@ class TestChat:
             ({"logit_bias": {"-1": 1}}, "logit_bias"),
             ({"logit_bias": {"5": "1"}}, "logit_bias"),
             ({"max_tokens": 0}, "max_tokens"),
-            ({"max_tokens": 1, "max_completion_tokens": 2}, "one thing"),
-            ({"repeat_penalty": 1.1, "repetition_penalty": 1.1}, "one thing"),
-            ({"think": True, "reasoning_effort": "low"}, "one thing"),
+            ({"max_tokens": 1, "max_completion_tokens": 2}, "give one"),
+            ({"repeat_penalty": 1.1, "repetition_penalty": 1.1}, "give one"),
+            ({"think": True, "reasoning_effort": "low"}, "give one"),
             ({"n": 0}, "n: "),
             ({"top_logprobs": 2}, "needs logprobs"),
             ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
@@ -325,7 +325,7 @@ class TestChat:
                     "tools": [CLOCK],
                     "tool_choice": "required",
                 },
-                "no place",
+                "not allowed with",
             ),
         ],
     )

@@ -569,7 +569,7 @@ def test_an_answer_that_is_left_is_cancelled_and_stays_in_the_history(engine, sp
 
 def test_an_answer_without_its_last_line_is_an_error(engine, speaker):
     engine.script = lambda ask: [Chunk("Hel", 1)]
-    with pytest.raises(MlxkvError, match="ended the answer before it was done"):
+    with pytest.raises(MlxkvError, match="before the answer was complete"):
         list(speaker.stream(MESSAGES, AnswerOptions()))
 
 

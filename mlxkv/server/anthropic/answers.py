@@ -1,13 +1,13 @@
 """Answers in Anthropic's shape: a message, or the events that build it.
 
 - `input_tokens` are those that were computed, `cache_read_input_tokens` those whose KV was
-  restored; together they are the prompt. What is computed is kept without being marked, so
-  `cache_creation_input_tokens` is 0. While a stream begins only their sum is known, which is
-  `input_tokens` of `message_start`; `message_delta` has the final figures.
+  restored; together they are the prompt. KV is cached without marks, so
+  `cache_creation_input_tokens` is 0. When a stream begins only the prompt's length is known:
+  `message_start` has it as `input_tokens`, `message_delta` has the final figures.
 - `usage.prompt_cache` is an extension: where the prompt's KV came from, and why not more of it.
 - Calls that cannot be read are shown as the text that the model wrote.
-- An answer that the context or the memory ended, before `max_tokens`, has the stop reason
-  `model_context_window_exceeded`; where it was the memory, `stop_details` (an extension) says so.
+- An answer that ends before `max_tokens` because the context or the memory is full has the stop
+  reason `model_context_window_exceeded`; for memory, `stop_details` (an extension) says so.
 """
 
 from __future__ import annotations
@@ -56,14 +56,14 @@ class Reply:
         self._progress = AnswerState(parallel=self.body.parallel)
 
     def _pieces(self, chunk: Chunk) -> Iterator[tuple[Kind, str] | ToolCall]:
-        """What a step adds, in order."""
+        """Thinking, text and calls that a chunk adds, in order."""
         had_calls = self._progress.n_calls > 0
         calls = self._progress.take(chunk)
         self._stopped_by = chunk.stopped_by
         if chunk.reasoning and self.body.shows_thinking:
             yield "thinking", chunk.reasoning
         text = chunk.text + "".join(call.text for call in broken_calls(chunk))
-        # Where one call is all, it is the end of the answer.
+        # With parallel calls off, the answer ends at its first call.
         if text and not (had_calls and not self.body.parallel):
             yield "text", text
         yield from calls
@@ -108,38 +108,32 @@ class Reply:
     async def whole(self, answer: Answer) -> dict[str, Any]:
         """The message in one piece."""
         content: list[dict[str, Any]] = []
-        try:
-            async for chunk in answer:
-                for piece in self._pieces(chunk):
-                    if isinstance(piece, ToolCall):
-                        content.append({**_tool_use(piece), "input": dict(piece.arguments)})
-                        continue
-                    kind, text = piece
-                    if not content or content[-1]["type"] != kind:
-                        content.append(_block(kind))
-                    content[-1][kind] += text
-        finally:
-            answer.cancel()
+        async for chunk in answer:
+            for piece in self._pieces(chunk):
+                if isinstance(piece, ToolCall):
+                    content.append({**_tool_use(piece), "input": dict(piece.arguments)})
+                    continue
+                kind, text = piece
+                if not content or content[-1]["type"] != kind:
+                    content.append(_block(kind))
+                content[-1][kind] += text
         return {**self._head(), "content": content, **self._stop(), "usage": self._usage()}
 
     async def events(self, answer: Answer) -> sse.Events:
-        """The message as server-sent events; the answer is cancelled when this is closed."""
+        """The message as server-sent events."""
         blocks, begun = Blocks(), False
-        try:
-            async for chunk in answer:
-                if not begun:
-                    begun = True
-                    yield self._start(chunk.prompt_tokens or 0)
-                for piece in self._pieces(chunk):
-                    for each in blocks.add(piece):
-                        yield each
-                if chunk.finish_reason is not None:
-                    for each in blocks.close():
-                        yield each
-                    yield event("message_delta", delta=self._stop(), usage=self._usage())
-                    yield event("message_stop")
-        finally:
-            answer.cancel()
+        async for chunk in answer:
+            if not begun:
+                begun = True
+                yield self._start(chunk.prompt_tokens or 0)
+            for piece in self._pieces(chunk):
+                for each in blocks.add(piece):
+                    yield each
+            if chunk.finish_reason is not None:
+                for each in blocks.close():
+                    yield each
+                yield event("message_delta", delta=self._stop(), usage=self._usage())
+                yield event("message_stop")
 
     def _start(self, n_prompt: int) -> bytes:
         usage = {"input_tokens": n_prompt, "output_tokens": 0}
@@ -148,14 +142,14 @@ class Reply:
 
 
 class Blocks:
-    """Blocks of a stream: one is open at a time, and all have numbers."""
+    """The numbered blocks of a stream; one is open at a time."""
 
     def __init__(self) -> None:
         self._index = -1
         self._open: Kind | None = None
 
     def add(self, piece: tuple[Kind, str] | ToolCall) -> Iterator[bytes]:
-        """More of the open block, or the next."""
+        """Events that extend the open block, or open the next."""
         if isinstance(piece, ToolCall):
             yield from self.close()
             yield self._begin({**_tool_use(piece), "input": {}})
@@ -187,8 +181,7 @@ class Blocks:
 
 def _block(kind: Kind) -> dict[str, Any]:
     """An empty block."""
-    signature = {"signature": ""} if kind == "thinking" else {}
-    return {"type": kind, kind: "", **signature}
+    return {"type": kind, kind: "", **({"signature": ""} if kind == "thinking" else {})}
 
 
 def _tool_use(call: ToolCall) -> dict[str, Any]:

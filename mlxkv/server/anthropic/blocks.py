@@ -5,12 +5,12 @@ Blocks of tools that Anthropic's server runs are left out, and named (`ignored`)
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from mlxkv.server.fields import LeftOut, NoEffect, Part, Refused
-from mlxkv.server.tools import PICTURE_NOTE, Name
+from mlxkv.server.fields import LeftOut, NoEffect, Part, Refused, ToolPicture
+from mlxkv.server.tools import Name
 
 
 class CacheControl(Part):
@@ -127,11 +127,10 @@ class ImageBlock(BaseModel):
         raise ValueError("image blocks are not supported: models here read text")
 
 
-class ResultImage(LeftOut):
-    """A picture that a tool gave: a note stands in its place."""
+class ResultImage(ToolPicture):
+    """A picture that a tool gave."""
 
     type: Literal["image"]
-    text: ClassVar[str] = PICTURE_NOTE
 
 
 ResultContent = Annotated[

@@ -5,14 +5,13 @@
 - `eager_input_streaming` of tools changes nothing: calls are shown when they are complete.
 - Tools that Anthropic's server runs or defines, and the blocks that they made, are left out.
 
-Without `thinking` it is the model that decides; where it thinks, its thinking is shown.
-`output_config.effort` is what its template calls `reasoning_effort`.
+Without `thinking` the model decides, and its thinking is shown. `output_config.effort` sets the
+`reasoning_effort` of its chat template.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
@@ -45,7 +44,7 @@ class Tool(Block):
     description: str | None = None
     input_schema: dict[str, Any]
     strict: bool | None = Field(
-        default=None, description="Calls keep to the schema where tool_choice is any or tool."
+        default=None, description="With tool_choice any or tool, calls follow the schema."
     )
     eager_input_streaming: Annotated[bool | None, NoEffect()] = None
     defer_loading: Annotated[bool | None, NoEffect()] = None
@@ -53,7 +52,7 @@ class Tool(Block):
     allowed_callers: Annotated[list[str] | None, NoEffect()] = None
 
     def function(self) -> Function:
-        """The same as a function of OpenAI's."""
+        """The tool in OpenAI's form."""
         return Function(
             name=self.name,
             description=self.description,
@@ -73,16 +72,9 @@ AnyTool = Annotated[
 
 
 class AutoChoice(Part):
-    """The model decides whether to call."""
+    """auto: the model decides whether to call a tool; any: it must call one."""
 
-    type: Literal["auto"]
-    disable_parallel_tool_use: bool | None = None
-
-
-class AnyChoice(Part):
-    """Some tool has to be called."""
-
-    type: Literal["any"]
+    type: Literal["auto", "any"]
     disable_parallel_tool_use: bool | None = None
 
 
@@ -95,7 +87,7 @@ class ToolChoice(Part):
 
 
 class NoChoice(Part):
-    """No tool may be called."""
+    """The model may not call tools."""
 
     type: Literal["none"]
 
@@ -115,42 +107,41 @@ class ThinkingOff(Part):
 
 
 class ThinkingAdaptive(Part):
-    """As the model decides."""
+    """The model decides whether to think."""
 
     type: Literal["adaptive"]
     display: Literal["summarized", "omitted"] | None = None
 
 
 class JsonFormat(Part):
-    """JSON of a schema."""
+    """JSON that follows a schema."""
 
     type: Literal["json_schema"]
     schema_: dict[str, Any] = Field(alias="schema")
 
 
 class OutputConfig(Part):
-    """How the answer is to be."""
+    """Effort and format of the answer."""
 
     effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
     format: JsonFormat | None = None
 
 
 class Metadata(Part):
-    """About the user; without effect."""
+    """Data about the user. Without effect."""
 
     user_id: str | None = None
 
 
 class CountRequest(Part):
-    """A conversation."""
+    """A conversation whose tokens are counted."""
 
     model: str
     messages: Annotated[list[InputMessage], Field(min_length=1)]
     system: str | list[TextBlock] | None = None
     tools: Annotated[list[AnyTool], Field(max_length=512)] | None = None
     tool_choice: (
-        Annotated[AutoChoice | AnyChoice | ToolChoice | NoChoice, Field(discriminator="type")]
-        | None
+        Annotated[AutoChoice | ToolChoice | NoChoice, Field(discriminator="type")] | None
     ) = None
     thinking: (
         Annotated[ThinkingOn | ThinkingOff | ThinkingAdaptive, Field(discriminator="type")] | None
@@ -162,21 +153,18 @@ class CountRequest(Part):
 
     @property
     def parallel(self) -> bool:
-        """Whether several calls may come at a time."""
-        choice = self.tool_choice
-        if choice is None or isinstance(choice, NoChoice):
-            return True
-        return not choice.disable_parallel_tool_use
+        """Whether an answer may have several calls."""
+        return not getattr(self.tool_choice, "disable_parallel_tool_use", False)
 
     @property
     def shows_thinking(self) -> bool:
-        """Whether the client wants to see it."""
+        """Whether the answer includes the model's thinking."""
         how = self.thinking
         return not isinstance(how, ThinkingOn | ThinkingAdaptive) or how.display != "omitted"
 
     @property
     def think(self) -> bool | str | None:
-        """As `Request` has it."""
+        """The value of `Request.think`."""
         effort = self.output_config.effort if self.output_config else None
         effort = "high" if effort in ("xhigh", "max") else effort
         match self.thinking:
@@ -187,36 +175,31 @@ class CountRequest(Part):
         return effort
 
     def functions(self) -> list[Function]:
-        """The tools that the model is told of.
+        """The tools that the prompt lists.
 
         Raises:
-            UsageError: two have one name.
+            UsageError: two have the same name.
         """
         mode = "none" if isinstance(self.tool_choice, NoChoice) else "auto"
-        return allowed_tools(
-            [tool.function() for tool in self.tools or () if isinstance(tool, Tool)], mode, None
-        )
+        functions = [tool.function() for tool in self.tools or () if isinstance(tool, Tool)]
+        return allowed_tools(functions, mode, None)
 
     def grammar(self) -> Grammar | None:
-        """What the answer has to match.
+        """The grammar that the answer must follow.
 
         Raises:
-            UsageError: a tool has to be called that there is not, or beside a format.
+            UsageError: a required call of an unknown tool, or beside a format.
         """
-        given = self.output_config.format if self.output_config else None
-        content = Grammar("json_schema", json.dumps(given.schema_)) if given else None
-        return self._calls(self.functions(), content)
-
-    def _calls(self, functions: Sequence[Function], content: Grammar | None) -> Grammar | None:
-        """The one place where a choice of tools becomes a grammar."""
+        form = self.output_config.format if self.output_config else None
+        content = Grammar("json_schema", json.dumps(form.schema_)) if form else None
         match self.tool_choice:
-            case AnyChoice():
+            case AutoChoice(type="any"):
                 mode, named = "required", None
             case ToolChoice():
                 mode, named = "required", [self.tool_choice.name]
             case _:
                 mode, named = "auto", None
-        allowed = allowed_tools(functions, mode, named)
+        allowed = allowed_tools(self.functions(), mode, named)
         return tools_grammar(allowed, mode, self.parallel, content)
 
 

@@ -1,10 +1,8 @@
-"""Anthropic's messages, and what chat templates take of them.
+"""Anthropic's messages, converted for chat templates.
 
-- Messages of one role that follow each other are one.
-- A result becomes a message of its own, with the name of the function that was called; the text of
-  a failed one begins with "Error: ".
-- Ids of calls lose the prefix that they got on their way out: some templates take nine letters and
-  digits, and no other form.
+- Consecutive messages of one role are joined.
+- The result of a call becomes a message with the function's name; a failed one begins "Error: ".
+- Ids of calls lose the prefix that answers add: some templates accept nine letters and digits only.
 """
 
 from __future__ import annotations
@@ -28,15 +26,15 @@ from mlxkv.server.fields import LeftOut
 
 CALL_PREFIX = "toolu_"
 BETWEEN = "\n\n"
-"""Between texts of one message that came in several pieces."""
+"""Separates the texts of one message."""
 
 
 def template_messages(request: CountRequest) -> list[dict[str, Any]]:
-    """A request's conversation as chat templates take it.
+    """A request's conversation in the form that chat templates take.
 
     Raises:
-        UsageError: a block in a message of the wrong role, a result of no call, or an answer that
-            has begun already.
+        UsageError: a block in a message of the wrong role, a result without its call, or a last
+            message of the assistant (prefill).
     """
     made: list[dict[str, Any]] = []
     if request.system:
@@ -47,14 +45,14 @@ def template_messages(request: CountRequest) -> list[dict[str, Any]]:
             _append(made, each)
     if request.messages[-1].role == "assistant":
         raise UsageError(
-            "the last message is the assistant's: to go on from a begun answer (prefill) is not "
-            "supported; end with a user message"
+            "the last message has role assistant: continuing an answer (prefill) is not supported; "
+            "end with a user message"
         )
     return made
 
 
 def _append(made: list[dict[str, Any]], message: dict[str, Any]) -> None:
-    """Add a message, or add it to the last one if that has the same role."""
+    """Append a message, or join it with the last one if that has the same role."""
     last = made[-1] if made else None
     if last is None or last["role"] != message["role"] or message["role"] in ("tool", "system"):
         made.append(message)
@@ -68,12 +66,12 @@ def _append(made: list[dict[str, Any]], message: dict[str, Any]) -> None:
 
 
 def _translated(i: int, message: InputMessage, names: dict[str, str]) -> list[dict[str, Any]]:
-    """One message as several: what calls gave, and texts between them.
+    """One message as several: results of calls, and the texts between them.
 
     Args:
-        i: its place, for errors.
-        message: it.
-        names: id -> function of the calls before; those of this message are added.
+        i: its index, for errors.
+        message: the message.
+        names: id -> function of earlier calls; this message's calls are added.
     """
     if isinstance(message.content, str):
         return [{"role": message.role, "content": message.content}]
@@ -125,7 +123,7 @@ def _result(place: str, block: ToolResultBlock, names: dict[str, str]) -> dict[s
     name = names.get(block.tool_use_id)
     if name is None:
         raise UsageError(
-            f"{place}: tool_use_id {block.tool_use_id[:80]!r} is of no tool_use block before it"
+            f"{place}: no earlier tool_use block has the id {block.tool_use_id[:80]!r}"
         )
     text = _text(block.content or "")
     return {
@@ -137,7 +135,7 @@ def _result(place: str, block: ToolResultBlock, names: dict[str, str]) -> dict[s
 
 
 def _misplaced(i: int, j: int, block: ContentBlock, role: str) -> UsageError:
-    return UsageError(f"messages.{i}.content.{j}: {block.type} has no place in a {role} message")
+    return UsageError(f"messages.{i}.content.{j}: {block.type} is not allowed in a {role} message")
 
 
 def _text(content: str | Sequence[Any]) -> str:

@@ -8,7 +8,6 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from mlxkv.engine.messages import Ask, Engine
-from mlxkv.sampling.grammar import Grammar
 from mlxkv.server import sse
 from mlxkv.server.anthropic.answers import PING, Reply, error_event
 from mlxkv.server.anthropic.fields import CountRequest, MessagesRequest
@@ -29,7 +28,7 @@ def router(engine: Engine, config: ServerConfig) -> APIRouter:
         """Answer a conversation."""
         note(request, body)
         model = await present(engine, config, body.model)
-        ask = _ask(body, model, request.state.owner, _sampling(body), body.grammar())
+        ask = _ask(body, model, request.state.owner, format=body.grammar(), **_sampling(body))
         answer = engine.submit(apply_rules(ask, config))
         reply = Reply(body)
         if not body.stream:
@@ -39,7 +38,7 @@ def router(engine: Engine, config: ServerConfig) -> APIRouter:
 
     @routes.post("/v1/messages/count_tokens")
     async def count_tokens(request: Request, body: CountRequest) -> Response:
-        """The tokens that a conversation has for a model."""
+        """Count the tokens of a conversation."""
         note(request, body)
         body.grammar()
         model = await present(engine, config, body.model)
@@ -56,26 +55,9 @@ def router(engine: Engine, config: ServerConfig) -> APIRouter:
     return routes
 
 
-def _ask(
-    body: CountRequest,
-    model: LocalModel,
-    owner: str,
-    sampling: dict[str, Any] | None = None,
-    grammar: Grammar | None = None,
-) -> Ask:
-    """What the engine is asked.
-
-    Raises:
-        UsageError: fields that do not go together.
-    """
-    tools = [function.schema_of() for function in body.functions()]
-    request = build_request(
-        template_messages(body),
-        think=body.think,
-        tools=tools or None,
-        format=grammar,
-        **(sampling or {}),
-    )
+def _ask(body: CountRequest, model: LocalModel, owner: str, **options: Any) -> Ask:
+    tools = [function.schema_of() for function in body.functions()] or None
+    request = build_request(template_messages(body), think=body.think, tools=tools, **options)
     return model.ask(request, owner)
 
 

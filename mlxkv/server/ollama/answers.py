@@ -1,11 +1,9 @@
-"""Answers in Ollama's shape: lines of JSON, the last one with what the answer took.
+"""Answers in Ollama's shape: lines of JSON, the last one with times and token counts.
 
-- `prompt_eval_count` counts the tokens that were computed in `prompt_eval_duration`, so that their
-  ratio is a speed. Tokens whose KV was restored took no computing; `prompt_cache` has them, and the
-  length of the whole prompt.
-- `load_duration` is what the client waited for the model, `total_duration` all that it waited.
-- Calls that cannot be read, and calls of a client that named no tools, are shown as the text that
-  the model wrote.
+- `prompt_eval_count` counts the tokens computed in `prompt_eval_duration`, so that their ratio is a
+  speed. `prompt_cache` has the tokens whose KV was restored, and the length of the whole prompt.
+- `load_duration` is the time until the model was loaded, `total_duration` the whole time.
+- Calls that cannot be read, and calls of a request without tools, are shown as text.
 - Extensions: `done_reason` "memory" for an answer that the memory limit ended, `prompt_cache`,
   `memory`, and the `status` of an error that ends a stream.
 """
@@ -23,7 +21,7 @@ from mlxkv.generation.outputs import Chunk, Stats, TokenLogprobs
 from mlxkv.parsers.events import ToolCall
 from mlxkv.server import sse
 from mlxkv.server.errors import OLLAMA, failure_of, ollama_error
-from mlxkv.server.results import broken_calls, finite
+from mlxkv.server.results import broken_calls, logprob_fields
 
 NDJSON = "application/x-ndjson"
 
@@ -34,7 +32,7 @@ def line(data: dict[str, Any]) -> bytes:
 
 
 def error_line(error: BaseException) -> bytes:
-    """The last line of a stream that failed; its status would have been the response's."""
+    """The last line of a stream that failed, with the HTTP status for such an error."""
     failure = failure_of(error, OLLAMA)
     return line({**ollama_error(failure), "status": failure.status})
 
@@ -46,7 +44,7 @@ def now() -> str:
 
 @dataclass(slots=True)
 class Piece:
-    """Some of an answer: of one step, or of all."""
+    """Part of an answer, or all of it."""
 
     text: str = ""
     thinking: str = ""
@@ -54,12 +52,7 @@ class Piece:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
 
     def add(self, chunk: Chunk, calls: bool) -> None:
-        """The next step.
-
-        Args:
-            chunk: it.
-            calls: whether the client understands calls; it gets their text if not.
-        """
+        """Append a chunk; tool calls as text unless the request has tools (`calls`)."""
         broken = broken_calls(chunk) if calls else chunk.tool_calls
         self.text += chunk.text + "".join(call.text for call in broken)
         self.thinking += chunk.reasoning or ""
@@ -68,7 +61,7 @@ class Piece:
 
     @property
     def is_shown(self) -> bool:
-        """Whether there is something in it for the client."""
+        """Whether it holds text, thinking or calls."""
         return bool(self.text or self.thinking or self.calls)
 
 
@@ -80,7 +73,7 @@ class Reply:
         model: as the request names it.
         chats: whether it answers /api/chat; else /api/generate.
         calls: whether the request named tools.
-        load_ns: what the client has waited for the model.
+        load_ns: time that loading the model took.
         started_ns: when the request came, on the clock of `perf_counter_ns`.
     """
 
@@ -104,7 +97,7 @@ class Reply:
             body = {"response": piece.text}
             body |= {"thinking": piece.thinking} if piece.thinking else {}
         if piece.logprobs:
-            body["logprobs"] = [_logprob(token) for token in piece.logprobs]
+            body["logprobs"] = [logprob_fields(token) for token in piece.logprobs]
         return {**head, **body, "done": False, **more}
 
     def _call(self, call: ToolCall) -> dict[str, Any]:
@@ -112,8 +105,8 @@ class Reply:
         function = {"index": index, "name": call.name, "arguments": dict(call.arguments)}
         return {"id": call.id, "function": function}
 
-    def ended(self, chunk: Chunk) -> dict[str, Any]:
-        """What the last line has besides an answer."""
+    def last_fields(self, chunk: Chunk) -> dict[str, Any]:
+        """The fields that only the last line has: why the answer ended, times and counts."""
         total = time.perf_counter_ns() - self.started_ns
         durations = {"total_duration": total, "load_duration": self.load_ns}
         figures = {} if chunk.stats is None else _figures(chunk.stats)
@@ -122,30 +115,24 @@ class Reply:
         return {"done": True, "done_reason": chunk.finish_reason, **durations, **figures}
 
     async def events(self, answer: Answer) -> sse.Events:
-        """The answer as lines; it is cancelled when this is closed."""
+        """The answer as lines."""
         held = Piece()
-        try:
-            async for chunk in answer:
-                held.add(chunk, self.calls)
-                if held.is_shown or (chunk.finish_reason is not None and held.logprobs):
-                    yield line(self.part(held))
-                    held = Piece()
-                if chunk.finish_reason is not None:
-                    yield line(self.part(Piece(), **self.ended(chunk)))
-        finally:
-            answer.cancel()
+        async for chunk in answer:
+            held.add(chunk, self.calls)
+            if held.is_shown or (chunk.finish_reason is not None and held.logprobs):
+                yield line(self.part(held))
+                held = Piece()
+            if chunk.finish_reason is not None:
+                yield line(self.part(Piece(), **self.last_fields(chunk)))
 
     async def whole(self, answer: Answer) -> dict[str, Any]:
         """The answer in one piece."""
-        piece, ended = Piece(), {}
-        try:
-            async for chunk in answer:
-                piece.add(chunk, self.calls)
-                if chunk.finish_reason is not None:
-                    ended = self.ended(chunk)
-        finally:
-            answer.cancel()
-        return self.part(piece, **ended)
+        piece, last = Piece(), {}
+        async for chunk in answer:
+            piece.add(chunk, self.calls)
+            if chunk.finish_reason is not None:
+                last = self.last_fields(chunk)
+        return self.part(piece, **last)
 
 
 def _figures(stats: Stats) -> dict[str, Any]:
@@ -168,11 +155,3 @@ def _figures(stats: Stats) -> dict[str, Any]:
             "gave_way": [dataclasses.asdict(rung) for rung in stats.rungs],
         },
     }
-
-
-def _logprob(token: TokenLogprobs) -> dict[str, Any]:
-    def shown(each: TokenLogprobs) -> dict[str, Any]:
-        logprob = finite(each.logprob)
-        return {"token": each.text, "logprob": logprob, "bytes": list(each.bytes)}
-
-    return {**shown(token), "top_logprobs": [shown(each) for each in token.top]}

@@ -22,12 +22,12 @@ from mlxkv.server.requests import apply_rules, build_request
 
 
 def router(engine: Engine, config: ServerConfig) -> APIRouter:
-    """The routes of answers."""
+    """The routes that generate text."""
     routes = APIRouter(route_class=JSONRoute, tags=["ollama"])
 
     @routes.post("/api/generate")
     async def generate(request: Request, body: GenerateRequest) -> Response:
-        """Answer a text; without one, load the model or let it go."""
+        """Answer a prompt. Without one: load the model, or unload it if keep_alive is 0."""
         note(request, body)
         if not body.prompt:
             return await _load(request, engine, config, body, chats=False)
@@ -35,7 +35,7 @@ def router(engine: Engine, config: ServerConfig) -> APIRouter:
 
     @routes.post("/api/chat")
     async def chat(request: Request, body: ChatRequest) -> Response:
-        """Answer a conversation; without one, load the model or let it go."""
+        """Answer messages. Without any: load the model, or unload it if keep_alive is 0."""
         note(request, body)
         if not body.messages:
             return await _load(request, engine, config, body, chats=True)
@@ -55,7 +55,7 @@ async def _answer(
     model = await present(engine, config, body.model_name)
     ask = apply_rules(_ask(body, model, request.state.owner), config)
     if model.name not in engine.names():
-        # The engine would do it; so the time it takes is known.
+        # The engine would load it too, but here its time can be measured.
         path = await sse.unless_gone(request, engine.load(model.name, path=model.path))
         ask = dataclasses.replace(ask, path=path)
         reply.load_ns = time.perf_counter_ns() - reply.started_ns
@@ -67,15 +67,8 @@ async def _answer(
 
 
 def _ask(body: GenerateRequest | ChatRequest, model: LocalModel, owner: str) -> Ask:
-    """What the engine is asked.
-
-    Raises:
-        UsageError: fields that do not go together.
-    """
-    if isinstance(body, ChatRequest):
-        prompt = template_messages(body.messages or ())
-    else:
-        prompt = body.engine_prompt()
+    chats = isinstance(body, ChatRequest)
+    prompt = template_messages(body.messages or ()) if chats else body.engine_prompt()
     request = build_request(
         prompt, logprobs=body.n_logprobs, format=body.grammar(), **body.keywords()
     )
@@ -89,9 +82,9 @@ async def _load(
     model = await present(engine, config, body.model_name)
     if body.keep_alive_s == 0:
         await engine.unload(model.name, model.path)
-        ended = Chunk("", finish_reason="unload")
+        last = Chunk("", finish_reason="unload")
     else:
         await sse.unless_gone(request, engine.load(model.name, body.keep_alive_s, model.path))
         reply.load_ns = time.perf_counter_ns() - reply.started_ns
-        ended = Chunk("", finish_reason="load")
-    return JSONResponse(reply.part(Piece(), **reply.ended(ended)))
+        last = Chunk("", finish_reason="load")
+    return JSONResponse(reply.part(Piece(), **reply.last_fields(last)))

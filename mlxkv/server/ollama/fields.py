@@ -1,12 +1,12 @@
-"""Requests of Ollama's API, and what the engine is asked for them.
+"""Requests of Ollama's API, converted to keywords of `Request.of`.
 
-Fields that are not here are refused. What differs from Ollama:
+Unknown fields are refused. Differences from Ollama:
 
-- `truncate` and `shift` are off unless they are asked for: a prompt past the context is an error,
-  and nothing is dropped silently. What `num_ctx` leaves out is the model's own setting.
+- `truncate` and `shift` are off by default: a prompt longer than the context is an error, and no
+  token is dropped silently. Without `num_ctx` the model's own setting counts.
 - `template`, `suffix`, `context`, `images`: refused unless empty.
-- Options of the device and of loading (`_LOADING`) are taken and change nothing: MLX needs none
-  of them. Options of samplers that are not here are taken at the value that means "off".
+- Options of device and loading (`Loading`) are accepted and ignored. Options of samplers that mlxkv
+  does not have are accepted at the value that means "off".
 """
 
 from __future__ import annotations
@@ -103,16 +103,16 @@ class Named(Part):
         """The model.
 
         Raises:
-            UsageError: there is none, or there are two.
+            UsageError: none, or two different names.
         """
-        given = {self.model, self.name} - {None, ""}
-        if len(given) != 1:
-            raise UsageError("model is required" if not given else "model and name are one thing")
-        return given.pop() or ""
+        names = {self.model, self.name} - {None, ""}
+        if len(names) != 1:
+            raise UsageError("model and name differ: give one" if names else "model is required")
+        return names.pop() or ""
 
 
 class Answered(Named):
-    """What requests for answers share."""
+    """Fields of requests that generate text."""
 
     options: Options | None = None
     format: Literal["", "json"] | dict[str, Any] | None = None
@@ -126,15 +126,15 @@ class Answered(Named):
 
     @property
     def keep_alive_s(self) -> float | None:
-        """How long the model stays; negative is for ever."""
+        """Seconds that the model stays loaded; negative: for ever."""
         return keep_alive_s(self.keep_alive)
 
     @property
     def n_logprobs(self) -> int | None:
-        """As `Request.logprobs` has it.
+        """The value of `Request.logprobs`.
 
         Raises:
-            UsageError: the likeliest tokens are asked for, and not the chosen one.
+            UsageError: `top_logprobs` without `logprobs`.
         """
         if self.top_logprobs is not None and not self.logprobs:
             raise UsageError("top_logprobs needs logprobs: true")
@@ -144,7 +144,7 @@ class Answered(Named):
         """Keywords of `Request.of`.
 
         Raises:
-            UsageError: values that do not go together.
+            UsageError: values that contradict each other.
         """
         made = (self.options or Options()).keywords()
         if self.shift is not None:
@@ -154,44 +154,42 @@ class Answered(Named):
         return made | {"truncate": self.truncate, "think": self.think}
 
     def grammar(self) -> Grammar | None:
-        """What the answer has to match."""
+        """The grammar that the answer must follow; None for any text."""
         if isinstance(self.format, dict):
             return Grammar("json_schema", json.dumps(self.format))
         return Grammar("json_object") if self.format else None
 
 
 class GenerateRequest(Answered):
-    """A text to be answered, or to go on from."""
+    """A prompt to answer, or with `raw` a text to continue."""
 
     prompt: str | None = None
     system: str | None = None
     raw: bool | None = None
     template: Refused = None
     suffix: Refused = None
-    context: Refused = Field(
-        default=None, description="Use /api/chat: what was computed is found again."
-    )
+    context: Refused = Field(None, description="Not supported: use /api/chat.")
     images: Refused = None
 
     def engine_prompt(self) -> str | list[dict[str, Any]]:
-        """The text as it is, or messages.
+        """The raw text, or messages.
 
         Raises:
-            UsageError: a system prompt beside a raw text.
+            UsageError: `system` with `raw`.
         """
         if self.raw:
             if self.system:
-                raise UsageError("with raw the prompt goes to the model as it is: no system")
+                raise UsageError("system is not allowed with raw, which uses no chat template")
             return self.prompt or ""
         system = [{"role": "system", "content": self.system}] if self.system else []
         return [*system, {"role": "user", "content": self.prompt or ""}]
 
 
 def keep_alive_s(value: float | str | None) -> float | None:
-    """Seconds; also of a number that is written as a text.
+    """`seconds`, which here also accepts a number as text.
 
     Raises:
-        UsageError: it is no duration.
+        UsageError: not a duration.
     """
     if isinstance(value, str):
         digits = value.strip().removeprefix("-")

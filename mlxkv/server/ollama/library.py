@@ -1,7 +1,7 @@
-"""What changes the models that are here: POST /api/pull, /api/copy and /api/create, and
+"""Routes that change the stored models: POST /api/pull, /api/copy and /api/create, and
 DELETE /api/delete.
 
-The work runs in threads, a few at a time. When the client goes, it ends at its next report.
+The work runs in a few threads. After its client disconnects it ends at its next report.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import asyncio
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 from typing import Annotated, Any
 
 import anyio
@@ -32,9 +33,9 @@ from mlxkv.store import derive, library, resolve
 from mlxkv.store.resolve import Report
 
 MAX_JOBS = 2
-"""Downloads and conversions at a time; each may fill a disk or a network."""
+"""Downloads and conversions at a time: one alone can keep disk or network busy."""
 EVERY_S = 0.1
-"""Between two reports of the same step."""
+"""Time between two reports of the same step."""
 _SAMPLING = tuple(GENERATION_CONFIG.values())
 _SETTINGS = {"num_ctx": "context", "num_keep": "keep"}
 _KEPT = (*_SETTINGS, *_SAMPLING)
@@ -44,29 +45,29 @@ Statuses = AsyncGenerator[dict[str, Any], None]
 
 
 class PullRequest(Named):
-    """A model to be fetched."""
+    """A model to download."""
 
     insecure: Refused = None
     stream: bool | None = None
 
 
 class DeleteRequest(Named):
-    """A model to be deleted."""
+    """A model to delete."""
 
 
 class CopyRequest(Strict):
-    """A model to be had under another name as well."""
+    """A model to copy to a second name."""
 
     source: str
     destination: str
 
 
 class CreateRequest(Named):
-    """A model to be made of another."""
+    """A model to make from another one."""
 
     from_: Annotated[str | None, Field(alias="from")] = None
     quantize: str | None = Field(
-        default=None, description="As `mlxkv convert` has it: affine4, affine8, mxfp4, ..."
+        default=None, description="A format of `mlxkv convert`: affine4, affine8, mxfp4, ..."
     )
     parameters: Options | None = Field(None, description=f"{', '.join(_KEPT)}.")
     stream: bool | None = None
@@ -77,11 +78,11 @@ class CreateRequest(Named):
     messages: Refused = None
     license: Refused = None
 
-    def chosen(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
         """The parameters that are set.
 
         Raises:
-            UsageError: one that a model does not keep.
+            UsageError: one that cannot be stored with a model.
         """
         if self.parameters is None:
             return {}
@@ -94,11 +95,11 @@ class CreateRequest(Named):
 
 
 class Stopped(MlxkvError):
-    """The client that the work was for is gone."""
+    """The client disconnected, so its work stops."""
 
 
 def router(engine: Engine, config: ServerConfig) -> APIRouter:
-    """The routes that change what is here."""
+    """The routes that change the stored models."""
     routes = APIRouter(route_class=JSONRoute, tags=["ollama"])
     limiter = anyio.CapacityLimiter(MAX_JOBS)
 
@@ -111,13 +112,13 @@ def router(engine: Engine, config: ServerConfig) -> APIRouter:
 
     @routes.post("/api/pull")
     async def pull(request: Request, body: PullRequest) -> Response:
-        """Fetch a model."""
+        """Download a model."""
         name = await run_in_threadpool(pullable_name, body.model_name)
         return await respond(request, lambda report: resolve.pull(name, report=report), body.stream)
 
     @routes.delete("/api/delete")
     async def delete(body: DeleteRequest) -> Response:
-        """Delete a model, and let it go first."""
+        """Unload and delete a model."""
         name = await run_in_threadpool(stored_name, body.model_name)
         await engine.unload(name)
         await run_in_threadpool(library.remove, name)
@@ -125,13 +126,13 @@ def router(engine: Engine, config: ServerConfig) -> APIRouter:
 
     @routes.post("/api/copy")
     async def copy(body: CopyRequest) -> Response:
-        """Give a model another name as well."""
+        """Copy a model to a second name."""
         await run_in_threadpool(_copy, body.source, body.destination)
         return Response()
 
     @routes.post("/api/create")
     async def create(request: Request, body: CreateRequest) -> Response:
-        """Make a model of another."""
+        """Make a model from another one."""
         work = await run_in_threadpool(_creation, body)
         return await respond(request, work, body.stream)
 
@@ -145,17 +146,17 @@ def _copy(source: str, destination: str) -> None:
 
 
 def _creation(body: CreateRequest) -> Work:
-    """The work of making a model.
+    """The work that makes a model.
 
     Raises:
-        UsageError: what it takes is not supported, or the name is taken.
+        UsageError: an unsupported parameter, or the name exists.
         ModelNotFound: no such source.
     """
     if not body.from_:
-        raise UsageError("from is required: a model is made of one that is here")
-    given, name, source = body.chosen(), new_name(body.model_name), stored_name(body.from_)
-    sampling = {key: given[key] for key in _SAMPLING if key in given}
-    chosen = {_SETTINGS[key]: given[key] for key in _SETTINGS if key in given}
+        raise UsageError("from is required: it names the stored model to start from")
+    values, name, source = body.settings(), new_name(body.model_name), stored_name(body.from_)
+    sampling = {key: values[key] for key in _SAMPLING if key in values}
+    chosen = {_SETTINGS[key]: values[key] for key in _SETTINGS if key in values}
 
     def work(report: Report) -> object:
         return derive.derive(
@@ -171,7 +172,7 @@ def _creation(body: CreateRequest) -> Work:
 
 
 class _Lines:
-    """Reports of a thread, as lines for a client."""
+    """Turns the reports of a worker thread into status lines."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -180,9 +181,9 @@ class _Lines:
         self.stop = threading.Event()
 
     def report(self, label: str, done: int, total: int) -> None:
-        """See `resolve.Report`; called in the thread."""
+        """A `resolve.Report`, called in the worker thread."""
         if self.stop.is_set():
-            raise Stopped("the client is gone")
+            raise Stopped("the client disconnected")
         now = time.monotonic()
         if label == self._label and done < total and now - self._at < EVERY_S:
             return
@@ -192,7 +193,7 @@ class _Lines:
 
 
 async def _progress(work: Work, limiter: anyio.CapacityLimiter) -> Statuses:
-    """What some work reports, then `success`; it is stopped when this is closed."""
+    """Yield the reports of some work, then `success`. Closing the generator stops the work."""
     lines = _Lines()
 
     async def run() -> None:
@@ -214,18 +215,14 @@ async def _progress(work: Work, limiter: anyio.CapacityLimiter) -> Statuses:
 
 
 async def _events(lines: Statuses) -> sse.Events:
-    try:
+    async with aclosing(lines):
         async for each in lines:
             yield line(each)
-    finally:
-        await lines.aclose()
 
 
 async def _last(lines: Statuses) -> dict[str, Any]:
     last: dict[str, Any] = {}
-    try:
+    async with aclosing(lines):
         async for each in lines:
             last = each
-    finally:
-        await lines.aclose()
     return last

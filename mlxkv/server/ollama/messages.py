@@ -1,8 +1,8 @@
-"""Ollama's chat messages and tools, and what chat templates take of them.
+"""Ollama's chat messages and tools, converted for chat templates.
 
 Ollama's clients do not send back the ids of calls. Calls without one are numbered from the start
-of the conversation, and results find theirs by the function's name, in order: the same
-conversation is always the same prompt.
+of the conversation, and results are matched by the function's name, in order: the same conversation
+always gives the same prompt.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from mlxkv.server.tools import Function, allowed_tools, tools_grammar
 
 
 class CalledFunction(Part):
-    """What was called."""
+    """A function and its arguments."""
 
     name: str
     arguments: dict[str, Any]
-    index: int | None = Field(default=None, description="As answers have it; ignored.")
+    index: int | None = Field(default=None, description="Ignored; answers have it.")
 
 
 class MadeCall(Part):
@@ -56,7 +56,7 @@ class Tool(Part):
 
 
 class ChatRequest(Answered):
-    """A conversation to be answered."""
+    """A conversation to answer."""
 
     messages: list[ChatMessage] | None = None
     tools: Annotated[list[Tool], Field(max_length=512)] | None = None
@@ -65,7 +65,7 @@ class ChatRequest(Answered):
         """The tools.
 
         Raises:
-            UsageError: two have one name.
+            UsageError: two have the same name.
         """
         return allowed_tools([tool.function for tool in self.tools or ()], "auto", None)
 
@@ -75,20 +75,22 @@ class ChatRequest(Answered):
         return super().keywords() | ({"tools": tools} if tools else {})
 
     def grammar(self) -> Grammar | None:
-        """What the answer has to match, unless it calls a function."""
+        """The grammar that the answer must follow, unless it calls a function."""
         return tools_grammar(self.functions(), "auto", True, super().grammar())
 
 
 def template_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
-    """The same as chat templates take them.
+    """Messages in the form that chat templates take.
 
     Raises:
-        UsageError: a message holds what its role has no place for.
+        UsageError: a message has a field that its role does not allow.
     """
     open_calls: list[tuple[str, str]] = []
     n_calls, made = 0, []
     for i, message in enumerate(messages):
-        _check(i, message)
+        for field in ("tool_calls", "thinking"):
+            if getattr(message, field) and message.role != "assistant":
+                raise UsageError(f"messages.{i}: {field} is for assistant messages only")
         if message.role == "assistant":
             made.append(_assistant(message, n_calls))
             open_calls = [
@@ -102,13 +104,6 @@ def template_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
     return made
 
 
-def _check(i: int, message: ChatMessage) -> None:
-    if message.tool_calls and message.role != "assistant":
-        raise UsageError(f"messages.{i}: tool_calls are the assistant's, not the {message.role}'s")
-    if message.thinking and message.role != "assistant":
-        raise UsageError(f"messages.{i}: thinking is the assistant's, not the {message.role}'s")
-
-
 def _assistant(message: ChatMessage, n_before: int) -> dict[str, Any]:
     made: dict[str, Any] = {"role": "assistant", "content": message.content or ""}
     if message.thinking:
@@ -116,7 +111,7 @@ def _assistant(message: ChatMessage, n_before: int) -> dict[str, Any]:
     if message.tool_calls:
         made["tool_calls"] = [
             {
-                # Some templates take nine letters and digits, and no other form.
+                # Some templates accept ids of nine letters and digits only.
                 "id": call.id or f"call{n:05d}",
                 "type": "function",
                 "function": {"name": call.function.name, "arguments": call.function.arguments},
@@ -127,7 +122,7 @@ def _assistant(message: ChatMessage, n_before: int) -> dict[str, Any]:
 
 
 def _result(message: ChatMessage, open_calls: list[tuple[str, str]]) -> dict[str, Any]:
-    """What a call gave; the call is no longer open then."""
+    """The result of a call, which is then removed from the open calls."""
     name, call_id = message.tool_name or message.name, message.tool_call_id
     for call in open_calls:
         if call_id == call[0] or (call_id is None and name in (None, call[1])):

@@ -1,5 +1,5 @@
-"""What models there are: GET /api/tags, /api/ps and /api/version, POST /api/show; and vectors of
-texts, POST /api/embed and /api/embeddings."""
+"""Models: GET /api/tags, /api/ps and /api/version, POST /api/show. Embeddings: POST /api/embed and
+/api/embeddings."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ OLLAMA_VERSION = "0.21.2"
 
 
 class ShowRequest(Named):
-    """A model that is asked about."""
+    """A model to describe."""
 
     verbose: Annotated[bool | None, NoEffect()] = None
 
 
 class EmbedRequest(Named):
-    """Texts to be made vectors of."""
+    """Texts to embed."""
 
     input: Texts
     truncate: Annotated[bool | None, NoEffect()] = None
@@ -56,7 +56,7 @@ class EmbedRequest(Named):
 
 
 class EmbeddingsRequest(Named):
-    """A text to be made a vector of; older than /api/embed."""
+    """A text to embed; the form before /api/embed."""
 
     prompt: Text
     options: Annotated[Options | Loading | None, NoEffect()] = None
@@ -64,7 +64,7 @@ class EmbeddingsRequest(Named):
 
 
 class Cards:
-    """What is known of models, read from their files once until they change."""
+    """Cards of models, read again when a model's config.json changes."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[Path, int], Card | None] = {}
@@ -81,7 +81,7 @@ class Cards:
 
 
 def router(engine: Engine, config: ServerConfig) -> APIRouter:
-    """The routes of models."""
+    """The routes for models and embeddings."""
     routes = APIRouter(route_class=JSONRoute, tags=["ollama"])
     cards = Cards()
 
@@ -92,14 +92,13 @@ def router(engine: Engine, config: ServerConfig) -> APIRouter:
 
     @routes.get("/api/tags")
     async def tags() -> Response:
-        """The models that are here."""
+        """The models on this machine."""
         return JSONResponse({"models": await run_in_threadpool(_rows, cards)})
 
     @routes.get("/api/ps")
     async def ps() -> Response:
         """The models in memory."""
-        # What a model's pages take on disk is counted there.
-        found = await run_in_threadpool(engine.loaded)
+        found = await run_in_threadpool(engine.loaded)  # scans the KV folder
         return JSONResponse({"models": [_loaded(each) for each in found]})
 
     @routes.post("/api/show")
@@ -111,23 +110,22 @@ def router(engine: Engine, config: ServerConfig) -> APIRouter:
 
     @routes.post("/api/embed")
     async def embed(request: Request, body: EmbedRequest) -> Response:
-        """Vectors of texts, from a model that makes meaningful ones."""
+        """Embed texts, with a model that was trained for it."""
         note(request, body)
         started = time.perf_counter_ns()
         model = await present(engine, config, body.model_name)
         found = await sse.unless_gone(request, engine.embed(model.name, one_or_more(body.input)))
-        return JSONResponse(
-            {
-                "model": body.model_name,
-                "embeddings": [list(vector) for vector in found.vectors],
-                "total_duration": time.perf_counter_ns() - started,
-                "prompt_eval_count": found.n_tokens,
-            }
-        )
+        answer = {
+            "model": body.model_name,
+            "embeddings": [list(vector) for vector in found.vectors],
+            "total_duration": time.perf_counter_ns() - started,
+            "prompt_eval_count": found.n_tokens,
+        }
+        return JSONResponse(answer)
 
     @routes.post("/api/embeddings")
     async def embeddings(request: Request, body: EmbeddingsRequest) -> Response:
-        """The vector of one text."""
+        """Embed one text."""
         note(request, body)
         model = await present(engine, config, body.model_name)
         found = await sse.unless_gone(request, engine.embed(model.name, [body.prompt]))
@@ -141,16 +139,15 @@ def _rows(cards: Cards) -> list[dict[str, Any]]:
     for model in library.list_models():
         known = cards.of(model.name, model.path)
         parameters = human_count(known.parameters) if known else ""
-        rows.append(
-            {
-                "name": model.name,
-                "model": model.name,
-                "modified_at": _modified(model.path),
-                "size": model.size_bytes,
-                "digest": info.digest(model.path),
-                "details": _details(model.family, parameters, model.quantization),
-            }
-        )
+        row = {
+            "name": model.name,
+            "model": model.name,
+            "modified_at": _modified(model.path),
+            "size": model.size_bytes,
+            "digest": info.digest(model.path),
+            "details": _details(model.family, parameters, model.quantization),
+        }
+        rows.append(row)
     return rows
 
 

@@ -1,6 +1,6 @@
 """Ollama's API under /api.
 
-Not here: /api/push and /api/blobs (there is no registry to push to). `/` is for people.
+Without /api/push and /api/blobs: there is no registry to push to. `/` is the monitoring page.
 """
 
 from __future__ import annotations

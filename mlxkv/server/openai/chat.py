@@ -76,22 +76,15 @@ class NameOf(Part):
     name: Name
 
 
-class NamedChoice(Part):
-    """This function has to be called."""
-
-    type: Literal["function"]
-    function: NameOf
-
-
 class NamedTool(Part):
-    """One of the allowed tools."""
+    """A tool by its function's name; as `tool_choice`, the tool that must be called."""
 
     type: Literal["function"]
     function: NameOf
 
 
 class AllowedTools(Part):
-    """Those tools that may be called."""
+    """The tools that may be called."""
 
     mode: Literal["auto", "required"]
     tools: list[NamedTool]
@@ -105,7 +98,7 @@ class AllowedChoice(Part):
 
 
 class ChatRequest(Streamed):
-    """A conversation to be answered."""
+    """A conversation to answer."""
 
     model: str
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
@@ -115,7 +108,7 @@ class ChatRequest(Streamed):
     logprobs: bool | None = None
     top_logprobs: TopLogprobs | None = None
     tools: Annotated[list[AnyTool], Field(max_length=512)] | None = None
-    tool_choice: Literal["auto", "none", "required"] | NamedChoice | AllowedChoice | None = None
+    tool_choice: Literal["auto", "none", "required"] | NamedTool | AllowedChoice | None = None
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
     reasoning_effort: Effort | None = None
@@ -125,15 +118,10 @@ class ChatRequest(Streamed):
     store: Annotated[bool | None, NoEffect()] = None
     modalities: list[Literal["text"]] | None = None
 
-    @property
-    def n_answers(self) -> int:
-        """How many answers are asked for."""
-        return self.n or 1
-
     def choice(self) -> tuple[str, list[str] | None]:
-        """The mode of `tool_choice`, and the only tools that it leaves, if it names some."""
+        """The mode of `tool_choice`, and the names of the tools that it allows; None for all."""
         match self.tool_choice:
-            case NamedChoice():
+            case NamedTool():
                 return "required", [self.tool_choice.function.name]
             case AllowedChoice():
                 allowed = self.tool_choice.allowed_tools
@@ -141,21 +129,20 @@ class ChatRequest(Streamed):
         return self.tool_choice or "auto", None
 
     def limit(self) -> int | None:
-        """Length of the answer.
+        """Tokens of the answer at most.
 
         Raises:
-            UsageError: its two names say two things.
+            UsageError: the two names of the field have different values.
         """
-        given = {self.max_tokens, self.max_completion_tokens} - {None}
-        if len(given) > 1:
-            raise UsageError("max_tokens and max_completion_tokens are one thing: give one")
-        return max((n for n in given if n is not None), default=None)
+        if len({self.max_tokens, self.max_completion_tokens} - {None}) > 1:
+            raise UsageError("max_tokens and max_completion_tokens are one field: give one")
+        return self.max_tokens or self.max_completion_tokens
 
     def ask(self, model: LocalModel, owner: str) -> Ask:
-        """What the engine is asked; the same but for the seed, for all of `n`.
+        """The request to the engine, for the first of `n` answers.
 
         Raises:
-            UsageError: fields that do not go together.
+            UsageError: fields that contradict each other.
         """
         mode, named = self.choice()
         functions = [tool.function for tool in self.tools or () if isinstance(tool, FunctionTool)]
@@ -176,7 +163,7 @@ class ChatRequest(Streamed):
 
 
 def router(engine: Engine, config: ServerConfig) -> APIRouter:
-    """The route of chat completions."""
+    """The route for chat completions."""
     routes = APIRouter(route_class=JSONRoute, tags=["openai"])
 
     @routes.post("/v1/chat/completions")
@@ -184,18 +171,14 @@ def router(engine: Engine, config: ServerConfig) -> APIRouter:
         """Answer a conversation."""
         note(request, body)
         ask = body.ask(await present(engine, config, body.model), request.state.owner)
-        asks = several(ask, body.n_answers)
+        asks = several(ask, body.n or 1)
         return await respond(request, engine, config, asks, ChatReply(body), body.stream)
 
     return routes
 
 
 class ChatReply:
-    """The response to one request.
-
-    Args:
-        body: the request.
-    """
+    """Writes the response to `body`."""
 
     def __init__(self, body: ChatRequest):
         self._body = body
@@ -273,21 +256,17 @@ class ChatReply:
         return sse.event({**self._head("chat.completion.chunk"), "choices": [choice], **null_usage})
 
     def _head(self, kind: str) -> dict[str, Any]:
-        return {
-            "id": self._id,
-            "object": kind,
-            "created": self._created,
-            "model": self._body.model,
-        }
+        head = {"id": self._id, "object": kind, "created": self._created}
+        return {**head, "model": self._body.model}
 
 
 def _deltas(chunk: Chunk, calls: Sequence[ToolCall], index: int) -> list[dict[str, Any]]:
-    """What a chunk adds: reasoning, text, calls by name, then their arguments.
+    """The deltas of a chunk: reasoning, text, then each call's name and its arguments.
 
     Args:
         chunk: a step of the answer.
-        calls: those of it that the client gets.
-        index: of the first of them.
+        calls: its calls that the client gets.
+        index: number of the first of them.
     """
     deltas: list[dict[str, Any]] = []
     if chunk.reasoning:

@@ -1,6 +1,6 @@
-"""POST /v1/completions: what follows a text.
+"""POST /v1/completions: continue a text.
 
-`echo`, `suffix` and `best_of` are refused, unless they ask for nothing.
+`echo`, `suffix` and `best_of` are refused unless their value means "off".
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Tokens = Annotated[list[Whole], Field(min_length=1)]
 
 
 class CompletionRequest(Streamed):
-    """Texts to go on from."""
+    """One or more texts to continue."""
 
     model: str
     prompt: (
@@ -45,7 +45,7 @@ class CompletionRequest(Streamed):
     n: Annotated[int, Field(ge=1, le=128)] | None = None
     best_of: Annotated[int, Field(ge=1, le=1)] | None = None
     echo: Literal[False] | None = Field(None, description="Prompts are not echoed.")
-    suffix: None = Field(None, description="Nothing is filled in before a suffix.")
+    suffix: None = Field(None, description="Not supported.")
     logprobs: TopLogprobs | None = None
     response_format: ResponseFormat | None = Field(None, description="As in chat completions.")
 
@@ -58,19 +58,15 @@ class CompletionRequest(Streamed):
 
     @property
     def prompts(self) -> list[str | list[int]]:
-        """One by one."""
-        given = self.prompt
-        if isinstance(given, str):
-            return [given]
-        if isinstance(given[0], int):
-            return [given]  # pyright: ignore[reportReturnType]
-        return list(given)  # pyright: ignore[reportReturnType]
+        """The prompts as a list."""
+        is_one = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
+        return [self.prompt] if is_one else list(self.prompt)  # pyright: ignore[reportReturnType]
 
     def asks(self, model: LocalModel, owner: str) -> list[Ask]:
-        """What the engine is asked: `n` answers to the first prompt, then to the next.
+        """The requests to the engine: `n` for the first prompt, then for the next.
 
         Raises:
-            UsageError: an empty prompt.
+            UsageError: an empty prompt, or too many prompts.
         """
         if not all(self.prompts):
             raise UsageError("the prompt is empty")
@@ -92,12 +88,12 @@ class CompletionRequest(Streamed):
 
 
 def router(engine: Engine, config: ServerConfig) -> APIRouter:
-    """The route of completions."""
+    """The route for completions."""
     routes = APIRouter(route_class=JSONRoute, tags=["openai"])
 
     @routes.post("/v1/completions")
     async def completions(request: Request, body: CompletionRequest) -> Response:
-        """Go on from a text."""
+        """Continue a text."""
         note(request, body)
         asks = body.asks(await present(engine, config, body.model), request.state.owner)
         return await respond(request, engine, config, asks, CompletionReply(body), body.stream)
@@ -106,11 +102,7 @@ def router(engine: Engine, config: ServerConfig) -> APIRouter:
 
 
 class CompletionReply:
-    """The response to one request.
-
-    Args:
-        body: the request.
-    """
+    """Writes the response to `body`."""
 
     def __init__(self, body: CompletionRequest):
         self._body = body
@@ -143,9 +135,8 @@ class CompletionReply:
         null_usage = {"usage": None} if self._body.wants_usage else {}
         async for i, chunk in sse.merge(answers):
             progress[i].take(chunk)
-            logprobs, ended = [chunk.logprobs] if chunk.logprobs else [], {}
-            if chunk.finish_reason is not None:
-                ended = progress[i].finish
+            logprobs = [chunk.logprobs] if chunk.logprobs else []
+            ended = progress[i].finish if chunk.finish_reason is not None else {}
             if not (chunk.text or logprobs or ended):
                 continue
             choice = self._choice(i, all_text(chunk), logprobs, offsets[i], **ended)
@@ -165,17 +156,12 @@ class CompletionReply:
 
 
 def all_text(chunk: Chunk) -> str:
-    """What follows a text is all text."""
+    """A chunk's reasoning, text and calls as text: a completion has no other kinds."""
     return (chunk.reasoning or "") + chunk.text + "".join(call.text for call in chunk.tool_calls)
 
 
 def _logprobs(tokens: Sequence[TokenLogprobs], offset: int) -> dict[str, Any]:
-    """The shape of completions.
-
-    Args:
-        tokens: of the text.
-        offset: characters of the text before them.
-    """
+    """Log-probabilities of tokens that follow `offset` characters, as completions show them."""
     offsets = []
     for token in tokens:
         offsets.append(offset)

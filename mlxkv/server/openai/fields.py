@@ -1,4 +1,4 @@
-"""What requests of OpenAI's APIs share: sampling, tools, formats of the answer.
+"""Fields that OpenAI's APIs share: sampling, and formats of the answer.
 
 A field that no class here declares changes nothing and is named (`ignored`): `safety_identifier`
 and `service_tier` (there is one user, and one tier), `prompt_cache_key` and
@@ -106,14 +106,14 @@ class Sampling(Common, sampled({name: name for name in PARAMETERS} | GENERATION_
 
 
 class StreamOptions(Part):
-    """What a stream holds besides the answer."""
+    """What a stream has besides the answer."""
 
     include_usage: bool | None = None
     include_obfuscation: Literal[False] | None = None
 
 
 class Streamed(Sampling):
-    """A request that may be answered by a stream of chunks."""
+    """A request whose answer may be streamed."""
 
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -150,14 +150,14 @@ class JsonObjectFormat(Part):
 
 
 class RegexFormat(Part):
-    """A text that a regular expression matches as a whole. An extension."""
+    """Text that a regular expression matches from start to end. An extension."""
 
     type: Literal["regex"]
     regex: Text
 
 
 class GrammarFormat(Part):
-    """A text of a grammar in llguidance's dialect of Lark. An extension."""
+    """Text that a grammar in llguidance's dialect of Lark accepts. An extension."""
 
     type: Literal["grammar"]
     grammar: Text
@@ -170,11 +170,11 @@ class SchemaOf(Part):
     name: str
     description: str | None = None
     schema_: dict[str, Any] = Field(alias="schema")
-    strict: bool | None = Field(None, description="The schema is always kept to.")
+    strict: bool | None = Field(None, description="The answer always follows the schema.")
 
 
 class JsonSchemaFormat(Part):
-    """JSON of a schema."""
+    """JSON that follows a schema."""
 
     type: Literal["json_schema"]
     json_schema: SchemaOf
@@ -187,30 +187,27 @@ ResponseFormat = Annotated[
 
 
 def reasoning_of(think: bool | str | None, effort: str | None) -> bool | str | None:
-    """How much the model is to think.
+    """The value of `Request.think`.
 
     Raises:
-        UsageError: both are given.
+        UsageError: both fields are set.
     """
     if think is not None and effort is not None:
-        raise UsageError("think and reasoning_effort are one thing: give one")
+        raise UsageError("think and reasoning_effort set the same: give one")
     return think if effort is None else _THINK.get(effort, effort)
 
 
-def format_grammar(given: ResponseFormat | None) -> Grammar | None:
-    """What a response format says of the answer."""
-    match given:
+def format_grammar(format: ResponseFormat | SchemaOf | None) -> Grammar | None:
+    """The grammar of a response format or of a named schema; None for any text."""
+    match format:
         case JsonObjectFormat():
             return Grammar("json_object")
         case JsonSchemaFormat():
-            return json_schema_grammar(given.json_schema)
+            return format_grammar(format.json_schema)
+        case SchemaOf():
+            return Grammar("json_schema", json.dumps(format.schema_))
         case RegexFormat():
-            return Grammar("regex", given.regex)
+            return Grammar("regex", format.regex)
         case GrammarFormat():
-            return Grammar("lark", given.grammar)
+            return Grammar("lark", format.grammar)
     return None
-
-
-def json_schema_grammar(given: SchemaOf) -> Grammar:
-    """The grammar of a named schema."""
-    return Grammar("json_schema", json.dumps(given.schema_))

@@ -1,20 +1,19 @@
-"""OpenAI's chat messages, and what chat templates take of them.
+"""OpenAI's chat messages, converted for chat templates.
 
-Clients send back the messages they got, so the fields that answers have are taken: `refusal`,
-`annotations` and `name` say nothing to a template and are left out; `audio` and `function_call`
-must be null.
+Clients send answers back as messages, so the fields of answers are accepted: `refusal`,
+`annotations` and `name` are ignored, `audio` and `function_call` must be null.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from mlxkv.server.fields import LeftOut, NoEffect, Part
-from mlxkv.server.tools import PICTURE_NOTE, Name
+from mlxkv.server.fields import NoEffect, Part, ToolPicture
+from mlxkv.server.tools import Name
 
 
 class TextPart(Part):
@@ -25,14 +24,14 @@ class TextPart(Part):
 
 
 class RefusalPart(Part):
-    """A piece of an answer that refused something."""
+    """The text of a refusal."""
 
     type: Literal["refusal"]
     refusal: str
 
 
 class CalledFunction(Part):
-    """What was called; the arguments are JSON in a text."""
+    """A function and its arguments, as a JSON string."""
 
     name: Name
     arguments: str
@@ -56,7 +55,7 @@ class SystemMessage(Part):
 
 
 class UserMessage(Part):
-    """What the user says."""
+    """A message of the user."""
 
     role: Literal["user"]
     content: str | list[TextPart]
@@ -64,7 +63,7 @@ class UserMessage(Part):
 
 
 class AssistantMessage(Part):
-    """What the model said."""
+    """An answer of the model."""
 
     role: Literal["assistant"]
     content: str | list[TextPart | RefusalPart] | None = None
@@ -78,11 +77,10 @@ class AssistantMessage(Part):
     function_call: None = None
 
 
-class PicturePart(LeftOut):
-    """A picture that a tool gave: a note stands in its place."""
+class PicturePart(ToolPicture):
+    """A picture that a tool gave."""
 
     type: Literal["image_url"]
-    text: ClassVar[str] = PICTURE_NOTE
 
 
 class ToolMessage(Part):
@@ -100,7 +98,7 @@ ChatMessage = Annotated[
 
 
 def template_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
-    """The same as chat templates take them."""
+    """Messages in the form that chat templates take."""
     names: dict[str, str] = {}
     found = []
     for message in messages:
@@ -109,7 +107,7 @@ def template_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
                 names |= {call.id: call.function.name for call in message.tool_calls or ()}
                 found.append(_assistant(message))
             case ToolMessage():
-                # Some templates want the function's name, which only its call has.
+                # Some templates need the function's name, which only its call has.
                 name = message.name or names.get(message.tool_call_id)
                 made = {"role": "tool", "tool_call_id": message.tool_call_id}
                 made |= {"name": name} if name else {}
@@ -123,8 +121,7 @@ def template_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
 
 def _assistant(message: AssistantMessage) -> dict[str, Any]:
     made: dict[str, Any] = {"role": "assistant", "content": joined(message.content or "")}
-    reasoning = message.reasoning_content or message.reasoning
-    if reasoning:
+    if reasoning := message.reasoning_content or message.reasoning:
         made["reasoning_content"] = reasoning
     if message.tool_calls:
         made["tool_calls"] = [
@@ -135,17 +132,17 @@ def _assistant(message: AssistantMessage) -> dict[str, Any]:
 
 
 def made_call(call_id: str, name: str, arguments: str) -> dict[str, Any]:
-    """A call as templates take it: with arguments as an object, if they can be read as one."""
+    """A call as templates take it: arguments as an object where they are one, else as text."""
     try:
         value = json.loads(arguments or "{}")
     except (ValueError, RecursionError):
         value = arguments
-    given = value if isinstance(value, dict) else arguments
-    return {"id": call_id, "type": "function", "function": {"name": name, "arguments": given}}
+    function = {"name": name, "arguments": value if isinstance(value, dict) else arguments}
+    return {"id": call_id, "type": "function", "function": function}
 
 
-def joined(content: str | Sequence[TextPart | RefusalPart | PicturePart]) -> str:
-    """Parts of a text as one, a line break between them."""
+def joined(content: str | Sequence[TextPart | RefusalPart | ToolPicture]) -> str:
+    """A content's parts as one text, separated by line breaks."""
     if isinstance(content, str):
         return content
     return "\n".join(p.refusal if isinstance(p, RefusalPart) else p.text for p in content)

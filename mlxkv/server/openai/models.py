@@ -30,35 +30,35 @@ class EmbeddingRequest(Common):
     model: str
     input: Texts
     encoding_format: Literal["float", "base64"] | None = None
-    dimensions: None = Field(None, description="Vectors are as long as the model makes them.")
+    dimensions: None = Field(None, description="Not supported: the model decides.")
 
 
 def router(engine: Engine, config: ServerConfig) -> APIRouter:
-    """The routes of models and embeddings."""
+    """The routes for models and embeddings."""
     routes = APIRouter(route_class=JSONRoute, tags=["openai"])
 
     @routes.get("/v1/models")
     async def models() -> Response:
-        """The models that are here."""
+        """The models on this machine."""
         return JSONResponse({"object": "list", "data": await _models(engine)})
 
     @routes.get("/v1/models/{name:path}")
     async def model(name: str) -> Response:
-        """One of them."""
+        """One of the models on this machine."""
         for row in await _models(engine):
             if row["id"] == name:
                 return JSONResponse(row)
-        raise ModelNotFound(f"no model named {name[:80]!r} is here; GET /v1/models lists them")
+        raise ModelNotFound(f"model {name[:80]!r} not found: GET /v1/models lists the models")
 
     @routes.post("/v1/embeddings")
     async def embeddings(request: Request, body: EmbeddingRequest) -> Response:
-        """Vectors of texts, from a model that makes meaningful ones."""
+        """Embed texts, with a model that was trained for it."""
         note(request, body)
         model = await present(engine, config, body.model)
         texts = one_or_more(body.input)
         found = await sse.unless_gone(request, engine.embed(model.name, texts))
         if len(found.vectors) != len(texts):
-            raise UsageError("the model gave another number of vectors than there are texts")
+            raise UsageError(f"{len(texts)} texts gave {len(found.vectors)} vectors")
         rows = [_row(i, vector, body.encoding_format) for i, vector in enumerate(found.vectors)]
         used = {"prompt_tokens": found.n_tokens, "total_tokens": found.n_tokens}
         return JSONResponse({"object": "list", "data": rows, "model": body.model, "usage": used})
@@ -67,7 +67,7 @@ def router(engine: Engine, config: ServerConfig) -> APIRouter:
 
 
 async def _models(engine: Engine) -> list[dict[str, Any]]:
-    """What is on this machine, and what is loaded from elsewhere."""
+    """The models on this machine, and those loaded from other folders."""
     rows: dict[str, dict[str, Any]] = {}
     for stored in await run_in_threadpool(library.list_models):
         created = int(stored.path.stat().st_mtime) if stored.path.exists() else 0

@@ -1,5 +1,4 @@
-"""What answers of OpenAI's APIs share: from asks to one response or a stream of events; usage and
-log-probabilities."""
+"""Responses and streams of OpenAI's APIs, with usage and log-probabilities."""
 
 from __future__ import annotations
 
@@ -17,7 +16,7 @@ from mlxkv.server import sse
 from mlxkv.server.config import ServerConfig
 from mlxkv.server.errors import OPENAI, failure_of, openai_error
 from mlxkv.server.requests import apply_rules
-from mlxkv.server.results import AnswerState, details, finite
+from mlxkv.server.results import AnswerState, details, logprob_fields
 
 
 class Reply(Protocol):
@@ -29,19 +28,19 @@ class Reply(Protocol):
 
 
 def several(ask: Ask, n: int) -> list[Ask]:
-    """The same, `n` times, each with random numbers of its own."""
+    """`n` requests with different seeds."""
     return [dataclasses.replace(ask, request=ask.request.nth(i)) for i in range(n)]
 
 
 def submit_all(engine: Engine, config: ServerConfig, asks: Sequence[Ask]) -> list[Answer]:
-    """The answers to all, or to none.
+    """Submit all requests, or none if one is refused.
 
     Raises:
-        UsageError: more answers or tokens than one request may ask for. Whatever the engine raises.
+        UsageError: more answers or tokens than one request may have. Also what the engine raises.
     """
     if len(asks) > config.max_choices:
         raise UsageError(
-            f"one request may ask for {config.max_choices} answers; this one asks for {len(asks)}"
+            f"a request may have {config.max_choices} answers at most; this one has {len(asks)}"
         )
     answers: list[Answer] = []
     try:
@@ -55,7 +54,7 @@ def submit_all(engine: Engine, config: ServerConfig, asks: Sequence[Ask]) -> lis
 
 
 def error_event(error: BaseException) -> bytes:
-    """The end of a stream that failed."""
+    """The last events of a stream that failed."""
     return sse.event(openai_error(failure_of(error, OPENAI))) + sse.DONE
 
 
@@ -68,16 +67,16 @@ async def respond(
     streams: bool | None,
     on_error: Callable[[BaseException], bytes] = error_event,
 ) -> Response:
-    """The response with the answers, which are cancelled when the client disconnects.
+    """Answer requests; the answers are cancelled when the client disconnects.
 
     Args:
-        request: whose client is watched.
-        engine: gives the answers.
+        request: the HTTP request.
+        engine: answers.
         config: timeouts, and limits of one request.
         asks: the requests to the engine.
-        reply: writes the answers.
-        streams: whether they are sent while they come.
-        on_error: the end of a stream that failed.
+        reply: writes the answers in the API's shape.
+        streams: whether to send events as they come.
+        on_error: makes the last event of a stream that failed.
 
     Raises:
         As `submit_all`.
@@ -90,26 +89,12 @@ async def respond(
 
 
 def chat_logprobs(tokens: Sequence[TokenLogprobs]) -> dict[str, Any]:
-    """The shape of chat completions and responses."""
-
-    def shown(token: TokenLogprobs) -> dict[str, Any]:
-        return {
-            "token": token.text,
-            "logprob": finite(token.logprob),
-            "bytes": list(token.bytes),
-        }
-
-    content = [{**shown(each), "top_logprobs": [shown(top) for top in each.top]} for each in tokens]
-    return {"content": content, "refusal": None}
+    """Log-probabilities in the shape of chat completions and responses."""
+    return {"content": [logprob_fields(each) for each in tokens], "refusal": None}
 
 
 def usage(answers: Sequence[AnswerState], n_each: int = 1) -> dict[str, Any]:
-    """Tokens of a request.
-
-    Args:
-        answers: of all prompts.
-        n_each: answers to one prompt, whose tokens count once.
-    """
+    """Token counts of a request; a prompt with `n_each` answers counts once."""
     prompts = [each.stats for each in answers[::n_each] if each.stats is not None]
     n_prompt = sum(stats.prompt_tokens for stats in prompts)
     n_answer = sum(each.stats.generated_tokens for each in answers if each.stats is not None)

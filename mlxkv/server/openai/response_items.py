@@ -1,4 +1,4 @@
-"""Input items of OpenAI's responses, and the chat messages that they are.
+"""Input items of OpenAI's Responses API, converted to chat messages.
 
 Clients send back the items they got, so the fields of those are taken: `id`, `status`, `phase`,
 `annotations` and `logprobs` say nothing to a template and are left out, and so is
@@ -10,42 +10,33 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 
-from mlxkv.server.fields import LeftOut, Part, type_of
-from mlxkv.server.openai.messages import made_call
+from mlxkv.server.fields import LeftOut, Part, ToolPicture, type_of
+from mlxkv.server.openai.messages import RefusalPart, TextPart, joined, made_call
 from mlxkv.server.openai.response_tools import INPUT, full_name
-from mlxkv.server.tools import PICTURE_NOTE, Name
+from mlxkv.server.tools import Name
 
 Status = Literal["in_progress", "completed", "incomplete"]
 
 
-class TextContent(Part):
-    """A piece of text; images, sound and files of a message are refused."""
+class TextContent(TextPart):
+    """Text; images, sound and files of a message are refused."""
 
-    type: Literal["input_text", "output_text"]
-    text: str
+    type: Literal["input_text", "output_text"]  # pyright: ignore[reportIncompatibleVariableOverride]
     annotations: list[Any] | None = None
     logprobs: list[Any] | None = None
 
 
-class RefusalContent(Part):
-    """A piece of an answer that refused something."""
-
-    type: Literal["refusal"]
-    refusal: str
-
-
-class ResultPicture(LeftOut):
-    """A picture that a tool gave: a note stands in its place."""
+class ResultPicture(ToolPicture):
+    """A picture that a tool gave."""
 
     type: Literal["input_image"]
-    text: ClassVar[str] = PICTURE_NOTE
 
 
-Content = Annotated[TextContent | RefusalContent, Field(discriminator="type")]
+Content = Annotated[TextContent | RefusalPart, Field(discriminator="type")]
 
 
 class MessageItem(Part):
@@ -59,7 +50,7 @@ class MessageItem(Part):
     phase: str | None = None
 
 
-ResultContent = Annotated[TextContent | RefusalContent | ResultPicture, Field(discriminator="type")]
+ResultContent = Annotated[TextContent | RefusalPart | ResultPicture, Field(discriminator="type")]
 
 
 class CallItem(Part):
@@ -97,7 +88,7 @@ class ShellCallItem(Part):
 
 
 class CallOutputItem(Part):
-    """What a call gave."""
+    """The result of a call."""
 
     type: Literal["function_call_output", "custom_tool_call_output", "local_shell_call_output"]
     call_id: str
@@ -106,26 +97,19 @@ class CallOutputItem(Part):
     status: Status | None = None
 
 
-class SummaryText(Part):
-    """A summary of reasoning."""
-
-    type: Literal["summary_text"]
-    text: str
-
-
 class ReasoningText(Part):
-    """Reasoning."""
+    """Reasoning, or a summary of it."""
 
-    type: Literal["reasoning_text"]
+    type: Literal["reasoning_text", "summary_text"]
     text: str
 
 
 class ReasoningItem(Part):
-    """What the model thought."""
+    """The model's reasoning."""
 
     type: Literal["reasoning"]
     id: str | None = None
-    summary: list[SummaryText] = Field(default_factory=list)
+    summary: list[ReasoningText] = Field(default_factory=list)
     content: list[ReasoningText] | None = None
     encrypted_content: str | None = None
     status: Status | None = None
@@ -185,7 +169,7 @@ def item_messages(items: Sequence[Item], instructions: str | None) -> list[dict[
         match item:
             case ReasoningItem():
                 parts = item.content or item.summary
-                turn = _turn(messages, behind=("content", "tool_calls"))
+                turn = _turn(messages, before=("content", "tool_calls"))
                 turn["reasoning_content"] = "\n".join(part.text for part in parts)
             case CallItem() | CustomCallItem() | ShellCallItem():
                 name, arguments = _called(item)
@@ -196,13 +180,13 @@ def item_messages(items: Sequence[Item], instructions: str | None) -> list[dict[
                 name = names.get(item.call_id)
                 named = {"name": name} if name else {}
                 output = {"role": "tool", "tool_call_id": item.call_id, **named}
-                messages.append({**output, "content": _text(item.output)})
+                messages.append({**output, "content": joined(item.output)})
             case MessageItem(role="assistant"):
-                turn = _turn(messages, behind=("content", "tool_calls"))
-                turn["content"] = _text(item.content)
+                turn = _turn(messages, before=("content", "tool_calls"))
+                turn["content"] = joined(item.content)
             case MessageItem():
                 role = "system" if item.role == "developer" else item.role
-                messages.append({"role": role, "content": _text(item.content)})
+                messages.append({"role": role, "content": joined(item.content)})
     return messages
 
 
@@ -216,14 +200,8 @@ def _called(item: CallItem | CustomCallItem | ShellCallItem) -> tuple[str, str]:
     return "local_shell", json.dumps(item.action)
 
 
-def _turn(messages: list[dict[str, Any]], behind: Sequence[str] = ()) -> dict[str, Any]:
-    """The message of the turn that is the assistant's; a new one where these parts are there."""
-    if not messages or messages[-1]["role"] != "assistant" or any(map(messages[-1].get, behind)):
+def _turn(messages: list[dict[str, Any]], before: Sequence[str] = ()) -> dict[str, Any]:
+    """The last message if it is the assistant's and has no part of `before`, else a new one."""
+    if not messages or messages[-1]["role"] != "assistant" or any(map(messages[-1].get, before)):
         messages.append({"role": "assistant", "content": ""})
     return messages[-1]
-
-
-def _text(content: str | Sequence[Content] | Sequence[ResultContent]) -> str:
-    if isinstance(content, str):
-        return content
-    return "\n".join(p.refusal if isinstance(p, RefusalContent) else p.text for p in content)

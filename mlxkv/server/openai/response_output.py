@@ -1,7 +1,7 @@
-"""An answer as the items of a response, and the events in which they come.
+"""An answer as output items of a response, and as the events that stream them.
 
-One item is open at a time: reasoning, then a message, then calls, in the order in which the model
-wrote them. An item is added, its part is added, grows by deltas and is done, and the item is done.
+One item is open at a time, in the order in which the model wrote reasoning, text and calls. Events
+of an item: item added, part added, deltas, text done, part done, item done.
 """
 
 from __future__ import annotations
@@ -22,34 +22,28 @@ Event = dict[str, Any]
 
 @dataclass(slots=True)
 class _Open:
-    """The item that grows.
-
-    Args:
-        kind: `reasoning` or `message`.
-        id: its name.
-        text: so far.
-        logprobs: of its tokens so far.
-    """
+    """The open item; `kind` is `reasoning` or `message`."""
 
     kind: str
     id: str
     text: list[str] = field(default_factory=list)
     logprobs: list[dict[str, Any]] = field(default_factory=list)
 
+    def place(self, index: int) -> dict[str, Any]:
+        """The fields by which an event says where it belongs."""
+        return {"item_id": self.id, "output_index": index, "content_index": 0}
+
     def part(self, text: str) -> dict[str, Any]:
-        """Its only part."""
+        """Its only part, with this text."""
         if self.kind == "reasoning":
             return {"type": "reasoning_text", "text": text}
         logprobs = {"logprobs": list(self.logprobs)}
         return {"type": "output_text", "text": text, "annotations": [], **logprobs}
 
     def item(self, status: str, content: list[dict[str, Any]]) -> dict[str, Any]:
-        """The item itself."""
-        if self.kind == "reasoning":
-            head = {"id": self.id, "type": "reasoning", "status": status, "summary": []}
-            return {**head, "content": content}
-        head = {"id": self.id, "type": "message", "status": status, "role": "assistant"}
-        return {**head, "content": content}
+        """The item, with this content."""
+        own = {"summary": []} if self.kind == "reasoning" else {"role": "assistant"}
+        return {"id": self.id, "type": self.kind, "status": status, **own, "content": content}
 
 
 class Output:
@@ -61,7 +55,7 @@ class Output:
         callees: the request's tools, by the names that the model knows.
 
     Attributes:
-        items: those that are done.
+        items: the items that are done.
     """
 
     def __init__(self, progress: AnswerState, logprobs: bool, callees: Mapping[str, Callee]):
@@ -71,7 +65,7 @@ class Output:
         self._open: _Open | None = None
 
     def take(self, chunk: Chunk) -> list[Event]:
-        """The events of a step."""
+        """The events of a chunk."""
         events: list[Event] = []
         calls = self.progress.take(chunk)
         logprobs = shown_logprobs(chunk) if self._logprobs else []
@@ -85,12 +79,12 @@ class Output:
         return events
 
     def close(self, status: str = "completed") -> list[Event]:
-        """The end of the item that grows, if one does."""
+        """The events that end the open item, if one is open."""
         if self._open is None:
             return []
         item, self._open = self._open, None
         text, index = "".join(item.text), len(self.items)
-        where = {"item_id": item.id, "output_index": index, "content_index": 0}
+        where = item.place(index)
         name = "reasoning_text" if item.kind == "reasoning" else "output_text"
         logprobs = {} if item.kind == "reasoning" else {"logprobs": item.logprobs}
         part = item.part(text)
@@ -98,11 +92,7 @@ class Output:
         return [
             {"type": f"response.{name}.done", **where, "text": text, **logprobs},
             {"type": "response.content_part.done", **where, "part": part},
-            {
-                "type": "response.output_item.done",
-                "output_index": index,
-                "item": self.items[-1],
-            },
+            {"type": "response.output_item.done", "output_index": index, "item": self.items[-1]},
         ]
 
     def _grow(self, kind: str, text: str, logprobs: list[dict[str, Any]]) -> list[Event]:
@@ -110,26 +100,16 @@ class Output:
         index = len(self.items)
         if self._open is None:
             item = self._open = _Open(kind, new_id("rs" if kind == "reasoning" else "msg"))
-            where = {"item_id": item.id, "output_index": index, "content_index": 0}
+            added = item.item("in_progress", [])
             events += [
-                {
-                    "type": "response.output_item.added",
-                    "output_index": index,
-                    "item": item.item("in_progress", []),
-                },
-                {"type": "response.content_part.added", **where, "part": item.part("")},
+                {"type": "response.output_item.added", "output_index": index, "item": added},
+                {"type": "response.content_part.added", **item.place(index), "part": item.part("")},
             ]
         item = self._open
         item.text.append(text)
         item.logprobs += logprobs
         name = "reasoning_text" if kind == "reasoning" else "output_text"
-        delta: Event = {
-            "type": f"response.{name}.delta",
-            "item_id": item.id,
-            "output_index": index,
-            "content_index": 0,
-            "delta": text,
-        }
+        delta: Event = {"type": f"response.{name}.delta", **item.place(index), "delta": text}
         return [*events, delta if kind == "reasoning" else {**delta, "logprobs": logprobs}]
 
     def _call(self, call: ToolCall) -> list[Event]:
@@ -166,5 +146,5 @@ class Output:
 
 
 def new_id(prefix: str) -> str:
-    """A name for an item or a response."""
+    """A random id for an item or a response."""
     return f"{prefix}_{secrets.token_hex(16)}"

@@ -17,7 +17,6 @@ from pydantic import Field
 
 from mlxkv.engine.messages import Answer, Ask, Engine
 from mlxkv.errors import UsageError
-from mlxkv.sampling.grammar import Grammar
 from mlxkv.server import sse
 from mlxkv.server.config import ServerConfig
 from mlxkv.server.errors import RESPONSES, failure_of
@@ -34,7 +33,6 @@ from mlxkv.server.openai.fields import (
     SchemaOf,
     TextFormat,
     format_grammar,
-    json_schema_grammar,
     reasoning_of,
 )
 from mlxkv.server.openai.respond import respond, usage
@@ -65,7 +63,7 @@ class AllowedChoice(Part):
 
 
 class NamedSchema(SchemaOf):
-    """JSON of a schema."""
+    """JSON that follows a schema."""
 
     type: Literal["json_schema"]
 
@@ -92,13 +90,13 @@ class ReasoningOptions(Part):
 
 
 class ResponseStreamOptions(Part):
-    """What a stream holds besides."""
+    """What a stream has besides the response."""
 
     include_obfuscation: Annotated[bool | None, NoEffect()] = None
 
 
 class ResponseRequest(Sampling):
-    """Items to be answered."""
+    """Items to answer."""
 
     model: str
     input: Annotated[str, Field(min_length=1)] | Annotated[list[Item], Field(min_length=1)]
@@ -122,11 +120,11 @@ class ResponseRequest(Sampling):
 
     @property
     def wants_logprobs(self) -> bool:
-        """Whether messages show their log-probabilities."""
+        """Whether messages have log-probabilities."""
         return self.top_logprobs is not None or LOGPROBS in (self.include or ())
 
     def choice(self) -> tuple[str, list[str] | None]:
-        """The mode of `tool_choice`, and the only tools that it leaves, if it names some."""
+        """The mode of `tool_choice`, and the names of the tools that it allows; None for all."""
         match self.tool_choice:
             case NamedTool():
                 return "required", [self.tool_choice.name]
@@ -143,13 +141,13 @@ class ResponseRequest(Sampling):
             items: the whole conversation.
 
         Raises:
-            UsageError: fields that do not go together.
+            UsageError: fields that contradict each other.
         """
         mode, named = self.choice()
         tools = allowed_tools([each.function for each in callees(self.tools or ())], mode, named)
         messages = item_messages(items, self.instructions)
         if all(message["role"] == "system" for message in messages):
-            raise UsageError("input holds no message to answer")
+            raise UsageError("input has no message to answer")
         parallel = self.parallel_tool_calls is not False
         request = build_request(
             messages,
@@ -158,20 +156,16 @@ class ResponseRequest(Sampling):
             tools=[tool.schema_of() for tool in tools] or None,
             truncate=True if self.truncation == "auto" else None,
             logprobs=(self.top_logprobs or 0) if self.wants_logprobs else None,
-            format=tools_grammar(tools, mode, parallel, self._grammar()),
+            format=tools_grammar(
+                tools, mode, parallel, format_grammar(self.text and self.text.format)
+            ),
             **self.sampling_options(),
         )
         return model.ask(request, owner, seconds(self.keep_alive))
 
-    def _grammar(self) -> Grammar | None:
-        given = self.text and self.text.format
-        if isinstance(given, NamedSchema):
-            return json_schema_grammar(given)
-        return format_grammar(given)
-
 
 def router(engine: Engine, config: ServerConfig) -> APIRouter:
-    """The route of responses."""
+    """The route for responses."""
     routes = APIRouter(route_class=JSONRoute, tags=["openai"])
     store = ResponseStore()
 
@@ -250,7 +244,7 @@ class ResponseReply:
         return response
 
     def failed(self, error: BaseException) -> bytes:
-        """The end of a stream that failed."""
+        """The last event of a stream that failed."""
         failure = failure_of(error, RESPONSES)
         code = failure.code or ("server_error" if failure.status >= 500 else "invalid_prompt")
         said = {"code": code, "message": failure.message}
@@ -303,7 +297,7 @@ class ResponseReply:
 
 
 def _usage(progress: AnswerState) -> dict[str, Any]:
-    """Tokens under the names of responses."""
+    """Token counts under the Responses API's names."""
     used = usage([progress])
     return {
         "input_tokens": used["prompt_tokens"],

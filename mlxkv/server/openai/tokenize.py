@@ -25,7 +25,7 @@ class TokenizeRequest(Part):
     messages: list[ChatMessage] | None = None
 
     def ask(self, model: LocalModel, owner: str) -> Ask:
-        """What the engine is asked.
+        """The request to the engine.
 
         Raises:
             UsageError: neither a prompt nor messages, or both.
@@ -37,7 +37,7 @@ class TokenizeRequest(Part):
 
 
 def router(engine: Engine, config: ServerConfig) -> APIRouter:
-    """The route of token ids."""
+    """The route for token ids."""
     routes = APIRouter(route_class=JSONRoute, tags=["openai"])
 
     @routes.post("/tokenize")
