@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import mlxkv
-from mlxkv.engine.prompt import bounded, prepare
+from mlxkv.engine.prompt import fit_context, prepare
 from mlxkv.errors import UsageError
 from mlxkv.generation.request import Request
 from tests.support.command_line import chat_model
@@ -21,11 +21,11 @@ def llm(tmp_path_factory):
 @pytest.mark.parametrize(("asked", "given"), [(None, 1024), (512, 512), (32768, 1024)])
 def test_best_effort_takes_the_models_context_where_more_is_asked_for(llm, asked, given):
     request = Request.of("hello", context=asked, best_effort=True)
-    bound, _ = bounded(llm, request, prepare(llm, request))
+    bound, _ = fit_context(llm, request, prepare(llm, request))
     assert bound.context == given
 
 
 def test_without_it_a_context_above_the_models_own_is_an_error(llm):
     request = Request.of("hello", context=32768)
     with pytest.raises(UsageError, match="context"):
-        bounded(llm, request, prepare(llm, request))
+        fit_context(llm, request, prepare(llm, request))
