@@ -13,7 +13,10 @@ from typing import TYPE_CHECKING
 
 from mlxkv.errors import UsageError
 from mlxkv.text.chat_template import ChatTemplate
+from mlxkv.text.control import Controls
 from mlxkv.text.detokenizer import Detokenizer, bytes_of, check_ids, has_byte_fallback, make_stages
+from mlxkv.text.plain_encoding import PlainEncoder
+from mlxkv.text.rendered import Rendered
 from mlxkv.text.tokenizer_files import (
     ModelFiles,
     apply_added_tokens,
@@ -97,10 +100,20 @@ class Tokenizer:
         try:
             return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         except TypeError:
-            raise UsageError(
-                "the text cannot be encoded: it must be a str without lone surrogates (bytes that "
-                "are not UTF-8, read as text)"
-            ) from None
+            raise _not_unicode() from None
+
+    def encode_rendered(self, rendered: Rendered) -> list[int]:
+        """Token ids of a rendered conversation; no first token is added.
+
+        Raises:
+            UsageError: text that is not Unicode (half of a surrogate pair).
+        """
+        if not rendered.plain:
+            return self.encode(rendered.text, add_special_tokens=False)
+        try:
+            return self._plain_encoder.encode(rendered)
+        except TypeError:
+            raise _not_unicode() from None
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of token ids: nothing cleaned up, a leading space kept where the decoder keeps it.
@@ -179,7 +192,26 @@ class Tokenizer:
         return None if decoder is None else decoder.__getstate__()
 
     @cached_property
+    def controls(self) -> Controls:
+        """The texts that are control tokens where a template writes them."""
+        added = self._backend.get_added_tokens_decoder().values()
+        template = self.chat_template
+        source = "" if template is None else template.source + (template.tools_source or "")
+        return Controls.of({token.content: token.special for token in added}, source)
+
+    @cached_property
+    def _plain_encoder(self) -> PlainEncoder:
+        return PlainEncoder(self._backend, self.controls)
+
+    @cached_property
     def special_ids(self) -> frozenset[int]:
         """Tokens that `decode` skips."""
         added = self._backend.get_added_tokens_decoder()
         return frozenset(i for i, token in added.items() if token.special)
+
+
+def _not_unicode() -> UsageError:
+    return UsageError(
+        "the text cannot be encoded: it must be a str without lone surrogates (bytes that are not "
+        "UTF-8, read as text)"
+    )
