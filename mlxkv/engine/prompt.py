@@ -20,6 +20,8 @@ from mlxkv.sampling.sampler import Sampler
 from mlxkv.saved_kv.manifest import NamedKV
 from mlxkv.store.settings import Settings
 from mlxkv.text.chat_template import thinking_options
+from mlxkv.text.prompt_writer import Begun, PromptWriter, is_begun
+from mlxkv.text.rendered import Rendered
 
 PROBES = ("A", "7 z")
 """Two messages that begin differently: text before them is part of no user message."""
@@ -68,11 +70,13 @@ class Prepared:
         tokens: the whole prompt.
         head: its beginning.
         text: the rendered chat template; None for a text or token ids.
+        begun: the answer that its messages end in; None if they end in none.
     """
 
     tokens: list[int]
     head: Head = field(default_factory=Head)
     text: str | None = None
+    begun: Begun | None = None
 
 
 def prepare(runtime: Runtime, request: Request) -> Prepared:
@@ -89,9 +93,13 @@ def prepare(runtime: Runtime, request: Request) -> Prepared:
         return Prepared(_after_saved(runtime, saved, prompt), Head(saved))
     messages = with_saved(saved, prompt)  # pyright: ignore[reportArgumentType]
     options = template_options(runtime, request)
-    text = render(runtime, messages, **options)
-    tokens = encode_rendered(runtime, text, saved)
-    return Prepared(tokens, Head(saved, messages, options), text)
+    head = Head(saved, messages, options)
+    if request.go_on and is_begun(messages):
+        begun = _writer(runtime).begin(messages, **options)
+        tokens = encode_rendered(runtime, begun.rendered, saved)
+        return Prepared(tokens, head, begun.rendered.text, begun)
+    rendered = render(runtime, messages, **options)
+    return Prepared(encode_rendered(runtime, rendered, saved), head, rendered.text)
 
 
 def start(runtime: Runtime, request: Request, prepared: Prepared, session: Session) -> Generation:
@@ -105,9 +113,6 @@ def start(runtime: Runtime, request: Request, prepared: Prepared, session: Sessi
     sampling = request.sampling
     if request.recommended:
         sampling = sampling.merged(runtime.recommended)
-    parser = None
-    if prepared.text is not None:
-        parser = parser_for(runtime.tokenizer, prompt=prepared.text, tools=request.tools)
     masker = None
     if request.format is not None:
         masker = runtime.maskers.masker(request.format, prepared.text)
@@ -116,11 +121,23 @@ def start(runtime: Runtime, request: Request, prepared: Prepared, session: Sessi
         tokens,
         request,
         Sampler(sampling, runtime.config.vocab_size),
-        AnswerReader(runtime.tokenizer, parser, request.stop, request.min_tokens),
+        _reader(runtime, request, prepared),
         bound,
         runtime.tokenizer,
         masker,
     )
+
+
+def _reader(runtime: Runtime, request: Request, prepared: Prepared) -> AnswerReader:
+    """The reader of the answer; one that was begun is read already."""
+    tokenizer, begun, parser = runtime.tokenizer, prepared.begun, None
+    if prepared.text is not None:
+        opening = prepared.text if begun is None else begun.opening
+        parser = parser_for(tokenizer, prompt=opening, tools=request.tools)
+    reader = AnswerReader(tokenizer, parser, request.stop, request.min_tokens)
+    if begun is not None:
+        reader.skip(tokenizer.encode_rendered(begun.answer))
+    return reader
 
 
 def is_messages(prompt: Prompt) -> bool:
@@ -128,20 +145,24 @@ def is_messages(prompt: Prompt) -> bool:
     return not isinstance(prompt, str) and bool(prompt) and isinstance(prompt[0], Mapping)
 
 
-def render(runtime: Runtime, messages: Sequence[Message], **options: Any) -> str:
-    """Render a conversation with the chat template, up to where the next answer begins.
+def render(runtime: Runtime, messages: Sequence[Message], **options: Any) -> Rendered:
+    """Render a conversation, up to where the next answer begins.
 
     Raises:
         TemplateError: there is no template, or it fails.
     """
-    template = runtime.tokenizer.chat_template
-    if template is None:
+    return _writer(runtime).write(messages, **options)
+
+
+def _writer(runtime: Runtime) -> PromptWriter:
+    writer = runtime.tokenizer.prompt_writer
+    if writer is None:
         raise TemplateError(
             f"{runtime.path / 'tokenizer_config.json'}: key 'chat_template' is missing, so this "
             f"model completes text and does not chat: give a text",
             hints=[Hint("raw", True)],
         )
-    return template.render(messages, **options)
+    return writer
 
 
 def template_options(runtime: Runtime, request: Request) -> dict[str, Any]:
@@ -166,9 +187,10 @@ def encode(runtime: Runtime, prompt: Prompt) -> list[int]:
         UsageError: an empty prompt, or an id that the model does not have.
     """
     if isinstance(prompt, str):
-        tokens = runtime.tokenizer.encode(prompt)
+        tokens = _encode_raw(runtime, prompt)
     elif is_messages(prompt):
-        tokens = encode_text(runtime, render(runtime, prompt))  # pyright: ignore[reportArgumentType]
+        rendered = render(runtime, prompt)  # pyright: ignore[reportArgumentType]
+        tokens = runtime.tokenizer.encode_rendered(rendered)
     else:
         tokens = list(prompt)
     if not tokens:
@@ -185,11 +207,23 @@ def encode_text(runtime: Runtime, text: str) -> list[int]:
     return runtime.tokenizer.encode(text, add_special_tokens=False)
 
 
-def encode_rendered(runtime: Runtime, text: str, saved: NamedKV | None) -> list[int]:
+def encode_rendered(runtime: Runtime, rendered: Rendered, saved: NamedKV | None) -> list[int]:
     """Token ids of a rendered conversation; its saved beginning keeps the saved ids."""
-    if saved is None or not text.startswith(saved.text):
-        return encode_text(runtime, text)
-    return [*token_ids(saved.tokens), *encode_text(runtime, text[len(saved.text) :])]
+    if saved is None or not rendered.text.startswith(saved.text):
+        return runtime.tokenizer.encode_rendered(rendered)
+    behind = rendered.behind(len(saved.text))
+    return [*token_ids(saved.tokens), *runtime.tokenizer.encode_rendered(behind)]
+
+
+def _encode_raw(runtime: Runtime, text: str) -> list[int]:
+    """Token ids of a text for the model: with one first token, also where the text has its own."""
+    tokenizer = runtime.tokenizer
+    tokens = tokenizer.encode(text)
+    bos = tokenizer.bos_token_id
+    doubled = bos is not None and tokens[:2] == [bos, bos]
+    if doubled and text.startswith(tokenizer.bos_token or ""):
+        return tokens[1:]
+    return tokens
 
 
 def with_saved(saved: NamedKV | None, messages: Sequence[Message]) -> list[Any]:

@@ -37,6 +37,17 @@ class AnswerReader:
         self._shown_ends = {tokenizer.id_of(marker) for marker in self._parser.markers}
         self._stop = StopTexts(stop)
         self._n_unstopped = min_tokens + 1
+        self._n_skipped = 0
+
+    def skip(self, tokens: Iterable[int]) -> None:
+        """Read the beginning of an answer that is known already: it is no part of what comes."""
+        n = 0
+        for token in tokens:
+            text = self._words.add(token)
+            n += len(text)
+            n -= sum(len(event.text) for event in self._parser.add(text, token))
+        # A parser may hold back the start of what can become a marker.
+        self._n_skipped = n
 
     @property
     def stopped(self) -> bool:
@@ -68,16 +79,18 @@ class AnswerReader:
     def _parts(self, events: Iterable[Event]) -> Parts:
         text, reasoning, calls = "", None, []
         for event in events:
+            new = event.text[self._n_skipped :]
+            self._n_skipped -= len(event.text) - len(new)
             match event:
                 case Content():
                     if self._n_unstopped > 0:
-                        text += event.text
+                        text += new
                         continue
-                    text += self._stop.add(event.text)
+                    text += self._stop.add(new)
                     if self.stopped:
                         break
                 case Reasoning():
-                    reasoning = (reasoning or "") + event.text
+                    reasoning = (reasoning or "") + new
                 case ToolCall():
                     calls.append(event)
         return Parts(text, reasoning, tuple(calls))

@@ -42,6 +42,8 @@ class Request:
         best_effort: meet a wish for reasoning or context as far as the model goes, instead of an
             error: an effort where there is a plain switch, a context above the model's own.
         tools: JSON schemas of functions that the model may call.
+        go_on: where the last message is an answer that calls nothing, go on from it; else it is
+            closed, and another answer begins.
         context: tokens that prompt and answer may have together; None for the model's setting,
             and so for the two below.
         overflow: what happens there: `stop`, or `shift`.
@@ -67,6 +69,7 @@ class Request:
     think: bool | str | None = None
     best_effort: bool = False
     tools: Sequence[Mapping[str, Any]] | None = None
+    go_on: bool = True
     context: int | None = None
     overflow: str | None = None
     keep: int | None = None

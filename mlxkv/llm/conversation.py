@@ -16,7 +16,10 @@ from mlxkv.generation.reader import read_answer
 from mlxkv.generation.request import Message, Request
 from mlxkv.parsers.formats import parser_for
 from mlxkv.saved_kv.manifest import NamedKV
-from mlxkv.text.chat_template import ChatTemplate, append_only_suffix
+from mlxkv.text.chat_template import append_only_suffix
+from mlxkv.text.control import Written
+from mlxkv.text.prompt_writer import PromptWriter
+from mlxkv.text.rendered import Rendered
 
 # Switches of templates that would drop the reasoning of earlier turns: GLM-4.7's, Qwen's.
 _KEEP_REASONING = {"clear_thinking": False, "preserve_thinking": True}
@@ -128,34 +131,35 @@ class Conversation:
         return [*self.messages[:n_head], *turns]
 
     def _next_prompt(self, user: dict[str, Any], options: dict[str, Any]) -> tuple[str, list[int]]:
-        template = self.llm.tokenizer.chat_template
+        writer = self.llm.tokenizer.prompt_writer
         same_options, self._options = options == self._options, options
-        if self._prompt is not None and template is not None:
-            suffix = self._suffix(template, self._prompt, user, options)
+        if self._prompt is not None and writer is not None:
+            suffix = self._suffix(writer, self._prompt, user, options)
             if suffix is not None:
                 self.append_only = True
-                before = self._prompt + self._answer
-                return before + suffix, self._tokens + prompts.encode_text(self.llm, suffix)
+                tokens = self.llm.tokenizer.encode_rendered(suffix)
+                return self._prompt + self._answer + suffix.text, self._tokens + tokens
             if same_options:
                 self.append_only = False
         prompt = prompts.render(self.llm, [*self._history(), user], **options)
-        return prompt, prompts.encode_rendered(self.llm, prompt, self.saved)
+        return prompt.text, prompts.encode_rendered(self.llm, prompt, self.saved)
 
     def _suffix(
-        self, template: ChatTemplate, prompt: str, user: dict[str, Any], options: dict[str, Any]
-    ) -> str | None:
+        self, writer: PromptWriter, prompt: str, user: dict[str, Any], options: dict[str, Any]
+    ) -> Rendered | None:
         """What the template adds behind the last answer, in the first form that it leaves alone."""
         last = len(self.turns) - 1
         forms = [self.turns[last]]
         if "reasoning_content" in self.turns[last]:
             opened = re.search(r"<think>\s*\Z", prompt)
             for start in ("", opened[0] if opened else ""):
-                forms.append({"role": "assistant", "content": start + self._answer})
+                content = Written(start + self._answer)
+                forms.append({"role": "assistant", "content": content})
         *earlier, _ = self._history()
         for form in forms:
             try:
                 suffix = append_only_suffix(
-                    template,
+                    writer,
                     [*earlier, form],
                     [user],
                     answer=self._answer,
@@ -166,7 +170,8 @@ class Conversation:
                 continue
             if suffix is not None:
                 self._inline[last] = form
-                return suffix
+                whole = writer.write([*earlier, form, user], **options)
+                return whole.behind(len(whole.text) - len(suffix))
         return None
 
     def _send(

@@ -226,7 +226,7 @@ class LLM(Runtime):
         Raises:
             TemplateError: there is no template, or it fails.
         """
-        return prompts.render(self, messages, **options)
+        return prompts.render(self, messages, **options).text
 
     def stats(self) -> MemoryStats:
         """Where the memory is, and where it was during the last request."""

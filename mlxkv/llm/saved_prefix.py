@@ -130,6 +130,6 @@ def _prefix(runtime: Runtime, prompt: Prompt) -> tuple[str, tuple[Any, ...] | No
     messages = tuple(dict(message) for message in prompt)  # pyright: ignore[reportArgumentType, reportCallIssue]
     probes = [[*messages, {"role": "user", "content": probe}] for probe in PROBES]
     first, second = (prompts.render(runtime, probe) for probe in probes)
-    differ = (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
-    text = first[: next(differ, 0)]
-    return text, messages, prompts.encode_text(runtime, text)
+    letters = zip(first.text, second.text, strict=False)
+    head = first.before(next((i for i, (a, b) in enumerate(letters) if a != b), 0))
+    return head.text, messages, runtime.tokenizer.encode_rendered(head)

@@ -16,6 +16,7 @@ from reprlib import repr as short
 from typing import TYPE_CHECKING, Any
 
 from mlxkv.errors import MlxkvError, TemplateError, UsageError, one_line
+from mlxkv.text.template_probe import Renders, Takes
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -116,6 +117,16 @@ class ChatTemplate:
         return frozenset(names)
 
     @cached_property
+    def takes(self) -> Takes:
+        """What conversations without tools it takes."""
+        return Takes(self, with_tools=False)
+
+    @cached_property
+    def takes_with_tools(self) -> Takes:
+        """What conversations with tools it takes."""
+        return Takes(self, with_tools=True)
+
+    @cached_property
     def _template(self) -> Template:
         return self._compile(self.source)
 
@@ -194,7 +205,7 @@ def thinking_options(
 
 
 def append_only_suffix(
-    template: ChatTemplate,
+    template: Renders,
     messages: Sequence[Message],
     new_messages: Sequence[Message],
     *,
@@ -257,6 +268,11 @@ def append_only_suffix(
         return None
     written = whole[len(before) : end]
     return suffix if "".join(written.split()) == "".join(answer.split()) else None
+
+
+def check_messages(messages: Sequence[Message]) -> None:
+    """Raise UsageError unless these are messages that `ChatTemplate.render` takes."""
+    _checked_messages(messages)
 
 
 def _checked_messages(messages: Sequence[Message]) -> list[Any]:

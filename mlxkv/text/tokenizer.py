@@ -16,6 +16,7 @@ from mlxkv.text.chat_template import ChatTemplate
 from mlxkv.text.control import Controls
 from mlxkv.text.detokenizer import Detokenizer, bytes_of, check_ids, has_byte_fallback, make_stages
 from mlxkv.text.plain_encoding import PlainEncoder
+from mlxkv.text.prompt_writer import PromptWriter
 from mlxkv.text.rendered import Rendered
 from mlxkv.text.tokenizer_files import (
     ModelFiles,
@@ -198,6 +199,12 @@ class Tokenizer:
         template = self.chat_template
         source = "" if template is None else template.source + (template.tools_source or "")
         return Controls.of({token.content: token.special for token in added}, source)
+
+    @cached_property
+    def prompt_writer(self) -> PromptWriter | None:
+        """Renders conversations for this model; None if the checkpoint has no chat template."""
+        template = self.chat_template
+        return None if template is None else PromptWriter(template, self.controls)
 
     @cached_property
     def _plain_encoder(self) -> PlainEncoder:
