@@ -28,6 +28,7 @@ from mlxkv.parsers.events import Content, Event, Markup, OutputParser, Reasoning
 from mlxkv.parsers.fences import FencedCalls
 from mlxkv.parsers.harmony import MARKERS, HarmonyParser
 from mlxkv.parsers.tagged import Syntax, TaggedParser
+from mlxkv.text.tool_prompt import style_of
 
 if TYPE_CHECKING:
     from mlxkv.text.tokenizer import Tokenizer
@@ -41,6 +42,7 @@ __all__ = [
     "Reasoning",
     "ToolCall",
     "format_of",
+    "format_with_tools",
     "make_parser",
     "markers_of",
     "parser_for",
@@ -141,6 +143,17 @@ def format_of(tokenizer: Tokenizer) -> str:
     return "plain"
 
 
+def format_with_tools(tokenizer: Tokenizer) -> str:
+    """Name of the format of a model that was told of tools.
+
+    One whose chat template knows none is told of them in text, and calls in the form it was told.
+    """
+    name, template = format_of(tokenizer), tokenizer.chat_template
+    if template is None or name not in ("plain", "think") or template.takes_with_tools.tools:
+        return name
+    return style_of(template)
+
+
 def markers_of(name: str) -> frozenset[str]:
     """Texts of the tokens that mean something in a format, in calls too."""
     syntax = SYNTAXES.get(name, Syntax())
@@ -187,7 +200,7 @@ def parser_for(
     A marker that is a token of the vocabulary counts only as that token: feed the parser with the
     ids, and with the text of `tokenizer.stream(keep=parser.markers)`.
     """
-    name = format_of(tokenizer)
+    name = format_with_tools(tokenizer) if tools else format_of(tokenizer)
     markers = MARKERS if name == "harmony" else SYNTAXES.get(name, Syntax()).markers
     ids = {}
     if tokenizer.stream().is_live:  # else the text comes all at once, and no id with it

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mlxkv.errors import UsageError
-from mlxkv.parsers.formats import format_of, markers_of
+from mlxkv.parsers.formats import format_of, format_with_tools, markers_of
 from mlxkv.sampling import tool_call_grammar
 from mlxkv.sampling.reasoning_gate import Gate, gate_of
 from mlxkv.text.tokenizer import Tokenizer
@@ -118,7 +118,8 @@ class Maskers:
         """
         from llguidance import LLMatcher
 
-        source = _source(grammar, self._tokenizer, self._format)
+        name = self._format_with_tools if grammar.kind == "tools" else self._format
+        source = _source(grammar, self._tokenizer, name)
         matcher = LLMatcher(self._backend, source, log_level=0)
         if matcher.is_error():
             raise _refused(grammar.kind, matcher.get_error())
@@ -126,7 +127,7 @@ class Maskers:
         if prompt is not None and not self._describes_reasoning(grammar):
             gate = gate_of(
                 self._tokenizer,
-                self._format,
+                name,
                 prompt,
                 lambda token: bool(matcher.validate_tokens([token])),
             )
@@ -141,16 +142,19 @@ class Maskers:
         return grammar.kind == "tools" and self._format in tool_call_grammar.HAS_REASONING
 
     @cached_property
+    def _format_with_tools(self) -> str:
+        return format_with_tools(self._tokenizer)
+
+    @cached_property
     def _backend(self) -> LLTokenizer:
         from llguidance import LLTokenizer
 
         ends = sorted(self._tokenizer.eos_token_ids)
         if not ends:
             raise UsageError("this model has no end token, so no grammar can end its answer")
+        markers = markers_of(self._format) | markers_of(self._format_with_tools)
         try:
-            return LLTokenizer(
-                _readable(self._tokenizer.to_json(), markers_of(self._format)), eos_token=ends
-            )
+            return LLTokenizer(_readable(self._tokenizer.to_json(), markers), eos_token=ends)
         except (ValueError, RuntimeError) as error:
             raise UsageError(f"grammars do not work with this tokenizer: {_line(error)}") from None
 

@@ -125,6 +125,10 @@ class _Markers:
             raise UsageError(f"calls cannot be required: {text} is no token of this model")
         return f"<[{token}]>"
 
+    def written(self, text: str) -> str:
+        """The same, for a marker that may also be ordinary text."""
+        return literal(text) if self._tokenizer.id_of(text) is None else self[text]
+
     def template_has(self, text: str) -> bool:
         """Whether the model's chat template writes a text."""
         template = self._tokenizer.chat_template

@@ -1,6 +1,6 @@
 """Anthropic's messages, converted for chat templates.
 
-- Consecutive messages of one role are joined.
+- Consecutive messages of one role are joined. An answer at the end is continued.
 - The result of a call becomes a message with the function's name; a failed one begins "Error: ".
 - Ids of calls lose the prefix that answers add: some templates accept nine letters and digits only.
 """
@@ -33,8 +33,8 @@ def template_messages(request: CountRequest) -> list[dict[str, Any]]:
     """A request's conversation in the form that chat templates take.
 
     Raises:
-        UsageError: a block in a message of the wrong role, a result without its call, or a last
-            message of the assistant (prefill).
+        UsageError: a block in a message of the wrong role, a result without its call, or calls
+            without results at the end.
     """
     made: list[dict[str, Any]] = []
     if request.system:
@@ -43,10 +43,10 @@ def template_messages(request: CountRequest) -> list[dict[str, Any]]:
     for i, message in enumerate(request.messages):
         for each in _translated(i, message, names):
             _append(made, each)
-    if request.messages[-1].role == "assistant":
+    if made[-1].get("tool_calls"):
         raise UsageError(
-            "the last message has role assistant: continuing an answer (prefill) is not supported; "
-            "end with a user message"
+            "the last message calls tools: a user message with a tool_result for each of them has "
+            "to follow"
         )
     return made
 

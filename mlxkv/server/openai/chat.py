@@ -117,6 +117,10 @@ class ChatRequest(Streamed):
     function_call: Annotated[Any, only("none", "auto")] = None
     store: Annotated[bool | None, NoEffect()] = None
     modalities: list[Literal["text"]] | None = None
+    continue_final_message: bool | None = Field(
+        None, description="Go on from the last message, an answer that has begun, as vLLM does."
+    )
+    add_generation_prompt: bool | None = None
 
     def choice(self) -> tuple[str, list[str] | None]:
         """The mode of `tool_choice`, and the names of the tools that it allows; None for all."""
@@ -138,6 +142,28 @@ class ChatRequest(Streamed):
             raise UsageError("max_tokens and max_completion_tokens are one field: give one")
         return self.max_tokens or self.max_completion_tokens
 
+    def go_on(self) -> bool | None:
+        """Whether the answer goes on from the last message; None where that is no answer.
+
+        Raises:
+            UsageError: the fields that say so do not go together, or with the messages.
+        """
+        last, goes_on = self.messages[-1], bool(self.continue_final_message)
+        begun = last.role == "assistant" and not last.tool_calls
+        if goes_on and not begun:
+            raise UsageError(
+                "continue_final_message goes on from an assistant message without calls, and the "
+                "last message is none"
+            )
+        if goes_on and self.add_generation_prompt:
+            raise UsageError("continue_final_message and add_generation_prompt exclude each other")
+        if self.add_generation_prompt is False and not goes_on:
+            raise UsageError(
+                "add_generation_prompt: false is for continue_final_message: true, to go on from "
+                "an answer that has begun"
+            )
+        return goes_on if begun else None
+
     def ask(self, model: LocalModel, owner: str) -> Ask:
         """The request to the engine, for the first of `n` answers.
 
@@ -155,6 +181,7 @@ class ChatRequest(Streamed):
             max_tokens=self.limit(),
             think=reasoning_of(self.think, self.reasoning_effort),
             tools=[tool.schema_of() for tool in tools] or None,
+            go_on=self.go_on(),
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
             format=tools_grammar(tools, mode, parallel, format_grammar(self.response_format)),
             **self.sampling_options(),

@@ -154,6 +154,7 @@ class ResponseRequest(Sampling):
             max_tokens=self.max_output_tokens,
             think=reasoning_of(self.think, self.reasoning and self.reasoning.effort),
             tools=[tool.schema_of() for tool in tools] or None,
+            go_on=False if messages[-1]["role"] == "assistant" else None,
             truncate=True if self.truncation == "auto" else None,
             logprobs=(self.top_logprobs or 0) if self.wants_logprobs else None,
             format=tools_grammar(
