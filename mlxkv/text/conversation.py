@@ -108,7 +108,7 @@ def fitted(
     if _has_calls(made):
         made = [_readable_calls(message, takes) for message in made]
         made = list(_one_by_one(made)) if not takes.parallel_calls else made
-        made = [_text_of_call(message, takes, insertions) for message in made]
+        made = [each for m in made for each in _text_of_call(m, takes, insertions)]
     return Fitted(_in_turns(made, takes), known, tuple(insertions))
 
 
@@ -313,24 +313,25 @@ def _id(call: Any) -> Any:
     return call.get("id") if isinstance(call, Mapping) else None
 
 
-def _text_of_call(message: _Dict, takes: Takes, insertions: list[Insertion]) -> _Dict:
+def _text_of_call(message: _Dict, takes: Takes, insertions: list[Insertion]) -> list[_Dict]:
     """An answer that calls, its text at a place where the template does not drop it."""
     calls, content = message.get("tool_calls"), message["content"]
     if not calls or not content:
-        return message
-    thoughts = next((message[n] for n in _REASONING if message.get(n)), None)
+        return [message]
+    thoughts = next((message[name] for name in _REASONING if message.get(name)), None)
     if takes.reasoning_beside_calls if thoughts else takes.text_beside_calls:
-        return message
-    text = _text_of(content)
-    if takes.frame_of_calls is None:
-        whole = text if thoughts is None else f"{thoughts}{BETWEEN}{text}"
-        rest = {key: value for key, value in message.items() if key not in _REASONING}
-        return {**rest, "content": "", "reasoning_content": whole}
-    mark = f"text-{secrets.token_hex(8)}-"
-    insertions.append(Insertion(mark, takes.frame_of_calls, text))
-    first = {**calls[0], "function": {**_function(calls[0])}}
-    first["function"]["name"] = mark + str(first["function"].get("name", ""))
-    return {**message, "content": "", "tool_calls": [first, *calls[1:]]}
+        return [message]
+    text, silent = _text_of(content), {**message, "content": ""}
+    if takes.frame_of_calls is not None:
+        mark = f"text-{secrets.token_hex(8)}-"
+        insertions.append(Insertion(mark, takes.frame_of_calls, text))
+        function = _function(calls[0])
+        named = {**function, "name": mark + str(function.get("name", ""))}
+        return [{**silent, "tool_calls": [{**calls[0], "function": named}, *calls[1:]]}]
+    if takes.text_before_calls:
+        return [{"role": "assistant", "content": content}, silent]
+    rest = {key: value for key, value in silent.items() if key not in _REASONING}
+    return [{**rest, "reasoning_content": _both(thoughts, text)}]
 
 
 _REASONING = ("reasoning_content", "thinking", "reasoning")

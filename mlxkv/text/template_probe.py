@@ -164,6 +164,11 @@ class Takes:
         return self._beside(reasoning_content=_OTHER)
 
     @cached_property
+    def text_before_calls(self) -> bool:
+        """Text in an answer of its own, before the one that calls."""
+        return self.assistants and self._keeps([_said("assistant", _ANSWER), _calls(_call())])
+
+    @cached_property
     def parallel_calls(self) -> bool:
         """Several calls in one answer."""
         calls = _calls(_call(), _call(_OTHER, "probe0002"))
@@ -206,9 +211,14 @@ class Takes:
         return messages if self.mapped_arguments else _with_texts(messages)
 
     def _beside(self, **more: Any) -> bool:
-        messages = [_ASKED, _calls(_call(), text=_ANSWER, **more), _result()]
-        text = self._render(self._fit(messages)) or ""
-        return _ANSWER in text and _VALUE in text
+        return self._keeps([_calls(_call(), text=_ANSWER, **more)])
+
+    def _keeps(self, calling: Sequence[Message]) -> bool:
+        """Whether text and call of an answer stay, also when the turn is over."""
+        messages = [_ASKED, *calling, _result()]
+        over = [*messages, _said("assistant", _SECOND), _said("user", _THIRD)]
+        texts = [self._render(self._fit(each)) or "" for each in (messages, over)]
+        return all(word in text for word in (_ANSWER, _VALUE) for text in texts)
 
     def _takes_tool(self, function: Mapping[str, Any]) -> bool:
         tools = [{"type": "function", "function": function}]

@@ -325,10 +325,19 @@ def test_required_calls_are_calls_to_the_familys_parser(name, seed, family):
             assert call.arguments["place"] in ("Rome", 'a "b"\n') and call.arguments["days"] <= 9
 
 
-def test_calls_of_a_model_that_has_none_cannot_be_required():
+@pytest.mark.parametrize("marked", [True, False])
+def test_required_calls_of_a_model_whose_template_knows_no_tools_are_those_it_was_told(marked):
     tokenizer = with_template("think")
-    with pytest.raises(UsageError, match=r"no calls that we know \(think\), so they cannot be"):
-        Maskers(tokenizer).masker(calls_grammar())
+    if not marked:  # a vocabulary without <tool_call>
+        tokenizer = Tokenizer.from_dir(FOLDER / "byte_level")
+        tokenizer.chat_template = ChatTemplate("{{ messages[0].content }}")
+    assert (tokenizer.id_of("<tool_call>") is not None) is marked
+    masker = Maskers(tokenizer).masker(calls_grammar(parallel=False), "")
+    tokens = write(tokenizer, masker, likes(tokenizer, ""))
+    tools = [{"type": "function", "function": tool} for tool in TOOLS]
+    text, _, calls = read_answer(tokenizer, parser_for(tokenizer, prompt="", tools=tools), tokens)
+    assert text.strip() == "" and len(calls) == 1
+    assert calls[0].error is None and calls[0].name in ("weather", "stop")
 
 
 @pytest.mark.parametrize("name", ["hermes", "llama3", "mistral_args", "glm4", "gemma3"])

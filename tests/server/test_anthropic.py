@@ -398,9 +398,16 @@ def test_messages_of_one_role_that_follow_each_other_are_one(address, engine):
     ]
 
 
-def test_a_begun_answer_is_not_gone_on_from(address):
-    begun = [*HELLO, {"role": "assistant", "content": "The answer is"}]
-    assert "prefill" in refused(address, messages=begun)
+def test_a_begun_answer_is_gone_on_from(address, engine):
+    begun = {"role": "assistant", "content": "The answer is "}
+    assert prompt_of(address, engine, *HELLO, begun) == [*HELLO, begun]
+    assert engine.last.request.go_on
+
+
+def test_calls_without_results_are_refused(address):
+    use = {"type": "tool_use", "id": "toolu_1", "name": "f", "input": {}}
+    calls = [*HELLO, {"role": "assistant", "content": [use]}]
+    assert "tool_result" in refused(address, messages=calls)
 
 
 @pytest.mark.parametrize(
