@@ -166,7 +166,7 @@ def _objects(calls: Calls, key: str) -> list[str]:
 
 
 def _hermes(calls: Calls, markers: _Markers) -> list[str]:
-    opens, closes = markers["<tool_call>"], markers["</tool_call>"]
+    opens, closes = markers.written("<tool_call>"), markers.written("</tool_call>")
     more = f' ("\\n" {opens} "\\n" call "\\n" {closes}){_MORE}' if calls.parallel else ""
     rule = f'calls: {opens} "\\n" call "\\n" {closes}{more}'
     return [rule, *_objects(calls, "arguments")]

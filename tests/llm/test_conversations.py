@@ -41,6 +41,11 @@ def chatml(folder) -> LLM:
 
 
 @pytest.fixture(scope="module")
+def plain(folder) -> LLM:
+    return mlxkv.load(chat_model(folder / "plain", ascii=True))
+
+
+@pytest.fixture(scope="module")
 def turns(folder) -> LLM:
     template = TEMPLATES["turns"].read_text("utf-8")
     return mlxkv.load(chat_model(folder / "turns", template=template, ascii=True))
@@ -159,8 +164,8 @@ def test_roles_in_a_row_and_late_system_messages_are_answered(turns):
     assert turns.render(messages).count("<start_of_turn>user") == 1
 
 
-def test_required_calls_and_their_results_go_through_a_template_without_tools(turns, chatml):
-    for llm in (turns, chatml):
+def test_required_calls_and_their_results_go_through_a_template_without_tools(turns, plain):
+    for llm in (turns, plain):
         made = llm.chat([USER], tools=[TOOL], format=ONE_CALL, max_tokens=200, temperature=0)
         assert [(call.name, call.error) for call in made.tool_calls] == [("f", None)]
         call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {}}}

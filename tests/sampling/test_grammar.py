@@ -332,7 +332,7 @@ def test_required_calls_of_a_model_whose_template_knows_no_tools_are_those_it_wa
         tokenizer = Tokenizer.from_dir(FOLDER / "byte_level")
         tokenizer.chat_template = ChatTemplate("{{ messages[0].content }}")
     assert (tokenizer.id_of("<tool_call>") is not None) is marked
-    masker = Maskers(tokenizer).masker(calls_grammar(parallel=False), "")
+    masker = Maskers(tokenizer).masker(calls_grammar(parallel=False), "<think></think>")
     tokens = write(tokenizer, masker, likes(tokenizer, ""))
     tools = [{"type": "function", "function": tool} for tool in TOOLS]
     text, _, calls = read_answer(tokenizer, parser_for(tokenizer, prompt="", tools=tools), tokens)
