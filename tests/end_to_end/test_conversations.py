@@ -86,16 +86,22 @@ def test_a_begun_answer_is_gone_on_from(server, api):
     assert rest.startswith(whole[5:])
 
 
-def test_openai_closes_an_answer_unless_it_is_told_to_go_on(server):
+def test_openai_closes_an_answer_where_it_is_told_to(server):
     messages = [says("user", "Q"), says("assistant", "A")]
     body = {"model": "turns", "max_tokens": 2, "messages": messages}
-    closed = httpx.post(f"{server.url}/v1/chat/completions", json=body).json()
     _, n = ask(server, "openai", "turns", messages)
-    assert closed["usage"]["prompt_tokens"] > n
+
+    def n_tokens(**more: Any) -> int:
+        answer = httpx.post(f"{server.url}/v1/chat/completions", json=body | more)
+        return answer.json()["usage"]["prompt_tokens"]
+
+    assert n_tokens() == n_tokens(add_generation_prompt=False) == n
+    assert n_tokens(continue_final_message=False) == n_tokens(add_generation_prompt=True) > n
     for wrong in (
         {"continue_final_message": True, "add_generation_prompt": True},
+        {"continue_final_message": False, "add_generation_prompt": False},
         {"continue_final_message": True, "messages": messages[:1]},
-        {"add_generation_prompt": False},
+        {"add_generation_prompt": False, "messages": messages[:1]},
     ):
         refused = httpx.post(f"{server.url}/v1/chat/completions", json=body | wrong)
         assert refused.status_code == 400

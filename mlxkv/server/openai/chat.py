@@ -143,26 +143,30 @@ class ChatRequest(Streamed):
         return self.max_tokens or self.max_completion_tokens
 
     def go_on(self) -> bool | None:
-        """Whether the answer goes on from the last message; None where that is no answer.
+        """Whether the answer goes on from the last message; None leaves it to that message.
 
         Raises:
             UsageError: the fields that say so do not go together, or with the messages.
         """
-        last, goes_on = self.messages[-1], bool(self.continue_final_message)
+        last, goes_on, opens = (
+            self.messages[-1],
+            self.continue_final_message,
+            self.add_generation_prompt,
+        )
         begun = last.role == "assistant" and not last.tool_calls
         if goes_on and not begun:
             raise UsageError(
                 "continue_final_message goes on from an assistant message without calls, and the "
                 "last message is none"
             )
-        if goes_on and self.add_generation_prompt:
+        if goes_on and opens:
             raise UsageError("continue_final_message and add_generation_prompt exclude each other")
-        if self.add_generation_prompt is False and not goes_on:
+        if opens is False and (goes_on is False or not begun):
             raise UsageError(
                 "add_generation_prompt: false is for continue_final_message: true, to go on from "
                 "an answer that has begun"
             )
-        return goes_on if begun else None
+        return None if not begun else goes_on if goes_on is not None else (not opens)
 
     def ask(self, model: LocalModel, owner: str) -> Ask:
         """The request to the engine, for the first of `n` answers.

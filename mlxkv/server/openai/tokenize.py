@@ -33,8 +33,7 @@ class TokenizeRequest(Part):
         if (self.prompt is None) == (self.messages is None):
             raise UsageError("give prompt or messages")
         prompt = template_messages(self.messages) if self.messages is not None else self.prompt
-        request = build_request(prompt or "", go_on=False)
-        return Ask(model.name, request, owner, path=model.path)
+        return Ask(model.name, build_request(prompt or ""), owner, path=model.path)
 
 
 def router(engine: Engine, config: ServerConfig) -> APIRouter:
