@@ -45,6 +45,7 @@ _TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
+    "additional_chat_templates/tool_use.jinja",
     "generation_config.json",
 )
 # Most licences of weights ask that they go along.
@@ -258,6 +259,7 @@ def _copy_files(
     source: Path, names: tuple[str, ...], settings: Mapping[str, Any], folder: Path
 ) -> None:
     for name in names:
+        (folder / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(source / name, folder / name)
     if settings:  # without the record of where the source came from
         (folder / RECORD).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

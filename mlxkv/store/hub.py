@@ -21,8 +21,10 @@ if TYPE_CHECKING:
     from huggingface_hub import DeleteCacheStrategy, HFCacheInfo
 
 WANTED = ("*.safetensors", "*.json", "tokenizer.model", "*.jinja")
-# Never code or pickles; sub-folders hold other formats, and `consolidated` the weights once more.
-IGNORED = ("*/*", "consolidated*", "*.bin", "*.py", "*.pth", "*.pt")
+# Sub-folders hold other formats, but for additional_chat_templates, which these patterns spare.
+_FOLDERS = ("[!a]*/*", "a/*", "a[!d]*/*", "ad/*", "ad[!d]*/*")
+# Never code or pickles; `consolidated` holds the weights once more.
+IGNORED = (*_FOLDERS, "consolidated*", "*.bin", "*.py", "*.pth", "*.pt")
 
 
 @dataclass(frozen=True, slots=True)

@@ -255,6 +255,7 @@ def served(tmp_path):
     source = chat_model(tmp_path / "source")
     files = {path.name: path.read_bytes() for path in source.iterdir()}
     files |= {"pytorch_model.bin": b"pickle", "modeling_x.py": b"code", "onnx/m.safetensors": b"x"}
+    files |= {"assets/a.json": b"{}", "additional_chat_templates/tool_use.jinja": b"{{ tools }}"}
     with serve(Hub({"org/tiny": files}, gated=frozenset({"org/gated"}))) as hub:
         yield hub
 
@@ -265,7 +266,8 @@ def test_a_repository_is_fetched_once_and_only_what_is_needed(served, tmp_path):
     assert (first.returncode, first.stderr) == (0, "")
     asked = " ".join(served.requests)
     assert "model.safetensors" in asked
-    for unwanted in ("pytorch_model.bin", "modeling_x.py", "onnx"):
+    assert "additional_chat_templates/tool_use.jinja" in asked
+    for unwanted in ("pytorch_model.bin", "modeling_x.py", "onnx", "assets"):
         assert unwanted not in asked
     served.requests.clear()
     second = mlxkv("run", "org/tiny", "hi", "-n", "4", env=env)

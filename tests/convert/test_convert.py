@@ -320,9 +320,14 @@ def test_files_beside_the_weights_are_copied(tmp_path: Path):
     }
     for name, text in {**beside, "modeling_evil.py": "boom", "README.md": "no"}.items():
         (source / name).write_text(text)
+    tools = Path("additional_chat_templates") / "tool_use.jinja"
+    (source / tools).parent.mkdir()
+    (source / tools).write_text("{{ tools }}")
     convert(source, tmp_path / "out")
+    assert (tmp_path / "out" / tools).read_text() == "{{ tools }}"
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
         *beside,
+        "additional_chat_templates",
         "config.json",
         "model.safetensors",
     }

@@ -118,6 +118,7 @@ def test_a_call_and_its_result_go_through_a_template_without_tools(server):
     call = message["tool_calls"][0]
     assert call["function"]["name"] == "f"
     result = {"role": "tool", "tool_call_id": call["id"], "content": "18"}
+    message["tool_call_errors"] = [{"name": "f", "error": "as an answer of ours has it"}]
     body |= {"max_tokens": 2, "messages": [user, message, result]}
     after = httpx.post(url, json=body, timeout=60)
     assert after.status_code == 200, after.text

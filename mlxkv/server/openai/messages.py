@@ -1,7 +1,8 @@
 """OpenAI's chat messages, converted for chat templates.
 
 Clients send answers back as messages, so the fields of answers are accepted: `refusal`,
-`annotations` and `name` are ignored, `audio` and `function_call` must be null.
+`annotations`, `name` and our own `tool_call_errors` are ignored, `audio` and `function_call` must be
+null.
 """
 
 from __future__ import annotations
@@ -73,6 +74,7 @@ class AssistantMessage(Part):
     name: str | None = None
     refusal: str | None = None
     annotations: list[Any] | None = None
+    tool_call_errors: list[Any] | None = None
     audio: None = None
     function_call: None = None
 
