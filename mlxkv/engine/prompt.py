@@ -16,6 +16,7 @@ from mlxkv.generation.request import Message, Prompt, Request
 from mlxkv.generation.session import Session, n_shared
 from mlxkv.parsers.formats import parser_for, thinks
 from mlxkv.prefix.layout import token_ids
+from mlxkv.sampling.grammar import Masker
 from mlxkv.sampling.sampler import Sampler
 from mlxkv.saved_kv.manifest import NamedKV
 from mlxkv.store.settings import Settings
@@ -113,9 +114,6 @@ def start(runtime: Runtime, request: Request, prepared: Prepared, session: Sessi
     sampling = request.sampling
     if request.recommended:
         sampling = sampling.merged(runtime.recommended)
-    masker = None
-    if request.format is not None:
-        masker = runtime.maskers.masker(request.format, prepared.text)
     return Generation(
         session,
         tokens,
@@ -124,7 +122,7 @@ def start(runtime: Runtime, request: Request, prepared: Prepared, session: Sessi
         _reader(runtime, request, prepared),
         bound,
         runtime.tokenizer,
-        masker,
+        _masker(runtime, request, prepared),
     )
 
 
@@ -138,6 +136,19 @@ def _reader(runtime: Runtime, request: Request, prepared: Prepared) -> AnswerRea
     if begun is not None:
         reader.skip(tokenizer.encode_rendered(begun.answer))
     return reader
+
+
+def _masker(runtime: Runtime, request: Request, prepared: Prepared) -> Masker | None:
+    """The masker of the format, which the begun part is part of if it can begin one."""
+    if request.format is None:
+        return None
+    tokenizer, begun = runtime.tokenizer, prepared.begun
+    if begun is None:
+        return runtime.maskers.masker(request.format, prepared.text)
+    masker = runtime.maskers.masker(request.format, begun.opening)
+    text = tokenizer.encode(begun.text, add_special_tokens=False)
+    masker.follow(tokenizer.encode_rendered(begun.answer), text)
+    return masker
 
 
 def is_messages(prompt: Prompt) -> bool:

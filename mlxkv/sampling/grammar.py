@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -234,6 +234,21 @@ class Masker:
         if not self._matcher.consume_token(token):
             raise _refused(self._kind, self._matcher.get_error())
         self.finished = self._matcher.is_stopped()
+
+    def follow(self, begun: Sequence[int], text: Sequence[int]) -> None:
+        """Go on from an answer that has begun, where its text can begin what has to match.
+
+        Args:
+            begun: all of it, with what the template writes around its reasoning.
+            text: of it, what is for the user. One that cannot begin a match is passed over.
+        """
+        if self._gate is not None:
+            for token in begun:
+                self._gate.take(token)
+        if self._matcher.validate_tokens(list(text)) == len(text):
+            for token in text:
+                self._matcher.consume_token(token)
+            self.finished = self._matcher.is_stopped()
 
     def _validated(self) -> np.ndarray:
         """bool [n]: what may come, tried one by one.

@@ -27,10 +27,12 @@ class Begun:
     Args:
         rendered: all of it.
         n_opening: characters up to where an answer would begin; behind them is what was begun.
+        text: of the begun answer, what is for the user.
     """
 
     rendered: Rendered
     n_opening: int
+    text: str = ""
 
     @property
     def opening(self) -> str:
@@ -114,7 +116,9 @@ class PromptWriter:
                 "leaves it out: end with a user message"
             )
         rendered = whole.before(end)
-        return Begun(rendered, _n_common(opened.text, rendered.text))
+        content = last.get("content")
+        text = content if isinstance(content, str) else ""
+        return Begun(rendered, _n_common(opened.text, rendered.text), text)
 
     def _fitted(
         self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None

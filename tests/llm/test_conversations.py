@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,13 @@ def test_the_parser_goes_on_where_the_begun_answer_stands(folder):
     assert (thought.text, len(thought.reasoning or "")) == ("", 4)
     said = llm.chat([USER, answer("so ", reasoning_content="hm")], max_tokens=4, temperature=0)
     assert (len(said.text), said.reasoning) == (4, None)
+
+
+def test_a_format_is_kept_by_the_begun_and_the_new_part_together(plain):
+    digits = re.compile("[0-9]{6}")
+    for text, n in (("", 6), ("12", 4), ("no digits", 6)):
+        new = plain.chat([USER, answer(text)], format=digits, max_tokens=20, temperature=0).text
+        assert re.fullmatch(f"[0-9]{{{n}}}", new)
 
 
 def test_what_a_parser_holds_back_of_a_begun_answer_is_not_said_again(folder):

