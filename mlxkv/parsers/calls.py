@@ -1,256 +1,89 @@
-"""Tool calls between markers: one class for each notation.
-
-All of them answer three questions about the text after the opening marker: can it still become a
-call, would a closing marker here lie inside a string, and which calls is it.
-"""
+"""Tool calls between markers, in the notations of single families."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from collections.abc import Iterator
+from typing import Any
 
-from mlxkv.parsers.json_schema import KINDS, argument_kinds, kind_of
-from mlxkv.parsers.values import (
-    GemmaReader,
-    Unreadable,
-    read_json,
-    read_json_prefix,
-    read_object,
-    read_python_calls,
-)
+from mlxkv.parsers.loose import Reader
+from mlxkv.parsers.notation import JsonCalls, Notation, arguments_of, prefix
+from mlxkv.parsers.tools import Found, Tools
+from mlxkv.parsers.values import Unreadable, read_python_calls
 
 _JSON_STRING = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL)
-_JSON_NAME = re.compile(r'"(?:name|function)"\s*:\s*"((?:[^"\\]|\\.)+)"')
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """One call: see `ToolCall`. `id` is what the model gave it."""
-
-    name: str
-    arguments: Mapping[str, Any] = field(default_factory=dict)
-    error: str | None = None
-    id: str | None = None
-
-
-class Tools:
-    """The functions that the model was told of.
-
-    Args:
-        tools: JSON schemas, with or without `{"type": "function", "function": ...}` around them.
-    """
-
-    def __init__(self, tools: Sequence[Mapping[str, Any]] | None = None):
-        functions = [tool.get("function", tool) for tool in tools or ()]
-        self._parameters: dict[str, Any] = {
-            function["name"]: function.get("parameters")
-            for function in functions
-            if isinstance(function, Mapping) and isinstance(function.get("name"), str)
-        }
-
-    @property
-    def names(self) -> list[str]:
-        """What they are called."""
-        return list(self._parameters)
-
-    def parameters(self, name: str) -> list[str]:
-        """Names of a function's parameters, in order."""
-        parameters = self._parameters.get(name)
-        found = parameters.get("properties") if isinstance(parameters, Mapping) else None
-        return list(found) if isinstance(found, Mapping) else []
-
-    def read(self, name: str, key: str, text: str) -> Any:
-        """The value of a parameter that is written as raw text if it is a string, else as JSON.
-
-        Where its schema allows strings and others, it is JSON if that is of a kind that it allows.
-        A schema that says nothing takes all JSON for JSON, strings in quotes as well.
-        """
-        parameters = self._parameters.get(name)
-        kinds = argument_kinds({} if parameters is None else parameters, key)
-        if kinds == {"string"}:
-            return text
-        try:
-            value = read_json(text)
-        except Unreadable:
-            return text
-        if "string" not in kinds or kinds >= KINDS - {"integer"}:
-            return value
-        kind = kind_of(value)
-        fits = kind in kinds or (kind == "integer" and "number" in kinds)
-        return value if fits and kind != "string" else text
-
-
-class Notation(Protocol):
-    """How calls are written between two markers.
-
-    Attributes:
-        shows_its_end: a call that is not complete cannot be read, so that one that can be is sound
-            even where its closing marker is missing.
-    """
-
-    shows_its_end: bool
-
-    def possible(self, body: str) -> bool:
-        """Whether this can be the beginning of a call."""
-        ...
-
-    def inside_string(self, body: str) -> bool:
-        """Whether a closing marker that follows would be part of a string."""
-        ...
-
-    def parse(self, body: str, tools: Tools) -> list[Found]:
-        """The calls; none where no function is named."""
-        ...
-
-
-class JsonCalls:
-    """`{"name": ..., "arguments": {...}}`, a list of them, or several with `;` between.
-
-    Hermes and Qwen; Llama says `parameters`.
-    """
-
-    shows_its_end = True
-
-    _START = re.compile(r"\s*(?:\[\s*)?(?:\{\s*(?:[\"}].*)?)?", re.DOTALL)
-
-    def possible(self, body: str) -> bool:
-        return self._START.fullmatch(body) is not None
-
-    def inside_string(self, body: str) -> bool:
-        return '"' in _JSON_STRING.sub("", body)
-
-    def parse(self, body: str, tools: Tools) -> list[Found]:
-        found: list[Found] = []
-        rest = body
-        while rest := rest.lstrip(" \t\r\n;"):
-            try:
-                value, rest = read_json_prefix(rest)
-            except Unreadable as error:
-                named = _JSON_NAME.search(rest)
-                name = named[1] if named else found[-1].name if found else ""
-                return [*found, Found(name, error=str(error))] if name else []
-            calls = json_calls(value)
-            if not calls:
-                return []
-            found += calls
-        return found
-
-
-def json_calls(value: Any) -> list[Found]:
-    """The calls that a JSON value is; none where a part of it is no call."""
-    found = [_json_call(item) for item in (value if isinstance(value, list) else [value])]
-    return [call for call in found if call is not None] if None not in found else []
-
-
-def _json_call(value: Any) -> Found | None:
-    if not isinstance(value, dict):
-        return None
-    function = value.get("function")
-    inner = function if isinstance(function, dict) else value
-    name = inner.get("name", function)
-    if not isinstance(name, str) or not name:
-        return None
-    given = inner.get("arguments", inner.get("parameters"))
-    identifier = value.get("id") if isinstance(value.get("id"), str) else None
-    if isinstance(given, str):
-        try:
-            given = read_object(given)
-        except Unreadable as error:
-            return Found(name, error=str(error), id=identifier)
-    if given is not None and not isinstance(given, dict):
-        return Found(name, error=f"not a JSON object but {type(given).__name__}", id=identifier)
-    return Found(name, given or {}, id=identifier)
-
-
-class GlmCalls:
-    """GLM-4.5 to 4.7: a name, then `<arg_key>k</arg_key><arg_value>v</arg_value>` pairs.
-
-    What a value is, its text and its schema say together: see `Tools.read`.
-    """
-
-    shows_its_end = False
-
-    _NAME = re.compile(r"\s*([\w.:/-]+)\s*")
-    _PAIR = re.compile(
-        r"\s*<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>(?=\s*(?:<arg_key>|\Z))",
-        re.DOTALL,
-    )
-
-    def possible(self, body: str) -> bool:
-        if body.lstrip()[:1] in ("{", "["):
-            return True
-        named = self._NAME.match(body)
-        rest = body[named.end() :] if named else body.lstrip()
-        if not rest or not named:
-            return not rest
-        opening, closing = "<arg_key>", "</arg_key>"
-        key, tag, after = rest[len(opening) :].partition("<")
-        if not rest.startswith(opening):
-            return opening.startswith(rest)
-        return "\n" not in key and closing.startswith((tag + after)[: len(closing)])
-
-    def inside_string(self, body: str) -> bool:
-        if body.lstrip()[:1] in ("{", "["):
-            return JsonCalls().inside_string(body)
-        _, _, rest = self._pairs(body)
-        return "<arg_value>" in rest
-
-    def parse(self, body: str, tools: Tools) -> list[Found]:
-        if body.lstrip()[:1] in ("{", "["):
-            return JsonCalls().parse(body, tools)
-        name, pairs, rest = self._pairs(body)
-        if not name:
-            return []
-        if rest.strip():
-            return [Found(name, error=f"<arg_key> expected; found {rest.strip()[:20]!r}")]
-        return [Found(name, {k: tools.read(name, k, v) for k, v in pairs})]
-
-    def _pairs(self, body: str) -> tuple[str, list[tuple[str, str]], str]:
-        """The function's name, keys and texts of values, and what is left."""
-        named = self._NAME.match(body)
-        if named is None:
-            return "", [], body
-        at, pairs = named.end(), []
-        while pair := self._PAIR.match(body, at):
-            pairs.append((pair[1].strip(), pair[2]))
-            at = pair.end()
-        return named[1], pairs, body[at:]
 
 
 class GemmaCalls:
-    """Gemma 4: `call:name{key:<|"|>text<|"|>}`; FunctionGemma has `<escape>` for quotes."""
+    """Gemma 4: `call:name{key:<|"|>text<|"|>}`; FunctionGemma has `<escape>` for quotes.
 
-    shows_its_end = True
+    The models leave out `call:` and write `call:name(key=...)`, Python's quotes or none: see
+    `loose`.
+    """
 
-    _NAME = re.compile(r"\s*call:\s*([\w.:/-]+)\s*(?=\{|\Z)")
+    _NAME = re.compile(r"\s*(?:call\s*:\s*|[:-]\s*)?([\w.:/-]+)\s*(?=[{(]|\Z)")
+    _START = re.compile(r"call\s*:.*|[:-]?\s*[\w.:/-]*(?:\s*[{(].*)?", re.DOTALL)
+    _BETWEEN = re.compile(r"[\s,;]*(?=call\s*:)")
 
     def __init__(self, quote: str = '<|"|>'):
         self.quote = quote
 
     def possible(self, body: str) -> bool:
         start = body.lstrip()
-        return "call:".startswith(start[:5])
+        return "call:".startswith(start) or self._START.fullmatch(start) is not None
 
     def inside_string(self, body: str) -> bool:
         bare = _JSON_STRING.sub("", "".join(body.split(self.quote)[::2]))
         return body.count(self.quote) % 2 == 1 or '"' in bare
 
-    def parse(self, body: str, tools: Tools) -> list[Found]:
-        named = self._NAME.match(body)
-        if named is None:
-            return []
-        try:
-            return [Found(named[1], GemmaReader(body[named.end() :], self.quote).object())]
-        except Unreadable as error:
-            return [Found(named[1], error=str(error))]
+    def parse(self, body: str, tools: Tools, closed: bool = True) -> list[Found]:
+        found: list[Found] = []
+        at = 0
+        while named := self._NAME.match(body, at):
+            name = named[1]
+            if not named[0].lstrip().startswith("call") and tools.name_of(name) not in tools.names:
+                return found
+            try:
+                arguments, at = self._arguments(body, named.end(), name, tools, closed)
+                found.append(Found(name, tools.conform(tools.name_of(name), arguments)))
+            except Unreadable as error:
+                return [*found, Found(name, error=str(error))]
+            between = self._BETWEEN.match(body, at)
+            if between is None:
+                if found and re.search(r"[^\s}\])]", body[at:]):
+                    error = f"the end expected; found {body[at : at + 10]!r}"
+                    found[-1] = Found(name, error=error)
+                break
+            at = between.end()
+        return found
+
+    def length(self, body: str) -> int:
+        at, end = 0, len(body)
+        while named := self._NAME.match(body, at):
+            try:
+                _, at = self._arguments(body, named.end(), named[1], Tools(), closed=False)
+            except Unreadable:
+                return len(body)
+            end = at
+            between = self._BETWEEN.match(body, at)
+            if between is None:
+                break
+            at = between.end()
+        return end
+
+    def _arguments(
+        self, body: str, at: int, name: str, tools: Tools, closed: bool
+    ) -> tuple[dict[str, Any], int]:
+        """What a call has between its brackets, and where they end."""
+        if closed and not body[at:].strip():
+            return {}, len(body)
+        known = tools.parameters(tools.name_of(name))
+        reader = Reader(body[at:], self.quote, closed=closed, keys=known)
+        return reader.object(), at + reader.at
 
 
 class MistralCalls:
     """`[{"name": ...}, ...]`, or `name[CALL_ID]id[ARGS]{...}` in later versions; no end marker."""
-
-    shows_its_end = True
 
     _START = re.compile(r"\s*(?:[\[{].*|[\w.:/-]*(?:\s*[\[{].*)?)", re.DOTALL)
     _NAME = re.compile(r"\s*([\w.:/-]+)\s*(?:\[CALL_ID\]\s*([\w-]+)\s*)?(?:\[ARGS\])?(?=\s*\{|\Z)")
@@ -261,34 +94,46 @@ class MistralCalls:
     def inside_string(self, body: str) -> bool:
         return JsonCalls().inside_string(body)
 
-    def parse(self, body: str, tools: Tools) -> list[Found]:
+    def parse(self, body: str, tools: Tools, closed: bool = True) -> list[Found]:
         if body.lstrip()[:1] in ("{", "["):
-            return JsonCalls().parse(body, tools)
-        found, rest = [], body
-        while rest.strip():
-            named = self._NAME.match(rest)
-            if named is None:
-                error = f"a call expected; found {rest.strip()[:20]!r}"
-                return [*found, Found(found[-1].name, error=error)] if found else []
+            return JsonCalls().parse(body, tools, closed)
+        return [call for call, _ in self._calls(body, closed)]
+
+    def length(self, body: str) -> int:
+        if body.lstrip()[:1] in ("{", "["):
+            return JsonCalls().length(body)
+        calls = [*self._calls(body, closed=False)]
+        return len(body) if not calls or calls[-1][0].error else calls[-1][1]
+
+    def _calls(self, body: str, closed: bool) -> Iterator[tuple[Found, int]]:
+        """Calls, and where each ends; words behind them are left out."""
+        at, name = 0, ""
+        while named := self._NAME.match(body, at):
+            if at and named.end() == len(body):
+                return  # a word
             try:
-                value, rest = read_json_prefix(rest[named.end() :])
+                value, rest = prefix(body[named.end() :], closed)
             except Unreadable as error:
-                return [*found, Found(named[1], error=str(error), id=named[2])]
-            found.append(Found(named[1], value, id=named[2]))
-        return found
+                yield Found(named[1], error=str(error), id=named[2]), len(body)
+                return
+            at = len(body) - len(rest)
+            if not isinstance(value, dict):
+                yield Found(named[1], error="not a JSON object", id=named[2]), len(body)
+                return
+            name = named[1]
+            yield Found(name, value, id=named[2]), at
+        if at and "{" in body[at:]:
+            error = f"a call expected; found {body[at:].strip()[:20]!r}"
+            yield Found(name, error=error), len(body)
 
 
 class PythonCalls:
     """`name(key="text")`, or a list of them."""
 
-    shows_its_end = True
-
     _START = re.compile(r"\s*\[?\s*(?:[A-Za-z_][\w.]*(?:\s*\(.*)?)?", re.DOTALL)
 
     def possible(self, body: str) -> bool:
-        return (
-            re.fullmatch(r"\s*\[?\s*(?:[A-Za-z_][\w.]*(?:\s*\(.*)?)?", body, re.DOTALL) is not None
-        )
+        return self._START.fullmatch(body) is not None
 
     def inside_string(self, body: str) -> bool:
         try:
@@ -297,7 +142,7 @@ class PythonCalls:
             return True
         return False
 
-    def parse(self, body: str, tools: Tools) -> list[Found]:
+    def parse(self, body: str, tools: Tools, closed: bool = True) -> list[Found]:
         try:
             calls = read_python_calls(body)
         except Unreadable as error:
@@ -307,6 +152,9 @@ class PythonCalls:
             _python_call(name.removesuffix(".call"), values, keywords, tools)
             for name, values, keywords in calls
         ]
+
+    def length(self, body: str) -> int:
+        return len(body)
 
 
 def _python_call(name: str, values: list[Any], keywords: dict[str, Any], tools: Tools) -> Found:
@@ -319,28 +167,27 @@ def _python_call(name: str, values: list[Any], keywords: dict[str, Any], tools: 
 class GlmTextCalls:
     """GLM-4 of 2024: the answer is a function's name, a line break, and a JSON object."""
 
-    shows_its_end = True
-
     def possible(self, body: str) -> bool:
         return re.fullmatch(r"\s*[\w.:/-]*(?:[ \t]*\n\s*(?:\{.*)?)?", body, re.DOTALL) is not None
 
     def inside_string(self, body: str) -> bool:
         return JsonCalls().inside_string(body)
 
-    def parse(self, body: str, tools: Tools) -> list[Found]:
+    def parse(self, body: str, tools: Tools, closed: bool = True) -> list[Found]:
         name, _, rest = body.strip().partition("\n")
         if not rest.strip():
             return []
         try:
-            return [Found(name.strip(), read_object(rest))]
+            return [Found(name.strip(), arguments_of(rest, closed))]
         except Unreadable as error:
             return [Found(name.strip(), error=str(error))]
+
+    def length(self, body: str) -> int:
+        return len(body)
 
 
 class FirstOf:
     """Several notations at once: the first that finds a call has it."""
-
-    shows_its_end = True
 
     def __init__(self, *notations: Notation):
         self._notations = notations
@@ -352,6 +199,12 @@ class FirstOf:
         able = [notation for notation in self._notations if notation.possible(body)]
         return all(notation.inside_string(body) for notation in able)
 
-    def parse(self, body: str, tools: Tools) -> list[Found]:
+    def parse(self, body: str, tools: Tools, closed: bool = True) -> list[Found]:
         able = (notation for notation in self._notations if notation.possible(body))
-        return next((found for notation in able if (found := notation.parse(body, tools))), [])
+        found = (notation.parse(body, tools, closed) for notation in able)
+        return next((calls for calls in found if calls), [])
+
+    def length(self, body: str) -> int:
+        able = [notation for notation in self._notations if notation.possible(body)]
+        found = [n for n in able if n.parse(body, Tools(), closed=False)]
+        return found[0].length(body) if found else len(body)

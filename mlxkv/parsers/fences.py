@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 
-from mlxkv.parsers.calls import Found, Notation, Tools
+from mlxkv.parsers.notation import Notation
+from mlxkv.parsers.tools import Found, Tools
 
 _LABELS = ("tool_code", "tool_call", "json", "python", "")
 _LABEL = re.compile(r"[ \t]*(tool_code|tool_call|json|python)?[ \t]*\n")
@@ -19,8 +20,6 @@ class FencedCalls:
     Args:
         notation: how the calls in it are written.
     """
-
-    shows_its_end = True
 
     def __init__(self, notation: Notation):
         self._notation = notation
@@ -37,7 +36,11 @@ class FencedCalls:
         label = _LABEL.match(body)
         return label is not None and self._notation.inside_string(body[label.end() :])
 
-    def parse(self, body: str, tools: Tools) -> list[Found]:
+    def parse(self, body: str, tools: Tools, closed: bool = True) -> list[Found]:
         """See `Notation`."""
         label = _LABEL.match(body)
-        return self._notation.parse(body[label.end() :], tools) if label else []
+        return self._notation.parse(body[label.end() :], tools, closed) if label else []
+
+    def length(self, body: str) -> int:
+        """See `Notation`."""
+        return len(body)

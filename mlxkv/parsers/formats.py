@@ -14,20 +14,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from mlxkv.parsers.calls import (
-    FirstOf,
-    GemmaCalls,
-    GlmCalls,
-    GlmTextCalls,
-    JsonCalls,
-    MistralCalls,
-    PythonCalls,
-    Tools,
-)
+from mlxkv.parsers.calls import FirstOf, GemmaCalls, GlmTextCalls, MistralCalls, PythonCalls
 from mlxkv.parsers.events import Content, Event, Markup, OutputParser, Reasoning, ToolCall
 from mlxkv.parsers.fences import FencedCalls
 from mlxkv.parsers.harmony import MARKERS, HarmonyParser
-from mlxkv.parsers.tagged import Syntax, TaggedParser
+from mlxkv.parsers.notation import JsonCalls
+from mlxkv.parsers.pairs import GlmCalls, XmlCalls
+from mlxkv.parsers.syntax import Syntax
+from mlxkv.parsers.tagged import TaggedParser
+from mlxkv.parsers.tools import Tools
 from mlxkv.text.tool_prompt import style_of
 
 if TYPE_CHECKING:
@@ -53,6 +48,12 @@ _THINK = ("<think>", "</think>")
 SYNTAXES: dict[str, Syntax] = {
     "think": Syntax(think=_THINK),
     "hermes": Syntax(think=_THINK, call=("<tool_call>", "</tool_call>"), notation=JsonCalls()),
+    "qwen_xml": Syntax(
+        think=_THINK,
+        call=("<tool_call>", "</tool_call>"),
+        notation=XmlCalls(),
+        begins="<function=",
+    ),
     "glm": Syntax(
         think=_THINK,
         call=("<tool_call>", "</tool_call>"),
@@ -64,12 +65,14 @@ SYNTAXES: dict[str, Syntax] = {
         think=("<|channel>", "<channel|>"),
         labelled=True,
         call=("<|tool_call>", "<tool_call|>"),
-        notation=GemmaCalls(),
+        notation=FirstOf(GemmaCalls(), JsonCalls()),
+        silent=frozenset({"<|tool_response>"}),
         inner=frozenset({'<|"|>'}),
     ),
     "functiongemma": Syntax(
         call=("<start_function_call>", "<end_function_call>"),
         notation=GemmaCalls("<escape>"),
+        silent=frozenset({"<start_function_response>"}),
         inner=frozenset({"<escape>"}),
     ),
     "gemma3": Syntax(
@@ -98,6 +101,7 @@ _SIGNS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("functiongemma", ("<start_function_call>",)),
     ("glm", ("<tool_call>", "<arg_key>")),
     ("mistral", ("[TOOL_CALLS]",)),
+    ("qwen_xml", ("<tool_call>", "<function=", "<parameter=")),
     ("hermes", ("<tool_call>",)),
     ("glm4", ("[gMASK]", "<|observation|>")),
     ("llama3", ("<|start_header_id|>", '"parameters"')),
@@ -180,13 +184,13 @@ def make_parser(
     if name == "harmony":
         return HarmonyParser(ids) if prompt is None else HarmonyParser(ids, prompt=prompt)
     syntax = SYNTAXES[name]
-    opened = False
+    opened = closed = False
     if syntax.think is not None and prompt:
         # A question may hold the markers, too: only what is at the very end was opened for us.
         end = prompt.rstrip()
         label = syntax.think[0] + "thought" if syntax.labelled else syntax.think[0]
-        opened = end.endswith((syntax.think[0], label))
-    return TaggedParser(syntax, ids, Tools(tools), in_reasoning=opened)
+        opened, closed = end.endswith((syntax.think[0], label)), end.endswith(syntax.think[1])
+    return TaggedParser(syntax, ids, Tools(tools), in_reasoning=opened, behind_reasoning=closed)
 
 
 def parser_for(

@@ -136,7 +136,11 @@ class Schemas:
             raise UsageError("a JSON schema must be an object, true or false")
         _check(schema)
         kept = {key: schema[key] for key in schema if key in _KEPT}
-        flat: list[_Flat] = [{**kept, "type": _types(schema)} if "type" in kept else kept]
+        if "type" in kept:
+            # OpenAPI's way to allow null.
+            null = ["null"] if schema.get("nullable") is True else []
+            kept["type"] = list(dict.fromkeys([*_types(schema), *null]))
+        flat: list[_Flat] = [kept]
         if "const" in schema:
             flat = _both(flat, [{"enum": [schema["const"]]}])
         reference = schema.get("$ref")
@@ -191,16 +195,43 @@ def argument_kinds(parameters: Any, key: str) -> frozenset[str]:
         parameters: the schema of its arguments.
         key: the parameter's name.
     """
-    schemas = Schemas(parameters)
+    return kinds_at(parameters, [key])
+
+
+def kinds_at(root: Any, path: Sequence[str | None]) -> frozenset[str]:
+    """Kinds of values that may be somewhere in a value, as far as its schema tells.
+
+    Args:
+        root: the schema.
+        path: the way there: names of properties, None for the items of a list.
+    """
+    schemas = Schemas(root)
     try:
-        objects = [flat for flat in schemas._flat(parameters) if _allows_objects(flat)]
-        found = [c.kind for flat in objects for c in schemas.choices(_property(flat, key))]
+        flats: list[_Flat] = schemas._flat(root)
+        for key in path:
+            kind = "array" if key is None else "object"
+            inner = [_inner(flat, key) for flat in flats if kind in _types(flat)]
+            flats = [flat for each in inner for flat in schemas._flat(each)]
+        found = [choice.kind for flat in flats for choice in _choices(flat)]
     except (UsageError, RecursionError):
-        properties = parameters.get("properties") if isinstance(parameters, Mapping) else None
-        schema = properties.get(key) if isinstance(properties, Mapping) else None
-        said = schema.get("type") if isinstance(schema, Mapping) else None
-        found = [said] if isinstance(said, str) else said if isinstance(said, list) else KINDS
+        found = _said_kinds(root, path)
     return frozenset(kind for kind in found if kind in KINDS)
+
+
+def _inner(flat: _Flat, key: str | None) -> Any:
+    if key is not None:
+        return _property(flat, key)
+    items = flat.get("items", True)
+    return True if isinstance(items, list) or "prefixItems" in flat else items
+
+
+def _said_kinds(schema: Any, path: Sequence[str | None]) -> Sequence[Any]:
+    """What `type` says, of a schema with parts that are not understood."""
+    for key in path:
+        inner = schema.get("items" if key is None else "properties") if _is_object(schema) else None
+        schema = inner.get(key) if key is not None and isinstance(inner, Mapping) else inner
+    said = schema.get("type") if isinstance(schema, Mapping) else None
+    return [said] if isinstance(said, str) else said if isinstance(said, list) else tuple(KINDS)
 
 
 def kind_of(value: Any) -> str:
@@ -234,10 +265,6 @@ def _check(schema: Mapping[str, Any]) -> None:
 def _types(schema: _Flat) -> list[Any]:
     said = schema.get("type", sorted(KINDS - {"integer"}))
     return said if isinstance(said, list) else [said]
-
-
-def _allows_objects(flat: _Flat) -> bool:
-    return "object" in _types(flat)
 
 
 def _property(flat: _Flat, name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Values in the notations that models use: JSON, Gemma's, Python literals."""
+"""Values in the notations that models use: JSON, and Python literals. See `loose` for mixtures."""
 
 from __future__ import annotations
 
@@ -6,9 +6,13 @@ import ast
 import json
 import math
 import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-_LITERALS = {"true": True, "false": False, "null": None, "True": True, "False": False, "None": None}
+LITERALS: Mapping[str, Any] = {
+    "true": True, "false": False, "null": None, "True": True, "False": False, "None": None,
+}  # fmt: skip
+"""Words of JSON and of Python that are values."""
 
 
 class Unreadable(Exception):
@@ -22,7 +26,9 @@ def read_json(text: str) -> Any:
         Unreadable: it is none.
     """
     try:
-        return json.loads(text, parse_constant=_no_constant, parse_float=_finite)
+        return json.loads(
+            text, parse_constant=_no_constant, parse_float=_finite, object_pairs_hook=no_key_twice
+        )
     except json.JSONDecodeError as error:
         raise Unreadable(f"not JSON at character {error.pos}: {error.msg}") from None
     except (ValueError, RecursionError) as error:
@@ -35,7 +41,9 @@ def read_json_prefix(text: str) -> tuple[Any, str]:
     Raises:
         Unreadable: it begins with none.
     """
-    decoder = json.JSONDecoder(parse_constant=_no_constant, parse_float=_finite)
+    decoder = json.JSONDecoder(
+        parse_constant=_no_constant, parse_float=_finite, object_pairs_hook=no_key_twice
+    )
     start = len(text) - len(text.lstrip())
     try:
         value, end = decoder.raw_decode(text, start)
@@ -73,127 +81,44 @@ def _finite(text: str) -> float:
     return number
 
 
-class GemmaReader:
-    """Gemma's notation: `{key:<|"|>text<|"|>,list:[1,{flag:true}]}`.
+def no_key_twice(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """An object.
 
-    Keys are bare, or quoted as strings are; a string has nothing escaped in it. A JSON string is
-    read too, because the models mix the two.
-
-    Args:
-        text: what to read.
-        quote: what stands around a string.
+    Raises:
+        ValueError: a key has two values: nothing says which of them is meant.
     """
-
-    def __init__(self, text: str, quote: str):
-        self._text, self._quote, self._at = text, quote, 0
-
-    def object(self) -> dict[str, Any]:
-        """The one object that the text holds.
-
-        Raises:
-            Unreadable: it is something else.
-        """
-        try:
-            value = self._object()
-        except RecursionError:
-            raise Unreadable("it nests too deeply") from None
-        self._skip()
-        if self._at < len(self._text):
-            raise self._wrong("the end")
-        return value
-
-    def _object(self) -> dict[str, Any]:
-        self._expect("{")
-        found: dict[str, Any] = {}
-        while not self._take("}"):
-            if found:
-                self._expect(",")
-                if self._take("}"):
-                    break
-            key = self._key()
-            self._expect(":")
-            found[key] = self._value()
-        return found
-
-    def _array(self) -> list[Any]:
-        self._expect("[")
-        found: list[Any] = []
-        while not self._take("]"):
-            if found:
-                self._expect(",")
-                if self._take("]"):
-                    break
-            found.append(self._value())
-        return found
-
-    def _value(self) -> Any:
-        self._skip()
-        if self._text.startswith("{", self._at):
-            return self._object()
-        if self._text.startswith("[", self._at):
-            return self._array()
-        string = self._string()
-        return _scalar(self._bare(",}]")) if string is None else string
-
-    def _key(self) -> str:
-        self._skip()
-        string = self._string()
-        key = self._bare(":,{}[]") if string is None else string
-        if not key:
-            raise self._wrong("a key")
-        return key
-
-    def _string(self) -> str | None:
-        """A quoted string, None where none begins."""
-        if self._text.startswith(self._quote, self._at):
-            start = self._at + len(self._quote)
-            end = self._text.find(self._quote, start)
-            if end < 0:
-                raise Unreadable("a string does not end")
-            self._at = end + len(self._quote)
-            return self._text[start:end]
-        if self._text.startswith('"', self._at):
-            try:
-                value, self._at = json.JSONDecoder().raw_decode(self._text, self._at)
-            except ValueError:
-                raise Unreadable("a string does not end") from None
-            return value
-        return None
-
-    def _bare(self, ends: str) -> str:
-        start = self._at
-        while self._at < len(self._text) and self._text[self._at] not in ends:
-            self._at += 1
-        return self._text[start : self._at].strip()
-
-    def _skip(self) -> None:
-        while self._at < len(self._text) and self._text[self._at].isspace():
-            self._at += 1
-
-    def _take(self, char: str) -> bool:
-        self._skip()
-        found = self._text.startswith(char, self._at)
-        self._at += found
-        return found
-
-    def _expect(self, char: str) -> None:
-        if not self._take(char):
-            raise self._wrong(repr(char))
-
-    def _wrong(self, wanted: str) -> Unreadable:
-        found = self._text[self._at : self._at + 10]
-        return Unreadable(f"{wanted} expected at character {self._at}; found {found!r}")
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found and found[key] != value:
+            raise ValueError(f"the key {key[:40]!r} comes twice")
+        found[key] = value
+    return found
 
 
-def _scalar(text: str) -> Any:
-    if not text:
-        raise Unreadable("a value is missing")
-    if text in _LITERALS:
-        return _LITERALS[text]
+def read_literal(text: str) -> Any:
+    """A value as JSON writes it, or a word, a list or a dict as Python does.
+
+    Raises:
+        Unreadable: it is neither.
+    """
     try:
         return read_json(text)
-    except Unreadable:
-        return text
+    except Unreadable as error:
+        word = text.strip()
+        if word in LITERALS:
+            return LITERALS[word]
+        if word[:1] not in ("[", "{"):
+            raise
+        try:
+            return _literal(_python(word))
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            raise error from None
+
+
+def _python(text: str) -> ast.expr:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a backslash in a string
+        return ast.parse(text.strip(), mode="eval").body
 
 
 def read_python_calls(text: str) -> list[tuple[str, list[Any], dict[str, Any]]]:
@@ -208,9 +133,7 @@ def read_python_calls(text: str) -> list[tuple[str, list[Any], dict[str, Any]]]:
         Unreadable: it is something else.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a backslash in a string
-            tree = ast.parse(text.strip(), mode="eval").body
+        tree = _python(text)
         nodes = tree.elts if isinstance(tree, ast.List) else [tree]
         return [_python_call(node) for node in nodes]
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
@@ -242,15 +165,18 @@ def _literal(node: ast.expr) -> Any:
             return value
         case ast.Constant(value=float() as value) if math.isfinite(value):
             return value
-        case ast.Name(id=name) if name in _LITERALS:
-            return _LITERALS[name]
+        case ast.Name(id=name) if name in LITERALS:
+            return LITERALS[name]
         case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as value)):
             return -value
         case ast.List() | ast.Tuple():
             return [_literal(item) for item in node.elts]
         case ast.Dict(keys=keys, values=values):
-            names = [None if key is None else _literal(key) for key in keys]
-            if not all(isinstance(name, str) for name in names):
-                raise ValueError("a key that is no string")
-            return dict(zip(names, map(_literal, values), strict=True))
+            return no_key_twice([*zip(map(_key, keys), map(_literal, values), strict=True)])
     raise ValueError("a value that is no literal")
+
+
+def _key(node: ast.expr | None) -> str:
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return node.value
+    raise ValueError("a key that is no string")

@@ -15,8 +15,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from mlxkv.errors import UsageError
-from mlxkv.parsers.calls import GemmaCalls, GlmCalls, Tools
+from mlxkv.parsers.calls import GemmaCalls
 from mlxkv.parsers.json_schema import Choice, Schemas, argument_kinds
+from mlxkv.parsers.pairs import GlmCalls
+from mlxkv.parsers.tools import Tools
 from mlxkv.sampling import grammar_strings
 from mlxkv.sampling.grammar_strings import holding, literal, one_of
 from mlxkv.sampling.grammar_values import MAX_OTHERS, Gemma, Json, Members, Rules, Values
@@ -125,7 +127,7 @@ class _GlmCall:
     def _arguments(self, members: Members, known: Sequence[str]) -> str:
         pairs = []
         for member in members.named:
-            if self._read(member.name, "x") is None:
+            if self._read(member.name, "x", Tools()) is None:
                 raise UsageError(f"a property of the name {member.name!r} cannot be written")
             pair = self._pair(literal(member.name), member.name, member.schema)
             pairs.append(pair if member.required else f"{pair}?")
@@ -158,15 +160,15 @@ class _GlmCall:
         return " | ".join(parts)
 
     def _constant(self, key: str, value: str) -> str:
-        if self._read(key, value) != {key: value}:
+        if self._read(key, value, self._tools) != {key: value}:
             raise UsageError(f"{value!r} of enum (or const) cannot be written in this format")
         return literal(value) if value else '""'
 
-    def _read(self, key: str, text: str) -> Mapping[str, Any] | None:
+    def _read(self, key: str, text: str, tools: Tools) -> Mapping[str, Any] | None:
         """What the parser reads; None where that is no call with this one argument."""
         body = f"{self._name}<arg_key>{key}</arg_key><arg_value>{text}</arg_value>"
         notation = GlmCalls()
-        found = notation.parse(body, self._tools) if notation.possible(body) else []
+        found = notation.parse(body, tools) if notation.possible(body) else []
         return next((each.arguments for each in found if [*each.arguments] == [key]), None)
 
 

@@ -395,7 +395,6 @@ def test_nothing_a_model_writes_is_lost_or_depends_on_the_cuts(name, parts, size
         ({"enum": ["5", "6"]}, "5", "5"),
         ({"enum": ["5", "6", None]}, "null", None),
         ({"type": "array"}, "[1]", [1]),
-        ({"type": "array"}, "none", "none"),
         ({}, '"5"', "5"),
     ],
 )
@@ -416,6 +415,8 @@ def test_a_call_that_is_cut_off_is_flagged_and_never_sound(case: str):
     sound = [row for row in wanted if row[0] == "call"]
     flagged = 0
     for stop in range(len(text)):
+        if text[:stop].rstrip().endswith("</tool_call>"):
+            continue  # as a call that lacks a closing tag
         rows = shown(run(name, [text[:stop]]))
         calls = [row for row in rows if row[0] == "call"]
         assert calls == sound[: len(calls)], text[:stop]
