@@ -283,6 +283,8 @@ class Reader:
         """Whether the next item of a list or an object begins behind a comma."""
         if self._stack[-1:] == ["]"] or self._followed_by("}])", at):
             return True
+        if self._quote is not None and self._text[at:].lstrip().startswith(self._quote):
+            return True
         found = _NEXT_KEY.match(self._text, at)
         if found is None:
             return False

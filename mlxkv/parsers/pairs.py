@@ -78,7 +78,7 @@ class _Tags:
                 elif depth > 1:
                     depth -= 1
                 elif self._may_follow(text, tag.end()):
-                    pairs.append((opening[1].strip(), text[opening.end() : tag.start()]))
+                    pairs.append((_key(opening), text[opening.end() : tag.start()]))
                     at = tag.end()
                     break
             else:
@@ -103,7 +103,7 @@ class _Tags:
         found = [
             opening
             for opening in self.opening.finditer(text, at, stop)
-            if not known or opening[1].strip() in known
+            if not known or _key(opening) in known
         ]
         if not found or text[at : found[0].start()].strip():
             raise Unreadable(f"{self.closing} is missing, or a tag too many")
@@ -120,10 +120,16 @@ class _Tags:
             else:
                 value = trimmed
             holds_tags |= self.closing in value or self.opening.search(value) is not None
-            pairs.append((opening[1].strip(), value))
+            pairs.append((_key(opening), value))
         if n_missing and holds_tags:
             raise Unreadable(f"{self.closing} is missing")
         return pairs, stop
+
+
+def _key(opening: re.Match[str]) -> str:
+    """A key, without quotes around it."""
+    key = opening[1].strip()
+    return key[1:-1] if len(key) > 2 and key[0] == key[-1] and key[0] in "\"'" else key
 
 
 def _skip(text: str, at: int) -> int:
@@ -230,7 +236,7 @@ class XmlCalls:
     _HEAD = re.compile(r"\s*<function=\s*[\"']?([\w.:/-]+)[\"']?\s*(?:>|(?=\n))")
     _START = re.compile(r"<function=[^<>\n]*(?:[>\n]\s*(?:[<{].*)?)?", re.DOTALL)
     _TAGS = _Tags(
-        re.compile(r"<parameter=\s*[\"']?([^<>\n\"']{1,128})[\"']?\s*>"),
+        re.compile(r"<parameter=([^<>\n]{1,128})>"),
         ">",
         "</parameter>",
         END,

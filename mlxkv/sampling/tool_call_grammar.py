@@ -7,7 +7,8 @@
 | mistral | `[TOOL_CALLS]` `[{"name": N, "arguments": {...}}, ...]`, or `N[ARGS]{...}`, several |
 | glm4 | `N`, a line break, `{...}`, one |
 | harmony (GPT-OSS) | a message on the channel `commentary` to `functions.N`: `{...}`, one |
-| glm (GLM-4.5 and later), gemma4, functiongemma | not JSON: see `native_call_grammar`; several |
+| glm (GLM-4.5 and later), qwen_xml | pairs of tags: see `pair_call_grammar`; several |
+| gemma4, functiongemma | not JSON: see `native_call_grammar`; several |
 
 Harmony's grammar begins where the answer does: it has the reasoning in it, see `HAS_REASONING`.
 """
@@ -22,7 +23,7 @@ from typing import Any
 
 from mlxkv.errors import UsageError
 from mlxkv.parsers import harmony
-from mlxkv.sampling import native_call_grammar
+from mlxkv.sampling import native_call_grammar, pair_call_grammar
 from mlxkv.sampling.grammar_strings import literal
 from mlxkv.sampling.native_call_grammar import call_rules, each_tool
 from mlxkv.text.tokenizer import Tokenizer
@@ -172,6 +173,13 @@ def _hermes(calls: Calls, markers: _Markers) -> list[str]:
     return [rule, *_objects(calls, "arguments")]
 
 
+def _qwen_xml(calls: Calls, markers: _Markers) -> list[str]:
+    opens, closes = markers["<tool_call>"], markers["</tool_call>"]
+    more = f' ("\\n" {opens} "\\n" call "\\n" {closes}){_MORE}' if calls.parallel else ""
+    rule = f'calls: {opens} "\\n" call "\\n" {closes}{more}'
+    return [rule, *pair_call_grammar.xml(calls.tools)]
+
+
 def _bare(calls: Calls, markers: _Markers) -> list[str]:
     return ["calls: call", *_objects(calls, "parameters")]
 
@@ -197,7 +205,7 @@ def _glm4(calls: Calls, markers: _Markers) -> list[str]:
 def _glm(calls: Calls, markers: _Markers) -> list[str]:
     opens, closes = markers["<tool_call>"], markers["</tool_call>"]
     more = f' ("\\n"? {opens} call {closes}){_MORE}' if calls.parallel else ""
-    rules = native_call_grammar.glm(calls.tools, markers.__getitem__)
+    rules = pair_call_grammar.glm(calls.tools, markers.__getitem__)
     return [f"calls: {opens} call {closes}{more}", *rules]
 
 
@@ -235,6 +243,7 @@ def _harmony_thoughts(markers: _Markers) -> tuple[str, str]:
 
 _FORMATS: Mapping[str, Callable[[Calls, _Markers], list[str]]] = {
     "hermes": _hermes,
+    "qwen_xml": _qwen_xml,
     "llama3": _bare,
     "gemma3": _bare,
     "mistral": _mistral,

@@ -23,11 +23,16 @@ from tests.sampling.test_grammar import FOLDER, TOKENIZERS, advance_all, allowed
 
 TEMPLATES = {
     "glm": "<tool_call><arg_key>",
+    "qwen_xml": "<tool_call><function=<parameter=",
     "gemma4": "<|tool_call><tool_call|>",
     "functiongemma": "<start_function_call>",
     "harmony": "<|channel|><|message|>",
 }
-NO_THOUGHT = {"glm": "<think></think>", "gemma4": "<|channel>thought\n<channel|>"}
+NO_THOUGHT = {
+    "glm": "<think></think>",
+    "qwen_xml": "<think>\n\n</think>\n\n",
+    "gemma4": "<|channel>thought\n<channel|>",
+}
 MARKERS = (
     "<think>", "</think>", "<tool_call>", "</tool_call>", "<arg_key>", "</arg_key>", "<arg_value>",
     "</arg_value>", "<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", '<|"|>',
@@ -35,6 +40,8 @@ MARKERS = (
     "<|constrain|>", "<|message|>", "<|end|>", "<|call|>", "<|return|>",
 )  # fmt: skip
 OPENERS = ("<think>", "<tool_call>", "<arg_key>", "<|channel>", "<|tool_call>", "<|channel|>")
+ENDS_TEXT = {"qwen_xml": "\n</parameter>\n"}
+"""What ends a value that is text, where no token does."""
 BRACKETS = ('"', "}", "]", "<0x22>", "<0x7D>", "<0x5D>")
 
 STRING = {"type": "string"}
@@ -250,9 +257,18 @@ def wander(tokenizer: Tokenizer, masker: Masker, seed: int, limit: int = 3000) -
     random = np.random.default_rng(seed)
     closing = [tokenizer.id_of(t) for t in (*MARKERS, *BRACKETS) if t not in OPENERS]
     wish, tokens = random.uniform(0.1, 0.6), []
+    ends = ENDS_TEXT.get(format_of(tokenizer), "")
+    spelled = tokenizer.encode(ends, add_special_tokens=False) if ends else []
+    coming: list[int] = []
     while not masker.finished:
         assert len(tokens) < limit, f"no end: {tokenizer.decode(tokens)[-80:]!r}"
         allowed = np.flatnonzero(masker.allowed(tokenizer.n_vocab))
+        if coming and coming[0] in allowed:
+            tokens.append(coming.pop(0))
+            masker.advance(tokens[-1])
+            continue
+        wishes_text_end = spelled and random.random() < min(wish / 4 + len(tokens) / 800, 0.85)
+        coming = [*spelled] if wishes_text_end else []
         closers = allowed[np.isin(allowed, [token for token in closing if token is not None])]
         wishes_end = len(closers) and random.random() < min(wish + len(tokens) / 800, 0.85)
         tokens.append(int(random.choice(closers if wishes_end else allowed)))
