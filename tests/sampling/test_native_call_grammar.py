@@ -18,6 +18,7 @@ from mlxkv.text.chat_template import ChatTemplate
 from mlxkv.text.tokenizer import Tokenizer
 from tests.sampling.test_grammar import TOKENIZERS, advance_all, allowed_by
 from tests.support.chat_templates.cases import TEMPLATES as CHAT_TEMPLATES
+from tests.support.paths import XML_TEMPLATE
 from tests.support.tool_calls import (
     NASTY,
     SCHEMAS,
@@ -35,7 +36,7 @@ from tests.support.tool_calls import (
     wander,
 )
 
-NATIVE = ["glm", "gemma4", "functiongemma"]
+NATIVE = ["glm", "qwen_xml", "gemma4", "functiongemma"]
 
 
 @pytest.mark.parametrize("how", ["added", "special", "in the vocabulary"])
@@ -103,7 +104,16 @@ def test_several_calls_come_only_where_they_may(name):
     assert most[False] == 1 and (most[True] > 1) == (name != "harmony")
 
 
+def xml_call(pairs: str) -> str:
+    return f"<tool_call>\n<function=f_1>\n{pairs}</function>\n</tool_call>"
+
+
+def xml_pair(key: str, text: str) -> str:
+    return f"<parameter={key}>\n{text}\n</parameter>\n"
+
+
 CALLS = {
+    "qwen_xml": [xml_call(xml_pair("a", "x y") + xml_pair("n", "[1, 2]"))],
     "glm": [
         "<tool_call>f_1\n<arg_key>a</arg_key>\n<arg_value>x y</arg_value>\n<arg_key>n</arg_key>\n"
         "<arg_value>[1, 2]</arg_value>\n</tool_call>",
@@ -137,6 +147,7 @@ def test_a_call_as_the_family_writes_it_is_taken(name, text):
     "name, template, starts, ends",
     [
         ("glm", "glm_moe", "<tool_call>", ""),
+        ("qwen_xml", "xml", "<tool_call>", "<|im_end|>\n"),
         ("gemma4", "gemma4", "<|tool_call>", "<turn|>\n"),
         ("harmony", "harmony", " to=functions", "<|call|>"),
     ],
@@ -148,7 +159,8 @@ def test_a_call_as_the_chat_template_writes_it_is_taken(name, template, starts, 
     function = {"name": "f_1", "arguments": arguments, "description": "", "parameters": schema}
     question = {"role": "user", "content": "Hi"}
     called = {"role": "assistant", "content": "", "tool_calls": [{"function": function}]}
-    rendered = ChatTemplate(CHAT_TEMPLATES[template].read_text()).render(
+    source = XML_TEMPLATE if template == "xml" else CHAT_TEMPLATES[template]
+    rendered = ChatTemplate(source.read_text()).render(
         [question, called], tools=[{"function": function}], add_generation_prompt=False
     )
     call = starts + rendered.rpartition(starts)[2].removesuffix(ends)
@@ -211,9 +223,42 @@ def test_glms_text_is_no_other_kind_of_value(kinds, text, is_taken):
 
 
 @pytest.mark.parametrize(
+    "kinds, text, is_taken",
+    [
+        (["string"], "None", True),
+        (["string", "null"], "None", False),
+        (["string", "null"], "null", True),
+        (["string", "null"], "None, so far", True),
+        (["string", "boolean"], "True", False),
+        (["string", "boolean"], "true", True),
+        (["string", "integer"], "5", True),
+        (["string", "integer"], "5 days", True),
+        (["string", "integer"], "5.5", False),
+        (["string", "array"], "[x", False),
+        (["string", "array"], "[1]", True),
+        (["string", "array"], "{x", True),
+        (["string"], "a\n</function>\nb", True),
+        (["string"], "a</parameter>b", False),
+        (["string"], "a<parameter=b>b", False),
+    ],
+)
+def test_text_in_xml_is_no_other_kind_of_value_and_no_tag(kinds, text, is_taken):
+    call = xml_call(xml_pair("a", text))
+    assert takes("qwen_xml", an_object("a", a={"type": kinds}), call) == is_taken
+
+
+def test_text_in_xml_beside_bounded_numbers_begins_with_no_digit():
+    schema = an_object("a", a={"type": ["string", "integer"], "minimum": 6})
+    texts = {"6": True, "5": False, "x5": True, "6 days": False, "-": True}
+    for text, is_taken in texts.items():
+        assert takes("qwen_xml", schema, xml_call(xml_pair("a", text))) == is_taken, text
+
+
+@pytest.mark.parametrize(
     "name, head, end, tail",
     [
         ("glm", "<arg_key>a</arg_key><arg_value>", "</arg_value>", "</arg_value></tool_call>"),
+        ("glm", "<arg_key>a</arg_key><arg_value>", "<arg_key>", "</arg_value></tool_call>"),
         ("gemma4", '{a:<|"|>', '<|"|>', '<|"|>}<tool_call|>'),
         ("gemma4", '{<|"|>', '<|"|>', '<|"|>:null}<tool_call|>'),
         ("functiongemma", "{a:<escape>", "<escape>", "<escape>}<end_function_call>"),
