@@ -118,7 +118,7 @@ def start(runtime: Runtime, request: Request, prepared: Prepared, session: Sessi
         session,
         tokens,
         request,
-        Sampler(sampling, runtime.config.vocab_size),
+        Sampler(sampling, runtime.config.vocab_size, runtime.suppressed),
         _reader(runtime, request, prepared),
         bound,
         runtime.tokenizer,

@@ -23,7 +23,7 @@ from mlxkv.nn.model import CausalLM
 from mlxkv.prefix.open import open_pages
 from mlxkv.prefix.pages import Pages
 from mlxkv.sampling.grammar import Maskers
-from mlxkv.sampling.params import SamplingParams, recommended
+from mlxkv.sampling.params import SamplingParams, recommended, suppressed
 from mlxkv.store.settings import Given, Settings, effective
 from mlxkv.text.tokenizer import Tokenizer
 
@@ -102,9 +102,14 @@ class Runtime:
         return recommended(self.path)
 
     @cached_property
+    def suppressed(self) -> frozenset[int]:
+        """Tokens that the model must not write, by its generation_config.json."""
+        return suppressed(self.path)
+
+    @cached_property
     def maskers(self) -> Maskers:
         """Makes masks of grammars; the first takes seconds, see `Maskers`."""
-        return Maskers(self.tokenizer)
+        return Maskers(self.tokenizer, self.suppressed)
 
     def pages_of(self, owner: str) -> Pages | None:
         """Prefix pages of one owner, which no other owner's requests see."""

@@ -98,10 +98,11 @@ class Maskers:
 
     Args:
         tokenizer: the model's.
+        suppressed: tokens that must not come.
     """
 
-    def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, suppressed: Collection[int] = ()):
+        self._tokenizer, self._suppressed = tokenizer, frozenset(suppressed)
         self._format = format_of(tokenizer)
 
     def masker(self, grammar: Grammar, prompt: str | None = None) -> Masker:
@@ -136,6 +137,7 @@ class Maskers:
         is_text = np.ones(self._backend.vocab_size, bool)
         # A special token is no text, even where its name spells one.
         is_text[sorted(self._tokenizer.special_ids - named - ends)] = False
+        is_text[[token for token in self._suppressed if token < len(is_text)]] = False
         return Masker(matcher, ends, grammar.kind, is_text, gate)
 
     def _describes_reasoning(self, grammar: Grammar) -> bool:

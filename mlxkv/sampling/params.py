@@ -181,6 +181,19 @@ def recommended(folder: Path) -> SamplingParams:
     return SamplingParams.from_generation_config(read_json(source), str(source))
 
 
+def suppressed(folder: Path) -> frozenset[int]:
+    """Tokens that a model must not write: `suppress_tokens` of its generation_config.json.
+
+    Raises:
+        ConfigError: it is no list of token ids.
+    """
+    source = folder / "generation_config.json"
+    ids = read_json(source).get("suppress_tokens") if source.exists() else None
+    if not isinstance(ids or [], list) or not all(_is_whole(i) and i >= 0 for i in ids or []):
+        raise ConfigError(f"{source}: suppress_tokens must be a list of token ids; got {ids!r}")
+    return frozenset(ids or [])
+
+
 def _checked_bias(bias: Any) -> dict[int, float]:
     if not isinstance(bias, Mapping):
         raise UsageError(f"must map token ids to numbers; got {bias!r}", field="logit_bias")

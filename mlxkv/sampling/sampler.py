@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import random
 import secrets
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -65,6 +65,7 @@ class Sampler:
     Args:
         params: what to apply; unset values mean `DEFAULTS`.
         n_vocab: V, the width of the logits.
+        suppressed: tokens that are never chosen, whatever their bias; those past V are none.
 
     Attributes:
         n_chosen: tokens that were chosen so far.
@@ -74,7 +75,7 @@ class Sampler:
         UsageError: a token id of `logit_bias` past the vocabulary.
     """
 
-    def __init__(self, params: SamplingParams, n_vocab: int):
+    def __init__(self, params: SamplingParams, n_vocab: int, suppressed: Collection[int] = ()):
         self.params = p = params.resolved()
         self.n_vocab = n_vocab
         self.seed: int = secrets.randbits(63) if p.seed is None else int(p.seed)
@@ -82,7 +83,8 @@ class Sampler:
         self.top_k = min(int(p.top_k or 0), n_vocab) or n_vocab
         self._random = random.Random(self.seed)
         self.n_chosen = 0
-        self._bias = _bias_arrays(p.logit_bias, n_vocab)
+        self._suppressed = tuple(sorted(token for token in suppressed if token < n_vocab))
+        self._bias = _bias_arrays(p.logit_bias, self._suppressed, n_vocab)
         self.rule = self._rule()
         # Arrays: a fused kernel takes them as inputs, and would be compiled anew for each number.
         self._temperature, self._top_p = mx.array(_real(p.temperature)), mx.array(_real(p.top_p))
@@ -160,6 +162,7 @@ class Sampler:
         p = self.params
         adjusted = (
             tuple(sorted((p.logit_bias or {}).items())),
+            self._suppressed,
             (p.repeat_penalty, p.repeat_last_n) if self.needs_recent else None,
             (p.presence_penalty, p.frequency_penalty),
         )
@@ -342,8 +345,9 @@ def _stacked(recents: Sequence[Recent], ids: Any) -> mx.array | None:
 
 
 def _bias_arrays(
-    bias: Mapping[int, float] | None, n_vocab: int
+    bias: Mapping[int, float] | None, suppressed: Sequence[int], n_vocab: int
 ) -> tuple[mx.array, mx.array] | None:
+    bias = {**(bias or {}), **dict.fromkeys(suppressed, -math.inf)}
     if not bias:
         return None
     outside = [token for token in bias if not 0 <= token < n_vocab]

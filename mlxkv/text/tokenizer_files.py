@@ -39,6 +39,9 @@ WELL_KNOWN_END_TOKENS: Mapping[str, tuple[str, ...]] = {
     "<|user|>": _GLM,  # GLM has no end of turn: the next speaker's token ends it
     "<|observation|>": _GLM,  # GLM: a tool's result is awaited
 }
+# What a template writes before a tool's result: the model has called and waits for it. In some
+# checkpoints these are no special tokens.
+_RESULT_FOLLOWS = ("<|tool_response>", "<start_function_response>")  # Gemma 4, FunctionGemma
 # Phi-3's <|end|> ends a turn; gpt-oss's ends one message of several in a turn (its reasoning), so
 # it is an end token only where gpt-oss's <|channel|> is not a token.
 _PHI_END = "<|end|>"
@@ -227,7 +230,8 @@ def read_end_tokens(
             ids.add(special[text])
     if _PHI_END in special and not any(c in special for c in _HARMONY):
         ids.add(special[_PHI_END])
-    return frozenset(ids)
+    waits = (backend.token_to_id(text) for text in _RESULT_FOLLOWS)
+    return frozenset(ids | {token for token in waits if token is not None})
 
 
 def _declared_ids(files: ModelFiles, name: str, section: str | None) -> set[int]:

@@ -144,3 +144,19 @@ def test_recommended_sampling_is_what_the_models_file_says(llm, monkeypatch):
     own = given.generate("hello", max_tokens=8, temperature=1.0, seed=3).tokens
     greedy = given.generate("hello", max_tokens=8, seed=3).tokens
     assert given.generate("hello", max_tokens=8, seed=3, recommended=True).tokens == own != greedy
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "seed": 3}, {"logit_bias": None}])
+def test_tokens_that_the_models_file_suppresses_do_not_come(llm, options):
+    given = mlxkv.load(llm.path, dtype="float32")
+    before = given.generate("hello", max_tokens=6, **options).tokens
+    if "logit_bias" in options:
+        options = {"logit_bias": dict.fromkeys(before, 50.0)}
+    file = given.path / "generation_config.json"
+    said = json.loads(file.read_text()) if file.exists() else None
+    try:
+        file.write_text(json.dumps({**(said or {}), "suppress_tokens": before}))
+        again = mlxkv.load(llm.path, dtype="float32")
+        assert not set(again.generate("hello", max_tokens=6, **options).tokens) & set(before)
+    finally:
+        file.unlink() if said is None else file.write_text(json.dumps(said))

@@ -444,3 +444,15 @@ def test_harmonys_final_message_matches():
     assert tokenizer.id_of("a") not in allowed_by(masker, tokenizer)
     advance_all(masker, tokenizer, "{}")
     assert masker.finished
+
+
+def test_a_suppressed_token_does_not_come_in_a_grammar_either():
+    tokenizer = TOKENIZERS["byte_level"]
+    grammar = Grammar("regex", "a|b")
+    a, b = (tokenizer.id_of(letter) for letter in "ab")
+    assert a is not None and b is not None
+    assert {a, b} <= allowed_by(Maskers(tokenizer).masker(grammar), tokenizer)
+    masker = Maskers(tokenizer, {a, tokenizer.n_vocab + 9}).masker(grammar)
+    assert allowed_by(masker, tokenizer) == {b}
+    with pytest.raises(UsageError, match="cannot go on"):
+        Maskers(tokenizer, {a, b}).masker(grammar).allowed(tokenizer.n_vocab)

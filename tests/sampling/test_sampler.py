@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -14,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlxkv.errors import ConfigError, UsageError
-from mlxkv.sampling.params import DEFAULTS, SamplingParams
+from mlxkv.sampling.params import DEFAULTS, SamplingParams, suppressed
 from mlxkv.sampling.sampler import AnswerIds, Recent, RowChoice, Sampler, choose
 from tests.support.branches import BRANCHES, Branches, gpu_branches
 
@@ -268,6 +270,42 @@ def test_a_bias_is_added_before_anything_else():
 def test_a_bias_past_the_vocabulary_is_a_usage_error(bias: dict[int, float]):
     with pytest.raises(UsageError, match=rf"token ids must be from 0 to {V - 1}; got {max(bias)}"):
         Sampler(SamplingParams(logit_bias=bias), V)
+
+
+@pytest.mark.usefixtures("branches")
+@pytest.mark.parametrize("filters", [{}, {"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.1}])
+@pytest.mark.parametrize("bias", [None, {7: 100.0, 3: 2.0}])
+def test_a_suppressed_token_is_never_chosen(filters: dict[str, Any], bias: Any):
+    logits = logits_of(7, rows=2)
+    best = sorted({int(row.argmax()) for row in logits} | {7, V + 5})
+    params = SamplingParams(temperature=1.0, logit_bias=bias, **filters)
+    sampler = Sampler(params, V, best)
+    without = logits.copy()
+    without[:, best[:-1]] = -np.inf
+    got = np.array(sampler.probabilities(mx.array(logits)))
+    kept = {token: x for token, x in (bias or {}).items() if token not in best}
+    wanted = distribution(without, dataclasses.replace(params, logit_bias=kept or None))
+    np.testing.assert_allclose(got, wanted, atol=1e-6)
+    assert not got[:, best[:-1]].any()
+    greedy = Sampler(SamplingParams(logit_bias=bias), V, best)
+    assert not set(np.array(greedy(mx.array(logits)))) & set(best)
+    assert greedy.rule != Sampler(SamplingParams(logit_bias=bias), V).rule
+
+
+def test_the_tokens_that_a_model_suppresses_are_read(tmp_path: Path):
+    file = tmp_path / "generation_config.json"
+    assert suppressed(tmp_path) == frozenset()
+    for said, ids in (
+        ({}, []),
+        ({"suppress_tokens": None}, []),
+        ({"suppress_tokens": [3, 5]}, [3, 5]),
+    ):
+        file.write_text(json.dumps(said))
+        assert suppressed(tmp_path) == frozenset(ids)
+    for bad in (3, [-1], ["a"], [True]):
+        file.write_text(json.dumps({"suppress_tokens": bad}))
+        with pytest.raises(ConfigError, match="suppress_tokens must be a list of token ids"):
+            suppressed(tmp_path)
 
 
 # Draws --------------------------------------------------------------------------------------------

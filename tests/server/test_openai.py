@@ -365,6 +365,7 @@ class TestMessages:
                 "reasoning_content": "hm",
                 "refusal": None,
                 "annotations": [],
+                "tool_call_errors": [{"name": "f", "error": "not JSON"}],
                 "audio": None,
                 "function_call": None,
                 "tool_calls": [

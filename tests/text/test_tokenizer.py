@@ -453,6 +453,9 @@ def test_end_tokens_are_those_of_all_files(tmp_path: Path):
             ["<|user|>", "<|observation|>"],
         ),
         (["<|call|>", "<|return|>", "<|observation|>"], []),
+        # What the template writes before a tool's result.
+        (["<|tool_call>", "<tool_call|>", "<|tool_response>"], ["<|tool_response>"]),
+        (["<start_function_response>", "<end_function_call>"], ["<start_function_response>"]),
     ],
 )
 def test_well_known_end_tokens_are_found(tmp_path: Path, tokens: list[str], ends: Any):
