@@ -245,7 +245,7 @@ ROWS: list[tuple[str, str, list[tuple[Any, ...]]]] = [
      [("content", "Sure."), CALL, ("content", "Done.")]),
     ("qwen_xml", xml(par("a", "x")) + "\n" + xml(par("a", "x")), [CALL, CALL]),
     ("qwen_xml", xml(par("a", "x"), "</function>\n") + xml(par("a", "x")), [CALL, CALL]),
-    ("qwen_xml", xml(par("a", "x"), "</function>\n<function=g>\n</function></tool_call>"), [CALL, G]),
+    ("qwen_xml", xml(par("a", "x"), "</function>\n<function=g></function></tool_call>"), [CALL, G]),
     ("qwen_xml", xml(par("a", "x"), "</function>") + "\nDone", [CALL, ("content", "Done")]),
     # A forgotten opening marker.
     ("qwen_xml", f"Sure.\n\n<function=f>\n{par('a', 'x')}</function>\n</tool_call>",
@@ -266,7 +266,7 @@ ROWS: list[tuple[str, str, list[tuple[Any, ...]]]] = [
     ("hermes", "<tool_call>" + A_CALL + '\n<tool_call>{"name": "g"}</tool_call>', [CALL, G]),
     ("hermes", "<tool_call>" + A_CALL + "\nThen.", [CALL, ("content", "Then.")]),
     ("mistral", '[TOOL_CALLS]f[ARGS]{"a": "x"}\n\nLet me see.', [CALL, ("content", "Let me see.")]),
-    ("mistral", '[TOOL_CALLS][{"name": "f", "arguments": {"a": "x"}}] ok', [CALL, ("content", "ok")]),
+    ("mistral", '[TOOL_CALLS][{"name": "f", "arguments": {"a": "x"}}]o', [CALL, ("content", "o")]),
     ("llama3", '{"name": "f", "parameters": {"a": "x"}}\nDone.', [CALL, ("content", "Done.")]),
     # Calls in reasoning: only where it does not end, or nothing comes behind it.
     ("qwen_xml", "<think>hm\n" + xml(par("a", "x")), [("reasoning", "hm"), CALL]),
