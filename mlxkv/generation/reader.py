@@ -19,7 +19,7 @@ class AnswerReader:
 
     Args:
         tokenizer: the model's.
-        parser: of its output; None for plain text.
+        parser: of its output; None for a text that goes on with the prompt.
         stop: stop texts.
         min_tokens: tokens in whose text none of them begins.
     """
@@ -32,7 +32,7 @@ class AnswerReader:
         min_tokens: int = 0,
     ):
         self._parser = PlainParser() if parser is None else parser
-        self._words = tokenizer.stream(keep=self._parser.markers)
+        self._words = tokenizer.stream(keep=self._parser.markers, continues=parser is None)
         self._ends = tokenizer.eos_token_ids
         self._shown_ends = {tokenizer.id_of(marker) for marker in self._parser.markers}
         self._stop = StopTexts(stop)

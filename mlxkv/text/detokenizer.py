@@ -134,7 +134,7 @@ def bytes_of(piece: str, state: bytes | None) -> bytes | None:
     stages = make_stages(state)
     if stages is None:
         return None
-    _run(["x"], stages)  # a decoder may take blanks from the beginning of a text
+    pass_start(stages)
     pieces = [piece]
     for stage in stages:
         if isinstance(stage, _ByteLevel):
@@ -143,6 +143,11 @@ def bytes_of(piece: str, state: bytes | None) -> bytes | None:
             return byte
         pieces = _run(pieces, [stage])
     return "".join(pieces).encode()
+
+
+def pass_start(stages: Sequence[Stage]) -> None:
+    """Take stages past the start of a text, where some drop a blank."""
+    _run(["x"], stages)
 
 
 def has_byte_fallback(state: bytes | None) -> bool:

@@ -14,7 +14,14 @@ from typing import TYPE_CHECKING
 from mlxkv.errors import UsageError
 from mlxkv.text.chat_template import ChatTemplate
 from mlxkv.text.control import Controls
-from mlxkv.text.detokenizer import Detokenizer, bytes_of, check_ids, has_byte_fallback, make_stages
+from mlxkv.text.detokenizer import (
+    Detokenizer,
+    bytes_of,
+    check_ids,
+    has_byte_fallback,
+    make_stages,
+    pass_start,
+)
 from mlxkv.text.plain_encoding import PlainEncoder
 from mlxkv.text.prompt_writer import PromptWriter
 from mlxkv.text.rendered import Rendered
@@ -133,12 +140,18 @@ class Tokenizer:
         return text
 
     def stream(
-        self, *, skip_special_tokens: bool = True, keep: Collection[str] = ()
+        self,
+        *,
+        skip_special_tokens: bool = True,
+        keep: Collection[str] = (),
+        continues: bool = False,
     ) -> Detokenizer:
         """A detokenizer for one sequence of tokens.
 
         Args:
             keep: special tokens that are not skipped.
+            continues: a text goes before it, so that a blank at its start is the text's own, and
+                none that SentencePiece put there.
         """
         skipped = self.special_ids if skip_special_tokens else frozenset()
         if skipped and keep:
@@ -151,7 +164,10 @@ class Tokenizer:
             kept = [token for token in ids if token not in skipped]
             return self._backend.decode(kept, skip_special_tokens=False)
 
-        return Detokenizer(token_of, make_stages(self._decoder_state), decode, self.n_vocab)
+        stages = make_stages(self._decoder_state)
+        if continues and stages is not None:
+            pass_start(stages)
+        return Detokenizer(token_of, stages, decode, self.n_vocab)
 
     def id_of(self, token: str) -> int | None:
         """The id of a token by its exact string, None if there is none."""

@@ -107,6 +107,18 @@ def test_a_leading_space_is_kept_and_nothing_is_cleaned_up():
     assert llama.decode(llama.encode("the dog")) == "the dog"
 
 
+@pytest.mark.parametrize("name", NAMES)
+@given(text=TEXT)
+@settings(max_examples=60, deadline=None)
+def test_a_text_that_goes_on_keeps_its_first_blanks(name: str, text: str):
+    tokenizer = TOKENIZERS[name]
+    before = tokenizer.encode("x", add_special_tokens=False)
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    stream = tokenizer.stream(continues=True)
+    got = "".join([*map(stream.add, ids), stream.finish()])
+    assert got == tokenizer.decode([*before, *ids]).removeprefix("x")
+
+
 @pytest.mark.parametrize("bad", [-1, 10**6, 2**40])
 def test_an_id_out_of_range_is_a_usage_error(bad: int):
     tokenizer = TOKENIZERS["gemma"]
