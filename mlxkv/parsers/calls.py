@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from mlxkv.parsers.loose import Reader
-from mlxkv.parsers.notation import JsonCalls, Notation, arguments_of, prefix
+from mlxkv.parsers.notation import JsonCalls, Notation, arguments_of, checked, prefix
 from mlxkv.parsers.tools import Found, Tools
 from mlxkv.parsers.values import Unreadable, read_python_calls
 
@@ -21,7 +21,7 @@ class GemmaCalls:
     `loose`.
     """
 
-    _NAME = re.compile(r"\s*(?:call\s*:\s*|[:-]\s*)?([\w.:/-]+)\s*(?=[{(]|\Z)")
+    _NAME = re.compile(r"\s*(call\s*:\s*|[:-]\s*)?([\w.:/-]*\w)\s*(?=[{(]|\Z)")
     _START = re.compile(r"call\s*:.*|[:-]?\s*[\w.:/-]*(?:\s*[{(].*)?", re.DOTALL)
     _BETWEEN = re.compile(r"[\s,;]*(?=call\s*:)")
 
@@ -40,12 +40,15 @@ class GemmaCalls:
         found: list[Found] = []
         at = 0
         while named := self._NAME.match(body, at):
-            name = named[1]
-            if not named[0].lstrip().startswith("call") and tools.name_of(name) not in tools.names:
+            name, marked = named[2], (named[1] or "").startswith("call")
+            if not marked and name.removeprefix("call") in tools.names:
+                name = name.removeprefix("call")
+            if not marked and tools.name_of(name) not in tools.names:
                 return found
             try:
-                arguments, at = self._arguments(body, named.end(), name, tools, closed)
-                found.append(Found(name, tools.conform(tools.name_of(name), arguments)))
+                arguments, at, mended = self._arguments(body, named.end(), name, tools, closed)
+                call = Found(name, tools.conform(tools.name_of(name), arguments))
+                found.append(checked(call, tools) if mended else call)
             except Unreadable as error:
                 return [*found, Found(name, error=str(error))]
             between = self._BETWEEN.match(body, at)
@@ -61,7 +64,7 @@ class GemmaCalls:
         at, end = 0, len(body)
         while named := self._NAME.match(body, at):
             try:
-                _, at = self._arguments(body, named.end(), named[1], Tools(), closed=False)
+                _, at, _ = self._arguments(body, named.end(), named[2], Tools(), closed=False)
             except Unreadable:
                 return len(body)
             end = at
@@ -73,13 +76,13 @@ class GemmaCalls:
 
     def _arguments(
         self, body: str, at: int, name: str, tools: Tools, closed: bool
-    ) -> tuple[dict[str, Any], int]:
-        """What a call has between its brackets, and where they end."""
+    ) -> tuple[dict[str, Any], int, bool]:
+        """What a call has between its brackets, where they end, and whether one was missing."""
         if closed and not body[at:].strip():
-            return {}, len(body)
+            return {}, len(body), False
         known = tools.parameters(tools.name_of(name))
         reader = Reader(body[at:], self.quote, closed=closed, keys=known)
-        return reader.object(), at + reader.at
+        return reader.object(), at + reader.at, reader.mended
 
 
 class MistralCalls:
@@ -97,7 +100,10 @@ class MistralCalls:
     def parse(self, body: str, tools: Tools, closed: bool = True) -> list[Found]:
         if body.lstrip()[:1] in ("{", "["):
             return JsonCalls().parse(body, tools, closed)
-        return [call for call, _ in self._calls(body, closed)]
+        return [
+            checked(call, tools) if mended else call
+            for call, _, mended in self._calls(body, closed)
+        ]
 
     def length(self, body: str) -> int:
         if body.lstrip()[:1] in ("{", "["):
@@ -105,26 +111,26 @@ class MistralCalls:
         calls = [*self._calls(body, closed=False)]
         return len(body) if not calls or calls[-1][0].error else calls[-1][1]
 
-    def _calls(self, body: str, closed: bool) -> Iterator[tuple[Found, int]]:
-        """Calls, and where each ends; words behind them are left out."""
+    def _calls(self, body: str, closed: bool) -> Iterator[tuple[Found, int, bool]]:
+        """Calls, where each ends, and whether it lacked a bracket; words behind are left out."""
         at, name = 0, ""
         while named := self._NAME.match(body, at):
             if at and named.end() == len(body):
                 return  # a word
             try:
-                value, rest = prefix(body[named.end() :], closed)
+                value, rest, mended = prefix(body[named.end() :], closed)
             except Unreadable as error:
-                yield Found(named[1], error=str(error), id=named[2]), len(body)
+                yield Found(named[1], error=str(error), id=named[2]), len(body), False
                 return
             at = len(body) - len(rest)
             if not isinstance(value, dict):
-                yield Found(named[1], error="not a JSON object", id=named[2]), len(body)
+                yield Found(named[1], error="not a JSON object", id=named[2]), len(body), False
                 return
             name = named[1]
-            yield Found(name, value, id=named[2]), at
+            yield Found(name, value, id=named[2]), at, mended
         if at and "{" in body[at:]:
             error = f"a call expected; found {body[at:].strip()[:20]!r}"
-            yield Found(name, error=error), len(body)
+            yield Found(name, error=error), len(body), False
 
 
 class PythonCalls:

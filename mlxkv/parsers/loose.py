@@ -65,6 +65,7 @@ class Reader:
 
     Attributes:
         at: where the value ends.
+        mended: a bracket was missing, and the schema has to say whether it was that one.
     """
 
     def __init__(
@@ -78,7 +79,7 @@ class Reader:
         self._text, self._quote, self._closed, self._keys = text, quote, closed, keys
         self._stack: list[str] = []
         self._glued = False
-        self.at = 0
+        self.at, self.mended = 0, False
 
     @property
     def is_done(self) -> bool:
@@ -153,15 +154,18 @@ class Reader:
         if self._take(closing):
             self._glued = False
             return True
-        if self.at >= len(self._text):
-            return self._closed
-        return self._text[self.at] in self._stack
+        is_end = self.at >= len(self._text)
+        missing = self._closed if is_end else self._text[self.at] in self._stack
+        self.mended |= missing
+        return missing
 
     def _comma(self) -> bool:
-        """Take a comma; Gemma's models leave it out behind a string."""
+        """Take a comma; Gemma's models leave it out between a string and the next key."""
         if self._take(","):
             return True
-        if not self._glued:
+        found = _NEXT_KEY.match(self._text, self.at)
+        is_outer = len(self._stack) == 1 and found is not None and found[1] in self._keys
+        if not (self._glued and is_outer):
             raise self._wrong("','")
         return False
 
@@ -243,6 +247,9 @@ class Reader:
 
     def _unquoted(self) -> Bare:
         """A text without quotes, up to the next key or the end of what it stands in."""
+        found = _NEXT_KEY.match(self._text, self.at) if self._stack[-1:] == ["]"] else None
+        if found is not None and (not self._keys or found[1] in self._keys):
+            raise Unreadable(f"{found[1]!r} may be a key, or a part of a text without quotes")
         start, end = self.at, self._end_of_unquoted()
         text = self._text[start:end].strip()
         if not text:
@@ -281,7 +288,7 @@ class Reader:
 
     def _next_begins(self, at: int) -> bool:
         """Whether the next item of a list or an object begins behind a comma."""
-        if self._stack[-1:] == ["]"] or self._followed_by("}])", at):
+        if self._stack[-1:] == ["]"] or self._followed_by("}]),", at):
             return True
         if self._quote is not None and self._text[at:].lstrip().startswith(self._quote):
             return True

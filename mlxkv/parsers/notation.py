@@ -62,11 +62,11 @@ class JsonCalls:
     def parse(self, body: str, tools: Tools, closed: bool = True) -> list[Found]:
         found: list[Found] = []
         try:
-            for value, _ in self._values(body, closed):
+            for value, _, mended in self._values(body, closed):
                 calls = json_calls(value, tools)
                 if not calls:
                     return []
-                found += calls
+                found += [checked(call, tools) for call in calls] if mended else calls
         except _Broken as broken:
             named = _JSON_NAME.search(broken.rest)
             name = named[1] if named else found[-1].name if found else ""
@@ -76,25 +76,28 @@ class JsonCalls:
     def length(self, body: str) -> int:
         end = len(body)
         try:
-            for _, end in self._values(body, closed=False):  # noqa: B007
+            for _, end, _ in self._values(body, closed=False):  # noqa: B007
                 pass
         except _Broken as broken:
             return len(body) if end == len(body) or "{" in broken.rest else end
         return end
 
     @staticmethod
-    def _values(body: str, closed: bool) -> Iterator[tuple[Any, int]]:
-        """The values in a row, and where each ends; what follows the last is left out."""
+    def _values(body: str, closed: bool) -> Iterator[tuple[Any, int, bool]]:
+        """The values in a row, where each ends, and whether it lacked a bracket.
+
+        What follows the last is left out.
+        """
         at = 0
         while rest := body[at:].lstrip(" \t\r\n;,"):
             if at and "{" not in rest:
                 return
             try:
-                value, after = prefix(rest, closed)
+                value, after, mended = prefix(rest, closed)
             except Unreadable as error:
                 raise _Broken(str(error), rest) from None
             at = len(body) - len(after)
-            yield value, at
+            yield value, at, mended
 
 
 class _Broken(Unreadable):
@@ -105,18 +108,29 @@ class _Broken(Unreadable):
         self.rest = rest
 
 
-def prefix(text: str, closed: bool = True) -> tuple[Any, str]:
-    """The value that a text begins with, and what follows it; as JSON or nearly so.
+def prefix(text: str, closed: bool = True) -> tuple[Any, str, bool]:
+    """The value that a text begins with as JSON or nearly so, and what follows it.
+
+    The last says whether a bracket was missing, see `checked`.
 
     Raises:
         Unreadable: there is none.
     """
     try:
-        return read_json_prefix(text)
+        return (*read_json_prefix(text), False)
     except Unreadable:
         reader = Reader(text, closed=closed)
         value = reader.value()
-        return value, text[reader.at :]
+        return value, text[reader.at :], reader.mended
+
+
+def checked(call: Found, tools: Tools) -> Found:
+    """A call that lacked a bracket, with an error where the schema says that it was another one."""
+    try:
+        tools.check_nesting(tools.name_of(call.name), call.arguments)
+    except Unreadable as error:
+        return Found(call.name, error=str(error), id=call.id)
+    return call
 
 
 def arguments_of(text: str, closed: bool = True) -> dict[str, Any]:
@@ -160,9 +174,13 @@ def _json_call(value: Any, tools: Tools) -> Found | None:
             return Found(name, error=str(error), id=identifier)
     if given is not None and not isinstance(given, dict):
         return Found(name, error=f"not a JSON object but {type(given).__name__}", id=identifier)
-    if given is None and (loose := {k: v for k, v in inner.items() if k not in _OF_A_CALL}):
+    beside = {key: value for key, value in inner.items() if key not in _OF_A_CALL}
+    known = set(tools.parameters(tools.name_of(name)))
+    if given is None and beside:
         # Arguments beside the name: read where the schema has them all.
-        if not loose.keys() <= set(tools.parameters(tools.name_of(name))):
-            return Found(name, error=f"'arguments' expected; found {next(iter(loose))[:20]!r}")
-        given = loose
+        if not beside.keys() <= known:
+            return Found(name, error=f"'arguments' expected; found {next(iter(beside))[:20]!r}")
+        given = beside
+    elif outside := known & beside.keys():
+        return Found(name, error=f"{min(outside)!r} stands outside of the arguments")
     return Found(name, given or {}, id=identifier)

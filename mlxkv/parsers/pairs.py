@@ -26,6 +26,7 @@ class _Tags:
         last: what an opening ends with if nothing of it is missing.
         closing: behind the value.
         end: behind the last pair, if there is such a tag.
+        stray: within a value, a closing tag and a key that lacks its opening.
         own_lines: a value stands on lines of its own.
     """
 
@@ -33,6 +34,7 @@ class _Tags:
     last: str
     closing: str
     end: str = ""
+    stray: re.Pattern[str] | None = None
     own_lines: bool = False
 
     def read(self, text: str, at: int, known: Sequence[str]) -> tuple[list[tuple[str, str]], int]:
@@ -54,9 +56,17 @@ class _Tags:
         for key, value in pairs:
             if values.setdefault(key, value) != value:
                 raise Unreadable(f"the key {key[:40]!r} comes twice")
-        if any(value.endswith(self.closing) for value in values.values()):
-            raise Unreadable(f"{self.closing} comes twice")
+        for key, value in values.items():
+            if self._is_damaged(value):
+                raise Unreadable(f"a tag of {key[:40]!r} is missing or comes twice")
         return pairs, at
+
+    def _is_damaged(self, value: str) -> bool:
+        """Whether a value has a tag in it that looks like one of its own."""
+        ends = (self.closing, self.closing[1:], self.closing[:-1])
+        if value.startswith(self.last) or value.rstrip().endswith(ends):
+            return True
+        return self.stray is not None and self.stray.search(value) is not None
 
     def is_open(self, text: str, at: int) -> bool:
         """Whether a value has begun and not ended."""
@@ -158,6 +168,7 @@ class GlmCalls:
         ),
         "<arg_value>",
         "</arg_value>",
+        stray=re.compile(r"</arg_value>\s*[^<>\n]{1,128}</arg_key>"),
     )
 
     def possible(self, body: str) -> bool:
@@ -240,6 +251,7 @@ class XmlCalls:
         ">",
         "</parameter>",
         END,
+        stray=re.compile(r"\n</parameter>\n[^<>\n]{1,128}>\n|\n<\Z"),
         own_lines=True,
     )
 

@@ -88,6 +88,35 @@ class Tools:
         """
         return {key: self._conformed(name, [key], value) for key, value in arguments.items()}
 
+    def check_nesting(self, name: str, arguments: Mapping[str, Any]) -> None:
+        """Whether brackets that were put at the end belong there, as far as the schema tells.
+
+        Raises:
+            Unreadable: a value is of a kind, or has a key, that only an outer one may have.
+        """
+        parameters = self._parameters.get(name)
+        outer = frozenset(self.parameters(name))
+        for key, value in arguments.items():
+            self._check_nested(name, [key], value, _declared(parameters, key), outer)
+
+    def _check_nested(
+        self, name: str, path: list[str | None], value: Any, schema: Any, outer: frozenset[str]
+    ) -> None:
+        kind, kinds = kind_of(value), self._kinds(name, path)
+        if kind not in kinds and not (kind == "integer" and "number" in kinds):
+            raise Unreadable(f"{path[0]}: {' or '.join(sorted(kinds))} expected; found {kind}")
+        if isinstance(value, list):
+            inner = schema.get("items") if isinstance(schema, Mapping) else None
+            for each in value:
+                self._check_nested(name, [*path, None], each, inner, outer)
+        elif isinstance(value, Mapping):
+            own = schema.get("properties") if isinstance(schema, Mapping) else None
+            own = frozenset(own if isinstance(own, Mapping) else ())
+            for key, each in value.items():
+                if key in outer and key not in own:
+                    raise Unreadable(f"{key!r} may belong to {path[0]!r}, or stand beside it")
+                self._check_nested(name, [*path, key], each, _declared(schema, key), outer | own)
+
     def _conformed(self, name: str, path: list[str | None], value: Any) -> Any:
         if isinstance(value, Mapping):
             return {k: self._conformed(name, [*path, k], v) for k, v in value.items()}
@@ -106,6 +135,11 @@ class Tools:
     def _kinds(self, name: str, path: Sequence[str | None]) -> frozenset[str]:
         parameters = self._parameters.get(name)
         return kinds_at({} if parameters is None else parameters, path) or KINDS
+
+
+def _declared(schema: Any, key: str) -> Any:
+    properties = schema.get("properties") if isinstance(schema, Mapping) else None
+    return properties.get(key) if isinstance(properties, Mapping) else None
 
 
 def _read(text: str, kinds: frozenset[str]) -> Any:

@@ -360,7 +360,8 @@ PARTS = st.sampled_from(
             *(marker for syntax in SYNTAXES.values() for marker in syntax.markers),
             *(marker for marker in make_parser("harmony").markers),
             *'{}[]"\\,: \n<|>`', '<|"|>', "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>",
-            "write", "now", "call:", "name", "thought", "analysis", "final", "to=functions.now",
+            "<function=write>", "<parameter=path>", "<parameter=z>", "</parameter>", "</function>",
+            "'", "=", "True", "(", "write", "now", "call:", "name", "thought", "analysis", "final", "to=functions.now",
             '{"name": "now"}', "tool_code", "json", "assistant", "x", "日", "()",
         }
     )
