@@ -165,9 +165,13 @@ class Reader:
             return True
         found = _NEXT_KEY.match(self._text, self.at)
         is_outer = len(self._stack) == 1 and found is not None and found[1] in self._keys
-        if not (self._glued and is_outer):
+        if not (self._glued and is_outer and self._is_paired()):
             raise self._wrong("','")
         return False
+
+    def _is_paired(self) -> bool:
+        """Whether no quote is missing."""
+        return self._quote is None or self._text.count(self._quote) % 2 == 0
 
     def _word(self) -> Any:
         found = _WORD.match(self._text, self.at)

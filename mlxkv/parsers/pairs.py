@@ -247,7 +247,7 @@ class XmlCalls:
     _HEAD = re.compile(r"\s*<function=\s*[\"']?([\w.:/-]+)[\"']?\s*(?:>|(?=\n))")
     _START = re.compile(r"<function=[^<>\n]*(?:[>\n]\s*(?:[<{].*)?)?", re.DOTALL)
     _TAGS = _Tags(
-        re.compile(r"<parameter=([^<>\n]{1,128})>"),
+        re.compile(r"<parameter=([^<>\n]{1,128})(?:>|(?=\n))"),
         ">",
         "</parameter>",
         END,

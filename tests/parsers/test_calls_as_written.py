@@ -99,7 +99,11 @@ XML: list[tuple[str, dict[str, Any] | None]] = [
     (xml(par("a", "x"), "</function>"), OF_A),
     (xml(par("a", "x")) + "\n</tool_call>", OF_A),
     (xml(par("zz", "5")), {"zz": 5}),
+    (xml("<parameter=a\nx\n</parameter>\n"), OF_A),
     (xml(par("a", "use <parameter=b> tags")), None),
+    (xml(par("a", "x\n</parameter>\nb>\ny")), None),
+    (xml("<parameter=a>\nx\n</parameter\n"), None),
+    (xml("<parameter=a>>\nx\n</parameter>\n"), None),
     (xml(par("a", "x") + par("a", "y")), None),
     (xml(par("n", "three")), None),
     (xml(par("ok", "maybe")), None),
@@ -126,6 +130,8 @@ GLM: list[tuple[str, dict[str, Any] | None]] = [
     (glm("<arg_key>a</arg_key>x"), None),
     (glm("<arg_key>a</arg_key><arg_value>1<arg_key>a</arg_key><arg_value>2</arg_value>"), None),
     (glm(arg("a", "x") + "</arg_value>"), None),
+    (glm(arg("a", "x") + "b</arg_key><arg_value>y</arg_value>"), None),
+    (glm(arg("a", "<arg_value>x")), None),
     (glm(arg("n", "x")), None),
     (glm(arg("o", "x")), None),
 ]
@@ -166,6 +172,12 @@ GEMMA: list[tuple[str, dict[str, Any] | None]] = [
     (gem("{a:'a','b'}"), None),
     (gem('{a:"x}'), None),
     (gem("{n:five}"), None),
+    (gem('{l:[<|"|>x<|"|>,n:1}'), None),
+    (gem('{l:[<|"|>x,<|"|>y<|"|>]}'), None),
+    (gem('{a:<|"|>x,b:<|"|>y: z<|"|>}'), None),
+    (gem('{b:<|"|><|"|>a:b<|"|>}'), None),
+    (gem('{o:{s:<|"|>x<|"|>,n:1}'), None),
+    (gem("{m:null,,n:1}"), None),
     (gem("{a:1,a:2}"), None),
 ]
 HERMES: list[tuple[str, dict[str, Any] | None]] = [
@@ -189,6 +201,9 @@ HERMES: list[tuple[str, dict[str, Any] | None]] = [
     (her(fun('{"a": "say "hi" now"}')), None),
     (her(fun('{"a": "1", "a": "2"}')), None),
     (her('{"name": "f", "q": "x"}'), None),
+    (her(fun('{"o": {"s": "x"}}, "a": "y"}')), None),
+    (her(fun('{"o": {"s": "x", "a": "y"}')), None),
+    (her(fun('{"l": [["x"]}')), None),
 ]  # fmt: skip
 OTHERS: dict[str, list[tuple[str, dict[str, Any] | None]]] = {
     "mistral": [

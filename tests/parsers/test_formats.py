@@ -361,8 +361,8 @@ PARTS = st.sampled_from(
             *(marker for marker in make_parser("harmony").markers),
             *'{}[]"\\,: \n<|>`', '<|"|>', "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>",
             "<function=write>", "<parameter=path>", "<parameter=z>", "</parameter>", "</function>",
-            "'", "=", "True", "(", "write", "now", "call:", "name", "thought", "analysis", "final", "to=functions.now",
-            '{"name": "now"}', "tool_code", "json", "assistant", "x", "日", "()",
+            "'", "=", "True", "(", "write", "now", "call:", "name", "thought", "analysis", "final",
+            "to=functions.now", '{"name": "now"}', "tool_code", "json", "assistant", "x", "日", "()",
         }
     )
 )  # fmt: skip
