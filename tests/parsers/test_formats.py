@@ -362,7 +362,8 @@ PARTS = st.sampled_from(
             *'{}[]"\\,: \n<|>`', '<|"|>', "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>",
             "<function=write>", "<parameter=path>", "<parameter=z>", "</parameter>", "</function>",
             "'", "=", "True", "(", "write", "now", "call:", "name", "thought", "analysis", "final",
-            "to=functions.now", '{"name": "now"}', "tool_code", "json", "assistant", "x", "日", "()",
+            "to=functions.now", '{"name": "now"}', "tool_code", "json", "assistant", "x", "日",
+            "()",
         }
     )
 )  # fmt: skip
