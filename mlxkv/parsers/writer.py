@@ -61,6 +61,13 @@ class Writer:
         self.edge()
         self._put(Markup, text)
 
+    def inside(self, text: str) -> None:
+        """Text of the format in the middle of a stretch, whose white space before it stays."""
+        if self._kind is not None:
+            self._put(self._kind, self._space)
+            self._space = ""
+        self._put(Markup, text)
+
     def calls(self, calls: list[ToolCall]) -> None:
         """Calls between two stretches of text."""
         self.edge()

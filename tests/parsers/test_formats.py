@@ -317,11 +317,6 @@ CASES: dict[str, tuple[str, str, list[tuple[Any, ...]]]] = {
         "to=functions.now<|message|>{}<|call|>",
         [TEXT, NOW],
     ),
-    "harmony, python": (
-        "harmony",
-        "<|channel|>analysis to=python code<|message|>print(1)\n<|call|>",
-        [("call", "python", {"code": "print(1)\n"})],
-    ),
     "harmony, lost text": (
         "harmony",
         f"<|channel|>analysis<|message|>let me\n\nsee<|end|>\nThe answer.{H}<|channel|>final"

@@ -1,0 +1,1 @@
+"""What openai-harmony renders, recorded and live."""
