@@ -132,7 +132,8 @@ class ThreadedEngine:
 
         def tokenize(loaded: LoadedModel) -> list[int]:
             runtime = loaded.scheduler.runtime
-            _, tokens = fit_context(runtime, ask.request, prepare(runtime, ask.request))
+            prepared = prepare(runtime, ask.request, ask.owner)
+            _, tokens = fit_context(runtime, ask.request, prepared)
             return tokens
 
         return await self._with_model(ask.model, ask.path, ask.keep_alive_s, tokenize)

@@ -70,18 +70,30 @@ class Prepared:
     Args:
         tokens: the whole prompt.
         head: its beginning.
-        text: the rendered chat template; None for a text or token ids.
+        rendered: the conversation; None for a text or token ids.
         begun: the answer that its messages end in; None if they end in none.
+        owner: of the request, whose earlier answers the prompt may hold.
     """
 
     tokens: list[int]
     head: Head = field(default_factory=Head)
-    text: str | None = None
+    rendered: Rendered | None = None
     begun: Begun | None = None
+    owner: str = ""
+
+    @property
+    def text(self) -> str | None:
+        """The rendered conversation as text."""
+        return None if self.rendered is None else self.rendered.text
 
 
-def prepare(runtime: Runtime, request: Request) -> Prepared:
+def prepare(runtime: Runtime, request: Request, owner: str = "") -> Prepared:
     """Render and encode a request's prompt.
+
+    Args:
+        runtime: of the model.
+        request: what is asked.
+        owner: see `Prepared`.
 
     Raises:
         UsageError: an empty prompt, or an option that such prompts do not have.
@@ -96,11 +108,12 @@ def prepare(runtime: Runtime, request: Request) -> Prepared:
     options = template_options(runtime, request)
     head = Head(saved, messages, options)
     if request.go_on and is_begun(messages):
-        begun = _writer(runtime).begin(messages, **options)
+        begun = _writer(runtime, owner).begin(messages, **options)
         tokens = encode_rendered(runtime, begun.rendered, saved)
-        return Prepared(tokens, head, begun.rendered.text, begun)
-    rendered = render(runtime, messages, **options)
-    return Prepared(encode_rendered(runtime, rendered, saved), head, rendered.text)
+        return Prepared(tokens, head, begun.rendered, begun, owner)
+    rendered = _writer(runtime, owner).write(messages, **options)
+    tokens = encode_rendered(runtime, rendered, saved)
+    return Prepared(tokens, head, rendered, owner=owner)
 
 
 def start(runtime: Runtime, request: Request, prepared: Prepared, session: Session) -> Generation:
@@ -128,11 +141,13 @@ def start(runtime: Runtime, request: Request, prepared: Prepared, session: Sessi
 
 def _reader(runtime: Runtime, request: Request, prepared: Prepared) -> AnswerReader:
     """The reader of the answer; one that was begun is read already."""
-    tokenizer, begun, parser = runtime.tokenizer, prepared.begun, None
-    if prepared.text is not None:
-        opening = prepared.text if begun is None else begun.opening
+    tokenizer, begun, parser, recorder = runtime.tokenizer, prepared.begun, None, None
+    if prepared.rendered is not None:
+        opening = prepared.rendered.text if begun is None else begun.opening
         parser = parser_for(tokenizer, prompt=opening, tools=request.tools)
-    reader = AnswerReader(tokenizer, parser, request.stop, request.min_tokens)
+        if begun is None:  # else its beginning is not the model's own
+            recorder = _writer(runtime, prepared.owner).recorder(prepared.rendered)
+    reader = AnswerReader(tokenizer, parser, request.stop, request.min_tokens, recorder)
     if begun is not None:
         reader.skip(tokenizer.encode_rendered(begun.answer))
     return reader
@@ -165,7 +180,7 @@ def render(runtime: Runtime, messages: Sequence[Message], **options: Any) -> Ren
     return _writer(runtime).write(messages, **options)
 
 
-def _writer(runtime: Runtime) -> PromptWriter:
+def _writer(runtime: Runtime, owner: str = "") -> PromptWriter:
     writer = runtime.tokenizer.prompt_writer
     if writer is None:
         raise TemplateError(
@@ -173,7 +188,7 @@ def _writer(runtime: Runtime) -> PromptWriter:
             f"model completes text and does not chat: give a text",
             hints=[Hint("raw", True)],
         )
-    return writer
+    return writer.for_owner(owner)
 
 
 def template_options(runtime: Runtime, request: Request) -> dict[str, Any]:

@@ -96,7 +96,7 @@ class Scheduler:
         self.counts.requests += 1
         try:
             if task.generation is None:
-                prepared = prepare(self.runtime, task.request)
+                prepared = prepare(self.runtime, task.request, task.owner)
                 session = self.runtime.session(task.owner)
                 task.generation = start(self.runtime, task.request, prepared, session)
             task.state = Prefilling(task.generation, task.generation.remaining())

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from mlxkv.generation.outputs import Parts, join_parts
 from mlxkv.parsers.events import Content, Event, OutputParser, Reasoning, ToolCall
 from mlxkv.parsers.formats import PlainParser
+from mlxkv.text.replies import Recorder
 from mlxkv.text.stop_strings import StopTexts
 from mlxkv.text.tokenizer import Tokenizer
 
@@ -22,6 +23,7 @@ class AnswerReader:
         parser: of its output; None for a text that goes on with the prompt.
         stop: stop texts.
         min_tokens: tokens in whose text none of them begins.
+        recorder: follows the answer.
     """
 
     def __init__(
@@ -30,6 +32,7 @@ class AnswerReader:
         parser: OutputParser | None = None,
         stop: Sequence[str] = (),
         min_tokens: int = 0,
+        recorder: Recorder | None = None,
     ):
         self._parser = PlainParser() if parser is None else parser
         self._words = tokenizer.stream(keep=self._parser.markers, continues=parser is None)
@@ -38,6 +41,7 @@ class AnswerReader:
         self._stop = StopTexts(stop)
         self._n_unstopped = min_tokens + 1
         self._n_skipped = 0
+        self._recorder = recorder
 
     def skip(self, tokens: Iterable[int]) -> None:
         """Read the beginning of an answer that is known already: it is no part of what comes."""
@@ -64,17 +68,26 @@ class AnswerReader:
         self._n_unstopped -= 1
         if token in self._ends and token not in self._shown_ends:
             return Parts()
-        return self._parts(self._parser.add(self._words.add(token), token))
+        written = self._words.add(token)
+        parts = self._parts(self._parser.add(written, token))
+        self._record(token, written, parts)
+        return parts
 
     def finish(self) -> Parts:
         """What was held back; nothing after a stop text."""
         if self.stopped:
             return Parts()
-        events = [*self._parser.add(self._words.finish()), *self._parser.finish()]
+        written = self._words.finish()
+        events = [*self._parser.add(written), *self._parser.finish()]
         parts = self._parts(events)
+        self._record(None, written, parts)
         if self.stopped:
             return parts
         return dataclasses.replace(parts, text=parts.text + self._stop.finish())
+
+    def _record(self, token: int | None, written: str, parts: Parts) -> None:
+        if self._recorder is not None:
+            self._recorder.add(token, written, parts.text, parts.reasoning, parts.tool_calls)
 
     def _parts(self, events: Iterable[Event]) -> Parts:
         text, reasoning, calls = "", None, []

@@ -114,7 +114,7 @@ class Conversation:
         request = Request.of([user], **options)
         prompt, tokens = self._next_prompt(user, self._template_options(request))
         head = Head(self.saved, [*self._history(), user], self._options)
-        prepared = Prepared(tokens, head, prompt)
+        prepared = Prepared(tokens, head, Rendered(prompt))
         chunks = stream(self.llm, prompts.start(self.llm, request, prepared, self._session))
         return self._send(user, prompt, tokens, request, chunks)
 

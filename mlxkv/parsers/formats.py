@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Any
 from mlxkv.parsers.calls import FirstOf, GemmaCalls, GlmTextCalls, MistralCalls, PythonCalls
 from mlxkv.parsers.events import Content, Event, Markup, OutputParser, Reasoning, ToolCall
 from mlxkv.parsers.fences import FencedCalls
-from mlxkv.parsers.harmony import MARKERS, HarmonyParser
+from mlxkv.parsers.harmony import MARKERS, START, HarmonyParser
 from mlxkv.parsers.notation import JsonCalls
 from mlxkv.parsers.pairs import GlmCalls, XmlCalls
 from mlxkv.parsers.syntax import Syntax
 from mlxkv.parsers.tagged import TaggedParser
 from mlxkv.parsers.tools import Tools
+from mlxkv.text.harmony_writer import HarmonyTemplate
 from mlxkv.text.tool_prompt import style_of
 
 if TYPE_CHECKING:
@@ -135,6 +136,8 @@ def format_of(tokenizer: Tokenizer) -> str:
     template = tokenizer.chat_template
     if template is None:
         return "plain"
+    if isinstance(template, HarmonyTemplate):
+        return "harmony"
     source = template.source + (template.tools_source or "")
     # As templates quote it in a string of their own.
     source = source.replace('\\"', '"')
@@ -182,7 +185,8 @@ def make_parser(
     if name == "plain":
         return PlainParser()
     if name == "harmony":
-        return HarmonyParser(ids) if prompt is None else HarmonyParser(ids, prompt=prompt)
+        prompt = START if prompt is None else prompt
+        return HarmonyParser(ids, prompt=prompt, functions=Tools(tools).names)
     syntax = SYNTAXES[name]
     opened = closed = False
     if syntax.think is not None and prompt:

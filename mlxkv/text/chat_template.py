@@ -79,18 +79,43 @@ class ChatTemplate:
             TemplateError: the template has an error, refuses the conversation (roles out of
                 order), breaks out of the sandbox or passes its limits.
         """
+        options = {"tools": tools, "documents": documents, **extra}
+        return self._write(
+            self.checked(messages, add_generation_prompt=add_generation_prompt, **options)
+        )
+
+    def checked(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        **extra: Any,
+    ) -> dict[str, Any]:
+        """The variables of a render, copied; arguments as for `render`.
+
+        Raises:
+            UsageError: messages, tools or documents of the wrong type, or no message.
+        """
+        try:
+            return {
+                **self._special_tokens,
+                **{name: _plain(value, name) for name, value in extra.items()},
+                "messages": _checked_messages(messages),
+                "tools": _checked_dicts(tools, "tools"),
+                "documents": _checked_dicts(documents, "documents"),
+                "add_generation_prompt": add_generation_prompt,
+            }
+        except RecursionError:
+            raise UsageError("a message or a tool nests too deeply") from None
+
+    def _write(self, variables: Mapping[str, Any]) -> str:
+        """The prompt of checked variables."""
         from mlxkv.text import jinja_sandbox
 
-        variables = {
-            **self._special_tokens,
-            **{name: _plain(value, name) for name, value in extra.items()},
-            "messages": _checked_messages(messages),
-            "tools": _checked_dicts(tools, "tools"),
-            "documents": _checked_dicts(documents, "documents"),
-            "add_generation_prompt": add_generation_prompt,
-        }
         # Like transformers: an empty list of tools still selects the template for tools.
-        use_tools = tools is not None and self.tools_source is not None
+        use_tools = variables["tools"] is not None and self.tools_source is not None
         template = self._tools_template if use_tools else self._template
         try:
             return jinja_sandbox.render(template, variables)
@@ -163,7 +188,7 @@ class ChatTemplate:
         elif isinstance(error, RecursionError):
             what = "stopped: it nests too deeply"
         else:
-            what = f"the template failed on this conversation: {type(error).__name__}: {said}"
+            what = f"the template failed on this conversation: {said}"
         return TemplateError(f"{self.name_of_file}: {what}")
 
 

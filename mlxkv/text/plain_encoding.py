@@ -42,6 +42,15 @@ class PlainEncoder:
 
     def encode(self, rendered: Rendered) -> list[int]:
         """Token ids of a rendered text; no first token is added."""
+        ids: list[int] = []
+        done = 0
+        for start, end, tokens in rendered.known:
+            ids += [*self._encode(rendered.before(start).behind(done)), *tokens]
+            done = end
+        return ids + self._encode(rendered.behind(done))
+
+    def _encode(self, rendered: Rendered) -> list[int]:
+        """Token ids of a text without known spans."""
         hidden = overlapping(self._controls.found(rendered.text), rendered.plain)
         if not hidden:
             return self._ids(rendered.text)

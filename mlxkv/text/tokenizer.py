@@ -22,9 +22,12 @@ from mlxkv.text.detokenizer import (
     make_stages,
     pass_start,
 )
+from mlxkv.text.harmony_writer import HarmonyTemplate, HarmonyWriter
 from mlxkv.text.plain_encoding import PlainEncoder
 from mlxkv.text.prompt_writer import PromptWriter
 from mlxkv.text.rendered import Rendered
+from mlxkv.text.replies import Replies
+from mlxkv.text.template_writer import TemplateWriter
 from mlxkv.text.tokenizer_files import (
     ModelFiles,
     apply_added_tokens,
@@ -89,7 +92,9 @@ class Tokenizer:
             special_tokens=special_tokens,
             eos_token_ids=read_end_tokens(backend, files, added),
             n_vocab=count_ids(backend, files, added),
-            chat_template=read_chat_template(files, special_tokens),
+            chat_template=read_chat_template(
+                files, special_tokens, [token.content for token in added.values()]
+            ),
         )
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
@@ -116,7 +121,7 @@ class Tokenizer:
         Raises:
             UsageError: text that is not Unicode (half of a surrogate pair).
         """
-        if not rendered.plain:
+        if not rendered.plain and not rendered.known:
             return self.encode(rendered.text, add_special_tokens=False)
         try:
             return self._plain_encoder.encode(rendered)
@@ -220,7 +225,9 @@ class Tokenizer:
     def prompt_writer(self) -> PromptWriter | None:
         """Renders conversations for this model; None if the checkpoint has no chat template."""
         template = self.chat_template
-        return None if template is None else PromptWriter(template, self.controls)
+        if isinstance(template, HarmonyTemplate):
+            return HarmonyWriter(template, Replies())
+        return None if template is None else TemplateWriter(template, self.controls)
 
     @cached_property
     def _plain_encoder(self) -> PlainEncoder:

@@ -8,12 +8,14 @@ tokens and its template. They are read here, checked against the vocabulary, and
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlxkv.errors import TokenizerError, one_line
 from mlxkv.text.chat_template import ChatTemplate
+from mlxkv.text.harmony import is_spoken_by
+from mlxkv.text.harmony_writer import HarmonyTemplate
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken
@@ -271,9 +273,23 @@ def count_ids(backend: Backend, files: ModelFiles, added: Mapping[int, AddedToke
     return n
 
 
-def read_chat_template(files: ModelFiles, special_tokens: Mapping[str, str]) -> ChatTemplate | None:
-    """The first of chat_template.jinja, chat_template.json and tokenizer_config.json's entry."""
+def read_chat_template(
+    files: ModelFiles, special_tokens: Mapping[str, str], added: Collection[str] = ()
+) -> ChatTemplate | None:
+    """The first of chat_template.jinja, chat_template.json and tokenizer_config.json's entry.
+
+    For GPT-OSS our own renderer takes its place.
+
+    Args:
+        files: of the model.
+        special_tokens: named ones, as text.
+        added: texts of all tokens that lie outside of the vocabulary proper.
+    """
     found = _template_sources(files)
+    source = None if found is None else found[1].get("default", "")
+    if is_spoken_by(added, source, files.json("config.json").get("model_type")):
+        where = "harmony" if found is None else str(found[0])
+        return HarmonyTemplate(source or "", name_of_file=where)
     if found is None:
         return None
     path, sources = found

@@ -15,6 +15,7 @@ from mlxkv.errors import UsageError
 from mlxkv.sampling.grammar import Maskers
 from mlxkv.sampling.tool_call_grammar import MAX_CALLS
 from mlxkv.text.chat_template import ChatTemplate
+from mlxkv.text.harmony_writer import HarmonyTemplate
 from mlxkv.text.tokenizer import Tokenizer
 from tests.sampling.test_grammar import TOKENIZERS, advance_all, allowed_by
 from tests.support.chat_templates.cases import TEMPLATES as CHAT_TEMPLATES
@@ -150,6 +151,7 @@ def test_a_call_as_the_family_writes_it_is_taken(name, text):
         ("qwen_xml", "xml", "<tool_call>", "<|im_end|>\n"),
         ("gemma4", "gemma4", "<|tool_call>", "<turn|>\n"),
         ("harmony", "harmony", " to=functions", "<|call|>"),
+        ("harmony", None, " to=functions", "<|call|>"),
     ],
 )
 def test_a_call_as_the_chat_template_writes_it_is_taken(name, template, starts, ends):
@@ -159,8 +161,9 @@ def test_a_call_as_the_chat_template_writes_it_is_taken(name, template, starts, 
     function = {"name": "f_1", "arguments": arguments, "description": "", "parameters": schema}
     question = {"role": "user", "content": "Hi"}
     called = {"role": "assistant", "content": "", "tool_calls": [{"function": function}]}
-    source = XML_TEMPLATE if template == "xml" else CHAT_TEMPLATES[template]
-    rendered = ChatTemplate(source.read_text()).render(
+    source = XML_TEMPLATE if template == "xml" else CHAT_TEMPLATES.get(template)
+    of = HarmonyTemplate() if source is None else ChatTemplate(source.read_text())
+    rendered = of.render(
         [question, called], tools=[{"function": function}], add_generation_prompt=False
     )
     call = starts + rendered.rpartition(starts)[2].removesuffix(ends)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer as Backend
 
-from mlxkv.text.rendered import Rendered
+from mlxkv.text.rendered import Rendered, Segment
 from mlxkv.text.tokenizer import Tokenizer
 from tests.support.paths import TOKENIZERS as FOLDER
 
@@ -58,12 +58,13 @@ def test_control_outside_of_plain_spans_stays_control(name: str):
     special = [text for text in sorted(tokenizer.controls.special) if not text.isalnum()]
     for i, text in enumerate(texts(name, 3)):
         real = special[i % len(special)]
-        parts = [(real, False), (text, True), (real, False), ("tail", False)]
+        control = Segment(real, False)
+        parts = [control, Segment(text), control, Segment("tail", False)]
         ids = tokenizer.encode_rendered(Rendered.of(parts))
         assert [token for token in ids if token in control_ids(tokenizer)] == [
             tokenizer.id_of(real)
         ] * 2
-        whole = "".join(part for part, _ in parts)
+        whole = "".join(part.text for part in parts)
         now, ever = (
             tokenizer.decode(ids, skip_special_tokens=False),
             tokenizer.decode(
@@ -81,7 +82,7 @@ def test_a_run_behind_a_control_token_is_no_start_of_a_text():
     backend.encode_special_tokens = True
     run = f"hello {special[0]} x"
     first = tokenizer.encode_rendered(Rendered(run, ((0, len(run)),)))
-    behind = tokenizer.encode_rendered(Rendered.of([(special[1], False), (run, True)]))
+    behind = tokenizer.encode_rendered(Rendered.of([Segment(special[1], False), Segment(run)]))
     alone = tokenizer.encode(f"{special[1]}hello", add_special_tokens=False)
     assert behind[: len(alone)] == alone
     assert first == backend.encode(run, add_special_tokens=False).ids

@@ -1,8 +1,8 @@
 """OpenAI's chat messages, converted for chat templates.
 
 Clients send answers back as messages, so the fields of answers are accepted: `refusal`,
-`annotations`, `name` and our own `tool_call_errors` are ignored, `audio` and `function_call` must be
-null.
+`annotations`, `name` and our own `tool_call_errors` are ignored, `audio` and `function_call` must
+be null.
 """
 
 from __future__ import annotations
