@@ -7,9 +7,9 @@ has the rules for users):
   `tool_prompt`, and calls and results are text then, too;
 - a system message that cannot stay where it is goes into the user message behind it, or becomes
   one;
+- messages of one role in a row are joined;
 - calls get arguments and ids in the form that the template reads; several at once become one after
-  the other, each with its result;
-- messages of one role in a row are joined.
+  the other, each with its result.
 
 Each rule looks at a message and its neighbours alone: what a turn was rendered to stays the
 beginning of the next turn's text, as far as the template allows.
@@ -103,13 +103,13 @@ def fitted(
         made = _calls_as_text(made, style)
     elif _has_calls(made) and not takes.calls:
         made = _calls_as_text(made, style)
-    made = _systems(made, takes)
+    made = _in_turns(_systems(made, takes), takes)
     insertions: list[Insertion] = []
     if _has_calls(made):
         made = [_readable_calls(message, takes) for message in made]
         made = list(_one_by_one(made)) if not takes.parallel_calls else made
         made = [each for m in made for each in _text_of_call(m, takes, insertions)]
-    return Fitted(_in_turns(made, takes), known, tuple(insertions))
+    return Fitted(made, known, tuple(insertions))
 
 
 def _plain_message(message: Mapping[str, Any], takes: Takes) -> _Dict:

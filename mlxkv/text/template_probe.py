@@ -110,9 +110,12 @@ class Takes:
     def assistant_first(self) -> bool:
         """An answer before any user message."""
         messages = [_said("assistant", _ANSWER), _ASKED]
-        return self._shows(messages, _ANSWER, _USER) and (
-            not self.system
-            or self._shows([_said("system", _SYSTEM), *messages], _SYSTEM, _ANSWER, _USER)
+        head = [_said("system", _SYSTEM)] if self.system else []
+        called = self._render(self._fit([_calls(_call()), _result(), _ASKED])) or ""
+        return (
+            self._shows(messages, _ANSWER, _USER)
+            and self._shows([*head, *messages], _ANSWER, _USER)
+            and (not self.calls or _VALUE in called)
         )
 
     @cached_property

@@ -17,8 +17,11 @@ from mlxkv.text.template_writer import TemplateWriter
 from tests.support.chat_templates.cases import TEMPLATES
 from tests.support.paths import ROOT
 
-REAL = ROOT.parent / "shared" / "real" / "chat_templates"
-FOUND = {f"real {path.stem}": path for path in sorted(REAL.glob("*.jinja"))}
+REAL = [
+    path for parent in ROOT.parents for path in parent.glob("shared/real/chat_templates/*.jinja")
+]
+"""Chat templates as their makers published them, where a folder above has them."""
+FOUND = {f"real {path.stem}": path for path in sorted(REAL)}
 NAMES = [*TEMPLATES, *FOUND]
 TOOL_USE = "real NousResearch-Hermes-3-Llama-3.1-8B-tool_use"
 """A template for tools alone: the model's other one is a plain one."""
