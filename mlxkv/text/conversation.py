@@ -201,11 +201,17 @@ def _systems(messages: Sequence[_Dict], takes: Takes) -> list[_Dict]:
         head.append(rest.pop(0))
     if len(head) > 1 and not takes.systems:
         head = [_all_joined(head)]
-    if head and not (takes.system if rest else takes.system_alone):
+    if head and not _takes_head(rest, takes):
         rest, head = head + rest, []
     if not head and rest and rest[0]["role"] == "system":
         return _at_users(rest)
     return head + (rest if takes.late_system else _at_users(rest))
+
+
+def _takes_head(rest: Sequence[_Dict], takes: Takes) -> bool:
+    if not rest:
+        return takes.system_alone
+    return takes.system and (rest[-1]["role"] != "assistant" or takes.system_before_answers)
 
 
 def _at_users(messages: Sequence[_Dict]) -> list[_Dict]:

@@ -70,6 +70,12 @@ class Takes:
         return self._shows([_said("system", _SYSTEM), _ASKED], _SYSTEM, _USER)
 
     @cached_property
+    def system_before_answers(self) -> bool:
+        """A system message at the head where the last message is an answer."""
+        messages = [_said("system", _SYSTEM), _ASKED, _said("assistant", _ANSWER)]
+        return self._shows(messages, _SYSTEM, _USER, _ANSWER)
+
+    @cached_property
     def system_alone(self) -> bool:
         """A system message and nothing else."""
         return self._shows([_said("system", _SYSTEM)], _SYSTEM)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -140,6 +141,35 @@ def test_no_family_loses_calls_results_or_tools(name: str, talk: str, told: bool
     text = writer(name).render(TOOL_TALKS[talk], tools=tools)
     assert [word for word in words(TOOL_TALKS[talk]) if word not in text] == []
     assert ("get_time" in text) is told
+
+
+def any_talk(random_: random.Random) -> list[dict[str, Any]]:
+    """A conversation whose roles come as they like; each call has its result behind it."""
+    made: list[dict[str, Any]] = []
+    for n in range(random_.randint(2, 8)):
+        thoughts = {"reasoning_content": f"r{n}r"} if random_.random() < 0.4 else {}
+        kind = random_.choice(["system", "user", "user", "answer", "call", "calls"])
+        if kind in ("system", "user"):
+            made.append({"role": kind, "content": f"{kind}{n}x"})
+            continue
+        ids = [f"call_{n}{i}0123456" for i in range({"answer": 0, "call": 1, "calls": 2}[kind])]
+        text = f"a{n}a" if not ids or random_.random() < 0.5 else ""
+        made.append(answer(text, *[call(f"c{each}c", each) for each in ids], **thoughts))
+        made += [result(f"t{each}t", each) for each in ids]
+    return made if any(m["role"] == "user" for m in made) else [*made, user("u9u")]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_family_loses_of_a_conversation_in_any_order(name: str):
+    random_ = random.Random(14)
+    for _ in range(40):
+        talk = any_talk(random_)
+        tools = random_.choice([None, [WEATHER, CLOCK]])
+        text = writer(name).render(talk, tools=tools)
+        said = [m["content"] for m in talk if m["content"]]
+        said += [c["function"]["arguments"]["city"] for m in talk for c in m.get("tool_calls", ())]
+        said += ["get_time"] if tools else []
+        assert [word for word in said if word not in text] == [], talk
 
 
 @pytest.mark.parametrize("name", NAMES)
