@@ -241,3 +241,90 @@ def test_so_does_one_whose_calls_a_grammar_ends(engine, model):
     figures = play(engine, model, chat_that_must_call, [REPLIES[0], REPLIES[1], REPLIES[0]])
     for name, _, computed in figures[1:]:
         assert computed <= n_result(model, name) + 8
+
+
+KEYS = {"authorization": "Bearer one"}, {"authorization": "Bearer two"}
+
+
+@pytest.mark.parametrize("model", ["small"], indirect=True)
+def test_a_reply_does_not_come_back_to_another_key(engine, model):
+    loaded = engine._pool.find(key_of(str(model)))
+    assert loaded is not None
+    runtime = loaded.scheduler.runtime
+    prompts = script(runtime, [REPLIES[1], FINAL, FINAL])
+    history: list[Any] = []
+    with serving(engine, api_keys=("one", "two")) as url:  # pyright: ignore[reportArgumentType]
+        for key in (KEYS[0], KEYS[1], KEYS[0]):
+            with httpx.Client(base_url=url, timeout=60, headers=key) as client:
+
+                def post(path: str, body: Mapping[str, Any], client: httpx.Client = client) -> Any:
+                    made = client.post(path, json={"model": str(model), **body})
+                    assert made.status_code == 200, made.text
+                    return made.json()
+
+                # The history is that of the first key's call each time.
+                given = history[:4]
+                chat(post, given)
+                history = history or given
+    first, others, own = (runtime.tokenizer.decode(p, skip_special_tokens=False) for p in prompts)
+    assert own.startswith(first + REPLIES[1])
+    assert REPLIES[1] not in others
+    assert (
+        f'{S} to=functions.get_weather{C}commentary <|constrain|>json{M}{{"place": "Paris"}}'
+        in (others)
+    )
+
+
+@pytest.mark.parametrize("model", ["small"], indirect=True)
+@pytest.mark.parametrize(
+    ("begun", "rest", "wanted"),
+    [
+        ({"content": "It "}, "rains.<|return|>", ("rains.", None)),
+        ({"content": "It ", "reasoning_content": "Hm."}, "rains.<|return|>", ("rains.", None)),
+        (
+            {"content": "", "reasoning_content": "I think "},
+            f"so.{E}{S}{C}final{M}It rains.<|return|>",
+            ("It rains.", "so."),
+        ),
+        ({"content": ""}, FINAL, ("It rains.", "Enough.")),
+    ],
+)
+def test_a_begun_answer_is_continued(engine, model, begun, rest, wanted):
+    loaded = engine._pool.find(key_of(str(model)))
+    assert loaded is not None
+    script(loaded.scheduler.runtime, [rest])
+    body = {"model": str(model), "messages": [ask(), {"role": "assistant", **begun}]}
+    with serving(engine) as url:  # pyright: ignore[reportArgumentType]
+        made = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60)
+    assert made.status_code == 200, made.text
+    message = made.json()["choices"][0]["message"]
+    assert (message["content"], message.get("reasoning_content")) == wanted
+
+
+@pytest.mark.parametrize("model", ["small"], indirect=True)
+@pytest.mark.parametrize(
+    ("begun", "rest"),
+    [
+        ({"content": '{"a": '}, "12}<|return|>"),
+        (
+            {"content": "", "reasoning_content": "I "},
+            f'see.{E}{S}{C}final{M}{{"a": 12}}<|return|>',
+        ),
+    ],
+)
+def test_a_begun_answer_and_its_rest_are_of_the_format(engine, model, begun, rest):
+    loaded = engine._pool.find(key_of(str(model)))
+    assert loaded is not None
+    script(loaded.scheduler.runtime, [rest])
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+    schema["additionalProperties"] = False
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    body = {"model": str(model), "messages": [ask(), {"role": "assistant", **begun}]}
+    with serving(engine) as url:  # pyright: ignore[reportArgumentType]
+        made = httpx.post(
+            f"{url}/v1/chat/completions", json={**body, "response_format": form}, timeout=60
+        )
+    assert made.status_code == 200, made.text
+    choice = made.json()["choices"][0]
+    assert json.loads(begun["content"] + choice["message"]["content"]) == {"a": 12}
+    assert choice["finish_reason"] == "stop"

@@ -156,6 +156,11 @@ def test_what_the_template_refuses_is_one_line():
     assert said.endswith("the template refuses this conversation: no such role")
 
 
+def test_a_template_that_fails_says_why_without_a_class_of_jinja():
+    said = refused("{{ x.y }}")
+    assert said.endswith("the template failed on this conversation: 'x' is undefined")
+
+
 @pytest.mark.parametrize(
     "source",
     [

@@ -235,6 +235,66 @@ def test_a_recorder_keeps_a_reply_at_each_of_its_calls():
     assert len(second.calls) == 2 and second.dropped
 
 
+@pytest.mark.parametrize("message", [said("", "I look.", LONDON), said("x", "", LONDON)])
+def test_a_reply_comes_back_to_its_owner_alone(message):
+    writer = new_writer()
+    answered(writer.for_owner("a"))
+    case = {"messages": [USER, message], "tools": TOOLS}
+    assert WRITTEN_CALL in render(case, writer.for_owner("a"))
+    for owner in ("b", ""):
+        assert write(case, writer.for_owner(owner)) == write(case)
+
+
+def test_owners_replies_of_one_id_are_apart():
+    replies = Replies()
+    for owner in "ab":
+        replies.keep(owner, "1", Reply(owner, [1], f"{owner}!", "", "", ("f",), False, ""))
+    for owner in "ab":
+        reply = replies.find(owner, "1", "", "", ["f"])
+        assert reply is not None and reply.written == owner
+        assert replies.call_text(owner, "f") == f"{owner}!"
+
+
+# A begun answer.
+
+ANALYSIS = "<|channel|>analysis<|message|>"
+FINAL = "<|channel|>final<|message|>"
+
+
+@pytest.mark.parametrize(
+    ("message", "begun", "text"),
+    [
+        (said("It is "), f"{FINAL}It is ", "It is "),
+        ({**said(), "content": [{"type": "text", "text": "It is"}]}, f"{FINAL}It is", "It is"),
+        (said("It is", "Hm."), f"{ANALYSIS}Hm.<|end|>{OPEN}{FINAL}It is", "It is"),
+        (said("", "Hm. "), f"{ANALYSIS}Hm. ", ""),
+        ({"role": "assistant", "content": "", "thinking": "Hm."}, f"{ANALYSIS}Hm.", ""),
+        (said(""), "", ""),
+    ],
+)
+@pytest.mark.parametrize("earlier", ["a long loop", "system", "second turn"])
+def test_a_begun_answer_goes_on_in_its_channel(earlier, message, begun, text):
+    case = {**DATE, **CONVERSATIONS[earlier]}
+    messages = case.pop("messages")
+    made = new_writer().begin([*messages, message], **case)
+    opening = new_writer().write(messages, **case)
+    assert made.opening == opening.text
+    assert made.rendered.text == opening.text + begun
+    assert (made.answer.text, made.text) == (begun, text)
+    assert made.rendered.before(len(opening.text)) == Rendered(opening.text, opening.plain)
+
+
+def test_tokens_in_a_begun_answer_are_text():
+    begun = new_writer().begin([USER, said("<|end|>", "<|call|>")])
+    plain = [part.text for part in begun.answer.segments() if part.is_plain]
+    assert plain == ["analysis", "<|call|>", "assistant", "final", "<|end|>"]
+
+
+def test_a_begun_answer_needs_a_message_before_it():
+    with pytest.raises(UsageError, match="needs a message before it"):
+        new_writer().begin([said("x")])
+
+
 # Around it.
 
 
