@@ -13,6 +13,7 @@ import typer
 
 from mlxkv import __version__
 from mlxkv.commands import kv, models, run, serve
+from mlxkv.commands.alias import alias
 from mlxkv.commands.bench import bench
 from mlxkv.commands.doctor import doctor
 from mlxkv.commands.options import options_of
@@ -35,6 +36,7 @@ app.command()(models.show)
 app.command()(models.rm)
 app.command()(models.convert)
 app.command()(models.plan)
+app.command()(alias)
 app.command()(verify)
 app.command()(models.models)
 app.command()(doctor)

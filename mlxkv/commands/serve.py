@@ -7,10 +7,12 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mlxkv.commands.alias import run_aliases
 from mlxkv.commands.options import AsJson, Context, DType, KVType
 from mlxkv.errors import ModelNotFound, UsageError
 from mlxkv.server.config import HOST, PORT
@@ -52,6 +54,12 @@ def serve(
         bool,
         typer.Option("--strict", help="Refuse fields without effect here; else they are named."),
     ] = False,
+    aliases: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--alias", metavar="NAME=MODEL", help="A further name of a model; may be repeated."
+        ),
+    ] = None,
     keep_alive: Annotated[
         float, typer.Option(help="Seconds before an unused model is unloaded; negative: never.")
     ] = 300.0,
@@ -67,6 +75,7 @@ def serve(
     """Serve models over HTTP: the APIs of OpenAI, Ollama and Anthropic."""
     from mlxkv.server.config import ServerConfig
 
+    names = run_aliases(aliases or ())
     keys = tuple(api_keys or filter(None, [os.environ.get("MLXKV_API_KEY")]))
     config = ServerConfig(
         host=host,
@@ -75,7 +84,9 @@ def serve(
         origins=tuple(origins or ()),
         hosts=tuple(hosts or ()),
         strict=strict,
-        models=tuple(models or ()),
+        models=tuple(_unaliased(model, dict(names)) for model in models or ()),
+        aliases=names,
+        context=context,
     )
     from mlxkv.base.units import parse_bytes
     from mlxkv.engine.engine import ThreadedEngine
@@ -90,6 +101,13 @@ def serve(
         max_running=max_running,
     )
     return _run(engine, config)
+
+
+def _unaliased(model: str, names: Mapping[str, str]) -> str:
+    """The name of a model that may be given by an alias of this run, or a stored one."""
+    from mlxkv.store.refs import unaliased
+
+    return names.get(model) or unaliased(model)
 
 
 def _run(engine: Any, config: Any) -> int:

@@ -24,6 +24,8 @@ class ServerConfig:
         strict: refuse requests with fields that no API here declares, and wishes that a model can
             meet only in part.
         models: names or paths that the operator gave; requests may name them as they are.
+        aliases: further names of models, besides the stored ones: pairs of a name and its model.
+        context: tokens of prompt and answer together, for all models; None for each model's own.
         max_body_bytes: size of a request.
         max_tokens: length of one answer; None for as long as the context allows.
         max_choices: answers to one request (`n`, or a list of prompts).
@@ -43,6 +45,8 @@ class ServerConfig:
     hosts: tuple[str, ...] = ()
     strict: bool = False
     models: tuple[str, ...] = ()
+    aliases: tuple[tuple[str, str], ...] = ()
+    context: int | None = None
     max_body_bytes: int = 32 << 20
     max_tokens: int | None = None
     max_choices: int = 16

@@ -14,10 +14,12 @@ from fastapi.concurrency import run_in_threadpool
 
 from mlxkv.base.paths import NAME, models_dir, slug
 from mlxkv.engine.messages import Ask, Engine
-from mlxkv.errors import ModelNotFound, UsageError
+from mlxkv.errors import MlxkvError, ModelNotFound, UsageError
 from mlxkv.generation.request import Request
 from mlxkv.server.config import ServerConfig
-from mlxkv.store import catalog, hub, resolve
+from mlxkv.store import catalog, hub, library, resolve
+from mlxkv.store.aliases import stored_aliases
+from mlxkv.store.library import StoredModel
 from mlxkv.store.refs import (
     REPO,
     CatalogRef,
@@ -27,7 +29,9 @@ from mlxkv.store.refs import (
     is_model,
     locate,
     stored_folder,
+    unaliased,
 )
+from mlxkv.store.settings import Given, effective, own_context
 
 LATEST = ":latest"
 _HOSTS = ("hf.co/", "huggingface.co/")
@@ -51,6 +55,22 @@ class LocalModel:
         return Ask(self.name, request, owner, keep_alive_s, self.path)
 
 
+def listed(config: ServerConfig) -> list[StoredModel]:
+    """The models on this machine, those under an alias included."""
+    aliases = stored_aliases() | dict(config.aliases)
+    return library.with_aliases(library.list_models(), aliases)
+
+
+def context_of(path: Path, config: ServerConfig) -> int | None:
+    """Tokens that prompt and answer may have together here; None if the files do not tell."""
+    try:
+        return effective(path, Given(context=config.context)).context.value
+    except UsageError:  # the operator's context is past the model's own
+        return own_context(path)
+    except MlxkvError:
+        return None
+
+
 async def present(engine: Engine, config: ServerConfig, name: str) -> LocalModel:
     """Find a model on this machine.
 
@@ -66,16 +86,32 @@ async def present(engine: Engine, config: ServerConfig, name: str) -> LocalModel
     for spelling in spellings(name):
         if spelling in known:
             return LocalModel(spelling)
+    aliases = dict(config.aliases)
+    for spelling in spellings(name):
+        if (model := aliases.get(spelling)) is not None:
+            return (
+                LocalModel(model) if model in known else await run_in_threadpool(_of, name, model)
+            )
     return await run_in_threadpool(find, name)
 
 
 def find(name: str) -> LocalModel:
-    """Find a complete model in the store; raises as `present`."""
+    """Find a complete model in the store, which may have an alias; raises as `present`."""
     for spelling in spellings(name):
+        if (model := unaliased(spelling)) != spelling:
+            return _of(name, model)
         ref = _ref(spelling)
         if ref is not None and (path := resolve.local(ref)) is not None:
             return LocalModel(spelling, path)
     raise _not_found(name)
+
+
+def _of(name: str, model: str) -> LocalModel:
+    """The model of an alias, which may be a path; raises as `present`."""
+    try:
+        return LocalModel(model, resolve.resolve(model, fetch=False))
+    except ModelNotFound:
+        raise _not_found(name) from None
 
 
 def stored_name(name: str) -> str:
@@ -135,7 +171,8 @@ def spellings(name: str) -> Iterator[str]:
 
 
 def _ref(name: str) -> StoredRef | CatalogRef | HubRef | None:
-    """The model that a name refers to; None for an invalid name or a path."""
+    """The model that a name or alias refers to; None for an invalid name or a path."""
+    name = unaliased(name)
     if len(name) > _MAX_CHARS or not (NAME.fullmatch(name) or REPO.fullmatch(name)):
         return None
     try:

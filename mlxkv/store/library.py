@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlxkv.base.paths import NAME, is_listed, models_dir, slug
 from mlxkv.errors import MlxkvError, ModelNotFound, OutputError, UsageError
 from mlxkv.store import catalog, hub
-from mlxkv.store.refs import REPO, is_model, stored
+from mlxkv.store.refs import REPO, HubRef, PathRef, is_model, locate, stored, unaliased
 
 if TYPE_CHECKING:
     from huggingface_hub import DeleteCacheStrategy
@@ -54,6 +55,36 @@ def list_models() -> list[StoredModel]:
     return ours + [_row(repo.repo_id, repo.snapshot, repo.n_bytes, "hub") for repo in cached]
 
 
+def with_aliases(models: Sequence[StoredModel], aliases: Mapping[str, str]) -> list[StoredModel]:
+    """Models, and behind them each again under its aliases.
+
+    Args:
+        models: as `list_models` returns them.
+        aliases: name and model of each; those of models that are not here are left out.
+    """
+    names = {model.name for model in models}
+    found = {name: _target(models, aliases[name]) for name in sorted(aliases.keys() - names)}
+    return [*models, *(replace(model, name=name) for name, model in found.items() if model)]
+
+
+def _target(models: Sequence[StoredModel], name: str) -> StoredModel | None:
+    """The listed model, or the model directory, that an alias names."""
+    for model in models:
+        if model.name == name:
+            return model
+    try:
+        ref = locate(name)
+    except MlxkvError:
+        return None
+    if isinstance(ref, HubRef) and ref.wanted:
+        begin, part = f"{ref.repo_id}:", ref.wanted.lower()
+        named = (model for model in models if model.name.startswith(begin))
+        return next((model for model in named if part in model.name.lower()), None)
+    if isinstance(ref, PathRef) and is_model(ref.path):
+        return _row(name, ref.path, _size(ref.path), "converted")
+    return None
+
+
 def _row(name: str, path: Path, n_bytes: int, source: str) -> StoredModel:
     from mlxkv.store.info import summarize
 
@@ -74,7 +105,7 @@ def plan_removal(name: str) -> Removal:
     """What `remove` would delete, and the bytes that would be free.
 
     Raises:
-        UsageError: a path, or a name that leads out of the models folder.
+        UsageError: a path, an alias, or a name that leads out of the models folder.
         ModelNotFound: no such model here.
     """
     model = catalog.find(name)
@@ -84,6 +115,8 @@ def plan_removal(name: str) -> Removal:
             f"rm takes a name that `mlxkv list` shows; got {name!r}. Delete a directory of your "
             "own yourself"
         )
+    if (target := unaliased(name)) != name:
+        raise UsageError(f"{name} is an alias of {target}: delete the alias, or name the model")
     root = models_dir()
     folders = [root / slug(model.name if model else name)]
     repo = None

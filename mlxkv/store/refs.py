@@ -1,7 +1,7 @@
 """What a model's name refers to, and the names in the models folder.
 
-A name is a path, a name of the catalog, a directory of the models folder, or a Hugging Face
-repository. Nothing here touches the network.
+A name is a path, a name of the catalog, a directory of the models folder, an alias of one of these,
+or a Hugging Face repository. Nothing here touches the network.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from mlxkv.base.paths import NAME, is_listed, models_dir, slug
 from mlxkv.checkpoint.mlxkv_json import Record, read_record
 from mlxkv.errors import ModelNotFound, OutputError, UsageError
 from mlxkv.store import catalog
+from mlxkv.store.aliases import check_alias_spelling, stored_aliases, write_aliases
 from mlxkv.store.catalog import CatalogModel
 
 REPO = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?::([\w.-]+))?", re.ASCII)
@@ -61,11 +62,13 @@ def stored_folder(name: str) -> Path | None:
 
 
 def check_spelling(name: str) -> None:
-    """Refuse a new model's name that differs from a stored one's in case only.
+    """Refuse a new model's name that is an alias, or differs from a stored one's in case only.
 
     Raises:
-        UsageError: it does.
+        UsageError: it is or does.
     """
+    if name in stored_aliases():
+        raise UsageError(f"{name} is an alias; delete the alias first, or choose another name")
     wanted = slug(name)
     for folder, record in stored():
         if folder.name.lower() == wanted.lower() and folder.name != wanted:
@@ -80,11 +83,93 @@ def is_model(folder: Path) -> bool:
     return (folder / "config.json").is_file()
 
 
+def unaliased(name: str) -> str:
+    """The model's name that an alias stands for; any other name as it is.
+
+    Raises:
+        MlxkvError: the file of aliases is damaged.
+    """
+    return _alias(name) or name
+
+
+def _alias(name: str) -> str | None:
+    """The model of an alias; None for other names, and where a model has the name by now."""
+    model = stored_aliases().get(name)
+    return None if model is None or _is_model_name(name) else model
+
+
+def _is_model_name(name: str) -> bool:
+    """Whether a built-in model has a name, or a stored one."""
+    return bool(catalog.find(name) or stored_folder(name)) or _is_cached(name)
+
+
+def alias_target(name: str, model: str) -> str:
+    """Check a new alias, and return the name of its model.
+
+    Args:
+        name: the alias.
+        model: a name as for `locate`; an alias stands for its own model, a path is made absolute.
+
+    Raises:
+        UsageError: the name is none, or is that of a built-in or stored model.
+        ModelNotFound: no such model.
+    """
+    check_alias_spelling(name)
+    if catalog.find(name):
+        raise UsageError(f"{name} is the name of a built-in model; choose another")
+    if _is_model_name(name):
+        raise UsageError(f"{name} is the name of a stored model; choose another")
+    target = unaliased(model)
+    ref = locate(target)
+    if not isinstance(ref, PathRef):
+        return target
+    if not ref.path.exists():
+        raise ModelNotFound(f"{ref.path}: no such file or directory")
+    return str(ref.path.absolute())
+
+
+def add_alias(name: str, model: str) -> str:
+    """Give a model a further name, and return the model's; raises as `alias_target`.
+
+    Raises:
+        OutputError: it cannot be stored.
+    """
+    target = alias_target(name, model)
+    if target == name:
+        raise UsageError(f"{name} cannot stand for itself; delete the alias instead")
+    write_aliases(stored_aliases() | {name: target})
+    return target
+
+
+def remove_alias(name: str) -> None:
+    """Remove a stored alias.
+
+    Raises:
+        ModelNotFound: there is none of that name.
+        OutputError: it cannot be removed.
+    """
+    aliases = stored_aliases()
+    if name not in aliases:
+        known = ", ".join(sorted(aliases)) or "none"
+        raise ModelNotFound(f"no alias named {name!r}; aliases: {known}")
+    write_aliases({key: model for key, model in aliases.items() if key != name})
+
+
+def _is_cached(name: str) -> bool:
+    """Whether a repository of this name is in the Hugging Face cache."""
+    repo = REPO.fullmatch(name)
+    if repo is None:
+        return False
+    from mlxkv.store import hub
+
+    return hub.cached_snapshot(repo[1]) is not None
+
+
 def locate(name: str) -> Ref:
     """What a name refers to.
 
-    A built-in or stored model goes before a path, so that a folder in the current directory
-    does not change what a name means; `./name` is always a path.
+    A built-in or stored model goes before an alias, and both before a path, so that a folder in
+    the current directory does not change what a name means; `./name` is always a path.
 
     Raises:
         ModelNotFound: nothing of that name.
@@ -101,6 +186,8 @@ def locate(name: str) -> Ref:
         folder = stored_folder(name)
         if folder is not None:
             return StoredRef(name, folder)
+    if (target := _alias(name)) is not None:
+        return _locate_target(name, target)
     path = Path(name)
     if is_model(path) or (path.suffix == ".gguf" and path.is_file()):
         return PathRef(path)
@@ -112,8 +199,18 @@ def locate(name: str) -> Ref:
     raise ModelNotFound(f"no model named {name!r}{_did_you_mean(name)}")
 
 
+def _locate_target(alias: str, target: str) -> Ref:
+    if target in stored_aliases():
+        raise ModelNotFound(f"alias {alias!r} names the alias {target!r}; give it a model")
+    try:
+        return locate(target)
+    except ModelNotFound as error:
+        raise ModelNotFound(f"alias {alias!r}: {error}") from None
+
+
 def _did_you_mean(name: str) -> str:
     known = [model.name for model in catalog.CATALOG] + [record.name for _, record in stored()]
+    known += stored_aliases()
     close = difflib.get_close_matches(name, known, n=1)
     if close:
         return f"; did you mean {close[0]}?"
@@ -134,6 +231,8 @@ def looks_like_model(text: str) -> bool:
     if text.startswith(_PATH_STARTS) or text.endswith(".gguf"):
         return True
     if catalog.find(text) or REPO.fullmatch(text) or is_model(Path(text)):
+        return True
+    if text in stored_aliases():
         return True
     if not NAME.fullmatch(text):
         return False

@@ -3,8 +3,8 @@
 Invariants:
 - A model in the models folder is one directory, a direct child, named by `slug(name)`. It appears
   there by a rename of a finished directory, so one that has a config.json is complete.
-- Names that start with a dot are work in progress. They belong to the process that holds the
-  model's lock; the next pull of that model removes what a dead process left.
+- Names that start with a dot are work in progress, besides the file of aliases. They belong to the
+  process that holds the model's lock; the next pull of that model removes what a dead process left.
 - `mlxkv.json` in such a directory says where it came from. A directory without one was converted
   by the user.
 - Hugging Face repositories stay in huggingface_hub's cache and are never copied here.

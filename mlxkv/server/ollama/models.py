@@ -23,9 +23,9 @@ from mlxkv.server.config import ServerConfig
 from mlxkv.server.fields import NoEffect, Real, Text, Texts, one_or_more
 from mlxkv.server.ignored import note
 from mlxkv.server.json_route import JSONRoute
-from mlxkv.server.model_names import LocalModel, present
+from mlxkv.server.model_names import LocalModel, context_of, listed, present
 from mlxkv.server.ollama.fields import Loading, Named, Options
-from mlxkv.store import info, library, resolve
+from mlxkv.store import info, resolve
 from mlxkv.store.info import Card
 from mlxkv.text.tokenizer_files import ModelFiles, read_chat_template
 
@@ -93,7 +93,7 @@ def router(engine: Engine, config: ServerConfig) -> APIRouter:
     @routes.get("/api/tags")
     async def tags() -> Response:
         """The models on this machine."""
-        return JSONResponse({"models": await run_in_threadpool(_rows, cards)})
+        return JSONResponse({"models": await run_in_threadpool(_rows, cards, config)})
 
     @routes.get("/api/ps")
     async def ps() -> Response:
@@ -106,7 +106,7 @@ def router(engine: Engine, config: ServerConfig) -> APIRouter:
         """All about one model."""
         note(request, body)
         model = await present(engine, config, body.model_name)
-        return JSONResponse(await run_in_threadpool(_shown, model))
+        return JSONResponse(await run_in_threadpool(_shown, body.model_name, model, config))
 
     @routes.post("/api/embed")
     async def embed(request: Request, body: EmbedRequest) -> Response:
@@ -134,9 +134,9 @@ def router(engine: Engine, config: ServerConfig) -> APIRouter:
     return routes
 
 
-def _rows(cards: Cards) -> list[dict[str, Any]]:
+def _rows(cards: Cards, config: ServerConfig) -> list[dict[str, Any]]:
     rows = []
-    for model in library.list_models():
+    for model in listed(config):
         known = cards.of(model.name, model.path)
         parameters = human_count(known.parameters) if known else ""
         row = {
@@ -193,7 +193,7 @@ def _loaded(model: Loaded) -> dict[str, Any]:
     }
 
 
-def _shown(model: LocalModel) -> dict[str, Any]:
+def _shown(asked: str, model: LocalModel, config: ServerConfig) -> dict[str, Any]:
     name = model.name
     path = model.path or resolve.resolve(name, fetch=False)
     about = info.describe(name, path)
@@ -204,7 +204,8 @@ def _shown(model: LocalModel) -> dict[str, Any]:
         capabilities += ["tools"] if "tools" in template.variables else []
         thinks = _SWITCHES & template.variables or "</think>" in source
         capabilities += ["thinking"] if thinks else []
-    values = {"num_ctx": about.settings.context.value, **recommended(path).chosen()}
+    context = context_of(path, config) or about.context
+    values = {"num_ctx": context, **recommended(path).chosen()}
     parameters = [f"{key} {value}" for key, value in values.items()]
     return {
         "modelfile": "\n".join([f"FROM {name}", *(f"PARAMETER {each}" for each in parameters), ""]),
@@ -212,13 +213,17 @@ def _shown(model: LocalModel) -> dict[str, Any]:
         "template": source,
         "license": about.license,
         "details": _details(about.family, human_count(about.parameters), about.quantization),
-        "model_info": _model_info(about),
+        "model_info": _model_info(asked, about, context),
         "capabilities": capabilities,
         "modified_at": _modified(path),
     }
 
 
-def _model_info(about: Card) -> dict[str, Any]:
+def _model_info(asked: str, about: Card, context: int) -> dict[str, Any]:
+    """Facts under Ollama's keys.
+
+    Copilot shows `general.basename`, and fits its prompts to `context_length`: the effective one.
+    """
     family = about.family
     names = {
         "num_hidden_layers": "block_count",
@@ -232,8 +237,9 @@ def _model_info(about: Card) -> dict[str, Any]:
     numbers = {f"{family}.{names[key]}": value for key, value in about.config.items()}
     return {
         "general.architecture": family,
+        "general.basename": asked,
         "general.parameter_count": about.parameters,
-        f"{family}.context_length": about.context,
+        f"{family}.context_length": context,
         **numbers,
         "mlxkv.bits_per_weight": about.bits_per_weight,
         "mlxkv.kv_bytes_per_token": about.kv.bytes_per_token,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import struct
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from typing import Any, Literal
 
 from fastapi import APIRouter, Request, Response
@@ -19,9 +20,8 @@ from mlxkv.server.config import ServerConfig
 from mlxkv.server.fields import Texts, one_or_more
 from mlxkv.server.ignored import note
 from mlxkv.server.json_route import JSONRoute
-from mlxkv.server.model_names import present
+from mlxkv.server.model_names import context_of, listed, present
 from mlxkv.server.openai.fields import Common
-from mlxkv.store import library
 
 
 class EmbeddingRequest(Common):
@@ -40,12 +40,15 @@ def router(engine: Engine, config: ServerConfig) -> APIRouter:
     @routes.get("/v1/models")
     async def models() -> Response:
         """The models on this machine."""
-        return JSONResponse({"object": "list", "data": await _models(engine)})
+        rows = await _models(engine, config)
+        ends = {"first_id": rows[0]["id"], "last_id": rows[-1]["id"]} if rows else {}
+        page = {"has_more": False, "first_id": None, "last_id": None, **ends}
+        return JSONResponse({"object": "list", "data": rows, **page})
 
     @routes.get("/v1/models/{name:path}")
     async def model(name: str) -> Response:
         """One of the models on this machine."""
-        for row in await _models(engine):
+        for row in await _models(engine, config):
             if row["id"] == name:
                 return JSONResponse(row)
         raise ModelNotFound(f"model {name[:80]!r} not found: GET /v1/models lists the models")
@@ -66,19 +69,45 @@ def router(engine: Engine, config: ServerConfig) -> APIRouter:
     return routes
 
 
-async def _models(engine: Engine) -> list[dict[str, Any]]:
+async def _models(engine: Engine, config: ServerConfig) -> list[dict[str, Any]]:
     """The models on this machine, and those loaded from other folders."""
-    rows: dict[str, dict[str, Any]] = {}
-    for stored in await run_in_threadpool(library.list_models):
-        created = int(stored.path.stat().st_mtime) if stored.path.exists() else 0
-        rows[stored.name] = _model(stored.name, created)
-    for name in engine.names():
-        rows.setdefault(name, _model(name, 0))
+    rows = await run_in_threadpool(_stored, config)
+    for loaded in await run_in_threadpool(engine.loaded):
+        rows.setdefault(loaded.name, _model(loaded.name, 0, loaded.context))
+    for name, model in config.aliases:
+        if model in rows:
+            rows.setdefault(name, rows[model] | {"id": name, "display_name": name})
     return [rows[name] for name in sorted(rows)]
 
 
-def _model(name: str, created: int) -> dict[str, Any]:
-    return {"id": name, "object": "model", "created": created, "owned_by": "mlxkv"}
+def _stored(config: ServerConfig) -> dict[str, dict[str, Any]]:
+    """The rows of stored models and their aliases, by name."""
+    rows = {}
+    for model in listed(config):
+        created = int(model.path.stat().st_mtime) if model.path.exists() else 0
+        rows[model.name] = _model(model.name, created, context_of(model.path, config))
+    return rows
+
+
+def _model(name: str, created: int, context: int | None) -> dict[str, Any]:
+    """A row that the clients of OpenAI, vLLM, OpenRouter and Anthropic can read.
+
+    Args:
+        name: the model's name, or its alias.
+        created: seconds since 1970.
+        context: tokens of prompt and answer together; None if not known.
+    """
+    limits = {"context_length": context, "max_model_len": context, "max_input_tokens": context}
+    return {
+        "id": name,
+        "object": "model",
+        "created": created,
+        "owned_by": "mlxkv",
+        "type": "model",
+        "display_name": name,
+        "created_at": datetime.fromtimestamp(created, UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        **(limits if context else {}),
+    }
 
 
 def _row(index: int, vector: Sequence[float], encoding: str | None) -> dict[str, Any]:
