@@ -16,6 +16,7 @@ from mlxkv.commands import kv, models, run, serve
 from mlxkv.commands.alias import alias
 from mlxkv.commands.bench import bench
 from mlxkv.commands.doctor import doctor
+from mlxkv.commands.launch import launch
 from mlxkv.commands.options import options_of
 from mlxkv.commands.verify import verify
 from mlxkv.errors import INTERRUPTED, MlxkvError, UsageError, one_line
@@ -45,6 +46,7 @@ app.add_typer(kv.app)
 app.command()(serve.serve)
 app.command()(serve.ps)
 app.command()(serve.stop)
+app.command()(launch)
 app.command()(bench)
 
 

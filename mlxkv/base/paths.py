@@ -19,13 +19,21 @@ def kv_dir() -> Path:
     return _folder("MLXKV_KV", "kv")
 
 
+def logs_dir() -> Path:
+    """Where logs of servers lie that mlxkv starts itself."""
+    return cache_dir() / "logs"
+
+
 def _folder(variable: str, name: str) -> Path:
     chosen = os.environ.get(variable)
-    if chosen:
-        return Path(chosen).expanduser().absolute()
+    return Path(chosen).expanduser().absolute() if chosen else cache_dir() / name
+
+
+def cache_dir() -> Path:
+    """The folder `mlxkv` in the user's cache folder."""
     cache = os.environ.get("XDG_CACHE_HOME", "")
     base = Path(cache) if cache.startswith("/") else Path.home() / ".cache"
-    return base / "mlxkv" / name
+    return base / "mlxkv"
 
 
 def slug(name: str) -> str:

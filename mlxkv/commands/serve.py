@@ -65,6 +65,9 @@ def serve(
     ] = 300.0,
     max_queue: Annotated[int, typer.Option(help="Requests in the queue, at most.")] = 64,
     max_running: Annotated[int, typer.Option(help="Answers of a model at a time, at most.")] = 16,
+    until_input_ends: Annotated[
+        bool, typer.Option("--until-input-ends", hidden=True, help="End when stdin does.")
+    ] = False,
     dtype: DType = "auto",
     context: Context = None,
     memory: Annotated[
@@ -100,7 +103,21 @@ def serve(
         max_queue=max_queue,
         max_running=max_running,
     )
+    if until_input_ends:
+        _end_with_input()
     return _run(engine, config)
+
+
+def _end_with_input() -> None:
+    """End this process, as Ctrl-C does, when the process that started it has ended or wants it."""
+    import threading
+
+    def wait() -> None:
+        while os.read(0, 4096):  # sys.stdin's lock, held here, would abort the exit
+            pass
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=wait, name="input", daemon=True).start()
 
 
 def _unaliased(model: str, names: Mapping[str, str]) -> str:

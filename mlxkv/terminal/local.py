@@ -45,7 +45,11 @@ class LocalSpeaker:
     @classmethod
     def load(cls, name: str, given: Given, dtype: str) -> Self:
         """Load the model of that name."""
-        return cls(load_model(name, dtype, given), name, given, dtype)
+        from mlxkv.store import last_model
+
+        llm = load_model(name, dtype, given)
+        last_model.remember(name)
+        return cls(llm, name, given, dtype)
 
     @property
     def title(self) -> str:

@@ -1,0 +1,1 @@
+"""Other programs, started so that they speak to this machine's models."""
