@@ -80,11 +80,13 @@ def served_model(server: Server) -> str:
     Raises:
         UsageError: there are several, or none.
     """
-    listed = _names(server, "/api/tags")
-    loaded = _names(server, "/api/ps")
+    rows, loaded = _models(server, "/api/tags"), list(_models(server, "/api/ps"))
+    listed = list(rows)
     last = last_model.recall()
     if last in {*listed, *loaded}:
         return str(last)
+    if len(set(rows.values())) == 1:  # one model, whose aliases come behind it
+        listed = listed[:1]
     return _only(loaded) or _only(listed) or _ask_for_one([*loaded, *listed])
 
 
@@ -101,8 +103,10 @@ def stored_model() -> str:
     return _only(names) or _ask_for_one(names)
 
 
-def _names(server: Server, path: str) -> list[str]:
-    return [str(row["name"]) for row in server.ask("GET", path).get("models", [])]
+def _models(server: Server, path: str) -> dict[str, str]:
+    """The names and digests of models."""
+    rows = server.ask("GET", path).get("models", [])
+    return {str(row["name"]): str(row["digest"]) for row in rows}
 
 
 def _only(names: list[str]) -> str | None:

@@ -18,9 +18,11 @@ def remember(name: str) -> None:
         name: as for `refs.locate`; a path is made absolute.
     """
     path = models_dir() / FILE
-    with suppress(OSError, MlxkvError):
+    text = name
+    with suppress(MlxkvError):  # of another machine
         ref = locate(name)
         text = str(ref.path.absolute()) if isinstance(ref, PathRef) else name
+    with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text + "\n", "utf-8")
 
