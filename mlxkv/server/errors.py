@@ -35,9 +35,16 @@ _OPENAI_TYPES = {
     503: "overloaded_error",
 }
 _ANTHROPIC_TYPES = {**_OPENAI_TYPES, 504: "timeout_error"}
+
+
+class ThreadNotFound(ModelNotFound):
+    """A thread of Anthropic's API that is to be continued: none are kept here."""
+
+
 # Class of error -> code, and the field for errors that name none.
 _CODES = {
     ContextExceeded: ("context_length_exceeded", "messages"),
+    ThreadNotFound: ("thread_not_found", "thread.previous_message_id"),
     ModelNotFound: ("model_not_found", "model"),
     OutOfMemory: ("insufficient_memory", None),
 }
@@ -229,10 +236,14 @@ def openai_error(failure: Failure) -> dict[str, Any]:
 
 
 def anthropic_error(failure: Failure) -> dict[str, Any]:
-    """`{"type": "error", "error": {"type", "message"}}`."""
+    """`{"type": "error", "error": {"type", "message", "details"}}`.
+
+    Clients send a whole conversation again where `details.error_code` is `thread_not_found`.
+    """
     fallback = "api_error" if failure.status >= 500 else "invalid_request_error"
     kind = _ANTHROPIC_TYPES.get(failure.status, fallback)
-    return {"type": "error", "error": {"type": kind, "message": failure.message}}
+    details = {"details": {"error_code": failure.code}} if failure.code else {}
+    return {"type": "error", "error": {"type": kind, "message": failure.message, **details}}
 
 
 def ollama_error(failure: Failure) -> dict[str, Any]:

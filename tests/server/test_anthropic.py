@@ -647,3 +647,15 @@ def test_a_silent_stream_shows_that_it_lives(models):
             kinds = [each.type for each in create(client, stream=True)]
         assert kinds[0] == "message_start"
         assert time.monotonic() - started < 5
+
+
+def test_a_thread_that_goes_on_is_not_found_and_a_new_one_is_named(address):
+    made = post(address, thread={"type": "create"})
+    assert made.status_code == 200 and made.headers["mlxkv-ignored"] == "thread"
+    gone = post(address, thread={"type": "continue", "previous_message_id": made.json()["id"]})
+    assert gone.status_code == 404, gone.text
+    error = gone.json()["error"]
+    assert (error["type"], error["details"]) == (
+        "not_found_error",
+        {"error_code": "thread_not_found"},
+    )

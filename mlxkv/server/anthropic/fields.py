@@ -2,6 +2,8 @@
 
 - `cache_control` changes nothing: prefixes are kept and found again by themselves.
 - `thinking.budget_tokens` must leave room for an answer; models have no such limit.
+- `thread`: none is kept. Anthropic's clients send the whole conversation where a thread that they
+  continue is not found.
 - `eager_input_streaming` of tools changes nothing: calls are shown when they are complete.
 - Tools that Anthropic's server runs or defines, and the blocks that they made, are left out.
 
@@ -133,6 +135,19 @@ class Metadata(Part):
     user_id: str | None = None
 
 
+class NewThread(Part):
+    """Asks a server to keep the conversation."""
+
+    type: Literal["create"]
+
+
+class OldThread(Part):
+    """Continues a conversation that a server keeps."""
+
+    type: Literal["continue"]
+    previous_message_id: str
+
+
 class CountRequest(Part):
     """A conversation whose tokens are counted."""
 
@@ -214,6 +229,9 @@ class MessagesRequest(CountRequest, sampled(_SAMPLING)):
     stop_sequences: StopTexts | None = None
     metadata: Annotated[Metadata | None, NoEffect()] = None
     service_tier: Literal["auto", "standard_only"] | None = None
+    thread: Annotated[
+        Annotated[NewThread | OldThread, Field(discriminator="type")] | None, NoEffect()
+    ] = Field(None, description="No thread is kept: `continue` is a 404 thread_not_found.")
 
     @model_validator(mode="after")
     def _room_for_an_answer(self) -> MessagesRequest:

@@ -10,9 +10,10 @@ from fastapi.responses import JSONResponse
 from mlxkv.engine.messages import Ask, Engine
 from mlxkv.server import sse
 from mlxkv.server.anthropic.answers import PING, Reply, error_event
-from mlxkv.server.anthropic.fields import CountRequest, MessagesRequest
+from mlxkv.server.anthropic.fields import CountRequest, MessagesRequest, OldThread
 from mlxkv.server.anthropic.messages import template_messages
 from mlxkv.server.config import ServerConfig
+from mlxkv.server.errors import ThreadNotFound
 from mlxkv.server.ignored import note
 from mlxkv.server.json_route import JSONRoute
 from mlxkv.server.model_names import LocalModel, present
@@ -27,6 +28,8 @@ def router(engine: Engine, config: ServerConfig) -> APIRouter:
     async def messages(request: Request, body: MessagesRequest) -> Response:
         """Answer a conversation."""
         note(request, body)
+        if isinstance(body.thread, OldThread):
+            raise ThreadNotFound("no thread is kept here: send the whole conversation")
         model = await present(engine, config, body.model)
         ask = _ask(body, model, request.state.owner, format=body.grammar(), **_sampling(body))
         answer = engine.submit(apply_rules(ask, config))
