@@ -27,6 +27,8 @@ class AnswerState:
         parallel: whether calls after the first are shown.
         n_calls: valid calls so far.
         n_reasoning: tokens of reasoning.
+        n_prompt: tokens of the prompt, known from the first chunk on.
+        n_tokens: tokens of the answer so far.
         reason: why it ended.
         stats: its times and counts, once it ended.
         error: the error, if memory ended it.
@@ -35,6 +37,8 @@ class AnswerState:
     parallel: bool = True
     n_calls: int = 0
     n_reasoning: int = 0
+    n_prompt: int = 0
+    n_tokens: int = 0
     reason: str | None = None
     stats: Stats | None = None
     error: OutOfMemory | None = None
@@ -42,6 +46,10 @@ class AnswerState:
     def take(self, chunk: Chunk) -> list[ToolCall]:
         """Count a chunk, and return those of its calls that the client gets."""
         self.n_reasoning += chunk.reasoning is not None and chunk.token is not None
+        self.n_prompt = chunk.prompt_tokens or self.n_prompt
+        self.n_tokens += chunk.token is not None
+        if chunk.stats is not None:
+            self.n_prompt, self.n_tokens = chunk.stats.prompt_tokens, chunk.stats.generated_tokens
         self.reason, self.stats = chunk.finish_reason, chunk.stats
         self.error = chunk.error
         calls = [call for call in chunk.tool_calls if call.error is None]
@@ -124,6 +132,15 @@ def logprob_fields(token: TokenLogprobs) -> dict[str, Any]:
         return {"token": each.text, "logprob": logprob, "bytes": list(each.bytes)}
 
     return {**fields(token), "top_logprobs": [fields(each) for each in token.top]}
+
+
+def usage_so_far(answer: AnswerState) -> dict[str, int]:
+    """Token counts of an answer that is being read, under OpenAI's names."""
+    return {
+        "prompt_tokens": answer.n_prompt,
+        "completion_tokens": answer.n_tokens,
+        "total_tokens": answer.n_prompt + answer.n_tokens,
+    }
 
 
 def new_id(prefix: str) -> str:

@@ -115,6 +115,15 @@ class TestChat:
         assert all(event.usage is None for event in events[:-1])
         assert events[-1].choices == [] and events[-1].usage.completion_tokens == 2
 
+    @pytest.mark.parametrize("ask", ["chat", "complete"])
+    def test_each_event_has_the_usage_so_far_where_it_is_asked_for(self, server, ask):
+        options = {"include_usage": True, "continuous_usage_stats": True}
+        events = list(getattr(server, ask)(stream=True, stream_options=options))
+        assert all(event.usage.prompt_tokens == 10 for event in events)
+        counts = [event.usage.completion_tokens for event in events]
+        assert counts == ([1, 1, 2, 2, 2] if ask == "chat" else [1, 2, 2, 2])
+        assert events[-1].choices == [] and events[-1].usage.total_tokens == 12
+
     def test_reasoning_has_a_field_of_its_own(self, server):
         def script(ask):
             return [Chunk("", 1, reasoning="hm"), Chunk("ok", 2), Chunk("", None, "stop", stats())]

@@ -281,7 +281,6 @@ def test_options_reach_the_engine(server):
         ({"previous_response_id": "resp_1"}, "previous_response_id"),
         ({"conversation": "conv_1"}, "conversation"),
         ({"background": True}, "background"),
-        ({"input": ""}, "input"),
         ({"input": []}, "input"),
         ({"input": [{"role": "system", "content": "x"}]}, "no message to answer"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "input"),
@@ -300,3 +299,9 @@ def test_what_cannot_be_served_is_refused_by_name(server, body, said):
 def test_stored_responses_are_not_found(server):
     with pytest.raises(openai.NotFoundError):
         server.client.responses.retrieve("resp_1")
+
+
+def test_an_empty_text_is_a_message(server):
+    answer = server.post(input="", max_output_tokens=1)
+    assert answer.status_code == 200, answer.text
+    assert server.engine.last.request.prompt == [{"role": "user", "content": ""}]

@@ -257,25 +257,33 @@ class ChatReply:
         progress = [self._new() for _ in answers]
         begun: set[int] = set()
         async for i, chunk in sse.merge(answers):
-            if i not in begun:
-                begun.add(i)
-                yield self._event(i, {"role": "assistant", "content": ""})
             n_before = progress[i].n_calls
             calls = progress[i].take(chunk)
+            used = self._body.usage_of(progress[i])
+            if i not in begun:
+                begun.add(i)
+                yield self._event(i, {"role": "assistant", "content": ""}, used)
             logprobs = shown_logprobs(chunk) if self._body.logprobs else []
             for delta in _deltas(chunk, calls, n_before):
-                yield self._event(i, delta, logprobs)
+                yield self._event(i, delta, used, logprobs)
                 logprobs = []
             if logprobs:
-                yield self._event(i, {}, logprobs)
+                yield self._event(i, {}, used, logprobs)
             if chunk.finish_reason is not None:
-                yield self._event(i, {}, **progress[i].finish)
+                yield self._event(i, {}, used, **progress[i].finish)
         if self._body.wants_usage:
             head = self._head("chat.completion.chunk")
             yield sse.event({**head, "choices": [], "usage": usage(progress, len(answers))})
         yield sse.DONE
 
-    def _event(self, index: int, delta: dict[str, Any], logprobs: Any = (), **finish: Any) -> bytes:
+    def _event(
+        self,
+        index: int,
+        delta: dict[str, Any],
+        used: dict[str, Any],
+        logprobs: Any = (),
+        **finish: Any,
+    ) -> bytes:
         choice = {
             "index": index,
             "delta": delta,
@@ -283,8 +291,7 @@ class ChatReply:
             "finish_reason": None,
             **finish,
         }
-        null_usage = {"usage": None} if self._body.wants_usage else {}
-        return sse.event({**self._head("chat.completion.chunk"), "choices": [choice], **null_usage})
+        return sse.event({**self._head("chat.completion.chunk"), "choices": [choice], **used})
 
     def _head(self, kind: str) -> dict[str, Any]:
         head = {"id": self._id, "object": kind, "created": self._created}

@@ -132,16 +132,16 @@ class CompletionReply:
         """The response as server-sent events."""
         progress = [AnswerState() for _ in answers]
         offsets = [0] * len(answers)
-        null_usage = {"usage": None} if self._body.wants_usage else {}
         async for i, chunk in sse.merge(answers):
             progress[i].take(chunk)
             logprobs = [chunk.logprobs] if chunk.logprobs else []
             ended = progress[i].finish if chunk.finish_reason is not None else {}
-            if not (chunk.text or logprobs or ended):
+            text = all_text(chunk)
+            if not (text or logprobs or ended):
                 continue
-            choice = self._choice(i, all_text(chunk), logprobs, offsets[i], **ended)
+            choice = self._choice(i, text, logprobs, offsets[i], **ended)
             offsets[i] += sum(len(each.text) for each in logprobs)
-            yield sse.event({**self._head, "choices": [choice], **null_usage})
+            yield sse.event({**self._head, "choices": [choice], **self._body.usage_of(progress[i])})
         if self._body.wants_usage:
             used = usage(progress, self._body.n or 1)
             yield sse.event({**self._head, "choices": [], "usage": used})

@@ -31,6 +31,7 @@ from mlxkv.server.fields import (
     only,
     sampled,
 )
+from mlxkv.server.results import AnswerState, usage_so_far
 
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
 
@@ -109,7 +110,10 @@ class StreamOptions(Part):
     """What a stream has besides the answer."""
 
     include_usage: bool | None = None
-    include_obfuscation: Literal[False] | None = None
+    continuous_usage_stats: bool | None = Field(
+        None, description="With include_usage: each event has the usage so far, as vLLM's do."
+    )
+    include_obfuscation: Annotated[bool | None, NoEffect()] = None
 
 
 class Streamed(Sampling):
@@ -135,6 +139,14 @@ class Streamed(Sampling):
     def wants_usage(self) -> bool:
         """Whether a stream ends with its usage."""
         return bool(self.stream_options and self.stream_options.include_usage)
+
+    def usage_of(self, answer: AnswerState) -> dict[str, Any]:
+        """The `usage` field of an event within a stream."""
+        if not self.wants_usage:
+            return {}
+        assert self.stream_options is not None
+        in_each = self.stream_options.continuous_usage_stats
+        return {"usage": usage_so_far(answer) if in_each else None}
 
 
 class TextFormat(Part):

@@ -99,7 +99,7 @@ class ResponseRequest(Sampling):
     """Items to answer."""
 
     model: str
-    input: Annotated[str, Field(min_length=1)] | Annotated[list[Item], Field(min_length=1)]
+    input: str | Annotated[list[Item], Field(min_length=1)]
     instructions: str | None = None
     max_output_tokens: Limit = None
     stream: bool | None = None
