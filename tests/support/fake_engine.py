@@ -182,7 +182,7 @@ class FakeEngine:
 
 
 @contextlib.contextmanager
-def serving(engine: FakeEngine, **settings: Any) -> Iterator[str]:
+def serving(engine: Any, **settings: Any) -> Iterator[str]:
     """A server on loopback in a thread: its address."""
     app = create_app(engine, ServerConfig(**settings))
     made = uvicorn.Config(app, port=0, log_level="critical", lifespan="off", ws="none")
