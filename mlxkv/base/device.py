@@ -14,11 +14,14 @@ import os
 import shutil
 import sys
 import threading
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     import mlx.core as mx
+
+Stream = TypeVar("Stream")
 
 MAX_CORES = 8
 _OF_THREAD = threading.local()
@@ -73,6 +76,12 @@ def _new_streams() -> tuple[mx.Stream, ...]:
         return (default,)
     n = min(n_cores(), MAX_CORES)
     return (default, *(mx.new_stream(mx.Device(mx.cpu)) for _ in range(n - 1)))
+
+
+def shares(n: int, streams: Sequence[Stream]) -> list[tuple[Stream, int, int]]:
+    """Divide `n` rows evenly over streams: each with its first row and the end of its rows."""
+    bounds = [n * i // len(streams) for i in range(len(streams) + 1)]
+    return [(stream, *at) for stream, at in zip(streams, pairwise(bounds), strict=True)]
 
 
 def trim() -> None:

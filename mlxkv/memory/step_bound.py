@@ -119,7 +119,7 @@ class StepBound:
             spec.k_dim,
             spec.v_dim,
             self.n_heads // spec.n_kv_heads,
-            packed=kv_type != KV_TYPES[0],
+            quantized=kv_type != KV_TYPES[0],
             capped=self.is_capped,
         )
         if fused:

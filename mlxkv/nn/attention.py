@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -18,7 +17,7 @@ SPLIT_QUERIES = 64
 SPLIT_KEYS = 2048
 """Keys from which one query's KV heads are."""
 BLOCK = 512
-"""Packed keys that are unpacked at a time on the CPU backend."""
+"""Quantized keys that are dequantized at a time on the CPU backend."""
 FLOAT16_SHRINK = 64.0
 """Divisor of float16 scores that have no scale: up to 4 million they stay in its range."""
 
@@ -34,15 +33,15 @@ def attend(
 ) -> mx.array:
     """softmax(scale * q k^T + mask) v, each KV head serving H / Hk query heads.
 
-    Where this is one kernel, and keeps no scores, is written down in `fused.is_fused`.
+    `fused.is_fused` says where this is one kernel, which keeps no scores.
 
     Args:
         q: `[B, H, L, k_dim]`.
-        k: `[B, Hk, S, k_dim]`, packed or not; of sequences that differ, for one query each.
+        k: `[B, Hk, S, k_dim]`, quantized or not; `Ragged` for one query of each of some sequences.
         v: `[B, Hk, S, v_dim]`, in the keys' form.
         scale: factor on the scores.
-        mask: None, `"causal"` (aligned at the end), or bool `[L, S]`, true where visible; no query
-            sees what lies behind it. For one query a row also bool `[B, 1, 1, S]`.
+        mask: None, `"causal"` (aligned at the end), or bool `[L, S]`, true where visible, never
+            past the query's own position. For one query a row also bool `[B, 1, 1, S]`.
         sinks: one logit per head that takes part in the softmax and has no value, `[H]`.
         softcap: bound of the scores, `c * tanh(score / c)`, before the mask.
 
@@ -56,7 +55,7 @@ def attend(
         k, v, mask = k.parts[0], v.parts[0], k.masks[0]
     if isinstance(k, QuantizedRows):
         assert isinstance(v, QuantizedRows)
-        return _attend_packed(q, k, v, scale, mask, sinks, softcap)
+        return _attend_quantized(q, k, v, scale, mask, sinks, softcap)
     assert isinstance(v, mx.array)
     if softcap is not None:
         return _attend_capped(q, k, v, scale, mask, softcap)
@@ -68,7 +67,6 @@ def attend(
 def _attend_on_cpu(
     q: mx.array, k: mx.array, v: mx.array, scale: float, mask: Mask, sinks: mx.array | None
 ) -> mx.array:
-    """Dense keys and values on the CPU backend."""
     B, H, L, D = q.shape
     n_kv_heads = k.shape[1]
     if L == 1 and not isinstance(mask, str) and H != n_kv_heads:
@@ -95,13 +93,12 @@ def _attend_one(
 
     Sinks are `[Hk, H / Hk, 1]`, a mask `[B, 1, 1, S]`.
     """
-    H, n_keys, streams = k.shape[1], k.shape[0] * k.shape[2], device.core_streams()
-    n = min(H, len(streams)) if n_keys >= SPLIT_KEYS else 1
-    if n < 2:
+    n_kv_heads, n_keys = k.shape[1], k.shape[0] * k.shape[2]
+    streams = device.core_streams()[:n_kv_heads]
+    if len(streams) < 2 or n_keys < SPLIT_KEYS:
         return _attend_rows(q, k, v, scale, sinks, mask)
     parts = []
-    bounds = itertools.pairwise(H * i // n for i in range(n + 1))
-    for stream, (i, j) in zip(streams[:n], bounds, strict=True):
+    for stream, i, j in device.shares(n_kv_heads, streams):
         with mx.stream(stream):
             part = None if sinks is None else sinks[i:j]
             parts.append(_attend_rows(q[:, i:j], k[:, i:j], v[:, i:j], scale, part, mask))
@@ -118,7 +115,7 @@ def _attend_rows(
 ) -> mx.array:
     if sinks is None:
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
-    # MLX knows sinks per head, and here the rows are the heads.
+    # MLX takes one sink per head; here the heads are rows.
     scores = (q * scale) @ k.swapaxes(-1, -2)
     if mask is not None:
         scores = mx.where(mask, scores, mx.finfo(scores.dtype).min)
@@ -130,7 +127,6 @@ def _attend_rows(
 def _attend_ragged(
     q: mx.array, k: Ragged, v: Ragged, scale: float, sinks: mx.array | None, softcap: float | None
 ) -> mx.array:
-    """One query of each of several sequences, each over keys of its own."""
     if k.order is not None:
         q = mx.take(q, k.order.rows, axis=0)
     outs, start = [], 0
@@ -151,16 +147,11 @@ def _attend_on_all_cores(
     mask: mx.array | str,
     sinks: mx.array | None,
 ) -> mx.array:
-    """A chunk's queries divided over the cores of the CPU backend, which uses one for a softmax.
-
-    No part but the last computes the keys that lie behind all of its queries.
-    """
+    """Divide a chunk's queries over the cores: the CPU backend computes a softmax on one."""
     L, S = q.shape[2], k.shape[2]
-    streams = device.core_streams()
-    bounds = [L * i // len(streams) for i in range(len(streams) + 1)]
     parts = []
-    for stream, (start, stop) in zip(streams, itertools.pairwise(bounds), strict=True):
-        seen = S - L + stop
+    for stream, start, stop in device.shares(L, device.core_streams()):
+        seen = S - L + stop  # the keys behind all of these queries are not computed
         parts.append(
             mx.fast.scaled_dot_product_attention(
                 q[:, :, start:stop],
@@ -193,7 +184,7 @@ def _attend_capped(
     return (weights @ mx.expand_dims(v, 2)).reshape(B, H, L, v.shape[-1])
 
 
-def _attend_packed(
+def _attend_quantized(
     q: mx.array,
     k: QuantizedRows,
     v: QuantizedRows,
@@ -202,15 +193,13 @@ def _attend_packed(
     sinks: mx.array | None,
     softcap: float | None,
 ) -> mx.array:
-    """Attention over packed keys and values: one query's is a product on the codes themselves."""
     B, H, L, D = q.shape
     on_cpu = device.on_cpu()
     if L > 1 and not on_cpu:
-        # One layer's KV at a time in the dtype that is computed in: what a model's native KV takes,
-        # divided by its layers. Its kernels are then those of native KV.
+        # One layer's KV at a time is dequantized, for the kernels of native KV.
         return attend(q, *dense_both(k, v), scale, mask, sinks, softcap)
     Hk, dtype = k.shape[1], q.dtype
-    if on_cpu:  # a product of 16-bit numbers is summed in 16 bits there
+    if on_cpu:  # the CPU backend sums 16-bit products in 16 bits
         q = q.astype(mx.float32)
     if sinks is not None:
         sinks = sinks.reshape(1, Hk, H // Hk, 1, 1)
@@ -218,7 +207,7 @@ def _attend_packed(
         rows = (q * scale).reshape(B, Hk, H // Hk, L, D)
         out = _attend_blocks(rows, k, v, mask, sinks, softcap)
         return out.reshape(B, H, L, v.dim).astype(dtype)
-    # Norms may stand in for a scale, and then a product may leave float16's range.
+    # Without a scale (norms replace it) a product may leave float16's range.
     shrink = FLOAT16_SHRINK if q.dtype == mx.float16 and scale >= 1 else 1.0
     if scale != shrink:
         q = q * (scale / shrink)
@@ -236,18 +225,10 @@ def _attend_codes(
     mask: mx.array | None = None,
     shrink: float = 1.0,
 ) -> mx.array:
-    """One query's heads over the codes, with nothing unpacked and no scale cast.
+    """One query's heads `[B, Hk, H / Hk, D]`, scaled and divided by `shrink`, over the codes.
 
-    The softmax sums in float32; products are in the query's dtype.
-
-    Args:
-        q: scaled and divided by `shrink`, `[B, Hk, H / Hk, D]`.
-        sinks: `[1, Hk, H / Hk, 1, 1]`.
-        mask: bool, broadcast to `[B, 1, 1, S]`.
-        shrink: what keeps scores in the dtype's range.
-
-    Returns:
-        `[B, Hk, H / Hk, v_dim]` in the query's dtype.
+    Sinks are `[1, Hk, H / Hk, 1, 1]`, a mask broadcasts to `[B, 1, 1, S]`. The softmax sums in
+    float32; products, and the result `[B, Hk, H / Hk, v_dim]`, are in the query's dtype.
     """
     n_missing = k.scales.shape[-1] * k.group_size - q.shape[-1]
     if n_missing:
@@ -263,7 +244,7 @@ def _attend_codes(
         sinks = (sinks[..., 0] / shrink if shrink != 1 else sinks[..., 0]).astype(scores.dtype)
         scores = mx.concatenate([scores, mx.broadcast_to(sinks, (*scores.shape[:-1], 1))], axis=-1)
     if shrink != 1:
-        # No score above 0, so one that leaves the range has no weight.
+        # No score is above 0, so one that leaves the range has no weight.
         scores = (scores - scores.max(axis=-1, keepdims=True)) * shrink
     weights = mx.softmax(scores, axis=-1, precise=True)[..., : k.shape[2]]
     out = mx.quantized_matmul(
@@ -280,22 +261,15 @@ def _attend_blocks(
     sinks: mx.array | None,
     softcap: float | None,
 ) -> mx.array:
-    """A chunk's attention on the CPU backend: `BLOCK` keys and values are unpacked at a time.
+    """A chunk's attention on the CPU backend: each core dequantizes `BLOCK` keys at a time.
 
-    Its queries are divided over the cores, and each core unpacks its own.
-
-    Args:
-        q: scaled, float32, `[B, Hk, H / Hk, L, D]`.
-        sinks: `[1, Hk, H / Hk, 1, 1]`.
-
-    Returns:
-        float32 `[B, Hk, H / Hk, L, v_dim]`.
+    Queries are scaled, float32 `[B, Hk, H / Hk, L, D]`, sinks `[1, Hk, H / Hk, 1, 1]`; the result
+    is float32 `[B, Hk, H / Hk, L, v_dim]`.
     """
     L, S = q.shape[3], k.shape[2]
     streams = device.core_streams() if L >= SPLIT_QUERIES else (None,)
-    bounds = [L * i // len(streams) for i in range(len(streams) + 1)]
     parts = []
-    for stream, (start, stop) in zip(streams, itertools.pairwise(bounds), strict=True):
+    for stream, start, stop in device.shares(L, streams):
         visible = _Visible(mask, L, S, start, stop)
         with mx.stream(stream) if stream is not None else contextlib.nullcontext():
             parts.append(_online(q[:, :, :, start:stop], k, v, visible, sinks, softcap))
@@ -304,13 +278,7 @@ def _attend_blocks(
 
 @dataclass(frozen=True, slots=True)
 class _Visible:
-    """Which keys some queries of a chunk see.
-
-    Args:
-        mask: of the whole chunk, `L` queries and `S` keys.
-        start: the first query.
-        stop: the one behind the last.
-    """
+    """Which of S keys the queries `[start, stop)` of a chunk of L see; the mask is the chunk's."""
 
     mask: Mask
     L: int
@@ -320,11 +288,11 @@ class _Visible:
 
     @property
     def n_keys(self) -> int:
-        """Keys up to the last that any of the queries sees."""
+        """Keys up to the last visible one."""
         return self.S if self.mask is None else self.S - self.L + self.stop
 
     def block(self, first: int, last: int) -> mx.array | None:
-        """bool `[queries, last - first]` for the keys `[first, last)`; None if all are seen."""
+        """bool `[queries, last - first]` for the keys `[first, last)`; None if all are visible."""
         if self.mask is None:
             return None
         if isinstance(self.mask, mx.array):
@@ -344,14 +312,7 @@ def _online(
     sinks: mx.array | None,
     softcap: float | None,
 ) -> mx.array:
-    """Softmax and weighted sum, block by block (https://arxiv.org/abs/1805.02867).
-
-    Args:
-        q: scaled, float32, `[B, Hk, H / Hk, L, D]`.
-
-    Returns:
-        float32 `[B, Hk, H / Hk, L, v_dim]`.
-    """
+    """`_attend_blocks` on one core: an online softmax (https://arxiv.org/abs/1805.02867)."""
     lowest = mx.array(-1e30, mx.float32)
     shape = (*q.shape[:-1], 1)
     if sinks is None:
@@ -361,12 +322,11 @@ def _online(
     out = mx.zeros((*q.shape[:-1], v.dim))
     for first in range(0, visible.n_keys, BLOCK):
         last = min(first + BLOCK, visible.n_keys)
-        # Not before the block in front is done: else many of them would be unpacked at a time, or
-        # their weights would wait for their sum.
-        packed_k, packed_v = k.tokens(first, last), v.tokens(first, last)
+        # After the block before it: else MLX may dequantize many blocks before it sums one.
+        block_k, block_v = k.tokens(first, last), v.tokens(first, last)
         if first:
-            packed_k, packed_v = packed_k.after(out, total), packed_v.after(out, total)
-        keys = packed_k.dequantized()[:, :, None].astype(mx.float32)
+            block_k, block_v = block_k.after(out, total), block_v.after(out, total)
+        keys = block_k.dequantized()[:, :, None].astype(mx.float32)
         scores = q @ keys.swapaxes(-1, -2)
         if softcap is not None:
             scores = mx.tanh(scores / softcap) * softcap
@@ -376,6 +336,6 @@ def _online(
         before, highest = highest, mx.maximum(highest, scores.max(axis=-1, keepdims=True))
         weights, faded = mx.exp(scores - highest), mx.exp(before - highest)
         total = total * faded + weights.sum(axis=-1, keepdims=True)
-        values = packed_v.dequantized()[:, :, None].astype(mx.float32)
+        values = block_v.dequantized()[:, :, None].astype(mx.float32)
         out = out * faded + weights @ values
     return out / total

@@ -2,11 +2,11 @@
 buffers for their KV (`slots`).
 
 Invariants:
-- A batch owns nothing. A token of each sequence is written to where that sequence's own cache has
-  its KV: into its row of shared buffers, or into its own. So sequences of any length, window and KV
-  format go together, and may come and go between steps.
-- Rows of one sequence never meet those of another in a sum: what is broken in one stays there.
-- What a step needs beside keys and values (positions, columns, masks) is made once for all layers.
+- A batch owns no KV. Each token is written to where its sequence's own cache has its KV:
+  into its row of shared buffers, or into its own. So sequences of any length, window and KV format
+  go together, and may join and leave between steps.
+- Rows of one sequence are never summed with those of another: a NaN in one stays there.
+- Positions, columns and masks of a step are made once for all layers.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ def batch(
 ) -> Sequence[LayerCache]:
     """Caches for `model.last_logits(tokens [B, 1], caches)`, B sequences at once.
 
-    Sequences of similar length are moved into buffers that they share, if they are not there
-    already, which evaluates; from then on a step reads and writes them in a few operations.
+    Moves sequences of similar length into buffers that they share, which evaluates; a step then
+    reads and writes them in a few operations.
 
     Args:
-        caches_of_sequences: those of each, as `make_caches` of one model gives them, in any KV
-            format and at any offset. They stay the sequences' own and are what is written to.
-        room: asked before sequences are moved; where there is none they keep their own buffers.
+        caches_of_sequences: those of each, from `make_caches` of one model, in any KV format and at
+            any offset. Each step writes to them.
+        room: whether so many bytes are free; if not, sequences keep their own buffers.
         one_part: have all sequences share buffers, however long they are.
 
     Raises:
@@ -54,7 +54,7 @@ def batch(
 
 
 def is_intact(layers: Sequence[LayerCache]) -> bool:
-    """Whether all sequences of a batch have their KV where it had it; asked of the first layer."""
+    """Whether no sequence of a batch has left its shared row; reads the first layer's caches."""
     first = layers[0] if layers else None
     return not isinstance(first, BatchCache) or first.is_intact
 
@@ -62,7 +62,7 @@ def is_intact(layers: Sequence[LayerCache]) -> bool:
 def kv_order(
     caches_of_sequences: Sequence[Sequence[Cache]], room: Room, one_part: bool = False
 ) -> list[int]:
-    """The order of sequences in which `batch` has nothing to rearrange in each layer."""
+    """The order of sequences in which `batch` rearranges nothing."""
     if len(caches_of_sequences) == 1:
         return [0]
     parts = place([sliceable(caches) for caches in caches_of_sequences], room, one_part)
@@ -70,12 +70,7 @@ def kv_order(
 
 
 class _Members:
-    """The sequences of a part, in the batch's order.
-
-    Args:
-        part: its sequences and their rows.
-        n: sequences of the batch.
-    """
+    """The sequences of a part, in the order of a batch of `n`."""
 
     def __init__(self, part: Part, n: int):
         rows = sorted(zip(part.sequences, part.slots, strict=True))
@@ -91,18 +86,17 @@ class _Members:
             self._at = slice(start, stop)
 
     def of(self, x: mx.array) -> mx.array:
-        """Its rows of `[B, ...]`."""
+        """The part's rows of `[B, ...]`."""
         return x if self._at is None else x[self._at]
 
     def access(self, offsets: Sequence[int], window: int | None) -> Access:
-        """Where the next token goes, and what it sees."""
         own = [offsets[i] for i in self.sequences]
         columns = own if window is None else [offset % window for offset in own]
         behind = [offset + 1 for offset in own]
         seen = behind if window is None else [min(offset, window) for offset in behind]
         mask = None
         if len(set(seen)) > 1:
-            visible = [1] * self._n_rows  # what an empty row gives is not used
+            visible = [1] * self._n_rows  # the result of an empty row is not used
             for slot, n in zip(self._slots, seen, strict=True):
                 visible[slot] = n
             mask = mx.arange(max(seen))[None] < mx.array(visible)[:, None]
@@ -111,11 +105,7 @@ class _Members:
 
 
 class _Steps:
-    """What all layers have in common, made once for each step.
-
-    Args:
-        parts: of the batch.
-    """
+    """What all layers of a batch have in common, made once for each step."""
 
     def __init__(self, parts: Sequence[Part]):
         n = sum(len(part.sequences) for part in parts)
@@ -124,14 +114,10 @@ class _Steps:
         self._step: _Step | None = None
 
     def next(self, caches: Sequence[Cache], leads: bool) -> _Step:
-        """The step of the next token in a layer.
+        """The step of the next token in a layer with these caches.
 
-        The layer that leads looks at all of its caches, those behind it at one of theirs: what it
-        has found holds for them, unless a step was interrupted between two layers.
-
-        Args:
-            caches: of the layer.
-            leads: whether it is the first one of a step.
+        The first layer of a step (`leads`) compares the offsets of all its caches, later layers one
+        of theirs: they are the same unless a step was interrupted between two layers.
         """
         step = self._step
         if leads or step is None or step.offsets[0] != caches[0].offset:
@@ -142,15 +128,7 @@ class _Steps:
 
 
 class _Step:
-    """Where one step writes and reads.
-
-    Args:
-        offsets: position of each sequence's next token.
-        members: of each part.
-
-    Attributes:
-        position: one number where all offsets are the same.
-    """
+    """Where one step, whose tokens have the positions `offsets`, writes and reads."""
 
     def __init__(self, offsets: tuple[int, ...], members: Sequence[_Members]):
         self.offsets, self._members = offsets, members
@@ -158,14 +136,14 @@ class _Step:
         self._accesses: dict[int | None, list[Access]] = {}
 
     def accesses(self, window: int | None) -> list[Access]:
-        """For each part, in layers of this window."""
+        """One for each part, in layers of this window."""
         if window not in self._accesses:
             self._accesses[window] = [part.access(self.offsets, window) for part in self._members]
         return self._accesses[window]
 
 
 def _order(parts: Sequence[Part]) -> Order | None:
-    """How the rows of all parts, one after the other, stand to the batch's sequences."""
+    """Where the batch's sequences lie in the rows of all parts; None where in the same order."""
     rows: list[int] = []
     row_of = {}
     for part in parts:
@@ -181,10 +159,7 @@ def _order(parts: Sequence[Part]) -> Order | None:
 class BatchCache:
     """One layer's caches of several sequences, for one token of each at a time.
 
-    Args:
-        caches: one per sequence.
-        steps: what all layers of the batch have in common.
-        leads: whether it is the first layer of a step that has keys and values.
+    `leads`: whether it is the first layer of a step that has keys and values.
     """
 
     def __init__(self, caches: Sequence[Cache], steps: _Steps, leads: bool):
@@ -194,7 +169,7 @@ class BatchCache:
 
     @property
     def offset(self) -> Offset:
-        """Position of the next token: one number where all sequences have the same."""
+        """Position of the next token; `Positions` where they differ."""
         return self._steps.next(self.caches, self._leads).position
 
     @property
@@ -209,14 +184,9 @@ class BatchCache:
         return None
 
     def update(self, k: mx.array, v: mx.array) -> tuple[Ragged, Ragged]:
-        """Append a token to each sequence.
+        """Append k `[B, H, 1, k_dim]` and v `[B, H, 1, v_dim]`, a token of each sequence.
 
-        Args:
-            k: `[B, H, 1, k_dim]`.
-            v: `[B, H, 1, v_dim]`.
-
-        Returns:
-            Keys and values that each sequence's query sees.
+        Returns the keys and values that each sequence's query sees.
         """
         caches, steps, parts = self.caches, self._steps, self._parts
         B, (B_k, _, L, _) = len(caches), k.shape
@@ -248,7 +218,6 @@ class _OwnPart:
         self._cache = cache
 
     def update(self, k: mx.array, v: mx.array, access: Access) -> _Rows:
-        """Append a token."""
         return *self._cache.update(k, v), None
 
 
@@ -264,14 +233,12 @@ class _SharedPart:
 
     @property
     def is_intact(self) -> bool:
-        """Whether its caches are where they were."""
         rows = zip(self._caches, self._rows, strict=True)
         return all(cache.row is row for cache, row in rows)
 
     def update(self, k: mx.array, v: mx.array, access: Access) -> _Rows:
-        """Append a token to each."""
         first, shared, n = self._first, self._row.shared, access.n_columns
-        assert first.row is self._row, "a sequence has left the batch: make it anew"
+        assert first.row is self._row, "a sequence has left the batch: make a new batch"
         if n > shared.capacity:
             shared.reserve(first.n_rows(n))
         shared.write(first.encoded(k, v), access)
@@ -281,7 +248,6 @@ class _SharedPart:
 
 
 def _part(caches: Sequence[Cache], members: _Members) -> _OwnPart | _SharedPart:
-    """Of the caches of all sequences in a layer, those of a part."""
     own = [caches[i] for i in members.sequences]
     if members.is_shared and (layers := sliceable(own)):
         return _SharedPart(layers)

@@ -116,11 +116,11 @@ class GroupedConfig(DecoderConfig):
     """A decoder whose layers all have grouped-query attention with heads of one size.
 
     Attributes:
+        out_bias: whether `attention_bias` holds for the output projection.
         windows: of each layer, None for all tokens.
         rope: of all layers, or of the full ones.
         sliding_rope: of the sliding layers, where they have their own.
-        out_bias: whether `attention_bias` holds for the output projection.
-        query_pre_attn_scalar: what scores are divided by the root of; None: `head_dim`.
+        query_pre_attn_scalar: scores are divided by its root; None for `head_dim`.
         attn_logit_softcapping: the cap on the scores; None for none.
     """
 
@@ -137,19 +137,16 @@ class GroupedConfig(DecoderConfig):
 
     @property
     def scale(self) -> float:
-        """Factor on the scores of attention."""
         return (self.query_pre_attn_scalar or self.head_dim) ** -0.5
 
     def rope_of(self, window: int | None) -> RopeConfig:
-        """The rotary embedding of a layer with this window."""
         return self.rope if window is None or self.sliding_rope is None else self.sliding_rope
 
 
 def grouped_fields(fields: Fields, activation: str = "hidden_act") -> dict[str, Any]:
-    """The values of `GroupedConfig`'s fields but for the rotary embeddings.
+    """The values of `GroupedConfig`'s fields but for the rotary embeddings, as `decoder_fields`.
 
-    No layer slides unless the family says so (`layer_windows`). Arguments and errors are those of
-    `decoder_fields`.
+    No layer slides unless the family says so (`layer_windows`).
     """
     n_kv_heads = fields.int("num_key_value_heads", fields.int("num_attention_heads"))
     return {
@@ -161,10 +158,10 @@ def grouped_fields(fields: Fields, activation: str = "hidden_act") -> dict[str, 
 
 
 def grouping(fields: Fields, n_kv_heads: int) -> int:
-    """The number of KV heads, if each serves as many query heads.
+    """Check that KV heads divide `num_attention_heads`, and return their number.
 
     Raises:
-        ConfigError: it does not divide `num_attention_heads`.
+        ConfigError: they do not.
     """
     n_heads = fields.int("num_attention_heads")
     if n_heads % n_kv_heads:
@@ -181,11 +178,7 @@ def layer_types(fields: Fields, slides: Callable[[int], bool]) -> tuple[str, ...
 
 
 def layer_windows(fields: Fields, slides: Callable[[int], bool]) -> tuple[int | None, ...]:
-    """The window of each layer, from `layer_types` and `sliding_window`.
-
-    Args:
-        fields: the config.
-        slides: whether a layer slides where the config has no `layer_types`.
+    """The window of each layer, from `layer_types` (or `slides`) and `sliding_window`.
 
     Raises:
         ConfigError: `layer_types` is wrong, or a layer slides and there is no window.
@@ -249,9 +242,8 @@ class TwoNorms(nn.Module):
     """The modules of a layer with a norm before attention and MLP.
 
     Args:
-        config: the model's.
-        attention: of (x, mask, cache).
-        mlp: of x, or a mixture of experts; None: a `GatedMLP` of the config's sizes.
+        attention: a callable of (x, mask, cache).
+        mlp: a callable of x; None for a `GatedMLP` of the config's sizes.
     """
 
     def __init__(self, config: DecoderConfig, attention: nn.Module, mlp: nn.Module | None = None):
@@ -306,10 +298,7 @@ class Backbone(nn.Module):
 class DecoderModel(CausalLM):
     """A backbone with its head, which may be the embedding.
 
-    Args:
-        config: the model's.
-        layers: callables of (x, mask, cache), unless `hidden` is overridden.
-        backbone: what holds them.
+    `layers` are callables of (x, mask, cache), unless `hidden` is overridden.
     """
 
     model: Any

@@ -1,9 +1,9 @@
 """Multi-head latent attention (MLA, https://arxiv.org/abs/2405.04434).
 
-A token leaves one latent of kv_lora_rank + qk_rope_head_dim values, which is all that the cache
-holds: keys and values of every head are products of it. `embed_q` and `unembed_out`, mlx-lm's
-names, are the two halves of the checkpoint's `kv_b_proj`: they either bring the queries to the
-latent and the answer back (absorbed), or the latents out to keys and values (expanded).
+The cache holds one latent of kv_lora_rank + qk_rope_head_dim values a token: keys and values of
+every head are products of it. `embed_q` and `unembed_out`, mlx-lm's names, are the two halves of
+the checkpoint's `kv_b_proj`. They project either the queries into the latent space and the result
+out of it (absorbed), or the latents to keys and values (expanded).
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from mlxkv.kv.storage import KV, Ragged, dense, leading
 from mlxkv.nn.attention import attend
 from mlxkv.nn.decoder_model import DecoderConfig, decoder_fields
 from mlxkv.nn.layers import Fusing
-from mlxkv.nn.linear import DENSE_ROWS, Linear, PackedStack, Quantizable, product_dtype
+from mlxkv.nn.linear import DENSE_ROWS, Linear, Quantizable, QuantizedStack, product_dtype
 from mlxkv.nn.rope import RoPE, yarn_mscale
 
 LATENT_NORM_EPS = 1e-6
-"""Of the norms inside the low-rank projections, whatever `rms_norm_eps` says."""
+"""Of the norms inside the low-rank projections, which ignore `rms_norm_eps`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +48,7 @@ class LatentConfig(DecoderConfig):
 
     @property
     def latent_dim(self) -> int:
-        """Values that the cache holds of a token."""
+        """Values that the cache holds a token."""
         return self.kv_lora_rank + self.qk_rope_head_dim
 
 
@@ -75,7 +75,7 @@ def latent_fields(fields: Fields) -> dict[str, Any]:
 
 
 class HeadLinear(Quantizable):
-    """A matrix for each head, to be used in both directions: `[H, out, in]`."""
+    """A matrix `[H, out, in]` for each head, used in both directions."""
 
     def __init__(self, in_dim: int, out_dim: int, n_heads: int):
         super().__init__()
@@ -93,8 +93,8 @@ class HeadLinear(Quantizable):
         return QuantizedHeadLinear(self, group_size, bits, mode)
 
 
-class QuantizedHeadLinear(PackedStack):
-    """`HeadLinear` on packed matrices."""
+class QuantizedHeadLinear(QuantizedStack):
+    """`HeadLinear` on quantized matrices."""
 
     def __call__(self, x: mx.array) -> mx.array:
         return self._product(x, transpose=True)
@@ -121,8 +121,8 @@ class QuantizedHeadLinear(PackedStack):
         n_rows = x.shape[-2]
         if device.on_cpu():
             return n_rows >= DENSE_ROWS and device.load_blas() is not None
-        # The packed product would copy latents, which are a part of the cache's rows, for each
-        # head; of many that is more than the matrices.
+        # The quantized product would copy latents, a part of the cache's rows, for each head; many
+        # of them are larger than the matrices.
         return x.shape[1] == 1 and n_rows >= self["weight"].shape[1]
 
 
@@ -144,7 +144,7 @@ class LatentAttention(Fusing):
         self._rope = RoPE(c.rope, c.rope_interleave)
 
     def make_queries(self, config: LatentConfig) -> None:
-        """The modules that give the queries, and `n_queries`, the size of the first projection."""
+        """Make the modules of `queries`, and set `n_queries`, the size of the first projection."""
         c, rank = config, config.q_lora_rank
         assert rank is not None
         self.n_queries = rank
@@ -154,7 +154,7 @@ class LatentAttention(Fusing):
 
     def queries(self, x: mx.array) -> mx.array:
         """Queries of all heads, `[B * L, H * (nope + rope)]`, from the first projection."""
-        # Flat, because a part of one row has the whole row's stride, for which a product copies.
+        # Flat: a product copies a part of one row, which has the whole row's stride.
         return self["q_b_proj"](self["q_a_layernorm"](x.flatten(0, -2)))
 
     def __call__(self, x: mx.array, mask: Mask, cache: LayerCache | None) -> mx.array:
@@ -169,7 +169,7 @@ class LatentAttention(Fusing):
         latent, k_rope = self["kv_a_layernorm"](latent), self._rope(k_rope[:, None], offset)
         kv = mx.concatenate([latent[:, None], k_rope], axis=-1)  # [B, 1, L, latent]
         if cache is not None:
-            # The values are part of the keys: the cache gets none of their own.
+            # Values are part of the keys: the cache gets empty ones.
             kv, _ = cache.update(kv, kv[..., :0])
         if not isinstance(kv, Ragged) and expanding_is_cheaper(c, L, kv.shape[2]):
             out = self._expanded(q, q_rope, dense(kv), mask)
@@ -204,7 +204,6 @@ class PlainQueryAttention(LatentAttention):
 
 
 def latent_attention(config: LatentConfig) -> LatentAttention:
-    """Attention with the kind of queries that the config says."""
     return (PlainQueryAttention if config.q_lora_rank is None else LatentAttention)(config)
 
 
@@ -217,10 +216,9 @@ def _scale(config: LatentConfig) -> float:
 def expanding_is_cheaper(config: LatentConfig, L: int, S: int) -> bool:
     """Whether keys and values of S tokens for L queries cost fewer products than absorbing.
 
-    Per head, bringing one token out of the latent space, or one query into it and back, costs
+    Per head, projecting one token out of the latent space, or one query into it and back, costs
     rank * (nope + v); a pair costs nope + rope + v expanded and 2 * rank + rope absorbed.
     """
-    c = config
-    move = c.kv_lora_rank * (c.qk_nope_head_dim + c.v_head_dim)
-    saved = 2 * c.kv_lora_rank - c.qk_nope_head_dim - c.v_head_dim
+    rank, nope_and_v = config.kv_lora_rank, config.qk_nope_head_dim + config.v_head_dim
+    move, saved = rank * nope_and_v, 2 * rank - nope_and_v
     return S * move < L * move + L * S * saved

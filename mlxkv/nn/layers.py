@@ -18,11 +18,7 @@ R = TypeVar("R")
 
 
 def compiled(function: Callable[P, R]) -> Callable[P, R]:
-    """One fused kernel on a GPU; as it is on the CPU backend, which would call a C++ compiler.
-
-    Args:
-        function: of arrays and numbers; only what works on single values is fused.
-    """
+    """One kernel for elementwise operations, where not on the CPU: that needs a C++ compiler."""
     on_gpu = mx.compile(function, shapeless=True)
 
     @functools.wraps(function)
@@ -59,7 +55,7 @@ ACTIVATIONS: dict[str, Callable[[mx.array], mx.array]] = {
     "sigmoid": mx.sigmoid,
     "tanh": mx.tanh,
 }
-"""`hidden_act` of config.json -> function; a family says which name means which form."""
+"""`hidden_act` of config.json -> function; a family may map a name to another form."""
 
 
 def gated(activation: str) -> Callable[[mx.array, mx.array], mx.array]:
@@ -69,7 +65,7 @@ def gated(activation: str) -> Callable[[mx.array, mx.array], mx.array]:
 
 
 def soft_cap(x: mx.array, cap: float | None) -> mx.array:
-    """cap * tanh(x / cap): x kept within (-cap, cap); as it is without a cap."""
+    """cap * tanh(x / cap), which lies within (-cap, cap); x without a cap."""
     return x if cap is None else _capped(x, cap)
 
 
@@ -79,32 +75,29 @@ def _capped(x: mx.array, cap: float) -> mx.array:
 
 
 def residual(x: mx.array, r: mx.array) -> mx.array:
-    """x + r, held inside float16's range, which the residual stream of Gemmas leaves."""
-    return _held_sum(x, r) if x.dtype == mx.float16 else x + r
+    """x + r, clipped to float16's range, which the residual stream of Gemmas exceeds."""
+    return _clipped_sum(x, r) if x.dtype == mx.float16 else x + r
 
 
 @compiled
-def _held_sum(x: mx.array, r: mx.array) -> mx.array:
+def _clipped_sum(x: mx.array, r: mx.array) -> mx.array:
     bound = 65504.0
     return mx.clip(x.astype(mx.float32) + r.astype(mx.float32), -bound, bound).astype(mx.float16)
 
 
 class Prepared(nn.Module):
-    """A block that brings its loaded weights into the form its forward pass wants."""
+    """A block that transforms its loaded weights before its first forward pass."""
 
     def prepare(self) -> None:
-        """Called once, after the weights are loaded and before the first product."""
+        """Transform them; the loader calls this once."""
         raise NotImplementedError
 
 
 class Fusing(Prepared):
-    """A block with projections of one input, under the names they have in the checkpoint.
-
-    `prepare` turns each group of `fusions` into one product where their formats allow it.
-    """
+    """A block with projections of one input, which `prepare` fuses where their formats allow it."""
 
     fusions: ClassVar[Mapping[str, tuple[str, ...]]] = {}
-    """name of the product -> names of its parts, in the order of the result."""
+    """Name of the fused product -> the checkpoint's names of its parts, in the result's order."""
 
     def prepare(self) -> None:
         for name, parts in self.fusions.items():
@@ -121,10 +114,10 @@ class Fusing(Prepared):
         return mx.concatenate([self[part](x) for part in self.fusions[name]], axis=-1)
 
     def project_apart(self, name: str, x: mx.array, sizes: Sequence[int]) -> list[mx.array]:
-        """What `project` gives as arrays `[B, L, size]`, for norms and products that follow.
+        """The parts' results as arrays `[B, L, size]`, for norms and products.
 
-        On a GPU these copy what is a part of longer rows, so each part of several rows is a product
-        of its own there.
+        On a GPU these would copy a part of longer rows: parts of several rows are products of their
+        own there.
         """
         bounds = list(itertools.accumulate(sizes))
         whole = self.get(name)
@@ -137,8 +130,8 @@ def on_halves(function: Callable[[mx.array, mx.array], mx.array], rows: mx.array
     """An elementwise function of the first and the second half of each row, `[..., 2 n]`.
 
     Returns:
-        `[..., n]`, dense on a GPU. Half of a single row would keep the whole row's stride through
-        the function, and packed products copy a row whose stride is not its length there.
+        `[..., n]`, dense on a GPU, where quantized products copy a row whose stride is not its
+        length: half of a single row would keep the whole row's stride.
     """
     if device.on_cpu():
         return function(*mx.split(rows, 2, axis=-1))
@@ -149,7 +142,7 @@ def on_halves(function: Callable[[mx.array, mx.array], mx.array], rows: mx.array
 def split_heads(x: mx.array, n_heads: int) -> mx.array:
     """`[B, L, N * D]` -> `[B, N, L, D]`."""
     B, L, _ = x.shape
-    if L == 1:  # nothing to transpose: one operation less to build in each layer of each step
+    if L == 1:  # one operation less to build in each layer of each step
         return x.reshape(B, n_heads, 1, -1)
     return x.reshape(B, L, n_heads, -1).transpose(0, 2, 1, 3)
 
@@ -163,11 +156,7 @@ def merge_heads(x: mx.array) -> mx.array:
 class GatedMLP(Fusing):
     """down(activation(gate(x)) * up(x)).
 
-    Args:
-        dim: size of input and output.
-        hidden_dim: size between.
-        activation: one of `ACTIVATIONS`.
-        bias: whether the three projections have biases.
+    The projections map `dim` to `hidden_dim` values and back; `activation` is one of `ACTIVATIONS`.
     """
 
     fusions: ClassVar = {"gate_up_proj": ("gate_proj", "up_proj")}
@@ -193,16 +182,15 @@ class OffsetRMSNorm(Prepared):
         self._offset = 1.0
 
     def prepare(self) -> None:
-        # Added once instead of on every call.
         self.weight, self._offset = self.scale, 0.0
 
     @property
     def scale(self) -> mx.array:
-        """What normed values are multiplied by."""
+        """The factor on normed values."""
         weight = self["weight"]
         if not self._offset:
             return weight
-        # float32 keeps what a 16-bit sum would round away.
+        # In float32: a 16-bit sum would lose digits.
         return (weight.astype(mx.float32) + self._offset).astype(weight.dtype)
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -212,9 +200,9 @@ class OffsetRMSNorm(Prepared):
 class NormedHeads(Fusing):
     """Attention that norms each head of its queries and keys, with weights `q_norm` and `k_norm`.
 
-    All heads of the fused projection are normed together without a weight, then multiplied by
-    weights for each head. On a GPU a norm of the queries alone copies them first, because they are
-    a part of longer rows, and one for the keys and a rotation for each would be launched beside it.
+    All heads of the fused projection are normed at once without a weight, then multiplied by each
+    head's weight: on a GPU separate norms of queries and keys would copy them, as parts of longer
+    rows, and launch two norms and two rotations.
     """
 
     n_heads: int
@@ -223,18 +211,14 @@ class NormedHeads(Fusing):
     def prepare(self) -> None:
         super().prepare()
         if "q_norm" in self:
-            # No parameter: a plan of memory counts those that the checkpoint has.
+            # No parameter: the memory plan counts those of the checkpoint.
             self._qk_norm = self._norm_weights()
 
     def normed(self, heads: mx.array, eps: float) -> tuple[mx.array, mx.array]:
-        """Norm heads of D values.
-
-        Args:
-            heads: `[B, L, N, D]`, queries first, then keys.
-            eps: of the norms.
+        """Norm heads `[B, L, N, D]`, queries first, then keys.
 
         Returns:
-            Queries and keys `[B, L, H + Hk, D]`, and all heads as they are without a weight.
+            Queries and keys `[B, L, H + Hk, D]`, and all heads normed without a weight.
         """
         weights = self["_qk_norm"] if "_qk_norm" in self else self._norm_weights()
         plain = mx.fast.rms_norm(heads, None, eps)

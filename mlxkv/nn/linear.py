@@ -1,13 +1,12 @@
-"""Projections and embeddings, dense and packed.
+"""Projections and embeddings, dense and quantized.
 
-On a GPU these are MLX's own. The CPU backend runs one product on one core; here its output rows
-are divided over the cores, and a packed weight is dequantized for it from a few rows on.
+On a GPU these are MLX's own. The CPU backend runs a product on one core; here its output rows are
+divided over the cores, and from a few rows on a quantized weight is dequantized for it.
 docs/design.md has the measurements.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +16,7 @@ import mlx.nn as nn
 from mlxkv.base import device
 
 DENSE_ROWS = 4
-"""Rows from which the dense product on a dequantized weight is faster than the packed one, where
+"""Rows from which the dense product on a dequantized weight is faster than the quantized one, where
 an OpenBLAS serves it."""
 
 SPLIT_ROWS = 256
@@ -27,7 +26,7 @@ _Arrays = Sequence[mx.array | None]
 
 
 class Quantizable(nn.Module):
-    """A module that `nn.quantize` can replace by one on packed weights."""
+    """A module that `nn.quantize` can replace."""
 
     def to_quantized(
         self,
@@ -39,12 +38,12 @@ class Quantizable(nn.Module):
         return self._quantized(group_size or 64, bits or 4, mode)
 
     def _quantized(self, group_size: int, bits: int, mode: str) -> nn.Module:
-        """The module on packed weights."""
+        """The module on quantized weights."""
         raise NotImplementedError
 
 
-class PackedStack(nn.Module):
-    """The packed form of a module with one matrix for each head or expert, `[N, out, in]`."""
+class QuantizedStack(nn.Module):
+    """The quantized form of a module with one matrix for each head or expert, `[N, out, in]`."""
 
     def __init__(self, module: nn.Module, group_size: int, bits: int, mode: str):
         nn.Module.__init__(self)
@@ -63,14 +62,14 @@ class _Divided(nn.Module):
 
     def split(self) -> None:
         """Divide the weight's rows over the cores, as views of what is loaded."""
-        n_rows, streams = self["weight"].shape[0], device.core_streams()
-        n = min(len(streams), n_rows // SPLIT_ROWS)
-        if n < 2:
+        n_rows = self["weight"].shape[0]
+        streams = device.core_streams()[: n_rows // SPLIT_ROWS]
+        if len(streams) < 2:
             return
-        bounds = [n_rows * i // n for i in range(n + 1)]
-        parts = [self._rows(start, stop) for start, stop in itertools.pairwise(bounds)]
-        mx.eval([array for part in parts for array in part if array is not None])
-        self._parts = tuple(zip(streams[:n], parts, strict=True))
+        shares = device.shares(n_rows, streams)
+        parts = tuple((stream, self._rows(start, stop)) for stream, start, stop in shares)
+        mx.eval([array for _, arrays in parts for array in arrays if array is not None])
+        self._parts = parts
 
     def of_rows(self, x: mx.array, start: int, stop: int) -> mx.array:
         """The product with some of the output rows."""
@@ -78,7 +77,7 @@ class _Divided(nn.Module):
         return x + self["bias"][start:stop] if "bias" in self else x
 
     def _product(self, x: mx.array) -> mx.array:
-        """The product with all output rows, and the bias where there is one."""
+        """The product with all output rows, and the bias."""
         parts = self.get("_parts")
         if parts is None:
             x = self._part(x, self._whole(), None)
@@ -87,15 +86,15 @@ class _Divided(nn.Module):
         return x + self["bias"] if "bias" in self else x
 
     def _whole(self) -> _Arrays:
-        """What makes up all output rows, without a view of it: that takes time in every step."""
+        """The arrays of all output rows; no views, which take time in every step."""
         raise NotImplementedError
 
     def _rows(self, start: int, stop: int) -> _Arrays:
-        """Views of what makes up these output rows."""
+        """Views of the arrays of these output rows."""
         raise NotImplementedError
 
     def _part(self, x: mx.array, arrays: _Arrays, stream: mx.Stream | None) -> mx.array:
-        """The product with these rows."""
+        """The product with these arrays."""
         raise NotImplementedError
 
 
@@ -104,7 +103,7 @@ class _Dense(_Divided, Quantizable):
         return [self["weight"].T]
 
     def _rows(self, start: int, stop: int) -> _Arrays:
-        # Transposed here: as an operation of its own it would make another stream wait.
+        # Transposed here: in the step it would make another stream wait.
         return [self["weight"][start:stop].T]
 
     def _part(self, x: mx.array, arrays: _Arrays, stream: mx.Stream | None) -> mx.array:
@@ -121,7 +120,7 @@ class _Packed(_Divided):
     def _product(self, x: mx.array) -> mx.array:
         if device.on_cpu():
             return super()._product(x)
-        # As few calls as can be: a GPU's step is built four times a layer through here.
+        # As few calls as can be: each layer of a GPU's step calls this four times.
         product = mx.quantized_matmul(
             x,
             self["weight"],
@@ -170,7 +169,7 @@ class Linear(_Dense, nn.Linear):
 
 
 class QuantizedLinear(_Packed, nn.QuantizedLinear):
-    """`Linear` on a packed weight."""
+    """`Linear` on a quantized weight."""
 
     __call__ = _Packed._product  # pyright: ignore[reportAssignmentType] of any base: one call less
 
@@ -186,11 +185,11 @@ class Embedding(_Dense, nn.Embedding):
 
 
 class QuantizedEmbedding(_Packed, nn.QuantizedEmbedding):
-    """`Embedding` on a packed weight.
+    """`Embedding` on a quantized weight.
 
     Attributes:
-        compute_dtype: of the rows, which the loader sets. Formats without float scales name none
-            and MLX gives bfloat16, in which Gemma's factor on the embedding would be rounded.
+        compute_dtype: of the rows; the loader sets it. Without float scales MLX gives bfloat16, in
+            which Gemma's factor on the embedding would be rounded.
     """
 
     compute_dtype: mx.Dtype | None = None
@@ -204,9 +203,9 @@ class QuantizedEmbedding(_Packed, nn.QuantizedEmbedding):
 
 
 def product_dtype(dtype: mx.Dtype, scales: mx.array) -> mx.Dtype:
-    """What a product of rows in `dtype` with a packed weight is computed in, as MLX chooses it.
+    """The dtype that MLX computes a product of rows in `dtype` with a quantized weight in.
 
-    float32 where affine scales are: in 16 bits they would lose what the loader has kept.
+    float32 where affine scales are: 16 bits would lose digits that the loader has kept.
     """
     return mx.result_type(dtype, scales) if mx.issubdtype(scales.dtype, mx.floating) else dtype
 
@@ -216,7 +215,7 @@ def _dense_is_faster() -> bool:
 
 
 def split_products(model: nn.Module) -> None:
-    """Divide the products of a loaded model over the cores of the CPU backend; nothing on a GPU."""
+    """Divide the products of a loaded model over the cores of the CPU backend."""
     if len(device.core_streams()) < 2:
         return
     for module in model.modules():
@@ -225,27 +224,22 @@ def split_products(model: nn.Module) -> None:
 
 
 def fused(parts: Sequence[nn.Module]) -> nn.Module | None:
-    """One projection whose rows are those of `parts`, which must share their input.
-
-    Returns:
-        None where they do not fit together: quantized differently, or some with a bias.
-    """
+    """One projection with the rows of `parts`; None where formats, dtypes or biases differ."""
     first = parts[0]
     names = set(first.parameters())
     if any(type(part) is not type(first) or set(part.parameters()) != names for part in parts):
         return None
-    # Of packed parts; None for dense ones.
     settings = ("group_size", "bits", "mode")
     if len({tuple(part.__dict__.get(key) for key in settings) for part in parts}) > 1:
         return None
     if len({(name, part[name].dtype) for part in parts for name in names}) != len(names):
         return None
-    # A shallow copy keeps the class and its settings; the arrays are replaced right away.
+    # A shallow copy, whose arrays are then replaced.
     whole = type(first).__new__(type(first))
     nn.Module.__init__(whole)
     whole.__dict__.update(first.__dict__)
     for name in names:
-        # Rows are the last axis but one, also where the first one counts experts.
+        # Rows are the last axis but one: the first may count experts.
         axis = -1 if name == "bias" else -2
         whole[name] = mx.concatenate([part[name] for part in parts], axis=axis)
     return whole

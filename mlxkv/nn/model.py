@@ -16,15 +16,12 @@ from mlxkv.nn.rope import RoPE
 def attention_masks(
     windows: Sequence[int | None], caches: Sequence[LayerCache] | None, L: int
 ) -> dict[int | None, Mask]:
-    """One mask per window for the next `L` tokens.
+    """Window -> mask for `attend`, for the next L tokens.
 
     Args:
         windows: the window of each layer that owns KV, None for all tokens.
         caches: their caches in the same order; None for one pass over a whole sequence.
         L: new tokens.
-
-    Returns:
-        window -> what `attend` takes.
     """
     kinds = dict.fromkeys(windows)
     if L == 1:
@@ -39,14 +36,14 @@ def attention_masks(
 
 
 class CausalLM(nn.Module):
-    """What the engine asks of a model.
+    """A model as the engine sees it.
 
-    A family's `Model` sets `config`, has `embed`, `hidden` and `logits`, and one cache spec per
-    layer. Embeddings are apart from what follows, so that those of other media can stand among
-    them; token ids are not seen behind `embed` and `embed_per_layer`.
+    A family's `Model` sets `config` and has `embed`, `hidden`, `logits` and `cache_specs`. Only
+    `embed` and `embed_per_layer` read token ids, so that embeddings of other media can stand among
+    those of tokens.
 
     Attributes:
-        compute_dtype: what it computes in, and keeps KV in; the loader sets it.
+        compute_dtype: of the computation and of native KV; the loader sets it.
     """
 
     config: Any
@@ -68,11 +65,11 @@ class CausalLM(nn.Module):
 
     @property
     def mixes_dtypes(self) -> bool:
-        """Whether its products with packed weights may be computed in more than the model is."""
+        """Whether products with quantized weights may be computed in a wider dtype."""
         return True
 
     def keeps_dtype(self, name: str) -> bool:
-        """Whether this tensor stays in the checkpoint's dtype, whatever the model computes in."""
+        """Whether this tensor stays in the checkpoint's dtype."""
         return False
 
     def cache_specs(self) -> list[CacheSpec | None]:
@@ -83,13 +80,13 @@ class CausalLM(nn.Module):
     def stable_tokens(self) -> int | None:
         """Length up to which the KV of a token does not depend on what follows it; None for any.
 
-        Rotary embeddings that stretch with the sequence turn every key anew past their context.
+        Rotary embeddings that stretch with the sequence rotate every key anew past their context.
         """
         limits = [module.stable_tokens for module in self.modules() if isinstance(module, RoPE)]
         return min((n for n in limits if n is not None), default=None)
 
     def embed(self, tokens: mx.array) -> mx.array:
-        """What the first layer takes of tokens `[B, L]`: `[B, L, E]`, scaled where the family does.
+        """The first layer's input for tokens `[B, L]`: `[B, L, E]`, scaled where the family does.
 
         Raises:
             UnsupportedModel: the definition is mlx-lm's, which takes tokens only.
@@ -97,21 +94,18 @@ class CausalLM(nn.Module):
         raise NotImplementedError
 
     def embed_per_layer(self, tokens: mx.array) -> mx.array | None:
-        """What the layers take of tokens `[B, L]` beside it: `[B, L, layers, P]`, or None."""
+        """Each layer's own embeddings of tokens `[B, L]`: `[B, L, layers, P]`, or None."""
         return None
 
     def hidden(
         self, x: mx.array, caches: Caches = None, per_layer: mx.array | None = None
     ) -> mx.array:
-        """Final hidden states of embeddings; the caches take their KV.
+        """Final hidden states `[B, L, E]` of embeddings; appends their KV to the caches.
 
         Args:
-            x: as `embed` gives them, `[B, L, E]`, continuing what the caches hold.
+            x: from `embed`, `[B, L, E]`, at the positions that follow what the caches hold.
             caches: one per layer that owns KV (`make_caches`); None for one whole sequence.
-            per_layer: as `embed_per_layer` gives them.
-
-        Returns:
-            `[B, L, E]`.
+            per_layer: from `embed_per_layer`.
         """
         raise NotImplementedError
 
@@ -120,15 +114,7 @@ class CausalLM(nn.Module):
         raise NotImplementedError
 
     def __call__(self, tokens: mx.array, caches: Caches = None) -> mx.array:
-        """Logits of every position.
-
-        Args:
-            tokens: `[B, L]`, continuing what the caches hold.
-            caches: as of `hidden`.
-
-        Returns:
-            `[B, L, V]`.
-        """
+        """Logits `[B, L, V]` of tokens `[B, L]`; caches as for `hidden`."""
         x, per_layer = self.embed(tokens), self.embed_per_layer(tokens)
         return self.logits(self.hidden(x, caches, per_layer))
 

@@ -1,12 +1,11 @@
-"""Blocks of mixture-of-experts layers: one weight for all experts, each row sent to its own.
+"""Blocks of mixture-of-experts layers: one weight for all E experts, each row sent to its own.
 
 Names and layouts are mlx-lm's `switch_mlp.{gate,up,down}_proj`: weights `[E, out, in]`, biases
-`[E, out]`; here E is the number of experts.
+`[E, out]`.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -16,30 +15,23 @@ import numpy as np
 
 from mlxkv.base import device
 from mlxkv.nn.layers import Fusing, on_halves
-from mlxkv.nn.linear import SPLIT_ROWS, PackedStack, Quantizable, product_dtype
+from mlxkv.nn.linear import SPLIT_ROWS, Quantizable, QuantizedStack, product_dtype
 
 SORTED_ROWS = 64
-"""Rows (tokens x experts of each) from which they are sorted by expert: neighbours then share a
-weight, which MLX's kernels read once for a block of rows. mlx-lm's figure."""
+"""Rows (tokens x experts of each) from which they are sorted by expert: MLX's kernels read a weight
+once for a block of rows that share it. mlx-lm's figure."""
 
 DENSE_ROWS_PER_EXPERT = {"none": 1, "affine": 3, "mxfp4": 7, "mxfp8": 2, "nvfp4": 24}
-"""Rows of an average expert from which the CPU backend is faster with one dense product for each
-expert, by mode: a packed weight has to be dequantized first; docs/design.md has the measurement.
-Only where an OpenBLAS serves the dense product."""
+"""Mode -> rows of an average expert from which the CPU backend is faster with a dense product for
+each expert, whose weight is dequantized first, where an OpenBLAS serves it; measured in
+docs/design.md."""
 
 Activation = Callable[[mx.array, mx.array], mx.array]
-"""(gate, up) -> what the down projection takes."""
+"""(gate, up) -> the input of the down projection."""
 
 
 class ExpertLinear(Quantizable):
-    """x W_e^T + b_e, with e the expert of each row.
-
-    Args:
-        n_experts: number of experts.
-        in_dims: size of a row.
-        out_dims: size of its result.
-        bias: whether every expert has a bias.
-    """
+    """x W_e^T + b_e, with e the expert of each row."""
 
     mode = "none"
 
@@ -55,29 +47,27 @@ class ExpertLinear(Quantizable):
 
     @property
     def dense_rows(self) -> int:
-        """Rows of an average expert from which `of` is the faster way on the CPU backend."""
+        """Rows of an average expert from which `of` is faster on the CPU backend."""
         return DENSE_ROWS_PER_EXPERT[self.mode]
 
     @property
     def gathers(self) -> bool:
-        """Whether MLX has a gathering product for this weight here."""
+        """Whether MLX has a gathering product for this weight on this device."""
         return self["weight"].dtype == mx.float32 or not device.on_cpu()
 
     def __call__(self, x: mx.array, indices: mx.array, in_order: bool = False) -> mx.array:
-        """The product of every row with its expert's weight.
+        """The product `[..., 1, out]` of each row with its expert's weight.
 
         Args:
             x: `[..., 1, in]`; the leading axes broadcast with those of `indices`.
             indices: expert of each row, `[...]`.
             in_order: whether `indices` is sorted.
-
-        Returns:
-            `[..., 1, out]`.
         """
-        return self._with_bias(self._gather(x, indices, in_order), indices)
+        x = self._gather(x, indices, in_order)
+        return x + mx.expand_dims(self["bias"][indices], -2) if "bias" in self else x
 
     def of(self, expert: int, x: mx.array) -> mx.array:
-        """One expert's product with rows `[N, in]`, `[N, out]`, on its dense weight."""
+        """One expert's product `[N, out]` with rows `[N, in]`, on its dense weight."""
         x = (x @ self._dense(expert, x.dtype).T).astype(x.dtype)
         return x + self["bias"][expert] if "bias" in self else x
 
@@ -88,15 +78,12 @@ class ExpertLinear(Quantizable):
         weight = self["weight"].swapaxes(-1, -2)
         return mx.gather_mm(x, weight, rhs_indices=indices, sorted_indices=in_order)
 
-    def _with_bias(self, x: mx.array, indices: mx.array) -> mx.array:
-        return x + mx.expand_dims(self["bias"][indices], -2) if "bias" in self else x
-
     def _dense(self, expert: int, dtype: mx.Dtype) -> mx.array:
         return _slice_of(self["weight"], expert)
 
 
-class QuantizedExpertLinear(PackedStack, ExpertLinear):
-    """`ExpertLinear` on packed weights, in any of MLX's formats."""
+class QuantizedExpertLinear(QuantizedStack, ExpertLinear):
+    """`ExpertLinear` on quantized weights, in any of MLX's formats."""
 
     @property
     def gathers(self) -> bool:
@@ -117,33 +104,31 @@ class QuantizedExpertLinear(PackedStack, ExpertLinear):
         ).astype(x.dtype)
 
     def _dense(self, expert: int, dtype: mx.Dtype) -> mx.array:
-        biases = self.get("biases")
+        weight, scales = _slice_of(self["weight"], expert), _slice_of(self["scales"], expert)
         if self.mode == "mxfp4":
-            return _mxfp4_dense(
-                _slice_of(self["weight"], expert), _slice_of(self["scales"], expert), dtype
-            )
-        dtype = product_dtype(dtype, self["scales"])
+            return _mxfp4_dense(weight, scales, dtype)
+        biases = self.get("biases")
         return mx.dequantize(
-            _slice_of(self["weight"], expert),
-            scales=_slice_of(self["scales"], expert),
+            weight,
+            scales=scales,
             biases=None if biases is None else _slice_of(biases, expert),
             group_size=self.group_size,
             bits=self.bits,
             mode=self.mode,
-            dtype=dtype,
+            dtype=product_dtype(dtype, scales),
         )
 
 
 def _slice_of(array: mx.array, expert: int) -> mx.array:
-    # An integer as the index would copy the expert's weight; a slice is a view of it.
+    # A view; an integer index would copy the expert's weight.
     return array[expert : expert + 1].squeeze(0)
 
 
 def _mxfp4_dense(weight: mx.array, scales: mx.array, dtype: mx.Dtype) -> mx.array:
-    """What `mx.dequantize` gives, bit for bit, in a third of its time on the CPU backend.
+    """`mx.dequantize`, bit for bit, in a third of its time on the CPU backend.
 
-    Twice a 4-bit float is a whole number from -12 to 12, so that 12 more are 8-bit affine codes,
-    which MLX unpacks faster than MXFP4.
+    Twice a 4-bit float is a whole number from -12 to 12; plus 12 it is an 8-bit affine code, which
+    MLX dequantizes faster than MXFP4.
     """
     pairs = weight.view(mx.uint8)
     codes = mx.stack([_mxfp4_code(pairs & 15), _mxfp4_code(pairs >> 4)], axis=-1)
@@ -162,16 +147,11 @@ def _mxfp4_code(nibble: mx.array) -> mx.array:
 class GatedExperts(Fusing):
     """down_e(activation(gate_e(x), up_e(x))) for each of a token's experts e.
 
-    Args:
-        n_experts: number of experts.
-        dim: size of input and output.
-        hidden_dim: size between.
-        activation: (gate, up) -> what down takes; `layers.gated(name)` makes one.
-        bias: whether the three projections have biases.
+    The projections map `dim` to `hidden_dim` values and back.
 
     Attributes:
-        traced: nothing is computed, only the graph is wanted (see `trace`): tokens are divided
-            evenly over the experts, and a `stop_gradient` stands where results are waited for.
+        traced: only the graph is wanted (`memory.trace`): tokens are divided evenly over the
+            experts, and a `stop_gradient` stands in place of each `mx.eval`.
     """
 
     fusions: ClassVar = {"gate_up_proj": ("gate_proj", "up_proj")}
@@ -187,15 +167,7 @@ class GatedExperts(Fusing):
         self._activation = activation
 
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
-        """What each token's experts say, before they are weighed against each other.
-
-        Args:
-            x: `[B, L, dim]`.
-            indices: experts of each token, `[B, L, k]`.
-
-        Returns:
-            `[B, L, k, dim]`.
-        """
+        """The results `[B, L, k, dim]` of the experts `[B, L, k]` of tokens `[B, L, dim]`."""
         if _one_at_a_time(self["down_proj"], indices.size):
             return self._one_by_one(x, indices)
         streams = device.core_streams()
@@ -216,17 +188,15 @@ class GatedExperts(Fusing):
         return multiply(self["down_proj"], between)
 
     def _gathered(self, x: mx.array, indices: mx.array) -> mx.array:
-        # Not by `expand_dims`: with the stride that it gives a row of one the product would copy x.
+        # Not by `expand_dims`, whose strides would have the product copy x.
         x = x.reshape(*x.shape[:-1], 1, 1, x.shape[-1])  # [B, L, 1, 1, dim]
         return self._product(x, lambda part, x: part(x, indices)).squeeze(-2)
 
     def _divided(self, x: mx.array, indices: mx.array, streams: tuple[mx.Stream, ...]) -> mx.array:
         """The experts of each token divided over the cores: MLX's CPU kernels run on one."""
         k = indices.shape[-1]
-        n = min(len(streams), k)
-        bounds = [k * i // n for i in range(n + 1)]
         parts = []
-        for stream, (start, stop) in zip(streams[:n], itertools.pairwise(bounds), strict=True):
+        for stream, start, stop in device.shares(k, streams[:k]):
             with mx.stream(stream):
                 parts.append(self._gathered(x, indices[..., start:stop]))
         return mx.concatenate(parts, axis=-2)
@@ -240,37 +210,32 @@ class GatedExperts(Fusing):
     def _one_by_one(self, x: mx.array, indices: mx.array) -> mx.array:
         order, _, x = _by_expert(x, indices)
         if self.traced:
-            x = self._waited_for(x)  # to count the rows
+            x = self._evaluated(x)  # counting the rows waits for them
         results, stop = [], 0
         for expert, n in enumerate(self._rows_of_experts(indices)):
             if n == 0:
                 continue
             start, stop = stop, stop + n
             rows = self._product(x[start:stop], lambda part, x, e=expert: part.of(e, x))
-            # Now, so that no two experts' dequantized weights are alive together.
-            results.append(self._waited_for(rows))
+            # Now: only one expert's dequantized weight is alive at a time.
+            results.append(self._evaluated(rows))
         return _in_token_order(mx.concatenate(results), order, indices)
 
     def _rows_of_experts(self, indices: mx.array) -> list[int]:
-        """How many rows each expert gets; evenly divided where nothing is computed."""
-        n_experts = self["down_proj"].n_experts
         if self.traced:
-            bounds = [indices.size * i // n_experts for i in range(n_experts + 1)]
-            return [stop - start for start, stop in itertools.pairwise(bounds)]
+            experts = range(self["down_proj"].n_experts)
+            return [stop - start for _, start, stop in device.shares(indices.size, experts)]
         return np.bincount(np.array(indices.flatten())).tolist()
 
-    def _waited_for(self, rows: mx.array) -> mx.array:
+    def _evaluated(self, rows: mx.array) -> mx.array:
         if self.traced:
-            return mx.stop_gradient(rows)  # marks the place in the graph
+            return mx.stop_gradient(rows)
         mx.eval(rows)
         return rows
 
 
 def weighed(answers: mx.array, weights: mx.array) -> mx.array:
-    """The sum of each token's answers `[B, L, k, dim]` times their weights `[B, L, k]`.
-
-    One product: it takes the place of a multiplication and a sum.
-    """
+    """The sum of answers `[B, L, k, dim]` times weights `[B, L, k]`, as one product."""
     return (mx.expand_dims(weights, -2) @ answers).squeeze(-2)
 
 
@@ -283,7 +248,7 @@ def _one_at_a_time(part: ExpertLinear, n_rows: int) -> bool:
 
 def _by_expert(x: mx.array, indices: mx.array) -> tuple[mx.array, mx.array, mx.array]:
     """The order that sorts rows by expert; the experts `[B L k]` and rows `[B L k, dim]` in it."""
-    experts = indices.flatten()  # once: the chosen are a part of all experts, which makes it a copy
+    experts = indices.flatten()  # once: it copies, as the chosen are a part of all experts
     order = mx.argsort(experts)
     return order, experts[order], x.reshape(-1, x.shape[-1])[order // indices.shape[-1]]
 

@@ -1,7 +1,6 @@
-"""Rotary position embedding in every variant that checkpoints of the families use.
+"""Rotary position embedding: inverse frequencies and a factor for each variant, for `mx.fast.rope`.
 
-Each variant is a set of inverse frequencies and a factor on the rotated values; the rotation is
-`mx.fast.rope`. The formulas follow transformers' `modeling_rope_utils.py`, which is the reference.
+Reference: transformers' `modeling_rope_utils.py`.
 """
 
 from __future__ import annotations
@@ -18,11 +17,9 @@ from mlxkv.kv.layout import Offset, Positions
 
 
 def inverse_frequencies(config: RopeConfig, n_tokens: int = 0) -> list[float]:
-    """Radians that each pair of values turns per position, `dims / 2` of them.
+    """Radians per position of each pair of values, `dims / 2` of them.
 
-    Args:
-        config: the variant.
-        n_tokens: length of the sequence so far, which `dynamic` and `longrope` depend on.
+    `dynamic` and `longrope` depend on `n_tokens`, the length of the sequence so far.
     """
     theta = _dynamic_theta(config, n_tokens) if config.rope_type == "dynamic" else config.theta
     plain = [theta ** (-i / config.dims) for i in range(0, config.dims, 2)]
@@ -45,7 +42,7 @@ def inverse_frequencies(config: RopeConfig, n_tokens: int = 0) -> list[float]:
 
 
 def attention_factor(config: RopeConfig) -> float:
-    """What rotated queries and keys are multiplied by, both of them."""
+    """The factor on rotated queries and on rotated keys."""
     if config.rope_type not in ("yarn", "longrope"):
         return 1.0
     if config.attention_factor is not None:
@@ -103,7 +100,7 @@ class RoPE(nn.Module):
     Args:
         config: the variant.
         traditional: pairs are neighbours instead of halves.
-        head_dim: values of a head, of which more than `dims` may be left as they are.
+        head_dim: values of a head, `dims` or more.
     """
 
     def __init__(self, config: RopeConfig, traditional: bool = False, head_dim: int | None = None):
@@ -112,7 +109,7 @@ class RoPE(nn.Module):
         self._dims = config.dims
         self._factor = attention_factor(config)
         if traditional and head_dim is not None and self._factor == 1.0:
-            # MLX's kernel copies heads that turn in part; neighbours can turn by nothing instead.
+            # MLX's kernel copies heads that it rotates in part: rotate the rest by nothing.
             self._dims = head_dim
         self._grows = config.rope_type in ("dynamic", "longrope")
         self._periods = self._periods_at(0)
@@ -129,18 +126,13 @@ class RoPE(nn.Module):
                 return None
 
     def _periods_at(self, n_tokens: int) -> mx.array:
-        # A pair that stands still has an infinite period, whose reciprocal the kernels take as 0.
+        # The period of a pair that is not rotated is infinite: the kernels use its reciprocal, 0.
         frequencies = inverse_frequencies(self._config, n_tokens)
         frequencies += [0.0] * (self._dims // 2 - len(frequencies))
         return mx.array([1.0 / f if f else math.inf for f in frequencies])
 
     def __call__(self, x: mx.array, offset: Offset = 0) -> mx.array:
-        """Rotate.
-
-        Args:
-            x: `[B, H, L, D]`; the dtype is kept.
-            offset: position of the first token, or one per row.
-        """
+        """Rotate x `[B, H, L, D]` from position `offset` on, or from one for each row."""
         if device.on_cpu() and x.shape[2] == 1 and self._has_no_kernel(x):
             return self._of_token(x, offset)
         if self._grows:
@@ -151,13 +143,7 @@ class RoPE(nn.Module):
     def of_qkv(
         self, qkv: mx.array, n_heads: int, n_kv_heads: int, offset: Offset = 0
     ) -> tuple[mx.array, mx.array, mx.array]:
-        """Queries and keys, rotated in one operation, and values, which are not.
-
-        Args:
-            qkv: `[B, H + 2 Hk, L, D]`, in this order.
-            n_heads: H.
-            n_kv_heads: Hk.
-            offset: as of a call.
+        """Split `[B, H + 2 Hk, L, D]`; rotate queries and keys in one operation.
 
         Returns:
             `[B, H, L, D]`, `[B, Hk, L, D]`, `[B, Hk, L, D]`.
@@ -165,20 +151,18 @@ class RoPE(nn.Module):
         B, _, _, D = qkv.shape
         n = n_heads + n_kv_heads
         if B > 1 and self._factor == 1.0 and self._dims == D and not device.on_cpu():
-            # MLX's kernel copies a part of each row of a batch; turning all heads costs less.
+            # MLX's kernel copies a part of each row of a batch; rotating all heads costs less.
             q, k, _ = mx.split(self(qkv, offset), (n_heads, n), axis=1)
         else:
             q, k = mx.split(self(qkv[:, :n], offset), (n_heads,), axis=1)
         return q, k, qkv[:, n:]
 
     def _of_token(self, x: mx.array, offset: Offset) -> mx.array:
-        """One token of each row, without the kernel."""
         if not isinstance(offset, Positions):
             return x @ rotation(self._config, offset, x.shape[-1])
         return _turned(x, self._dims, *rotations(self._config, offset, x.shape[-1]))
 
     def _of_growing(self, x: mx.array, offset: Offset) -> mx.array:
-        """With periods that depend on the length of the sequence."""
         if not isinstance(offset, Positions):
             return self._rotated(x, offset, self._periods_at(offset + x.shape[2]))
         stable = self.stable_tokens
@@ -206,7 +190,6 @@ class RoPE(nn.Module):
         )
 
     def _has_no_kernel(self, x: mx.array) -> bool:
-        """Whether `_of_token` is what the CPU backend is to take instead."""
         return x.dtype == mx.float32 and not (self._grows or self._traditional)
 
 
@@ -214,8 +197,8 @@ class RoPE(nn.Module):
 def rotation(config: RopeConfig, offset: int, D: int) -> mx.array:
     """The rotation of one position as a float32 matrix `[D, D]`, made once for a step's layers.
 
-    The CPU backend has no kernel for the rotation and runs some fifteen operations instead, which
-    cost more than one product with this.
+    One product with it is cheaper than the fifteen operations that the CPU backend has for a
+    rotation.
     """
     stays, turns = _factors(config, (offset,), D)
     return _turned(mx.eye(D), config.dims, stays[0, 0], turns[0, 0])
@@ -223,16 +206,16 @@ def rotation(config: RopeConfig, offset: int, D: int) -> mx.array:
 
 @functools.lru_cache(maxsize=8)
 def rotations(config: RopeConfig, offset: Positions, D: int) -> tuple[mx.array, mx.array]:
-    """The rotations of one token of each sequence: what to multiply the values with, and what their
-    partners, which stand half the turning dimensions away. Float32, `[B, 1, 1, D]` both.
+    """The rotations of one token of each sequence: factors on values and on their partners, which
+    are half the rotated dimensions away; float32 `[B, 1, 1, D]` both.
 
-    A matrix per sequence would be read for a few rows only: at 256 dimensions three times slower.
+    A matrix per sequence, read for a few rows only, is three times slower at 256 dimensions.
     """
     return _factors(config, offset.of, D)
 
 
 def _factors(config: RopeConfig, positions: tuple[int, ...], D: int) -> tuple[mx.array, mx.array]:
-    # float32 angles, as the reference and the kernels have them.
+    # float32 angles, as in the reference and the kernels.
     at = mx.array(positions, dtype=mx.float32)[:, None]
     angles = at * mx.array(inverse_frequencies(config))  # [B, dims / 2]
     factor = attention_factor(config)

@@ -14,12 +14,12 @@ class Access:
     """Where a step writes and reads a part's shared buffers, in layers of one window.
 
     Args:
-        slots: of its sequences, in the batch's order.
-        columns: the same.
+        slots: rows that are written, in the batch's order.
+        columns: theirs.
         n_rows: rows that are read.
         n_columns: columns of them.
-        mask: bool `[n_rows, 1, 1, n_columns]`; None where all columns are seen.
-        offsets: of the sequences behind this step, in the batch's order.
+        mask: bool `[n_rows, 1, 1, n_columns]`; None where all columns are visible.
+        offsets: of the sequences after this step, in the batch's order.
     """
 
     def __init__(
@@ -37,10 +37,7 @@ class Access:
         self._made: dict[Any, Any] = {}
 
     def columns(self, n_slots: int, shape: tuple[int, ...]) -> mx.array | None:
-        """uint32 `[n, H, 1, D]` if the sequences fill all slots in their order, else None.
-
-        Made once for all layers, as `index` is.
-        """
+        """uint32 `[n, H, 1, D]` if the sequences fill all slots in their order, else None."""
         if n_slots != self.n_rows or not self._is_in_order:
             return None
         if shape not in self._made:
@@ -51,7 +48,7 @@ class Access:
     def index(self, n_heads: int) -> tuple[mx.array, mx.array, mx.array]:
         """Slots, heads and columns, uint32 `[n, H]` each."""
         if n_heads not in self._made:
-            # On the host: as operations they would be launched in every step.
+            # On the host: each step would launch operations.
             heads = [list(range(n_heads))] * len(self._slots)
             slots = [[slot] * n_heads for slot in self._slots]
             columns = [[column] * n_heads for column in self._columns]
@@ -78,7 +75,6 @@ class SharedBuffers:
 
     @property
     def n_slots(self) -> int:
-        """Rows."""
         return self.arrays[0].shape[0]
 
     @property
@@ -88,26 +84,20 @@ class SharedBuffers:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all rows."""
         return sum(array.nbytes for array in self.arrays)
 
     def write(self, rows: Sequence[mx.array], access: Access) -> None:
-        """Write one token of each of some sequences: one scatter an array.
-
-        Args:
-            rows: `[n, H, 1, D]`, in the order of `arrays`.
-            access: where they go.
-        """
+        """Write one token of some sequences, `[n, H, 1, D]` for each array, by a scatter each."""
         written = []
         for array, x in zip(self.arrays, rows, strict=True):
-            if x.size == 0:  # values of latent attention, which are part of the keys
+            if x.size == 0:  # latent attention's values, which are part of the keys
                 written.append(array)
                 continue
             columns = access.columns(array.shape[0], x.shape)
-            if columns is not None:  # the same in a third of the host's time
+            if columns is not None:  # a third of the host's time
                 written.append(mx.put_along_axis(array, columns, x, axis=2))
                 continue
-            array = array[...]  # a handle of its own: an interrupt finds what was there
+            array = array[...]  # a handle of its own: an interrupt leaves `arrays` unchanged
             array[access.index(array.shape[1])] = x.squeeze(2)
             written.append(array)
         self.arrays = written
@@ -124,7 +114,7 @@ class SharedBuffers:
             self.arrays = [extended(array, self.capacity, capacity) for array in self.arrays]
 
     def rows(self, slot: int) -> list[mx.array]:
-        """A copy of one row: what is written from a view of itself is not written in place."""
+        """A copy of one row: MLX cannot write in place from a view of the same array."""
         rows = [mx.contiguous(array[slot : slot + 1]) for array in self.arrays]
         mx.eval(rows)
         return rows
@@ -132,7 +122,7 @@ class SharedBuffers:
     def put(self, slot: int, rows: Sequence[mx.array]) -> None:
         """Write a sequence's rows `[1, H, n, D]` from column 0 on, and zeros behind them.
 
-        What an earlier sequence left there would be multiplied by a weight of 0: a NaN stays one.
+        A NaN that an earlier sequence left there would stay one when multiplied by a weight of 0.
         """
         written = []
         for array, x in zip(self.arrays, rows, strict=True):
@@ -143,7 +133,7 @@ class SharedBuffers:
         self.arrays = written
 
     def resize(self, n_slots: int, capacity: int) -> None:
-        """Have so many rows of so many tokens; what is left is copied."""
+        """Copy into so many rows of so many tokens."""
         if n_slots <= self.n_slots and capacity <= self.capacity:
             cut = [array[:n_slots, :, :capacity] for array in self.arrays]
             self.arrays = [mx.contiguous(array) for array in cut]

@@ -1,4 +1,4 @@
-"""What Gemma 3n and 4 share: last layers that read the KV of earlier ones, embeddings per layer."""
+"""Shared by Gemma 3n and 4: last layers that read the KV of earlier ones, embeddings per layer."""
 
 from __future__ import annotations
 
@@ -60,9 +60,7 @@ class SharedKVConfig(DecoderConfig):
 
 
 def donors(fields: Fields, kinds: Sequence[Hashable], n_shared: int) -> tuple[int | None, ...]:
-    """For each layer the one whose KV it reads, None where it has its own.
-
-    The last layers read the KV of the last layer of their kind that has its own.
+    """Each layer's donor: for the last `n_shared` the last layer of their kind with KV of its own.
 
     Raises:
         ConfigError: there is no such layer.
@@ -78,10 +76,7 @@ def donors(fields: Fields, kinds: Sequence[Hashable], n_shared: int) -> tuple[in
 
 
 class SharedAttention(Fusing):
-    """Queries of this layer on the keys and values of an earlier one.
-
-    Scores are not scaled: the norms of queries and keys do it.
-    """
+    """Queries of this layer on the keys and values of an earlier one; norms stand for a scale."""
 
     def __init__(self, config: DecoderConfig, heads: Heads):
         super().__init__()
@@ -100,13 +95,13 @@ class SharedAttention(Fusing):
         cache: LayerCache | None,
         kv: KeysValues | None,
     ) -> tuple[mx.array, KeysValues]:
-        """Attention of x `[B, L, E]`, and the keys and values that it went over.
+        """Attention of x `[B, L, E]`, and the keys and values that it used.
 
         Args:
             x: the layer's input.
             mask: see `attend`.
             offset: position of the first token.
-            cache: the layer's own; None where it has none, or in one pass over a whole sequence.
+            cache: the layer's own, if it has one and this is not one pass over a whole sequence.
             kv: the donor's; None for a layer with its own.
         """
         q, k, v = self.heads(x, offset, kv)
@@ -119,7 +114,7 @@ class SharedAttention(Fusing):
     def heads(self, x: mx.array, offset: Offset, kv: KeysValues | None) -> tuple[mx.array, KV, KV]:
         """Queries `[B, H, L, D]`, keys and values."""
         assert kv is not None, "a layer without KV needs its donor's"
-        # Norms come before the axes change places, else they copy.
+        # Norms before the transposition, which they would copy.
         q = self["q_norm"](self["q_proj"](x).reshape(*x.shape[:-1], -1, self.head_dim))
         return self["_rope"](q.transpose(0, 2, 1, 3), offset), *kv
 
@@ -139,7 +134,7 @@ class OwnAttention(SharedAttention, NormedHeads):
 
     def heads(self, x: mx.array, offset: Offset, kv: KeysValues | None) -> tuple[mx.array, KV, KV]:
         H, Hk = self.n_heads, self.n_kv_heads
-        # Without a v_proj the last heads are the keys' once more, before their norm and rotation.
+        # Without a v_proj the values are the keys before their norm and rotation.
         heads = self.project("qkv_proj", x).reshape(*x.shape[:-1], -1, self.head_dim)
         qk, plain = self.normed(heads, self._eps)  # [B, L, H + Hk or H + 2 Hk, D]
         qk = self["_rope"](qk.transpose(0, 2, 1, 3), offset)  # [B, H + Hk, L, D]
@@ -153,7 +148,6 @@ class KeyIsValueAttention(OwnAttention):
 
 
 def attention(config: DecoderConfig, heads: Heads) -> SharedAttention:
-    """The kind of attention that a layer has."""
     if heads.donor is not None:
         return SharedAttention(config, heads)
     return (KeyIsValueAttention if heads.k_is_v else OwnAttention)(config, heads)
@@ -184,14 +178,9 @@ class PerLayerBackbone(Backbone):
             self.per_layer_projection_norm = nn.RMSNorm(P, config.rms_norm_eps)
 
     def per_layer_inputs(self, x: mx.array, own: mx.array) -> mx.array:
-        """What each layer takes: embeddings `[B, L, E]` projected, and the tokens' own for it.
+        """Each layer's input `[B, L, N, P]`: x `[B, L, E]` projected, and `own` of the same shape.
 
-        Args:
-            x: the embeddings.
-            own: as `SharedKVModel.embed_per_layer` gives them, `[B, L, N, P]`.
-
-        Returns:
-            `[B, L, N, P]`.
+        `own` comes from `SharedKVModel.embed_per_layer`.
         """
         projected = self["per_layer_model_projection"](x) * x.shape[-1] ** -0.5
         return (self["per_layer_projection_norm"](projected.reshape(own.shape)) + own) * 2**-0.5
@@ -200,14 +189,13 @@ class PerLayerBackbone(Backbone):
 class SharedKVModel(DecoderModel):
     """A decoder whose last layers may read the KV of earlier ones, on a `PerLayerBackbone`.
 
-    Its layers are callables of (x, mask, offset, cache, the donor's KV, own embedding) and give x
+    Its layers are callables of (x, mask, offset, cache, the donor's KV, own embedding) and return x
     and the KV they used.
     """
 
     config: SharedKVConfig
 
     def cache_specs(self) -> list[CacheSpec | None]:
-        """One per layer; None where it reads its donor's KV."""
         return [
             CacheSpec(h.n_kv_heads, h.head_dim, h.head_dim, h.window) if h.donor is None else None
             for h in self.config.heads
@@ -222,17 +210,17 @@ class SharedKVModel(DecoderModel):
     def through_layers(
         self, x: mx.array, inputs: mx.array | None, caches: Caches, last_only: bool = False
     ) -> mx.array:
-        """What the last layer gives.
+        """The last layer's output.
 
         Args:
-            x: `[..., L, E]`, what the first layer takes.
-            inputs: of `per_layer_inputs`, if the layers take any.
+            x: the first layer's input, `[..., L, E]`.
+            inputs: from `per_layer_inputs`, if the layers take any.
             caches: one per layer that owns KV.
             last_only: compute the layers without KV of their own for the last token alone.
         """
         L, n_own = x.shape[-2], len(self._windows)
         masks = attention_masks(self._windows, caches, L)
-        # Before any layer: a donor's cache has moved on when its readers rotate their queries.
+        # Read before any layer: a donor's cache has advanced when its readers rotate their queries.
         offset = caches[0].offset if caches else 0
         used: list[KeysValues] = []
         for i, (layer, heads) in enumerate(zip(self.model.layers, self.config.heads, strict=True)):

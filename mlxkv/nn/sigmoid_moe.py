@@ -1,4 +1,4 @@
-"""Mixtures of experts behind a sigmoid router, with an expert for every token, as GLM has them.
+"""GLM's mixtures of experts: a sigmoid router, and an expert that every token shares.
 
 The first layers are dense. Reference: transformers `modeling_glm4_moe.py`.
 """
@@ -18,7 +18,7 @@ from mlxkv.nn.layers import GatedMLP, Prepared, compiled, gated
 from mlxkv.nn.moe import GatedExperts, weighed
 
 CORRECTION_BIAS = "e_score_correction_bias"
-"""A parameter that stays in float32: two experts may differ by less than 16 bits can say."""
+"""A parameter that stays in float32: two experts may differ by less than a 16-bit step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +62,10 @@ class MoEConfig:
 
 
 class Router(Prepared):
-    """Chooses the experts of each token, in float32 as the model was trained.
+    """The experts of each token: the largest sigmoid(logit) + correction bias, in float32.
 
-    The experts are chosen by sigmoid(logit) + correction bias, within the groups whose two best
-    add up to most; they are weighed by the sigmoid alone.
+    They are chosen within the groups whose two best have the largest sum, and weighted by the
+    sigmoid alone.
     """
 
     def __init__(self, hidden_size: int, config: MoEConfig):
@@ -100,7 +100,7 @@ class Router(Prepared):
 
 @compiled
 def _scores(logits: mx.array, correction: mx.array) -> tuple[mx.array, mx.array]:
-    """What experts are weighed by, and what they are chosen by."""
+    """The scores that weigh experts, and those that choose them."""
     scores = mx.sigmoid(logits)
     return scores, scores + correction
 
@@ -119,7 +119,7 @@ def _shares(dtype: mx.Dtype, factor: float) -> Callable[[mx.array, mx.array | No
 
 
 class MoE(nn.Module):
-    """The chosen experts of each token, weighed, and the shared one on top."""
+    """The weighted sum of each token's experts, plus the shared one."""
 
     def __init__(self, config: DecoderConfig, moe: MoEConfig):
         super().__init__()

@@ -1,16 +1,15 @@
 """Shared buffers of sequences that are decoded together: each sequence's KV is a row of them.
 
 Invariants:
-- A group's sequences have one KV format and similar lengths: what a step reads beyond what they
-  hold is at most a quarter of it, or `PAD_BYTES` a layer.
-- Sequence i of a group is row i of every layer's arrays `[n_slots, H, capacity, D]`. The token at
+- A group's sequences have one KV format and similar lengths: a step reads at most a quarter more
+  than they hold, or `PAD_BYTES` a layer.
+- A sequence in slot i is row i of every layer's arrays `[n_slots, H, capacity, D]`. The token at
   position p lies at column p, in a window of W tokens at `p % W`.
-- A slot is free when no cache refers to it any more: a cache that is written alone, reset or
-  dropped leaves by itself, and nothing has to be told.
-- Buffers that are made anew for a sequence that joins a group have a quarter more slots than are
-  used, at least one more, where there is room: the next n // 4 that join, or the next one, are the
-  only ones copied. One that leaves copies at most one other; more free slots than a quarter, or
-  than `KEPT` where there is room, are given back.
+- A slot is free when no cache refers to it: a cache that is written alone, reset or dropped leaves
+  without a call.
+- Buffers that grow for a sequence that joins have a quarter more slots than are used, at least one,
+  where there is room: the sequences that join next copy only themselves. One that leaves copies at
+  most one other. More free slots than a quarter, or than `KEPT` where there is room, are freed.
 """
 
 from __future__ import annotations
@@ -26,17 +25,16 @@ from mlxkv.kv.layout import Cache
 from mlxkv.nn.shared_buffers import SharedBuffers, padded
 
 SLACK = 4
-"""One in so many: tokens that a group reads without need, and slots that it keeps free."""
+"""One in so many: padding that a group may read, and slots that it keeps free."""
 KEPT = 2
-"""Free slots that a group keeps if memory is not short, no more than it uses: where sequences come
-and go in groups of 2 to 6 this halves the copies, for 29% of free rows and not 20%."""
+"""Free slots that a group keeps if memory is not short, no more than it uses: in groups of 2 to 6
+this halves the copies when sequences join and leave, for 29% of free rows instead of 20%."""
 PAD_BYTES = 2**20
-"""Bytes a layer that a group may read without need in any case: the launches of a second group take
-as long as reading so much."""
+"""Padding a layer that a group may always read: the launches of a second group take as long."""
 
 Sliceable = KVCache | RotatingKVCache
 Layers = Sequence[Sliceable]
-"""The caches of one sequence, of all layers that hold keys and values."""
+"""One sequence's caches of keys and values."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +47,7 @@ class Row:
 
     @property
     def nbytes(self) -> int:
-        """This sequence's part of the bytes."""
+        """This sequence's share of the bytes."""
         return -(-self.shared.nbytes // max(1, self.group.n_used))
 
     def views(self, n_rows: int) -> list[mx.array]:
@@ -67,17 +65,15 @@ class Group:
 
     @property
     def n_slots(self) -> int:
-        """Rows, in use or not."""
+        """Rows, used or free."""
         return len(self._owners)
 
     @property
     def n_used(self) -> int:
-        """Rows in use."""
         return len(self.used())
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all layers."""
         return sum(layer.nbytes for layer in self.layers)
 
     def used(self) -> list[int]:
@@ -92,25 +88,23 @@ class Group:
                 yield cache
 
     def n_slots_with(self, n_new: int, *, spare: bool) -> int:
-        """Rows after so many more sequences were moved in; see `admit`."""
+        """Rows after so many sequences more were admitted."""
         n_needed = self.n_used + n_new
         if n_needed <= self.n_slots:
             return self.n_slots
         return n_needed + (max(1, n_needed // SLACK) if spare and self.layers else 0)
 
     def admit(self, sequences: Sequence[Layers], *, spare: bool) -> None:
-        """Move sequences in; evaluates layer by layer, so that one layer at most is there twice.
+        """Move sequences in, layer by layer: at most one layer's buffers exist twice.
 
-        Args:
-            sequences: the caches of each.
-            spare: whether a group that has buffers, and no row for them, takes some more rows.
+        `spare`: whether a group that has buffers and no free row gets more rows than it needs.
         """
         used = set(self.used())
         n_slots = self.n_slots_with(len(sequences), spare=spare)
         self._owners += [[] for _ in range(n_slots - self.n_slots)]
         free = [slot for slot in range(self.n_slots) if slot not in used]
         places = list(zip(free, sequences, strict=False))
-        # First: where a layer fails, those before it are in their slots.
+        # First: if a layer fails, those before it are in their slots.
         for slot, layers in places:
             self._owners[slot] = [weakref.ref(cache) for cache in layers]
         longest = max(_length(layers) for layers in sequences)
@@ -131,7 +125,7 @@ class Group:
                 layers[i].share(Row(layer, slot, self))
 
     def tidy(self, room: Room) -> None:
-        """Fill gaps from the end, and give back what is not needed."""
+        """Fill gaps from the end, and free what is not needed."""
         used = self.used()
         while used and used[-1] >= len(used):
             hole = next(slot for slot in range(self.n_slots) if slot not in set(used))
@@ -142,7 +136,7 @@ class Group:
         n_slots = min(self.n_slots, len(used) + self._n_kept(len(used), room))
         self._owners = self._owners[:n_slots]
         for layer, cache in zip(self.layers, caches, strict=False):
-            # Not for a step or two: the next sequence may need it again.
+            # Not for a step or two: the next sequence may need them.
             wanted = cache.n_rows(longest)
             capacity = wanted if layer.capacity * (SLACK - 1) > wanted * SLACK else layer.capacity
             if (layer.n_slots, layer.capacity) != (n_slots, capacity):
@@ -172,7 +166,7 @@ class Part:
     """Sequences of a batch whose KV is in the same arrays.
 
     Args:
-        sequences: which of the batch they are, in the order of their rows.
+        sequences: their indices in the batch, in the order of their rows.
         slots: their rows; `(0,)` of one with buffers of its own.
         is_shared: whether the arrays are a group's.
     """
@@ -183,7 +177,7 @@ class Part:
 
 
 Room = Callable[[int], bool]
-"""Whether there is room for so many bytes."""
+"""Whether so many bytes are free."""
 
 
 def place(sequences: Sequence[Layers], room: Room, one_part: bool = False) -> list[Part]:
@@ -191,13 +185,13 @@ def place(sequences: Sequence[Layers], room: Room, one_part: bool = False) -> li
 
     Args:
         sequences: the caches of each.
-        room: asked for the bytes that moving takes; where there is none they stay where they are.
+        room: where it refuses the bytes of a move, sequences stay where they are.
         one_part: move all that have the same format, however long they are.
     """
     for bucket in _buckets(sequences, one_part):
         group = bucket.group or Group()
-        # In the batch's order: nothing has to be rearranged then.
-        new = [i for i in sorted(bucket.members) if _place_of(sequences[i]) is not group]
+        # In the batch's order, which `batch` then need not rearrange.
+        new = [i for i in sorted(bucket.members) if _group_of(sequences[i]) is not group]
         if not new or len(bucket.members) == 1:
             continue
         layers = [sequences[i] for i in new]
@@ -210,7 +204,7 @@ def place(sequences: Sequence[Layers], room: Room, one_part: bool = False) -> li
 
 @dataclass(slots=True)
 class _Bucket:
-    """Sequences that shall be in one group."""
+    """Sequences to be put in one group."""
 
     group: Group | None
     form: object
@@ -222,7 +216,7 @@ def _buckets(sequences: Sequence[Layers], one_part: bool) -> list[_Bucket]:
     buckets: list[_Bucket] = []
     by_length = sorted(range(len(sequences)), key=lambda i: lengths[i])
     for i in by_length:
-        if lengths[i] and (group := _place_of(sequences[i])) is not None:
+        if lengths[i] and (group := _group_of(sequences[i])) is not None:
             known = next((b for b in buckets if b.group is group), None)
             if known is None:
                 buckets.append(_Bucket(group, _form(sequences[i]), [i]))
@@ -231,7 +225,7 @@ def _buckets(sequences: Sequence[Layers], one_part: bool) -> list[_Bucket]:
     placed = {i for bucket in buckets for i in bucket.members}
     loose = [i for i in by_length if lengths[i] and i not in placed]
     buckets += [_Bucket(None, _form(sequences[i]), [i]) for i in loose]
-    # The largest groups first: the others move.
+    # The largest groups first: smaller ones move.
     merged: list[_Bucket] = []
     for bucket in sorted(buckets, key=lambda bucket: -len(bucket.members)):
         for other in merged:
@@ -248,18 +242,16 @@ def _buckets(sequences: Sequence[Layers], one_part: bool) -> list[_Bucket]:
 
 
 def _parts(sequences: Sequence[Layers], room: Room) -> list[Part]:
-    groups: dict[int, list[int]] = {}
+    groups: dict[Group, list[int]] = {}
     alone = []
     for i, layers in enumerate(sequences):
-        group = _place_of(layers)
+        group = _group_of(layers)
         if group is None:
             alone.append(i)
         else:
-            groups.setdefault(id(group), []).append(i)
+            groups.setdefault(group, []).append(i)
     parts = []
-    for members in groups.values():
-        group = _place_of(sequences[members[0]])
-        assert group is not None
+    for group, members in groups.items():
         group.tidy(room)
         order = sorted((_slot(sequences[i]), i) for i in members)
         slots, own = zip(*order, strict=True)
@@ -267,7 +259,7 @@ def _parts(sequences: Sequence[Layers], room: Room) -> list[Part]:
     return parts + [Part((i,), (0,), False) for i in alone]
 
 
-def _place_of(layers: Layers) -> Group | None:
+def _group_of(layers: Layers) -> Group | None:
     """The group that all of a sequence's caches are in, in one slot."""
     row = layers[0].row if layers else None
     if not isinstance(row, Row) or len(row.group.layers) != len(layers):
@@ -283,17 +275,12 @@ def _slot(layers: Layers) -> int:
 
 
 def sliceable(caches: Sequence[Cache]) -> list[Sliceable]:
-    """Those that hold keys and values of tokens."""
+    """The caches of keys and values."""
     return [cache for cache in caches if isinstance(cache, KVCache | RotatingKVCache)]
 
 
 def go_together(lengths: Sequence[int], token_bytes: int) -> bool:
-    """Whether sequences of these lengths may be read as if all were as long as the longest.
-
-    Args:
-        lengths: tokens of each.
-        token_bytes: what one takes in a layer.
-    """
+    """Whether sequences of these lengths may be padded to the longest, at `token_bytes` a layer."""
     held = sum(lengths)
     padding = len(lengths) * max(lengths) - held
     return padding * SLACK <= held or padding * token_bytes <= PAD_BYTES
@@ -302,9 +289,9 @@ def go_together(lengths: Sequence[int], token_bytes: int) -> bool:
 def growth_bytes(layers: Layers, n_tokens: int) -> int:
     """Bytes that a sequence's group takes beside its own row if it is to hold `n_tokens`.
 
-    All rows grow with the longest one, and each layer is there twice while it is copied.
+    All rows grow with the longest one, and each layer exists twice while it is copied.
     """
-    group = _place_of(layers)
+    group = _group_of(layers)
     if group is None:
         return 0
     more, largest = 0, 0
@@ -318,7 +305,7 @@ def growth_bytes(layers: Layers, n_tokens: int) -> int:
 
 
 def _bytes_to_admit(group: Group, new: Sequence[Layers], *, spare: bool) -> int:
-    """What is allocated more, without what the new ones give back, at the most."""
+    """Bytes allocated at most, before the sequences free their own buffers."""
     n_slots = group.n_slots_with(len(new), spare=spare)
     longest = max(_length(layers) for layers in new)
     total, largest = 0, 0
@@ -330,7 +317,7 @@ def _bytes_to_admit(group: Group, new: Sequence[Layers], *, spare: bool) -> int:
 
 
 def _form(layers: Layers) -> object:
-    """What must be the same for two sequences to share buffers."""
+    """Equal for sequences that can share buffers."""
     return [
         (cache.max_rows, [(x.shape[1], x.shape[3], x.dtype) for x in cache.arrays])
         for cache in layers
@@ -352,7 +339,7 @@ def _is_at(cache: Sliceable, layer: SharedBuffers, slot: int) -> bool:
 
 
 def _aligned(cache: Sliceable) -> list[mx.array]:
-    """What a cache holds, with the token at position p at column p, or at `p % window`."""
+    """A cache's arrays, with the token at position p at column p, or at `p % window`."""
     window = cache.max_rows
     first = cache.first if window is None else max(cache.first, cache.offset - window)
     arrays = list(cache.read(first, cache.offset).arrays)
