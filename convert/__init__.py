@@ -1,17 +1,17 @@
-"""Turns a Hugging Face checkpoint or a GGUF file into an MLX model directory.
+"""Convert a Hugging Face checkpoint or a GGUF file to an MLX model directory, as mlx-lm loads it.
 
     from mlxkv.convert import convert
     result = convert("model.gguf", "model-mlx")
     print(result.plan.bits_per_weight)
 
-The output is mlx-lm's own format: both load it. A plan is made first and carried out second; see
-`plan.py` and `write.py`.
+`plan.py` decides what is written, `write.py` writes it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,15 +23,12 @@ if TYPE_CHECKING:
 __all__ = ["ConvertPlan", "ConvertResult", "Progress", "convert", "describe"]
 
 
+_DEFERRED = {"ConvertPlan": ".plan", "describe": ".report"}
+
+
 def __getattr__(name: str) -> Any:
-    if name == "ConvertPlan":
-        from .plan import ConvertPlan
-
-        return ConvertPlan
-    if name == "describe":
-        from .report import describe
-
-        return describe
+    if name in _DEFERRED:
+        return getattr(import_module(_DEFERRED[name], __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -40,7 +37,7 @@ class Progress:
     """How far a conversion is.
 
     Attributes:
-        phase: "tensors" while weights are written, "files" for what belongs beside them, "done".
+        phase: "tensors" while weights are written, then "files" for the other files, then "done".
         done_bytes, total_bytes: of the output's weights.
         name: the tensor just written.
     """
@@ -53,11 +50,7 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class ConvertResult:
-    """What was done.
-
-    Attributes:
-        path: the model directory; None after a dry run.
-    """
+    """The plan, and the model directory (None after a dry run)."""
 
     plan: ConvertPlan
     path: Path | None
@@ -76,16 +69,16 @@ def convert(
     max_shard_bytes: int | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> ConvertResult:
-    """Converts a model.
+    """Convert a model.
 
     Args:
         source: a directory with config.json and safetensors, or a .gguf file.
         output: the folder to make; it must not exist, or be empty.
-        dtype: of what is not packed: float16, bfloat16 or float32. None keeps the source's; what
-            a GGUF file's types are unpacked to is bfloat16 for Gemma and float16 for others.
-        quantize: affine2 to affine8, mxfp4, mxfp8, nvfp4, or none to unpack everything. None keeps
-            what the source packs, if MLX packs it the same way.
-        group_size: values that share a scale; affine only has a choice.
+        dtype: of what is not quantized: float16, bfloat16 or float32. None keeps the source's, and
+            dequantizes a GGUF file's types to bfloat16 for Gemma and float16 for others.
+        quantize: affine2 to affine8, mxfp4, mxfp8, nvfp4, or none to dequantize everything. None
+            keeps the source's quantization where MLX has the same.
+        group_size: values that share a scale; only affine has a choice.
         recipe: "mixed" keeps embeddings, head and the projections at both ends at more bits.
         dry_run: only plan.
         overwrite: replace an output that exists, when the new one is complete.
@@ -95,7 +88,7 @@ def convert(
     Raises:
         UsageError: an option that is not allowed.
         ModelNotFound: no such source.
-        CheckpointError: the source is damaged, or of an architecture that is not known.
+        CheckpointError: the source is damaged, or its architecture is not supported.
         OutputError: the output exists, or cannot be written.
     """
     from .open import open_source
@@ -110,10 +103,10 @@ def convert(
     plan = make_plan(opened, options)
     if dry_run:
         return ConvertResult(plan, None)
-    return ConvertResult(plan, _carry_out(plan, opened, output, overwrite, progress))
+    return ConvertResult(plan, _write(plan, opened, output, overwrite, progress))
 
 
-def _carry_out(
+def _write(
     plan: ConvertPlan,
     source: Source,
     output: Path,

@@ -1,8 +1,7 @@
 """config.json as mlx-lm reads it: Hugging Face's hub style.
 
 transformers 5 writes RoPE and layer kinds in other keys (`rope_parameters`, `layer_types`); those
-stay, and the older ones that say the same are added. Nothing here decides: a family has read and
-checked the config before.
+stay, and the older ones are added. A family has read and checked the config before.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from typing import Any
 
 from mlxkv.checkpoint.config import text_config
 
-# Of transformers' bookkeeping, of a vision tower that is not written, or naming code to run.
+# transformers' bookkeeping, a vision tower that is not written, and names of code to run.
 _DROPPED = frozenset(
     {
         "_name_or_path", "auto_map", "model_file", "transformers_version", "dtype",
@@ -35,11 +34,11 @@ def output_config(
 
     Args:
         raw: the source's, in either style; a multimodal one is reduced to its language model.
-        native: mlxkv has a definition of its own. The configs of others are kept as they are,
-            because mlx-lm's definitions read them so.
+        native: whether mlxkv has a definition of its own. Other configs stay as they are, as
+            mlx-lm's definitions read them.
         tied: whether the head is the embedding.
-        dtype: of what is not packed.
-        quantization: the entry of mlx-lm's format.
+        dtype: of what is not quantized.
+        quantization: the entry in mlx-lm's format.
     """
     if native:
         config = {k: v for k, v in text_config(raw).items() if k not in _DROPPED}
@@ -48,7 +47,7 @@ def output_config(
         else:
             config |= _hub_rope(config)
         config["tie_word_embeddings"] = tied
-        # The whole model's, where the language model's part says something else.
+        # The whole model's count before the language model's.
         config |= {key: raw[key] for key in _TOKEN_IDS if raw.get(key) is not None}
         model_type = str(config.get("model_type", raw["model_type"]))
         if model_type in ("gemma3n", "gemma3n_text"):
@@ -70,7 +69,7 @@ def output_config(
 
 
 def _gemma4(raw: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    """Gemma 4 with every number spelled out: what is left out means E2B's to mlx-lm."""
+    """Gemma 4 with every number: for those left out mlx-lm takes E2B's."""
     from mlxkv.models.gemma4_config import DEFAULT_ROPE, Config
     from mlxkv.nn.decoder_model import FULL, SLIDING
 
@@ -100,7 +99,7 @@ def _gemma4(raw: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]
 
 
 def _first_dense(config: Mapping[str, Any]) -> dict[str, Any]:
-    """GLM's `mlp_layer_types` as the number mlx-lm reads; the types count where both are."""
+    """GLM's `mlp_layer_types`, which count where both are, as the number that mlx-lm reads."""
     types = config.get("mlp_layer_types")
     if not isinstance(types, list):
         return {}
@@ -109,7 +108,7 @@ def _first_dense(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _hub_rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """`rope_parameters` in the older keys; what is there already stays."""
+    """`rope_parameters` in the older keys, without those that the config has."""
     parameters = config.get("rope_parameters")
     if not isinstance(parameters, Mapping):
         return {}
@@ -119,29 +118,22 @@ def _hub_rope(config: Mapping[str, Any]) -> dict[str, Any]:
         added["rope_local_base_freq"] = sliding["rope_theta"]
     full = parameters.get("full_attention", parameters)
     if isinstance(full, Mapping):
-        scaling = {
-            k: v
-            for k, v in full.items()
-            if k not in ("rope_theta", "partial_rotary_factor")
-            and k not in ("full_attention", "sliding_attention")
-        }
+        own = ("rope_theta", "partial_rotary_factor")
+        others = (*own, "full_attention", "sliding_attention")
+        scaling = {k: v for k, v in full.items() if k not in others}
         plain = scaling.get("rope_type", "default") == "default"
         added["rope_scaling"] = None if plain else scaling
-        for key in ("rope_theta", "partial_rotary_factor"):
-            if key in full:
-                added[key] = full[key]
+        added |= {key: full[key] for key in own if key in full}
     return {k: v for k, v in added.items() if config.get(k) is None}
 
 
 def _sliding_window_pattern(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Gemma 3's `layer_types` as the number mlx-lm reads; `layer_types` counts where both are."""
+    """Gemma 3's `layer_types`, which count where both are, as the number that mlx-lm reads."""
     types = config.get("layer_types")
     if not isinstance(types, list) or not types:
         return {}
-    n = len(types)
-    for pattern in range(1, n + 2):
-        if all(
-            (kind == "full_attention") == ((i + 1) % pattern == 0) for i, kind in enumerate(types)
-        ):
+    is_full = [kind == "full_attention" for kind in types]
+    for pattern in range(1, len(types) + 2):
+        if is_full == [i % pattern == 0 for i in range(1, len(types) + 1)]:
             return {"sliding_window_pattern": pattern}
     return {}

@@ -1,4 +1,4 @@
-"""What is converted: a checkpoint directory or a GGUF file."""
+"""Open a checkpoint directory or a GGUF file."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from .sources import PICKLED, Source
 
 
 def open_source(source: str | Path) -> Source:
-    """Opens a directory or a GGUF file.
+    """Open a directory or a GGUF file.
 
     Raises:
         ModelNotFound: there is no such path.
-        UnsupportedModel: a file of another kind, or an architecture that is not known.
+        UnsupportedModel: a file of another kind, or an architecture that is not supported.
         CheckpointError: it is damaged.
     """
     path = Path(source)

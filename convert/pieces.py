@@ -1,10 +1,8 @@
-"""SentencePiece vocabularies as `tokenizers` objects.
+"""SentencePiece vocabularies, from GGUF metadata or a `tokenizer.model`, as `tokenizers` objects.
 
-Two sources give the same thing, a list of pieces with scores and types: a GGUF file's metadata and
-a `tokenizer.model`. SentencePiece's BPE keeps no merges: it joins, again and again, the two
-neighbours whose concatenation has the highest score, the leftmost of equals. `tokenizers` joins by
-the rank of the *pair*; ranking every way to cut a piece in two by the score of the piece gives the
-same result.
+SentencePiece's BPE keeps no merges: it repeatedly joins the two neighbours whose concatenation has
+the highest score, the leftmost of equals. `tokenizers` joins by the rank of the *pair*; ranking
+every way to cut a piece in two by the score of the piece gives the same result.
 """
 
 from __future__ import annotations
@@ -31,10 +29,10 @@ class Pieces:
         scores: by id; higher is joined first (BPE) or more probable (Unigram).
         types: by id, `NORMAL` to `BYTE`.
         unigram: the Unigram model instead of BPE.
-        add_prefix: text gets a space in front.
-        prefix_once: in front of the text only, and not again after every added token.
+        add_prefix: put a space in front of the text, and after every added token.
+        prefix_once: in front of the text only.
         charsmap: SentencePiece's compiled normalization, empty for none.
-        squeeze: runs of spaces count as one, and none at the ends.
+        squeeze: collapse runs of spaces, and strip them at the ends.
     """
 
     tokens: Sequence[str]
@@ -48,25 +46,23 @@ class Pieces:
 
 
 def build(pieces: Pieces, source: str) -> Tokenizer:
-    """A tokenizer that gives the ids that SentencePiece gives.
+    """A tokenizer that gives SentencePiece's ids.
 
-    User-defined pieces become added tokens, which are found in the text before anything is
-    joined, as SentencePiece does it; so do control tokens, which SentencePiece does not look for
-    in a text and chat templates need.
+    User-defined pieces become added tokens, which are found before pieces are joined, as in
+    SentencePiece; so do control tokens, which only chat templates need.
 
     Raises:
-        TokenizerError: the vocabulary does not hold together.
+        TokenizerError: the vocabulary is inconsistent.
     """
     from tokenizers import Tokenizer
 
     try:
         tokenizer = Tokenizer(_model(pieces))
         _set_spaces(tokenizer, pieces)
-        # A literal visible space in a text counts as a space, for which user-defined pieces have to
-        # be looked for in the normalized text; their own text would get the prefix, though.
-        tokenizer.add_tokens(
-            added_tokens(pieces.tokens, pieces.types, normalized=not pieces.add_prefix)
-        )
+        # A literal visible space in a text counts as a space only in the normalized text; there
+        # the text of user-defined pieces would get the prefix.
+        tokens = added_tokens(pieces.tokens, pieces.types, normalized=not pieces.add_prefix)
+        tokenizer.add_tokens(tokens)
     except TokenizerError:
         raise
     except Exception as error:  # the `tokenizers` package raises nothing narrower
@@ -79,16 +75,13 @@ def added_tokens(
 ) -> list[AddedToken]:
     """Control and unknown tokens as special, user-defined ones as plain added tokens.
 
-    Args:
-        normalized: user-defined ones are found in the normalized text.
+    `normalized`: whether user-defined ones are looked for in the normalized text.
     """
     from tokenizers import AddedToken
 
     return [
         AddedToken(
-            token,
-            special=kind != USER_DEFINED,
-            normalized=normalized and kind == USER_DEFINED,
+            token, special=kind != USER_DEFINED, normalized=normalized and kind == USER_DEFINED
         )
         for token, kind in zip(tokens, types, strict=True)
         if kind in (UNKNOWN, CONTROL, USER_DEFINED) and token
@@ -108,10 +101,9 @@ def set_template(tokenizer: Tokenizer, before: Mapping[str, int], after: Mapping
 
 
 def merges(pieces: Pieces) -> list[tuple[str, str]]:
-    """Every pair whose concatenation is a piece, best first.
+    """Every pair whose concatenation is a piece that SentencePiece joins, best first.
 
-    Only what SentencePiece joins: no control, unknown, user-defined or byte pieces. The cuts of one
-    piece have one score; which of them comes first made no difference in 18,000 random texts over
+    The cuts of one piece have one score; their order made no difference in 18,000 random texts over
     random vocabularies of two letters, where such ties are most frequent.
     """
     mergeable = {
@@ -119,13 +111,12 @@ def merges(pieces: Pieces) -> list[tuple[str, str]]:
         for i, (token, kind) in enumerate(zip(pieces.tokens, pieces.types, strict=True))
         if kind in (NORMAL, UNUSED)
     }
-    scores = pieces.scores
     ranked = []
     for token, i in mergeable.items():
         for cut in range(len(token) - 1, 0, -1):
             left, right = token[:cut], token[cut:]
             if left in mergeable and right in mergeable:
-                ranked.append((-scores[i], i, -cut, left, right))
+                ranked.append((-pieces.scores[i], i, -cut, left, right))
     ranked.sort()
     return [(left, right) for *_, left, right in ranked]
 
@@ -150,8 +141,10 @@ def _model(pieces: Pieces) -> models.Model:
 
 def vocabulary_of(tokens: Sequence[str]) -> dict[str, int]:
     """Token -> id; of equal tokens the first."""
-    found = {token: i for i, token in reversed(list(enumerate(tokens)))}
-    return dict(sorted(found.items(), key=lambda item: item[1]))
+    found: dict[str, int] = {}
+    for i, token in enumerate(tokens):
+        found.setdefault(token, i)
+    return found
 
 
 def _set_spaces(tokenizer: Tokenizer, pieces: Pieces) -> None:
@@ -178,7 +171,6 @@ def _set_spaces(tokenizer: Tokenizer, pieces: Pieces) -> None:
             steps.append(normalizers.Prepend(SPACE))
         steps.append(normalizers.Replace(" ", SPACE))
     if steps:
-        tokenizer.normalizer = (  # pyright: ignore
-            steps[0] if len(steps) == 1 else normalizers.Sequence(steps)
-        )
+        whole = steps[0] if len(steps) == 1 else normalizers.Sequence(steps)
+        tokenizer.normalizer = whole  # pyright: ignore
     tokenizer.decoder = decoders.Sequence(back)  # pyright: ignore

@@ -1,15 +1,11 @@
-"""What a conversion will write, decided before anything is read or written.
-
-Pure: from names, shapes and dtypes to a `ConvertPlan`, which `--dry-run` prints and `write.py`
-carries out.
-"""
+"""Plan a conversion from names, shapes and dtypes alone; `--dry-run` prints the plan."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from mlxkv.checkpoint.quantization import Format
@@ -27,7 +23,7 @@ from .quantization import (
     with_more_bits,
 )
 from .sources import Source
-from .tensors import SourceTensor
+from .tensors import SourceTensor, matrix_shape
 
 DTYPES = ("float16", "bfloat16", "float32")
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "uint32": 4, "uint8": 1}
@@ -39,9 +35,9 @@ class ConvertOptions:
     """What the user asked for.
 
     Attributes:
-        dtype: of everything that is not packed, and of scales; None keeps the source's.
-        quantization: pack with this; None keeps what the source packs.
-        dense: unpack everything (`--quantize none`).
+        dtype: of everything that is not quantized, and of scales; None keeps the source's.
+        quantization: the format to quantize to; None keeps the source's.
+        dense: dequantize everything (`--quantize none`).
         recipe: None or "mixed".
     """
 
@@ -59,7 +55,7 @@ def parse_options(
     recipe: str | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> ConvertOptions:
-    """Checks what was asked for.
+    """Check the user's options.
 
     Raises:
         UsageError: names what is allowed.
@@ -84,7 +80,7 @@ def parse_options(
 
 @dataclass(frozen=True, slots=True)
 class StoredArray:
-    """One array of the output: a name in a safetensors file."""
+    """One array of an output file."""
 
     name: str
     dtype: str
@@ -94,6 +90,10 @@ class StoredArray:
     def nbytes(self) -> int:
         return math.prod(self.shape) * ITEM_BYTES[self.dtype]
 
+    @property
+    def row_bytes(self) -> int:
+        return matrix_shape(self.shape)[1] * ITEM_BYTES[self.dtype]
+
 
 @dataclass(frozen=True, slots=True)
 class PlannedTensor:
@@ -102,9 +102,9 @@ class PlannedTensor:
     Attributes:
         name: of the parameter ("model.layers.0.mlp.up_proj.weight").
         action: "copy" (the source's bits), "cast", "dequantize", "quantize" or "requantize".
-        dtype: of the values, or of the scales where it is packed.
-        quantization: how it is packed, None: not.
-        note: why it is not quantized although that was asked for.
+        dtype: of the values, or of the scales where it is quantized.
+        quantization: its format, None for plain values.
+        note: why it is not quantized as asked for.
     """
 
     name: str
@@ -126,20 +126,17 @@ class PlannedTensor:
 
     @property
     def arrays(self) -> tuple[StoredArray, ...]:
-        """What is stored for it: the values, or weight, scales and biases."""
+        """The values, or weight, scales and biases."""
         if self.quantization is None:
             return (StoredArray(self.name, self.dtype, self.shape),)
         *rows, columns = self.shape
         bits, group = self.quantization.bits, self.quantization.group_size
+        weight = StoredArray(self.name, "uint32", (*rows, columns * bits // 32))
         scales = (*rows, columns // group)
-        scale_dtype = self.dtype if has_biases(self.quantization) else "uint8"
-        found = (
-            StoredArray(self.name, "uint32", (*rows, columns * bits // 32)),
-            StoredArray(f"{self.module}.scales", scale_dtype, scales),
-        )
         if not has_biases(self.quantization):
-            return found
-        return (*found, StoredArray(f"{self.module}.biases", scale_dtype, scales))
+            return weight, StoredArray(f"{self.module}.scales", "uint8", scales)
+        names = (f"{self.module}.scales", f"{self.module}.biases")
+        return (weight, *(StoredArray(name, self.dtype, scales) for name in names))
 
     @property
     def nbytes(self) -> int:
@@ -151,13 +148,13 @@ class ConvertPlan:
     """What will be written.
 
     Attributes:
-        source: what is converted, for people.
+        source: the path of the source, for messages.
         tensors: in the order of the model.
         config: the `config.json` of the output.
-        shards: file name to the tensors in it.
+        shards: file name -> the tensors in it.
         side_files: names of the other files that are written.
-        skipped: names in the source that are left out on purpose, with the reason.
-        notes: what the user should know.
+        skipped: names in the source that are left out, with the reason.
+        notes: messages for the user.
     """
 
     source: str
@@ -166,7 +163,7 @@ class ConvertPlan:
     shards: Mapping[str, tuple[PlannedTensor, ...]]
     side_files: tuple[str, ...] = ()
     skipped: tuple[tuple[str, str], ...] = ()
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
 
     @property
     def total_bytes(self) -> int:
@@ -186,9 +183,7 @@ def plan_tensor(
 ) -> PlannedTensor:
     """How one tensor is written.
 
-    Args:
-        default_dtype: of values that are unpacked or not, where no `--dtype` is given; None keeps
-            the source's, tensor by tensor.
+    `default_dtype`: of plain values without `--dtype`; None keeps each tensor's own.
     """
     packed, wanted, note = tensor.packed, options.quantization, ""
     if options.dense:
@@ -208,15 +203,12 @@ def plan_tensor(
         action = "copy" if dtype == tensor.scale_dtype or not has_biases(target) else "cast"
     else:
         wanted_dtype = None if must_keep_dtype(tensor.name) else options.dtype or default_dtype
-        dtype = wanted_dtype or _kept(tensor)
+        own_dtype = tensor.dtype if packed is None else tensor.scale_dtype
+        dtype = wanted_dtype or own_dtype
         action = _action(tensor, target, dtype)
     return PlannedTensor(
         tensor.name, tensor.origin, tensor.shape, tensor.dtype, action, dtype, target, note
     )
-
-
-def _kept(tensor: SourceTensor) -> str:
-    return tensor.scale_dtype if tensor.packed is not None else tensor.dtype
 
 
 def _action(tensor: SourceTensor, target: Format | None, dtype: str) -> str:
@@ -231,31 +223,28 @@ def _action(tensor: SourceTensor, target: Format | None, dtype: str) -> str:
 def check_names(
     found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], source: str
 ) -> None:
-    """Every tensor that the model has must be there, with its shape, and no other.
+    """Compare the tensors that were found with those of the model.
 
     Raises:
         WeightsError: lists what is missing, unknown or of another shape.
     """
-    problems = []
-    for what, names in (
-        ("missing", sorted(set(expected) - set(found))),
-        ("unknown", sorted(set(found) - set(expected))),
-    ):
-        if names:
-            problems.append(f"{len(names)} {what}: {listed(names)}")
     shapes = [
         f"{name} is {list(found[name])}, the config says {list(expected[name])}"
-        for name in sorted(set(found) & set(expected))
+        for name in sorted(found.keys() & expected.keys())
         if tuple(found[name]) != tuple(expected[name])
     ]
-    if shapes:
-        problems.append(f"{len(shapes)} of another shape: {listed(shapes)}")
+    kinds = {
+        "missing": sorted(expected.keys() - found.keys()),
+        "unknown": sorted(found.keys() - expected.keys()),
+        "of another shape": shapes,
+    }
+    problems = [f"{len(them)} {kind}: {listed(them)}" for kind, them in kinds.items() if them]
     if problems:
         raise WeightsError(f"{source}: tensors do not fit the model: {'; '.join(problems)}")
 
 
 def listed(names: Iterable[str], limit: int = 12) -> str:
-    """Names in a row, the first few of them."""
+    """The first `limit` names, separated by commas."""
     names = [name if name.isprintable() else repr(name) for name in names]
     shown = ", ".join(names[:limit])
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
@@ -264,8 +253,7 @@ def listed(names: Iterable[str], limit: int = 12) -> str:
 def global_quantization(tensors: Iterable[PlannedTensor]) -> dict[str, Any] | None:
     """The `quantization` entry of config.json, as mlx-lm writes it.
 
-    The most frequent kind at the top, and an entry per module for each other; modules that are
-    not packed have none, a loader knows them by their lack of scales.
+    The most frequent format at the top, and an entry for each quantized module with another one.
     """
     packed = {t.module: t.quantization for t in tensors if t.quantization is not None}
     if not packed:
@@ -278,7 +266,7 @@ def global_quantization(tensors: Iterable[PlannedTensor]) -> dict[str, Any] | No
 def shard(
     tensors: tuple[PlannedTensor, ...], max_shard_bytes: int
 ) -> dict[str, tuple[PlannedTensor, ...]]:
-    """File names and what goes into each; the arrays of one tensor stay together."""
+    """File name -> its tensors; the arrays of one tensor stay together."""
     groups: list[list[PlannedTensor]] = [[]]
     size = 0
     for tensor in tensors:
@@ -294,7 +282,6 @@ def shard(
 
 
 def make_plan(source: Source, options: ConvertOptions) -> ConvertPlan:
-    """Decides what is written; reads nothing but names, shapes and dtypes."""
     n_layers = source.parsed.num_hidden_layers
     tensors = tuple(
         plan_tensor(tensor, options, source.default_dtype, n_layers)
@@ -319,7 +306,7 @@ def make_plan(source: Source, options: ConvertOptions) -> ConvertPlan:
 
 
 def _main_dtype(tensors: tuple[PlannedTensor, ...]) -> str:
-    """What config.json calls the dtype: that of the values, and of scales if all are packed."""
+    """The `torch_dtype` of config.json: of most plain values, else of the scales."""
     sizes: Counter[str] = Counter()
     for tensor in tensors:
         if tensor.quantization is None:

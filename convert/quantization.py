@@ -1,4 +1,4 @@
-"""The quantizations that MLX has, their names here, and what may not be quantized."""
+"""MLX's quantization formats by their names here, and the tensors that stay precise."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ _ALIASES = {"q4": "affine4", "q8": "affine8"}
 NAMES = (*(f"affine{bits}" for bits in MODES["affine"][0]), "mxfp4", "mxfp8", "nvfp4")
 RECIPES = ("mixed",)
 
-# What stays at full precision whatever is asked for, by its name: one value of these acts on many
-# (a norm scales a channel of every token, a router picks the experts), and they are small.
+# Small tensors, by name, that are never quantized: one value acts on many (a norm scales a channel
+# of every token, a router picks the experts).
 _PRECISE = re.compile(r"norm|router|\.gate\.|sinks|conv|scalar|altup|laurel|correction_bias")
 
 
 def name_of(packing: Format) -> str:
-    """The name that a user gives for it, such as `affine4`."""
+    """The name that a user types, such as `affine4`."""
     return f"affine{packing.bits}" if packing.mode == "affine" else packing.mode
 
 
@@ -53,18 +53,18 @@ def parse_quantization(name: str, group_size: int | None = None) -> Format:
 
 
 def must_stay_precise(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether this tensor is never quantized: no matrix, or one of the sensitive few."""
+    """Whether this tensor is never quantized: no matrix, or one of `_PRECISE`."""
     return len(shape) < 2 or not name.endswith(".weight") or _PRECISE.search(name) is not None
 
 
 def must_keep_dtype(name: str) -> bool:
-    """Whether this tensor is never cast: a router's correction bias decides between experts whose
-    scores differ by less than 16 bits can say."""
+    """Whether this tensor is never cast: the scores that a router's correction bias is added to
+    differ by less than a 16-bit step."""
     return name.endswith("correction_bias")
 
 
 def check_recipe(recipe: str | None, quantization: Format | None) -> None:
-    """Refuses a recipe that says nothing.
+    """Refuse a recipe without effect.
 
     Raises:
         UsageError: unknown, nothing is quantized, or nothing has more bits.
@@ -88,7 +88,7 @@ def check_recipe(recipe: str | None, quantization: Format | None) -> None:
 
 
 def with_more_bits(quantization: Format) -> Format:
-    """What the `mixed` recipe gives to sensitive tensors."""
+    """The format that the `mixed` recipe has for sensitive tensors."""
     if quantization.mode != "affine":
         return Format("mxfp8", 8, 32)
     bits = {2: 4, 3: 6, 4: 6, 5: 8, 6: 8}[quantization.bits]
@@ -96,12 +96,10 @@ def with_more_bits(quantization: Format) -> Format:
 
 
 def is_sensitive(name: str, n_layers: int) -> bool:
-    """The `mixed` recipe's choice: embeddings, head, and v_proj and down_proj at both ends.
+    """Whether `mixed` gives more bits: embeddings, head, and v_proj and down_proj at both ends.
 
-    Every token passes the first two, and what per-layer embeddings pass is as small as it is
-    sensitive; errors of the values and of what a block adds to the residual
-    stream weigh most in the first and last eighth of the layers (llama.cpp's K-quants choose
-    alike).
+    Every token passes the first two. Errors of the values, and of what a block adds to the residual
+    stream, weigh most in the first and last eighth of the layers (as in llama.cpp's K-quants).
     """
     if "embed_tokens" in name or "per_layer" in name or name.startswith("lm_head"):
         return True

@@ -1,4 +1,4 @@
-"""A plan in words, for `--dry-run`."""
+"""A plan as text, for `--dry-run`."""
 
 from __future__ import annotations
 
@@ -12,10 +12,7 @@ _LAYER = re.compile(r"\blayers\.(\d+)\.")
 
 
 def describe(plan: ConvertPlan) -> str:
-    """The plan as text: a line for each kind of tensor, then sums.
-
-    Tensors that differ only by their layer and are written alike share a line.
-    """
+    """The plan as text: a line for the tensors that differ only by their layer, then sums."""
     rows = [("TENSOR", "COUNT", "SHAPE", "FROM", "TO", "SIZE")]
     groups: dict[tuple[str, ...], list[PlannedTensor]] = {}
     for tensor in plan.tensors:
@@ -29,9 +26,7 @@ def describe(plan: ConvertPlan) -> str:
     for (name, shape, origin, target), members in groups.items():
         size = _size(sum(tensor.nbytes for tensor in members))
         rows.append((name, str(len(members)), shape, origin, target, size))
-    lines = _aligned(rows)
-    lines += ["", *_sums(plan)]
-    return "\n".join(lines)
+    return "\n".join([*_aligned(rows), "", *_sums(plan)])
 
 
 def stored_as(tensor: PlannedTensor) -> str:

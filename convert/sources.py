@@ -1,14 +1,10 @@
-"""What is converted: a directory of safetensors or a GGUF file, opened and checked, nothing read.
-
-Both become a `Source`: a config in Hugging Face's style, tensors under the model's own names, and
-a function that writes the files that belong beside them.
-"""
+"""A directory of safetensors or a GGUF file as a `Source`: opened and checked, no tensor read."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +16,8 @@ from mlxkv.models import Family, family_for
 
 from .tensors import SourceTensor
 
-# What no published model comes near; a config that says more is damaged, and building its model
-# would take the machine's memory.
+# Far more than any published model: a config with more is damaged, and building its model would
+# take the machine's memory.
 _LIMITS = {
     "hidden_size": 1 << 18,
     "intermediate_size": 1 << 20,
@@ -41,10 +37,11 @@ class Source:
         path: the directory or file, for messages.
         config: config.json as the source holds it, in either Hugging Face style.
         family: which definition runs it.
+        parsed: the family's config.
         tensors: by the model's own names, complete and of the right shapes.
-        default_dtype: of what is not packed, where the user names none; None keeps each tensor's.
-        side_files: names of what `write_side_files` writes.
-        skipped: names left out on purpose, with the reason.
+        default_dtype: of what is not quantized without `--dtype`; None keeps each tensor's.
+        side_files: names of what `write_side_files` writes: the tokenizer and the like.
+        skipped: names that are left out, with the reason.
         tied: whether the head is the embedding.
     """
 
@@ -57,24 +54,23 @@ class Source:
     side_files: tuple[str, ...]
     default_dtype: str | None = None
     skipped: tuple[tuple[str, str], ...] = ()
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
     tied: bool = False
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a value as people read it."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def parse_config(raw: Mapping[str, Any], source: str, n_tensors: int) -> tuple[Family, Any]:
-    """The family of a config and its own reading of it, refused where the sizes are absurd.
+    """The family of a config, and its parsed config.
 
     Args:
-        n_tensors: how many the checkpoint has: a model cannot have more layers.
+        n_tensors: of the checkpoint: a model cannot have more layers.
 
     Raises:
         UnsupportedModel: an unknown architecture.
-        ConfigError: a key is missing, wrong or not understood.
+        ConfigError: a key is missing, wrong, not understood, or far too large.
     """
     family = family_for(raw, source)
     inner = text_config(raw)
@@ -86,7 +82,7 @@ def parse_config(raw: Mapping[str, Any], source: str, n_tensors: int) -> tuple[F
 
 
 def expected_shapes(family: Family, config: Any, source: str) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors that the model's definition has; nothing is allocated.
+    """Names and shapes of the tensors of the model's definition; nothing is allocated.
 
     Raises:
         ConfigError: the numbers do not make a model.

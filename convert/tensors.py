@@ -1,6 +1,6 @@
 """Tensors of a source, read by rows so that no tensor has to be in memory as a whole.
 
-Every tensor is seen as a matrix `[n_rows, columns]` of its last dimension; a vector is one row.
+Every tensor counts as a matrix `[n_rows, columns]` of its last dimension; a vector is one row.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from mlxkv.checkpoint.quantization import Format
 SAFETENSORS_DTYPES = {
     "float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint32": "U32", "uint8": "U8",
 }  # fmt: skip
-"""MLX's names of the dtypes that a tensor may be stored in here, and safetensors'."""
+"""MLX's names of the dtypes that may be stored -> those of safetensors."""
 
 
 class SourceTensor(Protocol):
-    """One tensor of the model, wherever it comes from.
+    """One tensor of the model, in any kind of source.
 
     Attributes:
-        name: ours, which is the Hugging Face name.
+        name: the Hugging Face name.
         origin: its name in the source.
-        shape: of the values, also when they are packed.
-        dtype: how they are stored: an MLX dtype's name, or a ggml type's.
-        packed: how the source packs them, where `packed_rows` can give them as they are.
-        scale_dtype: what holds the scales of `packed_rows` without loss.
+        shape: of the values, also when they are quantized.
+        dtype: as stored: an MLX dtype's name, or a ggml type's.
+        packed: its MLX format, if `packed_rows` has it.
+        scale_dtype: holds the scales of `packed_rows` without loss.
         row_step: blocks of rows begin and end at multiples of it.
     """
 
@@ -51,12 +51,11 @@ class SourceTensor(Protocol):
         ...
 
     def packed_rows(self, start: int, stop: int) -> tuple[mx.array, ...]:
-        """weight, scales and (affine) biases of these rows, laid out as `mx.quantize` does it."""
+        """Weight, scales and (affine) biases of these rows, in the layout of `mx.quantize`."""
         ...
 
 
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Rows and columns of a tensor: all dimensions but the last are rows."""
     if len(shape) < 2:
         return 1, math.prod(shape)
     return math.prod(shape[:-1]), shape[-1]

@@ -1,11 +1,11 @@
-"""Carries out a plan: decides nothing, holds about one block of rows, leaves nothing half-done.
+"""Write what a plan says, with about one block of rows in memory.
 
-The output is written into a sibling folder `.NAME.partial-XXXX` and renamed when every byte is on
-the disk, so that a folder under the final name is always complete. The partial folder holds a lock
-for as long as its writer lives: a later run removes what no process holds.
+Invariant: a folder under the final name is complete. The output is written into a sibling folder
+`.NAME.partial-XXXX` and renamed when every byte is on the disk. The partial folder holds a lock as
+long as its writer lives: a later run removes folders that no process holds.
 
-The safetensors files are written here because the `safetensors` package wants all tensors of a file
-at once. Format: https://github.com/huggingface/safetensors#format
+The `safetensors` package needs all tensors of a file at once, so the files are written here.
+Format: https://github.com/huggingface/safetensors#format
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import shutil
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -29,12 +28,12 @@ import numpy as np
 from mlxkv.base.durable import sync_path
 from mlxkv.errors import Hint, OutputError, WeightsError
 
-from .plan import ITEM_BYTES, ConvertPlan, PlannedTensor, StoredArray
+from .plan import ITEM_BYTES, ConvertPlan, PlannedTensor
 from .quantization import has_biases
 from .sources import write_json
 from .tensors import SAFETENSORS_DTYPES, SourceTensor, matrix_shape
 
-# Of float32 values in flight; dequantizing takes a few times this on top.
+# Of float32 values in memory; dequantizing takes a few times this on top.
 BLOCK_BYTES = 4 << 20
 _LOCK = ".lock"
 
@@ -51,11 +50,11 @@ def write_model(
     overwrite: bool = False,
     advance: Advance = lambda name, n_bytes: None,
 ) -> Path:
-    """Writes the model directory.
+    """Write the model directory.
 
     Args:
-        tensors: by name, what the plan was made from.
-        write_side_files: puts tokenizer files and the like into the folder it is given.
+        tensors: of the plan, by name.
+        write_side_files: writes tokenizer files and the like into a folder.
         output: the folder to make; may exist if it is empty, or with `overwrite`.
 
     Raises:
@@ -72,22 +71,16 @@ def write_model(
             index.update({array.name: name for m in members for array in m.arrays})
         with _errors_as_output(output):
             if len(plan.shards) > 1:
-                metadata = {
-                    "total_size": plan.total_bytes,
-                    "total_parameters": plan.n_parameters,
-                }
-                weight_map = dict(sorted(index.items()))
-                write_json(
-                    folder / "model.safetensors.index.json",
-                    {"metadata": metadata, "weight_map": weight_map},
-                )
+                sums = {"total_size": plan.total_bytes, "total_parameters": plan.n_parameters}
+                shards = {"metadata": sums, "weight_map": dict(sorted(index.items()))}
+                write_json(folder / "model.safetensors.index.json", shards)
             write_json(folder / "config.json", dict(sorted(plan.config.items())))
             write_side_files(folder)
     return output
 
 
 def check_output(output: Path, overwrite: bool) -> None:
-    """Refuses an output folder that holds something.
+    """Refuse an output that is not an empty or new folder.
 
     Raises:
         OutputError: says what to do.
@@ -121,7 +114,7 @@ def _errors_as_output(output: Path) -> Iterator[None]:
 
 @contextmanager
 def _naming(source: str) -> Iterator[None]:
-    """Puts the file in front of what is wrong with one of its tensors."""
+    """Put the source's path in front of an error about a tensor."""
     try:
         yield
     except WeightsError as error:
@@ -130,7 +123,7 @@ def _naming(source: str) -> Iterator[None]:
 
 @contextmanager
 def _partial_folder(output: Path, overwrite: bool) -> Iterator[Path]:
-    """A folder beside the output that becomes it, or is removed."""
+    """A folder beside the output that is renamed to it, or removed on errors."""
     parent = output.absolute().parent
     with _errors_as_output(output):
         parent.mkdir(parents=True, exist_ok=True)
@@ -146,7 +139,7 @@ def _partial_folder(output: Path, overwrite: bool) -> Iterator[Path]:
             (folder / _LOCK).unlink()
             _publish(folder, output, overwrite)
     except BaseException:
-        # Ctrl-C too: nothing that looks like a model may stay.
+        # Ctrl-C too: no incomplete model may stay.
         shutil.rmtree(folder, ignore_errors=True)
         raise
     finally:
@@ -154,7 +147,7 @@ def _partial_folder(output: Path, overwrite: bool) -> Iterator[Path]:
 
 
 def _remove_stale(parent: Path, output: Path) -> None:
-    """Removes partial folders of runs that were killed.
+    """Remove partial folders of runs that were killed.
 
     Raises:
         OutputError: another run is writing this output now.
@@ -171,12 +164,12 @@ def _remove_stale(parent: Path, output: Path) -> None:
             except BlockingIOError:
                 raise OutputError(f"{output}: another conversion is writing it") from None
             except OSError:
-                continue  # without locks its owner is unknown
+                continue  # a file system without locks
             shutil.rmtree(folder, ignore_errors=True)
 
 
 def _publish(folder: Path, output: Path, overwrite: bool) -> None:
-    """The rename that makes the output complete, after its bytes are on the disk."""
+    """Rename the folder to the output, after its bytes are on the disk."""
     for path in folder.iterdir():
         sync_path(path, through=False)
     sync_path(folder)
@@ -191,39 +184,25 @@ def _publish(folder: Path, output: Path, overwrite: bool) -> None:
         shutil.rmtree(replaced, ignore_errors=True)
 
 
-@dataclass(frozen=True, slots=True)
-class _Region:
-    """Where one array lies in its file; it is filled row by row."""
-
-    array: StoredArray
-    start: int
-
-    @property
-    def row_bytes(self) -> int:
-        return matrix_shape(self.array.shape)[1] * ITEM_BYTES[self.array.dtype]
-
-
 def _write_shard(
     path: Path,
     members: tuple[PlannedTensor, ...],
     tensors: Mapping[str, SourceTensor],
     advance: Advance,
 ) -> None:
-    header, regions, size = _layout(members)
+    header, starts, size = _layout(members)
     with path.open("wb") as file:
         file.write(header)
         for planned in members:
-            source = tensors[planned.name]
-            places = [regions[array.name] for array in planned.arrays]
-            _write_tensor(file, planned, source, places, advance)
-            # MLX keeps freed buffers for reuse; blocks of other shapes would pile up.
+            _write_tensor(file, planned, tensors[planned.name], starts, advance)
+            # Buffers of other shapes would pile up in MLX's cache.
             mx.clear_cache()
         if file.seek(0, os.SEEK_END) != size:
             raise WeightsError(f"{path.name}: wrote {file.tell():,} bytes of {size:,}")
 
 
-def _layout(members: tuple[PlannedTensor, ...]) -> tuple[bytes, dict[str, _Region], int]:
-    """The file's header, where each array goes, and the size of the file."""
+def _layout(members: tuple[PlannedTensor, ...]) -> tuple[bytes, dict[str, int], int]:
+    """The file's header, where each array begins, and the size of the file."""
     arrays = [array for member in members for array in member.arrays]
     # Widest first, so that every array is aligned to its values.
     arrays.sort(key=lambda array: -ITEM_BYTES[array.dtype])
@@ -239,15 +218,15 @@ def _layout(members: tuple[PlannedTensor, ...]) -> tuple[bytes, dict[str, _Regio
     text = json.dumps(table, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     base = 8 + len(text)
-    regions = {a.name: _Region(a, base + table[a.name]["data_offsets"][0]) for a in arrays}
-    return struct.pack("<Q", len(text)) + text, regions, base + offset
+    starts = {array.name: base + table[array.name]["data_offsets"][0] for array in arrays}
+    return struct.pack("<Q", len(text)) + text, starts, base + offset
 
 
 def _write_tensor(
     file: IO[bytes],
     planned: PlannedTensor,
     source: SourceTensor,
-    places: list[_Region],
+    starts: Mapping[str, int],
     advance: Advance,
 ) -> None:
     n_rows, columns = matrix_shape(planned.shape)
@@ -256,11 +235,12 @@ def _write_tensor(
     for start in range(0, n_rows, block):
         stop = min(n_rows, start + block)
         written = 0
-        for place, array in zip(places, _block(planned, source, start, stop), strict=True):
+        block_arrays = _block(planned, source, start, stop)
+        for stored, array in zip(planned.arrays, block_arrays, strict=True):
             data = _bytes_of(array)
-            if len(data) != place.row_bytes * (stop - start):
+            if len(data) != stored.row_bytes * (stop - start):
                 raise WeightsError(f"{planned.origin}: has another size than its header says")
-            file.seek(place.start + start * place.row_bytes)
+            file.seek(starts[stored.name] + start * stored.row_bytes)
             file.write(data)
             written += len(data)
         advance(planned.name, written)
@@ -269,7 +249,7 @@ def _write_tensor(
 def _block(
     planned: PlannedTensor, source: SourceTensor, start: int, stop: int
 ) -> tuple[mx.array, ...]:
-    """These rows as they are stored: what is decided in the plan, done."""
+    """These rows as the plan stores them."""
     dtype = getattr(mx, planned.dtype)
     target = planned.quantization
     if target is None:
@@ -304,6 +284,6 @@ def _cast(planned: PlannedTensor, values: mx.array, dtype: mx.Dtype) -> mx.array
 
 
 def _bytes_of(array: mx.array) -> memoryview:
-    # NumPy has no bfloat16: the bits are enough.
+    # NumPy has no bfloat16.
     bits = array.view(mx.uint16) if array.dtype == mx.bfloat16 else array
     return np.ascontiguousarray(np.asarray(bits)).data.cast("B")

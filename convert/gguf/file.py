@@ -1,10 +1,9 @@
-"""Reading a GGUF file without trusting it.
+"""Read a GGUF file without trusting it.
 
-The header is walked here and every count, length and offset in it is checked against the size of
-the file before anything is allocated or read: a damaged file gives one line that says what is
-wrong. (The `gguf` package builds several NumPy objects for every element of every array, which for
-a vocabulary of 262,144 tokens takes 11 s and 700 MB where this takes 0.3 s; its table of types and
-its dequantization are used.) Tensor data is read by rows, on demand.
+Every count, length and offset of the header is checked against the size of the file before anything
+is allocated or read. (The `gguf` package builds several NumPy objects for each element of an array:
+11 s and 700 MB for a vocabulary of 262,144 tokens, against 0.3 s here. Its table of types and its
+dequantization are used.) Tensor data is read by rows, on demand.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
@@ -28,7 +27,7 @@ MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 MAX_DIMS = 4  # of ggml
 MAX_NAME_BYTES = 256
-# Nothing in a header is longer than a vocabulary; the largest published ones have 2**18 entries.
+# A vocabulary is the longest array of a header; the largest published ones have 2**18 entries.
 MAX_ARRAY_LENGTH = 1 << 24
 
 _STRING, _ARRAY = 8, 9
@@ -45,7 +44,7 @@ _SCALARS: Mapping[int, str] = {
     11: "<i8",
     12: "<f8",
 }
-# The shortest entry that can stand for one more key or tensor: what bounds the two counts.
+# The shortest entries of a key and of a tensor bound the two counts.
 _MIN_KEY_BYTES = 8 + 4 + 1
 _MIN_TENSOR_BYTES = 8 + 4 + 4 + 8
 
@@ -55,10 +54,10 @@ class GGUFTensor:
     """Where one tensor lies.
 
     Attributes:
-        shape: row-major, as NumPy and MLX write it (the reverse of the file's order).
+        shape: row-major, as in NumPy and MLX (the reverse of the file's order).
         type: name of its ggml type ("F32", "Q4_K", ...).
         offset: of its first byte, from the start of the file.
-        row_bytes: bytes of one row, the values along the last dimension.
+        row_bytes: bytes of the values along the last dimension.
     """
 
     name: str
@@ -71,11 +70,7 @@ class GGUFTensor:
 
 @dataclass(frozen=True, slots=True)
 class GGUFFile:
-    """The metadata and the table of tensors of a GGUF file.
-
-    Attributes:
-        metadata: key to value; arrays of numbers are NumPy arrays, arrays of strings lists.
-    """
+    """The table of tensors and the metadata: arrays of numbers are NumPy's, of strings lists."""
 
     path: Path
     version: int
@@ -87,7 +82,7 @@ class GGUFFile:
         return self.metadata["general.architecture"]
 
     def read_rows(self, tensor: GGUFTensor, start: int, stop: int) -> np.ndarray:
-        """Rows [start, stop) as they are stored: uint8 `[stop - start, row_bytes]`."""
+        """Rows [start, stop) as stored: uint8 `[stop - start, row_bytes]`."""
         size = (stop - start) * tensor.row_bytes
         try:
             with self.path.open("rb") as file:
@@ -101,12 +96,12 @@ class GGUFFile:
 
 
 def open_gguf(path: str | Path) -> GGUFFile:
-    """Reads and checks the header of a GGUF file.
+    """Read and check the header of a GGUF file.
 
     Raises:
         ModelNotFound: no such file.
-        UnsupportedModel: a version, byte order or split that is not read.
-        CheckpointError: anything else that is wrong with it.
+        UnsupportedModel: a version, byte order or split that is not supported.
+        CheckpointError: it is damaged.
     """
     path = Path(path)
     try:
@@ -126,16 +121,16 @@ def dequantize(rows: np.ndarray, type_name: str) -> np.ndarray:
     """Stored rows (uint8 `[n, row_bytes]`) as float32 `[n, columns]`."""
     from gguf import GGMLQuantizationType, quants
 
-    if type_name == "F64":  # the one plain type that the package leaves out
+    if type_name == "F64":  # not in the package
         return rows.view("<f8").astype(np.float32)
-    # Scales of a damaged file may be NaN or infinite; the values are checked where they are used.
+    # Scales of a damaged file may be NaN or infinite; the writer checks the values.
     with np.errstate(all="ignore"):
         return quants.dequantize(rows, GGMLQuantizationType[type_name])
 
 
 @cache
 def readable_types() -> frozenset[str]:
-    """Names of the ggml types whose values `dequantize` gives."""
+    """Names of the ggml types that `dequantize` supports."""
     from gguf import GGML_QUANT_SIZES
 
     names = set()
@@ -180,7 +175,7 @@ class _Header:
         )
 
     def take(self, n_bytes: int, what: str) -> int:
-        """Claims the next bytes; where they start."""
+        """Skip the next bytes, and return where they start."""
         start = self.offset
         if n_bytes > self.size - start:
             raise self.short(f"{what} needs {n_bytes:,} bytes at {start:,}")
@@ -194,7 +189,7 @@ class _Header:
         return struct.unpack_from("<Q", self.data, self.take(8, what))[0]
 
     def name(self, what: str) -> str:
-        """A name as it may stand in a message: short and printable."""
+        """A name that is short and printable, for messages."""
         name = self.string(what, MAX_NAME_BYTES)
         if not name.isprintable():
             raise self.fail(f"{what} is {name!r}")
@@ -255,7 +250,7 @@ class _Header:
         return np.frombuffer(self.data[start : self.offset], dtype)
 
     def strings(self, length: int, what: str) -> list[str]:
-        """An array of strings; a loop of its own, as a vocabulary has 262,144 of them."""
+        """An array of strings, in one loop: a vocabulary has 262,144 of them."""
         if length * 8 > self.size - self.offset:
             raise self.short(f"{what} claims {length:,} strings")
         data, offset, size = self.data, self.offset, self.size

@@ -12,7 +12,7 @@ from .file import GGUFFile
 
 
 class Metadata:
-    """A typed reader of the keys of one architecture, which remembers what was read."""
+    """A typed reader of the keys of one architecture, which notes those that were read."""
 
     def __init__(self, file: GGUFFile):
         self.file = file
@@ -31,9 +31,8 @@ class Metadata:
         value = self.any(key)
         if isinstance(value, np.ndarray) and value.size and value.dtype.kind in "iuf":
             if (value != value[0]).any():
-                raise self.error(
-                    key, f"differs by layer, which is not supported; got {value[:8].tolist()}"
-                )
+                shown = value[:8].tolist()
+                raise self.error(key, f"differs by layer, which is not supported; got {shown}")
             value = value[0].item()
         if value is None:
             return None
@@ -65,21 +64,21 @@ class Metadata:
         return value
 
     def ignore(self, *keys: str) -> None:
-        """Keys that say nothing about the mathematics."""
+        """Accept keys that do not change the mathematics."""
         self._read.update(keys)
 
     def finish(self) -> None:
-        """Refuse keys that were not read and that say something.
+        """Refuse keys that were not read, unless they are zero.
 
         Raises:
             ConfigError: names the first of them.
         """
         for key, value in sorted(self.file.metadata.items()):
-            if not key.startswith(self.prefix) or key.removeprefix(self.prefix) in self._read:
-                continue
-            if isinstance(value, int | float) and not value:
-                continue
-            raise ConfigError(
-                f"{self.file.path}: {key} is not understood for architecture "
-                f"{self.file.architecture!r}; got {repr(value)[:40]}"
-            )
+            name = key.removeprefix(self.prefix)
+            is_zero = isinstance(value, int | float) and not value
+            if name != key and name not in self._read and not is_zero:
+                raise self.error(
+                    name,
+                    f"is not understood for architecture {self.file.architecture!r}; "
+                    f"got {repr(value)[:40]}",
+                )

@@ -1,8 +1,7 @@
 """A GGUF file as a Hugging Face checkpoint: its config, and its tensors under their names.
 
-One `Architecture` per entry of `general.architecture`; to add one, write its config function and
-its table of names. Keys of an architecture that change the mathematics and are not understood are
-errors, so an architecture lists every key it reads or may ignore.
+To add an `Architecture` (an entry of `general.architecture`), write its config function and its
+table of names. Keys that are not understood are errors, so it lists every key it reads or ignores.
 """
 
 from __future__ import annotations
@@ -29,11 +28,11 @@ class Architecture:
     """How one GGUF architecture maps.
 
     Attributes:
-        config: the config.json in Hugging Face's hub style.
+        config: makes the config.json in Hugging Face's hub style.
         layer_names: name within a block -> name within our layer.
-        dtype: of what is dequantized, unless the user names one. Gemma's activations overflow
-            float16; float16 holds more digits of everyone else's.
-        permuted: names within a block whose rows are permuted per head.
+        dtype: of dequantized values without `--dtype`: bfloat16 for Gemma, where activations
+            overflow float16; else float16, which has more digits.
+        permuted: names within a block of the tensors with rows permuted per head.
         norms_plus_one: norms are stored with 1 added.
     """
 
@@ -45,7 +44,7 @@ class Architecture:
 
     @property
     def scale_dtype(self) -> str:
-        """What keeps a packed tensor's float16 scales without loss.
+        """The dtype that keeps a quantized tensor's float16 scales without loss.
 
         float32 beside bfloat16: MLX gives embeddings the dtype of their scales, and in float16 the
         residual stream of such a model overflows.
@@ -64,19 +63,19 @@ _ATTENTION_AND_MLP = {
     "attn_norm": "input_layernorm",
 }
 _TOP_NAMES = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
 }
-# Read elsewhere: the factors of RoPE are part of the config.
-_CONFIG_TENSORS = frozenset({"rope_freqs.weight"})
+ROPE_FACTORS = "rope_freqs.weight"
+"""A tensor that becomes part of the config."""
 
 
 def architecture_of(file: GGUFFile) -> Architecture:
-    """The table entry of a file.
+    """A file's architecture.
 
     Raises:
-        UnsupportedModel: not in the table, or a mixture of experts.
+        UnsupportedModel: it is not in the table, or a mixture of experts.
     """
     name = file.architecture
     found = _ARCHITECTURES.get(name)
@@ -119,7 +118,7 @@ def gguf_weights(file: GGUFFile, config: Mapping[str, Any]) -> dict[str, GGUFWei
     found: dict[str, GGUFWeight] = {}
     unknown = []
     for tensor in file.tensors.values():
-        if tensor.name in _CONFIG_TENSORS:
+        if tensor.name == ROPE_FACTORS:
             continue
         name = _our_name(tensor.name, architecture)
         if name is None:
@@ -133,7 +132,11 @@ def gguf_weights(file: GGUFFile, config: Mapping[str, Any]) -> dict[str, GGUFWei
         permuted = inner is not None and inner[2] in architecture.permuted
         added = 1.0 if architecture.norms_plus_one and "norm" in tensor.name else 0.0
         head_dim = config["head_dim"] if permuted else 0
-        _check_heads(file, tensor, head_dim)
+        if head_dim and tensor.shape[0] % head_dim:
+            raise WeightsError(
+                f"{file.path}: {tensor.name!r} has {tensor.shape[0]} rows, which are not heads of "
+                f"{head_dim}"
+            )
         found[name] = GGUFWeight(file, tensor, name, head_dim, added, architecture.scale_dtype)
     if unknown:
         raise WeightsError(
@@ -145,25 +148,16 @@ def gguf_weights(file: GGUFFile, config: Mapping[str, Any]) -> dict[str, GGUFWei
 
 def _our_name(name: str, architecture: Architecture) -> str | None:
     inner = _LAYER.fullmatch(name)
-    if inner is not None:
-        ours = architecture.layer_names.get(inner[2])
-        return None if ours is None else f"model.layers.{int(inner[1])}.{ours}.{inner[3]}"
-    stem, _, kind = name.rpartition(".")
-    return f"{_TOP_NAMES[stem]}.{kind}" if stem in _TOP_NAMES and kind == "weight" else None
-
-
-def _check_heads(file: GGUFFile, tensor: GGUFTensor, head_dim: int) -> None:
-    if head_dim and tensor.shape[0] % head_dim:
-        raise WeightsError(
-            f"{file.path}: {tensor.name!r} has {tensor.shape[0]} rows, which are not heads of "
-            f"{head_dim}"
-        )
+    if inner is None:
+        return _TOP_NAMES.get(name)
+    ours = architecture.layer_names.get(inner[2])
+    return None if ours is None else f"model.layers.{int(inner[1])}.{ours}.{inner[3]}"
 
 
 def default_dtype(file: GGUFFile) -> str:
-    """The dtype of what is not packed: the file's own if its matrices have one, or the table's.
+    """The dtype of what is not quantized: the one that all matrices have, or the architecture's.
 
-    Gemma's F16 files are the exception: its activations leave the range of float16.
+    The architecture's also for F16: Gemma's activations leave the range of float16.
     """
     architecture = architecture_of(file)
     types = {tensor.type for tensor in file.tensors.values() if len(tensor.shape) > 1}
@@ -172,7 +166,6 @@ def default_dtype(file: GGUFFile) -> str:
 
 
 def _common_config(m: Metadata, tensors: Mapping[str, GGUFTensor]) -> dict[str, Any]:
-    """What every architecture of this kind has."""
     embedding = tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
         raise WeightsError(f"{m.file.path}: the matrix 'token_embd.weight' is missing")
@@ -187,7 +180,7 @@ def _common_config(m: Metadata, tensors: Mapping[str, GGUFTensor]) -> dict[str, 
         )
     if rotated != head_dim:
         raise m.error("rope.dimension_count", f"must equal the head's {head_dim}; got {rotated}")
-    # The table's own rows count: the tokenizer's list may be shorter, the key may be missing.
+    # The embedding's rows count: the tokenizer's list may be shorter, the key may be missing.
     m.ignore("vocab_size")
     return {
         "hidden_size": hidden,
@@ -205,28 +198,21 @@ def _common_config(m: Metadata, tensors: Mapping[str, GGUFTensor]) -> dict[str, 
 
 
 def _short(value: float) -> float:
-    """A float32 as it was written: 1e-05 instead of 9.999999747378752e-06."""
+    """The shortest decimal of a float32: 1e-05 instead of 9.999999747378752e-06."""
     return float(str(np.float32(value)))
 
 
 def _token_ids(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    ids = {}
-    for key, name in (
-        ("bos_token_id", "bos"),
-        ("eos_token_id", "eos"),
-        ("pad_token_id", "padding"),
-    ):
-        value = metadata.get(f"tokenizer.ggml.{name}_token_id")
-        if isinstance(value, int):
-            ids[key] = value
-    return ids
+    names = {"bos": "bos", "eos": "eos", "pad": "padding"}
+    ids = {ours: metadata.get(f"tokenizer.ggml.{name}_token_id") for ours, name in names.items()}
+    return {f"{ours}_token_id": i for ours, i in ids.items() if isinstance(i, int)}
 
 
 def _llama_config(m: Metadata, tensors: Mapping[str, GGUFTensor]) -> dict[str, Any]:
     config = _common_config(m, tensors)
     theta = _short(m.number("rope.freq_base", 10000.0))  # llama.cpp's default, and Llama's
     scaling = linear_or_yarn(m)
-    freqs = tensors.get("rope_freqs.weight")
+    freqs = tensors.get(ROPE_FACTORS)
     if freqs is not None:
         if scaling is not None:
             raise m.error("rope.scaling.type", "and rope_freqs.weight cannot both be used")
@@ -234,7 +220,7 @@ def _llama_config(m: Metadata, tensors: Mapping[str, GGUFTensor]) -> dict[str, A
             m.file, freqs, theta, config["head_dim"], config["max_position_embeddings"]
         )
     window = m.opt_int("attention.sliding_window")
-    # What Meta's original files were, and which window-free layers interleave: both say nothing.
+    # The layout of Meta's original files, and keys of experts that a dense file may have.
     m.ignore("tensor_data_layout", "attention.causal", "expert_count", "expert_used_count")
     return {
         "architectures": ["MistralForCausalLM" if window else "LlamaForCausalLM"],

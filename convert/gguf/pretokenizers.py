@@ -1,8 +1,7 @@
-"""How byte-level BPE vocabularies split text into words, by the name a GGUF file gives.
+"""How byte-level BPE vocabularies split text into words.
 
-A GGUF file does not hold the regular expressions of its tokenizer, only a name
-(`tokenizer.ggml.pre`) that llama.cpp's `llama-vocab.cpp` maps to them. The expressions here are
-those of the models' own tokenizer.json files where the two differ in form.
+A GGUF file only names the regular expressions (`tokenizer.ggml.pre`), which are in llama.cpp's
+`llama-vocab.cpp`. Where the two differ in form, those of the models' own tokenizer.json are here.
 """
 
 from __future__ import annotations
@@ -41,11 +40,11 @@ class PreTokenizer:
     """One way to split.
 
     Attributes:
-        patterns: applied one after the other, each match a word of its own.
-        digits: single digits first.
-        gpt2: GPT-2's own expression last (the one that `tokenizers` builds in).
-        ignore_merges: a word that is in the vocabulary is that token, whatever the merges say.
-        add_bos: whether the start token is added where the file does not say.
+        patterns: applied in order; each match is a word.
+        digits: split single digits first.
+        gpt2: apply GPT-2's expression last (built into `tokenizers`).
+        ignore_merges: a word that is in the vocabulary is one token, without merges.
+        add_bos: add the start token if the file does not say.
     """
 
     patterns: tuple[str, ...] = ()
@@ -74,7 +73,7 @@ _THREE_DIGITS = PreTokenizer((_words(r"\p{N}{1,3}"),))
 _ONE_DIGIT = PreTokenizer((_words(r"\p{N}"),))
 _O200K = PreTokenizer((_cased_words(r"\p{N}{1,3}", f"{_CONTRACTIONS}?"),))
 _TEKKEN = PreTokenizer((_cased_words(r"\p{N}"),), ignore_merges=True, add_bos=True)
-# llama.cpp's own fallback for files from before there was a name.
+# llama.cpp's fallback for older files without a name.
 _DEFAULT = PreTokenizer(
     (
         r"[\p{P}\$\+<=>\^~\|]+",

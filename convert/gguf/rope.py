@@ -20,7 +20,7 @@ _LOW, _HIGH = 1.0, 4.0
 
 
 def linear_or_yarn(m: Metadata) -> dict[str, Any] | None:
-    """The scaling that the metadata states; None for none.
+    """The scaling of the metadata; None for none.
 
     Raises:
         ConfigError: a kind that is not understood, or values missing.
@@ -47,11 +47,8 @@ def linear_or_yarn(m: Metadata) -> dict[str, Any] | None:
     scaling: dict[str, Any] = {"rope_type": "yarn", "factor": factor}
     if original:
         scaling["original_max_position_embeddings"] = original
-    for key in ("beta_fast", "beta_slow"):
-        value = m.opt_number(f"rope.scaling.yarn_{key}")
-        if value is not None:
-            scaling[key] = value
-    return scaling
+    betas = {key: m.opt_number(f"rope.scaling.yarn_{key}") for key in ("beta_fast", "beta_slow")}
+    return scaling | {key: value for key, value in betas.items() if value is not None}
 
 
 def scaling_from_factors(
@@ -59,9 +56,8 @@ def scaling_from_factors(
 ) -> dict[str, Any]:
     """`rope_freqs.weight` (a divisor of each frequency) as a `rope_scaling`.
 
-    llama.cpp computes these from Llama 3.1's four numbers when it converts; they are found again
-    by trying what published models use. Factors of another origin are kept as they are, as a
-    `longrope` that does not depend on the length.
+    llama.cpp computes these from Llama 3.1's four numbers: those of published models are tried.
+    Other factors become a `longrope` that does not depend on the length.
 
     Raises:
         CheckpointError: not one positive number for each pair of a head.
@@ -95,8 +91,8 @@ def scaling_from_factors(
 
 
 def llama3_factors(theta: float, head_dim: int, factor: float, original: int) -> np.ndarray:
-    """What Llama 3.1 divides each frequency by, `[head_dim / 2]`: 1 for wavelengths that fit
-    `high` times into the original context, `factor` for those that do not fit `low` times."""
+    """Llama 3.1's divisor of each frequency, `[head_dim / 2]`: 1 for wavelengths that fit `_HIGH`
+    times into the original context, `factor` for those that do not fit `_LOW` times."""
     wavelengths = 2 * math.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
     ramp = np.clip((original / wavelengths - _LOW) / (_HIGH - _LOW), 0.0, 1.0)
     return 1.0 / ((1 - ramp) / factor + ramp)

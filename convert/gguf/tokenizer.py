@@ -1,4 +1,4 @@
-"""The tokenizer in a GGUF file's metadata as tokenizer.json and its companions."""
+"""The tokenizer in a GGUF file's metadata as tokenizer.json and the files beside it."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ from .pretokenizers import PRE_TOKENIZERS
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-# A model may end its turn with a token that is not its eos_token_id; llama.cpp stops at these
-# names too.
+# Tokens that may end a turn beside eos_token_id, as in llama.cpp.
 _END_TOKENS = frozenset(
     {
         "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<turn|>",
@@ -76,13 +75,12 @@ class _Keys:
 
 
 def write_tokenizer(file: GGUFFile, folder: Path) -> None:
-    """Writes tokenizer.json, tokenizer_config.json and generation_config.json.
+    """Write tokenizer.json, tokenizer_config.json and generation_config.json.
 
     Raises:
-        TokenizerError: there is none, or it is of a kind that is not understood.
+        TokenizerError: there is no tokenizer, or its kind is not supported.
     """
-    tokenizer = gguf_tokenizer(file)
-    tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
+    gguf_tokenizer(file).save(str(folder / "tokenizer.json"), pretty=False)
     keys = _Keys(file)
     tokens = keys.strings("tokens")
     write_json(folder / "tokenizer_config.json", _tokenizer_config(keys, tokens))
@@ -90,11 +88,7 @@ def write_tokenizer(file: GGUFFile, folder: Path) -> None:
 
 
 def gguf_tokenizer(file: GGUFFile) -> Tokenizer:
-    """The tokenizer of a GGUF file.
-
-    Raises:
-        TokenizerError: there is none, or it is of a kind that is not understood.
-    """
+    """The tokenizer of a GGUF file; raises as `write_tokenizer` does."""
     keys = _Keys(file)
     kind = keys.text("model", "")
     tokens = keys.strings("tokens")
@@ -118,8 +112,8 @@ def _sentencepiece(keys: _Keys, tokens: list[str], types: list[int]) -> Tokenize
     scores = keys.numbers("scores", len(tokens))
     if scores is None:
         raise keys.error("scores", "is missing: a SentencePiece vocabulary needs it")
-    # llama.cpp puts the space after every added token, as the models' own tokenizers did when
-    # these files were made; user-defined pieces hold plain spaces in a GGUF file.
+    # As in llama.cpp the space also follows every added token; user-defined pieces hold plain
+    # spaces in a GGUF file.
     pieces = Pieces(tokens, scores, types, add_prefix=keys.flag("add_space_prefix", True))
     return build(pieces, str(keys.file.path))
 
@@ -151,7 +145,7 @@ def _byte_level(keys: _Keys, tokens: list[str], types: list[int]) -> tuple[Token
 def _merges(keys: _Keys) -> list[tuple[str, str]]:
     pairs = []
     for i, merge in enumerate(keys.strings("merges")):
-        # A part may begin with a space where a vocabulary is not byte-level through and through.
+        # A part may begin with a space where a vocabulary is not fully byte-level.
         left, space, right = merge[1:].partition(" ")
         if not space or not right:
             raise keys.error("merges", f"entry {i:,} is not a pair: {merge!r}")
@@ -164,15 +158,10 @@ def _tokenizer_config(keys: _Keys, tokens: Sequence[str]) -> dict[str, Any]:
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
     }
-    for key, name in (
-        ("bos_token", "bos"),
-        ("eos_token", "eos"),
-        ("unk_token", "unknown"),
-        ("pad_token", "padding"),
-    ):
-        i = keys.token_id(name, len(tokens))
-        if i is not None:
-            config[key] = tokens[i]
+    names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+    for ours, name in names.items():
+        if (i := keys.token_id(name, len(tokens))) is not None:
+            config[f"{ours}_token"] = tokens[i]
     for key in ("add_bos_token", "add_eos_token"):
         if isinstance(keys.any(key), bool):
             config[key] = keys.any(key)
@@ -193,12 +182,9 @@ def _generation_config(keys: _Keys, tokens: Sequence[str]) -> Mapping[str, Any]:
         for i, (token, kind) in enumerate(zip(tokens, types, strict=True))
         if kind == CONTROL and token in _END_TOKENS
     }
-    config: dict[str, Any] = {}
-    for key, name in (("bos_token_id", "bos"), ("pad_token_id", "padding")):
-        i = keys.token_id(name, len(tokens))
-        if i is not None:
-            config[key] = i
-    ids = sorted(i for i in ends if i is not None)
-    if ids:
-        config["eos_token_id"] = ids
-    return config
+    config = {
+        "bos_token_id": keys.token_id("bos", len(tokens)),
+        "pad_token_id": keys.token_id("padding", len(tokens)),
+        "eos_token_id": sorted(i for i in ends if i is not None) or None,
+    }
+    return {key: value for key, value in config.items() if value is not None}

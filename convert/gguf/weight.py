@@ -1,4 +1,4 @@
-"""Tensors of a GGUF file as `SourceTensor`s, and ggml's packing as MLX has it."""
+"""Tensors of a GGUF file as `SourceTensor`s, and ggml's quantization in MLX's layout."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ PACKED_TYPES = {
     "Q4_1": Format("affine", 4, 32),
     "Q8_0": Format("affine", 8, 32),
 }
-"""ggml types that MLX's affine packing holds without loss."""
+"""ggml types that MLX's affine format holds without loss."""
 
 
 @dataclass(frozen=True, slots=True)
 class GGUFWeight:
-    """A tensor of a GGUF file, brought back to what the Hugging Face checkpoint held.
+    """A tensor of a GGUF file, with the values and row order of the Hugging Face checkpoint.
 
     Attributes:
-        head_dim: rows are permuted within heads of this many, for the other layout of RoPE; 0: not.
-        added: what the file holds on top of the value (1 for Gemma's norms).
+        head_dim: rows are permuted within heads of this many, for llama.cpp's RoPE; 0: not.
+        added: the file's values minus the checkpoint's (1 for Gemma's norms).
         scale_dtype: see `SourceTensor`. A block's scale is a float16, and so is its bias:
-            -8 d and -128 d are exact as long as they do not overflow, which the writer checks.
+            -8 d and -128 d are exact unless they overflow, which the writer checks.
     """
 
     file: GGUFFile
@@ -60,11 +60,10 @@ class GGUFWeight:
         return max(1, self.head_dim if len(self.shape) > 1 else 1)
 
     def stored(self, start: int, stop: int) -> np.ndarray:
-        """The bytes of rows [start, stop), in the order of the Hugging Face checkpoint."""
+        """The bytes of rows [start, stop) of the Hugging Face checkpoint."""
         stored = self.file.read_rows(self.tensor, start, stop)
-        if self.head_dim and len(self.shape) > 1:
-            stored = _unpermute(stored, self.head_dim)
-        return stored
+        is_permuted = self.head_dim and len(self.shape) > 1
+        return _unpermute(stored, self.head_dim) if is_permuted else stored
 
     def rows(self, start: int, stop: int) -> mx.array:
         values = dequantize(self.stored(start, stop), self.tensor.type)
@@ -75,8 +74,7 @@ class GGUFWeight:
         return mx.array(values)
 
     def packed_rows(self, start: int, stop: int) -> tuple[mx.array, ...]:
-        weight, scales, biases = pack(self.stored(start, stop), self.tensor.type)
-        return mx.array(weight), mx.array(scales), mx.array(biases)
+        return tuple(map(mx.array, pack(self.stored(start, stop), self.tensor.type)))
 
 
 def _unpermute(rows: np.ndarray, head_dim: int) -> np.ndarray:
@@ -91,7 +89,7 @@ def _unpermute(rows: np.ndarray, head_dim: int) -> np.ndarray:
 
 
 def pack(rows: np.ndarray, type_name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Stored rows of a Q4_0, Q4_1 or Q8_0 tensor in MLX's affine packing, group 32.
+    """Stored rows of a Q4_0, Q4_1 or Q8_0 tensor in MLX's affine format, group 32.
 
     MLX computes `scale * q + bias` with q unsigned: Q4_0 (`d * (q - 8)`) and Q8_0 (`d * q`, q
     signed) get a bias of -8 d and -128 d, Q4_1 (`d * q + m`) is the same already. In float32 all
@@ -108,7 +106,7 @@ def pack(rows: np.ndarray, type_name: str) -> tuple[np.ndarray, np.ndarray, np.n
     blocks = rows.reshape(-1, block_bytes)
     scales = _halves(blocks, 0)
     if type_name == "Q8_0":
-        # Signed to unsigned is adding 128, which modulo 256 flips the highest bit.
+        # Adding 128 modulo 256 flips the highest bit.
         quants = blocks[:, 2:] ^ np.uint8(0x80)
         biases = scales * np.float32(-128)
     else:

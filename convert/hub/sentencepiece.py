@@ -1,7 +1,7 @@
 """tokenizer.model, a SentencePiece model, as tokenizer.json.
 
-The file is a protocol buffer; the `sentencepiece` package (the optional extra of that name) has
-its definition. Format: https://github.com/google/sentencepiece, `sentencepiece_model.proto`.
+The `sentencepiece` package (an optional extra) defines the file, a protocol buffer. Format:
+https://github.com/google/sentencepiece, `sentencepiece_model.proto`.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ _UNIGRAM, _BPE = 1, 2
 
 @dataclass(frozen=True, slots=True)
 class SentencePieceModel:
-    """A tokenizer.model with what the files beside it say.
+    """A tokenizer.model and the files beside it.
 
     Attributes:
-        pieces: the vocabulary and how text is prepared.
-        ids: "bos", "eos", "unk", "pad" -> id, those that there are.
+        pieces: the vocabulary and the normalization.
+        ids: "bos", "eos", "unk" and "pad" -> id, of those that exist.
         config: tokenizer_config.json, empty if there is none.
         added: tokens behind the vocabulary, id -> (text, special).
     """
@@ -42,14 +42,14 @@ class SentencePieceModel:
 
     @property
     def files(self) -> tuple[str, ...]:
-        """What `write` makes."""
+        """The files that `write` writes."""
         return ("tokenizer.json",) if self.config else ("tokenizer.json", "tokenizer_config.json")
 
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer.
+        """Build the tokenizer.
 
         Raises:
-            TokenizerError: the vocabulary or the added tokens do not hold together.
+            TokenizerError: the vocabulary or the added tokens are inconsistent.
         """
         tokenizer = build(self.pieces, str(self.path))
         self._add_tokens(tokenizer)
@@ -93,11 +93,11 @@ class SentencePieceModel:
 
 
 def open_sentencepiece(folder: Path) -> SentencePieceModel:
-    """Reads tokenizer.model and the configuration beside it.
+    """Read tokenizer.model and the configuration beside it.
 
     Raises:
-        TokenizerError: the package is missing, the file is damaged, or it is of a kind that
-            `tokenizers` has no model for.
+        TokenizerError: the package is missing, the file is damaged, or `tokenizers` has no such
+            model.
     """
     path = folder / "tokenizer.model"
     proto = _parse(path)
@@ -109,7 +109,7 @@ def open_sentencepiece(folder: Path) -> SentencePieceModel:
     config_path = folder / "tokenizer_config.json"
     config = read_json(config_path) if config_path.exists() else {}
     pieces = Pieces(
-        # In the text the visible space of a user-defined piece is a space.
+        # User-defined pieces match plain spaces in a text.
         [p.piece.replace(SPACE, " ") if p.type == USER_DEFINED else p.piece for p in proto.pieces],
         [p.score for p in proto.pieces],
         [p.type for p in proto.pieces],
@@ -120,12 +120,7 @@ def open_sentencepiece(folder: Path) -> SentencePieceModel:
         squeeze=normalizer.remove_extra_whitespaces,
     )
     n = len(pieces.tokens)
-    stated = {
-        "bos": trainer.bos_id,
-        "eos": trainer.eos_id,
-        "unk": trainer.unk_id,
-        "pad": trainer.pad_id,
-    }
+    stated = {name: getattr(trainer, f"{name}_id") for name in ("bos", "eos", "unk", "pad")}
     ids = {name: i for name, i in stated.items() if 0 <= i < n}
     return SentencePieceModel(path, pieces, ids, config, _added(folder, config, n))
 

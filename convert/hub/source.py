@@ -53,10 +53,10 @@ _LICENCE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 
 
 def open_hub_source(path: Path) -> Source:
-    """Opens a directory and checks that its tensors are those of its config.
+    """Open a directory, and check that its tensors are those of its config.
 
     Raises:
-        CheckpointError: damaged, incomplete, or of an architecture that is not known.
+        CheckpointError: it is damaged or incomplete, or its architecture is not supported.
     """
     raw = read_config(path)
     source = str(path / "config.json")
@@ -93,7 +93,7 @@ class _Kept:
 
 
 def _remapped(weights: Weights, family: Family, config: Any) -> tuple[dict[str, _Kept], list[str]]:
-    """The model's arrays by name; an array that the family passed on as it is lies in a file."""
+    """The model's arrays by name: those that the family did not change are in a file."""
     arrays = weights.arrays()
     names = {id(array): name for name, array in arrays.items()}
     kept, left_out = family.remap(arrays, config)
@@ -112,22 +112,21 @@ def _remapped(weights: Weights, family: Family, config: Any) -> tuple[dict[str, 
     stacks = expert_stacks(n for n in arrays if n not in dropped) if family.native else {}
     for name, array in kept.items():
         origin = names.get(id(array))
-        if origin is None and name in stacks:
+        if origin is not None:
+            found[name] = _Kept(origin, in_file(origin))
+        elif name in stacks:
             experts = StackedPart(tuple(in_file(expert) for expert in stacks[name]))
             found[name] = _Kept(stacks[name][0], experts)
-            continue
-        if origin is None:
+        else:
             dtype = str(array.dtype).removeprefix("mlx.core.")
             found[name] = _Kept(name, ComputedPart(tuple(array.shape), dtype, compute(name)))
-            continue
-        found[name] = _Kept(origin, in_file(origin))
     return found, left_out
 
 
 def _tensors(
     weights: Weights, kept: Mapping[str, _Kept], packing: Quantization | None, source: str
 ) -> dict[str, SourceTensor]:
-    """Arrays joined to tensors: weight, scales and biases of a packed one belong together."""
+    """Tensors of arrays: weight, scales and biases of a quantized one belong together."""
     found: dict[str, SourceTensor] = {}
     packed = {name.removesuffix(".scales") for name in kept if name.endswith(".scales")}
     if packed and packing is None:
@@ -153,10 +152,10 @@ def _tensors(
 def _packed_tensor(
     module: str, kept: Mapping[str, _Kept], entry: Format, main_dtype: str, source: str
 ) -> PackedTensor:
-    """A packed weight whose three arrays fit together.
+    """A quantized weight, and its arrays.
 
     Raises:
-        WeightsError: they do not.
+        WeightsError: they do not fit together.
     """
     suffixes = ("weight", "scales", "biases") if entry.mode == "affine" else ("weight", "scales")
     missing = [suffix for suffix in suffixes if f"{module}.{suffix}" not in kept]
@@ -177,14 +176,8 @@ def _packed_tensor(
             f"({entry.mode}, {entry.bits} bits, groups of {entry.group_size})"
         )
     scale_dtype = scales[0].dtype if entry.mode == "affine" else main_dtype
-    return PackedTensor(
-        f"{module}.weight",
-        items[0].origin,
-        (*rows, columns),
-        entry,
-        (weight, *scales),
-        scale_dtype,
-    )
+    name, shape, parts = f"{module}.weight", (*rows, columns), (weight, *scales)
+    return PackedTensor(name, items[0].origin, shape, entry, parts, scale_dtype)
 
 
 def _reason(name: str, n_layers: int) -> str:
@@ -201,10 +194,9 @@ def _reason(name: str, n_layers: int) -> str:
 def _settle_head(
     config: Any, tensors: dict[str, SourceTensor], skipped: list[tuple[str, str]]
 ) -> tuple[Any, bool]:
-    """A config that says "tied" beside a head of its own: the head counts, unless it is a copy.
+    """The config, and whether the head is the embedding.
 
-    Returns:
-        The config to build with, and whether the head is the embedding.
+    Where a tied config has a head too, the head counts unless it is a copy.
     """
     head = tensors.get("lm_head.weight")
     if not config.tie_word_embeddings or head is None:
@@ -218,20 +210,16 @@ def _settle_head(
 
 
 def _equal(a: SourceTensor, b: SourceTensor) -> bool:
-    """Whether two tensors hold the same values, block by block."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     n_rows, columns = matrix_shape(a.shape)
     step = max(a.row_step, b.row_step, (1 << 22) // max(1, columns))
-    for start in range(0, n_rows, step):
-        stop = min(n_rows, start + step)
-        if not mx.array_equal(a.rows(start, stop), b.rows(start, stop)).item():
-            return False
-    return True
+    blocks = ((start, min(n_rows, start + step)) for start in range(0, n_rows, step))
+    return all(mx.array_equal(a.rows(*block), b.rows(*block)).item() for block in blocks)
 
 
 def _side_files(path: Path) -> tuple[Callable[[Path], None], tuple[str, ...], tuple[str, ...]]:
-    """What writes the files beside the weights, their names, and what to say about them."""
+    """A function that writes the files beside the weights, their names, and notes on them."""
     names = [name for name in _TOKENIZER_FILES if (path / name).is_file()]
     for pattern in _LICENCE_FILES:
         names += sorted(file.name for file in path.glob(pattern) if file.is_file())
@@ -261,5 +249,5 @@ def _copy_files(
     for name in names:
         (folder / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(source / name, folder / name)
-    if settings:  # without the record of where the source came from
+    if settings:  # without the source's origin
         (folder / RECORD).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

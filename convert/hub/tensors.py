@@ -1,8 +1,7 @@
 """Tensors of a safetensors directory as `SourceTensor`s.
 
-Where a family only renames a tensor, or stacks experts, rows are read from the files, so that a
-block of rows is all that is in memory. What a family computes otherwise is one MLX array, evaluated
-as a whole and let go.
+Tensors that a family renames, and experts that it stacks, are read from the files by blocks of
+rows. A tensor that it computes otherwise is evaluated as a whole and freed.
 """
 
 from __future__ import annotations
@@ -38,12 +37,7 @@ class Part(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class FilePart:
-    """An array that lies in a file as it is needed.
-
-    Attributes:
-        offset: of its first byte in the file.
-        kind: safetensors' name of the dtype.
-    """
+    """An array in a file, from byte `offset` on; `kind` is safetensors' name of the dtype."""
 
     file: Path
     offset: int
@@ -76,11 +70,7 @@ class FilePart:
 
 @dataclass(frozen=True, slots=True)
 class StackedPart:
-    """Arrays of one shape that lie in files one by one, as one array: experts, say.
-
-    Attributes:
-        parts: in the order of the first dimension.
-    """
+    """Arrays of one shape, such as experts, stacked along a new first dimension."""
 
     parts: tuple[Part, ...]
 
@@ -98,9 +88,10 @@ class StackedPart:
 
     def rows(self, start: int, stop: int) -> mx.array:
         n, _ = matrix_shape(self.parts[0].shape)  # rows of one
-        found = []
-        for i in range(start // n, -(-stop // n)):
-            found.append(self.parts[i].rows(max(start - i * n, 0), min(stop - i * n, n)))
+        found = [
+            self.parts[i].rows(max(start - i * n, 0), min(stop - i * n, n))
+            for i in range(start // n, -(-stop // n))
+        ]
         return mx.concatenate(found) if len(found) > 1 else found[0]
 
 
@@ -109,7 +100,7 @@ class ComputedPart:
     """An array that a family computes from several.
 
     Attributes:
-        compute: gives it anew, not evaluated; keeping one array would keep its values.
+        compute: builds it, not evaluated: an array that is kept would keep its values.
     """
 
     shape: tuple[int, ...]
@@ -158,11 +149,11 @@ class DenseTensor:
 
 @dataclass(frozen=True, slots=True)
 class PackedTensor:
-    """A weight that MLX packed before; see `SourceTensor`.
+    """A weight that MLX has quantized; see `SourceTensor`.
 
     Attributes:
         parts: weight, scales and (affine) biases.
-        scale_dtype: of the scales, or what a mode without a float scale is unpacked to.
+        scale_dtype: of the scales, or to dequantize to where they are no floats.
     """
 
     name: str
@@ -182,7 +173,7 @@ class PackedTensor:
         return max(part.row_step for part in self.parts)
 
     def rows(self, start: int, stop: int) -> mx.array:
-        """Unpacked in float32, so that rounding happens once."""
+        """Dequantized in float32, so that rounding happens once."""
         weight, scales, *rest = self.packed_rows(start, stop)
         biases = rest[0].astype(mx.float32) if rest else None
         return mx.dequantize(
