@@ -336,4 +336,4 @@ def _rows(params: Any, logits: mx.array) -> None:
         session: Any = SimpleNamespace(model=model, tokens=[1])
         decoder.add(Row(session, row, Sampler(params, logits.shape[1])))
     mx.async_eval = evaluate
-    decoder._drawn(decoder._lanes, logits)
+    decoder._choose(decoder._lanes, logits)
