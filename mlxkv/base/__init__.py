@@ -1,1 +1,1 @@
-"""What the machine is: device, units, paths, durable files, stepwise work."""
+"""The machine: device, units, paths, durable files, stepwise work."""

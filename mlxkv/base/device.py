@@ -1,4 +1,4 @@
-"""The device that MLX runs on, and what must be set up before MLX is imported.
+"""The device that MLX runs on, and the BLAS that is loaded before MLX is imported.
 
 On Linux MLX's CPU wheel links the reference BLAS. An OpenBLAS that is loaded into the global scope
 first computes MLX's float32 matrix products instead, 8 to 50 times faster; macOS has Accelerate.
@@ -43,22 +43,22 @@ def load_blas() -> str | None:
     wanted = os.environ.get("MLXKV_BLAS", "")
     if wanted == "0" or "mlx.core" in sys.modules:
         return _already_loaded()
-    # mlxkv divides products over the cores itself; OpenBLAS' own threads would spin beside that.
+    # mlxkv divides products over the cores itself; OpenBLAS' own threads would compete.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     for name in (wanted,) if wanted else _OPENBLAS:
         try:
             ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
         except OSError:
             continue
-        # OpenBLAS' exit handler hangs where MLX is still inside one of its products: a step is in
-        # flight whenever an answer ends early.
+        # OpenBLAS' exit handler hangs while MLX is inside one of its products, and a step may be in
+        # flight when an answer ends early.
         atexit.register(finish)
         return name
     return None
 
 
 def core_streams() -> tuple[mx.Stream, ...]:
-    """One stream per core that the CPU backend's work is divided over; one alone on a GPU.
+    """One stream for each core on the CPU backend, one on a GPU.
 
     MLX's streams belong to the thread that made them, and so does a model that was split.
     """
@@ -85,7 +85,7 @@ def shares(n: int, streams: Sequence[Stream]) -> list[tuple[Stream, int, int]]:
 
 
 def trim() -> None:
-    """Give memory that was freed back to the system, where the C library keeps it (glibc)."""
+    """Return freed memory that the C library keeps (glibc) to the system."""
     if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
         trim(0)
 
@@ -127,7 +127,7 @@ def on_cpu() -> bool:
 
 @functools.cache
 def _devices() -> tuple[Callable[[], mx.Device], mx.Device]:
-    # Asked on every step: the import and the device object are not made anew each time.
+    # Every step calls this: the import and the device object take time.
     import mlx.core as mx
 
     return mx.default_device, mx.Device(mx.cpu)
@@ -169,7 +169,7 @@ def allocator_keeps() -> int:
 
 
 def max_arrays() -> int | None:
-    """Arrays that this process may have at a time, those that MLX's allocator keeps included.
+    """Arrays that this process may have at a time, with those that MLX's allocator keeps.
 
     Metal's resource limit, 499,000 on the Macs that report it; None where no limit is known.
     """
@@ -198,9 +198,9 @@ class WiredLimit:
 
     MLX wires nothing by default, so the system may page weights out between two requests. mlx-lm
     wires the whole recommended working set, and long prompts then caused kernel panics. Here the
-    limit is what the models may take (weights, KV and workspace), and never more than that set.
+    limit is that of the models (weights, KV and workspace), and never more than that set.
 
-    The limit may only be set while nothing is computed, so setting it waits for what is in flight.
+    It may only be set while nothing is computed, so setting it waits for steps in flight.
     """
 
     def __init__(self) -> None:
@@ -210,11 +210,7 @@ class WiredLimit:
         self._before: int | None = None
 
     def hold(self, n_bytes: int) -> Callable[[], None]:
-        """Wire what a model, or a whole engine, may take.
-
-        Returns:
-            A function that releases it; further calls of it do nothing.
-        """
+        """Wire the memory of a model or an engine, and return a function that releases it once."""
         key = object()
         with self._lock:
             self._held[key] = n_bytes
@@ -242,7 +238,7 @@ class WiredLimit:
 
 
 hold_wired = WiredLimit().hold
-"""Of the one limit that a process has."""
+"""Of the process's one limit."""
 
 
 def recommended_bytes() -> int | None:
@@ -256,8 +252,8 @@ def recommended_bytes() -> int | None:
 
 
 CPU_CHUNK, GPU_CHUNK = 256, 2048
-"""Prefill chunks: on the CPU backend attention over a short chunk stays in its caches (132 against
-85 tokens/s at 2048); a GPU needs long ones."""
+"""Prefill chunks: on the CPU backend attention over a short chunk stays in the CPU's caches (132
+against 85 tokens/s at 2048); a GPU needs long ones."""
 
 
 def default_chunk() -> int:

@@ -1,6 +1,6 @@
 """Work in steps: a generator that yields after each step and returns a result.
 
-A caller with other work in between drives the generator itself; others call `finished`.
+A caller that has other work between steps drives the generator itself; others call `finished`.
 """
 
 from __future__ import annotations

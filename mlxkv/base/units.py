@@ -1,4 +1,4 @@
-"""Bytes and counts as people write and read them."""
+"""Bytes and counts as text."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def parse_bytes(text: str | int | None) -> int | None:
     """Bytes from "16GiB", "500MB", a number, or None and "auto" (None).
 
     Raises:
-        UsageError: neither.
+        UsageError: it is none of these.
     """
     if text is None or text == "auto":
         return None

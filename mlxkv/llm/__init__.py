@@ -1,1 +1,1 @@
-"""The Python face: load, LLM, conversations, plan."""
+"""The Python API: load, LLM, conversations, plan."""

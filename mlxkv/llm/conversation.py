@@ -26,25 +26,24 @@ _KEEP_REASONING = {"clear_thinking": False, "preserve_thinking": True}
 
 
 class Conversation:
-    """A chat with one model that computes only what is new in each turn.
+    """A chat with one model that computes only the new tokens of each turn.
 
-    The KV of the whole conversation stays in the caches. The next prompt is not tokenized anew:
-    what the model read and wrote keeps its token ids, and only the text that the template adds
-    behind it is encoded. So the prefix is the same also where the answer's text would tokenize
-    differently, or the template trims it.
+    The KV of the whole conversation stays in the caches. Prompt and answers keep their token ids,
+    and only the text that the template adds behind them is encoded: the prefix stays the same where
+    the answer's text would tokenize differently, or the template trims it.
 
-    Reasoning stays in the history in the form in which the template leaves it where the model wrote
-    it: as `reasoning_content`, or inside the answer's text. A template that drops it in either form
-    is rendered anew, and what is computed starts at the first token that changed.
+    Reasoning stays in the history in a form that the template leaves in place: as
+    `reasoning_content`, or inside the answer's text. If the template drops both, the prompt is
+    rendered again and computed from the first token that changed.
 
     Args:
         llm: the model.
         system: system prompt.
-        saved: named KV that the conversation goes on from.
+        saved: named KV to continue from.
 
     Attributes:
-        append_only: whether the template let the last turn go on where the one before it ended;
-            None as long as that did not come up.
+        append_only: whether the last prompt only appended to the one before it; None before the
+            second turn.
     """
 
     def __init__(self, llm: Runtime, system: str | None = None, saved: NamedKV | None = None):
@@ -57,33 +56,33 @@ class Conversation:
         self._prompt: str | None = None
         self._tokens: list[int] = []
         self._answer = ""
-        # Turns that the template gets in another form than `turns` has them, by their index.
+        # Index -> turn, where the template gets another form than that in `turns`.
         self._inline: dict[int, dict[str, Any]] = {}
         self._options: dict[str, Any] = {}
 
     @property
     def messages(self) -> list[dict[str, Any]]:
-        """What was saved, the system prompt and all turns."""
+        """Messages of the saved KV, the system prompt and all turns."""
         head = [{"role": "system", "content": self.system}] if self.system else []
         return prompts.with_saved(self.saved, head + self.turns)
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes that the conversation's caches take."""
+        """Bytes of the conversation's caches."""
         return self._session.nbytes
 
     @property
     def kv_tokens(self) -> int:
-        """Tokens whose KV is held."""
+        """Tokens in the conversation's caches."""
         return len(self._session.tokens)
 
     def set_system(self, text: str | None) -> None:
-        """Change the system prompt; the next turn is computed from there on."""
+        """Change the system prompt; the next turn computes the conversation again from there."""
         self.system = text or None
         self._prompt = None
 
     def clear(self) -> None:
-        """Forget all turns; what of the KV the next prompt shares is kept."""
+        """Forget all turns; the next prompt reuses the KV of their common prefix."""
         self.turns = []
         self._prompt, self._inline = None, {}
 
@@ -102,7 +101,7 @@ class Conversation:
     def send(self, text: str, **options: Any) -> Iterator[Chunk]:
         """Stream the answer to the user's next message; options as for `LLM.stream`.
 
-        An answer that is left early stays in the history as far as it came.
+        An answer that is interrupted stays in the history as far as it was streamed.
 
         Raises:
             UsageError, ContextExceeded, TemplateError: as for `LLM.stream`; the history is
@@ -147,7 +146,7 @@ class Conversation:
     def _suffix(
         self, writer: PromptWriter, prompt: str, user: dict[str, Any], options: dict[str, Any]
     ) -> Rendered | None:
-        """What the template adds behind the last answer, in the first form that it leaves alone."""
+        """The template's text after the last answer, in the first form that it does not change."""
         last = len(self.turns) - 1
         forms = [self.turns[last]]
         if "reasoning_content" in self.turns[last]:
@@ -166,7 +165,7 @@ class Conversation:
                     prompt=prompt,
                     **options,
                 )
-            except TemplateError:  # some refuse reasoning inside the text
+            except TemplateError:  # some templates refuse reasoning inside the text
                 continue
             if suffix is not None:
                 self._inline[last] = form
@@ -219,8 +218,8 @@ class Conversation:
         answer = [c.token for c in shown if c.token is not None and c.token not in ends]
         self._answer = tokenizer.decode(answer, skip_special_tokens=False)
         self._tokens = tokens + answer
-        # A stop text, half a character or half a marker was computed and is not part of the
-        # history: the next turn is rendered anew then.
+        # A stop text, half a character or half a marker is in the KV and not in the history: the
+        # next prompt is rendered again then.
         written = read_answer(
             tokenizer, parser_for(tokenizer, prompt=prompt, tools=request.tools), answer
         )

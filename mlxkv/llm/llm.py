@@ -38,26 +38,27 @@ def load(
 ) -> LLM:
     """Load a model with its tokenizer.
 
-    What is None comes from the environment (`MLXKV_CONTEXT`, `MLXKV_KV_TYPE`, `MLXKV_MEMORY`,
-    `MLXKV_OVERFLOW`, `MLXKV_KEEP`), then from the model's own settings file, see `settings`.
+    Arguments that are None come from the environment (`MLXKV_CONTEXT`, `MLXKV_KV_TYPE`,
+    `MLXKV_MEMORY`, `MLXKV_OVERFLOW`, `MLXKV_KEEP`), then from the model's settings file, see
+    `settings`, then from the defaults here.
 
     Args:
         model: a directory, a name that `mlxkv list` shows, or a Hugging Face repository.
-        dtype: what to compute in: auto, float32, float16, bfloat16.
-        memory: limit in bytes or like "16GiB"; else what the machine allows.
-        kv_type: format of the KV cache: native, q8, q4, or auto: native, and quantized only where
-            memory is short; else native.
-        context: tokens that prompt and answer may have together; else the model's own.
-        overflow: what happens there: `stop`, or `shift`, which drops the oldest tokens behind
-            those that are kept and goes on; else stop.
-        keep: leading tokens that are kept, besides the system prompt; else 0.
+        dtype: to compute in: auto, float32, float16, bfloat16.
+        memory: limit in bytes or like "16GiB"; default: what the machine allows.
+        kv_type: format of the KV cache: native (default), q8, q4, or auto: native until memory is
+            short, then quantized.
+        context: tokens of prompt and answer together; default: the model's own.
+        overflow: at the context's end `stop` (default), or `shift`: drop the oldest tokens behind
+            those that are kept, and continue.
+        keep: leading tokens that a shift keeps, besides the system prompt; default: 0.
 
     Raises:
         UsageError: no such format, dtype or limit, or a context past the model's own.
         ModelNotFound: no such model.
         CheckpointError: its files are damaged or not supported.
         OutOfMemory: its weights are over the limit.
-        DownloadError: it has to be fetched and cannot be.
+        DownloadError: it cannot be downloaded.
     """
     given = Given(context, kv_type, memory, overflow, keep)
     path = resolve(str(model))
@@ -65,7 +66,7 @@ def load(
 
 
 class LLM(Runtime):
-    """A model, its tokenizer and its chat template; see `Runtime` for what it is made of."""
+    """A model, its tokenizer and its chat template; see `Runtime` for the attributes."""
 
     def __enter__(self) -> Self:
         return self
@@ -80,17 +81,17 @@ class LLM(Runtime):
 
         Args:
             prompt: a text (used as it is), messages (rendered by the chat template), or token ids.
-            kv_from: name of saved KV that the prompt goes on from, see `save_kv`.
+            kv_from: name of saved KV that the prompt continues, see `save_kv`.
             **options: `max_tokens`, `min_tokens`, `ignore_eos`, `stop`, `truncate`, `format`,
                 `logprobs`, `on_progress`, for messages `think` and `tools`, `context`, `overflow`
                 and `keep` in place of the model's settings (see `Request`), and the fields of
                 `SamplingParams`, such as `temperature` (0, greedy, by default). `format` is a
                 JSON schema, a pydantic model, a compiled regex, "json" or a `Grammar`. With
-                `recommended` what is not set is what the model's generation_config.json recommends.
+                `recommended` fields that are not set come from the model's generation_config.json.
 
         Yields:
             One chunk per token; the last has `finish_reason` and `stats`. Answers to messages come
-            as text, reasoning and tool calls; what follows a text or token ids is all text.
+            as text, reasoning and tool calls, those to a text or token ids as text.
 
         Raises:
             UsageError: an empty prompt, or an option out of its range.
@@ -134,8 +135,8 @@ class LLM(Runtime):
 
         Args:
             prompt: as for `stream`, or a list of such prompts, which are answered as one batch.
-            n: how many answers each prompt gets. With `seed` each has one more than the last.
-            kv_from: as for `stream`, and so are the options and what is raised.
+            n: answers for each prompt; a `seed` grows by one with each.
+            kv_from: as for `stream`, and so are the options and errors.
 
         Returns:
             A `Result`. With a list of prompts or with `n` a list of them: those of the first
@@ -183,19 +184,19 @@ class LLM(Runtime):
     ) -> NamedKV:
         """Compute a prompt once and keep its KV on disk under a name.
 
-        Many answers can then start from it (`kv_from`), also in other processes. The KV of a name
-        is not given up for anonymous prefixes; `mlxkv kv pin` keeps it for good.
+        Many answers can then start from it (`kv_from`), also in other processes. KV without a name
+        is evicted before it; `mlxkv kv pin` protects it from eviction.
 
         Args:
-            name: letters, digits, `.`, `_`, `-`; what it named before is replaced.
-            prompt: a text, token ids, or messages (a codebase as the system message, say), which
-                later ones are appended to.
-            model: what to show as the model's name; None for its directory's.
+            name: letters, digits, `.`, `_`, `-`; replaces KV of the same name.
+            prompt: a text, token ids, or messages, such as a codebase as the system message, that
+                later messages are appended to.
+            model: the model's name to show; None for its directory's.
             on_progress: called with (done, all) tokens.
 
         Raises:
             UsageError: an empty prompt, a bad name, or KV on disk is switched off.
-            OutputError: it does not fit what the disk may take.
+            OutputError: it does not fit the disk limit.
         """
         return saved_prefix.save(self, name, prompt, model, on_progress)
 
@@ -203,8 +204,7 @@ class LLM(Runtime):
         """Saved KV by its name.
 
         Raises:
-            ModelNotFound: nothing of that name.
-            UsageError: it was saved for another model, dtype or KV format.
+            UsageError: there is none, or it was saved for another model, dtype or KV format.
         """
         return saved_prefix.find(self, name)
 
@@ -212,7 +212,7 @@ class LLM(Runtime):
         """Token ids of a text, of messages, or as given.
 
         Raises:
-            UsageError: nothing in it, or an id that the model does not have.
+            UsageError: it is empty, or has an id that the model does not have.
         """
         return prompts.encode(self, prompt)
 
@@ -229,19 +229,18 @@ class LLM(Runtime):
         return prompts.render(self, messages, **options).text
 
     def stats(self) -> MemoryStats:
-        """Where the memory is, and where it was during the last request."""
+        """Memory now, and during the last request."""
         return memory_stats(self.budget)
 
     def _generation(self, request: Request, prepared: Prepared) -> Generation:
         return prompts.start(self, request, prepared, self.session())
 
     def _collected(self, chunks: Sequence[Chunk]) -> Result:
-        tokens = [c.token for c in chunks if c.token is not None]
-        ended = chunks[-1].finish_reason == "stop"
+        last, tokens = chunks[-1], [c.token for c in chunks if c.token is not None]
+        ended = last.finish_reason == "stop"
         if ended and tokens and tokens[-1] in self.tokenizer.eos_token_ids:
             tokens.pop()
         text, reasoning, calls = join_parts(chunks)
-        last = chunks[-1]
         assert last.finish_reason and last.stats
         return Result(
             text,

@@ -1,4 +1,4 @@
-"""`mlxkv.plan`: what fits this machine, before anything is loaded."""
+"""`mlxkv.plan`: the memory that a model needs on this machine, before it is loaded."""
 
 from __future__ import annotations
 
@@ -26,18 +26,16 @@ def plan(
 ) -> Plan:
     """Plan a model: a directory, a name that `mlxkv list` shows, or a Hugging Face repository.
 
-    Of a repository that is not here only config.json and the headers of its weights are fetched,
-    and nothing is kept. Nothing is loaded.
-
-    What is None comes from where `load` has it from.
+    Loads nothing. Of a repository that is not here only config.json and the headers of its weights
+    are fetched, and nothing is kept. Arguments that are None have the defaults of `load`.
 
     Args:
         model: path or name.
-        context: tokens a sequence, past the model's own as well: this is arithmetic.
+        context: tokens a sequence; may exceed the model's own.
         sequences: sequences at a time.
         kv_type: one of `KV_TYPES`.
         memory: limit ("16GiB", bytes).
-        dtype: what is computed in, as for `load`.
+        dtype: to compute in, as for `load`.
         chunk: tokens of a prompt at a time; None for the device's default.
 
     Raises:
@@ -48,7 +46,7 @@ def plan(
         if n is not None and n < 1:
             raise UsageError(f"must be at least 1; got {n}", field=field)
     layout, settings = _layout(model, dtype, Given(kv_type=kv_type, memory=memory))
-    weights_bytes = layout.nbytes
+    weights_bytes = layout.nbytes  # `hollow` clears the weights
     return plan_model(
         hollow(layout),
         weights_bytes=weights_bytes,
@@ -61,7 +59,7 @@ def plan(
 
 
 def _layout(model: str | Path, dtype: mx.Dtype | str, given: Given) -> tuple[Layout, Settings]:
-    """What a model loads as: from its directory, or from headers, without weights to read."""
+    """A model's layout and settings, from its directory or from headers alone."""
     from mlxkv.store.hub_headers import headers_of
     from mlxkv.store.resolve import resolve
 

@@ -1,7 +1,6 @@
-"""Named KV: a prompt that is computed once and gone on from many times.
+"""Named KV: a prompt that is computed once and continued many times.
 
-What a name stands for is text and its token ids. Their KV on disk makes them cheap and is not
-needed for them to be right: what of it was given up is computed again.
+A name stands for a text and its token ids. KV that was evicted from disk is computed again.
 """
 
 from __future__ import annotations
@@ -43,8 +42,8 @@ def save(
         raise ContextExceeded(len(tokens), runtime.context)
     if pages.stable is not None and len(tokens) > pages.stable:
         raise UsageError(
-            f"the prompt has {len(tokens):,} tokens; this model's KV stays the same for what "
-            f"follows up to {pages.stable:,} tokens only (its rotary embedding stretches)"
+            f"the prompt has {len(tokens):,} tokens; this model's KV can be reused up to "
+            f"{pages.stable:,} tokens only (its rotary embedding stretches)"
         )
     session = runtime.session()
     with pages.writing_through():
@@ -79,7 +78,7 @@ def save(
 
 
 def _lasting_name(model: str) -> str:
-    """A model's name as it can be used in any folder: a path is made absolute."""
+    """A model's name that is valid in any folder: a path is made absolute."""
     try:
         ref = locate(model)
     except ModelNotFound:
@@ -106,7 +105,7 @@ def find(runtime: Runtime, name: str | NamedKV | None) -> NamedKV | None:
 
 
 def _name_of(runtime: Runtime) -> str:
-    """What the model is called: its directory in the models folder, or its path."""
+    """The model's name: that of its directory in the models folder, or its path."""
     if runtime.path.absolute().parent != models_dir():
         return str(runtime.path.absolute())
     record = read_record(runtime.path)
@@ -115,14 +114,14 @@ def _name_of(runtime: Runtime) -> str:
 
 def _where(runtime: Runtime) -> tuple[Pages, PageDisk]:
     if runtime.pages is None:
-        raise UsageError("this model keeps a state of its own, which cannot be saved as KV")
+        raise UsageError("this model keeps a state instead of KV, which cannot be saved")
     if runtime.pages.disk is None:
         raise UsageError("KV on disk is switched off: MLXKV_KV_DISK is 0")
     return runtime.pages, runtime.pages.disk
 
 
 def _prefix(runtime: Runtime, prompt: Prompt) -> tuple[str, tuple[Any, ...] | None, list[int]]:
-    """Text, messages and token ids of what is to be saved."""
+    """Text, messages and token ids to be saved."""
     if not prompts.is_messages(prompt):
         tokens = prompts.encode(runtime, prompt)
         text = prompt if isinstance(prompt, str) else runtime.tokenizer.decode(tokens)

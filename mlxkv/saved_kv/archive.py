@@ -1,4 +1,8 @@
-"""Saved KV as one file that can be copied to another machine."""
+"""Saved KV as one file that can be copied to another machine.
+
+An archive is an uncompressed zip of the manifest and its pages' files, and of nothing else. Its
+pages are checked like pages on disk.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +16,20 @@ from pathlib import Path
 from mlxkv.base import durable
 from mlxkv.errors import CheckpointError, OutputError
 from mlxkv.prefix.format import DamagedPage, PageFile, PageKey, decode, encode
-from mlxkv.saved_kv.manifest import (
-    _EPOCH,
-    _MANIFEST,
-    _ZIP_ERRORS,
-    MAX_MANIFEST_BYTES,
-    NamedKV,
-    _chain,
+from mlxkv.saved_kv.manifest import MAX_MANIFEST_BYTES, NamedKV, page_chain
+
+_MANIFEST = "manifest.json"
+_EPOCH = (1980, 1, 1, 0, 0, 0)
+_ZIP_ERRORS = (
+    zipfile.BadZipFile,
+    NotImplementedError,
+    RuntimeError,
+    EOFError,
+    ValueError,
+    OverflowError,
+    OSError,
 )
+"""Raised by `zipfile` for damaged archives, which documents only BadZipFile."""
 
 
 def _member(key: PageKey) -> str:
@@ -27,12 +37,7 @@ def _member(key: PageKey) -> str:
 
 
 def write_archive(file: Path, named: NamedKV, pages: Iterable[PageFile]) -> None:
-    """Write a manifest and its pages into one file, which is complete or not there.
-
-    Args:
-        file: need not exist.
-        named: the manifest.
-        pages: of all its keys.
+    """Write a manifest and the pages of all its keys into one file, complete or not at all.
 
     Raises:
         OutputError: the file cannot be written.
@@ -46,10 +51,10 @@ def write_archive(file: Path, named: NamedKV, pages: Iterable[PageFile]) -> None
 
 @contextmanager
 def open_archive(file: Path) -> Iterator[tuple[NamedKV, Iterator[PageFile]]]:
-    """An archive's manifest, and its pages one by one, each checked before it is given.
+    """An archive's manifest and pages, each page checked when it is read.
 
     Raises:
-        CheckpointError: there and while pages are taken: it is damaged, or holds anything else.
+        CheckpointError: it is damaged or holds anything else; pages raise it too.
         FileNotFoundError: there is no such file.
     """
     with ExitStack() as stack:
@@ -73,7 +78,7 @@ def _damage_in(file: Path) -> Iterator[None]:
 
 @contextmanager
 def _new_archive(file: Path) -> Iterator[zipfile.ZipFile]:
-    """An archive beside the file that becomes it, or is removed.
+    """A new archive beside the file, renamed to it when complete, else removed.
 
     Raises:
         OutputError: it cannot be written.
@@ -95,10 +100,10 @@ def _new_archive(file: Path) -> Iterator[zipfile.ZipFile]:
 
 
 def _manifest_of(archive: zipfile.ZipFile, file: Path) -> NamedKV:
-    """The manifest of an archive that holds it, its pages, and nothing else.
+    """The manifest of an archive.
 
     Raises:
-        ValueError: anything else.
+        ValueError: the archive holds anything but it and its pages.
     """
     members = archive.infolist()
     plain = all(
@@ -107,7 +112,7 @@ def _manifest_of(archive: zipfile.ZipFile, file: Path) -> NamedKV:
         and member.compress_size == member.file_size
         for member in members
     )
-    # Members that overlap are one small file that unpacks into a huge one.
+    # A small file with members that overlap can decompress to a huge one.
     if not plain or sum(member.file_size for member in members) > file.stat().st_size:
         raise ValueError("members that are compressed, encrypted or overlap")
     sizes = {member.filename: member.file_size for member in members}
@@ -121,12 +126,7 @@ def _manifest_of(archive: zipfile.ZipFile, file: Path) -> NamedKV:
 
 
 def _pages_of(archive: zipfile.ZipFile, named: NamedKV, file: Path) -> Iterator[PageFile]:
-    """The pages of an archive, each checked before it is given.
-
-    Raises:
-        CheckpointError: one is not what its name says, or another model's.
-    """
-    pages = _chain(named.tokens)
+    pages = page_chain(named.tokens)
     for key in named.keys:
         with _damage_in(file):
             page, fingerprint = decode(archive.read(_member(key)), key)

@@ -19,33 +19,30 @@ from mlxkv.saved_kv.registry import KVNames
 
 @dataclass(frozen=True, slots=True)
 class GcReport:
-    """What a clean-up removed, and what is left.
+    """Files that a clean-up removed, with their bytes, and what is left.
 
     Args:
         leftovers: files of writers that died.
-        leftover_bytes: of them.
-        damaged: files that were no whole pages or manifests.
-        damaged_bytes: of them.
+        damaged: incomplete or damaged pages and manifests.
         evicted: pages over the cap.
-        evicted_bytes: of them.
         n_pages: pages that are left.
-        n_bytes: what everything takes now.
+        n_bytes: of the whole folder now.
     """
 
-    leftovers: int
-    leftover_bytes: int
-    damaged: int
-    damaged_bytes: int
-    evicted: int
-    evicted_bytes: int
-    n_pages: int
-    n_bytes: int
+    leftovers: int = 0
+    leftover_bytes: int = 0
+    damaged: int = 0
+    damaged_bytes: int = 0
+    evicted: int = 0
+    evicted_bytes: int = 0
+    n_pages: int = 0
+    n_bytes: int = 0
 
 
 def gc(root: Path, limits: DiskLimits | None = None) -> GcReport:
-    """Remove what writers that died left, what is damaged, and what is over the cap.
+    """Remove files of writers that died, damaged files, and pages over the cap.
 
-    Every page is read and checked.
+    Reads and checks every page.
 
     Raises:
         OutputError: the folder cannot be written.
@@ -53,7 +50,7 @@ def gc(root: Path, limits: DiskLimits | None = None) -> GcReport:
     names = KVNames(root, limits)
     folder = names._folder
     if not root.is_dir():
-        return GcReport(0, 0, 0, 0, 0, 0, 0, 0)
+        return GcReport()
     damaged = [*_damaged_manifests(folder), *_damaged_pages(folder)]
     damaged_bytes = sum(_remove(path) for path in damaged)
     with names._writing():
@@ -61,12 +58,15 @@ def gc(root: Path, limits: DiskLimits | None = None) -> GcReport:
         folder.evict(room.evicted)
         folder.drop_empty_models()
     left = folder.scan()
-    evicted_bytes = sum(page.n_bytes for page in room.evicted)
     return GcReport(
-        *(folder.n_cleared, folder.cleared_bytes),
-        *(len(damaged), damaged_bytes),
-        *(len(room.evicted), evicted_bytes),
-        *(len(left.pages), left.n_bytes),
+        leftovers=folder.n_cleared,
+        leftover_bytes=folder.cleared_bytes,
+        damaged=len(damaged),
+        damaged_bytes=damaged_bytes,
+        evicted=len(room.evicted),
+        evicted_bytes=sum(page.n_bytes for page in room.evicted),
+        n_pages=len(left.pages),
+        n_bytes=left.n_bytes,
     )
 
 
@@ -82,7 +82,7 @@ def _damaged_manifests(folder: Folder) -> Iterator[Path]:
 
 
 def _is_newer(manifest: bytes) -> bool:
-    """Whether a later mlxkv wrote it: what cannot be understood here is not damaged."""
+    """Whether a later mlxkv wrote it: it is not damaged then."""
     try:
         return json.loads(manifest)["version"] > MANIFEST_VERSION
     except (ValueError, KeyError, TypeError, RecursionError):
@@ -109,7 +109,7 @@ def _is_damaged(path: Path) -> bool:
 
 
 def _remove(path: Path) -> int:
-    """Delete a file; the bytes it took."""
+    """Delete a file, and return its bytes."""
     with suppress(OSError):
         n_bytes = allocated_bytes(path.lstat())
         path.unlink()

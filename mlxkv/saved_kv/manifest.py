@@ -1,15 +1,10 @@
-"""What a saved KV's name stands for: as a manifest, and as one file that can be carried elsewhere.
-
-An archive is an uncompressed zip of the manifest and of its pages' files. Whatever it holds is
-checked as a page on disk is; an archive that holds anything else is refused as a whole.
-"""
+"""The manifest of saved KV: its name, prompt, model and pages."""
 
 from __future__ import annotations
 
 import base64
 import json
 import re
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,33 +12,16 @@ from typing import Any
 import numpy as np
 
 from mlxkv.base.paths import NAME
-from mlxkv.prefix.format import (
-    MAX_TOKENS,
-    ROOT,
-    PageKey,
-    page_name,
-)
+from mlxkv.prefix.format import MAX_TOKENS, ROOT, PageKey, page_name
 
 MANIFEST_VERSION = 1
 MAX_NAME = 100
 MAX_MANIFEST_BYTES = 256 << 20
-_MANIFEST = "manifest.json"
-_EPOCH = (1980, 1, 1, 0, 0, 0)
-_ZIP_ERRORS = (
-    zipfile.BadZipFile,
-    NotImplementedError,
-    RuntimeError,
-    EOFError,
-    ValueError,
-    OverflowError,
-    OSError,
-)
-"""What `zipfile` raises for damaged archives: it promises no more than BadZipFile."""
 
 
 @dataclass(frozen=True, slots=True)
 class NamedKV:
-    """What a name stands for.
+    """KV that was saved under a name.
 
     Args:
         name: as the user types it.
@@ -74,10 +52,10 @@ class NamedKV:
     dtype: str
 
     def to_json(self) -> bytes:
-        """The manifest.
+        """Encode the manifest.
 
         Raises:
-            ValueError: it would not be read back.
+            ValueError: `from_json` would refuse it.
         """
         _check(self, len(self.keys))
         raw = {field: getattr(self, field) for field in self.__dataclass_fields__}
@@ -128,7 +106,7 @@ def _check(named: NamedKV, n_keys: int) -> None:
         raise ValueError("a name or a number of tokens that cannot be")
     if named.n_tokens * 4 != len(named.tokens) or (np.frombuffer(named.tokens, "<i4") < 0).any():
         raise ValueError("tokens that cannot be")
-    pages = _chain(named.tokens)
+    pages = page_chain(named.tokens)
     chain = [PageKey(*pages[key.name][1:], key.part) for key in named.keys if key.name in pages]
     if not chain or chain != [*named.keys] or len(chain) != n_keys or len(set(chain)) != n_keys:
         raise ValueError("pages that are not those of its tokens")
@@ -138,8 +116,8 @@ def _is_message(message: object) -> bool:
     return isinstance(message, dict) and isinstance(message.get("role"), str)
 
 
-def _chain(tokens: bytes) -> dict[str, tuple[int, str, str, int]]:
-    """(start, parent, name, n_tokens) of the pages of a sequence, by name."""
+def page_chain(tokens: bytes) -> dict[str, tuple[int, str, str, int]]:
+    """Name -> (start, parent, name, n_tokens) of the pages of a sequence."""
     pages: dict[str, tuple[int, str, str, int]] = {}
     parent = ROOT
     for start in range(0, len(tokens), 4 * MAX_TOKENS):

@@ -1,8 +1,7 @@
-"""Named KV: a prompt whose pages stay, by the name the user gave it. No MLX.
+"""Named KV: a prompt whose pages are kept under a name. Imports no MLX.
 
-A name is a manifest, `names/NAME.json`, that lists pages; the pages are ordinary files of
-`writer`, shared with whatever else has the same beginning. Removing a name makes them evictable
-again.
+A name is a manifest, `names/NAME.json`, that lists pages: ordinary files of `writer`, shared with
+other prompts of the same beginning. Without the name they can be evicted again.
 """
 
 from __future__ import annotations
@@ -22,8 +21,6 @@ from mlxkv.prefix.format import PageFile, PageKey
 from mlxkv.prefix.writer import PageFiles
 from mlxkv.saved_kv.archive import open_archive, write_archive
 from mlxkv.saved_kv.manifest import MAX_NAME, NamedKV, is_name
-
-__all__ = ["KVNames", "NamedKV"]
 
 _LOCK_WAIT_S = 30.0
 
@@ -46,10 +43,10 @@ class KVNames:
 
         Args:
             named: its pages are on disk, or are being written.
-            replace: whether the name may mean something else until now.
+            replace: whether the name may be taken already.
 
         Raises:
-            UsageError: no name, one that is taken, or that differs from a saved one in case only.
+            UsageError: no valid name, one that is taken, or that differs from one in case only.
             OutputError: the manifest cannot be written.
         """
         path = self._path(named.name)
@@ -71,10 +68,10 @@ class KVNames:
             self._folder.sync_names(path.parent)
 
     def load(self, name: str) -> NamedKV:
-        """What a name stands for.
+        """The KV that was saved under a name.
 
         Raises:
-            UsageError: nothing does.
+            UsageError: there is no such name.
             CheckpointError: its manifest is damaged.
         """
         path = self._existing(name)
@@ -90,7 +87,7 @@ class KVNames:
             ) from error
 
     def list(self) -> list[NamedKV]:
-        """All that can be read, by name."""
+        """All that can be read, sorted by name."""
         found = []
         for path in sorted(self._folder.names.glob("*.json")):
             with suppress(OSError, ValueError):
@@ -98,7 +95,7 @@ class KVNames:
         return found
 
     def remove(self, name: str) -> None:
-        """Forget a name; its pages stay until there is need of their room.
+        """Forget a name; its pages stay until they are evicted.
 
         Raises:
             UsageError: there is no such name.
@@ -120,10 +117,10 @@ class KVNames:
         self.save(replace(self.load(name), pinned=False), replace=True)
 
     def is_pinned(self, name: str) -> bool:
-        """Whether a name is pinned; False if nothing has that name.
+        """Whether a name is saved and pinned.
 
         Raises:
-            UsageError: it can be no name.
+            UsageError: no valid name.
         """
         self._path(name)
         return any(named.name == name and named.pinned for named in self.list())
@@ -133,7 +130,7 @@ class KVNames:
         NTFS) both are one file.
 
         Raises:
-            UsageError: it does, or it can be no name.
+            UsageError: it does, or it is no valid name.
         """
         path = self._path(name)
         other = None if is_listed(path) else self._spelled_otherwise(name)
@@ -170,13 +167,13 @@ class KVNames:
         write_archive(file, named, self._whole(named))
 
     def _whole(self, named: NamedKV) -> Iterator[PageFile]:
-        """The pages of a name; CheckpointError where one is gone."""
+        """The pages of a name; raises CheckpointError where one is missing."""
         files = PageFiles(self.root, named.fingerprint, self.limits)
         for key in named.keys:
             page = files.read(key)
             if page is None:
                 raise CheckpointError(
-                    f"{named.name!r} is no longer whole: a page of it was evicted or damaged; "
+                    f"{named.name!r} is incomplete: one of its pages was evicted or damaged; "
                     "save it again"
                 )
             yield page
@@ -184,7 +181,7 @@ class KVNames:
     def import_(
         self, file: Path, *, name: str | None = None, fingerprint: str | None = None
     ) -> NamedKV:
-        """Take a name and its pages from an exported file. It is not pinned.
+        """Import a name, not pinned, and its pages from an exported file.
 
         Args:
             file: from `export`.
@@ -206,7 +203,7 @@ class KVNames:
                         "not this model, or not as it is now; save it again with this one"
                     )
                 self._check_free(named.name)
-                self._take_pages(named, pages)
+                self._write_pages(named, pages)
         except FileNotFoundError:
             raise UsageError(f"{file}: no such file") from None
         self.save(named)
@@ -223,7 +220,7 @@ class KVNames:
             )
         self.check_spelling(name)
 
-    def _take_pages(self, named: NamedKV, pages: Iterator[PageFile]) -> None:
+    def _write_pages(self, named: NamedKV, pages: Iterator[PageFile]) -> None:
         files = PageFiles(self.root, named.fingerprint, self.limits)
         try:
             files.write(pages, keep=True, wait=True)
@@ -251,14 +248,15 @@ class KVNames:
         return path
 
     def _spelled_otherwise(self, name: str) -> str | None:
-        """A saved name that differs in case only; names are ASCII, so case is all."""
+        """A saved name that differs in case only; names are ASCII."""
         saved = (path.stem for path in sorted(self._folder.names.glob("*.json")))
         return next((other for other in saved if other.lower() == name.lower()), None)
 
     def _unknown(self, name: str) -> UsageError:
-        close = self._spelled_otherwise(name)
-        for found in difflib.get_close_matches(name, [named.name for named in self.list()], n=1):
-            close = close or found
+        saved = [named.name for named in self.list()]
+        close = self._spelled_otherwise(name) or next(
+            iter(difflib.get_close_matches(name, saved, n=1)), None
+        )
         hint = f"; did you mean {close}?" if close else "; `mlxkv kv ls` lists them"
         return UsageError(f"no KV is saved as {name!r}{hint}")
 

@@ -349,7 +349,7 @@ def test_kv_of_another_model_is_refused(root, tmp_path):
 def test_an_export_that_is_no_longer_whole_is_refused_and_leaves_no_file(root, tmp_path):
     names(root).save(named())
     path_of(root, PAGES[1].key).write_bytes(b"damaged")
-    with pytest.raises(CheckpointError, match="'book' is no longer whole"):
+    with pytest.raises(CheckpointError, match="'book' is incomplete"):
         names(root).export("book", tmp_path / "x")
     assert [path.name for path in tmp_path.iterdir()] == ["kv"]
 
