@@ -1,1 +1,1 @@
-"""KV of shared prefixes in RAM and on SSD, as pages of 256 tokens; knows no request."""
+"""KV of shared prefixes in RAM and on SSD, as pages of 256 tokens."""

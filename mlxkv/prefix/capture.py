@@ -1,10 +1,10 @@
-"""Cuts what one sequence computes into pages, before a rotating cache overwrites it.
+"""Cut a sequence's KV into pages, before a rotating cache overwrites it.
 
 Invariants:
-- Pages are complete up to `_start`; what lies between `_start` and the caches' offset is either
-  still held by every cache or, for window layers, kept in `_rows`.
-- What is kept is copied out and evaluated: a view would keep a cache's buffer alive, and its next
-  update would have to copy it.
+- Pages are complete up to `_start`; rows between `_start` and the caches' offset are either still
+  in every cache or, for window layers, in `_rows`.
+- Rows are copied and evaluated: a view would keep a cache's buffer alive, and its next update would
+  copy it.
 """
 
 from __future__ import annotations
@@ -21,16 +21,11 @@ from mlxkv.prefix.pages import Pages
 from mlxkv.prefix.part import Part
 
 AHEAD = 2
-"""Tokens that may be fed before the next chance to cut: decoding has one step in flight."""
+"""Tokens that may be fed before the next call of `advance`: decoding has one step in flight."""
 
 
 class Cutter:
-    """Gives the pages of one sequence to `Pages`.
-
-    Args:
-        pages: where they go.
-        caches: of the sequence.
-    """
+    """Cuts the pages of one sequence's caches for `Pages`."""
 
     def __init__(self, pages: Pages, caches: Sequence[Cache]):
         self._pages = pages
@@ -39,11 +34,9 @@ class Cutter:
         self.restart([])
 
     def restart(self, tokens: Sequence[int], tip: Part | None = None) -> None:
-        """Go on from what the caches hold now.
+        """Start from the tokens that the caches hold now.
 
-        Args:
-            tokens: whose KV they hold.
-            tip: window rows of the tokens behind the last complete page.
+        `tip`: window rows of the tokens behind the last complete page.
         """
         n_pages = len(tokens) // STEP
         self._links = list(chain_of(token_bytes(tokens), n_pages))
@@ -59,7 +52,7 @@ class Cutter:
         return list(self._links)
 
     def is_due(self, n: int) -> bool:
-        """Whether `advance` has something to do at `n` tokens: a page, or rows about to go."""
+        """Whether `advance` has work at `n` tokens: a page, or rows about to be overwritten."""
         if n - self._start >= STEP:
             return True
         return bool(self._window) and n + AHEAD - self._kept > self._pages.kinds.stride
@@ -84,11 +77,7 @@ class Cutter:
             self._kept = n
 
     def finish(self, tokens: Sequence[int], n: int) -> list[Link]:
-        """Cut what is left behind the last complete page as a tip.
-
-        Returns:
-            The pages of the sequence.
-        """
+        """Cut the tokens behind the last complete page as a tip; return the sequence's pages."""
         self.advance(tokens, n)
         links = list(self._links)
         if n > self._start:
@@ -97,7 +86,7 @@ class Cutter:
         return links
 
     def _store(self, tokens: Sequence[int], n_tokens: int) -> Link:
-        """Give the page that begins at `_start` away, if it is not known yet."""
+        """Store the page that begins at `_start`, if it is new."""
         start, stop = self._start, self._start + n_tokens
         data = token_bytes(tokens[start:stop])
         link = Link(self._parent, page_name(self._parent, data), start, n_tokens)
@@ -115,7 +104,7 @@ class Cutter:
         return link
 
     def _page_rows(self, stop: int) -> Part | None:
-        """Window rows from `_start` to `stop`; None where some are gone."""
+        """Window rows from `_start` to `stop`; None where some are overwritten."""
         if not self._window or self._rows is None:
             return None
         pieces = list(self._rows)

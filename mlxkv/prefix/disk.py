@@ -1,7 +1,7 @@
 """Pages on disk as MLX arrays: between `pages` (RAM) and `writer` (files, no MLX).
 
-A file has a tensor for each array of each layer. They are views of the part's one array where it is
-written, without a copy or an evaluation, and are put back into one where it is read.
+A file has a tensor for each array of each layer. Writing takes views of the part's one array, with
+neither copy nor evaluation; reading joins the tensors to one array.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 _DTYPES = {str(x).rpartition(".")[2]: x for x in (mx.bfloat16, mx.float16, mx.float32, mx.uint32)}
-"""What a page has, by the names that its file uses."""
+"""Names in files -> dtypes of a page."""
 
 
 class PageDisk:
@@ -32,7 +32,7 @@ class PageDisk:
     Args:
         files: of this model in this dtype and KV format.
         kinds: which layers a part has.
-        dtype: what the model computes in.
+        dtype: of the model's computation.
     """
 
     def __init__(self, files: PageFiles, kinds: Kinds, dtype: str):
@@ -49,7 +49,7 @@ class PageDisk:
         return key in self.files
 
     def children(self, parent: str) -> list[tuple[str, int]]:
-        """(name, tokens) of what is known behind a page."""
+        """(name, tokens) of the known pages behind a page."""
         return self.files.children(parent)
 
     def tokens(self, key: PageKey) -> bytes | None:
@@ -57,7 +57,7 @@ class PageDisk:
         return self.files.tokens(key)
 
     def read(self, keys: Sequence[PageKey]) -> list[tuple[bytes, Part] | None]:
-        """Tokens and KV of some pages; None for what is not there or damaged."""
+        """Tokens and KV of some pages; None for a missing or damaged one."""
         return [self._decoded(key, self.files.read(key)) for key in keys]
 
     def write(
@@ -67,7 +67,7 @@ class PageDisk:
         named: bool = False,
         wait: bool = False,
     ) -> None:
-        """Write (key, start, tokens, KV) in the background, if it is not there.
+        """Write each new (key, start, tokens, KV) in the background.
 
         Args:
             pages: their arrays are evaluated.
@@ -78,7 +78,7 @@ class PageDisk:
         self.files.write((self._encoded(*page) for page in new), keep=named, wait=wait)
 
     def used(self, keys: Sequence[PageKey]) -> None:
-        """Say that pages were used: the least recently used are given up first."""
+        """Mark pages as used: the least recently used are evicted first."""
         self.files.used(keys)
 
     def remove(self, key: PageKey) -> None:
@@ -86,7 +86,7 @@ class PageDisk:
         self.files.remove(key)
 
     def flush(self) -> None:
-        """Wait for what is being written."""
+        """Wait until the queue is written."""
         self.files.flush()
 
     def refusals(self) -> str:
@@ -95,7 +95,7 @@ class PageDisk:
         return ", ".join(f"{reason}: {n}" for reason, n in refused.items()) or "evicted since"
 
     def close(self) -> None:
-        """Write what is queued and stop."""
+        """Write the queue and stop."""
         self.files.close()
 
     def _encoded(self, key: PageKey, start: int, tokens: bytes, part: Part) -> PageFile:
@@ -129,7 +129,7 @@ class PageDisk:
 
 
 def _rows(file: PageFile, name: str) -> Rows | None:
-    """What a tensor keeps of a token; None where it is not that of a page."""
+    """A tensor's rows; None where it is not a page's tensor."""
     tensor, dtype = file.tensors[name], _DTYPES.get(file.dtypes.get(name, ""))
     if dtype is None or tensor.dtype != _numpy_dtype(dtype) or tensor.ndim != 4:
         return None
@@ -138,8 +138,8 @@ def _rows(file: PageFile, name: str) -> Rows | None:
 
 
 def _tensors(part: Part) -> Iterator[tuple[tuple[int, int], mx.Dtype, np.ndarray]]:
-    """(layer, array of the layer), dtype and memory of each array; NumPy has no bfloat16, whose
-    bits it gets instead."""
+    """(layer, array of the layer), dtype and memory of each array; bfloat16, which NumPy lacks, as
+    its bits."""
     import numpy as np  # 40 ms that a prompt of less than a page does not pay
 
     words, n_tokens = np.asarray(part.words), part.stop - part.start

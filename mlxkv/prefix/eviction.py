@@ -1,12 +1,12 @@
-"""How much of a file system pages may take: what fits, and what is evicted for it. All of it
-decides from one scan and touches nothing; `folder` acts.
+"""Decide which pages fit a file system's limits, and which are evicted for them, from one scan;
+`folder` acts.
 
 Eviction order:
 1. Window parts not needed to resume at a leaf or branch.
 2. The rest, the least recently used first; leaf before trunk, window part before full part. A page
-   counts as used when any page behind it was, so that a chain goes from its end.
+   counts as used when any page behind it was, so that a chain is evicted from its end.
 3. Unpinned named KV, in the same order.
-Pinned named KV never goes; nor does what is being written, or what it continues.
+Pinned named KV is never evicted, nor are pages that are being written, or those before them.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from mlxkv.prefix.format import PageKey
 
 CAP_VARIABLE = "MLXKV_KV_DISK"
 SLACK_BYTES = 32 << 10
-"""Room kept for what no page accounts for: directories that grow, the small files' replacements."""
+"""Reserve for bytes that no page counts: directories that grow, replacements of small files."""
 SMALLEST_CAP_BYTES = 128 << 10
-"""Below it not even the empty folders and one small page fit."""
+"""The empty folders and one small page need so much."""
 _BLOCK = 4096
 _ENTRY_BYTES = 512
 _GIB = 1 << 30
@@ -33,12 +33,12 @@ _GIB = 1 << 30
 
 @dataclass(frozen=True, slots=True)
 class DiskLimits:
-    """What pages may take of a file system.
+    """Limits of pages on a file system.
 
     Args:
-        cap_bytes: everything under the folder together; 0 turns it off.
-        free_bytes: what stays free on the file system.
-        daily_bytes: what is written in a day.
+        cap_bytes: everything under the folder together; 0 turns pages on disk off.
+        free_bytes: bytes that stay free on the file system.
+        daily_bytes: bytes written in a day at most.
     """
 
     cap_bytes: int
@@ -47,11 +47,11 @@ class DiskLimits:
 
     @classmethod
     def for_folder(cls, root: Path) -> DiskLimits:
-        """The limits of this machine, read anew at every start.
+        """The limits of this machine.
 
         The cap is MLXKV_KV_DISK ("20GiB", "0" for off), else a tenth of the file system, at most
-        64 GiB. A twentieth of the file system, at most 20 GiB, stays free. A tenth of it is
-        written in a day at most: a third of what consumer drives are rated for.
+        64 GiB. A twentieth of the file system, at most 20 GiB, stays free. At most a tenth of it is
+        written in a day: a third of the endurance that consumer drives are rated for.
 
         Raises:
             UsageError: MLXKV_KV_DISK is no size.
@@ -66,7 +66,7 @@ class DiskLimits:
 
 
 def check_cap() -> None:
-    """Raises UsageError where MLXKV_KV_DISK is no size: before anything is computed."""
+    """Raise UsageError where MLXKV_KV_DISK is no size, before anything is computed."""
     _chosen_cap()
 
 
@@ -83,7 +83,7 @@ def _chosen_cap() -> int | None:
 
 
 def file_system(path: Path) -> os.statvfs_result:
-    """Of the folder, or of what would hold it."""
+    """The file system of a folder that need not exist."""
     for folder in (path.absolute(), *path.absolute().parents):
         with suppress(OSError):
             return os.statvfs(folder)
@@ -92,13 +92,13 @@ def file_system(path: Path) -> os.statvfs_result:
 
 @dataclass(frozen=True, slots=True)
 class DiskUsage:
-    """What the folder takes.
+    """The folder's use of the disk.
 
     Args:
         n_bytes: everything that counts against the cap.
         n_pages: files of pages, of all models.
-        written_today_bytes: what the daily budget was charged.
-        refused: pages that this process did not write, by reason.
+        written_today_bytes: bytes that count against the daily budget.
+        refused: reason -> pages that this process did not write.
     """
 
     n_bytes: int
@@ -114,7 +114,7 @@ class Stored:
     Args:
         model: the folder that it lies in.
         key: its name.
-        n_bytes: what it takes.
+        n_bytes: its bytes on disk.
         used_ns: when it was used last.
     """
 
@@ -126,41 +126,36 @@ class Stored:
 
 @dataclass(frozen=True, slots=True)
 class Scan:
-    """What lies in the folder at one moment.
-
-    Args:
-        n_bytes: of everything.
-        pages: the files that are named like pages.
-    """
+    """The folder's bytes, and its files that are named like pages, at one moment."""
 
     n_bytes: int
     pages: tuple[Stored, ...]
 
 
 def allocated_bytes(stat: os.stat_result) -> int:
-    """What a file or directory takes; never less than its size, which some allocate late."""
+    """Bytes of a file or directory; at least its size, as some file systems allocate late."""
     return max(stat.st_blocks * 512, rounded(stat.st_size))
 
 
 def rounded(n_bytes: int) -> int:
-    """In whole blocks."""
+    """Round up to whole blocks."""
     return -(-n_bytes // _BLOCK) * _BLOCK
 
 
 def reserved_bytes(n_bytes: int) -> int:
-    """Room for a new file of so many bytes, with its entries in directories."""
+    """Bytes to reserve for a new file of so many bytes and its directory entries."""
     return rounded(n_bytes) + _ENTRY_BYTES
 
 
 class Room:
-    """Decides what fits, and what goes for it. Nothing is touched.
+    """Decides which files fit, and which pages are evicted for them.
 
     Args:
         scan: of the folder, under its lock.
         limits: of the folder.
         free_bytes: on the file system.
         written_bytes: today.
-        order: what may be evicted, the first to go first; asked for when something must go.
+        order: pages that may be evicted, in order; called when one must be.
     """
 
     def __init__(
@@ -181,11 +176,11 @@ class Room:
         self._evict(self._free_up(0))
 
     def take(self, n_bytes: int, *, keep: bool = False) -> str | None:
-        """Set room aside for a file; why not, if there is none.
+        """Reserve room for a file, or return why there is none.
 
         Args:
-            n_bytes: as `reserved_bytes` gives it.
-            keep: whatever was written today.
+            n_bytes: from `reserved_bytes`.
+            keep: ignore the daily budget.
         """
         if not keep and self.written_bytes + n_bytes > self._limits.daily_bytes:
             return "daily budget"
@@ -204,7 +199,7 @@ class Room:
         return None
 
     def _free_up(self, n_bytes: int) -> list[Stored]:
-        """What goes for so many bytes more: all there is, if that is not enough."""
+        """The pages to evict for so many bytes more; all, if that is not enough."""
         over = self._n_bytes + n_bytes - (self._limits.cap_bytes - SLACK_BYTES)
         ahead, self._ahead = self._ahead, []
         going: list[Stored] = []
@@ -229,8 +224,8 @@ class _Chains:
     """The pages of one model as a forest.
 
     Args:
-        parents: of every page that is here.
-        depth: pages before it that are here.
+        parents: of every page in the folder.
+        depth: number of pages before it in the folder.
         used_ns: the latest use of it or of a page behind it.
         needed: pages whose window part is needed to resume.
     """
@@ -247,14 +242,14 @@ def eviction_order(
     window_pages: Mapping[str, int | None],
     named: Mapping[tuple[str, str], bool],
 ) -> list[Stored]:
-    """What may go, the first to go first.
+    """The pages that may be evicted, in order.
 
     Args:
-        pages: all that are here.
-        wanted: what is about to be written.
-        window_pages: pages before a tip or fork whose window part is needed there, by model; None
-            or missing where that is not known, and all are kept.
-        named: (model, file name) of what belongs to named KV, and whether it is pinned.
+        pages: all in the folder.
+        wanted: pages about to be written.
+        window_pages: model -> number of pages before a leaf or branch whose window part is needed
+            to resume there; all are kept where it is None or missing.
+        named: (model, file name) of pages of named KV -> whether it is pinned.
     """
     models: dict[str, list[Stored]] = {}
     for page in [*pages, *wanted]:
@@ -300,7 +295,7 @@ def _chains(pages: Iterable[Stored], near: int | None) -> _Chains:
     for name, parent in parents.items():
         children.setdefault(parent, []).append(name)
     trunk_first = _trunk_first(parents, children)
-    # Names in a circle are forged: they lie behind no root and never get a depth of their own.
+    # Names in a circle are forged: they are behind no root and get no depth.
     depth = dict.fromkeys(parents, 0)
     for name in trunk_first:
         depth[name] = depth.get(parents[name], -1) + 1

@@ -1,8 +1,7 @@
-"""What makes two models' KV comparable, as one hash: the bytes of the weights and of config.json,
-the compute dtype, the layout of the KV and the format of the files.
+"""A hash of all that KV depends on: the bytes of the weights and of config.json, the compute dtype,
+the layout of the KV and the format of the files.
 
-The weights are read once. Their hash is kept with what the file system says of the files, and
-counts until that changes.
+The weights are read once: their hash is kept until the files' sizes, times or inodes change.
 """
 
 from __future__ import annotations
@@ -24,11 +23,11 @@ from mlxkv.kv.types import LAYOUTS
 from mlxkv.prefix.format import FORMAT_VERSION
 
 BLOCK_BYTES = 64 << 20
-"""What one thread hashes at a time. The hash depends on it."""
+"""Bytes that one thread hashes at a time. The hash depends on it."""
 _CHUNK_BYTES = 1 << 20
 _MAX_THREADS = 8
 _STALE_S = 600.0
-"""After that a temporary file is one that a process left which died."""
+"""Age from which a temporary file is one of a dead process."""
 _INDEX = "model.safetensors.index.json"
 _CONFIG = "config.json"
 
@@ -37,7 +36,7 @@ Signature = list[list[str | int]]
 
 
 def fingerprint(model_dir: Path, *, dtype: str, kv_type: str, cache: Path) -> str:
-    """Hex SHA-256 of what KV depends on: equal for a copy elsewhere, another for any other byte.
+    """Hex SHA-256 of all that KV depends on: equal for a copy, different for any changed byte.
 
     Args:
         model_dir: a model directory.
@@ -47,7 +46,7 @@ def fingerprint(model_dir: Path, *, dtype: str, kv_type: str, cache: Path) -> st
 
     Raises:
         ModelNotFound: no weights in the directory.
-        CheckpointError: a file cannot be read, or its header lies.
+        CheckpointError: a file cannot be read, or its header is wrong.
     """
     directory = str(model_dir.resolve())
     signature = _signature(model_dir)
@@ -62,10 +61,10 @@ def fingerprint(model_dir: Path, *, dtype: str, kv_type: str, cache: Path) -> st
 
 
 def _signature(model_dir: Path) -> Signature:
-    """Of every file that the hash may depend on.
+    """The signature of every file that the hash may depend on.
 
-    The inode and the time of the last change of status tell a file that was replaced, or written
-    to and set back, by one of the same size and time.
+    The inode and the status change time show a replacement, or a change, with the same size and
+    modification time.
     """
     found: Signature = []
     try:
@@ -145,7 +144,7 @@ def _load(cache: Path) -> dict[str, Any]:
 
 
 def _remember(cache: Path, directory: str, signature: Signature, content: str) -> None:
-    """Add an entry; those of directories that are gone go. Failing only costs time, later."""
+    """Add an entry, and drop those of removed directories; ignores errors, which only cost time."""
     entries: Mapping[str, Any] = {
         name: entry for name, entry in _load(cache).items() if Path(name).is_dir()
     }

@@ -1,10 +1,10 @@
-"""The folder that pages lie in: its bounds, its lock, what is in it and what goes first.
+"""The folder of pages on disk: its lock, its files, and their eviction.
 
 Invariants:
-- A process that writes or evicts holds `lock`. So whatever lies in `tmp` when one gets the lock was
-  left by a process that died, and goes.
-- Nothing is written before there is room for it: what lies here, directories, manifests and
-  temporary files included, never takes more than the cap.
+- A process that writes or evicts holds `lock`. So files that are in `tmp` when one gets the lock
+  are a dead process's, and are removed.
+- Nothing is written before there is room for it: the folder, with directories, manifests and
+  temporary files, never takes more than the cap.
 - A file appears by a rename, complete or not at all.
 """
 
@@ -40,8 +40,8 @@ class Folder:
     """The files of all models' pages, of named KV and of the bookkeeping.
 
     Args:
-        root: need not exist.
-        limits: of it.
+        root: the folder; need not exist.
+        limits: of the folder.
 
     Attributes:
         pages: folder of the models' folders.
@@ -65,7 +65,7 @@ class Folder:
 
     @contextmanager
     def locked(self, wait_s: float) -> Iterator[None]:
-        """Alone among all processes; what dead ones left in `tmp` is gone.
+        """Hold the lock among all processes, and remove dead processes' files from `tmp`.
 
         Raises:
             OSError: the folder cannot be written, or another process holds it (TimeoutError).
@@ -79,12 +79,12 @@ class Folder:
             self._clear_tmp()
             yield
         finally:
-            # A process that was forked meanwhile has the lock too: closing would not end it.
+            # A child forked meanwhile has the lock too: closing would not release it.
             fcntl.flock(lock, fcntl.LOCK_UN)
             os.close(lock)
 
     def _exclude_from_backups(self) -> None:
-        """Pages can be computed again, and change every day; names cannot, and are small."""
+        """Exclude pages, which can be computed again and change every day; not names."""
         if not self._is_excluded:
             for folder in (self.pages, self._tmp):
                 time_machine.exclude(folder)
@@ -100,7 +100,7 @@ class Folder:
                     self.cleared_bytes += n_bytes
 
     def scan(self) -> Scan:
-        """What lies here; files that go meanwhile do not count."""
+        """The folder's pages and bytes, without files that are removed meanwhile."""
         pages: list[Stored] = []
         n_bytes = 0
         with suppress(OSError):
@@ -122,10 +122,9 @@ class Folder:
         return Scan(n_bytes, tuple(pages))
 
     def room(self, wanted: Collection[Stored] = ()) -> tuple[Scan, Room]:
-        """What lies here, and what may still be written.
+        """A scan, and the room for writing.
 
-        Args:
-            wanted: pages that are about to be written: neither they nor what they continue go.
+        `wanted`: pages about to be written: neither they nor pages before them are evicted.
         """
         scan = self.scan()
         order = self._order(scan.pages, wanted)
@@ -145,7 +144,7 @@ class Folder:
         return near if isinstance(near, int) else None
 
     def open_model(self, model: str, window_pages: int) -> Path:
-        """The folder of a model's pages, which says how far its windows reach.
+        """The folder of a model's pages; records `window_pages` there.
 
         Raises:
             OSError: it cannot be written.
@@ -157,7 +156,7 @@ class Folder:
         return folder
 
     def _named(self) -> Mapping[tuple[str, str], bool]:
-        """(model, file name) of what belongs to named KV, and whether that is pinned."""
+        """(model, file name) of each page of named KV -> whether it is pinned."""
         named: dict[tuple[str, str], bool] = {}
         with suppress(OSError):
             for path in self.names.glob("*.json"):
@@ -166,7 +165,7 @@ class Folder:
         return named
 
     def _manifest(self, path: Path) -> Mapping[tuple[str, str], bool]:
-        # A long prompt's manifest is megabytes, and a full folder asks at every batch.
+        # A long prompt's manifest has megabytes, and a full folder reads it at every batch.
         try:
             about = path.stat()
             signature = (about.st_ino, about.st_size, about.st_mtime_ns)
@@ -184,13 +183,13 @@ class Folder:
         """Delete files.
 
         Raises:
-            OSError: one cannot be deleted, so there is less room than was decided.
+            OSError: one cannot be deleted, so there is less room than planned.
         """
         for page in pages:
             (self.pages / page.model / page.key.file_name).unlink(missing_ok=True)
 
     def sync_names(self, folder: Path) -> None:
-        """Make a power cut spare the names in a folder, and the folder's own.
+        """Make the names in a folder, and the folder's own, survive a power cut.
 
         Raises:
             OSError: it cannot be synced.
@@ -207,7 +206,7 @@ class Folder:
                     folder.rmdir()
 
     def written_today(self) -> int:
-        """Bytes that the daily budget was charged since midnight UTC."""
+        """Bytes that count against the daily budget, since midnight UTC."""
         try:
             raw = json.loads(self._written.read_bytes())
             return int(raw["bytes"]) if raw["day"] == _today() else 0
@@ -215,8 +214,7 @@ class Folder:
             return 0
 
     def charge(self, written_bytes: int) -> None:
-        """Record what was written today. It is charged before it is written: a kill in between
-        costs budget, and none is ever written that was not charged.
+        """Record the bytes written today, before they are written: so none are uncounted.
 
         Raises:
             OSError: it cannot be written.
@@ -258,12 +256,12 @@ class Folder:
 
 
 def read_page(path: str, *, header_only: bool = False) -> bytes:
-    """A page's file, or its first 8 bytes and its header; b"" for what cannot be one.
+    """A page's file, or its first 8 bytes and its header; b"" for a file that cannot be a page.
 
     Raises:
         OSError: there is no such file, or it cannot be opened.
     """
-    # Whatever lies under the name, opening it must not wait (a pipe) or lead elsewhere (a link).
+    # Opening must not wait (a pipe) or follow a link.
     try:
         handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW)
     except OSError as error:

@@ -1,10 +1,10 @@
-"""One page as bytes: a safetensors file that says what it is and proves that it is whole.
+"""One page as bytes: a safetensors file with its identity and a checksum.
 
 Invariants:
-- Nothing of a page is handed out before every check has passed: the library's own, the format, the
-  name, which the tokens and the page before it give, and the checksum.
-- The checksum covers all that is handed out: tensors' names, dtypes, shapes and bytes, and every
-  entry of the metadata. What it leaves out is blanks between JSON tokens, which say nothing.
+- `decode` returns a page only after every check: safetensors' own, the format, the name, which
+  follows from the tokens and the page before it, and the checksum.
+- The checksum covers all that is returned: tensors' names, dtypes, shapes and bytes, and every
+  entry of the metadata; not blanks between JSON tokens.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _ENTRIES = {"format", "fingerprint", "parent", "start", "tokens", "dtypes", "par
 
 
 class DamagedPage(ValueError):
-    """Bytes that are no page, or not the one they should be. Never leaves the page modules."""
+    """Bytes that are no page, or another page; only raised among modules that read pages."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,24 +90,22 @@ class PageFile:
 
     @property
     def bound_bytes(self) -> int:
-        """Bytes that the encoded file does not exceed."""
+        """An upper bound of the encoded file's bytes."""
         names = sum(len(json.dumps(name)) * 2 + 300 for name in self.tensors)
         return self.nbytes + names + 2 * len(self.tokens) + 2048
 
 
 def page_name(parent: str, tokens: bytes) -> str:
-    """The name of a page: 32 hex digits of the chain of all tokens up to its end.
+    """The name of a page, 32 hex digits of a hash: depends on all tokens up to its end.
 
-    Args:
-        parent: name of the page before it.
-        tokens: its own, int32, little-endian.
+    `parent` is the name of the page before it, `tokens` are int32, little-endian.
     """
     return hashlib.sha256(parent.encode("ascii") + tokens).hexdigest()[:32]
 
 
 def encode(page: PageFile, fingerprint: str) -> bytes:
     """The bytes of a page's file."""
-    import numpy as np  # 40 ms that no process pays that reads and writes no page
+    import numpy as np  # 40 ms that only a process with pages pays
     from safetensors.numpy import save
 
     assert set(page.tensors) == set(page.dtypes) and page.tensors
@@ -131,7 +129,7 @@ def decode(data: bytes, key: PageKey) -> tuple[PageFile, str]:
     """A page and its model's fingerprint, from its file's bytes.
 
     Raises:
-        DamagedPage: they are not what `encode` made for this key.
+        DamagedPage: `encode` did not make them for this key.
     """
     from safetensors import SafetensorError
     from safetensors.numpy import load
@@ -152,11 +150,7 @@ def decode(data: bytes, key: PageKey) -> tuple[PageFile, str]:
 
 
 def decode_tokens(header: bytes, key: PageKey) -> bytes:
-    """The tokens of a page, from its header alone; they are those that its name was made of.
-
-    Args:
-        header: the JSON behind the file's first 8 bytes.
-        key: of the file.
+    """The tokens of a page, checked against its name, from the JSON behind its first 8 bytes.
 
     Raises:
         DamagedPage: it is the header of something else.
@@ -177,7 +171,7 @@ def _metadata(header: bytes) -> dict[str, str]:
 
 
 def _identify(entries: Mapping[str, str], key: PageKey) -> tuple[int, bytes]:
-    """(start, tokens) of a header that says of itself that it is this page."""
+    """(start, tokens) of a header, checked to be this page's."""
     if entries["format"] != str(FORMAT_VERSION):
         raise DamagedPage(f"format {entries['format']}")
     try:

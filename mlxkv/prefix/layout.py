@@ -1,4 +1,4 @@
-"""What a page is made of, and where it stands in its chain."""
+"""The parts of a page, and its place in its chain."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from mlxkv.kv.types import STEP, CacheSpec
 from mlxkv.prefix.format import ROOT, PageKey, page_name
 
 FULL, WINDOW = "full", "window"
-"""The parts of a page: what layers without a window keep, and the others."""
+"""The parts of a page: KV of the layers without a window, and of the others."""
 
 
 @dataclass(frozen=True, slots=True)
 class Kinds:
-    """Which caches the parts of a page belong to.
+    """The caches that the parts of a page belong to.
 
     Args:
-        full: indices of the caches that keep everything.
+        full: indices of the caches that keep every token.
         window: indices of those that rotate.
-        reach: the largest window: tokens that a layer may see, the next one included.
-        stride: the smallest window: tokens after which it has overwritten itself.
+        reach: the largest window: tokens that a layer attends to, the next one included.
+        stride: the smallest window: tokens after which a cache has overwritten itself.
     """
 
     full: tuple[int, ...]
@@ -31,7 +31,7 @@ class Kinds:
 
     @classmethod
     def of(cls, specs: Iterable[CacheSpec | None]) -> Kinds | None:
-        """Of a model's layers; None where one keeps a state that has no keys and values."""
+        """The kinds of a model's layers; None where one keeps a state instead of KV."""
         owned = [spec for spec in specs if spec is not None]
         if not owned or any(spec.opaque for spec in owned):
             return None
@@ -53,7 +53,7 @@ class Kinds:
         return self.full if part == FULL else self.window
 
     def needed(self, links: Sequence[Link], part: str, stop: int) -> list[Link]:
-        """Of a chain from position 0, the pages whose part is needed to go on at `stop`."""
+        """The pages of a chain from position 0 whose part is needed to resume at `stop`."""
         if not links or not self.caches(part):
             return []
         if part == FULL:
@@ -61,8 +61,8 @@ class Kinds:
         return list(links[self.first_needed(links[-1], stop) :])
 
     def first_needed(self, last: Link, stop: int) -> int:
-        """Number of the first page whose window part is needed to go on at `stop` in `last`."""
-        # One row less than the window is enough, and the last page is needed for its position.
+        """Number of the first page whose window part is needed to resume at `stop` in `last`."""
+        # One row less than the window is enough; the last page gives the position.
         return max(0, min(stop - (self.reach - 1), last.start)) // STEP
 
 
@@ -93,7 +93,7 @@ class Link:
 
 
 def chain_of(data: bytes, n_pages: int) -> Iterator[Link]:
-    """The first whole pages of packed tokens, from position 0 on."""
+    """The first whole pages of int32 tokens, from position 0 on."""
     parent = ROOT
     for i in range(n_pages):
         link = Link(parent, page_name(parent, data[4 * STEP * i : 4 * STEP * (i + 1)]), STEP * i)
@@ -114,7 +114,7 @@ def token_ids(data: bytes) -> array[int]:
 
 
 def n_common(a: bytes, b: bytes) -> int:
-    """Leading tokens that two packed sequences share."""
+    """Leading tokens that two sequences of int32 share."""
     low, high = 0, min(len(a), len(b)) // 4
     while low < high:
         middle = (low + high + 1) // 2

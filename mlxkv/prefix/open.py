@@ -17,7 +17,7 @@ from mlxkv.prefix.pages import Pages
 
 
 class CachedModel(Protocol):
-    """What pages have to know of a model: `nn.model.CausalLM` is one."""
+    """A model as pages see it, such as `nn.model.CausalLM`."""
 
     @property
     def stable_tokens(self) -> int | None:
@@ -53,7 +53,7 @@ def open_pages(
 
     Args:
         model: as `load_model` returns it.
-        path: its directory, from whose weights pages on disk are named.
+        path: its directory: pages on disk belong to its weights.
         kv_type: format of the KV.
         budget_bytes: bytes that pages may take in RAM.
         folder: folder of pages on disk; None for the user's default.

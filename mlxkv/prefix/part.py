@@ -1,12 +1,12 @@
-"""One part of a page in RAM: the KV of its layers, packed into one array.
+"""One part of a page in RAM: the KV of its layers in one array.
 
 Invariants:
-- A part is one array, whatever it holds: Metal bounds how many arrays a process may have.
+- A part is one array: Metal limits how many arrays a process may have.
 - Arrays of one dtype and shape lie behind each other in a block, blocks of larger items first.
-  Packing costs one launch for each array, and one for each block where there are several.
-- The array's items are unsigned and as large as the smallest packed item: every block begins at a
-  multiple of its own items, and the sizes of a part stay below 2**31 items, which MLX demands.
-- A part keeps no cache's buffer alive: it is copied out, and a cache copies what it loads.
+  Joining them costs one launch for each array, and one for each block where there are several.
+- The array's items are unsigned and as large as the smallest item: every block begins at a multiple
+  of its own items, and a part has fewer than 2**31 items, as MLX requires.
+- A part keeps no cache's buffer alive: it is a copy, and a cache copies what it loads.
 """
 
 from __future__ import annotations
@@ -25,12 +25,7 @@ _WORDS = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """What one array keeps of a token.
-
-    Args:
-        dtype: of its items.
-        shape: `(B, H, D)`; with tokens it is `[B, H, S, D]`.
-    """
+    """Dtype and shape `(B, H, D)` of one token in an array `[B, H, S, D]`."""
 
     dtype: mx.Dtype
     shape: tuple[int, int, int]
@@ -48,7 +43,7 @@ class Block:
 
     Args:
         rows: of each of them.
-        places: (layer, array of the layer) of each, in the order in which they lie.
+        places: (layer, array of the layer) of each, in order.
     """
 
     rows: Rows
@@ -84,11 +79,11 @@ class Layout:
 
     @property
     def word(self) -> mx.Dtype:
-        """The packed array's dtype."""
+        """The array's dtype."""
         return _WORDS[min(block.rows.dtype.size for block in self.blocks)]
 
     def spans(self, n_tokens: int) -> Iterator[tuple[Block, int, int]]:
-        """Each block, where it begins and where it ends, in words."""
+        """Each block with its start and end in words."""
         start = 0
         for block in self.blocks:
             stop = start + n_tokens * block.token_bytes // self.word.size
@@ -102,7 +97,7 @@ class Part:
 
     Args:
         words: one dimension of `layout.word`.
-        layout: what lies where.
+        layout: of the array.
         start: the first position.
         stop: the one behind the last.
     """
@@ -119,7 +114,7 @@ class Part:
 
     @classmethod
     def of(cls, slices: Sequence[Slice]) -> Self:
-        """Of what caches hold at the same positions, lazily; one slice for each layer."""
+        """A part of one slice of each layer at the same positions, lazily."""
         layout = Layout.of([map(Rows.of, piece.arrays) for piece in slices])
         blocks = [
             _copied([slices[i].arrays[j] for i, j in block.places], axis=0)
@@ -139,7 +134,7 @@ class Part:
         return cls(_flat(joined, first.layout.word), first.layout, first.start, last.stop)
 
     def before(self, stop: int) -> Part:
-        """What lies before position `stop`, in an array of its own unless that is all."""
+        """The part before position `stop`, as a copy unless that is all."""
         if stop >= self.stop:
             return self
         blocks = [mx.contiguous(block) for block in self.blocks(stop)]
@@ -171,9 +166,9 @@ class Part:
 
 
 def _copied(arrays: Sequence[mx.array], axis: int) -> mx.array:
-    """Arrays behind each other, in memory of their own."""
-    # Of one array `concatenate` gives that array back. Of several its result is contiguous, and
-    # `contiguous` would copy it again where Metal reused a buffer 16 KiB larger than it.
+    """Arrays behind each other, copied."""
+    # `concatenate` returns a single array itself. Its result of several is contiguous, and
+    # `contiguous` would copy it again where Metal reused a buffer 16 KiB larger.
     return mx.concatenate(list(arrays), axis) if len(arrays) > 1 else mx.contiguous(arrays[0])
 
 

@@ -1,7 +1,7 @@
-"""The pages in RAM, and which of them go when there is no room.
+"""The pages in RAM, and their eviction.
 
 Invariants:
-- `nbytes` is what the arrays of all parts take, `n_arrays` how many those are: one for each part.
+- `nbytes` and `n_arrays` are the bytes and the number of all parts' arrays, one for each part.
 - Eviction order: 1. window parts not needed to resume at a leaf or branch, or in the page before
   it, anchors last; 2. leaves, window part first. LRU within each.
 - Pinned pages stay.
@@ -19,15 +19,15 @@ from mlxkv.prefix.layout import FULL, WINDOW, Kinds, Link
 from mlxkv.prefix.part import Part
 
 ANCHORS = 8
-"""Of the window parts far from any leaf or branch, one every so many windows goes last."""
+"""Of the window parts far from any leaf or branch, one every so many windows is evicted last."""
 SPARE = 64
-"""Where arrays are too many, one in so many goes beyond what has to: finding out which go first
-takes a walk over all pages, and with small pages the next one would ask for it again."""
+"""Above the limit of arrays one in so many more is evicted: the order takes a walk over all pages,
+and with small pages the next page would need it again."""
 
 
 @dataclass(slots=True)
 class Page:
-    """A page; a part that was given up is missing from `parts`."""
+    """A page; an evicted part is missing from `parts`."""
 
     link: Link
     tokens: bytes
@@ -87,25 +87,25 @@ class RamPages:
         self.touch([link])
 
     def touch(self, links: Iterable[Link]) -> None:
-        """Say that pages were used, all at the same time."""
+        """Mark pages as used, all at the same time."""
         self._tick += 1
         for link in links:
             if link.name in self._pages:
                 self._pages[link.name].used = self._tick
 
     def pin(self, names: Iterable[str]) -> None:
-        """Keep pages whatever the budget says."""
+        """Protect pages from eviction."""
         self._pinned.update(names)
 
     def drop_outgrown(self, link: Link, tokens: bytes) -> None:
-        """Give up the tips from which a sequence has gone on to this page."""
+        """Drop the tips that this page of the same sequence contains."""
         for page in self.behind(link.parent):
             went_on = page.link.n_tokens < link.n_tokens and tokens.startswith(page.tokens)
             if went_on and page.link.name not in self._pinned:
                 self.drop(page, tuple(page.parts))
 
     def drop(self, page: Page, parts: Iterable[str]) -> None:
-        """Give up parts of a page; without any it is forgotten."""
+        """Drop parts of a page, and the page with its last part."""
         for part in parts:
             if (kv := page.parts.pop(part, None)) is not None:
                 self.nbytes -= kv.nbytes
@@ -125,12 +125,7 @@ class RamPages:
         self.nbytes = self.n_arrays = 0
 
     def shrink(self, budget_bytes: int, max_arrays: int | None = None) -> None:
-        """Give up as much as the budget asks for.
-
-        Args:
-            budget_bytes: what stays at most.
-            max_arrays: how many arrays stay at most; None for any number.
-        """
+        """Evict down to `budget_bytes` and `max_arrays` (None for any number)."""
         most = sys.maxsize if max_arrays is None else max_arrays
         if self.nbytes <= budget_bytes and self.n_arrays <= most:
             return
@@ -153,12 +148,12 @@ class RamPages:
         self._drop_leaves(is_enough)
 
     def _is_anchor(self, page: Page) -> bool:
-        """Whether it is of the few by which a prompt that was edited far back goes on at all."""
+        """Whether it is one of `ANCHORS`, from which a prompt that was edited far back resumes."""
         n_window = -(-self._kinds.reach // STEP)
         return page.link.start // STEP % (ANCHORS * n_window) < n_window
 
     def _near(self) -> set[str]:
-        """Pages whose window part is needed to go on in the last page of a tip or a fork."""
+        """Pages whose window part is needed to resume in the last page of a leaf or branch."""
         near: set[str] = set()
         for name, page in self._pages.items():
             if len(self._behind.get(name, ())) == 1:

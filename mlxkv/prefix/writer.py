@@ -1,12 +1,12 @@
 """Pages on disk: the SSD half of the prefix cache. NumPy arrays in and out, no MLX.
 
 Invariants:
-- `read` gives exactly what was written, or None. What is damaged, truncated, foreign or of an
-  older format is removed and is a miss, never an error.
-- Files are written by a thread of their own. What does not fit (cap, free space, daily budget, a
-  full disk, a read-only folder) is not written and is counted in `usage().refused`, never an error.
-- The index says what this process has seen; the folder is shared, so a page that the index does not
-  know is looked for, and one that is gone is forgotten when it is read.
+- `read` returns exactly what was written, or None. A file that is damaged, truncated, foreign or of
+  an older format is removed and is a miss, never an error.
+- A background thread writes files. Pages that do not fit (cap, free space, daily budget, a full
+  disk, a read-only folder) are not written and counted in `usage().refused`, never an error.
+- The index has the pages that this process knows of. Other processes share the folder: a page that
+  is not in the index is looked up there, and a removed one leaves the index when it is read.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ __all__ = ["FORMAT_VERSION", "ROOT", "DiskLimits", "DiskUsage", "PageFile", "Pag
            "page_name"]  # fmt: skip
 
 QUEUE_BYTES = 512 << 20
-"""What waits for the writer at most: it is memory that no plan counts."""
+"""Bytes of the queue at most: no memory plan counts them."""
 BATCH_BYTES = 128 << 20
-"""What is written under one lock: another process waits for a tenth of a second."""
+"""Bytes written under one lock: another process waits for a tenth of a second."""
 LOCK_WAIT_S = 10.0
 GIVE_WAY_S = 0.005
-"""Pause between batches: others poll for the lock, and would hardly ever meet it free."""
+"""Pause between batches, in which other processes, which poll, can get the lock."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +67,12 @@ class _Queued:
 
 @dataclass(slots=True)
 class _Outcome:
-    """What became of a batch.
+    """The outcome of writing a batch.
 
     Args:
-        written: what is on disk.
-        evicted: what went for it.
-        reasons: why single pages were not written.
+        written: pages on disk.
+        evicted: pages that made room.
+        reasons: page -> why it was not written.
         reason: why all others were not.
     """
 
@@ -87,9 +87,9 @@ class PageFiles:
 
     Args:
         root: the folder of all models' pages; need not exist.
-        fingerprint: hex, of what makes KV comparable.
+        fingerprint: see `fingerprint.fingerprint`.
         limits: of the folder.
-        window_pages: pages before a tip or a fork whose window part is needed to go on there.
+        window_pages: pages before a leaf or branch whose window part is needed to resume there.
     """
 
     def __init__(self, root: Path, fingerprint: str, limits: DiskLimits, *, window_pages: int = 0):
@@ -109,7 +109,7 @@ class PageFiles:
         self._start()
 
     def _start(self) -> None:
-        """Read the index, and clear what dead processes left unless a living one is writing."""
+        """Read the index, and remove dead processes' files unless another process is writing."""
         if not self.folder.root.is_dir():
             return
         if self.folder.limits.cap_bytes >= SMALLEST_CAP_BYTES:
@@ -133,7 +133,7 @@ class PageFiles:
         return True
 
     def children(self, parent: str) -> list[tuple[str, int]]:
-        """(name, tokens) of the pages that are known behind one."""
+        """(name, tokens) of the known pages behind a page."""
         with self._changed:
             return self._index.children(parent)
 
@@ -153,7 +153,7 @@ class PageFiles:
             return None
 
     def read(self, key: PageKey) -> PageFile | None:
-        """A page, checked; None if it is not there, or was damaged and is now removed."""
+        """A page, checked; None if it is missing, or was damaged and is now removed."""
         with self._changed:
             waiting = self._waiting.get(key)
         if waiting is not None:
@@ -179,7 +179,7 @@ class PageFiles:
             self._index.discard(key)
 
     def used(self, keys: Sequence[PageKey]) -> None:
-        """Say that pages were used now; of one call's pages, leaves count as older than trunks."""
+        """Mark pages as used now; of one call's pages, leaves count as older than trunks."""
         with self._changed:
             here = [key for key in keys if key not in self._waiting and key in self._index]
         now = time.time_ns()
@@ -191,12 +191,12 @@ class PageFiles:
         """Queue pages for the background, trunk first.
 
         Args:
-            pages: taken one by one, and no further than there is room in the queue.
+            pages: read one by one, while there is room in the queue.
             keep: of a named KV: synced, and not refused by the daily budget.
-            wait: where the queue is full, until it is not; else the rest is refused.
+            wait: wait while the queue is full; else the rest is refused.
 
         Returns:
-            Bytes of tensors that were queued; what is there already is not.
+            Bytes of tensors that were queued, without pages that exist already.
         """
         accepted = 0
         if self.folder.limits.cap_bytes < SMALLEST_CAP_BYTES:
@@ -219,26 +219,26 @@ class PageFiles:
         return accepted
 
     def flush(self) -> None:
-        """Wait until everything that was queued is written or refused."""
+        """Wait until the whole queue is written or refused."""
         with self._changed:
             self._changed.wait_for(lambda: not self._waiting)
 
     def usage(self) -> DiskUsage:
-        """What the folder takes now, and what this process could not write."""
+        """The folder's use of the disk, and pages that this process could not write."""
         scan = self.folder.scan()
         with self._changed:
             refused = dict(self._refused)
         return DiskUsage(scan.n_bytes, len(scan.pages), self.folder.written_today(), refused)
 
     def close(self) -> None:
-        """Write what is queued and stop."""
+        """Write the queue and stop."""
         self.flush()
         with self._changed:
             self._closed = True
             self._changed.notify_all()
 
     def _bytes(self, key: PageKey, *, header_only: bool = False) -> bytes | None:
-        """A file's bytes; None if there is none, or it cannot be opened now."""
+        """A file's bytes; None if it is missing or cannot be opened."""
         try:
             return read_page(self._path + key.file_name, header_only=header_only)
         except FileNotFoundError:
@@ -249,7 +249,7 @@ class PageFiles:
         return None
 
     def _put(self, item: _Queued, wait: bool) -> bool:
-        """Queue a page; False if there is no room and it is not to be waited for."""
+        """Queue a page; False if there is no room and `wait` is false."""
         if wait and self._queued_bytes >= QUEUE_BYTES:
             self._wake()
             self._changed.wait_for(lambda: self._closed or self._queued_bytes < QUEUE_BYTES)
@@ -272,13 +272,13 @@ class PageFiles:
             self._thread = thread
 
     def _refuse_queue(self, reason: str) -> None:
-        """Give up what waits; with the lock held."""
+        """Refuse the whole queue; the caller holds `_changed`."""
         batch = list(self._queue)
         self._queue.clear()
         self._settle(batch, _Outcome(reason=reason))
 
     def _work(self) -> None:
-        """The thread: it lives while there is something to write."""
+        """The thread, which runs until the queue is empty."""
         while True:
             with self._changed:
                 batch = self._next_batch()
@@ -310,7 +310,7 @@ class PageFiles:
         return batch
 
     def _settle(self, batch: Sequence[_Queued], outcome: _Outcome) -> None:
-        """Take a batch off the books: what is not written is not here."""
+        """Remove a batch from the queue, and unwritten pages from the index."""
         queued = {item.page.key for item in self._queue}
         for item in batch:
             key = item.page.key
@@ -327,13 +327,13 @@ class PageFiles:
         self._changed.notify_all()
 
     def _write_batch(self, batch: Sequence[_Queued], outcome: _Outcome) -> None:
-        """Write what fits."""
+        """Write the pages that fit."""
         try:
             with self.folder.locked(LOCK_WAIT_S):
                 self._write_locked(batch, outcome)
         except TimeoutError:
             outcome.reason = "another process holds the folder"
-            with self._changed:  # no caller waits that long for each batch of them
+            with self._changed:  # no caller waits so long for each batch
                 self._refuse_queue(outcome.reason)
         except OSError as error:
             outcome.reason = f"disk: {error.strerror}"
@@ -363,7 +363,7 @@ class PageFiles:
             self.folder.sync_names(folder)
 
     def _is_synced(self, key: PageKey) -> bool:
-        """Whether a page that is to be kept is here and whole, and a power cut spares it."""
+        """Whether a page to be kept is on disk, complete, and synced."""
         try:
             path = self._path + key.file_name
             _, fingerprint = decode(read_page(path), key)
@@ -373,7 +373,7 @@ class PageFiles:
         return fingerprint == self.fingerprint
 
     def _decide(self, items: Iterable[_Queued], room: Room, outcome: _Outcome) -> list[_Queued]:
-        """What of a batch is written: a page is of no use without those before it."""
+        """The pages of a batch to write: a page is of no use without those before it."""
         accepted: dict[PageKey, _Queued] = {}
         lost: dict[str, str] = {}
         for item in items:
