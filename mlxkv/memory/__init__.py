@@ -1,1 +1,1 @@
-"""What is needed, what is granted, what gives way: needs, plan, trace, budget."""
+"""Memory that models need, and the budget that grants it: needs, plan, trace, budget."""

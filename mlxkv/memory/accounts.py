@@ -1,4 +1,4 @@
-"""What the budget knows of each live sequence: what it holds, reserves and was granted."""
+"""The budget's account of each live sequence: bytes reserved and granted."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ class Account:
     """One sequence's account.
 
     Args:
-        n_admitted: length of a prompt that was admitted and may not be computed yet.
+        n_admitted: length of the prompt that KV is reserved for.
         granted: tokens held when memory was last granted, and bytes of the KV after that step.
         chunk_cap: tokens of a chunk at most, where memory was short; None for any number.
-        n_chunk_told: the smallest chunk that was reported.
+        n_chunk_reported: the smallest chunk that was reported.
         n_failed_at: tokens held when MLX last failed to allocate; None where it has not.
-        is_quantizing: whether it was told to quantize its KV, and has not asked again.
+        is_quantizing: whether it must quantize its KV before it asks again.
     """
 
     n_admitted: int = 0
     granted: tuple[int, int] | None = None
     chunk_cap: int | None = None
-    n_chunk_told: int | None = None
+    n_chunk_reported: int | None = None
     n_failed_at: int | None = None
     is_quantizing: bool = False
 
@@ -42,12 +42,11 @@ class Accounts:
         return self._all[sequence]
 
     def open(self, sequence: Consumer) -> None:
-        """Open an account for a sequence."""
         with self._joining:
             self._all[sequence] = Account()
 
     def live(self) -> list[Consumer]:
-        """The sequences, also for a thread that watches while others join."""
+        """The sequences; safe while another thread opens accounts."""
         with self._joining:
             return list(self._all)
 
@@ -71,18 +70,13 @@ class Accounts:
         return n_bytes
 
     def others_bytes(self, asking: Consumer, kv_bytes: Callable[[str, int], int]) -> int:
-        """Bytes that other sequences hold, or will once their admitted prompts are computed.
-
-        Args:
-            asking: the sequence that is left out.
-            kv_bytes: (format, tokens) -> bytes of their KV.
-        """
+        """Bytes that other sequences hold or reserve; `kv_bytes`: (format, tokens) -> bytes."""
         n_bytes = 0
         for sequence in self.live():
             if sequence is asking:
                 continue
             n_admitted = self._all[sequence].n_admitted
-            is_due = n_admitted > sequence.n_held
-            due = kv_bytes(sequence.kv_type, n_admitted) if is_due else 0
-            n_bytes += max(sequence.nbytes, due)
+            is_reserved = n_admitted > sequence.n_held
+            reserved = kv_bytes(sequence.kv_type, n_admitted) if is_reserved else 0
+            n_bytes += max(sequence.nbytes, reserved)
         return n_bytes

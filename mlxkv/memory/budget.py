@@ -1,15 +1,15 @@
-"""What a model's sequences may take in memory, and what gives way where there is no room.
+"""The memory limit of a model's sequences, and the order in which memory is freed.
 
 Invariants:
 - A sequence asks before its caches grow, at each step of 256 tokens: for a chunk of its prompt, and
   for a token. The answer is a `Grant`, from the needs of a traced step (`trace`).
-- Where memory is short, the rungs of a ladder are taken in this order, and each is reported: MLX's
-  allocator frees its cached buffers, the prompt continues in smaller chunks, prefix pages are
-  written out or dropped, the sequence is told to quantize its KV (`--kv-type auto`). After the last
-  rung this sequence ends with `KVCacheFull`; no other is touched.
-- An allocation that fails inside MLX takes the same rungs, one after the other.
+- Where memory is short, the budget takes these rungs in order and reports each: MLX's allocator
+  frees its cached buffers, the prompt continues in smaller chunks, prefix pages are written out or
+  dropped, the sequence must quantize its KV (`--kv-type auto`). After the last rung this sequence
+  ends with `KVCacheFull`; no other is affected.
+- After an allocation that failed inside MLX it takes the same rungs.
 - The budget keeps an account for each sequence, and changes nothing in a sequence.
-- `limit_bytes` may change at any time, and counts from the next question on.
+- `limit_bytes` may change at any time, and applies from the next grant on.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from mlxkv.nn.model import CausalLM
 from mlxkv.prefix.pages import Pages
 
 ROOMY = 2**30, 64
-"""Bytes, and multiples of the KV after it, that a chunk of a page or less never needs, where the
-model has no `StepBound`: with so much free nothing is traced. Scores grow with the KV."""
+"""Bytes, and multiples of the KV after it, that are enough for any chunk of a page or less, so that
+nothing is traced; only for models without a `StepBound`. Scores grow with the KV."""
 AMPLE = 1.5
-"""Safety factor when the trace of a larger step, its KV included, says that there is ample room
-(1.21 measured, where attention has windows)."""
+"""Safety factor when the trace of a larger step, its KV included, stands in for this step (1.21
+measured, where attention has windows)."""
 WIDER = 1.05
 """Safety factor when the trace of a larger step stands in for a smaller one (1% measured, where the
 caches grow by two steps at once)."""
@@ -51,7 +51,7 @@ class Budget:
     Args:
         model: loaded.
         weights_bytes: bytes of its weights.
-        limit_bytes: memory limit for the model and all that belongs to it.
+        limit_bytes: memory limit for weights, KV, prefix pages and workspace.
         pages: its prefix pages; None where it has none.
 
     Attributes:
@@ -72,7 +72,6 @@ class Budget:
 
     @property
     def limit_bytes(self) -> int:
-        """Memory limit for the model and all that belongs to it."""
         return self._limit_bytes
 
     @limit_bytes.setter
@@ -81,7 +80,7 @@ class Budget:
         self._shares.set_bytes(needs.pages_bytes(limit_bytes, self.weights_bytes))
 
     def adopt(self, pages: Pages) -> None:
-        """Add another owner's prefix pages: all owners get the same share."""
+        """Add another owner's prefix pages; all owners get the same share."""
         self._shares.adopt(pages)
         self.limit_bytes = self._limit_bytes
 
@@ -109,11 +108,11 @@ class Budget:
 
     @property
     def pages_bytes(self) -> int:
-        """Prefix pages in RAM."""
+        """Of prefix pages in RAM."""
         return self._shares.nbytes
 
     def use(self) -> KVUse:
-        """KV of all live sequences, now."""
+        """KV of all live sequences."""
         return self._accounts.use()
 
     def begin(self) -> None:
@@ -122,26 +121,26 @@ class Budget:
         self._shares.take_share()
 
     def note(self) -> None:
-        """Take the KV of now into the figures."""
+        """Update `most`."""
         use = self.use()
         if use.allocated_bytes >= self.most.allocated_bytes:
             self.most = use
 
     def begin_prompt(self, sequence: Consumer) -> None:
-        """Forget earlier cuts and failures: a sequence begins another prompt."""
+        """Forget chunk limits and failures of a sequence's last prompt."""
         account = self._accounts[sequence]
-        account.chunk_cap = account.n_chunk_told = account.n_failed_at = None
+        account.chunk_cap = account.n_chunk_reported = account.n_failed_at = None
         account.is_quantizing = False
 
     def chunk_cap(self, sequence: Consumer) -> int | None:
-        """Tokens of a chunk at most, where memory was short for this sequence; None for any."""
+        """Tokens of a chunk at most, where memory was short; None for any number."""
         return self._accounts[sequence].chunk_cap
 
     def admit(self, sequence: Consumer, n_prompt: int) -> None:
         """Reserve KV for a whole prompt before prefill. The reservation lasts until it is computed.
 
         Raises:
-            KVCacheFull: there is no room even if everything else gives way.
+            KVCacheFull: it does not fit even if everything else is freed.
         """
         self._accounts[sequence].n_admitted = n_prompt
         if self._is_roomy(sequence, n_prompt - 1, 1):
@@ -153,7 +152,7 @@ class Budget:
             raise self._full(sequence, n_prompt, most)
 
     def dismiss(self, sequence: Consumer) -> None:
-        """Free what a sequence has reserved: it starts anew, or has ended."""
+        """Free the reservation of a sequence that starts over or has ended."""
         account = self._accounts[sequence]
         account.n_admitted, account.granted = 0, None
 
@@ -168,7 +167,7 @@ class Budget:
             sequence: the sequence that asks.
             n_new: tokens it wants to compute.
             last: whether it needs the logits after the last of them.
-            beside: bytes that the step takes beside what this sequence alone needs.
+            beside: bytes that the step takes for other sequences.
         """
         account = self._accounts[sequence]
         if not account.is_quantizing:
@@ -186,7 +185,8 @@ class Budget:
                     self._cut(sequence, n, rungs)
                 return self._grant_tokens(sequence, n, rungs)
         if (kv_type := _smaller_format(sequence)) is not None:
-            return self._to_quantize(sequence, kv_type, rungs)
+            account.is_quantizing = True
+            return Grant(rungs=tuple(rungs), quantize_to=kv_type)
         if self._fits(sequence, 1, last=last and n_new == 1, beside=beside):
             if wanted > 1:
                 self._cut(sequence, 1, rungs)
@@ -198,23 +198,16 @@ class Budget:
         self._accounts[sequence].granted = sequence.n_held, after
         return Grant(n, tuple(rungs))
 
-    def _to_quantize(self, sequence: Consumer, kv_type: str, rungs: Sequence[Rung]) -> Grant:
-        self._accounts[sequence].is_quantizing = True
-        return Grant(rungs=tuple(rungs), quantize_to=kv_type)
-
     def _cut(self, sequence: Consumer, n: int, rungs: list[Rung]) -> None:
         """Limit a sequence to chunks of `n` tokens, and report the smallest limit once."""
         account = self._accounts[sequence]
         account.chunk_cap = n
-        if account.n_chunk_told is None or n < account.n_chunk_told:
-            account.n_chunk_told = n
+        if account.n_chunk_reported is None or n < account.n_chunk_reported:
+            account.n_chunk_reported = n
             rungs.append(Rung("chunk", sequence.n_held, n))
 
     def _widen(self, sequence: Consumer, n_new: int, last: bool) -> None:
-        """Double the limit of a chunk where there is room again.
-
-        A limit that follows a failed allocation stays.
-        """
+        """Double the limit of a chunk where there is room again, unless an allocation failed."""
         account = self._accounts[sequence]
         if account.chunk_cap is None or account.n_failed_at is not None:
             return
@@ -225,7 +218,7 @@ class Budget:
     def _ladder(
         self, sequence: Consumer, wanted: int, rungs: list[Rung]
     ) -> Iterator[Sequence[int]]:
-        """Chunks to try, each after another rung that the budget can take by itself."""
+        """Chunk sizes to try; takes another rung before each."""
         smaller = _halves(wanted)
         cached = mx.get_cache_memory()
         if cached and not self._fits(sequence, wanted, last=True, beside=cached):
@@ -237,22 +230,19 @@ class Budget:
             missing = -self._room_after(sequence, (wanted, *smaller)[-1], last=True)
             freed = self.give_pages(max(1, missing))
             if not freed:
-                break  # what is left is pinned
+                break  # the rest is pinned
             rungs.append(Rung("pages", sequence.n_held, freed))
             yield (wanted, *smaller)
 
     def after_failure(self, sequence: Consumer, n_held: int) -> Grant:
         """Take the next rung after MLX failed to allocate.
 
-        Args:
-            sequence: starts over; it has freed its caches.
-            n_held: tokens that it held before.
+        `sequence` starts over: it has freed its caches of `n_held` tokens.
         """
         account = self._accounts[sequence]
         account.n_failed_at = n_held
         with contextlib.suppress(RuntimeError):
-            # The step behind it fails as well, with another message, which is of no interest.
-            device.finish()
+            device.finish()  # the step in flight fails as well
         rungs: list[Rung] = []
         cached = mx.get_cache_memory()
         mx.clear_cache()
@@ -261,19 +251,18 @@ class Budget:
         if account.chunk_cap is None or account.chunk_cap > MIN_CHUNK:
             now = account.chunk_cap or default_chunk()
             account.chunk_cap = n = max(MIN_CHUNK, now // 4)
-            account.n_chunk_told = min(n, account.n_chunk_told or n)
+            account.n_chunk_reported = min(n, account.n_chunk_reported or n)
             rungs.append(Rung("chunk", n_held, n))
         elif freed := self.give_pages(self.pages_bytes):
             rungs.append(Rung("pages", n_held, freed))
         elif (kv_type := _smaller_format(sequence)) is not None:
             return Grant(rungs=tuple(rungs), quantize_to=kv_type)
         else:
-            full = self._full(sequence, n_held + 1, n_held)
-            return Grant(rungs=tuple(rungs), full=full)
+            return Grant(rungs=tuple(rungs), full=self._full(sequence, n_held + 1, n_held))
         return Grant(rungs=tuple(rungs))
 
     def _is_roomy(self, sequence: Consumer, n_held: int, n_new: int, beside: int = 0) -> bool:
-        """Whether so much is free that this very step need not be traced."""
+        """Whether so much is free that this step need not be traced."""
         room = self._free(sequence) - mx.get_cache_memory() - beside
         if self._bound is not None:
             return self._bound(sequence.kv_type, n_held, n_new) <= room
@@ -301,8 +290,8 @@ class Budget:
     def _fits(self, sequence: Consumer, n_new: int, *, last: bool, beside: int = 0) -> bool:
         """Whether `beside` bytes are left while the next tokens are computed.
 
-        Looks at a larger step first, one of few lengths: a trace takes as long as a short prompt,
-        and beside running answers a prompt's chunks have any length.
+        Tries the trace of a larger step first, one of few lengths: a trace takes as long as a short
+        prompt, and chunks that share steps with decoding have any length.
         """
         if n_new > 1:
             n_held = -(-sequence.n_held // STEP) * STEP
@@ -318,18 +307,17 @@ class Budget:
         return self._needs[kv_type]
 
     def _most_tokens(self, sequence: Consumer, kv_type: str) -> int:
-        """Tokens that this sequence can hold if everything else gives way."""
+        """Tokens that this sequence can hold if everything else is freed."""
         others = self._others(sequence)
         return self._need(kv_type).most_tokens(self.limit_bytes - self.weights_bytes - others)
 
     def _others(self, sequence: Consumer) -> int:
-        """Bytes that other sequences hold or have reserved."""
         return self._accounts.others_bytes(
             sequence, lambda kv_type, n: self._need(kv_type).kv_bytes(n)
         )
 
     def _full(self, sequence: Consumer, n_wanted: int, most: int | None = None) -> KVCacheFull:
-        """The error that ends a sequence, with what would have helped."""
+        """The error that ends a sequence, with hints."""
         held = max(sequence.n_held, self._accounts[sequence].n_failed_at or 0)
         most = self._most_tokens(sequence, sequence.kv_type) if most is None else most
         need = self._need(sequence.kv_type)
@@ -361,12 +349,10 @@ def _smaller_format(sequence: Consumer) -> str | None:
 
 
 def memory_stats(budget: Budget) -> MemoryStats:
-    """The figures of a model, and MLX's own."""
+    """A model's memory, and MLX's."""
     mx.synchronize()
-    pages = budget.pages
+    pages, pages_bytes = budget.pages, budget.pages_bytes
     active, peak = mx.get_active_memory(), mx.get_peak_memory()
-    pages_bytes = budget.pages_bytes
-    explained = budget.weights_bytes + budget.kv_bytes + pages_bytes
     most = budget.weights_bytes + budget.most.allocated_bytes + pages_bytes
     return MemoryStats(
         limit_bytes=budget.limit_bytes,
@@ -380,5 +366,5 @@ def memory_stats(budget: Budget) -> MemoryStats:
         active_bytes=active,
         cached_bytes=mx.get_cache_memory(),
         peak_bytes=peak,
-        unexplained_bytes=active - explained,
+        unexplained_bytes=active - budget.used_bytes,
     )

@@ -1,7 +1,6 @@
-"""The graph of a step, as MLX exports it, and the order in which MLX evaluates it.
+"""The graph of a step, as MLX exports it, in the order in which MLX evaluates it.
 
-The order is that of MLX's `eval`: breadth first from the results, no wider than `WIDTH`, then
-backwards.
+MLX's `eval` walks breadth first from the results, no wider than `WIDTH`, and runs that backwards.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 
 WIDTH = 20
-"""Width of MLX's evaluation order (its MLX_BFS_MAX_WIDTH)."""
+"""MLX_BFS_MAX_WIDTH of MLX."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +28,7 @@ class Operation:
 
 
 class Graph:
-    """The operations of a function, and the shapes of what they read and write."""
+    """The operations of a function, and the shapes of the arrays that they read and write."""
 
     def __init__(self) -> None:
         self.operations: list[Operation] = []
@@ -47,23 +46,23 @@ class Graph:
             ValueError, RuntimeError: MLX cannot export one of its operations.
         """
         graph = cls()
-        mx.export_function(graph._take, function, *arguments)  # pyright: ignore[reportArgumentType]
+        mx.export_function(graph._record, function, *arguments)  # pyright: ignore[reportArgumentType]
         return graph
 
-    def _take(self, entry: dict[str, Any]) -> None:
+    def _record(self, entry: dict[str, Any]) -> None:
         match entry["type"]:
             case "inputs":
-                self.inputs = [self._seen(x) for x in entry["inputs"]]
+                self.inputs = [self._add_array(x) for x in entry["inputs"]]
             case "outputs":
-                self.outputs = [self._seen(x) for x in entry["outputs"]]
+                self.outputs = [self._add_array(x) for x in entry["outputs"]]
             case "primitive":
-                inputs = tuple(self._seen(x) for x in entry["inputs"])
-                outputs = tuple(self._seen(x) for x in entry["outputs"])
+                inputs = tuple(self._add_array(x) for x in entry["inputs"])
+                outputs = tuple(self._add_array(x) for x in entry["outputs"])
                 self.maker |= dict.fromkeys(outputs, len(self.operations))
                 arguments = entry["arguments"]
                 self.operations.append(Operation(entry["name"], arguments, inputs, outputs))
 
-    def _seen(self, array: tuple[str, tuple[int, ...], mx.Dtype]) -> str:
+    def _add_array(self, array: tuple[str, tuple[int, ...], mx.Dtype]) -> str:
         name, shape, dtype = array
         self.shapes[name], self.nbytes[name] = shape, prod(shape) * dtype.size
         return name
@@ -96,7 +95,7 @@ class Graph:
         return [operation for operation in reversed(tape) if operation is not None]
 
     def _edges(self, roots: Sequence[str]) -> Counter[int]:
-        """How many readers each operation has that the roots depend on."""
+        """The number of readers of each operation that the roots depend on."""
         edges: Counter[int] = Counter()
         todo = list(roots)
         while todo:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -24,17 +25,17 @@ LONGEST_TRACED = 8192
 
 
 def pages_bytes(limit_bytes: int, weights_bytes: int) -> int:
-    """What prefix pages may take in RAM: a quarter of what the limit leaves beside the weights.
+    """RAM for prefix pages: a quarter of the limit without the weights.
 
-    The rest is for live caches and activations, which pages must never crowd out.
+    The rest is for live caches and activations.
     """
     return max(0, limit_bytes - weights_bytes) // 4
 
 
 def page_arrays() -> int | None:
-    """How many arrays all prefix pages of the process may hold: a quarter of what there may be.
+    """Arrays that all prefix pages of the process may hold: a quarter of the device's limit.
 
-    Where pages are small, tips of a few tokens, their number is reached before their bytes are.
+    Pages of a few tokens reach it before their share of bytes.
     """
     limit = device.max_arrays()
     return None if limit is None else limit // 4
@@ -46,7 +47,7 @@ def kv_bytes(specs: Sequence[CacheSpec | None], n_tokens: int, kv: KVFormat) -> 
 
 
 def row_bytes(specs: Sequence[CacheSpec | None], kv: KVFormat) -> int:
-    """Bytes that one token takes in all layers of one sequence while no window is full."""
+    """Bytes of one token in all layers while no window is full."""
     return sum(
         spec.n_kv_heads * (kv.row_bytes(spec.k_dim) + kv.row_bytes(spec.v_dim))
         for spec in specs
@@ -56,12 +57,9 @@ def row_bytes(specs: Sequence[CacheSpec | None], kv: KVFormat) -> int:
 
 @dataclass
 class Needs:
-    """What a model's sequences need beside its weights, in one KV format.
+    """Bytes that a model's sequences need beside its weights, in one KV format.
 
-    Args:
-        model: loaded or hollow.
-        kv_type: format of the KV.
-        chunk: tokens of a prompt that are computed at a time.
+    The model is loaded or hollow; `chunk` is the prompt tokens that are computed at a time.
     """
 
     model: CausalLM
@@ -76,7 +74,6 @@ class Needs:
 
     @cached_property
     def kv(self) -> KVFormat:
-        """The format, with the size of what is computed in."""
         return KVFormat(self.kv_type, self.model.compute_dtype.size)
 
     def kv_bytes(self, n_tokens: int) -> int:
@@ -84,11 +81,11 @@ class Needs:
         return kv_bytes(self.specs, n_tokens, self.kv)
 
     def pages_bytes(self, n_tokens: int) -> int:
-        """What the prefix pages of one sequence take: rows of all layers, window or not."""
+        """Of one sequence's prefix pages: rows of all layers, window or not."""
         return 0 if Kinds.of(self.specs) is None else row_bytes(self.specs, self.kv) * n_tokens
 
     def step(self, n_held: int, n_new: int, *, last: bool) -> Held:
-        """What one step holds, KV included; only the KV where MLX cannot trace the model."""
+        """Bytes that one step holds, KV included; only the KV where MLX cannot trace the model."""
         if self.kv_type != "native" and n_held > LONGEST_TRACED and n_new <= self.chunk:
             # The graph of attention over quantized KV grows with the tokens held.
             after = self.kv_bytes(n_held + n_new)
@@ -97,12 +94,12 @@ class Needs:
         return self._traced(n_held, n_new, last)
 
     def larger_steps(self, n_held: int, n_new: int) -> Iterator[int]:
-        """Peaks of steps of no fewer tokens behind no fewer, each of which bounds this step's.
+        """Upper bounds of this step's peak: those of steps with at least as many tokens.
 
-        First the smallest that was traced before, then that of the next powers of two: few steps
-        have to be traced for it. `tests/memory/test_larger_steps.py` compares with definitions.
+        First the smallest that was traced before, then that of the next powers of two, so that few
+        steps are traced. `tests/memory/test_larger_steps.py` checks the bounds.
         """
-        # Behind a multiple of STEP all caches grow.
+        # All caches grow at a multiple of STEP.
         known = [
             held.peak
             for (n_behind, n, last), held in self._steps.items()
@@ -115,7 +112,6 @@ class Needs:
             yield self._traced(n_behind, larger_chunk(n_new), True).peak
 
     def _traced(self, n_held: int, n_new: int, last: bool) -> Held:
-        """`step`, traced whatever its length."""
         key = n_held, n_new, last
         if key not in self._steps:
             try:
@@ -127,14 +123,14 @@ class Needs:
                 _log.warning("the workspace is not known: %s", error)
                 held = Held(self.kv_bytes(n_held), self.kv_bytes(n_held + n_new))
                 if is_allocation_failure(error):
-                    return held  # another time it may be
+                    return held  # a later trace may succeed
             self._steps[key] = held
         return self._steps[key]
 
     def _steps_to(self, n_tokens: int) -> list[tuple[int, Held]]:
-        """Tokens held before, and the steps of a prompt of that length that hold the most."""
+        """(tokens held before, step) of the candidates for the largest step of such a prompt."""
         chunk = min(self.chunk, n_tokens)
-        start = (n_tokens - 1) // chunk * chunk  # of the last chunk, whose logits are wanted
+        start = (n_tokens - 1) // chunk * chunk  # of the last chunk, which needs logits
         steps = [(start, self.step(start, n_tokens - start, last=True))]
         grows = (n_tokens - 1) // STEP * STEP  # where the caches grow for the last time
         for held in sorted({0, grows // chunk * chunk, start - chunk} & set(range(start))):
@@ -148,7 +144,7 @@ class Needs:
         return max((held for _, held in self._steps_to(n_tokens)), key=lambda held: held.peak)
 
     def peak(self, n_tokens: int, pages_limit: int) -> int:
-        """Of KV, computation and prefix pages of one sequence."""
+        """Bytes of KV, computation and prefix pages of one sequence."""
 
         def pages(n: int) -> int:
             return min(self.pages_bytes(n), pages_limit)
@@ -157,21 +153,18 @@ class Needs:
         return max(during, self.kv_bytes(n_tokens) + pages(n_tokens))
 
     def total(self, n_tokens: int, sequences: int) -> int:
-        """KV and workspace at `n_tokens` a sequence; the workspace between two lengths."""
-        return self.kv_bytes(n_tokens) * sequences + self._workspace(n_tokens)
-
-    def _workspace(self, n_tokens: int) -> int:
-        """What chunks and the growth of caches take grows in straight lines between the marks."""
-        return max(_on_line(self._chunk_marks, n_tokens), _on_line(self._growth_marks, n_tokens))
+        """KV and workspace at `n_tokens` a sequence; the workspace is interpolated."""
+        chunk = _on_line(self._chunk_marks, n_tokens)
+        workspace = max(chunk, _on_line(self._growth_marks, n_tokens))
+        return self.kv_bytes(n_tokens) * sequences + workspace
 
     @cached_property
     def _chunk_marks(self) -> list[tuple[int, int]]:
-        """(tokens, workspace) of the last chunk of a prompt.
-
-        Prompts of one chunk come first: what they take grows with more than their length.
-        """
+        """(tokens, workspace) of the last chunk of a prompt; prompts of one chunk come first."""
+        n_steps = self._unit // STEP
+        first = [STEP << i for i in range((n_steps - 1).bit_length())] + [self._unit]
         marks = []
-        for n in (*self._first_chunks, *self._contexts(2 * self._unit)):
+        for n in (*first, *self._contexts(2 * self._unit)):
             n_new = min(n, self.chunk)
             held = self._traced(n - n_new, n_new, last=True)
             marks.append((n, held.peak - self.kv_bytes(n)))
@@ -179,7 +172,7 @@ class Needs:
 
     @cached_property
     def _growth_marks(self) -> list[tuple[int, int]]:
-        """(tokens, workspace) of single tokens for which all caches grow; the first copies none."""
+        """(tokens, workspace) of single tokens that grow all caches; the first copies none."""
         marks = []
         for n in (0, *self._contexts(2 * STEP)):
             held = self._traced(n, 1, last=True)
@@ -188,41 +181,35 @@ class Needs:
 
     @property
     def _unit(self) -> int:
-        """A chunk, up to the next step of the caches."""
+        """Tokens of a chunk, rounded up to a step of the caches."""
         return STEP * -(-self.chunk // STEP)
 
-    @property
-    def _first_chunks(self) -> list[int]:
-        """Lengths of prompts of one chunk."""
-        n_steps = self._unit // STEP
-        return [STEP << i for i in range((n_steps - 1).bit_length())] + [self._unit]
-
     def _contexts(self, short: int) -> tuple[int, int, int]:
-        """A short context, and two beyond it, the chunk and every window; where caches grow."""
+        """A short context, and two beyond the chunk and every window, at which caches grow."""
         window = max((spec.window or 0 for spec in self.specs if spec is not None), default=0)
         unit = self._unit
         long = unit * -(-max(2048, short + 1, window + 2 * unit) // unit)
-        # Where the graph grows with the tokens held the next is no further away than it must be.
+        # Quantized KV: the graph grows with the tokens held, so the next is close.
         longer = 2 * long if self.kv_type == "native" else long + max(2048, unit)
         return short, long, longer
 
     def longest(self, room_bytes: int, sequences: int) -> int:
-        """The longest context whose KV and workspace find room."""
+        """The longest context whose KV and workspace fit."""
         return _largest(lambda n: self.total(n, sequences) <= room_bytes)
 
     def least(self, n_tokens: int) -> int:
-        """KV and the workspace of single tokens: what a sequence needs if all else gives way."""
+        """KV and the workspace of single tokens: the least that a sequence needs."""
         return self.kv_bytes(n_tokens) + _on_line(self._growth_marks, n_tokens)
 
     def most_tokens(self, room_bytes: int) -> int:
-        """The longest sequence for which there is room if all else gives way."""
+        """The longest sequence whose `least` fits."""
         return _largest(lambda n: self.least(n) <= room_bytes)
 
 
 def larger_chunk(n_new: int) -> int:
-    """Tokens of a chunk, one of few lengths, that holds no less in memory than one of `n_new`.
+    """One of few chunk lengths that needs at least as much memory as `n_new` tokens.
 
-    The token beyond a power of two has the caches grow twice: mlx-lm's definitions compute the last
+    One token beyond a power of two grows the caches twice: mlx-lm's definitions compute the last
     token by itself (`foreign.Model.last_logits`).
     """
     n = max(MIN_CHUNK, _power_of_two(n_new))
@@ -230,24 +217,16 @@ def larger_chunk(n_new: int) -> int:
 
 
 def _power_of_two(n: int) -> int:
-    """The next one."""
     return 1 << (n - 1).bit_length()
 
 
 def _largest(fits: Callable[[int], bool]) -> int:
-    """The largest number that fits, 0 for none; all below it do."""
-    low, high = 0, 2**30
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    return low
+    """The largest number up to 2**30 that fits, as all below it do; 0 for none."""
+    return bisect_left(range(1, 2**30 + 1), True, key=lambda n: not fits(n))
 
 
 def _on_line(marks: Sequence[tuple[int, int]], x: int) -> int:
-    """The height at x of the line through points in order of x; level before the first.
-
-    Behind the last it goes on as between the last two.
-    """
+    """Interpolate at x between points in order of x: level before the first, else linear."""
     at = max(1, sum(n < x for n, _ in marks[:-1]))
     (low, at_low), (high, at_high) = marks[at - 1 : at + 1]
     return max(0, at_low + (at_high - at_low) * (max(x, low) - low) // (high - low))

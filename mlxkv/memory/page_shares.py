@@ -1,4 +1,4 @@
-"""What prefix pages of all owners take in RAM: each owner gets the same share."""
+"""The RAM of prefix pages: each owner gets the same share."""
 
 from __future__ import annotations
 
@@ -7,11 +7,7 @@ from mlxkv.prefix.pages import Pages
 
 
 class PageShares:
-    """The prefix pages of one model, of every owner.
-
-    Args:
-        pages: the first owner's; None where the model has none.
-    """
+    """The prefix pages of one model, of every owner; None where it has none."""
 
     def __init__(self, pages: Pages | None):
         self._all = [] if pages is None else [pages]
@@ -21,21 +17,17 @@ class PageShares:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all pages in RAM."""
         return sum(pages.nbytes for pages in self._all)
 
     def adopt(self, pages: Pages) -> None:
-        """Add another owner's pages; the shares of all become smaller."""
         self._all.append(pages)
         self._divide()
 
     def set_bytes(self, n_bytes: int) -> None:
-        """Set how many bytes all pages may take together."""
         self._n_bytes = n_bytes
         self._divide()
 
     def set_arrays(self, n_arrays: int | None) -> None:
-        """Set how many arrays all pages may hold together; None for any number."""
         self._n_arrays = n_arrays
         self._divide()
 
@@ -46,10 +38,9 @@ class PageShares:
             pages.max_arrays = self._n_arrays and self._n_arrays // len(self._all)
 
     def give_back(self, n_bytes: int) -> int:
-        """Drop pages from RAM, of the largest owner first.
+        """Drop pages from RAM, of the largest owner first, and return the bytes freed.
 
-        Returns:
-            Bytes freed; fewer than asked for where the rest is pinned.
+        Pinned pages stay.
         """
         freed = 0
         for pages in sorted(self._all, key=lambda pages: -pages.nbytes):

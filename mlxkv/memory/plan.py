@@ -1,10 +1,10 @@
-"""What a model needs before anything of it is loaded: from config.json and file headers alone.
+"""The memory that a model needs, from config.json and file headers alone.
 
     KV bytes = sum over layers of
         n_kv_heads * (k_dim + v_dim) * bytes per value * min(tokens up to the next 256, window)
 
-KV heads, not attention heads; a sliding layer stops at its window; a layer that shares another's
-KV stores nothing. What prefill and decode hold beside that is found by tracing them (`trace`).
+KV heads, not attention heads; a layer that shares another's KV stores nothing. The workspace of
+prefill and decode is found by tracing them (`trace`).
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from mlxkv.nn.model import CausalLM
 
 @dataclass(frozen=True, slots=True)
 class LayerKind:
-    """Layers that store the same KV.
+    """Layers that store KV of the same shape.
 
     Args:
         spec: of one of them.
-        n_layers: how many there are.
-        row_bytes: what one token takes in one of them.
-        n_rows: tokens that each has room for at the plan's context.
-        nbytes: of all of them together, for all sequences.
+        n_layers: their number.
+        row_bytes: bytes of one token in one of them.
+        n_rows: tokens that each allocates at the plan's context.
+        nbytes: of all of them, for all sequences.
     """
 
     spec: CacheSpec
@@ -51,17 +51,17 @@ class Plan:
     Args:
         weights_bytes: all weights, in the dtype they are computed in.
         kv_bytes: the caches of all sequences at `context` tokens.
-        kv_bytes_per_token: what one more token takes in one sequence while no window is full.
-        workspace_bytes: what prefill or decode hold beside both at the most.
-        cache_bytes: freed buffers that MLX's allocator may keep beside it; given back where there
-            is need, so not in the total.
-        pages_bytes: what prefix pages take in RAM beside it; they make room for everything else.
-        peak_bytes: what MLX's peak memory will read after one sequence of `context` tokens.
+        kv_bytes_per_token: of one more token in one sequence while no window is full.
+        workspace_bytes: the most that prefill or decode hold beside both.
+        cache_bytes: freed buffers that MLX's allocator may keep; not in the total, as it frees them
+            where memory is short.
+        pages_bytes: prefix pages in RAM; not in the total, as they are dropped first.
+        peak_bytes: MLX's peak memory after one sequence of `context` tokens.
         context: tokens a sequence.
-        sequences: how many of them.
+        sequences: their number.
         chunk: tokens of a prompt that are computed at a time.
         kv_type: format of the KV.
-        limit_bytes: what the machine, or the caller, allows.
+        limit_bytes: of the machine, or of the caller.
         max_context: the longest context that fits for `sequences`, 0 if not even the weights do.
         max_contexts: the same for every KV format.
         layers: the layers that store KV, by kind.
@@ -89,17 +89,16 @@ class Plan:
 
     @property
     def total_bytes(self) -> int:
-        """Weights, KV and workspace: what has to find room."""
+        """Weights, KV and workspace."""
         return self.weights_bytes + self.kv_bytes + self.workspace_bytes
 
     @property
     def fits(self) -> bool:
-        """Whether the total stays under the limit."""
         return self.total_bytes <= self.limit_bytes
 
     @property
     def formula(self) -> str:
-        """How the KV bytes come about, with the numbers in it."""
+        """The sum that makes the KV bytes."""
         kinds = [
             f"{kind.n_layers} x {kind.spec.n_kv_heads} x {kind.row_bytes} B x {kind.n_rows:,}"
             for kind in self.layers
@@ -117,7 +116,7 @@ def plan_model(
     limit: int,
     chunk: int | None = None,
 ) -> Plan:
-    """The arithmetic of `plan`, on a model that is loaded or hollow."""
+    """Plan a loaded or hollow model."""
     needs = {
         name: Needs(model, name, chunk or default_chunk())
         for name in dict.fromkeys((kv_type, *KV_TYPES))
@@ -128,6 +127,7 @@ def plan_model(
     workspace = max(0, held.peak - own.kv_bytes(context))
     room = limit - weights_bytes
     longest = {name: need.longest(room, sequences) for name, need in needs.items()}
+    marks = sorted({max(1, context * i // 32) for i in range(1, 33)})
     return Plan(
         weights_bytes=weights_bytes,
         kv_bytes=kv_total,
@@ -145,18 +145,11 @@ def plan_model(
         max_contexts={name: longest[name] for name in KV_TYPES},
         layers=_layer_kinds(own.specs, own.kv, context, sequences),
         curves={
-            name: tuple(
-                (n, weights_bytes + needs[name].total(n, sequences)) for n in _marks(context)
-            )
+            name: tuple((n, weights_bytes + needs[name].total(n, sequences)) for n in marks)
             for name in KV_TYPES
         },
         specs=tuple(own.specs),
     )
-
-
-def _marks(context: int, n_marks: int = 32) -> list[int]:
-    """Contexts to draw a curve by."""
-    return sorted({max(1, context * i // n_marks) for i in range(1, n_marks + 1)})
 
 
 def _layer_kinds(

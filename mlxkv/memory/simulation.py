@@ -1,8 +1,7 @@
 """The memory that a graph takes, operation by operation, as MLX would allocate it.
 
-The memory of an array is freed after its last reader; in-place operations write into their input;
-views take nothing. Work is handed to the device before it is done, so the last operations still
-hold what they read.
+An array is freed after its last reader; in-place operations write into their input; views take
+nothing. Work is queued on the device, so operations in flight still hold what they read.
 """
 
 from __future__ import annotations
@@ -13,8 +12,8 @@ from collections.abc import Sequence
 from mlxkv.memory.graph import Graph, Operation
 
 IN_FLIGHT = 95
-"""Tasks that are handed to the device before the first of them has to be done: an operation is two,
-a view one. MLX's CPU backend lets ten queues of ten wait, the last of them half full on average."""
+"""Tasks that are queued before the first must be done: an operation is two, a view one. MLX's CPU
+backend has ten queues of ten, the last of them half full on average."""
 _DONATION_SLACK = 16384
 """Bytes by which MLX lets a donated buffer be larger than the result."""
 
@@ -45,8 +44,8 @@ class Memory:
         self._readers: Counter[str] = Counter()
         self._size: dict[str, int] = {}
         self._live = self._peak = 0
-        self._flying: deque[tuple[int, list[str]]] = deque()
-        self._handed = 0  # tasks that the device was given so far
+        self._in_flight: deque[tuple[int, list[str]]] = deque()
+        self._n_queued = 0  # tasks so far
 
     def peak(self) -> int:
         """The most bytes that are alive at once."""
@@ -57,33 +56,33 @@ class Memory:
         return self._peak
 
     def _run(self, operation: Operation) -> None:
-        self._land(0 if operation.name == "StopGradient" else IN_FLIGHT)  # a wait: see `moe`
+        self._finish(0 if operation.name == "StopGradient" else IN_FLIGHT)  # a wait: see `moe`
         read = [self._buffer[name] for name in operation.inputs if name in self._buffer]
         strides = self._view(operation)
         if strides is None:
-            self._handed += 2  # the work, and the end of what it reads
+            self._n_queued += 2  # the work, and the release of what it reads
             self._write(operation, read)
         else:
-            self._handed += 1
-            self._look(operation, strides)
-        self._flying.append((self._handed, read))
+            self._n_queued += 1
+            self._alias(operation, strides)
+        self._in_flight.append((self._n_queued, read))
 
     def _allocate(self, name: str) -> None:
         self._buffer[name] = name
         self._readers[name] = self._uses[name]
-        self._take(name, self._graph.nbytes[name])
+        self._add_buffer(name, self._graph.nbytes[name])
         if not self._readers[name]:
             self._readers[name] = 1
-            self._flying.append((self._handed, [name]))
+            self._in_flight.append((self._n_queued, [name]))
 
-    def _take(self, buffer: str, n_bytes: int) -> None:
+    def _add_buffer(self, buffer: str, n_bytes: int) -> None:
         self._size[buffer] = n_bytes
         self._live += n_bytes
         self._peak = max(self._peak, self._live)
 
-    def _land(self, n_left: int) -> None:
-        while self._flying and self._flying[0][0] <= self._handed - n_left:
-            for buffer in self._flying.popleft()[1]:
+    def _finish(self, n_left: int) -> None:
+        while self._in_flight and self._in_flight[0][0] <= self._n_queued - n_left:
+            for buffer in self._in_flight.popleft()[1]:
                 self._readers[buffer] -= 1
                 if self._readers[buffer] == 0:
                     self._live -= self._size.pop(buffer)
@@ -117,7 +116,7 @@ class Memory:
             case _:
                 return reshaped_strides(before, strides, after)
 
-    def _look(self, operation: Operation, strides: tuple[int, ...]) -> None:
+    def _alias(self, operation: Operation, strides: tuple[int, ...]) -> None:
         source = operation.inputs[0]
         for name in operation.outputs:
             if not is_dense(self._graph.shapes[name], strides):
@@ -131,7 +130,7 @@ class Memory:
             donor = self._donor(operation, name)
             if donor is None:
                 self._allocate(name)
-            else:  # it is the result's from here on
+            else:
                 self._buffer[name] = donor
                 self._readers[donor] += self._uses[name] - 1
                 read.remove(donor)
@@ -140,11 +139,11 @@ class Memory:
                 if self._is_copied(name):
                     copy = f"{operation.outputs[0]} {i}"
                     self._readers[copy] = 1
-                    self._take(copy, self._graph.nbytes[name])
+                    self._add_buffer(copy, self._graph.nbytes[name])
                     read.append(copy)
 
     def _is_copied(self, name: str) -> bool:
-        """Whether a product needs dense matrices of its own: rows or columns must lie together."""
+        """Whether a product copies an array: neither its rows nor its columns are contiguous."""
         if name not in self._strides:
             return False
         (*_, rows, columns), (*_, row, column) = self._graph.shapes[name], self._strides[name]
@@ -165,7 +164,7 @@ class Memory:
 
 
 def dense_strides(shape: Sequence[int]) -> tuple[int, ...]:
-    """Steps between neighbours along each axis of values that lie in order."""
+    """Strides of a contiguous array."""
     strides, step = [], 1
     for n in reversed(shape):
         strides.append(step)
@@ -174,7 +173,7 @@ def dense_strides(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
-    """Whether values lie in order without gaps; axes of one value do not matter."""
+    """Whether an array is contiguous; axes of one value do not matter."""
     rows = zip(shape, strides, dense_strides(shape), strict=True)
     return all(n == 1 or stride == dense for n, stride, dense in rows)
 
@@ -182,7 +181,7 @@ def is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
 def reshaped_strides(
     before: Sequence[int], strides: Sequence[int], after: Sequence[int]
 ) -> tuple[int, ...] | None:
-    """Strides of a view in another shape; None where that takes a copy."""
+    """Strides of a view in another shape; None where only a copy has that shape."""
     old = [(n, stride) for n, stride in zip(before, strides, strict=True) if n != 1]
     new: list[int] = []
     for n in after:

@@ -1,7 +1,7 @@
-"""What a step can hold in memory at the most, from a model's shapes alone.
+"""An upper bound of the memory that a step holds, from a model's shapes alone.
 
-`trace` traces a step: exact, and up to a third of a second for a long chunk. Where more than
-this bound is free, nothing has to be known that precisely.
+Where more than it is free, the step is not traced (`trace`: up to a third of a second for a long
+chunk).
 
     2 KV after the step                              caches that grow are copied, layer by layer
     + the largest attention of a layer               below
@@ -19,11 +19,11 @@ and elsewhere
     4 B * 4 * H * n * S                              scores
     + 4 B * 2 * H * S * (k_dim + v_dim)              keys and values of all heads, dequantized
 
-n tokens behind h; S keys, h + n or what the window leaves of them; H query heads, Hk KV heads; W
-the sum of what the products of the widest layer give for a token, experts as often as they are
-chosen. Bytes are those of float32, whatever is computed in. `tests/memory/test_step_bound.py` holds
-it against the trace of every family, `tests/metal/test_bounds.py` against that of released models'
-proportions as Metal would run them.
+n tokens behind h; S keys, h + n or the window's; H query heads, Hk KV heads; W the sum of the
+results of the widest layer's products for a token, experts as often as they are chosen. Bytes are
+those of float32.
+`tests/memory/test_step_bound.py` compares it with the trace of every family,
+`tests/metal/test_bounds.py` with that of released models' proportions on Metal.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from mlxkv.nn.moe import GatedExperts
 
 FLOAT = 4
 BASE_BYTES = 2**26
-"""For what goes on beside the step: pages that are cut, a sampler's arrays, masks and positions."""
+"""For pages that are cut, a sampler's arrays, masks and positions."""
 _LAYER = re.compile(r"layers\.(\d+)\.")
 
 
@@ -54,12 +54,12 @@ class StepBound:
 
     Args:
         specs: one per layer.
-        itemsize: bytes per value that is computed in.
+        itemsize: bytes a value of the compute dtype.
         n_heads: query heads.
         is_capped: whether scores have a soft cap.
-        width: values that the products of the widest layer give for a token.
+        width: values a token of all products of the widest layer.
         vocab_size: of the logits.
-        unpacked: values of weights that are dequantized at a time.
+        dequantized: values of weights that are dequantized at a time.
     """
 
     specs: tuple[CacheSpec, ...]
@@ -68,15 +68,14 @@ class StepBound:
     is_capped: bool
     width: int
     vocab_size: int
-    unpacked: int
+    dequantized: int
 
     @classmethod
     def of(cls, model: CausalLM) -> StepBound | None:
-        """None for mlx-lm's definitions: what they compute does not follow from their weights.
+        """The bound of a model; None for mlx-lm's definitions.
 
-        They may keep a state instead of keys and values, hold keys and values of another shape than
-        they attend with, or scores beside a kernel. Each has a code of its own for it, so a bound
-        that holds for those that are known is none for the next.
+        Those may keep a state instead of KV, KV of another shape than they attend with, or scores
+        beside a kernel: no bound follows from their weights.
         """
         specs = tuple(spec for spec in model.cache_specs() if spec is not None)
         n_heads = getattr(model.config, "num_attention_heads", None)
@@ -99,9 +98,9 @@ class StepBound:
         attention = max(
             (self._attention(spec, kv_type, n_held, n_new) for spec in set(self.specs)), default=0
         )
-        values = attention + 4 * n_new * self.width + 2 * self.vocab_size + self.unpacked
+        values = attention + 4 * n_new * self.width + 2 * self.vocab_size + self.dequantized
         held = sum(spec.nbytes(n_held + n_new, kv) for spec in self.specs)
-        # A window's cache holds a whole chunk beside its window until the next update.
+        # A rotating cache holds a whole chunk beside its window until the next update.
         surplus = sum(
             spec.n_kv_heads * (kv.row_bytes(spec.k_dim) + kv.row_bytes(spec.v_dim)) * n_new
             for spec in self.specs
@@ -130,10 +129,8 @@ class StepBound:
 
 
 def _layers(model: CausalLM) -> tuple[Counter[str], Counter[str]]:
-    """Values that its products take and give for a token, and values of its quantized weights.
-
-    By layer; what is in no layer stands under "".
-    """
+    """Layer ("" for none) -> values of its products' inputs and results a token, and of its
+    quantized weights."""
     modules = dict(model.named_modules())
     experts = {path for path, module in modules.items() if isinstance(module, GatedExperts)}
     widths: Counter[str] = Counter()
@@ -149,12 +146,11 @@ def _layers(model: CausalLM) -> tuple[Counter[str], Counter[str]]:
         *leading, n_out, _ = weight.shape
         n_in, n_matrices = _n_in(module), prod(leading)
         is_expert = path.rpartition(".")[0] in experts
-        # Of an embedding a token gets a row; the head answers the last token alone.
-        is_head = path.endswith("lm_head")
+        # A token gets a row of an embedding; the head runs for the last token alone.
         is_table = isinstance(module, nn.Embedding | nn.QuantizedEmbedding)
-        gives = 0 if is_head or is_table else n_out
+        n_result = 0 if is_table or path.endswith("lm_head") else n_out
         times = _n_chosen(model, n_matrices) if is_expert else n_matrices
-        widths[layer] += times * (n_in + gives)
+        widths[layer] += times * (n_in + n_result)
         if "scales" in module and device.on_cpu():  # experts one at a time
             values[layer] += (1 if is_expert else n_matrices) * n_out * n_in
     return widths, values

@@ -1,8 +1,7 @@
-"""What a step of a model holds in memory at its peak, found by tracing it: nothing is computed.
+"""The peak memory of a model's step, found by tracing it: nothing is computed.
 
-MLX exports the graph of a step (`graph`) with the shapes and dtypes of all its arrays, and that
-graph is run through a model of MLX's allocator (`simulation`). Weights are left out: they are there
-before and after.
+MLX exports the graph of a step (`graph`) with the shapes and dtypes of all its arrays, and
+`simulation` runs it through a model of MLX's allocator. Weights are not counted.
 """
 
 from __future__ import annotations
@@ -29,26 +28,14 @@ from mlxkv.nn.moe import GatedExperts
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """Bytes beside the weights during one step.
-
-    Args:
-        before: of the KV before it.
-        peak: of KV and everything that is computed, at the most.
-    """
+    """Bytes beside the weights: KV before a step, and the peak of KV and computation during it."""
 
     before: int
     peak: int
 
 
 def prefill_step(model: CausalLM, kv_type: str, n_held: int, n_new: int, *, last: bool) -> Held:
-    """A chunk of a prompt.
-
-    Args:
-        model: loaded, or hollow (`loader.hollow`).
-        kv_type: format of the KV.
-        n_held: tokens before it.
-        n_new: tokens of the chunk.
-        last: whether its logits are wanted.
+    """Trace a chunk of `n_new` prompt tokens behind `n_held`, with logits if `last`.
 
     Raises:
         ValueError, RuntimeError: MLX cannot trace this model.
@@ -57,16 +44,12 @@ def prefill_step(model: CausalLM, kv_type: str, n_held: int, n_new: int, *, last
 
 
 def decode_step(model: CausalLM, kv_type: str, n_held: int) -> Held:
-    """One token behind `n_held`; arguments and errors as for `prefill_step`."""
+    """Trace one token behind `n_held`; arguments and errors as for `prefill_step`."""
     return _step(model, _caches_at(model, kv_type, n_held, 1), 1, True)
 
 
 def hollow(layout: Layout) -> CausalLM:
-    """A model as `load_model` leaves it, but for its weights, which take no memory.
-
-    Args:
-        layout: its weights are given up.
-    """
+    """A model as from `load_model`, with weights that take no memory; clears the layout's."""
     model = layout.model
     arrays = {name: hollow_array(x.shape, x.dtype) for name, x in layout.weights.items()}
     layout.weights.clear()
@@ -77,9 +60,9 @@ def hollow(layout: Layout) -> CausalLM:
         module.update(tree_map(lambda x: hollow_array(x.shape, x.dtype), module.parameters()))
     split_products(model)
     if not device.on_cpu():
-        # Else they are operations of each step's graph, broadcast ones, which products copy.
-        # Products that the CPU backend does not divide keep that copy: it is as much as the trace
-        # misses there of tasks in flight. Without it tight limits were passed by up to 8%.
+        # Else they are broadcasts in each step's graph, which products copy. On the CPU backend
+        # that copy stays: it makes up for tasks in flight that the trace misses. Without it tight
+        # limits were exceeded by up to 8%.
         mx.eval(model.parameters())
     return model
 
@@ -90,7 +73,7 @@ def hollow_array(shape: Sequence[int], dtype: mx.Dtype) -> mx.array:
 
 
 def _caches_at(model: CausalLM, kv_type: str, n_held: int, n_chunk: int) -> list[Cache]:
-    """Caches as they are after `n_held` tokens that came in chunks, with nothing in them."""
+    """Hollow caches, as they are after `n_held` tokens in chunks."""
     caches = make_caches(model, kv_type)
     n_before = min(n_chunk, n_held)
     for cache in caches:
@@ -121,7 +104,7 @@ def _step(model: CausalLM, caches: Sequence[Cache], n_new: int, last: bool) -> H
         for cache, n in zip(growing, lengths, strict=True):
             cache.buffers = [next(rest) for _ in range(n)]
         logits = model.last_logits(tokens, caches)
-        # What keeps the step's memory alive in the end; the first of them are what is asked for.
+        # Outputs that are alive after the step; MLX evaluates the first of them.
         kept = [buffer for cache in growing for buffer in cache.buffers]
         return [logits, *kept] if last else kept
 
@@ -135,7 +118,7 @@ def _step(model: CausalLM, caches: Sequence[Cache], n_new: int, last: bool) -> H
 
 @contextmanager
 def _traced(model: CausalLM) -> Iterator[None]:
-    """Have a model's experts record their graph without a look at any value."""
+    """Have a model's experts build their graph without evaluating any array."""
     experts = [module for module in model.modules() if isinstance(module, GatedExperts)]
     for module in experts:
         module.traced = True

@@ -1,4 +1,4 @@
-"""Plain data about memory: what a sequence holds, what it is granted, what gave way."""
+"""Data about memory: KV that is held, grants, and steps that freed memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mlxkv.errors import KVCacheFull
 Error = TypeVar("Error", bound=BaseException)
 
 ALLOCATION_ERRORS = (RuntimeError, MemoryError)
-"""What MLX raises where it gets no memory, among other things: see `is_allocation_failure`."""
+"""MLX raises these when an allocation fails, and for other faults: see `is_allocation_failure`."""
 
 _NO_MEMORY = re.compile(
     r"Unable to allocate"  # [malloc], of every backend
@@ -21,23 +21,22 @@ _NO_MEMORY = re.compile(
     r"|failed: out of memory"  # a CUDA call
     r"|^cublas.* failed with code: 3\b"
 )
-"""What MLX says where there is no memory, by its sources (0.30 to 0.32).
+"""MLX's messages for failed allocations, from its sources (0.30 to 0.32).
 
-Metal describes a failed command buffer in the system's language, and its code behind that in every
-language. Time-outs, hangs and page faults of the GPU have other codes: less memory mends none of
-them.
+Metal describes a failed command buffer in the system's language, then with its code in English.
+Time-outs, hangs and page faults of the GPU have other codes.
 """
 
 
 @dataclass(frozen=True, slots=True)
 class Rung:
-    """A step that was taken to free memory.
+    """A step that freed memory.
 
     Args:
-        kind: `cache`, `chunk`, `pages` or `packed`.
+        kind: `cache`, `chunk`, `pages` or `packed` (quantized).
         n_tokens: tokens that the sequence held then.
-        amount: bytes that were freed; for `chunk` the tokens of a chunk from now on.
-        kv_type: the format that the sequence's KV was quantized to, for `packed`.
+        amount: bytes that were freed; for `chunk` the tokens of a chunk from then on.
+        kv_type: for `packed` the new format of the sequence's KV.
     """
 
     kind: str
@@ -76,31 +75,24 @@ class KVUse:
 
 
 class Consumer(Protocol):
-    """A sequence as the budget sees it: only read, and known for as long as it lives."""
+    """A sequence as the budget reads it.
+
+    Attributes:
+        n_held: tokens in its caches.
+        nbytes: bytes of its caches.
+        kv_type: the format of its KV now.
+        is_auto: whether its KV may be quantized further where memory is short.
+    """
 
     @property
-    def n_held(self) -> int:
-        """Tokens in its caches."""
-        ...
-
+    def n_held(self) -> int: ...
     @property
-    def nbytes(self) -> int:
-        """Bytes of its caches."""
-        ...
-
+    def nbytes(self) -> int: ...
     @property
-    def kv_type(self) -> str:
-        """The format its KV has now."""
-        ...
-
+    def kv_type(self) -> str: ...
     @property
-    def is_auto(self) -> bool:
-        """Whether its KV may be quantized further where memory is short."""
-        ...
-
-    def use(self) -> KVUse:
-        """What its caches hold, and have room for."""
-        ...
+    def is_auto(self) -> bool: ...
+    def use(self) -> KVUse: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +100,8 @@ class Grant:
     """The budget's answer to a sequence that needs memory.
 
     Args:
-        n_tokens: how many tokens it may compute at once; 0 where it may not yet, or not any more.
-        rungs: what was done to free memory.
+        n_tokens: tokens it may compute at once; 0 where it has to quantize or to end.
+        rungs: the steps that freed memory.
         quantize_to: the format to which the sequence has to quantize its KV, and then ask again.
         full: why the sequence has to end.
     """
@@ -128,7 +120,7 @@ def is_allocation_failure(error: BaseException) -> bool:
 
 
 def without_trace(error: Error) -> Error:
-    """An error that keeps nothing alive of where it came from: no arrays, no caches."""
+    """An error without its traceback, which would keep arrays and caches alive."""
     error.__context__ = error.__cause__ = None
     return error.with_traceback(None)
 
