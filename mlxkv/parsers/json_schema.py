@@ -38,7 +38,7 @@ _REFUSED = (
     "patternProperties", "propertyNames", "uniqueItems", "contains", "minContains", "maxContains",
     "unevaluatedProperties", "unevaluatedItems", "$dynamicRef", "$recursiveRef",
 )  # fmt: skip
-_SAYS_NOTHING: Mapping[str, Any] = {
+SAYS_NOTHING: Mapping[str, Any] = {
     "dependentRequired": {},
     "dependentSchemas": {},
     "dependencies": {},
@@ -48,6 +48,7 @@ _SAYS_NOTHING: Mapping[str, Any] = {
     "unevaluatedProperties": True,
     "unevaluatedItems": True,
 }
+"""Keywords that the grammars do not have, and the values at which they ask for nothing."""
 _MAX_CHOICES = 256
 
 
@@ -145,7 +146,7 @@ class Schemas:
             flat = _both(flat, [{"enum": [schema["const"]]}])
         reference = schema.get("$ref")
         if reference is not None:
-            target = self._resolve(reference)
+            target = self.resolve(reference)
             if reference in seen:
                 raise UsageError(f"$ref {reference!r} refers to itself")
             flat = _both(flat, self._flat(target, seen | {reference}))
@@ -159,7 +160,12 @@ class Schemas:
                 flat = [each for part in parts for each in part]
         return flat
 
-    def _resolve(self, reference: Any) -> Any:
+    def resolve(self, reference: Any) -> Any:
+        """What a `$ref` names.
+
+        Raises:
+            UsageError: it names nothing in this document.
+        """
         if not isinstance(reference, str) or not reference.startswith("#"):
             raise UsageError(f"$ref {reference!r} is not present in the schema")
         found = self._root
@@ -252,7 +258,7 @@ def kind_of(value: Any) -> str:
 
 def _check(schema: Mapping[str, Any]) -> None:
     for key in _REFUSED:
-        if key in schema and not (key in _SAYS_NOTHING and schema[key] == _SAYS_NOTHING[key]):
+        if key in schema and not (key in SAYS_NOTHING and schema[key] == SAYS_NOTHING[key]):
             raise UsageError(f"{key} cannot be kept in this format")
     for key, good in _WELL_FORMED.items():
         if key in schema and not good(schema[key]):

@@ -12,14 +12,15 @@ llguidance (MIT; https://github.com/guidance-ai/llguidance) reads the grammars a
   one is sampled. Between JSON's tokens are at most `MAX_SPACES` blanks and line breaks, so that a
   model cannot go on with those for ever.
 - The grammar is for what the user gets: reasoning before it is free, and does not end the answer.
-- What a schema asks for and llguidance cannot keep is an error, and never left out.
+- What a schema asks for and llguidance cannot keep is an error, and never left out. Objects that
+  name properties are closed (`closed_schema`); no object has a key twice (`json_keys`).
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -27,8 +28,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mlxkv.errors import UsageError
+from mlxkv.parsers.closed_schema import closed
 from mlxkv.parsers.formats import format_of, format_with_tools, markers_of
 from mlxkv.sampling import tool_call_grammar
+from mlxkv.sampling.json_keys import Keys
 from mlxkv.sampling.reasoning_gate import Gate, gate_of
 from mlxkv.text.tokenizer import Tokenizer
 
@@ -138,10 +141,22 @@ class Maskers:
         # A special token is no text, even where its name spells one.
         is_text[sorted(self._tokenizer.special_ids - named - ends)] = False
         is_text[[token for token in self._suppressed if token < len(is_text)]] = False
-        return Masker(matcher, ends, grammar.kind, is_text, gate)
+        keys = Keys(self._quoting, frozenset(named)) if self._writes_json(grammar) else None
+        return Masker(matcher, ends, grammar.kind, is_text, gate, keys, self._tokenizer.bytes_of)
 
     def _describes_reasoning(self, grammar: Grammar) -> bool:
         return grammar.kind == "tools" and self._format in tool_call_grammar.HAS_REASONING
+
+    def _writes_json(self, grammar: Grammar) -> bool:
+        if grammar.kind == "tools":
+            return self._format not in tool_call_grammar.NOT_JSON
+        return grammar.kind in ("json_object", "json_schema")
+
+    @cached_property
+    def _quoting(self) -> Mapping[int, bytes]:
+        """The tokens with a quotation mark, and their bytes."""
+        of_all = ((i, self._tokenizer.bytes_of(i)) for i in range(self._tokenizer.n_vocab))
+        return {token: data for token, data in of_all if b'"' in data}
 
     @cached_property
     def _format_with_tools(self) -> str:
@@ -172,6 +187,8 @@ class Masker:
         kind: of the grammar, for errors.
         is_text: bool [n]: of all ids that the matcher knows, those that may come at all.
         gate: where the part that has to match begins; None for at once.
+        keys: of the JSON that it writes; None where it writes none.
+        bytes_of: a token's bytes.
 
     Attributes:
         finished: the answer is complete: nothing can follow, or an end token came.
@@ -184,7 +201,10 @@ class Masker:
         kind: str,
         is_text: np.ndarray,
         gate: Gate | None = None,
+        keys: Keys | None = None,
+        bytes_of: Callable[[int], bytes] = lambda _: b"",
     ):
+        self._keys, self._bytes_of = keys, bytes_of
         self._matcher, self._ends, self._kind = matcher, frozenset(ends), kind
         self._is_text = is_text
         self._gate = gate
@@ -215,6 +235,8 @@ class Masker:
         may = np.unpackbits(bits, bitorder="little")[: len(self._is_text)] & self._is_text
         if not may.any():
             may = self._validated() & self._is_text
+        if self._keys is not None:
+            may = self._keys.without_repeats(may)
         allowed[: len(may)] = may[:V]
         if self._gate is not None:
             allowed[[token for token in self._gate.openers if token < V]] = True
@@ -235,6 +257,8 @@ class Masker:
             return
         if not self._matcher.consume_token(token):
             raise _refused(self._kind, self._matcher.get_error())
+        if self._keys is not None:
+            self._keys.advance(token, self._bytes_of(token))
         self.finished = self._matcher.is_stopped()
 
     def follow(self, begun: Sequence[int], text: Sequence[int]) -> None:
@@ -280,7 +304,7 @@ def _source(grammar: Grammar, tokenizer: Tokenizer, name: str) -> str:
 
 def _schema(text: str) -> Any:
     try:
-        return json.loads(text)
+        return closed(json.loads(text))
     except (ValueError, RecursionError) as error:
         raise UsageError(f"the JSON schema cannot be read: {_line(error)}") from None
 

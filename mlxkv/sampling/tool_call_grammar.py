@@ -23,6 +23,7 @@ from typing import Any
 
 from mlxkv.errors import UsageError
 from mlxkv.parsers import harmony
+from mlxkv.parsers.closed_schema import closed
 from mlxkv.sampling import native_call_grammar, pair_call_grammar
 from mlxkv.sampling.grammar_strings import literal
 from mlxkv.sampling.native_call_grammar import call_rules, each_tool
@@ -34,6 +35,8 @@ MAX_CALLS = 16
 """Calls of one answer, so that a model cannot go on calling for ever."""
 HAS_REASONING = frozenset({"harmony"})
 """Formats whose grammars describe the reasoning as well, so that no gate has to."""
+NOT_JSON = frozenset({"glm", "gemma4", "functiongemma"})
+"""Formats whose arguments are not JSON."""
 _MORE = f"{{0,{MAX_CALLS - 1}}}"
 _MAX_THOUGHTS = 16
 """Messages in which a Harmony model thinks before it answers."""
@@ -64,11 +67,11 @@ class Calls:
         """
         try:
             said = json.loads(text)
-            tools = tuple((tool["name"], tool["parameters"]) for tool in said["tools"])
+            tools = tuple((tool["name"], closed(tool["parameters"])) for tool in said["tools"])
             content = said.get("content")
             if content is not None:
                 is_any = content["kind"] == "json_object"
-                content = {"type": "object"} if is_any else json.loads(content["text"])
+                content = {"type": "object"} if is_any else closed(json.loads(content["text"]))
         except (ValueError, RecursionError, LookupError, TypeError) as error:
             raise UsageError(f"the tools cannot be read: {error}") from None
         return cls(tools, bool(said.get("parallel", True)), content)

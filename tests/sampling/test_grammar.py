@@ -213,7 +213,7 @@ def test_an_end_token_is_no_text_where_the_vocabulary_spells_it_either(family):
         ("json_schema", '{"$ref": "#/nowhere"}'),
         (
             "json_schema",
-            '{"type": "object", "unevaluatedProperties": {"type": "string"}, "if": {}}',
+            '{"type": "object", "properties": {"a": {}}, "if": {}, "then": {}}',
         ),
         ("json_schema", "[" * 5000),
         ("tools", "{}"),
