@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mlxkv.engine.runtime import Runtime
+from mlxkv.engine.tool_choice import choose_masker, without_calls
 from mlxkv.errors import ContextExceeded, Hint, TemplateError, UsageError
 from mlxkv.generation.context_shift import Bound
 from mlxkv.generation.generation import Generation
@@ -127,6 +128,7 @@ def start(runtime: Runtime, request: Request, prepared: Prepared, session: Sessi
     sampling = request.sampling
     if request.recommended:
         sampling = sampling.merged(runtime.recommended)
+    sampling = without_calls(runtime, request, sampling)
     return Generation(
         session,
         tokens,
@@ -147,20 +149,20 @@ def _reader(runtime: Runtime, request: Request, prepared: Prepared) -> AnswerRea
         parser = parser_for(tokenizer, prompt=opening, tools=request.tools)
         if begun is None:  # else its beginning is not the model's own
             recorder = _writer(runtime, prepared.owner).recorder(prepared.rendered)
-    reader = AnswerReader(tokenizer, parser, request.stop, request.min_tokens, recorder)
+    reader = AnswerReader(
+        tokenizer, parser, request.stop, request.min_tokens, recorder, request.callable
+    )
     if begun is not None:
         reader.skip(tokenizer.encode_rendered(begun.answer))
     return reader
 
 
 def _masker(runtime: Runtime, request: Request, prepared: Prepared) -> Masker | None:
-    """The masker of the format, which the begun part is part of if it can begin one."""
-    if request.format is None:
-        return None
+    """The masker of the answer, which the begun part is part of if it can begin one."""
     tokenizer, begun = runtime.tokenizer, prepared.begun
-    if begun is None:
-        return runtime.maskers.masker(request.format, prepared.text)
-    masker = runtime.maskers.masker(request.format, begun.opening)
+    masker = choose_masker(runtime, request, prepared.text if begun is None else begun.opening)
+    if masker is None or begun is None:
+        return masker
     text = tokenizer.encode(begun.text, add_special_tokens=False)
     masker.follow(tokenizer.encode_rendered(begun.answer), text)
     return masker

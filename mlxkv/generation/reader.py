@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from mlxkv.generation.outputs import Parts, join_parts
 from mlxkv.parsers.events import Content, Event, OutputParser, Reasoning, ToolCall
@@ -24,6 +24,7 @@ class AnswerReader:
         stop: stop texts.
         min_tokens: tokens in whose text none of them begins.
         recorder: follows the answer.
+        callable: names of functions; a call of another one is text. None for all.
     """
 
     def __init__(
@@ -33,6 +34,7 @@ class AnswerReader:
         stop: Sequence[str] = (),
         min_tokens: int = 0,
         recorder: Recorder | None = None,
+        callable: Collection[str] | None = None,
     ):
         self._parser = PlainParser() if parser is None else parser
         self._words = tokenizer.stream(keep=self._parser.markers, continues=parser is None)
@@ -41,7 +43,7 @@ class AnswerReader:
         self._stop = StopTexts(stop)
         self._n_unstopped = min_tokens + 1
         self._n_skipped = 0
-        self._recorder = recorder
+        self._recorder, self._callable = recorder, callable
 
     def skip(self, tokens: Iterable[int]) -> None:
         """Read the beginning of an answer that is known already: it is no part of what comes."""
@@ -92,6 +94,8 @@ class AnswerReader:
     def _parts(self, events: Iterable[Event]) -> Parts:
         text, reasoning, calls = "", None, []
         for event in events:
+            if isinstance(event, ToolCall) and not self._is_call(event):
+                event = Content(event.text)
             new = event.text[self._n_skipped :]
             self._n_skipped -= len(event.text) - len(new)
             match event:
@@ -107,6 +111,9 @@ class AnswerReader:
                 case ToolCall():
                     calls.append(event)
         return Parts(text, reasoning, tuple(calls))
+
+    def _is_call(self, call: ToolCall) -> bool:
+        return self._callable is None or call.name in self._callable
 
 
 def read_answer(

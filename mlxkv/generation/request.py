@@ -44,6 +44,8 @@ class Request:
         tools: JSON schemas of functions that the model may call.
         go_on: where the last message is an answer that calls nothing, go on from it; else it is
             closed, and another answer begins.
+        callable: names of the tools that may be called, of all that the prompt lists; None for
+            all, empty for none. A call of another one is text.
         context: tokens that prompt and answer may have together; None for the model's setting,
             and so for the two below.
         overflow: what happens there: `stop`, or `shift`.
@@ -70,6 +72,7 @@ class Request:
     best_effort: bool = False
     tools: Sequence[Mapping[str, Any]] | None = None
     go_on: bool = True
+    callable: tuple[str, ...] | None = None
     context: int | None = None
     overflow: str | None = None
     keep: int | None = None
@@ -94,6 +97,8 @@ class Request:
             raise UsageError(f"must be 0 to max_tokens; got {n!r}", field="min_tokens")
         if self.format is not None and (self.min_tokens or self.ignore_eos):
             raise UsageError("min_tokens and ignore_eos: a format says itself where an answer ends")
+        if self.callable is not None:
+            object.__setattr__(self, "callable", _known(self.callable, self.tools))
         object.__setattr__(self, "stop", StopTexts(self.stop).texts)
         mlxkv_json.checked({"context": self.context, "overflow": self.overflow, "keep": self.keep})
 
@@ -125,3 +130,16 @@ class Request:
         if seed is None or i == 0:
             return self
         return replace(self, sampling=replace(self.sampling, seed=(seed + i) % 2**64))
+
+
+def _known(names: Sequence[str], tools: Sequence[Mapping[str, Any]] | None) -> tuple[str, ...]:
+    """Names of tools that the prompt lists.
+
+    Raises:
+        UsageError: one that it does not list.
+    """
+    listed = [tool.get("function", tool).get("name") for tool in tools or ()]
+    for name in (names,) if isinstance(names, str) else names:
+        if name not in listed:
+            raise UsageError(f"names {name!r}, which is none of the tools", field="callable")
+    return (names,) if isinstance(names, str) else tuple(names)

@@ -161,6 +161,14 @@ def format_with_tools(tokenizer: Tokenizer) -> str:
     return style_of(template)
 
 
+def call_opener(tokenizer: Tokenizer) -> int | None:
+    """The token that begins a call and nothing else; None where the format has none."""
+    syntax = SYNTAXES.get(format_with_tools(tokenizer), Syntax())
+    if syntax.call is None or syntax.call[0] == syntax.call[1]:
+        return None
+    return tokenizer.id_of(syntax.call[0])
+
+
 def markers_of(name: str) -> frozenset[str]:
     """Texts of the tokens that mean something in a format, in calls too."""
     syntax = SYNTAXES.get(name, Syntax())

@@ -25,7 +25,7 @@ from mlxkv.errors import UsageError
 from mlxkv.parsers import harmony
 from mlxkv.parsers.closed_schema import closed
 from mlxkv.sampling import native_call_grammar, pair_call_grammar
-from mlxkv.sampling.grammar_strings import literal
+from mlxkv.sampling.grammar_strings import ANY, literal
 from mlxkv.sampling.native_call_grammar import call_rules, each_tool
 from mlxkv.text.tokenizer import Tokenizer
 
@@ -35,6 +35,8 @@ MAX_CALLS = 16
 """Calls of one answer, so that a model cannot go on calling for ever."""
 HAS_REASONING = frozenset({"harmony"})
 """Formats whose grammars describe the reasoning as well, so that no gate has to."""
+MARKED = frozenset({"hermes", "mistral", "glm", "gemma4", "functiongemma", "harmony"})
+"""Formats whose calls begin with a token that begins nothing else, so that text ends there."""
 NOT_JSON = frozenset({"glm", "gemma4", "functiongemma"})
 """Formats whose arguments are not JSON."""
 _MORE = f"{{0,{MAX_CALLS - 1}}}"
@@ -50,17 +52,19 @@ class Calls:
         tools: names and JSON schemas of their arguments.
         parallel: whether there may be several.
         content: the schema of a JSON answer that may come in their place; None: they must come.
+        free: whether text may come, and calls behind it if there are tools.
     """
 
     tools: tuple[tuple[str, Mapping[str, Any]], ...]
     parallel: bool = True
     content: Mapping[str, Any] | bool | None = None
+    free: bool = False
 
     @classmethod
     def from_json(cls, text: str) -> Calls:
         """Of `{"tools": [{"name", "parameters"}], "parallel": true, "content": null}`.
 
-        `content` is null or `{"kind": "json_object" | "json_schema", "text": schema}`.
+        `content` is null or `{"kind": "json_object" | "json_schema" | "text", "text": schema}`.
 
         Raises:
             UsageError: it is something else.
@@ -69,6 +73,8 @@ class Calls:
             said = json.loads(text)
             tools = tuple((tool["name"], closed(tool["parameters"])) for tool in said["tools"])
             content = said.get("content")
+            if content is not None and content["kind"] == "text":
+                return cls(tools, bool(said.get("parallel", True)), free=True)
             if content is not None:
                 is_any = content["kind"] == "json_object"
                 content = {"type": "object"} if is_any else closed(json.loads(content["text"]))
@@ -106,15 +112,20 @@ def lark(calls: Calls, name: str, tokenizer: Tokenizer) -> str:
         )
     markers = _Markers(tokenizer)
     try:
-        rules = _FORMATS[name](calls, markers)
+        rules = _FORMATS[name](calls, markers) if calls.tools else []
     except RecursionError:
         raise UsageError("the schemas of the tools nest too deeply") from None
-    thoughts, head = _harmony_thoughts(markers) if name == "harmony" else ("", "")
-    content = ""
-    if calls.content is not None:
-        content = " | content"
+    thoughts, head = "", ""
+    if name == "harmony":
+        thoughts, head = _harmony_thoughts(markers, with_preambles=calls.free)
+    start = "calls"
+    if calls.free:
+        rules.append(f"content: {head} {ANY}")
+        start = "content" if not calls.tools else "content | calls" if head else "content calls?"
+    elif calls.content is not None:
         rules.append(f"content: {head} {_json(calls.content)}")
-    return "\n".join([f"start: {thoughts} (calls{content})", *rules]) + "\n"
+        start = "calls | content"
+    return "\n".join([f"start: {thoughts} ({start})", *rules]) + "\n"
 
 
 class _Markers:
@@ -236,11 +247,16 @@ def _harmony(calls: Calls, markers: _Markers) -> list[str]:
     return _calls_of("calls", calls, write)
 
 
-def _harmony_thoughts(markers: _Markers) -> tuple[str, str]:
-    """What may come before an answer, and what comes before its content."""
+def _harmony_thoughts(markers: _Markers, with_preambles: bool) -> tuple[str, str]:
+    """What may come before an answer, and what comes before its content.
+
+    Args:
+        with_preambles: what the model says of what it is going to do, too.
+    """
     channel, message = markers[harmony.CHANNEL], markers[harmony.MESSAGE]
+    kinds = '("analysis" | "commentary")' if with_preambles else '"analysis"'
     ends = f'{markers["<|end|>"]} {markers[harmony.START]} "assistant"'
-    thought = f'{channel} "analysis" {message} /(?s:.*)/ {ends}'
+    thought = f"{channel} {kinds} {message} {ANY} {ends}"
     return f"({thought}){{0,{_MAX_THOUGHTS}}}", f'{channel} "final" {message}'
 
 

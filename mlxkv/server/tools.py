@@ -34,19 +34,42 @@ class Function(Part):
         return {"type": "function", "function": function}
 
 
-def allowed_tools(
-    functions: Sequence[Function], mode: str, named: Sequence[str] | None
-) -> list[Function]:
-    """The tools that `tool_choice` allows.
+def tool_options(
+    functions: Sequence[Function],
+    mode: str = "auto",
+    named: Sequence[str] | None = None,
+    *,
+    parallel: bool = True,
+    content: Grammar | None = None,
+) -> dict[str, Any]:
+    """Keywords of `Request.of` for tools, `tool_choice` and a format.
+
+    The prompt lists all tools, whatever the choice, so that it keeps its prefix.
 
     Args:
         functions: all tools.
         mode: `auto`, `none`, `required`.
         named: the tools that may be called; None for all.
+        parallel: whether there may be several calls.
+        content: the grammar of an answer that calls nothing. A required call comes in its place.
 
     Raises:
-        UsageError: an unknown or duplicate name, or a required call without tools.
+        UsageError: an unknown or duplicate name, a required call without tools, or a format beside
+            tools that is not JSON.
     """
+    allowed = _allowed(functions, mode, named)
+    left_out = len(allowed) < len(functions)
+    return {
+        "tools": [function.schema_of() for function in functions] or None,
+        "callable": tuple(function.name for function in allowed) if left_out else None,
+        "format": _grammar(allowed, mode, parallel, content),
+    }
+
+
+def _allowed(
+    functions: Sequence[Function], mode: str, named: Sequence[str] | None
+) -> list[Function]:
+    """The tools that may be called."""
     known = [function.name for function in functions]
     if len(set(known)) != len(known):
         raise UsageError("two tools have the same name")
@@ -63,26 +86,20 @@ def allowed_tools(
     return left
 
 
-def tools_grammar(
-    functions: Sequence[Function], mode: str, parallel: bool, content: Grammar | None
+def _grammar(
+    allowed: Sequence[Function], mode: str, parallel: bool, content: Grammar | None
 ) -> Grammar | None:
-    """The grammar of an answer that follows `tool_choice` and a format.
-
-    Raises:
-        UsageError: a format beside a required call, or one beside tools that is not JSON.
-    """
+    """The grammar of an answer that follows `tool_choice` and a format."""
     if mode == "required":
-        if content is not None:
-            raise UsageError("tool_choice requires a call: response_format is not allowed with it")
-        return _calls(functions, parallel, None)
-    if content is None or not functions:
+        return _calls(allowed, parallel, None)
+    if content is None or not allowed:
         return content
     if content.kind not in ("json_object", "json_schema"):
         raise UsageError(
             "with tools, response_format must be text, json_object or json_schema; or give "
             'tool_choice "none"'
         )
-    return _calls(functions, parallel, content)
+    return _calls(allowed, parallel, content)
 
 
 def _calls(functions: Sequence[Function], parallel: bool, content: Grammar | None) -> Grammar:

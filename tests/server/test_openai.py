@@ -328,14 +328,6 @@ class TestChat:
                 {"response_format": {"type": "regex", "regex": "a"}, "tools": [CLOCK]},
                 "with tools, response_format",
             ),
-            (
-                {
-                    "response_format": {"type": "json_object"},
-                    "tools": [CLOCK],
-                    "tool_choice": "required",
-                },
-                "not allowed with",
-            ),
         ],
     )
     def test_a_field_that_cannot_be_served_is_refused_by_name(self, server, body, said):
@@ -473,9 +465,10 @@ class TestTools:
         answer = server.chat(calls(ROME, reason="length"), tools=[WEATHER]).choices[0]
         assert answer.finish_reason == "length"
 
-    def test_the_model_hears_of_no_tool_that_it_must_not_call(self, server):
+    def test_the_prompt_lists_all_tools_whatever_the_choice(self, server):
         server.chat(tools=[WEATHER], tool_choice="none")
-        assert "tools" not in options_of(server.engine.last)
+        assert len(options_of(server.engine.last)["tools"]) == 1
+        assert server.engine.last.request.callable == ()
         allowed = {
             "type": "allowed_tools",
             "allowed_tools": {
@@ -484,7 +477,29 @@ class TestTools:
             },
         }
         server.chat(tools=[WEATHER, CLOCK], tool_choice=allowed)
-        assert [t["function"]["name"] for t in options_of(server.engine.last)["tools"]] == ["clock"]
+        listed = [t["function"]["name"] for t in options_of(server.engine.last)["tools"]]
+        assert listed == ["weather", "clock"]
+        assert server.engine.last.request.callable == ("clock",)
+
+    @pytest.mark.parametrize("format", ["json_object", "regex"])
+    @pytest.mark.parametrize(
+        "choice", ["required", {"type": "function", "function": {"name": "weather"}}]
+    )
+    def test_a_call_that_has_to_come_wins_over_a_format(self, server, format, choice):
+        form = {"type": format} | ({"regex": "a"} if format == "regex" else {})
+        server.chat(tools=[WEATHER], tool_choice=choice, response_format=form)
+        grammar = server.engine.last.request.format
+        assert grammar.kind == "tools" and json.loads(grammar.text)["content"] is None
+
+    def test_a_tool_that_is_named_is_called_once(self, server):
+        choice = {"type": "function", "function": {"name": "weather"}}
+        answer = server.chat(
+            calls(ROME, OSLO), tools=[WEATHER], tool_choice=choice, parallel_tool_calls=True
+        )
+        assert len(answer.choices[0].message.tool_calls) == 1
+        assert json.loads(server.engine.last.request.format.text)["parallel"] is False
+        server.chat(tools=[WEATHER], tool_choice="required")
+        assert json.loads(server.engine.last.request.format.text)["parallel"] is True
 
     @pytest.mark.parametrize(
         "choice, names",

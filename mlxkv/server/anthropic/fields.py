@@ -22,7 +22,7 @@ from mlxkv.sampling.grammar import Grammar
 from mlxkv.sampling.params import PARAMETERS
 from mlxkv.server.anthropic.blocks import Block, CacheControl, ContentBlock, TextBlock
 from mlxkv.server.fields import Count, LeftOut, NoEffect, Part, Refused, StopTexts, sampled, type_of
-from mlxkv.server.tools import Function, Name, allowed_tools, tools_grammar
+from mlxkv.server.tools import Function, Name, tool_options
 
 
 class InputMessage(Part):
@@ -168,7 +168,9 @@ class CountRequest(Part):
 
     @property
     def parallel(self) -> bool:
-        """Whether an answer may have several calls."""
+        """Whether an answer may have several calls: a tool that is named is called once."""
+        if isinstance(self.tool_choice, ToolChoice):
+            return False
         return not getattr(self.tool_choice, "disable_parallel_tool_use", False)
 
     @property
@@ -189,33 +191,24 @@ class CountRequest(Part):
                 return effort or True
         return effort
 
-    def functions(self) -> list[Function]:
-        """The tools that the prompt lists.
+    def tool_options(self) -> dict[str, Any]:
+        """Keywords of `Request.of` for tools, the choice among them, and the format.
 
         Raises:
-            UsageError: two have the same name.
-        """
-        mode = "none" if isinstance(self.tool_choice, NoChoice) else "auto"
-        functions = [tool.function() for tool in self.tools or () if isinstance(tool, Tool)]
-        return allowed_tools(functions, mode, None)
-
-    def grammar(self) -> Grammar | None:
-        """The grammar that the answer must follow.
-
-        Raises:
-            UsageError: a required call of an unknown tool, or beside a format.
+            UsageError: two tools of one name, or a required call of an unknown tool.
         """
         form = self.output_config.format if self.output_config else None
         content = Grammar("json_schema", json.dumps(form.schema_)) if form else None
+        functions = [tool.function() for tool in self.tools or () if isinstance(tool, Tool)]
+        mode, named = "auto", None
         match self.tool_choice:
             case AutoChoice(type="any"):
-                mode, named = "required", None
+                mode = "required"
             case ToolChoice():
                 mode, named = "required", [self.tool_choice.name]
-            case _:
-                mode, named = "auto", None
-        allowed = allowed_tools(self.functions(), mode, named)
-        return tools_grammar(allowed, mode, self.parallel, content)
+            case NoChoice():
+                mode = "none"
+        return tool_options(functions, mode, named, parallel=self.parallel, content=content)
 
 
 _SAMPLING = {name: name for name in PARAMETERS}

@@ -31,7 +31,7 @@ def router(engine: Engine, config: ServerConfig) -> APIRouter:
         if isinstance(body.thread, OldThread):
             raise ThreadNotFound("no thread is kept here: send the whole conversation")
         model = await present(engine, config, body.model)
-        ask = _ask(body, model, request.state.owner, format=body.grammar(), **_sampling(body))
+        ask = _ask(body, model, request.state.owner, **_sampling(body))
         answer = engine.submit(apply_rules(ask, config))
         reply = Reply(body)
         if not body.stream:
@@ -43,7 +43,6 @@ def router(engine: Engine, config: ServerConfig) -> APIRouter:
     async def count_tokens(request: Request, body: CountRequest) -> Response:
         """Count the tokens of a conversation."""
         note(request, body)
-        body.grammar()
         model = await present(engine, config, body.model)
         ask = _ask(body, model, request.state.owner)
         tokens = await sse.unless_gone(request, engine.tokenize(apply_rules(ask, config)))
@@ -59,8 +58,8 @@ def router(engine: Engine, config: ServerConfig) -> APIRouter:
 
 
 def _ask(body: CountRequest, model: LocalModel, owner: str, **options: Any) -> Ask:
-    tools = [function.schema_of() for function in body.functions()] or None
-    request = build_request(template_messages(body), think=body.think, tools=tools, **options)
+    options |= body.tool_options()
+    request = build_request(template_messages(body), think=body.think, **options)
     return model.ask(request, owner)
 
 

@@ -69,9 +69,7 @@ async def _answer(
 def _ask(body: GenerateRequest | ChatRequest, model: LocalModel, owner: str) -> Ask:
     chats = isinstance(body, ChatRequest)
     prompt = template_messages(body.messages or ()) if chats else body.engine_prompt()
-    request = build_request(
-        prompt, logprobs=body.n_logprobs, format=body.grammar(), **body.keywords()
-    )
+    request = build_request(prompt, logprobs=body.n_logprobs, **body.keywords())
     return model.ask(request, owner, body.keep_alive_s)
 
 

@@ -151,7 +151,7 @@ class Answered(Named):
             made["overflow"] = "shift" if self.shift else "stop"
         if self.options is not None and self.options.num_predict == -2:
             made["overflow"] = "stop"
-        return made | {"truncate": self.truncate, "think": self.think}
+        return made | {"truncate": self.truncate, "think": self.think, "format": self.grammar()}
 
     def grammar(self) -> Grammar | None:
         """The grammar that the answer must follow; None for any text."""

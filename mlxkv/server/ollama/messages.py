@@ -13,10 +13,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from mlxkv.errors import UsageError
-from mlxkv.sampling.grammar import Grammar
 from mlxkv.server.fields import Part, Refused
 from mlxkv.server.ollama.fields import Answered
-from mlxkv.server.tools import Function, allowed_tools, tools_grammar
+from mlxkv.server.tools import Function, tool_options
 
 
 class CalledFunction(Part):
@@ -61,22 +60,14 @@ class ChatRequest(Answered):
     messages: list[ChatMessage] | None = None
     tools: Annotated[list[Tool], Field(max_length=512)] | None = None
 
-    def functions(self) -> list[Function]:
-        """The tools.
+    def keywords(self) -> dict[str, Any]:
+        """Keywords of `Request.of`.
 
         Raises:
-            UsageError: two have the same name.
+            UsageError: two tools of one name, or values that contradict each other.
         """
-        return allowed_tools([tool.function for tool in self.tools or ()], "auto", None)
-
-    def keywords(self) -> dict[str, Any]:
-        """Keywords of `Request.of`."""
-        tools = [function.schema_of() for function in self.functions()]
-        return super().keywords() | ({"tools": tools} if tools else {})
-
-    def grammar(self) -> Grammar | None:
-        """The grammar that the answer must follow, unless it calls a function."""
-        return tools_grammar(self.functions(), "auto", True, super().grammar())
+        functions = [tool.function for tool in self.tools or ()]
+        return super().keywords() | tool_options(functions, content=self.grammar())
 
 
 def template_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:

@@ -48,7 +48,7 @@ from mlxkv.server.results import (
     new_id,
     shown_logprobs,
 )
-from mlxkv.server.tools import Function, Name, allowed_tools, tools_grammar
+from mlxkv.server.tools import Function, Name, tool_options
 
 
 class FunctionTool(Part):
@@ -132,6 +132,12 @@ class ChatRequest(Streamed):
                 return allowed.mode, [tool.function.name for tool in allowed.tools]
         return self.tool_choice or "auto", None
 
+    @property
+    def is_parallel(self) -> bool:
+        """Whether an answer may have several calls: a tool that is named is called once."""
+        is_named = isinstance(self.tool_choice, NamedTool)
+        return self.parallel_tool_calls is not False and not is_named
+
     def limit(self) -> int | None:
         """Tokens of the answer at most.
 
@@ -176,18 +182,21 @@ class ChatRequest(Streamed):
         """
         mode, named = self.choice()
         functions = [tool.function for tool in self.tools or () if isinstance(tool, FunctionTool)]
-        tools = allowed_tools(functions, mode, named)
-        parallel = self.parallel_tool_calls is not False
         if self.top_logprobs is not None and not self.logprobs:
             raise UsageError("top_logprobs needs logprobs: true")
         request = build_request(
             template_messages(self.messages),
             max_tokens=self.limit(),
             think=reasoning_of(self.think, self.reasoning_effort),
-            tools=[tool.schema_of() for tool in tools] or None,
             go_on=self.go_on(),
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
-            format=tools_grammar(tools, mode, parallel, format_grammar(self.response_format)),
+            **tool_options(
+                functions,
+                mode,
+                named,
+                parallel=self.is_parallel,
+                content=format_grammar(self.response_format),
+            ),
             **self.sampling_options(),
         )
         return model.ask(request, owner, seconds(self.keep_alive))
@@ -216,7 +225,7 @@ class ChatReply:
         self._id, self._created = new_id("chatcmpl"), int(time.time())
 
     def _new(self) -> AnswerState:
-        return AnswerState(parallel=self._body.parallel_tool_calls is not False)
+        return AnswerState(parallel=self._body.is_parallel)
 
     async def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
         """The response in one piece."""

@@ -42,7 +42,7 @@ from mlxkv.server.openai.response_store import ResponseStore
 from mlxkv.server.openai.response_tools import AnyTool, callees
 from mlxkv.server.requests import build_request
 from mlxkv.server.results import AnswerState
-from mlxkv.server.tools import Name, allowed_tools, tools_grammar
+from mlxkv.server.tools import Name, tool_options
 
 LOGPROBS = "message.output_text.logprobs"
 
@@ -132,6 +132,12 @@ class ResponseRequest(Sampling):
                 return self.tool_choice.mode, [tool.name for tool in self.tool_choice.tools]
         return self.tool_choice or "auto", None
 
+    @property
+    def is_parallel(self) -> bool:
+        """Whether an answer may have several calls: a tool that is named is called once."""
+        is_named = isinstance(self.tool_choice, NamedTool)
+        return self.parallel_tool_calls is not False and not is_named
+
     def ask(self, model: LocalModel, owner: str, items: Sequence[Any]) -> Ask:
         """What the engine is asked.
 
@@ -144,21 +150,22 @@ class ResponseRequest(Sampling):
             UsageError: fields that contradict each other.
         """
         mode, named = self.choice()
-        tools = allowed_tools([each.function for each in callees(self.tools or ())], mode, named)
         messages = item_messages(items, self.instructions)
         if all(message["role"] == "system" for message in messages):
             raise UsageError("input has no message to answer")
-        parallel = self.parallel_tool_calls is not False
         request = build_request(
             messages,
             max_tokens=self.max_output_tokens,
             think=reasoning_of(self.think, self.reasoning and self.reasoning.effort),
-            tools=[tool.schema_of() for tool in tools] or None,
             go_on=False if messages[-1]["role"] == "assistant" else None,
             truncate=True if self.truncation == "auto" else None,
             logprobs=(self.top_logprobs or 0) if self.wants_logprobs else None,
-            format=tools_grammar(
-                tools, mode, parallel, format_grammar(self.text and self.text.format)
+            **tool_options(
+                [each.function for each in callees(self.tools or ())],
+                mode,
+                named,
+                parallel=self.is_parallel,
+                content=format_grammar(self.text and self.text.format),
             ),
             **self.sampling_options(),
         )
@@ -211,7 +218,7 @@ class ResponseReply:
         self._body, self._keep = body, keep
         self._id, self._created = new_id("resp"), int(time.time())
         self._output = Output(
-            AnswerState(parallel=body.parallel_tool_calls is not False),
+            AnswerState(parallel=body.is_parallel),
             body.wants_logprobs,
             {callee.function.name: callee for callee in callees(body.tools or ())},
         )

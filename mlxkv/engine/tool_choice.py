@@ -1,0 +1,72 @@
+"""Keep a model from calling tools that its prompt lists and that may not be called.
+
+The prompt lists all tools, whatever may be called: so turns that differ in this share their prefix.
+
+| may be called | how |
+| --- | --- |
+| all | nothing is done |
+| none | the token that begins a call is never chosen |
+| some | a grammar of text and calls of those tools |
+
+Harmony's calls have no token of their own, so that a grammar leaves them out. Where no token of a
+format begins a call (Llama 3's JSON), a call can be written; it is text then (`reader`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+
+from mlxkv.engine.runtime import Runtime
+from mlxkv.errors import UsageError
+from mlxkv.generation.request import Request
+from mlxkv.parsers.formats import call_opener, format_with_tools
+from mlxkv.sampling.grammar import Grammar, Masker
+from mlxkv.sampling.params import SamplingParams
+from mlxkv.sampling.tool_call_grammar import MARKED
+
+_NEVER = -1e9
+"""Added to the logit of a token that must not come."""
+
+
+def choose_masker(runtime: Runtime, request: Request, prompt: str | None) -> Masker | None:
+    """The masker of an answer: of its format, else of the calls that it may make.
+
+    Args:
+        prompt: the rendered prompt; None where it is none.
+
+    Raises:
+        UsageError: the format cannot be kept.
+    """
+    if request.format is not None:
+        return runtime.maskers.masker(request.format, prompt)
+    name = format_with_tools(runtime.tokenizer)
+    if request.callable is None or prompt is None or name not in MARKED:
+        return None
+    if not request.callable and name != "harmony":
+        return None
+    if request.min_tokens or request.ignore_eos:
+        return None  # a grammar says itself where an answer ends
+    try:
+        return runtime.maskers.masker(_some_calls(request), prompt)
+    except UsageError:  # such calls cannot be described; others are text
+        return None
+
+
+def without_calls(runtime: Runtime, request: Request, sampling: SamplingParams) -> SamplingParams:
+    """Sampling parameters under which no call begins, where none may be made."""
+    opener = call_opener(runtime.tokenizer)
+    if request.callable != () or not request.tools or opener is None:
+        return sampling
+    return replace(sampling, logit_bias={**(sampling.logit_bias or {}), opener: _NEVER})
+
+
+def _some_calls(request: Request) -> Grammar:
+    functions: list[Mapping] = [tool.get("function", tool) for tool in request.tools or ()]
+    tools = [
+        {"name": each["name"], "parameters": each.get("parameters") or {}}
+        for each in functions
+        if each["name"] in (request.callable or ())
+    ]
+    return Grammar("tools", json.dumps({"tools": tools, "content": {"kind": "text"}}))
