@@ -104,6 +104,8 @@ def prepare(runtime: Runtime, request: Request, owner: str = "") -> Prepared:
     if not is_messages(prompt):
         if request.think is not None or request.tools:
             raise UsageError("think and tools need messages: a text uses no chat template")
+        if request.template_options:
+            raise UsageError("needs messages: a text uses no template", field="template_options")
         return Prepared(_after_saved(runtime, saved, prompt), Head(saved))
     messages = with_saved(saved, prompt)  # pyright: ignore[reportArgumentType]
     options = template_options(runtime, request)
@@ -201,11 +203,10 @@ def template_options(runtime: Runtime, request: Request) -> dict[str, Any]:
     """
     options: dict[str, Any] = {} if request.tools is None else {"tools": request.tools}
     template = runtime.tokenizer.chat_template
-    if request.think is None or template is None:
-        return options
-    has_reasoning = thinks(runtime.tokenizer)
-    wish = request.think
-    return options | thinking_options(template, wish, has_reasoning, request.best_effort)
+    if request.think is not None and template is not None:
+        wish, has_reasoning = request.think, thinks(runtime.tokenizer)
+        options |= thinking_options(template, wish, has_reasoning, request.best_effort)
+    return {**options, **(request.template_options or {})}
 
 
 def encode(runtime: Runtime, prompt: Prompt) -> list[int]:

@@ -11,7 +11,7 @@ from mlxkv.errors import UsageError
 from mlxkv.sampling.grammar import Grammar
 from mlxkv.sampling.params import SamplingParams
 from mlxkv.saved_kv.manifest import NamedKV
-from mlxkv.text.chat_template import Message
+from mlxkv.text.chat_template import PROTECTED, Message
 from mlxkv.text.stop_strings import StopTexts
 
 Prompt = str | Sequence[Message] | Sequence[int]
@@ -44,6 +44,8 @@ class Request:
         tools: JSON schemas of functions that the model may call.
         go_on: where the last message is an answer that calls nothing, go on from it; else it is
             closed, and another answer begins.
+        template_options: more variables of the chat template, of JSON's values. One that `think`
+            sets as well is theirs.
         callable: names of the tools that may be called, of all that the prompt lists; None for
             all, empty for none. A call of another one is text.
         context: tokens that prompt and answer may have together; None for the model's setting,
@@ -73,6 +75,7 @@ class Request:
     tools: Sequence[Mapping[str, Any]] | None = None
     go_on: bool = True
     callable: tuple[str, ...] | None = None
+    template_options: Mapping[str, Any] | None = None
     context: int | None = None
     overflow: str | None = None
     keep: int | None = None
@@ -97,6 +100,8 @@ class Request:
             raise UsageError(f"must be 0 to max_tokens; got {n!r}", field="min_tokens")
         if self.format is not None and (self.min_tokens or self.ignore_eos):
             raise UsageError("min_tokens and ignore_eos: a format says itself where an answer ends")
+        if protected := sorted(PROTECTED & (self.template_options or {}).keys()):
+            raise UsageError(f"cannot set {', '.join(protected)}", field="template_options")
         if self.callable is not None:
             object.__setattr__(self, "callable", _known(self.callable, self.tools))
         object.__setattr__(self, "stop", StopTexts(self.stop).texts)

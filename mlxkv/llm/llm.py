@@ -83,7 +83,8 @@ class LLM(Runtime):
             prompt: a text (used as it is), messages (rendered by the chat template), or token ids.
             kv_from: name of saved KV that the prompt continues, see `save_kv`.
             **options: `max_tokens`, `min_tokens`, `ignore_eos`, `stop`, `truncate`, `format`,
-                `logprobs`, `on_progress`, for messages `think` and `tools`, `context`, `overflow`
+                `logprobs`, `on_progress`, for messages `think`, `tools`, `callable` and
+                `template_options`, `context`, `overflow`
                 and `keep` in place of the model's settings (see `Request`), and the fields of
                 `SamplingParams`, such as `temperature` (0, greedy, by default). `format` is a
                 JSON schema, a pydantic model, a compiled regex, "json" or a `Grammar`. With

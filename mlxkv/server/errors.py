@@ -83,10 +83,11 @@ def _same(*names: str) -> dict[str, str]:
     return {name: name for name in names}
 
 
+_TEMPLATE = {"template_options": "chat_template_kwargs"}
 _OURS = _same(
     *PARAMETERS, "model", "logit_bias", "stop", "context", "overflow", "keep", "keep_alive",
     "think", "tools", "logprobs",
-)  # fmt: skip
+) | _TEMPLATE  # fmt: skip
 _OPENAI_TOO_LONG = (
     "This model's maximum context length is {limit} tokens, and the prompt has {n}: shorten it"
 )
@@ -111,12 +112,14 @@ ANTHROPIC = Fields(
         "stop": "stop_sequences",
         "think": "thinking",
         "format": "output_config.format",
+        **_TEMPLATE,
     },
     "prompt is too long: {n} tokens > {limit} maximum",
 )
 OLLAMA = Fields(
     {
         **_same("model", "think", "tools", "format", "truncate", "logprobs", "keep_alive"),
+        **_TEMPLATE,
         "quantize": "quantize",
         "overflow": "shift",
         "max_tokens": "options.num_predict",

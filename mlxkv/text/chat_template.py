@@ -26,6 +26,13 @@ Message = Mapping[str, Any]
 # Names under which reasoning is passed; templates read the first, gpt-oss's reads the second.
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
+PROTECTED = frozenset({
+    "messages", "tools", "documents", "add_generation_prompt", "continue_final_message",
+    "chat_template", "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token",
+    "mask_token", "additional_special_tokens",
+})  # fmt: skip
+"""Variables that a request sets in other ways or not at all."""
+
 
 class ChatTemplate:
     """One model's chat template. Compiled at the first render, then reused.

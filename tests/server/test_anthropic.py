@@ -319,6 +319,13 @@ def test_where_no_tool_may_be_called_the_prompt_lists_them_all_the_same(client, 
     assert engine.last.request.callable == ()
 
 
+def test_chat_template_kwargs_are_variables_of_the_template(address, engine):
+    assert post(address, chat_template_kwargs={"enable_thinking": False}).status_code == 200
+    assert engine.last.request.template_options == {"enable_thinking": False}
+    said = refused(address, chat_template_kwargs={"messages": []})
+    assert "chat_template_kwargs cannot set messages" in said
+
+
 @pytest.mark.parametrize(
     ("choice", "allowed"),
     [({"type": "any"}, ["weather", "time"]), ({"type": "tool", "name": "time"}, ["time"])],

@@ -516,6 +516,25 @@ class TestTools:
         assert [tool["name"] for tool in said["tools"]] == names
 
 
+class TestTemplate:
+    def test_chat_template_kwargs_are_variables_of_the_template(self, server):
+        given = {"enable_thinking": False, "words": ["a"]}
+        for make in (server.chat, lambda **fields: server.client.responses.create(
+            model=MODEL, input="hi", **fields
+        )):  # fmt: skip
+            make(extra_body={"chat_template_kwargs": given})
+            assert server.engine.last.request.template_options == given
+        server.chat(extra_body={"chat_template_kwargs": {}})
+        assert server.engine.last.request.template_options is None
+
+    @pytest.mark.parametrize("value", [{"messages": []}, {"bos_token": "x"}, [1], "x"])
+    def test_what_they_cannot_set_is_refused_by_name(self, server, value):
+        body = {"model": MODEL, "messages": HI, "chat_template_kwargs": value}
+        answer = server.post("chat/completions", body)
+        assert answer.status_code == 400
+        assert "chat_template_kwargs" in answer.json()["error"]["message"]
+
+
 class TestFormats:
     @pytest.mark.parametrize(
         "given, kind, text",

@@ -162,6 +162,9 @@ class CountRequest(Part):
         Annotated[ThinkingOn | ThinkingOff | ThinkingAdaptive, Field(discriminator="type")] | None
     ) = None
     output_config: OutputConfig | None = None
+    chat_template_kwargs: dict[str, Any] | None = Field(
+        None, description="More variables of the model's chat template."
+    )
     cache_control: Annotated[CacheControl | None, NoEffect()] = None
     speed: Literal["standard"] | None = None
     mcp_servers: Refused = None

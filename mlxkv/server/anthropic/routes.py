@@ -58,7 +58,7 @@ def router(engine: Engine, config: ServerConfig) -> APIRouter:
 
 
 def _ask(body: CountRequest, model: LocalModel, owner: str, **options: Any) -> Ask:
-    options |= body.tool_options()
+    options |= body.tool_options() | {"template_options": body.chat_template_kwargs or None}
     request = build_request(template_messages(body), think=body.think, **options)
     return model.ask(request, owner)
 

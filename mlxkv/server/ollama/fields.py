@@ -119,6 +119,9 @@ class Answered(Named):
     stream: bool | None = None
     keep_alive: Real | str | None = None
     think: Think | None = None
+    chat_template_kwargs: dict[str, Any] | None = Field(
+        None, description="More variables of the model's chat template."
+    )
     truncate: bool | None = None
     shift: bool | None = None
     logprobs: bool | None = None
@@ -151,7 +154,12 @@ class Answered(Named):
             made["overflow"] = "shift" if self.shift else "stop"
         if self.options is not None and self.options.num_predict == -2:
             made["overflow"] = "stop"
-        return made | {"truncate": self.truncate, "think": self.think, "format": self.grammar()}
+        return made | {
+            "truncate": self.truncate,
+            "think": self.think,
+            "format": self.grammar(),
+            "template_options": self.chat_template_kwargs or None,
+        }
 
     def grammar(self) -> Grammar | None:
         """The grammar that the answer must follow; None for any text."""

@@ -113,6 +113,9 @@ class ChatRequest(Streamed):
     response_format: ResponseFormat | None = None
     reasoning_effort: Effort | None = None
     think: bool | Literal["low", "medium", "high"] | None = None
+    chat_template_kwargs: dict[str, Any] | None = Field(
+        None, description="More variables of the model's chat template."
+    )
     functions: Refused = None
     function_call: Annotated[Any, only("none", "auto")] = None
     store: Annotated[bool | None, NoEffect()] = None
@@ -190,6 +193,7 @@ class ChatRequest(Streamed):
             think=reasoning_of(self.think, self.reasoning_effort),
             go_on=self.go_on(),
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
+            template_options=self.chat_template_kwargs or None,
             **tool_options(
                 functions,
                 mode,

@@ -110,6 +110,9 @@ class ResponseRequest(Sampling):
     text: TextOptions | None = None
     reasoning: ReasoningOptions | None = None
     think: bool | Literal["low", "medium", "high"] | None = None
+    chat_template_kwargs: dict[str, Any] | None = Field(
+        None, description="More variables of the model's chat template."
+    )
     truncation: Literal["auto", "disabled"] | None = None
     top_logprobs: TopLogprobs | None = None
     include: list[str] | None = None
@@ -160,6 +163,7 @@ class ResponseRequest(Sampling):
             go_on=False if messages[-1]["role"] == "assistant" else None,
             truncate=True if self.truncation == "auto" else None,
             logprobs=(self.top_logprobs or 0) if self.wants_logprobs else None,
+            template_options=self.chat_template_kwargs or None,
             **tool_options(
                 [each.function for each in callees(self.tools or ())],
                 mode,
