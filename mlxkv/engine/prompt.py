@@ -309,9 +309,10 @@ def _fit(runtime: Runtime, tokens: list[int], request: Request, settings: Settin
     """Cut a prompt so that an answer fits, unless a shift will drop tokens instead."""
     context = settings.context.value
     shifts = settings.overflow.value == "shift"
-    if len(tokens) < context or (shifts and not request.truncate):
+    scores = request.prompt_logprobs is not None
+    if len(tokens) < context or (shifts and not request.truncate and not scores):
         return tokens
-    if not request.truncate:
+    if not request.truncate or scores:
         raise ContextExceeded(len(tokens), context)
     room = min(request.max_tokens or context // 4, max(1, context // 2))
     bos = tokens[:1] if tokens[0] == runtime.tokenizer.bos_token_id else []

@@ -14,6 +14,7 @@ from mlx.utils import tree_flatten
 
 from mlxkv.base import device
 from mlxkv.base.stepwise import finished
+from mlxkv.generation.prompt_logprobs import Scores
 from mlxkv.generation.session import Session
 from mlxkv.kv.types import first_kv_type
 from mlxkv.memory import needs
@@ -66,6 +67,7 @@ class Runtime:
         self.pages = open_pages(model, path, first_kv_type(kv_type), room)
         self.budget = Budget(model, weights_bytes, limit_bytes, self.pages)
         self._pages: dict[str, Pages | None] = {"": self.pages}
+        self._scores: dict[str, Scores] = {}
         self._at_exit = weakref.finalize(self, _close, self._pages, at_exit=True)
         self._unwire: Callable[[], object] | None = None
 
@@ -123,7 +125,8 @@ class Runtime:
 
     def session(self, owner: str = "") -> Session:
         """Empty caches for one sequence, which shares prefixes with its owner's others."""
-        return Session(self.model, self.kv_type, self.pages_of(owner), self.budget)
+        pages, scores = self.pages_of(owner), self._scores.setdefault(owner, Scores())
+        return Session(self.model, self.kv_type, pages, self.budget, scores)
 
     def hold_wired(self) -> None:
         """Have Metal keep this model's memory resident until it is closed or collected.

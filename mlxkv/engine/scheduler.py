@@ -25,6 +25,7 @@ from mlxkv.errors import CheckpointError, KVCacheFull, MlxkvError
 from mlxkv.generation.decoder import Decoder, Row, RowResult
 from mlxkv.generation.generation import Generation
 from mlxkv.generation.outputs import Chunk, TokenLogprobs
+from mlxkv.generation.prompt_logprobs import token_logprobs
 from mlxkv.generation.session import Session
 from mlxkv.memory.types import ALLOCATION_ERRORS, is_allocation_failure, without_trace
 
@@ -276,14 +277,9 @@ class Scheduler:
     def _logprobs(self, result: RowResult) -> TokenLogprobs | None:
         if result.logprob is None or result.token is None:
             return None
-        top = tuple(self._token(token, logprob) for token, logprob in result.top)
-        return self._token(result.token, result.logprob, top)
-
-    def _token(
-        self, token: int, logprob: float, top: tuple[TokenLogprobs, ...] = ()
-    ) -> TokenLogprobs:
-        data = self.runtime.tokenizer.bytes_of(token)
-        return TokenLogprobs(token, data.decode(errors="replace"), data, logprob, top)
+        tokenizer = self.runtime.tokenizer
+        top = tuple(token_logprobs(tokenizer, token, logprob) for token, logprob in result.top)
+        return token_logprobs(tokenizer, result.token, result.logprob, top)
 
     def _end(self, task: Task, last: Chunk | BaseException | None) -> None:
         """End a request with its last chunk, an error, or None if it was cancelled."""

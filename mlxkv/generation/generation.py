@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from mlxkv.errors import KVCacheFull
 from mlxkv.generation.context_shift import Bound
 from mlxkv.generation.outputs import Chunk, Stats, TokenLogprobs, join_parts
+from mlxkv.generation.prompt_logprobs import PromptLogprobs
 from mlxkv.generation.reader import AnswerReader
 from mlxkv.generation.request import Request
 from mlxkv.generation.session import Restored, Session
@@ -57,6 +59,7 @@ class Generation:
         self._clock = Clock()
         self._prompt: list[int] = []
         self._restored = Restored(0)
+        self._scorer: PromptLogprobs | None = None
 
     @property
     def answer(self) -> list[int]:
@@ -79,6 +82,8 @@ class Generation:
         What the first time finds is what the figures say of the prompt.
         """
         tokens = self.remaining()
+        if self.request.prompt_logprobs is not None and not self.n_generated:
+            self._scorer = self.session.score(tokens, self.request.prompt_logprobs)
         restored = self.session.restore(tokens)
         if not self._prompt:
             self._prompt, self._restored = tokens, restored
@@ -98,7 +103,7 @@ class Generation:
     def add(self, token: int, logprobs: TokenLogprobs | None = None) -> Chunk:
         """The chunk of the next token; the last has the figures."""
         self._clock.tick()
-        n_prompt = self._n_prompt_first
+        first = self._first()
         self.sequence.append(token)
         ended = token in self._tokenizer.eos_token_ids and not self.request.ignore_eos
         part = self._reader.add(token)
@@ -109,7 +114,7 @@ class Generation:
                 reasoning=part.reasoning,
                 tool_calls=part.tool_calls,
                 logprobs=logprobs,
-                prompt_tokens=n_prompt,
+                **first,
             )
         self.is_over = True
         text, reasoning, calls = join_parts([part, self._reader.finish()])
@@ -123,7 +128,7 @@ class Generation:
             calls,
             logprobs,
             stopped_by=self._reader.stopped_by,
-            prompt_tokens=n_prompt,
+            **first,
         )
 
     def end(self, reason: str, error: KVCacheFull | None = None) -> Chunk:
@@ -140,13 +145,15 @@ class Generation:
             reasoning or None,
             calls,
             error=error,
-            prompt_tokens=self._n_prompt_first,
+            **self._first(),
         )
 
-    @property
-    def _n_prompt_first(self) -> int | None:
-        """Length of the prompt, while no chunk has said it."""
-        return None if self.n_generated else self._n_prompt
+    def _first(self) -> dict[str, Any]:
+        """What the first chunk says of the prompt; nothing while there is an answer."""
+        if self.n_generated:
+            return {}
+        told = None if self._scorer is None else self._scorer.told(self._tokenizer)
+        return {"prompt_tokens": self._n_prompt, "prompt_logprobs": told}
 
     def _stats(self) -> Stats:
         n = self.n_generated

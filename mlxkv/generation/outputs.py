@@ -92,14 +92,14 @@ class TokenLogprobs:
         token: its id.
         text: what it adds to the text before it; a part of a character shows as U+FFFD.
         bytes: the same, in which parts of a character are what they are.
-        logprob: natural logarithm of its probability.
+        logprob: natural logarithm of its probability; None of a prompt's first token.
         top: the likeliest tokens at its place.
     """
 
     token: int
     text: str
     bytes: bytes
-    logprob: float
+    logprob: float | None
     top: tuple[TokenLogprobs, ...] = ()
 
 
@@ -120,6 +120,7 @@ class Chunk:
         error: with `memory`: the numbers, and what would have helped.
         stopped_by: the stop text that ended it, on the last chunk.
         prompt_tokens: length of the prompt, on the first chunk.
+        prompt_logprobs: of the prompt's tokens, on the first chunk, if they were asked for.
     """
 
     text: str
@@ -132,6 +133,7 @@ class Chunk:
     error: OutOfMemory | None = None
     stopped_by: str | None = None
     prompt_tokens: int | None = None
+    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +149,7 @@ class Result:
         tool_calls: what it wants called.
         error: with `memory`, see `Chunk`.
         logprobs: of each token, if they were asked for.
+        prompt_logprobs: of each token of the prompt, if they were asked for.
     """
 
     text: str
@@ -157,6 +160,7 @@ class Result:
     tool_calls: tuple[ToolCall, ...] = ()
     error: OutOfMemory | None = None
     logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ import mlx.core as mx
 from mlxkv.base.device import default_chunk
 from mlxkv.base.stepwise import finished
 from mlxkv.errors import UsageError
+from mlxkv.generation.prompt_logprobs import PromptLogprobs
 from mlxkv.kv.layout import Cache
 from mlxkv.nn.model import CausalLM
 
@@ -51,12 +52,16 @@ def prefilling(
     caches: Sequence[Cache],
     take: Callable[[int, int], int],
     computed: Callable[[int], None] | None = None,
+    scorer: PromptLogprobs | None = None,
+    start: int = 0,
 ) -> Generator[tuple[int, int], None, mx.array]:
     """`prefill`, a chunk each time that the next is asked for.
 
     Args:
         take: of (tokens left, tokens in all), how many to compute at once.
         computed: called with the tokens done after each chunk but the last.
+        scorer: takes log-probabilities of the tokens.
+        start: position of the first token in the scorer's prompt.
 
     Yields:
         (done, all) after each chunk but the last.
@@ -65,7 +70,11 @@ def prefilling(
     done, n = 0, len(tokens)
     while True:
         n_new = take(n - done, n)
-        logits = model.last_logits(array[:, done : done + n_new], caches)
+        new = array[:, done : done + n_new]
+        if scorer is not None and scorer.wants(start + done, n_new):
+            logits = scorer.score(model, new, caches, start + done)
+        else:
+            logits = model.last_logits(new, caches)
         done += n_new
         if done == n:
             return logits

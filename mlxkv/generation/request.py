@@ -37,6 +37,7 @@ class Request:
         format: what the answer has to match.
         logprobs: None for none; else log-probabilities of the chosen tokens, and of so many of the
             likeliest at each place.
+        prompt_logprobs: the same of the prompt's tokens; the first one has none.
         think: reason before the answer, as far as the chat template has a switch for it: True,
             False, or how much (low, medium, high); None leaves it to the model.
         best_effort: meet a wish for reasoning or context as far as the model goes, instead of an
@@ -70,6 +71,7 @@ class Request:
     recommended: bool = False
     format: Grammar | None = None
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     think: bool | str | None = None
     best_effort: bool = False
     tools: Sequence[Mapping[str, Any]] | None = None
@@ -92,9 +94,10 @@ class Request:
             raise UsageError(
                 f"must be on, off, {', '.join(EFFORTS)}; got {self.think!r}", field="think"
             )
-        n = self.logprobs
-        if n is not None and (type(n) is not int or not 0 <= n <= MAX_LOGPROBS):
-            raise UsageError(f"must be 0 to {MAX_LOGPROBS}; got {n!r}", field="logprobs")
+        for field_name in ("logprobs", "prompt_logprobs"):
+            n = getattr(self, field_name)
+            if n is not None and (type(n) is not int or not 0 <= n <= MAX_LOGPROBS):
+                raise UsageError(f"must be 0 to {MAX_LOGPROBS}; got {n!r}", field=field_name)
         n = self.min_tokens
         if type(n) is not int or n < 0 or (self.max_tokens is not None and n > self.max_tokens):
             raise UsageError(f"must be 0 to max_tokens; got {n!r}", field="min_tokens")

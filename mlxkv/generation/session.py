@@ -8,7 +8,7 @@ Invariants:
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import mlx.core as mx
 
@@ -16,6 +16,8 @@ from mlxkv.base.device import default_chunk
 from mlxkv.base.stepwise import finished
 from mlxkv.cache import KVCache, RotatingKVCache, make_caches
 from mlxkv.generation.prefill import prefilling
+from mlxkv.generation.prompt_logprobs import PromptLogprobs, Scores
+from mlxkv.generation.restored import Restored, explained, n_shared
 from mlxkv.kv.layout import Cache
 from mlxkv.kv.types import AUTO, STEP, first_kv_type
 from mlxkv.memory.budget import Budget
@@ -28,32 +30,6 @@ from mlxkv.prefix.match import Match
 from mlxkv.prefix.pages import Pages
 
 
-@dataclass(frozen=True, slots=True)
-class Restored:
-    """What did not have to be computed of a prompt.
-
-    Args:
-        n_tokens: leading tokens whose KV was there.
-        ssd_tokens: those of them that came from disk; the others were in memory.
-        shared: leading tokens that what was held shares with the prompt.
-        held: tokens of that sequence from `shared` on, to say what differs.
-        n_known: how far that sequence is known.
-    """
-
-    n_tokens: int
-    ssd_tokens: int = 0
-    shared: int = 0
-    held: tuple[int, ...] = ()
-    n_known: int = 0
-
-    def diverged_at(self, n_prompt: int) -> int | None:
-        """The first token that differs from what was held.
-
-        None where nothing was, or one is the beginning of the other.
-        """
-        return self.shared if 0 < self.shared < min(n_prompt, self.n_known) else None
-
-
 class Session:
     """The caches of one sequence, and which tokens they hold.
 
@@ -62,6 +38,7 @@ class Session:
         kv_type: format of the KV, one of `KV_CHOICES`.
         pages: where prefixes come from and go to; None for a sequence that keeps to itself.
         budget: asked before the caches grow; None for a sequence that takes what it wants.
+        scores: log-probabilities of recent prompts that share its pages; None keeps none.
 
     Attributes:
         kv_type: the format that the KV is in now.
@@ -74,13 +51,15 @@ class Session:
         kv_type: str = "native",
         pages: Pages | None = None,
         budget: Budget | None = None,
+        scores: Scores | None = None,
     ):
         self.model = model
         self.is_auto = kv_type == AUTO
         self.kv_type = self._first_type = first_kv_type(kv_type)
         self.caches: list[Cache] = make_caches(model, self.kv_type)
         self._known: list[int] = []
-        self._pages, self._budget = pages, budget
+        self._pages, self._budget, self._scores = pages, budget, scores
+        self._scorer: PromptLogprobs | None = None
         self._cutter = None if pages is None else Cutter(pages, self.caches)
         self._stable = model.stable_tokens if pages is None else pages.stable
         self._longest = 0  # tokens that the caches have held since they were empty
@@ -140,6 +119,8 @@ class Session:
         """Convert the KV to a smaller format, layer by layer; from then on it gives no pages."""
         before = self.nbytes
         self.kv_type = kv_type
+        if self._scorer is not None:
+            self._scorer.is_shared = False
         self._cutter = None
         for i, cache in enumerate(self.caches):
             if isinstance(cache, KVCache | RotatingKVCache):
@@ -172,6 +153,18 @@ class Session:
             if grant.n_tokens:
                 return grant.n_tokens
 
+    def score(self, tokens: Sequence[int], n_top: int) -> PromptLogprobs:
+        """Log-probabilities of a prompt's tokens, which the next `restore` and prefill find.
+
+        Args:
+            tokens: the prompt.
+            n_top: how many of the likeliest tokens at each place.
+        """
+        self._scorer = PromptLogprobs(tokens, n_top)
+        if self._scores is not None and self._shareable(len(tokens)):
+            self._scores.join(self._scorer)
+        return self._scorer
+
     def restore(self, tokens: Sequence[int]) -> Restored:
         """Keep or bring back the longest prefix of `tokens` that can be gone on from.
 
@@ -192,7 +185,7 @@ class Session:
         held = self.tokens
         shared = n_shared(held, tokens)
         live = Restored(
-            min(shared, len(tokens) - 1),
+            min(shared, self._most(tokens)),
             shared=shared,
             held=tuple(held[shared : shared + STEP]),
             n_known=len(held),
@@ -200,6 +193,8 @@ class Session:
         if live.n_tokens < len(held) and not self._shareable(0):
             live = replace(live, n_tokens=0)  # its keys were turned for a longer sequence
         restored = self._from_pages(tokens, live, len(held))
+        if restored.shared > self._most(tokens) + 1:  # no miss: what it has no logits of
+            restored = Restored(restored.n_tokens, restored.ssd_tokens)
         if restored.n_tokens == 0:
             self.reset()
         self._known = list(tokens[: restored.n_tokens])
@@ -219,18 +214,23 @@ class Session:
             if ssd_tokens is not None:
                 self._longest = match.n_tokens
                 self._cut_from(tokens[: match.n_tokens], match)
-                return _explained(Restored(match.n_tokens, ssd_tokens), live, match)
+                return explained(Restored(match.n_tokens, ssd_tokens), live, match)
             # A damaged file: what is left of the chain is looked up anew.
             self.reset()
             match = self._match(tokens)
         if live.n_tokens < n_held or n_held == 0:
             self._cut_from(tokens[: live.n_tokens], match)
-        return _explained(live, live, match)
+        return explained(live, live, match)
 
     def _match(self, tokens: Sequence[int]) -> Match:
         if self._pages is None:
             return Match()
-        return self._pages.match(tokens, len(tokens) - 1)
+        return self._pages.match(tokens, self._most(tokens))
+
+    def _most(self, tokens: Sequence[int]) -> int:
+        """Tokens that may be restored: those behind them are computed, to have their logits."""
+        n = len(tokens) - 1
+        return n if self._scorer is None else min(n, self._scorer.n_known - 1)
 
     def _cut_from(self, tokens: Sequence[int], match: Match) -> None:
         """Have what comes next cut behind `tokens`, which the caches hold."""
@@ -278,7 +278,7 @@ class Session:
     def _prefilling(
         self, tokens: list[int], chunk: Callable[[], int | None]
     ) -> Generator[tuple[int, int], None, mx.array]:
-        start = self._settle()
+        start, scorer = self._settle(), self._scorer
         self._known = tokens
         if self._budget is not None:
             self._budget.admit(self, len(tokens))
@@ -287,14 +287,20 @@ class Session:
             n_new = min(chunk() or default_chunk(), n_left)
             if self._budget is None:
                 return n_new
-            return self._ask_budget(self._budget, n_new, last=n_new == n_left)
+            beside, last = 0, n_new == n_left
+            if scorer is not None and scorer.wants(start + n - n_left, n_new):
+                beside, last = scorer.step_bytes(self.model), True
+            return self._ask_budget(self._budget, n_new, last=last, beside=beside)
 
         def computed(done: int) -> None:
             self._cut(start + done)
             if self._budget is not None:
                 self._budget.note()
 
-        logits = yield from prefilling(self.model, tokens[start:], self.caches, take, computed)
+        logits = yield from prefilling(
+            self.model, tokens[start:], self.caches, take, computed, scorer, start
+        )
+        self._scorer = None
         self._longest = max(self._longest, len(tokens))
         return logits
 
@@ -386,15 +392,3 @@ def _capacity(cache: Cache) -> tuple[int, int]:
     if isinstance(cache, KVCache | RotatingKVCache):
         return cache.used_bytes, cache.capacity
     return cache.nbytes, 0
-
-
-def _explained(restored: Restored, live: Restored, match: Match) -> Restored:
-    """With the known sequence that shares most with the prompt."""
-    best = max(live, match, key=lambda known: known.shared)
-    return replace(restored, shared=best.shared, held=best.held, n_known=best.n_known)
-
-
-def n_shared(a: Sequence[int], b: Sequence[int]) -> int:
-    """Leading tokens that two sequences have in common."""
-    pairs = enumerate(zip(a, b, strict=False))
-    return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))

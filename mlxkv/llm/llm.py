@@ -83,9 +83,9 @@ class LLM(Runtime):
             prompt: a text (used as it is), messages (rendered by the chat template), or token ids.
             kv_from: name of saved KV that the prompt continues, see `save_kv`.
             **options: `max_tokens`, `min_tokens`, `ignore_eos`, `stop`, `truncate`, `format`,
-                `logprobs`, `on_progress`, for messages `think`, `tools`, `callable` and
-                `template_options`, `context`, `overflow`
-                and `keep` in place of the model's settings (see `Request`), and the fields of
+                `logprobs`, `prompt_logprobs`, `on_progress`, for messages `think`, `tools`,
+                `callable` and `template_options`, `context`, `overflow` and `keep` in place of the
+                model's settings (see `Request`), and the fields of
                 `SamplingParams`, such as `temperature` (0, greedy, by default). `format` is a
                 JSON schema, a pydantic model, a compiled regex, "json" or a `Grammar`. With
                 `recommended` fields that are not set come from the model's generation_config.json.
@@ -252,6 +252,7 @@ class LLM(Runtime):
             calls,
             last.error,
             tuple(chunk.logprobs for chunk in chunks if chunk.logprobs is not None),
+            chunks[0].prompt_logprobs or (),
         )
 
 

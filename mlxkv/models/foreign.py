@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from mlxkv.kv.layout import Cache, Caches, LayerCache, Mask, Positions, Slice
 from mlxkv.kv.storage import Ragged, dense
 from mlxkv.kv.types import CacheSpec, KVFormat
 from mlxkv.nn.batch import BatchCache, batch
-from mlxkv.nn.model import CausalLM
+from mlxkv.nn.model import POSITIONS, CausalLM
 from mlxkv.nn.shared_buffers import padded
 
 
@@ -336,6 +336,10 @@ class Model(CausalLM):
 
     def __call__(self, tokens: mx.array, caches: Caches = None) -> mx.array:
         return self._run(tokens, caches)
+
+    def position_logits(self, tokens: mx.array, caches: Caches = None) -> Iterator[mx.array]:
+        for i in range(0, tokens.shape[1], POSITIONS):
+            yield self._run(tokens[:, i : i + POSITIONS], caches)[0]
 
     def last_logits(self, tokens: mx.array, caches: Caches = None) -> mx.array:
         # A definition gives logits of every token it is given: those of a chunk that are not read

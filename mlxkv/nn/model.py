@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -11,6 +11,9 @@ import mlx.nn as nn
 from mlxkv.kv.layout import Caches, LayerCache, Mask, windowed_mask
 from mlxkv.kv.types import CacheSpec
 from mlxkv.nn.rope import RoPE
+
+POSITIONS = 64
+"""Positions whose logits are held at once, where those of all are wanted: `[64, V]`."""
 
 
 def attention_masks(
@@ -122,6 +125,13 @@ class CausalLM(nn.Module):
         """Logits `[B, V]` after the last token: the head's product for one position only."""
         x, per_layer = self.embed(tokens), self.embed_per_layer(tokens)
         return self.logits(self.last_hidden(x, caches, per_layer))[:, 0]
+
+    def position_logits(self, tokens: mx.array, caches: Caches = None) -> Iterator[mx.array]:
+        """Logits of every position of tokens `[1, L]`, `[n, V]` of a few positions at a time."""
+        x, per_layer = self.embed(tokens), self.embed_per_layer(tokens)
+        hidden = self.hidden(x, caches, per_layer)
+        for i in range(0, hidden.shape[1], POSITIONS):
+            yield self.logits(hidden[:, i : i + POSITIONS])[0]
 
     def last_hidden(
         self, x: mx.array, caches: Caches = None, per_layer: mx.array | None = None

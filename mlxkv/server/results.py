@@ -119,9 +119,9 @@ def shown_logprobs(chunk: Chunk) -> list[TokenLogprobs]:
     return [chunk.logprobs]
 
 
-def finite(logprob: float) -> float:
+def finite(logprob: float | None) -> float | None:
     """A log-probability that JSON can hold."""
-    return logprob if math.isfinite(logprob) else NEVER
+    return logprob if logprob is None or math.isfinite(logprob) else NEVER
 
 
 def logprob_fields(token: TokenLogprobs) -> dict[str, Any]:
