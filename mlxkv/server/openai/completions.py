@@ -1,23 +1,24 @@
 """POST /v1/completions: continue a text.
 
-`echo`, `suffix` and `best_of` are refused unless their value means "off".
+`suffix` and `best_of` are refused unless their value means "off". With `echo` the prompt comes
+before the answer, and with `logprobs` its tokens before the answer's.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Request, Response
-from pydantic import Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator
 
 from mlxkv.engine.messages import Answer, Ask, Engine
 from mlxkv.errors import UsageError
 from mlxkv.generation.outputs import Chunk, TokenLogprobs
 from mlxkv.server import sse
 from mlxkv.server.config import ServerConfig
-from mlxkv.server.fields import Limit, TopLogprobs, Whole, seconds
+from mlxkv.server.fields import TopLogprobs, Whole, seconds
 from mlxkv.server.ignored import note
 from mlxkv.server.json_route import JSONRoute
 from mlxkv.server.model_names import LocalModel, present
@@ -26,6 +27,7 @@ from mlxkv.server.openai.respond import respond, several, usage
 from mlxkv.server.requests import build_request
 from mlxkv.server.results import AnswerState, finite, new_id
 
+_Limit = Annotated[Whole | None, BeforeValidator(lambda value: None if value == -1 else value)]
 Tokens = Annotated[list[Whole], Field(min_length=1)]
 
 
@@ -39,17 +41,19 @@ class CompletionRequest(Streamed):
         | Annotated[list[str], Field(min_length=1)]
         | Annotated[list[Tokens], Field(min_length=1)]
     )
-    max_tokens: Limit = Field(
-        None, description="Left out or -1, the answer may be as long as the context allows."
+    max_tokens: _Limit = Field(
+        None,
+        description="Left out or -1, the answer may be as long as the context allows; 0 only with "
+        "echo.",
     )
     n: Annotated[int, Field(ge=1, le=128)] | None = None
     best_of: Annotated[int, Field(ge=1, le=1)] | None = None
-    echo: Literal[False] | None = Field(None, description="Prompts are not echoed.")
+    echo: bool | None = Field(None, description="The prompt comes before the answer.")
     suffix: None = Field(None, description="Not supported.")
     logprobs: TopLogprobs | None = None
     response_format: ResponseFormat | None = Field(None, description="As in chat completions.")
 
-    @field_validator("echo", "suffix", "best_of", mode="before")
+    @field_validator("suffix", "best_of", mode="before")
     @classmethod
     def _not_supported(cls, value: Any, info: Any) -> Any:
         if value in (None, False, "") or (info.field_name == "best_of" and value == 1):
@@ -62,6 +66,12 @@ class CompletionRequest(Streamed):
         is_one = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
         return [self.prompt] if is_one else list(self.prompt)  # pyright: ignore[reportReturnType]
 
+    def _prompt_logprobs(self, prompt: str | list[int]) -> int | None:
+        """How many likeliest tokens the prompt's have; of token ids they tell the text as well."""
+        if not self.echo or (self.logprobs is None and isinstance(prompt, str)):
+            return None
+        return self.logprobs or 0
+
     def asks(self, model: LocalModel, owner: str) -> list[Ask]:
         """The requests to the engine: `n` for the first prompt, then for the next.
 
@@ -70,6 +80,8 @@ class CompletionRequest(Streamed):
         """
         if not all(self.prompts):
             raise UsageError("the prompt is empty")
+        if self.max_tokens == 0 and not self.echo:
+            raise UsageError("max_tokens must be at least 1; 0 needs echo: true")
         n = self.n or 1
         if len(self.prompts) * n > 1024:
             raise UsageError("too many prompts")
@@ -78,8 +90,9 @@ class CompletionRequest(Streamed):
         for prompt in self.prompts:
             request = build_request(
                 prompt,
-                max_tokens=self.max_tokens,
+                max_tokens=1 if self.max_tokens == 0 else self.max_tokens,
                 logprobs=self.logprobs,
+                prompt_logprobs=self._prompt_logprobs(prompt),
                 format=format_grammar(self.response_format),
                 **self.sampling_options(),
             )
@@ -116,43 +129,86 @@ class CompletionReply:
     async def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
         """The response in one piece."""
         progress = [AnswerState() for _ in answers]
-        texts: list[list[str]] = [[] for _ in answers]
-        logprobs: list[list[TokenLogprobs]] = [[] for _ in answers]
+        written = [self._written(i, answers) for i in range(len(answers))]
         async for i, chunk in sse.merge(answers):
             progress[i].take(chunk)
-            texts[i].append(all_text(chunk))
-            logprobs[i] += [chunk.logprobs] if chunk.logprobs else []
+            written[i].add(chunk)
         choices = [
-            self._choice(i, "".join(texts[i]), logprobs[i], 0, **each.finish)
-            for i, each in enumerate(progress)
+            {**each.taken(i), **state.finish}
+            for i, (each, state) in enumerate(zip(written, progress, strict=True))
         ]
-        return {**self._head, "choices": choices, "usage": usage(progress, self._body.n or 1)}
+        return {**self._head, "choices": choices, "usage": self._usage(progress)}
 
     async def events(self, answers: Sequence[Answer]) -> sse.Events:
         """The response as server-sent events."""
         progress = [AnswerState() for _ in answers]
-        offsets = [0] * len(answers)
+        written = [self._written(i, answers) for i in range(len(answers))]
         async for i, chunk in sse.merge(answers):
             progress[i].take(chunk)
-            logprobs = [chunk.logprobs] if chunk.logprobs else []
+            written[i].add(chunk)
             ended = progress[i].finish if chunk.finish_reason is not None else {}
-            text = all_text(chunk)
-            if not (text or logprobs or ended):
+            if not (written[i] or ended):
                 continue
-            choice = self._choice(i, text, logprobs, offsets[i], **ended)
-            offsets[i] += sum(len(each.text) for each in logprobs)
+            choice = {**written[i].taken(i), **ended}
             yield sse.event({**self._head, "choices": [choice], **self._body.usage_of(progress[i])})
         if self._body.wants_usage:
-            used = usage(progress, self._body.n or 1)
-            yield sse.event({**self._head, "choices": [], "usage": used})
+            yield sse.event({**self._head, "choices": [], "usage": self._usage(progress)})
         yield sse.DONE
 
-    def _choice(
-        self, index: int, text: str, tokens: Sequence[TokenLogprobs], offset: int, **finish: Any
-    ) -> dict[str, Any]:
-        logprobs = _logprobs(tokens, offset) if self._body.logprobs is not None and tokens else None
-        choice = {"text": text, "index": index, "logprobs": logprobs, "finish_reason": None}
-        return {**choice, **finish}
+    def _written(self, i: int, answers: Sequence[Answer]) -> _Written:
+        prompts = self._body.prompts
+        return _Written(self._body, prompts[i * len(prompts) // len(answers)])
+
+    def _usage(self, progress: Sequence[AnswerState]) -> dict[str, Any]:
+        used = usage(progress, self._body.n or 1)
+        if self._body.max_tokens == 0:
+            used |= {"completion_tokens": 0, "total_tokens": used["prompt_tokens"]}
+        return used
+
+
+class _Written:
+    """What is to be written of one answer, its echoed prompt too.
+
+    Args:
+        body: the request.
+        prompt: the answer's.
+    """
+
+    def __init__(self, body: CompletionRequest, prompt: str | list[int]):
+        self._body, self._prompt = body, prompt
+        self._text, self._tokens = "", list[TokenLogprobs]()
+        self._offset, self._is_begun = 0, False
+
+    def __bool__(self) -> bool:
+        return bool(self._text or self._tokens)
+
+    def add(self, chunk: Chunk) -> None:
+        """The answer's next chunk."""
+        if self._body.echo and not self._is_begun:
+            self._echo(chunk.prompt_logprobs or ())
+        self._is_begun = True
+        if self._body.max_tokens != 0:
+            self._text += all_text(chunk)
+            self._tokens += [chunk.logprobs] if chunk.logprobs else []
+
+    def _echo(self, tokens: Sequence[TokenLogprobs]) -> None:
+        text = b"".join(token.bytes for token in tokens).decode(errors="replace")
+        if isinstance(self._prompt, str):
+            # Tokens before the text, and a blank that the tokenizer puts there, are not of it.
+            self._offset = min(0, len(self._prompt) - len(text)) if tokens else 0
+            text = self._prompt
+        self._text = text
+        self._tokens = list(tokens) if self._body.logprobs is not None else []
+
+    def taken(self, index: int) -> dict[str, Any]:
+        """The choice of what was added since the last time."""
+        logprobs = None
+        if self._body.logprobs is not None and self._tokens:
+            logprobs = _logprobs(self._tokens, self._offset)
+            self._offset += sum(len(token.text) for token in self._tokens)
+        choice = {"text": self._text, "index": index, "logprobs": logprobs, "finish_reason": None}
+        self._text, self._tokens = "", []
+        return choice
 
 
 def all_text(chunk: Chunk) -> str:
@@ -164,11 +220,14 @@ def _logprobs(tokens: Sequence[TokenLogprobs], offset: int) -> dict[str, Any]:
     """Log-probabilities of tokens that follow `offset` characters, as completions show them."""
     offsets = []
     for token in tokens:
-        offsets.append(offset)
+        offsets.append(max(offset, 0))
         offset += len(token.text)
     return {
         "tokens": [token.text for token in tokens],
         "token_logprobs": [finite(token.logprob) for token in tokens],
-        "top_logprobs": [{top.text: finite(top.logprob) for top in each.top} for each in tokens],
+        "top_logprobs": [
+            None if each.logprob is None else {top.text: finite(top.logprob) for top in each.top}
+            for each in tokens
+        ],
         "text_offset": offsets,
     }
