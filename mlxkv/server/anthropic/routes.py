@@ -32,7 +32,7 @@ def router(engine: Engine, config: ServerConfig) -> APIRouter:
             raise ThreadNotFound("no thread is kept here: send the whole conversation")
         model = await present(engine, config, body.model)
         ask = _ask(body, model, request.state.owner, **_sampling(body))
-        answer = engine.submit(apply_rules(ask, config))
+        answer = engine.submit(apply_rules(ask, config, request))
         reply = Reply(body)
         if not body.stream:
             return JSONResponse(await sse.unless_gone(request, reply.whole(answer), [answer]))
@@ -45,7 +45,8 @@ def router(engine: Engine, config: ServerConfig) -> APIRouter:
         note(request, body)
         model = await present(engine, config, body.model)
         ask = _ask(body, model, request.state.owner)
-        tokens = await sse.unless_gone(request, engine.tokenize(apply_rules(ask, config)))
+        asked = apply_rules(ask, config, request)
+        tokens = await sse.unless_gone(request, engine.tokenize(asked))
         return JSONResponse({"input_tokens": len(tokens)})
 
     @routes.get("/api/hello", include_in_schema=False)

@@ -53,7 +53,7 @@ async def _answer(
     chats = isinstance(body, ChatRequest)
     reply = Reply(body.model_name, chats, calls=chats and bool(body.tools))
     model = await present(engine, config, body.model_name)
-    ask = apply_rules(_ask(body, model, request.state.owner), config)
+    ask = apply_rules(_ask(body, model, request.state.owner), config, request)
     if model.name not in engine.names():
         # The engine would load it too, but here its time can be measured.
         path = await sse.unless_gone(request, engine.load(model.name, path=model.path))

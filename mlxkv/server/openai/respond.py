@@ -32,7 +32,9 @@ def several(ask: Ask, n: int) -> list[Ask]:
     return [dataclasses.replace(ask, request=ask.request.nth(i)) for i in range(n)]
 
 
-def submit_all(engine: Engine, config: ServerConfig, asks: Sequence[Ask]) -> list[Answer]:
+def submit_all(
+    request: Request, engine: Engine, config: ServerConfig, asks: Sequence[Ask]
+) -> list[Answer]:
     """Submit all requests, or none if one is refused.
 
     Raises:
@@ -45,7 +47,7 @@ def submit_all(engine: Engine, config: ServerConfig, asks: Sequence[Ask]) -> lis
     answers: list[Answer] = []
     try:
         for ask in asks:
-            answers.append(engine.submit(apply_rules(ask, config)))
+            answers.append(engine.submit(apply_rules(ask, config, request)))
     except BaseException:
         for answer in answers:
             answer.cancel()
@@ -81,7 +83,7 @@ async def respond(
     Raises:
         As `submit_all`.
     """
-    answers = submit_all(engine, config, asks)
+    answers = submit_all(request, engine, config, asks)
     if streams:
         events = reply.events(answers)
         return await sse.stream(request, events, config, on_error, answers=answers)

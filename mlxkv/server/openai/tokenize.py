@@ -45,9 +45,8 @@ def router(engine: Engine, config: ServerConfig) -> APIRouter:
         """Count a prompt's tokens before it is sent."""
         note(request, body)
         model = await present(engine, config, body.model)
-        tokens = await sse.unless_gone(
-            request, engine.tokenize(apply_rules(body.ask(model, request.state.owner), config))
-        )
+        ask = apply_rules(body.ask(model, request.state.owner), config, request)
+        tokens = await sse.unless_gone(request, engine.tokenize(ask))
         return JSONResponse({"count": len(tokens), "tokens": tokens})
 
     return routes

@@ -1,0 +1,63 @@
+"""Lines that agents change with every request, and that say nothing to a model here.
+
+- Claude Code's `x-anthropic-billing-header: cc_version=...; cch=...` line of the system prompt.
+- `<total_tokens>N tokens left</total_tokens>`: the rest of the context that its own service has.
+
+A line is left out only as a whole, with the empty lines that set it off, so that a text reads the
+same whether a client sends the line in it or no longer does.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from mlxkv.generation.request import Message
+
+BILLING = "system.x-anthropic-billing-header"
+TOTAL_TOKENS = "messages.total_tokens"
+"""The names that responses have for them, in `mlxkv-ignored`."""
+
+_ROLES = ("system", "developer", "user", "tool")
+_BILLING_LINE = re.compile(r"^x-anthropic-billing-header:.*\b(?:cc_version|cch)=.*$", re.M)
+_TOTAL_LINE = re.compile(r"^[ \t]*<total_tokens>[\d,. ]+ tokens left</total_tokens>[ \t]*$", re.M)
+
+
+def without_counters(messages: Sequence[Message]) -> tuple[list[Message], list[str]]:
+    """Messages without these lines, and the names of what was left out.
+
+    A message of the system or the user that has nothing else is left out as well, unless nothing
+    would be left to answer.
+    """
+    kept: list[Message] = []
+    names: dict[str, None] = {}
+    for message in messages:
+        role, text = message.get("role"), message.get("content")
+        if role not in _ROLES or not isinstance(text, str):
+            kept.append(message)
+            continue
+        shorter = text
+        if role in ("system", "developer"):
+            shorter = _without(_BILLING_LINE, shorter, BILLING, names)
+        shorter = _without(_TOTAL_LINE, shorter, TOTAL_TOKENS, names)
+        if shorter is text:
+            kept.append(message)
+        elif shorter or role == "tool":
+            kept.append({**message, "content": shorter})
+    if any(message.get("role") in ("user", "tool") for message in kept):
+        return kept, list(names)
+    return list(messages), []
+
+
+def _without(line: re.Pattern[str], text: str, name: str, names: dict[str, None]) -> str:
+    """A text without the lines that match; notes the name if there were any."""
+    pieces = line.split(text)
+    if len(pieces) == 1:
+        return text
+    names[name] = None
+    made = pieces[0]
+    for piece in pieces[1:]:
+        before, after = made.rstrip("\n"), piece.lstrip("\n")
+        n_breaks = max(len(made) - len(before), len(piece) - len(after))
+        made = before + "\n" * n_breaks + after if before and after else before or after
+    return made
