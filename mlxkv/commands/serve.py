@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -60,6 +61,10 @@ def serve(
             "--alias", metavar="NAME=MODEL", help="A further name of a model; may be repeated."
         ),
     ] = None,
+    agent_prompts: Annotated[
+        bool,
+        typer.Option("--agent-prompts", help="Move what agents change behind what stays."),
+    ] = False,
     keep_alive: Annotated[
         float, typer.Option(help="Seconds before an unused model is unloaded; negative: never.")
     ] = 300.0,
@@ -87,6 +92,8 @@ def serve(
         origins=tuple(origins or ()),
         hosts=tuple(hosts or ()),
         strict=strict,
+        agent_prompts=agent_prompts,
+        agent_file=_agent_file() if agent_prompts else None,
         models=tuple(_unaliased(model, dict(names)) for model in models or ()),
         aliases=names,
         context=context,
@@ -127,6 +134,14 @@ def _unaliased(model: str, names: Mapping[str, str]) -> str:
     return names.get(model) or unaliased(model)
 
 
+def _agent_file() -> Path | None:
+    """Where it is kept what agents' conversations were told; with the KV, or not at all."""
+    from mlxkv.base.paths import kv_dir
+
+    is_off = os.environ.get("MLXKV_KV_DISK", "").strip() == "0"
+    return None if is_off else kv_dir() / "agent-prompts.json"
+
+
 def _run(engine: Any, config: Any) -> int:
     import asyncio
 
@@ -153,6 +168,8 @@ def _run(engine: Any, config: Any) -> int:
         pass
     finally:
         engine.close()
+        if app.state.told is not None:
+            app.state.told.save()
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     return 0
 

@@ -162,4 +162,5 @@ class Generation:
         )
         # The last token itself has not been made room for.
         shifted = self.bound.n_dropped(self._n_prompt + max(n, 1) - 1)
-        return replace(stats, shifted_tokens=shifted, rungs=tuple(self.session.rungs))
+        rungs, moved = tuple(self.session.rungs), self.request.moved_chars
+        return replace(stats, shifted_tokens=shifted, rungs=rungs, moved_chars=moved)

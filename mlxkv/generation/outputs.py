@@ -54,6 +54,7 @@ class Stats:
         rungs: what was done to find memory, in that order.
         shifted_tokens: oldest tokens that were dropped because the context was full; those of the
             prompt are not in `prompt_tokens`.
+        moved_chars: characters that `serve --agent-prompts` moved behind what stays the same.
     """
 
     prompt_tokens: int
@@ -71,6 +72,7 @@ class Stats:
     miss: Miss | None = None
     shifted_tokens: int = 0
     rungs: tuple[Rung, ...] = ()
+    moved_chars: int = 0
 
     @property
     def prefill_tps(self) -> float:

@@ -58,6 +58,8 @@ class Request:
         min_tokens: tokens before which neither an end token may come nor a stop text ends the
             answer.
         ignore_eos: whether the answer goes on behind end tokens.
+        moved_chars: characters of the client's messages that the server has moved behind what
+            stays the same; for the answer's figures.
 
     Raises:
         UsageError: a value out of its range.
@@ -85,6 +87,7 @@ class Request:
     on_progress: Callable[[int, int], None] | None = None
     min_tokens: int = 0
     ignore_eos: bool = False
+    moved_chars: int = 0
 
     def __post_init__(self) -> None:
         n = self.max_tokens

@@ -15,6 +15,7 @@ from starlette.middleware import Middleware
 from mlxkv.engine.messages import Engine
 from mlxkv.errors import MlxkvError
 from mlxkv.server import metrics
+from mlxkv.server.agents.state_memory import StateMemory
 from mlxkv.server.anthropic import routes as anthropic
 from mlxkv.server.config import ServerConfig
 from mlxkv.server.errors import error_response
@@ -72,6 +73,7 @@ def create_app(engine: Engine, config: ServerConfig) -> FastAPI:
         redoc_url=None,
     )
     app.state.ignored = Ignored(config)
+    app.state.told = StateMemory(config.agent_file) if config.agent_prompts else None
     for make in ROUTERS:
         app.include_router(make(engine, config))
 

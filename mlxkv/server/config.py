@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 from dataclasses import dataclass
+from pathlib import Path
 
 from mlxkv.errors import Hint, UsageError
 
@@ -23,6 +24,8 @@ class ServerConfig:
         hosts: further names that the server goes by, such as `mac-mini.example`.
         strict: refuse requests with fields that no API here declares, and wishes that a model can
             meet only in part.
+        agent_prompts: tell agents' models what changes behind what stays, see `agents.state`.
+        agent_file: where that is remembered for the next start; None for memory alone.
         models: names or paths that the operator gave; requests may name them as they are.
         aliases: further names of models, besides the stored ones: pairs of a name and its model.
         context: tokens of prompt and answer together, for all models; None for each model's own.
@@ -44,6 +47,8 @@ class ServerConfig:
     origins: tuple[str, ...] = ()
     hosts: tuple[str, ...] = ()
     strict: bool = False
+    agent_prompts: bool = False
+    agent_file: Path | None = None
     models: tuple[str, ...] = ()
     aliases: tuple[tuple[str, str], ...] = ()
     context: int | None = None

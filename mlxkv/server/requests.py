@@ -12,6 +12,8 @@ from mlxkv.engine.messages import Ask
 from mlxkv.errors import UsageError
 from mlxkv.generation.request import Prompt, Request
 from mlxkv.server.agents.counters import without_counters
+from mlxkv.server.agents.state import split, told, written
+from mlxkv.server.agents.state_memory import StateMemory
 from mlxkv.server.config import ServerConfig
 
 
@@ -31,7 +33,8 @@ def build_request(prompt: Prompt, **options: Any) -> Request:
 def apply_rules(ask: Ask, config: ServerConfig, http: HTTPRequest) -> Ask:
     """Put a request under the server's rules: a length that it allows, the longest where none is
     given; and unless the server is strict, wishes met as far as a model can, and a prompt without
-    the lines that agents change each time.
+    the lines that agents change each time. What they change in it is told behind what stays, if
+    the server does so.
 
     Args:
         ask: the request.
@@ -45,17 +48,35 @@ def apply_rules(ask: Ask, config: ServerConfig, http: HTTPRequest) -> Ask:
     limit = config.max_tokens
     if limit is not None and given is not None and given > limit:
         raise UsageError(f"an answer may have {limit:,} tokens here; {given:,} are asked for")
-    prompt = ask.request.prompt if config.strict else _without_counters(ask.request.prompt, http)
     request = dataclasses.replace(
-        ask.request, prompt=prompt, max_tokens=given or limit, best_effort=not config.strict
+        ask.request, max_tokens=given or limit, best_effort=not config.strict
     )
+    if _is_messages(request.prompt):
+        request = request if config.strict else _without_counters(request, http)
+        request = _with_state_behind(request, ask.owner, http.app.state.told)
     return dataclasses.replace(ask, request=request)
 
 
-def _without_counters(prompt: Prompt, http: HTTPRequest) -> Prompt:
-    """`without_counters` of messages, named in the response; other prompts as they are."""
-    if isinstance(prompt, str) or not prompt or not isinstance(prompt[0], Mapping):
-        return prompt
-    kept, names = without_counters(prompt)  # pyright: ignore[reportArgumentType]
+def _is_messages(prompt: Prompt) -> bool:
+    return not isinstance(prompt, str) and bool(prompt) and isinstance(prompt[0], Mapping)
+
+
+def _without_counters(request: Request, http: HTTPRequest) -> Request:
+    """Leave out lines that agents change each time, and name them in the response."""
+    kept, names = without_counters(request.prompt)  # pyright: ignore[reportArgumentType]
     http.app.state.ignored.name(http, names)
-    return kept
+    return dataclasses.replace(request, prompt=kept)
+
+
+def _with_state_behind(request: Request, owner: str, memory: StateMemory | None) -> Request:
+    """Tell what changes behind what stays, if the server does so; see `agents.state`."""
+    if memory is None:
+        return request
+    conversation = split(owner, request.prompt)  # pyright: ignore[reportArgumentType]
+    if conversation is None:
+        return request
+    history = told(conversation, memory)
+    memory.put(conversation.names[conversation.newest], history)
+    n_chars = sum(len(piece.text) for piece in conversation.state)
+    prompt = written(conversation, history)
+    return dataclasses.replace(request, prompt=prompt, moved_chars=n_chars)

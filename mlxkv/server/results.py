@@ -149,7 +149,8 @@ def new_id(prefix: str) -> str:
 
 
 def details(stats: Stats | None) -> dict[str, Any]:
-    """OpenAI's `cached_tokens`, and how many tokens came from RAM, SSD or prefill."""
+    """OpenAI's `cached_tokens`, how many tokens came from RAM, SSD or prefill, and what was moved
+    for that."""
     if stats is None:
         return {"cached_tokens": 0}
     return {
@@ -158,4 +159,5 @@ def details(stats: Stats | None) -> dict[str, Any]:
         "restored_ssd_tokens": stats.restored_ssd_tokens,
         "computed_tokens": stats.computed_tokens,
         "miss": stats.miss and dataclasses.asdict(stats.miss),
+        **({"moved_chars": stats.moved_chars} if stats.moved_chars else {}),
     }

@@ -149,6 +149,7 @@ def _figures(stats: Stats) -> dict[str, Any]:
             "shifted_tokens": stats.shifted_tokens,
             "diverged_at": stats.diverged_at,
             "miss": stats.miss and dataclasses.asdict(stats.miss),
+            **({"moved_chars": stats.moved_chars} if stats.moved_chars else {}),
         },
         "memory": {
             "kv_bytes": stats.kv_bytes,

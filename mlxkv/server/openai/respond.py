@@ -104,7 +104,7 @@ def usage(answers: Sequence[AnswerState], n_each: int = 1) -> dict[str, Any]:
     if len(prompts) > 1:
         summed = {name: 0 for name in first if name != "miss"}
         for stats in prompts:
-            summed = {name: n + details(stats)[name] for name, n in summed.items()}
+            summed = {name: n + details(stats).get(name, 0) for name, n in summed.items()}
         first = {**summed, "miss": next((d for p in prompts if (d := details(p)["miss"])), None)}
     return {
         "prompt_tokens": n_prompt,
