@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 
 from mlxkv.prefix.format import PageFile, PageKey
-from mlxkv.prefix.layout import Kinds
+from mlxkv.prefix.layout import Kinds, Link
 from mlxkv.prefix.part import Layout, Part, Rows
+from mlxkv.prefix.shared import SharedFile
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,6 +38,7 @@ class PageDisk:
 
     def __init__(self, files: PageFiles, kinds: Kinds, dtype: str):
         self.files = files
+        self.shared = SharedFile(files.folder, files.fingerprint[:32])
         self.dtype = dtype
         self._kinds = kinds
 
@@ -81,6 +83,10 @@ class PageDisk:
         """Mark pages as used: the least recently used are evicted first."""
         self.files.used(keys)
 
+    def shared_prefixes(self) -> dict[str, list[Link]]:
+        """The shared prefixes that are here as a whole, by name; the latest last."""
+        return self.shared.read(self.files.parents())
+
     def remove(self, key: PageKey) -> None:
         """Delete one file."""
         self.files.remove(key)
@@ -97,6 +103,7 @@ class PageDisk:
     def close(self) -> None:
         """Write the queue and stop."""
         self.files.close()
+        self.shared.close()
 
     def _encoded(self, key: PageKey, start: int, tokens: bytes, part: Part) -> PageFile:
         indices = self._kinds.caches(key.part)

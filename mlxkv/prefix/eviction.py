@@ -5,14 +5,15 @@ Eviction order:
 1. Window parts not needed to resume at a leaf or branch.
 2. The rest, the least recently used first; leaf before trunk, window part before full part. A page
    counts as used when any page behind it was, so that a chain is evicted from its end.
-3. Unpinned named KV, in the same order.
+3. Prefixes that many sequences share (`shared`), in the same order.
+4. Unpinned named KV, in the same order.
 Pinned named KV is never evicted, nor are pages that are being written, or those before them.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,8 @@ SLACK_BYTES = 32 << 10
 """Reserve for bytes that no page counts: directories that grow, replacements of small files."""
 SMALLEST_CAP_BYTES = 128 << 10
 """The empty folders and one small page need so much."""
+SHARED_PART = 0.5
+"""Of the bytes that pages may take, what shared prefixes are spared at most."""
 _BLOCK = 4096
 _ENTRY_BYTES = 512
 _GIB = 1 << 30
@@ -241,6 +244,7 @@ def eviction_order(
     wanted: Collection[Stored],
     window_pages: Mapping[str, int | None],
     named: Mapping[tuple[str, str], bool],
+    shared: Collection[tuple[str, PageKey]] = (),
 ) -> list[Stored]:
     """The pages that may be evicted, in order.
 
@@ -250,6 +254,7 @@ def eviction_order(
         window_pages: model -> number of pages before a leaf or branch whose window part is needed
             to resume there; all are kept where it is None or missing.
         named: (model, file name) of pages of named KV -> whether it is pinned.
+        shared: (model, key) of pages of a prefix that many sequences share.
     """
     models: dict[str, list[Stored]] = {}
     for page in [*pages, *wanted]:
@@ -264,12 +269,57 @@ def eviction_order(
         if pinned or (page.model, key) in writing:
             continue
         far = key.part == "window" and key.name not in chain.needed
-        rank = 2 if pinned is not None else 0 if far else 1
+        is_shared = (page.model, key) in shared
+        rank = 3 if pinned is not None else 2 if is_shared else 0 if far else 1
         if rank and (page.model, key.name) in trunk:
             continue
         used, depth = chain.used_ns[key.name], chain.depth[key.name]
         ranked.append(((rank, used, -depth, key.part == "full", key.name), page))
     return [page for _, page in sorted(ranked, key=lambda pair: pair[0])]
+
+
+def shared_pages(
+    pages: Collection[Stored],
+    window_pages: Mapping[str, int | None],
+    shared: Mapping[str, Sequence[str]],
+    limit_bytes: int,
+) -> set[tuple[str, PageKey]]:
+    """(model, key) of what is needed to go on behind shared prefixes.
+
+    Args:
+        pages: all that are here.
+        window_pages: as for `eviction_order`.
+        shared: the last page of each prefix, by model; the latest last.
+        limit_bytes: of all of them; of a prefix that does not fit, its beginning.
+    """
+    here: dict[tuple[str, str], list[Stored]] = {}
+    for page in pages:
+        here.setdefault((page.model, page.key.name), []).append(page)
+    found: set[tuple[str, PageKey]] = set()
+    for model, ends in shared.items():
+        for last in reversed(ends):
+            for page in _needed_behind(model, last, here, window_pages.get(model)):
+                if (model, page.key) in found:
+                    continue
+                limit_bytes -= page.n_bytes
+                if limit_bytes < 0:
+                    return found
+                found.add((model, page.key))
+    return found
+
+
+def _needed_behind(
+    model: str, last: str, here: Mapping[tuple[str, str], list[Stored]], near: int | None
+) -> list[Stored]:
+    """What is here of the pages up to one and needed to go on behind it, trunk first."""
+    chain: list[list[Stored]] = []
+    name, seen = last, set[str]()
+    while (parts := here.get((model, name))) and name not in seen:
+        seen.add(name)
+        is_near = near is None or len(seen) <= near + 1
+        chain.append([page for page in parts if is_near or page.key.part == "full"])
+        name = parts[0].key.parent
+    return [page for parts in reversed(chain) for page in parts]
 
 
 def _trunk(wanted: Iterable[Stored], chains: Mapping[str, _Chains]) -> set[tuple[str, str]]:

@@ -15,6 +15,7 @@ import fcntl
 import json
 import os
 import random
+import re
 import stat
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -23,6 +24,7 @@ from pathlib import Path
 
 from mlxkv.base import durable, time_machine
 from mlxkv.prefix.eviction import (
+    SHARED_PART,
     DiskLimits,
     Room,
     Scan,
@@ -30,10 +32,14 @@ from mlxkv.prefix.eviction import (
     allocated_bytes,
     eviction_order,
     file_system,
+    shared_pages,
 )
 from mlxkv.prefix.format import MAX_HEADER_BYTES, MAX_PAGE_BYTES, PageKey
 
 _DAY_S = 86_400
+SHARED_FILE = "shared.json"
+"""In a model's folder: the last page of each prefix that many sequences share, see `shared`."""
+_PAGE = re.compile(r"[0-9a-f]{32}")
 
 
 class Folder:
@@ -134,7 +140,10 @@ class Folder:
 
     def _order(self, pages: Collection[Stored], wanted: Collection[Stored]) -> Iterator[Stored]:
         near = {model: self._window_pages(model) for model in {page.model for page in pages}}
-        yield from eviction_order(pages, wanted, near, self._named())
+        shared = {model: [*self.shared(model).values()] for model in near}
+        spared_bytes = int(SHARED_PART * self.limits.cap_bytes)
+        spared = shared_pages(pages, near, shared, spared_bytes)
+        yield from eviction_order(pages, wanted, near, self._named(), spared)
 
     def _window_pages(self, model: str) -> int | None:
         try:
@@ -142,6 +151,18 @@ class Folder:
         except (OSError, ValueError, KeyError, TypeError):
             return None
         return near if isinstance(near, int) else None
+
+    def shared(self, model: str) -> dict[str, str]:
+        """The last page of each shared prefix of a model, by its name; the latest last."""
+        try:
+            raw = json.loads((self.pages / model / SHARED_FILE).read_bytes())
+            return {
+                name: last
+                for name, last in raw.items()
+                if isinstance(last, str) and _PAGE.fullmatch(last)
+            }
+        except (OSError, ValueError, AttributeError, RecursionError):
+            return {}
 
     def open_model(self, model: str, window_pages: int) -> Path:
         """The folder of a model's pages; records `window_pages` there.
@@ -201,8 +222,9 @@ class Folder:
         """Delete the folders of models that have no page left."""
         for folder in [path for path in self.pages.iterdir() if path.is_dir()]:
             with suppress(OSError):
-                if {path.name for path in folder.iterdir()} <= {"model.json"}:
-                    (folder / "model.json").unlink(missing_ok=True)
+                if {path.name for path in folder.iterdir()} <= {"model.json", SHARED_FILE}:
+                    for name in ("model.json", SHARED_FILE):
+                        (folder / name).unlink(missing_ok=True)
                     folder.rmdir()
 
     def written_today(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mlxkv.prefix.format import PageKey
+from mlxkv.prefix.format import MAX_TOKENS, PageKey
 
 
 class PageIndex:
@@ -17,6 +17,15 @@ class PageIndex:
     def children(self, parent: str) -> list[tuple[str, int]]:
         """(name, tokens) of the pages that follow a page."""
         return list(self._behind.get(parent, ()))
+
+    def parents(self) -> dict[str, str]:
+        """Of each whole page, the page that it follows."""
+        return {
+            name: parent
+            for parent, pages in self._behind.items()
+            for name, n_tokens in pages
+            if n_tokens == MAX_TOKENS
+        }
 
     def add(self, key: PageKey) -> None:
         """Learn of a part of a page."""

@@ -14,7 +14,7 @@ Invariants:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -28,6 +28,7 @@ from mlxkv.prefix.layout import WINDOW, Kinds, Link, token_bytes
 from mlxkv.prefix.match import Match, plan_match
 from mlxkv.prefix.part import Part
 from mlxkv.prefix.ram import RamPages
+from mlxkv.prefix.shared import SharedPrefixes
 
 if TYPE_CHECKING:
     from mlxkv.prefix.disk import PageDisk
@@ -58,6 +59,7 @@ class Pages:
         self.max_arrays: int | None = None
         self.stable = stable
         self.ram = RamPages(kinds)
+        self._shared = SharedPrefixes(kinds)
         self._open_disk = open_disk
         self._disk: PageDisk | None = None
         self._cap_bytes: int | None = None
@@ -89,6 +91,9 @@ class Pages:
         # The model's name on disk is a hash of its weights, which short prompts do not wait for.
         if self._open_disk is not None:
             self._disk, self._open_disk = self._open_disk(), None
+            if self._disk is not None:
+                for name, links in self._disk.shared_prefixes().items():
+                    self._shared.put(name, links)
 
     def match(self, tokens: Sequence[int], limit: int) -> Match:
         """The longest prefix that can be restored.
@@ -202,6 +207,27 @@ class Pages:
         if self._disk is not None:
             self._disk.used([link.key(part) for link in links for part in self.kinds.parts])
 
+    @property
+    def shared(self) -> Mapping[str, Sequence[Link]]:
+        """The prefixes that `share` named, here or before a restart."""
+        return self._shared.chains
+
+    def share(self, name: str, links: Sequence[Link]) -> None:
+        """Evict the pages of a prefix that many sequences share after all others.
+
+        Args:
+            name: one that had other pages gives those up.
+            links: whole pages from position 0 on.
+        """
+        self._shared.put(name, links)
+        self.keep(links)
+        self.note_shared()
+
+    def note_shared(self) -> None:
+        """Have the disk remember the shared prefixes, as soon as its folder is free."""
+        if self._disk is not None:
+            self._disk.shared.write(self._shared.chains)
+
     def keep(self, links: Iterable[Link], *, named: bool = False, wait: bool = False) -> None:
         """Write pages that are in RAM to disk, in the background.
 
@@ -287,7 +313,10 @@ class Pages:
         """Give up what is beyond the budget."""
         capped = self._cap_bytes
         allowed = self.budget_bytes if capped is None else min(self.budget_bytes, capped)
-        self.ram.shrink(allowed, self.max_arrays)
+        if not self.ram.is_over(allowed, self.max_arrays):
+            return
+        spared = self._shared.spared(self.ram.size, allowed)
+        self.ram.shrink(allowed, self.max_arrays, spared)
 
     def clear(self) -> None:
         """Forget what is in RAM."""

@@ -4,14 +4,14 @@ Invariants:
 - `nbytes` and `n_arrays` are the bytes and the number of all parts' arrays, one for each part.
 - Eviction order: 1. window parts not needed to resume at a leaf or branch, or in the page before
   it, anchors last; 2. leaves, window part first. LRU within each.
-- Pinned pages stay.
+- What belongs to a prefix that many sequences share goes after all else. Pinned pages stay.
 """
 
 from __future__ import annotations
 
 import heapq
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from mlxkv.kv.types import STEP
@@ -69,6 +69,11 @@ class RamPages:
         """A part that is here."""
         return self._pages[link.name].parts[part]
 
+    def size(self, link: Link, part: str) -> int | None:
+        """Bytes of a part of a page; None if it is not here."""
+        page = self._pages.get(link.name)
+        return page.parts[part].nbytes if page is not None and part in page.parts else None
+
     def behind(self, name: str) -> list[Page]:
         """The pages behind one."""
         return [self._pages[child] for child in self._behind.get(name, ())]
@@ -124,10 +129,26 @@ class RamPages:
         self._pinned.clear()
         self.nbytes = self.n_arrays = 0
 
-    def shrink(self, budget_bytes: int, max_arrays: int | None = None) -> None:
-        """Evict down to `budget_bytes` and `max_arrays` (None for any number)."""
+    def is_over(self, budget_bytes: int, max_arrays: int | None = None) -> bool:
+        """Whether there is more than a budget allows."""
         most = sys.maxsize if max_arrays is None else max_arrays
-        if self.nbytes <= budget_bytes and self.n_arrays <= most:
+        return self.nbytes > budget_bytes or self.n_arrays > most
+
+    def shrink(
+        self,
+        budget_bytes: int,
+        max_arrays: int | None = None,
+        spared: Collection[tuple[str, str]] = (),
+    ) -> None:
+        """Give up as much as the budget asks for.
+
+        Args:
+            budget_bytes: what stays at most.
+            max_arrays: how many arrays stay at most; None for any number.
+            spared: (page, part) of what goes after all else.
+        """
+        most = sys.maxsize if max_arrays is None else max_arrays
+        if not self.is_over(budget_bytes, max_arrays):
             return
         if self.n_arrays > most:
             most -= most // SPARE
@@ -135,17 +156,25 @@ class RamPages:
         def is_enough() -> bool:
             return self.nbytes <= budget_bytes and self.n_arrays <= most
 
+        for kept in (spared, ()) if spared else ((),):
+            self._drop_far(is_enough, kept)
+            self._drop_leaves(is_enough, kept)
+
+    def _drop_far(self, is_enough: Callable[[], bool], spared: Collection[tuple[str, str]]) -> None:
+        """Give up window parts that are not needed to go on at a tip or a fork."""
         near = self._near()
         far = [
             page
             for name, page in self._pages.items()
-            if WINDOW in page.parts and name not in near and name not in self._pinned
+            if WINDOW in page.parts
+            and name not in near
+            and name not in self._pinned
+            and (name, WINDOW) not in spared
         ]
         for page in sorted(far, key=lambda p: (self._is_anchor(p), p.used, p.link.start)):
-            self.drop(page, [WINDOW])
             if is_enough():
                 return
-        self._drop_leaves(is_enough)
+            self.drop(page, [WINDOW])
 
     def _is_anchor(self, page: Page) -> bool:
         """Whether it is one of `ANCHORS`, from which a prompt that was edited far back resumes."""
@@ -165,7 +194,9 @@ class RamPages:
                 at = self._pages.get(at.link.parent)
         return near
 
-    def _drop_leaves(self, is_enough: Callable[[], bool]) -> None:
+    def _drop_leaves(
+        self, is_enough: Callable[[], bool], spared: Collection[tuple[str, str]]
+    ) -> None:
         def entry(page: Page) -> tuple[int, int, str]:
             return page.used, -page.link.start, page.link.name
 
@@ -177,7 +208,7 @@ class RamPages:
                 continue
             page = self._pages[name]
             for part in (WINDOW, FULL):
-                if part in page.parts and not is_enough():
+                if part in page.parts and (name, part) not in spared and not is_enough():
                     self.drop(page, [part])
             parent = self._pages.get(page.link.parent)
             is_leaf = page.link.parent not in self._behind

@@ -152,6 +152,11 @@ class PageFiles:
             self.remove(key)
             return None
 
+    def parents(self) -> dict[str, str]:
+        """Of each whole page that is known, the page that it follows."""
+        with self._changed:
+            return self._index.parents()
+
     def read(self, key: PageKey) -> PageFile | None:
         """A page, checked; None if it is missing, or was damaged and is now removed."""
         with self._changed:
