@@ -22,6 +22,7 @@ import mlx.core as mx
 
 from mlxkv.base import device
 from mlxkv.engine.answers import EngineAnswer
+from mlxkv.engine.clients import merged
 from mlxkv.engine.loading import ModelLoads, PendingRequest
 from mlxkv.engine.messages import Ask, Busy, Embeddings, EngineStats, Loaded
 from mlxkv.engine.model_pool import LoadedModel, ModelPool, key_of
@@ -96,6 +97,7 @@ class ThreadedEngine:
         """
         answer = EngineAnswer(self._wake)
         task = Task(ask.request, answer.tell, lambda: answer.is_cancelled, ask.owner)
+        task.client = ask.client
         with self._changed:
             if self._n_waiting() >= self._max_queue:
                 self._rejected += 1
@@ -173,6 +175,7 @@ class ThreadedEngine:
                 "peak": mx.get_peak_memory(),
                 "limit": self._pool.limit_bytes,
             },
+            clients=merged(x for model in models for x in model.scheduler.clients.figures()),
         )
 
     def _n_waiting(self) -> int:

@@ -38,6 +38,7 @@ class Ask:
         keep_alive_s: how long the model stays loaded; None: the server's default, negative: for
             ever, 0: unload it after the answer.
         path: the model's directory; None if the engine resolves the name.
+        client: the program that asks; empty where that is not known.
     """
 
     model: str
@@ -45,6 +46,7 @@ class Ask:
     owner: str = ""
     keep_alive_s: float | None = None
     path: Path | None = None
+    client: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +111,68 @@ class Counts:
 
 
 @dataclass(frozen=True, slots=True)
+class Lost:
+    """Where prompts of a client reused less KV than a cached sequence offered.
+
+    Args:
+        reason: of the last time, as for `Miss`, and so the next three.
+        token: position.
+        held: text in the cached sequence.
+        prompt: text in the prompt.
+        n_tokens: tokens that were computed and would have been restored otherwise, in all.
+        times: how many times.
+    """
+
+    reason: str
+    token: int
+    held: str
+    prompt: str
+    n_tokens: int
+    times: int
+
+
+@dataclass
+class ClientCounts:
+    """What the answers to one client took, since its model was loaded.
+
+    Args:
+        owner: hash of the API key; empty without keys.
+        client: the program's name.
+        shared_tokens: length of the prefix that its sessions share, which is evicted last.
+        lost: the texts at which most was lost.
+    """
+
+    owner: str
+    client: str
+    answered: int = 0
+    prompt_tokens: int = 0
+    restored_tokens: int = 0
+    computed_tokens: int = 0
+    generated_tokens: int = 0
+    shared_tokens: int = 0
+    lost: Sequence[Lost] = ()
+
+    def copy(self, lost: Sequence[Lost]) -> ClientCounts:
+        """A snapshot with these texts."""
+        return dataclasses.replace(self, lost=tuple(lost))
+
+    def __add__(self, other: ClientCounts) -> ClientCounts:
+        """The figures of the same client with two models."""
+        most = max(len(self.lost), len(other.lost))
+        return ClientCounts(
+            self.owner,
+            self.client,
+            self.answered + other.answered,
+            self.prompt_tokens + other.prompt_tokens,
+            self.restored_tokens + other.restored_tokens,
+            self.computed_tokens + other.computed_tokens,
+            self.generated_tokens + other.generated_tokens,
+            max(self.shared_tokens, other.shared_tokens),
+            sorted([*self.lost, *other.lost], key=lambda x: -x.n_tokens)[:most],
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class EngineStats:
     """The engine's metrics.
 
@@ -118,6 +182,7 @@ class EngineStats:
         rejected: requests that a full queue refused.
         models: counters of each loaded model, by name.
         memory: bytes by kind: weights, kv_used, kv_allocated, pages, active, cached, peak, limit.
+        clients: counters of each client.
     """
 
     running: int
@@ -125,6 +190,7 @@ class EngineStats:
     rejected: int
     models: dict[str, Counts]
     memory: dict[str, int]
+    clients: Sequence[ClientCounts] = ()
 
 
 class Answer(Protocol):

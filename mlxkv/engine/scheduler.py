@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Iterator
 
 from mlxkv.base.device import default_chunk
+from mlxkv.engine.clients import Clients
 from mlxkv.engine.messages import Counts
 from mlxkv.engine.policy import Pace, PendingPrompt, next_prompt
 from mlxkv.engine.prompt import prepare, start
@@ -28,6 +29,7 @@ from mlxkv.generation.outputs import Chunk, TokenLogprobs
 from mlxkv.generation.prompt_logprobs import token_logprobs
 from mlxkv.generation.session import Session
 from mlxkv.memory.types import ALLOCATION_ERRORS, is_allocation_failure, without_trace
+from mlxkv.prefix.layout import Link
 
 _log = logging.getLogger(__name__)
 
@@ -44,6 +46,7 @@ class Scheduler:
     def __init__(self, runtime: Runtime, max_running: int):
         self.runtime, self.max_running = runtime, max_running
         self.counts = Counts()
+        self.clients = Clients()
         self.waiting: deque[Task] = deque()
         self._prefilling: list[Task] = []
         self._decoding: dict[Row, Task] = {}
@@ -295,14 +298,14 @@ class Scheduler:
             try:
                 if isinstance(last, KVCacheFull) and generation.n_generated:
                     last = generation.end("memory", last)
-                keep_prefix(generation.session)
+                self._keep(task, generation.session)
                 if not task.keeps_session:
                     generation.session.reset()  # references to the task may outlive it
             except Exception:
                 _log.exception("ending a request failed")
         if isinstance(last, Chunk):
             self.counts.answered += 1
-            self._count(last)
+            self._count(task, last)
             task.tell(last)
             task.tell(None)
             return
@@ -324,10 +327,18 @@ class Scheduler:
                 self._decoder.remove(row)
                 self._decoding.pop(row, None)
 
-    def _count(self, last: Chunk) -> None:
+    def _keep(self, task: Task, session: Session) -> None:
+        """Keep a sequence's prefix, and longest what its client's sessions share."""
+        links, owner = keep_prefix(session), task.owner
+        if task.client:
+            pages = self.runtime.pages_of(owner)
+            self.clients.ended(owner, task.client, task.request.prompt, links, pages)
+
+    def _count(self, task: Task, last: Chunk) -> None:
         stats, counts = last.stats, self.counts
         if stats is None:
             return
+        self.clients.count(task.owner, task.client, stats)
         counts.prompt_tokens += stats.prompt_tokens
         counts.restored_ram_tokens += stats.restored_ram_tokens
         counts.restored_ssd_tokens += stats.restored_ssd_tokens
@@ -337,9 +348,10 @@ class Scheduler:
             counts.misses[reason] = counts.misses.get(reason, 0) + 1
 
 
-def keep_prefix(session: Session) -> None:
-    """Keep a sequence's prefix; a failure does not affect its answer."""
+def keep_prefix(session: Session) -> list[Link]:
+    """Keep a sequence's prefix, and return its pages; a failure does not affect its answer."""
     try:
-        session.finish()
+        return session.finish()
     except Exception as error:
         _log.warning("a prefix was not kept: %s", error)
+        return []

@@ -64,6 +64,7 @@ class Task:
         owner: owner of its pages.
         generation: its answer; None to make it when the request starts.
         keeps_session: whether the session of `generation` keeps its KV after the answer.
+        client: the program that asks; empty where that is not known.
     """
 
     request: Request
@@ -72,6 +73,7 @@ class Task:
     owner: str = ""
     generation: Generation | None = None
     keeps_session: bool = False
+    client: str = ""
     state: State = field(default_factory=Waiting, init=False)
 
     @property

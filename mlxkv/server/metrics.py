@@ -7,18 +7,18 @@ import dataclasses
 import hashlib
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.resources import files
 from typing import Any
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import HTMLResponse, JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from mlxkv.engine.messages import Counts, Engine
+from mlxkv.engine.messages import ClientCounts, Counts, Engine
 from mlxkv.server.config import ServerConfig
 
 _OUTCOMES = ("answered", "failed", "cancelled")
@@ -56,7 +56,12 @@ class EngineCollector(Collector):
                 tokens.add_metric([model, kind], n)
             for reason, n in counts.misses.items():
                 misses.add_metric([model, reason], n)
-        yield from (requests, tokens, misses)
+        clients = CounterMetricFamily(
+            "mlxkv_client_tokens", "Prompt tokens of a client, by kind.", labels=["client", "kind"]
+        )
+        for (client, kind), n in _client_tokens(stats.clients).items():
+            clients.add_metric([client, kind], n)
+        yield from (requests, tokens, misses, clients)
         yield GaugeMetricFamily("mlxkv_running", "Requests that are running.", stats.running)
         yield GaugeMetricFamily("mlxkv_queued", "Requests waiting in the queue.", stats.queued)
         yield CounterMetricFamily(
@@ -92,9 +97,10 @@ def router(engine: Engine, config: ServerConfig) -> APIRouter:
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
     @routes.get("/stats.json")
-    async def stats() -> Response:
-        """The same metrics as JSON, with the models in memory."""
-        shown = await run_in_threadpool(_shown, engine)  # scans the KV folder
+    async def stats(request: Request) -> Response:
+        """The same metrics as JSON, with the models in memory and the API key's clients."""
+        owner = request.state.owner
+        shown = await run_in_threadpool(_shown, engine, owner)  # scans the KV folder
         return JSONResponse(shown, headers={"Cache-Control": "no-store"})
 
     @routes.head("/", include_in_schema=False)
@@ -110,8 +116,29 @@ def _tokens(counts: Counts) -> dict[str, int]:
     return {kind: getattr(counts, f"{kind}_tokens") for kind in _TOKENS}
 
 
-def _shown(engine: Engine) -> dict[str, Any]:
-    """The metrics with their time, from which clients compute rates."""
+def _client_tokens(clients: Iterable[ClientCounts]) -> dict[tuple[str, str], int]:
+    """Tokens of each client's prompts by kind, of all owners together."""
+    found: dict[tuple[str, str], int] = {}
+    for counts in clients:
+        for kind in ("restored", "computed"):
+            key = counts.client, kind
+            found[key] = found.get(key, 0) + getattr(counts, f"{kind}_tokens")
+    return found
+
+
+def _client(counts: ClientCounts) -> dict[str, Any]:
+    shown = dataclasses.asdict(counts)
+    del shown["owner"]
+    return shown
+
+
+def _shown(engine: Engine, owner: str) -> dict[str, Any]:
+    """The metrics with their time, from which clients compute rates.
+
+    Args:
+        engine: has them.
+        owner: whose clients are shown: they come with texts of prompts.
+    """
     stats = engine.stats()
     loaded = {model.name: dataclasses.asdict(model) for model in engine.loaded()}
     for model in loaded.values():
@@ -128,6 +155,7 @@ def _shown(engine: Engine) -> dict[str, Any]:
             name: {"counts": dataclasses.asdict(counts), "loaded": loaded.get(name)}
             for name, counts in stats.models.items()
         },
+        "clients": [_client(counts) for counts in stats.clients if counts.owner == owner],
     }
 
 

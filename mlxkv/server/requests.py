@@ -11,6 +11,7 @@ from fastapi import Request as HTTPRequest
 from mlxkv.engine.messages import Ask
 from mlxkv.errors import UsageError
 from mlxkv.generation.request import Prompt, Request
+from mlxkv.server.agents.clients import client_of
 from mlxkv.server.agents.counters import without_counters
 from mlxkv.server.agents.state import split, told, written
 from mlxkv.server.agents.state_memory import StateMemory
@@ -54,7 +55,7 @@ def apply_rules(ask: Ask, config: ServerConfig, http: HTTPRequest) -> Ask:
     if _is_messages(request.prompt):
         request = request if config.strict else _without_counters(request, http)
         request = _with_state_behind(request, ask.owner, http.app.state.told)
-    return dataclasses.replace(ask, request=request)
+    return dataclasses.replace(ask, request=request, client=client_of(http))
 
 
 def _is_messages(prompt: Prompt) -> bool:

@@ -14,7 +14,8 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from mlxkv.engine.messages import Counts, EngineStats
+from mlxkv.engine.messages import ClientCounts, Counts, EngineStats, Lost
+from mlxkv.server.guard import owner_of
 from tests.support.fake_engine import MODEL, FakeEngine, serving
 
 KEY = "some-key"
@@ -135,6 +136,48 @@ def test_the_json_has_the_same_and_the_models_in_memory(url, engine):
     assert "path" not in found["models"][MODEL]["loaded"]
 
 
+AGENT = ClientCounts(
+    "", "agent", 3, 100, 60, 40, 9, 1024, [Lost("diverged", 7, "at <b>|ten", "at <b>|two", 55, 2)]
+)
+
+
+def test_clients_have_their_prompts_and_the_texts_that_cost_most(url, engine):
+    other = dataclasses.replace(AGENT, owner="x", computed_tokens=1)
+    engine.figures = dataclasses.replace(engine.stats(), clients=[AGENT, other])
+    (found,) = httpx.get(url + "/stats.json").json()["clients"]
+    assert found == {name: x for name, x in dataclasses.asdict(AGENT).items() if name != "owner"}
+    assert found["lost"][0]["prompt"] == "at <b>|two"
+    assert samples(url)["mlxkv_client_tokens_total", "agent", "computed"] == 41
+    assert samples(url)["mlxkv_client_tokens_total", "agent", "restored"] == 120
+
+
+def test_an_api_key_sees_its_own_clients_alone():
+    engine = WatchedEngine()
+    mine, others = (dataclasses.replace(AGENT, owner=owner_of(key)) for key in (KEY, "other"))
+    others.client = "theirs"
+    engine.figures = dataclasses.replace(engine.stats(), clients=[mine, others])
+    with serving(engine, api_keys=(KEY, "other")) as url:
+        found = httpx.get(url + "/stats.json", headers=AUTHORIZED).json()["clients"]
+    assert [each["client"] for each in found] == ["agent"]
+
+
+@pytest.mark.parametrize(
+    ("header", "client"),
+    [
+        ("claude-cli/2.1.332 (external, cli)", "claude-cli"),
+        ("OpenAI/Python 2.1", "OpenAI"),
+        ("curl", "curl"),
+        ("", "unknown"),
+        ('<img src="x">/1', "unknown"),
+        ("x" * 300, "unknown"),
+    ],
+)
+def test_a_client_is_the_first_product_that_it_names(url, engine, header, client):
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}
+    sent = httpx.post(url + "/v1/chat/completions", json=body, headers={"user-agent": header})
+    assert sent.status_code == 200 and engine.last.client == client
+
+
 def test_the_json_says_that_the_engine_is_dead(url, engine):
     engine.alive = False
     assert httpx.get(url + "/stats.json").json()["alive"] is False
@@ -202,6 +245,12 @@ class TestInABrowser:
         assert found.count(MODEL) == 2 and "misses: diverged" in found and "70%" in found
         assert re.search(r'<div class="weights" title="weights: 3.9 KiB" style="width: 40%', dom)
         assert "queued" in dom and "generated tokens/s" in dom
+
+    def test_the_page_shows_clients_and_where_they_lost_most(self, url, engine, tmp_path):
+        engine.figures = dataclasses.replace(engine.stats(), clients=[AGENT])
+        found = cells(shown(url + "/", tmp_path))
+        assert found.count("agent") == 2 and "60%" in found and "1,024" in found
+        assert "at &lt;b&gt;|ten" in found and "at &lt;b&gt;|two" in found
 
     def test_it_works_without_a_model(self, url, engine, tmp_path):
         engine.figures = dataclasses.replace(engine.stats(), running=0, queued=0, models={})

@@ -1,0 +1,16 @@
+"""Which program a request comes from."""
+
+from __future__ import annotations
+
+import re
+
+from fastapi import Request
+
+UNKNOWN = "unknown"
+_PRODUCT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,39}(?=[/ ]|$)")
+
+
+def client_of(request: Request) -> str:
+    """The first product of the User-Agent header, without its version: `claude-cli`."""
+    found = _PRODUCT.match(request.headers.get("user-agent", ""))
+    return found[0] if found else UNKNOWN
