@@ -13,6 +13,7 @@ import re
 from collections.abc import Sequence
 
 from mlxkv.generation.request import Message
+from mlxkv.server.agents.lines import joined_around
 
 BILLING = "system.x-anthropic-billing-header"
 TOTAL_TOKENS = "messages.total_tokens"
@@ -55,9 +56,4 @@ def _without(line: re.Pattern[str], text: str, name: str, names: dict[str, None]
     if len(pieces) == 1:
         return text
     names[name] = None
-    made = pieces[0]
-    for piece in pieces[1:]:
-        before, after = made.rstrip("\n"), piece.lstrip("\n")
-        n_breaks = max(len(made) - len(before), len(piece) - len(after))
-        made = before + "\n" * n_breaks + after if before and after else before or after
-    return made
+    return joined_around(pieces)

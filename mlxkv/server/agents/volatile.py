@@ -13,8 +13,13 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections import Counter
 from dataclasses import dataclass
 
+from mlxkv.server.agents.lines import joined_around
+
+MAX_PIECES = 64
+"""A text with more is none of an agent's head, and stays as it is."""
 _TAGS = r"env|environment(?:_context|_details)?|git_status|directory_structure"
 _DATE = r"(?:the )?(?:today.s date|(?:current|local) (?:date(?:(?: and |/)time)?|time))"
 _FOLDER = r"(?:primary |current )?(?:working directory|workspace folder|workspace directory|cwd)"
@@ -22,13 +27,15 @@ _REPOSITORY = r"is (?:(?:the |this )?directory )?a git repo(?:sitory)?|(?:git|cu
 _LINE = rf"{_DATE}|{_FOLDER}|{_REPOSITORY}".replace(" ", r"[ ]")
 _VOLATILE = re.compile(
     rf"""
-    ^[ \t]*<(?P<tag>{_TAGS})>.*?</(?P=tag)>[ \t]*$
+    ^[ \t]*<(?P<tag>{_TAGS})>(?:(?!</?(?P=tag)>).)*</(?P=tag)>[ \t]*$
     | ^(?P<git>gitStatus):.*? (?=^\#\ |^</?[a-zA-Z]|\Z)
     | ^[ \t]*(?:[-*][ \t]+)?(?P<line>{_LINE})(?::|[ ]is\b)[^\n]*$
     """,
     re.IGNORECASE | re.MULTILINE | re.DOTALL | re.VERBOSE,
 )
-_REMINDER = re.compile(r"(?<=<system-reminder>).*?(?=</system-reminder>)", re.DOTALL)
+_REMINDER = re.compile(
+    r"(?<=<system-reminder>)(?:(?!</?system-reminder>).)*(?=</system-reminder>)", re.DOTALL
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,17 +53,19 @@ class Piece:
 
 def cut(text: str) -> tuple[str, list[Piece]]:
     """A text without what is volatile, and that; a text without any stays as it is."""
-    kept, pieces, at = "", [], 0
-    for found in _VOLATILE.finditer(text):
-        between = text[at : found.start()]
-        kept = _joined(kept, between) if pieces else between
-        kind = (found["tag"] or found["git"] or found["line"]).lower()
-        n = sum(piece.kind.partition("#")[0] == kind for piece in pieces)
-        pieces.append(Piece(f"{kind}#{n}" if n else kind, found[0].strip("\n")))
-        at = found.end()
-    if not pieces:
+    found = list(itertools.islice(_VOLATILE.finditer(text), MAX_PIECES + 1))
+    if not found or len(found) > MAX_PIECES:
         return text, []
-    return _joined(kept, text[at:]).rstrip("\n"), pieces
+    stops = [0, *(match.end() for match in found)]
+    starts = [*(match.start() for match in found), len(text)]
+    kept = joined_around([text[a:b] for a, b in zip(stops, starts, strict=True)])
+    pieces: list[Piece] = []
+    numbers: Counter[str] = Counter()
+    for match in found:
+        kind = (match["tag"] or match["git"] or match["line"]).lower()
+        n, numbers[kind] = numbers[kind], numbers[kind] + 1
+        pieces.append(Piece(f"{kind}#{n}" if n else kind, match[0].strip("\n")))
+    return kept.rstrip("\n"), pieces
 
 
 def cut_reminders(text: str) -> tuple[str, list[Piece]]:
@@ -66,15 +75,9 @@ def cut_reminders(text: str) -> tuple[str, list[Piece]]:
 
     def shortened(found: re.Match[str]) -> str:
         n, (kept, some) = next(numbers), cut(found[0])
+        if len(pieces) + len(some) > MAX_PIECES:
+            return found[0]
         pieces.extend(Piece(f"reminder {n}: {piece.kind}", piece.text) for piece in some)
         return kept + "\n" if some else kept
 
     return _REMINDER.sub(shortened, text), pieces
-
-
-def _joined(before: str, after: str) -> str:
-    """Texts on either side of what was cut out, with the empty lines of one side."""
-    if not before:
-        return after.lstrip("\n")
-    head, tail = before.rstrip("\n"), after.lstrip("\n")
-    return head + "\n" * max(len(before) - len(head), len(after) - len(tail)) + tail

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -33,6 +34,7 @@ def texts(messages: Any) -> list[str]:
         ("user", "Go on.\n\n" + LEFT.format("187423"), "Go on."),
         ("user", LEFT.format("187,423") + "\nGo on.", "Go on."),
         ("user", f"One\n{LEFT.format(1)}\nTwo\n{LEFT.format(2)}\nThree", "One\nTwo\nThree"),
+        ("user", f"One\n\n{LEFT.format(1)}\n{LEFT.format(2)}\nTwo", "One\n\nTwo"),
         ("tool", "a.py\nb.py\n\n" + LEFT.format(5), "a.py\nb.py"),
     ],
 )
@@ -110,3 +112,13 @@ def test_every_api_leaves_them_out_and_says_so(server, path):
     else:
         assert prompts == [["You help.", "hi"]] * 2
         assert named == f"{BILLING}, {TOTAL_TOKENS}"
+
+
+@pytest.mark.parametrize(
+    "text", [LEFT.format(1) + "\n", "<total_tokens>" + "1 " * 99, BILL[:27], " "]
+)
+def test_the_time_for_a_text_grows_with_its_length(text):
+    long = text * ((1 << 20) // len(text))
+    started = time.process_time()
+    without_counters(system(long))
+    assert time.process_time() - started < 5

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
-from mlxkv.server.agents.volatile import Piece, cut, cut_reminders
+from mlxkv.server.agents.volatile import MAX_PIECES, Piece, cut, cut_reminders
 
 GIT = (
     "gitStatus: As it was at the start.\nCurrent branch: main\n\nStatus:\n M a.py\n\nRecent:\nabc x"
@@ -75,3 +77,24 @@ def test_of_a_users_message_only_what_the_client_has_put_there_counts():
     assert kept == f"<system-reminder>\n# Date\n\nMind it.\n</system-reminder>\n\n{date} Is it?"
     assert pieces == [Piece("reminder 1: today's date", date)]
     assert cut_reminders(f"{ENV}\nWhat is it?") == (f"{ENV}\nWhat is it?", [])
+
+
+def test_a_text_of_many_such_lines_is_none_of_an_agents_head():
+    text = "cwd: /a\n" * (MAX_PIECES + 1)
+    assert cut(text) == (text, [])
+    reminder = f"<system-reminder>\n{text}</system-reminder>"
+    assert cut_reminders(reminder) == (reminder, [])
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["<env>\n", "<system-reminder>", "gitStatus:\n# x\n", "cwd: /a\n", " \t", "- " * 50 + "\n",
+     "the the current\n", "\n"],
+)  # fmt: skip
+def test_the_time_for_a_text_grows_with_its_length(text):
+    """A client's text must not stop the server: no length costs its square."""
+    long = text * ((1 << 20) // len(text))
+    started = time.process_time()
+    cut(long)
+    cut_reminders(long)
+    assert time.process_time() - started < 5
