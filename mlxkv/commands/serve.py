@@ -73,6 +73,13 @@ def serve(
     until_input_ends: Annotated[
         bool, typer.Option("--until-input-ends", hidden=True, help="End when stdin does.")
     ] = False,
+    next_turns: Annotated[
+        bool,
+        typer.Option(
+            "--next-turns/--no-next-turns",
+            help="When idle, compute answers again as the next prompt will hold them.",
+        ),
+    ] = True,
     dtype: DType = "auto",
     context: Context = None,
     memory: Annotated[
@@ -109,6 +116,7 @@ def serve(
         keep_alive_s=keep_alive,
         max_queue=max_queue,
         max_running=max_running,
+        next_turns=next_turns,
     )
     if until_input_ends:
         _end_with_input()

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -26,6 +27,7 @@ from mlxkv.engine.clients import merged
 from mlxkv.engine.loading import ModelLoads, PendingRequest
 from mlxkv.engine.messages import Ask, Busy, Embeddings, EngineStats, Loaded
 from mlxkv.engine.model_pool import LoadedModel, ModelPool, key_of
+from mlxkv.engine.next_turn import NextTurns
 from mlxkv.engine.prompt import fit_context, prepare
 from mlxkv.engine.tasks import Task
 from mlxkv.errors import MlxkvError, UsageError
@@ -36,6 +38,8 @@ T = TypeVar("T")
 
 WAIT_S = 5.0
 """When a client may retry after the queue was full."""
+QUIET_S = 0.1
+"""How long there are no requests before next turns are computed: a tool may answer at once."""
 
 
 class ThreadedEngine:
@@ -48,6 +52,7 @@ class ThreadedEngine:
         keep_alive_s: how long a model stays after its last request; negative: for ever.
         max_queue: requests that may wait.
         max_running: requests of one model that decode at a time.
+        next_turns: compute what is known of next turns while there are no requests.
     """
 
     def __init__(
@@ -59,9 +64,13 @@ class ThreadedEngine:
         keep_alive_s: float = 300.0,
         max_queue: int = 64,
         max_running: int = 16,
+        next_turns: bool = True,
     ):
         limit_bytes = memory or device.memory_limit()
-        self._pool = ModelPool(limit_bytes, dtype, given or Given(), keep_alive_s, max_running)
+        self._pool = ModelPool(
+            limit_bytes, dtype, given or Given(), keep_alive_s, max_running, next_turns
+        )
+        self._busy_at = 0.0
         self._loads = ModelLoads(self._pool)
         self._max_queue = max_queue
         self._changed = threading.Condition()
@@ -261,8 +270,8 @@ class ThreadedEngine:
     def _turn(self) -> None:
         """Run one turn of the loop; sleep first if there is nothing to do."""
         with self._changed:
-            if not (self._is_busy() or self._loads or self._has_news()):
-                self._changed.wait(self._pool.until_next_expiry_s())
+            if not (self._has_requests() or self._has_news()):
+                self._changed.wait(self._sleep_s())
             calls, tasks = list(self._calls), list(self._inbox)
             self._calls.clear()
             self._inbox.clear()
@@ -270,15 +279,41 @@ class ThreadedEngine:
             call()
         for ask, task in tasks:
             self._hand_over(ask, task)
-        had_work = self._is_busy() or bool(self._loads)
+        had_work = self._has_requests() or self._next_turns() is not None
+        if self._has_requests():
+            self._busy_at = time.monotonic()
+            for loaded in self._pool.models():
+                loaded.scheduler.next_turns.pause()
         self._loads.proceed(lambda: self._is_busy() or self._has_news())
         self._pool.share_memory()
         for key in self._pool:
             self._step(key)
         self._pool.expire()
-        if had_work and not (self._is_busy() or self._loads):
+        if self._has_requests():
+            return
+        if (turns := self._next_turns()) is not None and self._sleep_s() == 0:
+            if not self._has_news():
+                turns.step()
+        elif had_work:
             mx.clear_cache()
             device.trim()
+
+    def _has_requests(self) -> bool:
+        """Whether any model has requests, or is being loaded for one."""
+        return self._is_busy() or bool(self._loads)
+
+    def _next_turns(self) -> NextTurns | None:
+        """Next turns to compute, of one model."""
+        found = [loaded.scheduler.next_turns for loaded in self._pool.models()]
+        return next((turns for turns in found if not turns.is_empty), None)
+
+    def _sleep_s(self) -> float | None:
+        """How long nothing is to be done unless a request comes; None: for ever."""
+        end = self._pool.until_next_expiry_s()
+        if self._next_turns() is None:
+            return end
+        quiet = max(0.0, self._busy_at + QUIET_S - time.monotonic())
+        return quiet if end is None else min(quiet, end)
 
     def _is_busy(self) -> bool:
         """Whether any model has requests."""

@@ -92,6 +92,7 @@ class Counts:
         failed: requests that ended with an error.
         cancelled: requests that the client cancelled, or left by disconnecting.
         misses: prompts that reused less KV than a cached sequence offered, by `Miss.reason`.
+        next_turn_tokens: tokens of next turns that were computed before they were asked for.
     """
 
     requests: int = 0
@@ -103,6 +104,7 @@ class Counts:
     restored_ssd_tokens: int = 0
     computed_tokens: int = 0
     generated_tokens: int = 0
+    next_turn_tokens: int = 0
     misses: dict[str, int] = field(default_factory=dict)
 
     def copy(self) -> Counts:

@@ -109,14 +109,22 @@ class ModelPool:
         given: settings of all models, see `store.settings`.
         keep_alive_s: how long a model stays after its last request; negative: for ever.
         max_running: requests of one model that decode at a time.
+        next_turns: whether next turns are computed before they are asked for.
     """
 
     def __init__(
-        self, limit_bytes: int, dtype: str, given: Given, keep_alive_s: float, max_running: int
+        self,
+        limit_bytes: int,
+        dtype: str,
+        given: Given,
+        keep_alive_s: float,
+        max_running: int,
+        next_turns: bool = False,
     ):
         self.limit_bytes = limit_bytes
         self._dtype, self._given = dtype, given
         self._keep_alive_s, self._max_running = keep_alive_s, max_running
+        self._next_turns = next_turns
         self._models: dict[str, LoadedModel] = {}
         self._loading_bytes = 0
 
@@ -161,7 +169,7 @@ class ModelPool:
             self.share_memory()
             settings = effective(path, self._given)
             runtime = yield from Runtime.loading(path, settings, self._dtype, layout)
-            scheduler = Scheduler(runtime, self._max_running)
+            scheduler = Scheduler(runtime, self._max_running, self._next_turns)
             model = LoadedModel(name, scheduler, card, digest(path), self._keep_alive_s)
         finally:
             self._loading_bytes -= n_bytes

@@ -18,10 +18,11 @@ from collections.abc import Iterator
 from mlxkv.base.device import default_chunk
 from mlxkv.engine.clients import Clients
 from mlxkv.engine.messages import Counts
+from mlxkv.engine.next_turn import NextTurns
 from mlxkv.engine.policy import Pace, PendingPrompt, next_prompt
-from mlxkv.engine.prompt import prepare, start
+from mlxkv.engine.prompt import is_messages, prepare, start
 from mlxkv.engine.runtime import Runtime
-from mlxkv.engine.tasks import Decoding, Ended, Prefilling, State, Task, Waiting
+from mlxkv.engine.tasks import Decoding, Ended, Prefilling, State, Task, Waiting, keep_prefix
 from mlxkv.errors import CheckpointError, KVCacheFull, MlxkvError
 from mlxkv.generation.decoder import Decoder, Row, RowResult
 from mlxkv.generation.generation import Generation
@@ -29,7 +30,6 @@ from mlxkv.generation.outputs import Chunk, TokenLogprobs
 from mlxkv.generation.prompt_logprobs import token_logprobs
 from mlxkv.generation.session import Session
 from mlxkv.memory.types import ALLOCATION_ERRORS, is_allocation_failure, without_trace
-from mlxkv.prefix.layout import Link
 
 _log = logging.getLogger(__name__)
 
@@ -41,12 +41,18 @@ MAX_PROMPTS = 4
 
 
 class Scheduler:
-    """A loaded model and its requests, of which `max_running` run at a time."""
+    """A loaded model and its requests, of which `max_running` run at a time.
 
-    def __init__(self, runtime: Runtime, max_running: int):
+    Attributes:
+        next_turns: what can be computed of next turns; `next_turns.step` may be called when the
+            scheduler is idle.
+    """
+
+    def __init__(self, runtime: Runtime, max_running: int, next_turns: bool = False):
         self.runtime, self.max_running = runtime, max_running
         self.counts = Counts()
         self.clients = Clients()
+        self.next_turns = NextTurns(runtime, self.counts, next_turns)
         self.waiting: deque[Task] = deque()
         self._prefilling: list[Task] = []
         self._decoding: dict[Row, Task] = {}
@@ -76,6 +82,7 @@ class Scheduler:
 
     def step(self) -> None:
         """Compute one chunk of a prompt, and one token of every answer."""
+        self.next_turns.pause()
         self._drop_cancelled()
         has_place = len(self._prefilling) < MAX_PROMPTS and self.n_sequences < self.max_running
         if self.waiting and has_place:
@@ -89,6 +96,7 @@ class Scheduler:
         """End all requests, with an error if there is one; their prefixes are kept."""
         for task in self.tasks():
             self._end(task, error)
+        self.next_turns.clear()
 
     def _drop_cancelled(self) -> None:
         for task in [task for task in self.tasks() if task.is_cancelled()]:
@@ -98,6 +106,8 @@ class Scheduler:
     def _begin(self, task: Task) -> None:
         """Render and encode a request's prompt, and start prefill."""
         self.counts.requests += 1
+        if is_messages(task.request.prompt):
+            self.next_turns.forget(task.owner, task.request.prompt)  # pyright: ignore[reportArgumentType]
         try:
             if task.generation is None:
                 prepared = prepare(self.runtime, task.request, task.owner)
@@ -299,6 +309,8 @@ class Scheduler:
                 if isinstance(last, KVCacheFull) and generation.n_generated:
                     last = generation.end("memory", last)
                 self._keep(task, generation.session)
+                if isinstance(last, Chunk):
+                    self.next_turns.add(task, generation, last)
                 if not task.keeps_session:
                     generation.session.reset()  # references to the task may outlive it
             except Exception:
@@ -346,12 +358,3 @@ class Scheduler:
         if stats.miss is not None:
             reason = stats.miss.reason
             counts.misses[reason] = counts.misses.get(reason, 0) + 1
-
-
-def keep_prefix(session: Session) -> list[Link]:
-    """Keep a sequence's prefix, and return its pages; a failure does not affect its answer."""
-    try:
-        return session.finish()
-    except Exception as error:
-        _log.warning("a prefix was not kept: %s", error)
-        return []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 
@@ -11,6 +12,10 @@ from mlxkv.generation.decoder import Row
 from mlxkv.generation.generation import Generation
 from mlxkv.generation.outputs import Chunk
 from mlxkv.generation.request import Request
+from mlxkv.generation.session import Session
+from mlxkv.prefix.layout import Link
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,3 +90,12 @@ class Task:
             case Decoding():
                 return True
         return False
+
+
+def keep_prefix(session: Session) -> list[Link]:
+    """Keep a sequence's prefix, and return its pages; a failure does not affect its answer."""
+    try:
+        return session.finish()
+    except Exception as error:
+        _log.warning("a prefix was not kept: %s", error)
+        return []

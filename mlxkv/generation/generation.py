@@ -7,13 +7,14 @@ from typing import Any
 
 from mlxkv.errors import KVCacheFull
 from mlxkv.generation.context_shift import Bound
-from mlxkv.generation.outputs import Chunk, Stats, TokenLogprobs, join_parts
+from mlxkv.generation.outputs import Chunk, Parts, Stats, TokenLogprobs, join_parts
 from mlxkv.generation.prompt_logprobs import PromptLogprobs
 from mlxkv.generation.reader import AnswerReader
 from mlxkv.generation.request import Request
 from mlxkv.generation.session import Restored, Session
 from mlxkv.generation.stats import Clock
 from mlxkv.memory.types import without_trace
+from mlxkv.parsers.events import ToolCall
 from mlxkv.sampling.grammar import Masker
 from mlxkv.sampling.sampler import Sampler
 from mlxkv.text.tokenizer import Tokenizer
@@ -60,6 +61,7 @@ class Generation:
         self._prompt: list[int] = []
         self._restored = Restored(0)
         self._scorer: PromptLogprobs | None = None
+        self._parts: list[Parts] = []
 
     @property
     def answer(self) -> list[int]:
@@ -107,6 +109,7 @@ class Generation:
         self.sequence.append(token)
         ended = token in self._tokenizer.eos_token_ids and not self.request.ignore_eos
         part = self._reader.add(token)
+        self._parts.append(part)
         if not (ended or self._reader.stopped or self.n_generated == self.limit):
             return Chunk(
                 part.text,
@@ -116,8 +119,7 @@ class Generation:
                 logprobs=logprobs,
                 **first,
             )
-        self.is_over = True
-        text, reasoning, calls = join_parts([part, self._reader.finish()])
+        text, reasoning, calls = join_parts([part, self._finish()])
         reason = "stop" if ended or self._reader.stopped else "length"
         return Chunk(
             text,
@@ -133,10 +135,10 @@ class Generation:
 
     def end(self, reason: str, error: KVCacheFull | None = None) -> Chunk:
         """A last chunk without a token: what was generated stays the caller's."""
-        self.is_over = True
+        rest = self._finish()
         if error is not None:
             error = without_trace(error)
-        text, reasoning, calls = join_parts([self._reader.finish()])
+        text, reasoning, calls = join_parts([rest])
         return Chunk(
             text,
             None,
@@ -147,6 +149,16 @@ class Generation:
             error=error,
             **self._first(),
         )
+
+    def reply(self) -> tuple[str, str, tuple[ToolCall, ...]]:
+        """Text, reasoning and calls so far, as the client has them."""
+        return join_parts(self._parts)
+
+    def _finish(self) -> Parts:
+        """End the answer with what the reader held back."""
+        self.is_over = True
+        self._parts.append(rest := self._reader.finish())
+        return rest
 
     def _first(self) -> dict[str, Any]:
         """What the first chunk says of the prompt; nothing while there is an answer."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from mlxkv.errors import OutOfMemory
 from mlxkv.memory.types import Rung
@@ -184,3 +185,21 @@ def join_parts(
         reasoning.append(part.reasoning or "")
         calls += part.tool_calls
     return "".join(text), "".join(reasoning), tuple(calls)
+
+
+def reply_message(text: str, reasoning: str, calls: Sequence[ToolCall]) -> dict[str, Any]:
+    """An answer as a message of a chat template. Calls with an error are part of its text."""
+    text += "".join(call.text for call in calls if call.error is not None)
+    message: dict[str, Any] = {"role": "assistant", "content": text}
+    if reasoning:
+        message["reasoning_content"] = reasoning
+    if sound := [call for call in calls if call.error is None]:
+        message["tool_calls"] = [
+            {
+                "id": call.id,
+                "type": "function",
+                "function": {"name": call.name, "arguments": dict(call.arguments)},
+            }
+            for call in sound
+        ]
+    return message

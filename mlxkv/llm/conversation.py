@@ -11,7 +11,7 @@ from mlxkv.engine.driver import stream
 from mlxkv.engine.prompt import Head, Prepared
 from mlxkv.engine.runtime import Runtime
 from mlxkv.errors import TemplateError, UsageError
-from mlxkv.generation.outputs import Chunk, join_parts
+from mlxkv.generation.outputs import Chunk, join_parts, reply_message
 from mlxkv.generation.reader import read_answer
 from mlxkv.generation.request import Message, Request
 from mlxkv.parsers.formats import parser_for
@@ -200,20 +200,7 @@ class Conversation:
     ) -> None:
         tokenizer = self.llm.tokenizer
         text, reasoning, calls = join_parts(shown)
-        turn: dict[str, Any] = {"role": "assistant", "content": text}
-        if reasoning:
-            turn["reasoning_content"] = reasoning
-        if sound := [call for call in calls if call.error is None]:
-            turn["tool_calls"] = [
-                {
-                    "id": call.id,
-                    "type": "function",
-                    "function": {"name": call.name, "arguments": dict(call.arguments)},
-                }
-                for call in sound
-            ]
-        turn["content"] += "".join(call.text for call in calls if call.error is not None)
-        self.turns += [user, turn]
+        self.turns += [user, reply_message(text, reasoning, calls)]
         ends = tokenizer.eos_token_ids
         answer = [c.token for c in shown if c.token is not None and c.token not in ends]
         self._answer = tokenizer.decode(answer, skip_special_tokens=False)

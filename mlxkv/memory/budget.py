@@ -160,6 +160,11 @@ class Budget:
         """Whether twice so many bytes are free: a copy must not take a step's workspace."""
         return 2 * n_bytes <= self._free(sequence) - mx.get_cache_memory()
 
+    def is_roomy(self, sequence: Consumer, n_tokens: int, n_chunk: int) -> bool:
+        """Whether a sequence can have so many tokens, and a chunk, with all else left as it is."""
+        n_new = min(n_tokens, n_chunk)
+        return self._is_roomy(sequence, n_tokens - n_new, n_new)
+
     def grant(self, sequence: Consumer, n_new: int, *, last: bool, beside: int = 0) -> Grant:
         """Decide how many of the next tokens a sequence may compute at once.
 

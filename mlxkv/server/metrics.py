@@ -22,7 +22,7 @@ from mlxkv.engine.messages import ClientCounts, Counts, Engine
 from mlxkv.server.config import ServerConfig
 
 _OUTCOMES = ("answered", "failed", "cancelled")
-_TOKENS = ("prompt", "restored_ram", "restored_ssd", "computed", "generated")
+_TOKENS = ("prompt", "restored_ram", "restored_ssd", "computed", "generated", "next_turn")
 
 
 class EngineCollector(Collector):
@@ -41,7 +41,8 @@ class EngineCollector(Collector):
         )
         tokens = CounterMetricFamily(
             "mlxkv_tokens",
-            "Tokens by kind. Prompt tokens are restored from RAM or SSD, or computed.",
+            "Tokens by kind. Prompt tokens are restored from RAM or SSD, or computed; next_turn: "
+            "computed before the prompt came.",
             labels=["model", "kind"],
         )
         misses = CounterMetricFamily(

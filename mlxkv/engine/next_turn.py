@@ -1,0 +1,217 @@
+"""The known part of a conversation's next prompt, computed while there are no requests.
+
+The KV of an answer is that of the tokens which the model wrote. The next prompt holds the answer as
+the chat template writes it: without reasoning, with calls in another notation, with white space
+trimmed. From the first token that differs on, the next turn would have to be computed while its
+client waits. So it is computed before, from the answer to where the next message begins, and kept
+as pages.
+
+Invariants:
+- Requests go first: `pause` keeps what has been computed as pages and frees the caches.
+- No memory is freed for it: it begins only where its KV and a chunk fit beside everything else.
+- At most `LIMIT` tokens are computed for an answer, and none where nothing differs.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+from mlxkv.engine.messages import Counts
+from mlxkv.engine.policy import Pace
+from mlxkv.engine.prompt import PROBES, is_messages, prepare
+from mlxkv.engine.runtime import Runtime
+from mlxkv.engine.tasks import Task, keep_prefix
+from mlxkv.errors import MlxkvError
+from mlxkv.generation.generation import Generation
+from mlxkv.generation.outputs import Chunk, reply_message
+from mlxkv.generation.request import Message, Request
+from mlxkv.generation.session import Session, n_shared
+from mlxkv.kv.types import STEP
+
+_log = logging.getLogger(__name__)
+
+LIMIT = 4096
+"""Tokens that are computed for an answer, at most."""
+MAX_WAITING = 16
+"""Answers that wait to be computed; the oldest is forgotten for another."""
+STALL_S = 0.1
+"""How long a chunk may delay a new request."""
+MIN_CHUNK = 16
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+
+
+@dataclass(eq=False, slots=True)
+class Answered:
+    """An answer whose client may ask for the next turn.
+
+    Args:
+        request: what it answers.
+        owner: owner of its pages.
+        reply: the answer as a message, with its reasoning.
+        held: prompt and answer, as far as their KV was computed.
+        context: tokens that a prompt may have.
+        tokens: the beginning of the next prompt; None until it is rendered.
+        stop: how many of them are computed.
+    """
+
+    request: Request
+    owner: str
+    reply: Message
+    held: list[int]
+    context: int
+    tokens: list[int] | None = None
+    stop: int | None = None
+
+    @classmethod
+    def of(cls, task: Task, generation: Generation, last: Chunk) -> Self | None:
+        """None where no next turn can be foreseen, or nothing of it would be kept."""
+        prompt, session = task.request.prompt, generation.session
+        if last.finish_reason != "stop" or not is_messages(prompt) or not session.gives_pages:
+            return None
+        if prompt[-1].get("role") == "assistant":  # pyright: ignore[reportAttributeAccessIssue]
+            return None  # the answer goes on from the last message and is no message of its own
+        reply, context = reply_message(*generation.reply()), generation.bound.context
+        return cls(task.request, task.owner, reply, session.tokens, context)
+
+    @property
+    def messages(self) -> Sequence[Message]:
+        """The conversation that was answered."""
+        return self.request.prompt  # pyright: ignore[reportReturnType]
+
+
+def next_messages(messages: Sequence[Message], reply: Message, probe: str) -> list[Message]:
+    """The conversation as its client will send it, with `probe` in place of what is not known.
+
+    Behind calls a result comes next, else a message of the user. The answer's reasoning is part
+    of it if earlier answers came back with theirs.
+    """
+    if not any(message.get(name) for message in messages for name in _REASONING):
+        reply = {name: value for name, value in reply.items() if name not in _REASONING}
+    following: Mapping[str, Any] = {"role": "user", "content": probe}
+    if calls := reply.get("tool_calls"):
+        name = calls[0]["function"]["name"]
+        following = {"role": "tool", "tool_call_id": calls[0]["id"], "name": name, "content": probe}
+    return [*messages, reply, following]
+
+
+def rendering(runtime: Runtime, answered: Answered) -> Generator[None, None, list[int]]:
+    """The tokens that every next prompt begins with, in two steps of about equal length.
+
+    Raises:
+        MlxkvError: the template refuses the conversation, or it is too long.
+    """
+    request, reply = answered.request, answered.reply
+    found: list[list[int]] = []
+    for probe in PROBES:
+        messages = next_messages(answered.messages, reply, probe)
+        found.append(prepare(runtime, replace(request, prompt=messages)).tokens)
+        yield
+    return found[0][: n_shared(*found)]
+
+
+class NextTurns:
+    """The answers whose next turns are to be computed, and the one that is being computed.
+
+    Args:
+        runtime: the model.
+        counts: of the model; tokens that are computed are counted there.
+        is_on: False to compute none.
+    """
+
+    def __init__(self, runtime: Runtime, counts: Counts, is_on: bool = True):
+        self._runtime, self._counts, self._is_on = runtime, counts, is_on
+        self._waiting: deque[Answered] = deque(maxlen=MAX_WAITING)
+        self._steps: Generator[None, None, None] | None = None
+        self._pace = Pace(STALL_S, MIN_CHUNK, STEP)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to compute."""
+        return not self._waiting
+
+    def add(self, task: Task, generation: Generation, last: Chunk) -> None:
+        """Note an answer that has ended; its session still holds its KV."""
+        if self._is_on and (answered := Answered.of(task, generation, last)) is not None:
+            self._waiting.append(answered)
+
+    def forget(self, owner: str, messages: Sequence[Message]) -> None:
+        """Drop the conversations that these messages go on from: the next turn is here."""
+        self.pause()
+        for answered in list(self._waiting):
+            n = len(answered.messages)
+            if answered.owner == owner and list(messages[:n]) == list(answered.messages):
+                self._waiting.remove(answered)
+
+    def step(self) -> None:
+        """Render a prompt, or compute one chunk."""
+        if self._steps is None:
+            self._steps = self._computing(self._waiting[0])
+        try:
+            next(self._steps)
+            return
+        except StopIteration:
+            pass
+        except MlxkvError as error:
+            _log.debug("a next turn was not computed: %s", error)
+        except Exception:
+            _log.exception("computing a next turn failed")
+        self._steps = None
+        self._waiting.popleft()
+
+    def pause(self) -> None:
+        """Free the caches; what has been computed is kept, and `step` goes on from there."""
+        steps, self._steps = self._steps, None
+        if steps is not None:
+            steps.close()
+
+    def clear(self) -> None:
+        """Forget all answers."""
+        self.pause()
+        self._waiting.clear()
+
+    def _computing(self, answered: Answered) -> Generator[None, None, None]:
+        if answered.tokens is None:
+            answered.tokens = yield from rendering(self._runtime, answered)
+        tokens = answered.tokens
+        shared = n_shared(answered.held, tokens)
+        if shared >= len(answered.held) or len(tokens) >= answered.context:
+            return
+        session = self._runtime.session(answered.owner)
+        try:
+            if self._runtime.budget.is_roomy(session, len(tokens), STEP):
+                yield from self._prefilling(session, answered, tokens, shared)
+        finally:
+            session.reset()
+
+    def _prefilling(
+        self, session: Session, answered: Answered, tokens: list[int], shared: int
+    ) -> Generator[None, None, None]:
+        """Compute what is not held of the tokens, and keep it, also if the generator is closed."""
+        n_restored = session.restore(tokens).n_tokens
+        yield
+        if answered.stop is None:
+            answered.stop = min(len(tokens), n_restored + LIMIT)
+        stop = answered.stop
+        if stop <= shared or stop - n_restored <= 1:
+            return
+        try:
+            steps = session.prefilling(tokens[:stop], lambda: self._pace.n_tokens)
+            yield from self._paced(session, steps)
+        finally:
+            self._counts.next_turn_tokens += session.n_held - n_restored
+            keep_prefix(session)
+
+    def _paced(self, session: Session, steps: Generator[Any, None, Any]) -> Generator[None]:
+        while True:
+            held, started = session.n_held, time.perf_counter()
+            try:
+                next(steps)
+            except StopIteration:
+                return
+            self._pace.record(session.n_held - held, time.perf_counter() - started)
+            yield
