@@ -8,12 +8,18 @@ from pathlib import Path
 
 
 def write_tiny_llama(
-    path: Path, n_layers: int = 32, hidden: int = 64, n_kv_heads: int = 2, head_dim: int = 16
+    path: Path,
+    n_layers: int = 32,
+    hidden: int = 64,
+    n_kv_heads: int = 2,
+    head_dim: int = 16,
+    n_vocab: int = 256,
+    context: int = 16384,
 ) -> Path:
     """A float32 Llama whose steps compute next to nothing: what is left is the host's time."""
     import mlx.core as mx
 
-    n_heads, intermediate, n_vocab = 2 * n_kv_heads, 2 * hidden, 256
+    n_heads, intermediate = 2 * n_kv_heads, 2 * hidden
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -24,7 +30,7 @@ def write_tiny_llama(
         "num_attention_heads": n_heads,
         "num_key_value_heads": n_kv_heads,
         "head_dim": head_dim,
-        "max_position_embeddings": 16384,
+        "max_position_embeddings": context,
         "rms_norm_eps": 1e-5,
         "rope_theta": 10000.0,
         "hidden_act": "silu",
