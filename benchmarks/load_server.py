@@ -30,13 +30,19 @@ class Server:
         model: directory of the model, which is also what requests name.
         env: of the process.
         options: further words of its command line.
+        checkout: where it is started; None for here.
 
     Attributes:
         url: where it listens.
     """
 
     def __init__(
-        self, engine: str, model: Path, env: Mapping[str, str], options: Sequence[str] = ()
+        self,
+        engine: str,
+        model: Path,
+        env: Mapping[str, str],
+        options: Sequence[str] = (),
+        checkout: Path | None = None,
     ):
         self.engine, self.model = engine, str(model)
         self._log = tempfile.NamedTemporaryFile()  # noqa: SIM115
@@ -44,6 +50,7 @@ class Server:
         self.process = subprocess.Popen(
             [*command_of(engine, self.model, port), *options],
             env=dict(env),
+            cwd=checkout,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=self._log,

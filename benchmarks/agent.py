@@ -1,0 +1,270 @@
+"""First token of an agent's turns: this checkout, an older one, and mlx-lm's server.
+
+    python -m benchmarks.agent TOKENIZER TEMPLATE --old CHECKOUT --output benchmarks/results/agent
+
+A session of the shape of a coding agent's: a system prompt and a file of some 23,000 tokens
+together, then ten turns in which the model calls a tool and the client sends the result. Every
+client sends back what it got. Each server is started anew for each run, they take turns, and the
+client waits `--rest` seconds before each result, as a tool takes time.
+
+The model is random and tiny, with a long context, and its answers are the same words in every turn:
+its layers compute as usual and add nothing, so a token alone decides which one comes next. Calls
+are written as compact JSON, which templates write with blanks. TOKENIZER is a folder with
+tokenizer.json and tokenizer_config.json that knows `<tool_call>` (Qwen3's), TEMPLATE a file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+
+from benchmarks.checkpoints import write_tiny_llama
+from benchmarks.compare import ROOT, environment
+from benchmarks.load_server import MLX_LM, MLXKV, Server
+
+N_TURNS = 10
+OLD = "before"
+ENGINES = (MLXKV, OLD, MLX_LM)
+HIDDEN = 128
+N_ARGUMENT = 60
+"""Words of a call's argument."""
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": name,
+            "description": f"Use {name} on the working tree. " * 20,
+            "parameters": {"type": "object", "properties": {"text": {"type": "array"}}},
+        },
+    }
+    for name in ("edit", "read", "run", "search", "plan", "fetch")
+]
+
+
+def answer_text(words: Sequence[str]) -> str:
+    """What the model says: some words, then a call with many."""
+    said, argument = "".join(words[:20]), "".join(words[20 : 20 + N_ARGUMENT]).strip()
+    call = json.dumps({"name": "edit", "arguments": {"text": [argument]}}, separators=(",", ":"))
+    return f"{said}<tool_call>{call}</tool_call><|im_end|>"
+
+
+def write_model(folder: Path, tokenizer: Path, template: Path, context: int) -> Path:
+    """A model that says `answer_text` behind the prompt's last token."""
+    import mlx.core as mx
+    from tokenizers import Tokenizer
+
+    backend = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
+    vocabulary = backend.get_vocab()
+    n_vocab = -(-(max(vocabulary.values()) + 1) // 64) * 64
+    path = write_tiny_llama(folder, 2, HIDDEN, 1, 32, n_vocab=n_vocab, context=context)
+    chain = successors(backend)
+    weights: Any = mx.load(str(path / "model.safetensors"))
+    embedded = np.random.RandomState(0).standard_normal((n_vocab, HIDDEN)).astype(np.float32)
+    head = np.zeros_like(embedded)
+    for token, following in chain.items():
+        head[following] += embedded[token] / np.linalg.norm(embedded[token])
+    weights["model.embed_tokens.weight"] = mx.array(embedded)
+    weights["lm_head.weight"] = mx.array(head)
+    for name in weights:
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            weights[name] = mx.zeros_like(weights[name])
+    mx.save_safetensors(str(path / "model.safetensors"), weights, metadata={"format": "mlx"})
+    config = json.loads((path / "config.json").read_text())
+    config |= {"tie_word_embeddings": False, "eos_token_id": vocabulary["<|im_end|>"]}
+    (path / "config.json").write_text(json.dumps(config))
+    backend.save(str(path / "tokenizer.json"))
+    settings = json.loads((tokenizer / "tokenizer_config.json").read_text())
+    settings |= {"chat_template": template.read_text(), "eos_token": "<|im_end|>"}
+    (path / "tokenizer_config.json").write_text(json.dumps(settings))
+    return path
+
+
+def successors(backend: Any) -> dict[int, int]:
+    """Which token follows which, from the line break that ends a prompt to the end token."""
+    vocabulary = backend.get_vocab()
+    words = [
+        token.replace("Ġ", " ")
+        for token in sorted(vocabulary)
+        if token.startswith("Ġ")
+        and token[1:].isascii()
+        and token[1:].islower()
+        and token[1:].isalpha()
+        and len(token) > 5
+    ]
+    random.Random(1).shuffle(words)
+    text = answer_text(words)
+    ids = backend.encode("\n" + text, add_special_tokens=False).ids
+    pairs: dict[int, int] = {}
+    for token, following in itertools.pairwise(ids):
+        if pairs.setdefault(token, following) != following:
+            raise SystemExit(f"the answer has a token twice: {backend.id_to_token(token)!r}")
+    return pairs
+
+
+def lines(seed: int, n: int) -> str:
+    """Lines of a program, about 20 tokens each."""
+    pick = random.Random(seed)
+    names = ("order", "queue", "limit", "reader", "stream", "window", "config", "result")
+    made = []
+    for i in range(n):
+        a, b = pick.choice(names), pick.choice(names)
+        made.append(f"    {a}_{i} = self.{b}.{a}(item[{i % 7}], {b}=None)  # {a}")
+    return "\n".join(made)
+
+
+@dataclass(slots=True)
+class Turn:
+    """One turn, as the client sees it."""
+
+    first_s: float
+    total_s: float
+    prompt: int
+    cached: int | None
+
+
+def ask(client: httpx.Client, model: str, messages: Sequence[Any]) -> tuple[Turn, dict[str, Any]]:
+    """Send a request; its figures, and the answer as a message."""
+    body = {
+        "model": model,
+        "messages": messages,
+        "tools": TOOLS,
+        "max_tokens": 400,
+        "temperature": 0.0,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    usage, first = {}, None
+    text, call, arguments = "", {}, ""
+    start = time.perf_counter()
+    with client.stream("POST", "/v1/chat/completions", json=body) as response:
+        response.raise_for_status()
+        for line in response.iter_lines():
+            if not line.startswith("data: ") or line == "data: [DONE]":
+                continue
+            event = json.loads(line.removeprefix("data: "))
+            usage = event.get("usage") or usage
+            for choice in event["choices"]:
+                delta = choice.get("delta", {})
+                if first is None and (delta.get("content") or delta.get("tool_calls")):
+                    first = time.perf_counter() - start
+                text += delta.get("content") or ""
+                for piece in delta.get("tool_calls") or ():
+                    call = call or piece
+                    arguments += piece["function"].get("arguments") or ""
+    total = time.perf_counter() - start
+    if first is None or not call:
+        raise SystemExit(f"no call in the answer: {text[:200]!r}")
+    function = {"name": call["function"]["name"], "arguments": arguments}
+    made = {"id": call.get("id") or "call_1", "type": "function", "function": function}
+    cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
+    turn = Turn(first, total, usage.get("prompt_tokens", 0), cached)
+    return turn, {"role": "assistant", "content": text, "tool_calls": [made]}
+
+
+def session(url: str, model: str, n_lines: int, rest_s: float) -> list[Turn]:
+    """All turns of one session."""
+    messages: list[Any] = [
+        {"role": "system", "content": "You change programs.\n" + lines(0, n_lines)},
+        {"role": "user", "content": "Rename the queue.\n" + lines(1, 20)},
+    ]
+    turns = []
+    with httpx.Client(base_url=url, timeout=None, trust_env=False) as client:
+        for i in range(N_TURNS):
+            turn, reply = ask(client, model, messages)
+            turns.append(turn)
+            result = {"role": "tool", "tool_call_id": reply["tool_calls"][0]["id"]}
+            messages += [reply, {**result, "content": f"changed {i}\n" + lines(2 + i, 10)}]
+            time.sleep(rest_s)
+    return turns
+
+
+def run(engine: str, model: Path, env: dict[str, str], args: argparse.Namespace) -> list[Turn]:
+    """One session with a server of its own."""
+    checkout = args.old.resolve() if engine == OLD else ROOT
+    kind = MLX_LM if engine == MLX_LM else MLXKV
+    options = ["--prefill-step-size=256"] if kind == MLX_LM else ["--dtype=float32"]
+    with tempfile.TemporaryDirectory() as pages:
+        env = env | {"MLXKV_KV": pages, "PYTHONPATH": str(checkout)}
+        with Server(kind, model, env, options, checkout) as server:
+            with httpx.Client(base_url=server.url, timeout=None, trust_env=False) as client:
+                warm = [{"role": "user", "content": "Hello.\n" + lines(99, 30)}]
+                ask(client, server.model, warm)
+            return session(server.url, server.model, args.lines, args.rest)
+
+
+def table(runs: dict[str, list[list[Turn]]]) -> str:
+    """First token of turns 2 to 10: medians, and ratios of the medians of each round."""
+    made = ["| | first token, ms | range | computed a turn | prompt 10 |", "|---|--:|--:|--:|--:|"]
+    for engine, sessions in runs.items():
+        later = [turn for turns in sessions for turn in turns[1:]]
+        times = [1e3 * turn.first_s for turn in later]
+        known = [turn.prompt - turn.cached for turn in later if turn.cached is not None]
+        computed = f"{statistics.median(known):,.0f}" if known else ""
+        made.append(
+            f"| {engine} | {statistics.median(times):.1f} | {min(times):.1f}-{max(times):.1f} "
+            f"| {computed} | {later[-1].prompt:,} |"
+        )
+    own = [middle(turns) for turns in runs[MLXKV]]
+    for engine, sessions in runs.items():
+        if engine != MLXKV:
+            ratios = sorted(a / middle(b) for a, b in zip(own, sessions, strict=True))
+            shown = f"{ratios[0]:.3f}-{ratios[-1]:.3f}"
+            made.append(f"| ratio to {engine} | {statistics.median(ratios):.3f} | {shown} | | |")
+    return "\n".join(made) + "\n"
+
+
+def middle(turns: Sequence[Turn]) -> float:
+    """The median first token of turns 2 to 10."""
+    return statistics.median(turn.first_s for turn in turns[1:])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("tokenizer", type=Path)
+    parser.add_argument("template", type=Path)
+    parser.add_argument("--old", type=Path, help="a checkout to compare with")
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--rest", type=float, default=0.5, help="seconds that a tool takes")
+    parser.add_argument("--lines", type=int, default=850, help="of the file in the system prompt")
+    parser.add_argument("--context", type=int, default=131072)
+    parser.add_argument("--output", type=Path, help="where to write NAME.json and NAME.md")
+    parser.add_argument("--blas", default="openblas")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    args = parser.parse_args()
+    engines = [engine for engine in ENGINES if engine != OLD or args.old is not None]
+    runs: dict[str, list[list[Turn]]] = {engine: [] for engine in engines}
+    env = environment(args)
+    with tempfile.TemporaryDirectory() as folder:
+        model = write_model(Path(folder, "model"), args.tokenizer, args.template, args.context)
+        for index in range(args.runs):
+            for engine in engines[index % len(engines) :] + engines[: index % len(engines)]:
+                runs[engine].append(run(engine, model, env, args))
+                shown = [f"{1e3 * turn.first_s:.0f}" for turn in runs[engine][-1]]
+                print(engine, *shown, "ms", flush=True)
+    print(table(runs))
+    if args.output is not None:
+        raw = {
+            engine: [
+                [[t.first_s, t.total_s, t.prompt, t.cached] for t in turns] for turns in sessions
+            ]
+            for engine, sessions in runs.items()
+        }
+        args.output.with_suffix(".json").write_text(json.dumps(raw) + "\n", encoding="utf-8")
+        args.output.with_suffix(".md").write_text(table(runs), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
