@@ -104,8 +104,8 @@ class Counts:
     restored_ssd_tokens: int = 0
     computed_tokens: int = 0
     generated_tokens: int = 0
-    next_turn_tokens: int = 0
     misses: dict[str, int] = field(default_factory=dict)
+    next_turn_tokens: int = 0
 
     def copy(self) -> Counts:
         """A snapshot."""

@@ -73,7 +73,7 @@ def samples(url: str) -> dict[tuple[str, ...], float]:
 def test_metrics_are_the_engines_figures(url, engine):
     stats = engine.stats()
     counts = stats.models[MODEL]
-    tokens = ("prompt", "restored_ram", "restored_ssd", "computed", "generated")
+    tokens = ("prompt", "restored_ram", "restored_ssd", "computed", "generated", "next_turn")
     expected: dict[tuple[str, ...], float] = {
         ("mlxkv_running",): stats.running,
         ("mlxkv_queued",): stats.queued,
