@@ -21,10 +21,11 @@ import json
 import os
 import random
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ from benchmarks.load_server import MLX_LM, MLXKV, Server
 N_TURNS = 10
 OLD = "before"
 ENGINES = (MLXKV, OLD, MLX_LM)
-HIDDEN = 128
+HIDDEN = 64
 N_ARGUMENT = 60
 """Words of a call's argument."""
 TOOLS = [
@@ -127,18 +128,29 @@ def lines(seed: int, n: int) -> str:
 
 @dataclass(slots=True)
 class Turn:
-    """One turn, as the client sees it."""
+    """One turn, as the client sees it.
+
+    Args:
+        first_s: to the first token.
+        cpu_s: that the server's threads computed until then.
+        total_s: to the end.
+        prompt: its tokens.
+        cached: those that were restored; None where the server does not tell.
+    """
 
     first_s: float
+    cpu_s: float
     total_s: float
     prompt: int
     cached: int | None
 
 
-def ask(client: httpx.Client, model: str, messages: Sequence[Any]) -> tuple[Turn, dict[str, Any]]:
+def ask(
+    client: httpx.Client, server: Server, messages: Sequence[Any]
+) -> tuple[Turn, dict[str, Any]]:
     """Send a request; its figures, and the answer as a message."""
     body = {
-        "model": model,
+        "model": server.model,
         "messages": messages,
         "tools": TOOLS,
         "max_tokens": 400,
@@ -146,7 +158,7 @@ def ask(client: httpx.Client, model: str, messages: Sequence[Any]) -> tuple[Turn
         "stream": True,
         "stream_options": {"include_usage": True},
     }
-    usage, first = {}, None
+    usage, first, cpu = {}, None, server.cpu_s
     text, call, arguments = "", {}, ""
     start = time.perf_counter()
     with client.stream("POST", "/v1/chat/completions", json=body) as response:
@@ -159,7 +171,7 @@ def ask(client: httpx.Client, model: str, messages: Sequence[Any]) -> tuple[Turn
             for choice in event["choices"]:
                 delta = choice.get("delta", {})
                 if first is None and (delta.get("content") or delta.get("tool_calls")):
-                    first = time.perf_counter() - start
+                    first, cpu = time.perf_counter() - start, server.cpu_s - cpu
                 text += delta.get("content") or ""
                 for piece in delta.get("tool_calls") or ():
                     call = call or piece
@@ -170,24 +182,24 @@ def ask(client: httpx.Client, model: str, messages: Sequence[Any]) -> tuple[Turn
     function = {"name": call["function"]["name"], "arguments": arguments}
     made = {"id": call.get("id") or "call_1", "type": "function", "function": function}
     cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
-    turn = Turn(first, total, usage.get("prompt_tokens", 0), cached)
+    turn = Turn(first, cpu, total, usage.get("prompt_tokens", 0), cached)
     return turn, {"role": "assistant", "content": text, "tool_calls": [made]}
 
 
-def session(url: str, model: str, n_lines: int, rest_s: float) -> list[Turn]:
+def session(client: httpx.Client, server: Server, n_lines: int, rest_s: float) -> list[Turn]:
     """All turns of one session."""
     messages: list[Any] = [
         {"role": "system", "content": "You change programs.\n" + lines(0, n_lines)},
         {"role": "user", "content": "Rename the queue.\n" + lines(1, 20)},
     ]
     turns = []
-    with httpx.Client(base_url=url, timeout=None, trust_env=False) as client:
-        for i in range(N_TURNS):
-            turn, reply = ask(client, model, messages)
-            turns.append(turn)
-            result = {"role": "tool", "tool_call_id": reply["tool_calls"][0]["id"]}
-            messages += [reply, {**result, "content": f"changed {i}\n" + lines(2 + i, 10)}]
-            time.sleep(rest_s)
+    for i in range(N_TURNS):
+        turn, reply = ask(client, server, messages)
+        turns.append(turn)
+        print(server.engine, i + 1, turn, file=sys.stderr, flush=True)
+        result = {"role": "tool", "tool_call_id": reply["tool_calls"][0]["id"]}
+        messages += [reply, {**result, "content": f"changed {i}\n" + lines(2 + i, 10)}]
+        time.sleep(rest_s)
     return turns
 
 
@@ -198,37 +210,46 @@ def run(engine: str, model: Path, env: dict[str, str], args: argparse.Namespace)
     options = ["--prefill-step-size=256"] if kind == MLX_LM else ["--dtype=float32"]
     with tempfile.TemporaryDirectory() as pages:
         env = env | {"MLXKV_KV": pages, "PYTHONPATH": str(checkout)}
-        with Server(kind, model, env, options, checkout) as server:
-            with httpx.Client(base_url=server.url, timeout=None, trust_env=False) as client:
-                warm = [{"role": "user", "content": "Hello.\n" + lines(99, 30)}]
-                ask(client, server.model, warm)
-            return session(server.url, server.model, args.lines, args.rest)
+        with (
+            Server(kind, model, env, options, checkout) as server,
+            httpx.Client(base_url=server.url, timeout=None, trust_env=False) as client,
+        ):
+            warm = [{"role": "user", "content": "Hello.\n" + lines(99, 30)}]
+            ask(client, server, warm)
+            return session(client, server, args.lines, args.rest)
 
 
 def table(runs: dict[str, list[list[Turn]]]) -> str:
     """First token of turns 2 to 10: medians, and ratios of the medians of each round."""
-    made = ["| | first token, ms | range | computed a turn | prompt 10 |", "|---|--:|--:|--:|--:|"]
+    made = [
+        "| | first token, ms | range | CPU until then, ms | computed a turn | prompt 10 |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
     for engine, sessions in runs.items():
         later = [turn for turns in sessions for turn in turns[1:]]
         times = [1e3 * turn.first_s for turn in later]
+        cpu = statistics.median(1e3 * turn.cpu_s for turn in later)
         known = [turn.prompt - turn.cached for turn in later if turn.cached is not None]
         computed = f"{statistics.median(known):,.0f}" if known else ""
         made.append(
             f"| {engine} | {statistics.median(times):.1f} | {min(times):.1f}-{max(times):.1f} "
-            f"| {computed} | {later[-1].prompt:,} |"
+            f"| {cpu:.0f} | {computed} | {later[-1].prompt:,} |"
         )
-    own = [middle(turns) for turns in runs[MLXKV]]
     for engine, sessions in runs.items():
         if engine != MLXKV:
-            ratios = sorted(a / middle(b) for a, b in zip(own, sessions, strict=True))
-            shown = f"{ratios[0]:.3f}-{ratios[-1]:.3f}"
-            made.append(f"| ratio to {engine} | {statistics.median(ratios):.3f} | {shown} | | |")
+            pairs = list(zip(runs[MLXKV], sessions, strict=True))
+            wall = sorted(middle(a, "first_s") / middle(b, "first_s") for a, b in pairs)
+            cpu = statistics.median(middle(a, "cpu_s") / middle(b, "cpu_s") for a, b in pairs)
+            shown = f"{wall[0]:.3f}-{wall[-1]:.3f}"
+            made.append(
+                f"| ratio to {engine} | {statistics.median(wall):.3f} | {shown} | {cpu:.3f} | | |"
+            )
     return "\n".join(made) + "\n"
 
 
-def middle(turns: Sequence[Turn]) -> float:
-    """The median first token of turns 2 to 10."""
-    return statistics.median(turn.first_s for turn in turns[1:])
+def middle(turns: Sequence[Turn], name: str) -> float:
+    """The median of turns 2 to 10."""
+    return statistics.median(getattr(turn, name) for turn in turns[1:])
 
 
 def main() -> None:
@@ -252,14 +273,10 @@ def main() -> None:
         for index in range(args.runs):
             for engine in engines[index % len(engines) :] + engines[: index % len(engines)]:
                 runs[engine].append(run(engine, model, env, args))
-                shown = [f"{1e3 * turn.first_s:.0f}" for turn in runs[engine][-1]]
-                print(engine, *shown, "ms", flush=True)
     print(table(runs))
     if args.output is not None:
         raw = {
-            engine: [
-                [[t.first_s, t.total_s, t.prompt, t.cached] for t in turns] for turns in sessions
-            ]
+            engine: [[list(astuple(turn)) for turn in turns] for turns in sessions]
             for engine, sessions in runs.items()
         }
         args.output.with_suffix(".json").write_text(json.dumps(raw) + "\n", encoding="utf-8")

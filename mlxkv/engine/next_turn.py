@@ -99,17 +99,22 @@ def next_messages(messages: Sequence[Message], reply: Message, probe: str) -> li
     return [*messages, reply, following]
 
 
-def rendering(runtime: Runtime, answered: Answered) -> Generator[None, None, list[int]]:
+def rendering(runtime: Runtime, answered: Answered) -> Generator[None, None, list[int] | None]:
     """The tokens that every next prompt begins with, in two steps of about equal length.
+
+    Returns:
+        None where a next prompt goes on from what is held.
 
     Raises:
         MlxkvError: the template refuses the conversation, or it is too long.
     """
-    request, reply = answered.request, answered.reply
+    request, held = answered.request, answered.held
     found: list[list[int]] = []
     for probe in PROBES:
-        messages = next_messages(answered.messages, reply, probe)
+        messages = next_messages(answered.messages, answered.reply, probe)
         found.append(prepare(runtime, replace(request, prompt=messages)).tokens)
+        if n_shared(held, found[0]) == len(held):
+            return None
         yield
     return found[0][: n_shared(*found)]
 
@@ -178,9 +183,9 @@ class NextTurns:
         if answered.tokens is None:
             answered.tokens = yield from rendering(self._runtime, answered)
         tokens = answered.tokens
-        shared = n_shared(answered.held, tokens)
-        if shared >= len(answered.held) or len(tokens) >= answered.context:
+        if tokens is None or len(tokens) >= answered.context:
             return
+        shared = n_shared(answered.held, tokens)
         session = self._runtime.session(answered.owner)
         try:
             if self._runtime.budget.is_roomy(session, len(tokens), STEP):
