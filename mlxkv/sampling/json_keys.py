@@ -45,7 +45,8 @@ class Keys:
 
     def __init__(self, quoting: Mapping[int, bytes], resets: frozenset[int] = frozenset()):
         self._quoting, self._resets = quoting, resets
-        self._n_quotes = {token: data.count(b'"') for token, data in quoting.items()}
+        self._ids = np.array([*quoting], np.int64)
+        self._n_quotes = np.array([data.count(b'"') for data in quoting.values()], np.int64)
         self._place: _Place = _Place()
 
     def advance(self, token: int, data: bytes) -> None:
@@ -57,14 +58,10 @@ class Keys:
         place = self._place
         n_needed = 2 if place.string is None else 1 if place.at_key else 3
         n_needed += 0 if _has_keys(place) else 2
-        repeats = [
-            token
-            for token, n in self._n_quotes.items()
-            if n >= n_needed
-            and token < len(allowed)
-            and allowed[token]
-            and _after(place, self._quoting[token])[1]
-        ]
+        able = (self._n_quotes >= n_needed) & (self._ids < len(allowed))
+        ids = self._ids[able]
+        ids = ids[allowed[ids].astype(bool)].tolist()
+        repeats = [token for token in ids if _repeats(place, self._quoting[token])]
         if not repeats:
             return allowed
         left = allowed.copy()
@@ -78,6 +75,16 @@ def _has_keys(place: _Place | None) -> bool:
             return True
         place = place.around
     return False
+
+
+def _repeats(place: _Place, data: bytes) -> bool:
+    """Whether these bytes bring a key that the object has."""
+    if place.string is not None and place.at_key and not place.is_escaped:
+        end, n = data.find(b'"'), data.count(b'"')
+        rest = place.string + data[:end]
+        if n < 3 and b"\\" not in rest:  # it ends one key, as it is written
+            return rest.decode(errors="replace") in (place.keys or ())
+    return _after(place, data)[1]
 
 
 def _after(place: _Place, data: bytes) -> tuple[_Place, bool]:

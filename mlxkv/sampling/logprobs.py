@@ -62,7 +62,9 @@ def tell(
     logits, ids = rows_of(logits, rows), rows_of(tokens, rows)[:, None].astype(mx.uint32)
     V = logits.shape[-1]
     n_top = min(max(wanted.values()), V)
-    if n_top:
+    if n_top == 1:
+        ids = mx.concatenate([ids, mx.argmax(logits, axis=-1, keepdims=True)], axis=-1)
+    elif n_top:
         top = mx.argpartition(logits, kth=V - n_top, axis=-1)[:, V - n_top :]
         ids = mx.concatenate([ids, top], axis=-1)
     if normalizer is None:
