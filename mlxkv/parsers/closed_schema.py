@@ -9,7 +9,7 @@
   `unevaluatedProperties: false`: closing each part by itself would allow nothing.
 - An object without `properties` stays open.
 - Keywords that ask for nothing are dropped: `propertyNames: {"type": "string"}`, an unknown
-  `format`, `if` without `then` and `else`.
+  `format`, `if` without `then` and `else`. Names from an enum or of a pattern become properties.
 """
 
 from __future__ import annotations
@@ -235,8 +235,8 @@ def _meaningful(schema: Mapping[str, Any]) -> dict[str, Any]:
     has_parts = {"$ref", *_IN_PLACE, "additionalProperties"} & found.keys()
     if "unevaluatedProperties" in found and not has_parts:
         found["additionalProperties"] = found.pop("unevaluatedProperties")
-    if "propertyNames" in found and _is_any_name(found["propertyNames"]):
-        del found["propertyNames"]
+    if "propertyNames" in found:
+        _name_properties(found)
     if found.get("format") not in FORMATS:
         found.pop("format", None)
     if not {"then", "else"} & found.keys():
@@ -250,6 +250,30 @@ def _meaningful(schema: Mapping[str, Any]) -> dict[str, Any]:
     if not str(found.get("$schema", "")).startswith(_DIALECTS):
         found.pop("$schema", None)
     return found
+
+
+def _name_properties(schema: dict[str, Any]) -> None:
+    """Say what `propertyNames` says with keywords that grammars have, where those can.
+
+    zod writes a record with an enum's keys so.
+    """
+    names = schema["propertyNames"]
+    if _is_any_name(names):
+        del schema["propertyNames"]
+        return
+    others = {"properties", "patternProperties", "$ref", *_IN_PLACE} & schema.keys()
+    if others or not isinstance(names, Mapping) or names.get("type", "string") != "string":
+        return
+    said, value = names.keys() - _ANNOTATIONS - {"type"}, schema.get("additionalProperties", True)
+    allowed = names.get("enum", [names.get("const")])
+    if said in ({"enum"}, {"const"}) and all(isinstance(name, str) for name in _listed(allowed)):
+        schema["properties"] = dict.fromkeys(_listed(allowed), value)
+    elif said == {"pattern"}:
+        schema["patternProperties"] = {names["pattern"]: value}
+    else:
+        return
+    schema["additionalProperties"] = False
+    del schema["propertyNames"]
 
 
 def _is_any_name(schema: Any) -> bool:

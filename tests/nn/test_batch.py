@@ -24,7 +24,7 @@ from mlxkv.kv.layout import Cache, Positions
 from mlxkv.kv.types import KV_TYPES
 from mlxkv.models import family_for
 from mlxkv.nn.batch import batch
-from mlxkv.nn.model import CausalLM
+from mlxkv.nn.model import POSITIONS, CausalLM
 from mlxkv.nn.rope import RoPE
 from tests.families.oracle.case import LONG
 from tests.families.oracle.cases import CASES, Case
@@ -238,6 +238,14 @@ def test_definitions_of_mlx_lm_say_that_they_take_tokens_only(borrowed):
     for part in (borrowed.embed, borrowed.hidden, borrowed.logits):
         with pytest.raises(UnsupportedModel, match=f"{borrowed.config.model_type} takes tokens"):
             part(x)
+
+
+def test_definitions_of_mlx_lm_give_the_logits_of_each_position(borrowed):
+    tokens = mx.random.randint(0, 96, (1, 2 * POSITIONS + 7))
+    parts = list(borrowed.position_logits(tokens, make_caches(borrowed)))
+    assert [part.shape[0] for part in parts] == [POSITIONS, POSITIONS, 7]
+    whole = borrowed(tokens, make_caches(borrowed))[0]
+    assert mx.allclose(mx.concatenate(parts), whole, atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.filterwarnings("ignore")

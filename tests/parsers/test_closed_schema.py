@@ -106,6 +106,35 @@ def test_a_schema_that_says_what_else_there_is_stays_as_it_is(schema):
     assert closed(schema) == schema
 
 
+def test_names_from_an_enum_or_of_a_pattern_are_properties():
+    record = {"type": "object", "additionalProperties": A}
+    names = {"type": "string", "enum": ["x", "y"]}
+    shut = {**A, "additionalProperties": False}
+    assert closed({**record, "propertyNames": names, "required": ["x"]}) == {
+        "type": "object",
+        "properties": {"x": shut, "y": shut},
+        "required": ["x"],
+        "additionalProperties": False,
+    }
+    assert closed({"type": "object", "propertyNames": {"const": "x"}})["properties"] == {"x": True}
+    assert closed({**record, "propertyNames": {"pattern": "^a"}}) == {
+        "type": "object",
+        "patternProperties": {"^a": shut},
+        "additionalProperties": False,
+    }
+
+
+def test_a_record_of_named_keys_is_written_so():
+    names = {"type": "string", "enum": ["left", "right"]}
+    schema = {"type": "object", "propertyNames": names, "required": ["left", "right"],
+              "additionalProperties": {"enum": [1, 2]}}  # fmt: skip
+    masker = MASKERS["byte_level"].masker(Grammar("json_schema", json.dumps(schema)))
+    value = json.loads(
+        text_of(TOKENIZERS["byte_level"], wander(TOKENIZERS["byte_level"], masker, 0))
+    )
+    assert value.keys() == {"left", "right"} and set(value.values()) <= {1, 2}
+
+
 def test_values_within_open_objects_are_closed():
     shut = closed({"type": "object", "additionalProperties": {"type": "array", "items": A}})
     assert shut["additionalProperties"]["items"]["additionalProperties"] is False
@@ -139,7 +168,9 @@ def test_keywords_that_say_nothing_are_dropped(more):
 @pytest.mark.parametrize(
     "more",
     [
-        {"propertyNames": {"pattern": "^a"}},
+        {"propertyNames": {"minLength": 2}},
+        {"propertyNames": {"enum": ["a", 1]}},
+        {"propertyNames": {"enum": ["a"]}, "properties": {"b": {}}},
         {"propertyNames": False},
         {"propertyNames": {"type": "integer"}},
         {"uniqueItems": True},
