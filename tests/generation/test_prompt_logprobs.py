@@ -121,6 +121,38 @@ def test_how_many_has_bounds(llm, value):
         llm.generate(QUESTION, prompt_logprobs=value)
 
 
+@pytest.mark.parametrize("at", [0, 1, 3])
+def test_a_prompt_that_starts_over_has_all_of_them(llm, short_chunks, monkeypatch, at):
+    take, calls = PromptLogprobs._take, []
+
+    def failing(self, rows, position):
+        calls.append(position)
+        if len(calls) == at + 1:
+            raise RuntimeError("[malloc] Unable to allocate 4096 bytes.")
+        take(self, rows, position)
+
+    monkeypatch.setattr(PromptLogprobs, "_take", failing)
+    answer = llm.generate(QUESTION, max_tokens=1, prompt_logprobs=1)
+    assert len(calls) > at + 1 and answer.stats.rungs
+    check(llm, answer, llm.encode(QUESTION), 1)
+
+
+def test_a_step_of_logits_is_asked_of_the_budget(llm, monkeypatch):
+    asked = []
+    grant = llm.budget.grant
+
+    def noting(sequence, n_new, **options):
+        asked.append(options["beside"])
+        return grant(sequence, n_new, **options)
+
+    monkeypatch.setattr(llm.budget, "grant", noting)
+    llm.generate(QUESTION, max_tokens=1, prompt_logprobs=1)
+    assert asked[0] >= POSITIONS * llm.config.vocab_size * 4
+    asked.clear()
+    llm.generate(QUESTION[::-1], max_tokens=1)
+    assert asked[0] == 0
+
+
 def known(tokens: Sequence[int], n_top: int = 0) -> PromptLogprobs:
     made = PromptLogprobs(tokens, n_top)
     made.n_known = len(tokens)
