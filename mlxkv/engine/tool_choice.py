@@ -59,6 +59,8 @@ def without_calls(runtime: Runtime, request: Request, sampling: SamplingParams) 
     opener = call_opener(runtime.tokenizer)
     if request.callable != () or not request.tools or opener is None:
         return sampling
+    if opener >= runtime.config.vocab_size:
+        return sampling  # no logit has its number
     return replace(sampling, logit_bias={**(sampling.logit_bias or {}), opener: _NEVER})
 
 

@@ -26,6 +26,8 @@ FORMATS = frozenset({
     "uuid",
 })  # fmt: skip
 """Formats of strings that are kept; others are annotations."""
+_MAX_PARTS = 100_000
+"""Parts of objects that are looked at for their properties."""
 _OF_NAMES = ("properties", "patternProperties", "$defs", "definitions")
 _OF_ONE = ("items", "additionalItems", "additionalProperties", "contains")
 _IN_PLACE = ("allOf", "anyOf", "oneOf")
@@ -39,7 +41,7 @@ def closed(schema: Any) -> Any:
     What is no JSON schema is left for the grammar to refuse.
 
     Raises:
-        UsageError: it nests too deeply.
+        UsageError: it nests too deeply, or is too complex.
     """
     try:
         return _Closing(schema).document()
@@ -76,6 +78,7 @@ class _Closing:
         self._root = root
         self._schemas = Schemas(root)
         self._copies: dict[str, Any] = {}
+        self._n_parts = 0
         self._names_of: dict[tuple[str, bool], str] = {}
 
     def document(self) -> Any:
@@ -157,15 +160,17 @@ class _Closing:
         except UsageError:
             return None
 
-    def _names(
-        self, schema: Any, but: str | None = None, seen: frozenset[str] = frozenset()
-    ) -> _Names:
+    def _names(self, schema: Any, but: str | None = None, seen: set[str] | None = None) -> _Names:
         """What a schema's parts say of one object's properties.
 
         Args:
             but: a keyword that is left out.
-            seen: references that led here.
+            seen: references that are looked at already.
         """
+        seen = set() if seen is None else seen
+        self._n_parts += 1
+        if self._n_parts > _MAX_PARTS:
+            raise UsageError("the JSON schema is too complex")
         if not isinstance(schema, Mapping):
             return _Names()
         properties, required = schema.get("properties"), schema.get("required")
@@ -175,7 +180,8 @@ class _Closing:
         names = _Names(tuple(own), is_named, _is_settled(schema))
         reference = schema.get("$ref")
         if isinstance(reference, str) and reference not in seen:
-            names |= self._names(self._target(reference), seen=seen | {reference})
+            seen.add(reference)
+            names |= self._names(self._target(reference), seen=seen)
         for key in _IN_PLACE:
             for part in () if key == but else _listed(schema.get(key)):
                 names |= self._names(part, seen=seen)

@@ -192,6 +192,20 @@ def test_what_is_no_schema_is_left_for_the_grammar_to_refuse(schema):
     closed(schema)
 
 
+def test_references_that_fork_at_each_step_are_looked_at_once():
+    n = 60
+    steps = {f"s{i}": {"allOf": [{"$ref": f"#/$defs/s{i + 1}"}] * 2} for i in range(n)}
+    shut = closed({"$ref": "#/$defs/s0", "$defs": {**steps, f"s{n}": A}})
+    assert shut["$defs"][f"s{n}"]["additionalProperties"] is False
+
+
+def test_a_schema_that_is_too_complex_is_the_users_error():
+    parts = [{"$ref": f"#/$defs/p{i}"} for i in range(400)]
+    defs = {f"p{i}": {"allOf": parts} for i in range(400)}
+    with pytest.raises(UsageError, match=r"complex|deeply"):
+        closed({"allOf": parts, "$defs": defs})
+
+
 def test_a_schema_that_nests_too_deeply_is_the_users_error():
     schema: dict[str, Any] = {}
     for _ in range(5000):
