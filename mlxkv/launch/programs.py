@@ -121,8 +121,9 @@ def _claude(to: Target) -> Call:
             **dict.fromkeys(names, to.model),
         },
         {
-            # Read for models that are not called claude-...; compaction goes by it.
+            # Compaction goes by the first; by the second, from 100,000 on, for names like claude-*.
             "CLAUDE_CODE_MAX_CONTEXT_TOKENS": str(to.context),
+            "CLAUDE_CODE_AUTO_COMPACT_WINDOW": str(to.context),
             "CLAUDE_CODE_MAX_OUTPUT_TOKENS": str(to.output),
             # A line at the head of the system prompt that changes with every request.
             "CLAUDE_CODE_ATTRIBUTION_HEADER": "0",
