@@ -185,11 +185,11 @@ def plan_tensor(
 
     `default_dtype`: of plain values without `--dtype`; None keeps each tensor's own.
     """
-    packed, wanted, note = tensor.packed, options.quantization, ""
+    own, wanted, note = tensor.quantization, options.quantization, ""
     if options.dense:
         target = None
     elif wanted is None:
-        target = packed
+        target = own
     elif must_stay_precise(tensor.name, tensor.shape):
         target = None
     else:
@@ -198,12 +198,12 @@ def plan_tensor(
         target = wanted if fits(wanted, tensor.shape) else None
         if target is None:
             note = f"{tensor.shape[-1]} columns do not divide into groups of {wanted.group_size}"
-    if target is not None and target == packed:
+    if target is not None and target == own:
         dtype = options.dtype or tensor.scale_dtype
         action = "copy" if dtype == tensor.scale_dtype or not has_biases(target) else "cast"
     else:
         wanted_dtype = None if must_keep_dtype(tensor.name) else options.dtype or default_dtype
-        own_dtype = tensor.dtype if packed is None else tensor.scale_dtype
+        own_dtype = tensor.dtype if own is None else tensor.scale_dtype
         dtype = wanted_dtype or own_dtype
         action = _action(tensor, target, dtype)
     return PlannedTensor(
@@ -212,10 +212,10 @@ def plan_tensor(
 
 
 def _action(tensor: SourceTensor, target: Format | None, dtype: str) -> str:
-    was_packed = tensor.dtype not in DTYPES
+    was_quantized = tensor.dtype not in DTYPES
     if target is not None:
-        return "requantize" if was_packed else "quantize"
-    if was_packed:
+        return "requantize" if was_quantized else "quantize"
+    if was_quantized:
         return "dequantize"
     return "copy" if dtype == tensor.dtype else "cast"
 
@@ -255,11 +255,11 @@ def global_quantization(tensors: Iterable[PlannedTensor]) -> dict[str, Any] | No
 
     The most frequent format at the top, and an entry for each quantized module with another one.
     """
-    packed = {t.module: t.quantization for t in tensors if t.quantization is not None}
-    if not packed:
+    quantized = {t.module: t.quantization for t in tensors if t.quantization is not None}
+    if not quantized:
         return None
-    most, _ = Counter(packed.values()).most_common(1)[0]
-    others = {module: q.to_dict() for module, q in packed.items() if q != most}
+    most, _ = Counter(quantized.values()).most_common(1)[0]
+    others = {module: q.to_dict() for module, q in quantized.items() if q != most}
     return {**most.to_dict(), **others}
 
 

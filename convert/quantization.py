@@ -17,19 +17,19 @@ RECIPES = ("mixed",)
 _PRECISE = re.compile(r"norm|router|\.gate\.|sinks|conv|scalar|altup|laurel|correction_bias")
 
 
-def name_of(packing: Format) -> str:
+def name_of(quantization: Format) -> str:
     """The name that a user types, such as `affine4`."""
-    return f"affine{packing.bits}" if packing.mode == "affine" else packing.mode
+    return f"affine{quantization.bits}" if quantization.mode == "affine" else quantization.mode
 
 
-def has_biases(packing: Format) -> bool:
+def has_biases(quantization: Format) -> bool:
     """Whether there is a bias beside each scale."""
-    return packing.mode == "affine"
+    return quantization.mode == "affine"
 
 
-def fits(packing: Format, shape: tuple[int, ...]) -> bool:
+def fits(quantization: Format, shape: tuple[int, ...]) -> bool:
     """Whether the rows divide into groups."""
-    return len(shape) >= 2 and shape[-1] % packing.group_size == 0
+    return len(shape) >= 2 and shape[-1] % quantization.group_size == 0
 
 
 def parse_quantization(name: str, group_size: int | None = None) -> Format:

@@ -33,10 +33,10 @@ def stored_as(tensor: PlannedTensor) -> str:
     """Such as "affine4 g64, float16 scales"."""
     if tensor.quantization is None:
         return tensor.dtype
-    packing = tensor.quantization
-    if packing.mode != "affine":
-        return name_of(packing)
-    return f"{name_of(packing)} g{packing.group_size}, {tensor.dtype} scales"
+    quantization = tensor.quantization
+    if quantization.mode != "affine":
+        return name_of(quantization)
+    return f"{name_of(quantization)} g{quantization.group_size}, {tensor.dtype} scales"
 
 
 def _sums(plan: ConvertPlan) -> list[str]:

@@ -26,8 +26,8 @@ class SourceTensor(Protocol):
         origin: its name in the source.
         shape: of the values, also when they are quantized.
         dtype: as stored: an MLX dtype's name, or a ggml type's.
-        packed: its MLX format, if `packed_rows` has it.
-        scale_dtype: holds the scales of `packed_rows` without loss.
+        quantization: its MLX format, if `quantized_rows` has it.
+        scale_dtype: holds the scales of `quantized_rows` without loss.
         row_step: blocks of rows begin and end at multiples of it.
     """
 
@@ -40,7 +40,7 @@ class SourceTensor(Protocol):
     @property
     def dtype(self) -> str: ...
     @property
-    def packed(self) -> Format | None: ...
+    def quantization(self) -> Format | None: ...
     @property
     def scale_dtype(self) -> str: ...
     @property
@@ -50,7 +50,7 @@ class SourceTensor(Protocol):
         """The values of these rows, `[stop - start, columns]`, float."""
         ...
 
-    def packed_rows(self, start: int, stop: int) -> tuple[mx.array, ...]:
+    def quantized_rows(self, start: int, stop: int) -> tuple[mx.array, ...]:
         """Weight, scales and (affine) biases of these rows, in the layout of `mx.quantize`."""
         ...
 

@@ -254,8 +254,8 @@ def _block(
     target = planned.quantization
     if target is None:
         arrays = (_cast(planned, source.rows(start, stop), dtype),)
-    elif target == source.packed:
-        weight, *scales = source.packed_rows(start, stop)
+    elif target == source.quantization:
+        weight, *scales = source.quantized_rows(start, stop)
         if has_biases(target):
             scales = [_cast(planned, scale, dtype) for scale in scales]
         arrays = (weight, *scales)

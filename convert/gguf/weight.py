@@ -11,7 +11,7 @@ from mlxkv.checkpoint.quantization import Format
 
 from .file import GGUFFile, GGUFTensor, dequantize
 
-PACKED_TYPES = {
+AFFINE_TYPES = {
     "Q4_0": Format("affine", 4, 32),
     "Q4_1": Format("affine", 4, 32),
     "Q8_0": Format("affine", 8, 32),
@@ -51,9 +51,9 @@ class GGUFWeight:
         return plain.get(self.tensor.type, self.tensor.type)
 
     @property
-    def packed(self) -> Format | None:
+    def quantization(self) -> Format | None:
         is_plain = len(self.shape) < 2 or self.added
-        return None if is_plain else PACKED_TYPES.get(self.tensor.type)
+        return None if is_plain else AFFINE_TYPES.get(self.tensor.type)
 
     @property
     def row_step(self) -> int:
@@ -73,8 +73,8 @@ class GGUFWeight:
             values = values - np.float32(self.added)
         return mx.array(values)
 
-    def packed_rows(self, start: int, stop: int) -> tuple[mx.array, ...]:
-        return tuple(map(mx.array, pack(self.stored(start, stop), self.tensor.type)))
+    def quantized_rows(self, start: int, stop: int) -> tuple[mx.array, ...]:
+        return tuple(map(mx.array, to_affine(self.stored(start, stop), self.tensor.type)))
 
 
 def _unpermute(rows: np.ndarray, head_dim: int) -> np.ndarray:
@@ -88,7 +88,7 @@ def _unpermute(rows: np.ndarray, head_dim: int) -> np.ndarray:
     return np.ascontiguousarray(split.swapaxes(1, 2)).reshape(n_rows, width)
 
 
-def pack(rows: np.ndarray, type_name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def to_affine(rows: np.ndarray, type_name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Stored rows of a Q4_0, Q4_1 or Q8_0 tensor in MLX's affine format, group 32.
 
     MLX computes `scale * q + bias` with q unsigned: Q4_0 (`d * (q - 8)`) and Q8_0 (`d * q`, q

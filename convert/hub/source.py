@@ -30,8 +30,8 @@ from .tensors import (
     ComputedPart,
     DenseTensor,
     FilePart,
-    PackedTensor,
     Part,
+    QuantizedTensor,
     StackedPart,
 )
 
@@ -63,8 +63,8 @@ def open_hub_source(path: Path) -> Source:
     weights = open_weights(path)
     family, parsed = parse_config(raw, source, len(weights.infos))
     kept, left_out = _remapped(weights, family, parsed)
-    packing = Quantization.from_config(text_config(raw), source)
-    tensors = _tensors(weights, kept, packing, source)
+    quantization = Quantization.from_config(text_config(raw), source)
+    tensors = _tensors(weights, kept, quantization, source)
     skipped = [(name, _reason(name, parsed.num_hidden_layers)) for name in sorted(left_out)]
     parsed, tied = _settle_head(parsed, tensors, skipped)
     expected = expected_shapes(family, parsed, source)
@@ -124,21 +124,21 @@ def _remapped(weights: Weights, family: Family, config: Any) -> tuple[dict[str, 
 
 
 def _tensors(
-    weights: Weights, kept: Mapping[str, _Kept], packing: Quantization | None, source: str
+    weights: Weights, kept: Mapping[str, _Kept], quantization: Quantization | None, source: str
 ) -> dict[str, SourceTensor]:
     """Tensors of arrays: weight, scales and biases of a quantized one belong together."""
     found: dict[str, SourceTensor] = {}
-    packed = {name.removesuffix(".scales") for name in kept if name.endswith(".scales")}
-    if packed and packing is None:
-        raise UnsupportedModel(f"{source}: key 'quantization' is missing and weights are packed")
+    quantized = {name.removesuffix(".scales") for name in kept if name.endswith(".scales")}
+    if quantized and quantization is None:
+        raise UnsupportedModel(f"{source}: key 'quantization' is missing and weights are quantized")
     main = str(weights.dtype).removeprefix("mlx.core.")
     for name, item in kept.items():
         module, _, kind = name.rpartition(".")
-        if module in packed and kind in ("scales", "biases"):
+        if module in quantized and kind in ("scales", "biases"):
             continue
-        if module in packed and kind == "weight" and packing is not None:
-            entry = packing.at(module) or packing.default
-            found[name] = _packed_tensor(module, kept, entry, main, source)
+        if module in quantized and kind == "weight" and quantization is not None:
+            entry = quantization.at(module) or quantization.default
+            found[name] = _quantized_tensor(module, kept, entry, main, source)
             continue
         if item.part.dtype not in DTYPES:
             raise UnsupportedModel(
@@ -149,9 +149,9 @@ def _tensors(
     return found
 
 
-def _packed_tensor(
+def _quantized_tensor(
     module: str, kept: Mapping[str, _Kept], entry: Format, main_dtype: str, source: str
-) -> PackedTensor:
+) -> QuantizedTensor:
     """A quantized weight, and its arrays.
 
     Raises:
@@ -160,7 +160,7 @@ def _packed_tensor(
     suffixes = ("weight", "scales", "biases") if entry.mode == "affine" else ("weight", "scales")
     missing = [suffix for suffix in suffixes if f"{module}.{suffix}" not in kept]
     if missing:
-        raise WeightsError(f"{source}: {module} is packed and its {missing[0]} are missing")
+        raise WeightsError(f"{source}: {module} is quantized and its {missing[0]} are missing")
     items = [kept[f"{module}.{suffix}"] for suffix in suffixes]
     weight, *scales = (item.part for item in items)
     *rows, words = weight.shape or (0,)
@@ -172,12 +172,12 @@ def _packed_tensor(
     )
     if not fits or columns % entry.group_size:
         raise WeightsError(
-            f"{source}: {module} is not packed as its quantization says "
+            f"{source}: {module} does not match its quantization "
             f"({entry.mode}, {entry.bits} bits, groups of {entry.group_size})"
         )
     scale_dtype = scales[0].dtype if entry.mode == "affine" else main_dtype
     name, shape, parts = f"{module}.weight", (*rows, columns), (weight, *scales)
-    return PackedTensor(name, items[0].origin, shape, entry, parts, scale_dtype)
+    return QuantizedTensor(name, items[0].origin, shape, entry, parts, scale_dtype)
 
 
 def _reason(name: str, n_layers: int) -> str:

@@ -122,7 +122,7 @@ class DenseTensor:
     name: str
     origin: str
     part: Part
-    packed: Format | None = None
+    quantization: Format | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -143,12 +143,12 @@ class DenseTensor:
     def rows(self, start: int, stop: int) -> mx.array:
         return self.part.rows(start, stop)
 
-    def packed_rows(self, start: int, stop: int) -> tuple[mx.array, ...]:
-        raise NotImplementedError(f"{self.name} is not packed")
+    def quantized_rows(self, start: int, stop: int) -> tuple[mx.array, ...]:
+        raise NotImplementedError(f"{self.name} is not quantized")
 
 
 @dataclass(frozen=True, slots=True)
-class PackedTensor:
+class QuantizedTensor:
     """A weight that MLX has quantized; see `SourceTensor`.
 
     Attributes:
@@ -159,14 +159,14 @@ class PackedTensor:
     name: str
     origin: str
     shape: tuple[int, ...]
-    packed: Format
+    quantization: Format
     parts: tuple[Part, ...]
     scale_dtype: str
 
     @property
     def dtype(self) -> str:
-        bits = self.packed.bits
-        return f"affine{bits}" if self.packed.mode == "affine" else self.packed.mode
+        bits = self.quantization.bits
+        return f"affine{bits}" if self.quantization.mode == "affine" else self.quantization.mode
 
     @property
     def row_step(self) -> int:
@@ -174,17 +174,17 @@ class PackedTensor:
 
     def rows(self, start: int, stop: int) -> mx.array:
         """Dequantized in float32, so that rounding happens once."""
-        weight, scales, *rest = self.packed_rows(start, stop)
+        weight, scales, *rest = self.quantized_rows(start, stop)
         biases = rest[0].astype(mx.float32) if rest else None
         return mx.dequantize(
             weight,
             scales.astype(mx.float32) if rest else scales,
             biases,
-            self.packed.group_size,
-            self.packed.bits,
-            mode=self.packed.mode,
+            self.quantization.group_size,
+            self.quantization.bits,
+            mode=self.quantization.mode,
             dtype=mx.float32,
         )
 
-    def packed_rows(self, start: int, stop: int) -> tuple[mx.array, ...]:
+    def quantized_rows(self, start: int, stop: int) -> tuple[mx.array, ...]:
         return tuple(part.rows(start, stop) for part in self.parts)

@@ -18,7 +18,7 @@ from mlxkv.convert import convert
 from mlxkv.convert.gguf.file import open_gguf, readable_types
 from mlxkv.convert.gguf.model import default_dtype, gguf_config
 from mlxkv.convert.gguf.rope import llama3_factors
-from mlxkv.convert.gguf.weight import GGUFWeight, pack
+from mlxkv.convert.gguf.weight import GGUFWeight, to_affine
 from mlxkv.errors import CheckpointError, ConfigError, UnsupportedModel, WeightsError
 from mlxkv.nn.rope import inverse_frequencies
 from tests.support import gguf_files, tiny
@@ -60,7 +60,7 @@ def test_packed_types_keep_every_value_to_the_bit(kind: str, bits: int):
     """Random blocks, so that scales of both signs, subnormal ones and all codes occur."""
     stored = random_blocks(kind, (64, 256))
     expected = quants.dequantize(stored, GGMLQuantizationType[kind])
-    weight, scales, biases = pack(stored, kind)
+    weight, scales, biases = to_affine(stored, kind)
     half = np.float16(scales)
     assert (half == scales).all()
     values = mx.dequantize(
