@@ -98,7 +98,7 @@ def fails_once(function: Callable[..., Any], at: int, text: str) -> Callable[...
 def test_a_decode_step_without_memory_on_the_gpu_changes_no_answer(path, monkeypatch, sampling):
     llm = mlxkv.load(path, dtype="float32")
     expected = llm.generate(PROMPT, max_tokens=20, **sampling)
-    monkeypatch.setattr(Decoder, "_given", fails_once(Decoder._given, 10, OUT_OF_MEMORY))
+    monkeypatch.setattr(Decoder, "_deliver", fails_once(Decoder._deliver, 10, OUT_OF_MEMORY))
     result = llm.generate(PROMPT, max_tokens=20, **sampling)
     assert result.tokens == expected.tokens
     assert "chunk" in [rung.kind for rung in result.stats.rungs]
@@ -108,7 +108,7 @@ def test_a_step_that_fails_behind_one_without_memory_is_not_wanted(path, monkeyp
     """Metal gives up what it had queued: the error waits for the next look at the device."""
     prompt = PROMPT[:40]  # without a page that could be restored
     expected = mlxkv.load(path, dtype="float32").generate(prompt, max_tokens=20).tokens
-    llm, given = mlxkv.load(path, dtype="float32"), Decoder._given
+    llm, given = mlxkv.load(path, dtype="float32"), Decoder._deliver
     waited: list[list[RowResult]] = []
     pending: list[str] = []
 
@@ -128,7 +128,7 @@ def test_a_step_that_fails_behind_one_without_memory_is_not_wanted(path, monkeyp
 
         return look
 
-    monkeypatch.setattr(Decoder, "_given", fails_at_the_tenth)
+    monkeypatch.setattr(Decoder, "_deliver", fails_at_the_tenth)
     for name in ("eval", "async_eval", "synchronize"):
         monkeypatch.setattr(mx, name, looking(getattr(mx, name)))
     assert llm.generate(prompt, max_tokens=20).tokens == expected
@@ -139,7 +139,7 @@ def test_a_batch_without_memory_on_the_gpu_changes_no_answer(path, monkeypatch):
     llm = mlxkv.load(path, dtype="float32")
     prompts = [PROMPT[:200], PROMPT[50:]]
     expected = [llm.generate(prompt, max_tokens=20).tokens for prompt in prompts]
-    monkeypatch.setattr(Decoder, "_given", fails_once(Decoder._given, 9, OUT_OF_MEMORY))
+    monkeypatch.setattr(Decoder, "_deliver", fails_once(Decoder._deliver, 9, OUT_OF_MEMORY))
     served = Scheduler(llm, 16)
     told: list[list[Any]] = [[], []]
     for prompt, items in zip(prompts, told, strict=True):
@@ -156,6 +156,6 @@ def test_a_batch_without_memory_on_the_gpu_changes_no_answer(path, monkeypatch):
 
 def test_a_gpu_that_hangs_is_no_lack_of_memory(path, monkeypatch):
     llm = mlxkv.load(path, dtype="float32")
-    monkeypatch.setattr(Decoder, "_given", fails_once(Decoder._given, 10, OTHERS[1]))
+    monkeypatch.setattr(Decoder, "_deliver", fails_once(Decoder._deliver, 10, OTHERS[1]))
     with pytest.raises(RuntimeError, match="Hang"):
         llm.generate(PROMPT, max_tokens=20)
