@@ -96,7 +96,7 @@ def find(runtime: Runtime, name: str | NamedKV | None) -> NamedKV | None:
         raise UsageError(
             f"{saved.name} is KV of {saved.model} ({saved.dtype}, {saved.kv_type}), and this model "
             f"({disk.dtype}, {runtime.kv_type}) has other weights, another dtype or KV format: "
-            f"save it anew, or load the model as it was",
+            f"save it again, or load the model as it was",
             hints=[Hint("dtype", saved.dtype), Hint("kv_type", saved.kv_type)],
         )
     if saved.pinned:

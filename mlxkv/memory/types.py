@@ -49,7 +49,7 @@ class Rung:
             case "cache":
                 what = f"MLX's allocator gave back {human_bytes(self.amount)}"
             case "chunk":
-                what = f"the prompt goes on in chunks of {self.amount:,} tokens"
+                what = f"the prompt continues in chunks of {self.amount:,} tokens"
             case "pages":
                 what = f"prefix pages of {human_bytes(self.amount)} were dropped from RAM"
             case _:

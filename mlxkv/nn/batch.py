@@ -143,7 +143,7 @@ class _Step:
 
 
 def _order(parts: Sequence[Part]) -> Order | None:
-    """Where the batch's sequences lie in the rows of all parts; None where in the same order."""
+    """The batch's order among the rows of all parts; None where it is the same."""
     rows: list[int] = []
     row_of = {}
     for part in parts:

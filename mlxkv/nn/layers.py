@@ -18,7 +18,7 @@ R = TypeVar("R")
 
 
 def compiled(function: Callable[P, R]) -> Callable[P, R]:
-    """One kernel for elementwise operations, where not on the CPU: that needs a C++ compiler."""
+    """Fuse elementwise operations to one kernel on a GPU; on the CPU that needs a C++ compiler."""
     on_gpu = mx.compile(function, shapeless=True)
 
     @functools.wraps(function)

@@ -1,4 +1,4 @@
-"""What every family is: tokens to hidden states to logits, over caches that it specifies."""
+"""The interface of every family: tokens to hidden states to logits, over caches."""
 
 from __future__ import annotations
 

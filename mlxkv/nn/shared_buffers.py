@@ -109,7 +109,7 @@ class SharedBuffers:
         return [array[:n_rows] for array in self.arrays]
 
     def reserve(self, capacity: int) -> None:
-        """Have room for so many tokens in each row; copies all of them."""
+        """Grow each row to `capacity` tokens, by a copy."""
         if capacity > self.capacity:
             self.arrays = [extended(array, self.capacity, capacity) for array in self.arrays]
 
@@ -133,7 +133,7 @@ class SharedBuffers:
         self.arrays = written
 
     def resize(self, n_slots: int, capacity: int) -> None:
-        """Copy into so many rows of so many tokens."""
+        """Copy into `n_slots` rows of `capacity` tokens."""
         if n_slots <= self.n_slots and capacity <= self.capacity:
             cut = [array[:n_slots, :, :capacity] for array in self.arrays]
             self.arrays = [mx.contiguous(array) for array in cut]

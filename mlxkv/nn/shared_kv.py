@@ -76,7 +76,7 @@ def donors(fields: Fields, kinds: Sequence[Hashable], n_shared: int) -> tuple[in
 
 
 class SharedAttention(Fusing):
-    """Queries of this layer on the keys and values of an earlier one; norms stand for a scale."""
+    """Queries of this layer on the keys and values of an earlier one; norms replace the scale."""
 
     def __init__(self, config: DecoderConfig, heads: Heads):
         super().__init__()

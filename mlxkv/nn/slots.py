@@ -25,7 +25,7 @@ from mlxkv.kv.layout import Cache
 from mlxkv.nn.shared_buffers import SharedBuffers, padded
 
 SLACK = 4
-"""One in so many: padding that a group may read, and slots that it keeps free."""
+"""A group may read 1 / SLACK of its tokens as padding, and keeps 1 / SLACK of its slots free."""
 KEPT = 2
 """Free slots that a group keeps if memory is not short, no more than it uses: in groups of 2 to 6
 this halves the copies when sequences join and leave, for 29% of free rows instead of 20%."""
@@ -88,7 +88,7 @@ class Group:
                 yield cache
 
     def n_slots_with(self, n_new: int, *, spare: bool) -> int:
-        """Rows after so many sequences more were admitted."""
+        """Rows after `n_new` more sequences are admitted."""
         n_needed = self.n_used + n_new
         if n_needed <= self.n_slots:
             return self.n_slots
