@@ -342,9 +342,13 @@ class Scheduler:
     def _keep(self, task: Task, session: Session) -> None:
         """Keep a sequence's prefix, and longest what its client's sessions share."""
         links, owner = keep_prefix(session), task.owner
-        if task.client:
+        if not task.client:
+            return
+        try:
             pages = self.runtime.pages_of(owner)
             self.clients.ended(owner, task.client, task.request.prompt, links, pages)
+        except Exception as error:
+            _log.warning("what sessions share was not kept: %s", error)
 
     def _count(self, task: Task, last: Chunk) -> None:
         stats, counts = last.stats, self.counts
