@@ -75,8 +75,9 @@ class Answered:
             return None
         if prompt[-1].get("role") == "assistant":  # pyright: ignore[reportAttributeAccessIssue]
             return None  # the answer goes on from the last message and is no message of its own
+        request = replace(task.request, prompt=list(prompt))  # the caller's list may grow
         reply, context = reply_message(*generation.reply()), generation.bound.context
-        return cls(task.request, task.owner, reply, session.tokens, context)
+        return cls(request, task.owner, reply, session.tokens, context)
 
     @property
     def messages(self) -> Sequence[Message]:

@@ -22,6 +22,7 @@ from mlxkv.text.detokenizer import (
     make_stages,
     pass_start,
 )
+from mlxkv.text.growing import GrowingTexts
 from mlxkv.text.harmony_writer import HarmonyTemplate, HarmonyWriter
 from mlxkv.text.plain_encoding import PlainEncoder
 from mlxkv.text.prompt_writer import PromptWriter
@@ -64,7 +65,7 @@ class Tokenizer:
         n_vocab: int,
         chat_template: ChatTemplate | None = None,
     ):
-        self._backend = backend
+        self._backend, self._growing = backend, GrowingTexts(backend)
         self.special_tokens = dict(special_tokens)
         self.eos_token_ids = eos_token_ids
         self.n_vocab = n_vocab
@@ -111,7 +112,9 @@ class Tokenizer:
             UsageError: text that is not Unicode (half of a surrogate pair).
         """
         try:
-            return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+            if not add_special_tokens:
+                return self._growing.encode(text)
+            return self._backend.encode(text).ids
         except TypeError:
             raise _not_unicode() from None
 
