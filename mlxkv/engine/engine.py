@@ -105,8 +105,13 @@ class ThreadedEngine:
             Busy: the queue is full.
         """
         answer = EngineAnswer(self._wake)
-        task = Task(ask.request, answer.tell, lambda: answer.is_cancelled, ask.owner)
-        task.client = ask.client
+        task = Task(
+            ask.request,
+            answer.tell,
+            lambda: answer.is_cancelled,
+            ask.owner,
+            client=ask.client,
+        )
         with self._changed:
             if self._n_waiting() >= self._max_queue:
                 self._rejected += 1
