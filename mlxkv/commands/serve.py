@@ -176,8 +176,8 @@ def _run(engine: Any, config: Any) -> int:
         pass
     finally:
         engine.close()
-        if app.state.told is not None:
-            app.state.told.save()
+        if app.state.state_memory is not None:
+            app.state.state_memory.save()
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     return 0
 

@@ -156,7 +156,7 @@ def n_shared_pages(a: Sequence[Link], b: Sequence[Link]) -> int:
     return low
 
 
-def merged(figures: Iterable[ClientCounts]) -> list[ClientCounts]:
+def merge_counts(figures: Iterable[ClientCounts]) -> list[ClientCounts]:
     """The figures of several models, those of one client together."""
     found: dict[tuple[str, str], ClientCounts] = {}
     for each in figures:

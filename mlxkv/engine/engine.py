@@ -23,7 +23,7 @@ import mlx.core as mx
 
 from mlxkv.base import device
 from mlxkv.engine.answers import EngineAnswer
-from mlxkv.engine.clients import merged
+from mlxkv.engine.clients import merge_counts
 from mlxkv.engine.loading import ModelLoads, PendingRequest
 from mlxkv.engine.messages import Ask, Busy, Embeddings, EngineStats, Loaded
 from mlxkv.engine.model_pool import LoadedModel, ModelPool, key_of
@@ -189,7 +189,7 @@ class ThreadedEngine:
                 "peak": mx.get_peak_memory(),
                 "limit": self._pool.limit_bytes,
             },
-            clients=merged(x for model in models for x in model.scheduler.clients.figures()),
+            clients=merge_counts(x for model in models for x in model.scheduler.clients.figures()),
         )
 
     def _n_waiting(self) -> int:

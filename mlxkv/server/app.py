@@ -73,7 +73,7 @@ def create_app(engine: Engine, config: ServerConfig) -> FastAPI:
         redoc_url=None,
     )
     app.state.ignored = Ignored(config)
-    app.state.told = StateMemory(config.agent_file) if config.agent_prompts else None
+    app.state.state_memory = StateMemory(config.agent_file) if config.agent_prompts else None
     for make in ROUTERS:
         app.include_router(make(engine, config))
 

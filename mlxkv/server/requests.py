@@ -13,7 +13,7 @@ from mlxkv.errors import UsageError
 from mlxkv.generation.request import Prompt, Request
 from mlxkv.server.agents.clients import client_of
 from mlxkv.server.agents.counters import without_counters
-from mlxkv.server.agents.state import split, told, written
+from mlxkv.server.agents.state import plan_history, split, with_blocks
 from mlxkv.server.agents.state_memory import StateMemory
 from mlxkv.server.config import ServerConfig
 
@@ -54,7 +54,7 @@ def apply_rules(ask: Ask, config: ServerConfig, http: HTTPRequest) -> Ask:
     )
     if _is_messages(request.prompt):
         request = request if config.strict else _without_counters(request, http)
-        request = _with_state_behind(request, ask.owner, http.app.state.told)
+        request = _with_state_behind(request, ask.owner, http.app.state.state_memory)
     return dataclasses.replace(ask, request=request, client=client_of(http))
 
 
@@ -76,8 +76,8 @@ def _with_state_behind(request: Request, owner: str, memory: StateMemory | None)
     conversation = split(owner, request.prompt)  # pyright: ignore[reportArgumentType]
     if conversation is None:
         return request
-    history = told(conversation, memory)
+    history = plan_history(conversation, memory)
     memory.put(conversation.names[conversation.newest], history)
     n_chars = sum(len(piece.text) for piece in conversation.state)
-    prompt = written(conversation, history)
+    prompt = with_blocks(conversation, history)
     return dataclasses.replace(request, prompt=prompt, moved_chars=n_chars)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from mlxkv.engine import clients as module
-from mlxkv.engine.clients import Clients, merged, session_key, shared_prefix
+from mlxkv.engine.clients import Clients, merge_counts, session_key, shared_prefix
 from mlxkv.engine.engine import ThreadedEngine
 from mlxkv.engine.messages import Ask, ClientCounts, Lost
 from mlxkv.generation.outputs import Miss
@@ -106,7 +106,7 @@ def test_one_client_of_two_models_is_shown_once():
     text = Lost("diverged", 1, "a", "b", 5, 1)
     one = ClientCounts("me", "x", 1, 10, 6, 4, 2, 512, [text])
     other = ClientCounts("me", "x", 2, 20, 5, 15, 3, 256)
-    found = merged([one, other, ClientCounts("you", "x")])
+    found = merge_counts([one, other, ClientCounts("you", "x")])
     assert found == [ClientCounts("me", "x", 3, 30, 11, 19, 5, 512, [text]),
                      ClientCounts("you", "x")]  # fmt: skip
 

@@ -13,7 +13,7 @@ import re
 from collections.abc import Sequence
 
 from mlxkv.generation.request import Message
-from mlxkv.server.agents.lines import joined_around
+from mlxkv.server.agents.lines import join_around
 
 BILLING = "system.x-anthropic-billing-header"
 TOTAL_TOKENS = "messages.total_tokens"
@@ -56,4 +56,4 @@ def _without(line: re.Pattern[str], text: str, name: str, names: dict[str, None]
     if len(pieces) == 1:
         return text
     names[name] = None
-    return joined_around(pieces)
+    return join_around(pieces)

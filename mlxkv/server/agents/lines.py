@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
-def joined_around(pieces: Sequence[str]) -> str:
+def join_around(pieces: Sequence[str]) -> str:
     """The pieces of a text between lines that were taken out, as if those had never been there.
 
     Of the empty lines on either side of a place, the side with more keeps them; none stay where

@@ -115,7 +115,7 @@ def split(owner: str, messages: Sequence[Message]) -> Split | None:
     return Split(kept, tuple(state), _names(owner, kept), users[0], told[-1])
 
 
-def told(conversation: Split, known: Known) -> History:
+def plan_history(conversation: Split, known: Known) -> History:
     """What a conversation is told, and where; the rule of this module."""
     state, newest = conversation.state, conversation.newest
     if again := _same(known.get(conversation.names[newest]), state):
@@ -129,7 +129,7 @@ def told(conversation: Split, known: Known) -> History:
     return History((Block(conversation.first, _block(state)),), state)
 
 
-def written(conversation: Split, history: History) -> list[dict[str, Any]]:
+def with_blocks(conversation: Split, history: History) -> list[dict[str, Any]]:
     """The conversation with its blocks."""
     made = [dict(message) for message in conversation.messages]
     for block in history.blocks:

@@ -16,7 +16,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 
-from mlxkv.server.agents.lines import joined_around
+from mlxkv.server.agents.lines import join_around
 
 MAX_PIECES = 64
 """A text with more is none of an agent's head, and stays as it is."""
@@ -58,7 +58,7 @@ def cut(text: str) -> tuple[str, list[Piece]]:
         return text, []
     stops = [0, *(match.end() for match in found)]
     starts = [*(match.start() for match in found), len(text)]
-    kept = joined_around([text[a:b] for a, b in zip(stops, starts, strict=True)])
+    kept = join_around([text[a:b] for a, b in zip(stops, starts, strict=True)])
     pieces: list[Piece] = []
     numbers: Counter[str] = Counter()
     for match in found:

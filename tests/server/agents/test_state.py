@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mlxkv.server.agents.state import NOTE, History, split, told, written
+from mlxkv.server.agents.state import NOTE, History, plan_history, split, with_blocks
 from mlxkv.server.agents.state_memory import StateMemory
 
 HELP = "You help.\n\n"
@@ -47,9 +47,9 @@ class Client:
         conversation = split(self.owner, sent)
         if conversation is None:
             return [message["content"] for message in sent]
-        history = told(conversation, self.memory)
+        history = plan_history(conversation, self.memory)
         self.memory.put(conversation.names[conversation.newest], history)
-        return [message["content"] for message in written(conversation, history)]
+        return [message["content"] for message in with_blocks(conversation, history)]
 
 
 def test_a_new_conversation_is_told_its_state_behind_the_first_question():
@@ -164,6 +164,6 @@ def test_owners_do_not_know_each_others_conversations():
 def test_a_history_that_does_not_fit_its_conversation_is_no_error():
     conversation = split("", [{"role": "system", "content": git("1")}, user("hi")])
     assert conversation is not None
-    odd = told(conversation, StateMemory())
+    odd = plan_history(conversation, StateMemory())
     odd = History(tuple(type(odd.blocks[0])(at, "x") for at in (-1, 0, 1, 7)), odd.state)
-    assert [m["content"] for m in written(conversation, odd)] == [NOTE, "hi\n\nx"]
+    assert [m["content"] for m in with_blocks(conversation, odd)] == [NOTE, "hi\n\nx"]

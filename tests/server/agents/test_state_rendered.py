@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from mlxkv.server.agents.state import split, told, written
+from mlxkv.server.agents.state import plan_history, split, with_blocks
 from mlxkv.server.agents.state_memory import StateMemory
 from mlxkv.text.chat_template import ChatTemplate
 from tests.support import chat_templates
@@ -40,9 +40,9 @@ class Renderer:
         system = {"role": "system", "content": f"You are an agent. {'Mind. ' * 99}\n\n{state}"}
         conversation = split("", [system, *messages])
         assert conversation is not None
-        history = told(conversation, self.memory)
+        history = plan_history(conversation, self.memory)
         self.memory.put(conversation.names[conversation.newest], history)
-        return self.template.render(written(conversation, history), tools=[TOOL])
+        return self.template.render(with_blocks(conversation, history), tools=[TOOL])
 
 
 def n_lost(before: str, now: str) -> int:
