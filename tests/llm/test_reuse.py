@@ -272,7 +272,7 @@ def test_a_name_is_for_its_model_alone(folder, tmp_path):
 
 def test_messages_do_not_go_on_from_a_text(llm):
     llm.save_kv("weir", DOCUMENT)
-    with pytest.raises(UsageError, match="holds a text"):
+    with pytest.raises(UsageError, match="is a saved text"):
         llm.chat([{"role": "user", "content": "Who?"}], kv_from="weir")
 
 
