@@ -67,7 +67,7 @@ def serving(model: str, key: str, log: Path) -> Iterator[Server]:
         raise OutputError(f"{log}: {error.strerror}") from error
     # -P: the current folder, a project of the user's, holds no modules of ours.
     command = [sys.executable, "-P", "-m", "mlxkv", "serve", "--port", "0"]
-    command += ["--model", model, "--until-input-ends"]
+    command += ["--model", model, "--agent-prompts", "--until-input-ends"]
     environment = {name: value for name, value in os.environ.items() if name != _KEY}
     with output:
         process = subprocess.Popen(
