@@ -181,7 +181,7 @@ REFUSED: list[tuple[str, bytes]] = [
     ("/v1/chat/completions", chat_body(model="../../etc/passwd")),
     ("/v1/chat/completions", chat_body(model="/etc")),
     ("/v1/chat/completions", chat_body(model="")),
-    ("/v1/chat/completions", chat_body(unknown_field=1)),
+    ("/v1/chat/completions", chat_body(functions=[{"name": "f"}])),
     ("/v1/chat/completions", chat_body(n=10_000)),
     ("/v1/chat/completions", chat_body(response_format={"type": "json_schema"})),
     ("/v1/completions", json.dumps({"model": MODEL, "prompt": ""}).encode()),
