@@ -312,6 +312,28 @@ def test_a_call_that_cannot_be_read_is_shown_as_text(client, engine):
     assert (message.content, message.tool_calls) == ("<call>{", None)
 
 
+@pytest.mark.parametrize(
+    "choice, allowed",
+    [
+        ("auto", None),
+        ("none", ()),
+        ("required", None),
+        ({"type": "function", "function": {"name": "weather"}}, ("weather",)),
+    ],
+)
+def test_a_choice_among_tools_is_followed(address, engine, choice, allowed):
+    other = {"type": "function", "function": {"name": "other", "parameters": {"type": "object"}}}
+    body = {"model": MODEL, "messages": HELLO, "tools": [WEATHER, other], "tool_choice": choice}
+    response = httpx.post(f"{address}/api/chat", json={**body, "stream": False})
+    assert response.status_code == 200, response.text
+    assert "mlxkv-ignored" not in response.headers
+    request = engine.last.request
+    assert [tool["function"]["name"] for tool in request.tools] == ["weather", "other"]
+    assert request.callable == allowed
+    must_call = choice not in ("auto", "none")
+    assert (request.format is not None and request.format.kind == "tools") == must_call
+
+
 def test_a_call_of_a_client_without_tools_is_shown_as_text(client, engine):
     call = ToolCall("<call>{}</call>", "weather", {}, "abcdefghi")
     engine.script = lambda ask: [Chunk("So: ", 1, "stop", stats(), tool_calls=(call,))]

@@ -15,7 +15,7 @@ from pydantic import Field
 from mlxkv.errors import UsageError
 from mlxkv.server.fields import Part, Refused
 from mlxkv.server.ollama.fields import Answered
-from mlxkv.server.tools import Function, tool_options
+from mlxkv.server.tools import Function, Name, tool_options
 
 
 class CalledFunction(Part):
@@ -54,11 +54,27 @@ class Tool(Part):
     function: Function
 
 
+class NameOf(Part):
+    """A function's name."""
+
+    name: Name
+
+
+class NamedTool(Part):
+    """The tool that must be called."""
+
+    type: Literal["function"]
+    function: NameOf
+
+
 class ChatRequest(Answered):
     """A conversation to answer."""
 
     messages: list[ChatMessage] | None = None
     tools: Annotated[list[Tool], Field(max_length=512)] | None = None
+    tool_choice: Literal["auto", "none", "required"] | NamedTool | None = Field(
+        None, description="As in OpenAI's API; an extension that clients of Ollama send."
+    )
 
     def keywords(self) -> dict[str, Any]:
         """Keywords of `Request.of`.
@@ -66,8 +82,14 @@ class ChatRequest(Answered):
         Raises:
             UsageError: two tools of one name, or values that contradict each other.
         """
+        choice, named = self.tool_choice or "auto", None
+        if isinstance(choice, NamedTool):
+            choice, named = "required", [choice.function.name]
         functions = [tool.function for tool in self.tools or ()]
-        return super().keywords() | tool_options(functions, content=self.grammar())
+        made = tool_options(
+            functions, choice, named, parallel=named is None, content=self.grammar()
+        )
+        return super().keywords() | made
 
 
 def template_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
