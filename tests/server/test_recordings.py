@@ -24,7 +24,7 @@ IGNORED = {
     "codex_oss": {"tools.web_search", "prompt_cache_key", "client_metadata", "reasoning.summary"},
     "pi": {"store"},
     "vercel_anthropic": {"tools.eager_input_streaming"},
-    "vercel_ollama": {"tool_choice", "max_output_tokens"},
+    "vercel_ollama": {"max_output_tokens"},
 }  # fmt: skip
 ENDS = {
     "/v1/messages": '"type":"message_stop"',
