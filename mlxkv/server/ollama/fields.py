@@ -1,6 +1,6 @@
 """Requests of Ollama's API, converted to keywords of `Request.of`.
 
-Unknown fields are refused. Differences from Ollama:
+Differences from Ollama:
 
 - `truncate` and `shift` are off by default: a prompt longer than the context is an error, and no
   token is dropped silently. Without `num_ctx` the model's own setting counts.
