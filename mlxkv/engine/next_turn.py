@@ -52,7 +52,7 @@ class Answered:
     Args:
         request: what it answers.
         owner: owner of its pages.
-        reply: the answer as a message, with its reasoning.
+        reply: the answer as a message, in the form in which it may come back.
         held: prompt and answer, as far as their KV was computed.
         context: tokens that a prompt may have.
         tokens: the beginning of the next prompt; None until it is rendered.
@@ -68,16 +68,17 @@ class Answered:
     stop: int | None = None
 
     @classmethod
-    def of(cls, task: Task, generation: Generation, last: Chunk) -> Self | None:
-        """None where no next turn can be foreseen, or nothing of it would be kept."""
+    def of(cls, task: Task, generation: Generation, last: Chunk) -> list[Self]:
+        """One for each form of the reply; none where nothing can be foreseen, or be kept."""
         prompt, session = task.request.prompt, generation.session
         if last.finish_reason != "stop" or not is_messages(prompt) or not session.gives_pages:
-            return None
+            return []
         if prompt[-1].get("role") == "assistant":  # pyright: ignore[reportAttributeAccessIssue]
-            return None  # the answer goes on from the last message and is no message of its own
+            return []  # the answer goes on from the last message and is no message of its own
         request = replace(task.request, prompt=list(prompt))  # the caller's list may grow
-        reply, context = reply_message(*generation.reply()), generation.bound.context
-        return cls(request, task.owner, reply, session.tokens, context)
+        held, context = session.tokens, generation.bound.context
+        forms = reply_forms(request.prompt, reply_message(*generation.reply()))  # pyright: ignore[reportArgumentType]
+        return [cls(request, task.owner, form, held, context) for form in forms]
 
     @property
     def messages(self) -> Sequence[Message]:
@@ -85,14 +86,23 @@ class Answered:
         return self.request.prompt  # pyright: ignore[reportReturnType]
 
 
+def reply_forms(messages: Sequence[Message], reply: Message) -> list[Message]:
+    """The forms in which a client may send a reply back: as it did before, with reasoning or not.
+
+    Both where it has sent no reply yet.
+    """
+    bare = {name: value for name, value in reply.items() if name not in _REASONING}
+    if bare == reply or any(message.get(name) for message in messages for name in _REASONING):
+        return [reply]
+    is_known = any(message.get("role") == "assistant" for message in messages)
+    return [bare] if is_known else [bare, reply]
+
+
 def next_messages(messages: Sequence[Message], reply: Message, probe: str) -> list[Message]:
     """The conversation as its client will send it, with `probe` in place of what is not known.
 
-    Behind calls a result comes next, else a message of the user. The answer's reasoning is part
-    of it if earlier answers came back with theirs.
+    Behind calls a result comes next, else a message of the user.
     """
-    if not any(message.get(name) for message in messages for name in _REASONING):
-        reply = {name: value for name, value in reply.items() if name not in _REASONING}
     following: Mapping[str, Any] = {"role": "user", "content": probe}
     if calls := reply.get("tool_calls"):
         name = calls[0]["function"]["name"]
@@ -133,6 +143,7 @@ class NextTurns:
         self._runtime, self._counts, self._is_on = runtime, counts, is_on
         self._waiting: deque[Answered] = deque(maxlen=MAX_WAITING)
         self._steps: Generator[None, None, None] | None = None
+        self._last: list[int] = []  # what was rendered last: another form may render as the same
         self._pace = Pace(STALL_S, MIN_CHUNK, STEP)
 
     @property
@@ -142,8 +153,8 @@ class NextTurns:
 
     def add(self, task: Task, generation: Generation, last: Chunk) -> None:
         """Note an answer that has ended; its session still holds its KV."""
-        if self._is_on and (answered := Answered.of(task, generation, last)) is not None:
-            self._waiting.append(answered)
+        if self._is_on:
+            self._waiting += Answered.of(task, generation, last)
 
     def forget(self, owner: str, messages: Sequence[Message]) -> None:
         """Drop the conversations that these messages go on from: the next turn is here."""
@@ -184,13 +195,14 @@ class NextTurns:
         if answered.tokens is None:
             answered.tokens = yield from rendering(self._runtime, answered)
         tokens = answered.tokens
-        if tokens is None or len(tokens) >= answered.context:
+        if tokens is None or len(tokens) >= answered.context or tokens == self._last:
             return
         shared = n_shared(answered.held, tokens)
         session = self._runtime.session(answered.owner)
         try:
             if self._runtime.budget.is_roomy(session, len(tokens), STEP):
                 yield from self._prefilling(session, answered, tokens, shared)
+                self._last = tokens
         finally:
             session.reset()
 

@@ -17,10 +17,10 @@ from mlxkv.engine import next_turn
 from mlxkv.engine.engine import ThreadedEngine
 from mlxkv.engine.messages import Ask
 from mlxkv.engine.model_pool import key_of
-from mlxkv.engine.next_turn import next_messages
+from mlxkv.engine.next_turn import next_messages, reply_forms
 from mlxkv.engine.scheduler import Scheduler
 from mlxkv.engine.tasks import Task
-from mlxkv.generation.outputs import Chunk, Stats, reply_message
+from mlxkv.generation.outputs import Chunk, Stats, join_parts, reply_message
 from mlxkv.generation.request import Request
 from tests.support.chat_templates.cases import TEMPLATES
 from tests.support.command_line import chat_model
@@ -167,10 +167,25 @@ def test_a_call_is_computed_as_the_template_writes_it(chat):
 
 def test_reasoning_is_part_of_the_next_turn_where_earlier_reasoning_came_back():
     reply = {"role": "assistant", "content": "b", "reasoning_content": "hm"}
-    assert next_messages([user("a")], reply, "c")[1] == {"role": "assistant", "content": "b"}
-    before = [user("a"), {**reply, "content": "x"}, user("y")]
-    assert next_messages(before, reply, "c")[3] == reply
-    assert next_messages(before, reply, "c")[4] == user("c")
+    bare = {"role": "assistant", "content": "b"}
+    assert reply_forms([user("a")], reply) == [bare, reply]
+    assert reply_forms([user("a")], bare) == [bare]
+    assert reply_forms([user("a"), bare, user("c")], reply) == [bare]
+    assert reply_forms([user("a"), reply, user("c")], reply) == [reply]
+    assert next_messages([user("a")], bare, "c") == [user("a"), bare, user("c")]
+
+
+@pytest.mark.parametrize("is_back", [True, False])
+def test_a_first_reply_may_come_back_with_reasoning_or_without(chat, is_back):
+    template = TEMPLATE.replace("loop.index0 > ns.last_user", "true")
+    served = chat(template=template)
+    chunks = served.ask(FIRST, THOUGHT + TEXT)
+    reply = reply_message(*join_parts(chunks))
+    served.prepare()
+    if not is_back:
+        del reply["reasoning_content"]
+    again = stats(served.ask([*FIRST, reply, user("And?")], TEXT))
+    assert again.computed_tokens <= len("And?") + FRAME + 2
 
 
 def test_a_request_pauses_it_and_it_goes_on_from_what_was_computed(chat, monkeypatch):
@@ -198,8 +213,8 @@ def test_the_next_turn_itself_ends_what_is_computed_for_it(chat):
     served.ask(FIRST, THOUGHT + TEXT, owner="another")
     served.ask([*answered(FIRST, TEXT), user("And?")], TEXT)
     waiting = served.scheduler.next_turns._waiting
-    assert [each.owner for each in waiting] == ["another", ""]
-    assert len(waiting[1].messages) == 3
+    assert [each.owner for each in waiting] == ["another", "another", ""]
+    assert len(waiting[-1].messages) == 3
 
 
 def test_no_more_than_the_limit_is_computed(chat, monkeypatch):
