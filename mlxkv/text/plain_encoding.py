@@ -9,7 +9,7 @@ All else is encoded as ever.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -34,11 +34,13 @@ class PlainEncoder:
     Args:
         backend: the tokenizer.
         controls: its control tokens.
+        encode: gives the ids of a text without a first token.
     """
 
-    def __init__(self, backend: Backend, controls: Controls):
+    def __init__(self, backend: Backend, controls: Controls, encode: Callable[[str], list[int]]):
         self._backend = backend
         self._controls = controls
+        self._encode_text = encode
 
     def encode(self, rendered: Rendered) -> list[int]:
         """Token ids of a rendered text; no first token is added."""
@@ -63,7 +65,7 @@ class PlainEncoder:
         return ids + self._ids(rendered.text[done:])
 
     def _ids(self, text: str) -> list[int]:
-        return self._backend.encode(text, add_special_tokens=False).ids if text else []
+        return self._encode_text(text) if text else []
 
     def _plain_ids(self, text: str, *, at_start: bool) -> list[int]:
         text = text if at_start else _OTHER + text

@@ -234,7 +234,7 @@ class Tokenizer:
 
     @cached_property
     def _plain_encoder(self) -> PlainEncoder:
-        return PlainEncoder(self._backend, self.controls)
+        return PlainEncoder(self._backend, self.controls, self._growing.encode)
 
     @cached_property
     def special_ids(self) -> frozenset[int]:
