@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 
 import mlx.core as mx
@@ -22,8 +22,14 @@ class ScriptedSampler(Sampler):
         script: the tokens; the last one is repeated, as a step may be in flight behind it.
     """
 
-    def __init__(self, params: SamplingParams, n_vocab: int, script: Sequence[int]):
-        super().__init__(params, n_vocab)
+    def __init__(
+        self,
+        params: SamplingParams,
+        n_vocab: int,
+        suppressed: Collection[int],
+        script: Sequence[int],
+    ):
+        super().__init__(params, n_vocab, suppressed)
         self._script = list(script)
 
     def _rule(self) -> Hashable:
@@ -46,8 +52,8 @@ def scripted(scripts: deque[list[int]]) -> Iterator[None]:
     """Give these answers, one after another, to the requests of this process."""
     own = prompt.Sampler
 
-    def sampler(params: SamplingParams, n_vocab: int) -> Sampler:
-        return ScriptedSampler(params, n_vocab, scripts.popleft())
+    def sampler(params: SamplingParams, n_vocab: int, suppressed: Collection[int]) -> Sampler:
+        return ScriptedSampler(params, n_vocab, suppressed, scripts.popleft())
 
     prompt.Sampler = sampler  # pyright: ignore[reportAttributeAccessIssue]
     try:

@@ -123,7 +123,7 @@ def rendering(runtime: Runtime, answered: Answered) -> Generator[None, None, lis
     found: list[list[int]] = []
     for probe in PROBES:
         messages = next_messages(answered.messages, answered.reply, probe)
-        found.append(prepare(runtime, replace(request, prompt=messages)).tokens)
+        found.append(prepare(runtime, replace(request, prompt=messages), answered.owner).tokens)
         if n_shared(held, found[0]) == len(held):
             return None
         yield

@@ -86,7 +86,7 @@ def model(request, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def engine(model) -> Iterator[ThreadedEngine]:
-    made = ThreadedEngine(dtype="float32")
+    made = ThreadedEngine(dtype="float32", next_turns=False)
     made.start()
     asyncio.run(made.load(str(model)))
     yield made

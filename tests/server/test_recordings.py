@@ -19,6 +19,7 @@ from tests.support.recordings import Recording
 IGNORED = {
     "claude_code": {
         "context_management", "messages.content.cache_control", "system.cache_control", "metadata",
+        "system.x-anthropic-billing-header",
     },
     "codex": {"tools.web_search", "prompt_cache_key", "client_metadata", "reasoning.summary"},
     "codex_oss": {"tools.web_search", "prompt_cache_key", "client_metadata", "reasoning.summary"},
