@@ -7,6 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from mlxkv.chat.chat_template import thinking_options
+from mlxkv.chat.prompt_writer import Begun, PromptWriter, is_begun
+from mlxkv.chat.rendered import Rendered
 from mlxkv.engine.runtime import Runtime
 from mlxkv.engine.tool_choice import choose_masker, without_calls
 from mlxkv.errors import ContextExceeded, Hint, TemplateError, UsageError
@@ -21,9 +24,6 @@ from mlxkv.sampling.grammar import Masker
 from mlxkv.sampling.sampler import Sampler
 from mlxkv.saved_kv.manifest import NamedKV
 from mlxkv.store.settings import Settings
-from mlxkv.text.chat_template import thinking_options
-from mlxkv.text.prompt_writer import Begun, PromptWriter, is_begun
-from mlxkv.text.rendered import Rendered
 
 PROBES = ("A", "7 z")
 """Two messages that begin differently: text before them is part of no user message."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Iterable, Sequence
 
+from mlxkv.chat.replies import Recorder
 from mlxkv.generation.outputs import Parts, join_parts
 from mlxkv.parsers.events import Content, Event, OutputParser, Reasoning, ToolCall
 from mlxkv.parsers.formats import PlainParser
-from mlxkv.text.replies import Recorder
 from mlxkv.text.stop_strings import StopTexts
 from mlxkv.text.tokenizer import Tokenizer
 

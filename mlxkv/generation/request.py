@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from mlxkv.chat.chat_template import PROTECTED, Message
 from mlxkv.checkpoint import mlxkv_json
 from mlxkv.errors import UsageError
 from mlxkv.sampling.grammar import Grammar
 from mlxkv.sampling.params import SamplingParams
 from mlxkv.saved_kv.manifest import NamedKV
-from mlxkv.text.chat_template import PROTECTED, Message
 from mlxkv.text.stop_strings import StopTexts
 
 Prompt = str | Sequence[Message] | Sequence[int]

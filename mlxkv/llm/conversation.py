@@ -6,6 +6,10 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from mlxkv.chat.chat_template import append_only_suffix
+from mlxkv.chat.control import Written
+from mlxkv.chat.prompt_writer import PromptWriter
+from mlxkv.chat.rendered import Rendered
 from mlxkv.engine import prompt as prompts
 from mlxkv.engine.driver import stream
 from mlxkv.engine.prompt import Head, Prepared
@@ -16,10 +20,6 @@ from mlxkv.generation.reader import read_answer
 from mlxkv.generation.request import Message, Request
 from mlxkv.parsers.formats import parser_for
 from mlxkv.saved_kv.manifest import NamedKV
-from mlxkv.text.chat_template import append_only_suffix
-from mlxkv.text.control import Written
-from mlxkv.text.prompt_writer import PromptWriter
-from mlxkv.text.rendered import Rendered
 
 # Switches of templates that would drop the reasoning of earlier turns: GLM-4.7's, Qwen's.
 _KEEP_REASONING = {"clear_thinking": False, "preserve_thinking": True}

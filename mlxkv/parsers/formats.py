@@ -14,6 +14,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from mlxkv.chat.harmony_writer import HarmonyTemplate
+from mlxkv.chat.tool_prompt import style_of
 from mlxkv.parsers.calls import FirstOf, GemmaCalls, GlmTextCalls, MistralCalls, PythonCalls
 from mlxkv.parsers.events import Content, Event, Markup, OutputParser, Reasoning, ToolCall
 from mlxkv.parsers.fences import FencedCalls
@@ -23,8 +25,6 @@ from mlxkv.parsers.pairs import GlmCalls, XmlCalls
 from mlxkv.parsers.syntax import Syntax
 from mlxkv.parsers.tagged import TaggedParser
 from mlxkv.parsers.tools import Tools
-from mlxkv.text.harmony_writer import HarmonyTemplate
-from mlxkv.text.tool_prompt import style_of
 
 if TYPE_CHECKING:
     from mlxkv.text.tokenizer import Tokenizer

@@ -79,8 +79,8 @@ class LocalSpeaker:
         return self.llm.stats()
 
     def check_thinking(self, think: bool | str) -> None:
+        from mlxkv.chat.chat_template import thinking_options
         from mlxkv.parsers.formats import thinks
-        from mlxkv.text.chat_template import thinking_options
 
         template = self.llm.tokenizer.chat_template
         if template is not None:

@@ -1,1 +1,1 @@
-"""Text to tokens and back: tokenizer, detokenizer, chat template, stop strings."""
+"""Text to tokens and back: tokenizer, detokenizer, stop strings."""

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from mlxkv.text.control import Controls, overlapping
-from mlxkv.text.rendered import Rendered, Span
+from mlxkv.chat.control import Controls, overlapping
+from mlxkv.chat.rendered import Rendered, Span
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend

@@ -11,9 +11,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mlxkv.chat.chat_template import ChatTemplate
+from mlxkv.chat.control import Controls
+from mlxkv.chat.harmony_writer import HarmonyTemplate, HarmonyWriter
+from mlxkv.chat.prompt_writer import PromptWriter
+from mlxkv.chat.rendered import Rendered
+from mlxkv.chat.replies import Replies
+from mlxkv.chat.template_writer import TemplateWriter
 from mlxkv.errors import UsageError
-from mlxkv.text.chat_template import ChatTemplate
-from mlxkv.text.control import Controls
 from mlxkv.text.detokenizer import (
     Detokenizer,
     bytes_of,
@@ -23,12 +28,7 @@ from mlxkv.text.detokenizer import (
     pass_start,
 )
 from mlxkv.text.growing import GrowingTexts
-from mlxkv.text.harmony_writer import HarmonyTemplate, HarmonyWriter
 from mlxkv.text.plain_encoding import PlainEncoder
-from mlxkv.text.prompt_writer import PromptWriter
-from mlxkv.text.rendered import Rendered
-from mlxkv.text.replies import Replies
-from mlxkv.text.template_writer import TemplateWriter
 from mlxkv.text.tokenizer_files import (
     ModelFiles,
     apply_added_tokens,

@@ -12,10 +12,10 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlxkv.chat.chat_template import ChatTemplate
+from mlxkv.chat.harmony import is_spoken_by
+from mlxkv.chat.harmony_writer import HarmonyTemplate
 from mlxkv.errors import TokenizerError, one_line
-from mlxkv.text.chat_template import ChatTemplate
-from mlxkv.text.harmony import is_spoken_by
-from mlxkv.text.harmony_writer import HarmonyTemplate
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken

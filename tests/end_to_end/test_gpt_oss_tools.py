@@ -17,11 +17,11 @@ import pytest
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
+from mlxkv.chat.harmony import TOKENS
+from mlxkv.chat.harmony_writer import HarmonyTemplate, HarmonyWriter
+from mlxkv.chat.replies import Replies
 from mlxkv.engine.engine import ThreadedEngine
 from mlxkv.engine.model_pool import key_of
-from mlxkv.text.harmony import TOKENS
-from mlxkv.text.harmony_writer import HarmonyTemplate, HarmonyWriter
-from mlxkv.text.replies import Replies
 from mlxkv.text.tokenizer import Tokenizer
 from tests.families.test_gpt_oss import CONFIG, RELEASED, weights_of
 from tests.support import tiny

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 import mlxkv
+from mlxkv.chat.chat_template import PROTECTED
 from mlxkv.errors import MlxkvError, UsageError
 from mlxkv.generation.request import Request
-from mlxkv.text.chat_template import PROTECTED
 from tests.support.command_line import TEMPLATE, chat_model
 
 SWITCH = (

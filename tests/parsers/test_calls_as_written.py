@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mlxkv.chat.chat_template import ChatTemplate
 from mlxkv.parsers.events import Content, ToolCall
 from mlxkv.parsers.formats import format_of, make_parser
-from mlxkv.text.chat_template import ChatTemplate
 from tests.parsers.test_formats import merged, run, shown, spans
 from tests.support.chat_templates.cases import HELLO, NESTED_CALL, NESTED_TOOLS
 from tests.support.paths import REAL_TEMPLATES, XML_TEMPLATE

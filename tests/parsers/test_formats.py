@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mlxkv.chat.chat_template import ChatTemplate
 from mlxkv.parsers.events import Content, Event, Markup, Reasoning, ToolCall
 from mlxkv.parsers.formats import SYNTAXES, format_of, make_parser, parser_for
-from mlxkv.text.chat_template import ChatTemplate
 from tests.support.chat_templates.cases import HELLO, NESTED_CALL, NESTED_TOOLS, TEMPLATES
 
 TOOLS = [

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer as Backend
 
+from mlxkv.chat.chat_template import ChatTemplate
 from mlxkv.errors import UsageError
 from mlxkv.generation.reader import read_answer
 from mlxkv.parsers.formats import parser_for
 from mlxkv.sampling.grammar import MAX_SPACES, MAX_TEXT, Grammar, Masker, Maskers
-from mlxkv.text.chat_template import ChatTemplate
 from mlxkv.text.tokenizer import Tokenizer
 from tests.support.paths import TOKENIZERS as FOLDER
 

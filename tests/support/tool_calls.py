@@ -12,12 +12,12 @@ import numpy as np
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
+from mlxkv.chat.chat_template import ChatTemplate
 from mlxkv.errors import UsageError
 from mlxkv.generation.reader import read_answer
 from mlxkv.parsers.events import ToolCall
 from mlxkv.parsers.formats import format_of, parser_for
 from mlxkv.sampling.grammar import Grammar, Masker, Maskers
-from mlxkv.text.chat_template import ChatTemplate
 from mlxkv.text.tokenizer import Tokenizer
 from tests.sampling.test_grammar import FOLDER, TOKENIZERS, advance_all, allowed_by
 

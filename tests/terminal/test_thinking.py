@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from mlxkv.chat.chat_template import ChatTemplate
 from mlxkv.errors import UsageError
 from mlxkv.generation.outputs import Chunk
 from mlxkv.parsers.events import ToolCall
@@ -20,7 +21,6 @@ from mlxkv.terminal.console import Aside
 from mlxkv.terminal.local import LocalSpeaker
 from mlxkv.terminal.one_shot import Printer
 from mlxkv.terminal.slash_commands import Chat, execute
-from mlxkv.text.chat_template import ChatTemplate
 from tests.support.chat_templates.cases import TEMPLATES
 from tests.support.command_line import TEMPLATE, assert_one_line, chat_model, environment, mlxkv
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer as Backend
 
-from mlxkv.text.rendered import Rendered, Segment
+from mlxkv.chat.rendered import Rendered, Segment
 from mlxkv.text.tokenizer import Tokenizer
 from tests.support.paths import TOKENIZERS as FOLDER
 

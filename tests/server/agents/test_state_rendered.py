@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from mlxkv.chat.chat_template import ChatTemplate
 from mlxkv.server.agents.state import plan_history, split, with_blocks
 from mlxkv.server.agents.state_memory import StateMemory
-from mlxkv.text.chat_template import ChatTemplate
 from tests.support import chat_templates
 
 TEMPLATES = sorted(Path(chat_templates.__path__[0]).glob("*.jinja"))

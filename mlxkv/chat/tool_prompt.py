@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    from mlxkv.text.chat_template import ChatTemplate
+    from mlxkv.chat.chat_template import ChatTemplate
 
 Style = Literal["hermes", "gemma3"]
 

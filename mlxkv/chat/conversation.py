@@ -25,10 +25,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from mlxkv.chat import tool_prompt
+from mlxkv.chat.template_probe import Takes
+from mlxkv.chat.tool_prompt import Style
 from mlxkv.errors import TemplateError
-from mlxkv.text import tool_prompt
-from mlxkv.text.template_probe import Takes
-from mlxkv.text.tool_prompt import Style
 
 BETWEEN = "\n\n"
 """Between the texts of messages that were joined."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 
-from mlxkv.text.control import Controls, Written
-from mlxkv.text.rendered import Rendered
+from mlxkv.chat.control import Controls, Written
+from mlxkv.chat.rendered import Rendered
 
 CONTROLS = Controls(frozenset({"<|im_end|>", "<|im_start|>", "<s>"}), frozenset({"<think>"}))
 

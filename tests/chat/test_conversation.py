@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
+from mlxkv.chat.chat_template import ChatTemplate
+from mlxkv.chat.control import Controls
+from mlxkv.chat.prompt_writer import is_begun
+from mlxkv.chat.template_writer import TemplateWriter
 from mlxkv.errors import UsageError
-from mlxkv.text.chat_template import ChatTemplate
-from mlxkv.text.control import Controls
-from mlxkv.text.prompt_writer import is_begun
-from mlxkv.text.template_writer import TemplateWriter
 from tests.support.chat_templates.cases import TEMPLATES
 from tests.support.paths import ROOT
 

@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
+from mlxkv.chat.chat_template import ChatTemplate, Message
+from mlxkv.chat.harmony import HarmonyPrompt, begun_answer, write_prompt
+from mlxkv.chat.prompt_writer import Begun
+from mlxkv.chat.rendered import Rendered
+from mlxkv.chat.replies import Recorder, Replies
 from mlxkv.errors import UsageError
-from mlxkv.text.chat_template import ChatTemplate, Message
-from mlxkv.text.harmony import HarmonyPrompt, begun_answer, write_prompt
-from mlxkv.text.prompt_writer import Begun
-from mlxkv.text.rendered import Rendered
-from mlxkv.text.replies import Recorder, Replies
 
 _VARIABLES = frozenset(
     {

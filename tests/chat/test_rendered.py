@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mlxkv.text.rendered import Known, Rendered, Segment
+from mlxkv.chat.rendered import Known, Rendered, Segment
 
 WHOLE = Rendered.of(
     [

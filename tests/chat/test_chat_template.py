@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
+from mlxkv.chat import jinja_sandbox
+from mlxkv.chat.chat_template import ChatTemplate, append_only_suffix, thinking_options
 from mlxkv.errors import TemplateError, UsageError
-from mlxkv.text import jinja_sandbox
-from mlxkv.text.chat_template import ChatTemplate, append_only_suffix, thinking_options
 from tests.support.chat_templates.cases import (
     ANSWER,
     CALL,
@@ -232,7 +232,7 @@ def test_the_step_limit_leaves_room_for_long_conversations():
 
 def test_jinja2_is_imported_by_the_first_render_and_not_before():
     code = (
-        "import sys; from mlxkv.text.chat_template import ChatTemplate; t = ChatTemplate('x');"
+        "import sys; from mlxkv.chat.chat_template import ChatTemplate; t = ChatTemplate('x');"
         "assert 'jinja2' not in sys.modules; t.render([{'role': 'user'}])"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

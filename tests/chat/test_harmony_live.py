@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlxkv.text.harmony import TOKENS
+from mlxkv.chat.harmony import TOKENS
 from mlxkv.text.tokenizer import Tokenizer
+from tests.chat.test_harmony import write
 from tests.support.harmony import reference
 from tests.support.harmony.cases import (
     CONVERSATIONS,
@@ -23,7 +24,6 @@ from tests.support.harmony.cases import (
     result,
     said,
 )
-from tests.text.test_harmony import write
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from mlxkv.text.rendered import Rendered
-from mlxkv.text.replies import Recorder
+from mlxkv.chat.rendered import Rendered
+from mlxkv.chat.replies import Recorder
 
 Message = Mapping[str, Any]
 

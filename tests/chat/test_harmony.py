@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer as Backend
 
+from mlxkv.chat.harmony import CALL, MESSAGE, TOKENS, HarmonyPrompt
+from mlxkv.chat.harmony_tools import namespace
+from mlxkv.chat.harmony_writer import HarmonyTemplate, HarmonyWriter
+from mlxkv.chat.rendered import Rendered, Segment
+from mlxkv.chat.replies import Recorder, Replies, Reply, call_key
 from mlxkv.errors import TemplateError, UsageError
-from mlxkv.text.harmony import CALL, MESSAGE, TOKENS, HarmonyPrompt
-from mlxkv.text.harmony_tools import namespace
-from mlxkv.text.harmony_writer import HarmonyTemplate, HarmonyWriter
-from mlxkv.text.rendered import Rendered, Segment
-from mlxkv.text.replies import Recorder, Replies, Reply, call_key
 from mlxkv.text.tokenizer import Tokenizer
 from tests.support.harmony.cases import (
     CONVERSATIONS,

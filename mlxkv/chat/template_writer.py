@@ -6,13 +6,13 @@ import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mlxkv.chat.chat_template import ChatTemplate, Message, check_messages
+from mlxkv.chat.control import Controls
+from mlxkv.chat.conversation import Fitted, fitted
+from mlxkv.chat.prompt_writer import Begun
+from mlxkv.chat.rendered import Rendered
+from mlxkv.chat.tool_prompt import style_of
 from mlxkv.errors import UsageError
-from mlxkv.text.chat_template import ChatTemplate, Message, check_messages
-from mlxkv.text.control import Controls
-from mlxkv.text.conversation import Fitted, fitted
-from mlxkv.text.prompt_writer import Begun
-from mlxkv.text.rendered import Rendered
-from mlxkv.text.tool_prompt import style_of
 
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 

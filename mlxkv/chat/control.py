@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from mlxkv.text.rendered import Rendered, Span
+from mlxkv.chat.rendered import Rendered, Span
 
 Message = Mapping[str, Any]
 

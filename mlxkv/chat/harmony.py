@@ -21,10 +21,10 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from mlxkv.chat.harmony_tools import namespace
+from mlxkv.chat.rendered import Rendered, Segment
+from mlxkv.chat.replies import Replies, Reply, call_key
 from mlxkv.errors import TemplateError
-from mlxkv.text.harmony_tools import namespace
-from mlxkv.text.rendered import Rendered, Segment
-from mlxkv.text.replies import Replies, Reply, call_key
 
 START, END, MESSAGE, CHANNEL = "<|start|>", "<|end|>", "<|message|>", "<|channel|>"
 CONSTRAIN, CALL, RETURN = "<|constrain|>", "<|call|>", "<|return|>"
