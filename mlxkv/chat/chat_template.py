@@ -15,16 +15,13 @@ from functools import cached_property
 from reprlib import repr as short
 from typing import TYPE_CHECKING, Any
 
-from mlxkv.chat.template_probe import Renders, Takes
+from mlxkv.chat.template_probe import REASONING, Renders, Takes
 from mlxkv.errors import MlxkvError, TemplateError, UsageError, one_line
 
 if TYPE_CHECKING:
     from jinja2 import Template
 
 Message = Mapping[str, Any]
-
-# Names under which reasoning is passed; templates read the first, gpt-oss's reads the second.
-_REASONING = ("reasoning_content", "thinking", "reasoning")
 
 PROTECTED = frozenset({
     "messages", "tools", "documents", "add_generation_prompt", "continue_final_message",
@@ -323,7 +320,7 @@ def _checked_messages(messages: Sequence[Message]) -> list[Any]:
 
 def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
     """The message with its reasoning under the names that templates look for."""
-    given = [message[name] for name in _REASONING if name in message]
+    given = [message[name] for name in REASONING if name in message]
     if not given:
         return message
     return {"thinking": given[0], **message, "reasoning_content": given[0]}

@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mlxkv.chat import tool_prompt
-from mlxkv.chat.template_probe import Takes
+from mlxkv.chat.template_probe import REASONING, Takes
 from mlxkv.chat.tool_prompt import Style
 from mlxkv.errors import TemplateError
 
@@ -324,7 +324,7 @@ def _text_of_call(message: _Dict, takes: Takes, insertions: list[Insertion]) -> 
     calls, content = message.get("tool_calls"), message["content"]
     if not calls or not content:
         return [message]
-    thoughts = next((message[name] for name in _REASONING if message.get(name)), None)
+    thoughts = next((message[name] for name in REASONING if message.get(name)), None)
     if takes.reasoning_beside_calls if thoughts else takes.text_beside_calls:
         return [message]
     text, silent = _text_of(content), {**message, "content": ""}
@@ -336,11 +336,8 @@ def _text_of_call(message: _Dict, takes: Takes, insertions: list[Insertion]) -> 
         return [{**silent, "tool_calls": [{**calls[0], "function": named}, *calls[1:]]}]
     if takes.text_before_calls:
         return [{"role": "assistant", "content": content}, silent]
-    rest = {key: value for key, value in silent.items() if key not in _REASONING}
+    rest = {key: value for key, value in silent.items() if key not in REASONING}
     return [{**rest, "reasoning_content": _both(thoughts, text)}]
-
-
-_REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
 def _in_turns(messages: Sequence[_Dict], takes: Takes) -> list[_Dict]:
@@ -370,7 +367,7 @@ def _all_joined(messages: Sequence[_Dict]) -> _Dict:
 def _joined(first: _Dict, second: _Dict) -> _Dict:
     """Two messages as one of the first one's role."""
     made = {**first, "content": _both(first.get("content"), second.get("content"))}
-    for name in _REASONING:
+    for name in REASONING:
         if second.get(name):
             made[name] = _both(first.get(name), second[name])
     if calls := [*first.get("tool_calls", ()), *second.get("tool_calls", ())]:

@@ -12,6 +12,9 @@ from typing import Any, Protocol
 
 from mlxkv.errors import MlxkvError
 
+REASONING = ("reasoning_content", "thinking", "reasoning")
+"""Names under which reasoning is passed; templates read the first, GPT-OSS's reads the second."""
+
 Message = Mapping[str, Any]
 
 

@@ -11,10 +11,9 @@ from mlxkv.chat.control import Controls
 from mlxkv.chat.conversation import Fitted, fitted
 from mlxkv.chat.prompt_writer import Begun
 from mlxkv.chat.rendered import Rendered
+from mlxkv.chat.template_probe import REASONING
 from mlxkv.chat.tool_prompt import style_of
 from mlxkv.errors import UsageError
-
-_REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
 class TemplateWriter:
@@ -97,7 +96,7 @@ def _ended(message: Message, mark: str) -> Message | None:
         return {**message, "content": content + mark}
     if content:
         return {**message, "content": [*content, {"type": "text", "text": mark}]}
-    name = next((name for name in _REASONING if message.get(name)), None)
+    name = next((name for name in REASONING if message.get(name)), None)
     return None if name is None else {**message, name: message[name] + mark}
 
 

@@ -21,17 +21,19 @@ from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
+from mlxkv.chat.template_probe import REASONING
 from mlxkv.engine.messages import Counts
 from mlxkv.engine.policy import Pace
-from mlxkv.engine.prompt import PROBES, is_messages, prepare
+from mlxkv.engine.prompt import PROBES, prepare
 from mlxkv.engine.runtime import Runtime
 from mlxkv.engine.tasks import Task, keep_prefix
 from mlxkv.errors import MlxkvError
 from mlxkv.generation.generation import Generation
 from mlxkv.generation.outputs import Chunk, reply_message
-from mlxkv.generation.request import Message, Request
+from mlxkv.generation.request import Message, Request, is_messages
 from mlxkv.generation.session import Session, n_shared
 from mlxkv.kv.types import STEP
+from mlxkv.memory.needs import MIN_CHUNK
 
 _log = logging.getLogger(__name__)
 
@@ -41,8 +43,6 @@ MAX_WAITING = 16
 """Answers that wait to be computed; the oldest is forgotten for another."""
 STALL_S = 0.1
 """How long a chunk may delay a new request."""
-MIN_CHUNK = 16
-_REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
 @dataclass(eq=False, slots=True)
@@ -91,8 +91,8 @@ def reply_forms(messages: Sequence[Message], reply: Message) -> list[Message]:
 
     Both where it has sent no reply yet.
     """
-    bare = {name: value for name, value in reply.items() if name not in _REASONING}
-    if bare == reply or any(message.get(name) for message in messages for name in _REASONING):
+    bare = {name: value for name, value in reply.items() if name not in REASONING}
+    if bare == reply or any(message.get(name) for message in messages for name in REASONING):
         return [reply]
     is_known = any(message.get("role") == "assistant" for message in messages)
     return [bare] if is_known else [bare, reply]

@@ -16,7 +16,7 @@ from mlxkv.errors import ContextExceeded, Hint, TemplateError, UsageError
 from mlxkv.generation.context_shift import Bound
 from mlxkv.generation.generation import Generation
 from mlxkv.generation.reader import AnswerReader
-from mlxkv.generation.request import Message, Prompt, Request
+from mlxkv.generation.request import Message, Prompt, Request, is_messages
 from mlxkv.generation.session import Session, n_shared
 from mlxkv.parsers.formats import parser_for, thinks
 from mlxkv.prefix.layout import token_ids
@@ -168,11 +168,6 @@ def _masker(runtime: Runtime, request: Request, prepared: Prepared) -> Masker | 
     text = tokenizer.encode(begun.text, add_special_tokens=False)
     masker.follow(tokenizer.encode_rendered(begun.answer), text)
     return masker
-
-
-def is_messages(prompt: Prompt) -> bool:
-    """Whether a prompt is chat messages, and not a text or token ids."""
-    return not isinstance(prompt, str) and bool(prompt) and isinstance(prompt[0], Mapping)
 
 
 def render(runtime: Runtime, messages: Sequence[Message], **options: Any) -> Rendered:

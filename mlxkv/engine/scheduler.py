@@ -20,7 +20,7 @@ from mlxkv.engine.clients import Clients
 from mlxkv.engine.messages import Counts
 from mlxkv.engine.next_turn import NextTurns
 from mlxkv.engine.policy import Pace, PendingPrompt, next_prompt
-from mlxkv.engine.prompt import is_messages, prepare, start
+from mlxkv.engine.prompt import prepare, start
 from mlxkv.engine.runtime import Runtime
 from mlxkv.engine.tasks import Decoding, Ended, Prefilling, State, Task, Waiting, keep_prefix
 from mlxkv.errors import CheckpointError, KVCacheFull, MlxkvError
@@ -28,14 +28,15 @@ from mlxkv.generation.decoder import Decoder, Row, RowResult
 from mlxkv.generation.generation import Generation
 from mlxkv.generation.outputs import Chunk, TokenLogprobs
 from mlxkv.generation.prompt_logprobs import token_logprobs
+from mlxkv.generation.request import is_messages
 from mlxkv.generation.session import Session
+from mlxkv.memory.needs import MIN_CHUNK
 from mlxkv.memory.types import ALLOCATION_ERRORS, is_allocation_failure, without_trace
 
 _log = logging.getLogger(__name__)
 
 STALL_S = 0.5
 """How long a chunk of a prompt may delay the next token of running answers."""
-MIN_CHUNK = 16
 MAX_PROMPTS = 4
 """Prompts that are prefilled in turns; the others wait."""
 

@@ -154,3 +154,8 @@ def _known(names: Sequence[str], tools: Sequence[Mapping[str, Any]] | None) -> t
         if name not in listed:
             raise UsageError(f"names {name!r}, which is none of the tools", field="callable")
     return (names,) if isinstance(names, str) else tuple(names)
+
+
+def is_messages(prompt: Prompt) -> bool:
+    """Whether a prompt is chat messages, and not a text or token ids."""
+    return not isinstance(prompt, str) and bool(prompt) and isinstance(prompt[0], Mapping)

@@ -17,7 +17,7 @@ from mlxkv.engine import prompt as prompts
 from mlxkv.engine.prompt import PROBES
 from mlxkv.engine.runtime import Runtime
 from mlxkv.errors import ContextExceeded, Hint, ModelNotFound, OutputError, UsageError
-from mlxkv.generation.request import Prompt
+from mlxkv.generation.request import Prompt, is_messages
 from mlxkv.kv.types import first_kv_type
 from mlxkv.prefix.disk import PageDisk
 from mlxkv.prefix.layout import token_bytes
@@ -122,7 +122,7 @@ def _where(runtime: Runtime) -> tuple[Pages, PageDisk]:
 
 def _prefix(runtime: Runtime, prompt: Prompt) -> tuple[str, tuple[Any, ...] | None, list[int]]:
     """Text, messages and token ids to be saved."""
-    if not prompts.is_messages(prompt):
+    if not is_messages(prompt):
         tokens = prompts.encode(runtime, prompt)
         text = prompt if isinstance(prompt, str) else runtime.tokenizer.decode(tokens)
         return text, None, tokens

@@ -78,11 +78,6 @@ class Pages:
         return self._disk
 
     @property
-    def opened_disk(self) -> PageDisk | None:
-        """The pages on disk if they were asked for before."""
-        return self._disk
-
-    @property
     def ssd_bytes(self) -> int:
         """Bytes that those pages have in files."""
         return 0 if self._disk is None else self._disk.files.usage().n_bytes

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 from fastapi import Request as HTTPRequest
 
 from mlxkv.engine.messages import Ask
 from mlxkv.errors import UsageError
-from mlxkv.generation.request import Prompt, Request
+from mlxkv.generation.request import Prompt, Request, is_messages
 from mlxkv.server.agents.clients import client_of
 from mlxkv.server.agents.counters import without_counters
 from mlxkv.server.agents.state import plan_history, split, with_blocks
@@ -52,14 +51,10 @@ def apply_rules(ask: Ask, config: ServerConfig, http: HTTPRequest) -> Ask:
     request = dataclasses.replace(
         ask.request, max_tokens=given or limit, best_effort=not config.strict
     )
-    if _is_messages(request.prompt):
+    if is_messages(request.prompt):
         request = request if config.strict else _without_counters(request, http)
         request = _with_state_behind(request, ask.owner, http.app.state.state_memory)
     return dataclasses.replace(ask, request=request, client=client_of(http))
-
-
-def _is_messages(prompt: Prompt) -> bool:
-    return not isinstance(prompt, str) and bool(prompt) and isinstance(prompt[0], Mapping)
 
 
 def _without_counters(request: Request, http: HTTPRequest) -> Request:
