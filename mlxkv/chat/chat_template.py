@@ -44,6 +44,9 @@ class ChatTemplate:
         name_of_file: for errors.
     """
 
+    is_harmony = False
+    """Whether a renderer of our own for GPT-OSS stands in for it."""
+
     def __init__(
         self,
         source: str,

@@ -16,19 +16,17 @@ run, what was left out of its prompt stays left out, and the date is still that 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from mlxkv.chat.harmony_tokens import CALL, CHANNEL, CONSTRAIN, END, MESSAGE, RETURN, START
 from mlxkv.chat.harmony_tools import namespace
 from mlxkv.chat.rendered import Rendered, Segment
 from mlxkv.chat.replies import Replies, Reply, call_key
 from mlxkv.errors import TemplateError
 
-START, END, MESSAGE, CHANNEL = "<|start|>", "<|end|>", "<|message|>", "<|channel|>"
-CONSTRAIN, CALL, RETURN = "<|constrain|>", "<|call|>", "<|return|>"
-TOKENS = (START, END, MESSAGE, CHANNEL, CONSTRAIN, CALL, RETURN)
 IDENTITY = "You are ChatGPT, a large language model trained by OpenAI."
 CUTOFF = "2024-06"
 _OPENING = START + "assistant"
@@ -334,18 +332,3 @@ def _call_of(call: Any) -> tuple[str, str, Any]:
 
 def _json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
-
-
-def is_spoken_by(added: Collection[str], source: str | None, model_type: Any) -> bool:
-    """Whether a checkpoint speaks this format.
-
-    Args:
-        added: texts of the tokens that its tokenizer has besides the vocabulary proper.
-        source: of its chat template.
-        model_type: of its config.json.
-    """
-    if not set(TOKENS) <= set(added):
-        return False
-    if source is None:
-        return model_type == "gpt_oss"
-    return CHANNEL in source and MESSAGE in source

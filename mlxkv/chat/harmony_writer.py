@@ -29,6 +29,8 @@ class HarmonyTemplate(ChatTemplate):
         name_of_file: where that came from, for errors.
     """
 
+    is_harmony = True
+
     def __init__(self, source: str = "", *, name_of_file: str = "harmony"):
         super().__init__(source, name_of_file=name_of_file)
 
@@ -51,7 +53,7 @@ class HarmonyWriter:
         owner: whose of them its prompts hold.
     """
 
-    def __init__(self, template: HarmonyTemplate, replies: Replies, owner: str = ""):
+    def __init__(self, template: ChatTemplate, replies: Replies, owner: str = ""):
         self._template = template
         self._replies = replies
         self._owner = owner

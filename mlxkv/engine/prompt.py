@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlxkv.chat.chat_template import thinking_options
 from mlxkv.chat.prompt_writer import Begun, PromptWriter, is_begun
@@ -20,10 +20,12 @@ from mlxkv.generation.request import Message, Prompt, Request, is_messages
 from mlxkv.generation.session import Session, n_shared
 from mlxkv.parsers.formats import parser_for, thinks
 from mlxkv.prefix.layout import token_ids
-from mlxkv.sampling.grammar import Masker
 from mlxkv.sampling.sampler import Sampler
 from mlxkv.saved_kv.manifest import NamedKV
 from mlxkv.store.settings import Settings
+
+if TYPE_CHECKING:
+    from mlxkv.sampling.grammar import Masker
 
 PROBES = ("A", "7 z")
 """Two messages that begin differently: text before them is part of no user message."""

@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable, Generator
 from functools import cached_property
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
@@ -23,10 +23,12 @@ from mlxkv.models.loader import Layout, loading
 from mlxkv.nn.model import CausalLM
 from mlxkv.prefix.open import open_pages
 from mlxkv.prefix.pages import Pages
-from mlxkv.sampling.grammar import Maskers
 from mlxkv.sampling.params import SamplingParams, recommended, suppressed
 from mlxkv.store.settings import Given, Settings, effective
 from mlxkv.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from mlxkv.sampling.grammar import Maskers
 
 _log = logging.getLogger(__name__)
 
@@ -111,6 +113,8 @@ class Runtime:
     @cached_property
     def maskers(self) -> Maskers:
         """Makes masks of grammars; the first takes seconds, see `Maskers`."""
+        from mlxkv.sampling.grammar import Maskers
+
         return Maskers(self.tokenizer, self.suppressed)
 
     def pages_of(self, owner: str) -> Pages | None:

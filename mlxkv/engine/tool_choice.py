@@ -17,14 +17,16 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from mlxkv.engine.runtime import Runtime
 from mlxkv.errors import UsageError
 from mlxkv.generation.request import Request
 from mlxkv.parsers.formats import call_opener, format_with_tools
-from mlxkv.sampling.grammar import Grammar, Masker
 from mlxkv.sampling.params import SamplingParams
-from mlxkv.sampling.tool_call_grammar import MARKED
+
+if TYPE_CHECKING:
+    from mlxkv.sampling.grammar import Grammar, Masker
 
 _NEVER = -1e9
 """Added to the logit of a token that must not come."""
@@ -41,30 +43,37 @@ def choose_masker(runtime: Runtime, request: Request, prompt: str | None) -> Mas
     """
     if request.format is not None:
         return runtime.maskers.masker(request.format, prompt)
+    if request.callable is None or prompt is None or request.min_tokens or request.ignore_eos:
+        return None  # a grammar says itself where an answer ends
     name = format_with_tools(runtime.tokenizer)
-    if request.callable is None or prompt is None or name not in MARKED:
-        return None
     if not request.callable and name != "harmony":
         return None
-    if request.min_tokens or request.ignore_eos:
-        return None  # a grammar says itself where an answer ends
+    grammar = _some_calls(request, name)
     try:
-        return runtime.maskers.masker(_some_calls(request), prompt)
+        return None if grammar is None else runtime.maskers.masker(grammar, prompt)
     except UsageError:  # such calls cannot be described; others are text
         return None
 
 
 def without_calls(runtime: Runtime, request: Request, sampling: SamplingParams) -> SamplingParams:
     """Sampling parameters under which no call begins, where none may be made."""
+    if request.callable != () or not request.tools:
+        return sampling
     opener = call_opener(runtime.tokenizer)
-    if request.callable != () or not request.tools or opener is None:
+    if opener is None:
         return sampling
     if opener >= runtime.config.vocab_size:
         return sampling  # no logit has its number
     return replace(sampling, logit_bias={**(sampling.logit_bias or {}), opener: _NEVER})
 
 
-def _some_calls(request: Request) -> Grammar:
+def _some_calls(request: Request, name: str) -> Grammar | None:
+    """Text and the calls that may be made; None where no token of the format begins a call."""
+    from mlxkv.sampling.grammar import Grammar
+    from mlxkv.sampling.tool_call_grammar import MARKED
+
+    if name not in MARKED:
+        return None
     functions: list[Mapping] = [tool.get("function", tool) for tool in request.tools or ()]
     tools = [
         {"name": each["name"], "parameters": each.get("parameters") or {}}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlxkv.errors import KVCacheFull
 from mlxkv.generation.context_shift import Bound
@@ -15,9 +15,11 @@ from mlxkv.generation.session import Restored, Session
 from mlxkv.generation.stats import Clock
 from mlxkv.memory.types import without_trace
 from mlxkv.parsers.events import ToolCall
-from mlxkv.sampling.grammar import Masker
 from mlxkv.sampling.sampler import Sampler
 from mlxkv.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from mlxkv.sampling.grammar import Masker
 
 
 class Generation:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlxkv.chat.chat_template import PROTECTED, Message
 from mlxkv.checkpoint import mlxkv_json
 from mlxkv.errors import UsageError
-from mlxkv.sampling.grammar import Grammar
 from mlxkv.sampling.params import SamplingParams
 from mlxkv.saved_kv.manifest import NamedKV
 from mlxkv.text.stop_strings import StopTexts
+
+if TYPE_CHECKING:
+    from mlxkv.sampling.grammar import Grammar
 
 Prompt = str | Sequence[Message] | Sequence[int]
 """A text, which is used as it is; messages, which the chat template renders; or token ids."""
@@ -132,7 +134,7 @@ class Request:
             )
         options = {name: value for name, value in options.items() if value is not None}
         sampling = {name: options.pop(name) for name in SAMPLING & options.keys()}
-        grammar = None if format is None else Grammar.of(format)
+        grammar = None if format is None else _grammar(format)
         return cls(prompt, sampling=SamplingParams(**sampling), format=grammar, **options)
 
     def nth(self, i: int) -> Request:
@@ -141,6 +143,12 @@ class Request:
         if seed is None or i == 0:
             return self
         return replace(self, sampling=replace(self.sampling, seed=(seed + i) % 2**64))
+
+
+def _grammar(format: Any) -> Grammar:
+    from mlxkv.sampling.grammar import Grammar  # few answers have one
+
+    return Grammar.of(format)
 
 
 def _known(names: Sequence[str], tools: Sequence[Mapping[str, Any]] | None) -> tuple[str, ...]:

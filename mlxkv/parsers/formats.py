@@ -14,19 +14,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from mlxkv.chat.harmony_writer import HarmonyTemplate
 from mlxkv.chat.tool_prompt import style_of
-from mlxkv.parsers.calls import FirstOf, GemmaCalls, GlmTextCalls, MistralCalls, PythonCalls
 from mlxkv.parsers.events import Content, Event, Markup, OutputParser, Reasoning, ToolCall
-from mlxkv.parsers.fences import FencedCalls
-from mlxkv.parsers.harmony import MARKERS, START, HarmonyParser
-from mlxkv.parsers.notation import JsonCalls
-from mlxkv.parsers.pairs import GlmCalls, XmlCalls
-from mlxkv.parsers.syntax import Syntax
-from mlxkv.parsers.tagged import TaggedParser
-from mlxkv.parsers.tools import Tools
 
 if TYPE_CHECKING:
+    from mlxkv.parsers.syntax import Syntax
     from mlxkv.text.tokenizer import Tokenizer
 
 __all__ = [
@@ -45,54 +37,6 @@ __all__ = [
 ]
 
 _THINK = ("<think>", "</think>")
-
-SYNTAXES: dict[str, Syntax] = {
-    "think": Syntax(think=_THINK),
-    "hermes": Syntax(think=_THINK, call=("<tool_call>", "</tool_call>"), notation=JsonCalls()),
-    "qwen_xml": Syntax(
-        think=_THINK,
-        call=("<tool_call>", "</tool_call>"),
-        notation=XmlCalls(),
-        begins="<function=",
-    ),
-    "glm": Syntax(
-        think=_THINK,
-        call=("<tool_call>", "</tool_call>"),
-        notation=GlmCalls(),
-        inner=frozenset({"<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"}),
-    ),
-    "glm4": Syntax(think=_THINK, bare=GlmTextCalls()),
-    "gemma4": Syntax(
-        think=("<|channel>", "<channel|>"),
-        labelled=True,
-        call=("<|tool_call>", "<tool_call|>"),
-        notation=FirstOf(GemmaCalls(), JsonCalls()),
-        silent=frozenset({"<|tool_response>"}),
-        inner=frozenset({'<|"|>'}),
-    ),
-    "functiongemma": Syntax(
-        call=("<start_function_call>", "<end_function_call>"),
-        notation=GemmaCalls("<escape>"),
-        silent=frozenset({"<start_function_response>"}),
-        inner=frozenset({"<escape>"}),
-    ),
-    "gemma3": Syntax(
-        call=("```", "```"),
-        notation=FencedCalls(FirstOf(JsonCalls(), PythonCalls())),
-        bare=FirstOf(JsonCalls(), PythonCalls()),
-        known_only=True,
-    ),
-    "mistral": Syntax(
-        think=("[THINK]", "[/THINK]"), call=("[TOOL_CALLS]", None), notation=MistralCalls()
-    ),
-    "llama3": Syntax(
-        call=("<|python_tag|>", None),
-        notation=FirstOf(JsonCalls(), PythonCalls()),
-        bare=JsonCalls(),
-        silent=frozenset({"<|eom_id|>", "<|eot_id|>"}),
-    ),
-}
-"""The formats with markers, by name; `harmony` and `plain` are the others."""
 
 # The first whose texts are all in the template is the model's.
 _SIGNS: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -132,11 +76,11 @@ class PlainParser:
 
 
 def format_of(tokenizer: Tokenizer) -> str:
-    """Name of the format in which a model writes: a key of `SYNTAXES`, harmony or plain."""
+    """Name of the format in which a model writes: one of `SYNTAXES`, harmony or plain."""
     template = tokenizer.chat_template
     if template is None:
         return "plain"
-    if isinstance(template, HarmonyTemplate):
+    if template.is_harmony:
         return "harmony"
     source = template.source + (template.tools_source or "")
     # As templates quote it in a string of their own.
@@ -161,18 +105,38 @@ def format_with_tools(tokenizer: Tokenizer) -> str:
     return style_of(template)
 
 
+def syntax_of(name: str) -> Syntax | None:
+    """The markers of a format; None for harmony and plain, which are read without."""
+    if name in ("harmony", "plain"):
+        return None
+    from mlxkv.parsers.syntaxes import SYNTAXES  # a plain answer loads none of them
+
+    return SYNTAXES[name]
+
+
 def call_opener(tokenizer: Tokenizer) -> int | None:
     """The token that begins a call and nothing else; None where the format has none."""
-    syntax = SYNTAXES.get(format_with_tools(tokenizer), Syntax())
-    if syntax.call is None or syntax.call[0] == syntax.call[1]:
+    syntax = syntax_of(format_with_tools(tokenizer))
+    if syntax is None or syntax.call is None or syntax.call[0] == syntax.call[1]:
         return None
     return tokenizer.id_of(syntax.call[0])
 
 
 def markers_of(name: str) -> frozenset[str]:
     """Texts of the tokens that mean something in a format, in calls too."""
-    syntax = SYNTAXES.get(name, Syntax())
-    return MARKERS if name == "harmony" else syntax.markers | syntax.inner
+    syntax = syntax_of(name)
+    return _markers(name) if syntax is None else syntax.markers | syntax.inner
+
+
+def _markers(name: str) -> frozenset[str]:
+    """Those of them that are read outside of calls."""
+    if (syntax := syntax_of(name)) is not None:
+        return syntax.markers
+    if name == "plain":
+        return frozenset()
+    from mlxkv.parsers.harmony import MARKERS
+
+    return MARKERS
 
 
 def make_parser(
@@ -192,10 +156,16 @@ def make_parser(
     """
     if name == "plain":
         return PlainParser()
-    if name == "harmony":
+    from mlxkv.parsers.tools import Tools
+
+    syntax = syntax_of(name)
+    if syntax is None:
+        from mlxkv.parsers.harmony import START, HarmonyParser
+
         prompt = START if prompt is None else prompt
         return HarmonyParser(ids, prompt=prompt, functions=Tools(tools).names)
-    syntax = SYNTAXES[name]
+    from mlxkv.parsers.tagged import TaggedParser
+
     opened = closed = False
     if syntax.think is not None and prompt:
         # A question may hold the markers, too: only what is at the very end was opened for us.
@@ -217,7 +187,7 @@ def parser_for(
     ids, and with the text of `tokenizer.stream(keep=parser.markers)`.
     """
     name = format_with_tools(tokenizer) if tools else format_of(tokenizer)
-    markers = MARKERS if name == "harmony" else SYNTAXES.get(name, Syntax()).markers
+    markers = _markers(name)
     ids = {}
     if tokenizer.stream().is_live:  # else the text comes all at once, and no id with it
         ids = {i: marker for marker in markers if (i := tokenizer.id_of(marker)) is not None}
@@ -227,4 +197,5 @@ def parser_for(
 def thinks(tokenizer: Tokenizer) -> bool:
     """Whether the model's format has a place for reasoning."""
     name = format_of(tokenizer)
-    return name == "harmony" or SYNTAXES.get(name, Syntax()).think is not None
+    syntax = syntax_of(name)
+    return name == "harmony" if syntax is None else syntax.think is not None

@@ -24,14 +24,14 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
+from mlxkv.chat.harmony_tokens import CALL, CHANNEL, CONSTRAIN, END, MESSAGE, RETURN, START
 from mlxkv.parsers.calls import JsonCalls
 from mlxkv.parsers.events import Content, Event, Reasoning, ToolCall
 from mlxkv.parsers.lexer import Lexer, Piece
 from mlxkv.parsers.values import Unreadable, read_object
 from mlxkv.parsers.writer import Writer
 
-START, CHANNEL, CONSTRAIN, MESSAGE = "<|start|>", "<|channel|>", "<|constrain|>", "<|message|>"
-ENDS = frozenset({"<|end|>", "<|return|>", "<|call|>"})
+ENDS = frozenset({END, RETURN, CALL})
 MARKERS = frozenset({START, CHANNEL, CONSTRAIN, MESSAGE}) | ENDS
 
 _NAME = r"to=([^\s<]+)"

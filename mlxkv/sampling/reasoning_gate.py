@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from mlxkv.parsers import harmony
-from mlxkv.parsers.formats import SYNTAXES
+from mlxkv.parsers.formats import syntax_of
 from mlxkv.text.tokenizer import Tokenizer
 
 _BREAKS = ("\n", "\n\n", "Ċ", "ĊĊ", "<0x0A>")
@@ -124,7 +124,7 @@ def gate_of(
         if channel is None or message is None:
             return None
         return HarmonyGate(tokenizer, channel, message)
-    syntax = SYNTAXES.get(name)
+    syntax = syntax_of(name)
     if syntax is None or syntax.think is None:
         return None
     opens, closes = (tokenizer.id_of(marker) for marker in syntax.think)

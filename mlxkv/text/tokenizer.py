@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 
 from mlxkv.chat.chat_template import ChatTemplate
 from mlxkv.chat.control import Controls
-from mlxkv.chat.harmony_writer import HarmonyTemplate, HarmonyWriter
 from mlxkv.chat.prompt_writer import PromptWriter
 from mlxkv.chat.rendered import Rendered
 from mlxkv.chat.replies import Replies
@@ -228,7 +227,9 @@ class Tokenizer:
     def prompt_writer(self) -> PromptWriter | None:
         """Renders conversations for this model; None if the checkpoint has no chat template."""
         template = self.chat_template
-        if isinstance(template, HarmonyTemplate):
+        if template is not None and template.is_harmony:
+            from mlxkv.chat.harmony_writer import HarmonyWriter
+
             return HarmonyWriter(template, Replies())
         return None if template is None else TemplateWriter(template, self.controls)
 

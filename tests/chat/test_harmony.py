@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer as Backend
 
-from mlxkv.chat.harmony import CALL, MESSAGE, TOKENS, HarmonyPrompt
+from mlxkv.chat.harmony import HarmonyPrompt
+from mlxkv.chat.harmony_tokens import CALL, MESSAGE, TOKENS
 from mlxkv.chat.harmony_tools import namespace
 from mlxkv.chat.harmony_writer import HarmonyTemplate, HarmonyWriter
 from mlxkv.chat.rendered import Rendered, Segment

@@ -17,7 +17,7 @@ import pytest
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
-from mlxkv.chat.harmony import TOKENS
+from mlxkv.chat.harmony_tokens import TOKENS
 from mlxkv.chat.harmony_writer import HarmonyTemplate, HarmonyWriter
 from mlxkv.chat.replies import Replies
 from mlxkv.engine.engine import ThreadedEngine

@@ -429,7 +429,7 @@ def test_what_a_published_template_writes_is_read_back(path: Path, name: str):
     if not path.exists():
         pytest.skip("the published templates are not here")
     template = ChatTemplate(path.read_text())
-    source = SimpleNamespace(source=path.read_text(), tools_source=None)
+    source = ChatTemplate(path.read_text())
     assert format_of(SimpleNamespace(chat_template=source)) == name  # type: ignore[arg-type]
     call = {**NESTED_CALL["tool_calls"][0], "id": "abcdefghi"}
     said = {"role": "assistant", "content": "", "tool_calls": [call]}

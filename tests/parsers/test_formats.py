@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from mlxkv.chat.chat_template import ChatTemplate
 from mlxkv.parsers.events import Content, Event, Markup, Reasoning, ToolCall
-from mlxkv.parsers.formats import SYNTAXES, format_of, make_parser, parser_for
+from mlxkv.parsers.formats import format_of, make_parser, parser_for
+from mlxkv.parsers.syntaxes import SYNTAXES
 from tests.support.chat_templates.cases import HELLO, NESTED_CALL, NESTED_TOOLS, TEMPLATES
 
 TOOLS = [
@@ -587,7 +588,7 @@ def test_what_a_models_template_writes_is_read_back(template: str, name: str):
     prompt = render([HELLO], **options)
     whole = render([HELLO, NESTED_CALL], add_generation_prompt=False, **options)
     assert whole.startswith(prompt)
-    source = SimpleNamespace(source=TEMPLATES[template].read_text(), tools_source=None)
+    source = ChatTemplate(TEMPLATES[template].read_text())
     assert format_of(SimpleNamespace(chat_template=source)) == name  # type: ignore[arg-type]
     events = run(name, whole[len(prompt) :], prompt=prompt, tools=NESTED_TOOLS)
     call = next(event for event in events if isinstance(event, ToolCall))
