@@ -1,0 +1,1 @@
+"""What the server withstands, measured outside CI. docs/reliability.md has the figures."""

@@ -1,0 +1,306 @@
+"""Attacks on `mlxkv serve` in random order, while honest clients are answered.
+
+    python -m benchmarks.reliability.attack --model M --minutes 30 --output NAME
+
+Honest clients ask in chats with one key, one request after the other, first in quiet, then under
+attack; an attacker with another key tries what is in `attack_kinds`. What has to hold is in
+`Record.checks`; the exit code is 1 where something does not. Writes NAME.json and NAME.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import httpx
+
+from benchmarks.compare import ROOT, environment
+from benchmarks.load_client import ANSWERED, Answer, Ask, ask, percentile
+from benchmarks.load_server import MLXKV, Server
+from benchmarks.options import add_machine_options
+from benchmarks.reliability.attack_kinds import KINDS, Target, shuffled
+from benchmarks.report import about
+from benchmarks.soak_checks import Sample
+
+HONEST, ATTACKER = "honest-key", "attacker-key"
+CLIENTS = 4
+WORST_RATIO, WORST_GROWTH = 2.0, 0.05
+WARM_S, SETTLE_S = 20.0, 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """The server's process while nothing is asked.
+
+    Args:
+        bytes: resident, less the pages of prefixes and MLX's cache, which fill their own bounds.
+        files, threads: open ones.
+    """
+
+    bytes: int
+    files: int
+    threads: int
+
+    @classmethod
+    def of(cls, server: Server) -> State:
+        import psutil
+
+        process = psutil.Process(server.process.pid)
+        headers = {"Authorization": f"Bearer {HONEST}"}
+        stats = httpx.get(f"{server.url}/stats.json", headers=headers, trust_env=False).json()
+        sample = Sample.of(0, process.memory_info().rss, stats)
+        own = sample.rss - sample.pages - sample.cached
+        return cls(own, process.num_fds(), process.num_threads())
+
+
+@dataclass(slots=True)
+class Record:
+    """What was seen.
+
+    Args:
+        tried: how often each kind was.
+        statuses: what the server said to each kind, and how often; 0: nothing.
+        quiet, attacked: the honest clients' answers without and with attacks.
+        right: name of each honest request -> its text, answered in quiet.
+        before, after: the server's process, idle.
+        deaths: how often the server ended.
+        exit_code: at the end.
+    """
+
+    tried: dict[str, int] = field(default_factory=dict)
+    statuses: dict[str, dict[int, int]] = field(default_factory=dict)
+    quiet: list[Answer] = field(default_factory=list)
+    attacked: list[Answer] = field(default_factory=list)
+    right: dict[str, str] = field(default_factory=dict)
+    before: State | None = None
+    after: State | None = None
+    deaths: int = 0
+    exit_code: int | None = None
+
+    @property
+    def lost(self) -> list[Answer]:
+        """Honest answers that did not end."""
+        return [answer for answer in self.attacked if answer.outcome != ANSWERED]
+
+    @property
+    def wrong(self) -> list[Answer]:
+        """Honest answers with another text than in quiet."""
+        ended = (answer for answer in self.attacked if answer.outcome == ANSWERED)
+        return [answer for answer in ended if answer.text != self.right[answer.name]]
+
+    def checks(self) -> dict[str, tuple[bool, str]]:
+        """What has to hold: whether it does, and the figures."""
+        assert self.before is not None and self.after is not None
+        quiet, attacked = gap_p99(self.quiet), gap_p99(self.attacked)
+        growth = self.after.bytes / self.before.bytes - 1
+        return {
+            "the server lives": (self.deaths == 0, f"{self.deaths} deaths"),
+            "no honest answer is lost": (not self.lost, f"{len(self.lost)} lost"),
+            "no honest answer is wrong": (not self.wrong, f"{len(self.wrong)} wrong"),
+            "p99 between pieces": (
+                attacked <= WORST_RATIO * quiet,
+                f"{1e3 * attacked:.0f} ms, in quiet {1e3 * quiet:.0f} ms",
+            ),
+            "memory": (
+                growth <= WORST_GROWTH,
+                f"{self.before.bytes >> 20} MiB before, {self.after.bytes >> 20} after",
+            ),
+            "open files": (
+                self.after.files <= self.before.files + 2,
+                f"{self.before.files} before, {self.after.files} after",
+            ),
+            "threads": (
+                self.after.threads <= self.before.threads + 2,
+                f"{self.before.threads} before, {self.after.threads} after",
+            ),
+            "it ends by itself": (self.exit_code == 0, f"exit code {self.exit_code}"),
+        }
+
+
+def gap_p99(answers: Sequence[Answer]) -> float:
+    """Seconds between two pieces of an answer: the 99th percentile over all."""
+    return percentile((gap for answer in answers for gap in answer.gaps_s), 99)
+
+
+def honest_asks(rng: random.Random, tokens: int) -> list[Ask]:
+    """Requests of some lengths, greedy."""
+    words = [
+        "the",
+        "sea",
+        "and",
+        "a",
+        "boat",
+        "of",
+        "wood",
+        "that",
+        "goes",
+        "over",
+        "it",
+        "by",
+        "night",
+    ]
+    found = []
+    for i in range(12):
+        text = " ".join(rng.choice(words) for _ in range(rng.choice((8, 60, 300))))
+        messages = [{"role": "user", "content": f"{i}: {text}"}]
+        found.append(Ask(f"ask {i}", messages, tokens, {"temperature": 0}))
+    return found
+
+
+async def honest(server: Server, asks: Sequence[Ask], until: float, into: list[Answer]) -> None:
+    """One honest client: its requests one after the other, until a time."""
+    headers = {"Authorization": f"Bearer {HONEST}"}
+    async with httpx.AsyncClient(
+        base_url=server.url, timeout=None, trust_env=False, headers=headers
+    ) as client:
+        turn = 0
+        while time.monotonic() < until:
+            into.append(await ask(client, server.model, asks[turn % len(asks)], limit_s=300))
+            turn += 1
+
+
+async def clients(server: Server, asks: list[Ask], seconds: float, into: list[Answer]) -> None:
+    until = time.monotonic() + seconds
+    share = len(asks) // CLIENTS
+    each = [asks[i * share : (i + 1) * share] for i in range(CLIENTS)]
+    await asyncio.gather(*(honest(server, some, until, into) for some in each))
+
+
+async def attack(server: Server, rng: random.Random, seconds: float, record: Record) -> None:
+    """Two attackers at a time, each with one kind after the other."""
+    until, order = time.monotonic() + seconds, shuffled(rng)
+
+    async def attacker() -> None:
+        while time.monotonic() < until and server.process.poll() is None:
+            kind = next(order)
+            target = Target(server.url, server.model, ATTACKER, rng)
+            with contextlib.suppress(OSError, httpx.HTTPError):
+                await kind(target)
+            name = kind.__name__
+            record.tried[name] = record.tried.get(name, 0) + 1
+            seen = record.statuses.setdefault(name, {})
+            for status, n in target.seen.items():
+                seen[status] = seen.get(status, 0) + n
+
+    await asyncio.gather(attacker(), attacker())
+
+
+async def session(server: Server, args: argparse.Namespace, record: Record) -> None:
+    """Quiet, each attack once, then all in random order, then quiet again."""
+    rng = random.Random(args.seed)
+    asks = honest_asks(rng, args.answer)
+    warm: list[Answer] = []
+    for asked in asks:  # alone, so that these texts are the right ones
+        await honest_once(server, asked, warm)
+    record.right = {answer.name: answer.text for answer in warm}
+    await clients(server, asks, args.quiet, record.quiet)
+    # What the first of each kind loads (a grammar's vocabulary, modules) is no leak.
+    for kind in KINDS:
+        await kind(Target(server.url, server.model, ATTACKER, rng))
+    await settle(server, asks)
+    record.before = State.of(server)
+    seconds = 60 * args.minutes
+    await asyncio.gather(
+        clients(server, asks, seconds, record.attacked), attack(server, rng, seconds, record)
+    )
+    record.deaths = int(server.process.poll() is not None)
+    if not record.deaths:
+        await settle(server, asks)
+        record.after = State.of(server)
+
+
+async def settle(server: Server, asks: list[Ask]) -> None:
+    """Until time limits have ended what attacks left; then the honest alone."""
+    await asyncio.sleep(SETTLE_S)
+    await clients(server, asks, WARM_S, [])
+
+
+async def honest_once(server: Server, asked: Ask, into: list[Answer]) -> None:
+    headers = {"Authorization": f"Bearer {HONEST}"}
+    async with httpx.AsyncClient(
+        base_url=server.url, timeout=None, trust_env=False, headers=headers
+    ) as client:
+        into.append(await ask(client, server.model, asked, limit_s=300))
+        if into[-1].outcome != ANSWERED:
+            raise SystemExit(f"in quiet: {into[-1].error}\n{server.log[-2000:]}")
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.reliability.attack", description=__doc__
+    )
+    parser.add_argument("--model", required=True, help="a directory or a name mlxkv knows")
+    parser.add_argument("--minutes", type=float, default=30.0, help="of attacks")
+    parser.add_argument("--quiet", type=float, default=60.0, help="seconds without, before them")
+    parser.add_argument("--answer", type=int, default=48, help="tokens of an honest answer")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--memory", default="2GiB", help="of the server")
+    add_machine_options(parser, "float32", "of the server")
+    return parser.parse_args(argv)
+
+
+def markdown(model: str, args: argparse.Namespace, record: Record) -> str:
+    """The record as tables."""
+    lines = [
+        f"# {args.minutes:g} minutes of attacks on `mlxkv serve`, {model}, {CLIENTS} clients",
+        "",
+        f"{len(record.quiet)} honest answers in quiet, {len(record.attacked)} under attack.",
+        "",
+        "| what has to hold | | seen |",
+        "| --- | --- | --- |",
+        *(
+            f"| {name} | {'yes' if holds else '**no**'} | {said} |"
+            for name, (holds, said) in record.checks().items()
+        ),
+        "",
+        "| attack | tried | statuses (0: closed without one) |",
+        "| --- | --- | --- |",
+    ]
+    for kind in KINDS:
+        name = kind.__name__
+        seen = sorted(record.statuses.get(name, {}).items())
+        said = ", ".join(f"{status} x {n}" for status, n in seen)
+        lines.append(f"| {name.replace('_', ' ')} | {record.tried.get(name, 0)} | {said} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    args = parse()
+    from mlxkv.store.resolve import resolve
+
+    model, record = resolve(args.model).resolve(), Record()
+    with tempfile.TemporaryDirectory() as pages:
+        env = environment(args) | {"MLXKV_KV": pages}
+        options = [f"--dtype={args.dtype}", f"--memory={args.memory}"]
+        options += [f"--api-key={HONEST}", f"--api-key={ATTACKER}"]
+        with Server(MLXKV, model, env, options) as server:
+            asyncio.run(session(server, args, record))
+            if record.deaths:
+                print(server.log[-4000:], file=sys.stderr)
+                return 1
+            record.exit_code = server.stop()
+            log = server.log
+    output = args.output.with_suffix("")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    written: dict[str, Any] = {**about(ROOT, "benchmarks.reliability.attack")}
+    written |= {"log_bytes": len(log), "record": asdict(record), "checks": record.checks()}
+    output.with_suffix(".json").write_text(json.dumps(written) + "\n", encoding="utf-8")
+    table = markdown(model.name, args, record)
+    output.with_suffix(".md").write_text(table, encoding="utf-8")
+    print(table)
+    for answer in [*record.lost, *record.wrong][:5]:
+        print(f"{answer.name}: {answer.outcome} {answer.error}", file=sys.stderr)
+    return int(not all(holds for holds, _ in record.checks().values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
