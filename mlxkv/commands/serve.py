@@ -152,34 +152,61 @@ def _agent_file() -> Path | None:
 
 def _run(engine: Any, config: Any) -> int:
     import asyncio
-
-    import uvicorn
+    from threading import Thread
 
     from mlxkv.server.app import create_app
+    from mlxkv.server.log_lines import log_to_stderr
+    from mlxkv.server.serving import Server, raise_file_limit
+    from mlxkv.server.stop import Stop, leave
 
+    log_to_stderr(lambda: config.api_keys)
     app = create_app(engine, config)
     listening = _listen(config.host, config.port)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", ws="none"))
+    closing = Thread(target=engine.close, name="close", daemon=True)
+    server = Server(app, config, raise_file_limit(), on_end=closing.start)
+    stop = Stop(config.end_s)
 
     async def run() -> None:
-        for model in config.models:
-            await engine.load(model, keep_alive_s=-1)
-            print(f"mlxkv: {model} is loaded", file=sys.stderr)
+        asked, loop = asyncio.Event(), asyncio.get_running_loop()
+        stop.on_stop = lambda: loop.call_soon_threadsafe(asked.set)
+        try:
+            is_loaded = await _load(engine, config, asked)
+        finally:
+            stop.on_stop = server.stop
+        if stop.is_asked or not is_loaded:
+            return
         port = listening.getsockname()[1]
         print(f"mlxkv: listening on http://{config.host}:{port}", file=sys.stderr, flush=True)
         await server.serve([listening])
 
+    stop.install()
     engine.start()
     try:
         asyncio.run(run())
-    except KeyboardInterrupt:
-        pass
     finally:
-        engine.close()
         if app.state.state_memory is not None:
             app.state.state_memory.save()
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    return 0
+        if closing.ident is None:
+            closing.start()
+        closing.join(stop.left_s if stop.is_asked else None)
+    leave(0)
+
+
+async def _load(engine: Any, config: Any, asked: Any) -> bool:
+    """Load the operator's models; False if the process is to end meanwhile."""
+    import asyncio
+
+    stop = asyncio.ensure_future(asked.wait())
+    for model in config.models:
+        loading = asyncio.ensure_future(engine.load(model, keep_alive_s=-1))
+        await asyncio.wait({loading, stop}, return_when=asyncio.FIRST_COMPLETED)
+        if not loading.done():
+            loading.cancel()
+            return False
+        await loading
+        print(f"mlxkv: {model} is loaded", file=sys.stderr)
+    stop.cancel()
+    return True
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 
@@ -17,6 +18,7 @@ from mlxkv.errors import MlxkvError
 from mlxkv.server import metrics
 from mlxkv.server.agents.state_memory import StateMemory
 from mlxkv.server.anthropic import routes as anthropic
+from mlxkv.server.bodies import Bodies
 from mlxkv.server.config import ServerConfig
 from mlxkv.server.errors import error_response
 from mlxkv.server.guard import LOCAL_ORIGINS, Guard
@@ -54,7 +56,8 @@ def create_app(engine: Engine, config: ServerConfig) -> FastAPI:
         allow_headers=["*"],
         expose_headers=["mlxkv-ignored"],
     )
-    middleware = [cors, Middleware(Guard, config=config)]
+    bodies = Bodies(config)
+    middleware = [cors, Middleware(Guard, config=config, bodies=bodies)]
     app = FastAPI(
         title="mlxkv",
         version=_version(),
@@ -73,6 +76,8 @@ def create_app(engine: Engine, config: ServerConfig) -> FastAPI:
         redoc_url=None,
     )
     app.state.ignored = Ignored(config)
+    app.state.bodies = bodies
+    app.state.stopping = asyncio.Event()
     app.state.state_memory = StateMemory(config.agent_file) if config.agent_prompts else None
     for make in ROUTERS:
         app.include_router(make(engine, config))
@@ -85,6 +90,13 @@ def create_app(engine: Engine, config: ServerConfig) -> FastAPI:
         return JSONResponse({"status": status}, status_code=200 if alive else 503)
 
     return app
+
+
+def end_requests(app: FastAPI) -> None:
+    """End all requests with an error that says why: streams with their last event, others with a
+    status. What they computed is kept when the engine closes."""
+    app.state.stopping.set()
+    app.state.bodies.end()
 
 
 async def _on_error(request: Request, error: Exception) -> Response:

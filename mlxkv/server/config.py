@@ -30,6 +30,13 @@ class ServerConfig:
         aliases: further names of models, besides the stored ones: pairs of a name and its model.
         context: tokens of prompt and answer together, for all models; None for each model's own.
         max_body_bytes: size of a request.
+        max_bodies_bytes: size of all requests together that are not answered yet.
+        max_connections: at a time; fewer where the process may have fewer files.
+        head_s: time in which the head of a request has to come.
+        body_s: time in which the body of a request has to come; longer by its size, see
+            `min_body_rate`.
+        min_body_rate: bytes a second that a long body has to come with.
+        end_s: time in which the process ends, once it was told to.
         max_tokens: length of one answer; None for as long as the context allows.
         max_choices: answers to one request (`n`, or a list of prompts).
         first_s: time to wait for the first event before a stream starts. An error before has its
@@ -53,6 +60,12 @@ class ServerConfig:
     aliases: tuple[tuple[str, str], ...] = ()
     context: int | None = None
     max_body_bytes: int = 32 << 20
+    max_bodies_bytes: int = 256 << 20
+    max_connections: int = 1024
+    head_s: float = 10.0
+    body_s: float = 30.0
+    min_body_rate: int = 128 << 10
+    end_s: float = 10.0
     max_tokens: int | None = None
     max_choices: int = 16
     first_s: float = 5.0

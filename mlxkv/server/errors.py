@@ -41,12 +41,27 @@ class ThreadNotFound(ModelNotFound):
     """A thread of Anthropic's API that is to be continued: none are kept here."""
 
 
+class ServerStopping(MlxkvError):
+    """The server ends before the answer does."""
+
+    status = 503
+
+    def __init__(self) -> None:
+        super().__init__("the server is stopping: send the request again later")
+
+
+def stopping() -> HTTPException:
+    """`ServerStopping` for a request that is not read yet."""
+    return HTTPException(503, str(ServerStopping()), {"Connection": "close", "Retry-After": "5"})
+
+
 # Class of error -> code, and the field for errors that name none.
 _CODES = {
     ContextExceeded: ("context_length_exceeded", "messages"),
     ThreadNotFound: ("thread_not_found", "thread.previous_message_id"),
     ModelNotFound: ("model_not_found", "model"),
     OutOfMemory: ("insufficient_memory", None),
+    ServerStopping: ("server_stopping", None),
 }
 _FOLDERS = re.compile(r"(?<![\w:/.])/(?!v1/|api/)(?:[^/\s'\"]+/)+")
 _FIELD = re.compile(r"(?!(str|int|float|bool)$)[^A-Z\[\]()]+")

@@ -5,7 +5,7 @@
 - `Origin`, which browsers alone send, must be the server's own, local or a configured one. Without
   that a web page could ask, though never read the answer, with a form that needs no leave of CORS.
 - Where there are API keys, one of them must come as a bearer token or in `x-api-key`.
-- A body is counted while it comes in.
+- A body is bounded while it comes in, see `bodies`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from fastapi import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mlxkv.server import ignored
+from mlxkv.server.bodies import Bodies
 from mlxkv.server.config import ServerConfig
 from mlxkv.server.errors import error_response
 
@@ -32,6 +33,8 @@ LOCAL_ORIGINS = (
     r"|(app|file|tauri|vscode-webview|vscode-file)://[A-Za-z0-9._-]*"
 )
 """Pages that may ask by default, as with Ollama: of this machine, and of programs on it."""
+NO_SNIFFING = (b"x-content-type-options", b"nosniff")
+"""Browsers take a response for what it says to be: text of a prompt is never a page."""
 OPEN_PATHS = frozenset({"/", "/health"})
 """Paths that need no key: they only show that the server runs. The page at `/` is static; its
 figures come from `/stats.json`, which needs a key."""
@@ -40,9 +43,10 @@ figures come from `/stats.json`, which needs a key."""
 class Guard:
     """ASGI middleware that checks access and sets `request.state.owner`."""
 
-    def __init__(self, app: ASGIApp, config: ServerConfig):
+    def __init__(self, app: ASGIApp, config: ServerConfig, bodies: Bodies):
         self._app = app
         self._config = config
+        self._bodies = bodies
         self._owners = {_digest(key): owner_of(key) for key in config.api_keys}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -59,6 +63,8 @@ class Guard:
             if message["type"] == "http.response.start":
                 started = True
                 headers = [*message.get("headers", ()), *ignored.header(scope.get("state", {}))]
+                if not any(name.lower() == NO_SNIFFING[0] for name, _ in headers):
+                    headers.append(NO_SNIFFING)
                 message = {**message, "headers": headers}
             await send(message)
 
@@ -66,8 +72,8 @@ class Guard:
             headers = _headers(scope)
             self._check(scope, headers)
             scope.setdefault("state", {})["owner"] = self._owner(scope["path"], headers)
-            limit = self._config.max_body_bytes
-            await self._app(scope, _limit_body(receive, headers, limit), watched)
+            with self._bodies.body(headers) as body:
+                await self._app(scope, lambda: body.receive(receive), watched)
         except Exception as error:
             if started:
                 raise
@@ -158,25 +164,3 @@ def _name_of(host: str) -> str | None:
     if not name or (port and not (port.isascii() and port.isdigit())):
         return None
     return name.lower().rstrip(".")
-
-
-def _limit_body(receive: Receive, headers: dict[str, str], limit: int) -> Receive:
-    """`receive` with a limit on the bytes of the body."""
-    length = headers.get("content-length", "")
-    n_read = int(length) if length.isascii() and length.isdigit() and len(length) < 20 else 0
-    too_large = HTTPException(
-        413, f"the request is larger than {limit:,} bytes", {"Connection": "close"}
-    )
-    if n_read > limit:
-        raise too_large
-    n_read = 0
-
-    async def limited() -> Message:
-        nonlocal n_read
-        message = await receive()
-        n_read += len(message.get("body", b""))
-        if n_read > limit:
-            raise too_large
-        return message
-
-    return limited

@@ -2,6 +2,7 @@
 
 - An answer is cancelled as soon as its client disconnects, or does not read for `stall_s`.
 - Nothing is buffered: the next event is computed when the one before is written.
+- When the server stops, the stream ends with an error that says so.
 - An error before the first event, or within `first_s`, is a response with its own status; later
   the stream has begun and the error is its last event.
 """
@@ -20,6 +21,7 @@ from starlette.types import Receive, Scope, Send
 from mlxkv.engine.messages import Answer
 from mlxkv.generation.outputs import Chunk
 from mlxkv.server.config import ServerConfig
+from mlxkv.server.errors import ServerStopping
 
 T = TypeVar("T")
 Events = AsyncGenerator[bytes, None]
@@ -74,16 +76,18 @@ async def unless_gone(
 
     Raises:
         ClientGone: the client disconnected.
+        ServerStopping: the server stops.
     """
     task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_gone(request.receive))
+    stop = _stop_of(request)
     try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({task, gone, stop}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            raise ClientGone
+            raise ClientGone if gone.done() else ServerStopping
         return task.result()
     finally:
         _cancel(answers)
-        await _drop(task, gone)
+        await _drop(task, gone, stop)
 
 
 async def stream(
@@ -108,22 +112,26 @@ async def stream(
 
     Raises:
         ClientGone: the client disconnected before the first event. Also what that event raises.
+        ServerStopping: the server stops before the first event.
     """
     first, gone = _next(events), asyncio.ensure_future(_gone(request.receive))
+    stop = _stop_of(request)
     try:
         await asyncio.wait(
-            {first, gone}, timeout=config.first_s, return_when=asyncio.FIRST_COMPLETED
+            {first, gone, stop}, timeout=config.first_s, return_when=asyncio.FIRST_COMPLETED
         )
         if gone.done():
             raise ClientGone
         if first.done():
             first.result()
+        elif stop.done():
+            raise ServerStopping
     except BaseException:
         _cancel(answers)
-        await _drop(first, gone)
+        await _drop(first, gone, stop)
         await events.aclose()
         raise
-    return _Stream(events, first, gone, config, on_error, media_type, ping, answers)
+    return _Stream(events, first, gone, stop, config, on_error, media_type, ping, answers)
 
 
 class _Stream(Response):
@@ -134,6 +142,7 @@ class _Stream(Response):
         events: Events,
         first: asyncio.Future[bytes | None],
         gone: asyncio.Future[None],
+        stop: asyncio.Future[Any],
         config: ServerConfig,
         on_error: Callable[[BaseException], bytes],
         media_type: str,
@@ -144,7 +153,7 @@ class _Stream(Response):
         del self.headers["content-length"]
         # Keep proxies from buffering events.
         self.headers.update({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
-        self._events, self._next, self._gone = events, first, gone
+        self._events, self._next, self._gone, self._stop = events, first, gone, stop
         self._config, self._on_error, self._ping = config, on_error, ping
         self._answers = answers
 
@@ -155,10 +164,10 @@ class _Stream(Response):
             if pump.done():
                 pump.result()
         except TimeoutError:
-            pass  # the client does not read: uvicorn closes the incomplete response
+            pass  # the client does not read, and `connections` has not seen it: uvicorn closes
         finally:
             _cancel(self._answers)
-            await _drop(pump, self._gone)
+            await _drop(pump, self._gone, self._stop)
             await _drop(self._next)
             await self._events.aclose()
 
@@ -175,9 +184,12 @@ class _Stream(Response):
     async def _body(self) -> tuple[bytes, bool]:
         """The next bytes, and whether more follow."""
         timeout = None if self._ping is None else self._config.ping_s
-        done, _ = await asyncio.wait({self._next}, timeout=timeout)
+        futures = {self._next, self._stop}
+        done, _ = await asyncio.wait(futures, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
         if not done:
             return self._ping or b"", True
+        if self._stop in done:
+            return self._on_error(ServerStopping()), False
         try:
             body = self._next.result()
         except Exception as error:
@@ -186,6 +198,11 @@ class _Stream(Response):
             return b"", False
         self._next = _next(self._events)
         return body, True
+
+
+def _stop_of(request: Request) -> asyncio.Future[Any]:
+    """Done when the server stops."""
+    return asyncio.ensure_future(request.app.state.stopping.wait())
 
 
 async def _gone(receive: Receive) -> None:

@@ -238,6 +238,28 @@ def test_nothing_kills_it(server, client):
     assert not any("Traceback" in line for line in server.lines), "".join(server.lines)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_it_under_half_requests_and_streams_and_its_prefixes_are_kept(env, number):
+    env = {**env, "MLXKV_KV": f"{env['MLXKV_KV']}-{number}"}
+    server = Server(env)
+    url = httpx.URL(server.url)
+    half = socket.create_connection((url.host, url.port))
+    half.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n")
+    with half, client_of(server) as client:
+        stream = client.chat.completions.create(
+            model=MODEL,
+            messages=[{"role": "user", "content": LONG}],
+            stream=True,
+            extra_body={"ignore_eos": True},
+        )
+        next(iter(stream))
+        assert server.stop(number) == 0
+        with pytest.raises(openai.APIError, match="the server is stopping"):
+            list(stream)
+    assert list(Path(env["MLXKV_KV"]).rglob("*.safetensors"))
+    assert not any("Traceback" in line for line in server.lines), "".join(server.lines)
+
+
 def test_killed_and_started_again_it_goes_on_from_pages(env):
     conversation: list[Any] = [{"role": "user", "content": LONG}]
     first = Server(env)

@@ -15,14 +15,13 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import uvicorn
-
 from mlxkv.engine.messages import Ask, Counts, Embeddings, EngineStats, Loaded
 from mlxkv.errors import MlxkvError, ModelNotFound, UsageError
 from mlxkv.generation.outputs import Chunk, Stats, TokenLogprobs
 from mlxkv.generation.request import Request
 from mlxkv.server.app import create_app
 from mlxkv.server.config import ServerConfig
+from mlxkv.server.serving import Server
 
 MODEL = "fake"
 N_PROMPT = 10
@@ -184,9 +183,14 @@ class FakeEngine:
 @contextlib.contextmanager
 def serving(engine: Any, **settings: Any) -> Iterator[str]:
     """A server on loopback in a thread: its address."""
-    app = create_app(engine, ServerConfig(**settings))
-    made = uvicorn.Config(app, port=0, log_level="critical", lifespan="off", ws="none")
-    server = uvicorn.Server(made)
+    with serving_as(engine, ServerConfig(**settings)) as (url, _):
+        yield url
+
+
+@contextlib.contextmanager
+def serving_as(engine: Any, config: ServerConfig, **more: Any) -> Iterator[tuple[str, Server]]:
+    """A server on loopback in a thread: its address, and itself."""
+    server = Server(create_app(engine, config), config, **more)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     until = time.monotonic() + 10
@@ -194,7 +198,7 @@ def serving(engine: Any, **settings: Any) -> Iterator[str]:
         time.sleep(0.005)
     port = server.servers[0].sockets[0].getsockname()[1]
     try:
-        yield f"http://127.0.0.1:{port}"
+        yield f"http://127.0.0.1:{port}", server
     finally:
         server.should_exit = True
         server.force_exit = True

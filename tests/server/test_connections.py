@@ -1,0 +1,206 @@
+"""Clients that send half of a request, or read nothing: real sockets, with short times."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import socket
+import time
+from collections.abc import Callable, Iterator
+
+import httpx
+import pytest
+
+from mlxkv.server.config import ServerConfig
+from mlxkv.server.serving import OTHER_FILES
+from tests.support.fake_engine import MODEL, FakeEngine, says, serving, serving_as
+
+HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
+HELLO = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}
+QUICK = {"head_s": 0.3, "body_s": 0.3, "stall_s": 0.3}
+
+
+@contextlib.contextmanager
+def sending(url: str, data: bytes, **options: int) -> Iterator[socket.socket]:
+    """A connection on which this was sent."""
+    host, port = url.removeprefix("http://").split(":")
+    with socket.socket() as connection:
+        connection.settimeout(5)
+        for name, value in options.items():
+            connection.setsockopt(socket.SOL_SOCKET, getattr(socket, name), value)
+        connection.connect((host, int(port)))
+        connection.sendall(data)
+        yield connection
+
+
+def received(connection: socket.socket) -> bytes:
+    """All until the server closes the connection."""
+    found = b""
+    with contextlib.suppress(ConnectionResetError):
+        while part := connection.recv(65536):
+            found += part
+    return found
+
+
+def until(holds: Callable[[], object]) -> None:
+    """Wait until something holds, for some seconds at most."""
+    for _ in range(1000):
+        if holds():
+            return
+        time.sleep(0.005)
+    raise AssertionError("it does not come to hold")
+
+
+def ask(url: str, path: str = "/v1/chat/completions", **fields: object) -> httpx.Response:
+    return httpx.post(url + path, json={**HELLO, **fields}, timeout=5)
+
+
+@pytest.fixture(scope="module")
+def quick() -> Iterator[str]:
+    with serving(FakeEngine(), **QUICK) as url:
+        yield url
+
+
+@pytest.mark.parametrize("data", [HEAD, HEAD + b"x: " + b"y" * 9000])
+def test_a_head_that_does_not_come_in_time_ends_its_connection(quick, data):
+    with sending(quick, data) as connection:
+        assert received(connection).startswith(b"HTTP/1.1 408 ")
+    assert ask(quick).status_code == 200
+
+
+def test_a_connection_without_a_request_is_closed_without_an_answer(quick):
+    with sending(quick, b"") as connection:
+        assert received(connection) == b""
+
+
+def test_a_head_that_trickles_has_no_more_time(quick):
+    with sending(quick, HEAD) as connection:
+        connection.settimeout(0.05)
+        found = b""
+        for _ in range(60):
+            with contextlib.suppress(TimeoutError):
+                found += connection.recv(4096)
+                break
+            connection.sendall(b"a: b\r\n")
+        assert found.startswith(b"HTTP/1.1 408 ")
+
+
+def test_the_second_head_of_a_connection_has_a_time_as_well(quick):
+    with sending(quick, b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n") as connection:
+        assert b"200 OK" in connection.recv(4096)
+        connection.sendall(b"GET /health HTTP/1.1\r\n")
+        assert b"HTTP/1.1 408 " in received(connection)
+
+
+@pytest.mark.parametrize(
+    "path, words",
+    [
+        ("/v1/chat/completions", {"type": "invalid_request_error"}),
+        ("/v1/messages", {"type": "invalid_request_error"}),
+        ("/api/chat", None),
+    ],
+)
+def test_a_body_that_does_not_come_in_time_is_408_in_its_apis_words(quick, path, words):
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n"
+    with sending(quick, head.encode() + b'{"model": ') as connection:
+        status, _, body = received(connection).partition(b"\r\n\r\n")
+    assert status.startswith(b"HTTP/1.1 408 ")
+    error = json.loads(body)["error"]
+    assert "too slowly" in (error if words is None else error["message"])
+    assert words is None or words.items() <= error.items()
+
+
+def test_the_rest_of_a_body_that_was_answered_has_a_time_as_well(quick):
+    head = b"POST /nowhere HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+    with sending(quick, head) as connection:
+        assert received(connection).startswith(b"HTTP/1.1 404 ")
+
+
+def test_half_requests_keep_no_client_out():
+    config = ServerConfig()
+    with (
+        serving_as(FakeEngine(), config, n_files=OTHER_FILES + 8) as (url, server),
+        contextlib.ExitStack() as stack,
+    ):
+        halves = [stack.enter_context(sending(url, HEAD)) for _ in range(30)]
+        assert ask(url).status_code == 200
+        assert len(server.server_state.connections) <= 8
+        assert received(halves[0]) == b""
+
+
+def test_half_bodies_keep_no_client_out():
+    head = HEAD + b"Content-Length: 1000\r\n\r\n{"
+    with (
+        serving(FakeEngine(), max_connections=4) as url,
+        contextlib.ExitStack() as stack,
+    ):
+        for _ in range(12):
+            stack.enter_context(sending(url, head))
+        assert ask(url).status_code == 200
+
+
+def test_where_all_connections_have_requests_a_new_one_is_refused():
+    engine = FakeEngine(lambda ask: [1e9])
+    with (
+        serving(engine, max_connections=2) as url,
+        httpx.Client(timeout=5) as client,
+        contextlib.ExitStack() as stack,
+    ):
+        body = json.dumps({**HELLO, "stream": True}).encode()
+        head = HEAD + b"Content-Length: %d\r\n\r\n" % len(body)
+        for _ in range(2):
+            stack.enter_context(sending(url, head + body))
+        until(lambda: len(engine.asks) == 2)
+        answer = client.get(url + "/health")
+        assert answer.status_code == 503 and "too many" in answer.json()["error"]["message"]
+
+
+def test_all_bodies_together_have_a_bound_that_small_requests_do_not_meet():
+    head = HEAD + b"Content-Length: 60000\r\n\r\n"
+    with serving_as(FakeEngine(), ServerConfig(max_bodies_bytes=100_000)) as (url, server):
+        bodies = server.config.app.state.bodies  # pyright: ignore[reportAttributeAccessIssue]
+        with (
+            sending(url, head + b" " * 50_000) as first,
+            sending(url, head + b" " * 40_000),
+        ):
+            until(lambda: bodies.held_bytes >= 90_000)
+            assert ask(url, user="x" * 20_000).status_code == 200
+            assert received(first).startswith(b"HTTP/1.1 503 ")
+        until(lambda: not bodies.held_bytes)
+
+
+def test_a_stream_that_is_not_read_is_cancelled_and_its_connection_closed():
+    engine = FakeEngine(says(*["x" * 100_000] * 200))
+    with serving_as(engine, ServerConfig(stall_s=0.3)) as (url, server):
+        body = json.dumps({**HELLO, "stream": True}).encode()
+        head = HEAD + b"Content-Length: %d\r\n\r\n" % len(body)
+        with sending(url, head + body, SO_RCVBUF=4096):
+            until(lambda: engine.answers)
+            assert engine.answers[0].cancelled.wait(5)
+            assert engine.answers[0].n_read < 200
+            until(lambda: not server.server_state.connections)
+
+
+def test_an_answer_that_is_not_read_is_not_kept_for_ever():
+    engine = FakeEngine(says(*["x" * 100_000] * 200))
+    with serving_as(engine, ServerConfig(stall_s=0.3)) as (url, server):
+        body = json.dumps(HELLO).encode()
+        head = HEAD + b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(body)
+        with sending(url, head + body, SO_RCVBUF=4096) as connection:
+            assert connection.recv(10)
+            until(lambda: not server.server_state.connections)
+
+
+def test_where_no_file_is_left_for_a_connection_one_is_dropped_and_no_trace_logged(caplog):
+    with (
+        serving_as(FakeEngine(), ServerConfig()) as (url, server),
+        sending(url, HEAD) as half,
+    ):
+        until(lambda: server.server_state.connections)
+        loop = server.servers[0].get_loop()
+        error = OSError(errno.EMFILE, "Too many open files")
+        loop.call_soon_threadsafe(loop.call_exception_handler, {"exception": error})
+        assert received(half) == b""
+        assert ask(url).status_code == 200
+    assert [record.exc_info for record in caplog.records] == [None]

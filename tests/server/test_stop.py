@@ -1,0 +1,112 @@
+"""The end of a server: what clients are told, and that it comes in time."""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+
+from mlxkv.generation.outputs import Chunk
+from mlxkv.server.config import ServerConfig
+from mlxkv.server.log_lines import OncePerMinute, WithoutKeys
+from tests.server.test_connections import HEAD, sending, until
+from tests.support.fake_engine import MODEL, FakeEngine, serving_as
+
+HANGS = """
+import os, signal, sys, time
+from mlxkv.server.stop import Stop
+stop = Stop(float(sys.argv[1]))
+stop.install()
+for number in sys.argv[2:]:
+    os.kill(os.getpid(), int(number))
+    time.sleep(0.02)
+while True:
+    time.sleep(9)
+"""
+MESSAGES = [{"role": "user", "content": "hi"}]
+STREAMS = {
+    "/v1/chat/completions": {"messages": MESSAGES, "stream": True},
+    "/v1/completions": {"prompt": "hi", "stream": True},
+    "/v1/responses": {"input": "hi", "stream": True},
+    "/v1/messages": {"messages": MESSAGES, "stream": True, "max_tokens": 9},
+    "/api/chat": {"messages": MESSAGES},
+    "/api/generate": {"prompt": "hi"},
+}
+
+
+def test_streams_and_other_answers_end_with_the_reason_and_nothing_is_waited_for():
+    engine = FakeEngine(lambda ask: [Chunk("a", 1), 1e9])
+    ended: list[bool] = []
+
+    def ask(path: str, whole: bool) -> tuple[int, bytes]:
+        body = {"model": MODEL, **STREAMS[path], **({"stream": False} if whole else {})}
+        answer = httpx.post(url + path, json=body, timeout=10)
+        return answer.status_code, answer.content
+
+    config = ServerConfig()
+    with (
+        serving_as(engine, config, on_end=lambda: ended.append(True)) as (url, server),
+        sending(url, HEAD),
+        sending(url, HEAD + b"Content-Length: 9\r\n\r\n{") as body,
+        ThreadPoolExecutor(12) as pool,
+    ):
+        streams = {path: pool.submit(ask, path, False) for path in STREAMS}
+        wholes = {path: pool.submit(ask, path, True) for path in STREAMS}
+        until(lambda: [each.n_read for each in engine.answers] == [1] * 12)
+        server.stop()
+        for path in STREAMS:
+            status, content = streams[path].result()
+            assert status == 200 and b"the server is stopping" in content, path
+            status, content = wholes[path].result()
+            assert status == 503 and "error" in json.loads(content), path
+        assert body.recv(12) == b"HTTP/1.1 503"
+    assert ended and all(answer.cancelled.is_set() for answer in engine.answers)
+
+
+@pytest.mark.parametrize(
+    "within_s, numbers",
+    [
+        ("0.6", [signal.SIGTERM]),
+        ("0.6", [signal.SIGHUP]),
+        ("99", [signal.SIGINT, signal.SIGTERM]),
+    ],
+)
+def test_a_process_that_hangs_ends_with_the_signals_code(within_s, numbers):
+    command = [sys.executable, "-c", HANGS, within_s, *(str(int(each)) for each in numbers)]
+    done = subprocess.run(command, timeout=20, stderr=subprocess.PIPE, check=False)
+    assert done.returncode == 128 + numbers[0]
+    assert b"not written" in done.stderr
+
+
+def record(line: int, message: str, *args: object, name: str = "asyncio") -> logging.LogRecord:
+    return logging.LogRecord(name, logging.WARNING, "a.py", line, message, args, None)
+
+
+def test_one_line_of_a_kind_and_minute_is_logged_and_the_others_are_counted():
+    now = [0.0]
+    once = OncePerMinute(lambda: now[0])
+    assert [once.filter(record(1, "%d", n)) for n in range(4)] == [True, False, False, False]
+    assert once.filter(record(2, "another"))
+    now[0] = 61.0
+    later = record(1, "%d", 5)
+    assert once.filter(later) and later.getMessage() == "5 (and 3 times more)"
+    named = [once.filter(record(3, "%d", n, name="mlxkv.server.ignored")) for n in range(12)]
+    assert named == [True] * 10 + [False] * 2
+
+
+def test_no_key_is_logged_in_a_message_or_a_trace():
+    keys = ["secret", "secret-longer"]
+    try:
+        raise ValueError("of secret-longer")
+    except ValueError:
+        trace = sys.exc_info()
+    made = record(1, "GET /?key=%s", "secret")
+    made.exc_info = trace
+    text = WithoutKeys(lambda: keys).format(made)
+    assert "secret" not in text and "GET /?key=***" in text and "ValueError: of ***" in text
