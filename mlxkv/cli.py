@@ -19,7 +19,14 @@ from mlxkv.commands.doctor import doctor
 from mlxkv.commands.launch import launch
 from mlxkv.commands.options import options_of
 from mlxkv.commands.verify import verify
-from mlxkv.errors import INTERRUPTED, MlxkvError, UsageError, one_line
+from mlxkv.errors import (
+    INTERRUPTED,
+    MlxkvError,
+    OutOfMemory,
+    UsageError,
+    lacks_memory,
+    one_line,
+)
 
 app = typer.Typer(
     name="mlxkv",
@@ -71,6 +78,8 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(error, usage_error):
             text = cast(typer.BadParameter, error).format_message()
             return _fail(f"{text.rstrip('.')}; see `mlxkv --help`", UsageError.exit_code)
+        if lacks_memory(error):
+            return _fail(f"memory ran out ({one_line(error)})", OutOfMemory.exit_code)
         text = f"unexpected {type(error).__name__}: {one_line(error)}"
         return _fail(f"{text} (--debug shows the trace)", 1)
 

@@ -24,6 +24,8 @@ message and exits with `exit_code`; a server answers with `status`.
 
 from __future__ import annotations
 
+import errno
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -212,3 +214,22 @@ class KVCacheFull(OutOfMemory):
 def one_line(error: BaseException) -> str:
     """An exception's text on one line; its class where it has none."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+_NO_MEMORY = re.compile(
+    r"Unable to allocate"  # [malloc], of MLX's every backend
+    r"|failed to map segment|cannot allocate memory"  # the loader, for an extension module
+    r"|can't start new thread|Resource temporarily unavailable"  # a thread's stack
+    r"|bad_alloc",
+    re.IGNORECASE,
+)
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether the system, Python or a library could not get memory, or the stack of a thread."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno == errno.ENOMEM
+    if isinstance(error, MemoryError):
+        return True
+    known = isinstance(error, RuntimeError | ImportError | OSError)
+    return known and _NO_MEMORY.search(str(error)) is not None

@@ -8,15 +8,20 @@ This module imports MLX only when a function needs the device.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import ctypes
 import functools
 import os
 import shutil
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, TypeVar
+
+from mlxkv.base import limits, openblas
+from mlxkv.base.limits import Limit
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -24,6 +29,13 @@ if TYPE_CHECKING:
 Stream = TypeVar("Stream")
 
 MAX_CORES = 8
+MARGIN_BYTES, MAPPED_MARGIN_BYTES = 32 << 20, 64 << 20
+"""What models leave of a limit of the process, for Python's objects, sockets and the stacks of
+threads; of one of mapped memory, see `limits`."""
+STACK_BYTES = 8 << 20
+"""Of a stream's thread."""
+LOOK_S = 0.1
+"""How long what was read of the process's limits is believed: a budget asks at each token."""
 _OF_THREAD = threading.local()
 _OPENBLAS = ("libopenblas.so.0", "libopenblas.so")
 
@@ -45,6 +57,10 @@ def load_blas() -> str | None:
         return _already_loaded()
     # mlxkv divides products over the cores itself; OpenBLAS' own threads would compete.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    if limits.mapped_bytes() is not None:
+        limits.map_less()
+        if not openblas.has_room():
+            return None
     for name in (wanted,) if wanted else _OPENBLAS:
         try:
             ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
@@ -52,7 +68,7 @@ def load_blas() -> str | None:
             continue
         # OpenBLAS' exit handler hangs while MLX is inside one of its products, and a step may be in
         # flight when an answer ends early.
-        atexit.register(finish)
+        atexit.register(_finish_at_exit)
         return name
     return None
 
@@ -75,7 +91,18 @@ def _new_streams() -> tuple[mx.Stream, ...]:
     if not on_cpu():
         return (default,)
     n = min(n_cores(), MAX_CORES)
+    if (library := load_blas()) is not None:
+        n = openblas.BUFFERS.take(library, n, limits.mapped_bytes())
+        _least.cache_clear()
     return (default, *(mx.new_stream(mx.Device(mx.cpu)) for _ in range(n - 1)))
+
+
+def _bytes_of_streams(limit_bytes: int) -> int:
+    """Address space that streams will take where no thread has made any yet."""
+    if not on_cpu() or load_blas() is None or openblas.BUFFERS.n_taken:
+        return 0
+    n_streams = openblas.n_allowed(min(n_cores(), MAX_CORES), limit_bytes)
+    return n_streams * (openblas.BUFFER_BYTES + STACK_BYTES)
 
 
 def shares(n: int, streams: Sequence[Stream]) -> list[tuple[Stream, int, int]]:
@@ -95,8 +122,14 @@ def finish() -> None:
     if "mlx.core" in sys.modules:
         import mlx.core as mx
 
-        for stream in core_streams():
+        mx.synchronize()
+        for stream in getattr(_OF_THREAD, "streams", ()):
             mx.synchronize(stream)
+
+
+def _finish_at_exit() -> None:
+    with contextlib.suppress(Exception):  # where memory ran out, MLX may not even start a thread
+        finish()
 
 
 def _already_loaded() -> str | None:
@@ -182,7 +215,8 @@ def max_arrays() -> int | None:
 def memory_limit() -> int:
     """Bytes that a model and its caches may take on this machine.
 
-    Metal's recommended working set, a CUDA device's memory, or the RAM on the CPU backend.
+    Metal's recommended working set, a CUDA device's memory, or the RAM on the CPU backend; less
+    where a limit of this process (`limits`) leaves less: its control groups', or a ulimit's.
     """
     import mlx.core as mx
 
@@ -190,7 +224,53 @@ def memory_limit() -> int:
         size = recommended_bytes() or mx.device_info().get("memory_size")
         if size:
             return int(size)
+    allowed = process_allows()
+    return ram_bytes() if allowed is None else min(allowed, ram_bytes())
+
+
+def ram_bytes() -> int:
+    """The machine's RAM, whatever of it this process may have."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def process_allows() -> int | None:
+    """Bytes of MLX's arrays that the limits of this process allow; None where it has none.
+
+    What else counts against a limit is taken off: Python, libraries and threads, and in a control
+    group the other processes.
+    """
+    least = _least(int(time.monotonic() / LOOK_S))
+    return None if least is None else least[1]
+
+
+def tightest() -> Limit | None:
+    """The limit of this process that allows models the least, if that is less than the RAM."""
+    least = _least(int(time.monotonic() / LOOK_S))
+    return None if least is None or least[1] >= ram_bytes() else least[0]
+
+
+@functools.lru_cache(maxsize=1)
+def _least(tick: int) -> tuple[Limit, int] | None:
+    """The least limit at a time, and what it allows models."""
+    del tick
+    found = limits.limits()
+    if not found:
+        return None
+    import mlx.core as mx
+
+    arrays = mx.get_active_memory() + mx.get_cache_memory() if on_cpu() else 0
+    allowed = [
+        limit.n_bytes
+        - max(0, limit.used_bytes - arrays)
+        - (
+            _bytes_of_streams(limit.n_bytes) + MAPPED_MARGIN_BYTES
+            if limit.is_mapped
+            else MARGIN_BYTES
+        )
+        for limit in found
+    ]
+    least = min(range(len(found)), key=allowed.__getitem__)
+    return found[least], max(0, allowed[least])
 
 
 class WiredLimit:

@@ -93,8 +93,10 @@ def _computes(value: str, mx: Any) -> Finding:
 
 
 def _memory(info: Any, kind: str) -> Finding:
-    ram = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    ram = device.ram_bytes()
     text = f"{human_bytes(ram)} RAM, {human_bytes(device.memory_limit())} for models"
+    if (tight := device.tightest()) is not None:
+        text += f" by {tight}, less what this process and others in it take"
     if kind == "metal" and (longest := info.get("max_buffer_length")):
         text += f", {human_bytes(int(longest))} in one buffer"
     if (most := device.recommended_bytes()) is not None:

@@ -121,7 +121,8 @@ class ModelPool:
         max_running: int,
         next_turns: bool = False,
     ):
-        self.limit_bytes = limit_bytes
+        allowed = device.process_allows()
+        self.limit_bytes = limit_bytes if allowed is None else min(limit_bytes, allowed)
         self._dtype, self._given = dtype, given
         self._keep_alive_s, self._max_running = keep_alive_s, max_running
         self._next_turns = next_turns

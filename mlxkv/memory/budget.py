@@ -314,7 +314,13 @@ class Budget:
     def _most_tokens(self, sequence: Consumer, kv_type: str) -> int:
         """Tokens that this sequence can hold if everything else is freed."""
         others = self._others(sequence)
-        return self._need(kv_type).most_tokens(self.limit_bytes - self.weights_bytes - others)
+        return self._need(kv_type).most_tokens(self._allowed - self.weights_bytes - others)
+
+    @property
+    def _allowed(self) -> int:
+        """The limit, or what limits of the process leave of it."""
+        allowed = device.process_allows()
+        return self.limit_bytes if allowed is None else min(allowed, self.limit_bytes)
 
     def _others(self, sequence: Consumer) -> int:
         return self._accounts.others_bytes(
@@ -329,12 +335,14 @@ class Budget:
         others = self._others(sequence)
         enough = self.weights_bytes + others + need.least(n_wanted)
         hints = [Hint("memory", f"{-(-enough // 2**20)}MiB", f"allows {n_wanted:,}")]
+        if self._allowed < self.limit_bytes:
+            hints = []  # it is the process that may not have more
         if not sequence.is_auto:
             for kv_type in KV_TYPES[KV_TYPES.index(sequence.kv_type) + 1 :]:
                 n = self._most_tokens(sequence, kv_type)
                 if n > most:
                     hints.append(Hint("kv_type", kv_type, f"allows {n:,}"))
-        limit, shown = human_bytes(self.limit_bytes), human_bytes(others) if others else ""
+        limit, shown = human_bytes(self._allowed), human_bytes(others) if others else ""
         return KVCacheFull(held, n_wanted, most, limit, shown, hints)
 
 

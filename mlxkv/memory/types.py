@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from mlxkv.base.units import human_bytes
-from mlxkv.errors import KVCacheFull
+from mlxkv.errors import KVCacheFull, lacks_memory
 
 Error = TypeVar("Error", bound=BaseException)
 
@@ -15,13 +15,13 @@ ALLOCATION_ERRORS = (RuntimeError, MemoryError)
 """MLX raises these when an allocation fails, and for other faults: see `is_allocation_failure`."""
 
 _NO_MEMORY = re.compile(
-    r"Unable to allocate"  # [malloc], of every backend
-    r"|\[metal::malloc\]"  # more than the largest buffer, or more buffers than the device has
+    r"\[metal::malloc\]"  # more than the largest buffer, or more buffers than the device has
     r"|Insufficient Memory|kIOGPUCommandBufferCallbackErrorOutOfMemory"  # once the GPU ran it
     r"|failed: out of memory"  # a CUDA call
     r"|^cublas.* failed with code: 3\b"
 )
-"""MLX's messages for failed allocations, from its sources (0.30 to 0.32).
+"""MLX's messages for failed allocations, from its sources (0.30 to 0.32), but what `lacks_memory`
+knows.
 
 Metal describes a failed command buffer in the system's language, then with its code in English.
 Time-outs, hangs and page faults of the GPU have other codes.
@@ -114,9 +114,8 @@ class Grant:
 
 def is_allocation_failure(error: BaseException) -> bool:
     """Whether MLX, or Python, could not get memory."""
-    if isinstance(error, MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error)) is not None
+    known = isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error)) is not None
+    return known or lacks_memory(error)
 
 
 def without_trace(error: Error) -> Error:

@@ -186,12 +186,14 @@ def loading(
         mx.disable_compile()
     layout = layout or lay_out(path, dtype)
     yield
+    _check_process(path, layout.nbytes)
     if limit_bytes is not None and layout.nbytes > limit_bytes:
         raise OutOfMemory(
             f"{path}: its weights take {human_bytes(layout.nbytes)} and the limit is "
             f"{human_bytes(limit_bytes)}: quantize the model (see `mlxkv convert`), or allow more",
             hints=[Hint("memory", f"{-(-layout.nbytes // 2**20)}MiB", "holds the weights")],
         )
+    device.core_streams()  # with what OpenBLAS needs for them, while it can be refused
     model = layout.model
     model.weights_root().update(tree_unflatten(list(layout.weights.items())))
     # A lazy array keeps what it is made of alive: only the model may hold them from here on.
@@ -200,6 +202,19 @@ def loading(
     model.eval()
     yield from _settling(model)
     return model
+
+
+def _check_process(path: str | Path, n_bytes: int) -> None:
+    """Raise OutOfMemory where a limit of the process, a container's for one, is too small."""
+    tight, allowed = device.tightest(), device.process_allows()
+    if tight is None or allowed is None:
+        return
+    free = max(0, allowed - mx.get_active_memory())
+    if n_bytes > free:
+        raise OutOfMemory(
+            f"{path}: its weights take {human_bytes(n_bytes)}, and {tight} leaves "
+            f"{human_bytes(free)} for them: raise it, or quantize the model (see `mlxkv convert`)"
+        )
 
 
 def checkpoint_dtype(raw: Mapping[str, Any], weights: Weights) -> mx.Dtype:

@@ -21,7 +21,14 @@ from starlette.exceptions import HTTPException
 
 from mlxkv.base.paths import models_dir
 from mlxkv.engine.messages import Busy
-from mlxkv.errors import ContextExceeded, MlxkvError, ModelNotFound, OutOfMemory, Spelling
+from mlxkv.errors import (
+    ContextExceeded,
+    MlxkvError,
+    ModelNotFound,
+    OutOfMemory,
+    Spelling,
+    lacks_memory,
+)
 from mlxkv.sampling.params import PARAMETERS
 
 _log = logging.getLogger(__name__)
@@ -193,6 +200,10 @@ def failure_of(error: BaseException, fields: Fields) -> Failure:
         case HTTPException():
             return Failure(error.status_code, str(error.detail), headers=error.headers or {})
     _log.error("a request failed", exc_info=error)
+    if lacks_memory(error):
+        return failure_of(
+            OutOfMemory("the server's memory ran out: send the request again"), fields
+        )
     return Failure(500, "internal error: see the server's log", "internal_error")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from mlxkv.base import device
 from mlxkv.base.units import human_bytes
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def _rows(plan: Plan) -> str:
         ),
         ("workspace", human_bytes(plan.workspace_bytes), f"prefill of {plan.chunk:,} at a time"),
         ("total", human_bytes(plan.total_bytes), "fits" if plan.fits else "does not fit"),
-        ("limit", human_bytes(plan.limit_bytes), ""),
+        ("limit", human_bytes(plan.limit_bytes), _of_process()),
         (
             "allocator",
             human_bytes(plan.cache_bytes),
@@ -62,6 +63,14 @@ def _rows(plan: Plan) -> str:
         ("", "", plan.formula),
     ]
     return "\n".join(f"{name:<10} {size:>9}  {note}".rstrip() for name, size, note in rows)
+
+
+def _of_process() -> str:
+    """Which limit of this process is less than the machine's memory, if one is."""
+    tight, allowed = device.tightest(), device.process_allows()
+    if tight is None or allowed is None:
+        return ""
+    return f"{tight} leaves models {human_bytes(allowed)} here"
 
 
 def chart(plan: Plan) -> str:
