@@ -26,7 +26,7 @@ ROOMS: dict[str, set[str]] = {
     "nn": {"cache", "kv", "checkpoint", "base"},
     "models": {"nn", "cache", "kv", "checkpoint", "base"},
     "chat": set(),
-    "text": {"chat"},
+    "text": {"chat", "base"},
     "parsers": {"text", "chat"},
     "sampling": {"parsers", "text", "checkpoint", "nn", "base"},
     "prefix": {"kv", "checkpoint", "base"},

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from mlxkv.base import regular
 from mlxkv.errors import CheckpointError, ModelNotFound, UnsupportedModel
 
 MAGIC = b"GGUF"
@@ -85,7 +86,7 @@ class GGUFFile:
         """Rows [start, stop) as stored: uint8 `[stop - start, row_bytes]`."""
         size = (stop - start) * tensor.row_bytes
         try:
-            with self.path.open("rb") as file:
+            with regular.open_file(self.path) as file:
                 file.seek(tensor.offset + start * tensor.row_bytes)
                 data = np.fromfile(file, dtype=np.uint8, count=size)
         except OSError as error:
@@ -106,7 +107,7 @@ def open_gguf(path: str | Path) -> GGUFFile:
     path = Path(path)
     try:
         size = path.stat().st_size
-        with path.open("rb") as file:
+        with regular.open_file(path) as file:
             start = file.read(24)
             _check_start(path, start)
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlxkv.base import regular
 from mlxkv.checkpoint.config import read_json
 from mlxkv.errors import TokenizerError
 
@@ -137,7 +138,7 @@ def _parse(path: Path) -> Any:
 
     proto = sentencepiece_model_pb2.ModelProto()  # pyright: ignore
     try:
-        proto.ParseFromString(path.read_bytes())
+        proto.ParseFromString(regular.read_bytes(path))
     except (DecodeError, OSError, RuntimeError) as error:
         raise TokenizerError(f"{path}: not a SentencePiece model: damaged") from error
     if not proto.pieces:

@@ -14,6 +14,7 @@ from typing import Protocol
 import mlx.core as mx
 import numpy as np
 
+from mlxkv.base import regular
 from mlxkv.checkpoint.quantization import Format
 from mlxkv.errors import CheckpointError
 
@@ -57,7 +58,7 @@ class FilePart:
         numpy_dtype = np.dtype(_NUMPY[self.kind])
         n = (stop - start) * columns
         try:
-            with self.file.open("rb") as file:
+            with regular.open_file(self.file) as file:
                 file.seek(self.offset + start * columns * numpy_dtype.itemsize)
                 values = np.fromfile(file, dtype=numpy_dtype, count=n)
         except OSError as error:

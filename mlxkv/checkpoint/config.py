@@ -11,6 +11,7 @@ from pathlib import Path
 from reprlib import repr as short
 from typing import Any
 
+from mlxkv.base import regular
 from mlxkv.errors import ConfigError, ModelNotFound
 
 MATHS_KEYS = frozenset(
@@ -43,7 +44,7 @@ def read_json(path: Path) -> dict[str, Any]:
         ConfigError: it is not JSON, or not an object.
     """
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = json.loads(regular.read_text(path))
     except (FileNotFoundError, NotADirectoryError):
         raise ModelNotFound(f"{path}: no such file; a model directory holds one") from None
     except OSError as error:

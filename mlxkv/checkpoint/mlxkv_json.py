@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlxkv.base import device
+from mlxkv.base import device, regular
 from mlxkv.base.units import parse_bytes
 from mlxkv.checkpoint.config import read_json
 from mlxkv.errors import ConfigError, MlxkvError, UsageError
@@ -41,7 +41,7 @@ class Record:
 def read_record(folder: Path) -> Record | None:
     """The record of a model's directory; None if there is none that can be read."""
     try:
-        raw = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        raw = json.loads(regular.read_text(folder / RECORD))
         return Record(**{key: str(raw[key]) for key in Record.__dataclass_fields__ if key in raw})
     except (OSError, ValueError, TypeError):
         return None
@@ -123,7 +123,7 @@ def of_model(path: Path) -> dict[str, Any]:
         ConfigError: a key that is not known, or a value out of its range.
     """
     file = path / RECORD
-    if not file.is_file():
+    if not file.exists():
         return {}
     raw = read_json(file)
     if unknown := sorted(raw.keys() - KINDS.keys() - set(Record.__dataclass_fields__)):

@@ -17,6 +17,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlxkv.base import regular
 from mlxkv.checkpoint.config import read_json
 from mlxkv.errors import CheckpointError, ModelNotFound, UnsupportedModel, one_line
 
@@ -183,7 +184,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         CheckpointError: the file is not what its header says.
     """
     try:
-        with file.open("rb") as opened:
+        with regular.open_file(file) as opened:
             size = opened.seek(0, 2)
             opened.seek(0)
             length = header_length(opened.read(8), size, file)

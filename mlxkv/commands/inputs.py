@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlxkv.base import regular
 from mlxkv.errors import UsageError
 from mlxkv.store import catalog
 from mlxkv.store.refs import looks_like_model
@@ -55,7 +56,7 @@ def _exists(path: Path) -> bool:
 
 
 def _files(paths: Sequence[Path]) -> str:
-    if len(paths) == 1 and paths[0].is_file():
+    if len(paths) == 1 and not paths[0].is_dir():
         return _text(paths[0])
     parts = []
     for path in paths:
@@ -70,7 +71,7 @@ def _files(paths: Sequence[Path]) -> str:
 
 def _text(file: Path) -> str:
     try:
-        return file.read_bytes().decode("utf-8")
+        return regular.read_given(file).decode("utf-8")
     except UnicodeDecodeError as error:
         raise UsageError(f"{file}: not UTF-8 text (byte {error.start:,})") from None
     except OSError as error:
@@ -82,7 +83,7 @@ def _text_or_none(file: Path) -> str | None:
     try:
         if not file.is_file() or file.stat().st_size > MAX_FILE_BYTES:
             return None
-        text = file.read_bytes().decode("utf-8")
+        text = regular.read_bytes(file).decode("utf-8")
     except (UnicodeDecodeError, OSError):
         return None
     return None if "\0" in text or not text.strip() else text

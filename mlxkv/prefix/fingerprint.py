@@ -17,6 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from mlxkv.base import regular
 from mlxkv.checkpoint.weights import open_weights
 from mlxkv.errors import CheckpointError
 from mlxkv.kv.types import LAYOUTS
@@ -115,7 +116,7 @@ def _content(model_dir: Path) -> str:
 def _hash(file: Path, start: int, n_bytes: int) -> str:
     digest = hashlib.sha256()
     buffer = bytearray(_CHUNK_BYTES)
-    with file.open("rb", buffering=0) as opened:
+    with regular.open_file(file) as opened:
         opened.seek(start)
         while n_bytes:
             view = memoryview(buffer)[: min(n_bytes, _CHUNK_BYTES)]
@@ -137,7 +138,7 @@ def _recall(cache: Path, directory: str, signature: Signature) -> str | None:
 
 def _load(cache: Path) -> dict[str, Any]:
     try:
-        raw = json.loads(cache.read_bytes())
+        raw = json.loads(regular.read_bytes(cache))
     except (OSError, ValueError, RecursionError):
         return {}
     return raw if isinstance(raw, dict) else {}

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from mlxkv.base import durable
+from mlxkv.base import durable, regular
 from mlxkv.errors import CheckpointError, OutputError
 from mlxkv.prefix.format import DamagedPage, PageFile, PageKey, decode, encode
 from mlxkv.saved_kv.manifest import MAX_MANIFEST_BYTES, NamedKV, page_chain
@@ -59,7 +59,9 @@ def open_archive(file: Path) -> Iterator[tuple[NamedKV, Iterator[PageFile]]]:
     """
     with ExitStack() as stack:
         with _damage_in(file):
-            archive = stack.enter_context(zipfile.ZipFile(file))
+            archive = stack.enter_context(
+                zipfile.ZipFile(stack.enter_context(regular.open_file(file)))
+            )
             named = _manifest_of(archive, file)
         yield named, _pages_of(archive, named, file)
 

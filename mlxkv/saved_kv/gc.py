@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from mlxkv.base import regular
 from mlxkv.prefix.eviction import DiskLimits, allocated_bytes
 from mlxkv.prefix.folder import Folder, read_page
 from mlxkv.prefix.format import DamagedPage, PageKey, decode
@@ -73,7 +74,7 @@ def gc(root: Path, limits: DiskLimits | None = None) -> GcReport:
 def _damaged_manifests(folder: Folder) -> Iterator[Path]:
     for path in folder.names.glob("*.json"):
         with suppress(OSError):
-            data = path.read_bytes()
+            data = regular.read_bytes(path)
             try:
                 NamedKV.from_json(data)
             except ValueError:

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
-from mlxkv.base import durable
+from mlxkv.base import durable, regular
 from mlxkv.base.paths import is_listed
 from mlxkv.errors import CheckpointError, OutputError, UsageError
 from mlxkv.prefix.eviction import DiskLimits, Stored, reserved_bytes
@@ -76,7 +76,7 @@ class KVNames:
         """
         path = self._existing(name)
         try:
-            return NamedKV.from_json(path.read_bytes())
+            return NamedKV.from_json(regular.read_bytes(path))
         except FileNotFoundError:
             raise self._unknown(name) from None
         except OSError as error:
@@ -91,7 +91,7 @@ class KVNames:
         found = []
         for path in sorted(self._folder.names.glob("*.json")):
             with suppress(OSError, ValueError):
-                found.append(NamedKV.from_json(path.read_bytes()))
+                found.append(NamedKV.from_json(regular.read_bytes(path)))
         return found
 
     def remove(self, name: str) -> None:

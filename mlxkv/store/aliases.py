@@ -13,6 +13,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from mlxkv.base import regular
 from mlxkv.base.paths import models_dir
 from mlxkv.errors import MlxkvError, OutputError, UsageError
 
@@ -31,7 +32,7 @@ def stored_aliases() -> dict[str, str]:
     """
     path = models_dir() / FILE
     try:
-        found = json.loads(path.read_bytes())
+        found = json.loads(regular.read_bytes(path))
     except OSError:
         return {}
     except ValueError:

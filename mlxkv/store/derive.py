@@ -15,6 +15,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from mlxkv.base import regular
 from mlxkv.base.paths import models_dir, slug
 from mlxkv.checkpoint import mlxkv_json
 from mlxkv.checkpoint.mlxkv_json import RECORD, Record, read_record
@@ -107,7 +108,7 @@ def _write_record(source: Path, made: Path, name: str, chosen: Mapping[str, Any]
 
 
 def _write_sampling(file: Path, sampling: SamplingParams) -> None:
-    raw = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    raw = json.loads(regular.read_text(file)) if file.is_file() else {}
     said = {key: getattr(sampling, name) for key, name in GENERATION_CONFIG.items()}
     raw |= {key: value for key, value in said.items() if value is not None}
     if sampling.temperature is not None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mlxkv.base import regular
 from mlxkv.errors import DownloadError, MlxkvError, ModelNotFound, OutputError, UsageError
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def is_complete(folder: Path) -> bool:
     if not index.is_file():
         return any(folder.glob("*.safetensors"))
     try:
-        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        shards = set(json.loads(regular.read_text(index))["weight_map"].values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return True  # damaged, not missing: the loader says what is wrong with it
     return all((folder / str(shard)).is_file() for shard in shards)

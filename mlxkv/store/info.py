@@ -10,6 +10,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlxkv.base import regular
 from mlxkv.base.units import human_bytes, human_count
 from mlxkv.checkpoint.config import read_config, text_config
 from mlxkv.checkpoint.mlxkv_json import Record, read_record
@@ -281,7 +282,7 @@ def _has_template(model_dir: Path) -> bool:
         return True
     for name in ("tokenizer_config.json", "chat_template.json"):
         try:
-            if json.loads((model_dir / name).read_text(encoding="utf-8")).get("chat_template"):
+            if json.loads(regular.read_text(model_dir / name)).get("chat_template"):
                 return True
         except (OSError, ValueError, AttributeError):
             continue
@@ -305,7 +306,7 @@ def _source_of(model_dir: Path) -> str:
 def _license_in(model_dir: Path) -> str:
     """What the model card's header says, where a repository brought one."""
     try:
-        lines = (model_dir / "README.md").read_text(encoding="utf-8").splitlines()
+        lines = regular.read_text(model_dir / "README.md").splitlines()
     except (OSError, ValueError):
         return ""
     for line in lines[1:40]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 
+from mlxkv.base import regular
 from mlxkv.base.paths import models_dir
 from mlxkv.errors import MlxkvError
 from mlxkv.store.refs import PathRef, locate
@@ -30,6 +31,6 @@ def remember(name: str) -> None:
 def recall() -> str | None:
     """The name of the model that was run last; None if there is none."""
     try:
-        return (models_dir() / FILE).read_text("utf-8").strip() or None
+        return regular.read_text(models_dir() / FILE).strip() or None
     except (OSError, ValueError):
         return None

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlxkv.base import regular
 from mlxkv.errors import OutputError, UsageError
 from mlxkv.terminal.answer_options import SAMPLING, AnswerOptions, with_defaults
 from mlxkv.terminal.stats_text import describe_memory
@@ -271,7 +272,7 @@ def _load_conversation(chat: Chat, path: Path) -> str:
 def _read(path: Path) -> dict[str, Any]:
     """The JSON of a saved conversation; UsageError for another file."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(regular.read_text(path))
     except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or "not JSON"
         raise UsageError(f"{path} is not a conversation that /save wrote ({reason})") from None

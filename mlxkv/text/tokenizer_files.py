@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlxkv.base import regular
 from mlxkv.chat.chat_template import ChatTemplate
 from mlxkv.chat.harmony_tokens import is_spoken_by
 from mlxkv.errors import TokenizerError, one_line
@@ -64,13 +65,13 @@ class ModelFiles:
         """A file's object, {} if there is no such file."""
         if name not in self._read:
             path = self.path(name)
-            self._read[name] = _read_object(path) if path.is_file() else {}
+            self._read[name] = _read_object(path) if path.exists() else {}
         return self._read[name]
 
 
 def _read_object(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(regular.read_text(path))
     except (OSError, ValueError, RecursionError) as error:
         raise TokenizerError(f"{path}: cannot be read as JSON: {one_line(error)}") from None
     if not isinstance(value, dict):
@@ -82,7 +83,7 @@ def read_backend(model_dir: Path) -> Backend:
     from tokenizers import Tokenizer as Backend
 
     path = model_dir / "tokenizer.json"
-    if not path.is_file():
+    if not path.exists():
         if (model_dir / "tokenizer.model").is_file():
             raise TokenizerError(
                 f"{model_dir}: has a SentencePiece tokenizer.model and no tokenizer.json; "
@@ -93,6 +94,7 @@ def read_backend(model_dir: Path) -> Backend:
             "a SentencePiece tokenizer.model or is a GGUF file"
         )
     try:
+        regular.open_file(path).close()
         backend = Backend.from_file(str(path))
     except BaseException as error:
         # A panic inside the Rust library is a BaseException of a class that cannot be imported.
@@ -313,7 +315,7 @@ def read_chat_template(
 
 def _template_sources(files: ModelFiles) -> tuple[Path, dict[str, str]] | None:
     jinja = files.path("chat_template.jinja")
-    if jinja.is_file():
+    if jinja.exists():
         sources = {"default": _read_text(jinja)}
         tool_use = files.path("additional_chat_templates") / "tool_use.jinja"
         if tool_use.is_file():
@@ -347,6 +349,6 @@ def _named_templates(path: Path, value: Any) -> dict[str, str]:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return regular.read_text(path)
     except (OSError, ValueError) as error:
         raise TokenizerError(f"{path}: cannot be read: {one_line(error)}") from None

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from mlxkv.base import regular
 from mlxkv.server.agents.state import Block, History
 from mlxkv.server.agents.volatile import Piece
 
@@ -98,7 +99,7 @@ class StateMemory:
 
     def _read(self, path: Path) -> None:
         try:
-            raw = json.loads(path.read_bytes())
+            raw = json.loads(regular.read_bytes(path))
             if raw["version"] != _VERSION:
                 return
             texts = raw["texts"]
