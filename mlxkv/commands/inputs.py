@@ -111,27 +111,6 @@ def _tracked(folder: Path) -> list[str] | None:
     return [name for name in done.stdout.decode("utf-8", "replace").split("\0") if name]
 
 
-def fingerprint_for(archive: Path, model: str | None) -> str:
-    """The fingerprint that an imported file must have: of `model`, or the model that it names.
-
-    Raises:
-        UsageError: no such file.
-        ModelNotFound: the model is not here.
-        CheckpointError: the file or the model is damaged.
-    """
-    from mlxkv.base.paths import kv_dir
-    from mlxkv.prefix.open import fingerprint_in
-    from mlxkv.saved_kv.archive import open_archive
-    from mlxkv.store.resolve import resolve
-
-    try:
-        with open_archive(archive) as (named, _):
-            path = resolve(model or named.model, fetch=False)
-    except FileNotFoundError:
-        raise UsageError(f"{archive}: no such file") from None
-    return fingerprint_in(kv_dir(), path, named.dtype, named.kv_type)
-
-
 def split_words(
     words: Sequence[str],
     model: str | None,

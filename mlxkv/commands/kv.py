@@ -161,13 +161,54 @@ def import_(
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="Its model; default: the one it names.")
     ] = None,
+    check: Annotated[
+        bool, typer.Option("--verify", help="Compute the first, the last and two other pages now.")
+    ] = False,
 ) -> None:
-    """Import a name and its KV from a file, if it belongs to the model on this machine."""
+    """Import a name and its KV from a file, if it belongs to the model on this machine.
+
+    Its KV serves no other prompts until a part of it was computed here and is the same.
+    """
     from pathlib import Path
 
-    from mlxkv.commands.inputs import fingerprint_for
+    from mlxkv.llm.imported_kv import import_file
 
-    names = _names()
-    path = Path(file)
-    saved = names.import_(path, name=name, fingerprint=fingerprint_for(path, model))
+    saved = import_file(Path(file), name, model)
     print(f"imported {saved.name}: {saved.n_tokens:,} tokens of {saved.model}", file=sys.stdout)
+    if check:
+        _verify(saved.name, model, memory=None, sample=True)
+
+
+@app.command()
+def verify(
+    name: Name,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Its model; default: the one it names.")
+    ] = None,
+    sample: Annotated[
+        bool, typer.Option("--sample", help="Compute the first, the last and two other pages only.")
+    ] = False,
+    memory: Memory = None,
+) -> None:
+    """Compute a name's prompt again and compare its KV; an import that passes is trusted."""
+    _verify(name, model, memory, sample)
+
+
+def _verify(name: str, model: str | None, memory: str | None, sample: bool) -> None:
+    from mlxkv.store.settings import COMMAND_LINE, Given
+    from mlxkv.terminal.console import ProgressLine
+    from mlxkv.terminal.local import load_model
+    from mlxkv.terminal.one_shot import prefill_report
+    from mlxkv.terminal.saved_kv_text import check_text
+
+    saved = _names().load(name)
+    given = Given(None, saved.kv_type, memory, origin=COMMAND_LINE)
+    progress = ProgressLine()
+    with load_model(model or saved.model, saved.dtype, given) as llm:
+        try:
+            report = llm.verify_kv(name, full=not sample, on_progress=prefill_report(progress))
+        finally:
+            progress.clear()
+    print(check_text(report))
+    if not report.passed:
+        raise typer.Exit(1)

@@ -14,9 +14,10 @@ from mlxkv.engine.prompt import Prepared
 from mlxkv.engine.runtime import Runtime
 from mlxkv.errors import UsageError
 from mlxkv.generation.generation import Generation
+from mlxkv.generation.kv_check import KVReport
 from mlxkv.generation.outputs import Chunk, Result, Stats, join_parts
 from mlxkv.generation.request import Message, Prompt, Request
-from mlxkv.llm import saved_prefix
+from mlxkv.llm import imported_kv, saved_prefix
 from mlxkv.llm.conversation import Conversation
 from mlxkv.memory.budget import memory_stats
 from mlxkv.memory.types import MemoryStats
@@ -201,11 +202,33 @@ class LLM(Runtime):
         """
         return saved_prefix.save(self, name, prompt, model, on_progress)
 
+    def verify_kv(
+        self,
+        name: str,
+        *,
+        full: bool = True,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> KVReport:
+        """Compute saved KV again and compare it with what is on disk.
+
+        An import that passes is trusted: its pages serve every prompt that begins like its text.
+
+        Args:
+            name: saved for this model, in its dtype and KV format.
+            full: compute the whole prompt; False: the first, the last and two other pages.
+            on_progress: called with (done, all) tokens.
+
+        Raises:
+            UsageError: there is no such name, or it is of another model, dtype or KV format.
+        """
+        return imported_kv.verify(self, name, full=full, on_progress=on_progress)
+
     def saved_kv(self, name: str | NamedKV | None) -> NamedKV | None:
-        """Saved KV by its name.
+        """Saved KV by its name. Of an import a sample is computed first, until it is trusted.
 
         Raises:
             UsageError: there is none, or it was saved for another model, dtype or KV format.
+            CheckpointError: an import is not what the model computes.
         """
         return saved_prefix.find(self, name)
 

@@ -19,6 +19,7 @@ from mlxkv.engine.runtime import Runtime
 from mlxkv.errors import ContextExceeded, Hint, ModelNotFound, OutputError, UsageError
 from mlxkv.generation.request import Prompt, is_messages
 from mlxkv.kv.types import first_kv_type
+from mlxkv.llm.imported_kv import trusted
 from mlxkv.prefix.disk import PageDisk
 from mlxkv.prefix.layout import token_bytes
 from mlxkv.prefix.pages import Pages
@@ -99,6 +100,7 @@ def find(runtime: Runtime, name: str | NamedKV | None) -> NamedKV | None:
             f"save it again, or load the model as it was",
             hints=[Hint("dtype", saved.dtype), Hint("kv_type", saved.kv_type)],
         )
+    saved = trusted(runtime, saved)
     if saved.pinned:
         pages.ram.pin(key.name for key in saved.keys)
     return saved

@@ -193,10 +193,11 @@ class Folder:
             known = self._manifests.get(path.name)
             if known is None or known[0] != signature:
                 raw = json.loads(path.read_bytes())
-                model, pinned = raw["fingerprint"][:32], bool(raw["pinned"])
+                model = (raw.get("quarantine") or raw["fingerprint"])[:32]
+                pinned = bool(raw["pinned"])
                 known = signature, {(model, file_name): pinned for file_name in raw["keys"]}
                 self._manifests[path.name] = known
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return {}
         return known[1]
 
@@ -208,6 +209,14 @@ class Folder:
         """
         for page in pages:
             (self.pages / page.model / page.key.file_name).unlink(missing_ok=True)
+
+    def drop_model(self, model: str) -> None:
+        """Delete all pages of one model."""
+        folder = self.pages / model
+        with suppress(OSError):
+            for path in folder.iterdir():
+                path.unlink()
+            folder.rmdir()
 
     def sync_names(self, folder: Path) -> None:
         """Make the names in a folder, and the folder's own, survive a power cut.

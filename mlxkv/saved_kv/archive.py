@@ -11,6 +11,7 @@ import secrets
 import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 from mlxkv.base import durable, regular
@@ -42,8 +43,9 @@ def write_archive(file: Path, named: NamedKV, pages: Iterable[PageFile]) -> None
     Raises:
         OutputError: the file cannot be written.
     """
+    trusted = replace(named, quarantine="")  # elsewhere it is an import anyway
     with _new_archive(file) as archive:
-        archive.writestr(zipfile.ZipInfo(_MANIFEST, _EPOCH), named.to_json())
+        archive.writestr(zipfile.ZipInfo(_MANIFEST, _EPOCH), trusted.to_json())
         for page in pages:
             info = zipfile.ZipInfo(_member(page.key), _EPOCH)
             archive.writestr(info, encode(page, named.fingerprint))

@@ -14,7 +14,8 @@ import numpy as np
 from mlxkv.base.paths import NAME
 from mlxkv.prefix.format import MAX_TOKENS, ROOT, PageKey, page_name
 
-MANIFEST_VERSION = 1
+MANIFEST_VERSION = 2
+"""1 has no `quarantine`, and is written where that is empty."""
 MAX_NAME = 100
 MAX_MANIFEST_BYTES = 256 << 20
 
@@ -36,6 +37,8 @@ class NamedKV:
         pinned: whether its pages are never evicted.
         kv_type: format of the KV.
         dtype: that the model computed in.
+        quarantine: fingerprint under which the pages of an import lie, apart from the model's,
+            until a sample of them was computed and compared; "" once they are trusted.
     """
 
     name: str
@@ -50,6 +53,12 @@ class NamedKV:
     pinned: bool
     kv_type: str
     dtype: str
+    quarantine: str = ""
+
+    @property
+    def pages_fingerprint(self) -> str:
+        """The fingerprint under which its pages lie."""
+        return self.quarantine or self.fingerprint
 
     def to_json(self) -> bytes:
         """Encode the manifest.
@@ -62,7 +71,9 @@ class NamedKV:
         raw["keys"] = [key.file_name for key in self.keys]
         raw["tokens"] = base64.b64encode(self.tokens).decode("ascii")
         raw["messages"] = None if self.messages is None else list(self.messages)
-        return json.dumps({"version": MANIFEST_VERSION, **raw}).encode()
+        if not raw["quarantine"]:
+            del raw["quarantine"]
+        return json.dumps({"version": MANIFEST_VERSION if self.quarantine else 1, **raw}).encode()
 
     @classmethod
     def from_json(cls, data: bytes) -> NamedKV:
@@ -73,7 +84,8 @@ class NamedKV:
         """
         try:
             raw = json.loads(data)
-            if raw.pop("version") != MANIFEST_VERSION or set(raw) != set(cls.__dataclass_fields__):
+            version = MANIFEST_VERSION if raw.setdefault("quarantine", "") else 1
+            if raw.pop("version") != version or set(raw) != set(cls.__dataclass_fields__):
                 raise ValueError("other fields than a manifest has, or another version")
             keys = [PageKey.parse(name) for name in raw["keys"]]
             messages = raw["messages"]
@@ -100,7 +112,8 @@ def _check(named: NamedKV, n_keys: int) -> None:
         named.messages and all(map(_is_message, named.messages))
     ):
         raise ValueError("messages that are none")
-    if not re.fullmatch(r"[0-9a-f]{64}", named.fingerprint):
+    fingerprints = named.fingerprint, named.quarantine or named.fingerprint
+    if not all(isinstance(x, str) and re.fullmatch(r"[0-9a-f]{64}", x) for x in fingerprints):
         raise ValueError("no fingerprint")
     if not is_name(named.name) or type(named.n_tokens) is not int:
         raise ValueError("a name or a number of tokens that cannot be")

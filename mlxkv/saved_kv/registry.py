@@ -7,7 +7,9 @@ other prompts of the same beginning. Without the name they can be evicted again.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +25,9 @@ from mlxkv.saved_kv.archive import open_archive, write_archive
 from mlxkv.saved_kv.manifest import MAX_NAME, NamedKV, is_name
 
 _LOCK_WAIT_S = 30.0
+
+Check = Callable[[NamedKV], Callable[[PageFile], None]]
+"""Checks a manifest and returns the check of its pages; both raise ValueError."""
 
 
 class KVNames:
@@ -56,7 +61,7 @@ class KVNames:
         data = named.to_json()
         with self._writing():
             self.check_spelling(named.name)
-            wanted = [Stored(named.fingerprint[:32], key, 0, 0) for key in named.keys]
+            wanted = [Stored(named.pages_fingerprint[:32], key, 0, 0) for key in named.keys]
             _, room = self._folder.room(wanted)
             if reason := room.take(reserved_bytes(len(data)), keep=True):
                 raise OutputError(
@@ -95,18 +100,53 @@ class KVNames:
         return found
 
     def remove(self, name: str) -> None:
-        """Forget a name; its pages stay until they are evicted.
+        """Forget a name; its pages stay until they are evicted, but for those of an import that
+        is not trusted.
 
         Raises:
             UsageError: there is no such name.
             OutputError: it cannot be removed.
         """
+        path, quarantine = self._existing(name), ""
+        with suppress(OSError, ValueError):
+            quarantine = NamedKV.from_json(path.read_bytes()).quarantine
         try:
-            self._existing(name).unlink()
+            path.unlink()
         except FileNotFoundError:
             raise self._unknown(name) from None
         except OSError as error:
             raise OutputError(f"{self._path(name)}: {error.strerror}") from error
+        if quarantine:
+            self._drop(quarantine)
+
+    def trust(self, named: NamedKV, files: PageFiles | None = None) -> NamedKV:
+        """Let the pages of an import serve every prompt that begins like its text.
+
+        Args:
+            named: as it is saved.
+            files: the pages of its model, if they are open.
+
+        Raises:
+            OutputError: there is no room to write them.
+        """
+        if not named.quarantine:
+            return named
+        trusted = replace(named, quarantine="")
+        held = PageFiles(self.root, named.quarantine, self.limits)
+        found = (page for key in named.keys if (page := held.read(key)) is not None)
+        opened = files or PageFiles(self.root, named.fingerprint, self.limits)
+        try:
+            self._write_pages(opened, trusted, found, held)
+        finally:
+            if files is None:
+                opened.close()
+        self.save(trusted, replace=True)
+        self._drop(named.quarantine)
+        return trusted
+
+    def _drop(self, quarantine: str) -> None:
+        with suppress(OutputError), self._writing():
+            self._folder.drop_model(quarantine[:32])
 
     def pin(self, name: str) -> None:
         """Never evict a name's pages. Raises as `load` and `save` do."""
@@ -142,12 +182,12 @@ class KVNames:
 
     def missing(self, named: NamedKV) -> list[PageKey]:
         """The pages of a name that were evicted or damaged."""
-        files = PageFiles(self.root, named.fingerprint, self.limits)
+        files = PageFiles(self.root, named.pages_fingerprint, self.limits)
         return [key for key in named.keys if key not in files]
 
     def nbytes(self, named: NamedKV) -> int:
         """Bytes of a name's files."""
-        folder, sizes = self._folder.pages / named.fingerprint[:32], []
+        folder, sizes = self._folder.pages / named.pages_fingerprint[:32], []
         for key in named.keys:
             with suppress(OSError):
                 sizes.append((folder / key.file_name).stat().st_size)
@@ -168,7 +208,7 @@ class KVNames:
 
     def _whole(self, named: NamedKV) -> Iterator[PageFile]:
         """The pages of a name; raises CheckpointError where one is missing."""
-        files = PageFiles(self.root, named.fingerprint, self.limits)
+        files = PageFiles(self.root, named.pages_fingerprint, self.limits)
         for key in named.keys:
             page = files.read(key)
             if page is None:
@@ -179,14 +219,25 @@ class KVNames:
             yield page
 
     def import_(
-        self, file: Path, *, name: str | None = None, fingerprint: str | None = None
+        self,
+        file: Path,
+        *,
+        name: str | None = None,
+        fingerprint: str | None = None,
+        check: Check | None = None,
+        trusted: bool = False,
     ) -> NamedKV:
         """Import a name, not pinned, and its pages from an exported file.
+
+        Unless it is trusted, the pages are kept apart, for this name alone, until `trust`.
 
         Args:
             file: from `export`.
             name: to save it under, instead of its own.
             fingerprint: of the model that it must belong to.
+            check: called with the manifest, returns what each page is called with; both raise
+                ValueError for what this model did not compute.
+            trusted: whether its pages may serve other prompts at once.
 
         Raises:
             UsageError: no such file, or the name is taken.
@@ -196,18 +247,32 @@ class KVNames:
         self._check_on()
         try:
             with open_archive(file) as (named, pages):
-                named = replace(named, name=name or named.name, pinned=False)
+                own = "" if trusted else hashlib.sha256(os.urandom(32)).hexdigest()
+                named = replace(named, name=name or named.name, pinned=False, quarantine=own)
                 if fingerprint is not None and named.fingerprint != fingerprint:
                     raise CheckpointError(
                         f"{file}: KV of {named.model} ({named.dtype}, {named.kv_type}), which is "
                         "not this model, or not as it is now; save it again with this one"
                     )
                 self._check_free(named.name)
-                self._write_pages(named, pages)
+                with _false_in(file):
+                    check_page = check(named) if check is not None else None
+                self._keep_import(named, _checked(file, pages, check_page))
         except FileNotFoundError:
             raise UsageError(f"{file}: no such file") from None
-        self.save(named)
         return named
+
+    def _keep_import(self, named: NamedKV, pages: Iterable[PageFile]) -> None:
+        files = PageFiles(self.root, named.pages_fingerprint, self.limits)
+        try:
+            self._write_pages(files, named, pages)
+            self.save(named)
+        except BaseException:
+            files.close()
+            if named.quarantine:
+                self._drop(named.quarantine)
+            raise
+        files.close()
 
     def _check_on(self) -> None:
         if self.limits.cap_bytes == 0:
@@ -220,13 +285,18 @@ class KVNames:
             )
         self.check_spelling(name)
 
-    def _write_pages(self, named: NamedKV, pages: Iterator[PageFile]) -> None:
-        files = PageFiles(self.root, named.fingerprint, self.limits)
-        try:
-            files.write(pages, keep=True, wait=True)
-        finally:
-            files.close()
-        if any(key not in files for key in named.keys):
+    def _write_pages(
+        self,
+        files: PageFiles,
+        named: NamedKV,
+        pages: Iterable[PageFile],
+        source: PageFiles | None = None,
+    ) -> None:
+        """Write the pages of a name, or those that `source` has; OutputError without room."""
+        files.write(pages, keep=True, wait=True)
+        files.flush()
+        expected = [key for key in named.keys if source is None or key in source]
+        if any(key not in files for key in expected):
             reasons = ", ".join(files.usage().refused)
             raise OutputError(
                 f"{self.root}: no room for {named.name!r} ({reasons}); `mlxkv kv rm` something, or "
@@ -269,3 +339,23 @@ class KVNames:
             raise OutputError(f"{self.root}: another mlxkv is writing; try again") from error
         except OSError as error:
             raise OutputError(f"{self.root}: cannot be written ({error.strerror})") from error
+
+
+def _checked(
+    file: Path, pages: Iterator[PageFile], check_page: Callable[[PageFile], None] | None
+) -> Iterator[PageFile]:
+    """The pages of an archive, each after it was checked."""
+    for page in pages:
+        if check_page is not None:
+            with _false_in(file):
+                check_page(page)
+        yield page
+
+
+@contextmanager
+def _false_in(file: Path) -> Iterator[None]:
+    """Raise CheckpointError for what a check refuses."""
+    try:
+        yield
+    except ValueError as error:
+        raise CheckpointError(f"{file}: {error}; nothing was imported") from error

@@ -7,6 +7,7 @@ import textwrap
 from typing import Any
 
 from mlxkv.base.units import human_bytes
+from mlxkv.generation.kv_check import KVReport
 from mlxkv.prefix.folder import Folder
 from mlxkv.saved_kv.gc import GcReport
 from mlxkv.saved_kv.manifest import NamedKV
@@ -14,6 +15,7 @@ from mlxkv.saved_kv.registry import KVNames
 from mlxkv.terminal.console import table
 
 SHOWN_TEXT = 400
+_UNTRUSTED = "not yet: imported, and its KV serves no prompt before a part of it was computed here"
 
 
 def summary_dict(names: KVNames) -> dict[str, Any]:
@@ -72,6 +74,7 @@ def card_dict(names: KVNames, saved: NamedKV) -> dict[str, Any]:
         "kv_type": saved.kv_type,
         "kind": "text" if saved.messages is None else "chat",
         "fingerprint": saved.fingerprint,
+        "trusted": not saved.quarantine,
         "text": saved.text,
     }
 
@@ -88,11 +91,26 @@ def card_text(names: KVNames, saved: NamedKV) -> str:
         ("size", f"{human_bytes(card['bytes'])} in {card['files']} files"),
         ("state", f"{lost} files are gone and will be computed again" if lost else "complete"),
         ("pinned", "yes" if saved.pinned else "no"),
+        *([("trusted", _UNTRUSTED)] if saved.quarantine else []),
         ("saved", card["created"].replace("T", " ")),
         ("fingerprint", saved.fingerprint),
     )
     head = textwrap.shorten(saved.text, SHOWN_TEXT, placeholder=" ...")
     return "\n".join(f"{name:<12} {text}" for name, text in rows) + f"\n\n{head}"
+
+
+def check_text(report: KVReport) -> str:
+    """What was compared, and whether it is the same."""
+    compared = f"{report.name}: {report.n_checked:,} of {report.n_tokens:,} tokens computed again"
+    if (false := report.false_span) is not None:
+        return (
+            f"{compared}\nFAILED: the KV of tokens {false.start:,} to {false.stop - 1:,} differs "
+            f"by {false.difference:.2g}, allowed {report.tolerance:.2g}"
+        )
+    if not report.passed:
+        return f"{compared}\nFAILED: none of its KV is on disk any more; save it again"
+    worst = max(span.difference or 0.0 for span in report.spans)
+    return f"{compared}\nall agree: they differ by {worst:.2g}, allowed {report.tolerance:.2g}"
 
 
 def gc_text(report: GcReport) -> str:

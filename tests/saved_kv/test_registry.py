@@ -306,7 +306,8 @@ def test_an_export_comes_back_whole_elsewhere(root, tmp_path):
     exported(root, tmp_path / "book.kv")
     there = tmp_path / "there"
     taken = names(there).import_(tmp_path / "book.kv", fingerprint=FINGERPRINT)
-    assert taken == named() == names(there).load("book")
+    assert taken == names(there).load("book")
+    assert names(there).trust(taken) == named() == names(there).load("book")
     files = opened(there)
     assert all(same(files.read(page.key), page) for page in PAGES)
     assert leftovers(there) == []
@@ -319,14 +320,15 @@ def test_what_was_imported_can_be_exported_again(root, tmp_path):
     exported(root, tmp_path / "a")
     names(tmp_path / "there").import_(tmp_path / "a")
     names(tmp_path / "there").export("book", tmp_path / "b")
-    assert names(tmp_path / "third").import_(tmp_path / "b") == named()
+    assert names(tmp_path / "third").import_(tmp_path / "b", trusted=True) == named()
     assert all(same(opened(tmp_path / "third").read(page.key), page) for page in PAGES)
 
 
 def test_an_import_can_have_another_name_and_is_never_pinned(root, tmp_path):
     names(root).save(named(pinned=True))
     names(root).export("book", tmp_path / "x")
-    assert names(root).import_(tmp_path / "x", name="copy") == named("copy")
+    taken = names(root).import_(tmp_path / "x", name="copy")
+    assert replace(taken, quarantine="") == named("copy")
     with pytest.raises(UsageError, match="'copy' is already saved"):
         names(root).import_(tmp_path / "x", name="copy")
 
@@ -335,8 +337,44 @@ def test_an_import_repairs_pages_that_are_damaged_here(root, tmp_path):
     exported(root, tmp_path / "x")
     path = path_of(root, PAGES[2].key)
     path.write_bytes(path.read_bytes()[:-3])
-    names(root).import_(tmp_path / "x", name="copy")
+    names(root).trust(names(root).import_(tmp_path / "x", name="copy"))
     assert same(opened(root).read(PAGES[2].key), PAGES[2])
+
+
+def test_the_pages_of_an_import_serve_no_prompt_until_it_is_trusted_and_go_with_its_name(
+    root, tmp_path
+):
+    exported(root, tmp_path / "x")
+    there = tmp_path / "there"
+    taken = names(there).import_(tmp_path / "x")
+    assert not any(page.key in opened(there) for page in PAGES)
+    assert names(there).missing(taken) == [] and names(there).nbytes(taken) > 0
+    gc(there, limits())
+    assert names(there).missing(taken) == []
+    names(there).pin("book")
+    names(there).remove("book")
+    assert [*there.rglob("*.safetensors")] == []
+    names(there).trust(names(there).import_(tmp_path / "x"))
+    assert {path.parent.name for path in there.rglob("*.safetensors")} == {FINGERPRINT[:32]}
+    names(there).remove("book")
+    assert all(page.key in opened(there) for page in PAGES)
+
+
+def test_an_import_that_a_check_refuses_leaves_nothing(root, tmp_path):
+    exported(root, tmp_path / "x")
+
+    def refuse_page(page: PageFile) -> None:
+        if page.start:
+            raise ValueError("wrong values")
+
+    def refuse_text(_: NamedKV) -> Callable[[PageFile], None]:
+        raise ValueError("wrong text")
+
+    for check, said in ((lambda _: refuse_page, "wrong values"), (refuse_text, "wrong text")):
+        with pytest.raises(CheckpointError, match=f"x: {said}; nothing was imported"):
+            names(tmp_path / "there").import_(tmp_path / "x", check=check)
+        assert [*(tmp_path / "there").rglob("*.safetensors")] == []
+        assert names(tmp_path / "there").list() == []
 
 
 def test_kv_of_another_model_is_refused(root, tmp_path):
@@ -460,7 +498,7 @@ def test_an_archive_with_any_byte_changed_is_refused_or_gives_the_same(root, tmp
         (tmp_path / "y").write_bytes(damaged)
         there = tmp_path / f"there{i}"
         try:
-            taken = names(there).import_(tmp_path / "y")
+            taken = names(there).import_(tmp_path / "y", trusted=True)
         except MlxkvError as error:
             assert isinstance(error, CheckpointError)
             n_refused += 1
