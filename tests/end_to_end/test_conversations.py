@@ -78,7 +78,7 @@ def test_a_late_system_message_is_the_users(server, api, model):
     assert ask(server, api, model, late) == ask(server, api, model, folded)
 
 
-@pytest.mark.parametrize("api", ["openai", "ollama", "anthropic"])
+@pytest.mark.parametrize("api", APIS)
 def test_a_begun_answer_is_gone_on_from(server, api):
     whole, n = ask(server, api, "turns", [says("user", "Q")])
     rest, m = ask(server, api, "turns", [says("user", "Q"), says("assistant", whole[:5])])
@@ -86,26 +86,47 @@ def test_a_begun_answer_is_gone_on_from(server, api):
     assert rest.startswith(whole[5:])
 
 
-def test_openai_closes_an_answer_where_it_is_told_to(server):
+@pytest.mark.parametrize(
+    ("api", "path", "given", "limit", "count"),
+    [
+        ("openai", "/v1/chat/completions", "messages", "max_tokens", "prompt_tokens"),
+        ("responses", "/v1/responses", "input", "max_output_tokens", "input_tokens"),
+    ],
+)
+def test_openai_closes_an_answer_where_it_is_told_to(server, api, path, given, limit, count):
     messages = [says("user", "Q"), says("assistant", "A")]
-    body = {"model": "turns", "max_tokens": 2, "messages": messages}
-    _, n = ask(server, "openai", "turns", messages)
+    body = {"model": "turns", limit: 2, given: messages}
+    _, n = ask(server, api, "turns", messages)
 
     def n_tokens(**more: Any) -> int:
-        answer = httpx.post(f"{server.url}/v1/chat/completions", json=body | more)
-        return answer.json()["usage"]["prompt_tokens"]
+        return httpx.post(server.url + path, json=body | more).json()["usage"][count]
 
     assert n_tokens() == n_tokens(add_generation_prompt=False) == n
     assert n_tokens(continue_final_message=False) == n_tokens(add_generation_prompt=True) > n
     for wrong in (
         {"continue_final_message": True, "add_generation_prompt": True},
         {"continue_final_message": False, "add_generation_prompt": False},
-        {"continue_final_message": True, "messages": messages[:1]},
-        {"add_generation_prompt": False, "messages": messages[:1]},
+        {"continue_final_message": True, given: messages[:1]},
+        {"add_generation_prompt": False, given: messages[:1]},
     ):
-        refused = httpx.post(f"{server.url}/v1/chat/completions", json=body | wrong)
+        refused = httpx.post(server.url + path, json=body | wrong)
         assert refused.status_code == 400
         assert "continue_final_message" in refused.json()["error"]["message"]
+
+
+def test_a_stored_response_that_went_on_is_one_answer_with_what_was_begun(server):
+    url = f"{server.url}/v1/responses"
+    body = {"model": "turns", "max_output_tokens": 4, "temperature": 0}
+    turns = [says("user", "Q"), says("assistant", "be gun")]
+    went_on = httpx.post(url, json={**body, "input": turns}, timeout=60).json()
+    rest = went_on["output"][0]["content"][0]["text"]
+    by_id = {**body, "previous_response_id": went_on["id"], "input": "And?"}
+    whole = [turns[0], says("assistant", "be gun" + rest), says("user", "And?")]
+    found = [
+        httpx.post(url, json=each, timeout=60).json() for each in (by_id, body | {"input": whole})
+    ]
+    assert len({each["usage"]["input_tokens"] for each in found}) == 1
+    assert found[0]["output"][0]["content"] == found[1]["output"][0]["content"]
 
 
 def test_a_call_and_its_result_go_through_a_template_without_tools(server):

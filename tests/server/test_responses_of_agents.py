@@ -162,6 +162,38 @@ def test_a_reference_stands_for_its_item(server):
     assert contents == ["one", "Hello", "Hello", "two"]
 
 
+def test_a_begun_answer_is_kept_with_what_followed_and_named_without_it(server):
+    begun = {"role": "assistant", "content": "The sum "}
+    server.engine.script = says("is 4.")
+    made = post(server, input=[{"role": "user", "content": "2 + 2?"}, begun]).json()
+    assert server.engine.last.request.go_on
+    post(server, previous_response_id=made["id"], input="Sure?")
+    texts = [message["content"] for message in server.engine.last.request.prompt]
+    assert texts == ["2 + 2?", "The sum is 4.", "Sure?"]
+    named = {"type": "item_reference", "id": made["output"][0]["id"]}
+    post(server, input=[named, {"role": "user", "content": "Sure?"}])
+    assert server.engine.last.request.prompt[0]["content"] == "is 4."
+
+
+def test_begun_reasoning_is_kept_with_what_followed(server):
+    thought = {"type": "reasoning", "content": [{"type": "reasoning_text", "text": "two and "}]}
+    server.engine.script = lambda ask: [
+        Chunk("", 1, reasoning="two"), Chunk("4", 2), Chunk("", None, "stop", stats())
+    ]  # fmt: skip
+    made = post(server, input=[{"role": "user", "content": "2 + 2?"}, thought]).json()
+    assert server.engine.last.request.go_on
+    post(server, previous_response_id=made["id"], input="Sure?")
+    turn = server.engine.last.request.prompt[1]
+    assert (turn["reasoning_content"], turn["content"]) == ("two and two", "4")
+
+
+def test_a_call_at_the_end_is_not_gone_on_from(server):
+    call = {"type": "function_call", "call_id": "call00001", "name": "weather", "arguments": "{}"}
+    answer = {"role": "assistant", "content": "I look."}
+    post(server, input=[{"role": "user", "content": "hi"}, answer, call])
+    assert not server.engine.last.request.go_on
+
+
 def test_a_stored_response_can_be_read_and_forgotten(server):
     made = server.client.responses.create(model=MODEL, input="hi")
     assert server.client.responses.retrieve(made.id).output_text == made.output_text

@@ -31,6 +31,7 @@ from mlxkv.server.json_route import JSONRoute
 from mlxkv.server.model_names import LocalModel, present
 from mlxkv.server.openai.fields import (
     Effort,
+    GoesOn,
     ResponseFormat,
     Streamed,
     format_grammar,
@@ -97,7 +98,7 @@ class AllowedChoice(Part):
     allowed_tools: AllowedTools
 
 
-class ChatRequest(Streamed):
+class ChatRequest(Streamed, GoesOn):
     """A conversation to answer."""
 
     model: str
@@ -120,10 +121,6 @@ class ChatRequest(Streamed):
     function_call: Annotated[Any, only("none", "auto")] = None
     store: Annotated[bool | None, NoEffect()] = None
     modalities: list[Literal["text"]] | None = None
-    continue_final_message: bool | None = Field(
-        None, description="Go on from the last message, an answer that has begun, as vLLM does."
-    )
-    add_generation_prompt: bool | None = None
 
     def choice(self) -> tuple[str, list[str] | None]:
         """The mode of `tool_choice`, and the names of the tools that it allows; None for all."""
@@ -151,32 +148,6 @@ class ChatRequest(Streamed):
             raise UsageError("max_tokens and max_completion_tokens are one field: give one")
         return self.max_tokens or self.max_completion_tokens
 
-    def go_on(self) -> bool | None:
-        """Whether the answer goes on from the last message; None leaves it to that message.
-
-        Raises:
-            UsageError: the fields that say so do not go together, or with the messages.
-        """
-        last, goes_on, opens = (
-            self.messages[-1],
-            self.continue_final_message,
-            self.add_generation_prompt,
-        )
-        begun = last.role == "assistant" and not last.tool_calls
-        if goes_on and not begun:
-            raise UsageError(
-                "continue_final_message goes on from an assistant message without calls, and the "
-                "last message is none"
-            )
-        if goes_on and opens:
-            raise UsageError("continue_final_message and add_generation_prompt exclude each other")
-        if opens is False and (goes_on is False or not begun):
-            raise UsageError(
-                "add_generation_prompt: false is for continue_final_message: true, to go on from "
-                "an answer that has begun"
-            )
-        return None if not begun else goes_on if goes_on is not None else (not opens)
-
     def ask(self, model: LocalModel, owner: str) -> Ask:
         """The request to the engine, for the first of `n` answers.
 
@@ -184,6 +155,7 @@ class ChatRequest(Streamed):
             UsageError: fields that contradict each other.
         """
         mode, named = self.choice()
+        last = self.messages[-1]
         functions = [tool.function for tool in self.tools or () if isinstance(tool, FunctionTool)]
         if self.top_logprobs is not None and not self.logprobs:
             raise UsageError("top_logprobs needs logprobs: true")
@@ -191,7 +163,7 @@ class ChatRequest(Streamed):
             template_messages(self.messages),
             max_tokens=self.limit(),
             think=reasoning_of(self.think, self.reasoning_effort),
-            go_on=self.go_on(),
+            go_on=self.go_on(last.role == "assistant" and not last.tool_calls),
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
             template_options=self.chat_template_kwargs or None,
             **tool_options(

@@ -106,6 +106,39 @@ class Sampling(Common, sampled({name: name for name in PARAMETERS} | GENERATION_
         }
 
 
+class GoesOn(Part):
+    """Whether an assistant message at the end is gone on from, or closed."""
+
+    continue_final_message: bool | None = Field(
+        None, description="Go on from the last message, an answer that has begun, as vLLM does."
+    )
+    add_generation_prompt: bool | None = None
+
+    def go_on(self, begun: bool) -> bool:
+        """Whether the answer goes on from the last message.
+
+        Args:
+            begun: whether that is an assistant message without calls.
+
+        Raises:
+            UsageError: the fields that say so do not go together, or with the messages.
+        """
+        goes_on, opens = self.continue_final_message, self.add_generation_prompt
+        if goes_on and not begun:
+            raise UsageError(
+                "continue_final_message goes on from an assistant message without calls, and the "
+                "last message is none"
+            )
+        if goes_on and opens:
+            raise UsageError("continue_final_message and add_generation_prompt exclude each other")
+        if opens is False and (goes_on is False or not begun):
+            raise UsageError(
+                "add_generation_prompt: false is for continue_final_message: true, to go on from "
+                "an answer that has begun"
+            )
+        return begun and (goes_on if goes_on is not None else not opens)
+
+
 class StreamOptions(Part):
     """What a stream has besides the answer."""
 

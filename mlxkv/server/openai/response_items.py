@@ -168,9 +168,8 @@ def item_messages(items: Sequence[Item], instructions: str | None) -> list[dict[
     for item in items:
         match item:
             case ReasoningItem():
-                parts = item.content or item.summary
                 turn = _turn(messages, before=("content", "tool_calls"))
-                turn["reasoning_content"] = "\n".join(part.text for part in parts)
+                turn["reasoning_content"] = _thought(item)
             case CallItem() | CustomCallItem() | ShellCallItem():
                 name, arguments = _called(item)
                 names[item.call_id] = name
@@ -188,6 +187,27 @@ def item_messages(items: Sequence[Item], instructions: str | None) -> list[dict[
                 role = "system" if item.role == "developer" else item.role
                 messages.append({"role": role, "content": joined(item.content)})
     return messages
+
+
+def gone_on(items: Sequence[Item], answer: Sequence[Item]) -> list[Item]:
+    """A conversation and the answer that goes on from its last item: one text where both are of
+    one kind."""
+    match (items[-1:], answer[:1]):
+        case ([MessageItem() as begun], [MessageItem() as rest]):
+            text = joined(begun.content) + joined(rest.content)
+            return [*items[:-1], rest.model_copy(update={"content": text, "id": None}), *answer[1:]]
+        case ([ReasoningItem() as begun], [ReasoningItem() as rest]):
+            text = ReasoningText(type="reasoning_text", text=_thought(begun) + _thought(rest))
+            return [
+                *items[:-1],
+                rest.model_copy(update={"content": [text], "id": None}),
+                *answer[1:],
+            ]
+    return [*items, *answer]
+
+
+def _thought(item: ReasoningItem) -> str:
+    return "\n".join(part.text for part in item.content or item.summary)
 
 
 def _called(item: CallItem | CustomCallItem | ShellCallItem) -> tuple[str, str]:

@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from mlxkv.errors import UsageError
-from mlxkv.server.openai.response_items import Item, ItemReference
+from mlxkv.server.openai.response_items import Item, ItemReference, gone_on
 
 KEEP_S = 3600.0
 MAX_BYTES = 64 << 20
@@ -29,6 +29,7 @@ class Stored:
     Args:
         owner: whose it is.
         response: as the client got it.
+        answer: its items, as references name them.
         items: the whole conversation, its answer included.
         until: when it is forgotten, in seconds of the clock.
         n_bytes: what it counts for.
@@ -36,6 +37,7 @@ class Stored:
 
     owner: str
     response: dict[str, Any]
+    answer: list[Any]
     items: list[Any]
     until: float
     n_bytes: int
@@ -54,15 +56,29 @@ class ResponseStore:
         self._responses: OrderedDict[str, Stored] = OrderedDict()
         self._n_bytes = 0
 
-    def put(self, owner: str, items: Sequence[Any], response: dict[str, Any]) -> None:
-        """Keep a response and the conversation that it ends."""
+    def put(
+        self,
+        owner: str,
+        items: Sequence[Any],
+        response: dict[str, Any],
+        goes_on: bool = False,
+    ) -> None:
+        """Keep a response and the conversation that it ends.
+
+        Args:
+            owner: whose it is.
+            items: the conversation before it.
+            response: as the client got it.
+            goes_on: whether its answer goes on from the last item.
+        """
         self._expire()
-        whole = [*items, *_ITEMS.validate_python(response["output"])]
+        answer = _ITEMS.validate_python(response["output"])
+        whole = gone_on(items, answer) if goes_on else [*items, *answer]
         n_bytes = len(_ITEMS.dump_json(whole, warnings=False))
         if n_bytes > self._max_bytes:
             return
         until = self._clock() + KEEP_S
-        self._responses[response["id"]] = Stored(owner, response, whole, until, n_bytes)
+        self._responses[response["id"]] = Stored(owner, response, answer, whole, until, n_bytes)
         self._n_bytes += n_bytes
         while self._n_bytes > self._max_bytes:
             self._drop(next(iter(self._responses)))
@@ -115,7 +131,7 @@ class ResponseStore:
         self._expire()
         for stored in reversed(self._responses.values()):
             if stored.owner == owner:
-                for known in stored.items:
+                for known in (*stored.answer, *stored.items):
                     if getattr(known, "id", None) == item.id:
                         return known
         raise UsageError(

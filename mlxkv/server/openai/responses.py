@@ -26,6 +26,7 @@ from mlxkv.server.json_route import JSONRoute
 from mlxkv.server.model_names import LocalModel, present
 from mlxkv.server.openai.fields import (
     Effort,
+    GoesOn,
     GrammarFormat,
     JsonObjectFormat,
     RegexFormat,
@@ -95,7 +96,7 @@ class ResponseStreamOptions(Part):
     include_obfuscation: Annotated[bool | None, NoEffect()] = None
 
 
-class ResponseRequest(Sampling):
+class ResponseRequest(Sampling, GoesOn):
     """Items to answer."""
 
     model: str
@@ -156,11 +157,12 @@ class ResponseRequest(Sampling):
         messages = item_messages(items, self.instructions)
         if all(message["role"] == "system" for message in messages):
             raise UsageError("input has no message to answer")
+        last = messages[-1]
         request = build_request(
             messages,
             max_tokens=self.max_output_tokens,
             think=reasoning_of(self.think, self.reasoning and self.reasoning.effort),
-            go_on=False if messages[-1]["role"] == "assistant" else None,
+            go_on=self.go_on(last["role"] == "assistant" and not last.get("tool_calls")),
             truncate=True if self.truncation == "auto" else None,
             logprobs=(self.top_logprobs or 0) if self.wants_logprobs else None,
             template_options=self.chat_template_kwargs or None,
@@ -188,7 +190,8 @@ def router(engine: Engine, config: ServerConfig) -> APIRouter:
         owner = request.state.owner
         items = store.conversation(owner, body.previous_response_id, body.input)
         ask = body.ask(await present(engine, config, body.model), owner, items)
-        keep = partial(store.put, owner, items) if body.store is not False else None
+        put = partial(store.put, owner, items, goes_on=ask.request.go_on)
+        keep = put if body.store is not False else None
         reply = ResponseReply(body, keep)
         return await respond(request, engine, config, [ask], reply, body.stream, reply.failed)
 
