@@ -24,6 +24,7 @@ from mlxkv.errors import (
     MlxkvError,
     OutOfMemory,
     UsageError,
+    contained,
     lacks_memory,
     one_line,
 )
@@ -70,7 +71,8 @@ def main(argv: list[str] | None = None) -> int:
         return code if isinstance(code, int) else 0
     except (typer.Abort, KeyboardInterrupt):
         return INTERRUPTED
-    except Exception as error:
+    except BaseException as raised:
+        error = contained(raised)
         if debug:
             raise
         if isinstance(error, MlxkvError):

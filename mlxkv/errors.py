@@ -12,8 +12,9 @@
     │       └── TemplateError      4, 422   no chat template, or one that fails
     ├── DownloadError              5, 502   no network, or what came is not what was asked for
     ├── OutputError                6, 507   what mlxkv writes cannot be written (a full disk)
-    └── OutOfMemory                7, 503   the memory limit does not allow it
-        └── KVCacheFull            7, 503   a sequence cannot grow further
+    ├── OutOfMemory                7, 503   the memory limit does not allow it
+    │   └── KVCacheFull            7, 503   a sequence cannot grow further
+    └── InternalError             70, 500   a fault of mlxkv, or of a library under it
 
 A message says what was given, what is allowed and what to do, on one line. It names no option: an
 error carries the field to blame and the settings that would help (`Hint`) under their names in
@@ -26,6 +27,7 @@ from __future__ import annotations
 
 import errno
 import re
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -211,6 +213,24 @@ class KVCacheFull(OutOfMemory):
         )
 
 
+class InternalError(MlxkvError):
+    """A fault of mlxkv, or of a library under it: nothing was prepared for it.
+
+    Args:
+        text: what is wrong.
+        is_logged: whether the log has it.
+    """
+
+    exit_code = 70
+    status = 500
+
+    def __init__(
+        self, text: str = "internal error: see the server's log", *, is_logged: bool = False
+    ):
+        self.is_logged = is_logged
+        super().__init__(text)
+
+
 def one_line(error: BaseException) -> str:
     """An exception's text on one line; its class where it has none."""
     return " ".join(str(error).split()) or type(error).__name__
@@ -233,3 +253,19 @@ def lacks_memory(error: BaseException) -> bool:
         return True
     known = isinstance(error, RuntimeError | ImportError | OSError)
     return known and _NO_MEMORY.search(str(error)) is not None
+def contained(error: BaseException) -> Exception:
+    """What was raised, as an error that ends one request alone.
+
+    A panic inside a Rust library arrives as a BaseException that is no Exception, and a library may
+    call `sys.exit`: on a thread that serves many requests neither may do more than an error does.
+
+    Raises:
+        KeyboardInterrupt, SystemExit, GeneratorExit: as they came, on the main thread.
+    """
+    if isinstance(error, Exception):
+        return error
+    is_main = threading.current_thread() is threading.main_thread()
+    if is_main and isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit):
+        raise error
+    made = InternalError(f"internal error: {type(error).__name__}: {one_line(error)}")
+    return made.with_traceback(error.__traceback__)

@@ -15,7 +15,7 @@ import typer
 
 from mlxkv.commands.alias import run_aliases
 from mlxkv.commands.options import AsJson, Context, DType, KVType
-from mlxkv.errors import ModelNotFound, UsageError
+from mlxkv.errors import InternalError, ModelNotFound, UsageError
 from mlxkv.server.config import HOST, PORT
 
 if TYPE_CHECKING:
@@ -180,6 +180,7 @@ def _run(engine: Any, config: Any) -> int:
         await server.serve([listening])
 
     stop.install()
+    engine.on_failed = server.stop
     engine.start()
     try:
         asyncio.run(run())
@@ -189,7 +190,16 @@ def _run(engine: Any, config: Any) -> int:
         if closing.ident is None:
             closing.start()
         closing.join(stop.left_s if stop.is_asked else None)
-    leave(0)
+    leave(_code_of(engine))
+
+
+def _code_of(engine: Any) -> int:
+    """Exit code of a server that has ended: for its supervisor, if the engine failed."""
+    if not engine.failed:
+        return 0
+    error = InternalError("the engine has failed too often; see the log")
+    print(f"mlxkv: error: {error}", file=sys.stderr)
+    return error.exit_code
 
 
 async def _load(engine: Any, config: Any, asked: Any) -> bool:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
+from typing import TypeVar
 
-from mlxkv.errors import MlxkvError
+from mlxkv.base.faults import told
+from mlxkv.errors import contained
 from mlxkv.generation.outputs import Chunk
 from mlxkv.memory.types import without_trace
 
-_log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class EngineAnswer:
@@ -42,11 +44,9 @@ class EngineAnswer:
         self._wake()
 
     def tell(self, item: Chunk | BaseException | None) -> None:
-        """Append a chunk, or the end: None, or an error. Unexpected errors are logged."""
+        """Append a chunk, or the end: None, or an error. Faults are logged."""
         if isinstance(item, BaseException):
-            if not isinstance(item, MlxkvError):
-                _log.error("a request failed", exc_info=item)
-            item = without_trace(item)
+            item = without_trace(told(item))
         with self._lock:
             self._items.append(item)
             loop, event = self._loop, self._event
@@ -75,3 +75,11 @@ class EngineAnswer:
                     return
         finally:
             self.cancel()
+
+
+def settle(future: Future[T], function: Callable[[], T]) -> None:
+    """Complete a future with a function's result or error."""
+    try:
+        future.set_result(function())
+    except BaseException as error:
+        future.set_exception(contained(error))

@@ -4,17 +4,20 @@ Invariants:
 - Only the engine's thread uses MLX. Other threads hand it requests and calls, and wait.
 - The first request for a model loads it, step by step between the steps of running answers; other
   requests for it wait. `model_pool` decides which models are in memory, and their limits.
-- The thread survives every error of a request.
+- Whatever a request raises ends that request alone. If the loop itself fails, its requests end with
+  an error and it starts again with its models, as often as `Deaths` allows; then the engine has
+  failed for good, and the process should end.
+- An owner (API key) fills its own queue only.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
+import contextlib
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import TypeVar
@@ -22,20 +25,20 @@ from typing import TypeVar
 import mlx.core as mx
 
 from mlxkv.base import device
-from mlxkv.engine.answers import EngineAnswer
+from mlxkv.base.faults import log_fault
+from mlxkv.engine.answers import EngineAnswer, settle
 from mlxkv.engine.clients import merge_counts
 from mlxkv.engine.loading import ModelLoads, PendingRequest
 from mlxkv.engine.messages import Ask, Busy, Embeddings, EngineStats, Loaded
 from mlxkv.engine.model_pool import LoadedModel, ModelPool, key_of
 from mlxkv.engine.next_turn import NextTurns
 from mlxkv.engine.prompt import fit_context, prepare
-from mlxkv.engine.tasks import Task
-from mlxkv.errors import MlxkvError, UsageError
+from mlxkv.engine.restarts import Deaths, Restarted
+from mlxkv.engine.tasks import Task, quietly
+from mlxkv.errors import InternalError, MlxkvError, UsageError, contained
 from mlxkv.store.settings import Given
 
-_log = logging.getLogger(__name__)
 T = TypeVar("T")
-
 WAIT_S = 5.0
 """When a client may retry after the queue was full."""
 QUIET_S = 0.1
@@ -50,9 +53,13 @@ class ThreadedEngine:
         dtype: dtype to compute in.
         given: settings of all models, see `store.settings`.
         keep_alive_s: how long a model stays after its last request; negative: for ever.
-        max_queue: requests that may wait.
+        max_queue: requests of one owner that may wait.
         max_running: requests of one model that decode at a time.
         next_turns: compute what is known of next turns while there are no requests.
+
+    Attributes:
+        restarts: how often the loop failed and has started again.
+        on_failed: called once the engine has failed for good.
     """
 
     def __init__(
@@ -76,7 +83,9 @@ class ThreadedEngine:
         self._changed = threading.Condition()
         self._inbox: deque[tuple[Ask, Task]] = deque()
         self._calls: deque[Callable[[], None]] = deque()
-        self._rejected = 0
+        self._rejected: Counter[str] = Counter()
+        self._deaths = Deaths()
+        self.on_failed: Callable[[], None] = lambda: None
         self._closing = False
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._live, name="mlxkv engine", daemon=True)
@@ -98,11 +107,21 @@ class ThreadedEngine:
         """Whether the engine's thread runs."""
         return self._thread.is_alive() and not self._closing and not self._ended.is_set()
 
+    @property
+    def restarts(self) -> int:
+        """How often the loop failed and has started again."""
+        return self._deaths.n
+
+    @property
+    def failed(self) -> bool:
+        """Whether it has failed for good."""
+        return self._deaths.are_too_many
+
     def submit(self, ask: Ask) -> EngineAnswer:
         """Queue a request, from any thread.
 
         Raises:
-            Busy: the queue is full.
+            Busy: the owner's queue is full.
         """
         answer = EngineAnswer(self._wake)
         task = Task(
@@ -113,9 +132,9 @@ class ThreadedEngine:
             client=ask.client,
         )
         with self._changed:
-            if self._n_waiting() >= self._max_queue:
-                self._rejected += 1
-                raise Busy(WAIT_S)
+            if self._n_waiting(ask.owner) >= self._max_queue:
+                self._rejected[ask.owner] += 1
+                raise Busy(WAIT_S, is_owners=bool(ask.owner))
             if not self.alive:
                 raise _stopped()
             self._inbox.append((ask, task))
@@ -131,17 +150,26 @@ class ThreadedEngine:
         )
 
     async def unload(self, model: str, path: Path | None = None) -> bool:
-        """Unload a model, and return whether it was loaded or being loaded."""
+        """Have a model leave when its last answer has ended; new requests wait, and load it again.
 
-        def unload() -> bool:
-            key = key_of(model, path)
-            if self._loads.cancel(key, MlxkvError("the model was unloaded")):
-                return True
-            if is_loaded := self._pool.find(key) is not None:
-                self._pool.drop(key)
-            return is_loaded
+        Returns:
+            Whether it was in memory or being loaded.
+        """
+        return await self._call(lambda: self._loads.leave(key_of(model, path)))
 
-        return await self._call(unload)
+    @contextlib.asynccontextmanager
+    async def without(self, model: str, path: Path | None = None) -> AsyncIterator[None]:
+        """A time in which a model is not in memory: it has left as with `unload`, and new requests
+        wait until the time is over."""
+        key, holder = await self._call(lambda: key_of(model, path)), object()
+        gone: Future[None] = Future()
+        try:
+            await self._result(gone, lambda: self._loads.hold(key, holder, gone))
+            yield
+        finally:
+            with self._changed:
+                self._calls.append(lambda: self._loads.release(holder))
+                self._changed.notify()
 
     async def tokenize(self, ask: Ask) -> list[int]:
         """The token ids of a request's prompt."""
@@ -165,36 +193,30 @@ class ThreadedEngine:
         """The names of the models in memory."""
         return {loaded.name for loaded in self._pool.models()}
 
-    def loaded(self) -> list[Loaded]:
-        """The models in memory."""
-        return [loaded.describe() for loaded in self._pool.models()]
+    def loaded(self, owner: str | None = None) -> list[Loaded]:
+        """The models in memory; see `stats`."""
+        return [loaded.describe(owner) for loaded in self._pool.models()]
 
-    def stats(self) -> EngineStats:
-        """The engine's metrics."""
+    def stats(self, owner: str | None = None) -> EngineStats:
+        """The engine's metrics: an owner's own, or of all owners together for None."""
         models = self._pool.models()
-        budgets = [model.scheduler.runtime.budget for model in models]
-        uses = [budget.use() for budget in budgets]
+        clients = (x for model in models for x in model.scheduler.clients.figures())
+        rejected = self._rejected.total() if owner is None else self._rejected[owner]
         return EngineStats(
-            running=sum(model.scheduler.n_sequences for model in models),
-            queued=self._n_waiting(),
-            rejected=self._rejected,
-            models={model.name: model.scheduler.counts.copy() for model in models},
-            memory={
-                "weights": sum(budget.weights_bytes for budget in budgets),
-                "kv_used": sum(use.used_bytes for use in uses),
-                "kv_allocated": sum(use.allocated_bytes for use in uses),
-                "pages": sum(budget.pages_bytes for budget in budgets),
-                "active": mx.get_active_memory(),
-                "cached": mx.get_cache_memory(),
-                "peak": mx.get_peak_memory(),
-                "limit": self._pool.limit_bytes,
-            },
-            clients=merge_counts(x for model in models for x in model.scheduler.clients.figures()),
+            running=sum(len(model.running(owner)) for model in models),
+            queued=self._n_waiting(owner),
+            rejected=rejected,
+            models={model.name: model.scheduler.tally.shown(owner) for model in models},
+            memory=self._pool.memory(owner),
+            clients=merge_counts(x for x in clients if owner in (None, x.owner)),
         )
 
-    def _n_waiting(self) -> int:
-        waiting = [len(loaded.scheduler.waiting) for loaded in self._pool.models()]
-        return len(self._inbox) + sum(waiting) + self._loads.n_pending
+    def _n_waiting(self, owner: str | None) -> int:
+        """Waiting requests of an owner, or of all for None."""
+        queues = [loaded.scheduler.waiting for loaded in self._pool.models()]
+        waiting = sum(len(queue) if owner is None else queue.n_of(owner) for queue in queues)
+        new = sum(owner in (None, ask.owner) for ask, _ in list(self._inbox))
+        return new + waiting + self._loads.n_pending(owner)
 
     def _wake(self) -> None:
         with self._changed:
@@ -203,7 +225,7 @@ class ThreadedEngine:
     async def _call(self, function: Callable[[], T]) -> T:
         """Run a function on the engine's thread, between two steps."""
         future: Future[T] = Future()
-        return await self._result(future, lambda: _settle(future, function))
+        return await self._result(future, lambda: settle(future, function))
 
     async def _with_model(
         self,
@@ -217,7 +239,7 @@ class ThreadedEngine:
         cancelled = threading.Event()
 
         def on_ready(loaded: LoadedModel) -> None:
-            _settle(future, lambda: function(loaded))
+            settle(future, lambda: function(loaded))
 
         pending = PendingRequest(on_ready, future.set_exception, cancelled.is_set, keep_alive_s)
         try:
@@ -246,31 +268,46 @@ class ThreadedEngine:
 
     def _live(self) -> None:
         try:
-            self._run()
+            unwire = device.hold_wired(self._pool.limit_bytes)
+            while not self._closing:
+                try:
+                    self._turn()
+                except BaseException as error:
+                    self._start_again(contained(error))
+            self._shut()
+            unwire()
         finally:
+            self._closing = True
             self._ended.set()
+        if self.failed:
+            self.on_failed()
         # A thread that used MLX must not end while the interpreter exits: MLX's thread-local
         # destructors, which run after `join`, then take the GIL and abort the process (MLX 0.32,
         # Python 3.11). So it sleeps until the process ends.
         threading.Event().wait()
 
-    def _run(self) -> None:
-        unwire = device.hold_wired(self._pool.limit_bytes)
+    def _start_again(self, error: Exception) -> None:
+        """After the loop failed: end the requests that it had, and keep the models."""
+        if not self._deaths.count(error):
+            self._closing = True
+            return
         try:
-            while not self._closing:
-                self._turn()
-        finally:
-            with self._changed:
-                self._closing = True
-                calls, tasks = list(self._calls), list(self._inbox)
-            for call in calls:
-                call()
-            for _, task in tasks:
-                task.tell(_stopped())
-            self._loads.cancel_all(_stopped())
-            for key in self._pool:
-                self._pool.drop(key)
-            unwire()
+            self._loads.cancel_all(Restarted())
+            self._pool.start_again(Restarted())
+        except BaseException as again:
+            log_fault("starting again failed", contained(again))
+
+    def _shut(self) -> None:
+        with self._changed:
+            self._closing = True
+            calls, tasks = list(self._calls), list(self._inbox)
+        for call in calls:
+            quietly("a call failed", call)
+        for _, task in tasks:
+            task.tell(_stopped())
+        self._loads.cancel_all(_stopped())
+        for key in self._pool:
+            self._pool.drop(key)
 
     def _turn(self) -> None:
         """Run one turn of the loop; sleep first if there is nothing to do."""
@@ -281,24 +318,25 @@ class ThreadedEngine:
             self._calls.clear()
             self._inbox.clear()
         for call in calls:
-            call()
+            quietly("a call failed", call)
         for ask, task in tasks:
             self._hand_over(ask, task)
         had_work = self._has_requests() or self._next_turns() is not None
         if self._has_requests():
             self._busy_at = time.monotonic()
             for loaded in self._pool.models():
-                loaded.scheduler.next_turns.pause()
+                quietly("pausing a next turn failed", loaded.scheduler.next_turns.pause)
         self._loads.proceed(lambda: self._is_busy() or self._has_news())
         self._pool.share_memory()
         for key in self._pool:
             self._step(key)
         self._pool.expire()
+        self._loads.tell_gone()
         if self._has_requests():
             return
         if (turns := self._next_turns()) is not None and self._sleep_s() == 0:
             if not self._has_news():
-                turns.step()
+                quietly("computing a next turn failed", turns.step)
         elif had_work:
             mx.clear_cache()
             device.trim()
@@ -336,12 +374,10 @@ class ThreadedEngine:
         try:
             loaded.scheduler.step()
             return
-        except Exception as error:  # of the whole model, not of one request
-            _log.exception("the model %s failed and is unloaded", loaded.name)
-            for task in list(loaded.scheduler.tasks()):
-                task.tell(MlxkvError(f"the model failed: {error}"))
+        except BaseException as error:  # of the whole model, not of one request
+            log_fault(f"the model {loaded.name} failed and is unloaded", contained(error))
         del loaded
-        self._pool.drop(key)
+        self._pool.drop(key, InternalError(is_logged=True))
 
     def _hand_over(self, ask: Ask, task: Task) -> None:
         if task.is_cancelled():
@@ -351,16 +387,9 @@ class ThreadedEngine:
             task.tell,
             task.is_cancelled,
             ask.keep_alive_s,
+            ask.owner,
         )
         return self._loads.request(ask.model, ask.path, pending)
-
-
-def _settle(future: Future[T], function: Callable[[], T]) -> None:
-    """Complete a future with a function's result or error."""
-    try:
-        future.set_result(function())
-    except Exception as error:
-        future.set_exception(error)
 
 
 def _stopped() -> MlxkvError:

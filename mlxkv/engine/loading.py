@@ -1,16 +1,21 @@
 """Models that are being loaded, and the requests that wait for them.
 
+A model that is to leave does so when its last request has ended. New requests for it wait, and load
+it again.
+
 Only the engine's thread uses it; other threads may read `n_pending`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mlxkv.base.faults import told
 from mlxkv.engine.model_pool import LoadedModel, ModelPool, key_of
-from mlxkv.errors import MlxkvError
+from mlxkv.errors import MlxkvError, contained
 from mlxkv.memory.types import without_trace
 
 
@@ -23,20 +28,31 @@ class PendingRequest:
         on_error: called with the error if it cannot be loaded.
         is_cancelled: whether the request was cancelled.
         keep_alive_s: see `Ask`.
+        owner: see `Ask`.
     """
 
     on_ready: Callable[[LoadedModel], None]
     on_error: Callable[[Exception], None]
     is_cancelled: Callable[[], bool]
     keep_alive_s: float | None
+    owner: str = ""
 
 
 @dataclass(slots=True)
 class _Load:
-    """A model that is being loaded, and the requests for it."""
+    """A model that is being loaded, and the requests for it.
+
+    Args:
+        steps: of the load.
+        pending: the requests.
+        has_begun: whether a step was run.
+        leaves: whether it is to leave once these requests have ended.
+    """
 
     steps: Generator[bool | None, None, LoadedModel]
     pending: list[PendingRequest] = field(default_factory=list)
+    has_begun: bool = False
+    leaves: bool = False
 
 
 class ModelLoads:
@@ -45,14 +61,17 @@ class ModelLoads:
     def __init__(self, pool: ModelPool):
         self._pool = pool
         self._loads: dict[str, _Load] = {}
+        self._held: dict[object, str] = {}
+        self._on_gone: list[tuple[str, Future[None]]] = []
 
     def __bool__(self) -> bool:
-        return bool(self._loads)
+        """Whether there is a load that can go on."""
+        return any(self._can_go_on(key, load) for key, load in self._loads.items())
 
-    @property
-    def n_pending(self) -> int:
-        """Requests that wait for a model."""
-        return sum(len(load.pending) for load in list(self._loads.values()))
+    def n_pending(self, owner: str | None) -> int:
+        """Requests that wait for a model: an owner's, or all for None."""
+        pending = [each for load in list(self._loads.values()) for each in list(load.pending)]
+        return sum(owner in (None, each.owner) for each in pending)
 
     def request(self, name: str, path: Path | None, pending: PendingRequest) -> None:
         """Call `pending.on_ready` with a model, at once or when it is loaded.
@@ -65,9 +84,9 @@ class ModelLoads:
         try:
             key = key_of(name, path)
             loaded = self._pool.find(key)
-        except Exception as error:
-            return pending.on_error(error)
-        if loaded is not None:
+        except BaseException as error:
+            return pending.on_error(contained(error))
+        if loaded is not None and not loaded.leaves:
             loaded.touch(pending.keep_alive_s)
             return pending.on_ready(loaded)
         if key not in self._loads:
@@ -80,18 +99,57 @@ class ModelLoads:
         while (first := self._oldest()) is not None:
             key, load = first
             try:
+                load.has_begun = True
                 if next(load.steps):  # it waits for memory: move it behind the others
                     self._loads[key] = self._loads.pop(key)
             except StopIteration as stop:
                 del self._loads[key]
+                stop.value.leaves = load.leaves
                 for pending in load.pending:
                     stop.value.touch(pending.keep_alive_s)
                     pending.on_ready(stop.value)
                 return
-            except Exception as error:
-                self.cancel(key, without_trace(error))
+            except BaseException as error:
+                self.cancel(key, told(without_trace(contained(error))))
             if has_other_work():
                 return
+
+    def leave(self, key: str) -> bool:
+        """Have a model leave when its requests have ended; whether it is here or being loaded."""
+        load = self._loads.get(key)
+        if load is not None:
+            load.leaves = True
+        return self._pool.leave(key) or load is not None
+
+    def hold(self, key: str, holder: object, gone: Future[None]) -> None:
+        """Have a model leave, and none be loaded from its directory until `release`.
+
+        Args:
+            key: of the model.
+            holder: what is given to `release`.
+            gone: completed when the model is not in memory any more.
+        """
+        self._held[holder] = key
+        load = self._loads.get(key)
+        if load is not None and load.has_begun:
+            load.leaves = True
+        self._pool.leave(key)
+        self._on_gone.append((key, gone))
+        self.tell_gone()
+
+    def release(self, holder: object) -> None:
+        """Allow loads again; nothing for one that does not hold a model."""
+        self._held.pop(holder, None)
+
+    def tell_gone(self) -> None:
+        """Complete the futures of models that have left."""
+        waiting, self._on_gone = self._on_gone, []
+        for key, gone in waiting:
+            load = self._loads.get(key)
+            if self._pool.find(key) is None and (load is None or not load.has_begun):
+                gone.set_result(None)
+            else:
+                self._on_gone.append((key, gone))
 
     def cancel(self, key: str, error: Exception) -> bool:
         """Cancel a load; its requests fail with the error. Returns whether there was one."""
@@ -108,11 +166,20 @@ class ModelLoads:
         """Cancel all loads."""
         for key in list(self._loads):
             self.cancel(key, error)
+        waiting, self._on_gone = self._on_gone, []
+        for _, gone in waiting:
+            gone.set_exception(error)
+
+    def _can_go_on(self, key: str, load: _Load) -> bool:
+        """Whether the model is not still here from before, and may be loaded."""
+        if load.has_begun:
+            return True
+        return self._pool.find(key) is None and key not in self._held.values()
 
     def _oldest(self) -> tuple[str, _Load] | None:
-        """The oldest load; first cancels loads whose requests are all cancelled."""
+        """The oldest load that can go on; first cancels loads whose requests are all cancelled."""
         for key, load in list(self._loads.items()):
             load.pending = [pending for pending in load.pending if not pending.is_cancelled()]
             if not load.pending:
                 self.cancel(key, MlxkvError("no request waits for the model"))
-        return next(iter(self._loads.items()), None)
+        return next((pair for pair in self._loads.items() if self._can_go_on(*pair)), None)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import AsyncIterator, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -18,13 +19,18 @@ from mlxkv.generation.request import Request
 
 
 class Busy(MlxkvError):
-    """The queue is full; retry after `retry_after_s`."""
+    """The queue is full.
 
-    status = 503
+    Args:
+        retry_after_s: when to retry.
+        is_owners: whether it is the queue of one API key: then others are served.
+    """
 
-    def __init__(self, retry_after_s: float):
+    def __init__(self, retry_after_s: float, is_owners: bool = False):
         self.retry_after_s = retry_after_s
-        super().__init__(f"too many requests are waiting: retry in {retry_after_s:.0f} s")
+        self.status = 429 if is_owners else 503
+        what = "requests with this API key" if is_owners else "requests"
+        super().__init__(f"too many {what} are waiting: retry in {retry_after_s:.0f} s")
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +189,8 @@ class EngineStats:
         queued: requests that wait.
         rejected: requests that a full queue refused.
         models: counters of each loaded model, by name.
-        memory: bytes by kind: weights, kv_used, kv_allocated, pages, active, cached, peak, limit.
+        memory: bytes by kind: weights, kv_used, kv_allocated, pages, limit; of all owners also
+            active, cached, peak.
         clients: counters of each client.
     """
 
@@ -211,6 +218,9 @@ class Engine(Protocol):
     @property
     def alive(self) -> bool: ...
 
+    @property
+    def restarts(self) -> int: ...
+
     def submit(self, ask: Ask) -> Answer: ...
 
     async def load(
@@ -219,12 +229,16 @@ class Engine(Protocol):
 
     async def unload(self, model: str, path: Path | None = None) -> bool: ...
 
+    def without(
+        self, model: str, path: Path | None = None
+    ) -> AbstractAsyncContextManager[None]: ...
+
     async def tokenize(self, ask: Ask) -> list[int]: ...
 
     async def embed(self, model: str, texts: Sequence[str]) -> Embeddings: ...
 
     def names(self) -> set[str]: ...
 
-    def loaded(self) -> list[Loaded]: ...
+    def loaded(self, owner: str | None = None) -> list[Loaded]: ...
 
-    def stats(self) -> EngineStats: ...
+    def stats(self, owner: str | None = None) -> EngineStats: ...

@@ -4,13 +4,13 @@ Invariants:
 - A model is loaded once, whatever its names: its directory is the key.
 - A model's budget is what the others leave. A model counts as soon as its load begins.
 - Idle models are unloaded to make room, LRU first; a busy one gives up prefix pages only.
+- A model is unloaded only while it has no requests: no answer is lost for it.
 - Only the engine's thread changes it; other threads may read.
 """
 
 from __future__ import annotations
 
 import gc
-import logging
 import time
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
@@ -20,18 +20,19 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlxkv.base import device
+from mlxkv.base.faults import log_fault
 from mlxkv.base.units import human_bytes
 from mlxkv.engine.messages import Loaded
 from mlxkv.engine.runtime import Runtime
 from mlxkv.engine.scheduler import Scheduler
-from mlxkv.errors import MlxkvError, OutOfMemory
+from mlxkv.engine.tasks import Decoding, Prefilling, Task
+from mlxkv.errors import MlxkvError, ModelNotFound, OutOfMemory, contained
 from mlxkv.memory import needs
+from mlxkv.memory.types import KVUse
 from mlxkv.models.loader import lay_out
 from mlxkv.store.info import Card, describe, digest
 from mlxkv.store.resolve import resolve
 from mlxkv.store.settings import Given, effective
-
-_log = logging.getLogger(__name__)
 
 FRESH_S = 5.0
 """A loaded model stays this long for its first request, unless a request set its keep-alive."""
@@ -51,6 +52,7 @@ class LoadedModel:
         keep_alive_s: how long it stays after its last request; negative: for ever.
         used_at: time of its last request.
         is_set: whether a request set `keep_alive_s`.
+        leaves: whether it is unloaded as soon as it has no requests; it gets no new ones.
     """
 
     name: str
@@ -60,6 +62,7 @@ class LoadedModel:
     keep_alive_s: float
     used_at: float = field(default_factory=time.monotonic)
     is_set: bool = False
+    leaves: bool = False
 
     def touch(self, keep_alive_s: float | None = None) -> None:
         """Note a request, and its keep-alive if it sets one."""
@@ -69,15 +72,35 @@ class LoadedModel:
 
     def expires_at(self) -> float | None:
         """Monotonic time at which it is unloaded unless a request comes; None: never."""
+        if self.leaves:
+            return self.used_at
         if self.keep_alive_s < 0:
             return None
         is_fresh = not (self.is_set or self.scheduler.counts.requests)
         return self.used_at + max(self.keep_alive_s, FRESH_S if is_fresh else 0.0)
 
-    def describe(self) -> Loaded:
-        """Its state, for front ends."""
+    def running(self, owner: str | None) -> list[Task]:
+        """An owner's running requests, or all for None."""
+        tasks = [task for task in self.scheduler.tasks() if owner in (None, task.owner)]
+        return [task for task in tasks if isinstance(task.state, Prefilling | Decoding)]
+
+    def use(self, owner: str | None) -> KVUse:
+        """KV of an owner's running requests; of all sequences for None."""
+        if owner is None:
+            return self.scheduler.runtime.budget.use()
+        states = [task.state for task in self.running(owner)]
+        uses = [x.generation.session.use() for x in states if isinstance(x, Prefilling | Decoding)]
+        return KVUse(
+            sum(use.used_tokens for use in uses),
+            sum(use.used_bytes for use in uses),
+            sum(use.allocated_tokens for use in uses),
+            sum(use.allocated_bytes for use in uses),
+        )
+
+    def describe(self, owner: str | None = None) -> Loaded:
+        """Its state, for front ends; sequences, KV and pages are an owner's, or all for None."""
         runtime, card = self.scheduler.runtime, self.card
-        use, end = runtime.budget.use(), self.expires_at()
+        use, end = self.use(owner), self.expires_at()
         until = None if end is None else time.time() + end - time.monotonic()
         return Loaded(
             name=self.name,
@@ -87,9 +110,9 @@ class LoadedModel:
             kv_used_bytes=use.used_bytes,
             kv_allocated_bytes=use.allocated_bytes,
             kv_max_bytes=max(0, runtime.budget.limit_bytes - runtime.budget.weights_bytes),
-            n_sequences=self.scheduler.n_sequences,
-            pages_ram_bytes=runtime.budget.pages_bytes,
-            pages_ssd_bytes=0 if runtime.pages is None else runtime.pages.ssd_bytes,
+            n_sequences=len(self.running(owner)),
+            pages_ram_bytes=runtime.pages_bytes(owner),
+            pages_ssd_bytes=runtime.ssd_bytes(owner),
             device=device.kind(),
             until=None if until is None else datetime.fromtimestamp(until, UTC),
             context=runtime.context,
@@ -161,6 +184,8 @@ class ModelPool:
             OutOfMemory: its weights do not fit, or not within `ROOM_S`. Else as `mlxkv.load`.
         """
         path = Path(key)
+        if not path.is_dir():
+            raise ModelNotFound(f"{name} is not on this machine any more")
         layout = lay_out(path, self._dtype)
         n_bytes, card = layout.nbytes, describe(name, path, layout)
         yield
@@ -200,6 +225,24 @@ class ModelPool:
                     )
                 yield True  # a busy model makes room when its requests are done
 
+    def memory(self, owner: str | None) -> dict[str, int]:
+        """Bytes by kind, see `EngineStats`: an owner's, or all for None."""
+        models = self.models()
+        uses = [model.use(owner) for model in models]
+        runtimes = [model.scheduler.runtime for model in models]
+        found = {
+            "weights": sum(runtime.budget.weights_bytes for runtime in runtimes),
+            "kv_used": sum(use.used_bytes for use in uses),
+            "kv_allocated": sum(use.allocated_bytes for use in uses),
+            "pages": sum(runtime.pages_bytes(owner) for runtime in runtimes),
+            "limit": self.limit_bytes,
+        }
+        if owner is None:
+            found["active"] = mx.get_active_memory()
+            found["cached"] = mx.get_cache_memory()
+            found["peak"] = mx.get_peak_memory()
+        return found
+
     def _give_pages(self, n_bytes: int) -> int:
         """Drop prefix pages of busy models if they suffice; the bytes freed."""
         freed, budgets = 0, [model.scheduler.runtime.budget for model in self.models()]
@@ -217,22 +260,40 @@ class ModelPool:
             budget.share_arrays(arrays and arrays // len(self._models))
             budget.limit_bytes = self.limit_bytes - (used - budget.used_bytes)
 
-    def drop(self, key: str) -> None:
-        """Unload a model; its requests end with an error."""
+    def drop(self, key: str, error: MlxkvError | None = None) -> None:
+        """Unload a model; requests that it has end with the error."""
         model = self._models.pop(key)
         try:
-            model.scheduler.stop(MlxkvError("the model was unloaded"))
+            model.scheduler.stop(error or MlxkvError("the model was unloaded"))
             model.scheduler.runtime.close()
-        except Exception:
-            _log.exception("closing the model %s failed; its prefixes may be lost", model.name)
+        except BaseException as failed:
+            what = f"closing the model {model.name} failed; its prefixes may be lost"
+            log_fault(what, contained(failed))
         del model
         self.give_back()
+
+    def start_again(self, error: MlxkvError) -> None:
+        """End the requests of all models with the error; the models stay."""
+        for key, model in list(self._models.items()):
+            try:
+                model.scheduler.start_again(error)
+            except BaseException as failed:
+                log_fault(f"the model {model.name} is unloaded", contained(failed))
+                self.drop(key, error)
 
     def give_back(self) -> None:
         """Return unreferenced memory to the system."""
         gc.collect()
         mx.clear_cache()
         device.trim()
+
+    def leave(self, key: str) -> bool:
+        """Unload a model as soon as it has no requests; whether it is here."""
+        if key not in self._models:
+            return False
+        self._models[key].leaves = True
+        self.expire()
+        return True
 
     def expire(self) -> None:
         """Unload models whose keep-alive has passed."""

@@ -127,6 +127,20 @@ class Runtime:
                 self.budget.adopt(pages)
         return self._pages[owner]
 
+    def pages_bytes(self, owner: str | None) -> int:
+        """Bytes of prefix pages in RAM: an owner's, or all for None."""
+        if owner is None:
+            return self.budget.pages_bytes
+        pages = self._pages.get(owner)
+        return 0 if pages is None else pages.nbytes
+
+    def ssd_bytes(self, owner: str | None) -> int:
+        """Bytes of prefix pages on disk: an owner's with this model, or all models' for None."""
+        pages = self.pages if owner is None else self._pages.get(owner)
+        if pages is None:
+            return 0
+        return pages.ssd_bytes if owner is None else pages.own_ssd_bytes
+
     def session(self, owner: str = "") -> Session:
         """Empty caches for one sequence, which shares prefixes with its owner's others."""
         pages, scores = self.pages_of(owner), self._scores.setdefault(owner, Scores())

@@ -4,36 +4,46 @@ Invariants:
 - A request's `state` is waiting, prefilling, decoding or ended. `step` computes one chunk of one
   prompt, which `policy` chooses, and one token of every answer, so that an answer waits no longer
   than a chunk takes.
-- An error in a request ends that request alone. Its prefix is kept as pages, however it ended.
+- Whatever a request raises ends that request alone. Its prefix is kept as pages, however it ended.
+  Where a batch fails and it is not known by which row, each of its rows goes on in a batch of its
+  own, from its pages.
 - Owners never share pages.
 """
 
 from __future__ import annotations
 
-import logging
 import time
-from collections import deque
 from collections.abc import Iterator
 
 from mlxkv.base.device import default_chunk
+from mlxkv.base.faults import log_fault
 from mlxkv.engine.clients import Clients
-from mlxkv.engine.messages import Counts
 from mlxkv.engine.next_turn import NextTurns
-from mlxkv.engine.policy import Pace, PendingPrompt, next_prompt
+from mlxkv.engine.policy import Pace
 from mlxkv.engine.prompt import prepare, start
 from mlxkv.engine.runtime import Runtime
-from mlxkv.engine.tasks import Decoding, Ended, Prefilling, State, Task, Waiting, keep_prefix
-from mlxkv.errors import CheckpointError, KVCacheFull, MlxkvError
+from mlxkv.engine.shares import FairQueue, Turns, gives_place
+from mlxkv.engine.tally import Tally
+from mlxkv.engine.tasks import (
+    Decoding,
+    Ended,
+    Prefilling,
+    State,
+    Task,
+    Waiting,
+    keep_prefix,
+    last_chunk,
+    prefilling,
+    quietly,
+)
+from mlxkv.errors import CheckpointError, InternalError, KVCacheFull, MlxkvError, contained
 from mlxkv.generation.decoder import Decoder, Row, RowResult
 from mlxkv.generation.generation import Generation
-from mlxkv.generation.outputs import Chunk, TokenLogprobs
-from mlxkv.generation.prompt_logprobs import token_logprobs
+from mlxkv.generation.outputs import Chunk, Stats
+from mlxkv.generation.prompt_logprobs import answer_logprobs
 from mlxkv.generation.request import is_messages
-from mlxkv.generation.session import Session
 from mlxkv.memory.needs import MIN_CHUNK
-from mlxkv.memory.types import ALLOCATION_ERRORS, is_allocation_failure, without_trace
-
-_log = logging.getLogger(__name__)
+from mlxkv.memory.types import is_allocation_failure, without_trace
 
 STALL_S = 0.5
 """How long a chunk of a prompt may delay the next token of running answers."""
@@ -51,15 +61,19 @@ class Scheduler:
 
     def __init__(self, runtime: Runtime, max_running: int, next_turns: bool = False):
         self.runtime, self.max_running = runtime, max_running
-        self.counts = Counts()
+        self.tally = Tally()
+        self.counts = self.tally.total
         self.clients = Clients()
         self.next_turns = NextTurns(runtime, self.counts, next_turns)
-        self.waiting: deque[Task] = deque()
+        self._pace = Pace(STALL_S, MIN_CHUNK, default_chunk())
+        self._empty()
+
+    def _empty(self) -> None:
+        self.waiting, self._turns = FairQueue(), Turns()
         self._prefilling: list[Task] = []
         self._decoding: dict[Row, Task] = {}
-        self._decoder = Decoder(runtime.model)
-        self._pace = Pace(STALL_S, MIN_CHUNK, default_chunk())
-        self._n_chunks = 0
+        self._decoder = Decoder(self.runtime.model)
+        self._alone: dict[Row, Decoder] = {}  # rows of batches that failed
 
     @property
     def is_idle(self) -> bool:
@@ -83,12 +97,10 @@ class Scheduler:
 
     def step(self) -> None:
         """Compute one chunk of a prompt, and one token of every answer."""
-        self.next_turns.pause()
+        quietly("pausing a next turn failed", self.next_turns.pause)
         self._drop_cancelled()
-        has_place = len(self._prefilling) < MAX_PROMPTS and self.n_sequences < self.max_running
-        if self.waiting and has_place:
-            self._begin(self.waiting.popleft())
-        if (task := self._next_prompt()) is not None:
+        self._admit()
+        if (task := self._turns.next(self._prefilling)) is not None:
             self._prefill(task, task.state)  # pyright: ignore[reportArgumentType]
         if self._decoding:
             self._decode()
@@ -97,19 +109,62 @@ class Scheduler:
         """End all requests, with an error if there is one; their prefixes are kept."""
         for task in self.tasks():
             self._end(task, error)
-        self.next_turns.clear()
+        quietly("forgetting next turns failed", self.next_turns.clear)
+
+    def start_again(self, error: MlxkvError) -> None:
+        """End all requests with an error, and forget what state they were in."""
+        self.stop(error)
+        self._empty()
 
     def _drop_cancelled(self) -> None:
         for task in [task for task in self.tasks() if task.is_cancelled()]:
-            self.counts.cancelled += 1
+            self.tally.count(task.owner, cancelled=1)
             self._end(task, None)
+
+    def _admit(self) -> None:
+        """Begin the next waiting request, if there is a place for it."""
+        owner = self.waiting.next_owner([*self._prefilling, *self._decoding.values()])
+        n_prompts = sum(task.owner == owner for task in self._prefilling)
+        if owner is None or (n_prompts and len(self._prefilling) >= MAX_PROMPTS):
+            return
+        if self.n_sequences >= self.max_running:
+            self._make_place(owner)
+        if self.n_sequences < self.max_running:
+            self._begin(self.waiting.pop(owner))
+
+    def _make_place(self, owner: str) -> None:
+        """Have another owner's answer wait if this owner has less than its share."""
+        running = [*self._decoding.values(), *self._prefilling]
+        task = gives_place(owner, running, self.max_running)
+        if task is None:
+            return
+        state = task.state
+        assert isinstance(state, Prefilling | Decoding)
+        if self._put_away(task, state):
+            task.generation, task.state = state.generation, Waiting()
+            self.waiting.put_back(task)
+
+    def _put_away(self, task: Task, state: Prefilling | Decoding) -> bool:
+        """Take a running request out, its KV kept as pages; False if it failed, and has ended."""
+        session, sampler = state.generation.session, state.generation.sampler
+        try:
+            self._forget(task, state)
+            keep_prefix(session)
+            session.reset()
+            sampler.rewind(state.generation.n_generated)
+        except BaseException as error:
+            self._end(task, contained(error))
+            return False
+        return True
 
     def _begin(self, task: Task) -> None:
         """Render and encode a request's prompt, and start prefill."""
-        self.counts.requests += 1
-        if is_messages(task.request.prompt):
-            self.next_turns.forget(task.owner, task.request.prompt)  # pyright: ignore[reportArgumentType]
+        if not task.has_begun:
+            self.tally.count(task.owner, requests=1)
+        task.has_begun = True
         try:
+            if is_messages(task.request.prompt):
+                self.next_turns.forget(task.owner, task.request.prompt)  # pyright: ignore[reportArgumentType]
             if task.generation is None:
                 prepared = prepare(self.runtime, task.request, task.owner)
                 session = self.runtime.session(task.owner)
@@ -117,30 +172,12 @@ class Scheduler:
             task.state = Prefilling(task.generation, task.generation.remaining())
             self._prefilling.append(task)
             self.runtime.budget.begin()
-        except Exception as error:
-            self._end(task, error)
+        except BaseException as error:
+            self._end(task, contained(error))
 
     def _chunk(self) -> int | None:
         """Tokens of a chunk while answers are decoding; None for any number otherwise."""
         return self._pace.n_tokens if self._decoding else None
-
-    def _next_prompt(self) -> Task | None:
-        """The request whose prompt gets the next chunk; None while all wait for room."""
-        ready, prompts = [], []
-        for task in self._prefilling:
-            state = task.state
-            assert isinstance(state, Prefilling)
-            if state.needs_room:
-                continue
-            session = state.generation.session
-            n_computed = None if state.steps is None else session.n_held
-            owner = task.owner if session.gives_pages else None
-            ready.append(task)
-            prompts.append(PendingPrompt(state.tokens, n_computed, owner))
-        if not ready:
-            return None
-        self._n_chunks += 1
-        return ready[next_prompt(prompts, for_oldest=self._n_chunks % 2 == 1)]
 
     def _prefill(self, task: Task, state: Prefilling) -> None:
         session = state.generation.session
@@ -165,8 +202,8 @@ class Scheduler:
             else:
                 self._end(task, error)
             return
-        except Exception as error:
-            self._end(task, error)
+        except BaseException as error:
+            self._end(task, contained(error))
             return
         self._prefilling.remove(task)
         self._join(task, state)
@@ -176,8 +213,8 @@ class Scheduler:
         try:
             keep_prefix(state.generation.session)
             state.generation.session.reset()
-        except Exception as error:
-            self._end(task, error)
+        except BaseException as error:
+            self._end(task, contained(error))
             return
         state.steps, state.needs_room = None, True
 
@@ -185,47 +222,68 @@ class Scheduler:
         """Start decoding after prefill."""
         generation, logits = state.generation, state.logits
         assert logits is not None
-        state.logits, masker, n_vocab = None, generation.masker, self.runtime.config.vocab_size
-        row = Row(
-            generation.session,
-            logits,
-            generation.sampler,
-            generation.n_left,
-            None if masker is None else lambda _: masker.allowed(n_vocab),
-            task.request.logprobs,
-            generation.answer,
-            generation.ends,
-            task.request.min_tokens - generation.n_generated,
-        )
+        state.logits = None
+        decoder = Decoder(self.runtime.model) if task.decodes_alone else self._decoder
+        row = None
         try:
-            self._decoder.add(row)
-        except Exception as error:
+            row = generation.row(logits)
+            decoder.add(row)
+        except BaseException as error:
             del row, logits
             if is_allocation_failure(error):
                 self._again(task, generation, without_trace(error))
             else:
-                self._end(task, error)
+                self._end(task, contained(error))
             return
         task.state = Decoding(generation, row)
         self._decoding[row] = task
+        if task.decodes_alone:
+            self._alone[row] = decoder
 
     def _decode(self) -> None:
+        for decoder in [self._decoder, *self._alone.values()]:
+            self._step(decoder)
+
+    def _step(self, decoder: Decoder) -> None:
+        rows = decoder.rows
         try:
-            results = self._decoder.step()
-        except ALLOCATION_ERRORS as error:
-            if not is_allocation_failure(error):
-                raise
-            self._start_over(without_trace(error))
+            results = decoder.step()
+        except BaseException as error:
+            if is_allocation_failure(error):
+                self._start_over(without_trace(error))
+            else:
+                self._failed(rows, contained(error))
             return
         for result in results:
             task = self._decoding.get(result.row)
             if task is not None:
                 self._handle(task, task.state, result)  # pyright: ignore[reportArgumentType]
 
+    def _failed(self, rows: list[Row], error: Exception) -> None:
+        """A batch failed: if it has one row, end that; else have each go on from its pages."""
+        tasks = [task for row in rows if (task := self._decoding.get(row)) is not None]
+        if len(tasks) == 1:
+            self._end(tasks[0], error)
+            return
+        log_fault(f"a batch of {len(tasks)} answers failed; each goes on alone", error)
+        error.__traceback__ = None  # it would keep caches alive
+        for task in reversed(tasks):
+            assert isinstance(task.state, Decoding)
+            task.decodes_alone = True
+            self._from_pages(task, task.state)
+
+    def _from_pages(self, task: Task, state: Decoding) -> None:
+        """Have an answer go on from its pages, before other prompts."""
+        if self._put_away(task, state):
+            task.state = Prefilling(state.generation, state.generation.remaining())
+            self._prefilling.insert(0, task)
+
     def _start_over(self, error: BaseException) -> None:
         """After MLX failed to allocate: restart all sequences from their pages, one by one."""
         tasks = list(self._decoding.values())
         self._decoding.clear()
+        self._alone.clear()
+        self._decoder = Decoder(self.runtime.model)
         for task in reversed(tasks):
             assert isinstance(task.state, Decoding)
             self._again(task, task.state.generation, error)
@@ -236,10 +294,10 @@ class Scheduler:
         task.state = Prefilling(generation, tokens)
         try:
             generation.session.start_over(tokens, error)
-        except Exception as full:
-            self._end(task, full)
+            generation.sampler.rewind(generation.n_generated)
+        except BaseException as full:
+            self._end(task, contained(full))
             return
-        generation.sampler.rewind(generation.n_generated)
         self._prefill_again(task, generation, tokens)
 
     def _handle(self, task: Task, state: Decoding, result: RowResult) -> None:
@@ -247,20 +305,21 @@ class Scheduler:
         generation, row = state.generation, state.row
         if result.token is None:
             if isinstance(result.error, CheckpointError):
-                generation.session.discard()
+                quietly("forgetting what was computed failed", generation.session.discard)
             self._end(task, result.error)
             return
-        self.counts.generated_tokens += 1
+        self.tally.count(task.owner, generated_tokens=1)
         try:
-            chunk = generation.add(result.token, self._logprobs(result))
+            told = answer_logprobs(self.runtime.tokenizer, result.token, result.logprob, result.top)
+            chunk = generation.add(result.token, told)
             if generation.masker is not None and not generation.is_over:
                 generation.masker.advance(result.token)
                 if generation.masker.finished:
                     task.tell(chunk)
                     self._end(task, generation.end("stop"))
                     return
-        except Exception as error:
-            self._end(task, error)
+        except BaseException as error:
+            self._end(task, contained(error))
             return
         if generation.is_over:
             self._end(task, chunk)
@@ -272,13 +331,13 @@ class Scheduler:
     def _shift(self, task: Task, state: Decoding) -> None:
         """The context is full: drop the oldest tokens, and prefill the remaining ones."""
         generation = state.generation
-        del self._decoding[state.row]
+        self._forget(task, state)
         tokens = generation.remaining()
         task.state = Prefilling(generation, tokens)
         try:
             generation.session.restore(tokens)
-        except Exception as error:
-            self._end(task, error)
+        except BaseException as error:
+            self._end(task, contained(error))
             return
         self._prefill_again(task, generation, tokens)
 
@@ -288,78 +347,54 @@ class Scheduler:
         task.state = Prefilling(generation, tokens, steps)
         self._prefilling.insert(0, task)
 
-    def _logprobs(self, result: RowResult) -> TokenLogprobs | None:
-        if result.logprob is None or result.token is None:
-            return None
-        tokenizer = self.runtime.tokenizer
-        top = tuple(token_logprobs(tokenizer, token, logprob) for token, logprob in result.top)
-        return token_logprobs(tokenizer, result.token, result.logprob, top)
-
     def _end(self, task: Task, last: Chunk | BaseException | None) -> None:
         """End a request with its last chunk, an error, or None if it was cancelled."""
         state, task.state = task.state, Ended()
-        self._forget(task, state)
+        quietly("ending a request failed", lambda: self._forget(task, state))
         for other in self._prefilling:
-            assert isinstance(other.state, Prefilling)
-            other.state.needs_room = False
-        if isinstance(last, MlxkvError):
+            prefilling(other).needs_room = False
+        if isinstance(last, MlxkvError) and not isinstance(last, InternalError):
             last = without_trace(last)
         if isinstance(state, Prefilling | Decoding):
             generation = state.generation
-            try:
-                if isinstance(last, KVCacheFull) and generation.n_generated:
-                    last = generation.end("memory", last)
-                self._keep(task, generation.session)
-                if isinstance(last, Chunk):
-                    self.next_turns.add(task, generation, last)
-                if not task.keeps_session:
-                    generation.session.reset()  # references to the task may outlive it
-            except Exception:
-                _log.exception("ending a request failed")
+            if isinstance(last, KVCacheFull) and generation.n_generated:
+                last = last_chunk(generation, last)
+            ended = last if isinstance(last, Chunk) else None
+            quietly("keeping a prefix failed", lambda: self._keep(task, generation, ended))
+            if not task.keeps_session:  # references to the task may outlive it
+                quietly("freeing the caches of a request failed", generation.session.reset)
         if isinstance(last, Chunk):
-            self.counts.answered += 1
-            self._count(task, last)
+            quietly("counting an answer failed", lambda: self._count(task, last.stats))
             task.tell(last)
             task.tell(None)
             return
         if last is not None:
-            self.counts.failed += 1
+            self.tally.count(task.owner, failed=1)
         task.tell(last)
 
     def _forget(self, task: Task, state: State) -> None:
         match state:
             case Waiting():
-                if task in self.waiting:
-                    self.waiting.remove(task)
+                self.waiting.remove(task)
             case Prefilling(steps=steps):
                 if task in self._prefilling:
                     self._prefilling.remove(task)
                 if steps is not None:
                     steps.close()
             case Decoding(row=row):
-                self._decoder.remove(row)
                 self._decoding.pop(row, None)
+                self._alone.pop(row, self._decoder).remove(row)
 
-    def _keep(self, task: Task, session: Session) -> None:
-        """Keep a sequence's prefix, and longest what its client's sessions share."""
-        links, owner = keep_prefix(session), task.owner
-        if not task.client:
-            return
-        try:
+    def _keep(self, task: Task, generation: Generation, last: Chunk | None) -> None:
+        """Keep a sequence's prefix, longest what a client's sessions share; note the next turn."""
+        links, owner = keep_prefix(generation.session), task.owner
+        if task.client:
             pages = self.runtime.pages_of(owner)
             self.clients.ended(owner, task.client, task.request.prompt, links, pages)
-        except Exception as error:
-            _log.warning("what sessions share was not kept: %s", error)
+        if last is not None:
+            self.next_turns.add(task, generation, last)
 
-    def _count(self, task: Task, last: Chunk) -> None:
-        stats, counts = last.stats, self.counts
-        if stats is None:
-            return
-        self.clients.count(task.owner, task.client, stats)
-        counts.prompt_tokens += stats.prompt_tokens
-        counts.restored_ram_tokens += stats.restored_ram_tokens
-        counts.restored_ssd_tokens += stats.restored_ssd_tokens
-        counts.computed_tokens += stats.computed_tokens
-        if stats.miss is not None:
-            reason = stats.miss.reason
-            counts.misses[reason] = counts.misses.get(reason, 0) + 1
+    def _count(self, task: Task, stats: Stats | None) -> None:
+        self.tally.answered(task.owner, stats)
+        if stats is not None:
+            self.clients.count(task.owner, task.client, stats)

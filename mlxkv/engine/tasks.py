@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 
 import mlx.core as mx
 
+from mlxkv.base.faults import log_fault
+from mlxkv.errors import KVCacheFull, contained
 from mlxkv.generation.decoder import Row
 from mlxkv.generation.generation import Generation
 from mlxkv.generation.outputs import Chunk
@@ -70,6 +72,8 @@ class Task:
         generation: its answer; None to make it when the request starts.
         keeps_session: whether the session of `generation` keeps its KV after the answer.
         client: the program that asks; empty where that is not known.
+        has_begun: whether it has left the queue before: it may have given its place up.
+        decodes_alone: whether a batch that it was in failed: it may be the cause.
     """
 
     request: Request
@@ -80,6 +84,8 @@ class Task:
     keeps_session: bool = False
     client: str = ""
     state: State = field(default_factory=Waiting, init=False)
+    has_begun: bool = field(default=False, init=False)
+    decodes_alone: bool = field(default=False, init=False)
 
     @property
     def holds_kv(self) -> bool:
@@ -92,10 +98,32 @@ class Task:
         return False
 
 
+def prefilling(task: Task) -> Prefilling:
+    """The state of a request whose prompt is computed."""
+    assert isinstance(task.state, Prefilling)
+    return task.state
+
+
 def keep_prefix(session: Session) -> list[Link]:
     """Keep a sequence's prefix, and return its pages; a failure does not affect its answer."""
     try:
         return session.finish()
-    except Exception as error:
-        _log.warning("a prefix was not kept: %s", error)
+    except BaseException as error:
+        _log.warning("a prefix was not kept: %s", contained(error))
         return []
+
+
+def quietly(what: str, function: Callable[[], object]) -> None:
+    """Run a part of a request's end; if it fails, that is logged and the answer not affected."""
+    try:
+        function()
+    except BaseException as error:
+        log_fault(what, contained(error))
+
+
+def last_chunk(generation: Generation, full: KVCacheFull) -> Chunk | Exception:
+    """The end of an answer that memory ended; the error where it cannot be made."""
+    try:
+        return generation.end("memory", full)
+    except BaseException as error:
+        return contained(error)

@@ -20,7 +20,7 @@ from typing import cast
 import mlx.core as mx
 import numpy as np
 
-from mlxkv.errors import CheckpointError, Hint, KVCacheFull, UsageError
+from mlxkv.errors import CheckpointError, Hint, KVCacheFull, UsageError, contained
 from mlxkv.generation.flight import Allowed, Flight, Lane, Row, RowResult
 from mlxkv.kv.layout import LayerCache
 from mlxkv.kv.types import STEP
@@ -93,10 +93,10 @@ class Decoder:
             for lane in self._lanes:
                 try:
                     lane.row.session.cut_due()
-                except Exception as error:  # this row's alone
+                except BaseException as error:  # this row's alone
                     if is_allocation_failure(error):
                         raise
-                    lane.error = error
+                    lane.error = contained(error)
             if self._fresh:
                 # Not behind the next step: on the CPU backend that would hold them up.
                 fresh, self._fresh = self._fresh, []
@@ -161,10 +161,10 @@ class Decoder:
             session.before_step()
         except KVCacheFull as full:
             lane.full = full
-        except Exception as error:  # this row's alone
+        except BaseException as error:  # this row's alone
             if is_allocation_failure(error):
                 raise
-            lane.error = error
+            lane.error = contained(error)
         if session.kv_type != kv_type:
             self._batch = [], []  # it has other caches now
         return lane.full is None and lane.error is None
@@ -237,8 +237,8 @@ class Decoder:
             return None
         try:
             mask = lane.row.allowed(lane.row.tokens)
-        except Exception as error:  # the caller's own; the other rows go on
-            lane.error = error
+        except BaseException as error:  # the caller's own; the other rows go on
+            lane.error = contained(error)
             return None
         if mask is not None and not mask.any():
             flight.stuck.add(i)

@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import mlx.core as mx
+
 from mlxkv.errors import KVCacheFull
 from mlxkv.generation.context_shift import Bound
+from mlxkv.generation.flight import Row
 from mlxkv.generation.outputs import Chunk, Parts, Stats, TokenLogprobs, join_parts
 from mlxkv.generation.prompt_logprobs import PromptLogprobs
 from mlxkv.generation.reader import AnswerReader
@@ -103,6 +106,21 @@ class Generation:
     def remaining(self) -> list[int]:
         """What of the prompt and the answer the caches shall hold: all that fits the context."""
         return self.bound.remaining(self.sequence)
+
+    def row(self, logits: mx.array) -> Row:
+        """It as a row of a decoder, which decodes from the logits `[1, V]` after its last token."""
+        masker, n_vocab = self.masker, self.sampler.n_vocab
+        return Row(
+            self.session,
+            logits,
+            self.sampler,
+            self.n_left,
+            None if masker is None else lambda _: masker.allowed(n_vocab),
+            self.request.logprobs,
+            self.answer,
+            self.ends,
+            self.request.min_tokens - self.n_generated,
+        )
 
     def add(self, token: int, logprobs: TokenLogprobs | None = None) -> Chunk:
         """The chunk of the next token; the last has the figures."""

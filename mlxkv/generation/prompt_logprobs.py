@@ -150,3 +150,13 @@ def token_logprobs(
 def _told(tokenizer: Tokenizer, ids: list[int], values: list[float]) -> TokenLogprobs:
     top = (token_logprobs(tokenizer, *pair) for pair in zip(ids[1:], values[1:], strict=True))
     return token_logprobs(tokenizer, ids[0], values[0], tuple(top))
+
+
+def answer_logprobs(
+    tokenizer: Tokenizer, token: int, logprob: float | None, top: Sequence[tuple[int, float]]
+) -> TokenLogprobs | None:
+    """Those of a token of an answer; None where they were not asked for."""
+    if logprob is None:
+        return None
+    likeliest = tuple(token_logprobs(tokenizer, each, value) for each, value in top)
+    return token_logprobs(tokenizer, token, logprob, likeliest)

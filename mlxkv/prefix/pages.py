@@ -82,6 +82,11 @@ class Pages:
         """Bytes that those pages have in files."""
         return 0 if self._disk is None else self._disk.files.usage().n_bytes
 
+    @property
+    def own_ssd_bytes(self) -> int:
+        """Bytes of this model's and owner's files alone."""
+        return 0 if self._disk is None else self._disk.files.own_bytes()
+
     def _open(self) -> None:
         # The model's name on disk is a hash of its weights, which short prompts do not wait for.
         if self._open_disk is not None:

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mlxkv.base.durable import sync_path
+from mlxkv.base.faults import log_fault
 from mlxkv.prefix.eviction import (
     SMALLEST_CAP_BYTES,
     DiskLimits,
@@ -235,6 +236,10 @@ class PageFiles:
             refused = dict(self._refused)
         return DiskUsage(scan.n_bytes, len(scan.pages), self.folder.written_today(), refused)
 
+    def own_bytes(self) -> int:
+        """Bytes of the files with this fingerprint."""
+        return sum(x.n_bytes for x in self.folder.scan().pages if x.model == self._model)
+
     def close(self) -> None:
         """Write the queue and stop."""
         self.flush()
@@ -293,16 +298,11 @@ class PageFiles:
             outcome = _Outcome()
             try:
                 self._write_batch(batch, outcome)
-            except BaseException:
-                with self._changed:  # a waiting thread must not wait for one that has died
-                    batch += self._queue
-                    self._queue.clear()
-                    self._thread = None
-                raise
-            finally:
-                with self._changed:
-                    self._settle(batch, outcome)
-                    more = bool(self._queue)
+            except BaseException as error:  # this batch is refused; the thread goes on
+                log_fault("pages were not written to disk", error)
+            with self._changed:
+                self._settle(batch, outcome)
+                more = bool(self._queue)
             if more:
                 time.sleep(GIVE_WAY_S)
 

@@ -84,10 +84,12 @@ def create_app(engine: Engine, config: ServerConfig) -> FastAPI:
 
     @app.get("/health", tags=["watching"])
     async def health() -> Response:
-        """200 while the engine runs, 503 once its thread has died."""
+        """200 while the engine runs, 503 once it has failed for good; and how often it failed and
+        has started again."""
         alive = engine.alive
-        status = "ok" if alive else "the engine's thread has died: restart the server"
-        return JSONResponse({"status": status}, status_code=200 if alive else 503)
+        status = "ok" if alive else "the engine has stopped: restart the server"
+        content = {"status": status, "restarts": engine.restarts}
+        return JSONResponse(content, status_code=200 if alive else 503)
 
     return app
 

@@ -6,7 +6,6 @@ The path selects the API: `/v1/messages` is Anthropic's, `/api` Ollama's, everyt
 from __future__ import annotations
 
 import json
-import logging
 import math
 import os
 import re
@@ -19,10 +18,12 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
+from mlxkv.base.faults import told
 from mlxkv.base.paths import models_dir
 from mlxkv.engine.messages import Busy
 from mlxkv.errors import (
     ContextExceeded,
+    InternalError,
     MlxkvError,
     ModelNotFound,
     OutOfMemory,
@@ -30,8 +31,6 @@ from mlxkv.errors import (
     lacks_memory,
 )
 from mlxkv.sampling.params import PARAMETERS
-
-_log = logging.getLogger(__name__)
 
 _OPENAI_TYPES = {
     401: "authentication_error",
@@ -189,6 +188,8 @@ def failure_of(error: BaseException, fields: Fields) -> Failure:
         case Busy():
             after = {"Retry-After": str(max(1, math.ceil(error.retry_after_s)))}
             return Failure(error.status, str(error), "server_busy", headers=after)
+        case InternalError():
+            pass
         case MlxkvError():
             code, param = next(
                 (pair for kind, pair in _CODES.items() if isinstance(error, kind)), (None, None)
@@ -199,12 +200,11 @@ def failure_of(error: BaseException, fields: Fields) -> Failure:
             return _invalid(error)
         case HTTPException():
             return Failure(error.status_code, str(error.detail), headers=error.headers or {})
-    _log.error("a request failed", exc_info=error)
     if lacks_memory(error):
         return failure_of(
             OutOfMemory("the server's memory ran out: send the request again"), fields
         )
-    return Failure(500, "internal error: see the server's log", "internal_error")
+    return Failure(500, str(told(error)), "internal_error")
 
 
 def _told(error: MlxkvError, fields: Fields) -> str:

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import ipaddress
@@ -19,6 +20,7 @@ import re
 from fastapi import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from mlxkv.errors import contained
 from mlxkv.server import ignored
 from mlxkv.server.bodies import Bodies
 from mlxkv.server.config import ServerConfig
@@ -74,9 +76,12 @@ class Guard:
             scope.setdefault("state", {})["owner"] = self._owner(scope["path"], headers)
             with self._bodies.body(headers) as body:
                 await self._app(scope, lambda: body.receive(receive), watched)
-        except Exception as error:
+        except asyncio.CancelledError:
+            raise
+        except BaseException as raised:
+            error = contained(raised)
             if started:
-                raise
+                raise error from None
             await error_response(scope["path"], error)(scope, receive, send)
 
     def _check(self, scope: Scope, headers: dict[str, str]) -> None:

@@ -12,7 +12,6 @@ from importlib.resources import files
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import HTMLResponse, JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -20,6 +19,7 @@ from prometheus_client.registry import Collector
 
 from mlxkv.engine.messages import ClientCounts, Counts, Engine
 from mlxkv.server.config import ServerConfig
+from mlxkv.server.threads import run_in_threadpool
 
 _OUTCOMES = ("answered", "failed", "cancelled")
 _TOKENS = ("prompt", "restored_ram", "restored_ssd", "computed", "generated", "next_turn")

@@ -10,13 +10,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastapi.concurrency import run_in_threadpool
-
 from mlxkv.base.paths import NAME, models_dir, slug
 from mlxkv.engine.messages import Ask, Engine
 from mlxkv.errors import MlxkvError, ModelNotFound, UsageError
 from mlxkv.generation.request import Request
 from mlxkv.server.config import ServerConfig
+from mlxkv.server.threads import run_in_threadpool
 from mlxkv.store import catalog, hub, library, resolve
 from mlxkv.store.aliases import stored_aliases
 from mlxkv.store.library import StoredModel

@@ -19,6 +19,7 @@ from fastapi.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from mlxkv.engine.messages import Answer
+from mlxkv.errors import contained
 from mlxkv.generation.outputs import Chunk
 from mlxkv.server.config import ServerConfig
 from mlxkv.server.errors import ServerStopping
@@ -192,8 +193,10 @@ class _Stream(Response):
             return self._on_error(ServerStopping()), False
         try:
             body = self._next.result()
-        except Exception as error:
-            return self._on_error(error), False
+        except asyncio.CancelledError:
+            raise
+        except BaseException as error:
+            return self._on_error(contained(error)), False
         if body is None:
             return b"", False
         self._next = _next(self._events)

@@ -30,7 +30,7 @@ class WatchedEngine(FakeEngine):
 
     figures: EngineStats | None = None
 
-    def stats(self) -> EngineStats:
+    def stats(self, owner: str | None = None) -> EngineStats:
         return self.figures or super().stats()
 
 

@@ -125,7 +125,7 @@ class FakeEngine:
         self.script = script or says("Hello", " world")
         self.asks: list[Ask] = []
         self.answers: list[FakeAnswer] = []
-        self.alive = True
+        self.alive, self.restarts = True, 0
         self.busy: MlxkvError | None = None
 
     def start(self) -> None:
@@ -153,6 +153,11 @@ class FakeEngine:
     async def unload(self, model: str, path: Path | None = None) -> bool:
         return model == MODEL
 
+    @contextlib.asynccontextmanager
+    async def without(self, model: str, path: Path | None = None) -> AsyncIterator[None]:
+        await self.unload(model, path)
+        yield
+
     async def tokenize(self, ask: Ask) -> list[int]:
         return list(range(N_PROMPT))
 
@@ -164,12 +169,12 @@ class FakeEngine:
     def names(self) -> set[str]:
         return {model.name for model in self.loaded()}
 
-    def loaded(self) -> list[Loaded]:
+    def loaded(self, owner: str | None = None) -> list[Loaded]:
         sizes = {field.name: 1 for field in dataclasses.fields(Loaded) if field.type == "int"}
         words = {"device": "cpu", "family": "llama", "quantization": "float32", "digest": "0"}
         return [Loaded(MODEL, "models/fake", until=None, **sizes, **words)]
 
-    def stats(self) -> EngineStats:
+    def stats(self, owner: str | None = None) -> EngineStats:
         counts = Counts(9, 5, 2, 1, 1000, 500, 200, 300, 80, {"diverged": 3, "dropped": 1}, 40)
         memory = {"weights": 4000, "kv_used": 300, "kv_allocated": 512, "pages": 256}
         memory |= {"active": 5000, "cached": 100, "peak": 6000, "limit": 10_000}

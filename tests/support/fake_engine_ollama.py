@@ -62,7 +62,7 @@ class LoadingEngine(FakeEngine):
         self.models.discard(model)
         return found
 
-    def loaded(self) -> list[Loaded]:
+    def loaded(self, owner: str | None = None) -> list[Loaded]:
         (one,) = super().loaded()
         until = datetime(2030, 1, 1, tzinfo=UTC)
         return [

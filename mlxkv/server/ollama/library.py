@@ -15,12 +15,11 @@ from typing import Annotated, Any
 
 import anyio
 from fastapi import APIRouter, Request, Response
-from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
 from pydantic import Field
 
 from mlxkv.engine.messages import Engine
-from mlxkv.errors import MlxkvError, UsageError
+from mlxkv.errors import MlxkvError, UsageError, contained
 from mlxkv.sampling.params import GENERATION_CONFIG, SamplingParams
 from mlxkv.server import sse
 from mlxkv.server.config import ServerConfig
@@ -29,6 +28,7 @@ from mlxkv.server.json_route import JSONRoute
 from mlxkv.server.model_names import find, new_name, pullable_name, stored_name
 from mlxkv.server.ollama.answers import NDJSON, error_line, line
 from mlxkv.server.ollama.fields import Named, Options
+from mlxkv.server.threads import run_in_threadpool
 from mlxkv.store import derive, library, resolve
 from mlxkv.store.resolve import Report
 
@@ -118,10 +118,10 @@ def router(engine: Engine, config: ServerConfig) -> APIRouter:
 
     @routes.delete("/api/delete")
     async def delete(body: DeleteRequest) -> Response:
-        """Unload and delete a model."""
+        """Delete a model, when its last answer has ended; new requests wait for that."""
         name = await run_in_threadpool(stored_name, body.model_name)
-        await engine.unload(name)
-        await run_in_threadpool(library.remove, name)
+        async with engine.without(name):
+            await run_in_threadpool(library.remove, name)
         return Response()
 
     @routes.post("/api/copy")
@@ -180,6 +180,13 @@ class _Lines:
         self.queue: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
         self.stop = threading.Event()
 
+    def run(self, work: Work) -> None:
+        """Work in this thread; whatever it raises is an error of the request."""
+        try:
+            work(self.report)
+        except BaseException as error:
+            raise contained(error) from None
+
     def report(self, label: str, done: int, total: int) -> None:
         """A `resolve.Report`, called in the worker thread."""
         if self.stop.is_set():
@@ -198,7 +205,7 @@ async def _progress(work: Work, limiter: anyio.CapacityLimiter) -> Statuses:
 
     async def run() -> None:
         try:
-            await anyio.to_thread.run_sync(work, lines.report, limiter=limiter)
+            await anyio.to_thread.run_sync(lines.run, work, limiter=limiter)
         finally:
             lines.queue.put_nowait(None)
 

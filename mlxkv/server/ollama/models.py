@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request, Response
-from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
 from pydantic import Field
 
@@ -25,6 +24,7 @@ from mlxkv.server.ignored import note
 from mlxkv.server.json_route import JSONRoute
 from mlxkv.server.model_names import LocalModel, context_of, listed, present
 from mlxkv.server.ollama.fields import Loading, Named, Options
+from mlxkv.server.threads import run_in_threadpool
 from mlxkv.store import info, resolve
 from mlxkv.store.info import Card
 from mlxkv.text.tokenizer_files import ModelFiles, read_chat_template

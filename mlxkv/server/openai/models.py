@@ -9,7 +9,6 @@ from datetime import UTC, datetime
 from typing import Any, Literal
 
 from fastapi import APIRouter, Request, Response
-from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
 from pydantic import Field
 
@@ -22,6 +21,7 @@ from mlxkv.server.ignored import note
 from mlxkv.server.json_route import JSONRoute
 from mlxkv.server.model_names import context_of, listed, present
 from mlxkv.server.openai.fields import Common
+from mlxkv.server.threads import run_in_threadpool
 
 
 class EmbeddingRequest(Common):

@@ -1,0 +1,47 @@
+"""Counters of one model, by owner (API key): an owner sees its own alone."""
+
+from __future__ import annotations
+
+from mlxkv.engine.messages import Counts
+from mlxkv.generation.outputs import Stats
+
+
+class Tally:
+    """Counters of one model by owner. Other threads may read them.
+
+    Attributes:
+        total: of all owners together.
+    """
+
+    def __init__(self) -> None:
+        self.total = Counts()
+        self._of_owner: dict[str, Counts] = {}
+
+    def shown(self, owner: str | None) -> Counts:
+        """A snapshot of an owner's counters; those of all owners together for None."""
+        if owner is None:
+            return self.total.copy()
+        return self._of_owner.get(owner, Counts()).copy()
+
+    def count(self, owner: str, **amounts: int) -> None:
+        """Add to counters of an owner, by their names."""
+        for counts in (self.total, self._of_owner.setdefault(owner, Counts())):
+            for name, amount in amounts.items():
+                setattr(counts, name, getattr(counts, name) + amount)
+
+    def answered(self, owner: str, stats: Stats | None) -> None:
+        """Count an answer that has ended."""
+        self.count(owner, answered=1)
+        if stats is None:
+            return
+        self.count(
+            owner,
+            prompt_tokens=stats.prompt_tokens,
+            restored_ram_tokens=stats.restored_ram_tokens,
+            restored_ssd_tokens=stats.restored_ssd_tokens,
+            computed_tokens=stats.computed_tokens,
+        )
+        if stats.miss is not None:
+            reason = stats.miss.reason
+            for counts in (self.total, self._of_owner[owner]):
+                counts.misses[reason] = counts.misses.get(reason, 0) + 1
