@@ -68,7 +68,9 @@ def serve(
     keep_alive: Annotated[
         float, typer.Option(help="Seconds before an unused model is unloaded; negative: never.")
     ] = 300.0,
-    max_queue: Annotated[int, typer.Option(help="Requests in the queue, at most.")] = 64,
+    max_queue: Annotated[
+        int, typer.Option(help="Requests in the queue of each API key, at most.")
+    ] = 64,
     max_running: Annotated[int, typer.Option(help="Answers of a model at a time, at most.")] = 16,
     until_input_ends: Annotated[
         bool, typer.Option("--until-input-ends", hidden=True, help="End when stdin does.")
@@ -283,13 +285,14 @@ def stop(
     server: Address = None,
     api_key: Key = None,
 ) -> None:
-    """Unload a model of a running server."""
+    """Unload a model of a running server, when its last answer has ended."""
     running = _server(server, api_key)
     names = [loaded["name"] for loaded in _loaded(running)]
     if model not in names:
         raise ModelNotFound(f"{model} is not loaded; loaded are: {', '.join(names) or 'none'}")
     running.ask("POST", "/api/generate", {"model": model, "keep_alive": 0})
-    print(f"{model} is unloaded")
+    is_here = any(loaded["name"] == model for loaded in _loaded(running))
+    print(f"{model} {'is unloaded when its last answer has ended' if is_here else 'is unloaded'}")
 
 
 def _loaded(server: Server) -> list[dict[str, Any]]:
