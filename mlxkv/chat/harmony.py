@@ -120,7 +120,7 @@ def _prompt(variables: Mapping[str, Any], replies: Replies, owner: str) -> Harmo
     if variables["add_generation_prompt"]:
         parts += [_control(START), Segment("assistant")]
     made = Rendered.of(parts)
-    return HarmonyPrompt(made.text, made.plain, made.known, dropped, date)
+    return HarmonyPrompt(made.text, made.plain, made.known, owner, dropped, date)
 
 
 def begun_answer(message: Mapping[str, Any]) -> tuple[list[Segment], str]:

@@ -79,7 +79,7 @@ class HarmonyWriter:
         last = variables["messages"].pop()
         opened = write_prompt(variables, self._replies, self._owner)
         parts, text = begun_answer(last)
-        rendered = Rendered.of([*opened.segments(), *parts])
+        rendered = Rendered.of([*opened.segments(), *parts], self._owner)
         return Begun(rendered, len(opened.text), text)
 
     def recorder(self, prompt: Rendered) -> Recorder:

@@ -51,7 +51,7 @@ class PromptWriter(Protocol):
     """Renders conversations for one model."""
 
     def for_owner(self, owner: str) -> PromptWriter:
-        """A writer whose prompts may hold what the model itself wrote to this owner."""
+        """A writer of this owner's prompts, which may hold what the model itself wrote to it."""
         ...
 
     def render(self, messages: Sequence[Message], **options: Any) -> str:

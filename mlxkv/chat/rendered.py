@@ -42,14 +42,17 @@ class Rendered:
             one is ten characters that a user wrote. Outside of them a control token's text is
             that token.
         known: spans of which the token ids are known, in order and apart, and none of them plain.
+        owner: whose conversation it is (an API key): what is remembered of its text is of use to
+            the owner's later ones alone.
     """
 
     text: str
     plain: tuple[Span, ...] = ()
     known: tuple[Known, ...] = ()
+    owner: str = ""
 
     @classmethod
-    def of(cls, segments: Iterable[Segment]) -> Rendered:
+    def of(cls, segments: Iterable[Segment], owner: str = "") -> Rendered:
         """Join segments."""
         texts: list[str] = []
         plain: list[Span] = []
@@ -64,18 +67,19 @@ class Rendered:
                 if plain and plain[-1][1] == start:
                     start = plain.pop()[0]
                 plain.append((start, end))
-        return cls("".join(texts), tuple(plain), tuple(known))
+        return cls("".join(texts), tuple(plain), tuple(known), owner)
 
     def behind(self, n: int) -> Rendered:
         """All but the first n characters. A known span that is cut is encoded as control."""
         spans = ((max(start - n, 0), end - n) for start, end in self.plain if end > n)
         known = (Known(a - n, b - n, ids) for a, b, ids in self.known if a >= n)
-        return Rendered(self.text[n:], tuple(spans), tuple(known))
+        return Rendered(self.text[n:], tuple(spans), tuple(known), self.owner)
 
     def before(self, n: int) -> Rendered:
         """The first n characters. A known span that is cut is encoded as control."""
         spans = ((start, min(end, n)) for start, end in self.plain if start < n)
-        return Rendered(self.text[:n], tuple(spans), tuple(k for k in self.known if k.end <= n))
+        known = tuple(k for k in self.known if k.end <= n)
+        return Rendered(self.text[:n], tuple(spans), known, self.owner)
 
     def segments(self) -> list[Segment]:
         """The text in parts; joined they are the text."""

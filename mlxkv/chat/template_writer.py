@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from mlxkv.chat.chat_template import ChatTemplate, Message, check_messages
@@ -22,15 +23,17 @@ class TemplateWriter:
     Args:
         template: its chat template.
         controls: its control tokens.
+        owner: whose prompts it writes.
     """
 
-    def __init__(self, template: ChatTemplate, controls: Controls):
+    def __init__(self, template: ChatTemplate, controls: Controls, owner: str = ""):
         self._template = template
         self._controls = controls
+        self._owner = owner
 
     def for_owner(self, owner: str) -> TemplateWriter:
-        """See `PromptWriter`: a template's prompts hold messages alone."""
-        return self
+        """See `PromptWriter`."""
+        return TemplateWriter(self._template, self._controls, owner)
 
     def recorder(self, prompt: Rendered) -> None:
         """See `PromptWriter`."""
@@ -56,7 +59,7 @@ class TemplateWriter:
         text = self._template.render(fit.messages, tools=fit.tools, documents=documents, **options)
         for insertion in fit.insertions:
             text = insertion.into(text)
-        return self._controls.unmark(text, mark)
+        return replace(self._controls.unmark(text, mark), owner=self._owner)
 
     def begin(self, messages: Sequence[Message], **options: Any) -> Begun:
         """See `PromptWriter`."""

@@ -40,11 +40,13 @@ class Head:
         saved: saved KV that the prompt continues.
         messages: the rendered messages; none for a text.
         options: the chat template's other variables.
+        owner: of the request.
     """
 
     saved: NamedKV | None = None
     messages: Sequence[Message] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
+    owner: str = ""
 
     def n_tokens(self, runtime: Runtime, tokens: Sequence[int]) -> int:
         """Number of leading tokens that are saved KV, system prompt or beginning-of-text token."""
@@ -60,7 +62,7 @@ class Head:
         head = list(itertools.takewhile(lambda m: m.get("role") in _SYSTEM_ROLES, self.messages))
         probes = [[*head, {"role": "user", "content": probe}] for probe in PROBES]
         try:
-            texts = [render(runtime, probe, **self.options) for probe in probes]
+            texts = [_writer(runtime, self.owner).write(probe, **self.options) for probe in probes]
         except TemplateError:  # the template needs more than one message
             return 0
         return min(n_shared(tokens, encode_rendered(runtime, text, self.saved)) for text in texts)
@@ -111,7 +113,7 @@ def prepare(runtime: Runtime, request: Request, owner: str = "") -> Prepared:
         return Prepared(_after_saved(runtime, saved, prompt), Head(saved))
     messages = with_saved(saved, prompt)  # pyright: ignore[reportArgumentType]
     options = template_options(runtime, request)
-    head = Head(saved, messages, options)
+    head = Head(saved, messages, options, owner)
     if request.go_on and is_begun(messages):
         begun = _writer(runtime, owner).begin(messages, **options)
         tokens = encode_rendered(runtime, begun.rendered, saved)
@@ -167,7 +169,7 @@ def _masker(runtime: Runtime, request: Request, prepared: Prepared) -> Masker | 
     masker = choose_masker(runtime, request, prepared.text if begun is None else begun.opening)
     if masker is None or begun is None:
         return masker
-    text = tokenizer.encode(begun.text, add_special_tokens=False)
+    text = tokenizer.encode(begun.text, add_special_tokens=False, owner=prepared.owner)
     masker.follow(tokenizer.encode_rendered(begun.answer), text)
     return masker
 

@@ -3,6 +3,9 @@
 A tokenizer cuts a text at its special tokens first, and encodes what lies between them piece by
 piece. So where two texts are equal up to a special token, their ids up to there are equal, and only
 the rest of the second text is encoded.
+
+An owner's texts are of use to its own later ones alone: the time that encoding takes tells no other
+owner what they are.
 """
 
 from __future__ import annotations
@@ -18,7 +21,9 @@ if TYPE_CHECKING:
 LEAST = 4096
 """Characters of a text that is remembered: a shorter one is encoded in a few milliseconds."""
 MAX_TEXTS = 8
-"""Texts that are remembered."""
+"""Texts of an owner that are remembered."""
+MAX_OWNERS = 16
+"""Owners whose texts are remembered: those that came last."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,20 +46,27 @@ class GrowingTexts:
         self._backend = backend
         self._added = backend.get_added_tokens_decoder()
         self._is_cut: dict[int, bool] = {}
-        self._known: tuple[_Known, ...] = ()  # replaced as a whole: threads may share a tokenizer
+        # Replaced as a whole: threads may share a tokenizer.
+        self._known: dict[str, tuple[_Known, ...]] = {}
 
-    def encode(self, text: str) -> list[int]:
-        """The ids of a text."""
+    def encode(self, text: str, owner: str = "") -> list[int]:
+        """The ids of a text of an owner."""
         if len(text) < LEAST:
             return self._backend.encode(text, add_special_tokens=False).ids
-        best = max(self._known, key=lambda known: _n_equal(known.text, text), default=None)
+        before = self._known
+        mine = before.get(owner, ())
+        best = max(mine, key=lambda known: _n_equal(known.text, text), default=None)
         at, n_ids, cuts = self._last_cut(best, text)
         encoding = self._backend.encode(text[at:], add_special_tokens=False)
         kept = [] if best is None else best.ids[:n_ids]
         ids = kept + encoding.ids
         cuts += tuple((at + start, n_ids + i) for start, i in self._cuts(encoding, text[at:]))
-        others = [known for known in self._known if not text.startswith(known.text)]
-        self._known = (_Known(text, ids, cuts), *others)[:MAX_TEXTS]
+        others = [known for known in mine if not text.startswith(known.text)]
+        kept_owners = [each for each in before if each != owner][1 - MAX_OWNERS :]
+        self._known = {
+            **{each: before[each] for each in kept_owners},
+            owner: (_Known(text, ids, cuts), *others)[:MAX_TEXTS],
+        }
         return list(ids)
 
     def _last_cut(

@@ -34,10 +34,12 @@ class PlainEncoder:
     Args:
         backend: the tokenizer.
         controls: its control tokens.
-        encode: gives the ids of a text without a first token.
+        encode: gives the ids of a text of an owner, without a first token.
     """
 
-    def __init__(self, backend: Backend, controls: Controls, encode: Callable[[str], list[int]]):
+    def __init__(
+        self, backend: Backend, controls: Controls, encode: Callable[[str, str], list[int]]
+    ):
         self._backend = backend
         self._controls = controls
         self._encode_text = encode
@@ -55,17 +57,17 @@ class PlainEncoder:
         """Token ids of a text without known spans."""
         hidden = overlapping(self._controls.found(rendered.text), rendered.plain)
         if not hidden:
-            return self._ids(rendered.text)
+            return self._ids(rendered.text, rendered.owner)
         ids: list[int] = []
         done = 0
         for start, end in self._runs(rendered.text, hidden):
-            ids += self._ids(rendered.text[done:start])
+            ids += self._ids(rendered.text[done:start], rendered.owner)
             ids += self._plain_ids(rendered.text[start:end], at_start=start == 0)
             done = end
-        return ids + self._ids(rendered.text[done:])
+        return ids + self._ids(rendered.text[done:], rendered.owner)
 
-    def _ids(self, text: str) -> list[int]:
-        return self._encode_text(text) if text else []
+    def _ids(self, text: str, owner: str) -> list[int]:
+        return self._encode_text(text, owner) if text else []
 
     def _plain_ids(self, text: str, *, at_start: bool) -> list[int]:
         text = text if at_start else _OTHER + text

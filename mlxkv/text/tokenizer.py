@@ -97,7 +97,7 @@ class Tokenizer:
             ),
         )
 
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool = True, owner: str = "") -> list[int]:
         """Token ids of a text.
 
         Special tokens written out in the text become those tokens, as everywhere in the field.
@@ -106,13 +106,14 @@ class Tokenizer:
             text: taken literally: a backslash followed by a t stays two characters.
             add_special_tokens: add what the model expects around a text, usually the first token.
                 Pass False for a rendered chat, which holds it already.
+            owner: whose text it is; see `Rendered`.
 
         Raises:
             UsageError: text that is not Unicode (half of a surrogate pair).
         """
         try:
             if not add_special_tokens:
-                return self._growing.encode(text)
+                return self._growing.encode(text, owner)
             return self._backend.encode(text).ids
         except TypeError:
             raise _not_unicode() from None
@@ -124,7 +125,7 @@ class Tokenizer:
             UsageError: text that is not Unicode (half of a surrogate pair).
         """
         if not rendered.plain and not rendered.known:
-            return self.encode(rendered.text, add_special_tokens=False)
+            return self.encode(rendered.text, add_special_tokens=False, owner=rendered.owner)
         try:
             return self._plain_encoder.encode(rendered)
         except TypeError:

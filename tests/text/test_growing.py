@@ -95,4 +95,19 @@ def test_few_texts_are_remembered():
     texts = GrowingTexts(backend("byte_level"))
     for i in range(50):
         texts.encode(f"<|im_start|>{i}<|im_end|>" * 3)
-    assert len(texts._known) == growing.MAX_TEXTS
+    assert len(texts._known[""]) == growing.MAX_TEXTS
+
+
+def test_what_is_remembered_is_of_use_to_its_own_owner_alone():
+    texts = Counting(backend("byte_level"))
+    text = "<|im_start|>user some words<|im_end|>" * 200
+    texts.encode(text, "a")
+    costs = []
+    for owner in "ab":
+        texts.n_encoded = 0
+        assert texts.encode(text + "more", owner)
+        costs.append(texts.n_encoded)
+    assert costs[0] < len(text) / 10 < len(text) <= costs[1]
+    for i in range(growing.MAX_OWNERS):
+        texts.encode(text, str(i))
+    assert len(texts._known) == growing.MAX_OWNERS and "a" not in texts._known
