@@ -19,6 +19,7 @@ from prometheus_client.registry import Collector
 
 from mlxkv.engine.messages import ClientCounts, Counts, Engine
 from mlxkv.server.config import ServerConfig
+from mlxkv.server.requests import whose_figures
 from mlxkv.server.threads import run_in_threadpool
 
 _OUTCOMES = ("answered", "failed", "cancelled")
@@ -29,13 +30,17 @@ class EngineCollector(Collector):
     """Reads the engine's metrics at each scrape.
 
     A model's counters restart at 0 when it is loaded again, like those of a restarted server.
+
+    Args:
+        engine: has them.
+        owner: whose figures are read; None for all owners' together.
     """
 
-    def __init__(self, engine: Engine):
-        self._engine = engine
+    def __init__(self, engine: Engine, owner: str | None = None):
+        self._engine, self._owner = engine, owner
 
     def collect(self) -> Iterator[Metric]:
-        stats = self._engine.stats()
+        stats = self._engine.stats(self._owner)
         requests = CounterMetricFamily(
             "mlxkv_requests", "Finished requests, by outcome.", labels=["model", "outcome"]
         )
@@ -82,8 +87,14 @@ class EngineCollector(Collector):
 def router(engine: Engine, config: ServerConfig) -> APIRouter:
     """The routes for monitoring."""
     routes = APIRouter(tags=["watching"])
-    registry = CollectorRegistry()
-    registry.register(EngineCollector(engine))
+    registries: dict[str | None, CollectorRegistry] = {}
+
+    def registry_of(owner: str | None) -> CollectorRegistry:
+        if owner not in registries:
+            registries[owner] = CollectorRegistry()
+            registries[owner].register(EngineCollector(engine, owner))
+        return registries[owner]
+
     page = files("mlxkv.server").joinpath("page.html").read_text(encoding="utf-8")
     headers = {
         "Content-Security-Policy": _policy(page),
@@ -93,15 +104,16 @@ def router(engine: Engine, config: ServerConfig) -> APIRouter:
     }
 
     @routes.get("/metrics")
-    async def metrics() -> Response:
-        """Metrics of the engine in Prometheus' text format."""
+    async def metrics(request: Request) -> Response:
+        """Metrics in Prometheus' text format: of the engine; with several API keys, of the key."""
+        registry = registry_of(whose_figures(request, config))
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
     @routes.get("/stats.json")
     async def stats(request: Request) -> Response:
         """The same metrics as JSON, with the models in memory and the API key's clients."""
-        owner = request.state.owner
-        shown = await run_in_threadpool(_shown, engine, owner)  # scans the KV folder
+        owner, whose = request.state.owner, whose_figures(request, config)
+        shown = await run_in_threadpool(_shown, engine, owner, whose)  # scans the KV folder
         return JSONResponse(shown, headers={"Cache-Control": "no-store"})
 
     @routes.head("/", include_in_schema=False)
@@ -133,21 +145,23 @@ def _client(counts: ClientCounts) -> dict[str, Any]:
     return shown
 
 
-def _shown(engine: Engine, owner: str) -> dict[str, Any]:
+def _shown(engine: Engine, owner: str, whose: str | None) -> dict[str, Any]:
     """The metrics with their time, from which clients compute rates.
 
     Args:
         engine: has them.
         owner: whose clients are shown: they come with texts of prompts.
+        whose: owner of the figures; None for all owners' together.
     """
-    stats = engine.stats()
-    loaded = {model.name: dataclasses.asdict(model) for model in engine.loaded()}
+    stats = engine.stats(whose)
+    loaded = {model.name: dataclasses.asdict(model) for model in engine.loaded(whose)}
     for model in loaded.values():
         del model["name"], model["path"]
         model["until"] = model["until"] and model["until"].isoformat()
     return {
         "time_s": time.time(),
         "alive": engine.alive,
+        "restarts": engine.restarts,
         "running": stats.running,
         "queued": stats.queued,
         "rejected": stats.rejected,

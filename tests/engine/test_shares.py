@@ -141,7 +141,9 @@ def test_a_request_for_a_model_that_is_replaced_waits_and_gets_the_new_one(tmp_p
 
     async def run() -> None:
         first = await collect(engine.submit(ask(path)))
-        running = asyncio.ensure_future(collect(engine.submit(ask(path, max_tokens=200, ignore_eos=True))))
+        running = asyncio.ensure_future(
+            collect(engine.submit(ask(path, max_tokens=200, ignore_eos=True)))
+        )
         while not engine.stats().running:
             await asyncio.sleep(0.001)
         async with engine.without(str(path)):
@@ -157,5 +159,24 @@ def test_a_request_for_a_model_that_is_replaced_waits_and_gets_the_new_one(tmp_p
         with pytest.raises(ModelNotFound):
             await late
         assert engine.alive and not engine._loads
+
+    asyncio.run(run())
+
+
+def test_an_owner_sees_its_own_figures_alone(model, engine):
+    async def run() -> None:
+        reader = aiter(engine.submit(ask(model, owner="a", max_tokens=400, ignore_eos=True)))
+        await anext(reader)
+        mine, others, total = engine.stats("a"), engine.stats("b"), engine.stats()
+        assert (mine.running, others.running, total.running) == (1, 0, 1)
+        assert mine.memory["kv_used"] > 0 == others.memory["kv_used"] == others.memory["pages"]
+        assert not {"active", "cached", "peak"} & others.memory.keys()
+        (loaded,) = engine.loaded("b")
+        assert (loaded.n_sequences, loaded.kv_used_bytes, loaded.pages_ssd_bytes) == (0, 0, 0)
+        async for _ in reader:
+            pass
+        prompts = [engine.stats(each).models[str(model)].prompt_tokens for each in ("a", "b", None)]
+        assert prompts == [len(LONG), 0, len(LONG)]
+        assert engine.stats("a").memory["pages"] > 0 == engine.stats("b").memory["pages"]
 
     asyncio.run(run())

@@ -9,6 +9,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -159,6 +160,26 @@ def test_an_api_key_sees_its_own_clients_alone():
     with serving(engine, api_keys=(KEY, "other")) as url:
         found = httpx.get(url + "/stats.json", headers=AUTHORIZED).json()["clients"]
     assert [each["client"] for each in found] == ["agent"]
+
+
+@pytest.mark.parametrize("n_keys", [1, 2])
+def test_of_several_keys_each_sees_its_own_figures(n_keys):
+    asked: list[Any] = []
+
+    class Asked(FakeEngine):
+        def stats(self, owner: str | None = None) -> EngineStats:
+            asked.append(owner)
+            return super().stats(owner)
+
+        def loaded(self, owner: str | None = None) -> Any:
+            asked.append(owner)
+            return super().loaded(owner)
+
+    with serving(Asked(), api_keys=(KEY, "other")[:n_keys]) as url:
+        for path in ("/metrics", "/stats.json", "/api/ps"):
+            asked.clear()
+            assert httpx.get(url + path, headers=AUTHORIZED).status_code == 200
+            assert set(asked) == {owner_of(KEY) if n_keys == 2 else None}
 
 
 @pytest.mark.parametrize(

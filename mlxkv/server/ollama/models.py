@@ -24,6 +24,7 @@ from mlxkv.server.ignored import note
 from mlxkv.server.json_route import JSONRoute
 from mlxkv.server.model_names import LocalModel, context_of, listed, present
 from mlxkv.server.ollama.fields import Loading, Named, Options
+from mlxkv.server.requests import whose_figures
 from mlxkv.server.threads import run_in_threadpool
 from mlxkv.store import info, resolve
 from mlxkv.store.info import Card
@@ -96,9 +97,10 @@ def router(engine: Engine, config: ServerConfig) -> APIRouter:
         return JSONResponse({"models": await run_in_threadpool(_rows, cards, config)})
 
     @routes.get("/api/ps")
-    async def ps() -> Response:
-        """The models in memory."""
-        found = await run_in_threadpool(engine.loaded)  # scans the KV folder
+    async def ps(request: Request) -> Response:
+        """The models in memory; with several API keys, the KV and sequences of the key."""
+        owner = whose_figures(request, config)
+        found = await run_in_threadpool(engine.loaded, owner)  # scans the KV folder
         return JSONResponse({"models": [_loaded(each) for each in found]})
 
     @routes.post("/api/show")
