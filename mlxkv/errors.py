@@ -253,6 +253,8 @@ def lacks_memory(error: BaseException) -> bool:
         return True
     known = isinstance(error, RuntimeError | ImportError | OSError)
     return known and _NO_MEMORY.search(str(error)) is not None
+
+
 def contained(error: BaseException) -> Exception:
     """What was raised, as an error that ends one request alone.
 
