@@ -58,7 +58,6 @@ class ThreadedEngine:
         next_turns: compute what is known of next turns while there are no requests.
 
     Attributes:
-        restarts: how often the loop failed and has started again.
         on_failed: called once the engine has failed for good.
     """
 
@@ -276,6 +275,8 @@ class ThreadedEngine:
                     self._start_again(contained(error))
             self._shut()
             unwire()
+        except BaseException as error:
+            self._deaths.give_up(contained(error))
         finally:
             self._closing = True
             self._ended.set()
@@ -320,7 +321,10 @@ class ThreadedEngine:
         for call in calls:
             quietly("a call failed", call)
         for ask, task in tasks:
-            self._hand_over(ask, task)
+            try:
+                self._hand_over(ask, task)
+            except BaseException as error:
+                task.tell(contained(error))
         had_work = self._has_requests() or self._next_turns() is not None
         if self._has_requests():
             self._busy_at = time.monotonic()

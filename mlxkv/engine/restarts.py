@@ -35,6 +35,12 @@ class Deaths:
         self.are_too_many = False
         self._times: deque[float] = deque(maxlen=MAX_DEATHS)
 
+    def give_up(self, error: Exception) -> None:
+        """Log and count a failure after which nothing can start again."""
+        self.n += 1
+        self.are_too_many = True
+        log_fault("the engine has failed for good", error)
+
     def count(self, error: Exception) -> bool:
         """Log and count a failure; whether the loop may start again."""
         self.n += 1

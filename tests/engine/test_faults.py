@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import mlxkv
+from mlxkv.base import device
 from mlxkv.engine import scheduler
 from mlxkv.engine.clients import Clients
 from mlxkv.engine.engine import ThreadedEngine
@@ -242,6 +243,21 @@ def test_a_loop_that_fails_again_and_again_ends_the_engine(model, monkeypatch):
     assert engine.restarts == MAX_DEATHS and not engine.alive and told == [True]
     with pytest.raises(MlxkvError, match="stopped"):
         engine.submit(ask(model, GOOD))
+
+
+def test_an_engine_that_cannot_start_has_failed(monkeypatch):
+    engine, told = ThreadedEngine(dtype="float32"), []
+    engine.on_failed = lambda: told.append(engine.failed)
+
+    def failing(_: int) -> Any:
+        raise Panic("stop here")
+
+    monkeypatch.setattr(device, "hold_wired", failing)
+    engine.start()
+    while not told:
+        engine._thread.join(0.01)
+    assert told == [True] and not engine.alive
+    engine.close()
 
 
 def test_a_panic_is_an_exception_in_python_and_ctrl_c_is_not(model, expected, monkeypatch):
