@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 
+from anyio import CapacityLimiter
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
@@ -38,6 +39,8 @@ ROUTERS: tuple[Callable[[Engine, ServerConfig], APIRouter], ...] = (
     metrics.router,
 )
 """One per front end."""
+PARSERS = 2
+"""Large bodies that are parsed at a time."""
 
 
 def create_app(engine: Engine, config: ServerConfig) -> FastAPI:
@@ -77,6 +80,7 @@ def create_app(engine: Engine, config: ServerConfig) -> FastAPI:
     )
     app.state.ignored = Ignored(config)
     app.state.bodies = bodies
+    app.state.parsers = CapacityLimiter(PARSERS)
     app.state.stopping = asyncio.Event()
     app.state.state_memory = StateMemory(config.agent_file) if config.agent_prompts else None
     for make in ROUTERS:

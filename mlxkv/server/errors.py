@@ -71,6 +71,7 @@ _CODES = {
 }
 _FOLDERS = re.compile(r"(?<![\w:/.])/(?!v1/|api/)(?:[^/\s'\"]+/)+")
 _FIELD = re.compile(r"(?!(str|int|float|bool)$)[^A-Z\[\]()]+")
+_READ_ERRORS = 200
 _SHOWN_ERRORS = 5
 _SHOWN_CHARS = 300
 
@@ -224,11 +225,12 @@ def without_folders(text: str) -> str:
 
 def _invalid(error: RequestValidationError) -> Failure:
     """Every fault of a request's fields on one line."""
-    places = [_place(each["loc"]) for each in error.errors()]
+    errors = error.errors()[:_READ_ERRORS]
+    places = [_place(each["loc"]) for each in errors]
     # Of a field that may be one of several types, only the error of the type that was meant.
     found = [
         (place, each)
-        for place, each in zip(places, error.errors(), strict=True)
+        for place, each in zip(places, errors, strict=True)
         if not any(other.startswith(f"{place}.") for other in places if place)
     ]
     shown, param = [], None
@@ -240,7 +242,7 @@ def _invalid(error: RequestValidationError) -> Failure:
             message = "not supported"
         param = param or place or None
         shown.append(f"{place}: {message}" if place else message)
-    more = len(found) - len(shown)
+    more = len(found) - len(shown) + len(error.errors()) - len(errors)
     text = "; ".join(shown) + (f" (and {more} more)" if more > 0 else "")
     return Failure(400, text[:2000], "invalid_request", param and param[:_SHOWN_CHARS])
 

@@ -6,9 +6,20 @@ import json
 import math
 import re
 from collections.abc import Mapping
+from itertools import islice
 from typing import Annotated, Any, ClassVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, create_model
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    create_model,
+    model_validator,
+)
+from pydantic_core import core_schema
 
 from mlxkv.errors import UsageError
 from mlxkv.generation.request import MAX_LOGPROBS
@@ -59,6 +70,11 @@ class NoEffect:
     """Marks a declared field that changes nothing, as `Annotated[..., NoEffect()]`."""
 
 
+MAX_ITEMS = 10_000
+"""Messages of a conversation, parts of a message, and other items of lists."""
+_PLAIN = (None, "any", "str", "int", "float")
+MAX_UNKNOWN = 20
+"""Unknown fields of a part of a request that are looked at, where they are refused."""
 MAX_WHOLE = 2**31 - 1
 MAX_REAL = 1e6
 Count = Annotated[int, Field(ge=1, le=MAX_WHOLE)]
@@ -69,12 +85,57 @@ Real = Annotated[float, Field(allow_inf_nan=False)]
 Text = Annotated[str, Field(min_length=1)]
 Texts = Text | Annotated[list[Text], Field(min_length=1, max_length=2048)]
 TopLogprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
+_TOKEN_ID = re.compile(r"[0-9]{1,9}")
+_MOST_BIAS = 1e6
+
+
+def _first_invalid_bias(value: Any) -> Any:
+    """Refuse the first invalid entry alone: each would become an error or two."""
+    if not isinstance(value, dict):
+        return value
+    for token, bias in value.items():
+        if not _TOKEN_ID.fullmatch(token):
+            raise ValueError(f"{token[:40]!r} is not a token id")
+        is_number = isinstance(bias, int | float) and not isinstance(bias, bool)
+        if not is_number or not -_MOST_BIAS <= bias <= _MOST_BIAS:
+            raise ValueError(f"the bias of token {token} must be a number within 1e6 of 0")
+    return value
+
+
+LogitBias = Annotated[
+    dict[
+        Annotated[str, Field(pattern=r"^[0-9]{1,9}$")],
+        Annotated[float, Field(ge=-_MOST_BIAS, le=_MOST_BIAS)],
+    ],
+    BeforeValidator(_first_invalid_bias),
+]
+"""Token id -> what is added to its logit."""
 StopText = Annotated[str, Field(min_length=1, max_length=1024)]
 StopTexts = Annotated[list[StopText], Field(max_length=16)]
 
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h)")
 _UNITS_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 _LONGEST_S = 1e9
+
+
+def _bound_lists(schema: Any, model: type[BaseModel]) -> None:
+    """Bound the lists in a model's core schema: they end at their first invalid item, as each would
+    become an error, and have `MAX_ITEMS` items if those are more than a text or a number.
+
+    Lists within other models are bounded where those are made.
+    """
+    nodes = [schema]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, list | tuple):
+            nodes.extend(node)
+        elif isinstance(node, dict):
+            if node.get("type") == "list":
+                node["fail_fast"] = True
+                if node.get("items_schema", {}).get("type") not in _PLAIN:
+                    node["max_length"] = min(node.get("max_length") or MAX_ITEMS, MAX_ITEMS)
+            is_other = node.get("type") == "model" and node["cls"] is not model
+            nodes.extend(() if is_other else node.values())
 
 
 class Part(BaseModel):
@@ -87,11 +148,29 @@ class Part(BaseModel):
 
     model_config = ConfigDict(extra="allow", strict=True)
 
+    @classmethod
+    def __get_pydantic_core_schema__(
+        cls, source: Any, handler: GetCoreSchemaHandler
+    ) -> core_schema.CoreSchema:
+        schema = handler(source)
+        _bound_lists(schema, cls)
+        return schema
+
 
 class Strict(Part):
     """A part of a request that changes what is stored: fields that are not declared are refused."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few_unknown_fields(cls, data: Any) -> Any:
+        """Keep the first unknown fields alone: each of them becomes an error."""
+        if not isinstance(data, dict) or len(data) <= MAX_UNKNOWN:
+            return data
+        declared = {info.alias or name for name, info in cls.model_fields.items()}
+        known = {name: data[name] for name in declared & data.keys()}
+        return known | dict(islice(data.items(), MAX_UNKNOWN))
 
 
 class Sampled(Part):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 from fastapi import Request
@@ -23,6 +24,8 @@ _log = logging.getLogger(__name__)
 HEADER = b"mlxkv-ignored"
 _MAX_NAMES = 32
 _MAX_CLIENTS = 1024
+_MAX_PATHS = 10_000
+"""Fields of one request that are looked at."""
 _UNPRINTABLE = re.compile(r"[^A-Za-z0-9_.$-]")
 
 Path = tuple[str, ...]
@@ -45,15 +48,16 @@ class Ignored:
         Raises:
             RequestValidationError: the server is strict, and one is not known.
         """
-        unknown = dict.fromkeys(_unknown(body))
+        unknown = dict.fromkeys(islice(_unknown(body), _MAX_PATHS))
         if self._strict and unknown:
             raise RequestValidationError(
                 [
                     {"type": "extra_forbidden", "loc": path, "msg": "not supported"}
-                    for path in unknown
+                    for path in islice(unknown, _MAX_NAMES)
                 ]
             )
-        self.name(request, [".".join(path) for path in [*unknown, *_without_effect(body)]])
+        without = dict.fromkeys(islice(_without_effect(body), _MAX_PATHS))
+        self.name(request, [".".join(path) for path in [*unknown, *without]])
 
     def name(self, request: Request, fields: list[str]) -> None:
         """Name fields, or parts of a prompt, in the response's header and in the log."""

@@ -11,11 +11,21 @@ from collections.abc import Callable, Coroutine
 from json import JSONDecodeError
 from typing import Any
 
+import anyio
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
+from starlette.exceptions import HTTPException
 
 MAX_DEPTH = 64
 """Levels of nesting; real JSON schemas need fewer."""
+MAX_VALUES = 1 << 21
+"""Values of lists and objects together: twice the tokens of the longest contexts."""
+MAX_CONTAINERS = 50_000
+"""Lists and objects together: several times those of the longest conversations of agents."""
+MAX_STRINGS = 500_000
+"""Strings, names of fields included."""
+LARGE_BYTES = 256 << 10
+"""Bodies of this size are parsed outside the event loop, two at a time."""
 
 
 class JSONRequest(Request):
@@ -23,7 +33,10 @@ class JSONRequest(Request):
 
     async def json(self) -> Any:
         """The body, parsed; raises as `parse_json`."""
-        return parse_json(await self.body())
+        body = await self.body()
+        if len(body) < LARGE_BYTES:
+            return parse_json(body)
+        return await anyio.to_thread.run_sync(parse_json, body, limiter=self.app.state.parsers)
 
 
 class JSONRoute(APIRoute):
@@ -47,7 +60,9 @@ def parse_json(body: bytes) -> Any:
 
     Raises:
         JSONDecodeError: not standard JSON, or nested deeper than `MAX_DEPTH`.
+        HTTPException: more values than are allowed.
     """
+    _check_size(body)
 
     def refuse(name: str) -> Any:
         raise JSONDecodeError(f"{name} is not a JSON number", "", 0)
@@ -66,6 +81,32 @@ def parse_json(body: bytes) -> Any:
         raise JSONDecodeError("a number is too long", "", 0) from None
     _check_depth(value)
     return value
+
+
+def _check_size(body: bytes) -> None:
+    """Count before parsing, as each value takes some 30 times its bytes.
+
+    Commas and brackets within strings are left out only where they would matter.
+    """
+    if len(body) <= MAX_CONTAINERS:
+        return
+    if _is_within(body):
+        return
+    body = body.replace(b"\\\\", b"").replace(b'\\"', b"")
+    if body.count(b'"') <= 2 * MAX_STRINGS and _is_within(b'"'.join(body.split(b'"')[::2])):
+        return
+    raise HTTPException(
+        413,
+        f"the request has more than {MAX_CONTAINERS:,} lists and objects, {MAX_STRINGS:,} strings "
+        f"or {MAX_VALUES:,} values",
+    )
+
+
+def _is_within(text: bytes) -> bool:
+    n_containers = text.count(b"[") + text.count(b"{")
+    n_values = text.count(b",") + n_containers
+    n_strings = text.count(b'"') // 2
+    return n_containers <= MAX_CONTAINERS and n_values <= MAX_VALUES and n_strings <= MAX_STRINGS
 
 
 def _finite(text: str) -> float:

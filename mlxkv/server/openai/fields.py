@@ -20,6 +20,7 @@ from mlxkv.sampling.grammar import Grammar
 from mlxkv.sampling.params import GENERATION_CONFIG, PARAMETERS
 from mlxkv.server.fields import (
     Count,
+    LogitBias,
     NoEffect,
     Part,
     Real,
@@ -82,12 +83,7 @@ class Sampling(Common, sampled({name: name for name in PARAMETERS} | GENERATION_
     """How tokens are chosen, and where the answer ends; what is left out, the model's settings
     decide."""
 
-    logit_bias: (
-        dict[
-            Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-1e6, le=1e6)]
-        ]
-        | None
-    ) = None
+    logit_bias: LogitBias | None = None
     stop: StopText | StopTexts | None = None
     context: Count | None = None
     overflow: Literal["stop", "shift"] | None = None
