@@ -43,6 +43,13 @@ def serve(
             "--api-key", help="Clients must send one of these; may be repeated (MLXKV_API_KEY)."
         ),
     ] = None,
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="A file of keys, one a line: unlike options, `ps` does not show them.",
+        ),
+    ] = None,
     origins: Annotated[
         list[str] | None,
         typer.Option("--origin", help="Origin of a web page that may send requests; repeatable."),
@@ -50,6 +57,14 @@ def serve(
     hosts: Annotated[
         list[str] | None,
         typer.Option("--allow-host", help="Another name of this server; may be repeated."),
+    ] = None,
+    pull_hosts: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--pull-host",
+            metavar="HOST:PORT",
+            help="Address inside the network that downloads may be redirected to; repeatable.",
+        ),
     ] = None,
     strict: Annotated[
         bool,
@@ -93,11 +108,13 @@ def serve(
     from mlxkv.server.config import ServerConfig
 
     names = run_aliases(aliases or ())
-    keys = tuple(api_keys or filter(None, [os.environ.get("MLXKV_API_KEY")]))
+    given = os.environ.get("MLXKV_API_KEY") if api_key_file is None else None
+    keys = tuple(api_keys or filter(None, [given]))
     config = ServerConfig(
         host=host,
         port=port,
         api_keys=keys,
+        api_key_file=api_key_file,
         origins=tuple(origins or ()),
         hosts=tuple(hosts or ()),
         strict=strict,
@@ -109,8 +126,10 @@ def serve(
     )
     from mlxkv.base.units import parse_bytes
     from mlxkv.engine.engine import ThreadedEngine
+    from mlxkv.store.outgoing import only_public
     from mlxkv.store.settings import COMMAND_LINE, Given
 
+    only_public(pull_hosts or ())
     engine = ThreadedEngine(
         memory=parse_bytes(memory or os.environ.get("MLXKV_MEMORY")),
         dtype=dtype,
@@ -161,8 +180,8 @@ def _run(engine: Any, config: Any) -> int:
     from mlxkv.server.serving import Server, raise_file_limit
     from mlxkv.server.stop import Stop, leave
 
-    log_to_stderr(lambda: config.api_keys)
     app = create_app(engine, config)
+    log_to_stderr(lambda: app.state.api_keys.keys)
     listening = _listen(config.host, config.port)
     closing = Thread(target=engine.close, name="close", daemon=True)
     server = Server(app, config, raise_file_limit(), on_end=closing.start)

@@ -19,6 +19,7 @@ from mlxkv.errors import MlxkvError
 from mlxkv.server import metrics
 from mlxkv.server.agents.state_memory import StateMemory
 from mlxkv.server.anthropic import routes as anthropic
+from mlxkv.server.api_keys import ApiKeys
 from mlxkv.server.bodies import Bodies
 from mlxkv.server.config import ServerConfig
 from mlxkv.server.errors import error_response
@@ -49,6 +50,9 @@ def create_app(engine: Engine, config: ServerConfig) -> FastAPI:
     Args:
         engine: a started engine; the caller closes it.
         config: access and limits.
+
+    Raises:
+        UsageError: the file of API keys cannot be read.
     """
     # Outside of the guard, so that browsers may read its refusals.
     cors = Middleware(
@@ -59,8 +63,8 @@ def create_app(engine: Engine, config: ServerConfig) -> FastAPI:
         allow_headers=["*"],
         expose_headers=["mlxkv-ignored"],
     )
-    bodies = Bodies(config)
-    middleware = [cors, Middleware(Guard, config=config, bodies=bodies)]
+    bodies, keys = Bodies(config), ApiKeys(config)
+    middleware = [cors, Middleware(Guard, config=config, bodies=bodies, keys=keys)]
     app = FastAPI(
         title="mlxkv",
         version=_version(),
@@ -79,6 +83,7 @@ def create_app(engine: Engine, config: ServerConfig) -> FastAPI:
         redoc_url=None,
     )
     app.state.ignored = Ignored(config)
+    app.state.api_keys = keys
     app.state.bodies = bodies
     app.state.parsers = CapacityLimiter(PARSERS)
     app.state.stopping = asyncio.Event()

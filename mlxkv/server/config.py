@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,7 @@ class ServerConfig:
         host: address to listen on.
         port: port to listen on.
         api_keys: a request must carry one of them; none: no key is needed.
+        api_key_file: further ones, one a line; read again when it changes.
         origins: further web pages that may ask, such as `https://app.example`; `*` for all.
         hosts: further names that the server goes by, such as `mac-mini.example`.
         strict: refuse requests with fields that no API here declares, and wishes that a model can
@@ -51,6 +53,7 @@ class ServerConfig:
     host: str = HOST
     port: int = PORT
     api_keys: tuple[str, ...] = ()
+    api_key_file: Path | None = None
     origins: tuple[str, ...] = ()
     hosts: tuple[str, ...] = ()
     strict: bool = False
@@ -73,18 +76,26 @@ class ServerConfig:
     stall_s: float = 30.0
 
     def __post_init__(self) -> None:
-        for key in self.api_keys:
-            if not key or not key.isascii() or not key.isprintable() or " " in key:
-                raise UsageError(
-                    "must be printable ASCII without spaces, and not empty", field="api_keys"
-                )
-        if not self.api_keys and not is_loopback(self.host):
+        check_keys(self.api_keys, "api_keys")
+        has_keys = self.api_keys or self.api_key_file
+        if not has_keys and not is_loopback(self.host):
             raise UsageError(
                 f"other machines can reach {self.host}, so an API key is required; or listen on "
                 f"127.0.0.1",
                 field="host",
-                hints=[Hint("api_keys", "KEY")],
+                hints=[Hint("api_keys", "KEY"), Hint("api_key_file", "FILE")],
             )
+
+
+def check_keys(keys: Iterable[str], field: str) -> None:
+    """Check the spelling of API keys; the error names none.
+
+    Raises:
+        UsageError: one is invalid.
+    """
+    for key in keys:
+        if not key or not key.isascii() or not key.isprintable() or " " in key:
+            raise UsageError("must be printable ASCII without spaces, and not empty", field=field)
 
 
 def is_loopback(host: str) -> bool:

@@ -11,8 +11,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import hmac
 import ipaddress
 import logging
 import re
@@ -22,6 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mlxkv.errors import contained
 from mlxkv.server import ignored
+from mlxkv.server.api_keys import ApiKeys
 from mlxkv.server.bodies import Bodies
 from mlxkv.server.config import ServerConfig
 from mlxkv.server.errors import error_response
@@ -45,11 +44,11 @@ figures come from `/stats.json`, which needs a key."""
 class Guard:
     """ASGI middleware that checks access and sets `request.state.owner`."""
 
-    def __init__(self, app: ASGIApp, config: ServerConfig, bodies: Bodies):
+    def __init__(self, app: ASGIApp, config: ServerConfig, bodies: Bodies, keys: ApiKeys):
         self._app = app
         self._config = config
         self._bodies = bodies
-        self._owners = {_digest(key): owner_of(key) for key in config.api_keys}
+        self._keys = keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -82,7 +81,7 @@ class Guard:
             error = contained(raised)
             if started:
                 raise error from None
-            await error_response(scope["path"], error)(scope, receive, send)
+            await error_response(scope["path"], error)(scope, receive, watched)
 
     def _check(self, scope: Scope, headers: dict[str, str]) -> None:
         host = headers.get("host", "")
@@ -116,16 +115,12 @@ class Guard:
 
     def _owner(self, path: str, headers: dict[str, str]) -> str:
         """The owner of a request's pages; "" if no keys are set."""
-        if not self._owners or path in OPEN_PATHS:
+        if not self._keys or path in OPEN_PATHS:
             return ""
         scheme, _, token = headers.get("authorization", "").partition(" ")
         key = token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
-        found = ""
-        for digest, owner in self._owners.items():
-            # Compare all of them, so that the time does not reveal a match.
-            if hmac.compare_digest(digest, _digest(key)):
-                found = owner
-        if not found:
+        found = self._keys.owner(key)
+        if found is None:
             raise HTTPException(
                 401,
                 "an API key is required: send it as `Authorization: Bearer KEY` or `x-api-key`"
@@ -134,15 +129,6 @@ class Guard:
                 {"WWW-Authenticate": "Bearer"},
             )
         return found
-
-
-def owner_of(key: str) -> str:
-    """The owner's name under which a key's pages are stored."""
-    return hashlib.sha256(b"mlxkv owner\0" + key.encode()).hexdigest()[:32]
-
-
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
 
 
 def _headers(scope: Scope) -> dict[str, str]:

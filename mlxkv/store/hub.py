@@ -213,6 +213,8 @@ def translate(repo_id: str, error: Exception) -> MlxkvError:
 
     host = constants.ENDPOINT
     match error:
+        case MlxkvError():
+            return error
         case GatedRepoError():  # before RepositoryNotFoundError, which is its base class
             return DownloadError(
                 f"{repo_id} is gated: accept its terms at {host}/{repo_id}, then `hf auth login`"

@@ -85,7 +85,15 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send(500, b"", {}, body)
         if self.served.elsewhere and "/resolve/" in path and not path.startswith("/elsewhere/"):
             there = self.served.url.replace("127.0.0.1", "localhost")
-            return self._send(302, b"", {"Location": f"{there}/elsewhere{path}"}, body)
+            parts = path.strip("/").split("/")
+            data = self.served.repos.get("/".join(parts[:2]), {}).get("/".join(parts[4:]), b"")
+            about = {
+                "Location": f"{there}/elsewhere{path}",
+                "X-Repo-Commit": COMMIT,
+                "X-Linked-Etag": f'"{_etag(data)}"',
+                "X-Linked-Size": str(len(data)),
+            }
+            return self._send(302, b"", about, body)
         parts = path.removeprefix("/elsewhere").strip("/").split("/")
         if parts[:2] == ["api", "models"]:
             return self._api("/".join(parts[2:4]), parts[4:], body)
