@@ -211,7 +211,7 @@ def _run(engine: Any, config: Any) -> int:
         if closing.ident is None:
             closing.start()
         closing.join(stop.left_s if stop.is_asked else None)
-    leave(_code_of(engine))
+    leave(stop.code if closing.is_alive() else _code_of(engine))
 
 
 def _code_of(engine: Any) -> int:

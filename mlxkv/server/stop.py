@@ -31,12 +31,13 @@ class Stop:
 
     Attributes:
         on_stop: called once, by the signal's handler in the main thread.
+        code: exit code of a process that was not done in time.
     """
 
     def __init__(self, within_s: float):
         self._within_s = within_s
         self._until = 0.0
-        self._code = 128
+        self.code = 128
         self._asked, self._hurry = threading.Event(), threading.Event()
         self.on_stop: Callable[[], object] = lambda: None
 
@@ -61,7 +62,7 @@ class Stop:
         """End the process as this signal does."""
         if self.is_asked:
             return
-        self._code = 128 + number
+        self.code = 128 + number
         self._until = time.monotonic() + self._within_s - _MARGIN_S
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.setitimer(signal.ITIMER_REAL, self._within_s)
@@ -79,7 +80,7 @@ class Stop:
         if self._hurry.wait(self.left_s):
             time.sleep(min(HURRY_S, self.left_s))
         os.write(2, b"mlxkv: not all has ended in time: what was not written yet is lost\n")
-        os._exit(self._code)
+        os._exit(self.code)
 
 
 def leave(code: int) -> NoReturn:

@@ -29,6 +29,15 @@ for number in sys.argv[2:]:
 while True:
     time.sleep(9)
 """
+HANGS_AT_THE_END = """
+import threading
+from mlxkv.commands.serve import _run
+from mlxkv.server.config import ServerConfig
+from tests.support.fake_engine import FakeEngine
+engine = FakeEngine()
+engine.close = threading.Event().wait
+_run(engine, ServerConfig(port=0, end_s=1.0))
+"""
 MESSAGES = [{"role": "user", "content": "hi"}]
 STREAMS = {
     "/v1/chat/completions": {"messages": MESSAGES, "stream": True},
@@ -82,6 +91,13 @@ def test_a_process_that_hangs_ends_with_the_signals_code(within_s, numbers):
     done = subprocess.run(command, timeout=20, stderr=subprocess.PIPE, check=False)
     assert done.returncode == 128 + numbers[0]
     assert b"not written" in done.stderr
+
+
+def test_an_engine_that_does_not_close_is_not_waited_for():
+    with subprocess.Popen([sys.executable, "-c", HANGS_AT_THE_END], stderr=subprocess.PIPE) as made:
+        assert made.stderr is not None and b"listening" in made.stderr.readline()
+        made.send_signal(signal.SIGTERM)
+        assert made.wait(20) == 128 + signal.SIGTERM
 
 
 def record(line: int, message: str, *args: object, name: str = "asyncio") -> logging.LogRecord:
