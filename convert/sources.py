@@ -13,6 +13,7 @@ from mlx.utils import tree_flatten
 from mlxkv.checkpoint.config import text_config
 from mlxkv.errors import ConfigError
 from mlxkv.models import Family, family_for
+from mlxkv.models.loader import random_state_kept
 
 from .tensors import SourceTensor
 
@@ -88,7 +89,8 @@ def expected_shapes(family: Family, config: Any, source: str) -> dict[str, tuple
         ConfigError: the numbers do not make a model.
     """
     try:
-        root = family.build(config).weights_root()
+        with random_state_kept():
+            root = family.build(config).weights_root()
         parameters = dict(tree_flatten(root.parameters()))
     except (ArithmeticError, IndexError, MemoryError, RuntimeError, TypeError, ValueError) as error:
         raise ConfigError(f"{source}: its numbers do not make a model: {error}") from error

@@ -197,11 +197,12 @@ def describe(name: str, model_dir: Path, layout: Layout | None = None) -> Card:
     Raises:
         CheckpointError: config or weights are damaged, or the architecture is not supported.
     """
-    from mlxkv.models.loader import open_checkpoint
+    from mlxkv.models.loader import open_checkpoint, random_state_kept
 
     if layout is None:
         checkpoint, _ = open_checkpoint(model_dir)
-        model = checkpoint.family.build(checkpoint.config)
+        with random_state_kept():
+            model = checkpoint.family.build(checkpoint.config)
     else:
         checkpoint, model = layout.checkpoint, layout.model
     raw, family, context = checkpoint.raw, checkpoint.family, checkpoint.config.context

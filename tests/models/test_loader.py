@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any, cast
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -10,6 +13,8 @@ from mlxkv.cache import make_caches
 from mlxkv.checkpoint.weights import open_weights
 from mlxkv.errors import UsageError, WeightsError
 from mlxkv.models.loader import load_model
+from mlxkv.store.info import describe
+from tests.support.command_line import chat_model
 from tests.support.loading import FILE, NORM, ONE_LAYER, logits, refused, weights_of
 from tests.support.tiny import gemma3_config, llama_config, tensor_shapes, tokens, write_checkpoint
 
@@ -176,3 +181,25 @@ def test_open_weights_tells_names_shapes_and_bytes_without_loading(tmp_path):
         "model-00001-of-00002.safetensors",
         "model-00002-of-00002.safetensors",
     ]
+
+
+def random_state() -> list[Any]:
+    return list(cast(Any, mx.random.state))
+
+
+def n_drawn(folder: Path) -> int:
+    """Steps in the graph that MLX's random state waits for."""
+    mx.export_to_dot(str(folder / "state.dot"), *random_state())
+    return (folder / "state.dot").read_text().count("->")
+
+
+def test_loads_leave_nothing_behind_in_the_random_state(tmp_path):
+    path = chat_model(tmp_path / "m")
+    mx.random.seed(7)
+    key = random_state()[0].tolist()
+    before = n_drawn(tmp_path)
+    for _ in range(3):
+        load_model(path, "float32")
+        describe("m", path)
+    assert n_drawn(tmp_path) == before
+    assert random_state()[0].tolist() == key
