@@ -25,6 +25,7 @@ from typing import IO, Any
 import mlx.core as mx
 import numpy as np
 
+from mlxkv.base.disk import check_space
 from mlxkv.base.durable import sync_path
 from mlxkv.errors import Hint, OutputError, WeightsError
 
@@ -62,7 +63,7 @@ def write_model(
         CheckpointError: the source turns out to be damaged.
     """
     check_output(output, overwrite)
-    _check_space(output, plan.total_bytes)
+    check_space(output.parent, plan.total_bytes, f"{output}:", "make room or choose another output")
     with _partial_folder(output, overwrite) as folder:
         index: dict[str, str] = {}
         for name, members in plan.shards.items():
@@ -89,18 +90,6 @@ def check_output(output: Path, overwrite: bool) -> None:
         raise OutputError(f"{output}: exists and is not a folder: choose another output")
     if not overwrite and output.is_dir() and any(output.iterdir()):
         raise OutputError(f"{output}: exists already: choose another output or remove it first")
-
-
-def _check_space(output: Path, n_bytes: int) -> None:
-    folder = output.absolute().parent
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    if n_bytes > free:
-        raise OutputError(
-            f"{output}: needs {n_bytes / 2**30:.2f} GiB and {folder} has {free / 2**30:.2f} GiB "
-            "free: make room or choose another output"
-        )
 
 
 @contextmanager

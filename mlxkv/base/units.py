@@ -20,6 +20,14 @@ def human_bytes(n_bytes: int) -> str:
     return f"{size:.1f} GiB" if size < 1024 else f"{size / 1024:.2f} TiB"
 
 
+def told_apart(more: int, less: int) -> tuple[str, str]:
+    """Two sizes as text, in bytes where rounding would make both read the same."""
+    texts = human_bytes(more), human_bytes(less)
+    if texts[0] == texts[1] and more != less:
+        return f"{more:,} bytes", f"{less:,} bytes"
+    return texts
+
+
 def parse_bytes(text: str | int | None) -> int | None:
     """Bytes from "16GiB", "500MB", a number, or None and "auto" (None).
 

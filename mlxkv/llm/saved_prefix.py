@@ -12,14 +12,16 @@ from typing import Any
 import mlx.core as mx
 
 from mlxkv.base.paths import kv_dir, models_dir
+from mlxkv.base.units import told_apart
 from mlxkv.checkpoint.mlxkv_json import read_record
 from mlxkv.engine import prompt as prompts
 from mlxkv.engine.prompt import PROBES
 from mlxkv.engine.runtime import Runtime
 from mlxkv.errors import ContextExceeded, Hint, ModelNotFound, OutputError, UsageError
 from mlxkv.generation.request import Prompt, is_messages
-from mlxkv.kv.types import first_kv_type
+from mlxkv.kv.types import STEP, KVFormat, first_kv_type
 from mlxkv.llm.imported_kv import trusted
+from mlxkv.memory.needs import kv_bytes
 from mlxkv.prefix.disk import PageDisk
 from mlxkv.prefix.layout import token_bytes
 from mlxkv.prefix.pages import Pages
@@ -46,6 +48,7 @@ def save(
             f"the prompt has {len(tokens):,} tokens; this model's KV can be reused up to "
             f"{pages.stable:,} tokens only (its rotary embedding stretches)"
         )
+    _check_room(runtime, disk, len(tokens))
     session = runtime.session()
     with pages.writing_through():
         session.restore(tokens)
@@ -76,6 +79,19 @@ def save(
     )
     names.save(saved, replace=True)
     return saved
+
+
+def _check_room(runtime: Runtime, disk: PageDisk, n_tokens: int) -> None:
+    """Raise OutputError where the KV of so many tokens fits the disk in no case."""
+    kv = KVFormat(first_kv_type(runtime.kv_type), runtime.model.compute_dtype.size)
+    whole = n_tokens // STEP * STEP  # of the rest, less than a step, a cache allocates a whole one
+    needed = kv_bytes(runtime.model.cache_specs(), whole, kv)
+    if needed > (most := disk.files.folder.most_bytes()):
+        wanted, room = told_apart(needed, most)
+        raise OutputError(
+            f"the KV of {n_tokens:,} tokens does not fit {kv_dir()}: it takes {wanted}, and there "
+            f"is room for {room} at most; make room on its disk, or raise MLXKV_KV_DISK"
+        )
 
 
 def _lasting_name(model: str) -> str:

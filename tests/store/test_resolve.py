@@ -328,8 +328,8 @@ def test_what_a_killed_pull_left_is_no_model_and_goes_with_the_next(in_catalog, 
 
 def test_a_disk_without_room_is_found_before_the_download(in_catalog, convert, models, monkeypatch):
     usage = SimpleNamespace(total=10, used=0, free=10)
-    monkeypatch.setattr(resolve.shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(OutputError, match=r"tiny:1m needs .* MB while it is made.*MLXKV_MODELS"):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(OutputError, match=r"making tiny:1m needs .* has 10 B free.*MLXKV_MODELS"):
         resolve.pull("tiny")
     assert visible(models) == []
 
