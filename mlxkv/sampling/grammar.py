@@ -13,7 +13,8 @@ llguidance (MIT; https://github.com/guidance-ai/llguidance) reads the grammars a
   model cannot go on with those for ever.
 - The grammar is for what the user gets: reasoning before it is free, and does not end the answer.
 - What a schema asks for and llguidance cannot keep is an error, and never left out. Objects that
-  name properties are closed (`closed_schema`); no object has a key twice (`json_keys`).
+  name properties are closed (`closed_schema`); no object has a key twice (`json_keys`,
+  `native_keys`).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import json
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,8 +31,8 @@ import numpy as np
 from mlxkv.errors import UsageError
 from mlxkv.parsers.closed_schema import closed
 from mlxkv.parsers.formats import format_of, format_with_tools, markers_of
-from mlxkv.sampling import tool_call_grammar
-from mlxkv.sampling.json_keys import Keys
+from mlxkv.sampling import native_keys, tool_call_grammar
+from mlxkv.sampling.json_keys import KeyFollower, Keys
 from mlxkv.sampling.reasoning_gate import Gate, gate_of
 from mlxkv.text.tokenizer import Tokenizer
 
@@ -141,22 +142,39 @@ class Maskers:
         # A special token is no text, even where its name spells one.
         is_text[sorted(self._tokenizer.special_ids - named - ends)] = False
         is_text[[token for token in self._suppressed if token < len(is_text)]] = False
-        keys = Keys(self._quoting, frozenset(named)) if self._writes_json(grammar) else None
+        keys = self._keys(grammar, name, frozenset(named))
         return Masker(matcher, ends, grammar.kind, is_text, gate, keys, self._tokenizer.bytes_of)
 
     def _describes_reasoning(self, grammar: Grammar) -> bool:
         return grammar.kind == "tools" and self._format in tool_call_grammar.HAS_REASONING
 
-    def _writes_json(self, grammar: Grammar) -> bool:
-        if grammar.kind == "tools":
-            return self._format not in tool_call_grammar.NOT_JSON
-        return grammar.kind in ("json_object", "json_schema")
+    def _keys(self, grammar: Grammar, name: str, named: frozenset[int]) -> KeyFollower | None:
+        """What follows the keys of an answer.
+
+        Args:
+            grammar: of the answer.
+            name: of the format of its calls.
+            named: the special tokens that the grammar names.
+        """
+        if grammar.kind != "tools":
+            is_json = grammar.kind in ("json_object", "json_schema")
+            return Keys(self._quoting, named) if is_json else None
+        calls = tool_call_grammar.Calls.from_json(grammar.text)
+        new = partial(Keys, self._quoting, named)
+        id_of = self._tokenizer.id_of
+        return native_keys.follower(name, calls, self._pieces, new, named, id_of) or new()
+
+    @cached_property
+    def _pieces(self) -> native_keys.Pieces:
+        """The bytes of all tokens."""
+        return native_keys.Pieces(
+            [self._tokenizer.bytes_of(i) for i in range(self._tokenizer.n_vocab)]
+        )
 
     @cached_property
     def _quoting(self) -> Mapping[int, bytes]:
         """The tokens with a quotation mark, and their bytes."""
-        of_all = ((i, self._tokenizer.bytes_of(i)) for i in range(self._tokenizer.n_vocab))
-        return {token: data for token, data in of_all if b'"' in data}
+        return {int(token): self._pieces[token] for token in self._pieces.holding(b'"')}
 
     @cached_property
     def _format_with_tools(self) -> str:
@@ -201,7 +219,7 @@ class Masker:
         kind: str,
         is_text: np.ndarray,
         gate: Gate | None = None,
-        keys: Keys | None = None,
+        keys: KeyFollower | None = None,
         bytes_of: Callable[[int], bytes] = lambda _: b"",
     ):
         self._keys, self._bytes_of = keys, bytes_of
@@ -274,6 +292,8 @@ class Masker:
         if self._matcher.validate_tokens(list(text)) == len(text):
             for token in text:
                 self._matcher.consume_token(token)
+                if self._keys is not None:
+                    self._keys.advance(token, self._bytes_of(token))
             self.finished = self._matcher.is_stopped()
 
     def _validated(self) -> np.ndarray:

@@ -9,12 +9,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 _QUOTE, _BACKSLASH = ord('"'), ord("\\")
 _OPENS, _CLOSES = b"{[", b"}]"
+
+
+class KeyFollower(Protocol):
+    """Follows the keys of an answer."""
+
+    def advance(self, token: int, data: bytes) -> None:
+        """The token that came, and its bytes."""
+        ...
+
+    def without_repeats(self, allowed: np.ndarray) -> np.ndarray:
+        """What of bool [n] may come; all of it where nothing would be left."""
+        ...
 
 
 class _Place(NamedTuple):
@@ -97,7 +109,7 @@ def _after(place: _Place, data: bytes) -> tuple[_Place, bool]:
                 place = place._replace(string=place.string + bytes([byte]), is_escaped=is_escaped)
                 continue
             if place.at_key and place.keys is not None:
-                key = _read(place.string)
+                key = read(place.string)
                 repeats |= key in place.keys
                 place = place._replace(keys=place.keys | {key}, at_key=False)
             place = place._replace(string=None)
@@ -113,7 +125,8 @@ def _after(place: _Place, data: bytes) -> tuple[_Place, bool]:
     return place, repeats
 
 
-def _read(string: bytes) -> str:
+def read(string: bytes) -> str:
+    """What a string between quotation marks says."""
     try:
         return json.loads(b'"' + string + b'"', strict=False)
     except ValueError:

@@ -37,8 +37,8 @@ HAS_REASONING = frozenset({"harmony"})
 """Formats whose grammars describe the reasoning as well, so that no gate has to."""
 MARKED = frozenset({"hermes", "mistral", "glm", "gemma4", "functiongemma", "harmony"})
 """Formats whose calls begin with a token that begins nothing else, so that text ends there."""
-NOT_JSON = frozenset({"glm", "gemma4", "functiongemma"})
-"""Formats whose arguments are not JSON."""
+GEMMA_QUOTES = {"gemma4": '<|"|>', "functiongemma": "<escape>"}
+"""The tokens around strings of Gemma's calls."""
 _MORE = f"{{0,{MAX_CALLS - 1}}}"
 _MAX_THOUGHTS = 16
 """Messages in which a Harmony model thinks before it answers."""
@@ -268,7 +268,9 @@ _FORMATS: Mapping[str, Callable[[Calls, _Markers], list[str]]] = {
     "mistral": _mistral,
     "glm4": _glm4,
     "glm": _glm,
-    "gemma4": _gemma("<|tool_call>", "<tool_call|>", '<|"|>'),
-    "functiongemma": _gemma("<start_function_call>", "<end_function_call>", "<escape>"),
+    "gemma4": _gemma("<|tool_call>", "<tool_call|>", GEMMA_QUOTES["gemma4"]),
+    "functiongemma": _gemma(
+        "<start_function_call>", "<end_function_call>", GEMMA_QUOTES["functiongemma"]
+    ),
     "harmony": _harmony,
 }
