@@ -15,7 +15,7 @@ from typing import Any
 
 from mlxkv.base import device
 from mlxkv.base.units import human_bytes
-from mlxkv.errors import one_line
+from mlxkv.errors import UsageError, one_line
 
 PACKAGES = ("mlx", "mlx-lm", "tokenizers", "huggingface-hub", "gguf", "safetensors")
 LOW_DISK_BYTES = 2 << 30
@@ -42,7 +42,7 @@ def examine() -> list[Finding]:
     from mlxkv import __version__
 
     python = Finding("python", f"{platform.python_version()} ({sys.executable})")
-    folders = [_models_folder(), _kv_folder(), _hub_cache()]
+    folders = [_models_folder(), _kv_folder(), _kv_key(), _hub_cache()]
     return [Finding("mlxkv", __version__), python, _system(), *_mlx(), *folders, *_packages()]
 
 
@@ -164,6 +164,20 @@ def _kv_folder() -> Finding:
         return Finding("kv", f"{folder}, pages not in Time Machine")
     advice = f"tmutil addexclusion '{pages}'"
     return Finding("kv", f"{folder}, pages backed up by Time Machine", "advice", advice)
+
+
+def _kv_key() -> Finding:
+    from mlxkv.base.seal import KEYCHAIN, VARIABLE, seal_of_environment
+
+    chosen = os.environ.get(VARIABLE, "").strip()
+    try:
+        is_on = seal_of_environment().is_on
+    except UsageError as error:
+        return Finding("kv encryption", f"{VARIABLE} is set", "broken", one_line(error))
+    if not is_on:
+        return Finding("kv encryption", f"off ({VARIABLE} is not set)")
+    where = "the keychain" if chosen == KEYCHAIN else VARIABLE
+    return Finding("kv encryption", f"on, AES-256-GCM, key in {where}")
 
 
 def _hub_cache() -> Finding:

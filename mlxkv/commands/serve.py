@@ -124,12 +124,14 @@ def serve(
         aliases=names,
         context=context,
     )
+    from mlxkv.base.seal import seal_of_environment
     from mlxkv.base.units import parse_bytes
     from mlxkv.engine.engine import ThreadedEngine
     from mlxkv.store.outgoing import only_public
     from mlxkv.store.settings import COMMAND_LINE, Given
 
     only_public(pull_hosts or ())
+    seal_of_environment()  # a bad key ends the command, not a request
     engine = ThreadedEngine(
         memory=parse_bytes(memory or os.environ.get("MLXKV_MEMORY")),
         dtype=dtype,

@@ -38,7 +38,7 @@ class PageDisk:
 
     def __init__(self, files: PageFiles, kinds: Kinds, dtype: str):
         self.files = files
-        self.shared = SharedFile(files.folder, files.fingerprint[:32])
+        self.shared = SharedFile(files.folder, files.at.model, files.at.seal)
         self.dtype = dtype
         self._kinds = kinds
 

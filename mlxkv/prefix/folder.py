@@ -23,6 +23,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mlxkv.base import durable, time_machine
+from mlxkv.base.seal import HEAD_BYTES, MAGIC, first_bytes, sealed_bytes
 from mlxkv.prefix.eviction import (
     SHARED_PART,
     SLACK_BYTES,
@@ -296,7 +297,7 @@ class Folder:
 
 
 def read_page(path: str, *, header_only: bool = False) -> bytes:
-    """A page's file, or its first 8 bytes and its header; b"" for a file that cannot be a page.
+    """A page's file, or what of it has its header; b"" for a file that cannot be a page.
 
     Raises:
         OSError: there is no such file, or it cannot be opened.
@@ -317,6 +318,10 @@ def read_page(path: str, *, header_only: bool = False) -> bytes:
             if not header_only:
                 return file.readall()
             start = file.read(8)
+            if start == MAGIC:
+                head = start + file.read(HEAD_BYTES - 8)
+                n_first = min(first_bytes(head), MAX_HEADER_BYTES)
+                return head + file.read(sealed_bytes(n_first))
             length = int.from_bytes(start, "little")
             return start + file.read(length) if length <= MAX_HEADER_BYTES else b""
         except OSError:

@@ -9,6 +9,7 @@ from typing import Protocol
 import mlx.core as mx
 
 from mlxkv.base.paths import kv_dir
+from mlxkv.base.seal import seal_of_environment
 from mlxkv.kv.types import STEP, CacheSpec
 from mlxkv.prefix.disk import PageDisk
 from mlxkv.prefix.eviction import check_cap
@@ -60,10 +61,11 @@ def open_pages(
         owner: only requests of this owner share the pages; empty: all requests.
 
     Raises:
-        UsageError: MLXKV_KV_DISK is not a size.
+        UsageError: MLXKV_KV_DISK is not a size, or MLXKV_KV_KEY no key.
     """
     kinds = Kinds.of(model.cache_specs())
     check_cap()
+    seal_of_environment()  # a bad key is an error before anything is computed
     if kinds is None:
         return None
     dtype = str(model.compute_dtype).rpartition(".")[2]

@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 
+from mlxkv.base.seal import Seal
 from mlxkv.kv.types import STEP
 from mlxkv.prefix.eviction import SHARED_PART, SMALLEST_CAP_BYTES
 from mlxkv.prefix.folder import SHARED_FILE, Folder
@@ -76,10 +77,11 @@ class SharedFile:
     Args:
         folder: of all models' pages.
         model: the model's folder in it.
+        seal: how the folder's files are written.
     """
 
-    def __init__(self, folder: Folder, model: str):
-        self._folder, self._model = folder, model
+    def __init__(self, folder: Folder, model: str, seal: Seal):
+        self._folder, self._model, self._seal = folder, model, seal
         self._pending: dict[str, str] = {}
         self._noted: dict[str, str] = {}
 
@@ -90,7 +92,8 @@ class SharedFile:
             parents: of each whole page on disk, the page before it.
         """
         self._noted = self._folder.shared(self._model)
-        chains = {name: chain_to(last, parents) for name, last in self._noted.items()}
+        unmasked = self._seal.unmasked
+        chains = {name: chain_to(unmasked(last), parents) for name, last in self._noted.items()}
         return {name: links for name, links in chains.items() if links}
 
     def write(self, chains: Mapping[str, Sequence[Link]], wait_s: float = 0.0) -> None:
@@ -100,7 +103,7 @@ class SharedFile:
             chains: the latest last.
             wait_s: how long to wait for it.
         """
-        ends = {name: links[-1].name for name, links in chains.items()}
+        ends = {name: self._seal.masked(links[-1].name) for name, links in chains.items()}
         self._pending |= {name: end for name, end in ends.items() if self._noted.get(name) != end}
         if not self._pending or self._folder.limits.cap_bytes < SMALLEST_CAP_BYTES:
             return

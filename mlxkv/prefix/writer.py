@@ -22,27 +22,25 @@ from pathlib import Path
 
 from mlxkv.base.durable import sync_path
 from mlxkv.base.faults import log_fault
+from mlxkv.base.seal import seal_of_environment, sealed_bytes
 from mlxkv.prefix.eviction import (
     SMALLEST_CAP_BYTES,
     DiskLimits,
     DiskUsage,
     Room,
-    Stored,
     reserved_bytes,
 )
-from mlxkv.prefix.folder import Folder, read_page
+from mlxkv.prefix.folder import Folder
 from mlxkv.prefix.format import (
     FORMAT_VERSION,
     ROOT,
     DamagedPage,
     PageFile,
     PageKey,
-    decode,
-    decode_tokens,
-    encode,
     page_name,
 )
 from mlxkv.prefix.index import PageIndex
+from mlxkv.prefix.model_files import ModelFiles
 
 __all__ = ["FORMAT_VERSION", "ROOT", "DiskLimits", "DiskUsage", "PageFile", "PageFiles", "PageKey",
            "page_name"]  # fmt: skip
@@ -63,7 +61,7 @@ class _Queued:
 
     @property
     def reserved_bytes(self) -> int:
-        return reserved_bytes(self.page.bound_bytes)
+        return reserved_bytes(sealed_bytes(self.page.bound_bytes))
 
 
 @dataclass(slots=True)
@@ -91,14 +89,16 @@ class PageFiles:
         fingerprint: see `fingerprint.fingerprint`.
         limits: of the folder.
         window_pages: pages before a leaf or branch whose window part is needed to resume there.
+
+    Attributes:
+        at: where the files lie.
     """
 
     def __init__(self, root: Path, fingerprint: str, limits: DiskLimits, *, window_pages: int = 0):
         self.fingerprint = fingerprint
         self.window_pages = window_pages
         self.folder = Folder(root, limits)
-        self._model = fingerprint[:32]
-        self._path = f"{self.folder.pages / self._model}{os.sep}"
+        self.at = ModelFiles(self.folder, fingerprint, seal_of_environment())
         self._index = PageIndex()
         self._waiting: dict[PageKey, PageFile] = {}
         self._queue: deque[_Queued] = deque()
@@ -116,17 +116,15 @@ class PageFiles:
         if self.folder.limits.cap_bytes >= SMALLEST_CAP_BYTES:
             with suppress(OSError), self.folder.locked(0):
                 pass
-        with suppress(OSError), os.scandir(self._path) as entries:
-            for entry in entries:
-                if key := PageKey.parse(entry.name):
-                    self._index.add(key)
+        for key in self.at.present():
+            self._index.add(key)
 
     def __contains__(self, key: PageKey) -> bool:
         with self._changed:
             if key in self._index:
                 return True
         try:
-            os.stat(self._path + key.file_name)  # noqa: PTH116
+            os.stat(self.at.path(key))  # noqa: PTH116
         except OSError:
             return False
         with self._changed:
@@ -148,7 +146,7 @@ class PageFiles:
         if data is None:
             return None
         try:
-            return decode_tokens(data[8:], key)
+            return self.at.decode_tokens(data, key)
         except DamagedPage:
             self.remove(key)
             return None
@@ -168,19 +166,15 @@ class PageFiles:
         if data is None:
             return None
         try:
-            page, fingerprint = decode(data, key)
+            return self.at.decode(data, key)
         except DamagedPage:
             self.remove(key)
             return None
-        if fingerprint != self.fingerprint:
-            self.remove(key)
-            return None
-        return page
 
     def remove(self, key: PageKey) -> None:
         """Delete one page's file."""
         with suppress(OSError):
-            os.unlink(self._path + key.file_name)  # noqa: PTH108
+            os.unlink(self.at.path(key))  # noqa: PTH108
         with self._changed:
             self._index.discard(key)
 
@@ -191,7 +185,7 @@ class PageFiles:
         now = time.time_ns()
         for key in here:
             with suppress(OSError):
-                os.utime(self._path + key.file_name, ns=(now, now))
+                os.utime(self.at.path(key), ns=(now, now))
 
     def write(self, pages: Iterable[PageFile], *, keep: bool = False, wait: bool = False) -> int:
         """Queue pages for the background, trunk first.
@@ -238,7 +232,7 @@ class PageFiles:
 
     def own_bytes(self) -> int:
         """Bytes of the files with this fingerprint."""
-        return sum(x.n_bytes for x in self.folder.scan().pages if x.model == self._model)
+        return sum(x.n_bytes for x in self.folder.scan().pages if x.model == self.at.model)
 
     def close(self) -> None:
         """Write the queue and stop."""
@@ -250,7 +244,7 @@ class PageFiles:
     def _bytes(self, key: PageKey, *, header_only: bool = False) -> bytes | None:
         """A file's bytes; None if it is missing or cannot be opened."""
         try:
-            return read_page(self._path + key.file_name, header_only=header_only)
+            return self.at.read(key, header_only=header_only)
         except FileNotFoundError:
             with self._changed:
                 self._index.discard(key)
@@ -344,25 +338,25 @@ class PageFiles:
             outcome.reason = f"disk: {error.strerror}"
 
     def _write_locked(self, batch: Sequence[_Queued], outcome: _Outcome) -> None:
-        folder = self.folder.open_model(self._model, self.window_pages)
+        folder = self.folder.open_model(self.at.model, self.window_pages)
         wanted = [
-            Stored(self._model, item.page.key, item.reserved_bytes, time.time_ns())
-            for item in batch
+            self.at.stored(item.page.key, item.reserved_bytes, time.time_ns()) for item in batch
         ]
         scan, room = self.folder.room(wanted)
-        here = {page.key for page in scan.pages if page.model == self._model}
+        here = {self.at.meant(page.key) for page in scan.pages if page.model == self.at.model}
         here -= {x.page.key for x in batch if x.keep and not self._is_synced(x.page.key)}
         outcome.written |= here & {item.page.key for item in batch}
         accepted = self._decide([x for x in batch if x.page.key not in here], room, outcome)
-        outcome.evicted += [page.key for page in room.evicted if page.model == self._model]
+        gone = (page.key for page in room.evicted if page.model == self.at.model)
+        outcome.evicted += map(self.at.meant, gone)
         self.folder.evict(room.evicted)
         if accepted:
             self.folder.charge(room.written_bytes)
         for item in accepted:
-            data = encode(item.page, self.fingerprint)
+            data = self.at.encode(item.page)
             assert reserved_bytes(len(data)) <= item.reserved_bytes
             sync = os.fsync if item.keep else None  # to the drive; `sync_names` empties its cache
-            self.folder.put(folder / item.page.key.file_name, data, sync=sync)
+            self.folder.put(Path(self.at.path(item.page.key)), data, sync=sync)
             outcome.written.add(item.page.key)
         if any(item.keep for item in batch):
             self.folder.sync_names(folder)
@@ -370,12 +364,11 @@ class PageFiles:
     def _is_synced(self, key: PageKey) -> bool:
         """Whether a page to be kept is on disk, complete, and synced."""
         try:
-            path = self._path + key.file_name
-            _, fingerprint = decode(read_page(path), key)
-            sync_path(Path(path), through=False)  # `sync_names` follows
+            self.at.decode(self.at.read(key), key)
+            sync_path(Path(self.at.path(key)), through=False)  # `sync_names` follows
         except (DamagedPage, OSError):
             return False
-        return fingerprint == self.fingerprint
+        return True
 
     def _decide(self, items: Iterable[_Queued], room: Room, outcome: _Outcome) -> list[_Queued]:
         """The pages of a batch to write: a page is of no use without those before it."""

@@ -11,11 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlxkv.base import regular
+from mlxkv.base.seal import MAGIC, Seal, seal_of_environment
 from mlxkv.prefix.eviction import DiskLimits, allocated_bytes
 from mlxkv.prefix.folder import Folder, read_page
 from mlxkv.prefix.format import DamagedPage, PageKey, decode
-from mlxkv.saved_kv.manifest import MANIFEST_VERSION, NamedKV
+from mlxkv.prefix.model_files import decode_sealed, meant
+from mlxkv.saved_kv.manifest import MANIFEST_VERSION
 from mlxkv.saved_kv.registry import KVNames
+from mlxkv.saved_kv.sealed import SEALED_VERSION, OtherKeyError, decode_manifest
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +52,10 @@ def gc(root: Path, limits: DiskLimits | None = None) -> GcReport:
         OutputError: the folder cannot be written.
     """
     names = KVNames(root, limits)
-    folder = names._folder
+    folder, seal = names._folder, seal_of_environment()
     if not root.is_dir():
         return GcReport()
-    damaged = [*_damaged_manifests(folder), *_damaged_pages(folder)]
+    damaged = [*_damaged_manifests(folder, seal), *_damaged_pages(folder, seal)]
     damaged_bytes = sum(_remove(path) for path in damaged)
     with names._writing():
         _, room = folder.room()
@@ -71,12 +74,14 @@ def gc(root: Path, limits: DiskLimits | None = None) -> GcReport:
     )
 
 
-def _damaged_manifests(folder: Folder) -> Iterator[Path]:
+def _damaged_manifests(folder: Folder, seal: Seal) -> Iterator[Path]:
     for path in folder.names.glob("*.json"):
         with suppress(OSError):
             data = regular.read_bytes(path)
             try:
-                NamedKV.from_json(data)
+                decode_manifest(data, path.stem, seal)
+            except OtherKeyError:
+                continue
             except ValueError:
                 if not _is_newer(data):
                     yield path
@@ -85,28 +90,35 @@ def _damaged_manifests(folder: Folder) -> Iterator[Path]:
 def _is_newer(manifest: bytes) -> bool:
     """Whether a later mlxkv wrote it: it is not damaged then."""
     try:
-        return json.loads(manifest)["version"] > MANIFEST_VERSION
+        return json.loads(manifest)["version"] > max(MANIFEST_VERSION, SEALED_VERSION)
     except (ValueError, KeyError, TypeError, RecursionError):
         return False
 
 
-def _damaged_pages(folder: Folder) -> list[Path]:
+def _damaged_pages(folder: Folder, seal: Seal) -> list[Path]:
     paths = list(folder.pages.glob("*/*.safetensors"))
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        return [path for path, bad in zip(paths, pool.map(_is_damaged, paths), strict=True) if bad]
+        found = pool.map(lambda path: _is_damaged(path, seal), paths)
+        return [path for path, bad in zip(paths, found, strict=True) if bad]
 
 
-def _is_damaged(path: Path) -> bool:
-    key = PageKey.parse(path.name)
+def _is_damaged(path: Path, seal: Seal) -> bool:
+    """Whether a file is no page; pages of another key are not known to be damaged."""
+    key, model = PageKey.parse(path.name), path.parent.name
     if key is None:
         return True
     try:
-        _, fingerprint = decode(read_page(str(path)), key)
+        data = read_page(str(path))
+        if seal.is_foreign(data):
+            return False
+        if not data.startswith(MAGIC):
+            return decode(data, key)[1][:32] != model
+        fingerprint = decode_sealed(seal, data, meant(seal, key), model)[1]
     except DamagedPage:
         return True
     except OSError:
         return False
-    return fingerprint[:32] != path.parent.name
+    return seal.fingerprint(fingerprint)[:32] != model
 
 
 def _remove(path: Path) -> int:

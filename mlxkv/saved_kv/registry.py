@@ -17,13 +17,16 @@ from pathlib import Path
 from mlxkv.base import durable, regular
 from mlxkv.base.disk import check_space
 from mlxkv.base.paths import is_listed
+from mlxkv.base.seal import VARIABLE, seal_of_environment
 from mlxkv.errors import CheckpointError, OutputError, UsageError
-from mlxkv.prefix.eviction import DiskLimits, Stored, reserved_bytes
+from mlxkv.prefix.eviction import DiskLimits, reserved_bytes
 from mlxkv.prefix.folder import Folder
 from mlxkv.prefix.format import PageFile, PageKey
+from mlxkv.prefix.model_files import ModelFiles
 from mlxkv.prefix.writer import PageFiles
 from mlxkv.saved_kv.archive import open_archive, write_archive
 from mlxkv.saved_kv.manifest import MAX_NAME, NamedKV, is_name
+from mlxkv.saved_kv.sealed import OtherKeyError, decode_manifest, encode_manifest, quarantine_of
 
 _LOCK_WAIT_S = 30.0
 
@@ -43,6 +46,7 @@ class KVNames:
         self.root = root
         self.limits = limits or DiskLimits.for_folder(root)
         self._folder = Folder(root, self.limits)
+        self._seal = seal_of_environment()
 
     def save(self, named: NamedKV, *, replace: bool = False) -> None:
         """Give a prompt's pages a name.
@@ -59,10 +63,10 @@ class KVNames:
         self._check_on()
         if not replace:
             self._check_free(named.name)
-        data = named.to_json()
+        data = encode_manifest(named, self._seal)
         with self._writing():
             self.check_spelling(named.name)
-            wanted = [Stored(named.pages_fingerprint[:32], key, 0, 0) for key in named.keys]
+            wanted = [self._at(named).stored(key, 0, 0) for key in named.keys]
             _, room = self._folder.room(wanted)
             if reason := room.take(reserved_bytes(len(data)), keep=True):
                 raise OutputError(
@@ -82,9 +86,14 @@ class KVNames:
         """
         path = self._existing(name)
         try:
-            return NamedKV.from_json(regular.read_bytes(path))
+            return decode_manifest(regular.read_bytes(path), name, self._seal)
         except FileNotFoundError:
             raise self._unknown(name) from None
+        except OtherKeyError:
+            raise UsageError(
+                f"{name!r} is encrypted with another key: set {VARIABLE} to the one it was saved "
+                f"with, or `mlxkv kv rm {name}` and save it again"
+            ) from None
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
         except ValueError as error:
@@ -97,8 +106,20 @@ class KVNames:
         found = []
         for path in sorted(self._folder.names.glob("*.json")):
             with suppress(OSError, ValueError):
-                found.append(NamedKV.from_json(regular.read_bytes(path)))
+                found.append(decode_manifest(regular.read_bytes(path), path.stem, self._seal))
         return found
+
+    def n_locked(self) -> int:
+        """Names that are encrypted with another key."""
+        n = 0
+        for path in self._folder.names.glob("*.json"):
+            try:
+                decode_manifest(regular.read_bytes(path), path.stem, self._seal)
+            except OtherKeyError:
+                n += 1
+            except (OSError, ValueError):
+                pass
+        return n
 
     def remove(self, name: str) -> None:
         """Forget a name; its pages stay until they are evicted, but for those of an import that
@@ -109,8 +130,8 @@ class KVNames:
             OutputError: it cannot be removed.
         """
         path, quarantine = self._existing(name), ""
-        with suppress(OSError, ValueError):
-            quarantine = NamedKV.from_json(path.read_bytes()).quarantine
+        with suppress(OSError):
+            quarantine = quarantine_of(regular.read_bytes(path))
         try:
             path.unlink()
         except FileNotFoundError:
@@ -118,7 +139,7 @@ class KVNames:
         except OSError as error:
             raise OutputError(f"{self._path(name)}: {error.strerror}") from error
         if quarantine:
-            self._drop(quarantine)
+            self._drop_folder(quarantine)
 
     def trust(self, named: NamedKV, files: PageFiles | None = None) -> NamedKV:
         """Let the pages of an import serve every prompt that begins like its text.
@@ -146,8 +167,14 @@ class KVNames:
         return trusted
 
     def _drop(self, quarantine: str) -> None:
+        self._drop_folder(self._seal.fingerprint(quarantine)[:32])
+
+    def _drop_folder(self, model: str) -> None:
         with suppress(OutputError), self._writing():
-            self._folder.drop_model(quarantine[:32])
+            self._folder.drop_model(model)
+
+    def _at(self, named: NamedKV) -> ModelFiles:
+        return ModelFiles(self._folder, named.pages_fingerprint, self._seal)
 
     def pin(self, name: str) -> None:
         """Never evict a name's pages. Raises as `load` and `save` do."""
@@ -188,11 +215,7 @@ class KVNames:
 
     def nbytes(self, named: NamedKV) -> int:
         """Bytes of a name's files."""
-        folder, sizes = self._folder.pages / named.pages_fingerprint[:32], []
-        for key in named.keys:
-            with suppress(OSError):
-                sizes.append((folder / key.file_name).stat().st_size)
-        return sum(sizes)
+        return sum(map(self._at(named).nbytes, named.keys))
 
     def export(self, name: str, file: Path) -> None:
         """Write a name and its pages into one file, checked.

@@ -17,6 +17,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from mlxkv.base.seal import seal_of_environment
 from mlxkv.engine.messages import ClientCounts, Counts, Engine
 from mlxkv.server.config import ServerConfig
 from mlxkv.server.requests import whose_figures
@@ -166,6 +167,7 @@ def _shown(engine: Engine, owner: str, whose: str | None) -> dict[str, Any]:
         "queued": stats.queued,
         "rejected": stats.rejected,
         "memory": stats.memory,
+        "kv_encrypted": seal_of_environment().is_on,
         "models": {
             name: {"counts": dataclasses.asdict(counts), "loaded": loaded.get(name)}
             for name, counts in stats.models.items()

@@ -6,6 +6,7 @@ import datetime
 import textwrap
 from typing import Any
 
+from mlxkv.base.seal import VARIABLE
 from mlxkv.base.units import human_bytes
 from mlxkv.generation.kv_check import KVReport
 from mlxkv.prefix.folder import Folder
@@ -24,6 +25,7 @@ def summary_dict(names: KVNames) -> dict[str, Any]:
     scan = folder.scan()
     return {
         "names": [card_dict(names, saved) for saved in names.list()],
+        "locked_names": names.n_locked(),
         "folder": str(names.root),
         "bytes": scan.n_bytes,
         "pages": len(scan.pages),
@@ -55,6 +57,8 @@ def summary_text(names: KVNames) -> str:
         "written today"
     )
     listed = table(header, rows, right=("TOKENS", "SIZE")) if rows else "nothing is saved yet"
+    if locked := about["locked_names"]:
+        total += f"\n{locked:,} more are encrypted with another key ({VARIABLE})"
     return f"{listed}\n\n{total}"
 
 

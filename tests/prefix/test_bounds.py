@@ -278,7 +278,7 @@ def test_a_writer_goes_on_behind_what_it_cannot_write(root, monkeypatch, caplog)
         raise BaseException("a mistake of ours")
 
     with monkeypatch.context() as patch:
-        patch.setattr(page_files, "encode", fail)
+        patch.setattr(page_files.ModelFiles, "encode", fail)
         files.write(chain(1, 2))
         files.flush()
     assert "a mistake of ours" in caplog.text, "the mistake is not hidden"

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxkv.base import regular
+from mlxkv.base.seal import seal_of_environment
 from mlxkv.server.agents.state import Block, History
 from mlxkv.server.agents.volatile import Piece
 
@@ -27,6 +28,7 @@ EVERY_S = 10.0
 """The file is written this often at most, and at the end."""
 _VERSION = 1
 _ALTERNATIVES = 4
+_PLACE = "agent-prompts"
 
 
 class StateMemory:
@@ -41,6 +43,7 @@ class StateMemory:
         self._file, self._clock = file, clock
         self._histories: OrderedDict[str, tuple[History, ...]] = OrderedDict()
         self._n_chars = 0
+        self._seal = seal_of_environment()
         self._changed, self._written_at = False, clock()
         if file is not None:
             self._read(file)
@@ -70,8 +73,8 @@ class StateMemory:
         with contextlib.suppress(OSError):
             self._file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(self._as_json(), file)
+            with os.fdopen(handle, "wb") as file:
+                file.write(self._seal.seal(json.dumps(self._as_json()).encode(), _PLACE))
             temporary.rename(self._file)
             self._changed = False
 
@@ -99,7 +102,7 @@ class StateMemory:
 
     def _read(self, path: Path) -> None:
         try:
-            raw = json.loads(regular.read_bytes(path))
+            raw = json.loads(self._seal.unseal(regular.read_bytes(path), _PLACE))
             if raw["version"] != _VERSION:
                 return
             texts = raw["texts"]
