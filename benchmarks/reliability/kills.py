@@ -17,6 +17,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from benchmarks.compare import ROOT
 from benchmarks.reliability.kill_targets import TARGETS, Target
@@ -71,7 +72,7 @@ def attack(name: str, target: Target, n_kills: int, rng: random.Random) -> Tally
     return tally
 
 
-def markdown(written: dict) -> str:
+def markdown(written: dict[str, Any]) -> str:
     """A table with the machine above it."""
     lines = [
         f"kill -9 at a random moment of each command, {written['about']['commit'][:12]}, "
@@ -98,19 +99,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, required=True, help="NAME or NAME.json")
     args = parser.parse_args(argv)
     names = args.only or list(TARGETS)
-    rng, tallies = random.Random(args.seed), []
+    rng, tallies, written = random.Random(args.seed), list[Tally](), dict[str, Any]()
     for name in names:
         with tempfile.TemporaryDirectory() as home:
             target = TARGETS[name](Path(home))
             tallies.append(attack(name, target, args.kills // len(names), rng))
+        written = {
+            "about": about(ROOT, "benchmarks.reliability.kills"),
+            "seed": args.seed,
+            "tallies": [asdict(tally) for tally in tallies],
+        }
+        args.output.with_suffix(".json").write_text(json.dumps(written, indent=1) + "\n")
+        args.output.with_suffix(".md").write_text(markdown(written))
         print(f"{name}: {asdict(tallies[-1])}", file=sys.stderr, flush=True)
-    written = {
-        "about": about(ROOT, "benchmarks.reliability.kills"),
-        "seed": args.seed,
-        "tallies": [asdict(tally) for tally in tallies],
-    }
-    args.output.with_suffix(".json").write_text(json.dumps(written, indent=1) + "\n")
-    args.output.with_suffix(".md").write_text(markdown(written))
     print(markdown(written))
     return int(any(tally.wrong for tally in tallies))
 
