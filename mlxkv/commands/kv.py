@@ -143,15 +143,33 @@ def gc() -> None:
 def export(
     name: Name,
     file: Annotated[str, typer.Argument(metavar="FILE", help="The file to write.")],
+    sign: Annotated[
+        str | None, typer.Option(metavar="KEYFILE", help="Sign it, in FILE.sig; see `kv keygen`.")
+    ] = None,
 ) -> None:
     """Write a name and its KV into one file."""
     from pathlib import Path
 
     from mlxkv.base.units import human_bytes
+    from mlxkv.saved_kv import signature
 
     path = Path(file)
+    key = None if sign is None else signature.private_key(Path(sign))
     _names().export(name, path)
-    print(f"{path}: {human_bytes(path.stat().st_size)}")
+    signed = "" if key is None else f", signed in {signature.sign(path, key)}"
+    print(f"{path}: {human_bytes(path.stat().st_size)}{signed}")
+
+
+@app.command()
+def keygen(
+    file: Annotated[str, typer.Argument(metavar="KEYFILE", help="The private key's file.")],
+) -> None:
+    """Make a key to sign exports with; KEYFILE.pub is for those who import them."""
+    from pathlib import Path
+
+    from mlxkv.saved_kv.signature import make_keys
+
+    print(f"keep {file} to yourself; give {make_keys(Path(file))} to those who import")
 
 
 @app.command("import")
@@ -164,16 +182,21 @@ def import_(
     check: Annotated[
         bool, typer.Option("--verify", help="Compute the first, the last and two other pages now.")
     ] = False,
+    trust: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PUBKEY", help="Trust what this key has signed; may be repeated."),
+    ] = None,
 ) -> None:
     """Import a name and its KV from a file, if it belongs to the model on this machine.
 
-    Its KV serves no other prompts until a part of it was computed here and is the same.
+    Its KV serves no prompts until a part of it was computed here and is the same, or a key that
+    `--trust` names has signed it.
     """
     from pathlib import Path
 
     from mlxkv.llm.imported_kv import import_file
 
-    saved = import_file(Path(file), name, model)
+    saved = import_file(Path(file), name, model, [Path(key) for key in trust or ()])
     print(f"imported {saved.name}: {saved.n_tokens:,} tokens of {saved.model}", file=sys.stdout)
     if check:
         _verify(saved.name, model, memory=None, sample=True)

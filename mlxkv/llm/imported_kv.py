@@ -5,7 +5,7 @@ Until then its pages lie apart and serve no prompt.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import mlx.core as mx
@@ -26,17 +26,24 @@ from mlxkv.saved_kv.archive import open_archive
 from mlxkv.saved_kv.checks import TensorShape, check_page, check_text
 from mlxkv.saved_kv.manifest import NamedKV
 from mlxkv.saved_kv.registry import KVNames
+from mlxkv.saved_kv.signature import check_signature
 from mlxkv.store.resolve import resolve
 from mlxkv.text.tokenizer import Tokenizer
 
 
-def import_file(file: Path, name: str | None = None, model: str | None = None) -> NamedKV:
+def import_file(
+    file: Path,
+    name: str | None = None,
+    model: str | None = None,
+    trust: Sequence[Path] = (),
+) -> NamedKV:
     """Import saved KV and check all that can be checked without the model's weights.
 
     Args:
         file: from `mlxkv kv export`.
         name: to save it under, instead of its own.
         model: that it must belong to; None for the one it names.
+        trust: files of public keys, one of which must have signed it: it is trusted at once.
 
     Raises:
         UsageError: no such file, or the name is taken.
@@ -44,6 +51,8 @@ def import_file(file: Path, name: str | None = None, model: str | None = None) -
         CheckpointError: the file or the model is damaged, or what it holds is no KV of the model.
         OutputError: there is no room for it.
     """
+    if trust:
+        check_signature(file, trust)
     try:
         with open_archive(file) as (named, _):
             path = resolve(model or named.model, fetch=False)
@@ -56,7 +65,9 @@ def import_file(file: Path, name: str | None = None, model: str | None = None) -
         shapes = _shapes(path, named)
         return lambda page: check_page(page, shapes[page.key.part])
 
-    return KVNames(kv_dir()).import_(file, name=name, fingerprint=wanted, check=check)
+    return KVNames(kv_dir()).import_(
+        file, name=name, fingerprint=wanted, check=check, trusted=bool(trust)
+    )
 
 
 def _shapes(path: Path, named: NamedKV) -> dict[str, dict[str, TensorShape]]:

@@ -94,3 +94,15 @@ def test_pages_that_time_machine_backs_up_are_named(mac, monkeypatch, tmp_path, 
     found = doctor._kv_folder()
     assert found.state == state and str(tmp_path) in found.value
     assert excluded or found.advice == f"tmutil addexclusion '{tmp_path}/pages'"
+
+
+def test_it_says_whether_kv_is_encrypted_and_what_is_wrong_with_a_key(monkeypatch):
+    for key, value, state in (
+        ("", "off (MLXKV_KV_KEY is not set)", "ok"),
+        ("1f" * 32, "on, AES-256-GCM, key in MLXKV_KV_KEY", "ok"),
+        ("secret", "MLXKV_KV_KEY is set", "broken"),
+    ):
+        monkeypatch.setenv("MLXKV_KV_KEY", key)
+        (found,) = [x for x in doctor.examine() if x.name == "kv encryption"]
+        assert (found.value, found.state) == (value, state)
+        assert "secret" not in found.advice

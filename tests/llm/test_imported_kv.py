@@ -9,13 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mlxkv.errors import CheckpointError
+from mlxkv.errors import CheckpointError, UsageError
 from mlxkv.llm.imported_kv import import_file
 from mlxkv.llm.llm import LLM, load
 from mlxkv.prefix.format import PageFile
 from mlxkv.saved_kv.archive import open_archive, write_archive
 from mlxkv.saved_kv.manifest import NamedKV
 from mlxkv.saved_kv.registry import KVNames
+from mlxkv.saved_kv.signature import make_keys, private_key, sign
 from tests.support.command_line import chat_model
 
 TEXT = "The weir was built in 1874 of granite from the upper quarry, and mended twice. " * 14
@@ -210,3 +211,52 @@ def test_a_text_or_message_that_is_not_that_of_the_tokens_is_refused(models, her
         )
     import_file(here / "talk.kv", model=str(llm.path))
     llm.close()
+
+
+def test_an_import_that_a_trusted_key_has_signed_serves_at_once(models, here):
+    llm = load(models / "llama")
+    file = exported(llm, here)
+    make_keys(here / "key")
+    with pytest.raises(CheckpointError, match="no signature"):
+        import_file(file, model=str(llm.path), trust=[here / "key.pub"])
+    sign(file, private_key(here / "key"))
+    import_file(file, model=str(llm.path), trust=[here / "key.pub"])
+    assert restored(llm, TEXT[:768] + "?") == 768  # a running process finds whole pages
+    llm.close()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_encrypted_kv_is_restored_with_its_key_alone(models, here, monkeypatch, family):
+    def answer(key: str, **options) -> tuple[str, int]:
+        monkeypatch.setenv("MLXKV_KV_KEY", key)
+        llm = load(models / family, kv_type=FAMILIES[family])
+        result = llm.generate(TEXT + "?", max_tokens=4, temperature=0, **options)
+        llm.close()
+        return result.text, result.stats.restored_tokens
+
+    cold = answer("11" * 32)
+    assert cold[1] == 0
+    assert answer("11" * 32) == (cold[0], N)
+    assert answer("22" * 32) == cold  # another key: a miss, and its own pages from then on
+    assert answer("22" * 32) == answer("11" * 32) == (cold[0], N)
+    assert answer("") == cold
+
+
+def test_an_encrypted_name_needs_its_key(models, here, monkeypatch):
+    monkeypatch.setenv("MLXKV_KV_KEY", "11" * 32)
+    llm = load(models / "llama")
+    llm.save_kv("own", TEXT)
+    whole = llm.generate("?", kv_from="own", max_tokens=4, temperature=0)
+    assert whole.stats.restored_tokens == N and llm.verify_kv("own").passed
+    llm.close()
+    monkeypatch.delenv("MLXKV_KV_KEY")
+    llm = load(models / "llama")
+    with pytest.raises(UsageError, match="'own' is encrypted with another key: set MLXKV_KV_KEY"):
+        llm.generate("?", kv_from="own", max_tokens=4)
+    llm.close()
+
+
+def test_a_key_that_is_none_ends_the_load(models, here, monkeypatch):
+    monkeypatch.setenv("MLXKV_KV_KEY", "secret")
+    with pytest.raises(UsageError, match="MLXKV_KV_KEY must be 32 random bytes"):
+        load(models / "llama")
