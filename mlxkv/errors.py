@@ -117,13 +117,15 @@ class ContextExceeded(UsageError):
     Args:
         n_tokens: length of the prompt.
         context: tokens that the model can attend to.
+        at_least: whether the prompt may be longer: a very long one is not counted to its end.
     """
 
-    def __init__(self, n_tokens: int, context: int):
+    def __init__(self, n_tokens: int, context: int, at_least: bool = False):
         self.n_tokens, self.context = n_tokens, context
+        least = "at least " if at_least else ""
         super().__init__(
-            f"the prompt has {n_tokens:,} tokens and the context is {context:,}: shorten it by "
-            f"{n_tokens - context + 1:,}, or have it cut",
+            f"the prompt has {least}{n_tokens:,} tokens and the context is {context:,}: shorten it "
+            f"by {least}{n_tokens - context + 1:,}, or have it cut",
             hints=(Hint("truncate", True), Hint("overflow", "shift")),
         )
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from mlxkv.chat.interrupt import check_point
 from mlxkv.chat.rendered import Rendered, Span
 
 Message = Mapping[str, Any]
@@ -31,6 +32,8 @@ _HTML = re.compile(
     r"</?(a|b|blockquote|br|caption|code|em|h[1-6]|i|img|li|ol|p|s|strong|sub|sup|table|tbody|td|"
     r"tfoot|th|thead|tr|u|ul)>"
 )
+WINDOW = 1 << 18
+"""Characters that are searched at a time."""
 # Noncharacters: Unicode sets them apart for use inside a program.
 _MARKS = tuple(map(chr, range(0xFDD0, 0xFDF0)))
 
@@ -119,7 +122,7 @@ class Controls:
 
     def _spelled(self, value: Any) -> bool:
         assert self._any is not None
-        return any(self._any.search(text) for text in _texts(value))
+        return any(next(_spans(self._any, text), None) for text in _texts(value))
 
     def _message(self, message: Any, mark: str) -> Any:
         if not isinstance(message, Mapping):
@@ -184,10 +187,15 @@ def _mapped(value: Any, pattern: re.Pattern[str] | None, mark: str) -> Any:
 
 def _spans(pattern: re.Pattern[str], text: str) -> Iterator[Span]:
     """Where a pattern matches, from each character on: matches may overlap."""
+    longest = len(pattern.pattern)  # it spells all that it finds
     at = 0
-    while found := pattern.search(text, at):
-        yield found.span()
-        at = found.start() + 1
+    for end in range(WINDOW, len(text) + WINDOW, WINDOW):
+        # No search takes longer than one window: it can be ended, and other threads run, between.
+        check_point()
+        while (found := pattern.search(text, at, end + longest)) and found.start() < end:
+            yield found.span()
+            at = found.start() + 1
+        at = max(at, end)
 
 
 def _pattern(texts: Iterable[str]) -> re.Pattern[str] | None:

@@ -32,7 +32,8 @@ from mlxkv.engine.loading import ModelLoads, PendingRequest
 from mlxkv.engine.messages import Ask, Busy, Embeddings, EngineStats, Loaded
 from mlxkv.engine.model_pool import LoadedModel, ModelPool, key_of
 from mlxkv.engine.next_turn import NextTurns
-from mlxkv.engine.prompt import fit_context, prepare
+from mlxkv.engine.preparation import Preparer
+from mlxkv.engine.prompt import make_ready
 from mlxkv.engine.restarts import Deaths, Restarted
 from mlxkv.engine.tasks import Task, quietly
 from mlxkv.errors import InternalError, MlxkvError, UsageError, contained
@@ -73,8 +74,9 @@ class ThreadedEngine:
         next_turns: bool = True,
     ):
         limit_bytes = memory or device.memory_limit()
+        self._preparer = preparer = Preparer(self._wake)
         self._pool = ModelPool(
-            limit_bytes, dtype, given or Given(), keep_alive_s, max_running, next_turns
+            limit_bytes, dtype, given or Given(), keep_alive_s, max_running, next_turns, preparer
         )
         self._busy_at = 0.0
         self._loads = ModelLoads(self._pool)
@@ -172,14 +174,11 @@ class ThreadedEngine:
 
     async def tokenize(self, ask: Ask) -> list[int]:
         """The token ids of a request's prompt."""
-
-        def tokenize(loaded: LoadedModel) -> list[int]:
-            runtime = loaded.scheduler.runtime
-            prepared = prepare(runtime, ask.request, ask.owner)
-            _, tokens = fit_context(runtime, ask.request, prepared)
-            return tokens
-
-        return await self._with_model(ask.model, ask.path, ask.keep_alive_s, tokenize)
+        side = await self._with_model(
+            ask.model, ask.path, ask.keep_alive_s, lambda model: model.scheduler.runtime.text_side()
+        )
+        ready = await self._preparer.awaited(lambda: make_ready(side, ask.request, ask.owner))
+        return ready.tokens
 
     async def embed(self, model: str, texts: Sequence[str]) -> Embeddings:
         """Raises UsageError: mlxkv runs no families that are trained for embeddings."""
@@ -309,12 +308,13 @@ class ThreadedEngine:
         self._loads.cancel_all(_stopped())
         for key in self._pool:
             self._pool.drop(key)
+        self._preparer.close()
 
     def _turn(self) -> None:
         """Run one turn of the loop; sleep first if there is nothing to do."""
         with self._changed:
-            if not (self._has_requests() or self._has_news()):
-                self._changed.wait(self._sleep_s())
+            if not (self._loads or self._pool.has_work or self._has_news()):
+                self._changed.wait(QUIET_S if self._has_requests() else self._sleep_s())
             calls, tasks = list(self._calls), list(self._inbox)
             self._calls.clear()
             self._inbox.clear()

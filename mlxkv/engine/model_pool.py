@@ -23,6 +23,7 @@ from mlxkv.base import device
 from mlxkv.base.faults import log_fault
 from mlxkv.base.units import human_bytes
 from mlxkv.engine.messages import Loaded
+from mlxkv.engine.preparation import Preparer
 from mlxkv.engine.runtime import Runtime
 from mlxkv.engine.scheduler import Scheduler
 from mlxkv.engine.tasks import Decoding, Prefilling, Task
@@ -133,6 +134,7 @@ class ModelPool:
         keep_alive_s: how long a model stays after its last request; negative: for ever.
         max_running: requests of one model that decode at a time.
         next_turns: whether next turns are computed before they are asked for.
+        preparer: prepares the long prompts of all models.
     """
 
     def __init__(
@@ -143,18 +145,25 @@ class ModelPool:
         keep_alive_s: float,
         max_running: int,
         next_turns: bool = False,
+        preparer: Preparer | None = None,
     ):
         allowed = device.process_allows()
         self.limit_bytes = limit_bytes if allowed is None else min(limit_bytes, allowed)
         self._dtype, self._given = dtype, given
         self._keep_alive_s, self._max_running = keep_alive_s, max_running
-        self._next_turns = next_turns
+        self._next_turns, self._preparer = next_turns, preparer
         self._models: dict[str, LoadedModel] = {}
         self._loading_bytes = 0
 
     def find(self, key: str) -> LoadedModel | None:
         """A loaded model."""
         return self._models.get(key)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a model has a step to compute; else all requests are being prepared."""
+        schedulers = [model.scheduler for model in self.models()]
+        return any(each.n_sequences or each.waiting.has_work for each in schedulers)
 
     def models(self) -> list[LoadedModel]:
         """All loaded models."""
@@ -195,6 +204,7 @@ class ModelPool:
             self.share_memory()
             settings = effective(path, self._given)
             runtime = yield from Runtime.loading(path, settings, self._dtype, layout)
+            runtime.preparer = self._preparer
             scheduler = Scheduler(runtime, self._max_running, self._next_turns)
             model = LoadedModel(name, scheduler, card, digest(path), self._keep_alive_s)
         finally:

@@ -24,6 +24,7 @@ from typing import Any, Self
 from mlxkv.chat.template_probe import REASONING
 from mlxkv.engine.messages import Counts
 from mlxkv.engine.policy import Pace
+from mlxkv.engine.preparation import is_long
 from mlxkv.engine.prompt import PROBES, prepare
 from mlxkv.engine.runtime import Runtime
 from mlxkv.engine.tasks import Task, keep_prefix
@@ -43,6 +44,8 @@ MAX_WAITING = 16
 """Answers that wait to be computed; the oldest is forgotten for another."""
 STALL_S = 0.1
 """How long a chunk may delay a new request."""
+MAX_CHARS = 1_000_000
+"""Characters and values of a conversation that is rendered: it delays a new request as well."""
 
 
 @dataclass(eq=False, slots=True)
@@ -75,6 +78,8 @@ class Answered:
             return []
         if prompt[-1].get("role") == "assistant":  # pyright: ignore[reportAttributeAccessIssue]
             return []  # the answer goes on from the last message and is no message of its own
+        if is_long(task.request, MAX_CHARS):
+            return []
         request = replace(task.request, prompt=list(prompt))  # the caller's list may grow
         held, context = session.tokens, generation.bound.context
         forms = reply_forms(request.prompt, reply_message(*generation.reply()))  # pyright: ignore[reportArgumentType]

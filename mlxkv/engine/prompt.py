@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from mlxkv.chat.chat_template import thinking_options
 from mlxkv.chat.prompt_writer import Begun, PromptWriter, is_begun
 from mlxkv.chat.rendered import Rendered
-from mlxkv.engine.runtime import Runtime
+from mlxkv.engine.runtime import Runtime, TextSide
 from mlxkv.engine.tool_choice import choose_masker, without_calls
 from mlxkv.errors import ContextExceeded, Hint, TemplateError, UsageError
 from mlxkv.generation.context_shift import Bound
@@ -23,6 +23,7 @@ from mlxkv.prefix.layout import token_ids
 from mlxkv.sampling.sampler import Sampler
 from mlxkv.saved_kv.manifest import NamedKV
 from mlxkv.store.settings import Settings
+from mlxkv.text.growing import TooManyTokens
 
 if TYPE_CHECKING:
     from mlxkv.sampling.grammar import Masker
@@ -48,14 +49,14 @@ class Head:
     options: Mapping[str, Any] = field(default_factory=dict)
     owner: str = ""
 
-    def n_tokens(self, runtime: Runtime, tokens: Sequence[int]) -> int:
+    def n_tokens(self, runtime: TextSide, tokens: Sequence[int]) -> int:
         """Number of leading tokens that are saved KV, system prompt or beginning-of-text token."""
         n = int(tokens[0] == runtime.tokenizer.bos_token_id)
         if self.saved is not None:
             n = max(n, n_shared(tokens, token_ids(self.saved.tokens)))
         return max(n, self._n_system(runtime, tokens))
 
-    def _n_system(self, runtime: Runtime, tokens: Sequence[int]) -> int:
+    def _n_system(self, runtime: TextSide, tokens: Sequence[int]) -> int:
         """Leading tokens that every prompt with the same system messages shares."""
         if not self.messages:
             return 0
@@ -92,7 +93,7 @@ class Prepared:
         return None if self.rendered is None else self.rendered.text
 
 
-def prepare(runtime: Runtime, request: Request, owner: str = "") -> Prepared:
+def prepare(runtime: TextSide, request: Request, owner: str = "") -> Prepared:
     """Render and encode a request's prompt.
 
     Args:
@@ -103,24 +104,68 @@ def prepare(runtime: Runtime, request: Request, owner: str = "") -> Prepared:
     Raises:
         UsageError: an empty prompt, or an option that such prompts do not have.
         TemplateError: messages, and the model has no chat template or it fails.
+        ContextExceeded: a prompt far past the context, found before all of it was encoded.
     """
+    settings = _settings(runtime, request)
+    most = None if _takes_any_length(request, settings) else settings.context.value
+    try:
+        return _prepared(runtime, request, owner, most)
+    except TooManyTokens as error:
+        assert most is not None
+        n = max(error.n_tokens, most + 1)
+        raise ContextExceeded(n, most, at_least=True) from None
+
+
+def _prepared(runtime: TextSide, request: Request, owner: str, most: int | None) -> Prepared:
     prompt, saved = request.prompt, request.saved
     if not is_messages(prompt):
         if request.think is not None or request.tools:
             raise UsageError("think and tools need messages: a text uses no chat template")
         if request.template_options:
             raise UsageError("needs messages: a text uses no template", field="template_options")
-        return Prepared(_after_saved(runtime, saved, prompt), Head(saved))
+        return Prepared(_after_saved(runtime, saved, prompt, most, owner), Head(saved))
     messages = with_saved(saved, prompt)  # pyright: ignore[reportArgumentType]
     options = template_options(runtime, request)
     head = Head(saved, messages, options, owner)
     if request.go_on and is_begun(messages):
         begun = _writer(runtime, owner).begin(messages, **options)
-        tokens = encode_rendered(runtime, begun.rendered, saved)
+        tokens = encode_rendered(runtime, begun.rendered, saved, most)
         return Prepared(tokens, head, begun.rendered, begun, owner)
     rendered = _writer(runtime, owner).write(messages, **options)
-    tokens = encode_rendered(runtime, rendered, saved)
+    tokens = encode_rendered(runtime, rendered, saved, most)
     return Prepared(tokens, head, rendered, owner=owner)
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """All of an answer that is made of text; none of it uses MLX.
+
+    Args:
+        prepared: its prompt.
+        bound: its context.
+        tokens: of the prompt, cut where the request wants that.
+        reader: of the answer.
+    """
+
+    prepared: Prepared
+    bound: Bound
+    tokens: list[int]
+    reader: AnswerReader
+
+
+def make_ready(runtime: TextSide, request: Request, owner: str = "") -> Ready:
+    """Prepare a request as far as that takes no MLX: on any thread.
+
+    Raises:
+        UsageError, TemplateError: as `prepare`.
+        UsageError, ContextExceeded: as `start`.
+    """
+    return _ready(runtime, request, prepare(runtime, request, owner))
+
+
+def _ready(runtime: TextSide, request: Request, prepared: Prepared) -> Ready:
+    bound, tokens = fit_context(runtime, request, prepared)
+    return Ready(prepared, bound, tokens, _reader(runtime, request, prepared))
 
 
 def start(runtime: Runtime, request: Request, prepared: Prepared, session: Session) -> Generation:
@@ -130,24 +175,32 @@ def start(runtime: Runtime, request: Request, prepared: Prepared, session: Sessi
         UsageError: a setting out of its range, or a shift must keep more than the context allows.
         ContextExceeded: the prompt is longer than the context.
     """
-    bound, tokens = fit_context(runtime, request, prepared)
+    return begin(runtime, request, _ready(runtime, request, prepared), session)
+
+
+def begin(runtime: Runtime, request: Request, ready: Ready, session: Session) -> Generation:
+    """`start` with what is ready.
+
+    Raises:
+        UsageError: a setting out of its range.
+    """
     sampling = request.sampling
     if request.recommended:
         sampling = sampling.merged(runtime.recommended)
     sampling = without_calls(runtime, request, sampling)
     return Generation(
         session,
-        tokens,
+        ready.tokens,
         request,
         Sampler(sampling, runtime.config.vocab_size, runtime.suppressed),
-        _reader(runtime, request, prepared),
-        bound,
+        ready.reader,
+        ready.bound,
         runtime.tokenizer,
-        _masker(runtime, request, prepared),
+        _masker(runtime, request, ready.prepared),
     )
 
 
-def _reader(runtime: Runtime, request: Request, prepared: Prepared) -> AnswerReader:
+def _reader(runtime: TextSide, request: Request, prepared: Prepared) -> AnswerReader:
     """The reader of the answer; one that was begun is read already."""
     tokenizer, begun, parser, recorder = runtime.tokenizer, prepared.begun, None, None
     if prepared.rendered is not None:
@@ -174,7 +227,7 @@ def _masker(runtime: Runtime, request: Request, prepared: Prepared) -> Masker | 
     return masker
 
 
-def render(runtime: Runtime, messages: Sequence[Message], **options: Any) -> Rendered:
+def render(runtime: TextSide, messages: Sequence[Message], **options: Any) -> Rendered:
     """Render a conversation, up to where the next answer begins.
 
     Raises:
@@ -183,7 +236,7 @@ def render(runtime: Runtime, messages: Sequence[Message], **options: Any) -> Ren
     return _writer(runtime).write(messages, **options)
 
 
-def _writer(runtime: Runtime, owner: str = "") -> PromptWriter:
+def _writer(runtime: TextSide, owner: str = "") -> PromptWriter:
     writer = runtime.tokenizer.prompt_writer
     if writer is None:
         raise TemplateError(
@@ -194,7 +247,7 @@ def _writer(runtime: Runtime, owner: str = "") -> PromptWriter:
     return writer.for_owner(owner)
 
 
-def template_options(runtime: Runtime, request: Request) -> dict[str, Any]:
+def template_options(runtime: TextSide, request: Request) -> dict[str, Any]:
     """The chat template's variables that a request sets.
 
     Raises:
@@ -208,14 +261,17 @@ def template_options(runtime: Runtime, request: Request) -> dict[str, Any]:
     return {**options, **(request.template_options or {})}
 
 
-def encode(runtime: Runtime, prompt: Prompt) -> list[int]:
+def encode(
+    runtime: TextSide, prompt: Prompt, most: int | None = None, owner: str = ""
+) -> list[int]:
     """Token ids of a text or of messages; token ids are checked.
 
     Raises:
         UsageError: an empty prompt, or an id that the model does not have.
+        TooManyTokens: a text of more than `most`, see `Tokenizer.encode`.
     """
     if isinstance(prompt, str):
-        tokens = _encode_raw(runtime, prompt)
+        tokens = _encode_raw(runtime, prompt, most, owner)
     elif is_messages(prompt):
         rendered = render(runtime, prompt)  # pyright: ignore[reportArgumentType]
         tokens = runtime.tokenizer.encode_rendered(rendered)
@@ -230,23 +286,35 @@ def encode(runtime: Runtime, prompt: Prompt) -> list[int]:
     return tokens  # pyright: ignore[reportReturnType]
 
 
-def encode_text(runtime: Runtime, text: str) -> list[int]:
+def encode_text(
+    runtime: TextSide, text: str, most: int | None = None, owner: str = ""
+) -> list[int]:
     """Token ids of text with its own special tokens, such as a rendered template."""
-    return runtime.tokenizer.encode(text, add_special_tokens=False)
+    return runtime.tokenizer.encode(text, add_special_tokens=False, owner=owner, most=most)
 
 
-def encode_rendered(runtime: Runtime, rendered: Rendered, saved: NamedKV | None) -> list[int]:
-    """Token ids of a rendered conversation; its saved beginning keeps the saved ids."""
+def encode_rendered(
+    runtime: TextSide, rendered: Rendered, saved: NamedKV | None, most: int | None = None
+) -> list[int]:
+    """Token ids of a rendered conversation; its saved beginning keeps the saved ids.
+
+    Raises:
+        TooManyTokens: more than `most`, see `Tokenizer.encode`.
+    """
     if saved is None or not rendered.text.startswith(saved.text):
-        return runtime.tokenizer.encode_rendered(rendered)
-    behind = rendered.behind(len(saved.text))
-    return [*token_ids(saved.tokens), *runtime.tokenizer.encode_rendered(behind)]
+        return runtime.tokenizer.encode_rendered(rendered, most)
+    behind, most = rendered.behind(len(saved.text)), _left(most, saved)
+    return [*token_ids(saved.tokens), *runtime.tokenizer.encode_rendered(behind, most)]
 
 
-def _encode_raw(runtime: Runtime, text: str) -> list[int]:
+def _left(most: int | None, saved: NamedKV) -> int | None:
+    return None if most is None else most - saved.n_tokens
+
+
+def _encode_raw(runtime: TextSide, text: str, most: int | None, owner: str) -> list[int]:
     """Token ids of a text for the model: with one first token, also where the text has its own."""
     tokenizer = runtime.tokenizer
-    tokens = tokenizer.encode(text)
+    tokens = tokenizer.encode(text, owner=owner, most=most)
     bos = tokenizer.bos_token_id
     doubled = bos is not None and tokens[:2] == [bos, bos]
     if doubled and text.startswith(tokenizer.bos_token or ""):
@@ -272,26 +340,26 @@ def with_saved(saved: NamedKV | None, messages: Sequence[Message]) -> list[Any]:
     return head + rest
 
 
-def _after_saved(runtime: Runtime, saved: NamedKV | None, prompt: Prompt) -> list[int]:
+def _after_saved(
+    runtime: TextSide, saved: NamedKV | None, prompt: Prompt, most: int | None, owner: str
+) -> list[int]:
     """Token ids of saved KV and of a text or token ids after it."""
     if saved is None:
-        return encode(runtime, prompt)
-    is_text = isinstance(prompt, str)
-    new = encode_text(runtime, prompt) if is_text else encode(runtime, prompt)
+        return encode(runtime, prompt, most, owner)
+    if isinstance(prompt, str):
+        new = encode_text(runtime, prompt, _left(most, saved), owner)
+    else:
+        new = encode(runtime, prompt)
     return [*token_ids(saved.tokens), *new]
 
 
-def fit_context(runtime: Runtime, request: Request, prepared: Prepared) -> tuple[Bound, list[int]]:
+def fit_context(runtime: TextSide, request: Request, prepared: Prepared) -> tuple[Bound, list[int]]:
     """A request's context, and its prompt; what is kept of it is counted when it is needed.
 
     Raises:
         UsageError, ContextExceeded: as `start`.
     """
-    context, most = request.context, runtime.settings.own_context
-    if context is not None and request.best_effort:
-        context = min(context, most)
-    settings = runtime.settings.asked(context, request.overflow, request.keep)
-    tokens = prepared.tokens
+    settings, tokens = _settings(runtime, request), prepared.tokens
     fitted = _fit(runtime, tokens, request, settings)
     context = settings.context.value
     if settings.overflow.value == "stop":
@@ -304,14 +372,27 @@ def fit_context(runtime: Runtime, request: Request, prepared: Prepared) -> tuple
     return bound, fitted
 
 
-def _fit(runtime: Runtime, tokens: list[int], request: Request, settings: Settings) -> list[int]:
+def _settings(runtime: TextSide, request: Request) -> Settings:
+    """The model's settings with those of a request."""
+    context, most = request.context, runtime.settings.own_context
+    if context is not None and request.best_effort:
+        context = min(context, most)
+    return runtime.settings.asked(context, request.overflow, request.keep)
+
+
+def _takes_any_length(request: Request, settings: Settings) -> bool:
+    """Whether a prompt that is longer than the context is cut or shifted."""
+    shifts = settings.overflow.value == "shift"
+    return (shifts or request.truncate) and request.prompt_logprobs is None
+
+
+def _fit(runtime: TextSide, tokens: list[int], request: Request, settings: Settings) -> list[int]:
     """Cut a prompt so that an answer fits, unless a shift will drop tokens instead."""
     context = settings.context.value
-    shifts = settings.overflow.value == "shift"
-    scores = request.prompt_logprobs is not None
-    if len(tokens) < context or (shifts and not request.truncate and not scores):
+    takes_any = _takes_any_length(request, settings)
+    if len(tokens) < context or (takes_any and not request.truncate):
         return tokens
-    if not request.truncate or scores:
+    if not takes_any:
         raise ContextExceeded(len(tokens), context)
     room = min(request.max_tokens or context // 4, max(1, context // 2))
     bos = tokens[:1] if tokens[0] == runtime.tokenizer.bos_token_id else []

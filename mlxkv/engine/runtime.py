@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable, Generator
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
@@ -28,12 +28,31 @@ from mlxkv.store.settings import Given, Settings, effective
 from mlxkv.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    from mlxkv.engine.preparation import Preparer
     from mlxkv.sampling.grammar import Maskers
 
 _log = logging.getLogger(__name__)
 
 
-class Runtime:
+class TextSide:
+    """What preparing a prompt needs of a model: nothing of MLX, so that any thread may do it.
+
+    Args:
+        tokenizer: the model's.
+        path: its directory.
+        config: its config.json.
+        settings: context, overflow and their origins.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, path: Path, config: Any, settings: Settings):
+        self.tokenizer, self.path, self.config, self.settings = tokenizer, path, config, settings
+
+    def text_side(self) -> TextSide:
+        """This alone, without the weights."""
+        return TextSide(self.tokenizer, self.path, self.config, self.settings)
+
+
+class Runtime(TextSide):
     """A loaded model and what all its answers share.
 
     Args:
@@ -45,6 +64,7 @@ class Runtime:
         settings: context, overflow and their origins; None reads them.
 
     Attributes:
+        preparer: prepares long prompts; None to prepare all where they begin.
         budget: its memory limit and use.
         pages: cached prefixes; None for a model whose layers keep other state than keys and values.
     """
@@ -58,9 +78,10 @@ class Runtime:
         limit_bytes: int | None = None,
         settings: Settings | None = None,
     ):
-        self.model, self.tokenizer, self.path, self.kv_type = model, tokenizer, path, kv_type
-        self.config = model.config
-        self.settings = settings or effective(path, Given(kv_type=kv_type, memory=limit_bytes))
+        settings = settings or effective(path, Given(kv_type=kv_type, memory=limit_bytes))
+        super().__init__(tokenizer, path, model.config, settings)
+        self.model, self.kv_type = model, kv_type
+        self.preparer: Preparer | None = None
         weights_bytes = sum(
             x.nbytes for _, x in tree_flatten(model.parameters()) if isinstance(x, mx.array)
         )

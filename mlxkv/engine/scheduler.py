@@ -20,9 +20,8 @@ from mlxkv.base.faults import log_fault
 from mlxkv.engine.clients import Clients
 from mlxkv.engine.next_turn import NextTurns
 from mlxkv.engine.policy import Pace
-from mlxkv.engine.prompt import prepare, start
 from mlxkv.engine.runtime import Runtime
-from mlxkv.engine.shares import FairQueue, Turns, gives_place
+from mlxkv.engine.shares import Turns, gives_place
 from mlxkv.engine.tally import Tally
 from mlxkv.engine.tasks import (
     Decoding,
@@ -36,6 +35,7 @@ from mlxkv.engine.tasks import (
     prefilling,
     quietly,
 )
+from mlxkv.engine.waiting import WaitingTasks
 from mlxkv.errors import CheckpointError, InternalError, KVCacheFull, MlxkvError, contained
 from mlxkv.generation.decoder import Decoder, Row, RowResult
 from mlxkv.generation.generation import Generation
@@ -69,7 +69,7 @@ class Scheduler:
         self._empty()
 
     def _empty(self) -> None:
-        self.waiting, self._turns = FairQueue(), Turns()
+        self.waiting, self._turns = WaitingTasks(self.runtime), Turns()
         self._prefilling: list[Task] = []
         self._decoding: dict[Row, Task] = {}
         self._decoder = Decoder(self.runtime.model)
@@ -158,7 +158,7 @@ class Scheduler:
         return True
 
     def _begin(self, task: Task) -> None:
-        """Render and encode a request's prompt, and start prefill."""
+        """Start prefill of a request; a short prompt is rendered and encoded here."""
         if not task.has_begun:
             self.tally.count(task.owner, requests=1)
         task.has_begun = True
@@ -166,9 +166,7 @@ class Scheduler:
             if is_messages(task.request.prompt):
                 self.next_turns.forget(task.owner, task.request.prompt)  # pyright: ignore[reportArgumentType]
             if task.generation is None:
-                prepared = prepare(self.runtime, task.request, task.owner)
-                session = self.runtime.session(task.owner)
-                task.generation = start(self.runtime, task.request, prepared, session)
+                task.generation = self.waiting.generation(task)
             task.state = Prefilling(task.generation, task.generation.remaining())
             self._prefilling.append(task)
             self.runtime.budget.begin()

@@ -49,15 +49,24 @@ class FairQueue:
         if not queue:
             self._queues.pop(task.owner, None)
 
+    def is_ready(self, task: Task) -> bool:
+        """Whether a request can begin."""
+        return True
+
     def next_owner(self, running: Iterable[Task]) -> str | None:
-        """The owner whose turn it is; None where nothing waits."""
+        """The owner whose turn it is; None where nothing waits that is ready."""
         n_of = Counter(task.owner for task in running)
-        return min(self._queues, key=lambda owner: n_of[owner], default=None)
+        # A list each: asking a request whether it is ready may begin to prepare it.
+        owners = [
+            owner for owner, queue in self._queues.items() if any([*map(self.is_ready, queue)])
+        ]
+        return min(owners, key=lambda owner: n_of[owner], default=None)
 
     def pop(self, owner: str) -> Task:
-        """An owner's next request; the owner's next turn is after all others'."""
+        """An owner's next request that is ready; its next turn is after all other owners'."""
         queue = self._queues.pop(owner)
-        task = queue.popleft()
+        task = next(filter(self.is_ready, queue))
+        queue.remove(task)
         if queue:
             self._queues[owner] = queue
         return task

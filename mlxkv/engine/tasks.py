@@ -20,9 +20,15 @@ from mlxkv.prefix.layout import Link
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False, slots=True)
 class Waiting:
-    """Not begun."""
+    """Not begun.
+
+    Args:
+        is_long: whether its prompt is prepared on another thread; None until that is asked.
+    """
+
+    is_long: bool | None = None
 
 
 @dataclass(eq=False, slots=True)

@@ -41,6 +41,7 @@ class AnswerReader:
         self._ends = tokenizer.eos_token_ids
         self._shown_ends = {tokenizer.id_of(marker) for marker in self._parser.markers}
         self._stop = StopTexts(stop)
+        _ = self._stop.tables  # here: a reader is not made between the steps of other answers
         self._n_unstopped = min_tokens + 1
         self._n_skipped = 0
         self._recorder, self._callable = recorder, callable

@@ -14,6 +14,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from mlxkv.text.least_tokens import LeastTokens
+from mlxkv.text.pieces import Pieces
+
 if TYPE_CHECKING:
     from tokenizers import Encoding
     from tokenizers import Tokenizer as Backend
@@ -24,6 +27,22 @@ MAX_TEXTS = 8
 """Texts of an owner that are remembered."""
 MAX_OWNERS = 16
 """Owners whose texts are remembered: those that came last."""
+MAX_CHARS = 8_000_000
+"""Characters of all texts of an owner."""
+COUNTED = 1_000_000
+"""Characters of which the tokens are always counted, also where they are too many."""
+
+
+class TooManyTokens(Exception):
+    """A text has more tokens than it may.
+
+    Args:
+        n_tokens: that it has at least.
+    """
+
+    def __init__(self, n_tokens: int):
+        super().__init__(f"at least {n_tokens:,} tokens")
+        self.n_tokens = n_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,30 +63,69 @@ class GrowingTexts:
 
     def __init__(self, backend: Backend):
         self._backend = backend
+        self._pieces, self._least = Pieces(backend), LeastTokens(backend)
         self._added = backend.get_added_tokens_decoder()
         self._is_cut: dict[int, bool] = {}
         # Replaced as a whole: threads may share a tokenizer.
         self._known: dict[str, tuple[_Known, ...]] = {}
 
-    def encode(self, text: str, owner: str = "") -> list[int]:
-        """The ids of a text of an owner."""
+    def encode(self, text: str, owner: str = "", most: int | None = None) -> list[int]:
+        """The ids of a text of an owner.
+
+        Args:
+            text: any.
+            owner: whose it is.
+            most: the tokens that it may have.
+
+        Raises:
+            TooManyTokens: it has more, found before the whole of a long text was encoded. A text
+                of which no more than `COUNTED` characters are left is encoded all the same.
+        """
         if len(text) < LEAST:
             return self._backend.encode(text, add_special_tokens=False).ids
-        before = self._known
-        mine = before.get(owner, ())
+        mine = self._known.get(owner, ())
         best = max(mine, key=lambda known: _n_equal(known.text, text), default=None)
         at, n_ids, cuts = self._last_cut(best, text)
-        encoding = self._backend.encode(text[at:], add_special_tokens=False)
-        kept = [] if best is None else best.ids[:n_ids]
-        ids = kept + encoding.ids
-        cuts += tuple((at + start, n_ids + i) for start, i in self._cuts(encoding, text[at:]))
-        others = [known for known in mine if not text.startswith(known.text)]
-        kept_owners = [each for each in before if each != owner][1 - MAX_OWNERS :]
-        self._known = {
-            **{each: before[each] for each in kept_owners},
-            owner: (_Known(text, ids, cuts), *others)[:MAX_TEXTS],
-        }
+        ids = [] if best is None else best.ids[:n_ids]
+        self.check(text, most, at, len(ids))
+        for start, end, encoding in self._pieces.encode(text, at):
+            found = self._cuts(encoding, text[start:end])
+            cuts += tuple((start + place, len(ids) + i) for place, i in found)
+            ids += encoding.ids
+            if most is not None and len(ids) > most and len(text) - end > COUNTED:
+                raise TooManyTokens(len(ids))
+        self._remember(_Known(text, ids, cuts), owner)
         return list(ids)
+
+    def check(self, text: str, most: int | None, at: int = 0, n_ids: int = 0) -> None:
+        """Refuse a long text that has too many tokens however it is encoded.
+
+        Args:
+            text: any.
+            most: the tokens that it may have.
+            at: up to where it is encoded.
+            n_ids: tokens of that.
+
+        Raises:
+            TooManyTokens: it has more.
+        """
+        n_chars = len(text) - at
+        if most is None or n_chars <= max(COUNTED, most):
+            return
+        if (least := n_ids + self._least.of(text[at:])) > most:
+            raise TooManyTokens(least)
+
+    def _remember(self, known: _Known, owner: str) -> None:
+        before = self._known
+        others = [each for each in before.get(owner, ()) if not known.text.startswith(each.text)]
+        kept, n_chars = [], 0
+        for each in [known, *others][:MAX_TEXTS]:
+            n_chars += len(each.text)
+            if n_chars > MAX_CHARS:
+                break
+            kept.append(each)
+        owners = [each for each in before if each != owner][1 - MAX_OWNERS :]
+        self._known = {**{each: before[each] for each in owners}, owner: tuple(kept)}
 
     def _last_cut(
         self, known: _Known | None, text: str

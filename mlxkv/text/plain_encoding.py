@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from mlxkv.chat.control import Controls, overlapping
 from mlxkv.chat.rendered import Rendered, Span
+from mlxkv.text.growing import COUNTED, TooManyTokens
+from mlxkv.text.pieces import Pieces, encode_free
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
@@ -26,6 +28,9 @@ _OTHER = "\ufdee"
 """Name of a token that stands before a run, for the models that treat a text's start apart."""
 
 
+Encode = Callable[[str, str, int | None], list[int]]
+
+
 class PlainEncoder:
     """Encodes rendered texts of one tokenizer.
 
@@ -34,65 +39,92 @@ class PlainEncoder:
     Args:
         backend: the tokenizer.
         controls: its control tokens.
-        encode: gives the ids of a text of an owner, without a first token.
+        encode: gives the ids of a text of an owner, without a first token; see
+            `GrowingTexts.encode`.
     """
 
-    def __init__(
-        self, backend: Backend, controls: Controls, encode: Callable[[str, str], list[int]]
-    ):
+    def __init__(self, backend: Backend, controls: Controls, encode: Encode):
         self._backend = backend
         self._controls = controls
         self._encode_text = encode
 
-    def encode(self, rendered: Rendered) -> list[int]:
-        """Token ids of a rendered text; no first token is added."""
+    def encode(self, rendered: Rendered, most: int | None = None) -> list[int]:
+        """Token ids of a rendered text; no first token is added.
+
+        Raises:
+            TooManyTokens: more than `most`, see `GrowingTexts.encode`.
+        """
         ids: list[int] = []
         done = 0
         for start, end, tokens in rendered.known:
-            ids += [*self._encode(rendered.before(start).behind(done)), *tokens]
+            self._encode(rendered.before(start).behind(done), ids, most)
+            ids += tokens
             done = end
-        return ids + self._encode(rendered.behind(done))
+        self._encode(rendered.behind(done), ids, most)
+        return ids
 
-    def _encode(self, rendered: Rendered) -> list[int]:
-        """Token ids of a text without known spans."""
-        hidden = overlapping(self._controls.found(rendered.text), rendered.plain)
+    def _encode(self, rendered: Rendered, ids: list[int], most: int | None) -> None:
+        """Append the ids of a text without known spans."""
+        text = rendered.text
+        hidden = overlapping(self._controls.found(text), rendered.plain)
         if not hidden:
-            return self._ids(rendered.text, rendered.owner)
-        ids: list[int] = []
+            return self._append(text, rendered.owner, ids, most)
         done = 0
-        for start, end in self._runs(rendered.text, hidden):
-            ids += self._ids(rendered.text[done:start], rendered.owner)
-            ids += self._plain_ids(rendered.text[start:end], at_start=start == 0)
+        for start, end in self._runs(text, hidden):
+            self._append(text[done:start], rendered.owner, ids, most)
+            for part_start, part_end in self._parts.of(text, start, end):
+                part = text[part_start:part_end]
+                ids += self._plain_ids(part, at_start=part_start == 0)
+                if most is not None and len(ids) > most and len(text) - part_end > COUNTED:
+                    raise TooManyTokens(len(ids))
             done = end
-        return ids + self._ids(rendered.text[done:], rendered.owner)
+        return self._append(text[done:], rendered.owner, ids, most)
 
-    def _ids(self, text: str, owner: str) -> list[int]:
-        return self._encode_text(text, owner) if text else []
+    def _append(self, text: str, owner: str, ids: list[int], most: int | None) -> None:
+        if not text:
+            return
+        try:
+            ids += self._encode_text(text, owner, None if most is None else most - len(ids))
+        except TooManyTokens as error:
+            raise TooManyTokens(len(ids) + error.n_tokens) from None
 
     def _plain_ids(self, text: str, *, at_start: bool) -> list[int]:
         text = text if at_start else _OTHER + text
-        ids = self._plain.encode(text, add_special_tokens=False).ids
+        ids = encode_free(self._plain, text).ids
         # Some models have the name of a control token among the words that they find.
         if not self._control_ids.isdisjoint(ids[not at_start :]):
-            ids = self._stripped.encode(text, add_special_tokens=False).ids
+            ids = encode_free(self._stripped, text).ids
         return ids[not at_start :]
 
     def _runs(self, text: str, hidden: list[Span]) -> Iterator[Span]:
         """The runs between two added tokens that hold hidden ones."""
-        characters = list(text)
-        for start, _ in hidden:
-            characters[start] = _HIDDEN
-        found = self._added.encode("".join(characters), add_special_tokens=False)
+        tokens = list(self._added_in(text, hidden))
         starts = iter(start for start, _ in hidden)
         place = next(starts, None)
         done = 0
-        tokens = [span for span, token in zip(found.offsets, found.ids, strict=True) if token]
         for start, end in [*tokens, (len(text), len(text))]:
             if place is not None and place < start:
                 yield done, start
                 while place is not None and place < start:
                     place = next(starts, None)
             done = max(done, end)
+
+    def _added_in(self, text: str, hidden: list[Span]) -> Iterator[Span]:
+        """Where a text has added tokens that are not hidden."""
+        shown, done = [], 0
+        for start, _ in hidden:
+            shown += [text[done:start], _HIDDEN]
+            done = start + 1
+        marked = "".join([*shown, text[done:]])
+        for at, end in self._parts.of(marked, 0, len(marked)):
+            found = encode_free(self._added, marked[at:end])
+            for (start, stop), token in zip(found.offsets, found.ids, strict=True):
+                if token:
+                    yield at + start, at + stop
+
+    @cached_property
+    def _parts(self) -> Pieces:
+        return Pieces(self._backend)
 
     @cached_property
     def _control_ids(self) -> frozenset[int]:

@@ -27,6 +27,7 @@ from mlxkv.text.detokenizer import (
     pass_start,
 )
 from mlxkv.text.growing import GrowingTexts
+from mlxkv.text.pieces import FREE
 from mlxkv.text.plain_encoding import PlainEncoder
 from mlxkv.text.tokenizer_files import (
     ModelFiles,
@@ -97,7 +98,14 @@ class Tokenizer:
             ),
         )
 
-    def encode(self, text: str, *, add_special_tokens: bool = True, owner: str = "") -> list[int]:
+    def encode(
+        self,
+        text: str,
+        *,
+        add_special_tokens: bool = True,
+        owner: str = "",
+        most: int | None = None,
+    ) -> list[int]:
         """Token ids of a text.
 
         Special tokens written out in the text become those tokens, as everywhere in the field.
@@ -107,27 +115,37 @@ class Tokenizer:
             add_special_tokens: add what the model expects around a text, usually the first token.
                 Pass False for a rendered chat, which holds it already.
             owner: whose text it is; see `Rendered`.
+            most: the tokens that a long text may have, see `GrowingTexts.encode`.
 
         Raises:
             UsageError: text that is not Unicode (half of a surrogate pair).
+            TooManyTokens: see `most`.
         """
         try:
             if not add_special_tokens:
-                return self._growing.encode(text, owner)
-            return self._backend.encode(text).ids
+                return self._growing.encode(text, owner, most)
+            if len(text) < FREE or self._around is None:
+                return self._backend.encode(text).ids
+            before, behind = self._around
+            return [*before, *self._growing.encode(text, owner, most), *behind]
         except TypeError:
             raise _not_unicode() from None
 
-    def encode_rendered(self, rendered: Rendered) -> list[int]:
+    def encode_rendered(self, rendered: Rendered, most: int | None = None) -> list[int]:
         """Token ids of a rendered conversation; no first token is added.
 
         Raises:
             UsageError: text that is not Unicode (half of a surrogate pair).
+            TooManyTokens: see `encode`.
         """
         if not rendered.plain and not rendered.known:
-            return self.encode(rendered.text, add_special_tokens=False, owner=rendered.owner)
+            return self.encode(
+                rendered.text, add_special_tokens=False, owner=rendered.owner, most=most
+            )
+        if not rendered.known:
+            self._growing.check(rendered.text, most)
         try:
-            return self._plain_encoder.encode(rendered)
+            return self._plain_encoder.encode(rendered, most)
         except TypeError:
             raise _not_unicode() from None
 
@@ -237,6 +255,16 @@ class Tokenizer:
     @cached_property
     def _plain_encoder(self) -> PlainEncoder:
         return PlainEncoder(self._backend, self.controls, self._growing.encode)
+
+    @cached_property
+    def _around(self) -> tuple[list[int], list[int]] | None:
+        """The ids that are added before and behind a text; None if that cannot be told."""
+        word = self._backend.encode("a", add_special_tokens=False).ids
+        whole = self._backend.encode("a").ids
+        for i in range(len(whole) - len(word) + 1):
+            if word and whole[i : i + len(word)] == word:
+                return whole[:i], whole[i + len(word) :]
+        return None
 
     @cached_property
     def special_ids(self) -> frozenset[int]:

@@ -224,6 +224,13 @@ def test_no_more_than_the_limit_is_computed(chat, monkeypatch):
     assert served.prepare() == 64
 
 
+def test_a_very_long_conversation_is_not_rendered_for_it(chat, monkeypatch):
+    monkeypatch.setattr(next_turn, "MAX_CHARS", 8)
+    served = chat()
+    served.ask(FIRST, THOUGHT + TEXT)
+    assert served.scheduler.next_turns.is_empty
+
+
 def test_nothing_gives_way_for_it(chat):
     served = chat()
     budget = served.runtime.budget

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer as Backend
 
 from mlxkv.text import growing
 from mlxkv.text.growing import GrowingTexts
+from mlxkv.text.pieces import Pieces
 
 FOLDER = Path(__file__).parent.parent / "support" / "tokenizers"
 FAMILIES = ("byte_level", "gemma", "llama", "metaspace")
@@ -36,12 +37,12 @@ class Counting(GrowingTexts):
         self.n_encoded = 0
         outer = self
 
-        class Counted:
-            def encode(self, text: str, add_special_tokens: bool):
-                outer.n_encoded += len(text)
-                return made.encode(text, add_special_tokens=add_special_tokens)
+        class Counted(Pieces):
+            def encode(self, text: str, start: int = 0):
+                outer.n_encoded += len(text) - start
+                return super().encode(text, start)
 
-        self._backend = Counted()  # pyright: ignore[reportAttributeAccessIssue]
+        self._pieces = Counted(made)
 
 
 @pytest.fixture(autouse=True)

@@ -19,6 +19,7 @@ BILLING = "system.x-anthropic-billing-header"
 TOTAL_TOKENS = "messages.total_tokens"
 """The names that responses have for them, in `mlxkv-ignored`."""
 
+_BILLING_MARK, _TOTAL_MARK = "x-anthropic-billing-header:", "<total_tokens>"
 _ROLES = ("system", "developer", "user", "tool")
 _BILLING_LINE = re.compile(r"^x-anthropic-billing-header:.*\b(?:cc_version|cch)=.*$", re.M)
 _TOTAL_LINE = re.compile(r"^[ \t]*<total_tokens>[\d,. ]+ tokens left</total_tokens>[ \t]*$", re.M)
@@ -39,8 +40,8 @@ def without_counters(messages: Sequence[Message]) -> tuple[list[Message], list[s
             continue
         shorter = text
         if role in ("system", "developer"):
-            shorter = _without(_BILLING_LINE, shorter, BILLING, names)
-        shorter = _without(_TOTAL_LINE, shorter, TOTAL_TOKENS, names)
+            shorter = _without(_BILLING_MARK, _BILLING_LINE, shorter, BILLING, names)
+        shorter = _without(_TOTAL_MARK, _TOTAL_LINE, shorter, TOTAL_TOKENS, names)
         if shorter is text:
             kept.append(message)
         elif shorter or role == "tool":
@@ -50,8 +51,10 @@ def without_counters(messages: Sequence[Message]) -> tuple[list[Message], list[s
     return list(messages), []
 
 
-def _without(line: re.Pattern[str], text: str, name: str, names: dict[str, None]) -> str:
-    """A text without the lines that match; notes the name if there were any."""
+def _without(mark: str, line: re.Pattern[str], text: str, name: str, names: dict[str, None]) -> str:
+    """A text without the lines that match, which hold the mark; notes the name if there are any."""
+    if mark not in text:
+        return text
     pieces = line.split(text)
     if len(pieces) == 1:
         return text

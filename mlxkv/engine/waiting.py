@@ -1,0 +1,72 @@
+"""The waiting requests of one model, of which a long prompt is prepared on another thread first.
+
+Requests that are ready begin meanwhile; one that is prepared has its place among its owner's again.
+"""
+
+from __future__ import annotations
+
+from mlxkv.engine.preparation import MAX_PREPARED, Preparation, is_long
+from mlxkv.engine.prompt import Ready, begin, make_ready
+from mlxkv.engine.runtime import Runtime
+from mlxkv.engine.shares import FairQueue
+from mlxkv.engine.tasks import Task, Waiting
+from mlxkv.generation.generation import Generation
+
+
+class WaitingTasks(FairQueue):
+    """See the module.
+
+    Args:
+        runtime: the model; its `preparer` prepares long prompts.
+    """
+
+    def __init__(self, runtime: Runtime):
+        super().__init__()
+        self._runtime, self._text_side = runtime, runtime.text_side()
+        self._preparations: dict[Task, Preparation] = {}
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a request can begin, or be prepared, or was cancelled."""
+        return any(task.is_cancelled() or not self._is_pending(task) for task in self)
+
+    def generation(self, task: Task) -> Generation:
+        """Make the answer to a request that was taken out; raises as `prompt.start`."""
+        preparation = self._preparations.pop(task, None)
+        ready = self._ready(task) if preparation is None else preparation.result()
+        return begin(self._runtime, task.request, ready, self._runtime.session(task.owner))
+
+    def remove(self, task: Task) -> None:
+        """Remove a request, and end its preparation; nothing if it is not here."""
+        super().remove(task)
+        if (preparation := self._preparations.pop(task, None)) is not None:
+            preparation.stop()
+
+    def is_ready(self, task: Task) -> bool:
+        """Whether a request can begin; if not, its preparation begins as soon as it can."""
+        if self._is_pending(task):
+            return False
+        if task in self._preparations or not self._is_long(task):
+            return True
+        preparer = self._runtime.preparer
+        assert preparer is not None
+        made = preparer.start(lambda: self._ready(task), task.is_cancelled)
+        self._preparations[task] = made
+        return False
+
+    def _is_pending(self, task: Task) -> bool:
+        """Whether a request can neither begin nor be prepared now."""
+        if (preparation := self._preparations.get(task)) is not None:
+            return not preparation.done
+        return len(self._preparations) >= MAX_PREPARED and self._is_long(task)
+
+    def _is_long(self, task: Task) -> bool:
+        state = task.state
+        assert isinstance(state, Waiting)
+        if state.is_long is None:
+            has_thread = self._runtime.preparer is not None and task.generation is None
+            state.is_long = has_thread and is_long(task.request)
+        return state.is_long
+
+    def _ready(self, task: Task) -> Ready:
+        return make_ready(self._text_side, task.request, task.owner)
