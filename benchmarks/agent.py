@@ -7,6 +7,13 @@ together, then ten turns in which the model calls a tool and the client sends th
 client sends back what it got. Each server is started anew for each run, they take turns, and the
 client waits `--rest` seconds before each result, as a tool takes time.
 
+With `--changes` the client changes its prompts as coding agents do, in the places where recordings
+of them have it: a billing line at the head of the system text is another in each request, each
+result ends with a line that counts the tokens left, a system message stands behind the first user
+message, and the git status at the end of the system text, which tools follow in the template, is
+another from turn 6 on, as after `claude -c`. All servers get the same requests; this checkout runs
+with `--agent-prompts`, which the others do not have.
+
 The model is random and tiny, with a long context, and its answers are the same words in every turn:
 its layers compute as usual and add nothing, so a token alone decides which one comes next. Calls
 are written as compact JSON, which templates write with blanks. TOKENIZER is a folder with
@@ -40,6 +47,8 @@ N_TURNS = 10
 OLD = "before"
 ENGINES = (MLXKV, OLD, MLX_LM)
 HIDDEN = 64
+CONTINUED = 6
+"""The turn from which on a client that changes its prompts tells another git status."""
 N_ARGUMENT = 60
 """Words of a call's argument."""
 TOOLS = [
@@ -126,6 +135,27 @@ def lines(seed: int, n: int) -> str:
     return "\n".join(made)
 
 
+def opening(n_lines: int, turn: int, changes: bool) -> list[dict[str, Any]]:
+    """The messages before the first answer, as a client sends them in a turn."""
+    system = "You change programs.\n" + lines(0, n_lines)
+    late = []
+    if changes:
+        billing = f"cc_version=2.1.332.{turn:03x}; cc_entrypoint=cli; cch={turn * 7919:05x};"
+        files = "(clean)" if turn < CONTINUED else "M src/queue.py\nM src/reader.py"
+        status = f"gitStatus: as of the start.\nCurrent branch: main\nStatus:\n{files}"
+        system = f"x-anthropic-billing-header: {billing}\n\n{system}\n\n{status}"
+        late = [{"role": "system", "content": "Skills of this folder:\n" + lines(98, 20)}]
+    user = {"role": "user", "content": "Rename the queue.\n" + lines(1, 20)}
+    return [{"role": "system", "content": system}, user, *late]
+
+
+def result_text(turn: int, changes: bool) -> str:
+    """What a tool gives in a turn."""
+    text = f"changed {turn}\n" + lines(1 + turn, 10)
+    left = f"\n\n<total_tokens>{176_000 - 300 * turn} tokens left</total_tokens>"
+    return text + left if changes else text
+
+
 @dataclass(slots=True)
 class Turn:
     """One turn, as the client sees it.
@@ -186,20 +216,17 @@ def ask(
     return turn, {"role": "assistant", "content": text, "tool_calls": [made]}
 
 
-def session(client: httpx.Client, server: Server, n_lines: int, rest_s: float) -> list[Turn]:
+def session(client: httpx.Client, server: Server, args: argparse.Namespace) -> list[Turn]:
     """All turns of one session."""
-    messages: list[Any] = [
-        {"role": "system", "content": "You change programs.\n" + lines(0, n_lines)},
-        {"role": "user", "content": "Rename the queue.\n" + lines(1, 20)},
-    ]
+    behind: list[dict[str, Any]] = []
     turns = []
-    for i in range(N_TURNS):
-        turn, reply = ask(client, server, messages)
+    for i in range(1, N_TURNS + 1):
+        turn, reply = ask(client, server, [*opening(args.lines, i, args.changes), *behind])
         turns.append(turn)
-        print(server.engine, i + 1, turn, file=sys.stderr, flush=True)
+        print(server.engine, i, turn, file=sys.stderr, flush=True)
         result = {"role": "tool", "tool_call_id": reply["tool_calls"][0]["id"]}
-        messages += [reply, {**result, "content": f"changed {i}\n" + lines(2 + i, 10)}]
-        time.sleep(rest_s)
+        behind += [reply, {**result, "content": result_text(i, args.changes)}]
+        time.sleep(args.rest)
     return turns
 
 
@@ -208,6 +235,8 @@ def run(engine: str, model: Path, env: dict[str, str], args: argparse.Namespace)
     checkout = args.old.resolve() if engine == OLD else ROOT
     kind = MLX_LM if engine == MLX_LM else MLXKV
     options = ["--prefill-step-size=256"] if kind == MLX_LM else ["--dtype=float32"]
+    if args.changes and engine == MLXKV:
+        options.append("--agent-prompts")
     with tempfile.TemporaryDirectory() as pages:
         env = env | {"MLXKV_KV": pages, "PYTHONPATH": str(checkout)}
         with (
@@ -216,7 +245,7 @@ def run(engine: str, model: Path, env: dict[str, str], args: argparse.Namespace)
         ):
             warm = [{"role": "user", "content": "Hello.\n" + lines(99, 30)}]
             ask(client, server, warm)
-            return session(client, server, args.lines, args.rest)
+            return session(client, server, args)
 
 
 def table(runs: dict[str, list[list[Turn]]]) -> str:
@@ -252,6 +281,16 @@ def middle(turns: Sequence[Turn], name: str) -> float:
     return statistics.median(getattr(turn, name) for turn in turns[1:])
 
 
+def write(runs: dict[str, list[list[Turn]]], output: Path) -> None:
+    """Write all turns, and the table."""
+    raw = {
+        engine: [[list(astuple(turn)) for turn in turns] for turns in sessions]
+        for engine, sessions in runs.items()
+    }
+    output.with_suffix(".json").write_text(json.dumps(raw) + "\n", encoding="utf-8")
+    output.with_suffix(".md").write_text(table(runs), encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("tokenizer", type=Path)
@@ -260,6 +299,9 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--rest", type=float, default=0.5, help="seconds that a tool takes")
     parser.add_argument("--lines", type=int, default=850, help="of the file in the system prompt")
+    parser.add_argument(
+        "--changes", action="store_true", help="change the prompt each turn, as agents do"
+    )
     parser.add_argument("--context", type=int, default=131072)
     parser.add_argument("--output", type=Path, help="where to write NAME.json and NAME.md")
     parser.add_argument("--blas", default="openblas")
@@ -273,14 +315,9 @@ def main() -> None:
         for index in range(args.runs):
             for engine in engines[index % len(engines) :] + engines[: index % len(engines)]:
                 runs[engine].append(run(engine, model, env, args))
+            if args.output is not None:  # each round: a later one may be too much for a machine
+                write(runs, args.output)
     print(table(runs))
-    if args.output is not None:
-        raw = {
-            engine: [[list(astuple(turn)) for turn in turns] for turns in sessions]
-            for engine, sessions in runs.items()
-        }
-        args.output.with_suffix(".json").write_text(json.dumps(raw) + "\n", encoding="utf-8")
-        args.output.with_suffix(".md").write_text(table(runs), encoding="utf-8")
 
 
 if __name__ == "__main__":

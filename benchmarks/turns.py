@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 import time
@@ -238,6 +239,7 @@ def main() -> None:
     parser.add_argument("--reasoning", action="store_true", help="send reasoning back")
     parser.add_argument("--output", type=Path, help="where to write NAME.json and NAME.md")
     args = parser.parse_args()
+    os.environ["MLXKV_KV_DISK"] = "0"  # else a run finds the pages of the one before it
     print(HEADER, flush=True)
     rows, raw = [HEADER], {}
     for name, before, after in measure(args):
