@@ -156,7 +156,7 @@ class _PairCall(ABC):
 class _GlmCall(_PairCall):
     notation = GlmCalls()
     tags = ("</arg_value>", "<arg_key>")
-    key = r"/[^<\s]([^<\n]{0,126}[^<\s])?/"
+    key = r"""/[^<>"'{}\[\]\s]([^<>"'{}\[\]\n]{0,126}[^<>"'{}\[\]\s])?/"""
 
     def __init__(self, rules: Rules, name: str, schema: Any, markers: Callable[[str], str]):
         super().__init__(rules, name, schema)
