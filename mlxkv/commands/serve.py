@@ -105,8 +105,12 @@ def serve(
     kv_type: KVType = None,
 ) -> int:
     """Serve models over HTTP: the APIs of OpenAI, Ollama and Anthropic."""
-    from mlxkv.server.config import ServerConfig
+    from mlxkv.base import device
+    from mlxkv.base.seal import seal_of_environment
+    from mlxkv.base.units import parse_bytes
+    from mlxkv.server.config import ServerConfig, bodies_bytes
 
+    limit_bytes = parse_bytes(memory or os.environ.get("MLXKV_MEMORY"))
     names = run_aliases(aliases or ())
     given = os.environ.get("MLXKV_API_KEY") if api_key_file is None else None
     keys = tuple(api_keys or filter(None, [given]))
@@ -123,9 +127,8 @@ def serve(
         models=tuple(_unaliased(model, dict(names)) for model in models or ()),
         aliases=names,
         context=context,
+        max_bodies_bytes=bodies_bytes(limit_bytes or device.memory_limit()),
     )
-    from mlxkv.base.seal import seal_of_environment
-    from mlxkv.base.units import parse_bytes
     from mlxkv.engine.engine import ThreadedEngine
     from mlxkv.store.outgoing import only_public
     from mlxkv.store.settings import COMMAND_LINE, Given
@@ -133,7 +136,7 @@ def serve(
     only_public(pull_hosts or ())
     seal_of_environment()  # a bad key ends the command, not a request
     engine = ThreadedEngine(
-        memory=parse_bytes(memory or os.environ.get("MLXKV_MEMORY")),
+        memory=limit_bytes,
         dtype=dtype,
         given=Given(context=context, kv_type=kv_type, origin=COMMAND_LINE),
         keep_alive_s=keep_alive,

@@ -87,6 +87,13 @@ class ServerConfig:
             )
 
 
+def bodies_bytes(memory_bytes: int) -> int:
+    """`max_bodies_bytes` beside a memory limit, which does not count them: a sixteenth of it, but
+    two of the largest requests at least, and the default at most."""
+    defaults = ServerConfig()
+    return min(defaults.max_bodies_bytes, max(2 * defaults.max_body_bytes, memory_bytes // 16))
+
+
 def check_keys(keys: Iterable[str], field: str) -> None:
     """Check the spelling of API keys; the error names none.
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import httpx
 import pytest
 
-from mlxkv.server.config import ServerConfig
+from mlxkv.server.config import ServerConfig, bodies_bytes
 from mlxkv.server.serving import OTHER_FILES
 from tests.support.fake_engine import MODEL, FakeEngine, says, serving, serving_as
 
@@ -168,6 +168,13 @@ def test_all_bodies_together_have_a_bound_that_small_requests_do_not_meet():
             assert ask(url, user="x" * 20_000).status_code == 200
             assert received(first).startswith(b"HTTP/1.1 503 ")
         until(lambda: not bodies.held_bytes)
+
+
+@pytest.mark.parametrize(
+    "memory_gib, bodies_mib", [(0.25, 64), (1, 64), (2, 128), (4, 256), (64, 256)]
+)
+def test_little_memory_holds_few_bodies(memory_gib, bodies_mib):
+    assert bodies_bytes(int(memory_gib * 2**30)) == bodies_mib << 20
 
 
 def test_a_stream_that_is_not_read_is_cancelled_and_its_connection_closed():
