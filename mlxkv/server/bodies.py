@@ -1,7 +1,8 @@
 """Bodies of requests while they come in: bounds of bytes, of time, and of all of them together.
 
 Invariants:
-- `held_bytes` is what was received for requests whose answers have not ended.
+- `held_bytes` is what was received for requests whose answers have not ended, and `MESSAGE_BYTES`
+  for each piece that it came in.
 - It stays within `max_bodies_bytes`: past it, the incomplete body with the most bytes is refused,
   so that clients which never finish do not keep small requests out.
 - A body has `body_s`, and a second more for each `min_body_rate` bytes that came.
@@ -21,6 +22,10 @@ from mlxkv.server.config import ServerConfig
 from mlxkv.server.errors import stopping
 
 _log = logging.getLogger(__name__)
+
+
+MESSAGE_BYTES = 64
+"""What a piece of a body takes besides its bytes."""
 
 
 class Bodies:
@@ -51,17 +56,18 @@ class Bodies:
             yield body
         finally:
             self._coming.discard(body)
-            self.held_bytes -= body.n_bytes
+            self.held_bytes -= body.held_bytes
 
     def add(self, body: Body, n_bytes: int) -> None:
         """Count bytes of a body, and refuse bodies until all of them fit."""
         body.n_bytes += n_bytes
-        self.held_bytes += n_bytes
-        excess = self.held_bytes - self._config.max_bodies_bytes
-        while excess > 0 and self._coming:
-            largest = max(self._coming, key=lambda each: (each.n_bytes, each is body))
-            excess -= largest.n_bytes
+        body.held_bytes += n_bytes + MESSAGE_BYTES
+        self.held_bytes += n_bytes + MESSAGE_BYTES
+        while self.held_bytes > self._config.max_bodies_bytes and self._coming:
+            largest = max(self._coming, key=lambda each: (each.held_bytes, each is body))
             self._coming.discard(largest)
+            self.held_bytes -= largest.held_bytes
+            largest.held_bytes = 0
             _log.warning("too many bytes of requests at a time: the largest is refused")
             largest.refuse(_too_much())
 
@@ -81,6 +87,7 @@ class Body:
 
     Attributes:
         n_bytes: received so far.
+        held_bytes: what they take.
     """
 
     def __init__(self, bodies: Bodies, config: ServerConfig):
@@ -90,7 +97,7 @@ class Body:
         self._is_complete = False
         self._refusal: HTTPException | None = None
         self._timer: asyncio.Timeout | None = None
-        self.n_bytes = 0
+        self.n_bytes = self.held_bytes = 0
 
     def refuse(self, refusal: HTTPException) -> None:
         """Let the request fail where it waits for its body."""

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import json
 import socket
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import httpx
 import pytest
+from starlette.exceptions import HTTPException
 
+from mlxkv.server.bodies import MESSAGE_BYTES, Bodies
 from mlxkv.server.config import ServerConfig, bodies_bytes
 from mlxkv.server.serving import OTHER_FILES
 from tests.support.fake_engine import MODEL, FakeEngine, says, serving, serving_as
@@ -168,6 +172,23 @@ def test_all_bodies_together_have_a_bound_that_small_requests_do_not_meet():
             assert ask(url, user="x" * 20_000).status_code == 200
             assert received(first).startswith(b"HTTP/1.1 503 ")
         until(lambda: not bodies.held_bytes)
+
+
+def test_a_body_in_single_bytes_is_held_for_more_than_its_length():
+    async def pieces() -> int:
+        bodies = Bodies(ServerConfig(max_bodies_bytes=100 * MESSAGE_BYTES))
+        with bodies.body({}) as body:
+            with pytest.raises(HTTPException) as caught:
+                for _ in range(1000):
+                    await body.receive(piece)
+            n_bytes = body.n_bytes
+        assert caught.value.status_code == 503 and bodies.held_bytes == 0
+        return n_bytes
+
+    async def piece() -> dict[str, Any]:
+        return {"type": "http.request", "body": b"x", "more_body": True}
+
+    assert asyncio.run(pieces()) < 100
 
 
 @pytest.mark.parametrize(
