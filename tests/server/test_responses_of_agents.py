@@ -251,6 +251,15 @@ def test_a_response_is_forgotten_after_an_hour():
         store.conversation("", "r1", "x")
 
 
+def test_no_owner_makes_responses_of_another_go():
+    store = ResponseStore(max_bytes=2500)
+    store.put("a", [item("x" * 900)], response("first"))
+    for i in range(3):
+        store.put("b", [item("x" * 600)], response(f"r{i}"))
+    assert store.get("a", "first") is not None
+    assert [store.get("b", f"r{i}") is not None for i in range(3)] == [False, True, True]
+
+
 def test_the_oldest_responses_go_where_there_is_no_room():
     store = ResponseStore(max_bytes=2500)
     for i in range(5):

@@ -1,12 +1,13 @@
 """Responses of the last hour, in memory: `store`, `previous_response_id` and `item_reference`.
 
-A response is its owner's alone. What it takes is bounded; the oldest go first.
+A response is its owner's alone. What all take is bounded: the oldest of the owner that has most go
+first, so that no owner makes those of another go.
 """
 
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -81,7 +82,7 @@ class ResponseStore:
         self._responses[response["id"]] = Stored(owner, response, answer, whole, until, n_bytes)
         self._n_bytes += n_bytes
         while self._n_bytes > self._max_bytes:
-            self._drop(next(iter(self._responses)))
+            self._drop(self._next_to_go())
 
     def get(self, owner: str, response_id: str) -> Stored | None:
         """A response of an owner's, if it is still there."""
@@ -138,6 +139,14 @@ class ResponseStore:
             f"input: the item {item.id[:80]!r} is not known; items are kept in memory for an hour, "
             f"and with store: false not at all: send the item"
         )
+
+    def _next_to_go(self) -> str:
+        """The oldest response of the owner that holds most bytes."""
+        held: Counter[str] = Counter()
+        for stored in self._responses.values():
+            held[stored.owner] += stored.n_bytes
+        most = max(held, key=lambda owner: held[owner])
+        return next(key for key, stored in self._responses.items() if stored.owner == most)
 
     def _expire(self) -> None:
         now = self._clock()
