@@ -3,7 +3,8 @@
 Invariants:
 - A model is loaded once, whatever its names: its directory is the key.
 - A model's budget is what the others leave. A model counts as soon as its load begins.
-- Idle models are unloaded to make room, LRU first; a busy one gives up prefix pages only.
+- Idle models are unloaded to make room, LRU first; a busy one gives up prefix pages, and leaves
+  after its last answer where a load has waited for `PATIENCE_S`: its new requests wait then.
 - A model is unloaded only while it has no requests: no answer is lost for it.
 - Only the engine's thread changes it; other threads may read.
 """
@@ -37,6 +38,8 @@ from mlxkv.store.settings import Given, effective
 
 FRESH_S = 5.0
 """A loaded model stays this long for its first request, unless a request set its keep-alive."""
+PATIENCE_S = 5.0
+"""How long a load waits for a busy model to become idle by itself."""
 ROOM_S = 60.0
 """How long a load waits for other models to become idle."""
 
@@ -215,7 +218,7 @@ class ModelPool:
 
     def _making_room(self, name: str, n_bytes: int) -> Iterator[bool]:
         """Unload idle models, LRU first, until the weights fit; raises OutOfMemory."""
-        until = time.monotonic() + ROOM_S
+        since = time.monotonic()
         if n_bytes > self.limit_bytes:
             raise OutOfMemory(
                 f"{name}: its weights take {human_bytes(n_bytes)}, and the limit of all models is "
@@ -227,13 +230,22 @@ class ModelPool:
             if idle:
                 self.drop(min(idle)[1])
             elif not self._give_pages(missing):
-                if not self._models or time.monotonic() > until:
+                if not self._models or time.monotonic() > since + ROOM_S:
                     free = max(0, self.limit_bytes - self.used_bytes)
                     raise OutOfMemory(
                         f"{name}: its weights take {human_bytes(n_bytes)}, and {human_bytes(free)} "
                         f"of the limit of {human_bytes(self.limit_bytes)} are free"
                     )
+                if time.monotonic() > since + PATIENCE_S:
+                    self._have_leave(missing)
                 yield True  # a busy model makes room when its requests are done
+
+    def _have_leave(self, n_bytes: int) -> None:
+        """Have busy models leave, those in memory for longest first, until the bytes are free."""
+        for model in self.models():
+            if n_bytes > 0:
+                model.leaves = True
+                n_bytes -= model.scheduler.runtime.budget.used_bytes
 
     def memory(self, owner: str | None) -> dict[str, int]:
         """Bytes by kind, see `EngineStats`: an owner's, or all for None."""

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import mlxkv
+from mlxkv.engine import model_pool
 from mlxkv.engine.engine import ThreadedEngine
 from mlxkv.engine.messages import Ask, Busy
 from mlxkv.engine.scheduler import Scheduler
@@ -180,3 +181,34 @@ def test_an_owner_sees_its_own_figures_alone(model, engine):
         assert engine.stats("a").memory["pages"] > 0 == engine.stats("b").memory["pages"]
 
     asyncio.run(run())
+
+
+def test_a_model_that_is_always_busy_gives_way_to_another(tmp_path, monkeypatch):
+    monkeypatch.setattr(model_pool, "PATIENCE_S", 0.05)
+    shape: dict[str, Any] = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 2}
+    shape |= {"num_attention_heads": 8, "num_key_value_heads": 4}
+    model, other = (chat_model(tmp_path / name, **shape) for name in "ab")
+    sizes = [mlxkv.plan(path, dtype="float32").weights_bytes for path in (model, other)]
+    engine, done = ThreadedEngine(dtype="float32", memory=sum(sizes) - 1), asyncio.Event()
+    engine.start()
+
+    async def busy() -> list[int]:
+        counts = []
+        while not done.is_set():
+            asked = ask(model, "hello", owner="a", max_tokens=20, ignore_eos=True)
+            counts.append(len(await collect(engine.submit(asked))))
+        return counts
+
+    async def run() -> None:
+        first = [asyncio.ensure_future(busy()) for _ in range(2)]
+        while not engine.stats().running:
+            await asyncio.sleep(0.001)
+        asked = ask(other, "hello", owner="b", max_tokens=3, ignore_eos=True)
+        assert len(await collect(engine.submit(asked))) == 3
+        done.set()
+        assert {n for each in await asyncio.gather(*first) for n in each} == {20}
+
+    try:
+        asyncio.run(asyncio.wait_for(run(), 60))
+    finally:
+        engine.close()
