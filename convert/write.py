@@ -167,7 +167,12 @@ def _publish(folder: Path, output: Path, overwrite: bool) -> None:
     if output.is_dir() and any(output.iterdir()):
         replaced = output.with_name(f".{output.name}.partial-{secrets.token_hex(4)}")
         output.rename(replaced)
-    folder.rename(output)
+    try:
+        folder.rename(output)
+    except OSError:
+        if replaced is not None:
+            replaced.rename(output)
+        raise
     sync_path(output.absolute().parent)
     if replaced is not None:
         shutil.rmtree(replaced, ignore_errors=True)

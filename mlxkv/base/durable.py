@@ -1,9 +1,11 @@
-"""Files that survive a power cut."""
+"""Files that survive a power cut, and files that are written whole or not at all."""
 
 from __future__ import annotations
 
 import fcntl
 import os
+import secrets
+import stat
 from contextlib import suppress
 from pathlib import Path
 
@@ -37,3 +39,32 @@ def sync_path(path: Path, *, through: bool = True) -> None:
         sync(handle) if through else os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def write_whole(path: Path, content: str | bytes, *, mode: int = 0o666) -> None:
+    """Write a file, complete or not at all: what was there stays until all of it is written.
+
+    Args:
+        path: where; a link is followed. A device or a pipe is written to as it is.
+        content: all of it; a text is written as UTF-8.
+        mode: permissions of a new file.
+
+    Raises:
+        OSError: it cannot be written; nothing is left of it.
+    """
+    path, data = path.resolve(), content.encode() if isinstance(content, str) else content
+    if path.exists() and not path.is_file():
+        path.write_bytes(data)
+        return
+    draft = path.with_name(f".{path.name[:200]}.{secrets.token_hex(4)}")
+    handle = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            if path.exists():
+                os.fchmod(file.fileno(), stat.S_IMODE(path.stat().st_mode))
+            file.write(data)
+        draft.rename(path)
+    except BaseException:
+        with suppress(OSError):
+            draft.unlink()
+        raise

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from mlxkv.base.durable import write_whole
 from mlxkv.bench.cases import Case, Skipped
 from mlxkv.bench.engines import Timing
 from mlxkv.bench.rounds import Rounds
@@ -156,6 +157,6 @@ def check_writable(path: Path) -> None:
 def write(report: dict[str, Any], path: Path) -> None:
     """Write the report file, or raise OutputError."""
     try:
-        path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_whole(path, json.dumps(report, indent=1) + "\n")
     except OSError as error:
         raise OutputError(f"{path}: {error.strerror}", field="report") from error

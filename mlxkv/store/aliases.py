@@ -8,12 +8,11 @@ Invariants:
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Mapping
-from pathlib import Path
 
 from mlxkv.base import regular
+from mlxkv.base.durable import write_whole
 from mlxkv.base.paths import models_dir
 from mlxkv.errors import MlxkvError, OutputError, UsageError
 
@@ -49,21 +48,11 @@ def write_aliases(aliases: Mapping[str, str]) -> None:
         OutputError: the file cannot be written.
     """
     path = models_dir() / FILE
-    draft = path.with_name(f"{FILE}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        draft.write_text(json.dumps(dict(sorted(aliases.items())), indent=2) + "\n", "utf-8")
-        draft.replace(path)
+        write_whole(path, json.dumps(dict(sorted(aliases.items())), indent=2) + "\n")
     except OSError as error:
-        _discard(draft)
         raise OutputError(f"{path}: {error.strerror}") from error
-
-
-def _discard(path: Path) -> None:
-    try:
-        path.unlink(missing_ok=True)
-    except OSError:
-        return
 
 
 def check_alias_spelling(name: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 
 from mlxkv.base import regular
+from mlxkv.base.durable import write_whole
 from mlxkv.base.paths import models_dir
 from mlxkv.errors import MlxkvError
 from mlxkv.store.refs import PathRef, locate
@@ -25,7 +26,7 @@ def remember(name: str) -> None:
         text = str(ref.path.absolute()) if isinstance(ref, PathRef) else name
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text + "\n", "utf-8")
+        write_whole(path, text + "\n")
 
 
 def recall() -> str | None:

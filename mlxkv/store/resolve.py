@@ -35,6 +35,7 @@ from mlxkv.store.refs import CatalogRef, HubRef, PathRef, StoredRef, is_model, l
 Report = Callable[[str, int, int], None]
 """Called with what is being done, the amount done and the amount in all (0: unknown)."""
 
+_UNWRITABLE = (errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
 OTHER_DISK = "make room, or set MLXKV_MODELS to another disk"
 
 
@@ -203,9 +204,15 @@ def _convert_into(folder: Path, work: Path, gguf: Path, record: Record, report: 
     convert(gguf, finished, progress=lambda step: report(label, step.done_bytes, step.total_bytes))
     content = json.dumps(asdict(record) | kept, indent=2) + "\n"
     (finished / RECORD).write_text(content, encoding="utf-8")
+    old = work / "old"
     if folder.exists():
-        folder.replace(work / "old")
-    finished.replace(folder)
+        folder.replace(old)
+    try:
+        finished.replace(folder)
+    except OSError:
+        if old.exists():
+            old.replace(folder)
+        raise
     return folder
 
 
@@ -230,6 +237,8 @@ def work_folder(name: str, report: Report) -> Iterator[Path]:
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise OutputError(f"no space left in {root} for {name}") from error
+            if error.errno in _UNWRITABLE:
+                raise OutputError(f"{root}: {name} cannot be written: {error.strerror}") from error
             raise
         finally:
             shutil.rmtree(work, ignore_errors=True)

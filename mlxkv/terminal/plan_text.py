@@ -67,10 +67,8 @@ def _rows(plan: Plan) -> str:
 
 def _of_process() -> str:
     """Which limit of this process is less than the machine's memory, if one is."""
-    tight, allowed = device.tightest(), device.process_allows()
-    if tight is None or allowed is None:
-        return ""
-    return f"{tight} leaves models {human_bytes(allowed)} here"
+    tight = device.tightest()
+    return "" if tight is None else f"this process has {tight}, for all that it needs"
 
 
 def chart(plan: Plan) -> str:

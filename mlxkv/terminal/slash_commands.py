@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlxkv.base import regular
+from mlxkv.base import durable, regular
 from mlxkv.errors import OutputError, UsageError
 from mlxkv.terminal.answer_options import SAMPLING, AnswerOptions, with_defaults
 from mlxkv.terminal.stats_text import describe_memory
@@ -228,12 +228,9 @@ def _save(chat: Chat, rest: str) -> str:
         "parameters": {name: getattr(chat.settings, name) for name in PARAMETERS},
         "messages": chat.conversation.messages,
     }
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        partial.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", "utf-8")
-        partial.replace(path)
+        durable.write_whole(path, json.dumps(content, ensure_ascii=False, indent=2) + "\n")
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise OutputError(f"{path}: {error.strerror}") from error
     return f"{len(chat.conversation.messages)} messages in {path}"
 

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlxkv.base import regular
+from mlxkv.base import durable, regular
 from mlxkv.base.seal import seal_of_environment
 from mlxkv.server.agents.state import Block, History
 from mlxkv.server.agents.volatile import Piece
@@ -69,13 +68,10 @@ class StateMemory:
         self._written_at = self._clock()
         if self._file is None or not self._changed:
             return
-        temporary = self._file.with_name(f"{self._file.name}.{os.getpid()}")
         with contextlib.suppress(OSError):
             self._file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-            with os.fdopen(handle, "wb") as file:
-                file.write(self._seal.seal(json.dumps(self._as_json()).encode(), _PLACE))
-            temporary.rename(self._file)
+            data = self._seal.seal(json.dumps(self._as_json()).encode(), _PLACE)
+            durable.write_whole(self._file, data, mode=0o600)
             self._changed = False
 
     def _as_json(self) -> dict[str, Any]:
