@@ -70,7 +70,7 @@ class Tries:
         timeout_s: how long a command may take.
     """
 
-    def __init__(self, home: Path, kind: str = "as", timeout_s: float = 90):
+    def __init__(self, home: Path, kind: str = "as", timeout_s: float = 240):
         chat_model(home / "models" / MODEL, **SHAPE)
         self._env = environment(home, MLXKV_KV=str(home / "kv"), MLXKV_KV_DISK="1GiB")
         self._flag, self._timeout_s = KINDS[kind], timeout_s
