@@ -125,7 +125,8 @@ def decode_sealed(seal: Seal, data: bytes, key: PageKey, model: str) -> tuple[Pa
         DamagedPage: it is damaged, or another page.
     """
     try:
-        return decode(seal.unseal(data, _place(model, on_disk(seal, key))), key)
+        content = seal.unseal(data, _place(model, on_disk(seal, key)))
+        return decode(content, key, authentic=seal.is_on)
     except UnsealError as error:
         raise DamagedPage(str(error)) from error
 
