@@ -14,7 +14,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,11 +64,16 @@ class _Names:
     is_settled: bool = False
 
     def __or__(self, other: _Names) -> _Names:
-        return _Names(
-            (*self.names, *(name for name in other.names if name not in self.names)),
-            self.is_named or other.is_named,
-            self.is_settled or other.is_settled,
-        )
+        return _joined([self, other])
+
+
+def _joined(parts: Sequence[_Names]) -> _Names:
+    """What several parts say together."""
+    return _Names(
+        tuple(dict.fromkeys(name for part in parts for name in part.names)),
+        any(part.is_named for part in parts),
+        any(part.is_settled for part in parts),
+    )
 
 
 class _Closing:
@@ -177,15 +182,15 @@ class _Closing:
         is_named = isinstance(properties, Mapping) or schema.get("unevaluatedProperties") is False
         own = [*(properties if isinstance(properties, Mapping) else ()), *_listed(required)]
         own = dict.fromkeys(name for name in own if isinstance(name, str))
-        names = _Names(tuple(own), is_named, _is_settled(schema))
+        found = [_Names(tuple(own), is_named, _is_settled(schema))]
         reference = schema.get("$ref")
         if isinstance(reference, str) and reference not in seen:
             seen.add(reference)
-            names |= self._names(self._target(reference), seen=seen)
+            found.append(self._names(self._target(reference), seen=seen))
         for key in _IN_PLACE:
             for part in () if key == but else _listed(schema.get(key)):
-                names |= self._names(part, seen=seen)
-        return names
+                found.append(self._names(part, seen=seen))
+        return _joined(found)
 
 
 def _shut(schema: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:

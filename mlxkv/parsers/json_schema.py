@@ -50,6 +50,12 @@ SAYS_NOTHING: Mapping[str, Any] = {
 }
 """Keywords that the grammars do not have, and the values at which they ask for nothing."""
 _MAX_CHOICES = 256
+_MAX_COST = 200_000
+"""Of the schemas that are taken apart for one document: 0.2 s."""
+_KINDS_COST = 50_000
+"""The same where an answer's arguments are read, between two tokens."""
+_PART = 10
+"""What a part of a schema costs; each property that is merged costs 1."""
 
 
 def _is_number(value: Any) -> bool:
@@ -112,10 +118,11 @@ class Schemas:
 
     Args:
         root: the whole document, to which its `$ref` refer.
+        max_cost: bounds how much is taken apart: parts multiply where they refer to others twice.
     """
 
-    def __init__(self, root: Any):
-        self._root = root
+    def __init__(self, root: Any, max_cost: int = _MAX_COST):
+        self._root, self._left = root, max_cost
 
     def choices(self, schema: Any) -> list[Choice]:
         """What a schema allows; empty where nothing satisfies it.
@@ -131,6 +138,7 @@ class Schemas:
         Args:
             seen: references that led here.
         """
+        self._pay(_PART)
         if isinstance(schema, bool):
             return [{}] if schema else []
         if not isinstance(schema, Mapping):
@@ -149,12 +157,12 @@ class Schemas:
             target = self.resolve(reference)
             if reference in seen:
                 raise UsageError(f"$ref {reference!r} refers to itself")
-            flat = _both(flat, self._flat(target, seen | {reference}))
+            flat = self._both(flat, self._flat(target, seen | {reference}))
         for part in schema.get("allOf", ()):
-            flat = _both(flat, self._flat(part, seen))
+            flat = self._both(flat, self._flat(part, seen))
         for key in ("anyOf", "oneOf"):
             if key in schema:
-                parts = [_both(flat, self._flat(part, seen)) for part in schema[key]]
+                parts = [self._both(flat, self._flat(part, seen)) for part in schema[key]]
                 if key == "oneOf":
                     self._check_exclusive(parts)
                 flat = [each for part in parts for each in part]
@@ -179,11 +187,23 @@ class Schemas:
                 raise UsageError(f"$ref {reference!r} is not present in the schema")
         return found
 
+    def _both(self, some: Sequence[_Flat], others: Sequence[_Flat]) -> list[_Flat]:
+        """What satisfies one of some and one of others."""
+        merged = _both(some, others)
+        self._pay(sum(len(flat.get("properties", ())) for flat in merged))
+        return merged
+
+    def _pay(self, cost: int) -> None:
+        self._left -= cost
+        if self._left < 0:
+            raise UsageError("the JSON schema is too complex: its parts multiply")
+
     def _check_exclusive(self, parts: Sequence[Sequence[_Flat]]) -> None:
         """Of `oneOf`: a value of one part must be of no other."""
         for i, part in enumerate(parts):
             for other in parts[i + 1 :]:
-                if any(self._possible(both) for both in _both(part, other)):
+                self._pay(_PART)
+                if any(self._possible(both) for both in self._both(part, other)):
                     raise UsageError("oneOf of schemas that one value can satisfy together")
 
     def _possible(self, flat: _Flat, depth: int = 3) -> bool:
@@ -211,7 +231,7 @@ def kinds_at(root: Any, path: Sequence[str | None]) -> frozenset[str]:
         root: the schema.
         path: the way there: names of properties, None for the items of a list.
     """
-    schemas = Schemas(root)
+    schemas = Schemas(root, _KINDS_COST)
     try:
         flats: list[_Flat] = schemas._flat(root)
         for key in path:
@@ -337,10 +357,10 @@ def _merged_rule(key: str, one: _Flat, other: _Flat) -> Any:
     if key == "type":
         return _common_types(_types(one), _types(other))
     if key == "enum":
-        known = [json.dumps(value, sort_keys=True) for value in right]
+        known = {json.dumps(value, sort_keys=True) for value in right}
         return [value for value in left if json.dumps(value, sort_keys=True) in known]
     if key == "required":
-        return [*left, *(name for name in right if name not in left)]
+        return list(dict.fromkeys([*left, *right]))
     if key in _LARGER:
         return max(left, right)
     if key in _SMALLER:

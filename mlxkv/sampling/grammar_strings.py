@@ -31,7 +31,7 @@ FORMATS: Mapping[str, str] = {
 }
 """Regular expressions of the formats that are kept."""
 
-_TOKEN = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|.", re.DOTALL)
+_TOKEN = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*+\]?|.", re.DOTALL)
 _EDGES = frozenset({"^", "$", r"\b", r"\B", r"\A", r"\Z", r"\z"})
 
 

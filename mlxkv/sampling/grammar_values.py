@@ -217,10 +217,10 @@ class Values:
 
     def members(self, rules: Mapping[str, Any]) -> Members:
         """What an object of a `Choice` can have."""
-        properties, required = rules.get("properties", {}), rules.get("required", [])
+        properties, required = rules.get("properties", {}), dict.fromkeys(rules.get("required", []))
         others = rules.get("additionalProperties", True)
         others = others if others is True or self._schemas.choices(others) else False
-        names = [*properties, *dict.fromkeys(n for n in required if n not in properties)]
+        names = [*properties, *(n for n in required if n not in properties)]
         if self._notation.in_order:
             names.sort(key=str.lower)
         members = [Member(n, properties.get(n, others), n in required) for n in names]
