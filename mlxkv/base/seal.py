@@ -237,8 +237,8 @@ def _key(text: str) -> bytes:
 def _from_keychain() -> str:
     """The key in the system's keychain, which is made when it is first asked for."""
     try:
-        import keyring
-        import keyring.errors
+        import keyring  # pyright: ignore[reportMissingImports]
+        import keyring.errors  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise UsageError(f"{VARIABLE}={KEYCHAIN} needs `pip install 'mlxkv[crypto]'`") from None
     try:
