@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mlxkv.base import regular
 from mlxkv.errors import CheckpointError, OutputError, UsageError
 
 if TYPE_CHECKING:
@@ -131,8 +132,11 @@ def signature_file(file: Path) -> Path:
 
 
 def _digest(file: Path) -> bytes:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha512").digest()
+    try:
+        with regular.open_file(file) as opened:
+            return hashlib.file_digest(opened, "sha512").digest()
+    except regular.NotAFile as error:
+        raise CheckpointError(f"{file}: {error.strerror}") from None
 
 
 def _small(file: Path) -> bytes:
@@ -140,7 +144,7 @@ def _small(file: Path) -> bytes:
     try:
         if not file.is_file():
             raise UsageError(f"{file}: no such file")
-        with file.open("rb") as opened:
+        with regular.open_file(file) as opened:
             return opened.read(_MAX_BYTES)
     except OSError as error:
         raise UsageError(f"{file}: cannot be read ({error.strerror})") from error

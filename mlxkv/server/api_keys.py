@@ -15,6 +15,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from mlxkv.base import regular
 from mlxkv.errors import UsageError
 from mlxkv.server.config import ServerConfig, check_keys
 
@@ -85,7 +86,7 @@ def read_keys(path: Path) -> tuple[str, ...]:
         UsageError: it cannot be read, or holds no key or an invalid one.
     """
     try:
-        with path.open("rb") as file:
+        with regular.open_file(path) as file:
             text = file.read(_MAX_BYTES + 1).decode("utf-8-sig")
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"

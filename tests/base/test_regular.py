@@ -14,7 +14,9 @@ from mlxkv.convert import convert
 from mlxkv.errors import CheckpointError, MlxkvError, UsageError
 from mlxkv.models.loader import lay_out
 from mlxkv.sampling.params import recommended
+from mlxkv.saved_kv import signature
 from mlxkv.saved_kv.archive import open_archive
+from mlxkv.server.api_keys import read_keys
 from mlxkv.store.info import describe
 from mlxkv.store.settings import effective
 from mlxkv.text.tokenizer import Tokenizer
@@ -102,6 +104,10 @@ def test_a_pipe_in_place_of_what_a_command_reads_is_an_error_at_once(pipe):
         answer_format(str(pipe))
     with pytest.raises(CheckpointError, match="a pipe, not a file"), open_archive(pipe):
         pass
+    with pytest.raises(CheckpointError, match="a pipe, not a file"):
+        signature._digest(pipe)
+    with pytest.raises(UsageError, match="a pipe, not a file"):
+        read_keys(pipe)
 
 
 def test_a_pipe_that_the_shell_has_opened_is_read():
