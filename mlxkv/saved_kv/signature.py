@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlxkv.base import regular
+from mlxkv.base import durable, regular
 from mlxkv.errors import CheckpointError, OutputError, UsageError
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def sign(file: Path, key: Ed25519PrivateKey) -> Path:
     signature = base64.b64encode(key.sign(_CONTEXT + _digest(file)))
     path = signature_file(file)
     try:
-        path.write_bytes(signature + b"\n")
+        durable.write_whole(path, signature + b"\n")
     except OSError as error:
         raise OutputError(f"{path}: cannot be written ({error.strerror})") from error
     return path
