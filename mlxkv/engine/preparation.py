@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 from mlxkv.chat.interrupt import Interrupted, interruptible
-from mlxkv.errors import MlxkvError, one_line
+from mlxkv.errors import MlxkvError, contained
 from mlxkv.generation.request import Request
 
 if TYPE_CHECKING:
@@ -79,11 +79,8 @@ class Preparation:
                 self._future.set_result(function())
         except Interrupted:
             self._future.set_exception(_stopped())
-        except Exception as error:
-            self._future.set_exception(error)
-        except BaseException as error:  # a panic of the tokenizer's library
-            failure = MlxkvError(f"preparing the prompt failed: {one_line(error)}")
-            self._future.set_exception(failure)
+        except BaseException as error:  # also a panic of the tokenizer's library
+            self._future.set_exception(contained(error))
 
     def _is_unwanted(self) -> bool:
         return self._stopped.is_set() or self._is_cancelled()

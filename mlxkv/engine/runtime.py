@@ -14,6 +14,7 @@ from mlx.utils import tree_flatten
 
 from mlxkv.base import device
 from mlxkv.base.stepwise import finished
+from mlxkv.errors import contained
 from mlxkv.generation.prompt_logprobs import Scores
 from mlxkv.generation.session import Session
 from mlxkv.kv.types import first_kv_type
@@ -189,5 +190,5 @@ def _close(owners: dict[str, Pages | None], *, at_exit: bool = False) -> None:
         if pages is not None:
             try:
                 pages.close(at_exit=at_exit)
-            except Exception as error:  # for example, the model's files were deleted
-                _log.warning("prefixes were not saved: %s", error)
+            except BaseException as error:  # for example, the model's files were deleted
+                _log.warning("prefixes were not saved: %s", contained(error))

@@ -12,7 +12,7 @@ import pytest
 
 import mlxkv
 from mlxkv.base import device
-from mlxkv.engine import scheduler
+from mlxkv.engine import waiting
 from mlxkv.engine.clients import Clients
 from mlxkv.engine.engine import ThreadedEngine
 from mlxkv.engine.messages import Ask
@@ -81,9 +81,9 @@ def is_bad(args: tuple[Any, ...], ids: list[int]) -> bool:
 
 
 PLACES: list[tuple[Any, str, type[BaseException]]] = [
-    (scheduler, "prepare", Panic),
-    (scheduler, "prepare", SystemExit),
-    (scheduler, "start", Panic),
+    (waiting, "make_ready", Panic),
+    (waiting, "make_ready", SystemExit),
+    (waiting, "begin", Panic),
     (Generation, "restore", Panic),
     (Generation, "row", Panic),
     (Generation, "add", Panic),
