@@ -181,9 +181,9 @@ def _run(engine: Any, config: Any) -> int:
     from threading import Thread
 
     from mlxkv.server.app import create_app
-    from mlxkv.server.log_lines import log_to_stderr
-    from mlxkv.server.serving import Server, raise_file_limit
-    from mlxkv.server.stop import Stop, leave
+    from mlxkv.server.edge.log_lines import log_to_stderr
+    from mlxkv.server.edge.serving import Server, raise_file_limit
+    from mlxkv.server.edge.stop import Stop, leave
 
     app = create_app(engine, config)
     log_to_stderr(lambda: app.state.api_keys.keys)

@@ -19,11 +19,11 @@ from mlxkv.errors import MlxkvError
 from mlxkv.server import metrics
 from mlxkv.server.agents.state_memory import StateMemory
 from mlxkv.server.anthropic import routes as anthropic
-from mlxkv.server.api_keys import ApiKeys
-from mlxkv.server.bodies import Bodies
 from mlxkv.server.config import ServerConfig
+from mlxkv.server.edge.api_keys import ApiKeys
+from mlxkv.server.edge.bodies import Bodies
+from mlxkv.server.edge.guard import LOCAL_ORIGINS, Guard
 from mlxkv.server.errors import error_response
-from mlxkv.server.guard import LOCAL_ORIGINS, Guard
 from mlxkv.server.ignored import Ignored
 from mlxkv.server.ollama import routes as ollama
 from mlxkv.server.openai import chat, completions, models, responses, tokenize
@@ -101,13 +101,6 @@ def create_app(engine: Engine, config: ServerConfig) -> FastAPI:
         return JSONResponse(content, status_code=200 if alive else 503)
 
     return app
-
-
-def end_requests(app: FastAPI) -> None:
-    """End all requests with an error that says why: streams with their last event, others with a
-    status. What they computed is kept when the engine closes."""
-    app.state.stopping.set()
-    app.state.bodies.end()
 
 
 async def _on_error(request: Request, error: Exception) -> Response:

@@ -16,7 +16,7 @@ from mlxkv.models.loader import lay_out
 from mlxkv.sampling.params import recommended
 from mlxkv.saved_kv import signature
 from mlxkv.saved_kv.archive import open_archive
-from mlxkv.server.api_keys import read_keys
+from mlxkv.server.edge.api_keys import read_keys
 from mlxkv.store.info import describe
 from mlxkv.store.settings import effective
 from mlxkv.text.tokenizer import Tokenizer

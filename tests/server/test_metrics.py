@@ -16,7 +16,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from mlxkv.engine.messages import ClientCounts, Counts, EngineStats, Lost
-from mlxkv.server.api_keys import owner_of
+from mlxkv.server.edge.api_keys import owner_of
 from tests.support.fake_engine import MODEL, FakeEngine, serving
 
 KEY = "some-key"

@@ -21,7 +21,7 @@ from mlxkv.generation.outputs import Chunk, Stats, TokenLogprobs
 from mlxkv.generation.request import Request
 from mlxkv.server.app import create_app
 from mlxkv.server.config import ServerConfig
-from mlxkv.server.serving import Server
+from mlxkv.server.edge.serving import Server
 
 MODEL = "fake"
 N_PROMPT = 10

@@ -14,13 +14,13 @@ import pytest
 
 from mlxkv.generation.outputs import Chunk
 from mlxkv.server.config import ServerConfig
-from mlxkv.server.log_lines import OncePerMinute, WithoutKeys
-from tests.server.test_connections import HEAD, sending, until
+from mlxkv.server.edge.log_lines import OncePerMinute, WithoutKeys
+from tests.server.edge.test_connections import HEAD, sending, until
 from tests.support.fake_engine import MODEL, FakeEngine, serving_as
 
 HANGS = """
 import os, signal, sys, time
-from mlxkv.server.stop import Stop
+from mlxkv.server.edge.stop import Stop
 stop = Stop(float(sys.argv[1]))
 stop.install()
 for number in sys.argv[2:]:

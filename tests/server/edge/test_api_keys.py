@@ -8,9 +8,9 @@ import httpx
 import pytest
 
 from mlxkv.errors import UsageError
-from mlxkv.server import api_keys
-from mlxkv.server.api_keys import ApiKeys, owner_of, read_keys
 from mlxkv.server.config import ServerConfig
+from mlxkv.server.edge import api_keys
+from mlxkv.server.edge.api_keys import ApiKeys, owner_of, read_keys
 from tests.support.fake_engine import MODEL, FakeEngine, says, serving
 
 HTML = "<b>x</b><script>y</script>"

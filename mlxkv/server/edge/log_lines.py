@@ -12,9 +12,9 @@ _MOST_KINDS = 1000
 _ONE_LINE = (
     "uvicorn",
     "asyncio",
-    "mlxkv.server.bodies",
-    "mlxkv.server.connections",
-    "mlxkv.server.serving",
+    "mlxkv.server.edge.bodies",
+    "mlxkv.server.edge.connections",
+    "mlxkv.server.edge.serving",
 )
 """Loggers whose records clients can cause at will: one of a kind tells all."""
 

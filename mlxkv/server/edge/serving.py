@@ -3,7 +3,7 @@
 The end of a server (`Server.shutdown`), in this order:
 
 1. It takes no more connections.
-2. Requests end with a reason, see `app.end_requests`. What waits for a client is not waited for.
+2. Requests end with a reason, see `end_requests`. What waits for a client is not waited for.
 3. What has not ended after `REASON_S` is cancelled, and connections are closed.
 4. `on_end` is called: the engine writes what it keeps.
 """
@@ -22,9 +22,8 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
-from mlxkv.server.app import end_requests
 from mlxkv.server.config import ServerConfig
-from mlxkv.server.connections import BACKLOG, Connections, protocol_of
+from mlxkv.server.edge.connections import BACKLOG, Connections, protocol_of
 
 _log = logging.getLogger(__name__)
 
@@ -48,6 +47,13 @@ def raise_file_limit() -> int:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
             soft = wanted
     return MOST_FILES if soft == infinity else soft
+
+
+def end_requests(app: FastAPI) -> None:
+    """End all requests with an error that says why: streams with their last event, others with a
+    status. What they computed is kept when the engine closes."""
+    app.state.stopping.set()
+    app.state.bodies.end()
 
 
 class Server(uvicorn.Server):

@@ -20,9 +20,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mlxkv.errors import contained
 from mlxkv.server import ignored
-from mlxkv.server.api_keys import ApiKeys
-from mlxkv.server.bodies import Bodies
 from mlxkv.server.config import ServerConfig
+from mlxkv.server.edge.api_keys import ApiKeys
+from mlxkv.server.edge.bodies import Bodies
 from mlxkv.server.errors import error_response
 
 _log = logging.getLogger(__name__)

@@ -15,9 +15,9 @@ import httpx
 import pytest
 from starlette.exceptions import HTTPException
 
-from mlxkv.server.bodies import MESSAGE_BYTES, Bodies
 from mlxkv.server.config import ServerConfig, bodies_bytes
-from mlxkv.server.serving import OTHER_FILES
+from mlxkv.server.edge.bodies import MESSAGE_BYTES, Bodies
+from mlxkv.server.edge.serving import OTHER_FILES
 from tests.support.fake_engine import MODEL, FakeEngine, says, serving, serving_as
 
 HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"

@@ -12,8 +12,8 @@ import pytest
 
 from mlxkv.engine.messages import Busy
 from mlxkv.errors import ContextExceeded, KVCacheFull, UsageError
-from mlxkv.server.api_keys import owner_of
 from mlxkv.server.config import ServerConfig, is_loopback
+from mlxkv.server.edge.api_keys import owner_of
 from mlxkv.server.json_route import MAX_DEPTH
 from tests.support.fake_engine import MODEL, FakeEngine, serving
 
