@@ -123,7 +123,7 @@ def _prepared(runtime: TextSide, request: Request, owner: str, most: int | None)
             raise UsageError("think and tools need messages: a text uses no chat template")
         if request.template_options:
             raise UsageError("needs messages: a text uses no template", field="template_options")
-        return Prepared(_after_saved(runtime, saved, prompt, most, owner), Head(saved))
+        return Prepared(_after_saved(runtime, saved, prompt, most, owner), Head(saved), owner=owner)
     messages = with_saved(saved, prompt)  # pyright: ignore[reportArgumentType]
     options = template_options(runtime, request)
     head = Head(saved, messages, options, owner)
@@ -219,7 +219,8 @@ def _reader(runtime: TextSide, request: Request, prepared: Prepared) -> AnswerRe
 def _masker(runtime: Runtime, request: Request, prepared: Prepared) -> Masker | None:
     """The masker of the answer, which the begun part is part of if it can begin one."""
     tokenizer, begun = runtime.tokenizer, prepared.begun
-    masker = choose_masker(runtime, request, prepared.text if begun is None else begun.opening)
+    opening = prepared.text if begun is None else begun.opening
+    masker = choose_masker(runtime, request, opening, prepared.owner)
     if masker is None or begun is None:
         return masker
     text = tokenizer.encode(begun.text, add_special_tokens=False, owner=prepared.owner)

@@ -99,6 +99,8 @@ class Scheduler:
         """Compute one chunk of a prompt, and one token of every answer."""
         quietly("pausing a next turn failed", self.next_turns.pause)
         self._drop_cancelled()
+        if self.waiting and not (self._prefilling or self._decoding):
+            self.waiting.wait_for_grammars()
         self._admit()
         if (task := self._turns.next(self._prefilling)) is not None:
             self._prefill(task, task.state)  # pyright: ignore[reportArgumentType]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
@@ -17,6 +18,9 @@ from mlxkv.generation.request import Request
 from mlxkv.generation.session import Session
 from mlxkv.prefix.layout import Link
 
+if TYPE_CHECKING:
+    from mlxkv.sampling.grammar_compiler import Compiling
+
 _log = logging.getLogger(__name__)
 
 
@@ -26,9 +30,11 @@ class Waiting:
 
     Args:
         is_long: whether its prompt is prepared on another thread; None until that is asked.
+        has_grammar: whether its answer follows a grammar; the same.
     """
 
     is_long: bool | None = None
+    has_grammar: bool | None = None
 
 
 @dataclass(eq=False, slots=True)
@@ -80,6 +86,7 @@ class Task:
         client: the program that asks; empty where that is not known.
         has_begun: whether it has left the queue before: it may have given its place up.
         decodes_alone: whether a batch that it was in failed: it may be the cause.
+        compiling: its grammar, which is known while something holds this; None if it has none.
     """
 
     request: Request
@@ -92,6 +99,7 @@ class Task:
     state: State = field(default_factory=Waiting, init=False)
     has_begun: bool = field(default=False, init=False)
     decodes_alone: bool = field(default=False, init=False)
+    compiling: Compiling | None = field(default=None, init=False)
 
     @property
     def holds_kv(self) -> bool:

@@ -32,27 +32,39 @@ _NEVER = -1e9
 """Added to the logit of a token that must not come."""
 
 
-def choose_masker(runtime: Runtime, request: Request, prompt: str | None) -> Masker | None:
+def choose_masker(
+    runtime: Runtime, request: Request, prompt: str | None, owner: str = ""
+) -> Masker | None:
     """The masker of an answer: of its format, else of the calls that it may make.
 
     Args:
         prompt: the rendered prompt; None where it is none.
+        owner: of the request.
 
     Raises:
         UsageError: the format cannot be kept.
     """
+    grammar = grammar_of(runtime, request)
+    if grammar is None or (request.format is None and prompt is None):
+        return None
+    try:
+        return runtime.maskers.masker(grammar, prompt, owner)
+    except UsageError:
+        if request.format is not None:
+            raise
+        return None  # such calls cannot be described; others are text
+
+
+def grammar_of(runtime: Runtime, request: Request) -> Grammar | None:
+    """The grammar of an answer to a rendered prompt; None if it has none."""
     if request.format is not None:
-        return runtime.maskers.masker(request.format, prompt)
-    if request.callable is None or prompt is None or request.min_tokens or request.ignore_eos:
+        return request.format
+    if request.callable is None or request.min_tokens or request.ignore_eos:
         return None  # a grammar says itself where an answer ends
     name = format_with_tools(runtime.tokenizer)
     if not request.callable and name != "harmony":
         return None
-    grammar = _some_calls(request, name)
-    try:
-        return None if grammar is None else runtime.maskers.masker(grammar, prompt)
-    except UsageError:  # such calls cannot be described; others are text
-        return None
+    return _some_calls(request, name)
 
 
 def without_calls(runtime: Runtime, request: Request, sampling: SamplingParams) -> SamplingParams:

@@ -5,12 +5,16 @@ Requests that are ready begin meanwhile; one that is prepared has its place amon
 
 from __future__ import annotations
 
+from mlxkv.engine.grammar_queue import GrammarQueue
 from mlxkv.engine.preparation import MAX_PREPARED, Preparation, is_long
 from mlxkv.engine.prompt import Ready, begin, make_ready
 from mlxkv.engine.runtime import Runtime
 from mlxkv.engine.shares import FairQueue
 from mlxkv.engine.tasks import Task, Waiting
 from mlxkv.generation.generation import Generation
+
+COMPILING_S = 0.01
+"""How long a step waits for a grammar where it has nothing else to do."""
 
 
 class WaitingTasks(FairQueue):
@@ -24,6 +28,7 @@ class WaitingTasks(FairQueue):
         super().__init__()
         self._runtime, self._text_side = runtime, runtime.text_side()
         self._preparations: dict[Task, Preparation] = {}
+        self._grammars = GrammarQueue(runtime)
 
     @property
     def has_work(self) -> bool:
@@ -44,15 +49,20 @@ class WaitingTasks(FairQueue):
 
     def is_ready(self, task: Task) -> bool:
         """Whether a request can begin; if not, its preparation begins as soon as it can."""
+        is_compiled = self._grammars.is_compiled(task, self)
         if self._is_pending(task):
             return False
         if task in self._preparations or not self._is_long(task):
-            return True
+            return is_compiled
         preparer = self._runtime.preparer
         assert preparer is not None
         made = preparer.start(lambda: self._ready(task), task.is_cancelled)
         self._preparations[task] = made
         return False
+
+    def wait_for_grammars(self) -> None:
+        """Wait a little for a grammar that compiles, if there is one."""
+        self._grammars.wait(self, COMPILING_S)
 
     def _is_pending(self, task: Task) -> bool:
         """Whether a request can neither begin nor be prepared now."""

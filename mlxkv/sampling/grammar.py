@@ -32,12 +32,16 @@ from mlxkv.errors import UsageError
 from mlxkv.parsers.closed_schema import closed
 from mlxkv.parsers.formats import format_of, format_with_tools, markers_of
 from mlxkv.sampling import native_keys, tool_call_grammar
+from mlxkv.sampling.grammar_tokenizer import readable
 from mlxkv.sampling.json_keys import KeyFollower, Keys
 from mlxkv.sampling.reasoning_gate import Gate, gate_of
 from mlxkv.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
+
+    from mlxkv.sampling.grammar_bounds import Weight
+    from mlxkv.sampling.grammar_compiler import Compiler, Compiling
 
 KINDS = ("json_object", "json_schema", "regex", "lark", "tools")
 MAX_TEXT = 1 << 20
@@ -109,23 +113,33 @@ class Maskers:
         self._tokenizer, self._suppressed = tokenizer, frozenset(suppressed)
         self._format = format_of(tokenizer)
 
-    def masker(self, grammar: Grammar, prompt: str | None = None) -> Masker:
+    def begin(self, grammar: Grammar, owner: str = "") -> Compiling:
+        """Begin to compile a grammar, unless it is known; `masker` then waits for it.
+
+        Args:
+            grammar: what an answer has to match.
+            owner: whose it is: how long one takes tells nothing of another owner's.
+
+        Raises:
+            MlxkvError: no thread can be started.
+        """
+        return self._compiler.begin((owner, grammar), lambda: self._build(grammar))
+
+    def masker(self, grammar: Grammar, prompt: str | None = None, owner: str = "") -> Masker:
         """A masker for one answer.
 
         Args:
             grammar: what it has to match.
             prompt: the rendered prompt, if it is one: it may end in an opened block of reasoning.
                 None for an answer that is all text.
+            owner: see `begin`.
 
         Raises:
             UsageError: the grammar has an error or is too complex, or it is one of calls and the
                 family's are not known.
         """
-        from llguidance import LLMatcher
-
-        name = self._format_with_tools if grammar.kind == "tools" else self._format
-        source = _source(grammar, self._tokenizer, name)
-        matcher = LLMatcher(self._backend, source, log_level=0)
+        compiling = self.begin(grammar, owner)
+        matcher, name = compiling.matcher(), self._name_of(grammar)
         if matcher.is_error():
             raise _refused(grammar.kind, matcher.get_error())
         gate = None
@@ -137,13 +151,23 @@ class Maskers:
                 lambda token: bool(matcher.validate_tokens([token])),
             )
         ends = self._tokenizer.eos_token_ids
-        named = {int(token) for token in re.findall(r"<\[([0-9]{1,9})\]>", source)}
+        named = {int(token) for token in re.findall(r"<\[([0-9]{1,9})\]>", compiling.source)}
         is_text = np.ones(self._backend.vocab_size, bool)
         # A special token is no text, even where its name spells one.
         is_text[sorted(self._tokenizer.special_ids - named - ends)] = False
         is_text[[token for token in self._suppressed if token < len(is_text)]] = False
         keys = self._keys(grammar, name, frozenset(named))
         return Masker(matcher, ends, grammar.kind, is_text, gate, keys, self._tokenizer.bytes_of)
+
+    def _build(self, grammar: Grammar) -> tuple[str, Weight]:
+        """Write a grammar as llguidance takes it, and read what its maskers need."""
+        built = _source(grammar, self._tokenizer, self._name_of(grammar))
+        if grammar.kind not in ("regex", "lark"):
+            _ = self._quoting
+        return built
+
+    def _name_of(self, grammar: Grammar) -> str:
+        return self._format_with_tools if grammar.kind == "tools" else self._format
 
     def _describes_reasoning(self, grammar: Grammar) -> bool:
         return grammar.kind == "tools" and self._format in tool_call_grammar.HAS_REASONING
@@ -172,6 +196,12 @@ class Maskers:
         )
 
     @cached_property
+    def _compiler(self) -> Compiler:
+        from mlxkv.sampling.grammar_compiler import Compiler
+
+        return Compiler(lambda: self._backend)
+
+    @cached_property
     def _quoting(self) -> Mapping[int, bytes]:
         """The tokens with a quotation mark, and their bytes."""
         return {int(token): self._pieces[token] for token in self._pieces.holding(b'"')}
@@ -189,7 +219,7 @@ class Maskers:
             raise UsageError("this model has no end token, so no grammar can end its answer")
         markers = markers_of(self._format) | markers_of(self._format_with_tools)
         try:
-            return LLTokenizer(_readable(self._tokenizer.to_json(), markers), eos_token=ends)
+            return LLTokenizer(readable(self._tokenizer.to_json(), markers), eos_token=ends)
         except (ValueError, RuntimeError) as error:
             raise UsageError(f"grammars do not work with this tokenizer: {_line(error)}") from None
 
@@ -306,20 +336,24 @@ class Masker:
         return np.array([self._matcher.validate_tokens([t]) for t in range(n)], bool)
 
 
-def _source(grammar: Grammar, tokenizer: Tokenizer, name: str) -> str:
-    """The grammar as llguidance takes it."""
+def _source(grammar: Grammar, tokenizer: Tokenizer, name: str) -> tuple[str, Weight]:
+    """The grammar as llguidance takes it, and what it weighs."""
     from llguidance import LLMatcher
 
+    from mlxkv.sampling.grammar_bounds import lark_weight, regex_weight, schema_weight
+
+    text = grammar.text
     match grammar.kind:
         case "regex":
-            return LLMatcher.grammar_from_regex(grammar.text)
-        case "lark":
-            return LLMatcher.grammar_from_lark(grammar.text)
+            return LLMatcher.grammar_from_regex(text), regex_weight(text)
         case "tools":
-            calls = tool_call_grammar.Calls.from_json(grammar.text)
-            return LLMatcher.grammar_from_lark(tool_call_grammar.lark(calls, name, tokenizer))
-    schema = {"type": "object"} if grammar.kind == "json_object" else _schema(grammar.text)
-    return LLMatcher.grammar_from_json_schema(json.dumps(tool_call_grammar.bounded(schema)))
+            text = tool_call_grammar.lark(tool_call_grammar.Calls.from_json(text), name, tokenizer)
+            return LLMatcher.grammar_from_lark(text), lark_weight(text)
+        case "lark":
+            return LLMatcher.grammar_from_lark(text), lark_weight(text)
+    schema = {"type": "object"} if grammar.kind == "json_object" else _schema(text)
+    text = json.dumps(tool_call_grammar.bounded(schema))
+    return LLMatcher.grammar_from_json_schema(text), schema_weight(schema, len(text))
 
 
 def _schema(text: str) -> Any:
@@ -327,65 +361,6 @@ def _schema(text: str) -> Any:
         return closed(json.loads(text))
     except (ValueError, RecursionError) as error:
         raise UsageError(f"the JSON schema cannot be read: {_line(error)}") from None
-
-
-def _readable(tokenizer: str, markers: Collection[str]) -> str:
-    """A tokenizer.json that llguidance understands.
-
-    - It takes a `Metaspace` decoder for nothing, and so its mark for a letter; as a replacement it
-      knows it.
-    - A text that spells a special token (an enum of `<table>`) would become that token, which is
-      no text. So they get names that no text spells; grammars name them by their ids. Where the
-      vocabulary has them as well (Gemma, Llama 2), they are renamed there, or they would be text;
-      what is text (Gemma's `<table>`) stays.
-
-    Args:
-        tokenizer: its tokenizer.json.
-        markers: texts of tokens that are never text.
-    """
-    state = json.loads(tokenizer)
-    decoder = state.get("decoder") or {}
-    parts = decoder.get("decoders", [decoder])
-    if any(part.get("type") == "Metaspace" for part in parts):
-        marks = [part["replacement"] for part in parts if part.get("type") == "Metaspace"]
-        blank = {"type": "Replace", "pattern": {"String": marks[0]}, "content": " "}
-        others = [part for part in parts if part.get("type") != "Metaspace"]
-        state["decoder"] = {"type": "Sequence", "decoders": [blank, *others]}
-    names: dict[str, str] = {}
-    vocabulary = state["model"].get("vocab", ())
-    known = vocabulary if isinstance(vocabulary, dict) else {text for text, _ in vocabulary}
-    added = []
-    for token in state.get("added_tokens", ()):
-        text = token["content"]
-        looks_special = (text[:1], text[-1:]) == ("<", ">")
-        if token["special"] or text in markers or (looks_special and text not in known):
-            names[text] = token["content"] = f"<|\ue000{token['id']}\ue000|>"
-            token["special"] = True
-        elif looks_special:
-            continue  # in the vocabulary it is text, among the added tokens it would not be
-        added.append(token)
-    state["added_tokens"] = added
-    _rename(state["model"], names)
-    return json.dumps(state)
-
-
-def _rename(model: dict[str, Any], names: Mapping[str, str]) -> None:
-    """Give tokens of a vocabulary other names; merges that spell them go."""
-    vocabulary = model.get("vocab")
-    if isinstance(vocabulary, dict):
-        model["vocab"] = {names.get(text, text): token for text, token in vocabulary.items()}
-    elif isinstance(vocabulary, list):
-        model["vocab"] = [[names.get(text, text), score] for text, score in vocabulary]
-    if model.get("unk_token") in names:
-        model["unk_token"] = names[model["unk_token"]]
-    if "merges" in model:
-        model["merges"] = [merge for merge in model["merges"] if not _spells(merge, names)]
-
-
-def _spells(merge: str | list[str], names: Mapping[str, str]) -> bool:
-    """Whether a merge takes or makes one of the tokens."""
-    left, right = merge.split(" ") if isinstance(merge, str) else merge
-    return left + right in names or left in names or right in names
 
 
 def _refused(kind: str, error: str) -> UsageError:
