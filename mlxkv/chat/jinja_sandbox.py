@@ -2,8 +2,10 @@
 
 A template comes with a checkpoint and is not trusted. jinja2's immutable sandbox keeps it from
 Python's internals and from changing what it is given; on top of that, this environment bounds how
-long it runs (loop rounds and calls), how much it writes, and what `*` and `**` may build. What a
-template can hold in memory besides is not bounded.
+long it runs (loop rounds, calls, filters and what they go through), how much it writes, and how
+many bytes of strings and lists it builds, by operators, filters, methods and blocks: see
+`jinja_limits`. To count them, `~`, `+`, `in`, slices and what blocks write become filters; what a
+template writes at once is counted where it is rendered.
 
 The rest follows what transformers documents for chat templates: trim_blocks, lstrip_blocks, loop
 controls, a tojson that leaves HTML alone, raise_exception, strftime_now, {% generation %} blocks.
@@ -12,30 +14,41 @@ controls, a tojson that leaves HTML alone, raise_exception, strftime_now, {% gen
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextvars import ContextVar
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
+from functools import wraps
+from types import BuiltinMethodType
 from typing import Any
 
-from jinja2 import Template, nodes, pass_context
+from jinja2 import Template, nodes, pass_context, pass_environment
 from jinja2.exceptions import SecurityError, TemplateError
 from jinja2.ext import Extension, loopcontrols
+from jinja2.filters import make_attrgetter
 from jinja2.parser import Parser
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.utils import Namespace
+from jinja2.utils import Namespace, _PassArg
+from markupsafe import soft_str
 
-# Enough for a template that compares every pair of 1,000 messages; takes a few seconds.
-MAX_STEPS = 5_000_000
-# Some 16 million tokens of rendered text, past every model's context.
-MAX_CHARS = 64 * 1024 * 1024
-_MAX_POWER_BITS = 4096
+from mlxkv.chat.jinja_counting import Counting, nests
+from mlxkv.chat.jinja_limits import (
+    MAX_BYTES,
+    MAX_CHARS,
+    MAX_STEPS,
+    QUICK,
+    Budget,
+    LimitError,
+    check_binop,
+    check_filter,
+    check_format,
+    check_method,
+    current,
+)
 
-_steps: ContextVar[list[int]] = ContextVar("steps of the template that is rendering")
-
-
-class LimitError(SecurityError):
-    """A template that runs, writes or builds more than it may."""
+_CALL = 4
+"""Steps of a call: it takes as long as that many rounds of a loop."""
+_LONG = 4096
+"""Characters of a text that is gone through in less than a step takes."""
 
 
 def render(template: Template, variables: Mapping[str, Any]) -> str:
@@ -45,7 +58,7 @@ def render(template: Template, variables: Mapping[str, Any]) -> str:
         LimitError: a limit was passed.
         Exception: whatever the template's own code raises.
     """
-    token = _steps.set([MAX_STEPS])
+    token = current.set(Budget(MAX_STEPS, MAX_CHARS, MAX_BYTES))
     try:
         parts, n_chars = [], 0
         for part in template.generate(variables):
@@ -55,24 +68,99 @@ def render(template: Template, variables: Mapping[str, Any]) -> str:
             parts.append(part)
         return "".join(parts)
     finally:
-        _steps.reset(token)
+        current.reset(token)
 
 
-def _count_step() -> None:
-    left = _steps.get(None)
-    if left is None:
-        return
-    left[0] -= 1
-    if left[0] < 0:
-        raise LimitError(f"it runs for more than {MAX_STEPS:,} steps")
+def _budget() -> Budget:
+    """Of the rendering; jinja2 also runs code of a template while it compiles it."""
+    return current.get() or Budget(MAX_STEPS, MAX_CHARS, MAX_BYTES)
+
+
+# The context argument keeps jinja2 from running the filter of a constant when it compiles.
+@pass_context
+def _counted(_context: Context, items: Iterable[Any], n_chars: int) -> Iterator[Any]:
+    """A loop's items; each round writes so many characters of the template itself."""
+    return _budget().counted(items, n_chars)
 
 
 @pass_context
-def _counted(_context: Context, items: Iterable[Any]) -> Iterator[Any]:
-    # The context argument keeps jinja2 from folding the filter of a constant at compile time.
-    for item in items:
-        _count_step()
-        yield item
+def _concat(_context: Context, parts: Sequence[Any]) -> str:
+    """`a ~ b`."""
+    budget = _budget()
+    texts = [part if type(part) is str else budget.text(part) for part in parts]
+    budget.check_length(sum(map(len, texts)))
+    return budget.built("".join(texts))
+
+
+@pass_context
+def _sliced(_context: Context, items: Any, *bounds: Any) -> Any:
+    """`items[start:stop:step]`."""
+    return _budget().built(items[slice(*bounds)])
+
+
+@pass_context
+def _is_in(_context: Context, item: Any, items: Any) -> bool:
+    """`item in items`."""
+    if isinstance(items, str | list | tuple) and len(items) > _LONG:
+        _budget().scan(items)
+    if type(item) in (list, tuple, dict):
+        _budget().text_length(items)
+    return item in items
+
+
+@pass_context
+def _is_equal(_context: Context, left: Any, right: Any) -> bool:
+    """`left == right`; of lists in lists, each appearance of one is compared."""
+    if isinstance(left, list | tuple | dict):
+        _budget().text_length(left)
+    return left == right
+
+
+@pass_context
+def _is_unequal(context: Context, left: Any, right: Any) -> bool:
+    """`left != right`."""
+    return not _is_equal(context, left, right)
+
+
+@pass_context
+def _add(_context: Context, left: Any, right: Any) -> Any:
+    """`left + right`."""
+    total = left + right
+    return total if type(total) is int else _budget().built(total)
+
+
+@pass_environment
+def _sum(
+    environment: Environment,
+    items: Iterable[Any],
+    attribute: str | int | None = None,
+    start: Any = 0,
+) -> Any:
+    """jinja2's `sum`, which may join lists: each sum counts."""
+    budget, total = _budget(), start
+    getter = None if attribute is None else make_attrgetter(environment, attribute)
+    for item in budget.counted(items):
+        total = budget.built(total + (item if getter is None else getter(item)))
+    return total
+
+
+@pass_context
+def _output(_context: Context, value: Any) -> Any:
+    """What `{{ value }}` writes, in a block that is kept, or where it may be a nested list."""
+    budget = _budget()
+    if not isinstance(value, str):
+        budget.text_length(value)
+    elif len(value) > 32:
+        budget.build(len(value))
+    return value
+
+
+def _trim(value: Any, chars: str | None = None) -> str:
+    """jinja2's `trim`."""
+    text = soft_str(value).strip(chars)
+    if len(text) > _LONG:
+        _budget().build(len(text))
+    return text
 
 
 class _Generation(Extension):
@@ -111,16 +199,28 @@ class _Dict:
 
 
 class Environment(ImmutableSandboxedEnvironment):
-    """The sandbox, counting loop rounds and calls."""
+    """The sandbox, counting what a template does and builds."""
 
-    intercepted_binops = frozenset({"*", "**"})
+    intercepted_binops = frozenset({"*", "**", "%"})
 
     def __init__(self) -> None:
         super().__init__(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=[_Generation, loopcontrols],
         )
-        self.filters["tojson"] = _tojson
-        self.filters["_counted"] = _counted
+        self.nests = True
+        self.filters |= {"tojson": _tojson, "sum": _sum}
+        self.filters = {
+            name: each if name in QUICK else _bounded(name, each)
+            for name, each in self.filters.items()
+        }
+        ours = (_counted, _concat, _sliced, _is_in, _is_equal, _add, _output)
+        self.filters |= {each.__name__: each for each in ours}
+        self.filters["trim"] = _trim
+        self.tests |= dict.fromkeys(("eq", "equalto", "=="), _is_equal)
+        self.tests |= {"in": _is_in}
+        self.tests |= dict.fromkeys(("ne", "!="), _is_unequal)
         self.globals.update(
             raise_exception=_raise_exception,
             strftime_now=_strftime_now,
@@ -131,11 +231,30 @@ class Environment(ImmutableSandboxedEnvironment):
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         tree = super()._parse(source, name, filename)
-        for loop in list(tree.find_all(nodes.For)):
-            loop.iter = nodes.Filter(
-                loop.iter, "_counted", [], [], None, None, lineno=loop.lineno, environment=self
-            )
-        return tree
+        self.nests = nests(tree)
+        return Counting(self, self.nests).visit(tree)
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        # What jinja2 finds as well, but after checks that take longer than all counting.
+        if type(obj) is dict and attribute in obj and attribute not in _OF_DICT:
+            return obj[attribute]
+        if type(obj) is _Namespace and not attribute.startswith("_"):
+            try:
+                return getattr(obj, attribute)
+            except AttributeError:
+                return self.undefined(obj=obj, name=attribute)
+        return super().getattr(obj, attribute)
+
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        filled = super().wrap_str_format(value)
+        if filled is None:
+            return None
+
+        def checked(*args: Any, **kwargs: Any) -> str:
+            check_format(_budget(), value.__self__, args, kwargs)
+            return filled(*args, **kwargs)
+
+        return checked
 
     def call(  # the names are jinja2's, chosen not to collide with keyword arguments
         __self,
@@ -144,17 +263,57 @@ class Environment(ImmutableSandboxedEnvironment):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        _count_step()
-        return super().call(__context, __obj, *args, **kwargs)
+        budget = _budget()
+        budget.step(_CALL)
+        if isinstance(__obj, BuiltinMethodType):
+            of = __obj.__self__
+            if type(of) is str:
+                args = check_method(budget, __obj.__name__, of, args, kwargs)
+            elif type(of) is list:
+                budget.scan(of)
+        made = super().call(__context, __obj, *args, **kwargs)
+        return made if type(made) is bool else budget.built(made)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        if operator == "*":
-            for items, times in ((left, right), (right, left)):
-                if isinstance(items, str | list | tuple) and isinstance(times, int):
-                    _check_size(len(items) * times)
-        elif isinstance(left, int) and isinstance(right, int):
-            _check_power(left, right)
-        return super().call_binop(context, operator, left, right)
+        budget = _budget()
+        check_binop(budget, operator, left, right)
+        return budget.built(super().call_binop(context, operator, left, right))
+
+
+def _bounded(name: str, run: Callable[..., Any]) -> Callable[..., Any]:
+    """A filter that counts what it is given and makes."""
+    lead = _LEADS.get(getattr(run, "jinja_pass_arg", None))
+    takes_all, is_plain = name in _TAKE_ALL, name == "tojson"
+
+    @pass_context
+    @wraps(run)
+    def bounded(context: Context, value: Any, *args: Any, **kwargs: Any) -> Any:
+        budget = _budget()
+        if (
+            is_plain
+            and not args
+            and kwargs.keys() <= _OF_PLAIN
+            and not getattr(context.environment, "nests", True)
+        ):
+            return budget.built(run(value, *args, **kwargs))
+        if takes_all and isinstance(value, Iterator):
+            value = list(budget.counted(value))
+        check_filter(budget, name, value, args, kwargs)
+        if lead is None:
+            return budget.built(run(value, *args, **kwargs))
+        return budget.built(run(lead(context), value, *args, **kwargs))
+
+    return bounded
+
+
+_OF_PLAIN = frozenset({"ensure_ascii", "sort_keys"})
+_OF_DICT = frozenset(dir(dict))
+_TAKE_ALL = frozenset({"join", "list", "sort", "string"})
+_LEADS: Mapping[Any, Callable[[Context], Any]] = {
+    _PassArg.context: lambda context: context,
+    _PassArg.eval_context: lambda context: context.eval_ctx,
+    _PassArg.environment: lambda context: context.environment,
+}
 
 
 def _check_attribute(name: Any) -> None:
@@ -162,21 +321,12 @@ def _check_attribute(name: Any) -> None:
         raise SecurityError(f"a namespace cannot hold {name!r}: names must not begin with '_'")
 
 
-def _check_size(n: int) -> None:
-    if n > MAX_CHARS:
-        raise LimitError(f"it repeats something to a length of {n:,}")
-
-
-def _check_power(base: int, exponent: int) -> None:
-    if base.bit_length() * exponent > _MAX_POWER_BITS:
-        raise LimitError("it computes a power that is too large")
-
-
 def _raise_exception(message: str) -> None:
     raise TemplateError(message)
 
 
 def _strftime_now(format: str) -> str:
+    _budget().check_length(64 * len(format))
     return datetime.now().strftime(format)
 
 

@@ -210,6 +210,98 @@ def test_a_template_that_would_run_or_write_for_ever_is_stopped(
     assert "stopped: " in said or "Range too big" in said
 
 
+HELD = "{% set held = 'x' * 30000 %}"
+NESTED = (
+    "{% set ns = namespace(a=[1], b=[1]) %}{% for i in range(60) %}"
+    "{% set ns.a = [ns.a, ns.a] %}{% set ns.b = [ns.b, ns.b] %}{% endfor %}"
+)
+
+
+def grown(step: str) -> str:
+    """A template that makes a text longer 60 times."""
+    again = "{% for i in range(60) %}{% set ns.s = " + step + " %}{% endfor %}"
+    return "{% set ns = namespace(s='xxxx') %}" + again
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        grown("ns.s ~ ns.s"),
+        grown("ns.s + ns.s"),
+        grown("[ns.s, ns.s] | join"),
+        grown("ns.s.join([ns.s, ns.s])"),
+        grown("ns.s | replace('x', 'xx')"),
+        grown("ns.s.replace('x', 'xx')"),
+        grown("'%s%s' % (ns.s, ns.s)"),
+        grown("'{}{}'.format(ns.s, ns.s)"),
+        grown("'%s%s' | format(ns.s, ns.s)"),
+        grown("(ns.s | list + ns.s | list) | join"),
+        "{{ '%9000000d' % 1 }}",
+        "{{ '%*d' % (9000000, 1) }}",
+        "{{ '{:>9000000}'.format(1) }}",
+        "{{ '{:>{}}'.format(1, 9000000) }}",
+        "{{ '%9000000d' | format(1) }}",
+        "{{ 'a' | center(9000000) }}",
+        "{{ 'a'.ljust(9000000) }}",
+        "{{ '1'.zfill(9000000) }}",
+        "{{ ('\\t' * 3000).expandtabs(3000) }}",
+        "{{ ('\\n' * 3000) | indent(3000) }}",
+        "{{ ('a ' * 3000) | wordwrap(1, wrapstring='x' * 3000) }}",
+        "{{ ('a' * 3000).translate({97: 'x' * 3000}) }}",
+        "{{ [1] | batch(9000000, 0) | list }}",
+        "{{ [1] | slice(9000000) | list }}",
+        "{{ [1] | tojson(indent=9000000) }}",
+        "{{ (range(9999) | batch(1) | list) | sum(start=[]) }}",
+        "{% for i in range(9999) %}{% set x = range(9999) | map('string') | list %}{% endfor %}",
+        "{% set l = range(9999) | list %}{% for i in range(9999) %}{% set x = l | sort %}"
+        "{% endfor %}",
+        HELD + "{% set y %}{% for i in range(999) %}{{ held }}{% endfor %}{% endset %}",
+        HELD + "{% for i in range(999) %}{% set x = held | upper %}{% endfor %}",
+        HELD + "{% for i in range(999) %}{% set x = held[1:] %}{% endfor %}",
+        HELD + "{% for i in range(9999) %}{% set x = 'y' in held %}{% endfor %}",
+        HELD + "{% for i in range(9999) %}{% set x = held.count('y') %}{% endfor %}",
+        HELD + "{% set x = (held ~ held).split('x') %}",
+        NESTED + "{{ ns.a }}",
+        NESTED + "{{ ns.a | tojson }}",
+        NESTED + "{% set x = ns.a ~ '' %}",
+        NESTED + "{% set x = '%s' % [ns.a] %}",
+        NESTED + "{% set x = ns.a == ns.b %}",
+        NESTED + "{% set x = ns.a is eq(ns.b) %}",
+        NESTED + "{% set x = ns.a in [ns.b] %}",
+        "{% set ns = namespace(a=7) %}{% for i in range(60) %}{% set ns.a = ns.a * ns.a %}"
+        "{% endfor %}",
+    ],
+)
+def test_a_template_that_builds_too_much_is_stopped(source: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(jinja_sandbox, "MAX_STEPS", 50_000)
+    monkeypatch.setattr(jinja_sandbox, "MAX_CHARS", 1_000_000)
+    monkeypatch.setattr(jinja_sandbox, "MAX_BYTES", 2_000_000)
+    assert "stopped: " in refused(source)
+
+
+@pytest.mark.parametrize(
+    ("source", "text"),
+    [
+        ("{{ 1 + 2 }} {{ 'a' + 'b' + role }} {{ ([1] + [2])[1:] }}", "3 abuser [2]"),
+        ("{{ 'a' ~ 1 ~ none }} {{ 'b' in 'abc' }} {{ 3 not in [1, 2] }}", "a1None True True"),
+        ("{{ 'abcd'[1:3] }}{{ [1, 2, 3][::-1] }} {{ 'x'[5:] }}", "bc[3, 2, 1] "),
+        ("{{ [3, 1] | sort | join('-') }} {{ [[1], [2]] | sum(start=[]) }}", "1-3 [1, 2]"),
+        ("{{ messages | map(attribute='role') | list }}", "['user']"),
+        ("{{ '%5d|' % 12 }}{{ '{:>4}'.format('a') }}", "   12|   a"),
+        ("{{ '%s of 9000000000' % 1700000000 }} {{ '{}'.format(9000000000) }}", None),
+        ("{% set ns = namespace(n=1) %}{{ ns.n }}{{ ns.none }}{{ ns.none is defined }}", "1False"),
+        ("{% set x = dict(items=1, a=2) %}{{ x.a }}{{ x.items is callable }}", "2True"),
+        ("{{ [1] == [1] }} {{ [1] != [2] }} {{ [1] is eq([1]) }} {{ 1 is in([1]) }}", "True " * 4),
+        ("{% macro m(x) %}<{{ x }}>{% endmacro %}{{ m('a') + m(2) }}", "<a><2>"),
+    ],
+)
+def test_what_counts_computes_the_same(source: str, text: str | None):
+    if text is None:
+        text = "1700000000 of 9000000000 9000000000"
+    head = "{% set role = messages[0].role %}"
+    assert of(head + source).render([USER]).strip() == text.strip()
+
+
 def test_endless_recursion_is_an_error():
     assert "nests too deeply" in refused("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}")
 
