@@ -28,8 +28,7 @@ from mlxkv.text.growing import TooManyTokens
 if TYPE_CHECKING:
     from mlxkv.sampling.grammar import Masker
 
-PROBES = ("A", "7 z")
-"""Two messages that begin differently: text before them is part of no user message."""
+PROBES = ("A", "7 z")  # begin differently: text before them is part of no user message
 _SYSTEM_ROLES = ("system", "developer")
 
 
@@ -109,11 +108,13 @@ def prepare(runtime: TextSide, request: Request, owner: str = "") -> Prepared:
     settings = _settings(runtime, request)
     most = None if _takes_any_length(request, settings) else settings.context.value
     try:
-        return _prepared(runtime, request, owner, most)
+        prepared = _prepared(runtime, request, owner, most)
     except TooManyTokens as error:
         assert most is not None
-        n = max(error.n_tokens, most + 1)
-        raise ContextExceeded(n, most, at_least=True) from None
+        raise ContextExceeded(max(error.n_tokens, most + 1), most, at_least=True) from None
+    if not prepared.tokens:
+        raise UsageError("the prompt is empty: the chat template writes nothing")
+    return prepared
 
 
 def _prepared(runtime: TextSide, request: Request, owner: str, most: int | None) -> Prepared:
@@ -132,8 +133,7 @@ def _prepared(runtime: TextSide, request: Request, owner: str, most: int | None)
         tokens = encode_rendered(runtime, begun.rendered, saved, most)
         return Prepared(tokens, head, begun.rendered, begun, owner)
     rendered = _writer(runtime, owner).write(messages, **options)
-    tokens = encode_rendered(runtime, rendered, saved, most)
-    return Prepared(tokens, head, rendered, owner=owner)
+    return Prepared(encode_rendered(runtime, rendered, saved, most), head, rendered, owner=owner)
 
 
 @dataclass(frozen=True, slots=True)

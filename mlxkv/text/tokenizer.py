@@ -37,10 +37,13 @@ from mlxkv.text.tokenizer_files import (
     read_chat_template,
     read_end_tokens,
     read_special_tokens,
+    told_as_tokenizer_error,
 )
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
+
+_FAILS = "the model's tokenizer.json fails on this text"
 
 
 class Tokenizer:
@@ -83,6 +86,11 @@ class Tokenizer:
                 not in the vocabulary; the message names the file and the key.
         """
         model_dir = Path(model_dir)
+        with told_as_tokenizer_error(f"{model_dir / 'tokenizer.json'}: cannot be used"):
+            return cls._read(model_dir)
+
+    @classmethod
+    def _read(cls, model_dir: Path) -> Tokenizer:
         backend = read_backend(model_dir)
         files = ModelFiles(model_dir)
         special_tokens = read_special_tokens(files)
@@ -120,16 +128,18 @@ class Tokenizer:
         Raises:
             UsageError: text that is not Unicode (half of a surrogate pair).
             TooManyTokens: see `most`.
+            TokenizerError: the model's tokenizer.json cannot encode it.
         """
-        try:
-            if not add_special_tokens:
-                return self._growing.encode(text, owner, most)
-            if len(text) < FREE or self._around is None:
-                return self._backend.encode(text).ids
-            before, behind = self._around
-            return [*before, *self._growing.encode(text, owner, most), *behind]
-        except TypeError:
-            raise _not_unicode() from None
+        with told_as_tokenizer_error(_FAILS, only_panics=True):
+            try:
+                if not add_special_tokens:
+                    return self._growing.encode(text, owner, most)
+                if len(text) < FREE or self._around is None:
+                    return self._backend.encode(text).ids
+                before, behind = self._around
+                return [*before, *self._growing.encode(text, owner, most), *behind]
+            except TypeError:
+                raise _not_unicode() from None
 
     def encode_rendered(self, rendered: Rendered, most: int | None = None) -> list[int]:
         """Token ids of a rendered conversation; no first token is added.
@@ -142,12 +152,13 @@ class Tokenizer:
             return self.encode(
                 rendered.text, add_special_tokens=False, owner=rendered.owner, most=most
             )
-        if not rendered.known:
-            self._growing.check(rendered.text, most)
-        try:
-            return self._plain_encoder.encode(rendered, most)
-        except TypeError:
-            raise _not_unicode() from None
+        with told_as_tokenizer_error(_FAILS, only_panics=True):
+            if not rendered.known:
+                self._growing.check(rendered.text, most)
+            try:
+                return self._plain_encoder.encode(rendered, most)
+            except TypeError:
+                raise _not_unicode() from None
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of token ids: nothing cleaned up, a leading space kept where the decoder keeps it.
@@ -157,7 +168,8 @@ class Tokenizer:
         """
         ids = list(ids)
         check_ids(ids, self.n_vocab)
-        text = self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
+        with told_as_tokenizer_error("the model's tokenizer.json fails on these tokens"):
+            text = self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
         if "\ufffd" in text and has_byte_fallback(self._decoder_state):
             # `tokenizers` would blank out the valid part of a run of bytes too: see _ByteFallback.
             stream = self.stream(skip_special_tokens=skip_special_tokens)

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlxkv.base import regular
 from mlxkv.chat.chat_template import ChatTemplate
 from mlxkv.chat.harmony_tokens import is_spoken_by
-from mlxkv.errors import TokenizerError, one_line
+from mlxkv.errors import MlxkvError, TokenizerError, one_line
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken
@@ -79,6 +80,27 @@ def _read_object(path: Path) -> dict[str, Any]:
     return value
 
 
+@contextmanager
+def told_as_tokenizer_error(what: str, only_panics: bool = False) -> Iterator[None]:
+    """What the tokenizers library raises, or only what of it is no Exception, as one line.
+
+    A panic inside it is a BaseException of a class that cannot be imported. The library itself
+    writes a trace of it on stderr as well.
+
+    Raises:
+        TokenizerError: it raised something.
+    """
+    try:
+        yield
+    except MlxkvError:
+        raise
+    except BaseException as error:
+        is_panic = type(error).__name__ == "PanicException"
+        if not is_panic and (only_panics or not isinstance(error, Exception)):
+            raise
+        raise TokenizerError(f"{what}: {one_line(error)}") from None
+
+
 def read_backend(model_dir: Path) -> Backend:
     from tokenizers import Tokenizer as Backend
 
@@ -93,14 +115,9 @@ def read_backend(model_dir: Path) -> Backend:
             f"{model_dir}: no tokenizer.json; `mlxkv convert` makes one of a checkpoint that has "
             "a SentencePiece tokenizer.model or is a GGUF file"
         )
-    try:
+    with told_as_tokenizer_error(f"{path}: cannot be read"):
         regular.open_file(path).close()
         backend = Backend.from_file(str(path))
-    except BaseException as error:
-        # A panic inside the Rust library is a BaseException of a class that cannot be imported.
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        raise TokenizerError(f"{path}: cannot be read: {one_line(error)}") from None
     # Some files carry what their model was trained with: a cut at 512 tokens, padding.
     backend.no_truncation()
     backend.no_padding()

@@ -29,3 +29,10 @@ def test_without_it_a_context_above_the_models_own_is_an_error(llm):
     request = Request.of("hello", context=32768)
     with pytest.raises(UsageError, match="context"):
         fit_context(llm, request, prepare(llm, request))
+
+
+@pytest.mark.parametrize("prompt", ["", [], [{"role": "user", "content": ""}]])
+def test_a_prompt_without_a_token_is_refused(tmp_path, prompt):
+    path = chat_model(tmp_path / "m", family="llama", template="{{ messages[0].content }}")
+    with mlxkv.load(path) as llm, pytest.raises(UsageError, match="the prompt is empty"):
+        prepare(llm, Request.of(prompt))

@@ -17,6 +17,7 @@ from tokenizers import AddedToken, decoders, models
 from tokenizers import Tokenizer as Backend
 
 from mlxkv.errors import TokenizerError, UsageError
+from mlxkv.text import tokenizer as tokenizer_module
 from mlxkv.text.tokenizer import Tokenizer
 from tests.support.paths import ROOT
 from tests.support.paths import TOKENIZERS as FOLDER
@@ -552,3 +553,39 @@ def test_loading_imports_neither_transformers_nor_the_hub_nor_mlx():
         "sys.exit(repr(heavy) if heavy else 0)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+class PanicException(BaseException):
+    """As pyo3 names what a panic inside a library in Rust raises."""
+
+
+class Panics:
+    """A backend that panics on every text."""
+
+    def __init__(self, backend):
+        self._backend = backend
+
+    def __getattr__(self, name):
+        return getattr(self._backend, name)
+
+    def encode(self, *args, **options):
+        raise PanicException("no entry\nfound for key")
+
+    decode = encode
+
+
+def test_a_panic_of_the_library_is_one_line_that_names_the_file(monkeypatch):
+    tokenizer = Tokenizer.from_dir(FOLDER / "byte_level")
+    monkeypatch.setattr(tokenizer, "_backend", Panics(tokenizer._backend))
+    for fails in (lambda: tokenizer.encode("a"), lambda: tokenizer.decode([1])):
+        with pytest.raises(TokenizerError, match=r"tokenizer\.json fails on .*: no entry found"):
+            fails()
+
+
+def test_a_file_that_the_library_panics_on_later_is_named(monkeypatch):
+    def panics(*_):
+        raise PanicException("index out of bounds")
+
+    monkeypatch.setattr(tokenizer_module, "apply_added_tokens", panics)
+    with pytest.raises(TokenizerError, match=r"byte_level.tokenizer\.json: cannot be used: index"):
+        Tokenizer.from_dir(FOLDER / "byte_level")

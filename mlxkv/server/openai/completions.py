@@ -53,6 +53,13 @@ class CompletionRequest(Streamed):
     logprobs: TopLogprobs | None = None
     response_format: ResponseFormat | None = Field(None, description="As in chat completions.")
 
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def _not_empty(cls, value: Any) -> Any:
+        if value == [] or (isinstance(value, list) and value[0] == []):
+            raise ValueError("the prompt is empty")
+        return value
+
     @field_validator("suffix", "best_of", mode="before")
     @classmethod
     def _not_supported(cls, value: Any, info: Any) -> Any:
