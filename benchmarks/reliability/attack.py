@@ -29,7 +29,6 @@ from benchmarks.load_server import MLXKV, Server
 from benchmarks.options import add_machine_options
 from benchmarks.reliability.attack_kinds import KINDS, Target, shuffled
 from benchmarks.report import about
-from benchmarks.soak_checks import Sample
 
 HONEST, ATTACKER = "honest-key", "attacker-key"
 CLIENTS = 4
@@ -42,7 +41,7 @@ class State:
     """The server's process while nothing is asked.
 
     Args:
-        bytes: resident, less the pages of prefixes and MLX's cache, which fill their own bounds.
+        bytes: resident, less the pages of prefixes, which fill their own bound.
         files, threads: open ones.
     """
 
@@ -55,11 +54,16 @@ class State:
         import psutil
 
         process = psutil.Process(server.process.pid)
-        headers = {"Authorization": f"Bearer {HONEST}"}
-        stats = httpx.get(f"{server.url}/stats.json", headers=headers, trust_env=False).json()
-        sample = Sample.of(0, process.memory_info().rss, stats)
-        own = sample.rss - sample.pages - sample.cached
+        pages = sum(pages_of(server, key) for key in (HONEST, ATTACKER))
+        own = process.memory_info().rss - pages
         return cls(own, process.num_fds(), process.num_threads())
+
+
+def pages_of(server: Server, key: str) -> int:
+    """Bytes of pages that a key holds in RAM."""
+    headers = {"Authorization": f"Bearer {key}"}
+    stats = httpx.get(f"{server.url}/stats.json", headers=headers, timeout=60, trust_env=False)
+    return stats.json()["memory"]["pages"]
 
 
 @dataclass(slots=True)
