@@ -19,7 +19,7 @@ from mlxkv.server.anthropic.fields import MessagesRequest
 from mlxkv.server.ollama.fields import Options
 from mlxkv.server.openai.chat import ChatRequest
 from mlxkv.server.openai.completions import CompletionRequest
-from mlxkv.server.openai.responses import ResponseRequest
+from mlxkv.server.openai.response_request import ResponseRequest
 from mlxkv.terminal.slash_commands import PARAMETERS as CHAT
 
 TABLE = [*PARAMETERS.items()]

@@ -19,6 +19,12 @@ def kv_dir() -> Path:
     return _folder("MLXKV_KV", "kv")
 
 
+def asleep_dir() -> Path | None:
+    """Where answers are put away: with the KV; None where KV on disk is switched off."""
+    is_off = os.environ.get("MLXKV_KV_DISK", "").strip() == "0"
+    return None if is_off else kv_dir() / "asleep"
+
+
 def logs_dir() -> Path:
     """Where logs of servers lie that mlxkv starts itself."""
     return cache_dir() / "logs"

@@ -129,6 +129,7 @@ def serve(
         context=context,
         max_bodies_bytes=bodies_bytes(limit_bytes or device.memory_limit()),
     )
+    from mlxkv.base.paths import asleep_dir
     from mlxkv.engine.engine import ThreadedEngine
     from mlxkv.store.outgoing import only_public
     from mlxkv.store.settings import COMMAND_LINE, Given
@@ -143,6 +144,7 @@ def serve(
         max_queue=max_queue,
         max_running=max_running,
         next_turns=next_turns,
+        asleep=asleep_dir(),
     )
     if until_input_ends:
         _end_with_input()
@@ -189,7 +191,9 @@ def _run(engine: Any, config: Any) -> int:
     log_to_stderr(lambda: app.state.api_keys.keys)
     listening = _listen(config.host, config.port)
     closing = Thread(target=engine.close, name="close", daemon=True)
-    server = Server(app, config, raise_file_limit(), on_end=closing.start)
+    server = Server(
+        app, config, raise_file_limit(), on_end=closing.start, on_stop=engine.put_to_sleep
+    )
     stop = Stop(config.end_s)
 
     async def run() -> None:
@@ -203,6 +207,7 @@ def _run(engine: Any, config: Any) -> int:
             return
         port = listening.getsockname()[1]
         print(f"mlxkv: listening on http://{config.host}:{port}", file=sys.stderr, flush=True)
+        await app.state.wake()
         await server.serve([listening])
 
     stop.install()
@@ -269,15 +274,26 @@ def ps(
     server: Address = None,
     api_key: Key = None,
 ) -> None:
-    """List the models that a running server has in memory."""
+    """List the models that a running server has in memory, and the answers that sleep."""
     from mlxkv.base.units import human_bytes
     from mlxkv.terminal.console import table
 
-    loaded = _loaded(_server(server, api_key))
+    stats = _server(server, api_key).ask("GET", "/stats.json")
+    loaded = _loaded_in(stats)
     if as_json:
         print(json.dumps(loaded))
         return
-    header = ["NAME", "SIZE", "WEIGHTS", "KV USED", "KV ALLOCATED", "SEQUENCES", "PAGES", "UNTIL"]
+    header = [
+        "NAME",
+        "SIZE",
+        "WEIGHTS",
+        "KV USED",
+        "KV ALLOCATED",
+        "SEQUENCES",
+        "ASLEEP",
+        "PAGES",
+        "UNTIL",
+    ]
     more = ["KV MAX", "PAGES ON SSD", "CONTEXT", "DEVICE", "FAMILY", "QUANTIZATION"]
     rows = []
     for model in loaded:
@@ -288,6 +304,7 @@ def ps(
             human_bytes(model["kv_used_bytes"]),
             human_bytes(model["kv_allocated_bytes"]),
             str(model["n_sequences"]),
+            str(model.get("n_asleep", 0)),
             human_bytes(model["pages_ram_bytes"]),
             model["until"] or "for ever",
         ]
@@ -302,6 +319,8 @@ def ps(
             ]
         rows.append(row)
     print(table(header + more if verbose else header, rows))
+    for name, n in stats.get("asleep", {}).items():
+        print(f"asleep: {n} {'answer' if n == 1 else 'answers'} of {name}")
 
 
 def stop(
@@ -321,7 +340,11 @@ def stop(
 
 def _loaded(server: Server) -> list[dict[str, Any]]:
     """The models that a running server has in memory."""
-    models = server.ask("GET", "/stats.json").get("models", {})
+    return _loaded_in(server.ask("GET", "/stats.json"))
+
+
+def _loaded_in(stats: dict[str, Any]) -> list[dict[str, Any]]:
+    models = stats.get("models", {})
     return [{"name": name, **model["loaded"]} for name, model in models.items() if model["loaded"]]
 
 

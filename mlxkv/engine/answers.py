@@ -7,10 +7,12 @@ import contextlib
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from typing import TypeVar
 
 from mlxkv.base.faults import told
+from mlxkv.engine.messages import Ask
+from mlxkv.engine.tasks import Task
 from mlxkv.errors import contained
 from mlxkv.generation.outputs import Chunk
 from mlxkv.memory.types import without_trace
@@ -23,15 +25,16 @@ class EngineAnswer:
 
     Args:
         wake: wakes the engine's thread after the answer is cancelled.
+        is_leaving: whether the engine puts its answers away: none is cancelled by then.
     """
 
-    def __init__(self, wake: Callable[[], None]):
+    def __init__(self, wake: Callable[[], None], is_leaving: Callable[[], bool] = lambda: False):
         self._items: deque[Chunk | BaseException | None] = deque()
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._event: asyncio.Event | None = None
         self._cancelled = False
-        self._wake = wake
+        self._wake, self._is_leaving = wake, is_leaving
 
     @property
     def is_cancelled(self) -> bool:
@@ -40,7 +43,7 @@ class EngineAnswer:
 
     def cancel(self) -> None:
         """End the answer within one step; does nothing once it has ended."""
-        self._cancelled = True
+        self._cancelled = self._cancelled or not self._is_leaving()
         self._wake()
 
     def tell(self, item: Chunk | BaseException | None) -> None:
@@ -75,6 +78,27 @@ class EngineAnswer:
                     return
         finally:
             self.cancel()
+
+
+def task_of(ask: Ask, answer: EngineAnswer) -> Task:
+    """A request for a scheduler, which tells the answer."""
+    return Task(
+        ask.request,
+        answer.tell,
+        lambda: answer.is_cancelled,
+        ask.owner,
+        client=ask.client,
+        label=ask.label,
+        note=ask.note,
+        durable=ask.durable,
+    )
+
+
+def waited(future: Future[T], ended: threading.Event) -> T | None:
+    """A future's result; None if the thread that completes it ends first."""
+    while not (future.done() or ended.is_set()):
+        wait([future], timeout=0.1)
+    return future.result() if future.done() else None
 
 
 def settle(future: Future[T], function: Callable[[], T]) -> None:

@@ -40,9 +40,9 @@ class Clients:
     def __init__(self) -> None:
         self._clients: OrderedDict[tuple[str, str], _Client] = OrderedDict()
 
-    def count(self, owner: str, name: str, stats: Stats) -> None:
+    def count(self, owner: str, name: str, stats: Stats | None) -> None:
         """Count an answer."""
-        if not name:
+        if not name or stats is None:
             return
         client = self._client(owner, name)
         counts, miss = client.counts, stats.miss

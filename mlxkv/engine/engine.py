@@ -26,8 +26,7 @@ import mlx.core as mx
 
 from mlxkv.base import device
 from mlxkv.base.faults import log_fault
-from mlxkv.engine.answers import EngineAnswer, settle
-from mlxkv.engine.clients import merge_counts
+from mlxkv.engine.answers import EngineAnswer, settle, task_of, waited
 from mlxkv.engine.loading import ModelLoads, PendingRequest
 from mlxkv.engine.messages import Ask, Busy, Embeddings, EngineStats, Loaded
 from mlxkv.engine.model_pool import LoadedModel, ModelPool, key_of
@@ -35,6 +34,7 @@ from mlxkv.engine.next_turn import NextTurns
 from mlxkv.engine.preparation import Preparer
 from mlxkv.engine.prompt import make_ready
 from mlxkv.engine.restarts import Deaths, Restarted
+from mlxkv.engine.sleep import Beds
 from mlxkv.engine.tasks import Task, quietly
 from mlxkv.errors import InternalError, MlxkvError, UsageError, contained
 from mlxkv.store.settings import Given
@@ -57,6 +57,7 @@ class ThreadedEngine:
         max_queue: requests of one owner that may wait.
         max_running: requests of one model that decode at a time.
         next_turns: compute what is known of next turns while there are no requests.
+        asleep: folder of answers that are put away; None to put none away.
 
     Attributes:
         on_failed: called once the engine has failed for good.
@@ -72,15 +73,18 @@ class ThreadedEngine:
         max_queue: int = 64,
         max_running: int = 16,
         next_turns: bool = True,
+        asleep: Path | None = None,
     ):
+        self._beds, self._is_leaving = Beds(asleep), False
+        self.asleep = self._beds.asleep
         limit_bytes = memory or device.memory_limit()
         self._preparer = preparer = Preparer(self._wake)
         self._pool = ModelPool(
             limit_bytes, dtype, given or Given(), keep_alive_s, max_running, next_turns, preparer
         )
-        self._busy_at = 0.0
+        self._pool.files = self._beds.files
         self._loads = ModelLoads(self._pool)
-        self._max_queue = max_queue
+        self._busy_at, self._max_queue = 0.0, max_queue
         self._changed = threading.Condition()
         self._inbox: deque[tuple[Ask, Task]] = deque()
         self._calls: deque[Callable[[], None]] = deque()
@@ -96,12 +100,22 @@ class ThreadedEngine:
         self._thread.start()
 
     def close(self) -> None:
-        """End all requests, write prefixes to disk, and stop the thread."""
+        """Put answers away, write prefixes to disk, and stop the thread."""
         with self._changed:
             self._closing = True
             self._changed.notify()
         if self._thread.is_alive():
             self._ended.wait()
+        self._beds.close()
+
+    def put_to_sleep(self) -> int:
+        """From any thread: put all answers away, tell their clients so (`PutAway`), and refuse new
+        requests; how many answers go on later."""
+        future: Future[int] = Future()
+        self._is_leaving = True
+        self._calls.append(lambda: settle(future, self._pool.put_to_sleep))
+        self._wake()
+        return (waited(future, self._ended) or 0) if self.alive else 0
 
     @property
     def alive(self) -> bool:
@@ -124,19 +138,13 @@ class ThreadedEngine:
         Raises:
             Busy: the owner's queue is full.
         """
-        answer = EngineAnswer(self._wake)
-        task = Task(
-            ask.request,
-            answer.tell,
-            lambda: answer.is_cancelled,
-            ask.owner,
-            client=ask.client,
-        )
+        answer = EngineAnswer(self._wake, lambda: self._is_leaving)
+        task = task_of(ask, answer)
         with self._changed:
             if self._n_waiting(ask.owner) >= self._max_queue:
                 self._rejected[ask.owner] += 1
                 raise Busy(WAIT_S, is_owners=bool(ask.owner))
-            if not self.alive:
+            if not self.alive or self._is_leaving:
                 raise _stopped()
             self._inbox.append((ask, task))
             self._changed.notify()
@@ -168,9 +176,8 @@ class ThreadedEngine:
             await self._result(gone, lambda: self._loads.hold(key, holder, gone))
             yield
         finally:
-            with self._changed:
-                self._calls.append(lambda: self._loads.release(holder))
-                self._changed.notify()
+            self._calls.append(lambda: self._loads.release(holder))
+            self._wake()
 
     async def tokenize(self, ask: Ask) -> list[int]:
         """The token ids of a request's prompt."""
@@ -197,17 +204,8 @@ class ThreadedEngine:
 
     def stats(self, owner: str | None = None) -> EngineStats:
         """The engine's metrics: an owner's own, or of all owners together for None."""
-        models = self._pool.models()
-        clients = (x for model in models for x in model.scheduler.clients.figures())
         rejected = self._rejected.total() if owner is None else self._rejected[owner]
-        return EngineStats(
-            running=sum(len(model.running(owner)) for model in models),
-            queued=self._n_waiting(owner),
-            rejected=rejected,
-            models={model.name: model.scheduler.tally.shown(owner) for model in models},
-            memory=self._pool.memory(owner),
-            clients=merge_counts(x for x in clients if owner in (None, x.owner)),
-        )
+        return self._pool.stats(owner, self._n_waiting(owner), rejected)
 
     def _n_waiting(self, owner: str | None) -> int:
         """Waiting requests of an owner, or of all for None."""
@@ -303,9 +301,10 @@ class ThreadedEngine:
             calls, tasks = list(self._calls), list(self._inbox)
         for call in calls:
             quietly("a call failed", call)
-        for _, task in tasks:
-            task.tell(_stopped())
-        self._loads.cancel_all(_stopped())
+        quietly("putting answers away failed", self._pool.put_to_sleep)
+        for ask, task in tasks:
+            self._beds.dismiss(ask, task)
+        self._loads.cancel_all(self._beds.told())
         for key in self._pool:
             self._pool.drop(key)
         self._preparer.close()
@@ -386,6 +385,7 @@ class ThreadedEngine:
     def _hand_over(self, ask: Ask, task: Task) -> None:
         if task.is_cancelled():
             return task.tell(None)
+        self._beds.claim(ask, task)
         pending = PendingRequest(
             lambda loaded: loaded.scheduler.add(task),
             task.tell,

@@ -6,12 +6,12 @@ A front end submits an `Ask` from any thread and reads an `Answer`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from mlxkv.errors import MlxkvError
 from mlxkv.generation.outputs import Chunk
@@ -33,6 +33,17 @@ class Busy(MlxkvError):
         super().__init__(f"too many {what} are waiting: retry in {retry_after_s:.0f} s")
 
 
+class PutAway(MlxkvError):
+    """The engine stops, and the answer so far is kept: the same request goes on with it."""
+
+    status = 503
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the server is stopping; the answer so far is kept: send the same request again"
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class Ask:
     """A request to a model.
@@ -45,6 +56,10 @@ class Ask:
             ever, 0: unload it after the answer.
         path: the model's directory; None if the engine resolves the name.
         client: the program that asks; empty where that is not known.
+        label: letters, digits and `_`, by which `Engine.asleep` finds the answer while it sleeps;
+            empty for none.
+        note: makes what is kept with it then, of JSON's values.
+        durable: kept from the beginning on, and for this label alone: its client does not wait.
     """
 
     model: str
@@ -53,6 +68,9 @@ class Ask:
     keep_alive_s: float | None = None
     path: Path | None = None
     client: str = ""
+    label: str = ""
+    note: Callable[[], Mapping[str, Any]] | None = None
+    durable: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +94,28 @@ class Loaded:
     parameters: int
     quantization: str
     digest: str
+    n_asleep: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Sleeping:
+    """An answer that was put away.
+
+    Args:
+        owner: whose it is.
+        model: its model's directory.
+        label: see `Ask`.
+        n_tokens: tokens of the answer so far.
+        note: what `Ask.note` made.
+        ask: the request; None where only the same request wakes it.
+    """
+
+    owner: str
+    model: str
+    label: str
+    n_tokens: int
+    note: Mapping[str, Any]
+    ask: Ask | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +232,7 @@ class EngineStats:
         memory: bytes by kind: weights, kv_used, kv_allocated, pages, limit; of all owners also
             active, cached, peak.
         clients: counters of each client.
+        asleep: answers that sleep, by the name of their model's directory.
     """
 
     running: int
@@ -200,6 +241,7 @@ class EngineStats:
     models: dict[str, Counts]
     memory: dict[str, int]
     clients: Sequence[ClientCounts] = ()
+    asleep: Mapping[str, int] = field(default_factory=dict)
 
 
 class Answer(Protocol):
@@ -236,6 +278,8 @@ class Engine(Protocol):
     async def tokenize(self, ask: Ask) -> list[int]: ...
 
     async def embed(self, model: str, texts: Sequence[str]) -> Embeddings: ...
+
+    def asleep(self, label: str = "") -> list[Sleeping]: ...
 
     def names(self) -> set[str]: ...
 

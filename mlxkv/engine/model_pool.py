@@ -23,10 +23,13 @@ import mlx.core as mx
 from mlxkv.base import device
 from mlxkv.base.faults import log_fault
 from mlxkv.base.units import human_bytes
-from mlxkv.engine.messages import Loaded
+from mlxkv.engine.clients import merge_counts
+from mlxkv.engine.messages import EngineStats, Loaded
 from mlxkv.engine.preparation import Preparer
 from mlxkv.engine.runtime import Runtime
 from mlxkv.engine.scheduler import Scheduler
+from mlxkv.engine.sleep import Sleep
+from mlxkv.engine.sleep_files import SleepFiles
 from mlxkv.engine.tasks import Decoding, Prefilling, Task
 from mlxkv.errors import MlxkvError, ModelNotFound, OutOfMemory, contained
 from mlxkv.memory import needs
@@ -124,6 +127,7 @@ class LoadedModel:
             parameters=card.parameters,
             quantization=card.quantization,
             digest=self.digest,
+            n_asleep=self.scheduler.sleep.n_asleep(owner),
         )
 
 
@@ -138,6 +142,9 @@ class ModelPool:
         max_running: requests of one model that decode at a time.
         next_turns: whether next turns are computed before they are asked for.
         preparer: prepares the long prompts of all models.
+
+    Attributes:
+        files: of answers that are put away; None to put none away.
     """
 
     def __init__(
@@ -150,6 +157,7 @@ class ModelPool:
         next_turns: bool = False,
         preparer: Preparer | None = None,
     ):
+        self.files: SleepFiles | None = None
         allowed = device.process_allows()
         self.limit_bytes = limit_bytes if allowed is None else min(limit_bytes, allowed)
         self._dtype, self._given = dtype, given
@@ -209,6 +217,7 @@ class ModelPool:
             runtime = yield from Runtime.loading(path, settings, self._dtype, layout)
             runtime.preparer = self._preparer
             scheduler = Scheduler(runtime, self._max_running, self._next_turns)
+            scheduler.sleep = Sleep(self.files, runtime.path)
             model = LoadedModel(name, scheduler, card, digest(path), self._keep_alive_s)
         finally:
             self._loading_bytes -= n_bytes
@@ -246,6 +255,21 @@ class ModelPool:
             if n_bytes > 0:
                 model.leaves = True
                 n_bytes -= model.scheduler.runtime.budget.used_bytes
+
+    def stats(self, owner: str | None, queued: int, rejected: int) -> EngineStats:
+        """The metrics of an owner, or of all for None."""
+        models = self.models()
+        asleep = {} if self.files is None else self.files.counts(owner)
+        clients = (x for model in models for x in model.scheduler.clients.figures())
+        return EngineStats(
+            running=sum(len(model.running(owner)) for model in models),
+            queued=queued,
+            rejected=rejected,
+            models={model.name: model.scheduler.tally.shown(owner) for model in models},
+            memory=self.memory(owner),
+            clients=merge_counts(x for x in clients if owner in (None, x.owner)),
+            asleep={Path(x).name: n for x, n in asleep.items()},
+        )
 
     def memory(self, owner: str | None) -> dict[str, int]:
         """Bytes by kind, see `EngineStats`: an owner's, or all for None."""
@@ -302,6 +326,16 @@ class ModelPool:
             except BaseException as failed:
                 log_fault(f"the model {model.name} is unloaded", contained(failed))
                 self.drop(key, error)
+
+    def put_to_sleep(self) -> int:
+        """Put the answers of all models away; how many it were."""
+        n = 0
+        for model in self.models():
+            try:
+                n += model.scheduler.sleep.put_away(model.scheduler)
+            except BaseException as failed:
+                log_fault(f"answers of {model.name} were not put away", contained(failed))
+        return n
 
     def give_back(self) -> None:
         """Return unreferenced memory to the system."""

@@ -2,8 +2,7 @@
 
 Invariants:
 - A request's `state` is waiting, prefilling, decoding or ended. `step` computes one chunk of one
-  prompt, which `policy` chooses, and one token of every answer, so that an answer waits no longer
-  than a chunk takes.
+  prompt, which `policy` chooses, and one token of every answer: none waits longer than for a chunk.
 - Whatever a request raises ends that request alone. Its prefix is kept as pages, however it ended.
   Where a batch fails and it is not known by which row, each of its rows goes on in a batch of its
   own, from its pages.
@@ -18,10 +17,12 @@ from collections.abc import Iterator
 from mlxkv.base.device import default_chunk
 from mlxkv.base.faults import log_fault
 from mlxkv.engine.clients import Clients
+from mlxkv.engine.messages import PutAway
 from mlxkv.engine.next_turn import NextTurns
 from mlxkv.engine.policy import Pace
 from mlxkv.engine.runtime import Runtime
 from mlxkv.engine.shares import Turns, gives_place
+from mlxkv.engine.sleep import Sleep, begin_answer
 from mlxkv.engine.tally import Tally
 from mlxkv.engine.tasks import (
     Decoding,
@@ -39,7 +40,7 @@ from mlxkv.engine.waiting import WaitingTasks
 from mlxkv.errors import CheckpointError, InternalError, KVCacheFull, MlxkvError, contained
 from mlxkv.generation.decoder import Decoder, Row, RowResult
 from mlxkv.generation.generation import Generation
-from mlxkv.generation.outputs import Chunk, Stats
+from mlxkv.generation.outputs import Chunk
 from mlxkv.generation.prompt_logprobs import answer_logprobs
 from mlxkv.generation.request import is_messages
 from mlxkv.memory.needs import MIN_CHUNK
@@ -57,10 +58,11 @@ class Scheduler:
     Attributes:
         next_turns: what can be computed of next turns; `next_turns.step` may be called when the
             scheduler is idle.
+        sleep: puts answers away.
     """
 
     def __init__(self, runtime: Runtime, max_running: int, next_turns: bool = False):
-        self.runtime, self.max_running = runtime, max_running
+        self.runtime, self.max_running, self.sleep = runtime, max_running, Sleep(None, runtime.path)
         self.tally = Tally()
         self.counts = self.tally.total
         self.clients = Clients()
@@ -168,7 +170,7 @@ class Scheduler:
             if is_messages(task.request.prompt):
                 self.next_turns.forget(task.owner, task.request.prompt)  # pyright: ignore[reportArgumentType]
             if task.generation is None:
-                task.generation = self.waiting.generation(task)
+                task.generation = begin_answer(task, self.runtime, self.sleep, self.waiting)
             task.state = Prefilling(task.generation, task.generation.remaining())
             self._prefilling.append(task)
             self.runtime.budget.begin()
@@ -312,12 +314,10 @@ class Scheduler:
         try:
             told = answer_logprobs(self.runtime.tokenizer, result.token, result.logprob, result.top)
             chunk = generation.add(result.token, told)
-            if generation.masker is not None and not generation.is_over:
-                generation.masker.advance(result.token)
-                if generation.masker.finished:
-                    task.tell(chunk)
-                    self._end(task, generation.end("stop"))
-                    return
+            if generation.advance(result.token):
+                task.tell(chunk)
+                self._end(task, generation.end("stop"))
+                return
         except BaseException as error:
             self._end(task, contained(error))
             return
@@ -325,6 +325,7 @@ class Scheduler:
             self._end(task, chunk)
             return
         task.tell(chunk)
+        self.sleep.note(task, generation)
         if len(row.tokens) == row.max_tokens:
             self._shift(task, state)
 
@@ -351,6 +352,7 @@ class Scheduler:
         """End a request with its last chunk, an error, or None if it was cancelled."""
         state, task.state = task.state, Ended()
         quietly("ending a request failed", lambda: self._forget(task, state))
+        quietly("removing a file failed", lambda: self.sleep.ended(task, last))
         for other in self._prefilling:
             prefilling(other).needs_room = False
         if isinstance(last, MlxkvError) and not isinstance(last, InternalError):
@@ -364,11 +366,13 @@ class Scheduler:
             if not task.keeps_session:  # references to the task may outlive it
                 quietly("freeing the caches of a request failed", generation.session.reset)
         if isinstance(last, Chunk):
-            quietly("counting an answer failed", lambda: self._count(task, last.stats))
+            owner, client, stats = task.owner, task.client, last.stats
+            quietly("counting an answer failed", lambda: self.tally.answered(owner, stats))
+            quietly("counting an answer failed", lambda: self.clients.count(owner, client, stats))
             task.tell(last)
             task.tell(None)
             return
-        if last is not None:
+        if last is not None and not isinstance(last, PutAway):
             self.tally.count(task.owner, failed=1)
         task.tell(last)
 
@@ -393,8 +397,3 @@ class Scheduler:
             self.clients.ended(owner, task.client, task.request.prompt, links, pages)
         if last is not None:
             self.next_turns.add(task, generation, last)
-
-    def _count(self, task: Task, stats: Stats | None) -> None:
-        self.tally.answered(task.owner, stats)
-        if stats is not None:
-            self.clients.count(task.owner, task.client, stats)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
 from mlxkv.base.faults import log_fault
 from mlxkv.errors import KVCacheFull, contained
+from mlxkv.generation.asleep import Asleep, Written
 from mlxkv.generation.decoder import Row
 from mlxkv.generation.generation import Generation
 from mlxkv.generation.outputs import Chunk
@@ -84,6 +85,11 @@ class Task:
         generation: its answer; None to make it when the request starts.
         keeps_session: whether the session of `generation` keeps its KV after the answer.
         client: the program that asks; empty where that is not known.
+        label: by which its answer is found while it sleeps; empty for none.
+        note: see `Ask`, and so is `durable`.
+        asleep: where its answer was put away; None if it begins.
+        bed: file of its answer; empty for none.
+        kept: what that has of the answer; None if it does not say how the answer begins.
         has_begun: whether it has left the queue before: it may have given its place up.
         decodes_alone: whether a batch that it was in failed: it may be the cause.
         compiling: its grammar, which is known while something holds this; None if it has none.
@@ -96,6 +102,12 @@ class Task:
     generation: Generation | None = None
     keeps_session: bool = False
     client: str = ""
+    label: str = ""
+    note: Callable[[], Mapping[str, Any]] | None = None
+    durable: bool = False
+    asleep: Asleep | None = field(default=None, init=False)
+    bed: str = field(default="", init=False)
+    kept: Written | None = field(default=None, init=False)
     state: State = field(default_factory=Waiting, init=False)
     has_begun: bool = field(default=False, init=False)
     decodes_alone: bool = field(default=False, init=False)

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from mlxkv.engine.grammar_queue import GrammarQueue
 from mlxkv.engine.preparation import MAX_PREPARED, Preparation, is_long
-from mlxkv.engine.prompt import Ready, begin, make_ready
+from mlxkv.engine.prompt import Ready, make_ready
 from mlxkv.engine.runtime import Runtime
 from mlxkv.engine.shares import FairQueue
 from mlxkv.engine.tasks import Task, Waiting
-from mlxkv.generation.generation import Generation
 
 COMPILING_S = 0.01
 """How long a step waits for a grammar where it has nothing else to do."""
@@ -35,11 +34,10 @@ class WaitingTasks(FairQueue):
         """Whether a request can begin, or be prepared, or was cancelled."""
         return any(task.is_cancelled() or not self._is_pending(task) for task in self)
 
-    def generation(self, task: Task) -> Generation:
-        """Make the answer to a request that was taken out; raises as `prompt.start`."""
+    def ready(self, task: Task) -> Ready:
+        """What the answer to a request that was taken out is made of; raises as `make_ready`."""
         preparation = self._preparations.pop(task, None)
-        ready = self._ready(task) if preparation is None else preparation.result()
-        return begin(self._runtime, task.request, ready, self._runtime.session(task.owner))
+        return self._ready(task) if preparation is None else preparation.result()
 
     def remove(self, task: Task) -> None:
         """Remove a request, and end its preparation; nothing if it is not here."""

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from mlxkv.errors import KVCacheFull
+from mlxkv.generation.asleep import Asleep, Written
 from mlxkv.generation.context_shift import Bound
 from mlxkv.generation.flight import Row
 from mlxkv.generation.outputs import Chunk, Parts, Stats, TokenLogprobs, join_parts
-from mlxkv.generation.prompt_logprobs import PromptLogprobs
+from mlxkv.generation.prompt_logprobs import PromptLogprobs, answer_logprobs
 from mlxkv.generation.reader import AnswerReader
 from mlxkv.generation.request import Request
 from mlxkv.generation.session import Restored, Session
@@ -40,6 +41,7 @@ class Generation:
 
     Attributes:
         sequence: the whole prompt and what was generated, dropped tokens included.
+        prompt: the prompt before it was cut to the context; `sequence` begins with what is left.
         limit: tokens that the answer may have, None for as many as come.
         is_over: whether the last chunk was made.
     """
@@ -56,7 +58,7 @@ class Generation:
         masker: Masker | None = None,
     ):
         self.session, self.request, self.sampler, self.bound = session, request, sampler, bound
-        self.sequence = list(tokens)
+        self.sequence, self.prompt = list(tokens), tokens
         self.limit = bound.limit(len(tokens), request.max_tokens)
         self.is_over = False
         self.masker = masker
@@ -67,6 +69,7 @@ class Generation:
         self._restored = Restored(0)
         self._scorer: PromptLogprobs | None = None
         self._parts: list[Parts] = []
+        self._logprobs: list[TokenLogprobs] = []
 
     @property
     def answer(self) -> list[int]:
@@ -93,7 +96,8 @@ class Generation:
             self._scorer = self.session.score(tokens, self.request.prompt_logprobs)
         restored = self.session.restore(tokens)
         if not self._prompt:
-            self._prompt, self._restored = tokens, restored
+            self._prompt = self.bound.remaining(self.sequence[: self._n_prompt])
+            self._restored = restored.of_first(len(self._prompt))
         return tokens
 
     @property
@@ -127,6 +131,8 @@ class Generation:
         self._clock.tick()
         first = self._first()
         self.sequence.append(token)
+        if logprobs is not None:
+            self._logprobs.append(logprobs)
         ended = token in self._tokenizer.eos_token_ids and not self.request.ignore_eos
         part = self._reader.add(token)
         self._parts.append(part)
@@ -173,6 +179,43 @@ class Generation:
     def reply(self) -> tuple[str, str, tuple[ToolCall, ...]]:
         """Text, reasoning and calls so far, as the client has them."""
         return join_parts(self._parts)
+
+    def advance(self, token: int) -> bool:
+        """Have the grammar follow the token that came; whether it is complete by this.
+
+        Raises:
+            UsageError: it must not come here.
+        """
+        if self.masker is None or self.is_over:
+            return False
+        self.masker.advance(token)
+        return self.masker.finished
+
+    def written(self) -> Written:
+        """The answer so far, as what puts it away keeps it."""
+        logprobs = [
+            (each.logprob or 0.0, tuple((top.token, top.logprob or 0.0) for top in each.top))
+            for each in self._logprobs
+        ]
+        calls = [call.id for part in self._parts for call in part.tool_calls]
+        return Written(self.answer, logprobs, calls)
+
+    def replay(self, asleep: Asleep) -> list[Chunk]:
+        """Bring a new answer to where it was put away; the chunks that it gave until then.
+
+        Raises:
+            MlxkvError: the model cannot have written it.
+        """
+        written, chunks = asleep.written, []
+        self._reader.expect_calls(written.calls)
+        for i, token in enumerate(written.tokens):
+            told = written.logprobs[i] if i < len(written.logprobs) else (None, ())
+            chunks.append(self.add(token, answer_logprobs(self._tokenizer, token, *told)))
+            self.advance(token)
+        self._reader.expect_calls(())
+        self.sampler.rewind(self.n_generated)
+        self._clock = Clock()
+        return chunks
 
     def _finish(self) -> Parts:
         """End the answer with what the reader held back."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from mlxkv.chat.replies import Recorder
 from mlxkv.generation.outputs import Parts, join_parts
@@ -45,6 +45,7 @@ class AnswerReader:
         self._n_unstopped = min_tokens + 1
         self._n_skipped = 0
         self._recorder, self._callable = recorder, callable
+        self._call_ids: Iterator[str] = iter(())
 
     def skip(self, tokens: Iterable[int]) -> None:
         """Read the beginning of an answer that is known already: it is no part of what comes."""
@@ -55,6 +56,10 @@ class AnswerReader:
             n -= sum(len(event.text) for event in self._parser.add(text, token))
         # A parser may hold back the start of what can become a marker.
         self._n_skipped = n
+
+    def expect_calls(self, ids: Sequence[str]) -> None:
+        """The ids of the next calls, where they are known: others are made up by the parser."""
+        self._call_ids = iter(ids)
 
     @property
     def stopped(self) -> bool:
@@ -110,7 +115,8 @@ class AnswerReader:
                 case Reasoning():
                     reasoning = (reasoning or "") + new
                 case ToolCall():
-                    calls.append(event)
+                    name = next(self._call_ids, event.id)
+                    calls.append(dataclasses.replace(event, id=name))
         return Parts(text, reasoning, tuple(calls))
 
     def _is_call(self, call: ToolCall) -> bool:

@@ -26,6 +26,12 @@ class Restored:
     held: tuple[int, ...] = ()
     n_known: int = 0
 
+    def of_first(self, n: int) -> Restored:
+        """The same of the first `n` tokens alone."""
+        if self.n_tokens <= n:
+            return self
+        return Restored(n, max(0, self.ssd_tokens - (self.n_tokens - n)))
+
     def diverged_at(self, n_prompt: int) -> int | None:
         """The first token that differs from what was held.
 

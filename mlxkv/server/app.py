@@ -51,6 +51,8 @@ def create_app(engine: Engine, config: ServerConfig) -> FastAPI:
         engine: a started engine; the caller closes it.
         config: access and limits.
 
+    `app.state.wake()`, awaited once when the server starts, goes on with responses in the
+    background that a server before it has put away.
     Raises:
         UsageError: the file of API keys cannot be read.
     """
@@ -89,7 +91,10 @@ def create_app(engine: Engine, config: ServerConfig) -> FastAPI:
     app.state.stopping = asyncio.Event()
     app.state.state_memory = StateMemory(config.agent_file) if config.agent_prompts else None
     for make in ROUTERS:
-        app.include_router(make(engine, config))
+        router = make(engine, config)
+        app.include_router(router)
+        if isinstance(router, responses.ResponseRoutes):
+            app.state.wake = router.wake
 
     @app.get("/health", tags=["watching"])
     async def health() -> Response:

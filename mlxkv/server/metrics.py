@@ -167,6 +167,7 @@ def _shown(engine: Engine, owner: str, whose: str | None) -> dict[str, Any]:
         "queued": stats.queued,
         "rejected": stats.rejected,
         "memory": stats.memory,
+        "asleep": dict(stats.asleep),
         "kv_encrypted": seal_of_environment().is_on,
         "models": {
             name: {"counts": dataclasses.asdict(counts), "loaded": loaded.get(name)}

@@ -12,7 +12,7 @@ import pytest
 
 import mlxkv
 from mlxkv.base import device
-from mlxkv.engine import waiting
+from mlxkv.engine import sleep, waiting
 from mlxkv.engine.clients import Clients
 from mlxkv.engine.engine import ThreadedEngine
 from mlxkv.engine.messages import Ask
@@ -83,7 +83,7 @@ def is_bad(args: tuple[Any, ...], ids: list[int]) -> bool:
 PLACES: list[tuple[Any, str, type[BaseException]]] = [
     (waiting, "make_ready", Panic),
     (waiting, "make_ready", SystemExit),
-    (waiting, "begin", Panic),
+    (sleep, "begin", Panic),
     (Generation, "restore", Panic),
     (Generation, "row", Panic),
     (Generation, "add", Panic),

@@ -283,7 +283,7 @@ def test_options_reach_the_engine(server):
     [
         ({"previous_response_id": "resp_1"}, "previous_response_id"),
         ({"conversation": "conv_1"}, "conversation"),
-        ({"background": True}, "background"),
+        ({"background": True, "store": False}, "background"),
         ({"input": []}, "input"),
         ({"input": [{"role": "system", "content": "x"}]}, "no message to answer"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "input"),

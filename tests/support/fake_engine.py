@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlxkv.engine.messages import Ask, Counts, Embeddings, EngineStats, Loaded
+from mlxkv.engine.messages import Ask, Counts, Embeddings, EngineStats, Loaded, Sleeping
 from mlxkv.errors import MlxkvError, ModelNotFound, UsageError
 from mlxkv.generation.outputs import Chunk, Stats, TokenLogprobs
 from mlxkv.generation.request import Request
@@ -165,6 +165,12 @@ class FakeEngine:
         if texts[0] == "refuse":
             raise UsageError("this model gives no meaningful embeddings")
         return Embeddings([[float(len(text)), 0.5] for text in texts], 3)
+
+    def put_to_sleep(self) -> int:
+        return 0
+
+    def asleep(self, label: str = "") -> list[Sleeping]:
+        return []
 
     def names(self) -> set[str]:
         return {model.name for model in self.loaded()}

@@ -50,6 +50,10 @@ class Server:
     def stop(self, number: int = signal.SIGINT) -> int:
         """Sends it a signal and waits for its end; the exit code."""
         self.process.send_signal(number)
+        return self.wait()
+
+    def wait(self) -> int:
+        """Waits for its end; the exit code."""
         code = self.process.wait(30)
         self.reader.join()
         assert self.process.stderr is not None

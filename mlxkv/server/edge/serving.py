@@ -3,9 +3,11 @@
 The end of a server (`Server.shutdown`), in this order:
 
 1. It takes no more connections.
-2. Requests end with a reason, see `end_requests`. What waits for a client is not waited for.
-3. What has not ended after `REASON_S` is cancelled, and connections are closed.
-4. `on_end` is called: the engine writes what it keeps.
+2. `on_stop` is called: the engine puts answers away, and their requests end with that.
+3. Other requests end with a reason, see `end_requests`. What waits for a client is not waited
+   for.
+4. What has not ended after `REASON_S` is cancelled, and connections are closed.
+5. `on_end` is called: the engine writes what it keeps.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import errno
 import logging
 import resource
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -33,6 +36,8 @@ OTHER_FILES = BACKLOG + 64
 """Open files besides connections: of models and pages, and connections that are not counted yet."""
 REASON_S = 1.5
 """Time for requests to end with their reason, once the server stops."""
+AWAY_S = 3.0
+"""Time for the engine to put answers away: it waits for the step that it computes."""
 _POLL_S = 0.02
 _NO_FILES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
@@ -64,6 +69,7 @@ class Server(uvicorn.Server):
         config: bounds and times.
         n_files: how many files the process may open.
         on_end: called when no more requests will come.
+        on_stop: called before requests end, in a thread of its own; for at most `AWAY_S`.
     """
 
     def __init__(
@@ -72,10 +78,11 @@ class Server(uvicorn.Server):
         config: ServerConfig,
         n_files: int = MOST_FILES,
         on_end: Callable[[], object] = lambda: None,
+        on_stop: Callable[[], object] = lambda: None,
     ):
         most = max(1, min(config.max_connections, n_files - OTHER_FILES))
         self.bounds = Connections(config, most)
-        self._app, self._on_end = app, on_end
+        self._app, self._on_end, self._on_stop = app, on_end, on_stop
         super().__init__(
             uvicorn.Config(
                 app,
@@ -116,6 +123,7 @@ class Server(uvicorn.Server):
             server.close()
         for each in sockets or ():
             each.close()
+        await self._put_away()
         end_requests(self._app)
         for connection in list(self.server_state.connections):
             connection.shutdown()
@@ -126,6 +134,20 @@ class Server(uvicorn.Server):
         for connection in list(self.server_state.connections):
             connection.transport.abort()
         self._on_end()
+
+    async def _put_away(self) -> None:
+        done, loop = asyncio.Event(), asyncio.get_running_loop()
+
+        def run() -> None:
+            try:
+                self._on_stop()
+            finally:
+                with contextlib.suppress(RuntimeError):  # the loop is closed: too late
+                    loop.call_soon_threadsafe(done.set)
+
+        threading.Thread(target=run, name="put away", daemon=True).start()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(done.wait(), AWAY_S)
 
     async def _ended(self, within_s: float) -> None:
         """Wait until all requests have ended, and their answers were read."""

@@ -192,6 +192,7 @@ def _loaded(model: Loaded) -> dict[str, Any]:
             "pages_ssd": model.pages_ssd_bytes,
         },
         "sequences": model.n_sequences,
+        "asleep": model.n_asleep,
     }
 
 

@@ -6,8 +6,10 @@ of an item: item added, part added, deltas, text done, part done, item done.
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,12 +55,20 @@ class Output:
         progress: what is known of it besides.
         logprobs: whether messages show theirs.
         callees: the request's tools, by the names that the model knows.
+        new_id: makes the id of an item.
 
     Attributes:
         items: the items that are done.
     """
 
-    def __init__(self, progress: AnswerState, logprobs: bool, callees: Mapping[str, Callee]):
+    def __init__(
+        self,
+        progress: AnswerState,
+        logprobs: bool,
+        callees: Mapping[str, Callee],
+        new_id: Callable[[str], str],
+    ):
+        self._new_id = new_id
         self.progress = progress
         self.items: list[dict[str, Any]] = []
         self._logprobs, self._callees = logprobs, callees
@@ -99,7 +109,7 @@ class Output:
         events = [] if self._open is None or self._open.kind == kind else self.close()
         index = len(self.items)
         if self._open is None:
-            item = self._open = _Open(kind, new_id("rs" if kind == "reasoning" else "msg"))
+            item = self._open = _Open(kind, self._new_id("rs" if kind == "reasoning" else "msg"))
             added = item.item("in_progress", [])
             events += [
                 {"type": "response.output_item.added", "output_index": index, "item": added},
@@ -124,11 +134,11 @@ class Output:
                 "input",
                 "custom_tool_call_input",
             )
-            head = {"id": new_id("ctc"), "type": "custom_tool_call", **head}
+            head = {"id": self._new_id("ctc"), "type": "custom_tool_call", **head}
         else:
             field, events = "arguments", "function_call_arguments"
             text = arguments_of(call)
-            head = {"id": new_id("fc"), "type": "function_call", **head}
+            head = {"id": self._new_id("fc"), "type": "function_call", **head}
         index = len(self.items)
         where = {"item_id": head["id"], "output_index": index}
         done = {**head, "status": "completed", field: text}
@@ -146,5 +156,15 @@ class Output:
 
 
 def new_id(prefix: str) -> str:
-    """A random id for an item or a response."""
+    """A random id."""
     return f"{prefix}_{secrets.token_hex(16)}"
+
+
+def ids_of(response_id: str) -> Callable[[str], str]:
+    """Makes the ids of a response's items: the same ones each time that it is written."""
+    n = itertools.count()
+
+    def new_id(prefix: str) -> str:
+        return f"{prefix}_{hashlib.sha256(f'{response_id} {next(n)}'.encode()).hexdigest()[:32]}"
+
+    return new_id

@@ -6,6 +6,7 @@ first, so that no owner makes those of another go.
 
 from __future__ import annotations
 
+import json
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
@@ -21,6 +22,22 @@ KEEP_S = 3600.0
 MAX_BYTES = 64 << 20
 
 _ITEMS: TypeAdapter[list[Any]] = TypeAdapter(list[Item])
+
+
+def plain(items: Sequence[Any]) -> list[Any]:
+    """Items as JSON; the inverse of `items_of`."""
+    return _ITEMS.dump_python(
+        list(items), mode="json", by_alias=True, exclude_unset=True, warnings=False
+    )
+
+
+def items_of(raw: Sequence[Any]) -> list[Any]:
+    """Items from JSON.
+
+    Raises:
+        ValueError: they are none.
+    """
+    return _ITEMS.validate_json(json.dumps(raw))
 
 
 @dataclass(frozen=True, slots=True)
