@@ -96,6 +96,10 @@ def run(
         ),
     ] = False,
     api_key: Key = None,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on with the last chat, and an answer that had begun."),
+    ] = False,
     verbose: Annotated[
         bool,
         typer.Option("--verbose", "-v", help="Print tokens/s, reuse and memory to stderr."),
@@ -131,13 +135,22 @@ def run(
     chat = text is None
     if chat and not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise UsageError('there is no prompt: mlxkv run "PROMPT", or pipe it in')
+    if resume and not chat:
+        raise UsageError("--resume goes on with a chat: give no PROMPT")
     if chat and (raw or as_json):
         raise UsageError(f"{'--raw' if raw else '--json'} needs a PROMPT")
     with closing(_speaker(asked, name, given, dtype)) as speaker:
         if text is None:
             from mlxkv.terminal.repl import chat as start_chat
 
-            return start_chat(speaker, settings, system=system, verbose=verbose, kv_from=saved)
+            return start_chat(
+                speaker,
+                settings,
+                system=system,
+                verbose=verbose,
+                kv_from=saved,
+                resumes=resume,
+            )
         return one_shot.one_answer(
             speaker,
             text,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -15,6 +16,8 @@ from mlxkv.engine.driver import stream
 from mlxkv.engine.prompt import Head, Prepared
 from mlxkv.engine.runtime import Runtime
 from mlxkv.errors import TemplateError, UsageError
+from mlxkv.generation.asleep import Asleep, seeded
+from mlxkv.generation.generation import Generation
 from mlxkv.generation.outputs import Chunk, join_parts, reply_message
 from mlxkv.generation.reader import read_answer
 from mlxkv.generation.request import Message, Request
@@ -53,6 +56,7 @@ class Conversation:
         self.turns: list[dict[str, Any]] = []
         self.append_only: bool | None = None
         self._session = llm.session()
+        self._generation: Generation | None = None
         self._prompt: str | None = None
         self._tokens: list[int] = []
         self._answer = ""
@@ -98,10 +102,24 @@ class Conversation:
         self.turns = [dict(turn) for turn in turns]
         self._prompt, self._inline = None, {}
 
-    def send(self, text: str, **options: Any) -> Iterator[Chunk]:
+    @property
+    def begun(self) -> Asleep | None:
+        """The answer that is being written, to give `send` later; None for none."""
+        generation = self._generation
+        if generation is None or generation.is_over:
+            return None
+        return Asleep(list(generation.prompt), generation.sampler.seed, generation.written())
+
+    def send(self, text: str, *, asleep: Asleep | None = None, **options: Any) -> Iterator[Chunk]:
         """Stream the answer to the user's next message; options as for `LLM.stream`.
 
         An answer that is interrupted stays in the history as far as it was streamed.
+
+        Args:
+            text: the message.
+            asleep: what `begun` was of its answer, also in another process: that comes first, and
+                then the rest, as with the same options it would have come.
+            **options: see above.
 
         Raises:
             UsageError, ContextExceeded, TemplateError: as for `LLM.stream`; the history is
@@ -113,8 +131,13 @@ class Conversation:
         request = Request.of([user], **options)
         prompt, tokens = self._next_prompt(user, self._template_options(request))
         head = Head(self.saved, [*self._history(), user], self._options)
+        if asleep is not None:
+            tokens, request = list(asleep.prompt), seeded(request, asleep.seed)
         prepared = Prepared(tokens, head, Rendered(prompt))
-        chunks = stream(self.llm, prompts.start(self.llm, request, prepared, self._session))
+        generation = prompts.start(self.llm, request, prepared, self._session)
+        begun = [] if asleep is None else generation.replay(asleep)
+        self._generation = generation
+        chunks = itertools.chain(begun, stream(self.llm, generation))
         return self._send(user, prompt, tokens, request, chunks)
 
     def _template_options(self, request: Request) -> dict[str, Any]:

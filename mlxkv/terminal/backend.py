@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
+    from mlxkv.generation.asleep import Asleep
     from mlxkv.generation.outputs import Chunk
     from mlxkv.memory.types import MemoryStats
     from mlxkv.sampling.params import SamplingParams
@@ -27,6 +28,11 @@ class Talk(Protocol):
     """
 
     append_only: bool | None
+
+    @property
+    def begun(self) -> Asleep | None:
+        """The answer that is being written, to go on with later; None if that is not known."""
+        ...
 
     @property
     def messages(self) -> list[dict[str, Any]]:

@@ -181,6 +181,8 @@ class RemoteTalk:
     """A conversation with KV on the server, which restores the prefix of each message."""
 
     append_only: bool | None = None
+    begun = None
+    """The server keeps it: the same request gets the whole answer."""
 
     def __init__(self, speaker: RemoteSpeaker, system: str | None):
         self._speaker, self.system = speaker, system

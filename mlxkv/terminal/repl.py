@@ -19,16 +19,25 @@ from types import FrameType
 from typing import TYPE_CHECKING, cast
 
 from mlxkv.errors import MlxkvError, TemplateError, one_line
+from mlxkv.terminal import last_chat
 from mlxkv.terminal.answer_options import AnswerOptions, options_of
 from mlxkv.terminal.console import ProgressLine
 from mlxkv.terminal.one_shot import Printer, prefill_report
-from mlxkv.terminal.slash_commands import PARAMETERS, Chat, Leave, execute
+from mlxkv.terminal.slash_commands import (
+    PARAMETERS,
+    Chat,
+    Leave,
+    content_of,
+    execute,
+    load_conversation,
+)
 from mlxkv.terminal.spelling import RUN
 from mlxkv.terminal.stats_text import describe_rungs, describe_shift, describe_stats
 
 if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
 
+    from mlxkv.generation.asleep import Asleep
     from mlxkv.generation.outputs import Chunk
     from mlxkv.saved_kv.manifest import NamedKV
     from mlxkv.terminal.backend import Speaker
@@ -51,11 +60,21 @@ def chat(
     system: str | None = None,
     verbose: bool = False,
     kv_from: NamedKV | None = None,
+    resumes: bool = False,
 ) -> int:
     """Run a chat until the user leaves; the exit code.
 
+    Args:
+        speaker: the model.
+        settings: of its answers.
+        system: system prompt.
+        verbose: print figures after an answer.
+        kv_from: saved KV that conversations start from.
+        resumes: go on with the last chat, and with an answer that had begun.
+
     Raises:
         TemplateError: the model has no chat template.
+        UsageError: there is no last chat.
     """
     if not speaker.can_chat:
         raise TemplateError(
@@ -65,6 +84,8 @@ def chat(
     state = Chat(speaker, settings, verbose, kv_from)
     state.begin(system)
     print(f"{speaker.title}: /? for help, /bye or Ctrl-D to leave")
+    if resumes:
+        _resume(state)
     ask = _line_reader()
     interrupts = 0
     while True:
@@ -93,6 +114,15 @@ def chat(
             print(f"mlxkv: {text}", file=sys.stderr)
 
 
+def _resume(state: Chat) -> None:
+    """Go on with the last chat; an answer that had begun comes whole."""
+    pending, begun = last_chat.resume(state, load_conversation)
+    print(f"(the last chat goes on: {len(state.conversation.messages)} messages)\n")
+    if pending is not None:
+        print(f"{PROMPT}{pending}")
+        answer(state, pending, begun)
+
+
 def _turn(state: Chat, text: str) -> None:
     """Run a command, or answer a message."""
     if not text.strip():
@@ -103,10 +133,14 @@ def _turn(state: Chat, text: str) -> None:
         answer(state, text)
 
 
-def answer(state: Chat, text: str) -> None:
-    """Stream the answer to one message."""
+def answer(state: Chat, text: str, begun: Asleep | None = None) -> None:
+    """Stream the answer to one message, or the whole of one that had begun."""
     stats, error, printer = None, None, Printer()
     progress, options = ProgressLine(), options_of(state.effective)
+    if begun is not None:
+        options["asleep"] = begun
+    content, n_tokens = content_of(state), 0
+    last_chat.keep(content, text, begun)
     chunks = state.conversation.send(text, on_progress=prefill_report(progress), **options)
     # Closed at once, not when it is collected: that adds the answer so far to the conversation.
     with _interrupts() as interrupted, closing(cast("Generator[Chunk]", chunks)):
@@ -115,6 +149,9 @@ def answer(state: Chat, text: str) -> None:
                 progress.clear()
                 printer(chunk)
                 stats, error = chunk.stats or stats, chunk.error
+                n_tokens += 1
+                if n_tokens % last_chat.EVERY == 0:
+                    last_chat.keep(content, text, state.conversation.begun)
                 interrupted.in_decode = True
                 if interrupted.seen:
                     break
@@ -123,6 +160,7 @@ def answer(state: Chat, text: str) -> None:
         finally:
             progress.clear()
             printer.end()
+    last_chat.keep(content_of(state))
     print("\n" if printer.wrote else "")
     if state.conversation.append_only is False and not state.told:
         state.told = True

@@ -221,13 +221,7 @@ def _save(chat: Chat, rest: str) -> str:
     path = _file(rest, "/save")
     if path.exists():
         _read(path)  # only a conversation may be written over
-    content = {
-        "format": FORMAT,
-        "version": 1,
-        "model": chat.speaker.name,
-        "parameters": {name: getattr(chat.settings, name) for name in PARAMETERS},
-        "messages": chat.conversation.messages,
-    }
+    content = content_of(chat)
     try:
         durable.write_whole(path, json.dumps(content, ensure_ascii=False, indent=2) + "\n")
     except OSError as error:
@@ -235,10 +229,21 @@ def _save(chat: Chat, rest: str) -> str:
     return f"{len(chat.conversation.messages)} messages in {path}"
 
 
+def content_of(chat: Chat) -> dict[str, Any]:
+    """A chat as `/save` writes it."""
+    return {
+        "format": FORMAT,
+        "version": 1,
+        "model": chat.speaker.name,
+        "parameters": {name: getattr(chat.settings, name) for name in PARAMETERS},
+        "messages": chat.conversation.messages,
+    }
+
+
 def _load(chat: Chat, rest: str) -> str:
     path = _file(rest, "/load")
     if path.is_file() and path.suffix != ".gguf":
-        return _load_conversation(chat, path)
+        return load_conversation(chat, path)
     # Without such a file it may be a model's name, but not with this ending.
     if path.suffix == ".json":
         raise UsageError(f"{path}: no such file")
@@ -252,7 +257,8 @@ def _load(chat: Chat, rest: str) -> str:
     return f"{rest} is loaded; a new conversation starts"
 
 
-def _load_conversation(chat: Chat, path: Path) -> str:
+def load_conversation(chat: Chat, path: Path) -> str:
+    """Continue a conversation that `/save` wrote; what to print."""
     content = _read(path)
     settings, (system, turns) = _parameters_of(content, path), _messages_of(content, path)
     settings = replace(settings, think=chat.settings.think, format=chat.settings.format)
