@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import shutil
 import signal
+import tempfile
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -16,6 +18,10 @@ from mlxkv.base import device
 
 # No test finds on disk what another one computed; those that are about it choose a folder.
 os.environ["MLXKV_KV_DISK"] = "0"
+
+# Nor do chats of the suite become the developer's last chat.
+os.environ["XDG_STATE_HOME"] = _STATE = tempfile.mkdtemp(prefix="mlxkv-tests-")
+atexit.register(shutil.rmtree, _STATE, ignore_errors=True)
 
 # What the developer's own shell sets for a model is not what a test expects.
 for name in ("CONTEXT", "KV_TYPE", "MEMORY", "OVERFLOW", "KEEP"):

@@ -19,6 +19,7 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
+from weakref import WeakSet
 
 from mlxkv.base.faults import log_fault
 from mlxkv.base.seal import seal_of_environment
@@ -72,10 +73,12 @@ class Beds:
 
     def __init__(self, folder: Path | None):
         self.files = None if folder is None else SleepFiles(folder)
+        self._claimed: WeakSet[Task] = WeakSet()
 
     def claim(self, ask: Ask, task: Task) -> None:
         """Give a durable request its file, before its model is loaded."""
         if ask.durable and (path := ask.path) is not None:
+            self._claimed.add(task)
             sleep = Sleep(self.files, path)
             quietly("keeping a request failed", lambda: sleep.claim(task))
 
@@ -98,8 +101,11 @@ class Beds:
         return PutAway() if self.files is not None else MlxkvError("the engine has stopped")
 
     def close(self) -> None:
-        """Leave the files to the next process."""
+        """Leave the files to the next process, but those of requests that were cancelled."""
         if self.files is not None:
+            for task in self._claimed:
+                if task.bed and task.is_cancelled():
+                    self.files.remove(task.bed)
             self.files.close()
 
 
