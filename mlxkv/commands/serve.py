@@ -94,9 +94,18 @@ def serve(
         bool,
         typer.Option(
             "--next-turns/--no-next-turns",
-            help="When idle, compute answers again as the next prompt will hold them.",
+            hidden=True,
+            help="--no-next-turns is --idle-compute off.",
         ),
     ] = True,
+    idle_compute: Annotated[
+        str | None,
+        typer.Option(
+            metavar="off|light|full",
+            help="When idle, compute what is known of next prompts: nothing, 256 tokens an answer, "
+            "or all; default: full, on battery light.",
+        ),
+    ] = None,
     dtype: DType = "auto",
     context: Context = None,
     memory: Annotated[
@@ -145,6 +154,7 @@ def serve(
         max_running=max_running,
         next_turns=next_turns,
         asleep=asleep_dir(),
+        idle_compute=idle_compute,
     )
     if until_input_ends:
         _end_with_input()

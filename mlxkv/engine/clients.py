@@ -51,6 +51,8 @@ class Clients:
         counts.restored_tokens += stats.restored_tokens
         counts.computed_tokens += stats.computed_tokens
         counts.generated_tokens += stats.generated_tokens
+        counts.next_turn_used_tokens += stats.ahead_tokens
+        counts.next_turn_saved_s += stats.ahead_saved_s
         if miss is None:
             return
         # The text before is the same each time; what differs behind it is not.
@@ -63,6 +65,11 @@ class Clients:
         if len(client.lost) > MAX_LOST:
             least = min(client.lost, key=lambda text: client.lost[text].n_tokens)
             del client.lost[least]
+
+    def count_ahead(self, owner: str, name: str, n_tokens: int) -> None:
+        """Count tokens of a next turn that were computed before it was asked for."""
+        if name:
+            self._client(owner, name).counts.next_turn_tokens += n_tokens
 
     def ended(
         self, owner: str, name: str, prompt: Prompt, links: Iterable[Link], pages: Pages | None

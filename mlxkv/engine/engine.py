@@ -27,6 +27,7 @@ import mlx.core as mx
 from mlxkv.base import device
 from mlxkv.base.faults import log_fault
 from mlxkv.engine.answers import EngineAnswer, settle, task_of, waited
+from mlxkv.engine.idle import IdleCompute
 from mlxkv.engine.loading import ModelLoads, PendingRequest
 from mlxkv.engine.messages import Ask, Busy, Embeddings, EngineStats, Loaded
 from mlxkv.engine.model_pool import LoadedModel, ModelPool, key_of
@@ -56,7 +57,7 @@ class ThreadedEngine:
         keep_alive_s: how long a model stays after its last request; negative: for ever.
         max_queue: requests of one owner that may wait.
         max_running: requests of one model that decode at a time.
-        next_turns: compute what is known of next turns while there are no requests.
+        next_turns, idle_compute: what is computed of next turns, see `idle`; False is `off`.
         asleep: folder of answers that are put away; None to put none away.
 
     Attributes:
@@ -73,26 +74,25 @@ class ThreadedEngine:
         max_queue: int = 64,
         max_running: int = 16,
         next_turns: bool = True,
+        idle_compute: str | None = None,
         asleep: Path | None = None,
     ):
         self._beds, self._is_leaving = Beds(asleep), False
         self.asleep = self._beds.asleep
         limit_bytes = memory or device.memory_limit()
+        idle = IdleCompute(idle_compute if next_turns else "off")
         self._preparer = preparer = Preparer(self._wake)
         self._pool = ModelPool(
-            limit_bytes, dtype, given or Given(), keep_alive_s, max_running, next_turns, preparer
+            limit_bytes, dtype, given or Given(), keep_alive_s, max_running, idle, preparer
         )
         self._pool.files = self._beds.files
-        self._loads = ModelLoads(self._pool)
+        self._loads, self._changed = ModelLoads(self._pool), threading.Condition()
         self._busy_at, self._max_queue = 0.0, max_queue
-        self._changed = threading.Condition()
         self._inbox: deque[tuple[Ask, Task]] = deque()
         self._calls: deque[Callable[[], None]] = deque()
         self._rejected: Counter[str] = Counter()
-        self._deaths = Deaths()
+        self._deaths, self._closing, self._ended = Deaths(), False, threading.Event()
         self.on_failed: Callable[[], None] = lambda: None
-        self._closing = False
-        self._ended = threading.Event()
         self._thread = threading.Thread(target=self._live, name="mlxkv engine", daemon=True)
 
     def start(self) -> None:

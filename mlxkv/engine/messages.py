@@ -139,6 +139,9 @@ class Counts:
         cancelled: requests that the client cancelled, or left by disconnecting.
         misses: prompts that reused less KV than a cached sequence offered, by `Miss.reason`.
         next_turn_tokens: tokens of next turns that were computed before they were asked for.
+        next_turn_used_tokens: those of them that prompts were restored from.
+        next_turn_saved_s: seconds that took those prompts less, estimated from the speed at which
+            the tokens were computed.
     """
 
     requests: int = 0
@@ -152,6 +155,8 @@ class Counts:
     generated_tokens: int = 0
     misses: dict[str, int] = field(default_factory=dict)
     next_turn_tokens: int = 0
+    next_turn_used_tokens: int = 0
+    next_turn_saved_s: float = 0.0
 
     def copy(self) -> Counts:
         """A snapshot."""
@@ -188,6 +193,7 @@ class ClientCounts:
         client: the program's name.
         shared_tokens: length of the prefix that its sessions share, which is evicted last.
         lost: the texts at which most was lost.
+        next_turn_tokens: as for `Counts`, and so the two behind it.
     """
 
     owner: str
@@ -199,6 +205,9 @@ class ClientCounts:
     generated_tokens: int = 0
     shared_tokens: int = 0
     lost: Sequence[Lost] = ()
+    next_turn_tokens: int = 0
+    next_turn_used_tokens: int = 0
+    next_turn_saved_s: float = 0.0
 
     def copy(self, lost: Sequence[Lost]) -> ClientCounts:
         """A snapshot with these texts."""
@@ -217,6 +226,9 @@ class ClientCounts:
             self.generated_tokens + other.generated_tokens,
             max(self.shared_tokens, other.shared_tokens),
             sorted([*self.lost, *other.lost], key=lambda x: -x.n_tokens)[:most],
+            self.next_turn_tokens + other.next_turn_tokens,
+            self.next_turn_used_tokens + other.next_turn_used_tokens,
+            self.next_turn_saved_s + other.next_turn_saved_s,
         )
 
 

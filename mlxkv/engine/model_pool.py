@@ -24,6 +24,7 @@ from mlxkv.base import device
 from mlxkv.base.faults import log_fault
 from mlxkv.base.units import human_bytes
 from mlxkv.engine.clients import merge_counts
+from mlxkv.engine.idle import IdleCompute
 from mlxkv.engine.messages import EngineStats, Loaded
 from mlxkv.engine.preparation import Preparer
 from mlxkv.engine.runtime import Runtime
@@ -140,7 +141,7 @@ class ModelPool:
         given: settings of all models, see `store.settings`.
         keep_alive_s: how long a model stays after its last request; negative: for ever.
         max_running: requests of one model that decode at a time.
-        next_turns: whether next turns are computed before they are asked for.
+        idle: what is computed of next turns while there are no requests; None for nothing.
         preparer: prepares the long prompts of all models.
 
     Attributes:
@@ -154,7 +155,7 @@ class ModelPool:
         given: Given,
         keep_alive_s: float,
         max_running: int,
-        next_turns: bool = False,
+        idle: IdleCompute | None = None,
         preparer: Preparer | None = None,
     ):
         self.files: SleepFiles | None = None
@@ -162,7 +163,7 @@ class ModelPool:
         self.limit_bytes = limit_bytes if allowed is None else min(limit_bytes, allowed)
         self._dtype, self._given = dtype, given
         self._keep_alive_s, self._max_running = keep_alive_s, max_running
-        self._next_turns, self._preparer = next_turns, preparer
+        self._idle, self._preparer = idle, preparer
         self._models: dict[str, LoadedModel] = {}
         self._loading_bytes = 0
 
@@ -216,7 +217,7 @@ class ModelPool:
             settings = effective(path, self._given)
             runtime = yield from Runtime.loading(path, settings, self._dtype, layout)
             runtime.preparer = self._preparer
-            scheduler = Scheduler(runtime, self._max_running, self._next_turns)
+            scheduler = Scheduler(runtime, self._max_running, self._idle)
             scheduler.sleep = Sleep(self.files, runtime.path)
             model = LoadedModel(name, scheduler, card, digest(path), self._keep_alive_s)
         finally:

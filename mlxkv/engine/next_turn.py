@@ -9,7 +9,8 @@ as pages.
 Invariants:
 - Requests go first: `pause` keeps what has been computed as pages and frees the caches.
 - No memory is freed for it: it begins only where its KV and a chunk fit beside everything else.
-- At most `LIMIT` tokens are computed for an answer, and none where nothing differs.
+- For an answer at most `IdleCompute.limit` tokens are computed, and none where nothing differs.
+- A token that was computed is counted as used once, by the first prompt that it is restored for.
 """
 
 from __future__ import annotations
@@ -22,24 +23,25 @@ from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from mlxkv.chat.template_probe import REASONING
-from mlxkv.engine.messages import Counts
+from mlxkv.engine.ahead import Ahead, Records
+from mlxkv.engine.clients import Clients
+from mlxkv.engine.idle import IdleCompute
 from mlxkv.engine.policy import Pace
 from mlxkv.engine.preparation import is_long
 from mlxkv.engine.prompt import PROBES, prepare
 from mlxkv.engine.runtime import Runtime
+from mlxkv.engine.tally import Tally
 from mlxkv.engine.tasks import Task, keep_prefix
 from mlxkv.errors import MlxkvError
 from mlxkv.generation.generation import Generation
 from mlxkv.generation.outputs import Chunk, reply_message
-from mlxkv.generation.request import Message, Request, is_messages
+from mlxkv.generation.request import Message, Prompt, Request, is_messages
 from mlxkv.generation.session import Session, n_shared
 from mlxkv.kv.types import STEP
 from mlxkv.memory.needs import MIN_CHUNK
 
 _log = logging.getLogger(__name__)
 
-LIMIT = 4096
-"""Tokens that are computed for an answer, at most."""
 MAX_WAITING = 16
 """Answers that wait to be computed; the oldest is forgotten for another."""
 STALL_S = 0.1
@@ -55,20 +57,24 @@ class Answered:
     Args:
         request: what it answers.
         owner: owner of its pages.
+        client: the program that asked; empty where that is not known.
         reply: the answer as a message, in the form in which it may come back.
         held: prompt and answer, as far as their KV was computed.
         context: tokens that a prompt may have.
         tokens: the beginning of the next prompt; None until it is rendered.
         stop: how many of them are computed.
+        ahead: what was computed of them.
     """
 
     request: Request
     owner: str
+    client: str
     reply: Message
     held: list[int]
     context: int
     tokens: list[int] | None = None
     stop: int | None = None
+    ahead: Ahead | None = None
 
     @classmethod
     def of(cls, task: Task, generation: Generation, last: Chunk) -> list[Self]:
@@ -82,8 +88,10 @@ class Answered:
             return []
         request = replace(task.request, prompt=list(prompt))  # the caller's list may grow
         held, context = session.tokens, generation.bound.context
-        forms = reply_forms(request.prompt, reply_message(*generation.reply()))  # pyright: ignore[reportArgumentType]
-        return [cls(request, task.owner, form, held, context) for form in forms]
+        text, reasoning, calls = generation.reply()
+        reply = reply_message(text, reasoning, calls if request.parallel else calls[:1])
+        forms = reply_forms(request.prompt, reply)  # pyright: ignore[reportArgumentType]
+        return [cls(request, task.owner, task.client, form, held, context) for form in forms]
 
     @property
     def messages(self) -> Sequence[Message]:
@@ -140,12 +148,14 @@ class NextTurns:
 
     Args:
         runtime: the model.
-        counts: of the model; tokens that are computed are counted there.
-        is_on: False to compute none.
+        tally: its counters; tokens that are computed are counted there,
+        clients: and here.
+        idle: how much is computed.
     """
 
-    def __init__(self, runtime: Runtime, counts: Counts, is_on: bool = True):
-        self._runtime, self._counts, self._is_on = runtime, counts, is_on
+    def __init__(self, runtime: Runtime, tally: Tally, clients: Clients, idle: IdleCompute):
+        self._runtime, self._tally, self._clients, self._idle = runtime, tally, clients, idle
+        self._records = Records()
         self._waiting: deque[Answered] = deque(maxlen=MAX_WAITING)
         self._steps: Generator[None, None, None] | None = None
         self._last: list[int] = []  # what was rendered last: another form may render as the same
@@ -158,12 +168,22 @@ class NextTurns:
 
     def add(self, task: Task, generation: Generation, last: Chunk) -> None:
         """Note an answer that has ended; its session still holds its KV."""
-        if self._is_on:
-            self._waiting += Answered.of(task, generation, last)
+        if not self._idle.is_off:
+            forms = Answered.of(task, generation, last)
+            self._waiting += forms[:1] if self._idle.choice == "light" else forms
 
-    def forget(self, owner: str, messages: Sequence[Message]) -> None:
-        """Drop the conversations that these messages go on from: the next turn is here."""
+    def found(self, task: Task, generation: Generation, tokens: Sequence[int]) -> None:
+        """Note what a prompt, whose session was just restored, has of what was computed."""
+        n_tokens, saved_s = self._records.use(task.owner, tokens, generation.session.n_held)
+        generation.ahead_tokens += n_tokens
+        generation.ahead_saved_s += saved_s
+
+    def forget(self, owner: str, prompt: Prompt) -> None:
+        """Drop the conversations that a prompt goes on from: the next turn is here."""
         self.pause()
+        if not is_messages(prompt):
+            return
+        messages: Sequence[Message] = prompt  # pyright: ignore[reportAssignmentType]
         for answered in list(self._waiting):
             n = len(answered.messages)
             if answered.owner == owner and list(messages[:n]) == list(answered.messages):
@@ -218,23 +238,39 @@ class NextTurns:
         n_restored = session.restore(tokens).n_tokens
         yield
         if answered.stop is None:
-            answered.stop = min(len(tokens), n_restored + LIMIT)
+            answered.stop = min(len(tokens), n_restored + self._idle.limit)
         stop = answered.stop
         if stop <= shared or stop - n_restored <= 1:
             return
+        if answered.ahead is None:
+            answered.ahead = Ahead(answered.owner, tokens, n_restored)
         try:
             steps = session.prefilling(tokens[:stop], lambda: self._pace.n_tokens)
-            yield from self._paced(session, steps)
+            yield from self._paced(session, steps, answered.ahead)
         finally:
-            self._counts.next_turn_tokens += session.n_held - n_restored
+            self._count(answered, answered.ahead, session.n_held - n_restored)
             keep_prefix(session)
 
-    def _paced(self, session: Session, steps: Generator[Any, None, Any]) -> Generator[None]:
+    def _count(self, answered: Answered, ahead: Ahead, n_tokens: int) -> None:
+        ahead.n_computed += n_tokens
+        self._records.add(ahead)
+        self._tally.count(answered.owner, next_turn_tokens=n_tokens)
+        self._clients.count_ahead(answered.owner, answered.client, n_tokens)
+
+    def _paced(
+        self, session: Session, steps: Generator[Any, None, Any], ahead: Ahead
+    ) -> Generator[None]:
         while True:
             held, started = session.n_held, time.perf_counter()
             try:
                 next(steps)
+                is_last = False
             except StopIteration:
+                is_last = True
+            seconds = time.perf_counter() - started
+            ahead.seconds += seconds
+            ahead.stop = max(ahead.stop, session.n_held)
+            if is_last:
                 return
-            self._pace.record(session.n_held - held, time.perf_counter() - started)
+            self._pace.record(session.n_held - held, seconds)
             yield

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from mlxkv.base.device import default_chunk
 from mlxkv.base.faults import log_fault
 from mlxkv.engine.clients import Clients
+from mlxkv.engine.idle import IdleCompute
 from mlxkv.engine.messages import PutAway
 from mlxkv.engine.next_turn import NextTurns
 from mlxkv.engine.policy import Pace
@@ -42,7 +43,6 @@ from mlxkv.generation.decoder import Decoder, Row, RowResult
 from mlxkv.generation.generation import Generation
 from mlxkv.generation.outputs import Chunk
 from mlxkv.generation.prompt_logprobs import answer_logprobs
-from mlxkv.generation.request import is_messages
 from mlxkv.memory.needs import MIN_CHUNK
 from mlxkv.memory.types import is_allocation_failure, without_trace
 
@@ -61,12 +61,13 @@ class Scheduler:
         sleep: puts answers away.
     """
 
-    def __init__(self, runtime: Runtime, max_running: int, next_turns: bool = False):
+    def __init__(self, runtime: Runtime, max_running: int, idle: IdleCompute | None = None):
         self.runtime, self.max_running, self.sleep = runtime, max_running, Sleep(None, runtime.path)
         self.tally = Tally()
         self.counts = self.tally.total
         self.clients = Clients()
-        self.next_turns = NextTurns(runtime, self.counts, next_turns)
+        idle = idle or IdleCompute("off")
+        self.next_turns = NextTurns(runtime, self.tally, self.clients, idle)
         self._pace = Pace(STALL_S, MIN_CHUNK, default_chunk())
         self._empty()
 
@@ -167,8 +168,7 @@ class Scheduler:
             self.tally.count(task.owner, requests=1)
         task.has_begun = True
         try:
-            if is_messages(task.request.prompt):
-                self.next_turns.forget(task.owner, task.request.prompt)  # pyright: ignore[reportArgumentType]
+            self.next_turns.forget(task.owner, task.request.prompt)
             if task.generation is None:
                 task.generation = begin_answer(task, self.runtime, self.sleep, self.waiting)
             task.state = Prefilling(task.generation, task.generation.remaining())
@@ -186,6 +186,7 @@ class Scheduler:
         try:
             if state.steps is None:  # not earlier: another prompt may have left pages of it
                 state.tokens = state.generation.restore()
+                self.next_turns.found(task, state.generation, state.tokens)
                 state.steps = session.prefilling(state.tokens, self._chunk)
             started, held = time.perf_counter(), session.n_held
             progress = next(state.steps)

@@ -23,7 +23,7 @@ class Tally:
             return self.total.copy()
         return self._of_owner.get(owner, Counts()).copy()
 
-    def count(self, owner: str, **amounts: int) -> None:
+    def count(self, owner: str, **amounts: float) -> None:
         """Add to counters of an owner, by their names."""
         for counts in (self.total, self._of_owner.setdefault(owner, Counts())):
             for name, amount in amounts.items():
@@ -40,6 +40,8 @@ class Tally:
             restored_ram_tokens=stats.restored_ram_tokens,
             restored_ssd_tokens=stats.restored_ssd_tokens,
             computed_tokens=stats.computed_tokens,
+            next_turn_used_tokens=stats.ahead_tokens,
+            next_turn_saved_s=stats.ahead_saved_s,
         )
         if stats.miss is not None:
             reason = stats.miss.reason

@@ -44,6 +44,7 @@ class Generation:
         prompt: the prompt before it was cut to the context; `sequence` begins with what is left.
         limit: tokens that the answer may have, None for as many as come.
         is_over: whether the last chunk was made.
+        ahead_tokens: see `Stats`, and so `ahead_saved_s`.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Generation:
         self.sequence, self.prompt = list(tokens), tokens
         self.limit = bound.limit(len(tokens), request.max_tokens)
         self.is_over = False
+        self.ahead_tokens, self.ahead_saved_s = 0, 0.0
         self.masker = masker
         self._tokenizer, self._reader = tokenizer, reader
         self._n_prompt = len(tokens)
@@ -238,4 +240,11 @@ class Generation:
         # The last token itself has not been made room for.
         shifted = self.bound.n_dropped(self._n_prompt + max(n, 1) - 1)
         rungs, moved = tuple(self.session.rungs), self.request.moved_chars
-        return replace(stats, shifted_tokens=shifted, rungs=rungs, moved_chars=moved)
+        return replace(
+            stats,
+            shifted_tokens=shifted,
+            rungs=rungs,
+            moved_chars=moved,
+            ahead_tokens=self.ahead_tokens,
+            ahead_saved_s=self.ahead_saved_s,
+        )

@@ -56,6 +56,9 @@ class Stats:
         shifted_tokens: oldest tokens that were dropped because the context was full; those of the
             prompt are not in `prompt_tokens`.
         moved_chars: characters that `serve --agent-prompts` moved behind what stays the same.
+        ahead_tokens: restored tokens that were computed before the prompt came, while there were no
+            requests.
+        ahead_saved_s: seconds that saved, estimated from the speed at which they were computed.
     """
 
     prompt_tokens: int
@@ -74,6 +77,8 @@ class Stats:
     shifted_tokens: int = 0
     rungs: tuple[Rung, ...] = ()
     moved_chars: int = 0
+    ahead_tokens: int = 0
+    ahead_saved_s: float = 0.0
 
     @property
     def prefill_tps(self) -> float:

@@ -62,6 +62,7 @@ class Request:
         ignore_eos: whether the answer goes on behind end tokens.
         moved_chars: characters of the client's messages that the server has moved behind what
             stays the same; for the answer's figures.
+        parallel: whether the client gets calls after the first.
 
     Raises:
         UsageError: a value out of its range.
@@ -90,6 +91,7 @@ class Request:
     min_tokens: int = 0
     ignore_eos: bool = False
     moved_chars: int = 0
+    parallel: bool = True
 
     def __post_init__(self) -> None:
         n = self.max_tokens

@@ -24,7 +24,15 @@ from mlxkv.server.requests import whose_figures
 from mlxkv.server.threads import run_in_threadpool
 
 _OUTCOMES = ("answered", "failed", "cancelled")
-_TOKENS = ("prompt", "restored_ram", "restored_ssd", "computed", "generated", "next_turn")
+_TOKENS = (
+    "prompt",
+    "restored_ram",
+    "restored_ssd",
+    "computed",
+    "generated",
+    "next_turn",
+    "next_turn_used",
+)
 
 
 class EngineCollector(Collector):
@@ -48,7 +56,7 @@ class EngineCollector(Collector):
         tokens = CounterMetricFamily(
             "mlxkv_tokens",
             "Tokens by kind. Prompt tokens are restored from RAM or SSD, or computed; next_turn: "
-            "computed before the prompt came.",
+            "computed before the prompt came; next_turn_used: those that a prompt had.",
             labels=["model", "kind"],
         )
         misses = CounterMetricFamily(
@@ -56,7 +64,14 @@ class EngineCollector(Collector):
             "Prompts that reused less KV than a cached sequence offered, by reason.",
             labels=["model", "reason"],
         )
+        saved = CounterMetricFamily(
+            "mlxkv_next_turn_saved_seconds",
+            "Seconds that prompts took less because of next_turn tokens, estimated from the speed "
+            "at which those were computed.",
+            labels=["model"],
+        )
         for model, counts in stats.models.items():
+            saved.add_metric([model], counts.next_turn_saved_s)
             for outcome in _OUTCOMES:
                 requests.add_metric([model, outcome], getattr(counts, outcome))
             for kind, n in _tokens(counts).items():
@@ -68,7 +83,7 @@ class EngineCollector(Collector):
         )
         for (client, kind), n in _client_tokens(stats.clients).items():
             clients.add_metric([client, kind], n)
-        yield from (requests, tokens, misses, clients)
+        yield from (requests, tokens, saved, misses, clients)
         yield GaugeMetricFamily("mlxkv_running", "Requests that are running.", stats.running)
         yield GaugeMetricFamily("mlxkv_queued", "Requests waiting in the queue.", stats.queued)
         yield CounterMetricFamily(
@@ -134,7 +149,7 @@ def _client_tokens(clients: Iterable[ClientCounts]) -> dict[tuple[str, str], int
     """Tokens of each client's prompts by kind, of all owners together."""
     found: dict[tuple[str, str], int] = {}
     for counts in clients:
-        for kind in ("restored", "computed"):
+        for kind in ("restored", "computed", "next_turn", "next_turn_used"):
             key = counts.client, kind
             found[key] = found.get(key, 0) + getattr(counts, f"{kind}_tokens")
     return found

@@ -63,6 +63,7 @@ def tool_options(
         "tools": [function.schema_of() for function in functions] or None,
         "callable": tuple(function.name for function in allowed) if left_out else None,
         "format": _grammar(allowed, mode, parallel, content),
+        "parallel": parallel,
     }
 
 

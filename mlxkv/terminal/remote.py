@@ -271,6 +271,8 @@ def _stats(line: Mapping[str, Any], first_s: float) -> Stats | None:
             diverged_at=cache["diverged_at"],
             miss=Miss(**miss) if miss else None,
             shifted_tokens=cache["shifted_tokens"],
+            ahead_tokens=cache.get("ahead_tokens", 0),
+            ahead_saved_s=cache.get("ahead_saved_s", 0.0),
             rungs=tuple(Rung(**rung) for rung in memory["gave_way"]),
         )
     except (KeyError, TypeError):

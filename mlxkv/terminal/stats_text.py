@@ -68,6 +68,10 @@ def describe_prompt(stats: Stats) -> str:
     )
     parts = ", ".join(f"{n:,} {source}" for n, source in sources if n)
     text = f"{stats.prompt_tokens:,} tokens: {parts}"
+    if stats.ahead_tokens:
+        text += (
+            f"; {stats.ahead_tokens:,} computed before (saved about {stats.ahead_saved_s:.1f} s)"
+        )
     miss = stats.miss
     if miss is None or miss.n_tokens < FEW:
         return text

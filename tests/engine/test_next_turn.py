@@ -13,13 +13,16 @@ import pytest
 
 import mlxkv
 from benchmarks.scripted import scripted
-from mlxkv.engine import next_turn
+from mlxkv.base.power import Power
+from mlxkv.engine import idle, next_turn
 from mlxkv.engine.engine import ThreadedEngine
+from mlxkv.engine.idle import IdleCompute
 from mlxkv.engine.messages import Ask
 from mlxkv.engine.model_pool import key_of
 from mlxkv.engine.next_turn import next_messages, reply_forms
 from mlxkv.engine.scheduler import Scheduler
 from mlxkv.engine.tasks import Task
+from mlxkv.errors import UsageError
 from mlxkv.generation.outputs import Chunk, Stats, join_parts, reply_message
 from mlxkv.generation.request import Request
 from tests.support.chat_templates.cases import TEMPLATES
@@ -61,17 +64,19 @@ class Chat:
 
     def __init__(self, path: Path, is_on: bool = True):
         llm = mlxkv.load(path, dtype="float32")
-        self.scheduler, self.runtime = Scheduler(llm, 4, is_on), llm
+        idle = IdleCompute("full" if is_on else "off")
+        self.scheduler, self.runtime = Scheduler(llm, 4, idle), llm
 
     def encode(self, text: str) -> list[int]:
         return self.runtime.tokenizer.encode(text, add_special_tokens=False)
 
     def ask(self, messages: Sequence[Any], answer: str, **options: Any) -> list[Chunk]:
         told: list[Any] = []
-        owner = options.pop("owner", "")
+        owner, client = options.pop("owner", ""), options.pop("client", "")
         request = Request.of(messages, **options)
         with scripted(deque([self.encode(answer + "<|im_end|>")])):
-            self.scheduler.add(Task(request, told.append, lambda: False, owner))
+            task = Task(request, told.append, lambda: False, owner, client=client)
+            self.scheduler.add(task)
             while not self.scheduler.is_idle:
                 self.scheduler.step()
         errors = [item for item in told if isinstance(item, BaseException)]
@@ -218,10 +223,88 @@ def test_the_next_turn_itself_ends_what_is_computed_for_it(chat):
 
 
 def test_no_more_than_the_limit_is_computed(chat, monkeypatch):
-    monkeypatch.setattr(next_turn, "LIMIT", 64)
+    monkeypatch.setattr(idle, "FULL", 64)
     served = chat()
     served.ask(FIRST, THOUGHT + TEXT)
     assert served.prepare() == 64
+
+
+def test_light_computes_a_chunk_of_one_form(chat, monkeypatch):
+    monkeypatch.setattr(idle, "LIGHT", 48)
+    template = TEMPLATE.replace("loop.index0 > ns.last_user", "true")  # two forms that differ
+    served = chat(template=template)
+    served.scheduler.next_turns._idle = IdleCompute("light")
+    served.ask(FIRST, THOUGHT + TEXT)
+    assert served.prepare() == 48
+
+
+def test_off_computes_nothing(chat):
+    served = chat(is_on=False)
+    served.ask(FIRST, THOUGHT + TEXT)
+    assert served.scheduler.next_turns.is_empty
+
+
+def test_without_a_choice_it_is_full_and_light_on_battery():
+    times, found = iter(range(0, 1000, 40)), [True]
+    power = Power(lambda: found[0], lambda: next(times))
+    chosen = IdleCompute(power=power)
+    power.settle()
+    assert (chosen.choice, chosen.limit) == ("light", idle.LIGHT)
+    found[0] = False
+    power.refresh()  # more than a minute later
+    power.settle()
+    assert (chosen.choice, chosen.limit) == ("full", idle.FULL)
+    assert [IdleCompute(x, power).limit for x in idle.CHOICES] == [0, idle.LIGHT, idle.FULL]
+    with pytest.raises(UsageError, match="idle_compute must be one of off, light, full"):
+        IdleCompute("some")
+
+
+def test_tokens_that_a_prompt_used_are_counted_once_for_model_key_and_client(chat):
+    served = chat()
+    scheduler = served.scheduler
+    served.ask(FIRST, THOUGHT + TEXT, owner="a", client="agent")
+    n = served.prepare()
+    messages = [*answered(FIRST, TEXT), user("And?")]
+    assert stats(served.ask(messages, TEXT, owner="b")).ahead_tokens == 0
+    one = stats(served.ask(messages, TEXT, owner="a", client="agent"))
+    assert len(TEXT) <= one.ahead_tokens <= n and one.ahead_saved_s > 0
+    assert one.ahead_tokens <= one.restored_tokens
+    assert stats(served.ask(messages, TEXT, owner="a", client="agent")).ahead_tokens == 0
+    for counts in (
+        scheduler.tally.shown(None),
+        scheduler.tally.shown("a"),
+        *scheduler.clients.figures(),
+    ):
+        assert counts.next_turn_tokens == n
+        assert counts.next_turn_used_tokens == one.ahead_tokens
+        assert counts.next_turn_saved_s == one.ahead_saved_s
+    assert scheduler.tally.shown("b").next_turn_tokens == 0
+
+
+def test_the_client_gets_one_call_where_it_asked_for_no_more(chat):
+    served = chat(template=CALLS)
+    chunks = served.ask(FIRST, CALL + "\n" + CALL, tools=TOOLS, parallel=False)
+    first, _ = [call for chunk in chunks for call in chunk.tool_calls]
+    assert 0 < served.prepare()
+    reply = reply_message("", "", [first])
+    result = {"role": "tool", "tool_call_id": first.id, "name": "look", "content": "7" * 30}
+    next_one = stats(served.ask([*FIRST, reply, result], TEXT, tools=TOOLS))
+    assert next_one.computed_tokens <= 30 + len("\n</tool_response>") + FRAME + 1
+
+
+def test_several_calls_are_computed_up_to_the_first_result(chat):
+    served = chat(template=CALLS)
+    chunks = served.ask(FIRST, CALL + "\n" + CALL, tools=TOOLS)
+    calls = [call for chunk in chunks for call in chunk.tool_calls]
+    assert len(calls) == 2 and 0 < served.prepare()
+    results = [
+        {"role": "tool", "tool_call_id": call.id, "name": "look", "content": "7" * 30}
+        for call in calls
+    ]
+    reply = reply_message("", "", calls)
+    next_one = stats(served.ask([*FIRST, reply, *results], TEXT, tools=TOOLS))
+    one = 30 + len("\n</tool_response>\n<tool_response>\n")
+    assert next_one.computed_tokens <= 2 * one + FRAME + 1
 
 
 def test_a_very_long_conversation_is_not_rendered_for_it(chat, monkeypatch):

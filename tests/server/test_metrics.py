@@ -74,7 +74,7 @@ def samples(url: str) -> dict[tuple[str, ...], float]:
 def test_metrics_are_the_engines_figures(url, engine):
     stats = engine.stats()
     counts = stats.models[MODEL]
-    tokens = ("prompt", "restored_ram", "restored_ssd", "computed", "generated", "next_turn")
+    tokens = ("prompt", "restored_ram", "restored_ssd", "computed", "generated")
     expected: dict[tuple[str, ...], float] = {
         ("mlxkv_running",): stats.running,
         ("mlxkv_queued",): stats.queued,
@@ -85,7 +85,8 @@ def test_metrics_are_the_engines_figures(url, engine):
         ("mlxkv_misses_total", MODEL, "diverged"): 3,
         ("mlxkv_misses_total", MODEL, "dropped"): 1,
     }
-    for kind in tokens:
+    expected["mlxkv_next_turn_saved_seconds_total", MODEL] = counts.next_turn_saved_s
+    for kind in (*tokens, "next_turn", "next_turn_used"):
         expected["mlxkv_tokens_total", kind, MODEL] = getattr(counts, f"{kind}_tokens")
     for kind, n_bytes in stats.memory.items():
         expected["mlxkv_memory_bytes", kind] = n_bytes
