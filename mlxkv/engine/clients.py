@@ -71,6 +71,13 @@ class Clients:
         if name:
             self._client(owner, name).counts.next_turn_tokens += n_tokens
 
+    def pages_of_session(self, owner: str, name: str, prompt: Prompt) -> Sequence[Link]:
+        """Pages of the last turn of a prompt's conversation; empty where it is not known."""
+        client = self._clients.get((owner, name))
+        if client is None or (key := session_key(prompt)) is None:
+            return ()
+        return client.sessions.get(key, ())
+
     def ended(
         self, owner: str, name: str, prompt: Prompt, links: Iterable[Link], pages: Pages | None
     ) -> None:

@@ -150,11 +150,12 @@ class NextTurns:
         runtime: the model.
         tally: its counters; tokens that are computed are counted there,
         clients: and here.
-        idle: how much is computed.
+        idle: how much is computed; None for nothing.
     """
 
-    def __init__(self, runtime: Runtime, tally: Tally, clients: Clients, idle: IdleCompute):
-        self._runtime, self._tally, self._clients, self._idle = runtime, tally, clients, idle
+    def __init__(self, runtime: Runtime, tally: Tally, clients: Clients, idle: IdleCompute | None):
+        self._runtime, self._tally, self._clients = runtime, tally, clients
+        self._idle = idle or IdleCompute("off")
         self._records = Records()
         self._waiting: deque[Answered] = deque(maxlen=MAX_WAITING)
         self._steps: Generator[None, None, None] | None = None

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from mlxkv.base.device import default_chunk
 from mlxkv.base.faults import log_fault
 from mlxkv.engine.clients import Clients
+from mlxkv.engine.fetching import fetch_pages
 from mlxkv.engine.idle import IdleCompute
 from mlxkv.engine.messages import PutAway
 from mlxkv.engine.next_turn import NextTurns
@@ -63,10 +64,8 @@ class Scheduler:
 
     def __init__(self, runtime: Runtime, max_running: int, idle: IdleCompute | None = None):
         self.runtime, self.max_running, self.sleep = runtime, max_running, Sleep(None, runtime.path)
-        self.tally = Tally()
+        self.tally, self.clients = Tally(), Clients()
         self.counts = self.tally.total
-        self.clients = Clients()
-        idle = idle or IdleCompute("off")
         self.next_turns = NextTurns(runtime, self.tally, self.clients, idle)
         self._pace = Pace(STALL_S, MIN_CHUNK, default_chunk())
         self._empty()
@@ -97,6 +96,7 @@ class Scheduler:
     def add(self, task: Task) -> None:
         """Queue a request; it starts when there is a place for it."""
         self.waiting.append(task)
+        quietly("fetching pages failed", lambda: fetch_pages(task, self.runtime, self.clients))
 
     def step(self) -> None:
         """Compute one chunk of a prompt, and one token of every answer."""
@@ -226,8 +226,7 @@ class Scheduler:
         generation, logits = state.generation, state.logits
         assert logits is not None
         state.logits = None
-        decoder = Decoder(self.runtime.model) if task.decodes_alone else self._decoder
-        row = None
+        row, decoder = None, Decoder(self.runtime.model) if task.decodes_alone else self._decoder
         try:
             row = generation.row(logits)
             decoder.add(row)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
+from mlxkv.prefix.fetch import PageFetcher
 from mlxkv.prefix.format import PageFile, PageKey
 from mlxkv.prefix.layout import Kinds, Link
 from mlxkv.prefix.part import Layout, Part, Rows
@@ -38,6 +39,7 @@ class PageDisk:
 
     def __init__(self, files: PageFiles, kinds: Kinds, dtype: str):
         self.files = files
+        self.fetcher = PageFetcher(files.read)
         self.shared = SharedFile(files.folder, files.at.model, files.at.seal)
         self.dtype = dtype
         self._kinds = kinds
@@ -60,7 +62,8 @@ class PageDisk:
 
     def read(self, keys: Sequence[PageKey]) -> list[tuple[bytes, Part] | None]:
         """Tokens and KV of some pages; None for a missing or damaged one."""
-        return [self._decoded(key, self.files.read(key)) for key in keys]
+        files = (self.fetcher.take(key) or self.files.read(key) for key in keys)
+        return [self._decoded(key, file) for key, file in zip(keys, files, strict=True)]
 
     def write(
         self,
@@ -89,6 +92,7 @@ class PageDisk:
 
     def remove(self, key: PageKey) -> None:
         """Delete one file."""
+        self.fetcher.take(key)
         self.files.remove(key)
 
     def flush(self) -> None:
@@ -102,6 +106,7 @@ class PageDisk:
 
     def close(self) -> None:
         """Write the queue and stop."""
+        self.fetcher.clear()
         self.files.close()
         self.shared.close()
 

@@ -139,6 +139,22 @@ class Pages:
         found = (self._disk.tokens(link.key(part)) for part in self.kinds.parts)
         return next((tokens for tokens in found if tokens), b"")
 
+    def fetch(self, links: Sequence[Link], limit_bytes: int) -> None:
+        """Begin to read in the background what is on disk alone of a sequence's pages.
+
+        Args:
+            links: of a sequence that is likely to be gone on from.
+            limit_bytes: to hold of it beside RAM's pages, until `load`.
+        """
+        if self._disk is None:
+            return
+        stop = links[-1].stop
+        needed = [
+            (x, part) for part in self.kinds.parts for x in self.kinds.needed(links, part, stop)
+        ]
+        keys = [link.key(part) for link, part in needed if not self.ram.has(link, part)]
+        self._disk.fetcher.fetch([key for key in keys if key in self._disk], limit_bytes)
+
     def load(self, match: Match, caches: Sequence[Cache]) -> int | None:
         """Fill caches with what was matched.
 

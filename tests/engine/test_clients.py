@@ -9,11 +9,14 @@ from typing import Any
 
 import pytest
 
+import mlxkv
 from mlxkv.engine import clients as module
 from mlxkv.engine.clients import Clients, merge_counts, session_key, shared_prefix
 from mlxkv.engine.engine import ThreadedEngine
 from mlxkv.engine.messages import Ask, ClientCounts, Lost
-from mlxkv.generation.outputs import Miss
+from mlxkv.engine.scheduler import Scheduler
+from mlxkv.engine.tasks import Task
+from mlxkv.generation.outputs import Miss, Stats
 from mlxkv.generation.request import Request
 from mlxkv.kv.types import STEP
 from mlxkv.memory import needs
@@ -178,3 +181,46 @@ def test_other_sessions_do_not_push_out_what_a_client_shares(tmp_path, monkeypat
     finally:
         engine.close()
     assert third.computed_tokens < STEP
+
+
+def test_pages_of_a_conversation_are_read_while_its_request_waits(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLXKV_KV", str(tmp_path / "kv"))
+    monkeypatch.setenv("MLXKV_KV_DISK", "1GiB")
+    model = chat_model(tmp_path / "m", max_position_embeddings=4096)
+    llm = mlxkv.load(model, dtype="float32")
+    scheduler, told = Scheduler(llm, 1), []
+
+    def add(owner: str = "", client: str = "agent") -> None:
+        request = ask(model, "one").request
+        scheduler.add(Task(request, told.append, lambda: False, owner, client=client))
+
+    def answer() -> Stats:
+        while not scheduler.is_idle:
+            scheduler.step()
+        errors = [item for item in told if isinstance(item, BaseException)]
+        assert errors == []
+        return next(x.stats for x in reversed(told) if x is not None and x.stats is not None)
+
+    add()
+    first = answer()
+    pages = llm.pages
+    assert pages is not None and pages.disk is not None
+    links = scheduler.clients.pages_of_session("", "agent", ask(model, "one").request.prompt)
+    pages.keep(links, wait=True)
+    pages.disk.flush()
+    pages.clear()  # from RAM
+    read: list[str] = []
+    own = pages.disk.fetcher._read
+    monkeypatch.setattr(pages.disk.fetcher, "_read", lambda key: read.append(key) or own(key))
+    monkeypatch.setattr(pages.disk.files, "read", None)  # the engine's thread reads no file
+    add("another")
+    add("third", client="other")
+    assert pages.disk.fetcher._thread is None
+    add()
+    pages.disk.fetcher.settle()
+    assert len(read) == len(set(read)) == first.computed_tokens // STEP
+    again = answer()
+    assert again.restored_ssd_tokens == len(read) * STEP
+    assert again.computed_tokens == first.computed_tokens - again.restored_ssd_tokens
+    scheduler.stop()
+    llm.close()

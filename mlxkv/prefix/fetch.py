@@ -1,0 +1,104 @@
+"""Reads pages from disk before a prompt needs them, on a thread of its own. No MLX.
+
+Invariants:
+- A page is read and checked as by `PageFiles.read`. One that cannot be read is not held: its prompt
+  reads it again, and handles that.
+- What is held is bounded in bytes, and given up `KEEP_S` after the last request to fetch. The
+  thread ends then.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable
+
+from mlxkv.base.faults import log_fault
+from mlxkv.errors import contained
+from mlxkv.prefix.format import PageFile, PageKey
+
+KEEP_S = 10.0
+"""How long pages are held that no prompt took: its request may have been cancelled."""
+
+
+class PageFetcher:
+    """See the module.
+
+    Args:
+        read: reads one page; None for a page that cannot be read.
+    """
+
+    def __init__(self, read: Callable[[PageKey], PageFile | None]):
+        self._read = read
+        self._changed = threading.Condition()
+        self._queue: deque[PageKey] = deque()
+        self._held: dict[PageKey, PageFile] = {}
+        self._held_bytes = self._limit_bytes = 0
+        self._reading: PageKey | None = None
+        self._thread: threading.Thread | None = None
+
+    def fetch(self, keys: Iterable[PageKey], limit_bytes: int) -> None:
+        """Begin to read pages.
+
+        Args:
+            keys: of the pages, the first needed first.
+            limit_bytes: that may be held; the pages behind are not read.
+        """
+        with self._changed:
+            self._limit_bytes = limit_bytes
+            known = {*self._queue, *self._held, self._reading}
+            self._queue += [key for key in keys if key not in known]
+            if self._queue and self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="fetch", daemon=True)
+                self._thread.start()
+            self._changed.notify_all()
+
+    def take(self, key: PageKey) -> PageFile | None:
+        """A page that was fetched, which is not held any more; waits if it is being read now."""
+        with self._changed:
+            if key in self._queue:
+                self._queue.remove(key)
+            self._changed.wait_for(lambda: self._reading != key)
+            page = self._held.pop(key, None)
+            if page is not None:
+                self._held_bytes -= page.nbytes
+            return page
+
+    def settle(self) -> None:
+        """Wait until all is read."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._queue and self._reading is None)
+
+    def clear(self) -> None:
+        """Give up what is held, and read no more."""
+        with self._changed:
+            self._queue.clear()
+            self._held.clear()
+            self._held_bytes = 0
+            self._changed.notify_all()
+
+    def _run(self) -> None:
+        while (key := self._next()) is not None:
+            page = None
+            try:
+                page = self._read(key)
+            except BaseException as error:
+                log_fault("a page was not fetched", contained(error))
+            with self._changed:
+                self._reading = None
+                if page is not None and self._held_bytes + page.nbytes <= self._limit_bytes:
+                    self._held[key] = page
+                    self._held_bytes += page.nbytes
+                elif page is not None:
+                    self._queue.clear()
+                self._changed.notify_all()
+
+    def _next(self) -> PageKey | None:
+        """The next page to read; None when there has been none for a while, and the thread ends."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._queue, KEEP_S):
+                self._held.clear()
+                self._held_bytes, self._thread = 0, None
+                return None
+            self._reading = self._queue.popleft()
+            return self._reading
