@@ -380,3 +380,47 @@ def test_an_engine_computes_next_turns_when_it_has_no_requests(models, is_on):
         assert (stats(again).computed_tokens < len(TEXT)) == is_on == bool(counts.next_turn_tokens)
     finally:
         engine.close()
+
+
+def test_a_request_that_comes_within_a_chunk_is_next(models, monkeypatch):
+    path = models("llama", TEMPLATE)
+    engine = ThreadedEngine(dtype="float32", idle_compute="full")
+    steps: list[str] = []
+    own, chunk = Scheduler.step, next_turn.NextTurns.step
+    answers: list[Any] = []
+    question = Ask(str(path), Request.of([user("Something else")]))
+
+    def request_step(scheduler: Scheduler) -> None:
+        steps.append("request")
+        own(scheduler)
+
+    def idle_step(turns: next_turn.NextTurns) -> None:
+        turns._pace.n_tokens = 16
+        steps.append("idle")
+        chunk(turns)
+        if turns._records._records or steps.count("idle") == 6:
+            answers.append(engine.submit(question))
+            steps.append("asked")
+
+    async def ask(answer: Any) -> list[Chunk]:
+        return [each async for each in answer]
+
+    engine.start()
+    try:
+        asyncio.run(engine.load(str(path)))
+        loaded = engine._pool.find(key_of(str(path)))
+        assert loaded is not None
+        encode = loaded.scheduler.runtime.tokenizer.encode
+        ids = encode(THOUGHT + TEXT + "<|im_end|>", add_special_tokens=False)
+        monkeypatch.setattr(Scheduler, "step", request_step)
+        monkeypatch.setattr(next_turn.NextTurns, "step", idle_step)
+        with scripted(deque([ids, ids])):
+            asyncio.run(ask(engine.submit(Ask(str(path), Request.of(FIRST)))))
+            until = time.monotonic() + 20
+            while time.monotonic() < until and not answers:
+                time.sleep(0.01)
+            assert stats(asyncio.run(ask(answers[0]))).generated_tokens > 0
+        assert steps[steps.index("asked") + 1] == "request"
+        assert loaded.scheduler.counts.next_turn_tokens >= 16  # what was computed is kept
+    finally:
+        engine.close()
