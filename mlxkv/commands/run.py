@@ -100,6 +100,14 @@ def run(
         bool,
         typer.Option("--resume", help="Go on with the last chat, and an answer that had begun."),
     ] = False,
+    idle_compute: Annotated[
+        str | None,
+        typer.Option(
+            metavar="off|light|full",
+            help="In a chat, compute what is known of the next prompt while you read: nothing, 256 "
+            "tokens, or all; default: full, on battery light.",
+        ),
+    ] = None,
     verbose: Annotated[
         bool,
         typer.Option("--verbose", "-v", help="Print tokens/s, reuse and memory to stderr."),
@@ -116,6 +124,10 @@ def run(
     asked = _asked_server(server, use_server, api_key)
     if asked is not None:
         _refuse_local(dtype, memory, kv_type, kv_from)
+    if idle_compute is not None:
+        from mlxkv.engine.idle import IdleCompute
+
+        IdleCompute(idle_compute)  # raises for a word that is none of them
     settings = AnswerOptions(
         max_tokens=max_tokens,
         stop=tuple(stop or ()),
@@ -150,6 +162,7 @@ def run(
                 verbose=verbose,
                 kv_from=saved,
                 resumes=resume,
+                idle_compute=idle_compute,
             )
         return one_shot.one_answer(
             speaker,

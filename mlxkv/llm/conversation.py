@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any
 
+from mlxkv.base.power import Power
 from mlxkv.chat.chat_template import append_only_suffix
 from mlxkv.chat.control import Written
 from mlxkv.chat.prompt_writer import PromptWriter
 from mlxkv.chat.rendered import Rendered
 from mlxkv.engine import prompt as prompts
+from mlxkv.engine.ahead import Records
 from mlxkv.engine.driver import stream
-from mlxkv.engine.prompt import Head, Prepared
+from mlxkv.engine.idle import IdleCompute
+from mlxkv.engine.prompt import PROBES, Head, Prepared
 from mlxkv.engine.runtime import Runtime
-from mlxkv.errors import TemplateError, UsageError
+from mlxkv.errors import MlxkvError, TemplateError, UsageError
 from mlxkv.generation.asleep import Asleep, seeded
 from mlxkv.generation.generation import Generation
 from mlxkv.generation.outputs import Chunk, join_parts, reply_message
 from mlxkv.generation.reader import read_answer
 from mlxkv.generation.request import Message, Request
+from mlxkv.generation.session import n_shared
+from mlxkv.llm.ahead import computing
 from mlxkv.parsers.formats import parser_for
 from mlxkv.saved_kv.manifest import NamedKV
 
@@ -63,6 +68,7 @@ class Conversation:
         # Index -> turn, where the template gets another form than that in `turns`.
         self._inline: dict[int, dict[str, Any]] = {}
         self._options: dict[str, Any] = {}
+        self._records, self._power = Records(), Power()
 
     @property
     def messages(self) -> list[dict[str, Any]]:
@@ -134,11 +140,50 @@ class Conversation:
         if asleep is not None:
             tokens, request = list(asleep.prompt), seeded(request, asleep.seed)
         prepared = Prepared(tokens, head, Rendered(prompt))
+        used = self._records.use("", tokens, n_shared(self._session.tokens, tokens))
         generation = prompts.start(self.llm, request, prepared, self._session)
+        generation.ahead_tokens, generation.ahead_saved_s = used
         begun = [] if asleep is None else generation.replay(asleep)
         self._generation = generation
         chunks = itertools.chain(begun, stream(self.llm, generation))
         return self._send(user, prompt, tokens, request, chunks)
+
+    def computing_ahead(self, idle_compute: str | None = None) -> Generator[None, None, None]:
+        """Compute what is known of the next prompt, a chunk of a tenth of a second a step.
+
+        Close it before `send`. Nothing is computed where the next prompt goes on from what is held.
+
+        Args:
+            idle_compute: how much, `off`, `light` or `full`; see `engine.idle`.
+
+        Raises:
+            UsageError: another value.
+        """
+        idle = IdleCompute(idle_compute, self._power)
+        return self._computing_ahead(idle)
+
+    def _computing_ahead(self, idle: IdleCompute) -> Generator[None, None, None]:
+        if idle.is_off or not self.turns:
+            return
+        tokens = self._known()
+        yield
+        held = self._session.tokens
+        if tokens and n_shared(held, tokens) < min(len(held), len(tokens)):
+            yield from computing(self.llm, self._session, tokens, idle.limit, self._records)
+
+    def _known(self) -> list[int]:
+        """The tokens that every next prompt begins with; none if that cannot be told."""
+        kept = self._options, self.append_only, dict(self._inline)
+        try:
+            found = [
+                self._next_prompt({"role": "user", "content": probe}, self._options)[1]
+                for probe in PROBES
+            ]
+        except MlxkvError:
+            return []
+        finally:
+            self._options, self.append_only, self._inline = kept
+        return found[0][: n_shared(*found)]
 
     def _template_options(self, request: Request) -> dict[str, Any]:
         template = self.llm.tokenizer.chat_template

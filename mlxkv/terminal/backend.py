@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from mlxkv.generation.asleep import Asleep
@@ -46,6 +46,13 @@ class Talk(Protocol):
     def restore_turns(self, turns: Sequence[dict[str, Any]]) -> None: ...
 
     def send(self, text: str, **options: Any) -> Iterator[Chunk]: ...
+
+
+@runtime_checkable
+class ComputesAhead(Protocol):
+    """A conversation in this process, whose next prompt can be computed before it is asked."""
+
+    def computing_ahead(self, idle_compute: str | None = None) -> Generator[None, None, None]: ...
 
 
 class Speaker(Protocol):

@@ -18,9 +18,11 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, cast
 
+from mlxkv.base.faults import log_fault
 from mlxkv.errors import MlxkvError, TemplateError, one_line
 from mlxkv.terminal import last_chat
 from mlxkv.terminal.answer_options import AnswerOptions, options_of
+from mlxkv.terminal.backend import ComputesAhead
 from mlxkv.terminal.console import ProgressLine
 from mlxkv.terminal.one_shot import Printer, prefill_report
 from mlxkv.terminal.slash_commands import (
@@ -36,11 +38,12 @@ from mlxkv.terminal.stats_text import describe_rungs, describe_shift, describe_s
 
 if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
+    from prompt_toolkit.eventloop import InputHookContext
 
     from mlxkv.generation.asleep import Asleep
     from mlxkv.generation.outputs import Chunk
     from mlxkv.saved_kv.manifest import NamedKV
-    from mlxkv.terminal.backend import Speaker
+    from mlxkv.terminal.backend import Speaker, Talk
 
 PROMPT, CONTINUED = ">>> ", "... "
 QUOTES = '"""'
@@ -61,6 +64,7 @@ def chat(
     verbose: bool = False,
     kv_from: NamedKV | None = None,
     resumes: bool = False,
+    idle_compute: str | None = None,
 ) -> int:
     """Run a chat until the user leaves; the exit code.
 
@@ -86,7 +90,8 @@ def chat(
     print(f"{speaker.title}: /? for help, /bye or Ctrl-D to leave")
     if resumes:
         _resume(state)
-    ask = _line_reader()
+    idle = _Idle()
+    ask = _line_reader(idle)
     interrupts = 0
     while True:
         try:
@@ -101,8 +106,10 @@ def chat(
                 return 0
             print("Ctrl-C once more, Ctrl-D or /bye to leave")
             continue
+        idle.end()
         try:
             _turn(state, text)
+            idle.begin(state.conversation, idle_compute)
         except Leave:
             return 0
         except MlxkvError as error:
@@ -121,6 +128,35 @@ def _resume(state: Chat) -> None:
     if pending is not None:
         print(f"{PROMPT}{pending}")
         answer(state, pending, begun)
+
+
+class _Idle:
+    """Computes the next prompt ahead while a line is read, a step at a time between keys."""
+
+    def __init__(self) -> None:
+        self._steps: Generator[None, None, None] | None = None
+
+    def begin(self, talk: Talk, idle_compute: str | None) -> None:
+        """Have it begin at the next prompt for a line."""
+        if isinstance(talk, ComputesAhead):
+            self._steps = talk.computing_ahead(idle_compute)
+
+    def end(self) -> None:
+        """A line has come."""
+        steps, self._steps = self._steps, None
+        if steps is not None:
+            steps.close()
+
+    def __call__(self, context: InputHookContext) -> None:
+        """Compute until a key is pressed, or all is done."""
+        while self._steps is not None and not context.input_is_ready():
+            try:
+                next(self._steps)
+            except StopIteration:
+                self._steps = None
+            except Exception as error:  # must not end the chat
+                log_fault("computing the next turn failed", error)
+                self._steps = None
 
 
 def _turn(state: Chat, text: str) -> None:
@@ -232,12 +268,12 @@ def history_file() -> Path | None:
     return path if os.access(path, os.W_OK) else None
 
 
-def _line_reader() -> Ask:
+def _line_reader(idle: _Idle) -> Ask:
     """prompt_toolkit's editor, or plain input on a terminal that cannot do more."""
     if os.environ.get("TERM", "dumb") in ("dumb", "unknown", ""):
         return input
     session = _editor()
-    return lambda prompt: session.prompt(prompt)
+    return lambda prompt: session.prompt(prompt, inputhook=idle)
 
 
 def _editor() -> PromptSession[str]:
