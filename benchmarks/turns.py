@@ -89,8 +89,15 @@ class Refused(Exception):
     """A request was refused."""
 
 
-def write_model(family: Family, templates: Path, tokenizers: Path, folder: Path) -> Path:
-    """A tiny model with a family's template and tokenizer."""
+def write_model(
+    family: Family,
+    templates: Path,
+    tokenizers: Path,
+    folder: Path,
+    n_layers: int = 2,
+    hidden: int = 32,
+) -> Path:
+    """A tiny random model with a family's template and tokenizer."""
     from tokenizers import AddedToken, Tokenizer
 
     found = next((tokenizers / family.tokenizer).rglob("tokenizer.json"))
@@ -99,7 +106,8 @@ def write_model(family: Family, templates: Path, tokenizers: Path, folder: Path)
     missing = [x for x in (*family.ends, *family.markers) if x not in known]
     backend.add_tokens([AddedToken(x, special=True, normalized=False) for x in missing])
     vocabulary = backend.get_vocab()
-    path = write_tiny_llama(folder, 2, 32, n_vocab=max(vocabulary.values()) + 1, context=CONTEXT)
+    n_vocab = max(vocabulary.values()) + 1
+    path = write_tiny_llama(folder, n_layers, hidden, n_vocab=n_vocab, context=CONTEXT)
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     ends = [vocabulary[end] for end in family.ends]
     (path / "config.json").write_text(json.dumps({**config, "eos_token_id": ends}))
@@ -128,9 +136,11 @@ class Client:
         self._engine.start()
         config = ServerConfig(models=(self._model,))
         self._http = TestClient(create_app(self._engine, config), base_url="http://localhost")
+        self._http.__enter__()  # one event loop for all requests, as a server has
         self._tokenizer = Tokenizer.from_dir(path)
 
     def close(self) -> None:
+        self._http.__exit__(None, None, None)
         self._engine.close()
 
     def run(self) -> list[Turn]:
@@ -166,8 +176,8 @@ class Client:
     def _encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False)
 
-    def _ask(self, messages: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        body: dict[str, Any] = {"model": self._model, "messages": messages}
+    def _ask(self, messages: Sequence[dict[str, Any]], **options: Any) -> dict[str, Any]:
+        body: dict[str, Any] = {"model": self._model, "messages": messages, **options}
         if self._family.tools:
             body["tools"] = TOOLS
         response = self._http.post("/v1/chat/completions", json=body)
