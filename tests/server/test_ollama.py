@@ -603,14 +603,14 @@ def test_the_engine_gets_the_directory_that_a_name_was_resolved_to(client, engin
 def test_the_models_in_memory_are_described_off_the_event_loop(client, engine, monkeypatch):
     on_loop, loaded = [], engine.loaded
 
-    def watched() -> list[Loaded]:
+    def watched(owner: str | None = None) -> list[Loaded]:
         try:
             asyncio.get_running_loop()
         except RuntimeError:
             on_loop.append(False)
         else:
             on_loop.append(True)
-        return loaded()
+        return loaded(owner)
 
     monkeypatch.setattr(engine, "loaded", watched)
     assert client.ps().models

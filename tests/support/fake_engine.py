@@ -58,7 +58,7 @@ def logprobs(text: str, n: int) -> TokenLogprobs:
 def options_of(ask: Ask) -> dict[str, Any]:
     """What a request sets, besides its prompt, format and log-probabilities."""
     request, plain = ask.request, Request(ask.request.prompt)
-    apart = {"prompt", "sampling", "recommended", "best_effort", "format", "logprobs"}
+    apart = {"prompt", "sampling", "recommended", "best_effort", "format", "logprobs", "go_on"}
     names = [field.name for field in dataclasses.fields(Request) if field.name not in apart]
     values = {name: getattr(request, name) for name in names}
     found = {name: x for name, x in values.items() if x != getattr(plain, name)}
