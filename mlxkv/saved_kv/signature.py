@@ -108,7 +108,9 @@ def check_signature(file: Path, trusted: Sequence[Path]) -> None:
     try:
         signature = base64.b64decode(_small(path).strip(), validate=True)
     except (UsageError, binascii.Error):
-        raise CheckpointError(f"{path}: no signature; import {file} without --trust") from None
+        raise CheckpointError(
+            f"{path}: no signature; import {file} without a trusted key"
+        ) from None
     signed = _CONTEXT + _digest(file)
     for key_file in trusted:
         try:

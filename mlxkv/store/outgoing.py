@@ -83,7 +83,7 @@ def _check(address: Any, hosts: Iterable[Host]) -> None:
         return
     raise DownloadError(
         f"{given[0]} port {given[1]} is inside the server's network, and a download may not go "
-        "there; its operator can allow it (`mlxkv serve --pull-host HOST:PORT`)"
+        "there unless its operator allows that host"
     )
 
 

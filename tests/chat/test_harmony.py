@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -243,7 +244,8 @@ def test_a_reply_comes_back_to_its_owner_alone(message):
     case = {"messages": [USER, message], "tools": TOOLS}
     assert WRITTEN_CALL in render(case, writer.for_owner("a"))
     for owner in ("b", ""):
-        assert write(case, writer.for_owner(owner)) == write(case)
+        of_owner = write(case, writer.for_owner(owner))
+        assert dataclasses.replace(of_owner, owner="") == write(case)
 
 
 def test_owners_replies_of_one_id_are_apart():

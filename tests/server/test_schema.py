@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import hypothesis
 import pytest
 import schemathesis
@@ -15,6 +17,21 @@ from tests.support.fake_engine import MODEL, FakeEngine
 
 ENGINE = FakeEngine()
 APP = create_app(ENGINE, ServerConfig(hosts=("testserver",)))
+
+
+def without_long_lists(schema: Any) -> None:
+    """Drop the bounds of lists from the document: requests just past them take minutes to make.
+
+    `test_large_requests` tries those bounds.
+    """
+    for each in schema.values() if isinstance(schema, dict) else schema:
+        if isinstance(each, dict | list):
+            without_long_lists(each)
+    if isinstance(schema, dict) and isinstance(schema.get("maxItems"), int):
+        del schema["maxItems"]
+
+
+without_long_lists(APP.openapi())
 SCHEMA = schemathesis.openapi.from_asgi("/openapi.json", APP)
 SCHEMA.config.generation.update(modes=[GenerationMode.POSITIVE, GenerationMode.NEGATIVE])
 
@@ -42,7 +59,7 @@ def test_no_request_is_an_error_of_the_server(case):
     if isinstance(case.body, dict) and isinstance(case.body.get("model"), str):
         case.body["model"] = MODEL
     answer = case.call()
-    assert answer.status_code in (200, 400, 404, 405)
+    assert answer.status_code in (200, 400, 404, 405, 413)
     if answer.status_code != 200:
         assert answer.json()["error"]
 
