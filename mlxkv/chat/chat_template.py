@@ -119,7 +119,7 @@ class ChatTemplate:
 
     def _write(self, variables: Mapping[str, Any]) -> str:
         """The prompt of checked variables."""
-        from mlxkv.chat import jinja_sandbox
+        from mlxkv.chat.jinja import sandbox as jinja_sandbox
 
         # Like transformers: an empty list of tools still selects the template for tools.
         use_tools = variables["tools"] is not None and self.tools_source is not None
@@ -138,7 +138,7 @@ class ChatTemplate:
         """
         from jinja2 import meta
 
-        from mlxkv.chat.jinja_sandbox import Environment
+        from mlxkv.chat.jinja.sandbox import Environment
 
         names: set[str] = set()
         for source in (self.source, self.tools_source or ""):
@@ -168,7 +168,7 @@ class ChatTemplate:
         return self._compile(self.tools_source)
 
     def _compile(self, source: str) -> Template:
-        from mlxkv.chat.jinja_sandbox import Environment
+        from mlxkv.chat.jinja.sandbox import Environment
 
         try:
             return Environment().from_string(source)
@@ -179,7 +179,7 @@ class ChatTemplate:
         """What a template raised, as one line that names the file."""
         from jinja2 import exceptions
 
-        from mlxkv.chat.jinja_sandbox import LimitError
+        from mlxkv.chat.jinja.sandbox import LimitError
 
         if isinstance(error, MlxkvError):
             return error

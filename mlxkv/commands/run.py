@@ -125,7 +125,7 @@ def run(
     if asked is not None:
         _refuse_local(dtype, memory, kv_type, kv_from)
     if idle_compute is not None:
-        from mlxkv.engine.idle import IdleCompute
+        from mlxkv.engine.ahead.choice import IdleCompute
 
         IdleCompute(idle_compute)  # raises for a word that is none of them
     settings = AnswerOptions(

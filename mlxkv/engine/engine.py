@@ -26,16 +26,16 @@ import mlx.core as mx
 
 from mlxkv.base import device
 from mlxkv.base.faults import log_fault
+from mlxkv.engine.ahead.choice import IdleCompute
+from mlxkv.engine.ahead.next_turn import NextTurns
 from mlxkv.engine.answers import EngineAnswer, settle, task_of, waited
-from mlxkv.engine.idle import IdleCompute
+from mlxkv.engine.asleep.answers import Beds
 from mlxkv.engine.loading import ModelLoads, PendingRequest
 from mlxkv.engine.messages import Ask, Busy, Embeddings, EngineStats, Loaded
 from mlxkv.engine.model_pool import LoadedModel, ModelPool, key_of
-from mlxkv.engine.next_turn import NextTurns
-from mlxkv.engine.preparation import Preparer
 from mlxkv.engine.prompt import make_ready
+from mlxkv.engine.queue.preparation import Preparer
 from mlxkv.engine.restarts import Deaths, Restarted
-from mlxkv.engine.sleep import Beds
 from mlxkv.engine.tasks import Task, quietly
 from mlxkv.errors import InternalError, MlxkvError, UsageError, contained
 from mlxkv.store.settings import Given

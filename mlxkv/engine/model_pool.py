@@ -23,14 +23,14 @@ import mlx.core as mx
 from mlxkv.base import device
 from mlxkv.base.faults import log_fault
 from mlxkv.base.units import human_bytes
+from mlxkv.engine.ahead.choice import IdleCompute
+from mlxkv.engine.asleep.answers import Sleep
+from mlxkv.engine.asleep.files import SleepFiles
 from mlxkv.engine.clients import merge_counts
-from mlxkv.engine.idle import IdleCompute
 from mlxkv.engine.messages import EngineStats, Loaded
-from mlxkv.engine.preparation import Preparer
+from mlxkv.engine.queue.preparation import Preparer
 from mlxkv.engine.runtime import Runtime
 from mlxkv.engine.scheduler import Scheduler
-from mlxkv.engine.sleep import Sleep
-from mlxkv.engine.sleep_files import SleepFiles
 from mlxkv.engine.tasks import Decoding, Prefilling, Task
 from mlxkv.errors import MlxkvError, ModelNotFound, OutOfMemory, contained
 from mlxkv.memory import needs

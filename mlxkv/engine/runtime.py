@@ -29,7 +29,7 @@ from mlxkv.store.settings import Given, Settings, effective
 from mlxkv.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from mlxkv.engine.preparation import Preparer
+    from mlxkv.engine.queue.preparation import Preparer
     from mlxkv.sampling.grammar import Maskers
 
 _log = logging.getLogger(__name__)

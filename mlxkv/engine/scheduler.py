@@ -16,15 +16,16 @@ from collections.abc import Iterator
 
 from mlxkv.base.device import default_chunk
 from mlxkv.base.faults import log_fault
+from mlxkv.engine.ahead.choice import IdleCompute
+from mlxkv.engine.ahead.next_turn import NextTurns
+from mlxkv.engine.asleep.answers import Sleep, begin_answer
 from mlxkv.engine.clients import Clients
-from mlxkv.engine.fetching import fetch_pages
-from mlxkv.engine.idle import IdleCompute
 from mlxkv.engine.messages import PutAway
-from mlxkv.engine.next_turn import NextTurns
-from mlxkv.engine.policy import Pace
+from mlxkv.engine.queue.fetching import fetch_pages
+from mlxkv.engine.queue.policy import Pace
+from mlxkv.engine.queue.shares import Turns, gives_place
+from mlxkv.engine.queue.waiting import WaitingTasks
 from mlxkv.engine.runtime import Runtime
-from mlxkv.engine.shares import Turns, gives_place
-from mlxkv.engine.sleep import Sleep, begin_answer
 from mlxkv.engine.tally import Tally
 from mlxkv.engine.tasks import (
     Decoding,
@@ -38,7 +39,6 @@ from mlxkv.engine.tasks import (
     prefilling,
     quietly,
 )
-from mlxkv.engine.waiting import WaitingTasks
 from mlxkv.errors import CheckpointError, InternalError, KVCacheFull, MlxkvError, contained
 from mlxkv.generation.decoder import Decoder, Row, RowResult
 from mlxkv.generation.generation import Generation

@@ -81,8 +81,8 @@ def without_calls(runtime: Runtime, request: Request, sampling: SamplingParams) 
 
 def _some_calls(request: Request, name: str) -> Grammar | None:
     """Text and the calls that may be made; None where no token of the format begins a call."""
+    from mlxkv.sampling.calls.tool_call_grammar import MARKED
     from mlxkv.sampling.grammar import Grammar
-    from mlxkv.sampling.tool_call_grammar import MARKED
 
     if name not in MARKED:
         return None

@@ -21,9 +21,9 @@ from mlxkv.kv.layout import Cache, Slice
 from mlxkv.kv.storage import dense_both, storage_of
 from mlxkv.kv.types import STEP
 from mlxkv.nn.model import CausalLM
-from mlxkv.prefix.disk import PageDisk
 from mlxkv.prefix.layout import WINDOW, Kinds, Link, chain_of, token_ids
-from mlxkv.prefix.part import Part
+from mlxkv.prefix.on_disk.disk import PageDisk
+from mlxkv.prefix.on_disk.part import Part
 from mlxkv.saved_kv.manifest import NamedKV
 
 SAMPLED_PAGES = 4

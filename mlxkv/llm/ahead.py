@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Sequence
 
-from mlxkv.engine.ahead import Ahead, Records
-from mlxkv.engine.next_turn import STALL_S
-from mlxkv.engine.policy import Pace
+from mlxkv.engine.ahead.next_turn import STALL_S
+from mlxkv.engine.ahead.tally import Ahead, Records
+from mlxkv.engine.queue.policy import Pace
 from mlxkv.engine.runtime import Runtime
 from mlxkv.errors import MlxkvError
 from mlxkv.generation.session import Session

@@ -13,9 +13,9 @@ from mlxkv.chat.control import Written
 from mlxkv.chat.prompt_writer import PromptWriter
 from mlxkv.chat.rendered import Rendered
 from mlxkv.engine import prompt as prompts
-from mlxkv.engine.ahead import Records
+from mlxkv.engine.ahead.choice import IdleCompute
+from mlxkv.engine.ahead.tally import Records
 from mlxkv.engine.driver import stream
-from mlxkv.engine.idle import IdleCompute
 from mlxkv.engine.prompt import PROBES, Head, Prepared
 from mlxkv.engine.runtime import Runtime
 from mlxkv.errors import MlxkvError, TemplateError, UsageError

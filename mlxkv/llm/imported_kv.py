@@ -16,12 +16,12 @@ from mlxkv.errors import CheckpointError, UsageError
 from mlxkv.generation.kv_check import KVCheck, KVReport
 from mlxkv.kv.storage import storage_of
 from mlxkv.models.loader import lay_out
-from mlxkv.prefix.disk import PageDisk
 from mlxkv.prefix.eviction import DiskLimits
-from mlxkv.prefix.format import PageFile
 from mlxkv.prefix.layout import Kinds, token_ids
+from mlxkv.prefix.on_disk.disk import PageDisk
+from mlxkv.prefix.on_disk.format import PageFile
+from mlxkv.prefix.on_disk.writer import PageFiles
 from mlxkv.prefix.open import fingerprint_in
-from mlxkv.prefix.writer import PageFiles
 from mlxkv.saved_kv.archive import open_archive
 from mlxkv.saved_kv.checks import TensorShape, check_page, check_text
 from mlxkv.saved_kv.manifest import NamedKV

@@ -22,8 +22,8 @@ from mlxkv.generation.request import Prompt, is_messages
 from mlxkv.kv.types import STEP, KVFormat, first_kv_type
 from mlxkv.llm.imported_kv import trusted
 from mlxkv.memory.needs import kv_bytes
-from mlxkv.prefix.disk import PageDisk
 from mlxkv.prefix.layout import token_bytes
+from mlxkv.prefix.on_disk.disk import PageDisk
 from mlxkv.prefix.pages import Pages
 from mlxkv.saved_kv.manifest import NamedKV
 from mlxkv.saved_kv.registry import KVNames

@@ -156,7 +156,7 @@ def make_parser(
     """
     if name == "plain":
         return PlainParser()
-    from mlxkv.parsers.tools import Tools
+    from mlxkv.parsers.notations.tools import Tools
 
     syntax = syntax_of(name)
     if syntax is None:

@@ -24,11 +24,11 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
-from mlxkv.chat.harmony_tokens import CALL, CHANNEL, CONSTRAIN, END, MESSAGE, RETURN, START
-from mlxkv.parsers.calls import JsonCalls
+from mlxkv.chat.gpt_oss.harmony_tokens import CALL, CHANNEL, CONSTRAIN, END, MESSAGE, RETURN, START
 from mlxkv.parsers.events import Content, Event, Reasoning, ToolCall
 from mlxkv.parsers.lexer import Lexer, Piece
-from mlxkv.parsers.values import Unreadable, read_object
+from mlxkv.parsers.notations.in_text import JsonCalls
+from mlxkv.parsers.notations.values import Unreadable, read_object
 from mlxkv.parsers.writer import Writer
 
 ENDS = frozenset({END, RETURN, CALL})

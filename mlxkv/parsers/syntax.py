@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mlxkv.parsers.lexer import Piece
-from mlxkv.parsers.notation import Notation
+from mlxkv.parsers.notations.notation import Notation
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from mlxkv.parsers.calls import FirstOf, GemmaCalls, GlmTextCalls, MistralCalls, PythonCalls
-from mlxkv.parsers.fences import FencedCalls
-from mlxkv.parsers.notation import JsonCalls
-from mlxkv.parsers.pairs import GlmCalls, XmlCalls
+from mlxkv.parsers.notations.fences import FencedCalls
+from mlxkv.parsers.notations.in_text import (
+    FirstOf,
+    GemmaCalls,
+    GlmTextCalls,
+    MistralCalls,
+    PythonCalls,
+)
+from mlxkv.parsers.notations.notation import JsonCalls
+from mlxkv.parsers.notations.pairs import GlmCalls, XmlCalls
 from mlxkv.parsers.syntax import Syntax
 
 _THINK = ("<think>", "</think>")

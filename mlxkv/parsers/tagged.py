@@ -23,8 +23,8 @@ from dataclasses import dataclass
 
 from mlxkv.parsers.events import Content, Event, Reasoning, ToolCall
 from mlxkv.parsers.lexer import Lexer, Piece
+from mlxkv.parsers.notations.tools import Found, Tools
 from mlxkv.parsers.syntax import Call, Held, Syntax
-from mlxkv.parsers.tools import Found, Tools
 from mlxkv.parsers.writer import Writer
 
 # No name of a function is longer; behind it nothing is plausible or not.

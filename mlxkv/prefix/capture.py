@@ -15,10 +15,10 @@ import mlx.core as mx
 
 from mlxkv.kv.layout import Cache
 from mlxkv.kv.types import STEP
-from mlxkv.prefix.format import ROOT, page_name
 from mlxkv.prefix.layout import FULL, WINDOW, Link, chain_of, token_bytes
+from mlxkv.prefix.on_disk.format import ROOT, page_name
+from mlxkv.prefix.on_disk.part import Part
 from mlxkv.prefix.pages import Pages
-from mlxkv.prefix.part import Part
 
 AHEAD = 2
 """Tokens that may be fed before the next call of `advance`: decoding has one step in flight."""

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from mlxkv.base.units import parse_bytes
 from mlxkv.errors import UsageError
-from mlxkv.prefix.format import PageKey
+from mlxkv.prefix.on_disk.format import PageKey
 
 CAP_VARIABLE = "MLXKV_KV_DISK"
 SLACK_BYTES = 32 << 10

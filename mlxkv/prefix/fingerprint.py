@@ -21,7 +21,7 @@ from mlxkv.base import regular
 from mlxkv.checkpoint.weights import open_weights
 from mlxkv.errors import CheckpointError
 from mlxkv.kv.types import LAYOUTS
-from mlxkv.prefix.format import FORMAT_VERSION
+from mlxkv.prefix.on_disk.format import FORMAT_VERSION
 
 BLOCK_BYTES = 64 << 20
 """Bytes that one thread hashes at a time. The hash depends on it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mlxkv.prefix.format import MAX_TOKENS, PageKey
+from mlxkv.prefix.on_disk.format import MAX_TOKENS, PageKey
 
 
 class PageIndex:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from mlxkv.kv.types import STEP, CacheSpec
-from mlxkv.prefix.format import ROOT, PageKey, page_name
+from mlxkv.prefix.on_disk.format import ROOT, PageKey, page_name
 
 FULL, WINDOW = "full", "window"
 """The parts of a page: KV of the layers without a window, and of the others."""

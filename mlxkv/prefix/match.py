@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from mlxkv.kv.types import STEP
-from mlxkv.prefix.format import ROOT, page_name
 from mlxkv.prefix.layout import FULL, WINDOW, Kinds, Link, chain_of, n_common, token_ids
+from mlxkv.prefix.on_disk.format import ROOT, page_name
 
 WORTH = 16
 """Tokens of a page that must be shared for the page to be restored in part."""

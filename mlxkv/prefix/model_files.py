@@ -12,8 +12,15 @@ from contextlib import suppress
 
 from mlxkv.base.seal import Seal, UnsealError
 from mlxkv.prefix.eviction import Stored
-from mlxkv.prefix.folder import Folder, read_page
-from mlxkv.prefix.format import DamagedPage, PageFile, PageKey, decode, decode_tokens, encode
+from mlxkv.prefix.on_disk.folder import Folder, read_page
+from mlxkv.prefix.on_disk.format import (
+    DamagedPage,
+    PageFile,
+    PageKey,
+    decode,
+    decode_tokens,
+    encode,
+)
 
 
 class ModelFiles:

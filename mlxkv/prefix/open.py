@@ -11,9 +11,9 @@ import mlx.core as mx
 from mlxkv.base.paths import kv_dir
 from mlxkv.base.seal import seal_of_environment
 from mlxkv.kv.types import STEP, CacheSpec
-from mlxkv.prefix.disk import PageDisk
 from mlxkv.prefix.eviction import check_cap
 from mlxkv.prefix.layout import Kinds
+from mlxkv.prefix.on_disk.disk import PageDisk
 from mlxkv.prefix.pages import Pages
 
 
@@ -72,7 +72,7 @@ def open_pages(
 
     def open_disk() -> PageDisk | None:
         from mlxkv.prefix.eviction import DiskLimits
-        from mlxkv.prefix.writer import PageFiles
+        from mlxkv.prefix.on_disk.writer import PageFiles
 
         root = folder or kv_dir()
         limits = DiskLimits.for_folder(root)

@@ -23,15 +23,15 @@ import mlx.core as mx
 from mlxkv.errors import UsageError
 from mlxkv.kv.layout import Cache
 from mlxkv.kv.types import STEP
-from mlxkv.prefix.format import PageKey
 from mlxkv.prefix.layout import WINDOW, Kinds, Link, token_bytes
 from mlxkv.prefix.match import Match, plan_match
-from mlxkv.prefix.part import Part
+from mlxkv.prefix.on_disk.format import PageKey
+from mlxkv.prefix.on_disk.part import Part
 from mlxkv.prefix.ram import RamPages
 from mlxkv.prefix.shared import SharedPrefixes
 
 if TYPE_CHECKING:
-    from mlxkv.prefix.disk import PageDisk
+    from mlxkv.prefix.on_disk.disk import PageDisk
 
 
 class Pages:

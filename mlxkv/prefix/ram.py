@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 from mlxkv.kv.types import STEP
 from mlxkv.prefix.layout import FULL, WINDOW, Kinds, Link
-from mlxkv.prefix.part import Part
+from mlxkv.prefix.on_disk.part import Part
 
 ANCHORS = 8
 """Of the window parts far from any leaf or branch, one every so many windows is evicted last."""

@@ -14,9 +14,9 @@ from contextlib import suppress
 from mlxkv.base.seal import Seal
 from mlxkv.kv.types import STEP
 from mlxkv.prefix.eviction import SHARED_PART, SMALLEST_CAP_BYTES
-from mlxkv.prefix.folder import SHARED_FILE, Folder
-from mlxkv.prefix.format import ROOT
 from mlxkv.prefix.layout import Kinds, Link
+from mlxkv.prefix.on_disk.folder import SHARED_FILE, Folder
+from mlxkv.prefix.on_disk.format import ROOT
 
 MAX_NAMES = 16
 CLOSE_WAIT_S = 2.0

@@ -31,7 +31,7 @@ import numpy as np
 from mlxkv.errors import UsageError
 from mlxkv.parsers.closed_schema import closed
 from mlxkv.parsers.formats import format_of, format_with_tools, markers_of
-from mlxkv.sampling import native_keys, tool_call_grammar
+from mlxkv.sampling.calls import native_keys, tool_call_grammar
 from mlxkv.sampling.grammar_tokenizer import readable
 from mlxkv.sampling.json_keys import KeyFollower, Keys
 from mlxkv.sampling.reasoning_gate import Gate, gate_of

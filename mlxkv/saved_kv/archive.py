@@ -16,7 +16,7 @@ from pathlib import Path
 
 from mlxkv.base import durable, regular
 from mlxkv.errors import CheckpointError, OutputError
-from mlxkv.prefix.format import DamagedPage, PageFile, PageKey, decode, encode
+from mlxkv.prefix.on_disk.format import DamagedPage, PageFile, PageKey, decode, encode
 from mlxkv.saved_kv.manifest import MAX_MANIFEST_BYTES, NamedKV, page_chain
 
 _MANIFEST = "manifest.json"

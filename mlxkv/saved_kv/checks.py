@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from mlxkv.prefix.format import PageFile
+from mlxkv.prefix.on_disk.format import PageFile
 from mlxkv.saved_kv.manifest import NamedKV
 
 if TYPE_CHECKING:

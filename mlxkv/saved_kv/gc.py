@@ -13,9 +13,9 @@ from pathlib import Path
 from mlxkv.base import regular
 from mlxkv.base.seal import MAGIC, Seal, seal_of_environment
 from mlxkv.prefix.eviction import DiskLimits, allocated_bytes
-from mlxkv.prefix.folder import Folder, read_page
-from mlxkv.prefix.format import DamagedPage, PageKey, decode
 from mlxkv.prefix.model_files import decode_sealed, meant
+from mlxkv.prefix.on_disk.folder import Folder, read_page
+from mlxkv.prefix.on_disk.format import DamagedPage, PageKey, decode
 from mlxkv.saved_kv.manifest import MANIFEST_VERSION
 from mlxkv.saved_kv.registry import KVNames
 from mlxkv.saved_kv.sealed import SEALED_VERSION, OtherKeyError, decode_manifest

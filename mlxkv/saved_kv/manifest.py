@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from mlxkv.base.paths import NAME
-from mlxkv.prefix.format import MAX_TOKENS, ROOT, PageKey, page_name
+from mlxkv.prefix.on_disk.format import MAX_TOKENS, ROOT, PageKey, page_name
 
 MANIFEST_VERSION = 2
 """1 has no `quarantine`, and is written where that is empty."""

@@ -20,10 +20,10 @@ from mlxkv.base.paths import is_listed
 from mlxkv.base.seal import VARIABLE, seal_of_environment
 from mlxkv.errors import CheckpointError, OutputError, UsageError
 from mlxkv.prefix.eviction import DiskLimits, reserved_bytes
-from mlxkv.prefix.folder import Folder
-from mlxkv.prefix.format import PageFile, PageKey
 from mlxkv.prefix.model_files import ModelFiles
-from mlxkv.prefix.writer import PageFiles
+from mlxkv.prefix.on_disk.folder import Folder
+from mlxkv.prefix.on_disk.format import PageFile, PageKey
+from mlxkv.prefix.on_disk.writer import PageFiles
 from mlxkv.saved_kv.archive import open_archive, write_archive
 from mlxkv.saved_kv.manifest import MAX_NAME, NamedKV, is_name
 from mlxkv.saved_kv.sealed import OtherKeyError, decode_manifest, encode_manifest, quarantine_of

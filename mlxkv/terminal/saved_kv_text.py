@@ -9,7 +9,7 @@ from typing import Any
 from mlxkv.base.seal import VARIABLE
 from mlxkv.base.units import human_bytes
 from mlxkv.generation.kv_check import KVReport
-from mlxkv.prefix.folder import Folder
+from mlxkv.prefix.on_disk.folder import Folder
 from mlxkv.saved_kv.gc import GcReport
 from mlxkv.saved_kv.manifest import NamedKV
 from mlxkv.saved_kv.registry import KVNames

@@ -259,7 +259,7 @@ class Tokenizer:
         """Renders conversations for this model; None if the checkpoint has no chat template."""
         template = self.chat_template
         if template is not None and template.is_harmony:
-            from mlxkv.chat.harmony_writer import HarmonyWriter
+            from mlxkv.chat.gpt_oss.harmony_writer import HarmonyWriter
 
             return HarmonyWriter(template, Replies())
         return None if template is None else TemplateWriter(template, self.controls)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlxkv.base import regular
 from mlxkv.chat.chat_template import ChatTemplate
-from mlxkv.chat.harmony_tokens import is_spoken_by
+from mlxkv.chat.gpt_oss.harmony_tokens import is_spoken_by
 from mlxkv.errors import MlxkvError, TokenizerError, one_line
 
 if TYPE_CHECKING:
@@ -307,7 +307,7 @@ def read_chat_template(
     source = None if found is None else found[1].get("default", "")
     if is_spoken_by(added, source, files.json("config.json").get("model_type")):
         where = "harmony" if found is None else str(found[0])
-        from mlxkv.chat.harmony_writer import HarmonyTemplate
+        from mlxkv.chat.gpt_oss.harmony_writer import HarmonyTemplate
 
         return HarmonyTemplate(source or "", name_of_file=where)
     if found is None:

@@ -16,8 +16,8 @@ from mlxkv.cache import KVCache, RotatingKVCache
 from mlxkv.errors import UsageError
 from mlxkv.kv.layout import Slice
 from mlxkv.llm.llm import LLM
-from mlxkv.prefix.disk import PageDisk
-from mlxkv.prefix.part import Part
+from mlxkv.prefix.on_disk.disk import PageDisk
+from mlxkv.prefix.on_disk.part import Part
 from tests.support.command_line import assert_one_line, chat_model, environment
 from tests.support.command_line import mlxkv as command
 

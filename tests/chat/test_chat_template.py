@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from mlxkv.chat import jinja_sandbox
 from mlxkv.chat.chat_template import ChatTemplate, append_only_suffix, thinking_options
+from mlxkv.chat.jinja import sandbox as jinja_sandbox
 from mlxkv.errors import TemplateError, UsageError
 from tests.support.chat_templates.cases import (
     ANSWER,

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer as Backend
 
-from mlxkv.chat.harmony import HarmonyPrompt
-from mlxkv.chat.harmony_tokens import CALL, MESSAGE, TOKENS
-from mlxkv.chat.harmony_tools import namespace
-from mlxkv.chat.harmony_writer import HarmonyTemplate, HarmonyWriter
+from mlxkv.chat.gpt_oss.harmony import HarmonyPrompt
+from mlxkv.chat.gpt_oss.harmony_tokens import CALL, MESSAGE, TOKENS
+from mlxkv.chat.gpt_oss.harmony_tools import namespace
+from mlxkv.chat.gpt_oss.harmony_writer import HarmonyTemplate, HarmonyWriter
 from mlxkv.chat.rendered import Rendered, Segment
 from mlxkv.chat.replies import Recorder, Replies, Reply, call_key
 from mlxkv.errors import TemplateError, UsageError

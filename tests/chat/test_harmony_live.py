@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlxkv.chat.harmony_tokens import TOKENS
+from mlxkv.chat.gpt_oss.harmony_tokens import TOKENS
 from mlxkv.text.tokenizer import Tokenizer
 from tests.chat.test_harmony import write
 from tests.support.harmony import reference

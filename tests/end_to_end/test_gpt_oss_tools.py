@@ -17,8 +17,8 @@ import pytest
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
-from mlxkv.chat.harmony_tokens import TOKENS
-from mlxkv.chat.harmony_writer import HarmonyTemplate, HarmonyWriter
+from mlxkv.chat.gpt_oss.harmony_tokens import TOKENS
+from mlxkv.chat.gpt_oss.harmony_writer import HarmonyTemplate, HarmonyWriter
 from mlxkv.chat.replies import Replies
 from mlxkv.engine.engine import ThreadedEngine
 from mlxkv.engine.model_pool import key_of

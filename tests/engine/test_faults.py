@@ -12,11 +12,12 @@ import pytest
 
 import mlxkv
 from mlxkv.base import device
-from mlxkv.engine import sleep, waiting
+from mlxkv.engine.ahead.next_turn import NextTurns
+from mlxkv.engine.asleep import answers as sleep
 from mlxkv.engine.clients import Clients
 from mlxkv.engine.engine import ThreadedEngine
 from mlxkv.engine.messages import Ask
-from mlxkv.engine.next_turn import NextTurns
+from mlxkv.engine.queue import waiting
 from mlxkv.engine.restarts import MAX_DEATHS, Restarted
 from mlxkv.engine.tally import Tally
 from mlxkv.errors import InternalError, MlxkvError

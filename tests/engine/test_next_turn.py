@@ -14,12 +14,13 @@ import pytest
 import mlxkv
 from benchmarks.scripted import scripted
 from mlxkv.base.power import Power
-from mlxkv.engine import idle, next_turn
+from mlxkv.engine.ahead import choice as idle
+from mlxkv.engine.ahead import next_turn
+from mlxkv.engine.ahead.choice import IdleCompute
+from mlxkv.engine.ahead.next_turn import next_messages, reply_forms
 from mlxkv.engine.engine import ThreadedEngine
-from mlxkv.engine.idle import IdleCompute
 from mlxkv.engine.messages import Ask
 from mlxkv.engine.model_pool import key_of
-from mlxkv.engine.next_turn import next_messages, reply_forms
 from mlxkv.engine.scheduler import Scheduler
 from mlxkv.engine.tasks import Task
 from mlxkv.errors import UsageError

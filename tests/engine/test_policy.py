@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mlxkv.engine.policy import Pace, PendingPrompt, next_prompt
+from mlxkv.engine.queue.policy import Pace, PendingPrompt, next_prompt
 
 A, B = list(range(1000)), list(range(5000, 6000))
 

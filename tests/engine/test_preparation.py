@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from mlxkv.chat.interrupt import Interrupted, check_point
-from mlxkv.engine import waiting
 from mlxkv.engine.engine import ThreadedEngine
 from mlxkv.engine.messages import Ask
-from mlxkv.engine.preparation import LONG, MAX_PREPARED, MAX_THREADS, Preparer, is_long
 from mlxkv.engine.prompt import make_ready
+from mlxkv.engine.queue import waiting
+from mlxkv.engine.queue.preparation import LONG, MAX_PREPARED, MAX_THREADS, Preparer, is_long
 from mlxkv.errors import MlxkvError
 from mlxkv.generation.outputs import Chunk
 from mlxkv.generation.request import Request

@@ -13,8 +13,8 @@ import mlxkv
 from mlxkv.engine import model_pool
 from mlxkv.engine.engine import ThreadedEngine
 from mlxkv.engine.messages import Ask, Busy
+from mlxkv.engine.queue.shares import FairQueue, share
 from mlxkv.engine.scheduler import Scheduler
-from mlxkv.engine.shares import FairQueue, share
 from mlxkv.engine.tasks import Task
 from mlxkv.errors import ModelNotFound
 from mlxkv.generation.outputs import Chunk

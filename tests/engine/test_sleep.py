@@ -14,11 +14,11 @@ import mlx.core as mx
 import pytest
 
 import mlxkv
+from mlxkv.engine.asleep.answers import Sleep
+from mlxkv.engine.asleep.files import SleepFiles
 from mlxkv.engine.messages import PutAway
 from mlxkv.engine.runtime import Runtime
 from mlxkv.engine.scheduler import Scheduler
-from mlxkv.engine.sleep import Sleep
-from mlxkv.engine.sleep_files import SleepFiles
 from mlxkv.engine.tasks import Task
 from mlxkv.generation.asleep import Asleep, Written, request_from_json, request_to_json
 from mlxkv.generation.outputs import Chunk, join_parts

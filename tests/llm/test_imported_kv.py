@@ -12,7 +12,7 @@ import pytest
 from mlxkv.errors import CheckpointError, UsageError
 from mlxkv.llm.imported_kv import import_file
 from mlxkv.llm.llm import LLM, load
-from mlxkv.prefix.format import PageFile
+from mlxkv.prefix.on_disk.format import PageFile
 from mlxkv.saved_kv.archive import open_archive, write_archive
 from mlxkv.saved_kv.manifest import NamedKV
 from mlxkv.saved_kv.registry import KVNames

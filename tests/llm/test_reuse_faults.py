@@ -19,7 +19,7 @@ from mlxkv.errors import CheckpointError, UsageError
 from mlxkv.generation.session import Session
 from mlxkv.kv.types import STEP
 from mlxkv.llm.llm import LLM
-from mlxkv.prefix.format import PageKey
+from mlxkv.prefix.on_disk.format import PageKey
 from mlxkv.prefix.pages import Pages
 from tests.prefix.test_pages import ROW, Sequence_, new_pages, told
 from tests.support.command_line import chat_model

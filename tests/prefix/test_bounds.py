@@ -14,11 +14,12 @@ from types import SimpleNamespace
 import pytest
 
 from mlxkv.errors import UsageError
-from mlxkv.prefix import eviction, folder
-from mlxkv.prefix import writer as page_files
+from mlxkv.prefix import eviction
 from mlxkv.prefix.eviction import DiskLimits
-from mlxkv.prefix.folder import Folder
-from mlxkv.prefix.writer import PageFiles
+from mlxkv.prefix.on_disk import folder
+from mlxkv.prefix.on_disk import writer as page_files
+from mlxkv.prefix.on_disk.folder import Folder
+from mlxkv.prefix.on_disk.writer import PageFiles
 from tests.support.page_writer import (
     FINGERPRINT,
     chain,
@@ -337,7 +338,8 @@ def test_a_lock_on_a_file_that_was_deleted_meanwhile_is_none(root, monkeypatch):
 
 def test_a_process_that_dies_gives_the_lock_back(root):
     code = (
-        "import sys, time; from pathlib import Path; from mlxkv.prefix.folder import Folder; "
+        "import sys, time; from pathlib import Path; "
+        "from mlxkv.prefix.on_disk.folder import Folder; "
         "from tests.support.page_writer import limits\n"
         f"with Folder(Path({str(root)!r}), limits()).locked(1):\n"
         "    print('held', flush=True); time.sleep(60)"

@@ -11,9 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load, save
 
-from mlxkv.prefix import folder as page_folder
-from mlxkv.prefix.format import MAX_PAGE_BYTES, DamagedPage, PageFile, PageKey, decode, encode
-from mlxkv.prefix.writer import PageFiles
+from mlxkv.prefix.on_disk import folder as page_folder
+from mlxkv.prefix.on_disk.format import (
+    MAX_PAGE_BYTES,
+    DamagedPage,
+    PageFile,
+    PageKey,
+    decode,
+    encode,
+)
+from mlxkv.prefix.on_disk.writer import PageFiles
 from tests.support.page_writer import FINGERPRINT, chain, limits, opened, path_of, same, stored
 
 
@@ -129,7 +136,7 @@ def test_headers_that_cannot_be_read_give_no_tokens_and_are_removed(root):
 
 def rewritten(page: PageFile, **entries: str) -> bytes:
     """A page's file with other metadata, and a checksum that agrees with it."""
-    from mlxkv.prefix import format
+    from mlxkv.prefix.on_disk import format
 
     whole = encode(page, FINGERPRINT)
     length = int.from_bytes(whole[:8], "little")

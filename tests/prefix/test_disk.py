@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from mlxkv.kv.types import KV_TYPES, CacheSpec
-from mlxkv.prefix.disk import PageDisk
-from mlxkv.prefix.format import PageFile, PageKey, page_name
 from mlxkv.prefix.layout import FULL, WINDOW, Kinds, token_bytes
-from mlxkv.prefix.part import Part
-from mlxkv.prefix.writer import PageFiles
+from mlxkv.prefix.on_disk.disk import PageDisk
+from mlxkv.prefix.on_disk.format import PageFile, PageKey, page_name
+from mlxkv.prefix.on_disk.part import Part
+from mlxkv.prefix.on_disk.writer import PageFiles
 from tests.prefix.test_part import FLOATS, assert_same, filled, read
 from tests.support.page_writer import FINGERPRINT, limits
 

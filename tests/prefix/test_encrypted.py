@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mlxkv.errors import UsageError
-from mlxkv.prefix.writer import PageFiles
+from mlxkv.prefix.on_disk.writer import PageFiles
 from mlxkv.saved_kv.gc import gc
 from mlxkv.saved_kv.manifest import NamedKV
 from mlxkv.saved_kv.registry import KVNames

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mlxkv.prefix import fetch
-from mlxkv.prefix.fetch import PageFetcher
-from mlxkv.prefix.format import PageFile, PageKey
+from mlxkv.prefix.on_disk import fetch
+from mlxkv.prefix.on_disk.fetch import PageFetcher
+from mlxkv.prefix.on_disk.format import PageFile, PageKey
 
 N_BYTES = 1024
 

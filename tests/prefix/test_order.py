@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlxkv.prefix.eviction import SLACK_BYTES, Room, Scan, Stored, eviction_order
-from mlxkv.prefix.format import ROOT, PageFile, PageKey
-from mlxkv.prefix.writer import PageFiles
+from mlxkv.prefix.on_disk.format import ROOT, PageFile, PageKey
+from mlxkv.prefix.on_disk.writer import PageFiles
 from tests.support.page_writer import (
     FINGERPRINT,
     aged,

@@ -11,7 +11,7 @@ import pytest
 from mlxkv.cache import make_cache
 from mlxkv.kv.layout import Cache, Slice
 from mlxkv.kv.types import KV_TYPES, CacheSpec
-from mlxkv.prefix.part import Part
+from mlxkv.prefix.on_disk.part import Part
 
 N = 300
 

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from mlxkv.kv.types import STEP, CacheSpec
-from mlxkv.prefix.disk import PageDisk
 from mlxkv.prefix.eviction import SHARED_PART, eviction_order, shared_pages
-from mlxkv.prefix.folder import SHARED_FILE
 from mlxkv.prefix.layout import FULL, WINDOW, Kinds, Link
+from mlxkv.prefix.on_disk.disk import PageDisk
+from mlxkv.prefix.on_disk.folder import SHARED_FILE
+from mlxkv.prefix.on_disk.writer import PageFiles
 from mlxkv.prefix.pages import Pages
 from mlxkv.prefix.shared import MAX_NAMES, SharedPrefixes, chain_to
-from mlxkv.prefix.writer import PageFiles
 from mlxkv.saved_kv.gc import gc
 from tests.prefix.test_order import entries, keys, order
 from tests.prefix.test_pages import Sequence_, fork, new_pages, page_bytes, specs, told

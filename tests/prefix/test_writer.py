@@ -13,10 +13,10 @@ import pytest
 
 from mlxkv.base import time_machine
 from mlxkv.kv.types import STEP
-from mlxkv.prefix import folder
-from mlxkv.prefix.folder import Folder
-from mlxkv.prefix.format import MAX_TOKENS, ROOT, PageFile, PageKey, encode, page_name
-from mlxkv.prefix.writer import PageFiles
+from mlxkv.prefix.on_disk import folder
+from mlxkv.prefix.on_disk.folder import Folder
+from mlxkv.prefix.on_disk.format import MAX_TOKENS, ROOT, PageFile, PageKey, encode, page_name
+from mlxkv.prefix.on_disk.writer import PageFiles
 from tests.support.page_writer import chain, leftovers, limits, opened, path_of, same, stored
 
 
@@ -49,7 +49,7 @@ def test_file_names_are_parsed_back_and_others_are_not():
 
 def test_no_module_of_the_disk_half_loads_mlx():
     code = (
-        "import sys, mlxkv.prefix.writer, mlxkv.saved_kv.registry; "
+        "import sys, mlxkv.prefix.on_disk.writer, mlxkv.saved_kv.registry; "
         "sys.exit(any(name.split('.')[0] == 'mlx' for name in sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

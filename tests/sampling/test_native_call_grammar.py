@@ -12,10 +12,10 @@ import re
 import pytest
 
 from mlxkv.chat.chat_template import ChatTemplate
-from mlxkv.chat.harmony_writer import HarmonyTemplate
+from mlxkv.chat.gpt_oss.harmony_writer import HarmonyTemplate
 from mlxkv.errors import UsageError
+from mlxkv.sampling.calls.tool_call_grammar import MAX_CALLS
 from mlxkv.sampling.grammar import Maskers
-from mlxkv.sampling.tool_call_grammar import MAX_CALLS
 from mlxkv.text.tokenizer import Tokenizer
 from tests.sampling.test_grammar import TOKENIZERS, advance_all, allowed_by
 from tests.support.chat_templates.cases import TEMPLATES as CHAT_TEMPLATES

@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 
 from mlxkv.errors import CheckpointError, MlxkvError, OutputError, UsageError
-from mlxkv.prefix import folder
-from mlxkv.prefix.format import PageFile, encode
-from mlxkv.prefix.writer import PageFiles
+from mlxkv.prefix.on_disk import folder
+from mlxkv.prefix.on_disk.format import PageFile, encode
+from mlxkv.prefix.on_disk.writer import PageFiles
 from mlxkv.saved_kv.gc import GcReport, gc
 from mlxkv.saved_kv.manifest import NamedKV
 from mlxkv.saved_kv.registry import KVNames

@@ -22,8 +22,8 @@ from pathlib import Path
 import numpy as np
 
 from mlxkv.prefix.eviction import DiskLimits
-from mlxkv.prefix.format import ROOT, PageFile, PageKey, page_name
-from mlxkv.prefix.writer import PageFiles
+from mlxkv.prefix.on_disk.format import ROOT, PageFile, PageKey, page_name
+from mlxkv.prefix.on_disk.writer import PageFiles
 
 FINGERPRINT = "5a" * 32
 NO_LIMIT = 1 << 40

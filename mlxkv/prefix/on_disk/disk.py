@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
-from mlxkv.prefix.fetch import PageFetcher
-from mlxkv.prefix.format import PageFile, PageKey
 from mlxkv.prefix.layout import Kinds, Link
-from mlxkv.prefix.part import Layout, Part, Rows
+from mlxkv.prefix.on_disk.fetch import PageFetcher
+from mlxkv.prefix.on_disk.format import PageFile, PageKey
+from mlxkv.prefix.on_disk.part import Layout, Part, Rows
 from mlxkv.prefix.shared import SharedFile
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from mlxkv.prefix.writer import PageFiles
+    from mlxkv.prefix.on_disk.writer import PageFiles
 
 
 _DTYPES = {str(x).rpartition(".")[2]: x for x in (mx.bfloat16, mx.float16, mx.float32, mx.uint32)}

@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from mlxkv.parsers.values import LITERALS, Unreadable, no_key_twice, read_json
+from mlxkv.parsers.notations.values import LITERALS, Unreadable, no_key_twice, read_json
 
 _QUOTED: Mapping[str, re.Pattern[str]] = {
     '"': re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL),

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from mlxkv.chat.harmony_tokens import CALL, CHANNEL, CONSTRAIN, END, MESSAGE, RETURN, START
-from mlxkv.chat.harmony_tools import namespace
+from mlxkv.chat.gpt_oss.harmony_tokens import CALL, CHANNEL, CONSTRAIN, END, MESSAGE, RETURN, START
+from mlxkv.chat.gpt_oss.harmony_tools import namespace
 from mlxkv.chat.rendered import Rendered, Segment
 from mlxkv.chat.replies import Replies, Reply, call_key
 from mlxkv.errors import TemplateError

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
-from mlxkv.parsers.notation import Notation
-from mlxkv.parsers.tools import Found, Tools
+from mlxkv.parsers.notations.notation import Notation
+from mlxkv.parsers.notations.tools import Found, Tools
 
 _LABELS = ("tool_code", "tool_call", "json", "python", "")
 _LABEL = re.compile(r"[ \t]*(tool_code|tool_call|json|python)?[ \t]*\n")

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mlxkv.parsers.json_schema import KINDS, kind_of, kinds_at
-from mlxkv.parsers.loose import Bare, read_loosely
-from mlxkv.parsers.values import Unreadable, read_literal
+from mlxkv.parsers.notations.loose import Bare, read_loosely
+from mlxkv.parsers.notations.values import Unreadable, read_literal
 
 _OPEN = KINDS - {"integer"}
 _BOOLEANS = {"true": True, "false": False}

@@ -30,8 +30,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace, _PassArg
 from markupsafe import soft_str
 
-from mlxkv.chat.jinja_counting import Counting, nests
-from mlxkv.chat.jinja_limits import (
+from mlxkv.chat.jinja.counting import Counting, nests
+from mlxkv.chat.jinja.limits import (
     MAX_BYTES,
     MAX_CHARS,
     MAX_STEPS,

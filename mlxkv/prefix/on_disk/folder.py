@@ -36,7 +36,7 @@ from mlxkv.prefix.eviction import (
     file_system,
     shared_pages,
 )
-from mlxkv.prefix.format import MAX_HEADER_BYTES, MAX_PAGE_BYTES, PageKey
+from mlxkv.prefix.on_disk.format import MAX_HEADER_BYTES, MAX_PAGE_BYTES, PageKey
 
 _DAY_S = 86_400
 SHARED_FILE = "shared.json"

@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from mlxkv.errors import UsageError
-from mlxkv.parsers.calls import GemmaCalls
 from mlxkv.parsers.json_schema import Choice, Schemas
-from mlxkv.parsers.tools import Tools
-from mlxkv.sampling.grammar_strings import literal
-from mlxkv.sampling.grammar_values import Gemma, Rules, Values
+from mlxkv.parsers.notations.in_text import GemmaCalls
+from mlxkv.parsers.notations.tools import Tools
+from mlxkv.sampling.calls.grammar_strings import literal
+from mlxkv.sampling.calls.grammar_values import Gemma, Rules, Values
 
 NamedTools = Sequence[tuple[str, Any]]
 """Names and JSON schemas of their arguments."""

@@ -18,8 +18,8 @@ from typing import Any, Protocol
 
 from mlxkv.errors import UsageError
 from mlxkv.parsers.json_schema import Choice, Schemas
-from mlxkv.sampling import grammar_strings
-from mlxkv.sampling.grammar_strings import holding, literal, one_of
+from mlxkv.sampling.calls import grammar_strings
+from mlxkv.sampling.calls.grammar_strings import holding, literal, one_of
 
 MAX_OTHERS = 64
 """Properties of one object that its schema does not name."""

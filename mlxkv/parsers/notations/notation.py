@@ -10,9 +10,9 @@ import re
 from collections.abc import Iterator
 from typing import Any, Protocol
 
-from mlxkv.parsers.loose import Reader, read_loosely
-from mlxkv.parsers.tools import Found, Tools
-from mlxkv.parsers.values import Unreadable, read_json_prefix, read_object
+from mlxkv.parsers.notations.loose import Reader, read_loosely
+from mlxkv.parsers.notations.tools import Found, Tools
+from mlxkv.parsers.notations.values import Unreadable, read_json_prefix, read_object
 
 _JSON_STRING = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL)
 _JSON_NAME = re.compile(r"""(?<!\w)["']?(?:name|function)["']?\s*:\s*["']((?:[^"'\\]|\\.)+)["']""")

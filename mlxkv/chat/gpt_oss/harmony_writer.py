@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from mlxkv.chat.chat_template import ChatTemplate, Message
-from mlxkv.chat.harmony import HarmonyPrompt, begun_answer, write_prompt
+from mlxkv.chat.gpt_oss.harmony import HarmonyPrompt, begun_answer, write_prompt
 from mlxkv.chat.prompt_writer import Begun
 from mlxkv.chat.rendered import Rendered
 from mlxkv.chat.replies import Recorder, Replies

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 
 from mlxkv.base.faults import log_fault
 from mlxkv.errors import contained
-from mlxkv.prefix.format import PageFile, PageKey
+from mlxkv.prefix.on_disk.format import PageFile, PageKey
 
 KEEP_S = 10.0
 """How long pages are held that no prompt took: its request may have been cancelled."""

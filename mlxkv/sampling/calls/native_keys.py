@@ -16,8 +16,8 @@ from typing import NamedTuple
 import numpy as np
 
 from mlxkv.parsers.json_schema import argument_kinds
+from mlxkv.sampling.calls.tool_call_grammar import GEMMA_QUOTES, Calls
 from mlxkv.sampling.json_keys import KeyFollower, Keys, read
-from mlxkv.sampling.tool_call_grammar import GEMMA_QUOTES, Calls
 
 _NO_TOKEN = -1
 _LONGEST_TAG = 32

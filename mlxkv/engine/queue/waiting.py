@@ -5,11 +5,11 @@ Requests that are ready begin meanwhile; one that is prepared has its place amon
 
 from __future__ import annotations
 
-from mlxkv.engine.grammar_queue import GrammarQueue
-from mlxkv.engine.preparation import MAX_PREPARED, Preparation, is_long
 from mlxkv.engine.prompt import Ready, make_ready
+from mlxkv.engine.queue.grammar_queue import GrammarQueue
+from mlxkv.engine.queue.preparation import MAX_PREPARED, Preparation, is_long
+from mlxkv.engine.queue.shares import FairQueue
 from mlxkv.engine.runtime import Runtime
-from mlxkv.engine.shares import FairQueue
 from mlxkv.engine.tasks import Task, Waiting
 
 COMPILING_S = 0.01

@@ -24,9 +24,9 @@ from typing import Any
 from mlxkv.errors import UsageError
 from mlxkv.parsers import harmony
 from mlxkv.parsers.closed_schema import closed
-from mlxkv.sampling import native_call_grammar, pair_call_grammar
-from mlxkv.sampling.grammar_strings import ANY, literal
-from mlxkv.sampling.native_call_grammar import call_rules, each_tool
+from mlxkv.sampling.calls import native_call_grammar, pair_call_grammar
+from mlxkv.sampling.calls.grammar_strings import ANY, literal
+from mlxkv.sampling.calls.native_call_grammar import call_rules, each_tool
 from mlxkv.text.tokenizer import Tokenizer
 
 MAX_SPACES = 32

@@ -20,13 +20,13 @@ from typing import Any, ClassVar
 
 from mlxkv.errors import UsageError
 from mlxkv.parsers.json_schema import Choice, Schemas, argument_kinds
-from mlxkv.parsers.notation import Notation
-from mlxkv.parsers.pairs import GlmCalls, XmlCalls
-from mlxkv.parsers.tools import Tools
-from mlxkv.sampling import grammar_strings
-from mlxkv.sampling.grammar_strings import holding, literal, one_of
-from mlxkv.sampling.grammar_values import MAX_OTHERS, Json, Members, Rules, Values
-from mlxkv.sampling.native_call_grammar import NamedTools, call_rules, each_tool, objects_of
+from mlxkv.parsers.notations.notation import Notation
+from mlxkv.parsers.notations.pairs import GlmCalls, XmlCalls
+from mlxkv.parsers.notations.tools import Tools
+from mlxkv.sampling.calls import grammar_strings
+from mlxkv.sampling.calls.grammar_strings import holding, literal, one_of
+from mlxkv.sampling.calls.grammar_values import MAX_OTHERS, Json, Members, Rules, Values
+from mlxkv.sampling.calls.native_call_grammar import NamedTools, call_rules, each_tool, objects_of
 
 _DIGITS = r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?"
 _SPACE = r"[ \t\n\r]*"

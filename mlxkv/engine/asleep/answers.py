@@ -23,12 +23,12 @@ from weakref import WeakSet
 
 from mlxkv.base.faults import log_fault
 from mlxkv.base.seal import seal_of_environment
+from mlxkv.engine.asleep.files import Sleeper, SleepFiles
 from mlxkv.engine.messages import Ask, PutAway, Sleeping
 from mlxkv.engine.prompt import begin, start
+from mlxkv.engine.queue.waiting import WaitingTasks
 from mlxkv.engine.runtime import Runtime
-from mlxkv.engine.sleep_files import Sleeper, SleepFiles
 from mlxkv.engine.tasks import Task, quietly
-from mlxkv.engine.waiting import WaitingTasks
 from mlxkv.errors import MlxkvError, contained
 from mlxkv.generation.asleep import Asleep, Written, request_from_json, request_to_json, seeded
 from mlxkv.generation.generation import Generation

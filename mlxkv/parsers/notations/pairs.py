@@ -12,9 +12,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mlxkv.parsers.notation import JsonCalls, arguments_of
-from mlxkv.parsers.tools import Found, Tools
-from mlxkv.parsers.values import Unreadable
+from mlxkv.parsers.notations.notation import JsonCalls, arguments_of
+from mlxkv.parsers.notations.tools import Found, Tools
+from mlxkv.parsers.notations.values import Unreadable
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,10 +6,10 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from mlxkv.parsers.loose import Reader
-from mlxkv.parsers.notation import JsonCalls, Notation, arguments_of, checked, prefix
-from mlxkv.parsers.tools import Found, Tools
-from mlxkv.parsers.values import Unreadable, read_python_calls
+from mlxkv.parsers.notations.loose import Reader
+from mlxkv.parsers.notations.notation import JsonCalls, Notation, arguments_of, checked, prefix
+from mlxkv.parsers.notations.tools import Found, Tools
+from mlxkv.parsers.notations.values import Unreadable, read_python_calls
 
 _JSON_STRING = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 
-from mlxkv.engine.policy import PendingPrompt, next_prompt
+from mlxkv.engine.queue.policy import PendingPrompt, next_prompt
 from mlxkv.engine.tasks import Decoding, Prefilling, Task, prefilling
 
 

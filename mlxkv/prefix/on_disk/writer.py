@@ -30,8 +30,10 @@ from mlxkv.prefix.eviction import (
     Room,
     reserved_bytes,
 )
-from mlxkv.prefix.folder import Folder
-from mlxkv.prefix.format import (
+from mlxkv.prefix.index import PageIndex
+from mlxkv.prefix.model_files import ModelFiles
+from mlxkv.prefix.on_disk.folder import Folder
+from mlxkv.prefix.on_disk.format import (
     FORMAT_VERSION,
     ROOT,
     DamagedPage,
@@ -39,8 +41,6 @@ from mlxkv.prefix.format import (
     PageKey,
     page_name,
 )
-from mlxkv.prefix.index import PageIndex
-from mlxkv.prefix.model_files import ModelFiles
 
 __all__ = ["FORMAT_VERSION", "ROOT", "DiskLimits", "DiskUsage", "PageFile", "PageFiles", "PageKey",
            "page_name"]  # fmt: skip

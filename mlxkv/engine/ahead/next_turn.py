@@ -23,12 +23,12 @@ from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from mlxkv.chat.template_probe import REASONING
-from mlxkv.engine.ahead import Ahead, Records
+from mlxkv.engine.ahead.choice import IdleCompute
+from mlxkv.engine.ahead.tally import Ahead, Records
 from mlxkv.engine.clients import Clients
-from mlxkv.engine.idle import IdleCompute
-from mlxkv.engine.policy import Pace
-from mlxkv.engine.preparation import is_long
 from mlxkv.engine.prompt import PROBES, prepare
+from mlxkv.engine.queue.policy import Pace
+from mlxkv.engine.queue.preparation import is_long
 from mlxkv.engine.runtime import Runtime
 from mlxkv.engine.tally import Tally
 from mlxkv.engine.tasks import Task, keep_prefix

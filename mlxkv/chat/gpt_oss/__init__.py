@@ -1,0 +1,1 @@
+"""Prompts of GPT-OSS, written without its template."""

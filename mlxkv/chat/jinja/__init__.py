@@ -1,0 +1,1 @@
+"""Templates in a sandbox: what they may do, and how much."""

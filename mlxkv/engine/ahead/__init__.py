@@ -1,0 +1,1 @@
+"""What is computed of next prompts while there are no requests."""

@@ -1,0 +1,1 @@
+"""Answers that are put away, and go on where they were."""

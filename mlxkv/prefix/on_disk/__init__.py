@@ -1,0 +1,1 @@
+"""Pages as files: format, folder, writer, and reading ahead."""
