@@ -18,7 +18,7 @@ from mlxkv.base.device import default_chunk
 from mlxkv.base.faults import log_fault
 from mlxkv.engine.ahead.choice import IdleCompute
 from mlxkv.engine.ahead.next_turn import NextTurns
-from mlxkv.engine.asleep.answers import Sleep, begin_answer
+from mlxkv.engine.asleep.answers import Sleep, begin_answer, chunks_of
 from mlxkv.engine.clients import Clients
 from mlxkv.engine.messages import PutAway
 from mlxkv.engine.queue.fetching import fetch_pages
@@ -187,7 +187,7 @@ class Scheduler:
             if state.steps is None:  # not earlier: another prompt may have left pages of it
                 state.tokens = state.generation.restore()
                 self.next_turns.found(task, state.generation, state.tokens)
-                state.steps = session.prefilling(state.tokens, self._chunk)
+                state.steps = session.prefilling(state.tokens, chunks_of(task, self._chunk))
             started, held = time.perf_counter(), session.n_held
             progress = next(state.steps)
             n = session.n_held - held

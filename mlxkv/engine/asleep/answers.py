@@ -14,13 +14,14 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 from weakref import WeakSet
 
+from mlxkv.base.device import default_chunk
 from mlxkv.base.faults import log_fault
 from mlxkv.base.seal import seal_of_environment
 from mlxkv.engine.asleep.files import Sleeper, SleepFiles
@@ -135,6 +136,24 @@ def begin_answer(task: Task, runtime: Runtime, sleep: Sleep, waiting: WaitingTas
     generation = generation or begin(runtime, request, ready, session)
     generation.prompt = prepared.tokens
     return generation
+
+
+def chunks_of(task: Task, chunk: Callable[[], int | None]) -> Callable[[], int | None]:
+    """Lengths of the chunks in which a request is prefilled.
+
+    An answer that was put away has tokens of its own. They are computed one at a time, as they were
+    at first, because KV that is computed otherwise differs in its last bits. A shifted answer was
+    computed in chunks, and is again.
+    """
+    asleep, generation = task.asleep, task.generation
+    if asleep is None or generation is None or generation.bound.n_dropped(len(generation.sequence)):
+        return chunk
+
+    def next_chunk() -> int | None:
+        n_before = len(asleep.prompt) - generation.session.n_held
+        return min(chunk() or default_chunk(), n_before) if n_before > 0 else 1
+
+    return next_chunk
 
 
 class HasTasks(Protocol):
