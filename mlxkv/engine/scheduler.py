@@ -168,7 +168,7 @@ class Scheduler:
             self.tally.count(task.owner, requests=1)
         task.has_begun = True
         try:
-            self.next_turns.forget(task.owner, task.request.prompt)
+            quietly("forgetting a next turn failed", lambda: self.next_turns.forget(task))
             if task.generation is None:
                 task.generation = begin_answer(task, self.runtime, self.sleep, self.waiting)
             task.state = Prefilling(task.generation, task.generation.remaining())
@@ -186,7 +186,7 @@ class Scheduler:
         try:
             if state.steps is None:  # not earlier: another prompt may have left pages of it
                 state.tokens = state.generation.restore()
-                self.next_turns.found(task, state.generation, state.tokens)
+                quietly("counting a next turn failed", lambda: self.next_turns.found(task, state))
                 state.steps = session.prefilling(state.tokens, chunks_of(task, self._chunk))
             started, held = time.perf_counter(), session.n_held
             progress = next(state.steps)

@@ -121,7 +121,7 @@ def answered(messages: Sequence[Any], text: str) -> list[Any]:
 def test_behind_reasoning_only_the_new_message_is_computed(chat, family):
     served, without = chat(family), chat(family, is_on=False)
     messages: list[Any] = FIRST
-    for turn in range(3):
+    for turn in range(2):
         one, other = (stats(each.ask(messages, THOUGHT + TEXT)) for each in (served, without))
         new = str(messages[-1]["content"])
         if turn:

@@ -36,7 +36,7 @@ from tests.support.tiny import gemma3_config, llama_config, tokens, write_checkp
 
 FAMILIES = [case for case in CASES if case.n_prompt == LONG and not case.prefill_in_one]
 every_family = pytest.mark.parametrize("case", FAMILIES, ids=lambda case: case.name)
-LENGTHS = ((1100, 256), (700, 64))
+LENGTHS = ((1100, 256), (700, 128))
 N_DECODED = 6
 TIMES = 256
 TOLERANCE = 0.05
@@ -105,7 +105,8 @@ def meets(
 def test_weights_and_kv_are_met_to_the_byte(case, folder):
     path = checkpoint(folder, case)
     model = loaded(path)
-    for kv_type in KV_TYPES:
+    # q4 is q8 with other widths.
+    for kv_type in KV_TYPES if FAMILIES.index(case) % 4 == 0 else ("native", "q8"):
         needs = plan(path, context=600 + 1, kv_type=kv_type, dtype="float32")
         session = Session(model, kv_type)
         logits = session.prefill(tokens(600))

@@ -75,7 +75,7 @@ def test_its_client_may_go(server):
 
 
 def test_it_can_be_cancelled_and_forgotten(server):
-    begun = server.begin(lambda ask: [Chunk("a", 1), 30.0])
+    begun = server.begin(lambda ask: [Chunk("a", 1), 2.0])
     assert server.client.responses.cancel(begun.id).status == "cancelled"
     assert server.engine.answers[-1].cancelled.is_set()
     server.client.responses.delete(begun.id)

@@ -31,11 +31,11 @@ from mlxkv.engine.queue.policy import Pace
 from mlxkv.engine.queue.preparation import is_long
 from mlxkv.engine.runtime import Runtime
 from mlxkv.engine.tally import Tally
-from mlxkv.engine.tasks import Task, keep_prefix
+from mlxkv.engine.tasks import Prefilling, Task, keep_prefix
 from mlxkv.errors import MlxkvError
 from mlxkv.generation.generation import Generation
 from mlxkv.generation.outputs import Chunk, reply_message
-from mlxkv.generation.request import Message, Prompt, Request, is_messages
+from mlxkv.generation.request import Message, Request, is_messages
 from mlxkv.generation.session import Session, n_shared
 from mlxkv.kv.types import STEP
 from mlxkv.memory.needs import MIN_CHUNK
@@ -173,15 +173,17 @@ class NextTurns:
             forms = Answered.of(task, generation, last)
             self._waiting += forms[:1] if self._idle.choice == "light" else forms
 
-    def found(self, task: Task, generation: Generation, tokens: Sequence[int]) -> None:
+    def found(self, task: Task, state: Prefilling) -> None:
         """Note what a prompt, whose session was just restored, has of what was computed."""
+        generation, tokens = state.generation, state.tokens
         n_tokens, saved_s = self._records.use(task.owner, tokens, generation.session.n_held)
         generation.ahead_tokens += n_tokens
         generation.ahead_saved_s += saved_s
 
-    def forget(self, owner: str, prompt: Prompt) -> None:
-        """Drop the conversations that a prompt goes on from: the next turn is here."""
+    def forget(self, task: Task) -> None:
+        """Drop the conversations that a request goes on from: the next turn is here."""
         self.pause()
+        owner, prompt = task.owner, task.request.prompt
         if not is_messages(prompt):
             return
         messages: Sequence[Message] = prompt  # pyright: ignore[reportAssignmentType]
