@@ -31,6 +31,10 @@ for name in ("CONTEXT", "KV_TYPE", "MEMORY", "OVERFLOW", "KEEP"):
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# The same for one that outlives its terminal (nohup), and SIGHUP.
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
 # Tiny models on shared machines: a slow example is no failure, and a run repeats itself.
 hypothesis.settings.register_profile("mlxkv", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("mlxkv")
