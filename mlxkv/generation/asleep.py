@@ -12,7 +12,6 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
 from mlxkv.generation.request import Request
-from mlxkv.sampling.grammar import Grammar
 from mlxkv.sampling.params import SamplingParams
 from mlxkv.saved_kv.manifest import NamedKV
 
@@ -111,6 +110,8 @@ def request_from_json(raw: Mapping[str, Any]) -> Request:
     Raises:
         UsageError, ValueError, TypeError, KeyError: it is no such request.
     """
+    from mlxkv.sampling.grammar import Grammar  # few answers have one
+
     sampling = dict(raw["sampling"])
     if "logit_bias" in sampling:
         sampling["logit_bias"] = {int(token): value for token, value in sampling["logit_bias"]}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Self, overload
+from typing import TYPE_CHECKING, Any, Self, overload
 
 import mlx.core as mx
 
@@ -14,16 +14,18 @@ from mlxkv.engine.prompt import Prepared
 from mlxkv.engine.runtime import Runtime
 from mlxkv.errors import UsageError
 from mlxkv.generation.generation import Generation
-from mlxkv.generation.kv_check import KVReport
 from mlxkv.generation.outputs import Chunk, Result, Stats, join_parts
 from mlxkv.generation.request import Message, Prompt, Request
-from mlxkv.llm import imported_kv, saved_prefix
+from mlxkv.llm import saved_prefix
 from mlxkv.llm.conversation import Conversation
 from mlxkv.memory.budget import memory_stats
 from mlxkv.memory.types import MemoryStats
 from mlxkv.saved_kv.manifest import NamedKV
 from mlxkv.store.resolve import resolve
 from mlxkv.store.settings import Given, effective
+
+if TYPE_CHECKING:
+    from mlxkv.generation.kv_check import KVReport
 
 __all__ = ["LLM", "Chunk", "Conversation", "Prompt", "Request", "Result", "Stats", "load"]
 
@@ -221,6 +223,8 @@ class LLM(Runtime):
         Raises:
             UsageError: there is no such name, or it is of another model, dtype or KV format.
         """
+        from mlxkv.llm import imported_kv
+
         return imported_kv.verify(self, name, full=full, on_progress=on_progress)
 
     def saved_kv(self, name: str | NamedKV | None) -> NamedKV | None:

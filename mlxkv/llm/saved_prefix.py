@@ -20,7 +20,6 @@ from mlxkv.engine.runtime import Runtime
 from mlxkv.errors import ContextExceeded, Hint, ModelNotFound, OutputError, UsageError
 from mlxkv.generation.request import Prompt, is_messages
 from mlxkv.kv.types import STEP, KVFormat, first_kv_type
-from mlxkv.llm.imported_kv import trusted
 from mlxkv.memory.needs import kv_bytes
 from mlxkv.prefix.layout import token_bytes
 from mlxkv.prefix.on_disk.disk import PageDisk
@@ -116,6 +115,8 @@ def find(runtime: Runtime, name: str | NamedKV | None) -> NamedKV | None:
             f"save it again, or load the model as it was",
             hints=[Hint("dtype", saved.dtype), Hint("kv_type", saved.kv_type)],
         )
+    from mlxkv.llm.imported_kv import trusted  # few prompts continue saved KV
+
     saved = trusted(runtime, saved)
     if saved.pinned:
         pages.ram.pin(key.name for key in saved.keys)

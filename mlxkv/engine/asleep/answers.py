@@ -34,7 +34,6 @@ from mlxkv.errors import MlxkvError, contained
 from mlxkv.generation.asleep import Asleep, Written, request_from_json, request_to_json, seeded
 from mlxkv.generation.generation import Generation
 from mlxkv.kv.types import STEP
-from mlxkv.store.info import digest
 
 _log = logging.getLogger(__name__)
 
@@ -177,6 +176,8 @@ class Sleep:
 
     @cached_property
     def _digest(self) -> str:
+        from mlxkv.store.info import digest  # a server's answers alone are kept
+
         return digest(self._path)
 
     def claim(self, task: Task) -> None:
