@@ -205,7 +205,8 @@ def _systems(messages: Sequence[_Dict], takes: Takes) -> list[_Dict]:
         rest, head = head + rest, []
     if not head and rest and rest[0]["role"] == "system":
         return _at_users(rest)
-    return head + (rest if takes.late_system else _at_users(rest))
+    late = any(message["role"] == "system" for message in rest)
+    return head + (_at_users(rest) if late and not takes.late_system else rest)
 
 
 def _takes_head(rest: Sequence[_Dict], takes: Takes) -> bool:
