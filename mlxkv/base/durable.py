@@ -6,6 +6,7 @@ import fcntl
 import os
 import secrets
 import stat
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -56,13 +57,45 @@ def write_whole(path: Path, content: str | bytes, *, mode: int = 0o666) -> None:
     if path.exists() and not path.is_file():
         path.write_bytes(data)
         return
+
+    def keep_mode(handle: int) -> None:
+        if path.exists():
+            os.fchmod(handle, stat.S_IMODE(path.stat().st_mode))
+
     draft = path.with_name(f".{path.name[:200]}.{secrets.token_hex(4)}")
-    handle = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+    write_as(draft, path, data, mode=mode, written=keep_mode)
+
+
+def write_as(
+    draft: Path,
+    path: Path,
+    data: bytes,
+    *,
+    mode: int,
+    written: Callable[[int], object] | None = None,
+) -> None:
+    """Write a file under another name, and give it its own when it is complete.
+
+    Args:
+        draft: the other name, on the same file system; there is no such file.
+        path: where it appears, in place of what was there.
+        data: all of it.
+        mode: its permissions.
+        written: called with its descriptor before it appears.
+
+    Raises:
+        OSError: it cannot be written; nothing is left of it.
+    """
     try:
-        with os.fdopen(handle, "wb") as file:
-            if path.exists():
-                os.fchmod(file.fileno(), stat.S_IMODE(path.stat().st_mode))
-            file.write(data)
+        handle = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+        try:
+            view = memoryview(data)
+            while view:
+                view = view[os.write(handle, view) :]
+            if written is not None:
+                written(handle)
+        finally:
+            os.close(handle)
         draft.rename(path)
     except BaseException:
         with suppress(OSError):

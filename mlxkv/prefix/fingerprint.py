@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import secrets
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from mlxkv.base import regular
+from mlxkv.base import durable, regular
 from mlxkv.checkpoint.weights import open_weights
 from mlxkv.errors import CheckpointError
 from mlxkv.kv.types import LAYOUTS
@@ -150,17 +149,9 @@ def _remember(cache: Path, directory: str, signature: Signature, content: str) -
         name: entry for name, entry in _load(cache).items() if Path(name).is_dir()
     }
     entries = {**entries, directory: {"files": signature, "content": content}}
-    temporary = cache.with_name(f".{cache.name}.{secrets.token_hex(4)}")
     with suppress(OSError):
         cache.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         for other in cache.parent.glob(f".{cache.name}.*"):
             if other.stat().st_mtime < time.time() - _STALE_S:
                 other.unlink()
-        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(entries, file)
-            temporary.rename(cache)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        durable.write_whole(cache, json.dumps(entries), mode=0o600)

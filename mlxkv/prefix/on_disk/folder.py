@@ -278,22 +278,7 @@ class Folder:
         """
         self._n_temporary += 1
         temporary = self._tmp / f"{os.getpid()}-{id(self):x}-{self._n_temporary}"
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-        try:
-            handle = os.open(temporary, flags, 0o600)
-            try:
-                view = memoryview(data)
-                while view:
-                    view = view[os.write(handle, view) :]
-                if sync is not None:
-                    sync(handle)
-            finally:
-                os.close(handle)
-            temporary.rename(path)
-        except BaseException:
-            with suppress(OSError):
-                temporary.unlink()
-            raise
+        durable.write_as(temporary, path, data, mode=0o600, written=sync)
 
 
 def read_page(path: str, *, header_only: bool = False) -> bytes:
