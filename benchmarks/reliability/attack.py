@@ -24,7 +24,7 @@ from typing import Any
 import httpx
 
 from benchmarks.compare import ROOT, environment
-from benchmarks.load_client import ANSWERED, Answer, Ask, ask, percentile
+from benchmarks.load_client import ANSWERED, Answer, Ask, ask, new_client, percentile
 from benchmarks.load_server import MLXKV, Server
 from benchmarks.options import add_machine_options
 from benchmarks.reliability.attack_kinds import KINDS, Target, shuffled
@@ -160,12 +160,16 @@ def honest_asks(rng: random.Random, tokens: int) -> list[Ask]:
     return found
 
 
+def honest_client(server: Server) -> httpx.AsyncClient:
+    """A connection with the honest clients' key."""
+    client = new_client(server.url)
+    client.headers["Authorization"] = f"Bearer {HONEST}"
+    return client
+
+
 async def honest(server: Server, asks: Sequence[Ask], until: float, into: list[Answer]) -> None:
     """One honest client: its requests one after the other, until a time."""
-    headers = {"Authorization": f"Bearer {HONEST}"}
-    async with httpx.AsyncClient(
-        base_url=server.url, timeout=None, trust_env=False, headers=headers
-    ) as client:
+    async with honest_client(server) as client:
         turn = 0
         while time.monotonic() < until:
             into.append(await ask(client, server.model, asks[turn % len(asks)], limit_s=300))
@@ -229,10 +233,7 @@ async def settle(server: Server, asks: list[Ask]) -> None:
 
 
 async def honest_once(server: Server, asked: Ask, into: list[Answer]) -> None:
-    headers = {"Authorization": f"Bearer {HONEST}"}
-    async with httpx.AsyncClient(
-        base_url=server.url, timeout=None, trust_env=False, headers=headers
-    ) as client:
+    async with honest_client(server) as client:
         into.append(await ask(client, server.model, asked, limit_s=300))
         if into[-1].outcome != ANSWERED:
             raise SystemExit(f"in quiet: {into[-1].error}\n{server.log[-2000:]}")
