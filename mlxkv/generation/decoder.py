@@ -15,10 +15,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import mlx.core as mx
-import numpy as np
 
 from mlxkv.errors import CheckpointError, Hint, KVCacheFull, UsageError, contained
 from mlxkv.generation.flight import Allowed, Flight, Lane, Row, RowResult
@@ -30,6 +29,9 @@ from mlxkv.nn.model import CausalLM
 from mlxkv.sampling.logprobs import tell
 from mlxkv.sampling.math import log_normalizer, soundness
 from mlxkv.sampling.sampler import AnswerIds, Recent, RowChoice, Sampler, choose
+
+if TYPE_CHECKING:
+    import numpy as np
 
 __all__ = ["Allowed", "Decoder", "Row", "RowResult", "decode"]
 
@@ -252,6 +254,8 @@ class Decoder:
         found = [tokens for _, tokens in flight.parts]
         tokens = found[0] if len(found) == 1 else mx.concatenate(found)
         if rows != sorted(rows):
+            import numpy as np
+
             tokens = tokens[mx.array(np.argsort(rows).astype(np.uint32))]
         flight.tokens = tokens
         asked = [lane.row.n_logprobs for lane in flight.lanes]

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
-import numpy as np
 
 from mlxkv.errors import KVCacheFull
 from mlxkv.generation.session import Session
 from mlxkv.sampling.logprobs import Told
 from mlxkv.sampling.sampler import AnswerIds, Recent, Sampler
 
-Allowed = Callable[[Sequence[int]], np.ndarray | None]
+if TYPE_CHECKING:
+    import numpy as np
+
+Allowed = Callable[[Sequence[int]], "np.ndarray | None"]
 """The answer's tokens so far -> which may come next, bool `[V]` with at least one; None: any."""
 
 

@@ -14,7 +14,6 @@ from collections import deque
 from collections.abc import Sequence
 
 import mlx.core as mx
-import numpy as np
 
 from mlxkv.generation.outputs import TokenLogprobs
 from mlxkv.kv.layout import Cache
@@ -40,6 +39,8 @@ class PromptLogprobs:
     """
 
     def __init__(self, tokens: Sequence[int], n_top: int):
+        import numpy as np
+
         self.tokens, self.n_top = np.array(tokens, np.int32), n_top
         shape = len(tokens), 1 + n_top
         self._ids, self._values = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
@@ -52,6 +53,8 @@ class PromptLogprobs:
 
     def n_shared(self, other: PromptLogprobs) -> int:
         """Leading tokens that another prompt has as well, and of which it knows enough."""
+        import numpy as np
+
         if not other.is_shared or other.n_top < self.n_top:
             return 0
         n = min(len(self.tokens), other.n_known)
@@ -93,6 +96,8 @@ class PromptLogprobs:
 
     def _take(self, rows: mx.array, position: int) -> None:
         """Take what logits `[n, V]` of positions say of the tokens behind them."""
+        import numpy as np
+
         start = max(position + 1, self.n_known)
         stop = min(position + 1 + rows.shape[0], len(self.tokens))
         if start >= stop:

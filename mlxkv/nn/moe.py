@@ -11,7 +11,6 @@ from typing import ClassVar
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 
 from mlxkv.base import device
 from mlxkv.nn.layers import Fusing, on_halves
@@ -225,6 +224,8 @@ class GatedExperts(Fusing):
         if self.traced:
             experts = range(self["down_proj"].n_experts)
             return [stop - start for _, start, stop in device.shares(indices.size, experts)]
+        import numpy as np
+
         return np.bincount(np.array(indices.flatten())).tolist()
 
     def _evaluated(self, rows: mx.array) -> mx.array:

@@ -16,10 +16,9 @@ import math
 import random
 import secrets
 from collections.abc import Collection, Hashable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import mlx.core as mx
-import numpy as np
 
 from mlxkv.base import device
 from mlxkv.errors import UsageError
@@ -40,6 +39,9 @@ from mlxkv.sampling.math import (
     without,
 )
 from mlxkv.sampling.params import DEFAULTS, SamplingParams
+
+if TYPE_CHECKING:
+    import numpy as np
 
 __all__ = [
     "DEFAULTS",
@@ -233,8 +235,9 @@ class AnswerIds:
 
     def __init__(self, n_vocab: int, before: Sequence[int] = ()):
         self._n_vocab, self._n_before, self._n = n_vocab, len(before), 0
-        self._ids = np.empty(0, np.uint32)
-        self._append(before)
+        self._ids: np.ndarray | None = None
+        if before:
+            self._append(before)
 
     def first(self, tokens: Sequence[int], n: int) -> np.ndarray:
         """Those before and the first n of `tokens`, and V up to a length that seldom changes.
@@ -243,17 +246,21 @@ class AnswerIds:
             tokens: those of every call before, and maybe more.
             n: not less than before.
         """
-        self._append(tokens[self._n - self._n_before : n])
-        return self._ids
+        return self._append(tokens[self._n - self._n_before : n])
 
-    def _append(self, tokens: Sequence[int]) -> None:
-        end = self._n + len(tokens)
-        if end > len(self._ids):
-            longer = np.full(max(256, 1 << (end - 1).bit_length()), self._n_vocab, np.uint32)
-            longer[: self._n] = self._ids[: self._n]
-            self._ids = longer
-        self._ids[self._n : end] = tokens
+    def _append(self, tokens: Sequence[int]) -> np.ndarray:
+        end, ids = self._n + len(tokens), self._ids
+        if ids is None or end > len(ids):
+            import numpy as np
+
+            room = max(256, 1 << (end - 1).bit_length()) if end else 0
+            longer = np.full(room, self._n_vocab, np.uint32)
+            if ids is not None:
+                longer[: self._n] = ids[: self._n]
+            self._ids = ids = longer
+        ids[self._n : end] = tokens
         self._n = end
+        return ids
 
 
 class Recent(NamedTuple):
@@ -308,6 +315,8 @@ def choose(logits: mx.array, rows: Mapping[int, RowChoice]) -> list[tuple[list[i
         part = rows_of(logits, group)
         masks = [one.mask for one in chosen if one.mask is not None]
         if masks:
+            import numpy as np
+
             # Stacked on the host, where they come from.
             part = masked(part, mx.array(np.stack(masks)))
         if chosen[0].barred:
@@ -327,6 +336,8 @@ def choose(logits: mx.array, rows: Mapping[int, RowChoice]) -> list[tuple[list[i
 
 def _answers(recents: Sequence[Recent], n_vocab: int) -> np.ndarray:
     """What the host knows of each answer, up to one length: [n, N]."""
+    import numpy as np
+
     known = [() if one.answer is None else one.answer for one in recents]
     ids = np.full((len(known), max(map(len, known))), n_vocab, np.uint32)
     for row, tokens in zip(ids, known, strict=True):
@@ -336,6 +347,8 @@ def _answers(recents: Sequence[Recent], n_vocab: int) -> np.ndarray:
 
 def _stacked(recents: Sequence[Recent], ids: Any) -> mx.array | None:
     """Tokens that the host knows [n, N], and behind them those that were fed together."""
+    import numpy as np
+
     ids, fed = np.asarray(ids, np.uint32), recents[0].fed
     known = mx.array(ids) if ids.size else None
     if fed is None:

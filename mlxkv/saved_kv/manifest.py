@@ -9,8 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from mlxkv.base.paths import NAME
 from mlxkv.prefix.on_disk.format import MAX_TOKENS, ROOT, PageKey, page_name
 
@@ -117,7 +115,10 @@ def _check(named: NamedKV, n_keys: int) -> None:
         raise ValueError("no fingerprint")
     if not is_name(named.name) or type(named.n_tokens) is not int:
         raise ValueError("a name or a number of tokens that cannot be")
-    if named.n_tokens * 4 != len(named.tokens) or (np.frombuffer(named.tokens, "<i4") < 0).any():
+    if (
+        named.n_tokens * 4 != len(named.tokens)
+        or min(memoryview(named.tokens).cast("i"), default=0) < 0
+    ):
         raise ValueError("tokens that cannot be")
     pages = page_chain(named.tokens)
     chain = [PageKey(*pages[key.name][1:], key.part) for key in named.keys if key.name in pages]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
+from mlxkv.base.startup import collecting_later
 from mlxkv.errors import TemplateError
 from mlxkv.terminal.answer_options import AnswerOptions, options_of
 
@@ -28,10 +29,11 @@ def load_model(name: str, dtype: str, given: Given) -> LLM:
     try:
         path = resolve.resolve(name, report=progress if progress.on else resolve.silent)
         progress(f"loading {name}")
-        from mlxkv.llm.llm import LLM
-        from mlxkv.store.settings import effective
+        with collecting_later():
+            from mlxkv.llm.llm import LLM
+            from mlxkv.store.settings import effective
 
-        return LLM.load(path, effective(path, given), dtype)
+            return LLM.load(path, effective(path, given), dtype)
     finally:
         progress.clear()
 

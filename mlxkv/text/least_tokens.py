@@ -17,12 +17,11 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from mlxkv.chat.interrupt import check_point
 from mlxkv.text.pieces import NEUTRAL, SPACE, prepends, steps_of, writes_spaces
 
 if TYPE_CHECKING:
+    import numpy as np
     from tokenizers import Tokenizer as Backend
     from tokenizers.models import BPE
 
@@ -60,6 +59,8 @@ class LeastTokens:
         return max(0, int(total * (1 - 1e-9)))
 
     def _of_part(self, text: str, shares: np.ndarray) -> float:
+        import numpy as np
+
         data = text.encode("utf-8", "surrogatepass")
         counts = np.bincount(np.frombuffer(data, np.uint8), minlength=256)
         ascii_counts = counts[:_HIGH].astype(np.float64)
@@ -95,6 +96,7 @@ class LeastTokens:
     @cached_property
     def _shares(self) -> np.ndarray | None:
         """1/M of each ASCII character, and of all others; 0 for what may be left out."""
+        import numpy as np
         from tokenizers.models import BPE
 
         model = self._backend.model
@@ -156,6 +158,8 @@ def _written(is_byte_level: bool) -> dict[str, str]:
 
 def _longest(lengths: Mapping[str, int], written: Mapping[str, str]) -> np.ndarray:
     """The length of the longest token with each ASCII character, and with any other."""
+    import numpy as np
+
     falling = sorted(lengths, key=lengths.__getitem__, reverse=True)
     joined = _BETWEEN.join(falling)  # one search in it is as fast as the machine
     starts = list(itertools.accumulate((len(token) + 1 for token in falling), initial=0))
@@ -172,6 +176,7 @@ def _longest(lengths: Mapping[str, int], written: Mapping[str, str]) -> np.ndarr
 
 def _byte_level(tokens: set[str], written: Mapping[str, str]) -> np.ndarray:
     """Which characters are never left out of a text: those whose every byte is a token."""
+    import numpy as np
     from tokenizers.pre_tokenizers import ByteLevel
 
     known = [written.get(chr(code), chr(code)) in tokens for code in range(_HIGH)]
@@ -181,6 +186,8 @@ def _byte_level(tokens: set[str], written: Mapping[str, str]) -> np.ndarray:
 
 def _others(model: BPE, tokens: set[str]) -> np.ndarray:
     """The same where a character that is no token may be written in bytes."""
+    import numpy as np
+
     has_bytes = model.byte_fallback and all(f"<0x{code:02X}>" in tokens for code in range(256))
     named = [chr(code) if chr(code) != " " else SPACE for code in range(_HIGH)]
     return np.array([*(has_bytes or name in tokens for name in named), has_bytes])

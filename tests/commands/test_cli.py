@@ -369,7 +369,7 @@ def test_models_version_and_help_print_to_stdout(call):
 def test_help_and_run_of_a_local_model_leave_out_what_is_slow_to_import(env):
     code = (
         "import sys; from mlxkv.cli import main; main(sys.argv[1:]); "
-        "print(sorted({'mlx.core', 'rich', 'prompt_toolkit', 'huggingface_hub.hf_api', "
+        "print(sorted({'mlx.core', 'numpy', 'rich', 'prompt_toolkit', 'huggingface_hub.hf_api', "
         "'transformers', 'torch'} & sys.modules.keys()), file=sys.stderr)"
     )
     for args, expected in (
