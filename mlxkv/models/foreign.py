@@ -24,7 +24,7 @@ from mlxkv.kv.layout import Cache, Caches, LayerCache, Mask, Positions, Slice
 from mlxkv.kv.storage import Ragged, dense
 from mlxkv.kv.types import CacheSpec, KVFormat
 from mlxkv.nn.batch import BatchCache, batch
-from mlxkv.nn.model import POSITIONS, CausalLM
+from mlxkv.nn.model import POSITIONS, CausalLM, Media
 from mlxkv.nn.shared_buffers import padded
 
 
@@ -317,11 +317,15 @@ class Model(CausalLM):
                 lent.append(cache)
         return lent
 
-    def embed(self, tokens: mx.array) -> mx.array:
+    def embed(self, tokens: mx.array, media: Media = ()) -> mx.array:
         raise self._is_one_piece()
 
     def hidden(
-        self, x: mx.array, caches: Caches = None, per_layer: mx.array | None = None
+        self,
+        x: mx.array,
+        caches: Caches = None,
+        per_layer: mx.array | None = None,
+        media: Media = (),
     ) -> mx.array:
         raise self._is_one_piece()
 
@@ -334,14 +338,16 @@ class Model(CausalLM):
             "logits; embeddings and hidden states are not to be had of it"
         )
 
-    def __call__(self, tokens: mx.array, caches: Caches = None) -> mx.array:
+    def __call__(self, tokens: mx.array, caches: Caches = None, media: Media = ()) -> mx.array:
         return self._run(tokens, caches)
 
-    def position_logits(self, tokens: mx.array, caches: Caches = None) -> Iterator[mx.array]:
+    def position_logits(
+        self, tokens: mx.array, caches: Caches = None, media: Media = ()
+    ) -> Iterator[mx.array]:
         for i in range(0, tokens.shape[1], POSITIONS):
             yield self._run(tokens[:, i : i + POSITIONS], caches)[0]
 
-    def last_logits(self, tokens: mx.array, caches: Caches = None) -> mx.array:
+    def last_logits(self, tokens: mx.array, caches: Caches = None, media: Media = ()) -> mx.array:
         # A definition gives logits of every token it is given: those of a chunk that are not read
         # are never computed, so the last token goes by itself.
         if tokens.shape[1] > 1 and caches is not None:

@@ -18,6 +18,7 @@ from mlxkv.models.gemma3n_altup import AltUp, one_stream, rescaled, root_mean_sq
 from mlxkv.models.gemma3n_config import Config
 from mlxkv.nn.layers import GatedMLP, compiled, gated
 from mlxkv.nn.linear import Linear
+from mlxkv.nn.model import Media
 from mlxkv.nn.shared_kv import KeysValues, PerLayerBackbone, PerLayerNorms, SharedKVModel
 
 
@@ -163,13 +164,17 @@ class Model(SharedKVModel):
         layers = [Layer(config, i) for i in range(config.num_hidden_layers)]
         super().__init__(config, layers, Backbone)
 
-    def embed_per_layer(self, tokens: mx.array) -> mx.array | None:
+    def embed_per_layer(self, tokens: mx.array, media: Media = ()) -> mx.array | None:
         # Tokens of images and sound have no row here and get that of token 0.
         known = tokens < self.config.vocab_size_per_layer_input
-        return super().embed_per_layer(mx.where(known, tokens, 0))
+        return super().embed_per_layer(mx.where(known, tokens, 0), media)
 
     def hidden(
-        self, x: mx.array, caches: Caches = None, per_layer: mx.array | None = None
+        self,
+        x: mx.array,
+        caches: Caches = None,
+        per_layer: mx.array | None = None,
+        media: Media = (),
     ) -> mx.array:
         assert per_layer is not None, "its layers need embed_per_layer(tokens)"
         inputs = self.model.per_layer_inputs(x, per_layer)

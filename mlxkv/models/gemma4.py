@@ -19,6 +19,7 @@ from mlxkv.kv.layout import Caches, LayerCache, Mask, Offset
 from mlxkv.models.gemma4_config import Config
 from mlxkv.nn.layers import GatedMLP, Prepared, compiled, gated
 from mlxkv.nn.linear import Linear
+from mlxkv.nn.model import Media
 from mlxkv.nn.moe import GatedExperts, weighed
 from mlxkv.nn.shared_kv import Heads, KeysValues, PerLayerBackbone, PerLayerNorms, SharedKVModel
 
@@ -127,13 +128,21 @@ class Model(SharedKVModel):
         super().__init__(config, layers, PerLayerBackbone)
 
     def hidden(
-        self, x: mx.array, caches: Caches = None, per_layer: mx.array | None = None
+        self,
+        x: mx.array,
+        caches: Caches = None,
+        per_layer: mx.array | None = None,
+        media: Media = (),
     ) -> mx.array:
         inputs = None if per_layer is None else self.model.per_layer_inputs(x, per_layer)
         return self.model.norm(self.through_layers(x, inputs, caches))
 
     def last_hidden(
-        self, x: mx.array, caches: Caches = None, per_layer: mx.array | None = None
+        self,
+        x: mx.array,
+        caches: Caches = None,
+        per_layer: mx.array | None = None,
+        media: Media = (),
     ) -> mx.array:
         """As every model's; the layers without KV are computed for the last token alone."""
         inputs = None if per_layer is None else self.model.per_layer_inputs(x, per_layer)

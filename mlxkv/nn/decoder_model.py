@@ -29,7 +29,7 @@ from mlxkv.nn.layers import (
     split_heads,
 )
 from mlxkv.nn.linear import Embedding, Linear
-from mlxkv.nn.model import CausalLM, attention_masks, model_windows
+from mlxkv.nn.model import CausalLM, Media, attention_masks, model_windows, placed
 from mlxkv.nn.rope import RoPE
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -323,13 +323,17 @@ class DecoderModel(CausalLM):
             CacheSpec(c.num_key_value_heads, c.head_dim, c.head_dim, window) for window in c.windows
         ]
 
-    def embed(self, tokens: mx.array) -> mx.array:
+    def embed(self, tokens: mx.array, media: Media = ()) -> mx.array:
         x = self.model.embed_tokens(tokens)
         # A Python number takes the dtype of x: rounded to bfloat16 only when computing in it.
-        return x if self._embed_scale is None else x * self._embed_scale
+        return placed(x if self._embed_scale is None else x * self._embed_scale, media)
 
     def hidden(
-        self, x: mx.array, caches: Caches = None, per_layer: mx.array | None = None
+        self,
+        x: mx.array,
+        caches: Caches = None,
+        per_layer: mx.array | None = None,
+        media: Media = (),
     ) -> mx.array:
         masks = attention_masks(self._windows, caches, x.shape[1])
         for i, (layer, window) in enumerate(zip(self.model.layers, self._windows, strict=True)):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -14,6 +14,33 @@ from mlxkv.nn.rope import RoPE
 
 POSITIONS = 64
 """Positions whose logits are held at once, where those of all are wanted: `[64, V]`."""
+
+
+class Placed(NamedTuple):
+    """Rows of a picture or of sound among the embeddings of tokens.
+
+    Args:
+        kind: see `mlxkv.media.types`.
+        start: index of the first among the tokens of this call.
+        rows: `[n, E]`, from `CausalLM.media_rows`.
+    """
+
+    kind: str
+    start: int
+    rows: mx.array
+
+
+Media = Sequence[Placed]
+"""In order and apart, all of them within the tokens of the call, whose B is 1."""
+
+
+def placed(x: mx.array, media: Media) -> mx.array:
+    """Embeddings `[1, L, E]` with the rows of media in their places."""
+    parts, at = [], 0
+    for _, start, rows in media:
+        parts += [x[:, at:start], rows[None].astype(x.dtype)]
+        at = start + rows.shape[0]
+    return mx.concatenate([*parts, x[:, at:]], axis=1) if parts else x
 
 
 def attention_masks(
@@ -88,20 +115,47 @@ class CausalLM(nn.Module):
         limits = [module.stable_tokens for module in self.modules() if isinstance(module, RoPE)]
         return min((n for n in limits if n is not None), default=None)
 
-    def embed(self, tokens: mx.array) -> mx.array:
+    @property
+    def media_kinds(self) -> frozenset[str]:
+        """What it takes beside text: of `mlxkv.media.types.KINDS`, those whose encoders it has."""
+        return frozenset()
+
+    @property
+    def two_way_kinds(self) -> frozenset[str]:
+        """Kinds of media whose rows see each other both ways: no chunk ends inside one."""
+        return frozenset()
+
+    def media_rows(self, kind: str, data: Mapping[str, mx.array]) -> mx.array:
+        """Lazy rows `[n, E]` of one picture or piece of sound, from the encoder's arrays.
+
+        Args:
+            kind: one of `media_kinds`.
+            data: of one `mlxkv.media.types.Medium`.
+        """
+        raise NotImplementedError
+
+    def embed(self, tokens: mx.array, media: Media = ()) -> mx.array:
         """The first layer's input for tokens `[B, L]`: `[B, L, E]`, scaled where the family does.
+
+        Args:
+            tokens: where media stand, any token: the rows replace its embedding.
+            media: rows to put in their places.
 
         Raises:
             UnsupportedModel: the definition is mlx-lm's, which takes tokens only.
         """
         raise NotImplementedError
 
-    def embed_per_layer(self, tokens: mx.array) -> mx.array | None:
+    def embed_per_layer(self, tokens: mx.array, media: Media = ()) -> mx.array | None:
         """Each layer's own embeddings of tokens `[B, L]`: `[B, L, layers, P]`, or None."""
         return None
 
     def hidden(
-        self, x: mx.array, caches: Caches = None, per_layer: mx.array | None = None
+        self,
+        x: mx.array,
+        caches: Caches = None,
+        per_layer: mx.array | None = None,
+        media: Media = (),
     ) -> mx.array:
         """Final hidden states `[B, L, E]` of embeddings; appends their KV to the caches.
 
@@ -109,6 +163,7 @@ class CausalLM(nn.Module):
             x: from `embed`, `[B, L, E]`, at the positions that follow what the caches hold.
             caches: one per layer that owns KV (`make_caches`); None for one whole sequence.
             per_layer: from `embed_per_layer`.
+            media: what `embed` was given, for the rows that see each other both ways.
         """
         raise NotImplementedError
 
@@ -116,28 +171,34 @@ class CausalLM(nn.Module):
         """Logits `[B, L, V]` of final hidden states `[B, L, E]`."""
         raise NotImplementedError
 
-    def __call__(self, tokens: mx.array, caches: Caches = None) -> mx.array:
-        """Logits `[B, L, V]` of tokens `[B, L]`; caches as for `hidden`."""
-        x, per_layer = self.embed(tokens), self.embed_per_layer(tokens)
-        return self.logits(self.hidden(x, caches, per_layer))
+    def __call__(self, tokens: mx.array, caches: Caches = None, media: Media = ()) -> mx.array:
+        """Logits `[B, L, V]` of tokens `[B, L]`; caches and media as for `hidden`."""
+        x, per_layer = self.embed(tokens, media), self.embed_per_layer(tokens, media)
+        return self.logits(self.hidden(x, caches, per_layer, media))
 
-    def last_logits(self, tokens: mx.array, caches: Caches = None) -> mx.array:
+    def last_logits(self, tokens: mx.array, caches: Caches = None, media: Media = ()) -> mx.array:
         """Logits `[B, V]` after the last token: the head's product for one position only."""
-        x, per_layer = self.embed(tokens), self.embed_per_layer(tokens)
-        return self.logits(self.last_hidden(x, caches, per_layer))[:, 0]
+        x, per_layer = self.embed(tokens, media), self.embed_per_layer(tokens, media)
+        return self.logits(self.last_hidden(x, caches, per_layer, media))[:, 0]
 
-    def position_logits(self, tokens: mx.array, caches: Caches = None) -> Iterator[mx.array]:
+    def position_logits(
+        self, tokens: mx.array, caches: Caches = None, media: Media = ()
+    ) -> Iterator[mx.array]:
         """Logits of every position of tokens `[1, L]`, `[n, V]` of a few positions at a time."""
-        x, per_layer = self.embed(tokens), self.embed_per_layer(tokens)
-        hidden = self.hidden(x, caches, per_layer)
+        x, per_layer = self.embed(tokens, media), self.embed_per_layer(tokens, media)
+        hidden = self.hidden(x, caches, per_layer, media)
         for i in range(0, hidden.shape[1], POSITIONS):
             yield self.logits(hidden[:, i : i + POSITIONS])[0]
 
     def last_hidden(
-        self, x: mx.array, caches: Caches = None, per_layer: mx.array | None = None
+        self,
+        x: mx.array,
+        caches: Caches = None,
+        per_layer: mx.array | None = None,
+        media: Media = (),
     ) -> mx.array:
         """The last position of `hidden`, `[B, 1, E]`."""
-        return self.hidden(x, caches, per_layer)[:, -1:]
+        return self.hidden(x, caches, per_layer, media)[:, -1:]
 
 
 def model_windows(specs: Iterable[CacheSpec | None]) -> list[int | None]:

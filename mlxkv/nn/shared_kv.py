@@ -18,7 +18,7 @@ from mlxkv.nn.attention import attend
 from mlxkv.nn.decoder_model import Backbone, DecoderConfig, DecoderModel, FourNorms
 from mlxkv.nn.layers import Fusing, NormedHeads, gated, merge_heads
 from mlxkv.nn.linear import Embedding, Linear
-from mlxkv.nn.model import attention_masks
+from mlxkv.nn.model import Media, attention_masks
 from mlxkv.nn.rope import RoPE
 
 KeysValues = tuple[KV, KV]
@@ -201,7 +201,7 @@ class SharedKVModel(DecoderModel):
             for h in self.config.heads
         ]
 
-    def embed_per_layer(self, tokens: mx.array) -> mx.array | None:
+    def embed_per_layer(self, tokens: mx.array, media: Media = ()) -> mx.array | None:
         P = self.config.hidden_size_per_layer_input
         if not P:
             return None
