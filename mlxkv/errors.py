@@ -2,7 +2,8 @@
 
     MlxkvError                  exit code, HTTP status
     ├── UsageError                 2, 400   an argument or request that cannot be served
-    │   └── ContextExceeded        2, 400   a prompt longer than the model's context
+    │   ├── ContextExceeded        2, 400   a prompt longer than the model's context
+    │   └── MediaError             2, 400   a picture or sound that cannot be read, or is too large
     ├── ModelNotFound              3, 404   no such path, repository or model name
     ├── CheckpointError            4, 422   a model's files are damaged or do not fit together
     │   ├── ConfigError            4, 422   config.json: a key is missing, wrong or not understood
@@ -128,6 +129,10 @@ class ContextExceeded(UsageError):
             f"by {least}{n_tokens - context + 1:,}, or have it cut",
             hints=(Hint("truncate", True), Hint("overflow", "shift")),
         )
+
+
+class MediaError(UsageError):
+    """A picture or a piece of sound that cannot be read, or that is larger than allowed."""
 
 
 class ModelNotFound(MlxkvError):

@@ -25,7 +25,7 @@ ROOMS: dict[str, set[str]] = {
     "checkpoint": {"base", "kv"},
     "nn": {"cache", "kv", "checkpoint", "base"},
     "models": {"nn", "cache", "kv", "checkpoint", "base"},
-    "media": set(),
+    "media": {"base"},
     "chat": set(),
     "text": {"chat", "base"},
     "parsers": {"text", "chat"},

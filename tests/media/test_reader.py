@@ -1,0 +1,103 @@
+"""What each family's config gives: placeholders, sizes, tokens and digests."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mlxkv.errors import ConfigError, MediaError
+from mlxkv.media.reader import MediaReader, reader_of
+
+PIXELS = np.random.default_rng(16).integers(0, 256, (60, 100, 3), dtype=np.uint8)
+
+
+def reader(folder: Path, model: dict[str, Any], **files: dict[str, Any]) -> MediaReader | None:
+    for name, content in {"config": model, **files}.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return reader_of(folder)
+
+
+def vision(model_type: str, **keys: Any) -> dict[str, Any]:
+    return {"model_type": model_type, "vision_config": {"hidden_size": 8}, **keys}
+
+
+def made(folder: Path, model: dict[str, Any], **files: dict[str, Any]) -> MediaReader:
+    found = reader(folder, model, **files)
+    assert found is not None
+    return found
+
+
+def test_a_model_without_encoders_has_no_reader(tmp_path: Path) -> None:
+    assert reader_of(tmp_path) is None
+    assert reader(tmp_path, {"model_type": "gemma3_text"}) is None
+    assert reader(tmp_path, {"model_type": "gemma4", "vision_config": None}) is None
+    assert reader(tmp_path, vision("qwen3_vl")) is None
+
+
+def test_a_picture_stands_as_its_family_writes_it(tmp_path: Path) -> None:
+    three = made(tmp_path, vision("gemma3", boi_token_index=5)).placeholders["image"]
+    assert (three.text, three.before, three.after) == ("<start_of_image>", "\n\n", "\n\n")
+    assert (three.begin, three.token, three.end) == (5, 262144, 256000)
+    four = made(tmp_path, vision("gemma4", image_token_id=7)).placeholders["image"]
+    assert (four.text, four.before, four.after) == ("<|image|>", "", "")
+    assert (four.begin, four.token, four.end) == (255999, 7, 258882)
+
+
+def test_sizes_come_from_the_config_and_its_processor(tmp_path: Path) -> None:
+    model = vision("gemma3", mm_tokens_per_image=4)
+    model["vision_config"]["image_size"] = 56
+    medium = made(tmp_path, model).image(PIXELS)
+    assert medium.n_tokens == 4 and medium.data is not None
+    assert medium.data["pixels"].shape == (56, 56, 3)
+    assert medium.data["pixels"].min() < -0.5
+    flat = {"size": {"height": 28, "width": 42}, "do_normalize": False, "image_mean": None}
+    medium = made(tmp_path, model, preprocessor_config=flat).image(PIXELS)
+    assert medium.data is not None and medium.data["pixels"].shape == (28, 42, 3)
+    assert medium.data["pixels"].min() >= 0
+    nested = {"image_processor": {"size": {"height": 14, "width": 14}}}
+    medium = made(tmp_path, model, processor_config=nested).image(PIXELS)
+    assert medium.data is not None and medium.data["pixels"].shape == (14, 14, 3)
+
+
+def test_patches_keep_the_aspect_within_the_budget(tmp_path: Path) -> None:
+    found = made(tmp_path, vision("gemma4"))
+    assert found.image_tokens(1920, 1080) == 264 and found.image_tokens(64, 64) == 256
+    assert found.image_tokens(1, 30_000) == 280 == found.image_tokens(30_000, 1)
+    for budget in (70, 140, 280, 560, 1120):
+        medium = found.image(PIXELS, budget)
+        assert budget * 0.8 < medium.n_tokens <= budget and medium.data is not None
+        assert medium.data["patches"].shape == (medium.n_tokens * 9, 768)
+        columns, rows = medium.data["positions"].max(0) + 1
+        assert columns * rows == medium.n_tokens * 9 and 1.3 < columns / rows < 2
+    with pytest.raises(MediaError, match="one of 70, 140, 280, 560, 1120; got 100"):
+        found.image(PIXELS, 100)
+    whole = made(tmp_path, vision("gemma4_unified")).image(PIXELS)
+    assert whole.data is not None
+    assert whole.data["patches"].shape == (whole.n_tokens, 48 * 48 * 3)
+    assert whole.data["positions"][1].tolist() == [1, 0]
+
+
+def test_the_digest_is_of_content_and_size_not_of_name(tmp_path: Path) -> None:
+    found = made(tmp_path, vision("gemma4"))
+    first = found.image(PIXELS, name="a.png")
+    assert first == found.image(PIXELS.copy(), name="b.png") and first.ids == first.ids
+    other = PIXELS.copy()
+    other[0, 0] ^= 255
+    digests = {first.digest, found.image(other).digest, found.image(PIXELS, 70).digest}
+    assert len(digests) == 3
+    assert len(set(first.ids)) == first.n_tokens and max(first.ids) < 0
+
+
+def test_a_config_that_is_not_understood_is_named(tmp_path: Path) -> None:
+    for key, value in {"image_token_id": "x", "boi_token_id": -3, "eoi_token_id": True}.items():
+        with pytest.raises(ConfigError, match=f"config.json: key '{key}' must be"):
+            reader(tmp_path, vision("gemma4", **{key: value}))
+    with pytest.raises(ConfigError, match="image_mean"):
+        reader(tmp_path, vision("gemma3"), preprocessor_config={"image_mean": [1]})
+    (tmp_path / "preprocessor_config.json").write_text("[1]")
+    with pytest.raises(ConfigError, match=r"preprocessor_config\.json: a JSON object"):
+        reader_of(tmp_path)
