@@ -6,12 +6,13 @@ A number that changes the output has no default here: a family states its own, o
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from reprlib import repr as short
 from typing import Any
 
 from mlxkv.base import regular
+from mlxkv.checkpoint.tensor_names import TOWERS
 from mlxkv.errors import ConfigError, ModelNotFound
 
 MATHS_KEYS = frozenset(
@@ -84,6 +85,15 @@ def text_config(raw: Mapping[str, Any]) -> dict[str, Any]:
         if raw.get(key) is not None
     }  # fmt: skip
     return {**outer, **{key: value for key, value in inner.items() if value is not None}}
+
+
+def with_towers(raw: Mapping[str, Any], towers: Container[str]) -> dict[str, Any]:
+    """A config with the configs of these towers only, of `tensor_names.TOWERS`.
+
+    Text-only exports of multimodal models often keep the config of a tower that they leave out.
+    """
+    others = {f"{tower}_config" for tower in TOWERS if tower not in towers}
+    return {key: value for key, value in raw.items() if key not in others}
 
 
 class Fields:

@@ -6,20 +6,38 @@ Each function returns the weights kept, and the names of those left out.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Container, Mapping
-from typing import Any
+from collections.abc import Callable, Container, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
-import mlx.core as mx
+if TYPE_CHECKING:
+    import mlx.core as mx
 
-Remapped = tuple[dict[str, mx.array], list[str]]
+Remapped = tuple[dict[str, "mx.array"], list[str]]
 
 _ROTARY = re.compile(r"rotary_emb\.|inv_freq$")
+TOWERS: Mapping[str, tuple[str, ...]] = {
+    "vision": ("vision_tower", "vision_embedder", "embed_vision", "multi_modal_projector"),
+    "audio": ("audio_tower", "embed_audio"),
+}
+"""What makes rows of pictures and of sound, and the modules of it at the root of a checkpoint; a
+family's config has a field of each name, None for a model without."""
 _MEDIA = re.compile(
     r"(^|\.)(vision_tower|vision_model|vision_embedder|audio_tower|embed_vision|embed_audio|"
     r"multi_modal_projector)\."
 )
 _LAYER = re.compile(r"^model\.layers\.(\d+)\.")
 _KV = re.compile(r"\.self_attn\.(k_proj|v_proj|k_norm|v_norm)\.")
+
+
+def tower_of(name: str) -> str | None:
+    """Which of `TOWERS` a tensor of a checkpoint, or a parameter of a model, is part of."""
+    module = name.removeprefix("model.").partition(".")[0]
+    return next((tower for tower, modules in TOWERS.items() if module in modules), None)
+
+
+def towers_in(names: Iterable[str]) -> frozenset[str]:
+    """The towers that tensors of these names are part of."""
+    return frozenset(tower for name in names if (tower := tower_of(name)) is not None)
 
 
 def without_rotary(weights: Mapping[str, mx.array], config: Any = None) -> Remapped:
@@ -44,12 +62,16 @@ def language_model(
 
     Args:
         weights: of a multimodal checkpoint or not.
-        config: any: this, too, can be a family's `remap`.
+        config: of any family. The towers that it has are kept as well, see `tower_of`.
         readers: layers that read another's KV: what their own would be made of is left out.
     """
     kept: dict[str, mx.array] = {}
     skipped: list[str] = []
+    towers = [tower for tower in TOWERS if getattr(config, tower, None) is not None]
     for name, array in weights.items():
+        if tower_of(name) in towers and not _ROTARY.search(name):
+            kept[name.removeprefix("model.")] = array
+            continue
         ours = name.removeprefix("language_model.")
         if ours.startswith("model.language_model."):
             ours = "model." + ours.removeprefix("model.language_model.")

@@ -190,4 +190,4 @@ def remap(weights: Mapping[str, mx.array], config: Config) -> tuple[dict[str, mx
         keys and values that layers without KV of their own do not use.
     """
     readers = [i for i, heads in enumerate(config.heads) if heads.donor is not None]
-    return tensor_names.language_model(weights, readers=readers)
+    return tensor_names.language_model(weights, config, readers=readers)

@@ -158,7 +158,7 @@ def remap(weights: Mapping[str, mx.array], config: Config) -> tuple[dict[str, mx
     """
     n_layers, n_shared = config.num_hidden_layers, config.num_kv_shared_layers
     text, skipped = tensor_names.language_model(
-        weights, readers=range(n_layers - n_shared, n_layers)
+        weights, config, readers=range(n_layers - n_shared, n_layers)
     )
     kept: dict[str, mx.array] = {}
     for name, array in text.items():

@@ -21,8 +21,9 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlxkv.base import device
 from mlxkv.base.stepwise import finished
 from mlxkv.base.units import human_bytes
-from mlxkv.checkpoint.config import read_config, text_config
+from mlxkv.checkpoint.config import read_config, text_config, with_towers
 from mlxkv.checkpoint.quantization import Quantization
+from mlxkv.checkpoint.tensor_names import towers_in
 from mlxkv.checkpoint.weights import Weights, open_weights, skipped_text
 from mlxkv.errors import Hint, OutOfMemory, UnsupportedModel, UsageError, WeightsError
 from mlxkv.models import Family, family_for
@@ -98,8 +99,16 @@ class Layout:
                 module.compute_dtype = self.dtype
 
 
-def open_checkpoint(path: Path) -> tuple[Checkpoint, dict[str, mx.array]]:
+def open_checkpoint(
+    path: Path, *, text_only: bool = False
+) -> tuple[Checkpoint, dict[str, mx.array]]:
     """Read a model directory's headers; with them its lazy weights, under the family's names.
+
+    The model gets the towers that both config.json and the weights have.
+
+    Args:
+        path: see `load_model`.
+        text_only: leave the towers out.
 
     Raises:
         As `load_model`.
@@ -107,8 +116,9 @@ def open_checkpoint(path: Path) -> tuple[Checkpoint, dict[str, mx.array]]:
     raw = read_config(path)
     source = str(path / "config.json")
     family = family_for(raw, source)
-    config = family.config(raw, source)
     weights = open_weights(path)
+    towers = frozenset() if text_only else towers_in(weights.infos)
+    config = family.config(with_towers(raw, towers), source)
     kept, skipped = family.remap(weights.arrays(), config)
     return Checkpoint(raw, source, family, config, weights, skipped), kept
 
