@@ -19,6 +19,7 @@ import mlx.core as mx
 import numpy as np
 
 Shapes = Mapping[str, Sequence[int]]
+CLIPS = ("input_min", "input_max", "output_min", "output_max")
 
 
 def llama_config(**changes: Any) -> dict[str, Any]:
@@ -136,7 +137,10 @@ def random_tensor(name: str, shape: Sequence[int], seed: int, norm_mean: float) 
         tuple(shape)
     )
     part = name.split(".")[-2] if "." in name else name
-    if part.endswith("norm"):
+    if name.endswith(CLIPS):
+        # Where about a fifth of the values are clipped.
+        scaled = (0.8 + 0.2 * abs(noise)) * (-1 if name.endswith("_min") else 1)
+    elif part.endswith("norm"):
         scaled = norm_mean + 0.3 * noise
     elif name.endswith(".sinks"):
         # Next to scores of this size: some heads say little, others hardly listen to theirs.
@@ -154,7 +158,7 @@ def random_tensor(name: str, shape: Sequence[int], seed: int, norm_mean: float) 
         scaled = 1.5 * noise / shape[-1] ** 0.5
     else:
         scaled = noise / shape[-1] ** 0.5
-    return scaled.astype(np.float32)
+    return np.asarray(scaled, np.float32)
 
 
 def random_weights(shapes: Shapes, seed: int = 0, norm_mean: float = 1.0) -> dict[str, np.ndarray]:
