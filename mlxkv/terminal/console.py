@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import TextIO
 
 from mlxkv.base.units import human_bytes
+from mlxkv.terminal.word_wrap import wrap_for
 
 MIN_INTERVAL_S = 0.1
 
@@ -29,7 +30,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[
 
 class Aside:
     """Text beside the result: a model's reasoning. It goes to stderr, so that stdout is the answer
-    alone; dimmed on a terminal, and elsewhere (or with NO_COLOR) after a label.
+    alone; dimmed and word-wrapped on a terminal, and elsewhere (or with NO_COLOR) after a label.
     """
 
     def __init__(self, stream: TextIO | None = None, label: str = "reasoning"):
@@ -37,10 +38,12 @@ class Aside:
         plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
         dim = self._stream.isatty() and not plain
         self._start, self._end = ("\x1b[2m", "\x1b[0m") if dim else (f"({label})\n", "")
+        self._wrap = wrap_for(self._stream)
         self._open = False
 
     def write(self, text: str) -> None:
         """Write more of it."""
+        text = self._wrap(text) if self._wrap else text
         self._stream.write(text if self._open else self._start + text)
         self._stream.flush()
         self._open = True
@@ -50,6 +53,7 @@ class Aside:
         if self._open:
             self._stream.write(f"{self._end}\n\n")
             self._stream.flush()
+            self._wrap = wrap_for(self._stream)
         self._open = False
 
 

@@ -13,6 +13,7 @@ from mlxkv.terminal.answer_options import AnswerOptions
 from mlxkv.terminal.console import Aside, ProgressLine
 from mlxkv.terminal.spelling import RUN
 from mlxkv.terminal.stats_text import describe_memory, describe_stats, remarks, stats_dict
+from mlxkv.terminal.word_wrap import wrap_for
 
 if TYPE_CHECKING:
     from mlxkv.generation.outputs import Chunk
@@ -72,25 +73,35 @@ def prefill_report(progress: ProgressLine) -> Callable[[int, int], None] | None:
 
 
 class Printer:
-    """Writes an answer as it comes: its text to stdout, reasoning beside it (`Aside`).
+    """Writes an answer as it comes: its text to stdout, reasoning beside it (`Aside`). On a
+    terminal both are word-wrapped.
 
     Tools are not run: a call is written as the model wrote it.
     """
 
     def __init__(self) -> None:
         self._aside = Aside()
+        self._wrap = wrap_for(sys.stdout)
         self.wrote = False
 
     def __call__(self, chunk: Chunk) -> None:
         """Write a chunk's text, reasoning and calls."""
         if chunk.reasoning:
+            self._leave_line()
             self._aside.write(chunk.reasoning)
         text = chunk.text + "".join(call.text for call in chunk.tool_calls)
         if text:
             self._aside.end()
-            sys.stdout.write(text)
+            sys.stdout.write(self._wrap(text) if self._wrap else text)
             sys.stdout.flush()
             self.wrote = True
+
+    def _leave_line(self) -> None:
+        """Begin a new line of the terminal for reasoning behind text."""
+        if self._wrap is not None and self._wrap.column:
+            sys.stdout.write("\n")
+            sys.stdout.flush()
+            self._wrap.start_over()
 
     def end(self) -> None:
         """End the reasoning."""
