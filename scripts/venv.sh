@@ -2,6 +2,9 @@
 # Needs nothing but Python 3.11 or newer (on a Mac macOS 14 and an arm64 Python), and leaves the
 # system's Python alone. POSIX sh and tools: macOS has bash 3.2, and BSD's sed, awk and wc.
 
+# The suite starts the command line some hundred times: its bytecode is worth keeping.
+unset PYTHONDONTWRITEBYTECODE
+
 root=$(cd "$(dirname "$0")/.." && pwd)
 venv=$root/.venv
 

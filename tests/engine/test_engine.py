@@ -462,7 +462,7 @@ def test_stats_can_be_read_from_another_thread_at_any_time(models, engine):
                 return
 
     async def run() -> None:
-        for _ in range(10):
+        for _ in range(4):
             asks = [ask(models["llama"], LONG[i : i + 50], max_tokens=3) for i in range(30)]
             await asyncio.gather(*(collect(engine.submit(one)) for one in asks))
 

@@ -51,7 +51,7 @@ def nothing_to_break(tmp_path, monkeypatch):
 
 @SCHEMA.parametrize()
 @hypothesis.settings(
-    max_examples=15,
+    max_examples=10,
     phases=[Phase.explicit, Phase.generate],
     suppress_health_check=list(HealthCheck),
 )
