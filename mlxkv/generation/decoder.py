@@ -72,7 +72,9 @@ class Decoder:
         answer = None
         if row.sampler.needs_answer:
             answer = AnswerIds(row.sampler.n_vocab, row.answered)
-        lane = Lane(row, row.session.tokens[-last_n:] if last_n else None, answer)
+        session = row.session
+        before = session.media.vocabulary(session.tokens[-last_n:]) if last_n else None
+        lane = Lane(row, before, answer)
         flight = self._choose([lane], row.logits)
         self._lanes.append(lane)
         self._fresh.append(flight)

@@ -17,6 +17,7 @@ from mlxkv.generation.reader import AnswerReader
 from mlxkv.generation.request import Request
 from mlxkv.generation.session import Restored, Session
 from mlxkv.generation.stats import Clock
+from mlxkv.media.prompt import NO_MEDIA, PromptMedia
 from mlxkv.memory.types import without_trace
 from mlxkv.parsers.events import ToolCall
 from mlxkv.sampling.sampler import Sampler
@@ -38,6 +39,7 @@ class Generation:
         bound: the context.
         tokenizer: the model's.
         masker: of the request's format; None where it has none.
+        media: of the prompt.
 
     Attributes:
         sequence: the whole prompt and what was generated, dropped tokens included.
@@ -57,7 +59,10 @@ class Generation:
         bound: Bound,
         tokenizer: Tokenizer,
         masker: Masker | None = None,
+        media: PromptMedia = NO_MEDIA,
     ):
+        media.check(tokens)
+        self.media = media
         self.session, self.request, self.sampler, self.bound = session, request, sampler, bound
         self.sequence, self.prompt = list(tokens), tokens
         self.limit = bound.limit(len(tokens), request.max_tokens)
@@ -94,6 +99,7 @@ class Generation:
         What the first time finds is what the figures say of the prompt.
         """
         tokens = self.remaining()
+        self.session.media = self.media
         if self.request.prompt_logprobs is not None and not self.n_generated:
             self._scorer = self.session.score(tokens, self.request.prompt_logprobs)
         restored = self.session.restore(tokens)
@@ -235,7 +241,11 @@ class Generation:
     def _stats(self) -> Stats:
         n = self.n_generated
         stats = self._clock.stats(
-            self._prompt, self._restored, n, self.session.nbytes, self._tokenizer
+            self._prompt,
+            self._restored,
+            n,
+            self.session.nbytes,
+            lambda tokens: self.media.text(tokens, self._tokenizer.decode),
         )
         # The last token itself has not been made room for.
         shifted = self.bound.n_dropped(self._n_prompt + max(n, 1) - 1)

@@ -9,6 +9,7 @@ import mlx.core as mx
 from mlxkv.base.device import default_chunk
 from mlxkv.base.stepwise import finished
 from mlxkv.errors import UsageError
+from mlxkv.generation.media import MediaRows
 from mlxkv.generation.prompt_logprobs import PromptLogprobs
 from mlxkv.kv.layout import Cache
 from mlxkv.nn.model import CausalLM
@@ -54,27 +55,40 @@ def prefilling(
     computed: Callable[[int], None] | None = None,
     scorer: PromptLogprobs | None = None,
     start: int = 0,
+    media: MediaRows | None = None,
 ) -> Generator[tuple[int, int], None, mx.array]:
     """`prefill`, a chunk each time that the next is asked for.
 
     Args:
+        model: the model.
+        tokens: of the vocabulary.
+        caches: of one sequence.
         take: of (tokens left, tokens in all), how many to compute at once.
         computed: called with the tokens done after each chunk but the last.
         scorer: takes log-probabilities of the tokens.
-        start: position of the first token in the scorer's prompt.
+        start: position of the first token in the prompt.
+        media: among the tokens.
 
     Yields:
-        (done, all) after each chunk but the last.
+        (done, all) after each chunk but the last, and after each medium that was encoded.
     """
     array = mx.array(list(tokens), dtype=mx.int32)[None]
     done, n = 0, len(tokens)
     while True:
         n_new = take(n - done, n)
         new = array[:, done : done + n_new]
+        placed = []
+        if media is not None:
+            for _ in media.encoding(start + done, n_new):
+                yield done, n
+            placed = media.placed(start + done, n_new)
         if scorer is not None and scorer.wants(start + done, n_new):
-            logits = scorer.score(model, new, caches, start + done)
+            logits = scorer.score(model, new, caches, start + done, placed)
+        elif placed:
+            logits = model.last_logits(new, caches, placed)
         else:
             logits = model.last_logits(new, caches)
+        del placed
         done += n_new
         if done == n:
             return logits

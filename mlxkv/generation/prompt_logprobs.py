@@ -17,7 +17,8 @@ import mlx.core as mx
 
 from mlxkv.generation.outputs import TokenLogprobs
 from mlxkv.kv.layout import Cache
-from mlxkv.nn.model import POSITIONS, CausalLM
+from mlxkv.media.prompt import NO_MEDIA, PromptMedia
+from mlxkv.nn.model import POSITIONS, CausalLM, Media
 from mlxkv.sampling.logprobs import tell
 from mlxkv.text.tokenizer import Tokenizer
 
@@ -32,16 +33,18 @@ class PromptLogprobs:
     Args:
         tokens: the prompt.
         n_top: how many of the likeliest tokens at each place.
+        media: of the prompt; where they stand, the token that stands for a row is told.
 
     Attributes:
         n_known: leading tokens whose log-probability is known; the first one counts.
         is_shared: whether another prompt may take them.
     """
 
-    def __init__(self, tokens: Sequence[int], n_top: int):
+    def __init__(self, tokens: Sequence[int], n_top: int, media: PromptMedia = NO_MEDIA):
         import numpy as np
 
         self.tokens, self.n_top = np.array(tokens, np.int32), n_top
+        self._said = np.array(media.vocabulary(tokens), np.int32) if media else self.tokens
         shape = len(tokens), 1 + n_top
         self._ids, self._values = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
         self.n_known, self.is_shared = 1, True
@@ -76,19 +79,25 @@ class PromptLogprobs:
         return POSITIONS * model.config.vocab_size * 12
 
     def score(
-        self, model: CausalLM, tokens: mx.array, caches: Sequence[Cache], position: int
+        self,
+        model: CausalLM,
+        tokens: mx.array,
+        caches: Sequence[Cache],
+        position: int,
+        media: Media = (),
     ) -> mx.array:
         """Compute tokens, and take the log-probabilities of those behind them.
 
         Args:
             tokens: `[1, L]`, at `position` of the prompt.
             caches: that hold what is before them.
+            media: among them.
 
         Returns:
             Lazy logits `[1, V]` after the last token.
         """
         rows = None
-        for rows in model.position_logits(tokens, caches):
+        for rows in model.position_logits(tokens, caches, media):
             self._take(rows, position)
             position += rows.shape[0]
         assert rows is not None
@@ -103,7 +112,7 @@ class PromptLogprobs:
         if start >= stop:
             mx.eval(rows)
             return
-        chosen = mx.array(self.tokens[start:stop])
+        chosen = mx.array(self._said[start:stop])
         rows = rows[start - position - 1 : stop - position - 1]
         told = tell(rows, chosen, [self.n_top] * (stop - start))
         assert told is not None and start == self.n_known
@@ -119,7 +128,7 @@ class PromptLogprobs:
 
     def told(self, tokenizer: Tokenizer) -> tuple[TokenLogprobs, ...]:
         """Each token's; the first one's is None."""
-        first = token_logprobs(tokenizer, int(self.tokens[0]), None)
+        first = token_logprobs(tokenizer, int(self._said[0]), None)
         rest = zip(self._ids[1:].tolist(), self._values[1:].tolist(), strict=True)
         return (first, *(_told(tokenizer, ids, values) for ids, values in rest))
 

@@ -15,12 +15,18 @@ import mlx.core as mx
 from mlxkv.base.device import default_chunk
 from mlxkv.base.stepwise import finished
 from mlxkv.cache import KVCache, RotatingKVCache, make_caches
+from mlxkv.generation.asking import asked
+from mlxkv.generation.media import MediaRows
 from mlxkv.generation.prefill import prefilling
 from mlxkv.generation.prompt_logprobs import PromptLogprobs, Scores
 from mlxkv.generation.restored import Restored, explained, n_shared
 from mlxkv.kv.layout import Cache
 from mlxkv.kv.types import AUTO, STEP, first_kv_type
+from mlxkv.media.prompt import NO_MEDIA
+from mlxkv.media.types import Medium
 from mlxkv.memory.budget import Budget
+from mlxkv.memory.figures import kv_use
+from mlxkv.memory.media import Rows
 from mlxkv.memory.types import ALLOCATION_ERRORS, Grant, KVUse, Rung, is_allocation_failure
 from mlxkv.nn.model import CausalLM
 from mlxkv.nn.slots import growth_bytes, sliceable
@@ -42,6 +48,7 @@ class Session:
 
     Attributes:
         kv_type: the format that the KV is in now.
+        media: among the tokens that are held or come next.
         rungs: what was done since the last `restore` to free memory.
     """
 
@@ -57,6 +64,7 @@ class Session:
         self.is_auto = kv_type == AUTO
         self.kv_type = self._first_type = first_kv_type(kv_type)
         self.caches: list[Cache] = make_caches(model, self.kv_type)
+        self.media = NO_MEDIA
         self._known: list[int] = []
         self._pages, self._budget, self._scores = pages, budget, scores
         self._scorer: PromptLogprobs | None = None
@@ -90,13 +98,7 @@ class Session:
 
     def use(self) -> KVUse:
         """What of the caches is used."""
-        allocated = [_capacity(cache) for cache in self.caches]
-        return KVUse(
-            self.n_held,
-            sum(used for used, _ in allocated),
-            max((capacity for _, capacity in allocated), default=0),
-            self.nbytes,
-        )
+        return kv_use(self.caches)
 
     def reset(self) -> None:
         """Forget everything."""
@@ -129,7 +131,7 @@ class Session:
         mx.clear_cache()
         return Rung("packed", self.n_held, before - self.nbytes, kv_type)
 
-    def _apply(self, grant: Grant) -> None:
+    def apply(self, grant: Grant) -> None:
         """Do what the budget asks for.
 
         Raises:
@@ -141,18 +143,6 @@ class Session:
         if grant.quantize_to is not None:
             self.rungs.append(self.quantize(grant.quantize_to))
 
-    def _ask_budget(self, budget: Budget, n_new: int, *, last: bool, beside: int = 0) -> int:
-        """How many of the next tokens may be computed at once; see `Budget.grant`.
-
-        Raises:
-            KVCacheFull: there is no room for any.
-        """
-        while True:
-            grant = budget.grant(self, n_new, last=last, beside=beside)
-            self._apply(grant)
-            if grant.n_tokens:
-                return grant.n_tokens
-
     def score(self, tokens: Sequence[int], n_top: int) -> PromptLogprobs:
         """Log-probabilities of a prompt's tokens, which the next `restore` and prefill find.
 
@@ -160,7 +150,7 @@ class Session:
             tokens: the prompt.
             n_top: how many of the likeliest tokens at each place.
         """
-        self._scorer = PromptLogprobs(tokens, n_top)
+        self._scorer = PromptLogprobs(tokens, n_top, self.media)
         if self._scores is not None and self._shareable(len(tokens)):
             self._scores.join(self._scorer)
         return self._scorer
@@ -185,7 +175,7 @@ class Session:
         held = self.tokens
         shared = n_shared(held, tokens)
         live = Restored(
-            min(shared, self._most(tokens)),
+            self.resumable(tokens, min(shared, self._most(tokens))),
             shared=shared,
             held=tuple(held[shared : shared + STEP]),
             n_known=len(held),
@@ -225,7 +215,15 @@ class Session:
     def _match(self, tokens: Sequence[int]) -> Match:
         if self._pages is None:
             return Match()
-        return self._pages.match(tokens, self._most(tokens))
+        n = self.resumable(tokens, self._most(tokens))
+        while (match := self._pages.match(tokens, n)).n_tokens:
+            if (n := self.resumable(tokens, match.n_tokens)) == match.n_tokens:
+                break
+        return match
+
+    def resumable(self, tokens: Sequence[int], n: int) -> int:
+        """The last place up to `n` tokens where a prompt can be cut, and gone on from."""
+        return self.media.resumable(tokens, n, self.model.two_way_kinds)
 
     def _most(self, tokens: Sequence[int]) -> int:
         """Tokens that may be restored: those behind them are computed, to have their logits."""
@@ -282,34 +280,47 @@ class Session:
         self._known = tokens
         if self._budget is not None:
             self._budget.admit(self, len(tokens))
+        kept = Rows() if self._budget is None else self._budget.rows
+        media = MediaRows(self.model, self.media, tokens, kept, self._make_room)
 
         def take(n_left: int, n: int) -> int:
             n_new = min(chunk() or default_chunk(), n_left)
-            if self._budget is None:
-                return n_new
-            beside, last = 0, n_new == n_left
-            if scorer is not None and scorer.wants(start + n - n_left, n_new):
-                beside, last = scorer.step_bytes(self.model), True
-            return self._ask_budget(self._budget, n_new, last=last, beside=beside)
+            at = start + n - n_left
+            return media.take(at, n_new, lambda m, whole: self._take(at, m, m == n_left, whole))
 
         def computed(done: int) -> None:
             self._cut(start + done)
             if self._budget is not None:
                 self._budget.note()
 
+        new = self.media.vocabulary(tokens[start:])
         logits = yield from prefilling(
-            self.model, tokens[start:], self.caches, take, computed, scorer, start
+            self.model, new, self.caches, take, computed, scorer, start, media
         )
         self._scorer = None
         self._longest = max(self._longest, len(tokens))
         return logits
+
+    def _take(self, at: int, n_new: int, last: bool, whole: bool) -> int:
+        """How many of the next tokens of a prompt there is memory for; see `asked`."""
+        if self._budget is None:
+            return n_new
+        beside, scorer = 0, self._scorer
+        if scorer is not None and scorer.wants(at, n_new):
+            beside, last = scorer.step_bytes(self.model), True
+        return asked(self, self._budget, n_new, last=last, beside=beside, whole=whole)
+
+    def _make_room(self, medium: Medium) -> None:
+        """Ask for memory for an encoder; raises KVCacheFull where there is none."""
+        if self._budget is not None:
+            self.apply(self._budget.make_room(self, self._budget.encoders.of(medium)))
 
     def before_step(self) -> None:
         """A token is about to be fed: the caches grow at each step of 256."""
         if self._budget is not None and self.n_held % STEP == 0:
             self._budget.note()
             beside = growth_bytes(sliceable(self.caches), self.n_held + 1)
-            self._ask_budget(self._budget, 1, last=True, beside=beside)
+            asked(self, self._budget, 1, last=True, beside=beside)
 
     def has_room(self, n_bytes: int) -> bool:
         """Whether its caches may be moved, which takes so many bytes."""
@@ -325,7 +336,7 @@ class Session:
             raise error
         n_held = min(len(tokens), self.n_held)
         self._empty()
-        self._apply(self._budget.after_failure(self, n_held))
+        self.apply(self._budget.after_failure(self, n_held))
         if self.kv_type != self._first_type:
             return  # there are no pages in this format
         try:
@@ -385,10 +396,3 @@ class Session:
         if not done:
             self.reset()
         return done
-
-
-def _capacity(cache: Cache) -> tuple[int, int]:
-    """Bytes of what a cache holds, and tokens that it has room for."""
-    if isinstance(cache, KVCache | RotatingKVCache):
-        return cache.used_bytes, cache.capacity
-    return cache.nbytes, 0

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 
 from mlxkv.generation.outputs import Miss, Stats
 from mlxkv.generation.session import Restored
 from mlxkv.prefix.match import WORTH
-from mlxkv.text.tokenizer import Tokenizer
 
 AROUND = 12
 """Tokens shown on either side of where a prompt left what was held."""
@@ -35,7 +34,7 @@ class Clock:
         restored: Restored,
         n_generated: int,
         kv_bytes: int,
-        tokenizer: Tokenizer,
+        text_of: Callable[[Sequence[int]], str],
     ) -> Stats:
         first = self.last if self.first is None else self.first
         n_prompt = len(prompt)
@@ -52,12 +51,15 @@ class Clock:
             peak_bytes=mx.get_peak_memory(),
             kv_bytes=kv_bytes,
             diverged_at=restored.diverged_at(n_prompt),
-            miss=explain_miss(prompt, restored, first - self.start, tokenizer),
+            miss=explain_miss(prompt, restored, first - self.start, text_of),
         )
 
 
 def explain_miss(
-    prompt: Sequence[int], restored: Restored, prefill_s: float, tokenizer: Tokenizer
+    prompt: Sequence[int],
+    restored: Restored,
+    prefill_s: float,
+    text_of: Callable[[Sequence[int]], str],
 ) -> Miss | None:
     """Why not more of a prompt was restored; None where there was no more to restore.
 
@@ -72,10 +74,10 @@ def explain_miss(
     if token is None or n_lost <= 0:
         return None
 
-    before = tokenizer.decode(list(prompt[max(0, token - AROUND) : token]))
+    before = text_of(prompt[max(0, token - AROUND) : token])
 
     def marked(after: Sequence[int]) -> str:
-        return f"{before}|{tokenizer.decode(list(after[:AROUND]))}"
+        return f"{before}|{text_of(after[:AROUND])}"
 
     return Miss(
         reason,

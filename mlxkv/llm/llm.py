@@ -18,7 +18,7 @@ from mlxkv.generation.outputs import Chunk, Result, Stats, join_parts
 from mlxkv.generation.request import Message, Prompt, Request
 from mlxkv.llm import saved_prefix
 from mlxkv.llm.conversation import Conversation
-from mlxkv.memory.budget import memory_stats
+from mlxkv.memory.figures import memory_stats
 from mlxkv.memory.types import MemoryStats
 from mlxkv.saved_kv.manifest import NamedKV
 from mlxkv.store.resolve import resolve

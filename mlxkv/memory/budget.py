@@ -4,9 +4,9 @@ Invariants:
 - A sequence asks before its caches grow, at each step of 256 tokens: for a chunk of its prompt, and
   for a token. The answer is a `Grant`, from the needs of a traced step (`trace`).
 - Where memory is short, the budget takes these rungs in order and reports each: MLX's allocator
-  frees its cached buffers, the prompt continues in smaller chunks, prefix pages are written out or
-  dropped, the sequence must quantize its KV (`--kv-type auto`). After the last rung this sequence
-  ends with `KVCacheFull`; no other is affected.
+  frees its cached buffers, the prompt continues in smaller chunks, kept rows of media are dropped,
+  prefix pages are written out or dropped, the sequence must quantize its KV (`--kv-type auto`).
+  After the last rung this sequence ends with `KVCacheFull`; no other is affected.
 - After an allocation that failed inside MLX it takes the same rungs.
 - The budget keeps an account for each sequence, and changes nothing in a sequence.
 - `limit_bytes` may change at any time, and applies from the next grant on.
@@ -27,10 +27,11 @@ from mlxkv.errors import Hint, KVCacheFull
 from mlxkv.kv.types import KV_TYPES, STEP
 from mlxkv.memory import needs
 from mlxkv.memory.accounts import Accounts
-from mlxkv.memory.needs import MIN_CHUNK, Needs, larger_chunk
+from mlxkv.memory.media import EncoderNeeds, Rows, rows_bytes
+from mlxkv.memory.needs import MIN_CHUNK, Needs, halves, larger_chunk
 from mlxkv.memory.page_shares import PageShares
 from mlxkv.memory.step_bound import StepBound
-from mlxkv.memory.types import Consumer, Grant, KVUse, MemoryStats, Rung
+from mlxkv.memory.types import Consumer, Grant, KVUse, Rung
 from mlxkv.nn.model import CausalLM
 from mlxkv.prefix.pages import Pages
 
@@ -57,6 +58,8 @@ class Budget:
     Attributes:
         start: KV when the last request began.
         most: the largest KV since then.
+        rows: of media, kept for prompts to come.
+        encoders: what computing rows takes.
     """
 
     def __init__(
@@ -69,6 +72,8 @@ class Budget:
         self._needs: dict[str, Needs] = {}
         self._accounts = Accounts()
         self.start = self.most = KVUse()
+        self.rows = Rows(rows_bytes(limit_bytes, weights_bytes))
+        self.encoders = EncoderNeeds(model)
 
     @property
     def limit_bytes(self) -> int:
@@ -77,6 +82,7 @@ class Budget:
     @limit_bytes.setter
     def limit_bytes(self, limit_bytes: int) -> None:
         self._limit_bytes = limit_bytes
+        self.rows.limit_bytes = rows_bytes(limit_bytes, self.weights_bytes)
         self._shares.set_bytes(needs.pages_bytes(limit_bytes, self.weights_bytes))
 
     def adopt(self, pages: Pages) -> None:
@@ -103,8 +109,8 @@ class Budget:
 
     @property
     def used_bytes(self) -> int:
-        """Weights, KV and prefix pages."""
-        return self.weights_bytes + self.kv_bytes + self.pages_bytes
+        """Weights, KV, prefix pages and rows of media."""
+        return self.weights_bytes + self.kv_bytes + self.pages_bytes + self.rows.nbytes
 
     @property
     def pages_bytes(self) -> int:
@@ -165,7 +171,15 @@ class Budget:
         n_new = min(n_tokens, n_chunk)
         return self._is_roomy(sequence, n_tokens - n_new, n_new)
 
-    def grant(self, sequence: Consumer, n_new: int, *, last: bool, beside: int = 0) -> Grant:
+    def grant(
+        self,
+        sequence: Consumer,
+        n_new: int,
+        *,
+        last: bool,
+        beside: int = 0,
+        whole: bool = False,
+    ) -> Grant:
         """Decide how many of the next tokens a sequence may compute at once.
 
         Args:
@@ -173,17 +187,18 @@ class Budget:
             n_new: tokens it wants to compute.
             last: whether it needs the logits after the last of them.
             beside: bytes that the step takes for other sequences.
+            whole: whether fewer tokens are of no use to it.
         """
         account = self._accounts[sequence]
         if not account.is_quantizing:
             self._widen(sequence, n_new, last)
         account.is_quantizing = False
-        wanted = min(n_new, account.chunk_cap or n_new)
+        wanted = n_new if whole else min(n_new, account.chunk_cap or n_new)
         rungs: list[Rung] = []
         if self._is_roomy(sequence, sequence.n_held, wanted, beside):
             return self._grant_tokens(sequence, wanted, rungs)
         for sizes in self._ladder(sequence, wanted, rungs):
-            for n in sizes:
+            for n in [n for n in sizes if n == n_new or not whole]:
                 if not self._fits(sequence, n, last=last and n == n_new, beside=beside):
                     continue
                 if n < wanted:
@@ -192,6 +207,8 @@ class Budget:
         if (kv_type := _smaller_format(sequence)) is not None:
             account.is_quantizing = True
             return Grant(rungs=tuple(rungs), quantize_to=kv_type)
+        if whole:
+            return Grant(rungs=tuple(rungs), full=self._full(sequence, sequence.n_held + n_new))
         if self._fits(sequence, 1, last=last and n_new == 1, beside=beside):
             if wanted > 1:
                 self._cut(sequence, 1, rungs)
@@ -224,13 +241,15 @@ class Budget:
         self, sequence: Consumer, wanted: int, rungs: list[Rung]
     ) -> Iterator[Sequence[int]]:
         """Chunk sizes to try; takes another rung before each."""
-        smaller = _halves(wanted)
+        smaller = halves(wanted)
         cached = mx.get_cache_memory()
         if cached and not self._fits(sequence, wanted, last=True, beside=cached):
             mx.clear_cache()
             rungs.append(Rung("cache", sequence.n_held, cached))
         yield (wanted,)
         yield smaller
+        if self._drop_rows(sequence, rungs):
+            yield (wanted, *smaller)
         while self.pages_bytes:
             missing = -self._room_after(sequence, (wanted, *smaller)[-1], last=True)
             freed = self.give_pages(max(1, missing))
@@ -238,6 +257,32 @@ class Budget:
                 break  # the rest is pinned
             rungs.append(Rung("pages", sequence.n_held, freed))
             yield (wanted, *smaller)
+
+    def _drop_rows(self, sequence: Consumer, rungs: list[Rung]) -> int:
+        if freed := self.rows.clear():
+            mx.clear_cache()
+            rungs.append(Rung("media", sequence.n_held, freed))
+        return freed
+
+    def make_room(self, sequence: Consumer, n_bytes: int) -> Grant:
+        """Free memory for an encoder that a sequence is about to run, of which nothing stays.
+
+        Args:
+            sequence: the sequence that asks; it has to end where the grant has no tokens.
+            n_bytes: that the encoder takes.
+        """
+        rungs: list[Rung] = []
+        if n_bytes > self._free(sequence) - (cached := mx.get_cache_memory()) and cached:
+            mx.clear_cache()
+            rungs.append(Rung("cache", sequence.n_held, cached))
+        if n_bytes > self._free(sequence):
+            self._drop_rows(sequence, rungs)
+        if (missing := n_bytes - self._free(sequence)) > 0 and (freed := self.give_pages(missing)):
+            rungs.append(Rung("pages", sequence.n_held, freed))
+        if n_bytes > self._free(sequence):
+            full = self._full(sequence, sequence.n_held + 1, sequence.n_held)
+            return Grant(rungs=tuple(rungs), full=full)
+        return Grant(1, tuple(rungs))
 
     def after_failure(self, sequence: Consumer, n_held: int) -> Grant:
         """Take the next rung after MLX failed to allocate.
@@ -249,6 +294,7 @@ class Budget:
         with contextlib.suppress(RuntimeError):
             device.finish()  # the step in flight fails as well
         rungs: list[Rung] = []
+        self._drop_rows(sequence, rungs)
         cached = mx.get_cache_memory()
         mx.clear_cache()
         if cached:
@@ -346,38 +392,7 @@ class Budget:
         return KVCacheFull(held, n_wanted, most, limit, shown, hints)
 
 
-def _halves(n: int) -> tuple[int, ...]:
-    """Chunks smaller than `n`, down to `MIN_CHUNK`."""
-    sizes = []
-    while n > MIN_CHUNK:
-        n = max(MIN_CHUNK, n // 2)
-        sizes.append(n)
-    return tuple(sizes)
-
-
 def _smaller_format(sequence: Consumer) -> str | None:
     """The next smaller format that a sequence's KV may be quantized to."""
     at = KV_TYPES.index(sequence.kv_type) + 1
     return KV_TYPES[at] if sequence.is_auto and at < len(KV_TYPES) else None
-
-
-def memory_stats(budget: Budget) -> MemoryStats:
-    """A model's memory, and MLX's."""
-    mx.synchronize()
-    pages, pages_bytes = budget.pages, budget.pages_bytes
-    active, peak = mx.get_active_memory(), mx.get_peak_memory()
-    most = budget.weights_bytes + budget.most.allocated_bytes + pages_bytes
-    return MemoryStats(
-        limit_bytes=budget.limit_bytes,
-        weights_bytes=budget.weights_bytes,
-        kv=budget.use(),
-        kv_start=budget.start,
-        kv_most=budget.most,
-        pages_ram_bytes=pages_bytes,
-        pages_ssd_bytes=0 if pages is None else pages.ssd_bytes,
-        workspace_bytes=max(0, peak - most),
-        active_bytes=active,
-        cached_bytes=mx.get_cache_memory(),
-        peak_bytes=peak,
-        unexplained_bytes=active - budget.used_bytes,
-    )

@@ -216,6 +216,15 @@ def larger_chunk(n_new: int) -> int:
     return n + 1 if n > STEP else n
 
 
+def halves(n: int) -> tuple[int, ...]:
+    """Chunks smaller than `n`, down to `MIN_CHUNK`."""
+    sizes = []
+    while n > MIN_CHUNK:
+        n = max(MIN_CHUNK, n // 2)
+        sizes.append(n)
+    return tuple(sizes)
+
+
 def _power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 

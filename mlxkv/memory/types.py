@@ -33,7 +33,7 @@ class Rung:
     """A step that freed memory.
 
     Args:
-        kind: `cache`, `chunk`, `pages` or `packed` (quantized).
+        kind: `cache`, `chunk`, `media`, `pages` or `packed` (quantized).
         n_tokens: tokens that the sequence held then.
         amount: bytes that were freed; for `chunk` the tokens of a chunk from then on.
         kv_type: for `packed` the new format of the sequence's KV.
@@ -50,6 +50,8 @@ class Rung:
                 what = f"MLX's allocator gave back {human_bytes(self.amount)}"
             case "chunk":
                 what = f"the prompt continues in chunks of {self.amount:,} tokens"
+            case "media":
+                what = f"encoded pictures and sound of {human_bytes(self.amount)} were dropped"
             case "pages":
                 what = f"prefix pages of {human_bytes(self.amount)} were dropped from RAM"
             case _:
