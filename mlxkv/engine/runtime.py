@@ -86,6 +86,7 @@ class Runtime(TextSide):
         weights_bytes = sum(
             x.nbytes for _, x in tree_flatten(model.parameters()) if isinstance(x, mx.array)
         )
+        weights_bytes -= model.waiting_bytes()
         limit_bytes = limit_bytes or device.memory_limit()
         room = needs.pages_bytes(limit_bytes, weights_bytes)
         self.pages = open_pages(model, path, first_kv_type(kv_type), room)
@@ -112,7 +113,7 @@ class Runtime(TextSide):
     ) -> Generator[None, None, Self]:
         """`load` in steps, without `hold_wired`; `layout` if the model is laid out already."""
         limit = settings.memory.value
-        model = yield from loading(path, dtype, limit, layout)
+        model = yield from loading(path, dtype, limit, layout, encoders_wait=True)
         yield
         tokenizer = Tokenizer.from_dir(path)
         return cls(model, tokenizer, path, settings.kv_type.value, limit, settings)

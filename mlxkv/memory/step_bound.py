@@ -38,6 +38,7 @@ import mlx.nn as nn
 
 from mlxkv.base import device
 from mlxkv.kv.types import KV_TYPES, CacheSpec, KVFormat, ceil_step
+from mlxkv.nn.encoders import serves_media
 from mlxkv.nn.fused import is_fused
 from mlxkv.nn.model import CausalLM
 from mlxkv.nn.moe import GatedExperts
@@ -136,7 +137,7 @@ def _layers(model: CausalLM) -> tuple[Counter[str], Counter[str]]:
     widths: Counter[str] = Counter()
     values: Counter[str] = Counter()
     for path, module in modules.items():
-        if not isinstance(weight := module.get("weight"), mx.array):
+        if serves_media(path) or not isinstance(weight := module.get("weight"), mx.array):
             continue
         found = _LAYER.search(f"{path}.")
         layer = found[1] if found else ""

@@ -25,18 +25,15 @@ from mlxkv.checkpoint.config import read_config, text_config, with_towers
 from mlxkv.checkpoint.quantization import Quantization
 from mlxkv.checkpoint.tensor_names import towers_in
 from mlxkv.checkpoint.weights import Weights, open_weights, skipped_text
-from mlxkv.errors import Hint, OutOfMemory, UnsupportedModel, UsageError, WeightsError
+from mlxkv.errors import Hint, OutOfMemory, UnsupportedModel, WeightsError
 from mlxkv.models import Family, family_for
+from mlxkv.models.dtypes import checkpoint_dtype, compute_dtype, in_dtype, is_float, scale_dtypes
+from mlxkv.models.late import EncoderWeights, stamps_of
+from mlxkv.nn.encoders import Waiting, encoder_of, placeholder
 from mlxkv.nn.layers import Prepared
 from mlxkv.nn.linear import QuantizedEmbedding, split_products
 from mlxkv.nn.model import CausalLM
 
-DTYPES: dict[str, mx.Dtype] = {
-    "float32": mx.float32,
-    "float16": mx.float16,
-    "bfloat16": mx.bfloat16,
-}
-"""Names of the dtypes that a model can compute in."""
 STEP_BYTES = 64 << 20
 """Weights that are read at a time, where they are not a block's that is fused."""
 
@@ -88,8 +85,29 @@ class Layout:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the weights will take."""
-        return sum(array.nbytes for array in self.weights.values())
+        """Bytes that the weights will take, without those of encoders."""
+        return sum(x.nbytes for name, x in self.weights.items() if encoder_of(name) is None)
+
+    @property
+    def encoder_bytes(self) -> dict[str, int]:
+        """Kind of media -> bytes that the weights of its encoder will take."""
+        found: dict[str, int] = {}
+        for name, array in self.weights.items():
+            if (kind := encoder_of(name)) is not None:
+                found[kind] = found.get(kind, 0) + array.nbytes
+        return found
+
+    def have_encoders_wait(self, path: Path) -> None:
+        """Leave the weights of encoders in the files until they are needed."""
+        if not (n_bytes := self.encoder_bytes):
+            return
+        at = self.checkpoint
+        stamps = stamps_of(at.weights)
+        later = EncoderWeights(path, at.family, at.config, self.dtype, stamps)
+        self.model.waiting = Waiting(n_bytes, later)
+        for name, array in self.weights.items():
+            if encoder_of(name) is not None:
+                self.weights[name] = placeholder(array)
 
     def settle_dtype(self) -> None:
         """Tell the model what it computes in: packed weights do not show it."""
@@ -124,7 +142,11 @@ def open_checkpoint(
 
 
 def lay_out(
-    path: str | Path, dtype: mx.Dtype | str = "auto", *, headers_only: bool = False
+    path: str | Path,
+    dtype: mx.Dtype | str = "auto",
+    *,
+    headers_only: bool = False,
+    text_only: bool = False,
 ) -> Layout:
     """Find out what a model directory loads as; arguments and errors as for `load_model`.
 
@@ -134,10 +156,11 @@ def lay_out(
         headers_only: the files hold headers and no weights. A tied model's own head then counts:
             whether it is a copy, which loading drops, is known from the weights alone, and a
             sum must not come out smaller than what will be needed.
+        text_only: leave encoders of pictures and sound out.
     """
     compute_dtype(dtype, mx.float32)
     path = Path(path)
-    checkpoint, kept = open_checkpoint(path)
+    checkpoint, kept = open_checkpoint(path, text_only=text_only)
     if checkpoint.skipped:
         _log.info("%s: left out %s", path, skipped_text(checkpoint.skipped))
     config = with_own_head(checkpoint.config, kept, compare=not headers_only)
@@ -148,14 +171,9 @@ def lay_out(
         pack_modules(root, kept, quantization, checkpoint.source)
     check_names(root, kept, path)
     target = compute_dtype(dtype, checkpoint.dtype)
-    exact = _scale_dtypes(kept, target)
-    if not model.mixes_dtypes and mx.float32 in exact.values():
-        target, exact = mx.float32, {}
-    cast = {
-        name: array if model.keeps_dtype(name) else _cast(array, exact.get(name, target))
-        for name, array in kept.items()
-    }
-    return Layout(checkpoint, model, cast, target)
+    if not model.mixes_dtypes and mx.float32 in scale_dtypes(kept, target).values():
+        target = mx.float32
+    return Layout(checkpoint, model, in_dtype(model, kept, target), target)
 
 
 @contextlib.contextmanager
@@ -197,6 +215,8 @@ def loading(
     dtype: mx.Dtype | str = "auto",
     limit_bytes: int | None = None,
     layout: Layout | None = None,
+    *,
+    encoders_wait: bool = False,
 ) -> Generator[None, None, CausalLM]:
     """`load_model` in steps, each of a block or of `STEP_BYTES`.
 
@@ -205,20 +225,24 @@ def loading(
         dtype: in which it is laid out.
         limit_bytes: for its weights.
         layout: what `lay_out` found already; its weights are taken out of it.
+        encoders_wait: leave encoders on the disk until `CausalLM.load_encoder`.
     """
     if not device.can_compile():
         mx.disable_compile()
     layout = layout or lay_out(path, dtype)
     yield
-    _check_process(path, layout.nbytes)
-    if limit_bytes is not None and layout.nbytes > limit_bytes:
+    n_bytes = layout.nbytes + (0 if encoders_wait else sum(layout.encoder_bytes.values()))
+    _check_process(path, n_bytes)
+    if limit_bytes is not None and n_bytes > limit_bytes:
         raise OutOfMemory(
-            f"{path}: its weights take {human_bytes(layout.nbytes)} and the limit is "
+            f"{path}: its weights take {human_bytes(n_bytes)} and the limit is "
             f"{human_bytes(limit_bytes)}: quantize the model (see `mlxkv convert`), or allow more",
-            hints=[Hint("memory", f"{-(-layout.nbytes // 2**20)}MiB", "holds the weights")],
+            hints=[Hint("memory", f"{-(-n_bytes // 2**20)}MiB", "holds the weights")],
         )
     device.core_streams()  # with what OpenBLAS needs for them, while it can be refused
     model = layout.model
+    if encoders_wait:
+        layout.have_encoders_wait(Path(path))
     model.weights_root().update(tree_unflatten(list(layout.weights.items())))
     # A lazy array keeps what it is made of alive: only the model may hold them from here on.
     layout.weights.clear()
@@ -239,53 +263,6 @@ def _check_process(path: str | Path, n_bytes: int) -> None:
             f"{path}: its weights take {human_bytes(n_bytes)}, and {tight} leaves "
             f"{human_bytes(free)} for them: raise it, or quantize the model (see `mlxkv convert`)"
         )
-
-
-def checkpoint_dtype(raw: Mapping[str, Any], weights: Weights) -> mx.Dtype:
-    """The dtype that a checkpoint was made for: that of 16-bit affine scales, if it has any, else
-    what its config says, else most of its bytes.
-
-    A converter may have cast everything and left the config as it was, and the other 16-bit dtype
-    does not hold the scales. float32 scales do not decide: beside bfloat16 values they hold the
-    float16 scales of a GGUF file.
-    """
-    scales = {name: info for name, info in weights.infos.items() if name.endswith(".scales")}
-    of_scales = Weights(scales).dtype
-    if of_scales != mx.float32:
-        return of_scales
-    config = text_config(raw)
-    named = config.get("torch_dtype") or config.get("dtype")
-    return DTYPES.get(named, weights.dtype) if isinstance(named, str) else weights.dtype
-
-
-def _scale_dtypes(weights: Mapping[str, mx.array], target: mx.Dtype) -> dict[str, mx.Dtype]:
-    """What affine scales and biases are kept in: the target if it holds them, else float32.
-
-    float16 and bfloat16 do not hold each other's values. Scales in the dtype of the file would all
-    be cast to float32 in every product.
-    """
-    exact: dict[str, mx.Dtype] = {}
-    for name, array in weights.items():
-        module, _, kind = name.rpartition(".")
-        scales = weights.get(f"{module}.scales")
-        if kind in ("scales", "biases") and scales is not None and _is_float(scales):
-            exact[name] = target if array.dtype == target else mx.float32
-    return exact
-
-
-def compute_dtype(dtype: mx.Dtype | str, checkpoint: mx.Dtype) -> mx.Dtype:
-    """What a model computes in.
-
-    Raises:
-        UsageError: not "auto" and not one of `DTYPES`.
-    """
-    if dtype == "auto":
-        return device.default_dtype(checkpoint)
-    if isinstance(dtype, mx.Dtype) and dtype in DTYPES.values():
-        return dtype
-    if isinstance(dtype, str) and dtype in DTYPES:
-        return DTYPES[dtype]
-    raise UsageError(f"dtype must be one of auto, {', '.join(DTYPES)}; got {dtype!r}")
 
 
 def with_own_head(config: Any, weights: dict[str, mx.array], *, compare: bool = True) -> Any:
@@ -357,8 +334,8 @@ def check_names(root: nn.Module, weights: Mapping[str, mx.array], where: Path) -
                 f"{where}: tensor {name} has shape {list(got.shape)}; config.json makes it "
                 f"{list(want.shape)}"
             )
-        if want.dtype != got.dtype and not (_is_float(want) and _is_float(got)):
-            kind = "a floating dtype" if _is_float(want) else want.dtype
+        if want.dtype != got.dtype and not (is_float(want) and is_float(got)):
+            kind = "a floating dtype" if is_float(want) else want.dtype
             raise WeightsError(f"{where}: tensor {name} is {got.dtype}; it must be {kind}")
 
 
@@ -368,18 +345,13 @@ def _listed(names: Iterable[str]) -> str:
     return f"{len(names)} tensor{'s' if len(names) > 1 else ''} ({shown})"
 
 
-def _is_float(array: mx.array) -> bool:
-    return mx.issubdtype(array.dtype, mx.floating)
-
-
-def _cast(array: mx.array, dtype: mx.Dtype) -> mx.array:
-    return array.astype(dtype) if _is_float(array) else array
-
-
-def _settling(model: nn.Module) -> Iterator[None]:
+def _settling(model: CausalLM) -> Iterator[None]:
     """Bring the weights into memory, block by block so that a fused copy is one block's."""
     # No list of all modules: it would keep the parts of a fused projection alive to the end.
-    for module in [m for m in model.modules() if isinstance(m, Prepared)]:
+    blocks = [(at, m) for at, m in model.named_modules() if isinstance(m, Prepared)]
+    for at, module in blocks:
+        if (kind := encoder_of(at)) is not None and model.waiting_bytes(kind):
+            continue
         module.prepare()
         mx.eval(module.parameters())
         yield

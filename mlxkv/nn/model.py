@@ -10,6 +10,7 @@ import mlx.nn as nn
 
 from mlxkv.kv.layout import Caches, LayerCache, Mask, windowed_mask
 from mlxkv.kv.types import CacheSpec
+from mlxkv.nn.encoders import Waiting
 from mlxkv.nn.rope import RoPE
 
 POSITIONS = 64
@@ -74,10 +75,12 @@ class CausalLM(nn.Module):
 
     Attributes:
         compute_dtype: of the computation and of native KV; the loader sets it.
+        waiting: encoders whose weights are not in memory yet; the loader sets it.
     """
 
     config: Any
     compute_dtype: mx.Dtype = mx.float32
+    waiting: Waiting | None = None
 
     @property
     def batches(self) -> bool:
@@ -125,11 +128,24 @@ class CausalLM(nn.Module):
         """Kinds of media whose rows see each other both ways: no chunk ends inside one."""
         return frozenset()
 
+    def waiting_bytes(self, kind: str | None = None) -> int:
+        """Bytes that `load_encoder` will take for one kind of media, or for all."""
+        return self.waiting.nbytes(kind) if self.waiting is not None else 0
+
+    def load_encoder(self, kind: str) -> None:
+        """Bring what `media_rows` of this kind needs into memory, unless it is there.
+
+        Raises:
+            CheckpointError: the model's files are not the ones that it was loaded from.
+        """
+        if self.waiting is not None:
+            self.waiting.load(self, kind)
+
     def media_rows(self, kind: str, data: Mapping[str, mx.array]) -> mx.array:
         """Lazy rows `[n, E]` of one picture or piece of sound, from the encoder's arrays.
 
         Args:
-            kind: one of `media_kinds`.
+            kind: one of `media_kinds`; its encoder is in memory (`load_encoder`).
             data: of one `mlxkv.media.types.Medium`.
         """
         raise NotImplementedError

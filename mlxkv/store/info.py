@@ -259,7 +259,7 @@ def _parameters(infos: Mapping[str, Any], config: Mapping[str, Any], source: str
 
 def _kv_facts(specs: list[Any], checkpoint: Any, context: int) -> KVFacts:
     from mlxkv.kv.types import KVFormat
-    from mlxkv.models.loader import compute_dtype
+    from mlxkv.models.dtypes import compute_dtype
 
     dtype = compute_dtype("auto", checkpoint)
     kv = KVFormat(itemsize=dtype.size)
