@@ -190,17 +190,16 @@ def _agent_file() -> Path | None:
 
 def _run(engine: Any, config: Any) -> int:
     import asyncio
-    from threading import Thread
 
     from mlxkv.server.app import create_app
     from mlxkv.server.edge.log_lines import log_to_stderr
     from mlxkv.server.edge.serving import Server, raise_file_limit
-    from mlxkv.server.edge.stop import Stop, leave
+    from mlxkv.server.edge.stop import Later, Stop, leave
 
     app = create_app(engine, config)
     log_to_stderr(lambda: app.state.api_keys.keys)
     listening = _listen(config.host, config.port)
-    closing = Thread(target=engine.close, name="close", daemon=True)
+    closing = Later(engine.close, "close")
     server = Server(
         app, config, raise_file_limit(), on_end=closing.start, on_stop=engine.put_to_sleep
     )
@@ -225,13 +224,16 @@ def _run(engine: Any, config: Any) -> int:
     engine.start()
     try:
         asyncio.run(run())
+    except RuntimeError:
+        # asyncio ends its executor in a thread, which a limit of memory may not allow.
+        if not stop.is_asked:
+            raise
     finally:
         if app.state.state_memory is not None:
             app.state.state_memory.save()
-        if closing.ident is None:
-            closing.start()
-        closing.join(stop.left_s if stop.is_asked else None)
-    leave(stop.code if closing.is_alive() else _code_of(engine))
+        closing.start()
+        is_closed = closing.wait(stop.left_s if stop.is_asked else None)
+    leave(_code_of(engine) if is_closed else stop.code)
 
 
 def _code_of(engine: Any) -> int:

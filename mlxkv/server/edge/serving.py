@@ -18,7 +18,6 @@ import errno
 import logging
 import resource
 import socket
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -27,6 +26,7 @@ from fastapi import FastAPI
 
 from mlxkv.server.config import ServerConfig
 from mlxkv.server.edge.connections import BACKLOG, Connections, protocol_of
+from mlxkv.server.edge.stop import Later
 
 _log = logging.getLogger(__name__)
 
@@ -83,6 +83,8 @@ class Server(uvicorn.Server):
         most = max(1, min(config.max_connections, n_files - OTHER_FILES))
         self.bounds = Connections(config, most)
         self._app, self._on_end, self._on_stop = app, on_end, on_stop
+        self._is_away = asyncio.Event()
+        self._away: Later | None = None
         super().__init__(
             uvicorn.Config(
                 app,
@@ -110,6 +112,7 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Take connections."""
         asyncio.get_running_loop().set_exception_handler(self._on_loop_error)
+        self._away = self._later_away()
         await super().startup(sockets)
 
     async def on_tick(self, counter: int) -> bool:
@@ -135,19 +138,24 @@ class Server(uvicorn.Server):
             connection.transport.abort()
         self._on_end()
 
-    async def _put_away(self) -> None:
-        done, loop = asyncio.Event(), asyncio.get_running_loop()
+    def _later_away(self) -> Later:
+        loop = asyncio.get_running_loop()
 
         def run() -> None:
             try:
                 self._on_stop()
             finally:
                 with contextlib.suppress(RuntimeError):  # the loop is closed: too late
-                    loop.call_soon_threadsafe(done.set)
+                    loop.call_soon_threadsafe(self._is_away.set)
 
-        threading.Thread(target=run, name="put away", daemon=True).start()
+        return Later(run, "put away")
+
+    async def _put_away(self) -> None:
+        if self._away is None:
+            return
+        self._away.start()
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(done.wait(), AWAY_S)
+            await asyncio.wait_for(self._is_away.wait(), AWAY_S)
 
     async def _ended(self, within_s: float) -> None:
         """Wait until all requests have ended, and their answers were read."""

@@ -83,6 +83,32 @@ class Stop:
         os._exit(self.code)
 
 
+class Later:
+    """A call that waits in a thread of its own until it is wanted.
+
+    The thread is there from the beginning: under a limit of memory none can be started at the end.
+    """
+
+    def __init__(self, call: Callable[[], object], name: str):
+        self._call, self._wanted, self._ended = call, threading.Event(), threading.Event()
+        threading.Thread(target=self._run, name=name, daemon=True).start()
+
+    def start(self) -> None:
+        """Have it called; once, however often this is called."""
+        self._wanted.set()
+
+    def wait(self, within_s: float | None = None) -> bool:
+        """Wait for the end of the call; whether it came in time."""
+        return self._ended.wait(within_s)
+
+    def _run(self) -> None:
+        self._wanted.wait()
+        try:
+            self._call()
+        finally:
+            self._ended.set()
+
+
 def leave(code: int) -> NoReturn:
     """End the process now that all is written: threads of downloads, and the interpreter's own
     end, which frees models piece by piece, are not waited for."""

@@ -38,6 +38,24 @@ engine = FakeEngine()
 engine.close = threading.Event().wait
 _run(engine, ServerConfig(port=0, end_s=1.0))
 """
+WITHOUT_MORE_THREADS = """
+import os, signal, threading, time
+from mlxkv.commands.serve import _run
+from mlxkv.server.config import ServerConfig
+from tests.support.fake_engine import FakeEngine
+engine, done = FakeEngine(), []
+engine.failed = None
+engine.close = lambda: done.append("closed") or print(done)
+engine.put_to_sleep = lambda: done.append("asleep")
+def refuse(self):
+    raise RuntimeError("can't start new thread")
+def end():
+    time.sleep(0.5)
+    threading.Thread.start = refuse
+    os.kill(os.getpid(), signal.SIGINT)
+threading.Thread(target=end, daemon=True).start()
+_run(engine, ServerConfig(port=0))
+"""
 MESSAGES = [{"role": "user", "content": "hi"}]
 STREAMS = {
     "/v1/chat/completions": {"messages": MESSAGES, "stream": True},
@@ -126,3 +144,10 @@ def test_no_key_is_logged_in_a_message_or_a_trace():
     made.exc_info = trace
     text = WithoutKeys(lambda: keys).format(made)
     assert "secret" not in text and "GET /?key=***" in text and "ValueError: of ***" in text
+
+
+def test_it_ends_where_no_thread_can_be_started_any_more():
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_MORE_THREADS], capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, "['asleep', 'closed']"), done.stderr
