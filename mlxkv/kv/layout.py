@@ -12,7 +12,25 @@ import mlx.core as mx
 from mlxkv.kv.storage import KV, Rows
 from mlxkv.kv.types import CacheSpec
 
-Mask = mx.array | str | None
+
+@dataclass(frozen=True, slots=True)
+class TwoWayMask:
+    """The mask of a chunk with runs of tokens that see each other both ways.
+
+    Args:
+        array: bool `[L, S]`.
+        runs: first token of each run and the one behind its last, counted within the chunk.
+    """
+
+    array: mx.array
+    runs: Sequence[tuple[int, int]]
+
+    def n_seen(self, stop: int) -> int:
+        """How many of the chunk's tokens its queries before `stop` see."""
+        return next((end for start, end in self.runs if start < stop <= end), stop)
+
+
+Mask = mx.array | TwoWayMask | str | None
 """`None`: every query sees every key; `"causal"`: aligned at the end; else bool `[L, S]`."""
 
 
@@ -107,6 +125,27 @@ def windowed_mask(L: int, n_before: int, window: int) -> mx.array:
     queries = mx.arange(n_before, n_before + L)[:, None]
     keys = mx.arange(n_before + L)[None]
     return (keys <= queries) & (keys > queries - window)
+
+
+def two_way_mask(
+    L: int, n_before: int, window: int | None, runs: Sequence[tuple[int, int]]
+) -> TwoWayMask:
+    """`windowed_mask`, where a query in one of `runs` sees that run to its end.
+
+    Args:
+        L: tokens of the chunk.
+        n_before: keys before it.
+        window: None for no window.
+        runs: see `TwoWayMask`; in order and apart.
+    """
+    last = list(range(n_before, n_before + L))
+    for start, stop in runs:
+        last[start:stop] = [n_before + stop - 1] * (stop - start)
+    keys = mx.arange(n_before + L)[None]
+    seen = keys <= mx.array(last)[:, None]
+    if window is not None and n_before + L > window:
+        seen = seen & (keys > mx.arange(n_before - window, n_before - window + L)[:, None])
+    return TwoWayMask(seen, runs)
 
 
 class SharedRow(Protocol):

@@ -1,16 +1,24 @@
-"""Gemma 3 text: five sliding layers to each full one, norms before and after, norms on q and k.
+"""Gemma 3: five sliding layers to each full one, norms before and after, norms on q and k.
 
-Reference: transformers `modeling_gemma3.py`. Multimodal checkpoints load as their language model.
+The tokens of a picture see each other both ways, in layers of both kinds.
+
+Reference: transformers `modeling_gemma3.py`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Self
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+import mlx.core as mx
 
 from mlxkv.checkpoint import tensor_names
 from mlxkv.checkpoint.config import Fields, refuse_bidirectional
 from mlxkv.checkpoint.rope_config import rope_configs
+from mlxkv.models.gemma3_vision import Projector, SiglipTower, siglip_names
+from mlxkv.models.gemma_vision import IMAGE
+from mlxkv.models.gemma_vision_config import SiglipConfig
 from mlxkv.nn.decoder_model import (
     DecoderModel,
     FourNormLayer,
@@ -37,10 +45,21 @@ DEFAULTS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config(GroupedConfig):
-    """The numbers that define a Gemma 3; the names are those of config.json."""
+    """The numbers that define a Gemma 3; the names are those of config.json.
+
+    Attributes:
+        vision: the encoder of pictures; None for text alone.
+    """
 
     norm = OffsetRMSNorm
     scales_embedding = True
+
+    vision: SiglipConfig | None = None
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any], source: str = "config.json") -> Self:
+        config = super(Config, cls).from_dict(raw, source)
+        return replace(config, vision=SiglipConfig.read(raw, source))
 
     @classmethod
     def read(cls, fields: Fields) -> Self:
@@ -65,13 +84,32 @@ class Config(GroupedConfig):
 
 
 class Model(DecoderModel):
-    """A Gemma 3 with its head."""
+    """A Gemma 3 with its head and, if the config has one, its encoder of pictures."""
 
     def __init__(self, config: Config):
         c = config
         layers = [FourNormLayer(c, NormedAttention(c, window)) for window in c.windows]
         super().__init__(c, layers)
+        if c.vision is not None:
+            self.vision_tower = SiglipTower(c.vision)
+            self.multi_modal_projector = Projector(c.vision, c.hidden_size)
+
+    @property
+    def media_kinds(self) -> frozenset[str]:
+        return frozenset((IMAGE,) if "vision_tower" in self else ())
+
+    @property
+    def two_way_kinds(self) -> frozenset[str]:
+        return self.media_kinds
+
+    def media_rows(self, kind: str, data: Mapping[str, mx.array]) -> mx.array:
+        """See `CausalLM`; `data` has `pixels`, `[H, W, 3]`, normalised."""
+        pixels = data["pixels"].astype(self.compute_dtype)
+        return self.multi_modal_projector(self.vision_tower(pixels))
 
 
-remap = tensor_names.language_model
-"""Hugging Face names -> ours: the language model's, without the vision tower."""
+def remap(weights: Mapping[str, mx.array], config: Config) -> tuple[dict[str, mx.array], list[str]]:
+    """Hugging Face names -> ours; the names left out are those of an encoder without a config."""
+    kept, skipped = tensor_names.language_model(weights, config)
+    kept, unused = siglip_names(kept)
+    return kept, skipped + unused

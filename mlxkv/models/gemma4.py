@@ -1,10 +1,11 @@
-"""Gemma 4 text: dense (12B, 31B), mixture of experts (26B-A4B), per-layer embeddings (E2B, E4B).
+"""Gemma 4: dense (12B, 31B), mixture of experts (26B-A4B), per-layer embeddings (E2B, E4B).
 
 Sliding layers and full ones have their own head sizes and KV heads; a full layer may use its keys
 as values; the last layers may read the KV of the last layer of their kind that has its own.
 
-Reference: transformers `modeling_gemma4.py` and `modeling_gemma4_unified.py`. Multimodal
-checkpoints load as their language model.
+Pictures: E2B to 31B have an encoder, 12B has next to none (`gemma_vision`).
+
+Reference: transformers `modeling_gemma4.py` and `modeling_gemma4_unified.py`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import mlx.nn as nn
 from mlxkv.checkpoint import tensor_names
 from mlxkv.kv.layout import Caches, LayerCache, Mask, Offset
 from mlxkv.models.gemma4_config import Config
+from mlxkv.models.gemma_vision import IMAGE, RowProjection, VisionEmbedder, VitTower, vit_names
+from mlxkv.models.gemma_vision_config import VitConfig
 from mlxkv.nn.layers import GatedMLP, Prepared, compiled, gated
 from mlxkv.nn.linear import Linear
 from mlxkv.nn.model import Media
@@ -120,12 +123,32 @@ class ExpertsLayer(Layer):
 
 
 class Model(SharedKVModel):
-    """A Gemma 4 with its head."""
+    """A Gemma 4 with its head and, if the config has one, its encoder of pictures."""
 
     def __init__(self, config: Config):
         kind = ExpertsLayer if config.num_experts else Layer
         layers = [kind(config, heads) for heads in config.heads]
         super().__init__(config, layers, PerLayerBackbone)
+        vision, E, self._two_way = config.vision, config.hidden_size, config.two_way
+        if isinstance(vision, VitConfig):
+            self.vision_tower = VitTower(vision)
+        elif vision is not None:
+            self.vision_embedder = VisionEmbedder(vision)
+        if vision is not None:
+            self.embed_vision = RowProjection(vision, E)
+
+    @property
+    def media_kinds(self) -> frozenset[str]:
+        return frozenset((IMAGE,) if "embed_vision" in self else ())
+
+    @property
+    def two_way_kinds(self) -> frozenset[str]:
+        return frozenset((IMAGE,) if self._two_way else ()) & self.media_kinds
+
+    def media_rows(self, kind: str, data: Mapping[str, mx.array]) -> mx.array:
+        """See `CausalLM`; `data` has `patches` and `positions`, see `VitTower`."""
+        encoder = self["vision_tower" if "vision_tower" in self else "vision_embedder"]
+        return self.embed_vision(encoder(data["patches"], data["positions"], self.compute_dtype))
 
     def hidden(
         self,
@@ -135,7 +158,7 @@ class Model(SharedKVModel):
         media: Media = (),
     ) -> mx.array:
         inputs = None if per_layer is None else self.model.per_layer_inputs(x, per_layer)
-        return self.model.norm(self.through_layers(x, inputs, caches))
+        return self.model.norm(self.through_layers(x, inputs, caches, media))
 
     def last_hidden(
         self,
@@ -146,24 +169,26 @@ class Model(SharedKVModel):
     ) -> mx.array:
         """As every model's; the layers without KV are computed for the last token alone."""
         inputs = None if per_layer is None else self.model.per_layer_inputs(x, per_layer)
-        return self.model.norm(self.through_layers(x, inputs, caches, last_only=True)[:, -1:])
+        x = self.through_layers(x, inputs, caches, media, last_only=True)
+        return self.model.norm(x[:, -1:])
 
 
 def remap(weights: Mapping[str, mx.array], config: Config) -> tuple[dict[str, mx.array], list[str]]:
     """Hugging Face names -> ours: the language model's prefix is taken off.
 
     Returns:
-        The weights, and the names left out: vision and audio, rotary frequencies, and what layers
-        that read another's KV would have needed for their own.
+        The weights, and the names left out: of encoders without a config, rotary frequencies, and
+        what layers that read another's KV would have needed for their own.
     """
     n_layers, n_shared = config.num_hidden_layers, config.num_kv_shared_layers
     text, skipped = tensor_names.language_model(
         weights, config, readers=range(n_layers - n_shared, n_layers)
     )
+    text, unused = vit_names(text, config.vision)
     kept: dict[str, mx.array] = {}
     for name, array in text.items():
         kept |= _experts(name, array)
-    return kept, skipped
+    return kept, skipped + unused
 
 
 def _experts(name: str, array: mx.array) -> dict[str, mx.array]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from mlxkv.checkpoint.config import Fields, refuse_bidirectional, text_config
 from mlxkv.checkpoint.rope_config import RopeConfig, rope_config
+from mlxkv.models.gemma_vision_config import EmbedderConfig, VitConfig, gemma4_vision
 from mlxkv.nn.decoder_model import FULL, SLIDING, decoder_fields, grouping, layer_types
 from mlxkv.nn.shared_kv import Heads, SharedKVConfig, donors
 
@@ -42,13 +43,20 @@ UNIFIED = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config(SharedKVConfig):
-    """The numbers that define a Gemma 4; the names are those of config.json."""
+    """The numbers that define a Gemma 4; the names are those of config.json.
+
+    Attributes:
+        two_way: whether the tokens of a picture see each other both ways in sliding layers.
+        vision: the encoder of pictures; None for text alone.
+    """
 
     num_kv_shared_layers: int
     use_double_wide_mlp: bool
     num_experts: int
     top_k_experts: int
     moe_intermediate_size: int
+    two_way: bool = False
+    vision: VitConfig | EmbedderConfig | None = None
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], source: str = "config.json") -> Config:
@@ -75,9 +83,20 @@ class Config(SharedKVConfig):
             top_k_experts=fields.int("top_k_experts", at_most=n_experts) if has_experts else 0,
             moe_intermediate_size=fields.int("moe_intermediate_size") if has_experts else 0,
             heads=_heads(fields),
+            pad_token_id=fields.count("pad_token_id", 0),
+            two_way=_two_way(raw, unified),
+            vision=gemma4_vision(raw, source),
         )
         fields.finish()
         return config
+
+
+def _two_way(raw: Mapping[str, Any], unified: bool) -> bool:
+    """Whether pictures see themselves both ways; 12B's do where the key is absent, not null."""
+    inner = raw.get("text_config")
+    text = inner if isinstance(inner, Mapping) else raw
+    default = "vision" if unified else None
+    return text.get("use_bidirectional_attention", default) == "vision"
 
 
 def _heads(fields: Fields) -> tuple[Heads, ...]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from mlxkv.base import device
-from mlxkv.kv.layout import Mask, windowed_mask
+from mlxkv.kv.layout import Mask, TwoWayMask, windowed_mask
 from mlxkv.kv.storage import KV, QuantizedRows, Ragged, dense_both
 from mlxkv.nn.layers import soft_cap
 
@@ -41,7 +41,8 @@ def attend(
         v: `[B, Hk, S, v_dim]`, in the keys' form.
         scale: factor on the scores.
         mask: None, `"causal"` (aligned at the end), or bool `[L, S]`, true where visible, never
-            past the query's own position. For one query a row also bool `[B, 1, 1, S]`.
+            past the query's own position but as a `TwoWayMask` says. For one query a row also bool
+            `[B, 1, 1, S]`.
         sinks: one logit per head that takes part in the softmax and has no value, `[H]`.
         softcap: bound of the scores, `c * tanh(score / c)`, before the mask.
 
@@ -57,10 +58,12 @@ def attend(
         assert isinstance(v, QuantizedRows)
         return _attend_quantized(q, k, v, scale, mask, sinks, softcap)
     assert isinstance(v, mx.array)
+    if device.on_cpu() and softcap is None:
+        return _attend_on_cpu(q, k, v, scale, mask, sinks)
+    if isinstance(mask, TwoWayMask):
+        mask = mask.array
     if softcap is not None:
         return _attend_capped(q, k, v, scale, mask, softcap)
-    if device.on_cpu():
-        return _attend_on_cpu(q, k, v, scale, mask, sinks)
     return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask, sinks=sinks)
 
 
@@ -69,6 +72,10 @@ def _attend_on_cpu(
 ) -> mx.array:
     B, H, L, D = q.shape
     n_kv_heads = k.shape[1]
+    if L >= SPLIT_QUERIES and mask is not None:
+        return _attend_on_all_cores(q, k, v, scale, mask, sinks)
+    if isinstance(mask, TwoWayMask):
+        mask = mask.array
     if L == 1 and not isinstance(mask, str) and H != n_kv_heads:
         # The heads that share a KV head are one product's rows: K and V are read once, not H/Hk
         # times. Metal's kernel for single queries does this by itself.
@@ -76,8 +83,6 @@ def _attend_on_cpu(
         if sinks is not None:
             sinks = sinks.reshape(n_kv_heads, H // n_kv_heads, 1)
         return _attend_one(rows, k, v, scale, sinks, mask).reshape(B, H, 1, v.shape[-1])
-    if L >= SPLIT_QUERIES and mask is not None:
-        return _attend_on_all_cores(q, k, v, scale, mask, sinks)
     return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask, sinks=sinks)
 
 
@@ -144,21 +149,23 @@ def _attend_on_all_cores(
     k: mx.array,
     v: mx.array,
     scale: float,
-    mask: mx.array | str,
+    mask: mx.array | TwoWayMask | str,
     sinks: mx.array | None,
 ) -> mx.array:
     """Divide a chunk's queries over the cores: the CPU backend computes a softmax on one."""
     L, S = q.shape[2], k.shape[2]
-    parts = []
+    two_way = mask if isinstance(mask, TwoWayMask) else None
+    whole, parts = mask.array if isinstance(mask, TwoWayMask) else mask, []
     for stream, start, stop in device.shares(L, device.core_streams()):
-        seen = S - L + stop  # the keys behind all of these queries are not computed
+        # The keys that none of these queries sees are not computed.
+        seen = S - L + (stop if two_way is None else two_way.n_seen(stop))
         parts.append(
             mx.fast.scaled_dot_product_attention(
                 q[:, :, start:stop],
                 k[:, :, :seen],
                 v[:, :, :seen],
                 scale=scale,
-                mask=mask if isinstance(mask, str) else mask[start:stop, :seen],
+                mask=whole if isinstance(whole, str) else whole[start:stop, :seen],
                 sinks=sinks,
                 stream=stream,
             )
@@ -167,7 +174,7 @@ def _attend_on_all_cores(
 
 
 def _attend_capped(
-    q: mx.array, k: mx.array, v: mx.array, scale: float, mask: Mask, softcap: float
+    q: mx.array, k: mx.array, v: mx.array, scale: float, mask: mx.array | str | None, softcap: float
 ) -> mx.array:
     B, H, L, D = q.shape
     Hk, S = k.shape[1], k.shape[2]
@@ -289,14 +296,17 @@ class _Visible:
     @property
     def n_keys(self) -> int:
         """Keys up to the last visible one."""
+        if isinstance(self.mask, TwoWayMask):
+            return self.S - self.L + self.mask.n_seen(self.stop)
         return self.S if self.mask is None else self.S - self.L + self.stop
 
     def block(self, first: int, last: int) -> mx.array | None:
         """bool `[queries, last - first]` for the keys `[first, last)`; None if all are visible."""
         if self.mask is None:
             return None
-        if isinstance(self.mask, mx.array):
-            return self.mask[self.start : self.stop, first:last]
+        mask = self.mask.array if isinstance(self.mask, TwoWayMask) else self.mask
+        if isinstance(mask, mx.array):
+            return mask[self.start : self.stop, first:last]
         n_before = self.S - self.L
         if last <= n_before + self.start + 1:
             return None

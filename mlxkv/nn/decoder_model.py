@@ -335,7 +335,8 @@ class DecoderModel(CausalLM):
         per_layer: mx.array | None = None,
         media: Media = (),
     ) -> mx.array:
-        masks = attention_masks(self._windows, caches, x.shape[1])
+        runs = self.two_way_runs(media)
+        masks = attention_masks(self._windows, caches, x.shape[1], runs)
         for i, (layer, window) in enumerate(zip(self.model.layers, self._windows, strict=True)):
             x = layer(x, masks[window], None if caches is None else caches[i])
         return self.model.norm(x)

@@ -9,6 +9,9 @@ VECTOR_QUERIES = 8
 VECTOR_ROWS = 32
 """Queries of the heads of one KV head that Metal's kernel for few queries takes."""
 
+CHUNK_DIMS = (64, 80, 128)
+"""Head sizes that Metal's kernel for chunks takes."""
+
 
 def is_fused(
     L: int, k_dim: int, v_dim: int, n_shared: int, *, quantized: bool = False, capped: bool = False
@@ -31,7 +34,7 @@ def is_fused(
     if capped or device.kind() != "metal":
         return False
     if L > VECTOR_QUERIES:  # quantized KV is dequantized first
-        return k_dim == v_dim and k_dim in (64, 80, 128)
+        return k_dim == v_dim and k_dim in CHUNK_DIMS
     if quantized and L == 1:  # a product on the codes
         return False
     is_known = (k_dim == v_dim and k_dim in (64, 96, 128, 256)) or (k_dim, v_dim) == (192, 128)

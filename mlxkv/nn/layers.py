@@ -101,11 +101,15 @@ class Fusing(Prepared):
 
     def prepare(self) -> None:
         for name, parts in self.fusions.items():
-            whole = fused([self[part] for part in parts])
+            whole = self.joined([self[part] for part in parts])
             if whole is not None:
                 self[name] = whole
                 for part in parts:
                     del self[part]
+
+    def joined(self, parts: Sequence[nn.Module]) -> nn.Module | None:
+        """One projection with the rows of `parts`; None where that is not possible."""
+        return fused(parts)
 
     def project(self, name: str, x: mx.array) -> mx.array:
         """The parts' results side by side, `[B, L, sum of their sizes]`."""

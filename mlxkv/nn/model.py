@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxkv.kv.layout import Caches, LayerCache, Mask, windowed_mask
+from mlxkv.kv.layout import Caches, LayerCache, Mask, two_way_mask, windowed_mask
 from mlxkv.kv.types import CacheSpec
 from mlxkv.nn.encoders import Waiting
 from mlxkv.nn.rope import RoPE
@@ -44,8 +44,22 @@ def placed(x: mx.array, media: Media) -> mx.array:
     return mx.concatenate([*parts, x[:, at:]], axis=1) if parts else x
 
 
+def blanked(tokens: mx.array, media: Media, token: int) -> mx.array:
+    """Tokens `[1, L]` with this one in the places of media."""
+    parts, at = [], 0
+    for _, start, rows in media:
+        parts += [tokens[:, at:start], mx.full((1, rows.shape[0]), token, tokens.dtype)]
+        at = start + rows.shape[0]
+    return mx.concatenate([*parts, tokens[:, at:]], axis=1) if parts else tokens
+
+
 def attention_masks(
-    windows: Sequence[int | None], caches: Sequence[LayerCache] | None, L: int
+    windows: Sequence[int | None],
+    caches: Sequence[LayerCache] | None,
+    L: int,
+    runs: Sequence[tuple[int, int]] = (),
+    *,
+    sliding_only: bool = False,
 ) -> dict[int | None, Mask]:
     """Window -> mask for `attend`, for the next L tokens.
 
@@ -53,17 +67,33 @@ def attention_masks(
         windows: the window of each layer that owns KV, None for all tokens.
         caches: their caches in the same order; None for one pass over a whole sequence.
         L: new tokens.
+        runs: of those, the first of each run of tokens that see each other both ways, within what
+            a window holds before them, and the one behind its last (`CausalLM.two_way_runs`).
+        sliding_only: whether they do in layers with a window only.
     """
-    kinds = dict.fromkeys(windows)
+    kinds: dict[int | None, Mask] = dict.fromkeys(windows)
     if L == 1:
         return kinds
-    if caches is None:
-        return {
-            window: "causal" if window is None or L <= window else windowed_mask(L, 0, window)
-            for window in kinds
-        }
-    first = dict(zip(reversed(windows), reversed(caches), strict=True))
-    return {window: first[window].mask(L) for window in kinds}
+    first = dict(zip(reversed(windows), reversed(caches), strict=True)) if caches else {}
+    for window in kinds:
+        if runs and (window is not None or not sliding_only):
+            kinds[window] = two_way_mask(L, _n_before(caches, window), window, runs)
+        elif caches is not None:
+            kinds[window] = first[window].mask(L)
+        elif window is None or L <= window:
+            kinds[window] = "causal"
+        else:
+            kinds[window] = windowed_mask(L, 0, window)
+    return kinds
+
+
+def _n_before(caches: Sequence[LayerCache] | None, window: int | None) -> int:
+    """Keys before a chunk's in what a cache of this window returns."""
+    if not caches:
+        return 0
+    offset = caches[0].offset
+    assert isinstance(offset, int), "media are given to one sequence at a time"
+    return offset if window is None else min(offset, window - 1)
 
 
 class CausalLM(nn.Module):
@@ -140,6 +170,11 @@ class CausalLM(nn.Module):
         """
         if self.waiting is not None:
             self.waiting.load(self, kind)
+
+    def two_way_runs(self, media: Media) -> list[tuple[int, int]]:
+        """Where media of `two_way_kinds` begin and end among the tokens of a call."""
+        kinds = self.two_way_kinds if media else ()
+        return [(at, at + rows.shape[0]) for kind, at, rows in media if kind in kinds]
 
     def media_rows(self, kind: str, data: Mapping[str, mx.array]) -> mx.array:
         """Lazy rows `[n, E]` of one picture or piece of sound, from the encoder's arrays.

@@ -11,14 +11,14 @@ import mlx.nn as nn
 
 from mlxkv.checkpoint.config import Fields
 from mlxkv.checkpoint.rope_config import RopeConfig
-from mlxkv.kv.layout import Caches, LayerCache, Mask, Offset
+from mlxkv.kv.layout import Caches, LayerCache, Mask, Offset, TwoWayMask
 from mlxkv.kv.storage import KV
 from mlxkv.kv.types import CacheSpec
 from mlxkv.nn.attention import attend
 from mlxkv.nn.decoder_model import Backbone, DecoderConfig, DecoderModel, FourNorms
 from mlxkv.nn.layers import Fusing, NormedHeads, gated, merge_heads
 from mlxkv.nn.linear import Embedding, Linear
-from mlxkv.nn.model import Media, attention_masks
+from mlxkv.nn.model import Media, attention_masks, blanked
 from mlxkv.nn.rope import RoPE
 
 KeysValues = tuple[KV, KV]
@@ -50,6 +50,7 @@ class SharedKVConfig(DecoderConfig):
         heads: the attention of each layer.
         hidden_size_per_layer_input: size of the embedding that each layer takes; 0: none.
         vocab_size_per_layer_input: tokens that have one.
+        pad_token_id: the token whose one stands at media.
     """
 
     scales_embedding = True
@@ -57,6 +58,7 @@ class SharedKVConfig(DecoderConfig):
     heads: tuple[Heads, ...]
     hidden_size_per_layer_input: int
     vocab_size_per_layer_input: int
+    pad_token_id: int = 0
 
 
 def donors(fields: Fields, kinds: Sequence[Hashable], n_shared: int) -> tuple[int | None, ...]:
@@ -205,10 +207,18 @@ class SharedKVModel(DecoderModel):
         P = self.config.hidden_size_per_layer_input
         if not P:
             return None
+        # Media have the padding's, whatever token stands in their places.
+        tokens = blanked(tokens, media, self.config.pad_token_id)
         return self.model.embed_tokens_per_layer(tokens).reshape(*tokens.shape, -1, P) * P**0.5
 
     def through_layers(
-        self, x: mx.array, inputs: mx.array | None, caches: Caches, last_only: bool = False
+        self,
+        x: mx.array,
+        inputs: mx.array | None,
+        caches: Caches,
+        media: Media = (),
+        *,
+        last_only: bool = False,
     ) -> mx.array:
         """The last layer's output.
 
@@ -216,10 +226,12 @@ class SharedKVModel(DecoderModel):
             x: the first layer's input, `[..., L, E]`.
             inputs: from `per_layer_inputs`, if the layers take any.
             caches: one per layer that owns KV.
+            media: among x; those of `two_way_kinds` see each other in sliding layers.
             last_only: compute the layers without KV of their own for the last token alone.
         """
         L, n_own = x.shape[-2], len(self._windows)
-        masks = attention_masks(self._windows, caches, L)
+        runs = self.two_way_runs(media)
+        masks = attention_masks(self._windows, caches, L, runs, sliding_only=True)
         # Read before any layer: a donor's cache has advanced when its readers rotate their queries.
         offset = caches[0].offset if caches else 0
         used: list[KeysValues] = []
@@ -239,4 +251,6 @@ class SharedKVModel(DecoderModel):
 
 def _last_row(mask: Mask) -> Mask:
     """The mask of a chunk's last query, which sees every key where the chunk was causal."""
+    if isinstance(mask, TwoWayMask):
+        mask = mask.array
     return mask[-1:] if isinstance(mask, mx.array) else None
