@@ -27,12 +27,14 @@ class Family:
 
     Args:
         image: keys of an image processor.
+        audio: keys of a feature extractor; None where it takes no sound.
         ids: keys of config.json that hold token ids, by our names; older keys first.
         texts: kind -> what the chat template writes for a picture or for sound.
         around: kind -> text before and behind it.
     """
 
     image: Mapping[str, Any]
+    audio: Mapping[str, Any] | None
     ids: Mapping[str, int]
     texts: Mapping[str, str]
     around: str = ""
@@ -45,8 +47,31 @@ _PATCHES = {
     "do_normalize": False,
     "resample": BICUBIC,
 }
+_MEL4 = {
+    "feature_size": 128,
+    "frame_length_ms": 20.0,
+    "hop_length_ms": 10.0,
+    "min_frequency": 0.0,
+    "max_frequency": 8000.0,
+    "preemphasis": 0.0,
+    "preemphasis_htk_flavor": True,
+    "fft_overdrive": False,
+    "mel_floor": 1e-3,
+    "input_scale_factor": 1.0,
+    "audio_samples_per_token": 640,
+}
+_MEL3N = {
+    **_MEL4,
+    "frame_length_ms": 32.0,
+    "min_frequency": 125.0,
+    "max_frequency": 7600.0,
+    "preemphasis": 0.97,
+    "fft_overdrive": True,
+    "mel_floor": 1e-5,
+}
 _GEMMA4 = Family(
     image=_PATCHES,
+    audio=_MEL4,
     ids={
         "boi": 255999,
         "image": 258880,
@@ -65,12 +90,14 @@ FAMILIES: Mapping[str, Family] = {
             "image_mean": [0.5] * 3,
             "image_std": [0.5] * 3,
         },
+        audio=None,
         ids={"boi": 255999, "image": 262144, "eoi": 256000},
         texts={IMAGE: "<start_of_image>"},
         around="\n\n",
     ),
     "gemma3n": Family(
         image={**_SIGLIP, "do_normalize": False},
+        audio=_MEL3N,
         ids={
             "boi": 255999,
             "image": 262145,
@@ -96,7 +123,6 @@ class Configs:
         where: the model's directory.
         model: config.json.
         image, audio: of its processors; empty where the model has no such file.
-        pan_and_scan: of the processor, whether crops of wide and of high pictures follow them.
     """
 
     where: Path
@@ -120,6 +146,16 @@ class Configs:
             if self.model.get(key) is not None:
                 return self.whole(self.model, key, "config.json")
         return default
+
+    def number(self, part: Mapping[str, Any], key: str, file: str, least: float = 0) -> float:
+        """A finite number."""
+        value = part[key]
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value >= least:
+            raise ConfigError(
+                f"{self.where / file}: key '{key}' must be a number of at least {least}; "
+                f"got {value!r}"
+            )
+        return float(value)
 
     def whole(self, part: Mapping[str, Any], key: str, file: str, default: int = 0) -> int:
         """A whole number above 0."""

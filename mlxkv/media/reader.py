@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from mlxkv.errors import ConfigError, MediaError
+from mlxkv.errors import MediaError
 from mlxkv.media.config import FAMILIES, Configs, Family, read_configs
+from mlxkv.media.features import LONGEST, AudioProcessor
 from mlxkv.media.pictures import ImageSource, picture
-from mlxkv.media.pixels import ImageProcessor, Normalisation, Patches, Squares
+from mlxkv.media.pixels import ImageProcessor
+from mlxkv.media.processors import images_of, sounds_of
+from mlxkv.media.sound import SoundSource, decoded, windows
 from mlxkv.media.source import name_of
-from mlxkv.media.types import IMAGE, Medium
+from mlxkv.media.types import AUDIO, IMAGE, Medium
 
 
 @dataclass(frozen=True)
@@ -44,10 +46,12 @@ class MediaReader:
     Args:
         placeholders: kind -> how it stands in a prompt.
         images: None for a model that takes no pictures.
+        sounds: None for one that takes no sound.
     """
 
     placeholders: Mapping[str, Placeholder]
     images: ImageProcessor | None
+    sounds: AudioProcessor | None
 
     @property
     def kinds(self) -> frozenset[str]:
@@ -75,6 +79,36 @@ class MediaReader:
         """Tokens of a picture of this size, in pixels, upright."""
         return self._images("the picture").n_tokens(width, height, budget)
 
+    def audio(self, source: SoundSource, name: str = "") -> list[Medium]:
+        """Read a recording, in windows of 30 s.
+
+        Args:
+            source: path, bytes of a file, or (samples, samples a second) as `sound.decoded` takes
+                them.
+            name: for messages; the file's where it is "".
+
+        Raises:
+            MediaError: it cannot be read, or the model takes no sound.
+        """
+        name = name_of(source, name, "")
+        processor = self._sounds(name or "the recording")
+        pieces = windows(decoded(source, name), LONGEST, processor.shortest, name)
+        token = self.placeholders[AUDIO].token
+        made = [processor(piece) for piece in pieces]
+        return [Medium(AUDIO, m.digest, m.n_tokens, token, name, m.data) for m in made]
+
+    def audio_tokens(self, n_samples: int) -> int:
+        """Tokens of a recording of so many samples at 16 kHz, of all its windows."""
+        processor = self._sounds("the recording")
+        whole, rest = divmod(n_samples, LONGEST)
+        last = processor.n_tokens(max(rest, processor.shortest)) if rest else 0
+        return whole * processor.n_tokens(LONGEST) + last
+
+    def _sounds(self, name: str) -> AudioProcessor:
+        if self.sounds is None:
+            raise MediaError(f"{name}: this model takes no sound")
+        return self.sounds
+
     def _images(self, name: str) -> ImageProcessor:
         if self.images is None:
             raise MediaError(f"{name}: this model takes no pictures")
@@ -91,11 +125,13 @@ def reader_of(model_dir: Path) -> MediaReader | None:
     family = FAMILIES.get(configs.model_type)
     if family is None:
         return None
-    images = _images_of(configs, family) if configs.sub("vision_config") else None
-    if images is None:
-        return None
-    placeholders = {IMAGE: _placeholder(configs, family, IMAGE, "boi", "image", "eoi")}
-    return MediaReader(placeholders, images)
+    images, sounds = images_of(configs, family), sounds_of(configs, family)
+    placeholders = {}
+    if images is not None:
+        placeholders[IMAGE] = _placeholder(configs, family, IMAGE, "boi", "image", "eoi")
+    if sounds is not None:
+        placeholders[AUDIO] = _placeholder(configs, family, AUDIO, "boa", "audio", "eoa")
+    return MediaReader(placeholders, images, sounds) if placeholders else None
 
 
 def _placeholder(
@@ -104,52 +140,3 @@ def _placeholder(
     ids = {name: configs.token_id(name, family.ids[name]) for name in (begin, token, end)}
     around = family.around
     return Placeholder(family.texts[kind], around, around, ids[begin], ids[end], ids[token])
-
-
-_FILE = "preprocessor_config.json"
-
-
-def _images_of(configs: Configs, family: Family) -> ImageProcessor:
-    keys = {**family.image, **{k: v for k, v in configs.image.items() if v is not None}}
-    resample = configs.whole(keys, "resample", _FILE)
-    vision = configs.sub("vision_config")
-    if configs.model_type.startswith("gemma4"):
-        return Patches(
-            configs.whole(vision, "patch_size", "config.json", 16),
-            configs.whole(vision, "pooling_kernel_size", "config.json", 3),
-            configs.whole(keys, "max_soft_tokens", _FILE, 280),
-            configs.model_type == "gemma4_unified",
-            resample,
-            _normalisation(configs, keys),
-        )
-    if configs.model_type == "gemma3":
-        side = configs.whole(vision, "image_size", "config.json", 896)
-        tokens = configs.whole(configs.model, "mm_tokens_per_image", "config.json", 256)
-    else:
-        side = 768
-        tokens = configs.whole(configs.model, "vision_soft_tokens_per_image", "config.json", 256)
-    size = keys.get("size")
-    size = size if isinstance(size, Mapping) else {}
-    return Squares(
-        configs.whole(size, "width", _FILE, side),
-        configs.whole(size, "height", _FILE, side),
-        tokens,
-        resample,
-        _normalisation(configs, keys),
-    )
-
-
-def _normalisation(configs: Configs, keys: Mapping[str, Any]) -> Normalisation:
-    scale = keys["rescale_factor"] if keys["do_rescale"] else 1.0
-    if not keys["do_normalize"]:
-        return Normalisation(scale)
-    mean, std = keys.get("image_mean", [0.5] * 3), keys.get("image_std", [0.5] * 3)
-    try:
-        means, stds = (tuple(float(value) for value in part) for part in (mean, std))
-        (_, _, _), (_, _, _) = means, stds
-        return Normalisation(float(scale), means, stds)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(
-            f"{configs.where / _FILE}: 'image_mean' and 'image_std' must be three numbers each; "
-            f"got {mean!r} and {std!r}"
-        ) from error

@@ -11,6 +11,7 @@ import pytest
 
 from mlxkv.errors import ConfigError, MediaError
 from mlxkv.media.reader import MediaReader, reader_of
+from mlxkv.media.sound import RATE
 
 PIXELS = np.random.default_rng(16).integers(0, 256, (60, 100, 3), dtype=np.uint8)
 
@@ -81,6 +82,53 @@ def test_patches_keep_the_aspect_within_the_budget(tmp_path: Path) -> None:
     assert whole.data["positions"][1].tolist() == [1, 0]
 
 
+def hears(model_type: str, **keys: Any) -> dict[str, Any]:
+    return {"model_type": model_type, "audio_config": {"hidden_size": 8}, **keys}
+
+
+def test_sound_stands_as_its_family_writes_it(tmp_path: Path) -> None:
+    three = made(tmp_path, {**vision("gemma3n"), **hears("gemma3n")})
+    assert three.kinds == {"image", "audio"}
+    sound = three.placeholders["audio"]
+    assert (sound.text, sound.before, sound.after) == ("<audio_soft_token>", "\n\n", "\n\n")
+    assert (sound.begin, sound.token, sound.end) == (256000, 262273, 262272)
+    four = made(tmp_path, hears("gemma4", audio_token_id=9, eoa_token_index=8))
+    assert four.kinds == {"audio"}
+    sound = four.placeholders["audio"]
+    assert (sound.text, sound.begin, sound.token, sound.end) == ("<|audio|>", 256000, 9, 8)
+    with pytest.raises(MediaError, match=r"a\.png: this model takes no pictures"):
+        four.image(PIXELS, name="a.png")
+    with pytest.raises(MediaError, match="this model takes no sound"):
+        made(tmp_path, vision("gemma3")).audio((np.zeros(9), RATE))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "key", "shape", "tokens"),
+    [
+        ("gemma3n", "mel", (2997, 128), 188),
+        ("gemma4", "mel", (2999, 128), 750),
+        ("gemma4_unified", "samples", (750, 640), 750),
+    ],
+)
+def test_long_sound_comes_in_windows(
+    tmp_path: Path, model_type: str, key: str, shape: tuple[int, int], tokens: int
+) -> None:
+    found = made(tmp_path, hears(model_type))
+    samples = np.random.default_rng(3).normal(0, 0.1, 30 * RATE + 5).astype(np.float32)
+    first, last = found.audio((samples, RATE), name="talk.wav")
+    assert first.data is not None and last.data is not None and first.name == "talk.wav"
+    assert first.data[key].shape == shape and first.data[key].dtype == np.float32
+    assert first.n_tokens == tokens and last.n_tokens == (tokens if tokens == 188 else 1)
+    assert found.audio_tokens(len(samples)) == first.n_tokens + last.n_tokens
+    (again,) = found.audio((samples[: 30 * RATE], RATE), name="other.wav")
+    assert again == first and again.digest != last.digest
+
+
+def test_a_click_is_too_short(tmp_path: Path) -> None:
+    with pytest.raises(MediaError, match=r"a\.wav: 0\.005 s of sound, and at least 0\.010 s"):
+        made(tmp_path, hears("gemma4")).audio((np.zeros(80), RATE), "a.wav")
+
+
 def test_the_digest_is_of_content_and_size_not_of_name(tmp_path: Path) -> None:
     found = made(tmp_path, vision("gemma4"))
     first = found.image(PIXELS, name="a.png")
@@ -98,6 +146,9 @@ def test_a_config_that_is_not_understood_is_named(tmp_path: Path) -> None:
             reader(tmp_path, vision("gemma4", **{key: value}))
     with pytest.raises(ConfigError, match="image_mean"):
         reader(tmp_path, vision("gemma3"), preprocessor_config={"image_mean": [1]})
+    for wrong in ({"sampling_rate": 8000}, {"min_frequency": "x"}, {"frame_length_ms": 0}):
+        with pytest.raises(ConfigError, match=f"key '{next(iter(wrong))}' must be"):
+            reader(tmp_path, hears("gemma4"), preprocessor_config=wrong)
     (tmp_path / "preprocessor_config.json").write_text("[1]")
     with pytest.raises(ConfigError, match=r"preprocessor_config\.json: a JSON object"):
         reader_of(tmp_path)
