@@ -41,7 +41,7 @@ ROOMS: dict[str, set[str]] = {
                "parsers", "text", "chat", "kv", "base"},
     "llm": {"engine", "generation", "store", "saved_kv", "memory", "prefix", "models", "parsers",
             "text", "chat", "kv", "checkpoint", "base"},
-    "server": {"engine", "generation", "store", "sampling", "parsers", "text", "base"},
+    "server": {"engine", "generation", "store", "sampling", "parsers", "text", "media", "base"},
     "terminal": {"llm", "server", "generation", "store", "saved_kv", "memory", "prefix",
                  "sampling", "parsers", "chat", "base"},
     "launch": {"server", "store", "base"},

@@ -58,6 +58,14 @@ def serve(
         list[str] | None,
         typer.Option("--allow-host", help="Another name of this server; may be repeated."),
     ] = None,
+    media_hosts: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allow-media-from",
+            metavar="HOST",
+            help="Fetch pictures and sound from URLs of HOST or *.HOST; may be repeated.",
+        ),
+    ] = None,
     pull_hosts: Annotated[
         list[str] | None,
         typer.Option(
@@ -130,6 +138,7 @@ def serve(
         api_key_file=api_key_file,
         origins=tuple(origins or ()),
         hosts=tuple(hosts or ()),
+        media_hosts=tuple(media_hosts or ()),
         strict=strict,
         agent_prompts=agent_prompts,
         agent_file=_agent_file() if agent_prompts else None,

@@ -25,6 +25,8 @@ from mlxkv.server.edge.bodies import Bodies
 from mlxkv.server.edge.guard import LOCAL_ORIGINS, Guard
 from mlxkv.server.errors import error_response
 from mlxkv.server.ignored import Ignored
+from mlxkv.server.media.hosts import media_hosts
+from mlxkv.server.media.remote import Remote
 from mlxkv.server.ollama import routes as ollama
 from mlxkv.server.openai import chat, completions, models, responses, tokenize
 from mlxkv.server.sse import ClientGone
@@ -54,7 +56,7 @@ def create_app(engine: Engine, config: ServerConfig) -> FastAPI:
     `app.state.wake()`, awaited once when the server starts, goes on with responses in the
     background that a server before it has put away.
     Raises:
-        UsageError: the file of API keys cannot be read.
+        UsageError: the file of API keys cannot be read, or one of `media_hosts` is none.
     """
     # Outside of the guard, so that browsers may read its refusals.
     cors = Middleware(
@@ -88,6 +90,7 @@ def create_app(engine: Engine, config: ServerConfig) -> FastAPI:
     app.state.api_keys = keys
     app.state.bodies = bodies
     app.state.parsers = CapacityLimiter(PARSERS)
+    app.state.remote = Remote(media_hosts(config.media_hosts))
     app.state.stopping = asyncio.Event()
     app.state.state_memory = StateMemory(config.agent_file) if config.agent_prompts else None
     for make in ROUTERS:

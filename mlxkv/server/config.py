@@ -24,6 +24,8 @@ class ServerConfig:
         api_key_file: further ones, one a line; read again when it changes.
         origins: further web pages that may ask, such as `https://app.example`; `*` for all.
         hosts: further names that the server goes by, such as `mac-mini.example`.
+        media_hosts: servers from which pictures and sound are fetched that requests name by URL,
+            see `media.hosts`.
         strict: refuse requests with fields that no API here declares, and wishes that a model can
             meet only in part.
         agent_prompts: tell agents' models what changes behind what stays, see `agents.state`.
@@ -56,6 +58,7 @@ class ServerConfig:
     api_key_file: Path | None = None
     origins: tuple[str, ...] = ()
     hosts: tuple[str, ...] = ()
+    media_hosts: tuple[str, ...] = ()
     strict: bool = False
     agent_prompts: bool = False
     agent_file: Path | None = None

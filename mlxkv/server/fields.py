@@ -55,12 +55,6 @@ class LeftOut(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True)
 
 
-class ToolPicture(LeftOut):
-    """A picture that a tool gave: a note stands in its place."""
-
-    text: ClassVar[str] = "[image left out: this model reads text only]"
-
-
 def type_of(value: Any) -> str | None:
     """The `type` of an item, before or after it is read."""
     return value.get("type") if isinstance(value, dict) else getattr(value, "type", None)

@@ -14,7 +14,9 @@ import ipaddress
 import os
 import socket
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -25,6 +27,19 @@ _PORTS = {"http": 80, "https": 443}
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 Host = tuple[str, int]
+
+
+_more: ContextVar[tuple[Host, ...]] = ContextVar("_more", default=())
+
+
+@contextmanager
+def also_allowed(hosts: Iterable[Host]) -> Iterator[None]:
+    """Allow more hosts within this block, in this task or thread alone: its caller checks them."""
+    token = _more.set((*_more.get(), *hosts))
+    try:
+        yield
+    finally:
+        _more.reset(token)
 
 
 def only_public(allowed: Iterable[str] = ()) -> None:
@@ -43,7 +58,7 @@ def only_public(allowed: Iterable[str] = ()) -> None:
 
     def check(event: str, args: tuple[Any, ...]) -> None:
         if event == "socket.connect":
-            _check(args[1], hosts)
+            _check(args[1], (*hosts, *_more.get()))
 
     sys.addaudithook(check)
 

@@ -422,7 +422,7 @@ def test_calls_without_results_are_refused(address):
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
-        ("image", "messages.0.content.0.image: image blocks are not supported"),
+        ("image", "messages.0.content.0.image: model 'fake' takes no pictures"),
         ("document", "messages.0.content.0.document.source: "),
     ],
 )

@@ -203,14 +203,14 @@ def test_options_that_cannot_be_kept_to_are_refused(address, options, words):
     assert words in said
 
 
-@pytest.mark.parametrize("field", ["template", "suffix", "images", "context"])
+@pytest.mark.parametrize("field", ["template", "suffix", "context"])
 def test_fields_that_are_not_supported_are_refused_by_name(address, field):
-    value = [1] if field in ("context", "images") else "x"
+    value = [1] if field == "context" else "x"
     said = refused(address, "/api/generate", **{"model": MODEL, "prompt": "x", field: value})
     assert f"{field}: not supported" in said
 
 
-def test_images_in_messages_are_refused(address):
+def test_images_are_refused_where_the_model_sees_none(address):
     message = {"role": "user", "content": "What is this?", "images": ["aGVsbG8="]}
     assert "images" in refused(address, "/api/chat", model=MODEL, messages=[message])
 

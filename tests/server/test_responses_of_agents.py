@@ -104,7 +104,7 @@ def test_the_history_of_an_agent_comes_back_as_calls_and_results(server):
     response = post(server, input=items)
     assert response.status_code == 200, response.text
     assert response.headers["mlxkv-ignored"] == (
-        "input.output.input_image, input.web_search_call, input.compaction"
+        "input.web_search_call, input.compaction, input.output.input_image"
     )
     prompt = server.engine.last.request.prompt
     made = [call["function"] for m in prompt for call in m.get("tool_calls", ())]

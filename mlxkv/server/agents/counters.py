@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 from mlxkv.generation.request import Message
 from mlxkv.server.agents.lines import join_around
+from mlxkv.server.media.content import with_texts
 
 BILLING = "system.x-anthropic-billing-header"
 TOTAL_TOKENS = "messages.total_tokens"
@@ -34,21 +35,27 @@ def without_counters(messages: Sequence[Message]) -> tuple[list[Message], list[s
     kept: list[Message] = []
     names: dict[str, None] = {}
     for message in messages:
-        role, text = message.get("role"), message.get("content")
-        if role not in _ROLES or not isinstance(text, str):
+        role, content = message.get("role"), message.get("content")
+        if role not in _ROLES:
             kept.append(message)
             continue
-        shorter = text
-        if role in ("system", "developer"):
-            shorter = _without(_BILLING_MARK, _BILLING_LINE, shorter, BILLING, names)
-        shorter = _without(_TOTAL_MARK, _TOTAL_LINE, shorter, TOTAL_TOKENS, names)
-        if shorter is text:
+        is_system = role in ("system", "developer")
+        shorter = with_texts(
+            content, lambda text, is_system=is_system: _shorter(text, is_system, names)
+        )
+        if shorter == content:
             kept.append(message)
         elif shorter or role == "tool":
             kept.append({**message, "content": shorter})
     if any(message.get("role") in ("user", "tool") for message in kept):
         return kept, list(names)
     return list(messages), []
+
+
+def _shorter(text: str, is_system: bool, names: dict[str, None]) -> str:
+    if is_system:
+        text = _without(_BILLING_MARK, _BILLING_LINE, text, BILLING, names)
+    return _without(_TOTAL_MARK, _TOTAL_LINE, text, TOTAL_TOKENS, names)
 
 
 def _without(mark: str, line: re.Pattern[str], text: str, name: str, names: dict[str, None]) -> str:

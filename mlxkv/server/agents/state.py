@@ -25,6 +25,7 @@ from typing import Any, Protocol
 
 from mlxkv.generation.request import Message
 from mlxkv.server.agents.volatile import Piece, cut, cut_reminders
+from mlxkv.server.media.content import Content, is_text, joined
 
 NOTE = (
     "Facts that change (date, folder, repository) are told in <current-state> blocks further on; "
@@ -108,7 +109,7 @@ def split(owner: str, messages: Sequence[Message]) -> Split | None:
             message["content"] = f"{message['content']}\n\n{NOTE}".lstrip("\n")
             state += some
     first = kept[users[0]]
-    first["content"], some = cut_reminders(first["content"])
+    first["content"], some = _without_reminders(first["content"])
     state += some
     if not state:
         return None
@@ -135,7 +136,7 @@ def with_blocks(conversation: Split, history: History) -> list[dict[str, Any]]:
     for block in history.blocks:
         if 0 <= block.at < len(made) and _is_told(made[block.at]):
             content = made[block.at]["content"]
-            made[block.at]["content"] = f"{content}\n\n{block.text}" if content else block.text
+            made[block.at]["content"] = joined(content, block.text, "\n\n")
     return made
 
 
@@ -156,7 +157,20 @@ def _block(pieces: Sequence[Piece]) -> str:
 
 
 def _is_told(message: Message) -> bool:
-    return message.get("role") in _TOLD and isinstance(message.get("content"), str)
+    return message.get("role") in _TOLD and isinstance(message.get("content"), str | list)
+
+
+def _without_reminders(content: Content) -> tuple[Content, list[Piece]]:
+    """`cut_reminders` of a content, which may have pictures among its texts."""
+    if isinstance(content, str):
+        return cut_reminders(content)
+    made, pieces = list(content), []
+    for i, part in enumerate(content):
+        if is_text(part):
+            text, some = cut_reminders(part["text"])
+            made[i] = {**part, "text": text}
+            pieces += [Piece(f"part {i}: {piece.kind}", piece.text) for piece in some]
+    return made, pieces
 
 
 def _names(owner: str, messages: Sequence[Message]) -> list[str]:
@@ -172,8 +186,25 @@ def _names(owner: str, messages: Sequence[Message]) -> list[str]:
             (call["function"]["name"], call["function"]["arguments"])
             for call in message.get("tool_calls") or ()
         ]
-        shown = [message.get("role"), content.strip() if isinstance(content, str) else content]
+        shown = [message.get("role"), _shown(content)]
         data = json.dumps([name, shown, calls], sort_keys=True, default=str)
         name = hashlib.sha256(data.encode("utf-8", "surrogatepass")).hexdigest()[:32]
         names.append(name)
     return names
+
+
+def _shown(content: Any) -> Any:
+    """What counts of a content: its texts, and the bytes of its pictures and sound."""
+    if isinstance(content, str):
+        return content.strip()
+    if not isinstance(content, list):
+        return content
+    return [
+        part["text"].strip() if is_text(part) else _digest(part.get(part.get("type")))
+        for part in content
+    ]
+
+
+def _digest(value: Any) -> str:
+    data = value if isinstance(value, bytes) else repr(value).encode("utf-8", "surrogatepass")
+    return hashlib.sha256(data).hexdigest()

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field
 
-from mlxkv.server.fields import LeftOut, NoEffect, Part, Refused, ToolPicture
+from mlxkv.server.fields import LeftOut, NoEffect, Part, Refused
+from mlxkv.server.media.content import Given, Place
 from mlxkv.server.tools import Name
 
 
@@ -116,25 +117,41 @@ class SearchResultBlock(Block):
         return "\n".join([self.title, self.source, *(block.text for block in self.content)])
 
 
-class ImageBlock(BaseModel):
-    """A picture: refused, models here read text."""
+class Base64Source(Part):
+    """A file in base64. What it is its content says, not `media_type`."""
 
-    model_config = ConfigDict(extra="allow", strict=True)
+    type: Literal["base64"]
+    data: str
+    media_type: str | None = None
+
+
+class URLSource(Part):
+    """A file on a server that the operator allows."""
+
+    type: Literal["url"]
+    url: str
+
+
+class ImageBlock(Block):
+    """A picture."""
+
     type: Literal["image"]
+    source: Annotated[Base64Source | URLSource, Field(discriminator="type")]
 
-    @model_validator(mode="after")
-    def _refuse(self) -> ImageBlock:
-        raise ValueError("image blocks are not supported: models here read text")
+    def given(self, place: Place, is_result: bool = False) -> Given:
+        """The picture, for the prompt.
 
-
-class ResultImage(ToolPicture):
-    """A picture that a tool gave."""
-
-    type: Literal["image"]
+        Args:
+            place: of this block.
+            is_result: whether a tool gave it.
+        """
+        is_url = isinstance(self.source, URLSource)
+        data = self.source.url if isinstance(self.source, URLSource) else self.source.data
+        return Given("image", (*place, self.type), data, is_url, is_result=is_result)
 
 
 ResultContent = Annotated[
-    TextBlock | DocumentBlock | SearchResultBlock | ResultImage | ServerBlock,
+    TextBlock | DocumentBlock | SearchResultBlock | ImageBlock | ServerBlock,
     Field(discriminator="type"),
 ]
 

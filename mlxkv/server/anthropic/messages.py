@@ -14,6 +14,7 @@ from mlxkv.errors import UsageError
 from mlxkv.server.anthropic.blocks import (
     ContentBlock,
     DocumentBlock,
+    ImageBlock,
     SearchResultBlock,
     ServerBlock,
     TextBlock,
@@ -23,6 +24,7 @@ from mlxkv.server.anthropic.blocks import (
 )
 from mlxkv.server.anthropic.fields import CountRequest, InputMessage
 from mlxkv.server.fields import LeftOut
+from mlxkv.server.media.content import Content, Given, Place, content_of, joined
 
 CALL_PREFIX = "toolu_"
 BETWEEN = "\n\n"
@@ -30,7 +32,7 @@ BETWEEN = "\n\n"
 
 
 def template_messages(request: CountRequest) -> list[dict[str, Any]]:
-    """A request's conversation in the form that chat templates take.
+    """A request's conversation in the form that chat templates take; pictures as `Given`.
 
     Raises:
         UsageError: a block in a message of the wrong role, a result without its call, or calls
@@ -57,10 +59,10 @@ def _append(made: list[dict[str, Any]], message: dict[str, Any]) -> None:
     if last is None or last["role"] != message["role"] or message["role"] in ("tool", "system"):
         made.append(message)
         return
-    for key in ("content", "reasoning_content"):
-        texts = [text for text in (last.get(key), message.get(key)) if text]
-        if texts or key == "content":
-            last[key] = BETWEEN.join(texts)
+    last["content"] = joined(last["content"], message["content"], BETWEEN)
+    thoughts = [m["reasoning_content"] for m in (last, message) if m.get("reasoning_content")]
+    if thoughts:
+        last["reasoning_content"] = BETWEEN.join(thoughts)
     if calls := [*last.get("tool_calls", ()), *message.get("tool_calls", ())]:
         last["tool_calls"] = calls
 
@@ -78,21 +80,24 @@ def _translated(i: int, message: InputMessage, names: dict[str, str]) -> list[di
     if message.role == "assistant":
         return [_assistant(i, message.content, names)]
     made: list[dict[str, Any]] = []
-    texts: list[str] = []
+    parts: list[str | Given] = []
     for j, block in enumerate(message.content):
+        place = ("messages", i, "content", j)
         if isinstance(block, TextBlock | DocumentBlock | SearchResultBlock):
-            texts.append(block.text)
+            parts.append(block.text)
+        elif isinstance(block, ImageBlock) and message.role == "user":
+            parts.append(block.given(place))
         elif isinstance(block, LeftOut):
             continue
         elif isinstance(block, ToolResultBlock) and message.role == "user":
-            if texts:
-                made.append({"role": "user", "content": BETWEEN.join(texts)})
-                texts = []
-            made.append(_result(f"messages.{i}.content.{j}", block, names))
+            if parts:
+                made.append({"role": "user", "content": content_of(parts, BETWEEN)})
+                parts = []
+            made.append(_result(place, block, names))
         else:
             raise _misplaced(i, j, block, message.role)
-    if texts or not made:
-        made.append({"role": message.role, "content": BETWEEN.join(texts)})
+    if parts or not made:
+        made.append({"role": message.role, "content": content_of(parts, BETWEEN)})
     return made
 
 
@@ -119,26 +124,41 @@ def _assistant(i: int, blocks: Sequence[ContentBlock], names: dict[str, str]) ->
     return made | ({"tool_calls": calls} if calls else {})
 
 
-def _result(place: str, block: ToolResultBlock, names: dict[str, str]) -> dict[str, Any]:
+def _result(place: Place, block: ToolResultBlock, names: dict[str, str]) -> dict[str, Any]:
     name = names.get(block.tool_use_id)
     if name is None:
+        where = ".".join(map(str, place))
         raise UsageError(
-            f"{place}: no earlier tool_use block has the id {block.tool_use_id[:80]!r}"
+            f"{where}: no earlier tool_use block has the id {block.tool_use_id[:80]!r}"
         )
-    text = _text(block.content or "")
+    content = _result_content((*place, "content"), block.content or "")
     return {
         "role": "tool",
         "tool_call_id": block.tool_use_id.removeprefix(CALL_PREFIX),
         "name": name,
-        "content": f"Error: {text}" if block.is_error else text,
+        "content": _failed(content) if block.is_error else content,
     }
+
+
+def _failed(content: Content) -> Content:
+    """The content of a failed call."""
+    return joined("Error: ", content, "")
+
+
+def _result_content(place: Place, content: str | Sequence[Any]) -> Content:
+    if isinstance(content, str):
+        return content
+    parts = (
+        block.given((*place, j), is_result=True) if isinstance(block, ImageBlock) else block.text
+        for j, block in enumerate(content)
+        if not isinstance(block, ServerBlock)
+    )
+    return content_of(parts, BETWEEN)
 
 
 def _misplaced(i: int, j: int, block: ContentBlock, role: str) -> UsageError:
     return UsageError(f"messages.{i}.content.{j}: {block.type} is not allowed in a {role} message")
 
 
-def _text(content: str | Sequence[Any]) -> str:
-    if isinstance(content, str):
-        return content
-    return BETWEEN.join(block.text for block in content if not isinstance(block, ServerBlock))
+def _text(content: str | Sequence[TextBlock]) -> str:
+    return content if isinstance(content, str) else BETWEEN.join(block.text for block in content)

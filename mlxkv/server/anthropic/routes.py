@@ -11,11 +11,12 @@ from mlxkv.engine.messages import Ask, Engine
 from mlxkv.server import sse
 from mlxkv.server.anthropic.answers import PING, Reply, error_event
 from mlxkv.server.anthropic.fields import CountRequest, MessagesRequest, OldThread
-from mlxkv.server.anthropic.messages import template_messages
+from mlxkv.server.anthropic.messages import BETWEEN, template_messages
 from mlxkv.server.config import ServerConfig
 from mlxkv.server.errors import ThreadNotFound
 from mlxkv.server.ignored import note
 from mlxkv.server.json_route import JSONRoute
+from mlxkv.server.media.read import with_media
 from mlxkv.server.model_names import LocalModel, present
 from mlxkv.server.requests import apply_rules, build_request
 
@@ -32,6 +33,7 @@ def router(engine: Engine, config: ServerConfig) -> APIRouter:
             raise ThreadNotFound("no thread is kept here: send the whole conversation")
         model = await present(engine, config, body.model)
         ask = _ask(body, model, request.state.owner, **_sampling(body))
+        ask = await with_media(request, engine, config, model, ask, BETWEEN)
         answer = engine.submit(apply_rules(ask, config, request))
         reply = Reply(body)
         if not body.stream:
@@ -45,6 +47,7 @@ def router(engine: Engine, config: ServerConfig) -> APIRouter:
         note(request, body)
         model = await present(engine, config, body.model)
         ask = _ask(body, model, request.state.owner)
+        ask = await with_media(request, engine, config, model, ask, BETWEEN)
         asked = apply_rules(ask, config, request)
         tokens = await sse.unless_gone(request, engine.tokenize(asked))
         return JSONResponse({"input_tokens": len(tokens)})

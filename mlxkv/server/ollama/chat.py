@@ -14,6 +14,7 @@ from mlxkv.server import sse
 from mlxkv.server.config import ServerConfig
 from mlxkv.server.ignored import note
 from mlxkv.server.json_route import JSONRoute
+from mlxkv.server.media.read import with_media
 from mlxkv.server.model_names import LocalModel, present
 from mlxkv.server.ollama.answers import NDJSON, Piece, Reply, error_line
 from mlxkv.server.ollama.fields import Answered, GenerateRequest
@@ -29,7 +30,7 @@ def router(engine: Engine, config: ServerConfig) -> APIRouter:
     async def generate(request: Request, body: GenerateRequest) -> Response:
         """Answer a prompt. Without one: load the model, or unload it if keep_alive is 0."""
         note(request, body)
-        if not body.prompt:
+        if not body.prompt and not body.images:
             return await _load(request, engine, config, body, chats=False)
         return await _answer(request, engine, config, body)
 
@@ -53,7 +54,9 @@ async def _answer(
     chats = isinstance(body, ChatRequest)
     reply = Reply(body.model_name, chats, calls=chats and bool(body.tools))
     model = await present(engine, config, body.model_name)
-    ask = apply_rules(_ask(body, model, request.state.owner), config, request)
+    ask = _ask(body, model, request.state.owner)
+    ask = await with_media(request, engine, config, model, ask)
+    ask = apply_rules(ask, config, request)
     if model.name not in engine.names():
         # The engine would load it too, but here its time can be measured.
         path = await sse.unless_gone(request, engine.load(model.name, path=model.path))

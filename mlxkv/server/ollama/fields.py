@@ -4,7 +4,7 @@ Differences from Ollama:
 
 - `truncate` and `shift` are off by default: a prompt longer than the context is an error, and no
   token is dropped silently. Without `num_ctx` the model's own setting counts.
-- `template`, `suffix`, `context`, `images`: refused unless empty.
+- `template`, `suffix`, `context`: refused unless empty.
 - Options of device and loading (`Loading`) are accepted and ignored. Options of samplers that mlxkv
   does not have are accepted at the value that means "off".
 """
@@ -33,7 +33,10 @@ from mlxkv.server.fields import (
     sampled,
     seconds,
 )
+from mlxkv.server.media.content import Content, Given, Place, content_of, refused
 
+Images = list[str] | None
+"""Pictures in base64."""
 Think = bool | Literal["low", "medium", "high"]
 
 
@@ -177,20 +180,39 @@ class GenerateRequest(Answered):
     template: Refused = None
     suffix: Refused = None
     context: Refused = Field(None, description="Not supported: use /api/chat.")
-    images: Refused = None
+    images: Images = None
 
     def engine_prompt(self) -> str | list[dict[str, Any]]:
         """The raw text, or messages.
 
         Raises:
-            UsageError: `system` with `raw`.
+            UsageError: `system` with `raw`. RequestValidationError: `images` with `raw`.
         """
+        if self.raw and self.images:
+            raise refused(("images",), "not allowed with raw, which uses no chat template")
         if self.raw:
             if self.system:
                 raise UsageError("system is not allowed with raw, which uses no chat template")
             return self.prompt or ""
         system = [{"role": "system", "content": self.system}] if self.system else []
-        return [*system, {"role": "user", "content": self.prompt or ""}]
+        content = content_with(("images",), self.images, self.prompt or "")
+        return [*system, {"role": "user", "content": content}]
+
+
+def content_with(place: Place, images: Images, text: str, is_result: bool = False) -> Content:
+    """A message's pictures, and behind them its text, as Ollama writes them.
+
+    Args:
+        place: the field of the pictures.
+        images: in base64.
+        text: of the message.
+        is_result: whether a tool gave it.
+    """
+    given = [
+        Given("image", (*place, i), data, is_result=is_result)
+        for i, data in enumerate(images or ())
+    ]
+    return content_of([*given, text] if text or not given else given, "")
 
 
 def keep_alive_s(value: float | str | None) -> float | None:

@@ -13,8 +13,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from mlxkv.errors import UsageError
-from mlxkv.server.fields import Part, Refused
-from mlxkv.server.ollama.fields import Answered
+from mlxkv.server.fields import Part
+from mlxkv.server.media.content import Content
+from mlxkv.server.ollama.fields import Answered, Images, content_with
 from mlxkv.server.tools import Function, Name, tool_options
 
 
@@ -44,7 +45,7 @@ class ChatMessage(Part):
     tool_name: str | None = None
     tool_call_id: str | None = None
     name: str | None = Field(default=None, description="An older spelling of tool_name.")
-    images: Refused = None
+    images: Images = None
 
 
 class Tool(Part):
@@ -93,7 +94,7 @@ class ChatRequest(Answered):
 
 
 def template_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
-    """Messages in the form that chat templates take.
+    """Messages in the form that chat templates take; pictures as `Given`.
 
     Raises:
         UsageError: a message has a field that its role does not allow.
@@ -104,6 +105,11 @@ def template_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
         for field in ("tool_calls", "thinking"):
             if getattr(message, field) and message.role != "assistant":
                 raise UsageError(f"messages.{i}: {field} is for assistant messages only")
+        if message.images and message.role not in ("user", "tool"):
+            raise UsageError(f"messages.{i}: images is for user and tool messages only")
+        is_result = message.role == "tool"
+        place = ("messages", i, "images")
+        content = content_with(place, message.images, message.content or "", is_result)
         if message.role == "assistant":
             made.append(_assistant(message, n_calls))
             open_calls = [
@@ -111,9 +117,9 @@ def template_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
             ]
             n_calls += len(message.tool_calls or ())
         elif message.role == "tool":
-            made.append(_result(message, open_calls))
+            made.append(_result(message, content, open_calls))
         else:
-            made.append({"role": message.role, "content": message.content or ""})
+            made.append({"role": message.role, "content": content})
     return made
 
 
@@ -134,7 +140,9 @@ def _assistant(message: ChatMessage, n_before: int) -> dict[str, Any]:
     return made
 
 
-def _result(message: ChatMessage, open_calls: list[tuple[str, str]]) -> dict[str, Any]:
+def _result(
+    message: ChatMessage, content: Content, open_calls: list[tuple[str, str]]
+) -> dict[str, Any]:
     """The result of a call, which is then removed from the open calls."""
     name, call_id = message.tool_name or message.name, message.tool_call_id
     for call in open_calls:
@@ -143,4 +151,4 @@ def _result(message: ChatMessage, open_calls: list[tuple[str, str]]) -> dict[str
             call_id, name = call[0], name or call[1]
             break
     named = {key: value for key, value in (("tool_call_id", call_id), ("name", name)) if value}
-    return {"role": "tool", **named, "content": message.content or ""}
+    return {"role": "tool", **named, "content": content}

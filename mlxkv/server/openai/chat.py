@@ -28,6 +28,7 @@ from mlxkv.server.fields import (
 )
 from mlxkv.server.ignored import note
 from mlxkv.server.json_route import JSONRoute
+from mlxkv.server.media.read import with_media
 from mlxkv.server.model_names import LocalModel, present
 from mlxkv.server.openai.fields import (
     Effort,
@@ -186,8 +187,9 @@ def router(engine: Engine, config: ServerConfig) -> APIRouter:
     async def chat_completions(request: Request, body: ChatRequest) -> Response:
         """Answer a conversation."""
         note(request, body)
-        ask = body.ask(await present(engine, config, body.model), request.state.owner)
-        asks = several(ask, body.n or 1)
+        model = await present(engine, config, body.model)
+        ask = body.ask(model, request.state.owner)
+        asks = several(await with_media(request, engine, config, model, ask), body.n or 1)
         return await respond(request, engine, config, asks, ChatReply(body), body.stream)
 
     return routes

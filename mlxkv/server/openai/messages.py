@@ -13,15 +13,68 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from mlxkv.server.fields import NoEffect, Part, ToolPicture
+from mlxkv.server.fields import NoEffect, Part
+from mlxkv.server.media.content import Content, Given, Place, content_of
 from mlxkv.server.tools import Name
+
+BETWEEN = "\n"
+"""Separates the texts of one message."""
+Detail = Literal["low", "high", "auto", "original"]
 
 
 class TextPart(Part):
-    """A piece of text; images, sound and files are refused."""
+    """A piece of text."""
 
     type: Literal["text"]
     text: str
+
+
+class FilePart(Part):
+    """A picture or a recording."""
+
+    def given(self, place: Place, is_result: bool = False) -> Given:
+        """It, for the prompt.
+
+        Args:
+            place: of this part.
+            is_result: whether a tool gave it.
+        """
+        raise NotImplementedError
+
+
+class ImageURL(Part):
+    """Where a picture is: a data URL, or a server that the operator allows."""
+
+    url: str
+    detail: Detail | None = None
+
+
+class ImagePart(FilePart):
+    """A picture."""
+
+    type: Literal["image_url"]
+    image_url: ImageURL | str
+
+    def given(self, place: Place, is_result: bool = False) -> Given:
+        its = ImageURL(url=self.image_url) if isinstance(self.image_url, str) else self.image_url
+        return Given("image", (*place, self.type), its.url, True, its.detail, is_result)
+
+
+class InputAudio(Part):
+    """A recording in base64. What it is its content says, not `format`."""
+
+    data: str
+    format: str | None = None
+
+
+class SoundPart(FilePart):
+    """A recording."""
+
+    type: Literal["input_audio"]
+    input_audio: InputAudio
+
+    def given(self, place: Place, is_result: bool = False) -> Given:
+        return Given("audio", (*place, self.type), self.input_audio.data, is_result=is_result)
 
 
 class RefusalPart(Part):
@@ -47,6 +100,9 @@ class MadeCall(Part):
     index: Annotated[int | None, NoEffect()] = None
 
 
+MediaPart = Annotated[TextPart | ImagePart | SoundPart, Field(discriminator="type")]
+
+
 class SystemMessage(Part):
     """What the model is told to be."""
 
@@ -59,7 +115,7 @@ class UserMessage(Part):
     """A message of the user."""
 
     role: Literal["user"]
-    content: str | list[TextPart]
+    content: str | list[MediaPart]
     name: str | None = None
 
 
@@ -79,17 +135,11 @@ class AssistantMessage(Part):
     function_call: None = None
 
 
-class PicturePart(ToolPicture):
-    """A picture that a tool gave."""
-
-    type: Literal["image_url"]
-
-
 class ToolMessage(Part):
     """What a call gave."""
 
     role: Literal["tool"]
-    content: str | list[Annotated[TextPart | PicturePart, Field(discriminator="type")]]
+    content: str | list[MediaPart]
     tool_call_id: str
     name: str | None = None
 
@@ -100,10 +150,11 @@ ChatMessage = Annotated[
 
 
 def template_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
-    """Messages in the form that chat templates take."""
+    """Messages in the form that chat templates take; pictures and sound as `Given`."""
     names: dict[str, str] = {}
     found = []
-    for message in messages:
+    for i, message in enumerate(messages):
+        place = ("messages", i, "content")
         match message:
             case AssistantMessage():
                 names |= {call.id: call.function.name for call in message.tool_calls or ()}
@@ -113,11 +164,11 @@ def template_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
                 name = message.name or names.get(message.tool_call_id)
                 made = {"role": "tool", "tool_call_id": message.tool_call_id}
                 made |= {"name": name} if name else {}
-                found.append({**made, "content": joined(message.content)})
+                found.append({**made, "content": content_at(place, message.content, True)})
             case SystemMessage():
                 found.append({"role": "system", "content": joined(message.content)})
             case _:
-                found.append({"role": "user", "content": joined(message.content)})
+                found.append({"role": "user", "content": content_at(place, message.content)})
     return found
 
 
@@ -143,8 +194,29 @@ def made_call(call_id: str, name: str, arguments: str) -> dict[str, Any]:
     return {"id": call_id, "type": "function", "function": function}
 
 
-def joined(content: str | Sequence[TextPart | RefusalPart | ToolPicture]) -> str:
-    """A content's parts as one text, separated by line breaks."""
+def joined(content: str | Sequence[Any]) -> str:
+    """The texts of a content, separated by line breaks."""
     if isinstance(content, str):
         return content
-    return "\n".join(p.refusal if isinstance(p, RefusalPart) else p.text for p in content)
+    return BETWEEN.join(_text_of(part) for part in content)
+
+
+def content_at(place: Place, content: str | Sequence[Any], is_result: bool = False) -> Content:
+    """A content that may have pictures and sound.
+
+    Args:
+        place: its field.
+        content: a text or parts.
+        is_result: whether a tool gave it.
+    """
+    if isinstance(content, str):
+        return content
+    made = (
+        part.given((*place, j), is_result) if isinstance(part, FilePart) else _text_of(part)
+        for j, part in enumerate(content)
+    )
+    return content_of(made, BETWEEN)
+
+
+def _text_of(part: Any) -> str:
+    return part.refusal if isinstance(part, RefusalPart) else part.text

@@ -14,8 +14,18 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 
-from mlxkv.server.fields import LeftOut, Part, ToolPicture, type_of
-from mlxkv.server.openai.messages import RefusalPart, TextPart, joined, made_call
+from mlxkv.server.fields import LeftOut, Part, Refused, type_of
+from mlxkv.server.media.content import Given, Place, refused
+from mlxkv.server.openai.messages import (
+    Detail,
+    FilePart,
+    RefusalPart,
+    SoundPart,
+    TextPart,
+    content_at,
+    joined,
+    made_call,
+)
 from mlxkv.server.openai.response_tools import INPUT, full_name
 from mlxkv.server.tools import Name
 
@@ -23,20 +33,28 @@ Status = Literal["in_progress", "completed", "incomplete"]
 
 
 class TextContent(TextPart):
-    """Text; images, sound and files of a message are refused."""
+    """Text."""
 
     type: Literal["input_text", "output_text"]  # pyright: ignore[reportIncompatibleVariableOverride]
     annotations: list[Any] | None = None
     logprobs: list[Any] | None = None
 
 
-class ResultPicture(ToolPicture):
-    """A picture that a tool gave."""
+class ImageContent(FilePart):
+    """A picture: a data URL, or the URL of a server that the operator allows."""
 
     type: Literal["input_image"]
+    image_url: str
+    detail: Detail | None = None
+    file_id: Refused = None
+
+    def given(self, place: Place, is_result: bool = False) -> Given:
+        return Given("image", (*place, self.type), self.image_url, True, self.detail, is_result)
 
 
-Content = Annotated[TextContent | RefusalPart, Field(discriminator="type")]
+ContentPart = Annotated[
+    TextContent | RefusalPart | ImageContent | SoundPart, Field(discriminator="type")
+]
 
 
 class MessageItem(Part):
@@ -44,13 +62,10 @@ class MessageItem(Part):
 
     type: Literal["message"] = "message"
     role: Literal["user", "assistant", "system", "developer"]
-    content: str | list[Content]
+    content: str | list[ContentPart]
     id: str | None = None
     status: Status | None = None
     phase: str | None = None
-
-
-ResultContent = Annotated[TextContent | RefusalPart | ResultPicture, Field(discriminator="type")]
 
 
 class CallItem(Part):
@@ -92,7 +107,7 @@ class CallOutputItem(Part):
 
     type: Literal["function_call_output", "custom_tool_call_output", "local_shell_call_output"]
     call_id: str
-    output: str | list[ResultContent]
+    output: str | list[ContentPart]
     id: str | None = None
     status: Status | None = None
 
@@ -159,13 +174,22 @@ Item = Annotated[
 ]
 
 
-def item_messages(items: Sequence[Item], instructions: str | None) -> list[dict[str, Any]]:
-    """Items as chat templates take them: reasoning, text and calls of one turn are one message."""
+def item_messages(
+    items: Sequence[Item], instructions: str | None, n_before: int = 0
+) -> list[dict[str, Any]]:
+    """Items as chat templates take them: reasoning, text and calls of one turn are one message.
+
+    Args:
+        items: the conversation.
+        instructions: its system message.
+        n_before: items that come of an earlier response.
+    """
     messages: list[dict[str, Any]] = []
     if instructions:
         messages.append({"role": "system", "content": instructions})
     names: dict[str, str] = {}
-    for item in items:
+    for i, item in enumerate(items):
+        place = ("input", i - n_before) if i >= n_before else ("previous_response_id", i)
         match item:
             case ReasoningItem():
                 turn = _turn(messages, before=("content", "tool_calls"))
@@ -179,14 +203,31 @@ def item_messages(items: Sequence[Item], instructions: str | None) -> list[dict[
                 name = names.get(item.call_id)
                 named = {"name": name} if name else {}
                 output = {"role": "tool", "tool_call_id": item.call_id, **named}
-                messages.append({**output, "content": joined(item.output)})
+                content = content_at((*place, "output"), item.output, is_result=True)
+                messages.append({**output, "content": content})
             case MessageItem(role="assistant"):
                 turn = _turn(messages, before=("content", "tool_calls"))
-                turn["content"] = joined(item.content)
+                turn["content"] = _texts((*place, "content"), item)
+            case MessageItem(role="user"):
+                content = content_at((*place, "content"), item.content)
+                messages.append({"role": "user", "content": content})
             case MessageItem():
-                role = "system" if item.role == "developer" else item.role
-                messages.append({"role": role, "content": joined(item.content)})
+                text = _texts((*place, "content"), item)
+                messages.append({"role": "system", "content": text})
     return messages
+
+
+def _texts(place: Place, item: MessageItem) -> str:
+    """The content of a message that has no pictures and no sound.
+
+    Raises:
+        RequestValidationError: it has.
+    """
+    for j, part in enumerate(item.content):
+        if isinstance(part, FilePart):
+            given = part.given((*place, j))
+            raise refused(given.place, f"not allowed in a message of role {item.role}")
+    return joined(item.content)
 
 
 def gone_on(items: Sequence[Item], answer: Sequence[Item]) -> list[Item]:

@@ -145,7 +145,8 @@ class ResponseRequest(Sampling, GoesOn):
         """
         self.check()
         mode, named = self.choice()
-        messages = item_messages(items, self.instructions)
+        n_given = 1 if isinstance(self.input, str) else len(self.input)
+        messages = item_messages(items, self.instructions, len(items) - n_given)
         if all(message["role"] == "system" for message in messages):
             raise UsageError("input has no message to answer")
         last = messages[-1]

@@ -19,6 +19,7 @@ from mlxkv.server import sse
 from mlxkv.server.config import ServerConfig
 from mlxkv.server.ignored import note
 from mlxkv.server.json_route import JSONRoute
+from mlxkv.server.media.read import with_media
 from mlxkv.server.model_names import present
 from mlxkv.server.openai.respond import respond, submit_all
 from mlxkv.server.openai.response_live import LiveResponses, labelled
@@ -50,7 +51,9 @@ def router(engine: Engine, config: ServerConfig) -> ResponseRoutes:
         note(request, body)
         owner = request.state.owner
         items = store.conversation(owner, body.previous_response_id, body.input)
-        ask = body.ask(await present(engine, config, body.model), owner, items)
+        model = await present(engine, config, body.model)
+        ask = body.ask(model, owner, items)
+        ask = await with_media(request, engine, config, model, ask)
         put = partial(store.put, owner, items, goes_on=ask.request.go_on)
         keep = put if body.store is not False else None
         reply = ResponseReply(body, keep)

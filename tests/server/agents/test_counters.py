@@ -122,3 +122,17 @@ def test_the_time_for_a_text_grows_with_its_length(text):
     started = time.process_time()
     without_counters(system(long))
     assert time.process_time() - started < 5
+
+
+def test_texts_beside_a_picture_lose_them_too():
+    picture = {"type": "image", "image": b"x"}
+    left = {"type": "text", "text": LEFT.format(5)}
+    messages = [
+        {"role": "user", "content": [picture, {"type": "text", "text": "Go.\n" + LEFT.format(5)}]},
+        {"role": "tool", "content": [picture, left]},
+    ]
+    kept, names = without_counters(messages)
+    go = {"type": "text", "text": "Go."}
+    assert [message["content"] for message in kept] == [[picture, go], [picture]]
+    assert names == [TOTAL_TOKENS]
+    assert without_counters(kept) == (kept, [])

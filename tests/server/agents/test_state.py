@@ -41,8 +41,8 @@ class Client:
     def __init__(self, memory: StateMemory | None = None, owner: str = ""):
         self.memory, self.owner = memory or StateMemory(), owner
 
-    def send(self, system: str, *messages: dict[str, Any]) -> list[str]:
-        """The texts of the messages that are rendered."""
+    def send(self, system: str, *messages: dict[str, Any]) -> list[Any]:
+        """The contents of the messages that are rendered."""
         sent = [{"role": "system", "content": system}, *messages]
         conversation = split(self.owner, sent)
         if conversation is None:
@@ -167,3 +167,27 @@ def test_a_history_that_does_not_fit_its_conversation_is_no_error():
     odd = plan_history(conversation, StateMemory())
     odd = History(tuple(type(odd.blocks[0])(at, "x") for at in (-1, 0, 1, 7)), odd.state)
     assert [m["content"] for m in with_blocks(conversation, odd)] == [NOTE, "hi\n\nx"]
+
+
+def test_a_message_with_a_picture_is_told_behind_it():
+    def seen(data: bytes, *texts: str) -> dict[str, Any]:
+        parts: list[Any] = [{"type": "text", "text": text} for text in texts]
+        return {"role": "user", "content": [{"type": "image", "image": data}, *parts]}
+
+    client, said = Client(), block(git("clean"))
+    first = client.send(HELP + git("clean"), seen(b"cat"))
+    assert first[1:] == [seen(b"cat", said)["content"]]
+    more = [seen(b"cat"), assistant("So."), seen(b"dog", "this?")]
+    second = client.send(HELP + git("M a.py"), *more)
+    changed = block(git("M a.py"))
+    assert second == [*first, "So.", seen(b"dog", f"this?\n\n{changed}")["content"]]
+    other = client.send(HELP + git("M a.py"), seen(b"another cat"), *more[1:])
+    assert other[1] == seen(b"another cat", changed)["content"]
+
+
+def test_reminders_beside_a_picture_are_told_behind_it():
+    reminder = "<system-reminder>\nCurrent date: 1\nBe kind.\n</system-reminder>"
+    content = [{"type": "text", "text": reminder}, {"type": "image", "image": b"x"}]
+    (rendered,) = Client().send(HELP, {"role": "user", "content": content})[1:]
+    assert "Current date" not in rendered[0]["text"] and "Be kind." in rendered[0]["text"]
+    assert rendered[1:] == [content[1], {"type": "text", "text": block("Current date: 1")}]

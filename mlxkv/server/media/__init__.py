@@ -1,0 +1,1 @@
+"""Pictures and sound of requests: from any API's fields to the bytes that the engine takes."""
