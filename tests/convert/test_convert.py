@@ -108,7 +108,6 @@ def test_a_multimodal_gemma_becomes_its_language_model(tmp_path: Path):
         "model_type": "gemma3",
         "architectures": ["Gemma3ForConditionalGeneration"],
         "text_config": text,
-        "vision_config": {"hidden_size": 4},
         "torch_dtype": "float32",
         "eos_token_id": [1, 7],
     }

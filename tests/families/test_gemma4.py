@@ -181,7 +181,7 @@ def test_vision_audio_and_unused_kv_are_named_as_skipped():
 def test_published_names_convert_to_what_mlx_lm_loads(tmp_path, config, mode):
     utils = pytest.importorskip("mlx_lm.utils")
     weights = hugging_face(weights_of(config), "model.language_model.")
-    outer = {"model_type": "gemma4", "text_config": config, "vision_config": {}}
+    outer = {"model_type": "gemma4", "text_config": config}
     vision = {"model.embed_vision.embedding_projection.weight": np.ones((4, 4), np.float32)}
     source = tiny.write_checkpoint(tmp_path / "hf", outer, {**weights, **vision})
     group_size = 32 if mode else None
