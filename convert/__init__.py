@@ -1,4 +1,5 @@
-"""Convert a Hugging Face checkpoint or a GGUF file to an MLX model directory, as mlx-lm loads it.
+"""Convert a Hugging Face checkpoint or a GGUF file to an MLX model directory, as mlx-lm loads it;
+as mlx-vlm does where the model takes pictures or sound.
 
     from mlxkv.convert import convert
     result = convert("model.gguf", "model-mlx")
@@ -64,6 +65,8 @@ def convert(
     quantize: str | None = None,
     group_size: int | None = None,
     recipe: str | None = None,
+    quantize_towers: bool = False,
+    text_only: bool = False,
     dry_run: bool = False,
     overwrite: bool = False,
     max_shard_bytes: int | None = None,
@@ -80,6 +83,9 @@ def convert(
             keeps the source's quantization where MLX has the same.
         group_size: values that share a scale; only affine has a choice.
         recipe: "mixed" keeps embeddings, head and the projections at both ends at more bits.
+        quantize_towers: quantize the encoders of pictures and sound as well; they are kept as they
+            are without it.
+        text_only: leave them out; mlx-lm loads that of every family.
         dry_run: only plan.
         overwrite: replace an output that exists, when the new one is complete.
         max_shard_bytes: the largest weights file, 5 GiB if None.
@@ -96,10 +102,18 @@ def convert(
     from .write import check_output
 
     output = Path(output)
-    options = parse_options(dtype, quantize, group_size, recipe, max_shard_bytes or MAX_SHARD_BYTES)
+    options = parse_options(
+        dtype,
+        quantize,
+        group_size,
+        recipe,
+        max_shard_bytes or MAX_SHARD_BYTES,
+        quantize_towers=quantize_towers,
+        text_only=text_only,
+    )
     if not dry_run:
         check_output(output, overwrite)
-    opened = open_source(source)
+    opened = open_source(source, text_only=text_only)
     plan = make_plan(opened, options)
     if dry_run:
         return ConvertResult(plan, None)

@@ -1,4 +1,5 @@
-"""config.json as mlx-lm reads it: Hugging Face's hub style.
+"""config.json as mlx-lm reads it, and mlx-vlm that of a model with towers: in Hugging Face's hub
+style.
 
 transformers 5 writes RoPE and layer kinds in other keys (`rope_parameters`, `layer_types`); those
 stay, and the older ones are added. A family has read and checked the config before.
@@ -6,19 +7,24 @@ stay, and the older ones are added. A family has read and checked the config bef
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 from mlxkv.checkpoint.config import text_config
+from mlxkv.checkpoint.tensor_names import TOWERS
 
-# transformers' bookkeeping, a vision tower that is not written, and names of code to run.
-_DROPPED = frozenset(
+# transformers' bookkeeping, and names of code to run.
+_NEVER = frozenset(
     {
         "_name_or_path", "auto_map", "model_file", "transformers_version", "dtype",
-        "quantization", "quantization_config", "text_config", "vision_config",
-        "mm_tokens_per_image", "image_token_index", "boi_token_index", "eoi_token_index",
+        "quantization", "quantization_config",
     }
 )  # fmt: skip
+# What a language model alone does not need.
+_DROPPED = _NEVER | {
+    "text_config", "vision_config", "audio_config", "mm_tokens_per_image", "image_token_index",
+    "boi_token_index", "eoi_token_index",
+}  # fmt: skip
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -29,42 +35,68 @@ def output_config(
     tied: bool,
     dtype: str,
     quantization: Mapping[str, Any] | None,
+    towers: Container[str] = (),
 ) -> dict[str, Any]:
     """The config of the output.
 
     Args:
-        raw: the source's, in either style; a multimodal one is reduced to its language model.
+        raw: the source's, in either style.
         native: whether mlxkv has a definition of its own. Other configs stay as they are, as
             mlx-lm's definitions read them.
         tied: whether the head is the embedding.
         dtype: of what is not quantized.
         quantization: the entry in mlx-lm's format.
+        towers: of `TOWERS`, those that are written. Without any a multimodal config is reduced to
+            its language model's.
     """
-    if native:
-        config = {k: v for k, v in text_config(raw).items() if k not in _DROPPED}
-        if str(config.get("model_type", raw["model_type"])).startswith("gemma4"):
-            config |= _gemma4(raw, config)
-        else:
-            config |= _hub_rope(config)
-        config["tie_word_embeddings"] = tied
-        # The whole model's count before the language model's.
-        config |= {key: raw[key] for key in _TOKEN_IDS if raw.get(key) is not None}
-        model_type = str(config.get("model_type", raw["model_type"]))
-        if model_type in ("gemma3n", "gemma3n_text"):
-            config |= {"model_type": "gemma3n_text", "architectures": ["Gemma3nForCausalLM"]}
-        elif model_type in ("gemma3", "gemma3_text"):
-            config |= {"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"]}
-            config |= _sliding_window_pattern(config)
-        elif model_type == "glm4_moe_lite":
-            config |= _first_dense(config)
-    else:
+    if not native:
         dropped = ("_name_or_path", "auto_map", "quantization", "quantization_config", "dtype")
         config = {k: v for k, v in raw.items() if k not in dropped}
+    elif any(tower in towers for tower in TOWERS):
+        config = _multimodal(raw, tied, towers)
+    else:
+        config = _text(raw, tied)
     config["torch_dtype"] = dtype
     if quantization:
         # mlx-lm reads the first and writes both.
         config["quantization"] = dict(quantization)
         config["quantization_config"] = dict(quantization)
+    return config
+
+
+def _multimodal(raw: Mapping[str, Any], tied: bool, towers: Container[str]) -> dict[str, Any]:
+    """The config of a model with towers: each part's under its own key."""
+    config = {key: value for key, value in raw.items() if key not in _NEVER}
+    inner = raw.get("text_config")
+    text = _text(raw, tied)
+    if isinstance(inner, Mapping):  # the language model's name, not that of one alone
+        text |= {key: inner[key] for key in ("model_type", "architectures") if inner.get(key)}
+        text = {k: v for k, v in text.items() if k != "architectures" or inner.get(k)}
+    config["text_config"] = text
+    for key in (f"{tower}_config" for tower in TOWERS if tower not in towers):
+        if key in config:
+            config[key] = None
+    return config | {"tie_word_embeddings": tied, "hidden_size": text["hidden_size"]}
+
+
+def _text(raw: Mapping[str, Any], tied: bool) -> dict[str, Any]:
+    """The config of a language model alone."""
+    config = {k: v for k, v in text_config(raw).items() if k not in _DROPPED}
+    if str(config.get("model_type", raw["model_type"])).startswith("gemma4"):
+        config |= _gemma4(raw, config)
+    else:
+        config |= _hub_rope(config)
+    config["tie_word_embeddings"] = tied
+    # The whole model's count before the language model's.
+    config |= {key: raw[key] for key in _TOKEN_IDS if raw.get(key) is not None}
+    model_type = str(config.get("model_type", raw["model_type"]))
+    if model_type in ("gemma3n", "gemma3n_text"):
+        config |= {"model_type": "gemma3n_text", "architectures": ["Gemma3nForCausalLM"]}
+    elif model_type in ("gemma3", "gemma3_text"):
+        config |= {"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"]}
+        config |= _sliding_window_pattern(config)
+    elif model_type == "glm4_moe_lite":
+        config |= _first_dense(config)
     return config
 
 

@@ -9,8 +9,8 @@ from mlxkv.errors import ModelNotFound, UnsupportedModel
 from .sources import PICKLED, Source
 
 
-def open_source(source: str | Path) -> Source:
-    """Open a directory or a GGUF file.
+def open_source(source: str | Path, *, text_only: bool = False) -> Source:
+    """Open a directory or a GGUF file; with `text_only` without towers of pictures and sound.
 
     Raises:
         ModelNotFound: there is no such path.
@@ -21,7 +21,7 @@ def open_source(source: str | Path) -> Source:
     if not path.exists():
         raise ModelNotFound(f"{path}: no such file or folder")
     if path.is_dir():
-        return _open_directory(path)
+        return _open_directory(path, text_only)
     if path.suffix in PICKLED:
         raise UnsupportedModel(
             f"{path}: pickled weights can run code and are not read: use the model's safetensors"
@@ -36,11 +36,11 @@ def open_source(source: str | Path) -> Source:
     return open_gguf_source(path)
 
 
-def _open_directory(path: Path) -> Source:
+def _open_directory(path: Path, text_only: bool) -> Source:
     from .hub.source import open_hub_source
 
     if (path / "config.json").exists():
-        return open_hub_source(path)
+        return open_hub_source(path, text_only=text_only)
     files = sorted(path.glob("*.gguf"))
     if len(files) == 1:
         from .gguf.source import open_gguf_source

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mlxkv.checkpoint.quantization import Format
+from mlxkv.checkpoint.tensor_names import tower_of, towers_in
 from mlxkv.errors import Hint, UsageError, WeightsError
 
 from .config import output_config
@@ -39,12 +40,16 @@ class ConvertOptions:
         quantization: the format to quantize to; None keeps the source's.
         dense: dequantize everything (`--quantize none`).
         recipe: None or "mixed".
+        quantize_towers: quantize the towers of pictures and sound as well.
+        text_only: leave them out.
     """
 
     dtype: str | None = None
     quantization: Format | None = None
     dense: bool = False
     recipe: str | None = None
+    quantize_towers: bool = False
+    text_only: bool = False
     max_shard_bytes: int = MAX_SHARD_BYTES
 
 
@@ -54,6 +59,9 @@ def parse_options(
     group_size: int | None = None,
     recipe: str | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    *,
+    quantize_towers: bool = False,
+    text_only: bool = False,
 ) -> ConvertOptions:
     """Check the user's options.
 
@@ -75,7 +83,17 @@ def parse_options(
     if quantize is not None and not dense:
         quantization = parse_quantization(quantize, group_size)
     check_recipe(recipe, quantization)
-    return ConvertOptions(dtype, quantization, dense, recipe, max_shard_bytes)
+    if quantize_towers and quantization is None:
+        raise UsageError(
+            "is for a model that is quantized",
+            field="quantize_towers",
+            hints=[Hint("quantize", "affine4")],
+        )
+    if quantize_towers and text_only:
+        raise UsageError("a model of text alone has no towers", field="quantize_towers")
+    return ConvertOptions(
+        dtype, quantization, dense, recipe, quantize_towers, text_only, max_shard_bytes
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +123,7 @@ class PlannedTensor:
         dtype: of the values, or of the scales where it is quantized.
         quantization: its format, None for plain values.
         note: why it is not quantized as asked for.
+        stored: its name in the output, where it is not `name`.
     """
 
     name: str
@@ -115,10 +134,17 @@ class PlannedTensor:
     dtype: str
     quantization: Format | None = None
     note: str = ""
+    stored: str = ""
+
+    @property
+    def stored_name(self) -> str:
+        """Its name in the output."""
+        return self.stored or self.name
 
     @property
     def module(self) -> str:
-        return self.name.removesuffix(".weight")
+        """Its module in the output."""
+        return self.stored_name.removesuffix(".weight")
 
     @property
     def n_values(self) -> int:
@@ -128,10 +154,10 @@ class PlannedTensor:
     def arrays(self) -> tuple[StoredArray, ...]:
         """The values, or weight, scales and biases."""
         if self.quantization is None:
-            return (StoredArray(self.name, self.dtype, self.shape),)
+            return (StoredArray(self.stored_name, self.dtype, self.shape),)
         *rows, columns = self.shape
         bits, group = self.quantization.bits, self.quantization.group_size
-        weight = StoredArray(self.name, "uint32", (*rows, columns * bits // 32))
+        weight = StoredArray(self.stored_name, "uint32", (*rows, columns * bits // 32))
         scales = (*rows, columns // group)
         if not has_biases(self.quantization):
             return weight, StoredArray(f"{self.module}.scales", "uint8", scales)
@@ -185,19 +211,7 @@ def plan_tensor(
 
     `default_dtype`: of plain values without `--dtype`; None keeps each tensor's own.
     """
-    own, wanted, note = tensor.quantization, options.quantization, ""
-    if options.dense:
-        target = None
-    elif wanted is None:
-        target = own
-    elif must_stay_precise(tensor.name, tensor.shape):
-        target = None
-    else:
-        if options.recipe and is_sensitive(tensor.name, n_layers):
-            wanted = with_more_bits(wanted)
-        target = wanted if fits(wanted, tensor.shape) else None
-        if target is None:
-            note = f"{tensor.shape[-1]} columns do not divide into groups of {wanted.group_size}"
+    own, (target, note) = tensor.quantization, _target(tensor, options, n_layers)
     if target is not None and target == own:
         dtype = options.dtype or tensor.scale_dtype
         action = "copy" if dtype == tensor.scale_dtype or not has_biases(target) else "cast"
@@ -209,6 +223,24 @@ def plan_tensor(
     return PlannedTensor(
         tensor.name, tensor.origin, tensor.shape, tensor.dtype, action, dtype, target, note
     )
+
+
+def _target(
+    tensor: SourceTensor, options: ConvertOptions, n_layers: int
+) -> tuple[Format | None, str]:
+    """The format to write a tensor in, None for plain values; why it is not the one asked for."""
+    own, wanted, in_tower = tensor.quantization, options.quantization, tower_of(tensor.name)
+    if options.dense:
+        return None, ""
+    if wanted is None or (in_tower and not options.quantize_towers):
+        return own, ""
+    if must_stay_precise(tensor.name, tensor.shape):
+        return None, ""
+    if options.recipe and not in_tower and is_sensitive(tensor.name, n_layers):
+        wanted = with_more_bits(wanted)
+    if fits(wanted, tensor.shape):
+        return wanted, ""
+    return None, f"{tensor.shape[-1]} columns do not divide into groups of {wanted.group_size}"
 
 
 def _action(tensor: SourceTensor, target: Format | None, dtype: str) -> str:
@@ -287,12 +319,16 @@ def make_plan(source: Source, options: ConvertOptions) -> ConvertPlan:
         plan_tensor(tensor, options, source.default_dtype, n_layers)
         for tensor in source.tensors.values()
     )
+    towers = towers_in(source.tensors)
+    if towers:
+        tensors = as_mlx_vlm_names(tensors, source)
     config = output_config(
         source.config,
         native=source.family.native,
         tied=source.tied,
         dtype=_main_dtype(tensors),
         quantization=global_quantization(tensors),
+        towers=towers,
     )
     return ConvertPlan(
         source=str(source.path),
@@ -303,6 +339,22 @@ def make_plan(source: Source, options: ConvertOptions) -> ConvertPlan:
         skipped=source.skipped,
         notes=source.notes,
     )
+
+
+def as_mlx_vlm_names(
+    tensors: tuple[PlannedTensor, ...], source: Source
+) -> tuple[PlannedTensor, ...]:
+    """The tensors of a model with towers under mlx-vlm's names: the language model's nested."""
+    named = [
+        tensor if tower_of(tensor.name) else replace(tensor, stored=f"language_model.{tensor.name}")
+        for tensor in tensors
+    ]
+    embedding = next((t for t in named if t.name == "model.embed_tokens.weight"), None)
+    is_gemma3 = source.family.name == "gemma3"
+    if is_gemma3 and source.tied and embedding is not None and embedding.quantization is not None:
+        # mlx-vlm's Gemma 3 has a head of its own, and copies a dense embedding only.
+        named.append(replace(embedding, stored="language_model.lm_head.weight"))
+    return tuple(named)
 
 
 def _main_dtype(tensors: tuple[PlannedTensor, ...]) -> str:

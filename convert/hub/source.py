@@ -14,10 +14,11 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlxkv.checkpoint.config import read_config, text_config
+from mlxkv.checkpoint.config import read_config, text_config, with_towers
 from mlxkv.checkpoint.expert_stacks import expert_stacks
 from mlxkv.checkpoint.mlxkv_json import RECORD, of_model
 from mlxkv.checkpoint.quantization import Format, Quantization
+from mlxkv.checkpoint.tensor_names import towers_in
 from mlxkv.checkpoint.weights import Weights, open_weights
 from mlxkv.errors import UnsupportedModel, WeightsError
 from mlxkv.models import Family
@@ -48,12 +49,22 @@ _TOKENIZER_FILES = (
     "additional_chat_templates/tool_use.jinja",
     "generation_config.json",
 )
+# How pictures and sound become what a tower takes.
+_PROCESSOR_FILES = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+)
 # Most licences of weights ask that they go along.
 _LICENCE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 
 
-def open_hub_source(path: Path) -> Source:
+def open_hub_source(path: Path, *, text_only: bool = False) -> Source:
     """Open a directory, and check that its tensors are those of its config.
+
+    Args:
+        path: the directory.
+        text_only: leave the towers of pictures and sound out.
 
     Raises:
         CheckpointError: it is damaged or incomplete, or its architecture is not supported.
@@ -61,7 +72,8 @@ def open_hub_source(path: Path) -> Source:
     raw = read_config(path)
     source = str(path / "config.json")
     weights = open_weights(path)
-    family, parsed = parse_config(raw, source, len(weights.infos))
+    towers = frozenset() if text_only else towers_in(weights.infos)
+    family, parsed = parse_config(with_towers(raw, towers), source, len(weights.infos))
     kept, left_out = _remapped(weights, family, parsed)
     quantization = Quantization.from_config(text_config(raw), source)
     tensors = _tensors(weights, kept, quantization, source)
@@ -69,7 +81,7 @@ def open_hub_source(path: Path) -> Source:
     parsed, tied = _settle_head(parsed, tensors, skipped)
     expected = expected_shapes(family, parsed, source)
     check_names({name: t.shape for name, t in tensors.items()}, expected, str(path))
-    tokenizer, side_files, notes = _side_files(path)
+    tokenizer, side_files, notes = _side_files(path, with_processor=bool(towers_in(expected)))
     return Source(
         path=path,
         config=raw,
@@ -218,9 +230,12 @@ def _equal(a: SourceTensor, b: SourceTensor) -> bool:
     return all(mx.array_equal(a.rows(*block), b.rows(*block)).item() for block in blocks)
 
 
-def _side_files(path: Path) -> tuple[Callable[[Path], None], tuple[str, ...], tuple[str, ...]]:
+def _side_files(
+    path: Path, *, with_processor: bool
+) -> tuple[Callable[[Path], None], tuple[str, ...], tuple[str, ...]]:
     """A function that writes the files beside the weights, their names, and notes on them."""
-    names = [name for name in _TOKENIZER_FILES if (path / name).is_file()]
+    wanted = (*_TOKENIZER_FILES, *(_PROCESSOR_FILES if with_processor else ()))
+    names = [name for name in wanted if (path / name).is_file()]
     for pattern in _LICENCE_FILES:
         names += sorted(file.name for file in path.glob(pattern) if file.is_file())
     settings = of_model(path)
