@@ -72,6 +72,10 @@ def _multimodal(raw: Mapping[str, Any], tied: bool, towers: Container[str]) -> d
     if isinstance(inner, Mapping):  # the language model's name, not that of one alone
         text |= {key: inner[key] for key in ("model_type", "architectures") if inner.get(key)}
         text = {k: v for k, v in text.items() if k != "architectures" or inner.get(k)}
+    if str(raw["model_type"]) == "gemma3":  # where mlx-vlm looks for them
+        text["rope_global_base_freq"] = text.get("rope_theta")
+        text["mm_tokens_per_image"] = raw.get("mm_tokens_per_image")
+        text = {key: value for key, value in text.items() if value is not None}
     config["text_config"] = text
     for key in (f"{tower}_config" for tower in TOWERS if tower not in towers):
         if key in config:

@@ -234,7 +234,8 @@ def _target(
         return None, ""
     if wanted is None or (in_tower and not options.quantize_towers):
         return own, ""
-    if must_stay_precise(tensor.name, tensor.shape):
+    is_conv = in_tower and len(tensor.shape) != 2  # mlx-vlm's modules of these are not quantized
+    if is_conv or must_stay_precise(tensor.name, tensor.shape):
         return None, ""
     if options.recipe and not in_tower and is_sensitive(tensor.name, n_layers):
         wanted = with_more_bits(wanted)

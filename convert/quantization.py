@@ -14,7 +14,9 @@ RECIPES = ("mixed",)
 
 # Small tensors, by name, that are never quantized: one value acts on many (a norm scales a channel
 # of every token, a router picks the experts).
-_PRECISE = re.compile(r"norm|router|\.gate\.|sinks|conv|scalar|altup|laurel|correction_bias")
+_PRECISE = re.compile(
+    r"norm|router|\.gate\.|sinks|conv|scalar|altup|laurel|correction_bias|position_embedding"
+)
 
 
 def name_of(quantization: Format) -> str:

@@ -273,18 +273,24 @@ def with_own_head(config: Any, weights: dict[str, mx.array], *, compare: bool = 
     """
     if "lm_head.weight" not in weights or not config.tie_word_embeddings:
         return config
-    head, embedding = weights["lm_head.weight"], weights.get("model.embed_tokens.weight")
-    if (
-        compare
-        and embedding is not None
-        and head.shape == embedding.shape
-        and head.dtype == embedding.dtype
-        and "lm_head.scales" not in weights
-        and mx.array_equal(head, embedding).item()
-    ):
-        del weights["lm_head.weight"]
+    if compare and (names := _copied_head(weights)):
+        for name in names:
+            del weights[name]
         return config
     return dataclasses.replace(config, tie_word_embeddings=False)
+
+
+def _copied_head(weights: Mapping[str, mx.array]) -> list[str]:
+    """The arrays of a head that is the embedding once more, quantized or not; [] of any other."""
+    head = {name: a for name, a in weights.items() if name.startswith("lm_head.")}
+    at = "model.embed_tokens."
+    embedding = {name: a for name, a in weights.items() if name.startswith(at)}
+    if {f"lm_head.{name.removeprefix(at)}" for name in embedding} != head.keys():
+        return []
+    pairs = [(embedding[at + name.removeprefix("lm_head.")], a) for name, a in head.items()]
+    if any(a.shape != b.shape or a.dtype != b.dtype for a, b in pairs):
+        return []
+    return list(head) if all(mx.array_equal(a, b).item() for a, b in pairs) else []
 
 
 def pack_modules(
