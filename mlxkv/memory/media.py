@@ -57,6 +57,7 @@ class Rows:
         """
         assert medium.data is not None
         arrays = {name: mx.array(value) for name, value in medium.data.items()}
+        model.load_encoder(medium.kind)
         rows = model.media_rows(medium.kind, arrays)
         if rows.shape[0] != medium.n_tokens:
             raise CheckpointError(
