@@ -31,7 +31,7 @@ from mlxkv.memory.media import EncoderNeeds, Rows, rows_bytes
 from mlxkv.memory.needs import MIN_CHUNK, Needs, halves, larger_chunk
 from mlxkv.memory.page_shares import PageShares
 from mlxkv.memory.step_bound import StepBound
-from mlxkv.memory.types import Consumer, Grant, KVUse, Rung
+from mlxkv.memory.types import Consumer, Grant, KVUse, Rung, smaller_format
 from mlxkv.nn.model import CausalLM
 from mlxkv.prefix.pages import Pages
 
@@ -204,7 +204,7 @@ class Budget:
                 if n < wanted:
                     self._cut(sequence, n, rungs)
                 return self._grant_tokens(sequence, n, rungs)
-        if (kv_type := _smaller_format(sequence)) is not None:
+        if (kv_type := smaller_format(sequence)) is not None:
             account.is_quantizing = True
             return Grant(rungs=tuple(rungs), quantize_to=kv_type)
         if whole:
@@ -313,7 +313,7 @@ class Budget:
             rungs.append(Rung("chunk", n_held, n))
         elif freed := self.give_pages(self.pages_bytes):
             rungs.append(Rung("pages", n_held, freed))
-        elif (kv_type := _smaller_format(sequence)) is not None:
+        elif (kv_type := smaller_format(sequence)) is not None:
             return Grant(rungs=tuple(rungs), quantize_to=kv_type)
         else:
             return Grant(rungs=tuple(rungs), full=self._full(sequence, n_held + 1, n_held))
@@ -397,9 +397,3 @@ class Budget:
                     hints.append(Hint("kv_type", kv_type, f"allows {n:,}"))
         limit, shown = human_bytes(self._allowed), human_bytes(others) if others else ""
         return KVCacheFull(held, n_wanted, most, limit, shown, hints)
-
-
-def _smaller_format(sequence: Consumer) -> str | None:
-    """The next smaller format that a sequence's KV may be quantized to."""
-    at = KV_TYPES.index(sequence.kv_type) + 1
-    return KV_TYPES[at] if sequence.is_auto and at < len(KV_TYPES) else None

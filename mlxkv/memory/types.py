@@ -8,6 +8,7 @@ from typing import Protocol, TypeVar
 
 from mlxkv.base.units import human_bytes
 from mlxkv.errors import KVCacheFull, lacks_memory
+from mlxkv.kv.types import KV_TYPES
 
 Error = TypeVar("Error", bound=BaseException)
 
@@ -95,6 +96,12 @@ class Consumer(Protocol):
     @property
     def is_auto(self) -> bool: ...
     def use(self) -> KVUse: ...
+
+
+def smaller_format(sequence: Consumer) -> str | None:
+    """The next smaller format that a sequence's KV may be quantized to."""
+    at = KV_TYPES.index(sequence.kv_type) + 1
+    return KV_TYPES[at] if sequence.is_auto and at < len(KV_TYPES) else None
 
 
 @dataclass(frozen=True, slots=True)
