@@ -185,7 +185,7 @@ class ThreadedEngine:
             ask.model, ask.path, ask.keep_alive_s, lambda model: model.scheduler.runtime.text_side()
         )
         ready = await self._preparer.awaited(lambda: make_ready(side, ask.request, ask.owner))
-        return ready.tokens
+        return ready.prepared.media.vocabulary(ready.tokens)
 
     async def embed(self, model: str, texts: Sequence[str]) -> Embeddings:
         """Raises UsageError: mlxkv runs no families that are trained for embeddings."""

@@ -8,16 +8,27 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from mlxkv.chat.chat_template import thinking_options
-from mlxkv.chat.prompt_writer import Begun, PromptWriter, is_begun
+from mlxkv.chat.prompt_writer import Begun, is_begun
 from mlxkv.chat.rendered import Rendered
+from mlxkv.engine.encoding import (
+    after_saved,
+    encode,
+    encode_rendered,
+    encode_text,
+    render,
+    saved_media,
+    with_saved,
+    writer,
+)
 from mlxkv.engine.runtime import Runtime, TextSide
 from mlxkv.engine.tool_choice import choose_masker, without_calls
-from mlxkv.errors import ContextExceeded, Hint, TemplateError, UsageError
+from mlxkv.errors import ContextExceeded, TemplateError, UsageError
 from mlxkv.generation.context_shift import Bound
 from mlxkv.generation.generation import Generation
 from mlxkv.generation.reader import AnswerReader
-from mlxkv.generation.request import Message, Prompt, Request, is_messages
+from mlxkv.generation.request import Message, Request, is_messages
 from mlxkv.generation.session import Session, n_shared
+from mlxkv.media.prompt import NO_MEDIA, PromptMedia
 from mlxkv.parsers.formats import parser_for, thinks
 from mlxkv.prefix.layout import token_ids
 from mlxkv.sampling.sampler import Sampler
@@ -27,6 +38,25 @@ from mlxkv.text.growing import TooManyTokens
 
 if TYPE_CHECKING:
     from mlxkv.sampling.grammar import Masker
+
+__all__ = [
+    "PROBES",
+    "Head",
+    "Prepared",
+    "Ready",
+    "begin",
+    "encode",
+    "encode_rendered",
+    "encode_text",
+    "fit_context",
+    "make_ready",
+    "prepare",
+    "render",
+    "start",
+    "template_options",
+    "with_saved",
+    "writer",
+]
 
 PROBES = ("A", "7 z")  # begin differently: text before them is part of no user message
 _SYSTEM_ROLES = ("system", "developer")
@@ -62,7 +92,8 @@ class Head:
         head = list(itertools.takewhile(lambda m: m.get("role") in _SYSTEM_ROLES, self.messages))
         probes = [[*head, {"role": "user", "content": probe}] for probe in PROBES]
         try:
-            texts = [_writer(runtime, self.owner).write(probe, **self.options) for probe in probes]
+            write = writer(runtime, self.owner, self.saved).write
+            texts = [write(probe, **self.options) for probe in probes]
         except TemplateError:  # the template needs more than one message
             return 0
         return min(n_shared(tokens, encode_rendered(runtime, text, self.saved)) for text in texts)
@@ -78,6 +109,7 @@ class Prepared:
         rendered: the conversation; None for a text or token ids.
         begun: the answer that its messages end in; None if they end in none.
         owner: of the request, whose earlier answers the prompt may hold.
+        media: among the tokens.
     """
 
     tokens: list[int]
@@ -85,6 +117,7 @@ class Prepared:
     rendered: Rendered | None = None
     begun: Begun | None = None
     owner: str = ""
+    media: PromptMedia = NO_MEDIA
 
     @property
     def text(self) -> str | None:
@@ -124,16 +157,19 @@ def _prepared(runtime: TextSide, request: Request, owner: str, most: int | None)
             raise UsageError("think and tools need messages: a text uses no chat template")
         if request.template_options:
             raise UsageError("needs messages: a text uses no template", field="template_options")
-        return Prepared(_after_saved(runtime, saved, prompt, most, owner), Head(saved), owner=owner)
+        tokens = after_saved(runtime, saved, prompt, most, owner)
+        return Prepared(tokens, Head(saved), owner=owner, media=saved_media(saved))
     messages = with_saved(saved, prompt)  # pyright: ignore[reportArgumentType]
     options = template_options(runtime, request)
     head = Head(saved, messages, options, owner)
+    made, begun = writer(runtime, owner, saved), None
     if request.go_on and is_begun(messages):
-        begun = _writer(runtime, owner).begin(messages, **options)
-        tokens = encode_rendered(runtime, begun.rendered, saved, most)
-        return Prepared(tokens, head, begun.rendered, begun, owner)
-    rendered = _writer(runtime, owner).write(messages, **options)
-    return Prepared(encode_rendered(runtime, rendered, saved, most), head, rendered, owner=owner)
+        begun = made.begin(messages, **options)
+        rendered = begun.rendered
+    else:
+        rendered = made.write(messages, **options)
+    tokens = encode_rendered(runtime, rendered, saved, most)
+    return Prepared(tokens, head, rendered, begun, owner, made.media | saved_media(saved))
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,6 +233,7 @@ def begin(runtime: Runtime, request: Request, ready: Ready, session: Session) ->
         ready.bound,
         runtime.tokenizer,
         _masker(runtime, request, ready.prepared),
+        ready.prepared.media,
     )
 
 
@@ -207,7 +244,7 @@ def _reader(runtime: TextSide, request: Request, prepared: Prepared) -> AnswerRe
         opening = prepared.rendered.text if begun is None else begun.opening
         parser = parser_for(tokenizer, prompt=opening, tools=request.tools)
         if begun is None:  # else its beginning is not the model's own
-            recorder = _writer(runtime, prepared.owner).recorder(prepared.rendered)
+            recorder = writer(runtime, prepared.owner).recorder(prepared.rendered)
     reader = AnswerReader(
         tokenizer, parser, request.stop, request.min_tokens, recorder, request.callable
     )
@@ -228,26 +265,6 @@ def _masker(runtime: Runtime, request: Request, prepared: Prepared) -> Masker | 
     return masker
 
 
-def render(runtime: TextSide, messages: Sequence[Message], **options: Any) -> Rendered:
-    """Render a conversation, up to where the next answer begins.
-
-    Raises:
-        TemplateError: there is no template, or it fails.
-    """
-    return _writer(runtime).write(messages, **options)
-
-
-def _writer(runtime: TextSide, owner: str = "") -> PromptWriter:
-    writer = runtime.tokenizer.prompt_writer
-    if writer is None:
-        raise TemplateError(
-            f"{runtime.path / 'tokenizer_config.json'}: key 'chat_template' is missing, so this "
-            f"model completes text and does not chat: give a text",
-            hints=[Hint("raw", True)],
-        )
-    return writer.for_owner(owner)
-
-
 def template_options(runtime: TextSide, request: Request) -> dict[str, Any]:
     """The chat template's variables that a request sets.
 
@@ -262,98 +279,6 @@ def template_options(runtime: TextSide, request: Request) -> dict[str, Any]:
     return {**options, **(request.template_options or {})}
 
 
-def encode(
-    runtime: TextSide, prompt: Prompt, most: int | None = None, owner: str = ""
-) -> list[int]:
-    """Token ids of a text or of messages; token ids are checked.
-
-    Raises:
-        UsageError: an empty prompt, or an id that the model does not have.
-        TooManyTokens: a text of more than `most`, see `Tokenizer.encode`.
-    """
-    if isinstance(prompt, str):
-        tokens = _encode_raw(runtime, prompt, most, owner)
-    elif is_messages(prompt):
-        rendered = render(runtime, prompt)  # pyright: ignore[reportArgumentType]
-        tokens = runtime.tokenizer.encode_rendered(rendered)
-    else:
-        tokens = list(prompt)
-    if not tokens:
-        raise UsageError("the prompt is empty")
-    n = runtime.config.vocab_size
-    for token in tokens:
-        if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < n:
-            raise UsageError(f"token id {token!r} is out of range; this model has 0 to {n - 1}")
-    return tokens  # pyright: ignore[reportReturnType]
-
-
-def encode_text(
-    runtime: TextSide, text: str, most: int | None = None, owner: str = ""
-) -> list[int]:
-    """Token ids of text with its own special tokens, such as a rendered template."""
-    return runtime.tokenizer.encode(text, add_special_tokens=False, owner=owner, most=most)
-
-
-def encode_rendered(
-    runtime: TextSide, rendered: Rendered, saved: NamedKV | None, most: int | None = None
-) -> list[int]:
-    """Token ids of a rendered conversation; its saved beginning keeps the saved ids.
-
-    Raises:
-        TooManyTokens: more than `most`, see `Tokenizer.encode`.
-    """
-    if saved is None or not rendered.text.startswith(saved.text):
-        return runtime.tokenizer.encode_rendered(rendered, most)
-    behind, most = rendered.behind(len(saved.text)), _left(most, saved)
-    return [*token_ids(saved.tokens), *runtime.tokenizer.encode_rendered(behind, most)]
-
-
-def _left(most: int | None, saved: NamedKV) -> int | None:
-    return None if most is None else most - saved.n_tokens
-
-
-def _encode_raw(runtime: TextSide, text: str, most: int | None, owner: str) -> list[int]:
-    """Token ids of a text for the model: with one first token, also where the text has its own."""
-    tokenizer = runtime.tokenizer
-    tokens = tokenizer.encode(text, owner=owner, most=most)
-    bos = tokenizer.bos_token_id
-    doubled = bos is not None and tokens[:2] == [bos, bos]
-    if doubled and text.startswith(tokenizer.bos_token or ""):
-        return tokens[1:]
-    return tokens
-
-
-def with_saved(saved: NamedKV | None, messages: Sequence[Message]) -> list[Any]:
-    """Append messages to the saved ones; a second system message joins the saved one.
-
-    Raises:
-        UsageError: the saved prompt is a text.
-    """
-    if saved is None:
-        return list(messages)
-    if saved.messages is None:
-        raise UsageError(
-            f"{saved.name} is a saved text, not messages: give a text", hints=[Hint("raw", True)]
-        )
-    head, rest = [dict(message) for message in saved.messages], [dict(m) for m in messages]
-    if head[0]["role"] == "system" and rest and rest[0].get("role") == "system":
-        head[0]["content"] = f"{head[0]['content']}\n\n{rest.pop(0)['content']}"
-    return head + rest
-
-
-def _after_saved(
-    runtime: TextSide, saved: NamedKV | None, prompt: Prompt, most: int | None, owner: str
-) -> list[int]:
-    """Token ids of saved KV and of a text or token ids after it."""
-    if saved is None:
-        return encode(runtime, prompt, most, owner)
-    if isinstance(prompt, str):
-        new = encode_text(runtime, prompt, _left(most, saved), owner)
-    else:
-        new = encode(runtime, prompt)
-    return [*token_ids(saved.tokens), *new]
-
-
 def fit_context(runtime: TextSide, request: Request, prepared: Prepared) -> tuple[Bound, list[int]]:
     """A request's context, and its prompt; what is kept of it is counted when it is needed.
 
@@ -361,14 +286,15 @@ def fit_context(runtime: TextSide, request: Request, prepared: Prepared) -> tupl
         UsageError, ContextExceeded: as `start`.
     """
     settings, tokens = _settings(runtime, request), prepared.tokens
-    fitted = _fit(runtime, tokens, request, settings)
+    fitted = _fit(runtime, prepared, request, settings)
     context = settings.context.value
     if settings.overflow.value == "stop":
         return Bound(context), fitted
     keep = settings.keep.value
     # A prompt that was cut does not begin with its head.
     head = prepared.head if fitted is tokens else Head()
-    bound = Bound(context, lambda: max(keep, head.n_tokens(runtime, fitted)))
+    whole = [(start, stop) for start, stop, _ in prepared.media.spans(fitted)]
+    bound = Bound(context, lambda: max(keep, head.n_tokens(runtime, fitted)), whole)
     bound.check(len(fitted), request.max_tokens, keep)
     return bound, fitted
 
@@ -387,9 +313,9 @@ def _takes_any_length(request: Request, settings: Settings) -> bool:
     return (shifts or request.truncate) and request.prompt_logprobs is None
 
 
-def _fit(runtime: TextSide, tokens: list[int], request: Request, settings: Settings) -> list[int]:
+def _fit(runtime: TextSide, prepared: Prepared, request: Request, settings: Settings) -> list[int]:
     """Cut a prompt so that an answer fits, unless a shift will drop tokens instead."""
-    context = settings.context.value
+    context, tokens = settings.context.value, prepared.tokens
     takes_any = _takes_any_length(request, settings)
     if len(tokens) < context or (takes_any and not request.truncate):
         return tokens
@@ -397,4 +323,5 @@ def _fit(runtime: TextSide, tokens: list[int], request: Request, settings: Setti
         raise ContextExceeded(len(tokens), context)
     room = min(request.max_tokens or context // 4, max(1, context // 2))
     bos = tokens[:1] if tokens[0] == runtime.tokenizer.bos_token_id else []
-    return bos + tokens[len(tokens) - (context - room - len(bos)) :]
+    first = len(tokens) - (context - room - len(bos))
+    return bos + tokens[prepared.media.behind(tokens, first) :]

@@ -14,6 +14,7 @@ from mlx.utils import tree_flatten
 
 from mlxkv.base import device
 from mlxkv.base.stepwise import finished
+from mlxkv.engine.media.side import MediaSide
 from mlxkv.errors import contained
 from mlxkv.generation.prompt_logprobs import Scores
 from mlxkv.generation.session import Session
@@ -43,14 +44,23 @@ class TextSide:
         path: its directory.
         config: its config.json.
         settings: context, overflow and their origins.
+        media: reads pictures and sound; None for what the directory's files say.
     """
 
-    def __init__(self, tokenizer: Tokenizer, path: Path, config: Any, settings: Settings):
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        path: Path,
+        config: Any,
+        settings: Settings,
+        media: MediaSide | None = None,
+    ):
         self.tokenizer, self.path, self.config, self.settings = tokenizer, path, config, settings
+        self.media = media or MediaSide(path)
 
     def text_side(self) -> TextSide:
         """This alone, without the weights."""
-        return TextSide(self.tokenizer, self.path, self.config, self.settings)
+        return TextSide(self.tokenizer, self.path, self.config, self.settings, self.media)
 
 
 class Runtime(TextSide):
@@ -80,7 +90,8 @@ class Runtime(TextSide):
         settings: Settings | None = None,
     ):
         settings = settings or effective(path, Given(kv_type=kv_type, memory=limit_bytes))
-        super().__init__(tokenizer, path, model.config, settings)
+        media = MediaSide(path, model.media_kinds)
+        super().__init__(tokenizer, path, model.config, settings, media)
         self.model, self.kv_type = model, kv_type
         self.preparer: Preparer | None = None
         weights_bytes = sum(

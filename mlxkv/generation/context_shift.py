@@ -45,10 +45,18 @@ class Bound:
         context: tokens that prompt and answer may have together.
         count_kept: how many leading tokens a shift keeps; asked for when that is needed. None
             for an answer that stops at the context.
+        whole: spans of the sequence that stay or go whole, in order and apart: media.
     """
 
-    def __init__(self, context: int, count_kept: Callable[[], int] | None = None):
+    def __init__(
+        self,
+        context: int,
+        count_kept: Callable[[], int] | None = None,
+        whole: Sequence[tuple[int, int]] = (),
+    ):
         self.context, self._count_kept = context, count_kept
+        # With the token before and the one behind: they begin and end a medium.
+        self._whole = [(max(0, start - 1), stop + 1) for start, stop in whole]
 
     @property
     def shifts(self) -> bool:
@@ -63,6 +71,7 @@ class Bound:
             UsageError: they leave no room for what follows.
         """
         n = 0 if self._count_kept is None else self._count_kept()
+        n = next((start for start, stop in self._whole if start < n < stop), n)
         if n > (most := most_kept(self.context)):
             raise UsageError(
                 f"a context shift would keep {n:,} tokens (the system prompt and saved KV "
@@ -76,7 +85,9 @@ class Bound:
         """Tokens that are dropped of a whole sequence of `n_tokens` before one more comes."""
         if not self.shifts or n_tokens < self.context:
             return 0
-        return n_dropped(n_tokens, self.n_kept, self.context)
+        n = n_dropped(n_tokens, self.n_kept, self.context)
+        cut = self.n_kept + n
+        return next((stop for start, stop in self._whole if start < cut < stop), cut) - self.n_kept
 
     def remaining(self, tokens: Sequence[int]) -> list[int]:
         """What stays of a whole sequence."""

@@ -30,7 +30,9 @@ def computing(
     if len(tokens) >= llm.context or not llm.budget.is_roomy(session, len(tokens), STEP):
         return
     n_restored = session.restore(tokens).n_tokens
-    known = list(tokens[: n_restored + limit])
+    known = list(tokens[: session.resumable(tokens, min(len(tokens), n_restored + limit))])
+    if len(known) <= n_restored:
+        return
     pace, ahead = Pace(STALL_S, MIN_CHUNK, STEP), Ahead("", known, n_restored)
     steps = session.prefilling(known, lambda: pace.n_tokens)
     try:

@@ -26,6 +26,7 @@ from mlxkv.generation.reader import read_answer
 from mlxkv.generation.request import Message, Request
 from mlxkv.generation.session import n_shared
 from mlxkv.llm.ahead import computing
+from mlxkv.media.prompt import NO_MEDIA, PromptMedia
 from mlxkv.parsers.formats import parser_for
 from mlxkv.saved_kv.manifest import NamedKV
 
@@ -60,7 +61,7 @@ class Conversation:
         self.saved = saved
         self.turns: list[dict[str, Any]] = []
         self.append_only: bool | None = None
-        self._session = llm.session()
+        self._session, self._media = llm.session(), NO_MEDIA
         self._generation: Generation | None = None
         self._prompt: str | None = None
         self._tokens: list[int] = []
@@ -116,13 +117,19 @@ class Conversation:
             return None
         return Asleep(list(generation.prompt), generation.sampler.seed, generation.written())
 
-    def send(self, text: str, *, asleep: Asleep | None = None, **options: Any) -> Iterator[Chunk]:
+    def send(
+        self,
+        text: str | Sequence[Mapping[str, Any]],
+        *,
+        asleep: Asleep | None = None,
+        **options: Any,
+    ) -> Iterator[Chunk]:
         """Stream the answer to the user's next message; options as for `LLM.stream`.
 
         An answer that is interrupted stays in the history as far as it was streamed.
 
         Args:
-            text: the message.
+            text: the message, or its parts: texts, pictures and sound, see `engine.media.parts`.
             asleep: what `begun` was of its answer, also in another process: that comes first, and
                 then the rest, as with the same options it would have come.
             **options: see above.
@@ -131,7 +138,7 @@ class Conversation:
             UsageError, ContextExceeded, TemplateError: as for `LLM.stream`; the history is
                 unchanged then.
         """
-        if not text.strip():
+        if not (text.strip() if isinstance(text, str) else text):
             raise UsageError("the prompt is empty")
         user = {"role": "user", "content": text}
         request = Request.of([user], **options)
@@ -139,7 +146,7 @@ class Conversation:
         head = Head(self.saved, [*self._history(), user], self._options)
         if asleep is not None:
             tokens, request = list(asleep.prompt), seeded(request, asleep.seed)
-        prepared = Prepared(tokens, head, Rendered(prompt))
+        prepared = Prepared(tokens, head, Rendered(prompt), media=self._media)
         used = self._records.use("", tokens, n_shared(self._session.tokens, tokens))
         generation = prompts.start(self.llm, request, prepared, self._session)
         generation.ahead_tokens, generation.ahead_saved_s = used
@@ -165,25 +172,29 @@ class Conversation:
     def _computing_ahead(self, idle: IdleCompute) -> Generator[None, None, None]:
         if idle.is_off or not self.turns:
             return
-        tokens = self._known()
+        tokens, self._session.media = self._known()
         yield
         held = self._session.tokens
         if tokens and n_shared(held, tokens) < min(len(held), len(tokens)):
             yield from computing(self.llm, self._session, tokens, idle.limit, self._records)
 
-    def _known(self) -> list[int]:
-        """The tokens that every next prompt begins with; none if that cannot be told."""
-        kept = self._options, self.append_only, dict(self._inline)
+    def _known(self) -> tuple[list[int], PromptMedia]:
+        """The tokens that every next prompt begins with, and the media among them.
+
+        None of both if that cannot be told.
+        """
+        kept = self._options, self.append_only, dict(self._inline), self._media
         try:
             found = [
                 self._next_prompt({"role": "user", "content": probe}, self._options)[1]
                 for probe in PROBES
             ]
+            media = self._media
         except MlxkvError:
-            return []
+            return [], NO_MEDIA
         finally:
-            self._options, self.append_only, self._inline = kept
-        return found[0][: n_shared(*found)]
+            self._options, self.append_only, self._inline, self._media = kept
+        return found[0][: n_shared(*found)], media
 
     def _template_options(self, request: Request) -> dict[str, Any]:
         template = self.llm.tokenizer.chat_template
@@ -198,17 +209,19 @@ class Conversation:
         return [*self.messages[:n_head], *turns]
 
     def _next_prompt(self, user: dict[str, Any], options: dict[str, Any]) -> tuple[str, list[int]]:
-        writer = self.llm.tokenizer.prompt_writer
+        writer = prompts.writer(self.llm, saved=self.saved)
         same_options, self._options = options == self._options, options
-        if self._prompt is not None and writer is not None:
+        if self._prompt is not None:
             suffix = self._suffix(writer, self._prompt, user, options)
             if suffix is not None:
                 self.append_only = True
+                self._media |= writer.media
                 tokens = self.llm.tokenizer.encode_rendered(suffix)
                 return self._prompt + self._answer + suffix.text, self._tokens + tokens
             if same_options:
                 self.append_only = False
-        prompt = prompts.render(self.llm, [*self._history(), user], **options)
+        prompt = writer.write([*self._history(), user], **options)
+        self._media = writer.media
         return prompt.text, prompts.encode_rendered(self.llm, prompt, self.saved)
 
     def _suffix(

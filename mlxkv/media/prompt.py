@@ -93,6 +93,10 @@ class PromptMedia:
                 return start
         return n
 
+    def behind(self, tokens: Sequence[int], n: int) -> int:
+        """The first place from `n` tokens on that is inside no medium."""
+        return next((stop for start, stop, _ in self.spans(tokens) if start < n < stop), n)
+
     def text(self, tokens: Sequence[int], decode: Callable[[Sequence[int]], str]) -> str:
         """What tokens say, for messages: `Look: [picture photo.jpg]`.
 

@@ -121,6 +121,12 @@ class Grant:
     full: KVCacheFull | None = None
 
 
+def smaller_format(sequence: Consumer) -> str | None:
+    """The next smaller format that a sequence's KV may be quantized to."""
+    at = KV_TYPES.index(sequence.kv_type) + 1
+    return KV_TYPES[at] if sequence.is_auto and at < len(KV_TYPES) else None
+
+
 def is_allocation_failure(error: BaseException) -> bool:
     """Whether MLX, or Python, could not get memory."""
     known = isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error)) is not None

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlxkv.base.paths import NAME
+from mlxkv.media.types import Medium
 from mlxkv.prefix.on_disk.format import MAX_TOKENS, ROOT, PageKey, page_name
 
 MANIFEST_VERSION = 2
@@ -37,6 +38,7 @@ class NamedKV:
         dtype: that the model computed in.
         quarantine: fingerprint under which the pages of an import lie, apart from the model's,
             until a sample of them was computed and compared; "" once they are trusted.
+        media: pictures and sound among the tokens, without their content.
     """
 
     name: str
@@ -52,6 +54,7 @@ class NamedKV:
     kv_type: str
     dtype: str
     quarantine: str = ""
+    media: tuple[Medium, ...] = ()
 
     @property
     def pages_fingerprint(self) -> str:

@@ -38,6 +38,7 @@ from mlxkv.generation.outputs import Chunk, reply_message
 from mlxkv.generation.request import Message, Request, is_messages
 from mlxkv.generation.session import Session, n_shared
 from mlxkv.kv.types import STEP
+from mlxkv.media.prompt import NO_MEDIA, PromptMedia
 from mlxkv.memory.needs import MIN_CHUNK
 
 _log = logging.getLogger(__name__)
@@ -62,6 +63,7 @@ class Answered:
         held: prompt and answer, as far as their KV was computed.
         context: tokens that a prompt may have.
         tokens: the beginning of the next prompt; None until it is rendered.
+        media: among them.
         stop: how many of them are computed.
         ahead: what was computed of them.
     """
@@ -73,6 +75,7 @@ class Answered:
     held: list[int]
     context: int
     tokens: list[int] | None = None
+    media: PromptMedia = NO_MEDIA
     stop: int | None = None
     ahead: Ahead | None = None
 
@@ -136,7 +139,9 @@ def rendering(runtime: Runtime, answered: Answered) -> Generator[None, None, lis
     found: list[list[int]] = []
     for probe in PROBES:
         messages = next_messages(answered.messages, answered.reply, probe)
-        found.append(prepare(runtime, replace(request, prompt=messages), answered.owner).tokens)
+        prepared = prepare(runtime, replace(request, prompt=messages), answered.owner)
+        answered.media = prepared.media
+        found.append(prepared.tokens)
         if n_shared(held, found[0]) == len(held):
             return None
         yield
@@ -227,6 +232,7 @@ class NextTurns:
             return
         shared = n_shared(answered.held, tokens)
         session = self._runtime.session(answered.owner)
+        session.media = answered.media
         try:
             if self._runtime.budget.is_roomy(session, len(tokens), STEP):
                 yield from self._prefilling(session, answered, tokens, shared)
@@ -241,7 +247,8 @@ class NextTurns:
         n_restored = session.restore(tokens).n_tokens
         yield
         if answered.stop is None:
-            answered.stop = min(len(tokens), n_restored + self._idle.limit)
+            n = min(len(tokens), n_restored + self._idle.limit)
+            answered.stop = session.resumable(tokens, n)
         stop = answered.stop
         if stop <= shared or stop - n_restored <= 1:
             return

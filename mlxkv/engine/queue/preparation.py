@@ -1,4 +1,4 @@
-"""Prompts that are rendered and encoded beside the engine's thread, because they are long.
+"""Prompts that are rendered and encoded beside the engine's thread: long ones, and with media.
 
 Invariants:
 - Nothing here uses MLX.
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 from mlxkv.chat.interrupt import Interrupted, interruptible
+from mlxkv.engine.media.parts import has_media
 from mlxkv.errors import MlxkvError, contained
 from mlxkv.generation.request import Request
 
@@ -142,8 +143,13 @@ class Preparer:
                 self._threads.shutdown(wait=False, cancel_futures=True)
 
 
+def takes_long(request: Request) -> bool:
+    """Whether preparing a prompt may take long: it is, or has media to decode."""
+    return is_long(request) or has_media(request.prompt)
+
+
 def is_long(request: Request, limit: int = LONG) -> bool:
-    """Whether a prompt has `limit` characters and values: then preparing it may take long."""
+    """Whether a prompt has `limit` characters and values; the bytes of media are none."""
     left = limit
     values: list[Any] = [request.prompt, request.tools, request.template_options]
     values.append(request.stop)
@@ -155,7 +161,7 @@ def is_long(request: Request, limit: int = LONG) -> bool:
             left -= len(value)
         elif isinstance(value, Mapping):
             values += [item for pair in islice(value.items(), limit) for item in pair]
-        elif isinstance(value, Sequence):
+        elif isinstance(value, Sequence) and not isinstance(value, bytes):
             values += value[:limit]
     return left <= 0
 

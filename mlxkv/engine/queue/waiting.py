@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from mlxkv.engine.prompt import Ready, make_ready
 from mlxkv.engine.queue.grammar_queue import GrammarQueue
-from mlxkv.engine.queue.preparation import MAX_PREPARED, Preparation, is_long
+from mlxkv.engine.queue.preparation import MAX_PREPARED, Preparation, takes_long
 from mlxkv.engine.queue.shares import FairQueue
 from mlxkv.engine.runtime import Runtime
 from mlxkv.engine.tasks import Task, Waiting
@@ -73,7 +73,7 @@ class WaitingTasks(FairQueue):
         assert isinstance(state, Waiting)
         if state.is_long is None:
             has_thread = self._runtime.preparer is not None and task.generation is None
-            state.is_long = has_thread and is_long(task.request)
+            state.is_long = has_thread and takes_long(task.request)
         return state.is_long
 
     def _ready(self, task: Task) -> Ready:

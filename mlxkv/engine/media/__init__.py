@@ -1,0 +1,1 @@
+"""Pictures and sound in the messages of a request."""

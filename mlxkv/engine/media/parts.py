@@ -1,0 +1,94 @@
+"""The parts of messages that are pictures or sound.
+
+    {"type": "image", "image": path | bytes | PIL image | array, "budget": int, "name": str}
+    {"type": "audio", "audio": path | bytes | (array, sample rate), "name": str}
+
+`budget` and `name` may be left out. In messages of saved KV the content is `{"digest": hex}`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from mlxkv.errors import MediaError
+from mlxkv.media.types import KINDS
+
+OTHERS = {"image_url", "input_image", "input_audio", "video", "video_url"}
+"""Types of other interfaces, which a template would drop silently."""
+
+
+def kind_of(part: Any) -> str | None:
+    """The kind of a part that is a medium; None for any other.
+
+    Raises:
+        MediaError: a part of another interface, or one without content.
+    """
+    if not isinstance(part, Mapping) or (kind := part.get("type")) == "text":
+        return None
+    if kind in OTHERS:
+        raise MediaError(
+            f'a part of type {kind!r} cannot be read here: give {{"type": "image", "image": ...}} '
+            'or {"type": "audio", "audio": ...}, a path or bytes'
+        )
+    if kind not in KINDS:
+        return None
+    if part.get(kind) is None:
+        raise MediaError(f"a part of type {kind!r} needs {kind!r}: a path, bytes or an array")
+    return kind
+
+
+def has_media(messages: Any) -> bool:
+    """Whether a prompt has a message with a picture or with sound, or with what may be meant so."""
+    if isinstance(messages, str) or not isinstance(messages, Sequence):
+        return False
+    types = {*KINDS, *OTHERS}
+    return any(isinstance(p, Mapping) and p.get("type") in types for p in _parts(messages))
+
+
+def _parts(messages: Sequence[Any]) -> Iterator[Any]:
+    for message in messages:
+        if not isinstance(message, Mapping):
+            return
+        content = message.get("content")
+        if isinstance(content, list | tuple):
+            yield from content
+
+
+def without_content(
+    messages: Sequence[Mapping[str, Any]], take: Callable[[str, Mapping[str, Any]], None]
+) -> list[Mapping[str, Any]]:
+    """Messages whose media are parts of a type and no content, as chat templates know them.
+
+    What a tool's result shows goes into a user message behind the results: templates write the
+    text of results alone.
+
+    Args:
+        messages: the conversation.
+        take: called with the kind and the part of each medium, in the order of the result.
+    """
+    made: list[Mapping[str, Any]] = []
+    shown: list[Any] = []
+    for i, message in enumerate(messages):
+        content = message.get("content")
+        if isinstance(content, list | tuple) and any(map(kind_of, content)):
+            if message.get("role") == "tool":
+                shown += [part for part in content if kind_of(part)]
+                content = [part for part in content if not kind_of(part)]
+            else:
+                content = [_bare(part, take) for part in content]
+            message = {**message, "content": content}
+        made.append(message)
+        following = messages[i + 1].get("role") if i + 1 < len(messages) else ""
+        if shown and following != "tool":
+            made.append({"role": "user", "content": [_bare(part, take) for part in shown]})
+            shown = []
+    return made
+
+
+def _bare(part: Any, take: Callable[[str, Mapping[str, Any]], None]) -> Any:
+    kind = kind_of(part)
+    if kind is None:
+        return part
+    take(kind, part)
+    return {"type": kind}

@@ -1,0 +1,174 @@
+"""Prompts with pictures and sound: computed once, found again by content, exact wherever they fork.
+
+The oracle of every answer is the same prompt in a new process without anything kept.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import mlxkv
+from mlxkv.engine import prompt as prompts
+from mlxkv.errors import MediaError
+from mlxkv.generation.outputs import Result
+from mlxkv.generation.request import Request
+from mlxkv.kv.types import STEP
+from mlxkv.llm.llm import LLM
+from tests.support.seeing import ROWS, load_seeing, picture, seeing_model, shown
+
+LONG = "The weir was built in 1874 of granite from the upper quarry, and mended twice. "
+A, B = picture(1), picture(2)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A model whose layers see all tokens, and one whose windows slide."""
+    path = tmp_path_factory.mktemp("models")
+    for family in ("llama", "gemma3"):
+        seeing_model(path / family, family=family, max_position_embeddings=8192)
+    return path
+
+
+@pytest.fixture(params=["llama", "gemma3"])
+def llm(request, folder, kv) -> LLM:
+    return load_seeing(folder / request.param)
+
+
+def answer(llm: LLM, *parts: Any, **options: Any) -> Result:
+    return llm.generate(shown(*parts), **{"max_tokens": 8, **options})
+
+
+def alone(llm: LLM, *parts: Any, **options: Any) -> list[int]:
+    """The answer of a model that keeps nothing, computed in one chunk."""
+    fresh = load_seeing(llm.path)
+    fresh.pages = None
+    fresh._pages.update({"": None})
+    return answer(fresh, *parts, **options).tokens
+
+
+def n_encoded(llm: LLM) -> int:
+    return llm.budget.rows.n_encoded
+
+
+def test_the_rows_of_a_picture_stand_where_the_template_put_it(llm):
+    """Not at the placeholder that the user typed, and another picture is another answer."""
+    asked = "Is <image> this one? "
+    one, other = answer(llm, asked, A, "!"), answer(llm, asked, B, "!")
+    assert one.tokens != other.tokens
+    assert one.stats.prompt_tokens == other.stats.prompt_tokens
+    at = other.stats.diverged_at
+    assert at == len("\x00user\n") + len(asked) + len("\n\x00")
+    assert other.stats.miss is not None
+    assert other.stats.miss.prompt.endswith(f"|[picture {B[0, 0]:.3f}.png]")
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        (LONG * 4 + "!", A, "one", B, "two"),  # before the pictures
+        (LONG * 4, picture(3), "one", B, "two"),  # inside: another picture of one size
+        (LONG * 4, A, "ONE", B, "two"),  # between
+        (LONG * 4, A, "one", picture(3), "two"),  # the second picture
+        (LONG * 4, A, "one", B, "TWO"),  # behind
+        (LONG * 4, A, "one", A, "two"),  # the same picture again
+    ],
+    ids=["before", "first", "between", "second", "behind", "same"],
+)
+def test_a_fork_is_exact_in_memory_and_after_a_restart(llm, changed):
+    first = (LONG * 4, A, "one", B, "two")
+    expected = alone(llm, *first), alone(llm, *changed)
+    assert answer(llm, *first).tokens == expected[0]
+    assert answer(llm, *changed).tokens == expected[1]
+    llm.close()
+    again = load_seeing(llm.path)
+    for parts, tokens in zip((first, changed), expected, strict=True):
+        result = answer(again, *parts)
+        assert result.tokens == tokens
+        assert result.stats.restored_tokens >= STEP
+    again.close()
+
+
+def test_the_same_picture_again_is_neither_computed_nor_encoded(llm):
+    answer(llm, A, LONG * 4)
+    assert n_encoded(llm) == 1
+    asked = answer(llm, A, LONG * 4, "And why?")
+    assert asked.stats.computed_tokens <= len("And why?\x00\n\x00assistant\n") + 1
+    assert n_encoded(llm) == 1
+    llm.close()
+    again = load_seeing(llm.path)
+    assert answer(again, A, LONG * 4, "And why?").stats.restored_tokens >= STEP
+    assert n_encoded(again) == 0
+    again.close()
+
+
+def test_a_second_picture_computes_itself_and_what_follows(llm):
+    chat = llm.conversation()
+    list(chat.send(shown(LONG, A, "What is it?")[0]["content"], max_tokens=4))
+    *_, last = chat.send(shown(B, "And this?")[0]["content"], max_tokens=4)
+    assert last.stats is not None and last.stats.computed_tokens < ROWS + 60
+    assert n_encoded(llm) == 2
+    *_, last = chat.send(shown(A, "The first?")[0]["content"], max_tokens=4)
+    assert last.stats is not None and last.stats.computed_tokens < ROWS + 60
+    assert n_encoded(llm) == 2  # its rows are kept
+    whole = load_seeing(llm.path)
+    expected = whole.generate(chat.messages[:-1], max_tokens=4)
+    assert chat.turns[-1]["content"] == expected.text
+
+
+def test_a_file_is_found_again_by_its_content(llm, tmp_path):
+    parts = []
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(A.tobytes())
+        parts.append({"type": "image", "image": tmp_path / name})
+    for i, part in enumerate(parts):
+        message = [{"role": "user", "content": [part, {"type": "text", "text": LONG}]}]
+        result = llm.generate(message, max_tokens=1)
+        assert (result.stats.restored_tokens > len(LONG)) == bool(i)
+    assert llm.media.reader is not None and llm.media.reader.n_read == 2  # pyright: ignore
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 16, 64])
+def test_chunks_do_not_end_inside_a_picture_that_sees_itself_both_ways(folder, kv, chunk):
+    llm = load_seeing(folder / "gemma3", two_way=True)
+    ends: list[int] = []
+    real = llm.model.last_logits
+
+    def noted(tokens: Any, caches: Any, media: Any = ()) -> Any:
+        ends.append(caches[0].offset + tokens.shape[1])
+        assert all(rows.shape[0] == ROWS for _, _, rows in media)
+        return real(tokens, caches, media)
+
+    llm.model.last_logits = noted  # pyright: ignore[reportAttributeAccessIssue]
+    prepared = prompts.prepare(llm, Request(shown("ab", A, "c", B, "d")))
+    session = llm.session()
+    session.media = prepared.media
+    logits = session.prefill(prepared.tokens, chunk=chunk)
+    assert logits.shape[0] == 1
+    for start, stop, _ in prepared.media.spans(prepared.tokens):
+        assert not any(start < end < stop for end in ends)
+    assert max(b - a for a, b in zip([0, *ends], ends, strict=False)) <= max(chunk, ROWS)
+
+
+def test_a_model_without_eyes_says_so(folder, kv):
+    llm = mlxkv.load(folder / "llama")
+    with pytest.raises(MediaError, match=r"takes text only, and no pictures \(.*\.png\)"):
+        answer(llm, A)
+
+
+def test_a_picture_where_the_template_has_no_place_is_refused(llm):
+    with pytest.raises(MediaError, match="places for 0 of the 1 parts that are pictures"):
+        llm.tokenizer.chat_template.source = "{{ messages[0].role }}"
+        answer(llm, A)
+
+
+def test_penalties_and_log_probabilities_see_tokens_of_the_vocabulary(llm):
+    parts = ("Look ", A, "!")
+    expected = alone(llm, *parts, repeat_penalty=1.3, repeat_last_n=40)
+    told = answer(llm, *parts, repeat_penalty=1.3, repeat_last_n=40, prompt_logprobs=1, logprobs=1)
+    assert told.tokens == expected
+    tokens = [each.token for each in told.prompt_logprobs]
+    assert tokens == llm.encode(shown(*parts))
+    assert tokens.count(3) == ROWS
