@@ -15,6 +15,7 @@ from mlxkv.engine.messages import ClientCounts, Lost
 from mlxkv.generation.outputs import Stats
 from mlxkv.generation.request import Prompt
 from mlxkv.kv.types import STEP
+from mlxkv.media.parts import mapped
 from mlxkv.prefix.layout import Link
 from mlxkv.prefix.pages import Pages
 
@@ -126,13 +127,18 @@ def session_key(prompt: Prompt) -> str | None:
     """What tells a conversation from others; None for a text, token ids or no user."""
     if isinstance(prompt, str):
         return None
-    for message in prompt:
+    for message in mapped(prompt, _shortened):
         if not isinstance(message, Mapping):
             return None
         if message.get("role") == "user":
             text = str(message.get("content"))
             return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
     return None
+
+
+def _shortened(source: object) -> object:
+    """What tells a medium from others in a few characters."""
+    return hashlib.sha256(source).hexdigest() if isinstance(source, bytes) else source
 
 
 def shared_prefix(chains: Sequence[Sequence[Link]], spared: Sequence[Link]) -> Sequence[Link]:

@@ -6,12 +6,15 @@ here needs MLX.
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import PurePath
 from typing import Any, Self
 
 from mlxkv.generation.request import Request
+from mlxkv.media.parts import mapped
 from mlxkv.sampling.params import SamplingParams
 from mlxkv.saved_kv.manifest import NamedKV
 
@@ -93,6 +96,7 @@ def request_to_json(request: Request) -> dict[str, Any]:
     """
     raw = {field.name: getattr(request, field.name) for field in fields(Request)}
     del raw["on_progress"]
+    raw["prompt"] = mapped(request.prompt, _source_to_json)
     if request.saved is not None:
         raw["saved"] = request.saved.to_json().decode()
     if request.format is not None:
@@ -112,6 +116,7 @@ def request_from_json(raw: Mapping[str, Any]) -> Request:
     """
     from mlxkv.sampling.grammar import Grammar  # few answers have one
 
+    raw = {**raw, "prompt": mapped(raw["prompt"], _source_from_json)}
     sampling = dict(raw["sampling"])
     if "logit_bias" in sampling:
         sampling["logit_bias"] = {int(token): value for token, value in sampling["logit_bias"]}
@@ -124,6 +129,23 @@ def request_from_json(raw: Mapping[str, Any]) -> Request:
         "callable": None if raw["callable"] is None else tuple(raw["callable"]),
     }
     return Request(**{**raw, **changed})
+
+
+def _source_to_json(source: Any) -> Any:
+    """The content of a picture or of sound; a path as it is.
+
+    Raises:
+        TypeError: an image or an array, which is kept by no file.
+    """
+    if isinstance(source, bytes):
+        return {"base64": base64.b64encode(source).decode("ascii")}
+    return str(source) if isinstance(source, PurePath) else source
+
+
+def _source_from_json(source: Any) -> Any:
+    if isinstance(source, Mapping) and "base64" in source:
+        return base64.b64decode(source["base64"], validate=True)
+    return source
 
 
 def seeded(request: Request, seed: int) -> Request:

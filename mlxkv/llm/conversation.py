@@ -129,7 +129,7 @@ class Conversation:
         An answer that is interrupted stays in the history as far as it was streamed.
 
         Args:
-            text: the message, or its parts: texts, pictures and sound, see `engine.media.parts`.
+            text: the message, or its parts: texts, pictures and sound, see `media.parts`.
             asleep: what `begun` was of its answer, also in another process: that comes first, and
                 then the rest, as with the same options it would have come.
             **options: see above.

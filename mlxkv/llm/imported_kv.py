@@ -108,6 +108,12 @@ def verify(
     own = None if pages is None else pages.disk
     if pages is None or own is None or saved.fingerprint != own.fingerprint:
         raise UsageError(f"{name} is KV of {saved.model} ({saved.dtype}, {saved.kv_type})")
+    if saved.media:
+        raise UsageError(
+            f"{name} has {len(saved.media)} pictures or pieces of sound, and without their content "
+            "its KV cannot be computed again and compared"
+            + ("; `mlxkv kv import --trust KEY` takes it by its signature" * bool(saved.quarantine))
+        )
     files = own.files
     if saved.quarantine:
         files = PageFiles(names.root, saved.quarantine, DiskLimits.for_folder(names.root))

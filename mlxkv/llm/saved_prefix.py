@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -20,6 +21,7 @@ from mlxkv.engine.runtime import Runtime
 from mlxkv.errors import ContextExceeded, Hint, ModelNotFound, OutputError, UsageError
 from mlxkv.generation.request import Prompt, is_messages
 from mlxkv.kv.types import STEP, KVFormat, first_kv_type
+from mlxkv.media.prompt import NO_MEDIA, PromptMedia
 from mlxkv.memory.needs import kv_bytes
 from mlxkv.prefix.layout import token_bytes
 from mlxkv.prefix.on_disk.disk import PageDisk
@@ -39,7 +41,7 @@ def save(
     names = KVNames(kv_dir())
     names.check_spelling(name)
     pinned = names.is_pinned(name)
-    text, messages, tokens = _prefix(runtime, prompt)
+    text, messages, tokens, media = _prefix(runtime, prompt)
     if len(tokens) >= runtime.context:
         raise ContextExceeded(len(tokens), runtime.context)
     if pages.stable is not None and len(tokens) > pages.stable:
@@ -49,6 +51,7 @@ def save(
         )
     _check_room(runtime, disk, len(tokens))
     session = runtime.session()
+    session.media = media
     with pages.writing_through():
         session.restore(tokens)
         mx.eval(session.prefill(tokens, on_progress=on_progress))
@@ -75,6 +78,7 @@ def save(
         pinned=pinned,
         kv_type=first_kv_type(runtime.kv_type),
         dtype=disk.dtype,
+        media=tuple(replace(medium, data=None) for medium in media),
     )
     names.save(saved, replace=True)
     return saved
@@ -139,15 +143,19 @@ def _where(runtime: Runtime) -> tuple[Pages, PageDisk]:
     return runtime.pages, runtime.pages.disk
 
 
-def _prefix(runtime: Runtime, prompt: Prompt) -> tuple[str, tuple[Any, ...] | None, list[int]]:
-    """Text, messages and token ids to be saved."""
+def _prefix(
+    runtime: Runtime, prompt: Prompt
+) -> tuple[str, tuple[Any, ...] | None, list[int], PromptMedia]:
+    """Text, messages, token ids and media to be saved."""
     if not is_messages(prompt):
         tokens = prompts.encode(runtime, prompt)
         text = prompt if isinstance(prompt, str) else runtime.tokenizer.decode(tokens)
-        return text, None, tokens
+        return text, None, tokens, NO_MEDIA
     messages = tuple(dict(message) for message in prompt)  # pyright: ignore[reportArgumentType, reportCallIssue]
+    writer = prompts.writer(runtime)
     probes = [[*messages, {"role": "user", "content": probe}] for probe in PROBES]
-    first, second = (prompts.render(runtime, probe) for probe in probes)
+    first, second = (writer.write(probe) for probe in probes)
     letters = zip(first.text, second.text, strict=False)
     head = first.before(next((i for i, (a, b) in enumerate(letters) if a != b), 0))
-    return head.text, messages, runtime.tokenizer.encode_rendered(head)
+    tokens = runtime.tokenizer.encode_rendered(head)
+    return head.text, tuple(writer.without_content(messages)), tokens, writer.media

@@ -6,15 +6,18 @@ import base64
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mlxkv.base.paths import NAME
-from mlxkv.media.types import Medium
+from mlxkv.media.prompt import PromptMedia
+from mlxkv.media.types import KINDS, Medium
 from mlxkv.prefix.on_disk.format import MAX_TOKENS, ROOT, PageKey, page_name
 
-MANIFEST_VERSION = 2
-"""1 has no `quarantine`, and is written where that is empty."""
+MANIFEST_VERSION = 4
+"""1 has no `quarantine` and no `media`, 2 has no `media`; they are written where those are empty. 3
+is an encrypted one's, see `sealed`.
+"""
 MAX_NAME = 100
 MAX_MANIFEST_BYTES = 256 << 20
 
@@ -72,9 +75,13 @@ class NamedKV:
         raw["keys"] = [key.file_name for key in self.keys]
         raw["tokens"] = base64.b64encode(self.tokens).decode("ascii")
         raw["messages"] = None if self.messages is None else list(self.messages)
-        if not raw["quarantine"]:
+        raw["media"] = [_medium_to_json(medium) for medium in self.media]
+        version = _version(raw)
+        if not raw["media"]:
+            del raw["media"]
+        if not raw["quarantine"] and version < MANIFEST_VERSION:
             del raw["quarantine"]
-        return json.dumps({"version": MANIFEST_VERSION if self.quarantine else 1, **raw}).encode()
+        return json.dumps({"version": version, **raw}).encode()
 
     @classmethod
     def from_json(cls, data: bytes) -> NamedKV:
@@ -85,8 +92,9 @@ class NamedKV:
         """
         try:
             raw = json.loads(data)
-            version = MANIFEST_VERSION if raw.setdefault("quarantine", "") else 1
-            if raw.pop("version") != version or set(raw) != set(cls.__dataclass_fields__):
+            raw.setdefault("quarantine", "")
+            raw.setdefault("media", [])
+            if raw.pop("version") != _version(raw) or set(raw) != set(cls.__dataclass_fields__):
                 raise ValueError("other fields than a manifest has, or another version")
             keys = [PageKey.parse(name) for name in raw["keys"]]
             messages = raw["messages"]
@@ -95,6 +103,7 @@ class NamedKV:
                 "keys": tuple(key for key in keys if key is not None),
                 "tokens": base64.b64decode(raw["tokens"], validate=True),
                 "messages": None if messages is None else tuple(messages),
+                "media": tuple(map(_medium_from_json, raw["media"])),
             })  # fmt: skip
         except (KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"not a manifest ({error})") from error
@@ -118,15 +127,56 @@ def _check(named: NamedKV, n_keys: int) -> None:
         raise ValueError("no fingerprint")
     if not is_name(named.name) or type(named.n_tokens) is not int:
         raise ValueError("a name or a number of tokens that cannot be")
-    if (
-        named.n_tokens * 4 != len(named.tokens)
-        or min(memoryview(named.tokens).cast("i"), default=0) < 0
-    ):
+    if named.n_tokens * 4 != len(named.tokens):
         raise ValueError("tokens that cannot be")
+    _check_media(named)
     pages = page_chain(named.tokens)
     chain = [PageKey(*pages[key.name][1:], key.part) for key in named.keys if key.name in pages]
     if not chain or chain != [*named.keys] or len(chain) != n_keys or len(set(chain)) != n_keys:
         raise ValueError("pages that are not those of its tokens")
+
+
+def _check_media(named: NamedKV) -> None:
+    """ValueError unless the tokens below 0 are those of the media, each whole."""
+    tokens, media = memoryview(named.tokens).cast("i").tolist(), PromptMedia(named.media)
+    if any(not 0 < medium.n_tokens <= len(tokens) for medium in named.media):
+        raise ValueError("media of a length that cannot be")
+    n_covered = 0
+    for start, stop, medium in media.spans(tokens):
+        if tuple(tokens[start:stop]) != medium.ids:
+            raise ValueError("tokens that are not those of its media")
+        n_covered += stop - start
+    if n_covered != sum(token < 0 for token in tokens):
+        raise ValueError("tokens that cannot be")
+
+
+def _version(raw: Mapping[str, Any]) -> int:
+    """The oldest version that has what a manifest says."""
+    return MANIFEST_VERSION if raw["media"] else 2 if raw["quarantine"] else 1
+
+
+def _medium_to_json(medium: Medium) -> dict[str, Any]:
+    return {
+        "kind": medium.kind,
+        "digest": medium.digest.hex(),
+        "n_tokens": medium.n_tokens,
+        "token": medium.token,
+        "name": medium.name,
+    }
+
+
+def _medium_from_json(raw: Mapping[str, Any]) -> Medium:
+    """The inverse of `_medium_to_json`.
+
+    Raises:
+        ValueError, TypeError, KeyError, AttributeError: something else.
+    """
+    medium = Medium(**{**raw, "digest": bytes.fromhex(raw["digest"])})
+    numbers = type(medium.n_tokens) is int and type(medium.token) is int and medium.token >= 0
+    is_named = isinstance(medium.name, str) and medium.name.isprintable()
+    if medium.kind not in KINDS or not numbers or not is_named or len(medium.digest) != 32:
+        raise ValueError("a medium that cannot be")
+    return replace(medium, data=None)
 
 
 def _is_message(message: object) -> bool:

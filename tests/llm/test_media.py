@@ -5,6 +5,9 @@ The oracle of every answer is the same prompt in a new process without anything 
 
 from __future__ import annotations
 
+import json
+import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +15,14 @@ import pytest
 
 import mlxkv
 from mlxkv.engine import prompt as prompts
-from mlxkv.errors import MediaError
+from mlxkv.errors import MediaError, UsageError
+from mlxkv.generation.asleep import request_from_json, request_to_json
+from mlxkv.generation.context_shift import Bound
 from mlxkv.generation.outputs import Result
 from mlxkv.generation.request import Request
 from mlxkv.kv.types import STEP
 from mlxkv.llm.llm import LLM
+from mlxkv.saved_kv.manifest import NamedKV
 from tests.support.seeing import ROWS, load_seeing, picture, seeing_model, shown
 
 LONG = "The weir was built in 1874 of granite from the upper quarry, and mended twice. "
@@ -172,3 +178,70 @@ def test_penalties_and_log_probabilities_see_tokens_of_the_vocabulary(llm):
     tokens = [each.token for each in told.prompt_logprobs]
     assert tokens == llm.encode(shown(*parts))
     assert tokens.count(3) == ROWS
+
+
+def test_saved_kv_of_pictures_is_gone_on_from_without_them(llm):
+    album = shown(LONG * 4, A, "a.png", B, "b.png")
+    question = [{"role": "user", "content": "Which of them?"}]
+    expected = load_seeing(llm.path).generate([*album, *question], max_tokens=8)
+    saved = llm.save_kv("album", album)
+    assert [medium.n_tokens for medium in saved.media] == [ROWS, ROWS]
+    llm.close()
+    again = load_seeing(llm.path)
+    asked = again.generate(question, max_tokens=8, kv_from="album")
+    assert asked.tokens == expected.tokens
+    assert asked.stats.restored_tokens >= saved.n_tokens - 1
+    assert n_encoded(again) == 0
+    with pytest.raises(
+        UsageError, match="2 pictures or pieces of sound, and without their content"
+    ):
+        again.verify_kv("album")
+    for page in Path(os.environ["MLXKV_KV"]).rglob("*.safetensors"):
+        page.unlink()
+    again.pages.clear()
+    with pytest.raises(MediaError, match=rf"picture {A[0, 0]:.3f}.png: its KV is not on disk"):
+        again.generate(question, max_tokens=8, kv_from="album")
+    again.close()
+
+
+def test_a_manifest_keeps_media_and_refuses_ids_that_are_none_of_theirs(llm):
+    saved = llm.save_kv("one", shown(A, "a"))
+    assert NamedKV.from_json(saved.to_json()) == saved
+    plain = llm.save_kv("plain", [{"role": "user", "content": "text"}])
+    assert b'"media"' not in plain.to_json()
+    other = replace(saved.media[0], digest=bytes(32))
+    for media in ((), (other,)):
+        with pytest.raises(ValueError, match="tokens that cannot be"):
+            replace(saved, media=media).to_json()
+
+
+def test_a_context_shift_drops_pictures_whole(llm):
+    parts = ("a" * 30, A, "b" * 30, B, "c" * 30)
+    prompt = llm.encode(shown(*parts))
+    prepared = prompts.prepare(llm, Request(shown(*parts)))
+    for context in range(60, len(prompt), 7):
+        bound = Bound(context, lambda: 0, [s[:2] for s in prepared.media.spans(prepared.tokens)])
+        for n in range(context, len(prompt) + 40, 13):
+            sequence = [*prepared.tokens, *[9] * 40][: max(n, len(prompt))]
+            left = bound.remaining(sequence)
+            assert len(left) < context
+            spans = prepared.media.spans(left)
+            assert sum(token < 0 for token in left) == ROWS * len(spans)
+    options = {"context": len(prompt) + 8, "overflow": "shift", "max_tokens": 60}
+    shifted = answer(llm, *parts, **options)
+    assert shifted.tokens == alone(llm, *parts, **options)
+    assert shifted.stats.shifted_tokens
+
+
+def test_a_prompt_that_is_cut_to_the_context_begins_with_no_half_picture(llm):
+    prompt = llm.encode(shown("a" * 20, A, "b" * 30))
+    for context in range(40, len(prompt), 3):
+        result = answer(llm, "a" * 20, A, "b" * 30, truncate=True, context=context, max_tokens=4)
+        assert result.stats.prompt_tokens <= context - 4
+
+
+def test_a_request_with_bytes_is_the_same_after_it_was_put_away(llm):
+    request = Request(shown("Look ", A))
+    assert request_from_json(json.loads(json.dumps(request_to_json(request)))) == request
+    with pytest.raises(TypeError):
+        request_to_json(Request([{"role": "user", "content": [{"type": "image", "image": A}]}]))

@@ -16,9 +16,9 @@ from mlxkv.chat.control import overlapping
 from mlxkv.chat.prompt_writer import Begun, PromptWriter
 from mlxkv.chat.rendered import Rendered, Segment, Span
 from mlxkv.chat.replies import Recorder
-from mlxkv.engine.media.parts import has_media, without_content
 from mlxkv.engine.media.side import NAMES, MediaSide
 from mlxkv.errors import MediaError
+from mlxkv.media.parts import has_media, kind_of, without_content
 from mlxkv.media.prompt import PromptMedia
 from mlxkv.media.types import Medium
 from mlxkv.text.tokenizer import Tokenizer
@@ -104,11 +104,28 @@ class MediaWriter:
     def _read(self, kind: str, part: Mapping[str, Any]) -> tuple[Medium, ...]:
         source = part[kind]
         if isinstance(source, Mapping):
-            medium = self._saved.get(str(source.get("digest")))
-            if medium is None or medium.kind != kind:
+            named = [self._saved.get(str(digest)) for digest in source.get("digests") or ()]
+            media = tuple(medium for medium in named if medium is not None)
+            if not named or len(media) < len(named):
                 raise MediaError(f"{kind}: must be a path, bytes or an array; got a dict")
-            return (medium,)
+            return media
         return self._side.read(kind, part)
+
+    def without_content(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
+        """Messages as JSON, media by their digests: of saved KV, see `media.parts`."""
+
+        def named(part: Any) -> Any:
+            if (kind := kind_of(part)) is None:
+                return part
+            media = self._read(kind, part)
+            digests = [medium.digest.hex() for medium in media]
+            return {"type": kind, kind: {"digests": digests}, "name": media[0].name}
+
+        made = [dict(message) for message in messages]
+        for message in made if has_media(made) else ():
+            if isinstance(content := message.get("content"), list | tuple):
+                message["content"] = [named(part) for part in content]
+        return made
 
     def _placed(self, rendered: Rendered, found: Found) -> Rendered:
         """The prompt with media in place of the template's placeholders."""

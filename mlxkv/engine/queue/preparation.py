@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 from mlxkv.chat.interrupt import Interrupted, interruptible
-from mlxkv.engine.media.parts import has_media
 from mlxkv.errors import MlxkvError, contained
 from mlxkv.generation.request import Request
+from mlxkv.media.parts import has_media
 
 if TYPE_CHECKING:
     from concurrent.futures import ThreadPoolExecutor

@@ -3,7 +3,7 @@
     {"type": "image", "image": path | bytes | PIL image | array, "budget": int, "name": str}
     {"type": "audio", "audio": path | bytes | (array, sample rate), "name": str}
 
-`budget` and `name` may be left out. In messages of saved KV the content is `{"digest": hex}`.
+`budget` and `name` may be left out. In messages of saved KV the content is `{"digests": [hex]}`.
 """
 
 from __future__ import annotations
@@ -92,3 +92,20 @@ def _bare(part: Any, take: Callable[[str, Mapping[str, Any]], None]) -> Any:
         return part
     take(kind, part)
     return {"type": kind}
+
+
+def mapped(prompt: Any, change: Callable[[Any], Any]) -> Any:
+    """A prompt with the content of its media changed; the same object if it has none."""
+    if not has_media(prompt):
+        return prompt
+
+    def changed(part: Any) -> Any:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        return {**part, kind: change(part.get(kind))} if kind in KINDS else part
+
+    return [
+        {**message, "content": [changed(part) for part in content]}
+        if isinstance(content := message.get("content"), list | tuple)
+        else message
+        for message in prompt
+    ]
