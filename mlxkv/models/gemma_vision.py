@@ -13,7 +13,7 @@ import mlx.nn as nn
 
 from mlxkv.models.gemma_vision_config import EmbedderConfig, VitConfig
 from mlxkv.nn.encoder_attention import attend_all
-from mlxkv.nn.layers import Fusing, NormedHeads, gated, merge_heads, on_halves, residual
+from mlxkv.nn.layers import Fusing, NormedHeads, compiled, gated, merge_heads, on_halves, residual
 from mlxkv.nn.linear import Linear
 
 IMAGE = "image"
@@ -45,8 +45,13 @@ class ClippableLinear(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         if "input_min" not in self:
             return self["linear"](x)
-        x = self["linear"](mx.clip(x, self["input_min"], self["input_max"]))
-        return mx.clip(x, self["output_min"], self["output_max"])
+        x = self["linear"](_clipped(x, self["input_min"], self["input_max"]))
+        return _clipped(x, self["output_min"], self["output_max"])
+
+
+@compiled
+def _clipped(x: mx.array, low: mx.array, high: mx.array) -> mx.array:
+    return mx.minimum(mx.maximum(x, low), high)
 
 
 class Clipping(Fusing):

@@ -15,7 +15,7 @@ import mlx.core as mx
 
 from tests.metal import hollow, shim, theirs
 from tests.metal.count import COPIES, Counts, count
-from tests.metal.proportions import FOREIGN, MODELS, Config
+from tests.metal.proportions import FOREIGN, MODELS, PICTURES, Config
 
 HELD = 2048
 """Tokens that a sequence holds before the steps that are counted."""
@@ -135,6 +135,22 @@ def of_model(side: Side, name: str) -> Iterator[Figure]:
     yield from _of_batches(side, name, model)
     if isinstance(side, Ours):
         yield from _of_packed_kv(side, name, model)
+
+
+def of_picture(name: str) -> Iterator[Figure]:
+    """Figures of an encoder: the rows of one picture."""
+    config, shapes = PICTURES[name]
+    for dtype, short in ((mx.bfloat16, "bf16"), (mx.float16, "f16")):
+        model = hollow.model(config, dtype, quantized=False)
+        data = {
+            key: hollow.hollow(shape, mx.int32 if key == "positions" else mx.float32)
+            for key, shape in shapes.items()
+        }
+        with shim.gpu():
+            counts = count(shim.graph(model.media_rows("image", data)))
+        yield "launches", name, f"picture {short}", counts.launches
+        yield "hidden_bytes", name, f"picture {short}", counts.hidden_bytes.total()
+        yield "float32", name, f"picture {short}", counts.float32()
 
 
 def of_mixed_lengths(side: Side, name: str) -> Iterator[Figure]:

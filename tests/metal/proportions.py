@@ -178,6 +178,53 @@ MODELS: Mapping[str, Config] = {
 }  # fmt: skip
 """Models with a definition of our own; every family is here."""
 
+_TEXT3 = _config(
+    "gemma3_text", 1, (2560, 10240, 262208), (8, 4, 256),
+    hidden_activation="gelu_pytorch_tanh", rms_norm_eps=1e-6, sliding_window=512,
+)  # fmt: skip
+_TEXT4 = _config(
+    "gemma4_text", 2, (1536, 6144, 262144), (8, 1, 256),
+    rms_norm_eps=1e-6, sliding_window=512, hidden_size_per_layer_input=0,
+)  # fmt: skip
+_TALL = {"hidden_size": 1152, "num_hidden_layers": 27, "num_attention_heads": 16}
+_WITHOUT = {"mm_embed_dim": 3840, "mm_posemb_size": 1120, "output_proj_dims": 3840}
+PICTURES: Mapping[str, tuple[Config, Mapping[str, tuple[int, ...]]]] = {
+    "gemma3-4b": (
+        {
+            "model_type": "gemma3",
+            "text_config": _TEXT3,
+            "vision_config": {
+                **_TALL, "intermediate_size": 4304, "image_size": 896, "patch_size": 14
+            },
+        },
+        {"pixels": (896, 896, 3)},
+    ),
+    "gemma4-e2b": (
+        {
+            "model_type": "gemma4",
+            "text_config": _TEXT4,
+            "vision_config": {"use_clipped_linears": True},
+        },
+        {"patches": (2520, 768), "positions": (2520, 2)},
+    ),
+    "gemma4-31b": (
+        {
+            "model_type": "gemma4",
+            "text_config": _TEXT4,
+            "vision_config": {
+                **_TALL, "intermediate_size": 4304, "num_key_value_heads": 16, "head_dim": 72,
+                "standardize": True,
+            },
+        },
+        {"patches": (2520, 768), "positions": (2520, 2)},
+    ),
+    "gemma4-12b": (
+        {"model_type": "gemma4_unified", "text_config": _TEXT4, "vision_config": _WITHOUT},
+        {"patches": (280, 6912), "positions": (280, 2)},
+    ),
+}  # fmt: skip
+"""Encoders of pictures, above a language model of a layer or two, and the shapes of one picture."""
+
 FOREIGN: Mapping[str, Config] = {
     "qwen3-8b": _config(
         "qwen3", 36, (4096, 12288, 151936), (32, 8, 128),
