@@ -1,7 +1,7 @@
-"""Gemma 3n text: several residual streams (AltUp), a low-rank residual (LAuReL), an embedding per
-layer, sparse activations, and last layers that read the KV of earlier ones.
+"""Gemma 3n: several residual streams (AltUp), a low-rank residual (LAuReL), an embedding per layer,
+sparse activations, and last layers that read the KV of earlier ones.
 
-Reference: transformers `modeling_gemma3n.py`. Multimodal checkpoints load as their language model.
+Reference: transformers `modeling_gemma3n.py`. `gemma3n_vision` has its encoder of pictures.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from mlxkv.checkpoint import tensor_names
 from mlxkv.kv.layout import Caches, LayerCache, Mask, Offset
 from mlxkv.models.gemma3n_altup import AltUp, one_stream, rescaled, root_mean_square
 from mlxkv.models.gemma3n_config import Config
+from mlxkv.models.gemma3n_embedder import Embedder
+from mlxkv.models.gemma3n_vision import VisionTower, channels_last
 from mlxkv.nn.layers import GatedMLP, compiled, gated
 from mlxkv.nn.linear import Linear
-from mlxkv.nn.model import Media
+from mlxkv.nn.model import Media, placed
 from mlxkv.nn.shared_kv import KeysValues, PerLayerBackbone, PerLayerNorms, SharedKVModel
 
 
@@ -158,15 +160,42 @@ class Backbone(PerLayerBackbone):
 
 
 class Model(SharedKVModel):
-    """A Gemma 3n language model with its head."""
+    """A Gemma 3n language model with its head, and the encoders that its config has."""
 
     def __init__(self, config: Config):
         layers = [Layer(config, i) for i in range(config.num_hidden_layers)]
         super().__init__(config, layers, Backbone)
+        if vision := config.vision:
+            self.vision_tower = VisionTower(vision)
+            self.embed_vision = Embedder(
+                vision.vocab_offset,
+                vision.vocab_size,
+                vision.hidden_size,
+                config.hidden_size,
+                vision.rms_norm_eps,
+            )
+
+    @property
+    def media_kinds(self) -> frozenset[str]:
+        return frozenset({"image"} if "vision_tower" in self else ())
+
+    def media_rows(self, kind: str, data: Mapping[str, mx.array]) -> mx.array:
+        """See `CausalLM`; a picture is `pixels`, `[H, W, 3]` as the processor scales them."""
+        assert kind == "image"
+        pixels = mx.array(data["pixels"]).astype(self.compute_dtype)
+        return self["embed_vision"](self["vision_tower"](pixels))
+
+    def embed(self, tokens: mx.array, media: Media = ()) -> mx.array:
+        x = super().embed(tokens)
+        if "embed_vision" in self:
+            x = self["embed_vision"].over(x, tokens)
+        return placed(x, media)
 
     def embed_per_layer(self, tokens: mx.array, media: Media = ()) -> mx.array | None:
-        # Tokens of images and sound have no row here and get that of token 0.
+        # Pictures, sound and the tokens around them have no row here and get that of token 0.
         known = tokens < self.config.vocab_size_per_layer_input
+        for _, start, rows in media:
+            known[:, start : start + rows.shape[0]] = False
         return super().embed_per_layer(mx.where(known, tokens, 0), media)
 
     def hidden(
@@ -183,11 +212,13 @@ class Model(SharedKVModel):
 
 
 def remap(weights: Mapping[str, mx.array], config: Config) -> tuple[dict[str, mx.array], list[str]]:
-    """Hugging Face names -> ours: the language model's prefix is taken off.
+    """Hugging Face names -> ours: the prefixes of the parts are taken off.
 
     Returns:
-        The weights, and the names left out: towers of images and sound, and the projections of
-        keys and values that layers without KV of their own do not use.
+        The weights, and the names left out: encoders that the config does not have, and the
+        projections of keys and values that layers without KV of their own do not use.
     """
     readers = [i for i, heads in enumerate(config.heads) if heads.donor is not None]
-    return tensor_names.language_model(weights, config, readers=readers)
+    kept, skipped = tensor_names.language_model(weights, config, readers=readers)
+    vision = {name: array for name, array in kept.items() if name.startswith("vision_tower.")}
+    return kept | channels_last(vision), skipped

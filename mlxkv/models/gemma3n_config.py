@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Self
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 from mlxkv.checkpoint.config import Fields, refuse_bidirectional
 from mlxkv.checkpoint.rope_config import rope_configs
+from mlxkv.errors import UnsupportedModel
 from mlxkv.nn.decoder_model import decoder_fields, grouping, layer_windows
 from mlxkv.nn.shared_kv import Heads, SharedKVConfig, donors
 
@@ -26,12 +28,71 @@ DEFAULTS = {
 """What a config leaves out, as transformers documents it."""
 
 
+ENCODER = "mobilenetv5_300m_enc"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VisionConfig:
+    """`vision_config` of a Gemma 3n; the names are those of config.json.
+
+    Attributes:
+        architecture: timm's name of the encoder.
+        width: factor on the channels of its blocks (timm's `channel_multiplier`).
+        resolution: rows and columns of its output (timm's `msfa_output_resolution`).
+        unknown_args: names of further arguments for timm.
+        vocab_size: tokens that the encoder's own embedding holds, from id `vocab_offset`.
+    """
+
+    architecture: str
+    width: float
+    resolution: int
+    unknown_args: tuple[str, ...]
+    hidden_size: int
+    vocab_size: int
+    vocab_offset: int
+    rms_norm_eps: float
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any], source: str) -> Self:
+        """Read the object under `vision_config`.
+
+        Raises:
+            ConfigError: a key is wrong.
+        """
+        fields = Fields(raw, f"{source}: vision_config")
+        args = fields.nested("model_args")
+        known = ("channel_multiplier", "msfa_output_resolution")
+        return cls(
+            architecture=fields.str("architecture", ENCODER),
+            width=args.float(known[0], 1.0),
+            resolution=args.int(known[1], 16),
+            unknown_args=tuple(sorted(set(args.raw) - set(known))),
+            hidden_size=fields.int("hidden_size", 2048),
+            vocab_size=fields.int("vocab_size", 128),
+            vocab_offset=fields.int("vocab_offset", 262144),
+            rms_norm_eps=fields.float("rms_norm_eps", 1e-6),
+        )
+
+    def check(self) -> None:
+        """Raise UnsupportedModel where the encoder is not the one defined here."""
+        if self.architecture != ENCODER:
+            raise UnsupportedModel(
+                f"vision_config: architecture must be {ENCODER}; got {self.architecture!r}"
+            )
+        if self.unknown_args:
+            raise UnsupportedModel(
+                f"vision_config: model_args holds {', '.join(self.unknown_args)}, which is not "
+                "supported"
+            )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config(SharedKVConfig):
     """The numbers that define a Gemma 3n; the names are those of config.json.
 
     Attributes:
         intermediate_sizes: of each layer's MLP; `intermediate_size` is the largest.
+        vision: of the encoder of pictures; None without one.
     """
 
     intermediate_sizes: tuple[int, ...]
@@ -40,6 +101,15 @@ class Config(SharedKVConfig):
     altup_active_idx: int
     altup_correct_scale: bool
     laurel_rank: int
+    vision: VisionConfig | None = None
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any], source: str = "config.json") -> Self:
+        config = super(Config, cls).from_dict(raw, source)
+        vision = raw.get("vision_config")
+        if not isinstance(vision, Mapping):
+            return config
+        return replace(config, vision=VisionConfig.from_dict(vision, source))
 
     @classmethod
     def read(cls, fields: Fields) -> Self:
