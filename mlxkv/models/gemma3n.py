@@ -1,7 +1,8 @@
 """Gemma 3n: several residual streams (AltUp), a low-rank residual (LAuReL), an embedding per layer,
 sparse activations, and last layers that read the KV of earlier ones.
 
-Reference: transformers `modeling_gemma3n.py`. `gemma3n_vision` has its encoder of pictures.
+Reference: transformers `modeling_gemma3n.py`. `gemma3n_vision` has its encoder of pictures,
+`gemma3n_audio` that of sound.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ import mlx.nn as nn
 from mlxkv.checkpoint import tensor_names
 from mlxkv.kv.layout import Caches, LayerCache, Mask, Offset
 from mlxkv.models.gemma3n_altup import AltUp, one_stream, rescaled, root_mean_square
+from mlxkv.models.gemma3n_audio import Gemma3nTower
 from mlxkv.models.gemma3n_config import Config
 from mlxkv.models.gemma3n_embedder import Embedder
 from mlxkv.models.gemma3n_vision import VisionTower, channels_last
+from mlxkv.models.gemma_audio import AUDIO, audio_names
 from mlxkv.nn.layers import GatedMLP, compiled, gated
 from mlxkv.nn.linear import Linear
 from mlxkv.nn.model import Media, placed
@@ -174,21 +177,44 @@ class Model(SharedKVModel):
                 config.hidden_size,
                 vision.rms_norm_eps,
             )
+        if audio := config.audio:
+            self._n_audio_rows, self._audio_padding = audio.n_rows, audio.padding
+            self.audio_tower = Gemma3nTower(audio)
+            self.embed_audio = Embedder(
+                audio.vocab_offset,
+                audio.vocab_size,
+                audio.hidden_size,
+                config.hidden_size,
+                audio.rms_norm_eps,
+            )
 
     @property
     def media_kinds(self) -> frozenset[str]:
-        return frozenset({"image"} if "vision_tower" in self else ())
+        towers = {"image": "vision_tower", AUDIO: "audio_tower"}
+        return frozenset(kind for kind, name in towers.items() if name in self)
 
     def media_rows(self, kind: str, data: Mapping[str, mx.array]) -> mx.array:
-        """See `CausalLM`; a picture is `pixels`, `[H, W, 3]` as the processor scales them."""
-        assert kind == "image"
+        """See `CausalLM`; a picture is `pixels`, `[H, W, 3]` as the processor scales them, sound is
+        `mel`, real frames `[T, bins]`.
+        """
+        if kind == AUDIO:
+            return self._heard(mx.array(data["mel"]).astype(self.compute_dtype))
         pixels = mx.array(data["pixels"]).astype(self.compute_dtype)
         return self["embed_vision"](self["vision_tower"](pixels))
 
+    def _heard(self, mel: mx.array) -> mx.array:
+        """The rows of a clip, and those of the padding token up to the number that all have."""
+        rows = self["embed_audio"](self["audio_tower"](mel))
+        n_more = self._n_audio_rows - rows.shape[0]
+        assert n_more >= 0, "a clip longer than the model takes"
+        padding = self["embed_audio"].token_rows()[self._audio_padding]
+        return mx.concatenate([rows, mx.broadcast_to(padding, (n_more, padding.size))])
+
     def embed(self, tokens: mx.array, media: Media = ()) -> mx.array:
         x = super().embed(tokens)
-        if "embed_vision" in self:
-            x = self["embed_vision"].over(x, tokens)
+        for name in ("embed_vision", "embed_audio"):
+            if name in self:
+                x = self[name].over(x, tokens)
         return placed(x, media)
 
     def embed_per_layer(self, tokens: mx.array, media: Media = ()) -> mx.array | None:
@@ -221,4 +247,5 @@ def remap(weights: Mapping[str, mx.array], config: Config) -> tuple[dict[str, mx
     readers = [i for i, heads in enumerate(config.heads) if heads.donor is not None]
     kept, skipped = tensor_names.language_model(weights, config, readers=readers)
     vision = {name: array for name, array in kept.items() if name.startswith("vision_tower.")}
-    return kept | channels_last(vision), skipped
+    kept, unused = audio_names(kept | channels_last(vision), config.audio)
+    return kept, skipped + unused

@@ -9,6 +9,7 @@ from typing import Any, Self
 from mlxkv.checkpoint.config import Fields, refuse_bidirectional
 from mlxkv.checkpoint.rope_config import rope_configs
 from mlxkv.errors import UnsupportedModel
+from mlxkv.models.gemma_audio_config import Gemma3nAudio, gemma3n_audio
 from mlxkv.nn.decoder_model import decoder_fields, grouping, layer_windows
 from mlxkv.nn.shared_kv import Heads, SharedKVConfig, donors
 
@@ -93,6 +94,7 @@ class Config(SharedKVConfig):
     Attributes:
         intermediate_sizes: of each layer's MLP; `intermediate_size` is the largest.
         vision: of the encoder of pictures; None without one.
+        audio: of the encoder of sound; None without one.
     """
 
     intermediate_sizes: tuple[int, ...]
@@ -102,10 +104,12 @@ class Config(SharedKVConfig):
     altup_correct_scale: bool
     laurel_rank: int
     vision: VisionConfig | None = None
+    audio: Gemma3nAudio | None = None
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], source: str = "config.json") -> Self:
         config = super(Config, cls).from_dict(raw, source)
+        config = replace(config, audio=gemma3n_audio(raw, source, config.vocab_size))
         vision = raw.get("vision_config")
         if not isinstance(vision, Mapping):
             return config

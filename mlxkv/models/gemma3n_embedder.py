@@ -36,7 +36,7 @@ class Embedder(Prepared):
 
     def prepare(self) -> None:
         """Compute the tokens' rows once; what they are made of is not needed any more."""
-        self._tokens = self._token_rows()
+        self._tokens = self.token_rows()
         mx.eval(self["_tokens"])
         del self.embedding, self.hard_embedding_norm
 
@@ -46,14 +46,16 @@ class Embedder(Prepared):
 
     def over(self, x: mx.array, tokens: mx.array) -> mx.array:
         """Embeddings x `[B, L, E]` of tokens `[B, L]`, its own tokens' replaced."""
-        table = self["_tokens"] if "_tokens" in self else self._token_rows()
+        table = self.token_rows()
         index = tokens - self._first
         own = (index >= 0) & (index < self._n_tokens)
         rows = table[mx.where(own, index, 0)].astype(x.dtype)
         return mx.where(own[..., None], rows, x)
 
-    def _token_rows(self) -> mx.array:
-        """`[n_tokens, E]`."""
+    def token_rows(self) -> mx.array:
+        """The rows of its tokens, `[n_tokens, E]`."""
+        if "_tokens" in self:
+            return self["_tokens"]
         rows = self["embedding"](mx.arange(self._n_tokens))
         return self._projected(self["hard_embedding_norm"](rows))
 

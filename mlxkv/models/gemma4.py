@@ -3,7 +3,8 @@
 Sliding layers and full ones have their own head sizes and KV heads; a full layer may use its keys
 as values; the last layers may read the KV of the last layer of their kind that has its own.
 
-Pictures: E2B to 31B have an encoder, 12B has next to none (`gemma_vision`).
+Pictures: E2B to 31B have an encoder, 12B has next to none (`gemma_vision`). Sound: E2B and E4B have
+an encoder (`gemma4_audio`), 12B projects samples.
 
 Reference: transformers `modeling_gemma4.py` and `modeling_gemma4_unified.py`.
 """
@@ -17,7 +18,10 @@ import mlx.nn as nn
 
 from mlxkv.checkpoint import tensor_names
 from mlxkv.kv.layout import Caches, LayerCache, Mask, Offset
+from mlxkv.models.gemma4_audio import Gemma4Tower
 from mlxkv.models.gemma4_config import Config
+from mlxkv.models.gemma_audio import AUDIO, audio_names
+from mlxkv.models.gemma_audio_config import Gemma4Audio
 from mlxkv.models.gemma_vision import IMAGE, RowProjection, VisionEmbedder, VitTower, vit_names
 from mlxkv.models.gemma_vision_config import VitConfig
 from mlxkv.nn.layers import GatedMLP, Prepared, compiled, gated
@@ -123,7 +127,7 @@ class ExpertsLayer(Layer):
 
 
 class Model(SharedKVModel):
-    """A Gemma 4 with its head and, if the config has one, its encoder of pictures."""
+    """A Gemma 4 with its head and the encoders that the config has."""
 
     def __init__(self, config: Config):
         kind = ExpertsLayer if config.num_experts else Layer
@@ -136,17 +140,28 @@ class Model(SharedKVModel):
             self.vision_embedder = VisionEmbedder(vision)
         if vision is not None:
             self.embed_vision = RowProjection(vision, E)
+        if isinstance(audio := config.audio, Gemma4Audio):
+            self.audio_tower = Gemma4Tower(audio)
+        if audio is not None:
+            self.embed_audio = RowProjection(audio, E)
 
     @property
     def media_kinds(self) -> frozenset[str]:
-        return frozenset((IMAGE,) if "embed_vision" in self else ())
+        embedders = {IMAGE: "embed_vision", AUDIO: "embed_audio"}
+        return frozenset(kind for kind, name in embedders.items() if name in self)
 
     @property
     def two_way_kinds(self) -> frozenset[str]:
         return frozenset((IMAGE,) if self._two_way else ()) & self.media_kinds
 
     def media_rows(self, kind: str, data: Mapping[str, mx.array]) -> mx.array:
-        """See `CausalLM`; `data` has `patches` and `positions`, see `VitTower`."""
+        """See `CausalLM`; pictures are `patches` and `positions`, see `VitTower`; sound is `mel`,
+        real frames `[T, bins]`, or 12B's `samples`, `[n, 640]`.
+        """
+        if kind == AUDIO:
+            sound = data["mel" if "audio_tower" in self else "samples"]
+            rows = mx.array(sound).astype(self.compute_dtype)
+            return self.embed_audio(self.audio_tower(rows) if "audio_tower" in self else rows)
         encoder = self["vision_tower" if "vision_tower" in self else "vision_embedder"]
         return self.embed_vision(encoder(data["patches"], data["positions"], self.compute_dtype))
 
@@ -185,10 +200,11 @@ def remap(weights: Mapping[str, mx.array], config: Config) -> tuple[dict[str, mx
         weights, config, readers=range(n_layers - n_shared, n_layers)
     )
     text, unused = vit_names(text, config.vision)
+    text, unused_audio = audio_names(text, config.audio)
     kept: dict[str, mx.array] = {}
     for name, array in text.items():
         kept |= _experts(name, array)
-    return kept, skipped + unused
+    return kept, skipped + unused + unused_audio
 
 
 def _experts(name: str, array: mx.array) -> dict[str, mx.array]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from mlxkv.checkpoint.config import Fields, refuse_bidirectional, text_config
 from mlxkv.checkpoint.rope_config import RopeConfig, rope_config
+from mlxkv.models.gemma_audio_config import Gemma4Audio, RawAudio, gemma4_audio
 from mlxkv.models.gemma_vision_config import EmbedderConfig, VitConfig, gemma4_vision
 from mlxkv.nn.decoder_model import FULL, SLIDING, decoder_fields, grouping, layer_types
 from mlxkv.nn.shared_kv import Heads, SharedKVConfig, donors
@@ -48,6 +49,7 @@ class Config(SharedKVConfig):
     Attributes:
         two_way: whether the tokens of a picture see each other both ways in sliding layers.
         vision: the encoder of pictures; None for text alone.
+        audio: the encoder of sound; None without.
     """
 
     num_kv_shared_layers: int
@@ -57,6 +59,7 @@ class Config(SharedKVConfig):
     moe_intermediate_size: int
     two_way: bool = False
     vision: VitConfig | EmbedderConfig | None = None
+    audio: Gemma4Audio | RawAudio | None = None
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], source: str = "config.json") -> Config:
@@ -86,6 +89,7 @@ class Config(SharedKVConfig):
             pad_token_id=fields.count("pad_token_id", 0),
             two_way=_two_way(raw, unified),
             vision=gemma4_vision(raw, source),
+            audio=gemma4_audio(raw, source),
         )
         fields.finish()
         return config

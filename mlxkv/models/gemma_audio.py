@@ -16,50 +16,22 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxkv.base import device
-from mlxkv.models.gemma_audio_config import ConformerConfig, Gemma4Audio, Span
+from mlxkv.models.gemma_audio_config import ConformerConfig, Gemma4Audio, RawAudio, Span
+from mlxkv.models.gemma_vision import BOUNDS, ClippableLinear
 from mlxkv.nn.layers import ACTIVATIONS, compiled, on_halves, soft_cap
 from mlxkv.nn.linear import Linear
 
-BOUNDS = ("input_min", "input_max", "output_min", "output_max")
-"""Scalars of a clipping projection, beside its weight."""
+AUDIO = "audio"
+"""The kind of media that these make rows of; see `mlxkv.media.types`."""
 QUERY_SCALE, KEY_SCALE = 1 / math.log(2), math.log(1 + math.e) / math.log(2)
 """softplus(0) and softplus(1) over softplus(0): what the learned scales are relative to."""
 
 
-class ClippedLinear(nn.Module):
-    """A projection whose input and output are kept within bounds of the checkpoint."""
-
-    def __init__(self, n_in: int, n_out: int):
-        super().__init__()
-        self.linear = Linear(n_in, n_out, bias=False)
-        for name in BOUNDS:
-            self[name] = mx.array(-math.inf if name.endswith("min") else math.inf)
-
-    def __call__(self, x: mx.array) -> mx.array:
-        x = _clipped(x, self["input_min"], self["input_max"])
-        return _clipped(self["linear"](x), self["output_min"], self["output_max"])
-
-
-class PlainLinear(nn.Module):
-    """The same without bounds, under the same name."""
-
-    def __init__(self, n_in: int, n_out: int):
-        super().__init__()
-        self.linear = Linear(n_in, n_out, bias=False)
-
-    def __call__(self, x: mx.array) -> mx.array:
-        return self["linear"](x)
-
-
 def linear(config: ConformerConfig, n_in: int, n_out: int) -> nn.Module:
-    if not isinstance(config, Gemma4Audio):
-        return Linear(n_in, n_out, bias=False)
-    return (ClippedLinear if config.use_clipped_linears else PlainLinear)(n_in, n_out)
-
-
-@compiled
-def _clipped(x: mx.array, low: mx.array, high: mx.array) -> mx.array:
-    return mx.minimum(mx.maximum(x, low), high)
+    """A projection as the family has it."""
+    if isinstance(config, Gemma4Audio):
+        return ClippableLinear(n_in, n_out, config.use_clipped_linears)
+    return Linear(n_in, n_out, bias=False)
 
 
 @compiled
@@ -222,28 +194,29 @@ def _windows(x: mx.array, span: Span) -> mx.array:
     return mx.as_strided(x, (H, n_chunks, span.context, D), (S * D, span.chunk * D, D, 1))
 
 
-class Projector(nn.Module):
-    """Rows of an encoder, or raw samples, to the language model's embeddings."""
-
-    def __init__(self, dim: int, hidden_size: int, eps: float):
-        super().__init__()
-        self._eps = eps
-        self.embedding_projection = Linear(dim, hidden_size, bias=False)
-
-    def __call__(self, rows: mx.array) -> mx.array:
-        return self["embedding_projection"](mx.fast.rms_norm(rows, None, self._eps))
-
-
-def channels_last(weights: Mapping[str, mx.array], config: ConformerConfig) -> dict[str, mx.array]:
-    """The encoder's weights with convolutions in MLX's layout, `[out, ..., in]`.
+def audio_names(
+    weights: Mapping[str, mx.array], config: ConformerConfig | RawAudio | None
+) -> tuple[dict[str, mx.array], list[str]]:
+    """The weights with the encoder's convolutions in MLX's layout, `[out, ..., in]`.
 
     Hugging Face has `[out, in, ...]`; what was written for MLX is left as it is.
+
+    Returns:
+        All weights, and the names left out: bounds of an encoder that clips nothing.
     """
-    kept = dict(weights)
+    if not isinstance(config, ConformerConfig):
+        return dict(weights), []
+    clips = isinstance(config, Gemma4Audio) and config.use_clipped_linears
+    kept: dict[str, mx.array] = {}
+    skipped: list[str] = []
     for name, array in weights.items():
-        if name.startswith("audio_tower.") and "conv" in name and array.ndim > 2:
+        ours = name.startswith("audio_tower.")
+        if ours and name.endswith(BOUNDS) and not clips:
+            skipped.append(name)
+            continue
+        if ours and "conv" in name and array.ndim > 2:
             second = ".conv_1." in name or ".layer1." in name
             n_in = config.subsampling_conv_channels[0] if second else 1
-            if array.shape[-1] != n_in:
-                kept[name] = mx.moveaxis(array, 1, -1)
-    return kept
+            array = array if array.shape[-1] == n_in else mx.moveaxis(array, 1, -1)
+        kept[name] = array
+    return kept, skipped

@@ -78,14 +78,13 @@ class Gemma4Audio(ConformerConfig):
     use_clipped_linears: bool
     output_proj_dims: int
 
-    @classmethod
-    def from_dict(cls, raw: Mapping[str, Any], source: str = "config.json") -> Self:
-        """Read `audio_config`.
+    @property
+    def projected_size(self) -> int:
+        """Values of a row before its projection into the language model."""
+        return self.output_proj_dims
 
-        Raises:
-            ConfigError: a key is wrong or not understood.
-        """
-        fields = Fields(raw, f"{source}: audio_config")
+    @classmethod
+    def read(cls, fields: Fields) -> Self:
         context = fields.int("attention_context_left", 13, at_most=MAX_CHUNK)
         ahead = fields.count("attention_context_right", 0, at_most=MAX_CHUNK)
         chunk = fields.int("attention_chunk_size", 12, at_most=MAX_CHUNK)
@@ -143,19 +142,7 @@ class Gemma3nAudio(ConformerConfig):
     padding: int
 
     @classmethod
-    def from_dict(cls, raw: Mapping[str, Any], source: str, n_rows: int, vocab_size: int) -> Self:
-        """Read `audio_config`.
-
-        Args:
-            raw: the object.
-            source: its file, for messages.
-            n_rows: `audio_soft_tokens_per_image` of the whole model.
-            vocab_size: of the language model.
-
-        Raises:
-            ConfigError: a key is wrong or not understood.
-        """
-        fields = Fields(raw, f"{source}: audio_config")
+    def read(cls, fields: Fields, n_rows: int, vocab_size: int) -> Self:
         past = fields.int("conf_attention_context_left", 13, at_most=MAX_CHUNK) - 1
         ahead = fields.count("conf_attention_context_right", 0, at_most=MAX_CHUNK)
         offset, n_own = fields.int("vocab_offset", 262272), fields.int("vocab_size", 128)
@@ -205,24 +192,41 @@ class RawAudio:
     rms_norm_eps: float
 
     @property
-    def output_proj_dims(self) -> int:
-        """Size of what is projected."""
+    def projected_size(self) -> int:
+        """Values of a row before its projection into the language model."""
         return self.audio_embed_dim
 
     @classmethod
-    def from_dict(cls, raw: Mapping[str, Any], source: str = "config.json") -> Self:
-        """Read `audio_config`.
-
-        Raises:
-            ConfigError: a key is wrong or not understood.
-        """
-        fields = Fields(raw, f"{source}: audio_config")
+    def read(cls, fields: Fields) -> Self:
         config = cls(
             audio_embed_dim=fields.int("audio_embed_dim", 640),
             rms_norm_eps=fields.float("rms_norm_eps", 1e-6),
         )
         fields.finish()
         return config
+
+
+def gemma4_audio(raw: Mapping[str, Any], source: str) -> Gemma4Audio | RawAudio | None:
+    """The `audio_config` of a multimodal Gemma 4; None without one.
+
+    Raises:
+        ConfigError: a key is wrong or not understood.
+    """
+    outer = Fields(raw, source)
+    if not outer.has("audio_config"):
+        return None
+    fields = outer.nested("audio_config")
+    unified = "unified" in f"{raw.get('model_type')} {fields.any('model_type')}"
+    return (RawAudio if unified else Gemma4Audio).read(fields)
+
+
+def gemma3n_audio(raw: Mapping[str, Any], source: str, vocab_size: int) -> Gemma3nAudio | None:
+    """The same of a Gemma 3n, whose language model has `vocab_size` tokens."""
+    outer = Fields(raw, source)
+    if not outer.has("audio_config"):
+        return None
+    n_rows = outer.int("audio_soft_tokens_per_image", 188)
+    return Gemma3nAudio.read(outer.nested("audio_config"), n_rows, vocab_size)
 
 
 def _sizes(fields: Fields, layers: str, heads: str, *, hidden_size: int) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import ClassVar
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlxkv.models.gemma_audio_config import Gemma4Audio, RawAudio
 from mlxkv.models.gemma_vision_config import EmbedderConfig, VitConfig
 from mlxkv.nn.encoder_attention import attend_all
 from mlxkv.nn.layers import Fusing, NormedHeads, compiled, gated, merge_heads, on_halves, residual
@@ -245,7 +246,7 @@ class VisionEmbedder(nn.Module):
 class RowProjection(nn.Module):
     """Rows of an encoder as rows of the language model: normed without a weight, and a product."""
 
-    def __init__(self, config: VitConfig | EmbedderConfig, text_size: int):
+    def __init__(self, config: VitConfig | EmbedderConfig | Gemma4Audio | RawAudio, text_size: int):
         super().__init__()
         self._eps = config.rms_norm_eps
         self.embedding_projection = Linear(config.projected_size, text_size, bias=False)
