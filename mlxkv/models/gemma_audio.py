@@ -9,7 +9,7 @@ References: transformers `modeling_gemma3n.py` and `modeling_gemma4.py`; https:/
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import ClassVar, NamedTuple
 
 import mlx.core as mx
@@ -41,7 +41,23 @@ def _bounded(x: mx.array, bound: float) -> mx.array:
 
 @compiled
 def _gated_linear(x: mx.array, gate: mx.array) -> mx.array:
-    return x * mx.sigmoid(gate)
+    return x * _sigmoid(gate)
+
+
+def _sigmoid(x: mx.array) -> mx.array:
+    """1 / (1 + exp(-x)); the CPU backend's own takes 4 times as long."""
+    if not device.on_cpu():
+        return mx.sigmoid(x)
+    return 1 / (1 + mx.power(2.0, x * -math.log2(math.e)))
+
+
+def _silu(x: mx.array) -> mx.array:
+    return x * _sigmoid(x)
+
+
+def _activation(config: ConformerConfig) -> Callable[[mx.array], mx.array]:
+    name = config.hidden_act
+    return compiled(_silu if name in ("silu", "swish") else ACTIVATIONS[name])
 
 
 class Bounding(nn.Module):
@@ -61,7 +77,7 @@ class FeedForward(Bounding):
     def __init__(self, config: ConformerConfig):
         super().__init__(config)
         E = config.hidden_size
-        self._activation = compiled(ACTIVATIONS[config.hidden_act])
+        self._activation = _activation(config)
         self._weight = config.residual_weight
         self.pre_layer_norm = nn.RMSNorm(E, 1e-6)
         self.ffw_layer_1 = linear(config, E, 4 * E)
@@ -80,7 +96,7 @@ class LightConvolution(Bounding):
     def __init__(self, config: ConformerConfig):
         super().__init__(config)
         E, K, eps = config.hidden_size, config.conv_kernel_size, config.rms_norm_eps
-        self._activation = compiled(ACTIVATIONS[config.hidden_act])
+        self._activation = _activation(config)
         self.pre_layer_norm = nn.RMSNorm(E, eps)
         self.linear_start = linear(config, E, 2 * E)
         self.depthwise_conv1d = nn.Conv1d(E, E, K, groups=E, bias=False)
