@@ -67,6 +67,7 @@ def convert(
     recipe: str | None = None,
     quantize_towers: bool = False,
     text_only: bool = False,
+    mmproj: str | Path | None = None,
     dry_run: bool = False,
     overwrite: bool = False,
     max_shard_bytes: int | None = None,
@@ -86,6 +87,7 @@ def convert(
         quantize_towers: quantize the encoders of pictures and sound as well; they are kept as they
             are without it.
         text_only: leave them out; mlx-lm loads that of every family.
+        mmproj: the file of a GGUF model's encoders; None for the one beside it, if it is alone.
         dry_run: only plan.
         overwrite: replace an output that exists, when the new one is complete.
         max_shard_bytes: the largest weights file, 5 GiB if None.
@@ -113,7 +115,7 @@ def convert(
     )
     if not dry_run:
         check_output(output, overwrite)
-    opened = open_source(source, text_only=text_only)
+    opened = open_source(source, text_only=text_only, mmproj=mmproj)
     plan = make_plan(opened, options)
     if dry_run:
         return ConvertResult(plan, None)

@@ -11,6 +11,11 @@ from mlxkv.errors import ConfigError
 from .file import GGUFFile
 
 
+def short_number(value: float) -> float:
+    """The shortest decimal of a float32: 1e-05 instead of 9.999999747378752e-06."""
+    return float(str(np.float32(value)))
+
+
 class Metadata:
     """A typed reader of the keys of one architecture, which notes those that were read."""
 

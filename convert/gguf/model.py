@@ -11,12 +11,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from mlxkv.errors import UnsupportedModel, WeightsError
 
 from .file import GGUFFile, GGUFTensor, readable_types
-from .metadata import Metadata
+from .metadata import Metadata, short_number
 from .rope import linear_or_yarn, scaling_from_factors
 from .weight import GGUFWeight
 
@@ -189,17 +187,12 @@ def _common_config(m: Metadata, tensors: Mapping[str, GGUFTensor]) -> dict[str, 
         "num_attention_heads": heads,
         "num_key_value_heads": m.int("attention.head_count_kv", heads),
         "head_dim": head_dim,
-        "rms_norm_eps": _short(m.number("attention.layer_norm_rms_epsilon")),
+        "rms_norm_eps": short_number(m.number("attention.layer_norm_rms_epsilon")),
         "max_position_embeddings": m.int("context_length"),
         "vocab_size": embedding.shape[0],
         "tie_word_embeddings": "output.weight" not in tensors,
         **_token_ids(m.file.metadata),
     }
-
-
-def _short(value: float) -> float:
-    """The shortest decimal of a float32: 1e-05 instead of 9.999999747378752e-06."""
-    return float(str(np.float32(value)))
 
 
 def _token_ids(metadata: Mapping[str, Any]) -> dict[str, Any]:
@@ -210,7 +203,7 @@ def _token_ids(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 def _llama_config(m: Metadata, tensors: Mapping[str, GGUFTensor]) -> dict[str, Any]:
     config = _common_config(m, tensors)
-    theta = _short(m.number("rope.freq_base", 10000.0))  # llama.cpp's default, and Llama's
+    theta = short_number(m.number("rope.freq_base", 10000.0))  # llama.cpp's default, and Llama's
     scaling = linear_or_yarn(m)
     freqs = tensors.get(ROPE_FACTORS)
     if freqs is not None:
@@ -252,8 +245,8 @@ def _gemma3_config(m: Metadata, tensors: Mapping[str, GGUFTensor]) -> dict[str, 
         **config,
         "hidden_activation": "gelu_pytorch_tanh",
         "query_pre_attn_scalar": scalar,
-        "rope_theta": _short(m.number("rope.freq_base", 1_000_000.0)),
-        "rope_local_base_freq": _short(m.number("rope.freq_base_swa", 10000.0)),
+        "rope_theta": short_number(m.number("rope.freq_base", 1_000_000.0)),
+        "rope_local_base_freq": short_number(m.number("rope.freq_base_swa", 10000.0)),
         "rope_scaling": linear_or_yarn(m),
         "sliding_window": m.int("attention.sliding_window"),
         "sliding_window_pattern": m.int("attention.sliding_window_pattern", 6),

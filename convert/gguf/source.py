@@ -1,35 +1,58 @@
-"""A GGUF file as a `Source`."""
+"""A GGUF file, and one of encoders beside it, as a `Source`."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from mlxkv.errors import CheckpointError
+from mlxkv.checkpoint.gguf_names import mmproj_beside
+from mlxkv.errors import CheckpointError, UnsupportedModel
 
 from ..plan import check_names
 from ..sources import Source, expected_shapes, parse_config
-from .file import open_gguf
+from ..tensors import SourceTensor
+from .file import GGUFFile, open_gguf
+from .mmproj import ARCHITECTURE, encoder_weights, misfit, open_mmproj, with_encoders
 from .model import ROPE_FACTORS, default_dtype, gguf_config, gguf_weights
 from .tokenizer import FILES, write_tokenizer
 
 
-def open_gguf_source(path: Path) -> Source:
+def open_gguf_source(path: Path, mmproj: Path | None = None, *, text_only: bool = False) -> Source:
     """Open a GGUF file, and check that its tensors are those of its architecture.
+
+    Args:
+        path: of the language model.
+        mmproj: of its encoders. None takes the one that lies beside it, if that fits.
+        text_only: leave encoders out.
 
     Raises:
         CheckpointError: it is damaged, or its architecture is not supported.
     """
     file = open_gguf(path)
-    raw = gguf_config(file)
-    family, parsed = parse_config(raw, str(path), len(file.tensors))
-    tokens, n_rows = file.metadata.get("tokenizer.ggml.tokens"), raw["vocab_size"]
+    if file.architecture == ARCHITECTURE:
+        raise UnsupportedModel(
+            f"{path} holds the encoders of a model: give its language model's file, "
+            f"with --mmproj {path.name}"
+        )
+    text = gguf_config(file)
+    tokens, n_rows = file.metadata.get("tokenizer.ggml.tokens"), text["vocab_size"]
     if isinstance(tokens, list) and len(tokens) > n_rows:
         raise CheckpointError(f"{path}: {len(tokens):,} tokens and an embedding of {n_rows:,} rows")
-    tensors = gguf_weights(file, raw)
+    tensors: dict[str, SourceTensor] = dict(gguf_weights(file, text))
+    skipped = [(ROPE_FACTORS, "part of the config: rope_scaling")]
+    raw = text
+    encoders, notes = (None, ()) if text_only else _encoders(file, text, mmproj)
+    if encoders is not None:
+        raw = with_encoders(encoders, text, tokens)
+        more, sound = encoder_weights(encoders)
+        tensors |= more
+        skipped += [(name, "sound is not read from GGUF files") for name in sound]
+    n_tensors = len(file.tensors) + (0 if encoders is None else len(encoders.tensors))
+    family, parsed = parse_config(raw, str(path), n_tensors)
     expected = expected_shapes(family, parsed, str(path))
     check_names({name: t.shape for name, t in tensors.items()}, expected, str(path))
-    factors = ((ROPE_FACTORS, "part of the config: rope_scaling"),)
     return Source(
         path=path,
         config=raw,
@@ -39,6 +62,34 @@ def open_gguf_source(path: Path) -> Source:
         write_side_files=partial(write_tokenizer, file),
         side_files=FILES,
         default_dtype=default_dtype(file),
-        skipped=factors if ROPE_FACTORS in file.tensors else (),
-        tied=raw["tie_word_embeddings"],
+        skipped=tuple(skipped if ROPE_FACTORS in file.tensors else skipped[1:]),
+        notes=notes,
+        tied=text["tie_word_embeddings"],
     )
+
+
+def _encoders(
+    file: GGUFFile, text: Mapping[str, Any], mmproj: Path | None
+) -> tuple[GGUFFile | None, tuple[str, ...]]:
+    """The encoders of a language model, and notes for the user.
+
+    Raises:
+        CheckpointError: those that were asked for are damaged, or not this model's.
+    """
+    if mmproj is not None:
+        encoders = open_mmproj(mmproj)
+        if reason := misfit(encoders, file, text):
+            raise CheckpointError(f"{mmproj}: {reason}")
+        return encoders, ()
+    beside = mmproj_beside(file.path)
+    if len(beside) != 1:
+        several = f"{len(beside)} files of encoders lie beside it: choose one with --mmproj"
+        return None, (several,) if beside else ()
+    try:
+        encoders = open_mmproj(beside[0])
+        reason = misfit(encoders, file, text)
+    except CheckpointError as error:
+        return None, (f"left out the encoders beside it: {error}",)
+    if reason:
+        return None, (f"left out {beside[0].name}: {reason}",)
+    return encoders, (f"with the encoders of {beside[0].name}",)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -102,6 +103,10 @@ def convert(
     recipe: Annotated[
         str | None, typer.Option(help="mixed: more bits for embeddings, head and the like.")
     ] = None,
+    mmproj: Annotated[
+        Path | None,
+        typer.Option(help="A .gguf model's encoders; default: the *mmproj*.gguf beside it."),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan only.")] = False,
 ) -> None:
     """Convert a checkpoint to an MLX model directory."""
@@ -121,6 +126,7 @@ def convert(
             quantize=quantize,
             group_size=group_size,
             recipe=recipe,
+            mmproj=mmproj,
             dry_run=dry_run,
             progress=lambda step: progress("converting", step.done_bytes, step.total_bytes),
         )

@@ -1,0 +1,178 @@
+"""Encoders of pictures in the file that llama.cpp has beside a language model's (`mmproj`).
+
+The names and transformations are those of llama.cpp's converter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlxkv.errors import CheckpointError, UnsupportedModel, WeightsError
+
+from ..tensors import matrix_shape
+from .file import GGUFFile, open_gguf, readable_types
+from .metadata import Metadata
+from .projectors import PROJECTORS, Projector, has_swapped_mlp
+from .weight import GGUFWeight
+
+ARCHITECTURE = "clip"
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderWeight:
+    """A tensor of an encoder, always dequantized.
+
+    Attributes:
+        shape: of the values that `change` makes of the file's.
+        change: None for the file's own values.
+    """
+
+    weight: GGUFWeight
+    shape: tuple[int, ...]
+    change: Callable[[np.ndarray], np.ndarray] | None = None
+
+    quantization = None
+    row_step = 1
+
+    @property
+    def name(self) -> str:
+        return self.weight.name
+
+    @property
+    def origin(self) -> str:
+        return self.weight.origin
+
+    @property
+    def dtype(self) -> str:
+        return self.weight.dtype
+
+    @property
+    def scale_dtype(self) -> str:
+        return self.weight.scale_dtype
+
+    def rows(self, start: int, stop: int) -> mx.array:
+        if self.change is None:
+            return self.weight.rows(start, stop)
+        n_rows, columns = matrix_shape(self.shape)
+        stored = np.array(self.weight.rows(0, matrix_shape(self.weight.shape)[0]))
+        values = self.change(stored.reshape(self.weight.shape)).reshape(n_rows, columns)
+        return mx.array(values[start:stop])
+
+    def quantized_rows(self, start: int, stop: int) -> tuple[mx.array, ...]:
+        raise NotImplementedError("it has no quantized form")
+
+
+def open_mmproj(path: Path) -> GGUFFile:
+    """Open a file of encoders.
+
+    Raises:
+        CheckpointError: it is damaged, or a language model.
+    """
+    file = open_gguf(path)
+    if file.architecture != ARCHITECTURE:
+        raise CheckpointError(
+            f"{path}: its architecture is {file.architecture!r}; a file of encoders has 'clip'"
+        )
+    return file
+
+
+def projector_of(file: GGUFFile) -> Projector:
+    """Raises UnsupportedModel for encoders of another kind."""
+    metadata = file.metadata
+    kind = metadata.get("clip.vision.projector_type") or metadata.get("clip.projector_type")
+    found = PROJECTORS.get(kind) if isinstance(kind, str) else None
+    if found is None:
+        raise UnsupportedModel(
+            f"{file.path}: projector type {kind!r} is not supported; supported are "
+            f"{', '.join(sorted(PROJECTORS))}"
+        )
+    return found
+
+
+def misfit(file: GGUFFile, language: GGUFFile, text: Mapping[str, Any]) -> str | None:
+    """Why a file of encoders is not of this language model; None where it fits.
+
+    Raises:
+        UnsupportedModel: encoders of a kind that is not supported.
+    """
+    projector = projector_of(file)
+    if projector.architecture != language.architecture:
+        return f"is for {projector.architecture}, the model is {language.architecture}"
+    size, hidden = Metadata(file).int("vision.projection_dim"), text["hidden_size"]
+    if size != hidden:
+        return f"makes rows of {size}, the model's have {hidden}"
+    return None
+
+
+def with_encoders(file: GGUFFile, text: Mapping[str, Any], tokens: Any) -> dict[str, Any]:
+    """The config of a multimodal model.
+
+    Args:
+        text: the language model's config.
+        tokens: the vocabulary, a list of texts.
+
+    Raises:
+        ConfigError: a key is missing or wrong.
+    """
+    projector = projector_of(file)
+    metadata = Metadata(file)
+    vision, outer = projector.config(metadata, file)
+    if isinstance(tokens, list):
+        places = {token: i for i, token in enumerate(tokens)}
+        ids = {key: places.get(token) for key, token in projector.tokens.items()}
+        outer |= {key: i for key, i in ids.items() if i is not None}
+        # A row takes a token's place, and that token must have one: some files end before it.
+        image = next(key for key in ids if key.startswith("image"))
+        if ids[image] is None:
+            outer[image] = text.get("pad_token_id", 0)
+    name = projector.model_type.capitalize()
+    keys = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings")
+    return {
+        "architectures": [f"{name}ForConditionalGeneration"],
+        "model_type": projector.model_type,
+        **{key: text[key] for key in keys if key in text},
+        **outer,
+        "text_config": dict(text),
+        "vision_config": vision,
+    }
+
+
+def encoder_weights(file: GGUFFile) -> tuple[dict[str, EncoderWeight], list[str]]:
+    """The tensors of an encoder of pictures under our names, and the names of encoders of sound.
+
+    Raises:
+        WeightsError: names that the encoder does not have.
+        UnsupportedModel: a ggml type that cannot be dequantized.
+    """
+    projector = projector_of(file)
+    swapped = has_swapped_mlp(file)
+    found: dict[str, EncoderWeight] = {}
+    sound, unknown = [], []
+    for tensor in file.tensors.values():
+        if tensor.name.startswith(("a.", "mm.a.")):
+            sound.append(tensor.name)
+            continue
+        name = projector.our_name(tensor.name, swapped)
+        if name is None:
+            unknown.append(tensor.name)
+            continue
+        if tensor.type not in readable_types():
+            raise UnsupportedModel(
+                f"{file.path}: tensor {tensor.name!r} has type {tensor.type}, which cannot be read"
+            )
+        added = 1.0 if tensor.name in projector.norms_plus_one else 0.0
+        weight = GGUFWeight(file, tensor, name, added=added)
+        shape, change = projector.change(tensor.name, tensor.shape) or (tensor.shape, None)
+        found[name] = EncoderWeight(weight, shape, change)
+    if unknown:
+        raise WeightsError(
+            f"{file.path}: {len(unknown)} tensors that its encoder does not have: "
+            f"{', '.join(sorted(unknown)[:12])}"
+        )
+    return found, sound

@@ -1,0 +1,145 @@
+"""How llama.cpp's files of encoders map to Hugging Face's, one entry for each kind of encoder."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .file import GGUFFile
+from .metadata import Metadata, short_number
+
+_LAYER = re.compile(r"v\.blk\.(\d+)\.(\w+)\.(\w+)")
+
+Change = tuple[tuple[int, ...], Callable[[np.ndarray], np.ndarray]]
+"""Our shape of a tensor, and our values of the file's."""
+
+
+@dataclass(frozen=True, slots=True)
+class Projector:
+    """How one kind of encoder maps.
+
+    Attributes:
+        model_type: of the whole model's config.
+        architecture: of the language model's file.
+        tokens: key of the config -> the token whose id it holds.
+        names: name in the file -> ours, of single tensors.
+        layer: our name of the layers.
+        layer_names: name within a block -> name within our layer.
+        config: makes `vision_config`, and keys for the config's outer level.
+        change: of a tensor's name and shape; None where it stays as it is.
+        norms_plus_one: names in the file of tensors that are stored with 1 added.
+    """
+
+    model_type: str
+    architecture: str
+    tokens: Mapping[str, str]
+    names: Mapping[str, str]
+    layer: str
+    layer_names: Mapping[str, str]
+    config: Callable[[Metadata, GGUFFile], tuple[dict[str, Any], dict[str, Any]]]
+    change: Callable[[str, tuple[int, ...]], Change | None]
+    norms_plus_one: frozenset[str] = frozenset()
+
+    def our_name(self, name: str, swapped: bool) -> str | None:
+        """Ours of a tensor; None for one that the encoder does not have."""
+        inner = _LAYER.fullmatch(name)
+        if inner is None:
+            return self.names.get(name)
+        layer, module, kind = inner.groups()
+        module = _SWAPPED.get(module, module) if swapped else module
+        ours = self.layer_names.get(f"{module}.{kind}")
+        return None if ours is None else f"{self.layer}.{int(layer)}.{ours}"
+
+
+_SWAPPED = {"ffn_up": "ffn_down", "ffn_down": "ffn_up"}
+
+
+def has_swapped_mlp(file: GGUFFile) -> bool:
+    """Whether `ffn_up` and `ffn_down` are the other way round, as in older files of Gemma 3."""
+    up, gate = (file.tensors.get(f"v.blk.0.ffn_{name}.weight") for name in ("up", "gate"))
+    hidden = Metadata(file).int("vision.embedding_length")
+    return up is not None and gate is None and up.shape[0] == hidden != up.shape[-1]
+
+
+def _sizes(m: Metadata) -> dict[str, Any]:
+    return {
+        "hidden_size": m.int("vision.embedding_length"),
+        "intermediate_size": m.int("vision.feed_forward_length"),
+        "num_hidden_layers": m.int("vision.block_count"),
+        "num_attention_heads": m.int("vision.attention.head_count"),
+    }
+
+
+def _check_normalisation(m: Metadata, mean: float, std: float) -> None:
+    for key, expected in (("image_mean", mean), ("image_std", std)):
+        value = m.any(f"vision.{key}")
+        if value is not None and not np.allclose(value, expected):
+            raise m.error(f"vision.{key}", f"must be three times {expected}; got {value!r}")
+
+
+def _gemma3_config(m: Metadata, file: GGUFFile) -> tuple[dict[str, Any], dict[str, Any]]:
+    _check_normalisation(m, 0.5, 0.5)
+    image, patch = m.int("vision.image_size"), m.int("vision.patch_size")
+    side = image // patch // m.int("vision.projector.scale_factor", 4)
+    vision = {
+        "model_type": "siglip_vision_model",
+        **_sizes(m),
+        "image_size": image,
+        "patch_size": patch,
+        "hidden_act": "gelu_pytorch_tanh",
+        "layer_norm_eps": short_number(m.number("vision.attention.layer_norm_epsilon", 1e-6)),
+        "vision_use_head": False,
+    }
+    return vision, {"mm_tokens_per_image": side**2}
+
+
+def _gemma3_change(name: str, shape: tuple[int, ...]) -> Change | None:
+    if name != "v.patch_embd.weight" or len(shape) != 4:
+        return None
+    rows, colours, height, width = shape
+    return (rows, height, width, colours), lambda values: values.transpose(0, 2, 3, 1)
+
+
+_SIGLIP = "vision_tower.vision_model"
+_GEMMA3 = Projector(
+    model_type="gemma3",
+    architecture="gemma3",
+    tokens={
+        "boi_token_index": "<start_of_image>",
+        "eoi_token_index": "<end_of_image>",
+        "image_token_index": "<image_soft_token>",
+    },
+    names={
+        "v.patch_embd.weight": f"{_SIGLIP}.embeddings.patch_embedding.weight",
+        "v.patch_embd.bias": f"{_SIGLIP}.embeddings.patch_embedding.bias",
+        "v.position_embd.weight": f"{_SIGLIP}.embeddings.position_embedding.weight",
+        "v.post_ln.weight": f"{_SIGLIP}.post_layernorm.weight",
+        "v.post_ln.bias": f"{_SIGLIP}.post_layernorm.bias",
+        "mm.input_projection.weight": "multi_modal_projector.mm_input_projection_weight",
+        "mm.soft_emb_norm.weight": "multi_modal_projector.mm_soft_emb_norm.weight",
+    },
+    layer=f"{_SIGLIP}.encoder.layers",
+    layer_names={
+        f"{theirs}.{kind}": f"{ours}.{kind}"
+        for theirs, ours in {
+            "attn_q": "self_attn.q_proj",
+            "attn_k": "self_attn.k_proj",
+            "attn_v": "self_attn.v_proj",
+            "attn_out": "self_attn.out_proj",
+            "ln1": "layer_norm1",
+            "ln2": "layer_norm2",
+            "ffn_up": "mlp.fc1",
+            "ffn_down": "mlp.fc2",
+        }.items()
+        for kind in ("weight", "bias")
+    },
+    config=_gemma3_config,
+    change=_gemma3_change,
+    norms_plus_one=frozenset({"mm.soft_emb_norm.weight"}),
+)
+PROJECTORS: Mapping[str, Projector] = {"gemma3": _GEMMA3}
+"""`clip.vision.projector_type`, or `clip.projector_type` of encoders of pictures alone."""
