@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from mlxkv.base import regular
 from mlxkv.base.disk import check_space
+from mlxkv.checkpoint.gguf_names import is_mmproj
 from mlxkv.errors import DownloadError, MlxkvError, ModelNotFound, OutputError, UsageError
 
 if TYPE_CHECKING:
@@ -73,8 +74,8 @@ def is_complete(folder: Path) -> bool:
 
 
 def cached_gguf_files(folder: Path) -> list[str]:
-    """Names of the GGUF files in a snapshot."""
-    return sorted(path.name for path in folder.glob("*.gguf"))
+    """Names of the GGUF files of language models in a snapshot."""
+    return sorted(path.name for path in folder.glob("*.gguf") if not is_mmproj(path.name))
 
 
 def download(repo_id: str, *, quiet: bool = True) -> Path:
@@ -162,10 +163,13 @@ def download_gguf(repo_id: str, filename: str, *, quiet: bool = True) -> Path:
 def choose_gguf(repo_id: str, files: Sequence[str], wanted: str | None) -> str:
     """The one GGUF file that `wanted` (a file name or a quantization such as Q4_K_M) means.
 
+    Files of encoders go with a language model's, and are not chosen from.
+
     Raises:
         ModelNotFound: none of the files fits.
         UsageError: more than one fits.
     """
+    files = [name for name in files if not is_mmproj(name)]
     if wanted is None:
         fitting = list(files)
     elif wanted in files:

@@ -26,6 +26,7 @@ from pathlib import Path
 from mlxkv.base.disk import check_space
 from mlxkv.base.paths import models_dir, slug
 from mlxkv.checkpoint import mlxkv_json
+from mlxkv.checkpoint.gguf_names import is_mmproj, mmproj_beside
 from mlxkv.checkpoint.mlxkv_json import RECORD, Record, read_record
 from mlxkv.errors import ModelNotFound, OutputError, UsageError
 from mlxkv.store import hub
@@ -155,6 +156,10 @@ def _download(repo_id: str, wanted: str | None, report: Report) -> Path:
             f"{repo_id} holds neither safetensors nor GGUF files, which are what mlxkv reads"
         )
     filename = hub.choose_gguf(repo_id, files, wanted)
+    encoders = [name for name in files if is_mmproj(name)]
+    if len(encoders) == 1:  # where it lies, the conversion finds it
+        report(f"fetching {encoders[0]}", 0, 0)
+        hub.download_gguf(repo_id, encoders[0], quiet=quiet)
     report(f"fetching {filename}", 0, 0)
     return hub.download_gguf(repo_id, filename, quiet=quiet)
 
@@ -182,9 +187,9 @@ def _pull_catalog(model: CatalogModel, report: Report) -> Path:
 
 def _converted(gguf: Path, record: Record, report: Report) -> Path:
     """The converted directory of a GGUF file, made again when the file has changed."""
-    stat = gguf.stat()
     folder = models_dir() / slug(record.name)
-    fingerprint = f"{stat.st_size}-{stat.st_mtime_ns}"
+    stats = [file.stat() for file in (gguf, *mmproj_beside(gguf))]
+    fingerprint = "-".join(f"{stat.st_size}-{stat.st_mtime_ns}" for stat in stats)
     record = Record(record.name, record.source, record.origin, fingerprint=fingerprint)
     if is_model(folder) and read_record(folder) == record:
         return folder

@@ -387,6 +387,17 @@ def test_a_gguf_file_is_converted_once_and_again_when_it_changes(models, convert
     assert visible(models) == [first.name]
 
 
+def test_a_gguf_file_is_converted_again_when_its_encoders_come(models, convert, tmp_path):
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"one")
+    first = resolve.resolve(str(file))
+    (tmp_path / "mmproj-f16.gguf").write_bytes(b"eyes")
+    assert resolve.resolve(str(file)) == first
+    assert len(convert) == 2
+    assert resolve.resolve(str(file)) == first
+    assert len(convert) == 2
+
+
 def test_settings_beside_the_record_outlast_a_conversion(models, convert, tmp_path):
     file = tmp_path / "model.gguf"
     file.write_bytes(b"one")
@@ -459,6 +470,25 @@ def test_a_cached_gguf_of_a_repository_is_converted(models, convert):
     assert content(path) == b"four"
     assert path == models / "org--tiny-gguf--tiny.Q4_0.gguf"
     assert resolve.resolve("org/tiny-gguf:tiny.Q4_0.gguf", fetch=False) == path
+
+
+def test_a_file_of_encoders_is_no_choice_but_comes_along(models, convert, monkeypatch, tmp_path):
+    files = ["m-Q8_0.gguf", "mmproj-m-f16.gguf"]
+    assert hub.choose_gguf("org/a", files, None) == "m-Q8_0.gguf"
+    cached(models, "org/tiny-gguf", {"m-Q8_0.gguf": b"eight", "mmproj-m-f16.gguf": b"eyes"})
+    assert content(resolve.resolve("org/tiny-gguf", fetch=False)) == b"eight"
+
+    fetched = []
+
+    def fetch(repo_id: str, name: str, *, quiet: bool) -> Path:
+        fetched.append(name)
+        (tmp_path / name).write_bytes(name.encode())
+        return tmp_path / name
+
+    monkeypatch.setattr(hub, "list_gguf_files", lambda repo_id: files)
+    monkeypatch.setattr(hub, "download_gguf", fetch)
+    assert content(resolve.resolve("org/other:Q8_0")) == b"m-Q8_0.gguf"
+    assert fetched == ["mmproj-m-f16.gguf", "m-Q8_0.gguf"]
 
 
 @pytest.mark.parametrize(
