@@ -33,6 +33,7 @@ class Pieces:
         prefix_once: in front of the text only.
         charsmap: SentencePiece's compiled normalization, empty for none.
         squeeze: collapse runs of spaces, and strip them at the ends.
+        ranked: BPE's merges, best first; None for those that the scores make.
     """
 
     tokens: Sequence[str]
@@ -43,6 +44,7 @@ class Pieces:
     prefix_once: bool = False
     charsmap: bytes = b""
     squeeze: bool = False
+    ranked: Sequence[tuple[str, str]] | None = None
 
 
 def build(pieces: Pieces, source: str) -> Tokenizer:
@@ -132,7 +134,7 @@ def _model(pieces: Pieces) -> models.Model:
         return models.Unigram(vocabulary, unk_id=unknown, byte_fallback=has_bytes)
     return models.BPE(
         vocab=vocabulary_of(pieces.tokens),
-        merges=merges(pieces),
+        merges=merges(pieces) if pieces.ranked is None else list(pieces.ranked),
         unk_token=None if unknown is None else pieces.tokens[unknown],
         fuse_unk=True,
         byte_fallback=has_bytes,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,13 @@ from .file import GGUFFile
 def short_number(value: float) -> float:
     """The shortest decimal of a float32: 1e-05 instead of 9.999999747378752e-06."""
     return float(str(np.float32(value)))
+
+
+def token_ids(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The ids of special tokens, under config.json's keys."""
+    names = {"bos": "bos", "eos": "eos", "pad": "padding"}
+    ids = {ours: metadata.get(f"tokenizer.ggml.{name}_token_id") for ours, name in names.items()}
+    return {f"{ours}_token_id": i for ours, i in ids.items() if isinstance(i, int)}
 
 
 class Metadata:
@@ -44,6 +52,15 @@ class Metadata:
         if isinstance(value, bool) or not isinstance(value, int | float) or not np.isfinite(value):
             raise self.error(key, f"must be a number; got {value!r}")
         return value
+
+    def each(self, key: str, n_layers: int) -> list[Any]:
+        """A whole number, or true or false, of each layer; one for all stands for each."""
+        value = self.any(key)
+        if not isinstance(value, np.ndarray):
+            return [self.int(key)] * n_layers
+        if len(value) != n_layers or value.dtype.kind not in "iub":
+            raise self.error(key, f"must be {n_layers} whole numbers; got {value[:8].tolist()}")
+        return value.tolist()
 
     def opt_int(self, key: str) -> int | None:
         value = self.opt_number(key)

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from mlxkv.errors import UnsupportedModel, WeightsError
 
 from .file import GGUFFile, GGUFTensor, readable_types
-from .metadata import Metadata, short_number
-from .rope import linear_or_yarn, scaling_from_factors
+from .gemma4 import LAYER_NAMES, TOP_NAMES, gemma4_config, is_unused
+from .metadata import Metadata, short_number, token_ids
+from .rope import ROPE_FACTORS, linear_or_yarn, scaling_from_factors
 from .weight import GGUFWeight
 
 _LAYER = re.compile(r"blk\.(\d+)\.(.+)\.(weight|bias)")
@@ -32,6 +33,8 @@ class Architecture:
             overflow float16; else float16, which has more digits.
         permuted: names within a block of the tensors with rows permuted per head.
         norms_plus_one: norms are stored with 1 added.
+        top_names: names of single tensors that only it has -> ours.
+        is_unused: whether a tensor of this name is left out, with the config.
     """
 
     config: Callable[[Metadata, Mapping[str, GGUFTensor]], dict[str, Any]]
@@ -39,6 +42,8 @@ class Architecture:
     dtype: str
     permuted: frozenset[str] = frozenset()
     norms_plus_one: bool = False
+    top_names: Mapping[str, str] = field(default_factory=dict)
+    is_unused: Callable[[str, Mapping[str, Any]], bool] = lambda name, config: False
 
     @property
     def scale_dtype(self) -> str:
@@ -65,8 +70,6 @@ _TOP_NAMES = {
     "output_norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
 }
-ROPE_FACTORS = "rope_freqs.weight"
-"""A tensor that becomes part of the config."""
 
 
 def architecture_of(file: GGUFFile) -> Architecture:
@@ -116,7 +119,7 @@ def gguf_weights(file: GGUFFile, config: Mapping[str, Any]) -> dict[str, GGUFWei
     found: dict[str, GGUFWeight] = {}
     unknown = []
     for tensor in file.tensors.values():
-        if tensor.name == ROPE_FACTORS:
+        if tensor.name == ROPE_FACTORS or architecture.is_unused(tensor.name, config):
             continue
         name = _our_name(tensor.name, architecture)
         if name is None:
@@ -147,9 +150,18 @@ def gguf_weights(file: GGUFFile, config: Mapping[str, Any]) -> dict[str, GGUFWei
 def _our_name(name: str, architecture: Architecture) -> str | None:
     inner = _LAYER.fullmatch(name)
     if inner is None:
-        return _TOP_NAMES.get(name)
+        return architecture.top_names.get(name) or _TOP_NAMES.get(name)
     ours = architecture.layer_names.get(inner[2])
-    return None if ours is None else f"model.layers.{int(inner[1])}.{ours}.{inner[3]}"
+    if ours is None:
+        return None
+    kind = "" if ours == "layer_scalar" else f".{inner[3]}"
+    return f"model.layers.{int(inner[1])}.{ours}{kind}"
+
+
+def unused_names(file: GGUFFile, config: Mapping[str, Any]) -> list[str]:
+    """Names of the tensors that `gguf_weights` leaves out though they are part of a layer."""
+    architecture = architecture_of(file)
+    return [name for name in file.tensors if architecture.is_unused(name, config)]
 
 
 def default_dtype(file: GGUFFile) -> str:
@@ -191,14 +203,8 @@ def _common_config(m: Metadata, tensors: Mapping[str, GGUFTensor]) -> dict[str, 
         "max_position_embeddings": m.int("context_length"),
         "vocab_size": embedding.shape[0],
         "tie_word_embeddings": "output.weight" not in tensors,
-        **_token_ids(m.file.metadata),
+        **token_ids(m.file.metadata),
     }
-
-
-def _token_ids(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    names = {"bos": "bos", "eos": "eos", "pad": "padding"}
-    ids = {ours: metadata.get(f"tokenizer.ggml.{name}_token_id") for ours, name in names.items()}
-    return {f"{ours}_token_id": i for ours, i in ids.items() if isinstance(i, int)}
 
 
 def _llama_config(m: Metadata, tensors: Mapping[str, GGUFTensor]) -> dict[str, Any]:
@@ -254,6 +260,14 @@ def _gemma3_config(m: Metadata, tensors: Mapping[str, GGUFTensor]) -> dict[str, 
     }
 
 
+_GEMMA = {
+    **_ATTENTION_AND_MLP,
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
 _ARCHITECTURES: Mapping[str, Architecture] = {
     "llama": Architecture(
         config=_llama_config,
@@ -263,15 +277,15 @@ _ARCHITECTURES: Mapping[str, Architecture] = {
     ),
     "gemma3": Architecture(
         config=_gemma3_config,
-        layer_names={
-            **_ATTENTION_AND_MLP,
-            "attn_q_norm": "self_attn.q_norm",
-            "attn_k_norm": "self_attn.k_norm",
-            "post_attention_norm": "post_attention_layernorm",
-            "ffn_norm": "pre_feedforward_layernorm",
-            "post_ffw_norm": "post_feedforward_layernorm",
-        },
+        layer_names=_GEMMA,
         dtype="bfloat16",
         norms_plus_one=True,
+    ),
+    "gemma4": Architecture(
+        config=gemma4_config,
+        layer_names={**_GEMMA, **LAYER_NAMES},
+        dtype="bfloat16",
+        top_names=TOP_NAMES,
+        is_unused=is_unused,
     ),
 }

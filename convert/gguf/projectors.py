@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from mlxkv.errors import WeightsError
+
 from .file import GGUFFile
 from .metadata import Metadata, short_number
 
@@ -141,5 +143,84 @@ _GEMMA3 = Projector(
     change=_gemma3_change,
     norms_plus_one=frozenset({"mm.soft_emb_norm.weight"}),
 )
-PROJECTORS: Mapping[str, Projector] = {"gemma3": _GEMMA3}
+
+
+def _gemma4_config(m: Metadata, file: GGUFFile) -> tuple[dict[str, Any], dict[str, Any]]:
+    sizes = _sizes(m)
+    m.ignore("vision.image_size", "vision.image_mean", "vision.image_std")
+    shapes = {}
+    for name in ("blk.0.attn_q", "blk.0.attn_k", "patch_embd", "position_embd"):
+        tensor = file.tensors.get(f"v.{name}.weight")
+        if tensor is None or len(tensor.shape) < 2:
+            raise WeightsError(f"{file.path}: the tensor 'v.{name}.weight' is missing")
+        shapes[name] = tensor.shape
+    head_dim = shapes["blk.0.attn_q"][0] // sizes["num_attention_heads"]
+    vision = {
+        "model_type": "gemma4_vision",
+        **sizes,
+        "num_key_value_heads": shapes["blk.0.attn_k"][0] // max(1, head_dim),
+        "head_dim": head_dim,
+        "patch_size": shapes["patch_embd"][-1],
+        "pooling_kernel_size": m.int("vision.projector.scale_factor", 3),
+        "position_embedding_size": shapes["position_embd"][-2],
+        "rms_norm_eps": short_number(m.number("vision.attention.layer_norm_epsilon", 1e-6)),
+        "use_clipped_linears": "v.blk.0.attn_q.input_min" in file.tensors,
+        "standardize": "v.std_bias" in file.tensors,
+    }
+    return vision, {}
+
+
+def _gemma4_change(name: str, shape: tuple[int, ...]) -> Change | None:
+    if name.endswith(_BOUNDS) and shape == (1,):
+        return (), lambda values: values.reshape(())
+    if name != "v.patch_embd.weight" or len(shape) != 4:
+        return None
+    rows, colours, height, width = shape
+    columns = colours * height * width
+    return (rows, columns), lambda values: values.transpose(0, 2, 3, 1).reshape(rows, columns)
+
+
+_BOUNDS = ("input_min", "input_max", "output_min", "output_max")
+_LINEARS = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_out": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_NORMS = {
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ln1": "input_layernorm",
+    "ln2": "pre_feedforward_layernorm",
+    "attn_post_norm": "post_attention_layernorm",
+    "ffn_post_norm": "post_feedforward_layernorm",
+}
+_GEMMA4 = Projector(
+    model_type="gemma4",
+    architecture="gemma4",
+    tokens={
+        "boi_token_id": "<|image>",
+        "eoi_token_id": "<image|>",
+        "image_token_id": "<|image|>",
+    },
+    names={
+        "v.patch_embd.weight": "vision_tower.patch_embedder.input_proj.weight",
+        "v.position_embd.weight": "vision_tower.patch_embedder.position_embedding_table",
+        "v.std_bias": "vision_tower.std_bias",
+        "v.std_scale": "vision_tower.std_scale",
+        "mm.input_projection.weight": "embed_vision.embedding_projection.weight",
+    },
+    layer="vision_tower.encoder.layers",
+    layer_names={
+        **{f"{theirs}.weight": f"{ours}.linear.weight" for theirs, ours in _LINEARS.items()},
+        **{f"{theirs}.weight": f"{ours}.weight" for theirs, ours in _NORMS.items()},
+        **{f"{t}.{bound}": f"{ours}.{bound}" for t, ours in _LINEARS.items() for bound in _BOUNDS},
+    },
+    config=_gemma4_config,
+    change=_gemma4_change,
+)
+PROJECTORS: Mapping[str, Projector] = {"gemma3": _GEMMA3, "gemma4v": _GEMMA4}
 """`clip.vision.projector_type`, or `clip.projector_type` of encoders of pictures alone."""

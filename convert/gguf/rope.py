@@ -14,6 +14,8 @@ from .file import GGUFFile, GGUFTensor, dequantize
 if TYPE_CHECKING:
     from .metadata import Metadata
 
+ROPE_FACTORS = "rope_freqs.weight"
+"""A tensor that becomes part of the config."""
 # The contexts that Llama 3.1 and its descendants were pretrained with.
 _ORIGINAL_CONTEXTS = (8192, 4096, 2048, 16384, 32768, 65536, 131072)
 _LOW, _HIGH = 1.0, 4.0

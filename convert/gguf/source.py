@@ -15,7 +15,8 @@ from ..sources import Source, expected_shapes, parse_config
 from ..tensors import SourceTensor
 from .file import GGUFFile, open_gguf
 from .mmproj import ARCHITECTURE, encoder_weights, misfit, open_mmproj, with_encoders
-from .model import ROPE_FACTORS, default_dtype, gguf_config, gguf_weights
+from .model import default_dtype, gguf_config, gguf_weights, unused_names
+from .rope import ROPE_FACTORS
 from .tokenizer import FILES, write_tokenizer
 
 
@@ -42,6 +43,7 @@ def open_gguf_source(path: Path, mmproj: Path | None = None, *, text_only: bool 
         raise CheckpointError(f"{path}: {len(tokens):,} tokens and an embedding of {n_rows:,} rows")
     tensors: dict[str, SourceTensor] = dict(gguf_weights(file, text))
     skipped = [(ROPE_FACTORS, "part of the config: rope_scaling")]
+    skipped += [(name, "its layer reads another's KV") for name in unused_names(file, text)]
     raw = text
     encoders, notes = (None, ()) if text_only else _encoders(file, text, mmproj)
     if encoders is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 
 from mlxkv.errors import TokenizerError
 
-from ..pieces import CONTROL, Pieces, added_tokens, build, set_template, vocabulary_of
+from ..pieces import CONTROL, USER_DEFINED, Pieces, added_tokens, build, set_template, vocabulary_of
 from ..sources import write_json
 from .file import GGUFFile
 from .pretokenizers import PRE_TOKENIZERS
@@ -26,6 +27,7 @@ _END_TOKENS = frozenset(
         "<|endoftext|>", "<|end_of_text|>", "<|return|>", "<|call|>", "<EOT>",
     }
 )  # fmt: skip
+_MARK = re.compile(r"<\|.+>|<.+\|>")
 FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 
 
@@ -99,8 +101,10 @@ def gguf_tokenizer(file: GGUFFile) -> Tokenizer:
         tokenizer, add_bos = _byte_level(keys, tokens, types)
     elif kind == "llama":
         tokenizer, add_bos = _sentencepiece(keys, tokens, types), True
+    elif kind == "gemma4":
+        tokenizer, add_bos = _gemma4(keys, tokens, types), True
     else:
-        raise keys.error("model", f"must be gpt2 or llama; got {kind!r}")
+        raise keys.error("model", f"must be gpt2, llama or gemma4; got {kind!r}")
     bos = keys.token_id("bos", len(tokens)) if keys.flag("add_bos_token", add_bos) else None
     eos = keys.token_id("eos", len(tokens)) if keys.flag("add_eos_token", False) else None
     before, after = ({} if i is None else {tokens[i]: i} for i in (bos, eos))
@@ -115,6 +119,19 @@ def _sentencepiece(keys: _Keys, tokens: list[str], types: list[int]) -> Tokenize
     # As in llama.cpp the space also follows every added token; user-defined pieces hold plain
     # spaces in a GGUF file.
     pieces = Pieces(tokens, scores, types, add_prefix=keys.flag("add_space_prefix", True))
+    return build(pieces, str(keys.file.path))
+
+
+def _gemma4(keys: _Keys, tokens: list[str], types: list[int]) -> Tokenizer:
+    """SentencePiece's form, with merges in the scores' place."""
+    # Marks of tool calls and thoughts are special in the model's own tokenizer. llama.cpp's
+    # converter makes them plain, to see them in its output.
+    types = [
+        CONTROL if kind == USER_DEFINED and _MARK.fullmatch(token) else kind
+        for token, kind in zip(tokens, types, strict=True)
+    ]
+    prefix = keys.flag("add_space_prefix", False)
+    pieces = Pieces(tokens, (), types, add_prefix=prefix, ranked=_merges(keys))
     return build(pieces, str(keys.file.path))
 
 
