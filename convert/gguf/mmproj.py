@@ -18,7 +18,7 @@ from mlxkv.errors import CheckpointError, UnsupportedModel, WeightsError
 from ..tensors import matrix_shape
 from .file import GGUFFile, open_gguf, readable_types
 from .metadata import Metadata
-from .projectors import PROJECTORS, Projector, has_swapped_mlp
+from .projectors import PROJECTORS, SOUND, Projector, has_swapped_mlp
 from .weight import GGUFWeight
 
 ARCHITECTURE = "clip"
@@ -95,6 +95,12 @@ def projector_of(file: GGUFFile) -> Projector:
     return found
 
 
+def sound_projector_of(file: GGUFFile) -> Projector | None:
+    """That of the file's encoder of sound; None without one, or with one of another kind."""
+    kind = file.metadata.get("clip.audio.projector_type")
+    return SOUND.get(kind) if isinstance(kind, str) else None
+
+
 def misfit(file: GGUFFile, language: GGUFFile, text: Mapping[str, Any]) -> str | None:
     """Why a file of encoders is not of this language model; None where it fits.
 
@@ -120,45 +126,54 @@ def with_encoders(file: GGUFFile, text: Mapping[str, Any], tokens: Any) -> dict[
     Raises:
         ConfigError: a key is missing or wrong.
     """
-    projector = projector_of(file)
-    metadata = Metadata(file)
-    vision, outer = projector.config(metadata, file)
-    if isinstance(tokens, list):
-        places = {token: i for i, token in enumerate(tokens)}
-        ids = {key: places.get(token) for key, token in projector.tokens.items()}
-        outer |= {key: i for key, i in ids.items() if i is not None}
-        # A row takes a token's place, and that token must have one: some files end before it.
-        image = next(key for key in ids if key.startswith("image"))
-        if ids[image] is None:
-            outer[image] = text.get("pad_token_id", 0)
+    projector, sound = projector_of(file), sound_projector_of(file)
+    outer: dict[str, Any] = {}
+    for part in (projector,) if sound is None else (projector, sound):
+        outer[part.section], more = part.config(Metadata(file), file)
+        outer |= more | _token_ids(part, tokens, text.get("pad_token_id", 0))
     name = projector.model_type.capitalize()
     keys = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings")
     return {
         "architectures": [f"{name}ForConditionalGeneration"],
         "model_type": projector.model_type,
         **{key: text[key] for key in keys if key in text},
-        **outer,
         "text_config": dict(text),
-        "vision_config": vision,
+        **outer,
     }
 
 
+def _token_ids(part: Projector, tokens: Any, other: int) -> dict[str, int]:
+    """The ids of an encoder's tokens, as far as the vocabulary has them.
+
+    A row takes a token's place, which must have an embedding: where the vocabulary ends before
+    the row's own token, it is `other`.
+    """
+    if not isinstance(tokens, list):
+        return {}
+    places = {token: i for i, token in enumerate(tokens)}
+    *around, own = part.tokens.items()
+    found = {key: places[token] for key, token in around if token in places}
+    return found | {own[0]: places.get(own[1], other)}
+
+
 def encoder_weights(file: GGUFFile) -> tuple[dict[str, EncoderWeight], list[str]]:
-    """The tensors of an encoder of pictures under our names, and the names of encoders of sound.
+    """The tensors of encoders under our names, and the names of one of sound that is left out.
 
     Raises:
         WeightsError: names that the encoder does not have.
         UnsupportedModel: a ggml type that cannot be dequantized.
     """
-    projector = projector_of(file)
+    pictures, hearing = projector_of(file), sound_projector_of(file)
     swapped = has_swapped_mlp(file)
     found: dict[str, EncoderWeight] = {}
     sound, unknown = [], []
     for tensor in file.tensors.values():
-        if tensor.name.startswith(("a.", "mm.a.")):
+        of_sound = tensor.name.startswith(("a.", "mm.a."))
+        if of_sound and hearing is None:
             sound.append(tensor.name)
             continue
-        name = projector.our_name(tensor.name, swapped)
+        projector = hearing if of_sound and hearing is not None else pictures
+        name = projector.our_name(tensor.name, swapped and not of_sound)
         if name is None:
             unknown.append(tensor.name)
             continue

@@ -14,7 +14,7 @@ from mlxkv.errors import WeightsError
 from .file import GGUFFile
 from .metadata import Metadata, short_number
 
-_LAYER = re.compile(r"v\.blk\.(\d+)\.(\w+)\.(\w+)")
+_LAYER = re.compile(r"[va]\.blk\.(\d+)\.(\w+)\.(\w+)")
 
 Change = tuple[tuple[int, ...], Callable[[np.ndarray], np.ndarray]]
 """Our shape of a tensor, and our values of the file's."""
@@ -27,17 +27,19 @@ class Projector:
     Attributes:
         model_type: of the whole model's config.
         architecture: of the language model's file.
+        section: of the whole model's config.
         tokens: key of the config -> the token whose id it holds.
         names: name in the file -> ours, of single tensors.
         layer: our name of the layers.
         layer_names: name within a block -> name within our layer.
-        config: makes `vision_config`, and keys for the config's outer level.
+        config: makes the section, and keys for the config's outer level.
         change: of a tensor's name and shape; None where it stays as it is.
         norms_plus_one: names in the file of tensors that are stored with 1 added.
     """
 
     model_type: str
     architecture: str
+    section: str
     tokens: Mapping[str, str]
     names: Mapping[str, str]
     layer: str
@@ -110,6 +112,7 @@ _SIGLIP = "vision_tower.vision_model"
 _GEMMA3 = Projector(
     model_type="gemma3",
     architecture="gemma3",
+    section="vision_config",
     tokens={
         "boi_token_index": "<start_of_image>",
         "eoi_token_index": "<end_of_image>",
@@ -201,6 +204,7 @@ _NORMS = {
 _GEMMA4 = Projector(
     model_type="gemma4",
     architecture="gemma4",
+    section="vision_config",
     tokens={
         "boi_token_id": "<|image>",
         "eoi_token_id": "<image|>",
@@ -222,5 +226,108 @@ _GEMMA4 = Projector(
     config=_gemma4_config,
     change=_gemma4_change,
 )
+
+
+def _gemma4_sound(m: Metadata, file: GGUFFile) -> tuple[dict[str, Any], dict[str, Any]]:
+    shapes = {}
+    for name in ("conv1d.0", "conv1d.1", "blk.0.conv_dw", "pre_encode.out"):
+        tensor = file.tensors.get(f"a.{name}.weight")
+        if tensor is None or len(tensor.shape) < 2:
+            raise WeightsError(f"{file.path}: the tensor 'a.{name}.weight' is missing")
+        shapes[name] = tensor.shape
+    sound = {
+        "model_type": "gemma4_audio",
+        "hidden_size": m.int("audio.embedding_length"),
+        "num_hidden_layers": m.int("audio.block_count"),
+        "num_attention_heads": m.int("audio.attention.head_count"),
+        "subsampling_conv_channels": [shapes["conv1d.0"][0], shapes["conv1d.1"][0]],
+        "conv_kernel_size": shapes["blk.0.conv_dw"][-1],
+        "output_proj_dims": shapes["pre_encode.out"][0],
+        "rms_norm_eps": short_number(m.number("audio.attention.layer_norm_epsilon", 1e-6)),
+        "use_clipped_linears": "a.blk.0.attn_q.input_min" in file.tensors,
+    }
+    return sound, {}
+
+
+def _sound_change(name: str, shape: tuple[int, ...]) -> Change | None:
+    if name.endswith(_BOUNDS) and shape == (1,):
+        return (), lambda values: values.reshape(())
+    if name.endswith(".per_dim_scale.weight"):
+        return shape, _inverse_softplus
+    if name.endswith(".conv_dw.weight") and len(shape) == 2:
+        return (*shape, 1), lambda values: values[..., None]
+    if name.startswith("a.conv1d.") and len(shape) == 4:
+        rows, channels, height, width = shape
+        return (rows, height, width, channels), lambda values: values.transpose(0, 2, 3, 1)
+    return None
+
+
+def _inverse_softplus(values: np.ndarray) -> np.ndarray:
+    """x of log(1 + exp(x)), which the file has in its place."""
+    wide = values.astype(np.float64)
+    return (wide + np.log(-np.expm1(-wide))).astype(np.float32)
+
+
+_SOUND_LINEARS = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_out": "self_attn.post",
+    "conv_pw1": "lconv1d.linear_start",
+    "conv_pw2": "lconv1d.linear_end",
+    "ffn_up": "feed_forward1.ffw_layer_1",
+    "ffn_down": "feed_forward1.ffw_layer_2",
+    "ffn_up_1": "feed_forward2.ffw_layer_1",
+    "ffn_down_1": "feed_forward2.ffw_layer_2",
+}
+_SOUND_WEIGHTS = {
+    "attn_pre_norm": "norm_pre_attn",
+    "attn_post_norm": "norm_post_attn",
+    "ln2": "norm_out",
+    "conv_norm": "lconv1d.pre_layer_norm",
+    "norm_conv": "lconv1d.conv_norm",
+    "ffn_norm": "feed_forward1.pre_layer_norm",
+    "ffn_post_norm": "feed_forward1.post_layer_norm",
+    "ffn_norm_1": "feed_forward2.pre_layer_norm",
+    "ffn_post_norm_1": "feed_forward2.post_layer_norm",
+    "attn_k_rel": "self_attn.relative_k_proj",
+    "conv_dw": "lconv1d.depthwise_conv1d",
+}
+_GEMMA4_SOUND = Projector(
+    model_type="gemma4",
+    architecture="gemma4",
+    section="audio_config",
+    tokens={
+        "boa_token_id": "<|audio>",
+        "eoa_token_id": "<audio|>",
+        "audio_token_id": "<|audio|>",
+    },
+    names={
+        **{
+            f"a.conv1d.{i}.{kind}weight": (
+                f"audio_tower.subsample_conv_projection.layer{i}.{kind or 'conv.'}weight"
+            )
+            for i in (0, 1)
+            for kind in ("", "norm.")
+        },
+        "a.input_projection.weight": (
+            "audio_tower.subsample_conv_projection.input_proj_linear.weight"
+        ),
+        "a.pre_encode.out.weight": "audio_tower.output_proj.weight",
+        "a.pre_encode.out.bias": "audio_tower.output_proj.bias",
+        "mm.a.input_projection.weight": "embed_audio.embedding_projection.weight",
+    },
+    layer="audio_tower.layers",
+    layer_names={
+        **{f"{theirs}.weight": f"{ours}.linear.weight" for theirs, ours in _SOUND_LINEARS.items()},
+        **{f"{theirs}.weight": f"{ours}.weight" for theirs, ours in _SOUND_WEIGHTS.items()},
+        **{f"{t}.{b}": f"{ours}.{b}" for t, ours in _SOUND_LINEARS.items() for b in _BOUNDS},
+        "per_dim_scale.weight": "self_attn.per_dim_scale",
+    },
+    config=_gemma4_sound,
+    change=_sound_change,
+)
 PROJECTORS: Mapping[str, Projector] = {"gemma3": _GEMMA3, "gemma4v": _GEMMA4}
 """`clip.vision.projector_type`, or `clip.projector_type` of encoders of pictures alone."""
+SOUND: Mapping[str, Projector] = {"gemma4a": _GEMMA4_SOUND}
+"""`clip.audio.projector_type`."""

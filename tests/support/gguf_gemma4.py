@@ -80,6 +80,35 @@ def vision_tensors(weights: Mapping[str, np.ndarray], n_layers: int) -> dict[str
     return found
 
 
+def sound_keys(sound: Mapping[str, Any]) -> dict[str, Any]:
+    """The metadata that an encoder of sound adds."""
+    return {
+        "audio.projector_type": "gemma4a",
+        "has_audio_encoder": True,
+        "audio.num_mel_bins": 128,
+        "audio.embedding_length": sound["hidden_size"],
+        "audio.feed_forward_length": 4 * sound["hidden_size"],
+        "audio.block_count": sound["num_hidden_layers"],
+        "audio.attention.head_count": sound["num_attention_heads"],
+        "audio.attention.layer_norm_epsilon": 1e-6,
+    }
+
+
+def sound_tensors(weights: Mapping[str, np.ndarray], n_layers: int) -> dict[str, np.ndarray]:
+    """Its arrays: the scale of each dimension as its softplus, kernels by channel as matrices."""
+    names = get_tensor_name_map(MODEL_ARCH.MMPROJ, n_layers)
+    found = {}
+    for name, array in weights.items():
+        theirs = name.replace("model.audio_tower.", "conformer.").replace(".linear.", ".")
+        if theirs.endswith("per_dim_scale"):
+            theirs, array = f"{theirs}.weight", np.log1p(np.exp(array))
+        if "depthwise_conv1d" in theirs:
+            array = array[:, 0]
+        array = np.ascontiguousarray(array.reshape(array.shape or 1))
+        found[names.get_name(theirs, SUFFIXES)] = array
+    return found
+
+
 def write_language(
     path: Path,
     text: Mapping[str, Any],
