@@ -14,6 +14,7 @@ from hashlib import sha256
 from typing import TYPE_CHECKING, Protocol
 
 from mlxkv.errors import MediaError
+from mlxkv.media.pan_and_scan import PanAndScan
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,6 +42,11 @@ class ImageProcessor(Protocol):
 
     def __call__(self, picture: Image, budget: int | None = None) -> Processed:
         """Process an RGB picture."""
+        ...
+
+    @property
+    def crops(self) -> PanAndScan | None:
+        """Whether crops of a picture follow it, and which."""
         ...
 
 
@@ -72,6 +78,7 @@ class Squares:
         tokens: rows that it makes of them.
         resample: Pillow's number of the filter.
         normalisation: of the levels.
+        crops: of wide and high pictures, where the processor's config asks for them.
     """
 
     width: int
@@ -79,6 +86,7 @@ class Squares:
     tokens: int
     resample: int
     normalisation: Normalisation
+    crops: PanAndScan | None = None
 
     def n_tokens(self, width: int, height: int, budget: int | None = None) -> int:
         if budget is not None and budget != self.tokens:
@@ -113,6 +121,10 @@ class Patches:
     merged: bool
     resample: int
     normalisation: Normalisation
+
+    @property
+    def crops(self) -> None:
+        """None: the budget serves instead."""
 
     @property
     def side(self) -> int:

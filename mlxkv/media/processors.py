@@ -8,10 +8,12 @@ from typing import Any
 from mlxkv.errors import ConfigError
 from mlxkv.media.config import Configs, Family
 from mlxkv.media.features import AudioProcessor, Mel, Mel3n, Mel4, RawSamples
+from mlxkv.media.pan_and_scan import PanAndScan
 from mlxkv.media.pixels import ImageProcessor, Normalisation, Patches, Squares
 from mlxkv.media.sound import RATE
 
 _FILE = "preprocessor_config.json"
+_RATIO = "pan_and_scan_min_ratio_to_activate"
 
 
 def images_of(configs: Configs, family: Family) -> ImageProcessor | None:
@@ -36,6 +38,13 @@ def images_of(configs: Configs, family: Family) -> ImageProcessor | None:
     else:
         side = 768
         tokens = configs.whole(configs.model, "vision_soft_tokens_per_image", "config.json", 256)
+    crops = None
+    if keys.get("do_pan_and_scan"):
+        crops = PanAndScan(
+            configs.whole(keys, "pan_and_scan_min_crop_size", _FILE, 256),
+            configs.whole(keys, "pan_and_scan_max_num_crops", _FILE, 4),
+            configs.number({_RATIO: 1.2, **keys}, _RATIO, _FILE, least=1),
+        )
     size = keys.get("size")
     size = size if isinstance(size, Mapping) else {}
     return Squares(
@@ -44,6 +53,7 @@ def images_of(configs: Configs, family: Family) -> ImageProcessor | None:
         tokens,
         resample,
         _normalisation(configs, keys),
+        crops,
     )
 
 

@@ -5,16 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mlxkv.errors import MediaError
 from mlxkv.media.config import FAMILIES, Configs, Family, read_configs
 from mlxkv.media.features import LONGEST, AudioProcessor
+from mlxkv.media.pan_and_scan import BEFORE, BETWEEN
 from mlxkv.media.pictures import ImageSource, picture
 from mlxkv.media.pixels import ImageProcessor
 from mlxkv.media.processors import images_of, sounds_of
 from mlxkv.media.sound import SoundSource, decoded, windows
 from mlxkv.media.source import name_of
 from mlxkv.media.types import AUDIO, IMAGE, Medium
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 @dataclass(frozen=True)
@@ -70,8 +75,28 @@ class MediaReader:
             MediaError: it cannot be read, or the model takes no pictures.
         """
         name = name_of(source, name, "")
-        processor = self._images(name or "the picture")
-        made = processor(picture(source, name), budget)
+        self._images(name or "the picture")
+        return self._image(picture(source, name), budget, name)
+
+    def image_parts(
+        self, source: ImageSource, budget: int | None = None, name: str = ""
+    ) -> list[str | Medium]:
+        """A picture, and crops of it with text between where the model's processor asks for them.
+
+        Arguments and errors are those of `image`. Each medium stands in the prompt as the
+        placeholder says; with one part this is `[image(...)]`.
+        """
+        name = name_of(source, name, "")
+        crops = self._images(name or "the picture").crops
+        whole = picture(source, name)
+        parts: list[str | Medium] = [self._image(whole, budget, name)]
+        boxes = crops.boxes(*whole.size) if crops else []
+        for i, box in enumerate(boxes):
+            parts += [" " if i else BETWEEN, self._image(whole.crop(box), budget, name)]
+        return [BEFORE, *parts] if boxes else parts
+
+    def _image(self, whole: Image, budget: int | None, name: str) -> Medium:
+        made = self._images(name)(whole, budget)
         token = self.placeholders[IMAGE].token
         return Medium(IMAGE, made.digest, made.n_tokens, token, name, made.data)
 

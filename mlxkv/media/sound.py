@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import suppress
-from typing import IO, TYPE_CHECKING, TypeAlias
+from typing import IO, TYPE_CHECKING, Any, TypeAlias
 
 from mlxkv.errors import MediaError, lacks_memory
 from mlxkv.media.limits import MAX_CHANNELS, MAX_SECONDS, MAX_SOUND_BYTES, SAMPLE_RATES
@@ -145,9 +145,12 @@ def _from_file(file: IO[bytes], name: str) -> Iterator[np.ndarray]:
     if form == "wav":
         check_wav(file, name)
     file.seek(0)
+    # Before 19, a title that is not UTF-8 is an error unless asked otherwise.
+    is_old = int(av.__version__.partition(".")[0]) < 19
+    lenient: dict[str, Any] = {"metadata_errors": "ignore"} if is_old else {}
     try:
-        with av.open(file, "r", form, metadata_errors="ignore") as container:
-            yield from _resampled(container, form, name)  # pyright: ignore[reportArgumentType]
+        with av.open(file, "r", form, **lenient) as container:
+            yield from _resampled(container, form, name)
     except MediaError:
         raise
     except Exception as error:

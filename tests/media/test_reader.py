@@ -15,6 +15,8 @@ from mlxkv.media.sound import RATE
 
 PIXELS = np.random.default_rng(16).integers(0, 256, (60, 100, 3), dtype=np.uint8)
 
+WIDE = np.random.default_rng(17).integers(0, 256, (260, 601, 3), dtype=np.uint8)
+
 
 def reader(folder: Path, model: dict[str, Any], **files: dict[str, Any]) -> MediaReader | None:
     for name, content in {"config": model, **files}.items():
@@ -62,6 +64,21 @@ def test_sizes_come_from_the_config_and_its_processor(tmp_path: Path) -> None:
     nested = {"image_processor": {"size": {"height": 14, "width": 14}}}
     medium = made(tmp_path, model, processor_config=nested).image(PIXELS)
     assert medium.data is not None and medium.data["pixels"].shape == (14, 14, 3)
+
+
+def test_crops_follow_where_the_processor_asks_for_them(tmp_path: Path) -> None:
+    model = vision("gemma3")
+    plain = made(tmp_path, model)
+    assert plain.image_parts(WIDE) == [plain.image(WIDE)]
+    found = made(tmp_path, model, preprocessor_config={"do_pan_and_scan": True})
+    before, whole, between, left, space, right = found.image_parts(WIDE, name="a.png")
+    assert (before, space) == ("Here is the original image ", " ")
+    assert between == " and here are some crops to help you see better "
+    assert whole == found.image(WIDE)
+    assert (left, right) == (found.image(WIDE[:, :301]), found.image(WIDE[:, 301:]))
+    turned = found.image_parts(WIDE.transpose(1, 0, 2))
+    assert turned[3] == found.image(WIDE.transpose(1, 0, 2)[:301])
+    assert len(found.image_parts(WIDE[:, :300])) == 1  # crops would be too small
 
 
 def test_patches_keep_the_aspect_within_the_budget(tmp_path: Path) -> None:
