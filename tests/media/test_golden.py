@@ -22,8 +22,8 @@ FAMILIES = {
 }
 TOLERANCE = 1e-5
 """Of values within -1 to 1, and of the logarithms of mels: the same arithmetic in float32."""
-LEVEL = 2.01 / 255
-"""Of pixels within -1 to 1, between versions of Pillow: 11.3 rounds in another place than 13.0."""
+OTHER_PILLOW = 6 / 255
+"""Of pixels, between versions of Pillow: 11.3 resizes by up to 5 levels otherwise than 13.0."""
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def test_pixels_equal_the_processors(
     golden: dict[str, np.ndarray], readers: dict[str, MediaReader], name: str
 ) -> None:
     image = picture_of(name)
-    tolerance = TOLERANCE if str(golden["pillow"]) == pillow_version else LEVEL
+    tolerance = TOLERANCE if str(golden["pillow"]) == pillow_version else OTHER_PILLOW
     for family in ("gemma3", "gemma3n"):
         data = readers[family].image(image).data
         assert data is not None
