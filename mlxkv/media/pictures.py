@@ -6,6 +6,7 @@ formats of `FORMATS`: others of its readers call other programs.
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from functools import cache
@@ -33,9 +34,7 @@ FORMATS = (
     "AVIF",
     "TIFF",
     "BMP",
-    "JPEG2000",
     "PPM",
-    "ICO",
 )
 """What is read: MPO is the JPEG of some phones, with a second picture behind the first."""
 
@@ -97,6 +96,7 @@ def _formats(heif: bool) -> tuple[str, ...]:
     # Of what is large or damaged we say so in one line: Pillow's warning would only precede it.
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+    logging.getLogger("PIL").addHandler(logging.NullHandler())
     if heif:
         import pillow_heif
 
@@ -159,9 +159,9 @@ def _rgb(image: Image) -> Image:
     if not image.has_transparency_data:
         return image if image.mode == "RGB" else image.convert("RGB")
     image = image.convert("RGBA")
-    white = Image.new("RGBA", image.size, "white")
-    white.alpha_composite(image)
-    return white.convert("RGB")
+    white = Image.new("RGB", image.size, "white")
+    white.paste(image, mask=image)
+    return white
 
 
 def _eight_bits(image: Image) -> Image:

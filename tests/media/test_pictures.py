@@ -46,15 +46,56 @@ def test_every_format_reads_as_written(form: str) -> None:
     assert close(picture(written(squares(), form)))
 
 
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "AVIF", "TIFF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_picture_stands_upright(orientation: int) -> None:
+def test_a_picture_stands_upright(orientation: int, form: str) -> None:
     back = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}
     stored = squares()
     if orientation > 1:
         stored = stored.transpose(Image.Transpose(back[orientation]))
     exif = Image.Exif()
     exif[0x0112] = orientation
-    assert close(picture(written(stored, "PNG", exif=exif)))
+    assert close(picture(written(stored, form, exif=exif)))
+
+
+def turned(heif: bytes, quarters: int) -> bytes:
+    """A HEIC file with a rotation of its own, as phones write it: anticlockwise."""
+
+    def start(kind: bytes) -> int:
+        return content.index(kind) - 4
+
+    def number(at: int, more: int) -> int:
+        value = int.from_bytes(content[at : at + 4], "big")
+        content[at : at + 4] = (value + more).to_bytes(4, "big")
+        return value
+
+    content = bytearray(heif)
+    data = (start(b"mdat") + 8).to_bytes(4, "big")
+    number(content.index(data, start(b"iloc")), 10)
+    for kind, more in ((b"meta", 10), (b"iprp", 10), (b"ipma", 1)):
+        number(start(kind), more)
+    at = start(b"ipco")
+    end, at, n = at + number(at, 9), at + 8, 1
+    while at < end:
+        at, n = at + number(at, 0), n + 1
+    which = start(b"ipma")
+    content[which + 18] += 1
+    behind = which + number(which, 0) - 1
+    content[behind:behind] = bytes([0x80 | n])
+    content[end:end] = b"\0\0\0\x09irot" + bytes([quarters])
+    return bytes(content)
+
+
+@pytest.mark.parametrize("quarters", range(4))
+def test_a_phones_picture_stands_upright(quarters: int) -> None:
+    pictures._formats(heif=True)
+    back = (None, Image.Transpose.ROTATE_270, Image.Transpose.ROTATE_180, Image.Transpose.ROTATE_90)
+    turn = back[quarters]
+    stored = squares() if turn is None else squares().transpose(turn)
+    assert close(picture(turned(written(stored, "HEIF"), quarters)))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # says so beside its rotation, and is not to be followed as well
+    assert close(picture(written(squares(), "HEIF", exif=exif)))
 
 
 def test_transparency_lies_over_white() -> None:
