@@ -77,7 +77,11 @@ def sounds_of(configs: Configs, family: Family) -> AudioProcessor | None:
     """How samples become features; None for a model without an `audio_config`."""
     if family.audio is None or not configs.sub("audio_config"):
         return None
-    keys = {**family.audio, **{k: v for k, v in configs.audio.items() if v is not None}}
+    audio = configs.sub("audio_config")
+    own = {"feature_size": audio.get("input_feat_size")}
+    own["audio_samples_per_token"] = audio.get("audio_embed_dim")
+    given = [*own.items(), *configs.audio.items()]
+    keys = {**family.audio, **{k: v for k, v in given if v is not None}}
     if configs.whole(keys, "sampling_rate", _FILE, RATE) != RATE:
         raise ConfigError(
             f"{configs.where / _FILE}: key 'sampling_rate' must be {RATE}; "

@@ -47,8 +47,8 @@ def decoded(source: SoundSource, name: str = "") -> np.ndarray:
     """The samples of a recording, of all its channels' mean, at `RATE`: float32 `[n]`.
 
     Args:
-        source: path, bytes of a file, or (samples `[n]`, samples a second) of floats from -1 to 1
-            or of int16.
+        source: path, bytes of a file, or (samples `[n]` or `[n, channels]`, samples a second) of
+            floats from -1 to 1 or of int16.
         name: for messages.
 
     Raises:
@@ -106,25 +106,34 @@ def _from_array(source: tuple[np.ndarray, int], name: str) -> Iterator[np.ndarra
     import numpy as np
     from av.audio.frame import AudioFrame
 
-    samples, rate = source if len(source) == 2 else (None, 0)
-    if not isinstance(samples, np.ndarray) or samples.ndim != 1 or samples.dtype.kind not in "fi":
-        raise MediaError(f"{name}: sound is (samples [n] of floats or int16, samples a second)")
-    if samples.dtype.kind == "i":
-        if samples.dtype != np.int16:
-            raise MediaError(f"{name}: samples must be floats or int16; got {samples.dtype}")
-        samples = samples / np.float32(1 << 15)
-    _check_shape(rate, 1, name)
+    samples, rate = _checked(source, name)
     if rate == RATE or not len(samples):
         yield samples
         return
-    graph = _graph("fltp", int(rate), "mono", 1)
+    graph = _graph("fltp", rate, "mono", 1)
     samples = samples.astype(np.float32)
     for at in range(0, len(samples), 1 << 16):
         part = np.ascontiguousarray(samples[None, at : at + (1 << 16)])
         frame = AudioFrame.from_ndarray(part, format="fltp", layout="mono")
-        frame.sample_rate = int(rate)
+        frame.sample_rate = rate
         yield from _pushed(graph, frame)
     yield from _pushed(graph, None)
+
+
+def _checked(source: tuple[np.ndarray, int], name: str) -> tuple[np.ndarray, int]:
+    """Floats `[n]`, and the rate."""
+    import numpy as np
+
+    samples, rate = source if len(source) == 2 else (None, 0)
+    if not isinstance(samples, np.ndarray) or samples.ndim not in (1, 2):
+        raise MediaError(f"{name}: sound is (samples [n] or [n, channels], samples a second)")
+    if samples.dtype != np.int16 and samples.dtype.kind != "f":
+        raise MediaError(f"{name}: samples must be floats or int16; got {samples.dtype}")
+    rate = int(rate) if isinstance(rate, int | np.integer) else rate
+    _check_shape(rate, 1 if samples.ndim == 1 else samples.shape[1], name)
+    if samples.dtype == np.int16:
+        samples = samples / np.float32(1 << 15)
+    return samples if samples.ndim == 1 else samples.mean(axis=1), rate
 
 
 def _check_shape(rate: object, channels: int, name: str) -> None:

@@ -141,6 +141,15 @@ def test_long_sound_comes_in_windows(
     assert again == first and again.digest != last.digest
 
 
+def test_the_width_of_features_is_the_encoders(tmp_path: Path) -> None:
+    model = {"model_type": "gemma4", "audio_config": {"input_feat_size": 16}}
+    (medium,) = made(tmp_path, model).audio((np.zeros(1000), RATE))
+    assert medium.data is not None and medium.data["mel"].shape[1] == 16
+    model = {"model_type": "gemma4_unified", "audio_config": {"audio_embed_dim": 100}}
+    (medium,) = made(tmp_path, model).audio((np.zeros(1001), RATE))
+    assert medium.data is not None and medium.data["samples"].shape == (11, 100)
+
+
 def test_a_click_is_too_short(tmp_path: Path) -> None:
     with pytest.raises(MediaError, match=r"a\.wav: 0\.005 s of sound, and at least 0\.010 s"):
         made(tmp_path, hears("gemma4")).audio((np.zeros(80), RATE), "a.wav")

@@ -99,6 +99,8 @@ def test_arrays_are_read_as_they_are() -> None:
     assert np.array_equal(decoded((samples, RATE)), samples)
     assert np.array_equal(decoded((samples.astype(np.float64), RATE)), samples)
     assert decoded((np.array([-(2**15), 2**14], np.int16), RATE)).tolist() == [-1, 0.5]
+    both = np.stack([samples, 0 * samples], axis=1)
+    assert np.array_equal(decoded((both, np.int64(RATE))), samples / 2)
     assert decoded((np.array([np.nan, np.inf, 1e30, 0.5]), RATE)).tolist() == [0, 8, 8, 0.5]
 
 
@@ -149,9 +151,10 @@ def test_what_is_no_file_gets_one_line(tmp_path: Path) -> None:
     assert refused(tmp_path / "pipe.wav") == "pipe.wav: it is a pipe, not a file"
     assert refused(str(tmp_path)) == f"{tmp_path.name}: Is a directory"
     assert refused(7).startswith("the recording: sound is a path, bytes or (samples, rate)")
-    for wrong in (np.zeros((4, 4)), np.zeros(4, np.int64), [0.0]):
+    for wrong in (np.zeros((4, 4, 4)), np.zeros(4, np.int64), [0.0]):
         assert "samples" in refused((wrong, RATE))
     assert "samples a second" in refused((np.zeros(4),))
+    assert "100 channels" in refused((np.zeros((2, 100)), RATE))
     for rate in (0, 1, 10**9, -16_000, 16_000.5, None):
         assert "samples a second" in refused((np.zeros(4), rate))
 
