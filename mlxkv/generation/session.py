@@ -313,9 +313,8 @@ class Session:
     def _make_room(self, medium: Medium) -> None:
         """Ask for memory for an encoder; raises KVCacheFull where there is none."""
         if self._budget is not None:
-            n_bytes = self._budget.encoders.of(medium) + self.model.waiting_bytes(medium.kind)
-            self.apply(self._budget.make_room(self, n_bytes))
-            self._budget.load_encoder(medium.kind)
+            self.apply(self._budget.make_room(self, self._budget.encoders.of(medium)))
+            self._budget.weights_bytes += self._budget.encoders.load(medium.kind)
 
     def before_step(self) -> None:
         """A token is about to be fed: the caches grow at each step of 256."""

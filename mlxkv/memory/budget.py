@@ -265,11 +265,11 @@ class Budget:
         return freed
 
     def make_room(self, sequence: Consumer, n_bytes: int) -> Grant:
-        """Free memory for an encoder that a sequence is about to run.
+        """Free memory for an encoder that a sequence is about to run, of which nothing stays.
 
         Args:
             sequence: the sequence that asks; it has to end where the grant has no tokens.
-            n_bytes: that the encoder takes, with its weights where they wait.
+            n_bytes: that the encoder takes.
         """
         rungs: list[Rung] = []
         if n_bytes > self._free(sequence) - (cached := mx.get_cache_memory()) and cached:
@@ -283,13 +283,6 @@ class Budget:
             full = self._full(sequence, sequence.n_held + 1, sequence.n_held)
             return Grant(rungs=tuple(rungs), full=full)
         return Grant(1, tuple(rungs))
-
-    def load_encoder(self, kind: str) -> None:
-        """Load what makes rows of a kind of media, unless it is loaded; its weights then count."""
-        if n_bytes := self._model.waiting_bytes(kind):
-            self._model.load_encoder(kind)
-            self.weights_bytes += n_bytes
-            self.limit_bytes = self._limit_bytes  # of which pages and rows have a share
 
     def after_failure(self, sequence: Consumer, n_held: int) -> Grant:
         """Take the next rung after MLX failed to allocate.

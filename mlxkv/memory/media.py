@@ -134,12 +134,19 @@ class EncoderNeeds:
         self._model = model
         self._known: OrderedDict[tuple, int] = OrderedDict()
 
+    def load(self, kind: str) -> int:
+        """Load the weights of an encoder; their bytes, 0 where they were loaded before."""
+        n_bytes = self._model.waiting_bytes(kind)
+        self._model.load_encoder(kind)
+        return n_bytes
+
     def of(self, medium: Medium) -> int:
-        """Bytes that the rows of a medium take while they are computed."""
+        """Bytes that the rows of a medium take while they are computed, and its encoder's weights
+        where they are not loaded yet."""
         shapes = shapes_of(medium)
         key = medium.kind, tuple(sorted((name, shape) for name, (shape, _) in shapes.items()))
         if key not in self._known:
             self._known[key] = encoder_bytes(self._model, medium.kind, shapes)
             while len(self._known) > MAX_TRACED:
                 self._known.popitem(last=False)
-        return self._known[key]
+        return self._known[key] + self._model.waiting_bytes(medium.kind)

@@ -91,9 +91,10 @@ def test_weights_of_an_encoder_are_read_and_counted_at_the_first_picture(folder:
         assert text_bytes == lay_out(folder).nbytes
         llm.generate("a", max_tokens=2)
         assert llm.model.waiting_bytes("image") == waiting
-        llm.budget.load_encoder("image")
-        assert llm.budget.weights_bytes == text_bytes + waiting
-        assert llm.model.waiting_bytes("image") == 0
+        before = llm.budget.encoders.of(medium)
+        assert llm.budget.encoders.load("image") == waiting
+        assert llm.model.waiting_bytes("image") == llm.budget.encoders.load("image") == 0
+        assert before == llm.budget.encoders.of(medium) + waiting
         rows = np.array(Rows().encode(llm.model, medium))
     expected = load_model(folder).media_rows("image", data)
     np.testing.assert_array_equal(rows, np.array(expected))
