@@ -107,6 +107,15 @@ def convert(
         Path | None,
         typer.Option(help="A .gguf model's encoders; default: the *mmproj*.gguf beside it."),
     ] = None,
+    quantize_towers: Annotated[
+        bool,
+        typer.Option(
+            "--quantize-towers", help="Quantize the encoders of pictures and sound as well."
+        ),
+    ] = False,
+    text_only: Annotated[
+        bool, typer.Option("--text-only", help="Leave the encoders of pictures and sound out.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan only.")] = False,
 ) -> None:
     """Convert a checkpoint to an MLX model directory."""
@@ -127,6 +136,8 @@ def convert(
             group_size=group_size,
             recipe=recipe,
             mmproj=mmproj,
+            quantize_towers=quantize_towers,
+            text_only=text_only,
             dry_run=dry_run,
             progress=lambda step: progress("converting", step.done_bytes, step.total_bytes),
         )
@@ -149,13 +160,32 @@ def plan(
     kv_type: KVType = None,
     dtype: DType = "auto",
     memory: Memory = None,
+    image: Annotated[
+        list[str] | None, typer.Option(help="A picture of a sequence; may be repeated.")
+    ] = None,
+    audio: Annotated[
+        list[str] | None, typer.Option(help="A recording of a sequence; may be repeated.")
+    ] = None,
+    image_budget: Annotated[
+        int | None, typer.Option(help="Tokens a picture at most, where a model lets you choose.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Compute the memory that a model and its KV cache need, without loading the model."""
     from mlxkv.llm import plan as plans
     from mlxkv.terminal import plan_text
 
-    needs = plans.plan(model, context, sequences, kv_type, memory, dtype)
+    needs = plans.plan(
+        model,
+        context,
+        sequences,
+        kv_type,
+        memory,
+        dtype,
+        images=image or (),
+        audio=audio or (),
+        image_budget=image_budget,
+    )
     print(json.dumps(plan_text.to_dict(needs)) if as_json else plan_text.text(needs))
 
 

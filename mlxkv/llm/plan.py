@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from mlxkv.errors import ModelNotFound, UsageError
+from mlxkv.errors import MediaError, ModelNotFound, UsageError
 from mlxkv.kv.types import first_kv_type
+from mlxkv.media.types import AUDIO, IMAGE, Medium
 from mlxkv.memory.plan import Plan, plan_model
 from mlxkv.memory.trace import hollow
 from mlxkv.models.loader import Layout, lay_out
 from mlxkv.store.refs import HubRef, locate
 from mlxkv.store.settings import Given, Settings, effective
+
+if TYPE_CHECKING:
+    from mlxkv.media.pictures import ImageSource
+    from mlxkv.media.sound import SoundSource
 
 
 def plan(
@@ -23,6 +30,9 @@ def plan(
     memory: str | int | None = None,
     dtype: mx.Dtype | str = "auto",
     chunk: int | None = None,
+    images: Sequence[ImageSource] = (),
+    audio: Sequence[SoundSource] = (),
+    image_budget: int | None = None,
 ) -> Plan:
     """Plan a model: a directory, a name that `mlxkv list` shows, or a Hugging Face repository.
 
@@ -37,29 +47,49 @@ def plan(
         memory: limit ("16GiB", bytes).
         dtype: to compute in, as for `load`.
         chunk: tokens of a prompt at a time; None for the device's default.
+        images: pictures of a sequence, as messages have them. Their tokens are part of the
+            context; their encoder, and what it takes while it runs, are counted.
+        audio: the same of sound.
+        image_budget: tokens a picture at most, for models that let them be chosen.
 
     Raises:
-        UsageError: an argument out of its range.
+        UsageError: an argument out of its range, or a context that the media alone fill.
+        MediaError: a file that cannot be read, or the model does not take its kind.
         ModelNotFound, CheckpointError, DownloadError: as for `load`.
     """
     for field, n in (("context", context), ("sequences", sequences), ("chunk", chunk)):
         if n is not None and n < 1:
             raise UsageError(f"must be at least 1; got {n}", field=field)
-    layout, settings = _layout(model, dtype, Given(kv_type=kv_type, memory=memory))
-    weights_bytes = layout.nbytes  # `hollow` clears the weights
+    layout, settings, media = _layout(
+        model, dtype, Given(kv_type=kv_type, memory=memory), images, audio, image_budget
+    )
+    context = context or settings.context.value
+    if (n := sum(medium.n_tokens for medium in media)) >= context:
+        raise UsageError(
+            f"must be more than the {n:,} tokens of the pictures and sound; got {context:,}",
+            field="context",
+        )
+    weights_bytes, encoders = layout.nbytes, layout.encoder_bytes  # `hollow` clears the weights
     return plan_model(
         hollow(layout),
         weights_bytes=weights_bytes,
-        context=context or settings.context.value,
+        context=context,
         sequences=sequences,
         kv_type=first_kv_type(settings.kv_type.value),
         limit=settings.memory.value,
         chunk=chunk,
+        encoders=encoders,
+        media=media,
     )
 
 
-def _layout(model: str | Path, dtype: mx.Dtype | str, given: Given) -> tuple[Layout, Settings]:
-    """A model's layout and settings, from its directory or from headers alone."""
+def _layout(
+    model: str | Path,
+    dtype: mx.Dtype | str,
+    given: Given,
+    *sources: Any,
+) -> tuple[Layout, Settings, list[Medium]]:
+    """A model's layout and settings, from its directory or from headers alone, and its media."""
     from mlxkv.store.hub_headers import headers_of
     from mlxkv.store.resolve import resolve
 
@@ -70,6 +100,31 @@ def _layout(model: str | Path, dtype: mx.Dtype | str, given: Given) -> tuple[Lay
         if not isinstance(ref, HubRef) or ref.wanted is not None:
             raise
     else:
-        return lay_out(path, dtype), effective(path, given)
+        layout = lay_out(path, dtype)
+        return layout, effective(path, given), _media(layout, path, *sources)
     with headers_of(ref.repo_id) as folder:
-        return lay_out(folder, dtype, headers_only=True), effective(folder, given)
+        layout = lay_out(folder, dtype, headers_only=True)
+        return layout, effective(folder, given), _media(layout, folder, *sources)
+
+
+def _media(
+    layout: Layout,
+    path: Path,
+    images: Sequence[ImageSource],
+    audio: Sequence[SoundSource],
+    image_budget: int | None,
+) -> list[Medium]:
+    """The pictures and sound as the model takes them."""
+    if not images and not audio:
+        return []
+    from mlxkv.media.reader import reader_of
+    from mlxkv.media.source import name_of
+
+    kinds, reader = layout.model.media_kinds, reader_of(path)
+    for kind, what, sources in ((IMAGE, "pictures", images), (AUDIO, "sound", audio)):
+        if sources and (reader is None or kind not in kinds):
+            name = name_of(sources[0], "", "the file")
+            raise MediaError(f"{name}: this model takes no {what}")
+    assert reader is not None
+    found = [reader.image(source, image_budget) for source in images]
+    return found + [medium for source in audio for medium in reader.audio(source)]

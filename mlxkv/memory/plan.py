@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from mlxkv.base import device
 from mlxkv.base.device import default_chunk
 from mlxkv.kv.types import KV_TYPES, CacheSpec, KVFormat
+from mlxkv.media.types import Medium
+from mlxkv.memory.media import encoder_bytes, shapes_of
 from mlxkv.memory.needs import Needs, pages_bytes, row_bytes
 from mlxkv.nn.model import CausalLM
 
@@ -45,11 +47,29 @@ class LayerKind:
 
 
 @dataclass(frozen=True, slots=True)
+class PlannedMedium:
+    """One picture, or one piece of sound, that a plan counts.
+
+    Args:
+        name: of its file.
+        kind: see `mlxkv.media.types`.
+        n_tokens: of the context.
+        workspace_bytes: the most that its encoder holds while it computes the rows.
+    """
+
+    name: str
+    kind: str
+    n_tokens: int
+    workspace_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """Bytes that a model, its live caches and its computations take.
 
     Args:
-        weights_bytes: all weights, in the dtype they are computed in.
+        weights_bytes: all weights, in the dtype they are computed in, but those of encoders of
+            pictures and sound that the plan has none for: they are loaded when they are needed.
         kv_bytes: the caches of all sequences at `context` tokens.
         kv_bytes_per_token: of one more token in one sequence while no window is full.
         workspace_bytes: the most that prefill or decode hold beside both.
@@ -67,6 +87,9 @@ class Plan:
         layers: the layers that store KV, by kind.
         curves: KV format -> (tokens a sequence, total bytes).
         specs: one per layer.
+        encoders: kind of media -> bytes of its encoder's weights.
+        media: the pictures and sound of one sequence.
+        rows_bytes: of what encoders made of them.
     """
 
     weights_bytes: int
@@ -86,11 +109,14 @@ class Plan:
     layers: tuple[LayerKind, ...]
     curves: Mapping[str, tuple[tuple[int, int], ...]]
     specs: tuple[CacheSpec | None, ...]
+    encoders: Mapping[str, int]
+    media: tuple[PlannedMedium, ...]
+    rows_bytes: int
 
     @property
     def total_bytes(self) -> int:
-        """Weights, KV and workspace."""
-        return self.weights_bytes + self.kv_bytes + self.workspace_bytes
+        """Weights, KV, rows of media and workspace."""
+        return self.weights_bytes + self.kv_bytes + self.rows_bytes + self.workspace_bytes
 
     @property
     def fits(self) -> bool:
@@ -115,8 +141,29 @@ def plan_model(
     kv_type: str,
     limit: int,
     chunk: int | None = None,
+    encoders: Mapping[str, int] | None = None,
+    media: Sequence[Medium] = (),
 ) -> Plan:
-    """Plan a loaded or hollow model."""
+    """Plan a loaded or hollow model.
+
+    Args:
+        model: loaded, or as `trace.hollow` makes it.
+        weights_bytes: without those of encoders.
+        context: tokens a sequence.
+        sequences: their number.
+        kv_type: format of the KV.
+        limit: memory for all.
+        chunk: tokens of a prompt that are computed at a time.
+        encoders: see `Plan`.
+        media: of one sequence.
+    """
+    planned = tuple(
+        PlannedMedium(m.name, m.kind, m.n_tokens, encoder_bytes(model, m.kind, shapes_of(m)))
+        for m in media
+    )
+    encoders = encoders or {}
+    weights_bytes += sum(n for kind, n in encoders.items() if any(m.kind == kind for m in media))
+    rows = sum(m.n_tokens for m in media) * model.config.hidden_size * model.compute_dtype.size
     needs = {
         name: Needs(model, name, chunk or default_chunk())
         for name in dict.fromkeys((kv_type, *KV_TYPES))
@@ -124,8 +171,10 @@ def plan_model(
     own = needs[kv_type]
     held = own.held(context)
     kv_total = own.kv_bytes(context) * sequences
-    workspace = max(0, held.peak - own.kv_bytes(context))
-    room = limit - weights_bytes
+    of_encoder = max((m.workspace_bytes for m in planned), default=0)
+    workspace = max(0, held.peak - own.kv_bytes(context), of_encoder)
+    pages = pages_bytes(limit, weights_bytes)
+    room = limit - weights_bytes - rows
     longest = {name: need.longest(room, sequences) for name, need in needs.items()}
     marks = sorted({max(1, context * i // 32) for i in range(1, 33)})
     return Plan(
@@ -134,8 +183,10 @@ def plan_model(
         kv_bytes_per_token=row_bytes(own.specs, own.kv),
         workspace_bytes=workspace,
         cache_bytes=min(workspace, device.allocator_keeps()),
-        pages_bytes=min(own.pages_bytes(context), pages_bytes(limit, weights_bytes)),
-        peak_bytes=weights_bytes + own.peak(context, pages_bytes(limit, weights_bytes)),
+        pages_bytes=min(own.pages_bytes(context), pages),
+        peak_bytes=weights_bytes
+        + rows
+        + max(own.peak(context, pages), own.kv_bytes(context) + of_encoder),
         context=context,
         sequences=sequences,
         chunk=own.chunk,
@@ -145,10 +196,13 @@ def plan_model(
         max_contexts={name: longest[name] for name in KV_TYPES},
         layers=_layer_kinds(own.specs, own.kv, context, sequences),
         curves={
-            name: tuple((n, weights_bytes + needs[name].total(n, sequences)) for n in marks)
+            name: tuple((n, weights_bytes + rows + needs[name].total(n, sequences)) for n in marks)
             for name in KV_TYPES
         },
         specs=tuple(own.specs),
+        encoders=encoders,
+        media=planned,
+        rows_bytes=rows,
     )
 
 

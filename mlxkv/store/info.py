@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, field
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from mlxkv.store import catalog
 from mlxkv.store.settings import Settings, effective
 
 if TYPE_CHECKING:
-    from mlxkv.checkpoint.weights import Weights
+    from mlxkv.checkpoint.weights import TensorInfo, Weights
     from mlxkv.models.loader import Layout
 
 FORMULA = "n_kv_heads * (k_dim + v_dim) * bytes per value, summed over the layers"
@@ -60,8 +60,9 @@ class Card:
         context: the model's own.
         settings: what it runs with on this machine.
         files: name and bytes.
-        skipped: tensors that are left out on purpose, such as a vision tower's.
+        skipped: tensors that are left out on purpose.
         config: the main numbers of config.json.
+        media: what it takes beside text, `image` and `audio`, and the bytes of each one's encoder.
     """
 
     name: str
@@ -82,6 +83,7 @@ class Card:
     files: tuple[tuple[str, int], ...]
     settings: Settings
     skipped: tuple[str, ...] = ()
+    media: Mapping[str, int] = field(default_factory=dict)
 
     def text(self) -> str:
         """The card for people, one fact a line."""
@@ -97,6 +99,7 @@ class Card:
             ("family", f"{self.family}, defined by {self.definition}"),
             ("parameters", human_count(self.parameters)),
             ("quantization", f"{self.quantization}, {self.bits_per_weight:.2f} bits per weight"),
+            ("input", self._input()),
             ("context", f"{self.context:,} tokens"),
             ("KV cache", cache),
             ("", f"{human_bytes(kv.context_bytes)} at full context; {FORMULA}"),
@@ -118,6 +121,12 @@ class Card:
         ]
         shown = [row for row in rows if row[1]]
         return "\n".join(f"{key:<14} {value}" for key, value in shown)
+
+    def _input(self) -> str:
+        """`text, pictures (encoder 812 MiB)`; "" for text alone."""
+        names = {"image": "pictures", "audio": "sound"}
+        media = [f"{names[kind]} (encoder {human_bytes(n)})" for kind, n in self.media.items()]
+        return ", ".join(["text", *media]) if media else ""
 
 
 def to_dict(card: Card) -> dict[str, Any]:
@@ -236,7 +245,20 @@ def describe(name: str, model_dir: Path, layout: Layout | None = None) -> Card:
         ),
         settings=effective(model_dir),
         skipped=tuple(checkpoint.skipped),
+        media=_media(model.media_kinds, infos),
     )
+
+
+def _media(kinds: Collection[str], infos: Mapping[str, TensorInfo]) -> dict[str, int]:
+    """Kind -> bytes in the files of what makes its rows."""
+    from mlxkv.checkpoint.tensor_names import tower_of
+
+    towers = {"image": "vision", "audio": "audio"}
+    return {
+        kind: sum(info.nbytes for name, info in infos.items() if tower_of(name) == tower)
+        for kind, tower in towers.items()
+        if kind in kinds
+    }
 
 
 def _parameters(infos: Mapping[str, Any], config: Mapping[str, Any], source: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,7 @@ def _rows(plan: Plan) -> str:
     longest = ", ".join(f"{name} {n:,}" for name, n in plan.max_contexts.items())
     rows = [
         ("weights", human_bytes(plan.weights_bytes), ""),
+        *(("", "", note) for note in _encoders(plan)),
         (
             "KV cache",
             human_bytes(plan.kv_bytes),
@@ -44,6 +46,7 @@ def _rows(plan: Plan) -> str:
             ("", "", f"{human_bytes(kind.nbytes)} in {kind.n_layers} layers, {kind.name}")
             for kind in plan.layers
         ),
+        *_media(plan),
         ("workspace", human_bytes(plan.workspace_bytes), f"prefill of {plan.chunk:,} at a time"),
         ("total", human_bytes(plan.total_bytes), "fits" if plan.fits else "does not fit"),
         ("limit", human_bytes(plan.limit_bytes), _of_process()),
@@ -63,6 +66,31 @@ def _rows(plan: Plan) -> str:
         ("", "", plan.formula),
     ]
     return "\n".join(f"{name:<10} {size:>9}  {note}".rstrip() for name, size, note in rows)
+
+
+def _encoders(plan: Plan) -> Iterator[str]:
+    names = {"image": "pictures", "audio": "sound"}
+    used = {medium.kind for medium in plan.media}
+    for kind, n_bytes in plan.encoders.items():
+        size, what = human_bytes(n_bytes), names[kind]
+        if kind in used:
+            yield f"{size} of it to encode {what}"
+        else:
+            yield f"without {size} to encode {what}, which are loaded when the first comes"
+
+
+def _media(plan: Plan) -> Iterator[tuple[str, str, str]]:
+    """Rows of the pictures and sound, and each one's tokens."""
+    if plan.media:
+        n_tokens = sum(medium.n_tokens for medium in plan.media)
+        yield "media", human_bytes(plan.rows_bytes), f"{n_tokens:,} tokens of the context"
+    for medium in plan.media:
+        workspace = human_bytes(medium.workspace_bytes)
+        yield (
+            "",
+            "",
+            f"{medium.n_tokens:,} tokens: {medium.name or medium.kind}, {workspace} to encode",
+        )
 
 
 def _of_process() -> str:

@@ -19,6 +19,7 @@ from mlxkv.media.reader import reader_of
 from mlxkv.media.types import Medium
 from mlxkv.memory.media import Rows
 from mlxkv.models.loader import lay_out, load_model, loading
+from mlxkv.store.info import describe, to_dict
 from tests.support import tiny, tiny_media
 
 WRITERS = {"gemma3": tiny_media.write_gemma3, "gemma4": tiny_media.write_gemma4}
@@ -121,3 +122,11 @@ def test_a_tower_without_its_config_is_left_out(folder: Path, tmp_path: Path):
     layout = lay_out(copy)
     assert "image" not in layout.model.media_kinds
     assert any("vision" in name for name in layout.checkpoint.skipped)
+
+
+def test_a_card_tells_what_a_model_takes_beside_text(folder: Path):
+    card = describe("m", folder)
+    assert "image" in card.media and card.media["image"] > lay_out(folder).encoder_bytes["image"]
+    assert "text, pictures (encoder " in card.text()
+    assert to_dict(card)["media"] == card.media
+    assert not any("vision" in name for name in card.skipped)

@@ -31,6 +31,8 @@ from mlxkv.store.info import Card
 from mlxkv.text.tokenizer_files import ModelFiles, read_chat_template
 
 FOR_EVER = "9999-12-31T23:59:59Z"
+_SENSES = {"image": "vision", "audio": "audio"}
+"""Kinds of media, as Ollama calls what a model is capable of."""
 _SWITCHES = frozenset({"enable_thinking", "thinking", "reasoning_effort"})
 
 
@@ -207,6 +209,7 @@ def _shown(asked: str, model: LocalModel, config: ServerConfig) -> dict[str, Any
         capabilities += ["tools"] if "tools" in template.variables else []
         thinks = _SWITCHES & template.variables or "</think>" in source
         capabilities += ["thinking"] if thinks else []
+    capabilities += [_SENSES[kind] for kind in about.media]
     context = context_of(path, config) or about.context
     values = {"num_ctx": context, **recommended(path).chosen()}
     parameters = [f"{key} {value}" for key, value in values.items()]

@@ -1,0 +1,83 @@
+"""Plans of models that take pictures: tokens, rows, encoders and what they take while they run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import mlxkv
+from mlxkv.errors import MediaError, UsageError
+from mlxkv.llm.plan import plan
+from mlxkv.media.reader import reader_of
+from mlxkv.memory.plan import Plan
+from mlxkv.models.loader import lay_out
+from mlxkv.terminal import plan_text
+from tests.support import tiny_media
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_media.write_gemma4(tmp_path_factory.mktemp("plan") / "m")
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    where = tmp_path_factory.mktemp("pictures")
+    files = [str(where / name) for name in ("a.jpg", "b.png")]
+    for file, shape in zip(files, [(90, 120, 3), (40, 200, 3)], strict=True):
+        pixels = np.random.RandomState(0).randint(0, 256, shape, dtype=np.uint8)
+        Image.fromarray(pixels).save(file)
+    return files
+
+
+@pytest.fixture(scope="module")
+def plans(folder: Path, pictures: list[str]) -> tuple[Plan, Plan]:
+    """Without pictures and with both."""
+    return plan(folder, 256), plan(folder, 256, images=pictures)
+
+
+def test_a_plan_counts_pictures_and_the_encoder_that_they_need(
+    folder: Path, pictures: list[str], plans: tuple[Plan, Plan]
+):
+    layout, reader, (text, both) = lay_out(folder), reader_of(folder), plans
+    assert reader is not None
+    tokens = [reader.image(file).n_tokens for file in pictures]
+    encoder = layout.encoder_bytes["image"]
+    assert text.weights_bytes == layout.nbytes
+    assert text.encoders == both.encoders == layout.encoder_bytes
+    assert both.weights_bytes == text.weights_bytes + encoder
+    assert [(m.name, m.kind, m.n_tokens) for m in both.media] == [
+        ("a.jpg", "image", tokens[0]),
+        ("b.png", "image", tokens[1]),
+    ]
+    assert both.rows_bytes == sum(tokens) * layout.checkpoint.config.hidden_size * 4
+    workspaces = [m.workspace_bytes for m in both.media]
+    assert both.workspace_bytes == max(text.workspace_bytes, *workspaces)
+    assert both.total_bytes - text.total_bytes == (
+        encoder + both.rows_bytes + both.workspace_bytes - text.workspace_bytes
+    )
+    # The encoder's own arrays at least: its input and its rows.
+    medium = reader.image(pictures[0])
+    assert medium.data is not None
+    n_input = sum(array.nbytes for array in medium.data.values())
+    assert workspaces[0] > n_input + tokens[0] * layout.checkpoint.config.hidden_size * 4
+
+
+def test_a_plan_says_what_it_counts_of_media(plans: tuple[Plan, Plan]):
+    text, both = plans
+    shown = plan_text.text(both)
+    assert " to encode pictures\n" in shown and "tokens: a.jpg, " in shown
+    assert "to encode pictures, which are loaded when" in plan_text.text(text)
+    assert plan_text.to_dict(both)["media"][1]["name"] == "b.png"
+
+
+def test_media_that_fill_the_context_or_that_a_model_does_not_take_are_one_line(
+    folder: Path, pictures: list[str], tmp_path: Path
+):
+    with pytest.raises(UsageError, match=r"must be more than the .* tokens of the pictures"):
+        mlxkv.plan(folder, 64, images=pictures)
+    with pytest.raises(MediaError, match=r"^b\.wav: this model takes no sound$"):
+        mlxkv.plan(tiny_media.write_gemma3(tmp_path / "m"), 64, audio=["b.wav"])
