@@ -29,6 +29,7 @@ from mlxkv.server.media.hosts import media_hosts
 from mlxkv.server.media.remote import Remote
 from mlxkv.server.ollama import routes as ollama
 from mlxkv.server.openai import chat, completions, models, responses, tokenize
+from mlxkv.server.speech import routes as speech
 from mlxkv.server.sse import ClientGone
 
 ROUTERS: tuple[Callable[[Engine, ServerConfig], APIRouter], ...] = (
@@ -37,6 +38,7 @@ ROUTERS: tuple[Callable[[Engine, ServerConfig], APIRouter], ...] = (
     models.router,
     responses.router,
     tokenize.router,
+    speech.router,
     anthropic.router,
     ollama.router,
     metrics.router,

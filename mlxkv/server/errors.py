@@ -70,7 +70,7 @@ _CODES = {
     ServerStopping: ("server_stopping", None),
 }
 _FOLDERS = re.compile(r"(?<![\w:/.])/(?!v1/|api/)(?:[^/\s'\"]+/)+")
-_FIELD = re.compile(r"(?!(str|int|float|bool)$)[^A-Z\[\]()]+")
+_FIELD = re.compile(r"(?!(str|int|float|bool)$)[^A-Z\[\]()]+(\[\])?")
 _READ_ERRORS = 200
 _SHOWN_ERRORS = 5
 _SHOWN_CHARS = 300

@@ -1,0 +1,1 @@
+"""Speech to text: OpenAI's POST /v1/audio/transcriptions."""
