@@ -12,6 +12,7 @@ from mlxkv.media.reader import reader_of
 from mlxkv.server.model_names import LocalModel
 from mlxkv.server.threads import run_in_threadpool
 from mlxkv.store import resolve
+from mlxkv.store.encoders import encoders_in
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +44,9 @@ def _by_files(model: LocalModel, loaded: Path | None) -> Abilities:
     try:
         path = model.path or loaded or resolve.resolve(model.name, fetch=False)
         reader = reader_of(path)
+        kinds = frozenset() if reader is None else reader.kinds & encoders_in(path)
     except MlxkvError:  # the engine tells what is wrong with it
         return Abilities()
     if reader is None:
         return Abilities()
-    return Abilities(reader.kinds, BUDGETS if isinstance(reader.images, Patches) else ())
+    return Abilities(kinds, BUDGETS if isinstance(reader.images, Patches) else ())

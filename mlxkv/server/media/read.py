@@ -23,7 +23,7 @@ from mlxkv.server.config import ServerConfig
 from mlxkv.server.media.abilities import Abilities, abilities_of
 from mlxkv.server.media.content import Given, given_in, media_in, merged, refused
 from mlxkv.server.media.hosts import FetchError
-from mlxkv.server.media.remote import AT_A_TIME, Remote, TooLarge
+from mlxkv.server.media.remote import AT_A_TIME, MAX_URLS, Remote, TooLarge
 from mlxkv.server.media.sources import decoded, scheme_of
 from mlxkv.server.model_names import LocalModel
 from mlxkv.server.threads import run_in_threadpool
@@ -67,6 +67,9 @@ async def with_media(
     http.app.state.ignored.name(http, [each.field for each in notes])
     wanted = [each for each in given if each.kind in able.kinds or not each.is_result]
     _check(wanted, able, model)
+    n_urls = len({each.data for each in wanted if scheme_of(each.data) in ("http", "https")})
+    if n_urls > MAX_URLS:
+        raise HTTPException(413, f"the request has {n_urls} URLs to fetch; {MAX_URLS} are allowed")
     files = await sse.unless_gone(http, _files(wanted, http.app.state.remote, config))
     made = [_message(message, files, able, between) for message in messages]  # pyright: ignore
     return dataclasses.replace(ask, request=dataclasses.replace(ask.request, prompt=made))

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 FETCH_S = 20.0
 """Seconds that one URL has, its redirects included."""
+MAX_URLS = 16
+"""Different ones in one request."""
 MAX_REDIRECTS = 4
 AT_A_TIME = 4
 """URLs of one request that are fetched at a time."""

@@ -12,7 +12,10 @@ import re
 from urllib.parse import unquote_to_bytes
 
 _SCHEME = re.compile(r"\s*([A-Za-z][A-Za-z0-9+.-]{0,31}):", re.ASCII)
-_URL_ALPHABET = str.maketrans("-_", "+/")
+_URL_ALPHABET = bytes.maketrans(b"-_", b"+/")
+_SPACES = b" \t\r\n\v\f"
+_BLOCK = 4 << 10
+"""Bytes that are decoded at a time where each would become an object."""
 _MAX_HEAD = 1024
 """Characters of a data URL before its comma."""
 
@@ -41,14 +44,26 @@ def _of_data_url(url: str) -> bytes:
         raise ValueError("is a data URL without a comma: data:image/png;base64,...")
     is_base64 = head.rpartition(";")[2].strip().lower() == "base64"
     if not is_base64:
-        return unquote_to_bytes(body)
-    return _of_base64(unquote_to_bytes(body).decode("latin-1") if "%" in body else body)
+        return _unquoted(body)
+    return _of_base64(_unquoted(body).decode("latin-1") if "%" in body else body)
+
+
+def _unquoted(text: str) -> bytes:
+    """Percent-encoded bytes: in blocks, none of which ends within an escape."""
+    quoted = text.encode()
+    made, at = bytearray(), 0
+    while at < len(quoted):
+        end = at + _BLOCK
+        if end < len(quoted) and (escape := quoted.rfind(b"%", end - 2, end)) >= 0:
+            end = escape
+        made += unquote_to_bytes(quoted[at:end])
+        at = end
+    return bytes(made)
 
 
 def _of_base64(text: str) -> bytes:
-    compact = "".join(text.split()).translate(_URL_ALPHABET).rstrip("=")
-    padded = compact + "=" * (-len(compact) % 4)
     try:
-        return binascii.a2b_base64(padded, strict_mode=True)
-    except (binascii.Error, ValueError):
+        compact = text.encode("ascii").translate(_URL_ALPHABET, _SPACES).rstrip(b"=")
+        return binascii.a2b_base64(compact + b"=" * (-len(compact) % 4), strict_mode=True)
+    except (UnicodeEncodeError, binascii.Error):
         raise ValueError("is not base64") from None

@@ -317,6 +317,12 @@ def test_a_request_has_so_many_files_and_they_so_many_bytes(url, monkeypatch):
         assert answer.status_code == 413 and f"than {len(PNG) - 1} bytes" in message_of(answer)
 
 
+def test_a_request_has_so_many_urls(url):
+    content = [image_url(f"https://example.com/{i}") for i in range(17)]
+    answer = post(url, "/v1/chat/completions", messages=[{"role": "user", "content": content}])
+    assert answer.status_code == 413 and "17 URLs" in message_of(answer)
+
+
 def test_a_picture_of_a_megabyte_comes_whole(url, engine):
     data = bytes(range(256)) * 4096
     with ollama.Client(url) as client:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import tracemalloc
+from functools import partial
 from urllib.parse import quote_from_bytes
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from mlxkv.server.media.abilities import Abilities, abilities_of
 from mlxkv.server.media.sources import decoded, scheme_of
@@ -65,6 +69,27 @@ def test_schemes_are_known_in_capitals():
     ]  # fmt: skip
 
 
+def test_escapes_at_the_ends_of_blocks_are_whole():
+    data = bytes(range(256)) * 1000
+    for n in range(3):
+        assert decoded("data:," + "a" * n + quote_from_bytes(data, safe="")) == b"a" * n + data
+    assert decoded("data:,%4%zz%") == b"%4%zz%"
+
+
+@pytest.mark.parametrize("spelled", [" A" * 500_000, "data:," + "%41" * 500_000])
+def test_decoding_takes_few_times_the_bytes_of_the_text(spelled):
+    tracemalloc.start()
+    try:
+        decoded(spelled)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 4 * len(spelled)
+
+
+PICTURES, SOUND = "model.vision_tower.a", "audio_tower.a"
+
+
 @pytest.mark.parametrize(
     ("config", "found"),
     [
@@ -74,12 +99,20 @@ def test_schemes_are_known_in_capitals():
             {"model_type": "gemma4", "vision_config": {"a": 1}},
             Abilities(frozenset({"image"}), (70, 140, 280, 560, 1120)),
         ),
+        (
+            {"model_type": "gemma4", "audio_config": {"a": 1}, "vision_config": None},
+            Abilities(frozenset({"audio"})),
+        ),
         ("no object", Abilities()),
     ],
 )
-def test_what_a_model_takes_is_in_its_config(tmp_path, config, found):
+def test_what_a_model_takes_is_in_its_config_and_its_weights(tmp_path, config, found):
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert asyncio.run(abilities_of(FakeEngine(), LocalModel("a", tmp_path))) == found
+    able, array = partial(abilities_of, FakeEngine(), LocalModel("a", tmp_path)), np.zeros(1)
+    save_file({"model.layers.0.a": array}, tmp_path / "model.safetensors")
+    assert asyncio.run(able()).kinds == frozenset()
+    save_file({PICTURES: array, SOUND: array}, tmp_path / "model.safetensors")
+    assert asyncio.run(able()) == found
 
 
 def test_a_budget_is_the_least_the_most_or_the_models_own():
