@@ -24,6 +24,7 @@ from mlxkv.engine.messages import Busy
 from mlxkv.errors import (
     ContextExceeded,
     InternalError,
+    MediaError,
     MlxkvError,
     ModelNotFound,
     OutOfMemory,
@@ -64,6 +65,7 @@ def stopping() -> HTTPException:
 # Class of error -> code, and the field for errors that name none.
 _CODES = {
     ContextExceeded: ("context_length_exceeded", "messages"),
+    MediaError: ("invalid_request", None),
     ThreadNotFound: ("thread_not_found", "thread.previous_message_id"),
     ModelNotFound: ("model_not_found", "model"),
     OutOfMemory: ("insufficient_memory", None),

@@ -105,7 +105,7 @@ class NotAllowed(FetchError):
     def __init__(self, target: Target):
         super().__init__(
             f"is on {target.host}, from which this server fetches nothing: send the file itself, "
-            f"or have the server's operator allow it (serve --allow-media-from {target.host})"
+            f"or have the server's operator allow it (serve --allow-media-from {target.authority})"
         )
 
 

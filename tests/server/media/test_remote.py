@@ -8,12 +8,16 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import anthropic
+import openai
 import pytest
 
 from mlxkv.errors import UsageError
-from mlxkv.server.media import network
+from mlxkv.server.media import network, read
+from mlxkv.server.media.abilities import Abilities
 from mlxkv.server.media.hosts import FetchError, media_hosts, target_of
 from mlxkv.server.media.remote import MAX_REDIRECTS, Remote
+from tests.support.fake_engine import MODEL, FakeEngine, serving
 
 PNG = b"\x89PNG of a server"
 
@@ -147,6 +151,39 @@ def test_redirects_types_and_sizes_are_checked(fetch, path, words):
     with pytest.raises(FetchError) as caught:
         fetch(path)
     assert words in str(caught.value)
+
+
+def pictures(ask: Any) -> list[bytes]:
+    return [part["image"] for part in ask.request.prompt[0]["content"]]
+
+
+def test_all_apis_fetch_from_the_operators_hosts_alone(port, monkeypatch):
+    async def abilities_of(engine: Any, model: Any) -> Abilities:
+        return Abilities(frozenset({"image"}))
+
+    monkeypatch.setattr(read, "abilities_of", abilities_of)
+    engine, there = FakeEngine(), f"http://127.0.0.1:{port}/a.png"
+    image: Any = {"type": "image", "source": {"type": "url", "url": there}}
+    part: Any = {"type": "image_url", "image_url": {"url": there}}
+    with serving(engine, media_hosts=(f"127.0.0.1:{port}",)) as url:
+        before = len(Pictures.asked)
+        with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+            messages: Any = [{"role": "user", "content": [part, part]}]
+            client.chat.completions.create(model=MODEL, messages=messages)
+            part["image_url"]["url"] = f"http://127.0.0.1:{port}/status?404"
+            with pytest.raises(openai.BadRequestError, match="its status is 404") as caught:
+                client.chat.completions.create(model=MODEL, messages=messages)
+            assert caught.value.param == "messages.0.content.0.image_url"
+        assert pictures(engine.asks[0]) == [PNG, PNG]
+        assert Pictures.asked[before:] == ["/a.png", "/status?404"]
+        with anthropic.Anthropic(base_url=url, api_key="none", max_retries=0) as other:
+            asked: Any = [{"role": "user", "content": [image]}]
+            other.messages.create(model=MODEL, max_tokens=9, messages=asked)
+        assert pictures(engine.last) == [PNG]
+        image["source"]["url"] = "http://127.0.0.1:1/a.png"
+        refused = pytest.raises(anthropic.BadRequestError, match=r"media-from 127\.0\.0\.1:1")
+        with anthropic.Anthropic(base_url=url, api_key="none", max_retries=0) as other, refused:
+            other.messages.create(model=MODEL, max_tokens=9, messages=asked)
 
 
 def test_sound_has_types_of_its_own(fetch):
