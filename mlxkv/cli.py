@@ -18,6 +18,7 @@ from mlxkv.commands.bench import bench
 from mlxkv.commands.doctor import doctor
 from mlxkv.commands.launch import launch
 from mlxkv.commands.options import options_of
+from mlxkv.commands.transcribe import transcribe
 from mlxkv.commands.verify import verify
 from mlxkv.errors import (
     INTERRUPTED,
@@ -50,6 +51,7 @@ app.command()(verify)
 app.command()(models.models)
 app.command()(doctor)
 app.command()(run.run)
+app.command()(transcribe)
 app.add_typer(kv.app)
 app.command()(serve.serve)
 app.command()(serve.ps)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -17,6 +18,7 @@ from mlxkv.errors import UsageError
 if TYPE_CHECKING:
     from mlxkv.server.client import Server
     from mlxkv.store.settings import Given
+    from mlxkv.terminal.attachments import Attachment
     from mlxkv.terminal.backend import Speaker
 
 
@@ -56,6 +58,25 @@ def run(
             "--format",
             metavar="json|FILE",
             help="The answer is JSON, or matches the JSON schema in FILE.",
+        ),
+    ] = None,
+    files: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--image",
+            "--audio",
+            metavar="FILE",
+            help="A picture or a recording for the model; may be repeated, the order is kept.",
+        ),
+    ] = None,
+    mic: Annotated[
+        bool, typer.Option("--mic", help="Record from the microphone first (macOS).")
+    ] = False,
+    image_budget: Annotated[
+        int | None,
+        typer.Option(
+            "--image-budget",
+            help="Most tokens of each picture, for Gemma 4: 70, 140, 280, 560 or 1120.",
         ),
     ] = None,
     kv_from: Annotated[
@@ -123,7 +144,7 @@ def run(
 
     asked = _asked_server(server, use_server, api_key)
     if asked is not None:
-        _refuse_local(dtype, memory, kv_type, kv_from)
+        _refuse_local(dtype, memory, kv_type, kv_from, image_budget)
     if idle_compute is not None:
         from mlxkv.engine.ahead.choice import IdleCompute
 
@@ -151,6 +172,7 @@ def run(
         raise UsageError("--resume goes on with a chat: give no PROMPT")
     if chat and (raw or as_json):
         raise UsageError(f"{'--raw' if raw else '--json'} needs a PROMPT")
+    attached = _attached(files or [], mic)
     with closing(_speaker(asked, name, given, dtype)) as speaker:
         if text is None:
             from mlxkv.terminal.repl import chat as start_chat
@@ -163,6 +185,8 @@ def run(
                 kv_from=saved,
                 resumes=resume,
                 idle_compute=idle_compute,
+                attached=attached,
+                image_budget=image_budget,
             )
         return one_shot.one_answer(
             speaker,
@@ -173,7 +197,19 @@ def run(
             as_json=as_json,
             verbose=verbose,
             kv_from=saved,
+            attached=attached,
+            image_budget=image_budget,
         )
+
+
+def _attached(files: Sequence[str], mic: bool) -> list[Attachment]:
+    """Pictures and recordings, read before a model is loaded for them."""
+    if not (files or mic):
+        return []
+    from mlxkv.terminal import attachments
+
+    recorded = [attachments.recorded()] if mic else []
+    return [*(attachments.read(Path(file)) for file in files), *recorded]
 
 
 def _asked_server(address: str | None, use_server: bool, key: str | None) -> Server | None:
@@ -194,8 +230,16 @@ def _asked_server(address: str | None, use_server: bool, key: str | None) -> Ser
     return Server.at(address, key)
 
 
-def _refuse_local(dtype: str, memory: str | None, kv_type: str | None, kv_from: str | None) -> None:
-    """Refuse options that a server sets when it loads its models."""
+def _refuse_local(
+    dtype: str,
+    memory: str | None,
+    kv_type: str | None,
+    kv_from: str | None,
+    image_budget: int | None,
+) -> None:
+    """Refuse options that a server sets when it loads its models, or that requests cannot have."""
+    if image_budget is not None:
+        raise UsageError("--image-budget is for a model in this process: a server's is its own")
     decided = {"--dtype": dtype != "auto", "--memory": memory, "--kv-type": kv_type}
     for option, value in decided.items():
         if value:

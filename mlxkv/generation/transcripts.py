@@ -43,6 +43,14 @@ class Transcript:
     duration_s: float
     language: str | None = None
 
+    def formatted(self, format: str) -> str:
+        """As a file of one of `FORMATS`.
+
+        Raises:
+            UsageError: no such format.
+        """
+        return formatted(self, format)
+
 
 @dataclass(frozen=True, slots=True)
 class Heard:

@@ -24,7 +24,7 @@ PAUSE_S = 0.2
 _FRAME_S = 0.02
 _SILENT = 1e-6
 """Energy beside the loudest frame's: 60 dB below it."""
-_LEAST_RANGE = 4.0
+_LEAST_RANGE = 10.0
 """Loud beside quiet frames, as energies. Below it (steady noise, music) nothing is a pause."""
 _MARGIN_S = 0.3
 """Of silence that is kept around sound."""
@@ -94,14 +94,14 @@ class _Cuts:
         The longest pause of its last half, else the quietest place of its last two seconds.
         """
         energy = self.energy[begin : begin + self.longest]
-        low, high = np.quantile(energy, (0.1, 0.9))
         half, pause = self.longest // 2, round(PAUSE_S / _FRAME_S)
-        low = max(low, high * _SILENT)
+        high = float(np.quantile(energy, 0.9))
+        stretches = np.lib.stride_tricks.sliding_window_view(energy[half:], pause)
+        low = max(float(stretches.max(axis=1).min()), high * _SILENT)  # of the quietest stretch
         if high >= low * _LEAST_RANGE:
             quiet = energy <= low * (high / low) ** 0.25
             first, length = _longest_run(quiet[half:])
-            if length >= pause:
-                return begin + half + first + length // 2, True
+            return begin + half + first + length // 2, True
         near = max(half, self.longest - round(OVERLAP_S / _FRAME_S))
         smooth = np.convolve(energy[near:], np.ones(pause), "same")
         return begin + near + int(smooth.argmin()) + 1, False

@@ -26,6 +26,8 @@ from mlxkv.store.settings import Given, effective
 
 if TYPE_CHECKING:
     from mlxkv.generation.kv_check import KVReport
+    from mlxkv.generation.transcripts import Heard, Transcript
+    from mlxkv.media.sound import SoundSource
 
 __all__ = ["LLM", "Chunk", "Conversation", "Prompt", "Request", "Result", "Stats", "load"]
 
@@ -166,6 +168,53 @@ class LLM(Runtime):
         if isinstance(messages, str):
             raise UsageError('messages must be a list like [{"role": "user", "content": "..."}]')
         return self.generate(messages, **options)
+
+    def transcribe(self, sound: SoundSource, **options: Any) -> Transcript:
+        """The text of a recording; arguments and errors as for `stream_transcript`."""
+        *_, last = self.stream_transcript(sound, **options)
+        assert last.transcript is not None
+        return last.transcript
+
+    def stream_transcript(
+        self,
+        sound: SoundSource,
+        *,
+        language: str | None = None,
+        prompt: str | None = None,
+        format: str = "text",
+        name: str = "",
+        **options: Any,
+    ) -> Iterator[Heard]:
+        """Stream the text of a recording, in windows of at most 30 seconds.
+
+        Args:
+            sound: a path, the bytes of a file, or (mono samples, samples a second).
+            language: what is spoken, such as "German"; default: the model tells.
+            prompt: names and words that occur, or a style.
+            format: what `Transcript.formatted` is to make of it: `text` and `json` have windows of
+                30 seconds, `srt`, `vtt` and `verbose_json` of 10, for their times.
+            name: for messages.
+            **options: as for `stream`.
+
+        Yields:
+            Text as it comes; the last step has the whole `transcript`.
+
+        Raises:
+            UsageError: the model takes no sound, or an option out of its range.
+            MediaError: the sound cannot be read.
+            OutOfMemory: a window's answer ended for want of memory.
+        """
+        from mlxkv.llm.transcribe import transcript
+
+        return transcript(
+            self,
+            sound,
+            language=language,
+            prompt=prompt,
+            format=format,
+            name=name,
+            options=options,
+        )
 
     def conversation(
         self, system: str | None = None, kv_from: str | NamedKV | None = None

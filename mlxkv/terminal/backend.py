@@ -45,7 +45,9 @@ class Talk(Protocol):
 
     def restore_turns(self, turns: Sequence[dict[str, Any]]) -> None: ...
 
-    def send(self, text: str, **options: Any) -> Iterator[Chunk]: ...
+    def send(self, text: Any, **options: Any) -> Iterator[Chunk]:
+        """The answer to a message, see `attachments.Content`."""
+        ...
 
 
 @runtime_checkable
@@ -72,6 +74,11 @@ class Speaker(Protocol):
     @property
     def can_chat(self) -> bool:
         """Whether it has a chat template."""
+        ...
+
+    @property
+    def media_kinds(self) -> frozenset[str]:
+        """What it takes beside text: of `image` and `audio`."""
         ...
 
     @property

@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 from mlxkv.base.durable import write_whole
 from mlxkv.errors import UsageError
+from mlxkv.terminal import media_files
 
 if TYPE_CHECKING:
     from mlxkv.generation.asleep import Asleep
+    from mlxkv.terminal.attachments import Content
     from mlxkv.terminal.slash_commands import Chat
 
 EVERY = 256
@@ -32,12 +34,14 @@ def chat_file() -> Path:
     return base / "mlxkv" / "chat.json"
 
 
-def keep(content: dict[str, Any], pending: str | None = None, begun: Asleep | None = None) -> None:
+def keep(
+    content: dict[str, Any], pending: Content | None = None, begun: Asleep | None = None
+) -> None:
     """Write the chat; a failure loses no more than that.
 
     Args:
         content: as `/save` writes it.
-        pending: the message that is being answered.
+        pending: the message that is being answered, as `media_files.stored_content` has it.
         begun: its answer so far, if that is known.
     """
     raw: dict[str, Any] = {**content, "pending": pending}
@@ -55,7 +59,7 @@ def keep(content: dict[str, Any], pending: str | None = None, begun: Asleep | No
         write_whole(path, json.dumps(raw), mode=0o600)
 
 
-def resume(chat: Chat, load: Any) -> tuple[str | None, Asleep | None]:
+def resume(chat: Chat, load: Any) -> tuple[Content | None, Asleep | None]:
     """Go on with the last chat.
 
     Args:
@@ -63,7 +67,8 @@ def resume(chat: Chat, load: Any) -> tuple[str | None, Asleep | None]:
         load: of `slash_commands`: reads a conversation's file into the chat.
 
     Returns:
-        The message whose answer was not ended, and that answer so far; None for none.
+        The message whose answer was not ended, as the file has it, and that answer so far; None
+        for none.
 
     Raises:
         UsageError: there is no last chat, or its file is damaged.
@@ -74,8 +79,10 @@ def resume(chat: Chat, load: Any) -> tuple[str | None, Asleep | None]:
     load(chat, path)
     raw = json.loads(path.read_text("utf-8"))
     pending, begun = raw.get("pending"), None
-    if not isinstance(pending, str) or raw.get("model") != chat.speaker.name:
-        return (pending if isinstance(pending, str) else None), None
+    if not media_files.is_content(pending):
+        return None, None
+    if raw.get("model") != chat.speaker.name:
+        return pending, None
     if "begun" in raw:
         from mlxkv.generation.asleep import Asleep, Written
 

@@ -62,6 +62,10 @@ class LocalSpeaker:
         return self.llm.tokenizer.chat_template is not None
 
     @property
+    def media_kinds(self) -> frozenset[str]:
+        return self.llm.model.media_kinds
+
+    @property
     def context(self) -> int:
         return self.llm.context
 

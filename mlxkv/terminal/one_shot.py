@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mlxkv.errors import INTERRUPTED, UsageError
+from mlxkv.terminal import attachments
 from mlxkv.terminal.answer_options import AnswerOptions
 from mlxkv.terminal.console import Aside, ProgressLine
 from mlxkv.terminal.spelling import RUN
@@ -18,6 +19,7 @@ from mlxkv.terminal.word_wrap import wrap_for
 if TYPE_CHECKING:
     from mlxkv.generation.outputs import Chunk
     from mlxkv.saved_kv.manifest import NamedKV
+    from mlxkv.terminal.attachments import Attachment
     from mlxkv.terminal.backend import Speaker
 
 
@@ -31,19 +33,32 @@ def one_answer(
     as_json: bool,
     verbose: bool,
     kv_from: NamedKV | None = None,
+    attached: Sequence[Attachment] = (),
+    image_budget: int | None = None,
 ) -> int:
     """Stream the answer to one prompt to stdout; the exit code.
 
+    Args:
+        attached: pictures and recordings; they stand before the prompt.
+        image_budget: most tokens of each picture, for models that let them be chosen.
+
     Raises:
         TemplateError: a model without a chat template, and not `raw`.
-        UsageError: a system prompt or `think` beside `raw`.
+        UsageError: a system prompt, `think` or media beside `raw`, or media that the model cannot
+            take.
     """
-    for field, value in (("system", system or None), ("think", settings.think)):
+    attachments.check_able(speaker, attached)
+    for field, value in (
+        ("system", system or None),
+        ("think", settings.think),
+        ("files", attached or None),
+    ):
         if raw and value is not None:
             text = "has no place with --raw, which gives the model PROMPT as it is"
             raise UsageError(text, field=field)
-    messages = [{"role": "system", "content": system}] if system else []
-    messages.append({"role": "user", "content": prompt})
+    messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
+    content = attachments.content([*attached, prompt], image_budget)
+    messages.append({"role": "user", "content": content})
     progress = ProgressLine()
     try:
         asked = prompt if raw else messages

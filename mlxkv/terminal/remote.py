@@ -27,6 +27,7 @@ from mlxkv.terminal.answer_options import AnswerOptions
 
 if TYPE_CHECKING:
     from mlxkv.saved_kv.manifest import NamedKV
+    from mlxkv.terminal.attachments import Content
     from mlxkv.terminal.backend import Progress
 
 _OPTIONS = {"max_tokens": "num_predict"} | {
@@ -67,6 +68,12 @@ class RemoteSpeaker:
     @property
     def can_chat(self) -> bool:
         return bool(self._shown.get("template"))
+
+    @property
+    def media_kinds(self) -> frozenset[str]:
+        names = {"vision": "image", "audio": "audio"}
+        told = self._shown.get("capabilities") or ()
+        return frozenset(kind for name, kind in names.items() if name in told)
 
     @property
     def context(self) -> int | None:
@@ -207,7 +214,7 @@ class RemoteTalk:
         self.turns = [dict(turn) for turn in turns]
 
     def send(
-        self, text: str, on_progress: Progress | None = None, **options: Any
+        self, text: Content, on_progress: Progress | None = None, **options: Any
     ) -> Iterator[Chunk]:
         """Stream the answer to the user's next message; options are the fields of `AnswerOptions`.
 
@@ -231,8 +238,15 @@ class RemoteTalk:
 
 
 def _message(turn: Mapping[str, Any]) -> dict[str, Any]:
-    """A turn as Ollama's API has it."""
-    made = {"role": turn["role"], "content": turn["content"]}
+    """A turn as Ollama's API has it: pictures and sound before the text, in base64."""
+    made, content = {"role": turn["role"], "content": turn["content"]}, turn["content"]
+    if isinstance(content, list):
+        from base64 import b64encode
+
+        files = [part[part["type"]] for part in content if part["type"] != "text"]
+        texts = [part["text"] for part in content if part["type"] == "text"]
+        made["content"] = "\n".join(texts)
+        made |= {"images": [b64encode(data).decode() for data in files]} if files else {}
     thinking = turn.get("reasoning_content")
     return made | ({"thinking": thinking} if thinking else {})
 

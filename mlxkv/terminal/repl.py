@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from types import FrameType
@@ -20,10 +20,13 @@ from typing import TYPE_CHECKING, cast
 
 from mlxkv.base.faults import log_fault
 from mlxkv.errors import MlxkvError, TemplateError, one_line
-from mlxkv.terminal import last_chat
+from mlxkv.terminal import last_chat, media_files
 from mlxkv.terminal.answer_options import AnswerOptions, options_of
+from mlxkv.terminal.attach_commands import attach
+from mlxkv.terminal.attachments import Attachment, Content, content, text_of
 from mlxkv.terminal.backend import ComputesAhead
 from mlxkv.terminal.console import ProgressLine
+from mlxkv.terminal.dropped import has_path, with_files
 from mlxkv.terminal.one_shot import Printer, prefill_report
 from mlxkv.terminal.slash_commands import (
     PARAMETERS,
@@ -31,6 +34,7 @@ from mlxkv.terminal.slash_commands import (
     Leave,
     content_of,
     execute,
+    is_command,
     load_conversation,
 )
 from mlxkv.terminal.spelling import RUN
@@ -65,6 +69,8 @@ def chat(
     kv_from: NamedKV | None = None,
     resumes: bool = False,
     idle_compute: str | None = None,
+    attached: Sequence[Attachment] = (),
+    image_budget: int | None = None,
 ) -> int:
     """Run a chat until the user leaves; the exit code.
 
@@ -75,19 +81,23 @@ def chat(
         verbose: print figures after an answer.
         kv_from: saved KV that conversations start from.
         resumes: go on with the last chat, and with an answer that had begun.
+        attached: pictures and recordings of the first message.
+        image_budget: most tokens of each picture, for models that let them be chosen.
 
     Raises:
         TemplateError: the model has no chat template.
-        UsageError: there is no last chat.
+        UsageError: there is no last chat, or the model cannot take what is attached.
     """
     if not speaker.can_chat:
         raise TemplateError(
             f"{speaker.name} has no chat template (it is a base model) and cannot chat: give it a "
             "PROMPT with --raw"
         )
-    state = Chat(speaker, settings, verbose, kv_from)
+    state = Chat(speaker, settings, verbose, kv_from, image_budget=image_budget)
     state.begin(system)
+    shown = attach(speaker, state.attached, attached)
     print(f"{speaker.title}: /? for help, /bye or Ctrl-D to leave")
+    print(shown, end="")
     if resumes:
         _resume(state)
     idle = _Idle()
@@ -123,11 +133,19 @@ def chat(
 
 def _resume(state: Chat) -> None:
     """Go on with the last chat; an answer that had begun comes whole."""
-    pending, begun = last_chat.resume(state, load_conversation)
-    print(f"(the last chat goes on: {len(state.conversation.messages)} messages)\n")
-    if pending is not None:
-        print(f"{PROMPT}{pending}")
-        answer(state, pending, begun)
+    shown: list[str] = []
+    pending, begun = last_chat.resume(
+        state, lambda chat, path: shown.append(load_conversation(chat, path))
+    )
+    gone = "".join(shown).splitlines()[1:]
+    print(f"(the last chat goes on: {len(state.conversation.messages)} messages)")
+    restored = media_files.Restored()
+    content = None if pending is None else restored.content(pending)
+    state.paths |= restored.paths
+    print(*gone, *(f"({line})" for line in restored.gone), "", sep="\n")
+    if content is not None:
+        print(f"{PROMPT}{text_of(content)}")
+        answer(state, content, None if restored.gone else begun)
 
 
 class _Idle:
@@ -163,20 +181,28 @@ def _turn(state: Chat, text: str) -> None:
     """Run a command, or answer a message."""
     if not text.strip():
         return
-    if text.startswith("/") and "\n" not in text:
-        print(execute(state, text.strip()), end="")
-    else:
-        answer(state, text)
+    line = text.strip()
+    if line.startswith("/") and "\n" not in line and (is_command(line) or not has_path(line)):
+        print(execute(state, line), end="")
+        return
+    message = state.attached + with_files(state.speaker, text)
+    attached = [part for part in message if isinstance(part, Attachment)]
+    for part in attached:
+        print(f"(with {part})")
+    state.attached = []
+    state.paths |= {part.digest: part.path for part in attached if part.path}
+    answer(state, content(message, state.image_budget))
 
 
-def answer(state: Chat, text: str, begun: Asleep | None = None) -> None:
+def answer(state: Chat, text: Content, begun: Asleep | None = None) -> None:
     """Stream the answer to one message, or the whole of one that had begun."""
     stats, error, printer = None, None, Printer()
     progress, options = ProgressLine(), options_of(state.effective)
     if begun is not None:
         options["asleep"] = begun
-    content, n_tokens = content_of(state), 0
-    last_chat.keep(content, text, begun)
+    chat_so_far, n_tokens = content_of(state), 0
+    pending = media_files.stored_content(text, state.paths)
+    last_chat.keep(chat_so_far, pending, begun)
     chunks = state.conversation.send(text, on_progress=prefill_report(progress), **options)
     # Closed at once, not when it is collected: that adds the answer so far to the conversation.
     with _interrupts() as interrupted, closing(cast("Generator[Chunk]", chunks)):
@@ -187,7 +213,7 @@ def answer(state: Chat, text: str, begun: Asleep | None = None) -> None:
                 stats, error = chunk.stats or stats, chunk.error
                 n_tokens += 1
                 if n_tokens % last_chat.EVERY == 0:
-                    last_chat.keep(content, text, state.conversation.begun)
+                    last_chat.keep(chat_so_far, pending, state.conversation.begun)
                 interrupted.in_decode = True
                 if interrupted.seen:
                     break

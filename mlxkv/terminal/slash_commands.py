@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from mlxkv.base import durable, regular
 from mlxkv.errors import OutputError, UsageError
+from mlxkv.terminal import attach_commands, media_files
 from mlxkv.terminal.answer_options import SAMPLING, AnswerOptions, with_defaults
+from mlxkv.terminal.attachments import AUDIO, IMAGE, Attachment
 from mlxkv.terminal.stats_text import describe_memory
 
 if TYPE_CHECKING:
@@ -43,6 +45,9 @@ HELP = '''\
 /show [model|system|parameters|memory]
 /save FILE                    write the conversation
 /load FILE or MODEL           continue a saved conversation, or change the model
+/image FILE, /audio FILE      give the next message a picture or a recording (so does a path
+                              that is dropped on the terminal, or pasted)
+/mic                          record the next message, or a part of it (macOS)
 /clear                        forget the conversation
 /bye                          leave (so does Ctrl-D)
 /?                            this
@@ -67,6 +72,9 @@ class Chat:
         kv_from: saved KV that conversations start from.
         told: it was printed that the template rewrites earlier answers.
         dropped: tokens dropped at the context, as last printed.
+        attached: pictures and recordings of the next message.
+        image_budget: most tokens of each picture; None for the model's own choice.
+        paths: SHA-256 of the files that messages have -> their paths.
     """
 
     speaker: Speaker
@@ -77,6 +85,9 @@ class Chat:
     system: str | None = field(default=None, init=False)
     told: bool = field(default=False, init=False)
     dropped: int = field(default=0, init=False)
+    attached: list[Attachment] = field(default_factory=list, init=False)
+    image_budget: int | None = None
+    paths: dict[str, str] = field(default_factory=dict, init=False)
 
     @property
     def effective(self) -> AnswerOptions:
@@ -87,6 +98,11 @@ class Chat:
         """Start a conversation."""
         self.system, self.told = system, False
         self.conversation = self.speaker.conversation(system, self.kv_from)
+
+
+def is_command(line: str) -> bool:
+    """Whether a line that starts with a slash is one, and not a path."""
+    return line.partition(" ")[0] in _COMMANDS
 
 
 def execute(chat: Chat, line: str) -> str:
@@ -114,7 +130,20 @@ def _help(chat: Chat, rest: str) -> str:
 
 def _clear(chat: Chat, rest: str) -> str:
     chat.conversation.clear()
+    chat.attached.clear()
     return "the conversation is forgotten"
+
+
+def _image(chat: Chat, rest: str) -> str:
+    return attach_commands.file(chat.speaker, chat.attached, rest, IMAGE)
+
+
+def _audio(chat: Chat, rest: str) -> str:
+    return attach_commands.file(chat.speaker, chat.attached, rest, AUDIO)
+
+
+def _mic(chat: Chat, rest: str) -> str:
+    return attach_commands.mic(chat.speaker, chat.attached)
 
 
 def _set(chat: Chat, rest: str) -> str:
@@ -231,12 +260,13 @@ def _save(chat: Chat, rest: str) -> str:
 
 def content_of(chat: Chat) -> dict[str, Any]:
     """A chat as `/save` writes it."""
+    messages = chat.conversation.messages
     return {
         "format": FORMAT,
-        "version": 1,
+        "version": media_files.VERSION if media_files.has_media(messages) else 1,
         "model": chat.speaker.name,
         "parameters": {name: getattr(chat.settings, name) for name in PARAMETERS},
-        "messages": chat.conversation.messages,
+        "messages": media_files.stored(messages, chat.paths),
     }
 
 
@@ -259,17 +289,19 @@ def _load(chat: Chat, rest: str) -> str:
 
 def load_conversation(chat: Chat, path: Path) -> str:
     """Continue a conversation that `/save` wrote; what to print."""
-    content = _read(path)
+    content, restored = _read(path), media_files.Restored()
     settings, (system, turns) = _parameters_of(content, path), _messages_of(content, path)
+    turns = [{**turn, "content": restored.content(turn["content"])} for turn in turns]
     settings = replace(settings, think=chat.settings.think, format=chat.settings.format)
     chat.settings, chat.kv_from = settings, None  # the file has all messages
     chat.begin(system)
     chat.conversation.restore_turns(turns)
+    chat.paths |= restored.paths
     text = f"{len(chat.conversation.messages)} messages"
     model = content.get("model")
     if model != chat.speaker.name:
         text += f"; they were made with {model}, this is {chat.speaker.name}"
-    return text
+    return "\n".join([text, *(f"({line})" for line in restored.gone)])
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -281,8 +313,8 @@ def _read(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path} is not a conversation that /save wrote ({reason})") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UsageError(f"{path} is not a conversation that /save wrote")
-    if content.get("version") != 1:
-        raise UsageError(f"{path}: version {content.get('version')!r} is not known; 1 is")
+    if content.get("version") not in (1, media_files.VERSION):
+        raise UsageError(f"{path}: version {content.get('version')!r} is not known; 1 and 2 are")
     return content
 
 
@@ -299,7 +331,7 @@ def _parameters_of(content: dict[str, Any], path: Path) -> AnswerOptions:
     return AnswerOptions(**{**raw, "stop": tuple(stop)})
 
 
-def _messages_of(content: dict[str, Any], path: Path) -> tuple[str | None, list[dict[str, str]]]:
+def _messages_of(content: dict[str, Any], path: Path) -> tuple[str | None, list[dict[str, Any]]]:
     """The system prompt, and the turns of user and assistant."""
     messages = content.get("messages")
     if not isinstance(messages, list):
@@ -307,11 +339,13 @@ def _messages_of(content: dict[str, Any], path: Path) -> tuple[str | None, list[
     turns = []
     for i, message in enumerate(messages):
         known = isinstance(message, dict) and message.get("role") in ("system", "user", "assistant")
-        if not known or not isinstance(message.get("content"), str):
+        if not known or not media_files.is_content(message.get("content")):
             raise UsageError(
                 f"{path}: messages[{i}] must have a role (system, user, assistant) and a text "
-                "as content"
+                "as content, or parts: texts and files"
             )
+        if message["role"] != "user" and not isinstance(message["content"], str):
+            raise UsageError(f"{path}: messages[{i}]: only the user's messages may have files")
         if message["role"] == "system" and i > 0:
             raise UsageError(f"{path}: messages[{i}]: only the first message may be the system's")
         turn = {"role": message["role"], "content": message["content"]}
@@ -340,6 +374,9 @@ _COMMANDS: dict[str, Callable[[Chat, str], str]] = {
     "/exit": _leave,
     "/quit": _leave,
     "/clear": _clear,
+    "/image": _image,
+    "/audio": _audio,
+    "/mic": _mic,
     "/set": _set,
     "/show": _show,
     "/save": _save,
