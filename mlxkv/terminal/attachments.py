@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from mlxkv.base.units import human_bytes
 from mlxkv.errors import UsageError
+from mlxkv.media.types import AUDIO, IMAGE
 
 if TYPE_CHECKING:
     from mlxkv.terminal.backend import Speaker
 
-IMAGE, AUDIO = "image", "audio"
 WORDS = {IMAGE: "picture", AUDIO: "sound"}
 PLURALS = {IMAGE: "pictures", AUDIO: "sound"}
 _SUFFIXES = {
@@ -24,15 +24,6 @@ _SUFFIXES = {
 }
 SUFFIXES = {f".{suffix}": kind for kind, line in _SUFFIXES.items() for suffix in line.split(" ")}
 """Of files' names -> what such a file is."""
-_MAGIC = (
-    (0, b"\x89PNG", IMAGE), (0, b"\xff\xd8\xff", IMAGE), (0, b"GIF8", IMAGE), (0, b"BM", IMAGE),
-    (0, b"II*\0", IMAGE), (0, b"MM\0*", IMAGE), (8, b"WEBP", IMAGE), (4, b"ftyphei", IMAGE),
-    (4, b"ftyphev", IMAGE), (4, b"ftypmif", IMAGE), (4, b"ftypmsf", IMAGE),
-    (4, b"ftypavi", IMAGE), (4, b"jP  ", IMAGE), (8, b"WAVE", AUDIO), (4, b"ftyp", AUDIO),
-    (0, b"fLaC", AUDIO), (0, b"OggS", AUDIO), (0, b"ID3", AUDIO), (0, b"FORM", AUDIO),
-    (0, b"caff", AUDIO), (0, b"\x1aE\xdf\xa3", AUDIO),
-)  # fmt: skip
-
 Content = str | list[dict[str, Any]]
 """A message's text, or its parts in order."""
 
@@ -66,15 +57,14 @@ def kind_of(path: Path) -> str | None:
     """Whether a file is a picture or a recording, by its first bytes, else by its name; None for
     neither.
     """
+    from mlxkv.media import kinds
+
     try:
         with path.open("rb") as file:
-            head = file.read(16)
+            head = file.read(kinds.HEAD)
     except OSError:
         return None
-    for at, magic, kind in _MAGIC:
-        if head.startswith(magic, at):
-            return kind
-    return SUFFIXES.get(path.suffix.lower())
+    return kinds.kind_of(head) or SUFFIXES.get(path.suffix.lower())
 
 
 def read(path: Path, kind: str | None = None) -> Attachment:

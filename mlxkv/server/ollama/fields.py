@@ -12,11 +12,13 @@ Differences from Ollama:
 from __future__ import annotations
 
 import json
+from base64 import b64decode
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from mlxkv.errors import UsageError
+from mlxkv.media.kinds import kind_of
 from mlxkv.sampling.grammar import Grammar
 from mlxkv.sampling.params import PARAMETERS
 from mlxkv.server.fields import (
@@ -36,7 +38,7 @@ from mlxkv.server.fields import (
 from mlxkv.server.media.content import Content, Given, Place, content_of, refused
 
 Images = list[str] | None
-"""Pictures in base64."""
+"""Pictures and sound in base64."""
 Think = bool | Literal["low", "medium", "high"]
 
 
@@ -204,15 +206,24 @@ def content_with(place: Place, images: Images, text: str, is_result: bool = Fals
 
     Args:
         place: the field of the pictures.
-        images: in base64.
+        images: in base64, sound too.
         text: of the message.
         is_result: whether a tool gave it.
     """
     given = [
-        Given("image", (*place, i), data, is_result=is_result)
+        Given(_kind_of(data), (*place, i), data, is_result=is_result)
         for i, data in enumerate(images or ())
     ]
     return content_of([*given, text] if text or not given else given, "")
+
+
+def _kind_of(data: str) -> str:
+    """What a file of `images` is: Ollama's API has no other field for sound."""
+    start = data[data.find(",") + 1 if data.startswith("data:") else 0 :][:88]
+    try:
+        return kind_of(b64decode(start[: len(start) // 4 * 4])) or "image"
+    except ValueError:  # refused later, with its field
+        return "image"
 
 
 def keep_alive_s(value: float | str | None) -> float | None:

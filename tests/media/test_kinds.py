@@ -1,0 +1,56 @@
+"""What a file is, by its first bytes."""
+
+from __future__ import annotations
+
+import base64
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mlxkv.media.kinds import HEAD, kind_of
+from mlxkv.server.media.content import given_in
+from mlxkv.server.ollama.fields import content_with
+from mlxkv.terminal.microphone import wav
+
+SOUND = wav(np.zeros(100, np.float32), 16_000)
+
+
+def picture(form: str) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, form)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    "form", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "JPEG2000", "ICO", "AVIF"]
+)
+def test_pictures(form):
+    assert kind_of(picture(form)[:HEAD]) == "image"
+
+
+@pytest.mark.parametrize(
+    ("head", "kind"),
+    [
+        (b"\0\0\0\x18ftypheic\0\0\0\0", "image"),
+        (b"\0\0\0\x18ftypmif1\0\0\0\0", "image"),
+        (b"\0\0\0\x1cftypM4A \0\0\0\0", "audio"),
+        (b"fLaC\0\0\0\x22", "audio"),
+        (b"ID3\x04\0\0\0\0\0\0" + b"\xff\xfb\x90\x64", "audio"),
+        (SOUND[:HEAD], "audio"),
+        (b"a text", None),
+        (b"", None),
+    ],
+)
+def test_recordings_and_others(head, kind):
+    assert kind_of(head) == kind
+
+
+def test_sound_may_stand_among_the_images_of_ollamas_api():
+    coded = [base64.b64encode(data).decode() for data in (picture("PNG"), SOUND)]
+    data_url = f"data:audio/wav;base64,{coded[1]}"
+    content = content_with(("images",), [*coded, data_url, "no base64 \u00e4"], "What?")
+    assert isinstance(content, list)
+    kinds = [given.kind for part in content if (given := given_in(part)) is not None]
+    assert kinds == ["image", "audio", "audio", "image"]
