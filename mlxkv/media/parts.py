@@ -109,3 +109,10 @@ def mapped(prompt: Any, change: Callable[[Any], Any]) -> Any:
         else message
         for message in prompt
     ]
+
+
+def content_bytes(prompt: Any) -> int:
+    """Bytes of files that a prompt holds."""
+    found: list[int] = []
+    mapped(prompt, lambda source: found.append(len(source) if isinstance(source, bytes) else 0))
+    return sum(found)

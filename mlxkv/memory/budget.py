@@ -95,8 +95,9 @@ class Budget:
         self._shares.set_arrays(page_arrays)
 
     def give_pages(self, n_bytes: int) -> int:
-        """Drop prefix pages from RAM, and return the bytes freed."""
-        return self._shares.give_back(n_bytes)
+        """Drop rows of media, then prefix pages from RAM, and return the bytes freed."""
+        freed = self.rows.clear()
+        return freed if freed >= n_bytes else freed + self._shares.give_back(n_bytes - freed)
 
     def join(self, sequence: Consumer) -> None:
         """Open an account for a sequence, which lasts as long as the sequence lives."""

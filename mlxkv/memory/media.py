@@ -35,8 +35,21 @@ class Rows:
     """
 
     def __init__(self, limit_bytes: int = 0):
-        self.limit_bytes, self.n_encoded = limit_bytes, 0
+        self._limit_bytes, self.n_encoded = limit_bytes, 0
         self._kept: OrderedDict[bytes, mx.array] = OrderedDict()
+
+    @property
+    def limit_bytes(self) -> int:
+        return self._limit_bytes
+
+    @limit_bytes.setter
+    def limit_bytes(self, limit_bytes: int) -> None:
+        self._limit_bytes = limit_bytes
+        self._shrink()
+
+    def _shrink(self) -> None:
+        while self._kept and self.nbytes > self._limit_bytes:
+            self._kept.popitem(last=False)
 
     @property
     def nbytes(self) -> int:
@@ -69,8 +82,7 @@ class Rows:
         mx.clear_cache()
         self.n_encoded += 1
         self._kept[medium.digest] = rows
-        while self._kept and self.nbytes > self.limit_bytes:
-            self._kept.popitem(last=False)
+        self._shrink()
         return rows
 
     def clear(self) -> int:

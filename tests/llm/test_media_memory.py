@@ -57,6 +57,9 @@ def test_rows_that_are_kept_count_and_are_bounded(llm):
     for seed in range(3, 7):
         llm.generate(shown(picture(seed)), max_tokens=1)
     assert rows.nbytes == 2 * one
+    rows.limit_bytes = one
+    assert rows.nbytes == one
+    assert llm.budget.give_pages(1) == one and not rows.nbytes  # another model needs room
 
 
 def test_an_encoder_takes_at_least_its_input_and_its_rows(llm):

@@ -38,6 +38,7 @@ from mlxkv.generation.outputs import Chunk, reply_message
 from mlxkv.generation.request import Message, Request, is_messages
 from mlxkv.generation.session import Session, n_shared
 from mlxkv.kv.types import STEP
+from mlxkv.media.parts import content_bytes
 from mlxkv.media.prompt import NO_MEDIA, PromptMedia
 from mlxkv.memory.needs import MIN_CHUNK
 
@@ -49,6 +50,8 @@ STALL_S = 0.1
 """How long a chunk may delay a new request."""
 MAX_CHARS = 1_000_000
 """Characters and values of a conversation that is rendered: it delays a new request as well."""
+MAX_MEDIA_BYTES = 32 << 20
+"""Bytes of pictures and sound that an answer which waits may hold."""
 
 
 @dataclass(eq=False, slots=True)
@@ -87,7 +90,7 @@ class Answered:
             return []
         if prompt[-1].get("role") == "assistant":  # pyright: ignore[reportAttributeAccessIssue]
             return []  # the answer goes on from the last message and is no message of its own
-        if is_long(task.request, MAX_CHARS):
+        if is_long(task.request, MAX_CHARS) or content_bytes(prompt) > MAX_MEDIA_BYTES:
             return []
         request = replace(task.request, prompt=list(prompt))  # the caller's list may grow
         held, context = session.tokens, generation.bound.context
