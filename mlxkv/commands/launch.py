@@ -112,7 +112,8 @@ def _run(program: Program, path: str, extra: Sequence[str], server: Server, mode
     with tempfile.TemporaryDirectory(prefix="mlxkv-launch-") as made:
         folder = Path(made)
         key = server.key or NO_KEY
-        call = program.call(Target(str(server), model, key, known.context, folder))
+        target = Target(str(server), model, key, known.context, folder, known.sees)
+        call = program.call(target)
         return run_program(path, call, extra, server.host, folder)
 
 
@@ -130,13 +131,14 @@ def _print(
     if server is None:
         server = Server.at(address, key)
         chosen = model or choice.stored_model()
-        context = choice.stored_context(chosen)
+        known = choice.stored_facts(chosen)
         _say(f"no server runs: start one with `mlxkv serve --model {chosen}`")
     else:
         chosen = model or choice.served_model(server)
-        context = choice.facts(server, chosen).context
+        known = choice.facts(server, chosen)
     folder = cache_dir() / "launch"
-    target = Target(str(server), chosen, server.key or NO_KEY, context, folder)
+    key = server.key or NO_KEY
+    target = Target(str(server), chosen, key, known.context, folder, known.sees)
     print(script(program.command, program.call(target), extra, folder))
     return 0
 

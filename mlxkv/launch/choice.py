@@ -10,6 +10,7 @@ from mlxkv.errors import ModelNotFound, UsageError
 from mlxkv.server.client import Server
 from mlxkv.server.config import is_loopback
 from mlxkv.store import last_model, library, resolve
+from mlxkv.store.encoders import encoders_in
 from mlxkv.store.settings import effective
 
 WORKS_FROM = 16_384
@@ -24,10 +25,12 @@ class Facts:
     Args:
         context: tokens of prompt and answer together.
         tools: whether its chat template knows tools.
+        sees: whether it takes pictures.
     """
 
     context: int
     tools: bool
+    sees: bool = False
 
     def warnings(self, model: str, title: str) -> list[str]:
         """What a user should know before a program gets this model."""
@@ -133,13 +136,14 @@ def check_stored(name: str) -> None:
     resolve.resolve(name, fetch=False)
 
 
-def stored_context(name: str) -> int:
-    """The effective context of a model of this machine.
+def stored_facts(name: str) -> Facts:
+    """What the files of a model on this machine say; its template is not read.
 
     Raises:
         ModelNotFound, CheckpointError: it is not here, or cannot be read.
     """
-    return effective(resolve.resolve(name, fetch=False)).context.value
+    path = resolve.resolve(name, fetch=False)
+    return Facts(effective(path).context.value, True, "image" in encoders_in(path))
 
 
 def facts(server: Server, model: str) -> Facts:
@@ -151,4 +155,5 @@ def facts(server: Server, model: str) -> Facts:
     shown = server.ask("POST", "/api/show", {"model": model})
     info = shown.get("model_info", {})
     context = int(info.get(f"{info.get('general.architecture')}.context_length", 0))
-    return Facts(context, "tools" in shown.get("capabilities", ()))
+    able = shown.get("capabilities", ())
+    return Facts(context, "tools" in able, "vision" in able)

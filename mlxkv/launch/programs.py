@@ -29,6 +29,7 @@ class Target:
         key: sent as the API key.
         context: tokens of prompt and answer together.
         folder: where the call's files go.
+        sees: whether the model takes pictures: several programs send none unless they are told.
     """
 
     url: str
@@ -36,6 +37,12 @@ class Target:
     key: str
     context: int
     folder: Path
+    sees: bool = False
+
+    @property
+    def inputs(self) -> list[str]:
+        """What the model takes, as most programs call it."""
+        return ["text", "image"] if self.sees else ["text"]
 
     @property
     def output(self) -> int:
@@ -169,6 +176,8 @@ def _opencode(to: Target) -> Call:
             to.model: {
                 "name": to.model,
                 "limit": {"context": to.context, "output": to.output},
+                "attachment": to.sees,
+                "modalities": {"input": to.inputs, "output": ["text"]},
             }
         },
     }
@@ -219,6 +228,7 @@ def _aider(to: Target) -> Call:
         "output_cost_per_token": 0,
         "litellm_provider": "openai",
         "mode": "chat",
+        "supports_vision": to.sees,
     }
     return Call(
         {
@@ -269,7 +279,7 @@ def _continue(to: Target) -> Call:
         "apiBase": f"{to.url}/v1",
         "apiKey": to.key,
         "roles": ["chat", "edit", "apply"],
-        "capabilities": ["tool_use"],
+        "capabilities": ["tool_use", "image_input"] if to.sees else ["tool_use"],
         "defaultCompletionOptions": {"contextLength": to.context, "maxTokens": to.output},
     }
     config = {"name": "mlxkv", "version": "1.0.0", "schema": "v1", "models": [model]}
@@ -283,7 +293,7 @@ def _pi(to: Target) -> Call:
         "id": to.model,
         "name": to.model,
         "reasoning": False,
-        "input": ["text"],
+        "input": to.inputs,
         "cost": {"input": 0, "output": 0, "cacheRead": 0, "cacheWrite": 0},
         "contextWindow": to.context,
         "maxTokens": to.output,

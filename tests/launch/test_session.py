@@ -58,6 +58,24 @@ def test_every_call_names_the_model_and_its_context(program, model, tmp_path):
         assert any(str(tmp_path / name) in value for value in values)
 
 
+@pytest.mark.parametrize(
+    ("name", "seen"),
+    [
+        ("opencode", '"modalities": {"input": ["text", "image"]'),
+        ("continue", '"image_input"'),
+        ("pi", '"image"'),
+        ("aider", '"supports_vision": true'),
+    ],
+)
+def test_a_program_is_told_whether_the_model_takes_pictures(name, seen, tmp_path):
+    def text(sees: bool) -> str:
+        target = Target("http://127.0.0.1:1", "a", "key", 40_000, tmp_path, sees)
+        call = find_program(name).call(target)
+        return "\n".join([*call.environment.values(), *call.files.values()])
+
+    assert seen in text(sees=True) and seen not in text(sees=False)
+
+
 def test_an_answer_leaves_most_of_a_small_context_to_the_prompt(tmp_path):
     outputs = [Target("", "", "", context, tmp_path).output for context in (16_384, 1 << 20)]
     assert outputs == [4_096, 32_000]
