@@ -21,7 +21,12 @@ def images_of(configs: Configs, family: Family) -> ImageProcessor | None:
     if not configs.sub("vision_config"):
         return None
     keys = {**family.image, **{k: v for k, v in configs.image.items() if v is not None}}
-    resample = configs.whole(keys, "resample", _FILE)
+    resample = keys["resample"]
+    if resample not in range(6):
+        raise ConfigError(
+            f"{configs.where / _FILE}: key 'resample' must be a filter of Pillow, 0 to 5; "
+            f"got {resample!r}"
+        )
     vision = configs.sub("vision_config")
     if configs.model_type.startswith("gemma4"):
         return Patches(
@@ -58,14 +63,14 @@ def images_of(configs: Configs, family: Family) -> ImageProcessor | None:
 
 
 def _normalisation(configs: Configs, keys: Mapping[str, Any]) -> Normalisation:
-    scale = keys["rescale_factor"] if keys["do_rescale"] else 1.0
+    scale = configs.number(keys, "rescale_factor", _FILE) if keys["do_rescale"] else 1.0
     if not keys["do_normalize"]:
         return Normalisation(scale)
     mean, std = keys.get("image_mean", [0.5] * 3), keys.get("image_std", [0.5] * 3)
     try:
         means, stds = (tuple(float(value) for value in part) for part in (mean, std))
         (_, _, _), (_, _, _) = means, stds
-        return Normalisation(float(scale), means, stds)
+        return Normalisation(scale, means, stds)
     except (TypeError, ValueError) as error:
         raise ConfigError(
             f"{configs.where / _FILE}: 'image_mean' and 'image_std' must be three numbers each; "

@@ -172,6 +172,9 @@ def test_a_config_that_is_not_understood_is_named(tmp_path: Path) -> None:
             reader(tmp_path, vision("gemma4", **{key: value}))
     with pytest.raises(ConfigError, match="image_mean"):
         reader(tmp_path, vision("gemma3"), preprocessor_config={"image_mean": [1]})
+    for wrong in ({"resample": 6}, {"rescale_factor": "x"}, {"max_soft_tokens": 0}):
+        with pytest.raises(ConfigError, match=f"key '{next(iter(wrong))}' must be"):
+            reader(tmp_path, vision("gemma4"), preprocessor_config=wrong)
     for wrong in ({"sampling_rate": 8000}, {"min_frequency": "x"}, {"frame_length_ms": 0}):
         with pytest.raises(ConfigError, match=f"key '{next(iter(wrong))}' must be"):
             reader(tmp_path, hears("gemma4"), preprocessor_config=wrong)

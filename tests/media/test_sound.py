@@ -106,7 +106,7 @@ def test_arrays_are_read_as_they_are() -> None:
 
 def test_a_header_that_does_not_know_the_length_is_believed() -> None:
     levels = np.arange(3000)
-    for says in (0, 0x7FFF_FFFF, 0xFFFF_FFFF):
+    for says in (0, 0x7FFF_FFFF, 0xFFFF_FFFF, 6_044):  # or that counts itself
         assert len(decoded(wav(levels, says=says))) == 3000
 
 
@@ -136,7 +136,7 @@ def test_a_damaged_file_gets_one_line() -> None:
     assert "damaged" in refused(bytes(content))
     assert refused(b"Dear John,", "letter.mp3").startswith("letter.mp3: not sound")
     assert refused(b"#EXTM3U\n#EXTINF:1,\nfile:///etc/hosts\n").startswith("the recording: not")
-    assert "no sound" in refused(b"RIFF\0\0\0\0WAVE")
+    assert "damaged" in refused(b"RIFF\0\0\0\0WAVE")
 
 
 def test_an_empty_recording_gets_one_line() -> None:
