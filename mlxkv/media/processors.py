@@ -37,7 +37,12 @@ def images_of(configs: Configs, family: Family) -> ImageProcessor | None:
             resample,
             _normalisation(configs, keys),
         )
+    return _squares(configs, keys, resample)
+
+
+def _squares(configs: Configs, keys: Mapping[str, Any], resample: int) -> Squares:
     if configs.model_type == "gemma3":
+        vision = configs.sub("vision_config")
         side = configs.whole(vision, "image_size", "config.json", 896)
         tokens = configs.whole(configs.model, "mm_tokens_per_image", "config.json", 256)
     else:
