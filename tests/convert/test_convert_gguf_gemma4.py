@@ -101,7 +101,9 @@ def test_the_encoder_of_sound_in_the_same_file_gives_the_rows_of_its_checkpoint(
     nested = {f"model.language_model.{name[6:]}": array for name, array in text.items()}
     config = {**GEMMA4, "text_config": TEXT}
     reference = tiny.write_checkpoint(tmp_path / "hf", config, nested | encoders)
-    models = [mlxkv.load_model(folder, dtype=mx.float32) for folder in (tmp_path / "out", reference)]
+    models = [
+        mlxkv.load_model(folder, dtype=mx.float32) for folder in (tmp_path / "out", reference)
+    ]
     assert models[0].config == models[1].config
     mel = np.random.RandomState(0).standard_normal((70, 128)).astype(np.float32)
     got, expected = (np.array(m.media_rows("audio", {"mel": mx.array(mel)})) for m in models)
