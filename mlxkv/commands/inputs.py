@@ -7,7 +7,8 @@ import os
 import stat
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,29 +24,86 @@ MAX_FILE_BYTES = 4 << 20
 """A larger file in a folder is data, not something to read."""
 
 
-def read(sources: Sequence[str]) -> str:
-    """The prompt that the arguments and the piped text make.
+Content = str | list[dict[str, Any]]
+"""A text, or texts and media as parts of a message, see `media.parts`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A part of what is read.
 
     Args:
-        sources: files and folders, or one text. A folder means its text files: in a repository
-            those that git does not ignore, else all that are not hidden.
+        text: of it; of a medium its file's name.
+        file: of a medium.
+        kind: `image` or `audio`; None for text.
+        is_named: whether the arguments name this file.
+    """
+
+    text: str
+    file: Path | None = None
+    kind: str | None = None
+    is_named: bool = False
+
+
+def read(sources: Sequence[str], kinds: Collection[str] = ()) -> Content:
+    """The prompt that the arguments and the piped text make; see `pieces` and `content`."""
+    return content(pieces(sources), kinds)
+
+
+def pieces(sources: Sequence[str]) -> list[Piece]:
+    """The parts of the prompt that the arguments and the piped text make.
+
+    Args:
+        sources: files and folders, or one text. A folder means its text files, pictures and
+            recordings: in a repository those that git does not ignore, else all that are not
+            hidden.
 
     Raises:
-        UsageError: nothing to read, no such file, or a file that is no text.
+        UsageError: nothing to read, no such file, or a file that is neither text nor a medium.
     """
     paths = [Path(source).expanduser() for source in sources]
     missing = [source for source, path in zip(sources, paths, strict=True) if not _exists(path)]
     # A single word is more likely a misspelled file name than a prompt.
     if len(sources) == 1 and missing and any(c.isspace() for c in sources[0]):
-        text: str | None = sources[0]
+        found = [Piece(sources[0])]
     elif missing:
         raise UsageError(f"{missing[0]}: no such file or folder")
     else:
-        text = _files(paths) if paths else None
-    whole = join_prompt(text, read_piped())
-    if whole is None:
+        found = _files(paths) if paths else []
+    if (piped := read_piped()) is not None:
+        found.append(Piece(piped))
+    if not found:
         raise UsageError("there is nothing to save: give a text, files or folders, or pipe it in")
-    return whole
+    return found
+
+
+def content(found: Sequence[Piece], kinds: Collection[str]) -> Content:
+    """What a model can read of some pieces: a text, unless there are media among them.
+
+    Args:
+        found: from `pieces`.
+        kinds: of media that the model takes; in folders others are left out, as all data is.
+
+    Raises:
+        UsageError: nothing of it can be read.
+    """
+    taken = [each for each in found if each.kind is None or each.is_named or each.kind in kinds]
+    if not taken:
+        raise UsageError(f"{found[0].file}: the model can read no file beside it in its folder")
+    texts, parts = list[str](), list[dict[str, Any]]()
+    for each in taken:
+        texts.append(each.text)
+        if each.kind is not None:
+            named = {"type": each.kind, each.kind: each.file, "name": Path(each.text).name}
+            parts += [
+                {"type": "text", "text": "\n\n".join([*texts[:-1], f"File {each.text}:"])},
+                named,
+            ]
+            texts = []
+    whole = "\n\n".join(texts)
+    if not parts and not whole.strip():
+        raise UsageError("the prompt is empty")
+    return [*parts, *([{"type": "text", "text": whole}] if texts else [])] if parts else whole
 
 
 def _exists(path: Path) -> bool:
@@ -55,18 +113,39 @@ def _exists(path: Path) -> bool:
         return False
 
 
-def _files(paths: Sequence[Path]) -> str:
+def _files(paths: Sequence[Path]) -> list[Piece]:
     if len(paths) == 1 and not paths[0].is_dir():
-        return _text(paths[0])
-    parts = []
+        kind = _kind_of(paths[0])
+        return [
+            Piece(_text(paths[0])) if kind is None else Piece(str(paths[0]), paths[0], kind, True)
+        ]
+    found = []
     for path in paths:
         for file in _inside(path) if path.is_dir() else [path]:
-            content = _text(file) if file == path else _text_or_none(file)
-            if content is not None:
-                parts.append(f"File {file}:\n\n{content}")
-    if not parts:
+            if (kind := _kind_of(file)) is not None:
+                found.append(Piece(str(file), file, kind, file == path))
+                continue
+            text = _text(file) if file == path else _text_or_none(file)
+            if text is not None:
+                found.append(Piece(f"File {file}:\n\n{text}"))
+    if not found:
         raise UsageError(f"{paths[0]}: no text files in it")
-    return "\n\n".join(parts)
+    return found
+
+
+def _kind_of(file: Path) -> str | None:
+    """Whether a file is a picture or a recording, by its first bytes; None for neither."""
+    from mlxkv.media.kinds import HEAD, kind_of
+
+    try:
+        if not file.is_file():
+            return None
+        with regular.open_file(file) as opened:
+            kind = kind_of(opened.read(HEAD))
+    except OSError:
+        return None
+    # A text can begin as a file of another kind does: BMP files with "BM".
+    return None if kind is None or _text_or_none(file) is not None else kind
 
 
 def _text(file: Path) -> str:

@@ -54,7 +54,9 @@ def save(
         int | None, typer.Option(help="Context that it must leave room in; default: as for `run`.")
     ] = None,
 ) -> None:
-    """Compute a prompt, a file or a whole folder of text once, and keep its KV.
+    """Compute a prompt, a file or a whole folder once, and keep its KV.
+
+    A folder means its text files, and the pictures and recordings that the model takes.
 
     `mlxkv run --kv-from NAME "..."` starts from it.
     """
@@ -66,12 +68,15 @@ def save(
     from mlxkv.terminal.local import load_model
     from mlxkv.terminal.one_shot import prefill_report
 
-    text = inputs.read(sources or [])
+    pieces = inputs.pieces(sources or [])
     wanted = model or catalog.DEFAULT.name
     given = Given(context, kv_type, memory, origin=COMMAND_LINE)
     progress = ProgressLine()
     with load_model(wanted, dtype, given) as llm:
-        prompt = text if raw else [{"role": "system", "content": text}]
+        content = inputs.content(pieces, () if raw else llm.media.kinds)
+        # Templates write the media of users' messages.
+        role = "system" if isinstance(content, str) else "user"
+        prompt = content if raw else [{"role": role, "content": content}]
         try:
             saved = llm.save_kv(name, prompt, model=wanted, on_progress=prefill_report(progress))
         finally:

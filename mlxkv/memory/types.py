@@ -98,12 +98,6 @@ class Consumer(Protocol):
     def use(self) -> KVUse: ...
 
 
-def smaller_format(sequence: Consumer) -> str | None:
-    """The next smaller format that a sequence's KV may be quantized to."""
-    at = KV_TYPES.index(sequence.kv_type) + 1
-    return KV_TYPES[at] if sequence.is_auto and at < len(KV_TYPES) else None
-
-
 @dataclass(frozen=True, slots=True)
 class Grant:
     """The budget's answer to a sequence that needs memory.

@@ -188,6 +188,22 @@ def test_a_repository_is_what_git_tracks(tmp_path):
     assert "A = 1" in text and "noise" not in text
 
 
+def test_a_folder_of_pictures_is_them_and_their_names(tmp_path):
+    (tmp_path / "a.txt").write_text("BMW, 1972")
+    (tmp_path / "b.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    (tmp_path / "c.wav").write_bytes(b"RIFF\xff\0\0\0WAVEfmt ")
+    (tmp_path / "d.txt").write_text("end")
+    a, b, d = (tmp_path / name for name in ("a.txt", "b.png", "d.txt"))
+    assert inputs.read([str(tmp_path)], {"image"}) == [
+        {"type": "text", "text": f"File {a}:\n\nBMW, 1972\n\nFile {b}:"},
+        {"type": "image", "image": b, "name": "b.png"},
+        {"type": "text", "text": f"File {d}:\n\nend"},
+    ]
+    assert inputs.read([str(tmp_path)]) == f"File {a}:\n\nBMW, 1972\n\nFile {d}:\n\nend"
+    # A file that is named is not left out: the model says that it cannot take it.
+    assert [part["type"] for part in inputs.read([str(b)])] == ["text", "image"]
+
+
 def test_a_text_is_itself_and_one_file_is_its_content(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "f.txt").write_text("content")
