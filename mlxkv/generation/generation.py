@@ -18,6 +18,7 @@ from mlxkv.generation.request import Request
 from mlxkv.generation.session import Restored, Session
 from mlxkv.generation.stats import Clock
 from mlxkv.media.prompt import NO_MEDIA, PromptMedia
+from mlxkv.media.types import AUDIO, IMAGE
 from mlxkv.memory.types import without_trace
 from mlxkv.parsers.events import ToolCall
 from mlxkv.sampling.sampler import Sampler
@@ -257,4 +258,11 @@ class Generation:
             moved_chars=moved,
             ahead_tokens=self.ahead_tokens,
             ahead_saved_s=self.ahead_saved_s,
+            image_tokens=self._n_rows(IMAGE),
+            audio_tokens=self._n_rows(AUDIO),
         )
+
+    def _n_rows(self, kind: str) -> int:
+        """Tokens of the prompt that are rows of one kind of media."""
+        spans = self.media.spans(self._prompt)
+        return sum(stop - start for start, stop, medium in spans if medium.kind == kind)

@@ -59,6 +59,8 @@ class Stats:
         ahead_tokens: restored tokens that were computed before the prompt came, while there were no
             requests.
         ahead_saved_s: seconds that saved, estimated from the speed at which they were computed.
+        image_tokens: tokens of the prompt that are rows of pictures.
+        audio_tokens: those that are rows of sound.
     """
 
     prompt_tokens: int
@@ -79,6 +81,8 @@ class Stats:
     moved_chars: int = 0
     ahead_tokens: int = 0
     ahead_saved_s: float = 0.0
+    image_tokens: int = 0
+    audio_tokens: int = 0
 
     @property
     def prefill_tps(self) -> float:

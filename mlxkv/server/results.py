@@ -160,8 +160,15 @@ def details(stats: Stats | None) -> dict[str, Any]:
         "computed_tokens": stats.computed_tokens,
         "miss": stats.miss and dataclasses.asdict(stats.miss),
         **({"moved_chars": stats.moved_chars} if stats.moved_chars else {}),
+        **media_details(stats),
         **ahead_details(stats),
     }
+
+
+def media_details(stats: Stats) -> dict[str, Any]:
+    """Tokens of a prompt that are rows of pictures and of sound; empty for a text."""
+    found = {"image_tokens": stats.image_tokens, "audio_tokens": stats.audio_tokens}
+    return {name: n for name, n in found.items() if n}
 
 
 def ahead_details(stats: Stats) -> dict[str, Any]:

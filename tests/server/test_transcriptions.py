@@ -62,7 +62,8 @@ def client(url: str) -> Iterator[openai.OpenAI]:
 def able(engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> list[Abilities]:
     """What the model takes, its last item; each window is answered with its number."""
     found, said = [Abilities(frozenset({"audio"}))], iter(range(1, 100))
-    engine.script = lambda ask: says("Part", f" {next(said)}.")(ask)
+    figures = stats(generated_tokens=2, audio_tokens=7)
+    engine.script = lambda ask: says("Part", f" {next(said)}.", stats=figures)(ask)
     engine.asks.clear()
 
     async def abilities_of(engine: Any, model: Any) -> Abilities:
@@ -104,6 +105,7 @@ def test_windows_are_asked_for_in_turn_and_have_their_times(client, engine):
     assert [first.text, second.text] == ["Part 1.", "Part 2."]
     assert first.start == 0 and 7 < first.end <= second.start < 9 and second.end == 16
     assert made.usage.input_tokens == 20
+    assert made.usage.input_token_details == {"audio_tokens": 14, "text_tokens": 6}
     assert [options_of(ask)["temperature"] for ask in engine.asks] == [0.5, 0.5]
 
 

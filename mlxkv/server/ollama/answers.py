@@ -21,7 +21,7 @@ from mlxkv.generation.outputs import Chunk, Stats, TokenLogprobs
 from mlxkv.parsers.events import ToolCall
 from mlxkv.server import sse
 from mlxkv.server.errors import OLLAMA, failure_of, ollama_error
-from mlxkv.server.results import ahead_details, broken_calls, logprob_fields
+from mlxkv.server.results import ahead_details, media_details, broken_calls, logprob_fields
 
 NDJSON = "application/x-ndjson"
 
@@ -150,6 +150,7 @@ def _figures(stats: Stats) -> dict[str, Any]:
             "diverged_at": stats.diverged_at,
             "miss": stats.miss and dataclasses.asdict(stats.miss),
             **({"moved_chars": stats.moved_chars} if stats.moved_chars else {}),
+            **media_details(stats),
             **ahead_details(stats),
         },
         "memory": {

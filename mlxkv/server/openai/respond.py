@@ -102,10 +102,10 @@ def usage(answers: Sequence[AnswerState], n_each: int = 1) -> dict[str, Any]:
     n_answer = sum(each.stats.generated_tokens for each in answers if each.stats is not None)
     first = details(prompts[0] if prompts else None)
     if len(prompts) > 1:
-        summed = {name: 0 for name in first if name != "miss"}
-        for stats in prompts:
-            summed = {name: n + details(stats).get(name, 0) for name, n in summed.items()}
-        first = {**summed, "miss": next((d for p in prompts if (d := details(p)["miss"])), None)}
+        each = [details(stats) for stats in prompts]
+        names = dict.fromkeys(name for one in each for name in one if name != "miss")
+        summed = {name: sum(one.get(name, 0) for one in each) for name in names}
+        first = {**summed, "miss": next((one["miss"] for one in each if one["miss"]), None)}
     return {
         "prompt_tokens": n_prompt,
         "completion_tokens": n_answer,

@@ -113,9 +113,11 @@ class Transcription:
         """Tokens of all windows."""
         n_prompt = sum(state.n_prompt for state in self.windows)
         n_answer = sum(state.n_tokens for state in self.windows)
+        n_audio = sum(state.stats.audio_tokens for state in self.windows if state.stats)
         return {
             "type": "tokens",
             "input_tokens": n_prompt,
+            "input_token_details": {"audio_tokens": n_audio, "text_tokens": n_prompt - n_audio},
             "output_tokens": n_answer,
             "total_tokens": n_prompt + n_answer,
         }

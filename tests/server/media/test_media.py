@@ -14,7 +14,7 @@ import pytest
 
 from mlxkv.server.media import read
 from mlxkv.server.media.abilities import Abilities
-from tests.support.fake_engine import MODEL, FakeEngine, says, serving
+from tests.support.fake_engine import MODEL, FakeEngine, says, serving, stats
 
 PNG, WAV = b"\x89PNG\r\n\x1a\n a picture", b"RIFF a recording"
 CODED, HEARD = base64.b64encode(PNG).decode(), base64.b64encode(WAV).decode()
@@ -234,6 +234,23 @@ RESULT_OF = {
         "messages.images",
     ),
 }
+
+
+def test_usage_has_the_tokens_of_media(url, engine):
+    engine.script = says("ok", stats=stats(image_tokens=5, audio_tokens=3))
+    for path, place in (
+        ("/v1/chat/completions", ("usage", "prompt_tokens_details")),
+        ("/v1/responses", ("usage", "input_tokens_details")),
+        ("/v1/messages", ("usage", "prompt_cache")),
+        ("/api/chat", ("prompt_cache",)),
+    ):
+        found = post(url, path, **PICTURE_OF[path]).json()
+        for name in place:
+            found = found[name]
+        assert (found["image_tokens"], found["audio_tokens"]) == (5, 3)
+    engine.script = says("ok")
+    usage = post(url, "/v1/chat/completions", **PICTURE_OF["/v1/chat/completions"]).json()["usage"]
+    assert "image_tokens" not in usage["prompt_tokens_details"]
 
 
 def post(url: str, path: str, **body: Any) -> httpx.Response:
