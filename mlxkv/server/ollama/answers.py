@@ -21,7 +21,7 @@ from mlxkv.generation.outputs import Chunk, Stats, TokenLogprobs
 from mlxkv.parsers.events import ToolCall
 from mlxkv.server import sse
 from mlxkv.server.errors import OLLAMA, failure_of, ollama_error
-from mlxkv.server.results import ahead_details, media_details, broken_calls, logprob_fields
+from mlxkv.server.results import ahead_details, broken_calls, logprob_fields, media_details
 
 NDJSON = "application/x-ndjson"
 
