@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from os import PathLike
 from typing import Any
 
 from mlxkv.errors import MediaError
@@ -112,7 +113,30 @@ def mapped(prompt: Any, change: Callable[[Any], Any]) -> Any:
 
 
 def content_bytes(prompt: Any) -> int:
-    """Bytes of files that a prompt holds."""
+    """Bytes of files and of arrays that a prompt holds."""
     found: list[int] = []
-    mapped(prompt, lambda source: found.append(len(source) if isinstance(source, bytes) else 0))
+    mapped(prompt, lambda source: found.append(_n_bytes(source)))
     return sum(found)
+
+
+def _n_bytes(source: Any) -> int:
+    if isinstance(source, bytes | bytearray | memoryview):
+        return memoryview(source).nbytes
+    array = source[0] if isinstance(source, tuple) and source else source
+    return getattr(array, "nbytes", 0)
+
+
+def is_same(a: Any, b: Any) -> bool:
+    """Whether two messages, or values in them, are equal; arrays and pictures by identity: their
+    own comparison has no single answer, or takes long.
+    """
+    if a is b:
+        return True
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return a.keys() == b.keys() and all(is_same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return len(a) == len(b) and all(map(is_same, a, b))
+    return isinstance(a, _PLAIN) and isinstance(b, _PLAIN) and a == b
+
+
+_PLAIN = (str, bytes, int, float, PathLike)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import base64
 import io
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from mlxkv.media.kinds import HEAD, kind_of
+from mlxkv.media.parts import content_bytes, is_same
 from mlxkv.server.media.content import given_in
 from mlxkv.server.ollama.fields import content_with
 from mlxkv.terminal.microphone import wav
@@ -45,6 +47,20 @@ def test_pictures(form):
 )
 def test_recordings_and_others(head, kind):
     assert kind_of(head) == kind
+
+
+def test_messages_with_arrays_are_compared_and_their_bytes_counted():
+    def heard(sound: Any, text: str = "a") -> list[Any]:
+        parts = [{"type": "audio", "audio": sound}, {"type": "text", "text": text}]
+        return [{"role": "user", "content": parts}]
+
+    array = np.zeros(4, np.float32)
+    assert is_same(heard((array, 16_000)), heard((array, 16_000)))
+    assert not is_same(heard((array, 16_000)), heard((array.copy(), 16_000)))
+    assert is_same(heard(b"RIFF"), heard(b"RIFF")) and not is_same(heard(b"RIFF"), heard(b"RIF"))
+    assert not is_same(heard(b"RIFF"), heard(b"RIFF", "b"))
+    assert not is_same(heard(b"RIFF")[0], {**heard(b"RIFF")[0], "name": "x"})
+    assert content_bytes(heard((array, 16_000))) == 16 and content_bytes(heard(b"RIFF")) == 4
 
 
 def test_sound_may_stand_among_the_images_of_ollamas_api():

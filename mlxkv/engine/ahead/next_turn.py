@@ -38,7 +38,7 @@ from mlxkv.generation.outputs import Chunk, reply_message
 from mlxkv.generation.request import Message, Request, is_messages
 from mlxkv.generation.session import Session, n_shared
 from mlxkv.kv.types import STEP
-from mlxkv.media.parts import content_bytes
+from mlxkv.media.parts import content_bytes, is_same
 from mlxkv.media.prompt import NO_MEDIA, PromptMedia
 from mlxkv.memory.needs import MIN_CHUNK
 
@@ -197,7 +197,7 @@ class NextTurns:
         messages: Sequence[Message] = prompt  # pyright: ignore[reportAssignmentType]
         for answered in list(self._waiting):
             n = len(answered.messages)
-            if answered.owner == owner and list(messages[:n]) == list(answered.messages):
+            if answered.owner == owner and is_same([*messages[:n]], [*answered.messages]):
                 self._waiting.remove(answered)
 
     def step(self) -> None:
