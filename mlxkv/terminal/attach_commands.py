@@ -33,7 +33,7 @@ def file(speaker: Speaker, attached: list[Attachment], rest: str, kind: str) -> 
         UsageError: the model takes no such files, or one cannot be read.
     """
     _check(speaker, kind)
-    found = [attachments.read(path, kind) for path in _paths(rest, kind)]
+    found = [attachments.checked(path, kind) for path in _paths(rest, kind)]
     return attach(speaker, attached, found)
 
 

@@ -92,6 +92,23 @@ def read(path: Path, kind: str | None = None) -> Attachment:
         return Attachment(found, name, file.read(), str(path.resolve()))
 
 
+def checked(path: Path, kind: str | None = None) -> Attachment:
+    """A file as an attachment, decoded once: a damaged one is not found out with the message.
+
+    Arguments as for `read`.
+
+    Raises:
+        UsageError: also for one that is damaged, or larger than allowed.
+    """
+    from mlxkv.media.pictures import picture
+    from mlxkv.media.sound import decoded
+
+    made = read(path, kind)
+    decode = picture if made.kind == IMAGE else decoded
+    decode(made.data, made.name)
+    return made
+
+
 def recorded() -> Attachment:
     """What the microphone hears until Enter is pressed.
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
 from mlxkv.errors import UsageError
-from mlxkv.terminal.attachments import PLURALS, SUFFIXES, Attachment, kind_of, printable, read
+from mlxkv.terminal.attachments import PLURALS, SUFFIXES, Attachment, checked, kind_of, printable
 
 if TYPE_CHECKING:
     from mlxkv.terminal.backend import Speaker
@@ -63,7 +63,7 @@ def with_files(speaker: Speaker, text: str) -> list[str | Attachment]:
         if isinstance(part, str) or kind is None:
             made.append(str(part))
         elif kind in speaker.media_kinds:
-            made.append(read(part))
+            made.append(checked(part))
         elif only_paths:
             raise UsageError(f"{printable(part.name)}: {speaker.name} takes no {PLURALS[kind]}")
         else:

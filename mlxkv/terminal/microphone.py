@@ -17,15 +17,15 @@ MAX_S = 60 * 60
 def check() -> None:
     """Raise UsageError where nothing can be recorded."""
     if sys.platform != "darwin":
-        raise UsageError("--mic records on macOS only: record to a file, and give that")
+        raise UsageError("the microphone works on macOS only: record to a file, and give that")
     try:
         import sounddevice  # noqa: F401  # pyright: ignore[reportMissingImports]
     except ImportError:
-        raise UsageError("--mic needs sounddevice: pip install 'mlxkv[mic]'") from None
+        raise UsageError("the microphone needs sounddevice: pip install 'mlxkv[mic]'") from None
     except OSError as error:
-        raise UsageError(f"--mic: the system's sound cannot be opened ({error})") from None
+        raise UsageError(f"the system's sound cannot be opened ({error})") from None
     if not sys.stdin.isatty():
-        raise UsageError("--mic records until Enter is pressed: it needs a terminal")
+        raise UsageError("a recording ends when Enter is pressed: it needs a terminal")
 
 
 def record() -> tuple[np.ndarray, int]:

@@ -29,6 +29,7 @@ from mlxkv.terminal.console import ProgressLine
 from mlxkv.terminal.dropped import has_path, with_files
 from mlxkv.terminal.one_shot import Printer, prefill_report
 from mlxkv.terminal.slash_commands import (
+    COMMANDS,
     PARAMETERS,
     Chat,
     Leave,
@@ -307,6 +308,8 @@ def _editor() -> PromptSession[str]:
     from prompt_toolkit.history import FileHistory, InMemoryHistory
     from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
+    from mlxkv.terminal.completion import Completions
+
     keys = KeyBindings()
 
     @keys.add("escape", "enter")
@@ -326,4 +329,6 @@ def _editor() -> PromptSession[str]:
         key_bindings=keys,
         prompt_continuation=CONTINUED,
         enable_history_search=False,
+        completer=Completions(COMMANDS),
+        complete_while_typing=False,
     )

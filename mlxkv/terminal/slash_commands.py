@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -40,13 +41,14 @@ HELP = '''\
 /set                          show the settings
 /set parameter NAME VALUE     {names}
 /set system "TEXT"            set the system prompt and start a new conversation
-/set think HOW                on, off, low, medium, high or default: reason before an answer
+/set think HOW                reason before an answer: on, off, low, medium, high,
+                              default
 /set verbose, /set quiet      print speed and memory after an answer, or not
 /show [model|system|parameters|memory]
 /save FILE                    write the conversation
 /load FILE or MODEL           continue a saved conversation, or change the model
-/image FILE, /audio FILE      give the next message a picture or a recording (so does a path
-                              that is dropped on the terminal, or pasted)
+/image FILE, /audio FILE      give the next message a picture or a recording, as a path
+                              does that is dropped on the terminal, or pasted
 /mic                          record the next message, or a part of it (macOS)
 /clear                        forget the conversation
 /bye                          leave (so does Ctrl-D)
@@ -54,6 +56,7 @@ HELP = '''\
 
 """                           begins a message of several lines, and ends it
 Alt-Enter                     a new line in a message
+Tab                           completes a command, or the path of its file
 Ctrl-C                        stops an answer; clears the line
 '''
 
@@ -102,7 +105,7 @@ class Chat:
 
 def is_command(line: str) -> bool:
     """Whether a line that starts with a slash is one, and not a path."""
-    return line.partition(" ")[0] in _COMMANDS
+    return line.partition(" ")[0] in COMMANDS
 
 
 def execute(chat: Chat, line: str) -> str:
@@ -113,7 +116,7 @@ def execute(chat: Chat, line: str) -> str:
         UsageError: no such command, or not what it takes.
     """
     name, _, rest = line.partition(" ")
-    action = _COMMANDS.get(name)
+    action = COMMANDS.get(name)
     if action is None:
         raise UsageError(f"no command {name!r}; /? lists what there is")
     text = action(chat, rest.strip())
@@ -125,7 +128,8 @@ def _leave(chat: Chat, rest: str) -> str:
 
 
 def _help(chat: Chat, rest: str) -> str:
-    return HELP.format(names=", ".join(PARAMETERS))
+    names = textwrap.fill(", ".join(PARAMETERS), 48).replace("\n", "\n" + " " * 30)
+    return HELP.format(names=names)
 
 
 def _clear(chat: Chat, rest: str) -> str:
@@ -367,7 +371,7 @@ def _file(text: str, command: str) -> Path:
     return Path(words[0]).expanduser()
 
 
-_COMMANDS: dict[str, Callable[[Chat, str], str]] = {
+COMMANDS: dict[str, Callable[[Chat, str], str]] = {
     "/?": _help,
     "/help": _help,
     "/bye": _leave,

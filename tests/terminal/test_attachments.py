@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shlex
 import sys
@@ -12,8 +13,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
+from prompt_toolkit.completion import CompleteEvent
+from prompt_toolkit.document import Document
 
-from mlxkv.errors import UsageError
+from mlxkv.errors import MediaError, UsageError
 from mlxkv.generation.outputs import Chunk
 from mlxkv.sampling.params import SamplingParams
 from mlxkv.server.client import Server
@@ -21,13 +25,22 @@ from mlxkv.store.settings import Given
 from mlxkv.terminal import attachments, microphone, repl
 from mlxkv.terminal.answer_options import AnswerOptions
 from mlxkv.terminal.attachments import Attachment
+from mlxkv.terminal.completion import Completions
 from mlxkv.terminal.dropped import split
 from mlxkv.terminal.one_shot import one_answer
 from mlxkv.terminal.remote import RemoteSpeaker
-from mlxkv.terminal.slash_commands import Chat, execute
+from mlxkv.terminal.slash_commands import COMMANDS, Chat, execute
 
-PNG = b"\x89PNG\r\n\x1a\n and more"
-WAV = b"RIFF\x10\0\0\0WAVEfmt "
+
+def encoded(form: str) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (4, 3), "red").save(file, form)
+    return file.getvalue()
+
+
+PNG, JPEG = encoded("PNG"), encoded("JPEG")
+WAV = microphone.wav(np.full(400, 0.5, np.float32), 16_000)
+SIZE = f"{len(PNG)} B"
 
 
 class Talk:
@@ -84,8 +97,9 @@ def files(tmp_path, monkeypatch) -> dict[str, Path]:
         "a.png": PNG,
         "My Photo (1).PNG": PNG + b"1",
         "Screenshot 2026-01-01 at 3.45.12\u202fPM.png": PNG + b"2",
-        "it's.jpg": b"\xff\xd8\xff",
-        "b.m4a": b"\0\0\0\x20ftypM4A ",
+        "it's.jpg": JPEG,
+        "b.m4a": WAV,
+        "cut.png": PNG[: len(PNG) // 2],
         "no-suffix": WAV,
         "notes.txt": b"text",
         "text.jpg": b"text",
@@ -167,7 +181,7 @@ def test_a_message_with_a_path_has_the_picture_in_its_place(files, capsys):
     chat = chat_of("image", "audio")
     repl._turn(chat, f"{files['a.png']}")
     assert sent(chat) == [picture(PNG, "a.png")]
-    assert "(with picture a.png, 17 B)" in capsys.readouterr().out
+    assert f"(with picture a.png, {SIZE})" in capsys.readouterr().out
     chat.image_budget = 560
     repl._turn(chat, f"Is {files['a.png']} like {files['no-suffix']}?")
     sound = {"type": "audio", "audio": WAV, "name": "no-suffix"}
@@ -180,7 +194,7 @@ def test_a_message_with_a_path_has_the_picture_in_its_place(files, capsys):
 
 def test_commands_attach_files_to_the_next_message(files, capsys):
     chat = chat_of("image", "audio")
-    assert execute(chat, "/image a.png") == "(the next message has picture a.png, 17 B)\n"
+    assert execute(chat, "/image a.png") == f"(the next message has picture a.png, {SIZE})\n"
     execute(chat, "/image My Photo (1).PNG")
     execute(chat, f"/audio {shlex.quote(str(files['b.m4a']))}")
     repl._turn(chat, "Compare.")
@@ -198,6 +212,37 @@ def test_commands_attach_files_to_the_next_message(files, capsys):
         with pytest.raises(UsageError, match=why):
             execute(chat, line)
     assert chat.attached == []
+
+
+def test_a_damaged_file_is_refused_before_the_message_and_costs_no_other(files):
+    chat = chat_of("image")
+    execute(chat, "/image a.png")
+    for line in ("/image cut.png", "/image text.jpg", "./cut.png", "What is ./text.jpg?"):
+        with pytest.raises(MediaError, match=r"(cut\.png|text\.jpg): not a picture"):
+            repl._turn(chat, line)
+    repl._turn(chat, "What is it?")
+    assert sent(chat) == [picture(PNG, "a.png"), text("What is it?")]
+
+
+def test_tab_completes_commands_and_the_paths_of_their_files(files, tmp_path):
+    (tmp_path / "album 1").mkdir()
+    (tmp_path / "album 1" / "c.png").touch()
+
+    def lines(line: str) -> list[str]:
+        found = Completions(COMMANDS).get_completions(Document(line), CompleteEvent())
+        return [line[: len(line) + one.start_position] + one.text for one in found]
+
+    assert lines("/im") == ["/image"] and lines("/s") == ["/save", "/set", "/show"]
+    assert lines("/image M") == [r"/image My\ Photo\ \(1\).PNG"]
+    assert lines("/image a.png al") == [r"/image a.png album\ 1/"]
+    assert lines(r"/image ~/album\ 1/") == [r"/image ~/album\ 1/c.png"]
+    assert lines("/audio ./") == [r"/audio ./album\ 1/", "/audio ./b.m4a"]
+    assert "/load notes.txt" in lines("/load ")
+    for line in ("", "/image no/such/", "/set ", "what is /im", "/clear a"):
+        assert lines(line) == []
+    for line in lines("/image "):
+        if not line.endswith("/") and "cut" not in line and "text" not in line:
+            execute(chat_of("image"), line)  # as it is spelled, it is found
 
 
 def test_a_model_that_cannot_take_it_says_so(files, capsys):
@@ -338,7 +383,7 @@ def test_names_are_shown_without_control_characters(files, tmp_path):
 
 def test_the_microphone_is_for_macs_with_the_extra(monkeypatch):
     monkeypatch.setattr(sys, "platform", "linux")
-    with pytest.raises(UsageError, match="--mic records on macOS only"):
+    with pytest.raises(UsageError, match="the microphone works on macOS only"):
         microphone.check()
     monkeypatch.setattr(sys, "platform", "darwin")
     monkeypatch.setitem(sys.modules, "sounddevice", None)

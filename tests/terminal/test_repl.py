@@ -155,10 +155,8 @@ def chat():
     speaker = LocalSpeaker(llm, "m", Given())  # pyright: ignore[reportArgumentType]
     chat = Chat(speaker, AnswerOptions())
     chat.begin("Be brief.")
-    chat.conversation.turns += [
-        {"role": "user", "content": "hi"},
-        {"role": "assistant", "content": "hello"},
-    ]
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+    chat.conversation.restore_turns(turns)
     return chat
 
 
@@ -283,7 +281,7 @@ MESSAGE = {"role": "user", "content": "hi"}
     ("change", "message"),
     [
         ({"format": "other"}, "not a conversation"),
-        ({"version": 2}, "version 2 is not known"),
+        ({"version": 3}, "version 3 is not known"),
         ({"messages": None}, "'messages' must be a list"),
         ({"messages": ["hi"]}, r"messages\[0\] must have a role"),
         ({"messages": [{"role": "tool", "content": "x"}]}, r"messages\[0\] must have a role"),
