@@ -6,6 +6,7 @@ import fcntl
 import os
 import random
 import re
+import select
 import struct
 import sys
 import termios
@@ -17,6 +18,8 @@ from mlxkv.generation.outputs import Chunk
 from mlxkv.terminal.one_shot import Printer
 from mlxkv.terminal.word_wrap import WordWrap, wrap_for
 
+END = "\x04"
+"""Behind all that was written."""
 ESCAPE = re.compile(r"\x1b\[(\d*)([DK])|.", re.DOTALL)
 
 
@@ -172,9 +175,19 @@ def terminal(monkeypatch):
     monkeypatch.setenv("NO_COLOR", "1")
     ours, theirs = os.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 20, 0, 0))
-    os.set_blocking(ours, False)
     with os.fdopen(theirs, "w") as stream:
-        yield stream, lambda: os.read(ours, 4096).decode().replace("\r\n", "\n")
+
+        def read() -> str:
+            """All of it: a read may return what has come so far."""
+            stream.write(END)
+            stream.flush()
+            data = b""
+            while not data.endswith(END.encode()):
+                assert select.select([ours], [], [], 10)[0], data
+                data += os.read(ours, 4096)
+            return data.decode().removesuffix(END).replace("\r\n", "\n")
+
+        yield stream, read
     os.close(ours)
 
 
