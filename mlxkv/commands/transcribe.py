@@ -61,6 +61,7 @@ def transcribe(
 def _recordings(files: Sequence[str], mic: bool) -> Iterator[Recording]:
     """All recordings, checked before a model is loaded for them."""
     from mlxkv.terminal import microphone
+    from mlxkv.terminal.attachments import printable
     from mlxkv.terminal.transcribe import Recording
 
     if not files and not mic:
@@ -75,8 +76,9 @@ def _recordings(files: Sequence[str], mic: bool) -> Iterator[Recording]:
             continue
         path = Path(file).expanduser()
         if not path.is_file():
-            raise UsageError(f"{file}: {'not a file' if path.exists() else 'no such file'}")
-        yield Recording(path.name, path)
+            why = "not a file" if path.exists() else "no such file"
+            raise UsageError(f"{printable(file)}: {why}")
+        yield Recording(printable(file), path)
 
 
 def _piped() -> bytes:

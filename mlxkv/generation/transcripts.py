@@ -101,14 +101,15 @@ def instruction(language: str | None = None, hint: str | None = None) -> str:
     return "\n".join(lines)
 
 
-def messages_for(samples: np.ndarray, rate: int, text: str) -> list[dict[str, Any]]:
+def messages_for(samples: np.ndarray, rate: int, text: str, name: str = "") -> list[dict[str, Any]]:
     """The messages that ask for one window's transcript.
 
     Args:
         samples: of the window.
         text: see `instruction`.
+        name: of the recording, for messages.
     """
-    sound = {"type": "audio", "audio": (samples, rate)}
+    sound = {"type": "audio", "audio": (samples, rate), "name": name}
     return [{"role": "user", "content": [sound, {"type": "text", "text": text}]}]
 
 
@@ -185,6 +186,7 @@ def transcribing(
     language: str | None = None,
     hint: str | None = None,
     longest_s: float = LONGEST_S,
+    name: str = "",
 ) -> Generator[Heard]:
     """Transcribe a recording; the last step has the transcript.
 
@@ -194,6 +196,7 @@ def transcribing(
         rate: samples in a second.
         language, hint: see `instruction`.
         longest_s: of a window, see `longest_window`.
+        name: of the recording, for messages.
 
     Raises:
         OutOfMemory: an answer ended for want of memory.
@@ -204,7 +207,7 @@ def transcribing(
         sound = samples[part.begin : part.end]
         joined.begin()
         last = None
-        for last in ask(messages_for(sound, rate, text), max_tokens(len(sound), rate)):
+        for last in ask(messages_for(sound, rate, text, name), max_tokens(len(sound), rate)):
             yield joined.feed(last.text)
         if last is not None and last.error is not None:
             raise last.error

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from mlxkv.errors import UsageError
 from mlxkv.generation.transcripts import Heard, longest_window, transcribing
 from mlxkv.media.sound import RATE, decoded
+from mlxkv.media.source import name_of
 from mlxkv.media.types import AUDIO
 
 if TYPE_CHECKING:
@@ -36,10 +37,11 @@ def transcript(
     name: str,
     options: Mapping[str, Any],
 ) -> Iterator[Heard]:
-    """See `LLM.stream_transcript`; nothing is decoded before the first step.
+    """See `LLM.stream_transcript`; the recording is decoded before the first step.
 
     Raises:
-        UsageError: the model takes no sound, or there is no such format.
+        UsageError: the model takes no sound, there is no such format, or the recording cannot be
+            read.
     """
     longest_s = longest_window(format)
     if AUDIO not in llm.model.media_kinds:
@@ -48,6 +50,13 @@ def transcript(
     def ask(messages: list[dict[str, Any]], n_tokens: int) -> Iterator[Chunk]:
         return llm.stream(messages, **{"max_tokens": n_tokens, **options})
 
+    name = name_of(sound, name, "")
     return transcribing(
-        ask, decoded(sound, name), RATE, language=language, hint=prompt, longest_s=longest_s
+        ask,
+        decoded(sound, name),
+        RATE,
+        language=language,
+        hint=prompt,
+        longest_s=longest_s,
+        name=name,
     )

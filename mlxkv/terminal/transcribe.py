@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mlxkv.errors import INTERRUPTED
+from mlxkv.errors import INTERRUPTED, MediaError
 from mlxkv.generation.transcripts import Heard, Transcript, formatted, to_dict
 from mlxkv.terminal.console import ProgressLine
 from mlxkv.terminal.word_wrap import wrap_for
@@ -29,28 +29,37 @@ class Recording:
 def transcribe(llm: LLM, recordings: Sequence[Recording], format: str, **options: Any) -> int:
     """Write the text of each to stdout; the exit code.
 
+    One of several that cannot be read is told, and the others are written.
+
     Args:
         format: see `LLM.stream_transcript`, and so for the options.
     """
-    several, progress = len(recordings) > 1, ProgressLine()
+    several, progress, code = len(recordings) > 1, ProgressLine(), 0
     for i, recording in enumerate(recordings):
         if several and format == "text":
             print(f"{'' if i == 0 else chr(10)}{recording.name}:", flush=True)
-        steps = llm.stream_transcript(
-            recording.source, name=recording.name, format=format, **options
-        )
         try:
+            steps = llm.stream_transcript(
+                recording.source, name=recording.name, format=format, **options
+            )
             made = _shown(recording.name, steps, progress, format == "text")
         except KeyboardInterrupt:
-            print()
+            sys.stdout.write("\n" if format == "text" else "")
             return INTERRUPTED
+        except MediaError as error:
+            if not several:
+                raise
+            progress.clear()
+            print(f"mlxkv: {error}", file=sys.stderr)
+            code = error.exit_code
+            continue
         finally:
             progress.clear()
         if format != "text":
             sys.stdout.write(_whole(made, format, recording.name if several else None))
             sys.stdout.flush()
         _say_remarks(recording.name, made)
-    return 0
+    return code
 
 
 def _shown(name: str, steps: Iterator[Heard], progress: ProgressLine, streams: bool) -> Transcript:

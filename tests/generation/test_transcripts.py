@@ -208,9 +208,9 @@ def test_formats():
 
 def test_the_model_is_asked_with_the_sound_first():
     sound = np.zeros(10, np.float32)
-    (message,) = messages_for(sound, RATE, instruction("German", " Names:\nZo\u00eb "))
+    (message,) = messages_for(sound, RATE, instruction("German", " Names:\nZo\u00eb "), "a.wav")
     audio, text = message["content"]
-    assert audio == {"type": "audio", "audio": (sound, RATE)}
+    assert audio == {"type": "audio", "audio": (sound, RATE), "name": "a.wav"}
     assert text["text"].startswith(
         "Transcribe the following speech segment in German into German text.\n"
     )

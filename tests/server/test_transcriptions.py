@@ -93,7 +93,8 @@ def test_a_recording_is_one_question_to_the_model(client, engine):
     (ask,) = engine.asks
     ((sound, asked),) = [message["content"] for message in ask.request.prompt]
     samples, rate = sound["audio"]
-    assert sound["type"] == "audio" and (len(samples), rate) == (RATE // 2, RATE)
+    assert (sound["type"], sound["name"]) == ("audio", "a.wav")
+    assert (len(samples), rate) == (RATE // 2, RATE)
     assert "German" in asked["text"] and "Names: Ada, Grace" in asked["text"]
     assert options_of(ask) == {"max_tokens": 72, "temperature": 0.0}
 

@@ -88,6 +88,26 @@ def test_several_recordings_are_told_apart(sounds, capsys):
     ]
 
 
+def test_a_recording_that_cannot_be_read_costs_no_other(sounds, capsys, monkeypatch):
+    (sounds / "text.wav").write_text("no sound")
+    some = [Recording(f"in/{n}.wav", sounds / f"{n}.wav") for n in ("text", "short")]
+    llm = Listener("audio")
+    assert transcribe(llm, some, "json") == 2
+    out, err = capsys.readouterr()
+    assert json.loads(out) == {"file": "in/short.wav", "text": "0.5 seconds."}
+    assert "mlxkv: in/text.wav: not sound that can be read" in err
+    with pytest.raises(MediaError, match=r"in/text\.wav: not sound"):
+        transcribe(llm, some[:1], "text")
+
+    def interrupted(*args: Any, **options: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(llm, "stream", interrupted)
+    for format, end in (("text", "\n"), ("srt", "")):
+        assert transcribe(llm, some[1:], format) == 130
+        assert capsys.readouterr().out == end
+
+
 def test_python_gets_the_whole_at_once_and_from_an_array(sounds):
     llm = Listener("audio")
     whole = llm.transcribe((np.full(RATE, 0.1, np.float32), RATE), temperature=0.5)

@@ -63,8 +63,7 @@ class Transcription:
         file = self.form.file
         data = await file.read()
         await file.close()
-        name = " ".join((file.filename or "file").split())[:80]
-        async with self.sounds.decoded(self.http.state.owner, data, name) as samples:
+        async with self.sounds.decoded(self.http.state.owner, data, self._name) as samples:
             del data
             async for step in self._steps(samples):
                 yield step
@@ -98,10 +97,14 @@ class Transcription:
                     return step.transcript
         raise AssertionError("the last step has the transcript")
 
+    @property
+    def _name(self) -> str:
+        return " ".join((self.form.file.filename or "file").split())[:80]
+
     def _submit(self, sound: np.ndarray, text: str) -> Answer:
         n_tokens = max_tokens(len(sound), RATE)
         request = build_request(
-            messages_for(sound, RATE, text),
+            messages_for(sound, RATE, text, self._name),
             max_tokens=min(n_tokens, self.config.max_tokens or n_tokens),
             temperature=self.form.temperature or 0.0,
         )
