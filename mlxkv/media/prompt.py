@@ -7,13 +7,13 @@ from functools import cached_property
 from typing import NamedTuple
 
 from mlxkv.errors import MediaError
-from mlxkv.media.types import IMAGE, Medium
+from mlxkv.media.types import AUDIO, IMAGE, Medium
 
 SURE = 8
 """Rows of a medium that have to be equal before KV behind them is used: one id has 31 bits of the
 content's hash."""
-WORDS = {IMAGE: "picture"}
-"""What a kind is called in messages, where that is another word."""
+WORDS = {IMAGE: "picture", AUDIO: "sound"}
+"""What a kind is called in messages."""
 
 
 class MediaSpan(NamedTuple):
@@ -128,8 +128,7 @@ NO_MEDIA = PromptMedia()
 
 def label(medium: Medium) -> str:
     """What messages call a medium: `picture photo.jpg`."""
-    word = WORDS.get(medium.kind, medium.kind)
-    return f"{word} {medium.name}".rstrip()
+    return f"{WORDS[medium.kind]} {medium.name}".rstrip()
 
 
 def chunk_within(

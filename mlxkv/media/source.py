@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 from io import BufferedReader, BytesIO
 from pathlib import Path
 
 from mlxkv.base.regular import open_file
 from mlxkv.errors import MediaError
+
+_URL = re.compile(r"(?i)https?://|data:")
 
 PathLike = str | os.PathLike[str]
 
@@ -31,6 +34,10 @@ def opened(source: PathLike | bytes, name: str, max_bytes: int) -> BufferedReade
         try:
             file = open_file(Path(source))
         except (OSError, ValueError) as error:
+            if _URL.match(str(source)):
+                raise MediaError(
+                    f"{name}: URLs are not read here: give a path or the bytes"
+                ) from error
             text = getattr(error, "strerror", None) or str(error)
             raise MediaError(f"{name}: {text}") from error
         size = os.fstat(file.fileno()).st_size

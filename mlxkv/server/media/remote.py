@@ -92,7 +92,10 @@ class Remote:
             answer = await _ask(pool, target, kind, max_bytes)
             if isinstance(answer, bytes):
                 return answer
-            there = self._allowed(urljoin(target.url, answer))
+            try:
+                there = self._allowed(urljoin(target.url, answer))
+            except FetchError as error:
+                raise FetchError(f"is redirected by {target.host} to a URL that {error}") from None
             if (target.scheme, there.scheme) == ("https", "http"):
                 raise FetchError(f"is redirected by {target.host} from https to http")
             target = there
@@ -105,7 +108,7 @@ class NotAllowed(FetchError):
     def __init__(self, target: Target):
         super().__init__(
             f"is on {target.host}, from which this server fetches nothing: send the file itself, "
-            f"or have the server's operator allow it (serve --allow-media-from {target.authority})"
+            f"or have the server's operator allow {target.authority}"
         )
 
 

@@ -284,8 +284,8 @@ def test_a_note_stands_for_what_a_tool_gave_and_the_model_cannot_see(url, engine
 @pytest.mark.parametrize(
     ("address", "words"),
     [
-        ("https://example.com/cat.png", "--allow-media-from example.com"),
-        ("HTTP://example.com/cat.png", "--allow-media-from example.com"),
+        ("https://example.com/cat.png", "operator allow example.com"),
+        ("HTTP://example.com/cat.png", "operator allow example.com"),
         ("file:///etc/hostname", "must be a data URL"),
         ("ftp://example.com/cat.png", "must be a data URL"),
         ("/etc/hostname", "must be a data URL"),

@@ -140,6 +140,7 @@ def test_a_name_is_connected_to_by_the_address_that_was_checked(fetch, monkeypat
         ("/type?application/octet-stream", None),
         ("/type?audio/wav", "is not a picture"),
         ("/packed", "is compressed"),
+        ("/to?http://127.0.0.1:1/a.png", "is redirected by 127.0.0.1 to a URL that is on"),
         ("/long?5000", "more than 1,000 bytes"),
         ("/endless", "more than 1,000 bytes"),
     ],
@@ -181,7 +182,7 @@ def test_all_apis_fetch_from_the_operators_hosts_alone(port, monkeypatch):
             other.messages.create(model=MODEL, max_tokens=9, messages=asked)
         assert pictures(engine.last) == [PNG]
         image["source"]["url"] = "http://127.0.0.1:1/a.png"
-        refused = pytest.raises(anthropic.BadRequestError, match=r"media-from 127\.0\.0\.1:1")
+        refused = pytest.raises(anthropic.BadRequestError, match=r"operator allow 127\.0\.0\.1:1")
         with anthropic.Anthropic(base_url=url, api_key="none", max_retries=0) as other, refused:
             other.messages.create(model=MODEL, max_tokens=9, messages=asked)
 
