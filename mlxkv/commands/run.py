@@ -172,7 +172,7 @@ def run(
         raise UsageError("--resume goes on with a chat: give no PROMPT")
     if chat and (raw or as_json):
         raise UsageError(f"{'--raw' if raw else '--json'} needs a PROMPT")
-    attached = _attached(files or [], mic)
+    attached = _attached(files or [], mic, asked)
     with closing(_speaker(asked, name, given, dtype)) as speaker:
         if text is None:
             from mlxkv.terminal.repl import chat as start_chat
@@ -202,14 +202,18 @@ def run(
         )
 
 
-def _attached(files: Sequence[str], mic: bool) -> list[Attachment]:
-    """Pictures and recordings, read before a model is loaded for them."""
+def _attached(files: Sequence[str], mic: bool, server: Server | None) -> list[Attachment]:
+    """Pictures and recordings, read before a model is loaded for them.
+
+    Before they are sent to a server they are decoded: its errors have no names of files.
+    """
     if not (files or mic):
         return []
     from mlxkv.terminal import attachments
 
     recorded = [attachments.recorded()] if mic else []
-    return [*(attachments.read(Path(file)) for file in files), *recorded]
+    read = attachments.read if server is None else attachments.checked
+    return [*(read(Path(file)) for file in files), *recorded]
 
 
 def _asked_server(address: str | None, use_server: bool, key: str | None) -> Server | None:

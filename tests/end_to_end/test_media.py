@@ -54,7 +54,7 @@ class Pictures(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(data)
 
-    def log_message(self, *args: Any) -> None: ...
+    def log_message(self, format: str, *args: Any) -> None: ...
 
 
 @pytest.fixture(scope="module")
@@ -199,6 +199,7 @@ def test_what_cannot_be_read_is_one_line_in_every_api(server, client, home, pict
     (home / "click.wav").write_bytes(click)
     for *command, file in (
         ("run", MODEL, "Hi", "--image", "cut.png"),
+        ("run", "--server", server.url, "-m", MODEL, "Hi", "--image", "cut.png"),
         ("transcribe", MODEL, "click.wav"),
     ):
         done = mlxkv(*command, str(home / file), env=environment(home))

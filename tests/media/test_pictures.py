@@ -164,6 +164,7 @@ def test_what_is_no_file_gets_one_line(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.png")
     assert refused(tmp_path / "pipe.png") == "pipe.png: it is a pipe, not a file"
     assert "\\x00" not in refused("a\0b.png", "b.png")
+    assert "URLs are not read here" in refused("https://example.com/a.png")
     assert refused(7).startswith("the picture: a picture is a path, bytes")
     assert refused(np.zeros((4, 4, 2), np.uint8)).endswith("got [4, 4, 2]")
     assert refused(np.zeros((4, 4), np.int64)).endswith("got int64")
