@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxkv.checkpoint.gguf_names import mmproj_beside
-from mlxkv.errors import CheckpointError, UnsupportedModel
+from mlxkv.errors import CheckpointError, Hint, UnsupportedModel
 
 from ..plan import check_names
 from ..sources import Source, expected_shapes, parse_config
@@ -34,8 +34,8 @@ def open_gguf_source(path: Path, mmproj: Path | None = None, *, text_only: bool 
     file = open_gguf(path)
     if file.architecture == ARCHITECTURE:
         raise UnsupportedModel(
-            f"{path} holds the encoders of a model: give its language model's file, "
-            f"with --mmproj {path.name}"
+            f"{path} holds the encoders of a model: give its language model's file",
+            hints=[Hint("mmproj", path.name, "adds these encoders to it")],
         )
     text = gguf_config(file)
     tokens, n_rows = file.metadata.get("tokenizer.ggml.tokens"), text["vocab_size"]

@@ -112,7 +112,7 @@ def verify(
         raise UsageError(
             f"{name} has {len(saved.media)} pictures or pieces of sound, and without their content "
             "its KV cannot be computed again and compared"
-            + ("; `mlxkv kv import --trust KEY` takes it by its signature" * bool(saved.quarantine))
+            + ("; import it with the public key that signed it" * bool(saved.quarantine))
         )
     files = own.files
     if saved.quarantine:

@@ -17,6 +17,7 @@ import pytest
 import mlxkv
 from mlxkv.convert import convert
 from mlxkv.errors import CheckpointError, MlxkvError, UnsupportedModel, UsageError, WeightsError
+from mlxkv.terminal.spelling import RUN
 from tests.support import tiny, tiny_media
 from tests.support.gguf_files import write_model
 from tests.support.mmproj_files import gemma3_tensors, keys, write_mmproj
@@ -158,8 +159,9 @@ def test_several_files_of_encoders_are_not_chosen_from(files: Path, tmp_path: Pa
 
 def test_what_is_no_file_of_encoders_is_refused(files: Path, tmp_path: Path):
     model, encoders = files / "model-Q8_0.gguf", files / "mmproj-model-f16.gguf"
-    with pytest.raises(UnsupportedModel, match="holds the encoders of a model"):
+    with pytest.raises(UnsupportedModel, match="holds the encoders of a model") as raised:
         convert(encoders, tmp_path / "out")
+    assert "; --mmproj mmproj-model-f16.gguf adds" in raised.value.spelled(RUN)
     with pytest.raises(CheckpointError, match="its architecture is 'gemma3'"):
         convert(model, tmp_path / "out", mmproj=model)
     tensors = gemma3_tensors(encoder(), 2)
