@@ -22,7 +22,7 @@ from mlxkv.engine.messages import Answer
 from mlxkv.errors import contained
 from mlxkv.generation.outputs import Chunk
 from mlxkv.server.config import ServerConfig
-from mlxkv.server.errors import ServerStopping
+from mlxkv.server.errors import OPENAI, ServerStopping, failure_of, openai_error
 
 T = TypeVar("T")
 Events = AsyncGenerator[bytes, None]
@@ -40,6 +40,11 @@ def event(data: Any, name: str | None = None) -> bytes:
     """One server-sent event."""
     head = "" if name is None else f"event: {name}\n"
     return f"{head}data: {dumps(data)}\n\n".encode()
+
+
+def openai_error_event(error: BaseException) -> bytes:
+    """The last events of a stream that failed, in the shapes of OpenAI's API."""
+    return event(openai_error(failure_of(error, OPENAI))) + DONE
 
 
 def dumps(data: Any) -> str:

@@ -14,7 +14,6 @@ from mlxkv.errors import UsageError
 from mlxkv.generation.outputs import TokenLogprobs
 from mlxkv.server import sse
 from mlxkv.server.config import ServerConfig
-from mlxkv.server.errors import OPENAI, failure_of, openai_error
 from mlxkv.server.requests import apply_rules
 from mlxkv.server.results import AnswerState, details, logprob_fields
 
@@ -55,11 +54,6 @@ def submit_all(
     return answers
 
 
-def error_event(error: BaseException) -> bytes:
-    """The last events of a stream that failed."""
-    return sse.event(openai_error(failure_of(error, OPENAI))) + sse.DONE
-
-
 async def respond(
     request: Request,
     engine: Engine,
@@ -67,7 +61,7 @@ async def respond(
     asks: Sequence[Ask],
     reply: Reply,
     streams: bool | None,
-    on_error: Callable[[BaseException], bytes] = error_event,
+    on_error: Callable[[BaseException], bytes] = sse.openai_error_event,
 ) -> Response:
     """Answer requests; the answers are cancelled when the client disconnects.
 

@@ -30,7 +30,7 @@ class TranscriptionForm(BaseModel):
         None, description="0 if left out."
     )
     stream: bool | None = Field(None, description="With response_format json or text.")
-    granularities: list[Literal["segment"]] | None = Field(
+    granularities: Annotated[list[Literal["segment"]], Field(fail_fast=True)] | None = Field(
         None, alias="timestamp_granularities[]", description="With verbose_json; of segments only."
     )
     include: Refused = Field(None, alias="include[]")

@@ -17,7 +17,6 @@ from mlxkv.server.ignored import note
 from mlxkv.server.media.abilities import abilities_of
 from mlxkv.server.media.content import refused
 from mlxkv.server.model_names import present
-from mlxkv.server.openai.respond import error_event
 from mlxkv.server.speech.fields import TranscriptionForm
 from mlxkv.server.speech.sounds import Sounds
 from mlxkv.server.speech.transcription import Transcription
@@ -43,7 +42,7 @@ def router(engine: Engine, config: ServerConfig) -> APIRouter:
             raise refused(("model",), f"{model.name[:80]!r} takes no sound")
         made = Transcription(request, engine, config, model, form, sounds)
         if form.stream:
-            return await sse.stream(request, _events(made), config, error_event)
+            return await sse.stream(request, _events(made), config, sse.openai_error_event)
         return await sse.unless_gone(request, _whole(made))
 
     return routes
