@@ -165,7 +165,7 @@ def test_an_unknown_pre_tokenizer_is_named_with_those_that_are_known(tmp_path: P
 
 
 @pytest.mark.parametrize(("keys", "message"), [
-    ({"model": "rwkv"}, "model must be gpt2 or llama; got 'rwkv'"),
+    ({"model": "rwkv"}, "model must be gpt2, llama or gemma4; got 'rwkv'"),
     ({"tokens": None}, "tokens is missing"),
     ({"token_type": [1, 1]}, "token_type must be a list of 4 numbers"),
     ({"merges": ["ab"]}, r"merges entry 0 is not a pair: 'ab'"),

@@ -281,7 +281,7 @@ MESSAGE = {"role": "user", "content": "hi"}
     ("change", "message"),
     [
         ({"format": "other"}, "not a conversation"),
-        ({"version": 3}, "version 3 is not known"),
+        ({"version": 3}, "version 3 is not known; 1 and 2 are"),
         ({"messages": None}, "'messages' must be a list"),
         ({"messages": ["hi"]}, r"messages\[0\] must have a role"),
         ({"messages": [{"role": "tool", "content": "x"}]}, r"messages\[0\] must have a role"),
