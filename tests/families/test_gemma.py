@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import mlxkv
+from mlxkv.checkpoint.config import with_towers
 from mlxkv.convert import convert
 from mlxkv.errors import ConfigError
 from mlxkv.models import family_for, gemma3n
@@ -27,13 +28,13 @@ TOWERS = {
 
 
 def multimodal_config(golden: Golden) -> dict[str, Any]:
-    """As gemma-3n-E2B-it's config.json nests it."""
+    """As gemma-3n-E2B-it's config.json nests it; its encoders have other tokens than this model."""
     return {
         "model_type": "gemma3n",
         "architectures": ["Gemma3nForConditionalGeneration"],
         "text_config": golden.config("hub"),
-        "vision_config": {"model_type": "gemma3n_vision", "hidden_size": 4},
-        "audio_config": {"model_type": "gemma3n_audio", "hidden_size": 4},
+        "vision_config": {"model_type": "gemma3n_vision", "vocab_offset": 262144},
+        "audio_config": {"model_type": "gemma3n_audio", "vocab_offset": 262272},
         "torch_dtype": "float32",
         "eos_token_id": [1, 106],
     }
@@ -51,17 +52,22 @@ def logits(folder: Path, prompt: list[int]) -> np.ndarray:
 
 @pytest.mark.parametrize("prefix", ["model.language_model.", "language_model.model."])
 def test_a_multimodal_gemma3n_loads_as_its_language_model(tmp_path: Path, prefix: str):
+    """Its encoders are left out where the weights lack them, and where config.json does."""
     golden = Golden.read("gemma3n-unused-kv")
-    text = golden.write(tmp_path / "text", "new")
-    both = write_checkpoint(
-        tmp_path / "both", multimodal_config(golden), multimodal_weights(golden, prefix)
-    )
-    np.testing.assert_array_equal(logits(both, golden.prompt), logits(text, golden.prompt))
+    config, weights = multimodal_config(golden), multimodal_weights(golden, prefix)
+    of_text = {name: array for name, array in weights.items() if name not in TOWERS}
+    expected = logits(golden.write(tmp_path / "text", "new"), golden.prompt)
+    for name, part in (
+        ("config", (config, of_text)),
+        ("weights", (with_towers(config, ()), weights)),
+    ):
+        folder = write_checkpoint(tmp_path / name, *part)
+        np.testing.assert_array_equal(logits(folder, golden.prompt), expected)
 
 
 def test_towers_and_unused_keys_and_values_are_named_as_skipped():
     golden = Golden.read("gemma3n-unused-kv")
-    config = gemma3n.Config.from_dict(multimodal_config(golden))
+    config = gemma3n.Config.from_dict(with_towers(multimodal_config(golden), ()))
     weights = {name: mx.array(array) for name, array in multimodal_weights(golden).items()}
     kept, skipped = gemma3n.remap(weights, config)
     unused = {name.replace("model.", "model.language_model.", 1) for name in UNUSED_KV}
@@ -74,7 +80,9 @@ def test_a_multimodal_gemma3n_converts_to_its_language_model(tmp_path: Path):
     source = write_checkpoint(
         tmp_path / "hf", multimodal_config(golden), multimodal_weights(golden)
     )
-    plan = convert(source, tmp_path / "out").plan
+    with pytest.raises(ConfigError, match="audio_config: vocab_offset 262272 and vocab_size 128"):
+        convert(source, tmp_path / "all")
+    plan = convert(source, tmp_path / "out", text_only=True).plan
     reasons = dict(plan.skipped)
     assert {reasons[name] for name in TOWERS} == {"not part of the language model"}
     assert len(reasons) == len(TOWERS) + len(UNUSED_KV)
@@ -83,7 +91,8 @@ def test_a_multimodal_gemma3n_converts_to_its_language_model(tmp_path: Path):
     assert written["architectures"] == ["Gemma3nForCausalLM"]
     assert written["eos_token_id"] == [1, 106]
     np.testing.assert_array_equal(
-        logits(tmp_path / "out", golden.prompt), logits(source, golden.prompt)
+        logits(tmp_path / "out", golden.prompt),
+        logits(golden.write(tmp_path / "text", "new"), golden.prompt),
     )
 
 
@@ -102,7 +111,7 @@ def test_a_format_for_one_module_under_its_multimodal_name_counts(tmp_path: Path
             f"{module}.scales": scales,
             f"{module}.biases": biases,
         }
-    config = multimodal_config(golden)
+    config = with_towers(multimodal_config(golden), ())
     first = next(iter(modules))
     packing = {"group_size": 32, "bits": 4, first: {"group_size": 32, "bits": 8}}
     packed = write_checkpoint(tmp_path / "q", {**config, "quantization": packing}, weights)
