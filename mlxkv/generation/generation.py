@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -246,7 +247,7 @@ class Generation:
             self._restored,
             n,
             self.session.nbytes,
-            lambda tokens: self.media.text(tokens, self._tokenizer.decode),
+            self._text_of,
         )
         # The last token itself has not been made room for.
         shifted = self.bound.n_dropped(self._n_prompt + max(n, 1) - 1)
@@ -261,6 +262,11 @@ class Generation:
             image_tokens=self._n_rows(IMAGE),
             audio_tokens=self._n_rows(AUDIO),
         )
+
+    def _text_of(self, tokens: Sequence[int], at: int | None) -> str:
+        """What tokens say; `at` where they stand in the prompt, None for those of another."""
+        known = None if at is None else self.media.numbers(self._prompt, at, at + len(tokens))
+        return self.media.text(tokens, self._tokenizer.decode, known or {})
 
     def _n_rows(self, kind: str) -> int:
         """Tokens of the prompt that are rows of one kind of media."""

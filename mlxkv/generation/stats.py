@@ -14,6 +14,9 @@ from mlxkv.prefix.match import WORTH
 AROUND = 12
 """Tokens shown on either side of where a prompt left what was held."""
 
+TextOf = Callable[[Sequence[int], int | None], str]
+"""(tokens, where they stand in the prompt; None for others) -> what they say."""
+
 
 class Clock:
     """When an answer began, and when its first and last tokens came."""
@@ -34,7 +37,7 @@ class Clock:
         restored: Restored,
         n_generated: int,
         kv_bytes: int,
-        text_of: Callable[[Sequence[int]], str],
+        text_of: TextOf,
     ) -> Stats:
         first = self.last if self.first is None else self.first
         n_prompt = len(prompt)
@@ -59,7 +62,7 @@ def explain_miss(
     prompt: Sequence[int],
     restored: Restored,
     prefill_s: float,
-    text_of: Callable[[Sequence[int]], str],
+    text_of: TextOf,
 ) -> Miss | None:
     """Why not more of a prompt was restored; None where there was no more to restore.
 
@@ -74,16 +77,14 @@ def explain_miss(
     if token is None or n_lost <= 0:
         return None
 
-    before = text_of(prompt[max(0, token - AROUND) : token])
-
-    def marked(after: Sequence[int]) -> str:
-        return f"{before}|{text_of(after[:AROUND])}"
-
+    start = max(0, token - AROUND)
+    before = text_of(prompt[start:token], start)
+    held = text_of(restored.held[:AROUND], None)
     return Miss(
         reason,
         token,
-        marked(restored.held) if reason == "diverged" else "",
-        marked(prompt[token:]),
+        f"{before}|{held}" if reason == "diverged" else "",
+        f"{before}|{text_of(prompt[token : token + AROUND], token)}",
         n_lost,
         prefill_s * n_lost / (len(prompt) - restored.n_tokens),
     )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
+from types import MappingProxyType
 from typing import NamedTuple
 
 from mlxkv.errors import MediaError
@@ -97,12 +99,18 @@ class PromptMedia:
         """The first place from `n` tokens on that is inside no medium."""
         return next((stop for start, stop, _ in self.spans(tokens) if start < n < stop), n)
 
-    def text(self, tokens: Sequence[int], decode: Callable[[Sequence[int]], str]) -> str:
-        """What tokens say, for messages: `Look: [picture photo.jpg]`.
+    def text(
+        self,
+        tokens: Sequence[int],
+        decode: Callable[[Sequence[int]], str],
+        numbers: Mapping[int, int] = MappingProxyType({}),
+    ) -> str:
+        """What tokens say, for messages: `Look: [picture 2: photo.jpg]`.
 
         Args:
             tokens: any, also a part of a medium's.
             decode: of tokens of the vocabulary.
+            numbers: index of a token -> which medium of its kind it belongs to, see `numbers`.
         """
         parts, i = [], 0
         while i < len(tokens):
@@ -112,10 +120,28 @@ class PromptMedia:
                 if medium is not None and self._medium_of.get(tokens[j]) != medium:
                     break
                 j += 1
-            name = "another picture or sound" if medium is None else label(medium)
+            name = "another picture or sound" if medium is None else label(medium, numbers.get(i))
             parts.append(decode(list(tokens[i:j])) if is_text else f"[{name}]")
             i = j
         return "".join(parts)
+
+    def numbers(self, tokens: Sequence[int], start: int, stop: int) -> dict[int, int]:
+        """Of the media among some tokens of a prompt, which of their kind each is, from 1 on.
+
+        Args:
+            tokens: the prompt.
+            start, stop: of the part that is asked for.
+
+        Returns:
+            For each token of a medium, counted from `start`.
+        """
+        found: dict[int, int] = {}
+        n_seen: Counter[str] = Counter()
+        for first, last, medium in self.spans(tokens):
+            n_seen[medium.kind] += 1
+            inside = range(max(first, start), min(last, stop))
+            found.update((i - start, n_seen[medium.kind]) for i in inside)
+        return found
 
     @cached_property
     def _medium_of(self) -> dict[int, Medium]:
@@ -126,9 +152,12 @@ _NONE = Medium(IMAGE, b"", 0, 0)
 NO_MEDIA = PromptMedia()
 
 
-def label(medium: Medium) -> str:
-    """What messages call a medium: `picture photo.jpg`."""
-    return f"{WORDS[medium.kind]} {medium.name}".rstrip()
+def label(medium: Medium, number: int | None = None) -> str:
+    """What messages call a medium: `picture photo.jpg`, or `picture 2: photo.jpg`."""
+    word = WORDS[medium.kind]
+    if number is None:
+        return f"{word} {medium.name}".rstrip()
+    return f"{word} {number}: {medium.name}" if medium.name else f"{word} {number}"
 
 
 def chunk_within(

@@ -73,7 +73,25 @@ def test_the_rows_of_a_picture_stand_where_the_template_put_it(llm):
     at = other.stats.diverged_at
     assert at == len("\x00user\n") + len(asked) + len("\n\x00")
     assert other.stats.miss is not None
-    assert other.stats.miss.prompt.endswith(f"|[picture {B[0, 0]:.3f}.png]")
+    assert other.stats.miss.prompt.endswith(f"|[picture 1: {B[0, 0]:.3f}.png]")
+
+
+def test_a_miss_says_which_picture_of_the_prompt_it_is(llm):
+    """By its place, also where it has no name, and where the same one stands before it."""
+    text, sound = "t" * 20, {"type": "audio", "audio": B.tobytes()}
+    one, two, three = ({"type": "image", "image": picture(seed).tobytes()} for seed in (1, 2, 3))
+
+    def asked(*parts: Any) -> str:
+        content = [{"type": "text", "text": text}, *parts, {"type": "text", "text": text}]
+        miss = llm.generate([{"role": "user", "content": content}], max_tokens=1).stats.miss
+        assert miss is None or miss.held.endswith(("|[another picture or sound]", "|[picture]"))
+        return "" if miss is None else miss.prompt.partition("|")[2]
+
+    assert asked(one, sound, two) == ""
+    assert asked(one, sound, three).startswith("[picture 2]")
+    assert asked(one, sound, one).startswith("[picture 2]")
+    assert asked({**two, "name": "b.png"}, sound).startswith("[picture 1: b.png]")
+    assert asked(one, {**sound, "audio": A.tobytes()}).startswith("[audio 1]")
 
 
 FORKS = (
