@@ -32,7 +32,7 @@ from mlxkv.nn.model import CausalLM
 from mlxkv.nn.slots import growth_bytes, sliceable
 from mlxkv.prefix.capture import Cutter
 from mlxkv.prefix.layout import Link
-from mlxkv.prefix.match import Match
+from mlxkv.prefix.match import WORTH, Match
 from mlxkv.prefix.pages import Pages
 
 
@@ -216,7 +216,8 @@ class Session:
         if self._pages is None:
             return Match()
         n = self.resumable(tokens, self._most(tokens))
-        while (match := self._pages.match(tokens, n)).n_tokens:
+        worth = 1 if self.media else WORTH  # a few tokens of a picture have its encoder run
+        while (match := self._pages.match(tokens, n, worth)).n_tokens:
             if (n := self.resumable(tokens, match.n_tokens)) == match.n_tokens:
                 break
         return match

@@ -11,7 +11,7 @@ from mlxkv.prefix.layout import FULL, WINDOW, Kinds, Link, chain_of, n_common, t
 from mlxkv.prefix.on_disk.format import ROOT, page_name
 
 WORTH = 16
-"""Tokens of a page that must be shared for the page to be restored in part."""
+"""Tokens of a page that must be shared for the page to be restored in part, as a rule."""
 HEADERS = 64
 """Files whose tokens are read to find where a prompt leaves a known sequence: 0.1 ms each."""
 
@@ -69,19 +69,20 @@ class _Neighbour:
     shared: int
 
 
-def plan_match(held: Holdings, data: bytes, limit: int) -> Match:
+def plan_match(held: Holdings, data: bytes, limit: int, worth: int = WORTH) -> Match:
     """The longest prefix of a prompt that can be restored.
 
     Args:
         held: the pages to restore from.
         data: the prompt's tokens, packed.
         limit: tokens to restore at most.
+        worth: tokens of a page that must be shared for it to be restored in part.
     """
     links = _chain(held, data, limit // STEP)
     at = links[-1].stop if links else 0
     parent = links[-1].name if links else ROOT
     near = _neighbours(held, parent, at, data[4 * at :])
-    usable, n_tokens = _usable(held, links, limit, near)
+    usable, n_tokens = _usable(held, links, limit, near, worth)
     if not near:
         return Match(tuple(usable), n_tokens, at, (), at)
     best = max(near, key=lambda page: page.shared)
@@ -105,13 +106,13 @@ def _chain(held: Holdings, data: bytes, n_pages: int) -> list[Link]:
 
 
 def _usable(
-    held: Holdings, links: list[Link], limit: int, near: Sequence[_Neighbour]
+    held: Holdings, links: list[Link], limit: int, near: Sequence[_Neighbour], worth: int
 ) -> tuple[list[Link], int]:
     """As much of a chain as window parts allow, with a part of a neighbour behind it."""
     kinds, at = held.kinds, links[-1].stop if links else 0
     for page in sorted(near, key=lambda page: -page.shared):
         n = min(page.shared, limit - at)
-        if n < min(WORTH, page.link.n_tokens):
+        if n < min(worth, page.link.n_tokens):
             break
         chain = [*links, page.link]
         has_full = not kinds.full or held.holds(page.link, FULL)

@@ -24,7 +24,7 @@ from mlxkv.errors import UsageError
 from mlxkv.kv.layout import Cache
 from mlxkv.kv.types import STEP
 from mlxkv.prefix.layout import WINDOW, Kinds, Link, token_bytes
-from mlxkv.prefix.match import Match, plan_match
+from mlxkv.prefix.match import WORTH, Match, plan_match
 from mlxkv.prefix.on_disk.format import PageKey
 from mlxkv.prefix.on_disk.part import Part
 from mlxkv.prefix.ram import RamPages
@@ -95,18 +95,19 @@ class Pages:
                 for name, links in self._disk.shared_prefixes().items():
                     self._shared.put(name, links)
 
-    def match(self, tokens: Sequence[int], limit: int) -> Match:
+    def match(self, tokens: Sequence[int], limit: int, worth: int = WORTH) -> Match:
         """The longest prefix that can be restored.
 
         Args:
             tokens: a prompt.
             limit: tokens to restore at most.
+            worth: tokens of a page that must be shared for it to be restored in part.
         """
         if self.stable is not None:
             limit = min(limit, self.stable)
         if limit >= STEP:
             self._open()
-        return plan_match(self, token_bytes(tokens), limit)
+        return plan_match(self, token_bytes(tokens), limit, worth)
 
     def holds(self, link: Link, part: str) -> bool:
         """Whether a part of a page is in RAM, or can be read from disk."""

@@ -47,9 +47,9 @@ def answer(llm: LLM, *parts: Any, **options: Any) -> Result:
     return llm.generate(shown(*parts), **{"max_tokens": 8, **options})
 
 
-def nothing_kept(llm: LLM) -> LLM:
+def nothing_kept(llm: LLM, two_way: bool = False) -> LLM:
     """The same model, which keeps no KV between prompts."""
-    fresh = load_seeing(llm.path)
+    fresh = load_seeing(llm.path, two_way)
     fresh.pages = None
     fresh._pages.update({"": None})
     return fresh
@@ -128,6 +128,23 @@ def test_the_same_picture_again_is_neither_computed_nor_encoded(llm):
     llm.close()
     again = load_seeing(llm.path)
     assert answer(again, A, LONG * 4, "And why?").stats.restored_tokens >= STEP
+    assert n_encoded(again) == 0
+    again.close()
+
+
+@pytest.mark.parametrize("two_way", [False, True])
+def test_no_picture_is_encoded_again_wherever_a_page_ends_in_it(folder, kv, two_way):
+    """Also where so little of it is on the next page that text would be computed again."""
+    asked = [("q" * (STEP - 8 - ROWS + n), A) for n in (1, 5, 9, 15)]
+    with load_seeing(folder / "gemma3", two_way) as llm:
+        for parts in asked:
+            answer(llm, *parts, "One.")
+    again = load_seeing(folder / "gemma3", two_way)
+    expected = nothing_kept(again, two_way)
+    for parts in asked:
+        told = answer(again, *parts, "Two.")
+        assert told.tokens == answer(expected, *parts, "Two.").tokens
+        assert told.stats.restored_tokens > STEP
     assert n_encoded(again) == 0
     again.close()
 
