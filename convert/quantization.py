@@ -13,9 +13,11 @@ NAMES = (*(f"affine{bits}" for bits in MODES["affine"][0]), "mxfp4", "mxfp8", "n
 RECIPES = ("mixed",)
 
 # Small tensors, by name, that are never quantized: one value acts on many (a norm scales a channel
-# of every token, a router picks the experts).
+# of every token, a router picks the experts). The last two are of Gemma 4's encoders: mlx-vlm casts
+# what they multiply to the dtype of their weights, which is integers where they are quantized.
 _PRECISE = re.compile(
-    r"norm|router|\.gate\.|sinks|conv|scalar|altup|laurel|correction_bias|position_embedding"
+    r"norm|router|\.gate\.|sinks|conv|scalar|altup|laurel|correction_bias|position_embedding|"
+    r"patch_embedder|relative_k_proj"
 )
 
 

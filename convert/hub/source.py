@@ -18,7 +18,7 @@ from mlxkv.checkpoint.config import read_config, text_config, with_towers
 from mlxkv.checkpoint.expert_stacks import expert_stacks
 from mlxkv.checkpoint.mlxkv_json import RECORD, of_model
 from mlxkv.checkpoint.quantization import Format, Quantization
-from mlxkv.checkpoint.tensor_names import towers_in
+from mlxkv.checkpoint.tensor_names import is_kv, text_name, towers_in
 from mlxkv.checkpoint.weights import Weights, open_weights
 from mlxkv.errors import UnsupportedModel, WeightsError
 from mlxkv.models import Family
@@ -77,6 +77,8 @@ def open_hub_source(path: Path, *, text_only: bool = False) -> Source:
     kept, left_out = _remapped(weights, family, parsed)
     quantization = Quantization.from_config(text_config(raw), source)
     tensors = _tensors(weights, kept, quantization, source)
+    unread = _unread(weights, family, left_out) if towers_in(kept) else {}
+    left_out = [name for name in left_out if text_name(name) not in unread]
     skipped = [(name, _reason(name, parsed.num_hidden_layers)) for name in sorted(left_out)]
     parsed, tied = _settle_head(parsed, tensors, skipped)
     expected = expected_shapes(family, parsed, source)
@@ -87,7 +89,8 @@ def open_hub_source(path: Path, *, text_only: bool = False) -> Source:
         config=raw,
         family=family,
         parsed=parsed,
-        tensors={name: tensors[name] for name in expected},
+        tensors={name: tensors[name] for name in expected}
+        | _tensors(weights, unread, quantization, source),
         write_side_files=tokenizer,
         side_files=side_files,
         skipped=tuple(skipped),
@@ -113,12 +116,7 @@ def _remapped(weights: Weights, family: Family, config: Any) -> tuple[dict[str, 
     def compute(name: str) -> Callable[[], mx.array]:
         return lambda: family.remap(weights.arrays(), config)[0][name]
 
-    def in_file(origin: str) -> FilePart:
-        info = weights.infos[origin]
-        if info.dtype not in NAMES:
-            raise UnsupportedModel(f"{info.file}: tensor {origin} has dtype {info.dtype}")
-        return FilePart(info.file, info.offset, info.shape, info.dtype)
-
+    in_file = partial(_in_file, weights)
     found = {}
     dropped = set(left_out)
     stacks = expert_stacks(n for n in arrays if n not in dropped) if family.native else {}
@@ -133,6 +131,23 @@ def _remapped(weights: Weights, family: Family, config: Any) -> tuple[dict[str, 
             dtype = str(array.dtype).removeprefix("mlx.core.")
             found[name] = _Kept(name, ComputedPart(tuple(array.shape), dtype, compute(name)))
     return found, left_out
+
+
+def _unread(weights: Weights, family: Family, left_out: list[str]) -> dict[str, _Kept]:
+    """What the model leaves out, and mlx-vlm's of this family does not load without.
+
+    Its Gemma 3n has keys and values of its own in each layer, also where it reads another's.
+    """
+    if family.name != "gemma3n":
+        return {}
+    return {text_name(n): _Kept(n, _in_file(weights, n)) for n in left_out if is_kv(n)}
+
+
+def _in_file(weights: Weights, origin: str) -> FilePart:
+    info = weights.infos[origin]
+    if info.dtype not in NAMES:
+        raise UnsupportedModel(f"{info.file}: tensor {origin} has dtype {info.dtype}")
+    return FilePart(info.file, info.offset, info.shape, info.dtype)
 
 
 def _tensors(

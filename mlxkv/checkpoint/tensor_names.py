@@ -72,15 +72,27 @@ def language_model(
         if tower_of(name) in towers and not _ROTARY.search(name):
             kept[name.removeprefix("model.")] = array
             continue
-        ours = name.removeprefix("language_model.")
-        if ours.startswith("model.language_model."):
-            ours = "model." + ours.removeprefix("model.language_model.")
+        ours = text_name(name)
         unused_kv = _KV.search(ours) and _layer(ours) in readers
         if unused_kv or _MEDIA.search(name) or _ROTARY.search(name):
             skipped.append(name)
         else:
             kept[ours] = array
     return kept, skipped
+
+
+def text_name(name: str) -> str:
+    """A tensor's name in a checkpoint of text alone."""
+    ours = name.removeprefix("language_model.")
+    if ours.startswith("model.language_model."):
+        ours = "model." + ours.removeprefix("model.language_model.")
+    return ours
+
+
+def is_kv(name: str) -> bool:
+    """Whether a tensor makes keys or values of a layer of text."""
+    ours = text_name(name)
+    return _layer(ours) is not None and _KV.search(ours) is not None
 
 
 def _without(weights: Mapping[str, mx.array], is_extra: Callable[[str], bool]) -> Remapped:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from mlxkv.errors import UsageError
 from mlxkv.media.reader import reader_of
 from mlxkv.models.loader import load_model
 from tests.convert.test_convert import mlx_lms
+from tests.families.oracle import gemma3n_pictures as gemma3n
 from tests.support import tiny, tiny_media
 
 WRITERS: dict[str, Callable[[Path], Path]] = {
@@ -67,13 +69,41 @@ def test_towers_are_quantized_only_on_request(source: Path, tmp_path: Path, towe
     quantized = [name for name in stored(tmp_path / "out") if name.endswith(".scales")]
     assert any(name.startswith("language_model.") for name in quantized)
     assert any("vision_tower" in name for name in quantized) == towers
-    assert not any("position" in name for name in quantized)
+    # Tables, and what mlx-vlm multiplies in the dtype of the weight.
+    assert not any(re.search("position|patch_embedder|relative_k", name) for name in quantized)
     logits, rows = outputs(tmp_path / "out")
     exact_logits, exact_rows = outputs(source)
     # 8 bits: a few percent of the spread at most.
     assert np.abs(logits - exact_logits).max() < 0.2 * exact_logits.std()
     error = np.abs(rows - exact_rows).max()
     assert (0 < error < 0.2 * exact_rows.std()) if towers else error == 0
+
+
+def test_gemma_3ns_unread_keys_and_values_stay_where_mlx_vlm_wants_them(tmp_path: Path):
+    """A checkpoint has them for layers that read another layer's."""
+    manifest = json.loads((gemma3n.DIRECTORY / "manifest.json").read_text())
+    shapes = manifest["tensors"] | {
+        f"model.language_model.layers.{i}.self_attn.{name}.weight": shape
+        for i in (2, 3)
+        for name, shape in {"k_proj": [32, 48], "v_proj": [32, 48], "k_norm": [16]}.items()
+    }
+    weights = {name: gemma3n.weight(name, shape, 0) for name, shape in shapes.items()}
+    config = json.loads((gemma3n.DIRECTORY / "config.hub.json").read_text())
+    source = tiny.write_checkpoint(tmp_path / "hf", config, weights)
+    expected = np.array(load_model(source)(mx.array([tiny.tokens(20, 60)])))
+    for name, kept, options in (
+        ("plain", 6, {}),
+        ("q8", 6, {"quantize": "affine8", "group_size": 32}),
+        ("text", 0, {"text_only": True}),
+    ):
+        convert(source, tmp_path / name, **options)
+        unread = {n for n in stored(tmp_path / name) if re.search(r"layers\.[23].*\.[kv]_", n)}
+        assert len({n for n in unread if n.endswith(".weight")}) == kept
+        got = np.array(load_model(tmp_path / name)(mx.array([tiny.tokens(20, 60)])))
+        assert np.abs(got - expected).max() <= 0.2 * expected.std() * (name == "q8")
+    again = convert(tmp_path / "q8", tmp_path / "again").plan
+    assert stored(tmp_path / "again").keys() == stored(tmp_path / "q8").keys()
+    assert not again.skipped
 
 
 def test_a_head_that_mlx_vlm_needs_twice_is_once_in_memory(tmp_path: Path):
