@@ -7,8 +7,10 @@ nothing. Work is queued on the device, so operations in flight still hold what t
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from math import prod
 
+from mlxkv.base import device
 from mlxkv.memory.graph import Graph, Operation
 
 IN_FLIGHT = 95
@@ -134,13 +136,34 @@ class Memory:
                 self._buffer[name] = donor
                 self._readers[donor] += self._uses[name] - 1
                 read.remove(donor)
+        for i, n_bytes in self._copies(operation):
+            copy = f"{operation.outputs[0]} {i}"
+            self._readers[copy] = 1
+            self._add_buffer(copy, n_bytes)
+            read.append(copy)
+
+    def _copies(self, operation: Operation) -> Iterator[tuple[int, int]]:
+        """Inputs that an operation copies, by index, and the bytes of the copy."""
         if operation.name in _PRODUCTS:
             for i, name in enumerate(operation.inputs):
                 if self._is_copied(name):
-                    copy = f"{operation.outputs[0]} {i}"
-                    self._readers[copy] = 1
-                    self._add_buffer(copy, self._graph.nbytes[name])
-                    read.append(copy)
+                    yield i, self._graph.nbytes[name]
+        elif operation.name == "Convolution" and device.on_cpu():
+            yield 0, self._convolution_bytes(operation)
+
+    def _convolution_bytes(self, operation: Operation) -> int:
+        """What the CPU backend's convolution holds: its padded input, and the input of each value
+        of the result side by side. Grouped ones of two axes and more hold nothing.
+        """
+        source, kernel = (self._graph.shapes[name] for name in operation.inputs)
+        result = self._graph.shapes[operation.outputs[0]]
+        _, before, after, _, _, groups, _ = operation.arguments
+        if groups > 1 and len(before) > 1:
+            return 0
+        B, *sizes, C = source
+        padded = B * C * prod(map(sum, zip(sizes, before, after, strict=True)))
+        patches = prod(result[:-1]) * prod(kernel[1:-1]) * C
+        return (padded + patches) * self._graph.nbytes[operation.inputs[0]] // prod(source)
 
     def _is_copied(self, name: str) -> bool:
         """Whether a product copies an array: neither its rows nor its columns are contiguous."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from PIL import Image
@@ -81,3 +82,21 @@ def test_media_that_fill_the_context_or_that_a_model_does_not_take_are_one_line(
         mlxkv.plan(folder, 64, images=pictures)
     with pytest.raises(MediaError, match=r"^b\.wav: this model takes no sound$"):
         mlxkv.plan(tiny_media.write_gemma3(tmp_path / "m"), 64, audio=["b.wav"])
+
+
+def test_convolutions_of_sound_take_what_is_planned(folder: Path):
+    """Their patches are twice as large as all else that Gemma 4's encoder holds here."""
+    reader, samples = reader_of(folder), (np.zeros(32_000, np.float32), 16_000)
+    assert reader is not None
+    (sound,) = reader.audio(samples)
+    (planned,) = plan(folder, 256, audio=[samples]).media
+    model = mlxkv.load_model(folder)
+    model.load_encoder("audio")
+    data = {name: mx.array(value) for name, value in (sound.data or {}).items()}
+    mx.eval(model.parameters(), data)
+    mx.clear_cache()
+    before = mx.get_active_memory() - sum(array.nbytes for array in data.values())
+    mx.reset_peak_memory()
+    mx.eval(model.media_rows("audio", data))
+    taken = mx.get_peak_memory() - before
+    assert 0.9 * planned.workspace_bytes < taken < 1.02 * planned.workspace_bytes
