@@ -91,7 +91,7 @@ def test_a_miss_says_which_picture_of_the_prompt_it_is(llm):
     assert asked(one, sound, three).startswith("[picture 2]")
     assert asked(one, sound, one).startswith("[picture 2]")
     assert asked({**two, "name": "b.png"}, sound).startswith("[picture 1: b.png]")
-    assert asked(one, {**sound, "audio": A.tobytes()}).startswith("[audio 1]")
+    assert asked(one, {**sound, "audio": A.tobytes()}).startswith("[sound 1]")
 
 
 FORKS = (
