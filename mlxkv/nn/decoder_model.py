@@ -326,7 +326,8 @@ class DecoderModel(CausalLM):
     def embed(self, tokens: mx.array, media: Media = ()) -> mx.array:
         x = self.model.embed_tokens(tokens)
         # A Python number takes the dtype of x: rounded to bfloat16 only when computing in it.
-        return placed(x if self._embed_scale is None else x * self._embed_scale, media)
+        x = x if self._embed_scale is None else x * self._embed_scale
+        return placed(x, media) if media else x
 
     def hidden(
         self,
@@ -335,7 +336,7 @@ class DecoderModel(CausalLM):
         per_layer: mx.array | None = None,
         media: Media = (),
     ) -> mx.array:
-        runs = self.two_way_runs(media)
+        runs = self.two_way_runs(media) if media else ()
         masks = attention_masks(self._windows, caches, x.shape[1], runs)
         for i, (layer, window) in enumerate(zip(self.model.layers, self._windows, strict=True)):
             x = layer(x, masks[window], None if caches is None else caches[i])

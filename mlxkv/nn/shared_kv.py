@@ -208,7 +208,7 @@ class SharedKVModel(DecoderModel):
         if not P:
             return None
         # Media have the padding's, whatever token stands in their places.
-        tokens = blanked(tokens, media, self.config.pad_token_id)
+        tokens = blanked(tokens, media, self.config.pad_token_id) if media else tokens
         return self.model.embed_tokens_per_layer(tokens).reshape(*tokens.shape, -1, P) * P**0.5
 
     def through_layers(
@@ -230,7 +230,7 @@ class SharedKVModel(DecoderModel):
             last_only: compute the layers without KV of their own for the last token alone.
         """
         L, n_own = x.shape[-2], len(self._windows)
-        runs = self.two_way_runs(media)
+        runs = self.two_way_runs(media) if media else ()
         masks = attention_masks(self._windows, caches, L, runs, sliding_only=True)
         # Read before any layer: a donor's cache has advanced when its readers rotate their queries.
         offset = caches[0].offset if caches else 0
