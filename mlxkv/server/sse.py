@@ -2,7 +2,8 @@
 
 - An answer is cancelled as soon as its client disconnects, or does not read for `stall_s`.
 - Nothing is buffered: the next event is computed when the one before is written.
-- When the server stops, the stream ends with an error that says so.
+- When the server stops, the stream ends with an error that says so, behind what the answers have
+  told by then: those that were put away say that they go on.
 - An error before the first event, or within `first_s`, is a response with its own status; later
   the stream has begun and the error is its last event.
 """
@@ -30,6 +31,8 @@ Events = AsyncGenerator[bytes, None]
 SSE = "text/event-stream"
 PING = b": ping\n\n"
 DONE = b"data: [DONE]\n\n"
+_TURNS = 50
+"""Turns of the event loop: more than what an answer has told needs to reach its response."""
 
 
 class ClientGone(Exception):
@@ -88,8 +91,10 @@ async def unless_gone(
     stop = _stop_of(request)
     try:
         await asyncio.wait({task, gone, stop}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ClientGone if gone.done() else ServerStopping
+        if not task.done() and gone.done():
+            raise ClientGone
+        if not await _arrived(task):
+            raise ServerStopping
         return task.result()
     finally:
         _cancel(answers)
@@ -131,7 +136,9 @@ async def stream(
         if first.done():
             first.result()
         elif stop.done():
-            raise ServerStopping
+            if not await _arrived(first):
+                raise ServerStopping
+            first.result()
     except BaseException:
         _cancel(answers)
         await _drop(first, gone, stop)
@@ -194,7 +201,7 @@ class _Stream(Response):
         done, _ = await asyncio.wait(futures, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
         if not done:
             return self._ping or b"", True
-        if self._stop in done:
+        if self._stop in done and not await _arrived(self._next):
             return self._on_error(ServerStopping()), False
         try:
             body = self._next.result()
@@ -211,6 +218,15 @@ class _Stream(Response):
 def _stop_of(request: Request) -> asyncio.Future[Any]:
     """Done when the server stops."""
     return asyncio.ensure_future(request.app.state.stopping.wait())
+
+
+async def _arrived(future: asyncio.Future[Any]) -> bool:
+    """Whether a future completes with what is on the event loop already."""
+    for _ in range(_TURNS):
+        if future.done():
+            return True
+        await asyncio.sleep(0)
+    return future.done()
 
 
 async def _gone(receive: Receive) -> None:

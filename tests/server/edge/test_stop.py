@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import Any
 
 import httpx
 import pytest
+from fastapi import Request
 
+from mlxkv.engine.answers import EngineAnswer
+from mlxkv.engine.messages import PutAway
 from mlxkv.generation.outputs import Chunk
+from mlxkv.server import sse
 from mlxkv.server.config import ServerConfig
 from mlxkv.server.edge.log_lines import OncePerMinute, WithoutKeys
 from tests.server.edge.test_connections import HEAD, sending, until
@@ -32,6 +39,7 @@ while True:
 HANGS_AT_THE_END = """
 import threading
 from mlxkv.commands.serve import _run
+from mlxkv.server import sse
 from mlxkv.server.config import ServerConfig
 from tests.support.fake_engine import FakeEngine
 engine = FakeEngine()
@@ -41,6 +49,7 @@ _run(engine, ServerConfig(port=0, end_s=1.0))
 WITHOUT_MORE_THREADS = """
 import os, signal, threading, time
 from mlxkv.commands.serve import _run
+from mlxkv.server import sse
 from mlxkv.server.config import ServerConfig
 from tests.support.fake_engine import FakeEngine
 engine, done = FakeEngine(), []
@@ -94,6 +103,41 @@ def test_streams_and_other_answers_end_with_the_reason_and_nothing_is_waited_for
             assert status == 503 and "error" in json.loads(content), path
         assert body.recv(12) == b"HTTP/1.1 503"
     assert ended and all(answer.cancelled.is_set() for answer in engine.answers)
+
+
+def test_a_stream_tells_what_its_answer_was_told_before_the_server_stopped():
+    """However late the event loop comes to it: an answer that was put away goes on."""
+
+    async def silent() -> dict[str, Any]:
+        return await asyncio.Future()
+
+    async def told(*items: Chunk | PutAway) -> list[bytes]:
+        stopping, got = asyncio.Event(), []
+        state = SimpleNamespace(state=SimpleNamespace(stopping=stopping))
+        request = Request({"type": "http", "app": state}, silent)
+        answer = EngineAnswer(lambda: None)
+        answer.tell(Chunk("begun", 1))
+
+        async def events():
+            async for _, chunk in sse.merge([answer]):
+                yield chunk.text.encode()
+
+        async def send(message):
+            got.append(message.get("body"))
+            if message.get("body") == b"begun":
+                for item in items:
+                    answer.tell(item)
+                stopping.set()
+
+        config, name = ServerConfig(), lambda error: type(error).__name__.encode()
+        response = await sse.stream(request, events(), config, name)
+        await response(request.scope, request.receive, send)
+        return got[1:]
+
+    pieces = [Chunk(str(i), i) for i in range(40)]
+    found = asyncio.run(told(*pieces, PutAway()))
+    assert found == [b"begun", *(piece.text.encode() for piece in pieces), b"PutAway"]
+    assert asyncio.run(told(*pieces[:1])) == [b"begun", b"0", b"ServerStopping"]
 
 
 @pytest.mark.parametrize(
