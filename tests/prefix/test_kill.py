@@ -20,7 +20,7 @@ def seen(*arguments: object) -> dict[str, Any]:
 
 
 def test_a_killed_writer_leaves_whole_pages_and_all_that_it_flushed(tmp_path):
-    result = seen("kill", tmp_path / "kv", 160)
+    result = seen("kill", tmp_path / "kv", 100)
     assert result["wrong"] == []
     # The kills did hit: before, while and after something was written.
     assert result["said"] > 10 and result["leftovers"] > 0 and result["pages"] > 300
