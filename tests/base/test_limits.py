@@ -178,7 +178,7 @@ def test_a_real_limit_of_a_process_is_seen(tmp_path):
 
 
 @linux
-@pytest.mark.parametrize(("mib", "code"), [(180, 7), (420, 7), (700, 0)])
+@pytest.mark.parametrize(("mib", "code"), [(180, 7), (300, 7), (700, 0)])
 def test_a_command_under_a_hard_limit_answers_or_fails_in_one_line(tmp_path, mib, code):
     chat_model(tmp_path / "models/m", hidden_size=256, intermediate_size=512)
     env = environment(tmp_path, MLXKV_KV=str(tmp_path / "kv"))
