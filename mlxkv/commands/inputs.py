@@ -122,7 +122,7 @@ def _files(paths: Sequence[Path]) -> list[Piece]:
     found = []
     for path in paths:
         for file in _inside(path) if path.is_dir() else [path]:
-            if (kind := _kind_of(file)) is not None:
+            if (kind := _kind_of(file, read_alone=file != path)) is not None:
                 found.append(Piece(str(file), file, kind, file == path))
                 continue
             text = _text(file) if file == path else _text_or_none(file)
@@ -133,7 +133,7 @@ def _files(paths: Sequence[Path]) -> list[Piece]:
     return found
 
 
-def _kind_of(file: Path) -> str | None:
+def _kind_of(file: Path, *, read_alone: bool = False) -> str | None:
     """Whether a file is a picture or a recording, by its first bytes; None for neither."""
     from mlxkv.media.kinds import HEAD, kind_of
 
@@ -141,7 +141,7 @@ def _kind_of(file: Path) -> str | None:
         if not file.is_file():
             return None
         with regular.open_file(file) as opened:
-            kind = kind_of(opened.read(HEAD))
+            kind = kind_of(opened.read(HEAD), read_alone=read_alone)
     except OSError:
         return None
     # A text can begin as a file of another kind does: BMP files with "BM".

@@ -203,6 +203,12 @@ def import_(
 
     saved = import_file(Path(file), name, model, [Path(key) for key in trust or ()])
     print(f"imported {saved.name}: {saved.n_tokens:,} tokens of {saved.model}", file=sys.stdout)
+    if saved.quarantine and saved.media:
+        print(
+            f"{saved.name} has pictures or sound, whose content is not in the file: its KV cannot "
+            "be computed here and compared, and is used only if --trust PUBKEY takes it",
+            file=sys.stderr,
+        )
     if check:
         _verify(saved.name, model, memory=None, sample=True)
 

@@ -16,16 +16,23 @@ _PICTURES = (
     (0, b"II*\0"),
     (0, b"MM\0*"),
     (8, b"WEBP"),
-    (4, b"jP  "),
-    (0, b"\0\0\1\0"),
+    *((0, magic + space) for magic in (b"P5", b"P6") for space in (b" ", b"\n")),
 )
+_UNREAD = ((4, b"jP  "), (0, b"\0\0\1\0"))
+"""Pictures of formats that are not read, JPEG 2000 and icons: what reads them says which are."""
 _BRANDS = (b"hei", b"hev", b"mif", b"msf", b"avi")
 """Of HEIC and AVIF files, which begin as M4A files do."""
 
 
-def kind_of(head: bytes) -> str | None:
-    """`image`, `audio`, or None, of a file that starts so."""
-    if any(head.startswith(magic, at) for at, magic in _PICTURES):
+def kind_of(head: bytes, *, read_alone: bool = False) -> str | None:
+    """`image`, `audio`, or None, of a file that starts so.
+
+    Args:
+        head: the first bytes.
+        read_alone: leave out pictures of formats that are not read.
+    """
+    pictures = _PICTURES if read_alone else (*_PICTURES, *_UNREAD)
+    if any(head.startswith(magic, at) for at, magic in pictures):
         return IMAGE
     if head[4:8] == b"ftyp" and head[8:11] in _BRANDS:
         return IMAGE

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import datetime
 import textwrap
+from collections import Counter
 from typing import Any
 
 from mlxkv.base.seal import VARIABLE
 from mlxkv.base.units import human_bytes
+from mlxkv.engine.media.side import NAMES
 from mlxkv.generation.kv_check import KVReport
 from mlxkv.prefix.on_disk.folder import Folder
 from mlxkv.saved_kv.gc import GcReport
@@ -79,6 +81,10 @@ def card_dict(names: KVNames, saved: NamedKV) -> dict[str, Any]:
         "kind": "text" if saved.messages is None else "chat",
         "fingerprint": saved.fingerprint,
         "trusted": not saved.quarantine,
+        "media": [
+            {"kind": medium.kind, "name": medium.name, "tokens": medium.n_tokens}
+            for medium in saved.media
+        ],
         "text": saved.text,
     }
 
@@ -87,11 +93,13 @@ def card_text(names: KVNames, saved: NamedKV) -> str:
     """One name, with the head of its text."""
     card = card_dict(names, saved)
     lost = card["missing_files"]
+    kinds = Counter(medium.kind for medium in saved.media)
     rows = (
         ("name", saved.name),
         ("model", f"{saved.model} ({saved.dtype}, {saved.kv_type})"),
         ("kind", "a text to continue" if saved.messages is None else "the start of a chat"),
         ("tokens", f"{saved.n_tokens:,}"),
+        *((word, f"{kinds[kind]:,}") for kind, word in NAMES.items() if kinds[kind]),
         ("size", f"{human_bytes(card['bytes'])} in {card['files']} files"),
         ("state", f"{lost} files are gone and will be computed again" if lost else "complete"),
         ("pinned", "yes" if saved.pinned else "no"),

@@ -192,6 +192,7 @@ def test_a_folder_of_pictures_is_them_and_their_names(tmp_path):
     (tmp_path / "a.txt").write_text("BMW, 1972")
     (tmp_path / "b.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     (tmp_path / "c.wav").write_bytes(b"RIFF\xff\0\0\0WAVEfmt ")
+    (tmp_path / "d.ico").write_bytes(b"\0\0\1\0\1\0")  # of a format that is not read
     (tmp_path / "d.txt").write_text("end")
     a, b, d = (tmp_path / name for name in ("a.txt", "b.png", "d.txt"))
     assert inputs.read([str(tmp_path)], {"image"}) == [

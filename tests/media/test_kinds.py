@@ -26,10 +26,12 @@ def picture(form: str) -> bytes:
 
 
 @pytest.mark.parametrize(
-    "form", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "JPEG2000", "ICO", "AVIF"]
+    "form", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "PPM", "JPEG2000", "ICO", "AVIF"]
 )
 def test_pictures(form):
-    assert kind_of(picture(form)[:HEAD]) == "image"
+    head = picture(form)[:HEAD]
+    assert kind_of(head) == "image"
+    assert (kind_of(head, read_alone=True) == "image") == (form not in ("JPEG2000", "ICO"))
 
 
 @pytest.mark.parametrize(
