@@ -111,13 +111,17 @@ class MlxVlm(Engine):
 
         self._model, self._processor = load(str(model))
         self._rows, self._kv = VisionFeatureCache(), PromptCacheState()
+        self._first: Path | None = None
         # It has no rows of Gemma 3's pictures to keep: they are computed with the prompt.
         keeps_rows = hasattr(self._model, "encode_image")
         self.modes = ("nothing", "rows", "chat") if keeps_rows else ("nothing", "chat")
 
     def ask(self, turns: Sequence[Turn], keeping: str = "chat") -> Answer:
-        from mlx_vlm.generate import stream_generate
+        from mlx_vlm.generate import PromptCacheState, stream_generate
 
+        if turns[0].picture != self._first:
+            # It compares ids alone, which all pictures share: the KV of another would be used.
+            self._first, self._kv = turns[0].picture, PromptCacheState()
         start, cpu = time.perf_counter(), _cpu_s()
         caches: dict[str, Any] = {} if keeping == "nothing" else {"vision_cache": self._rows}
         if keeping == "chat":
