@@ -208,7 +208,8 @@ def questions(engine: Engine, pictures: Sequence[Path]) -> dict[str, Answer]:
         asked[f"another question, {keeping}"] = engine.ask([Turn(q[1], one)], keeping)
     # A text of few tokens: what random weights answer is not encoded as it was generated.
     chat = [Turn(q[1], one), Turn("Red.", role="assistant")]
-    asked["a picture alone"] = engine.ask([Turn(q[2], alone)])
+    if isinstance(engine, Mlxkv):  # what its second picture is compared with
+        asked["a picture alone"] = engine.ask([Turn(q[2], alone)])
     asked["a second picture"] = engine.ask([*chat, Turn(q[2], second)])
     asked["the first again"] = engine.ask([Turn(q[3], one)])
     return asked
