@@ -215,11 +215,13 @@ class Session:
     def _match(self, tokens: Sequence[int]) -> Match:
         if self._pages is None:
             return Match()
-        n = self.resumable(tokens, self._most(tokens))
-        worth = 1 if self.media else WORTH  # a few tokens of a picture have its encoder run
-        while (match := self._pages.match(tokens, n, worth)).n_tokens:
-            if (n := self.resumable(tokens, match.n_tokens)) == match.n_tokens:
-                break
+        n, worth = self.resumable(tokens, self._most(tokens)), WORTH
+        match = self._pages.match(tokens, n, worth)
+        if min(tokens[match.n_tokens : match.shared], default=0) < 0:
+            worth = 1  # an encoder would run for these few tokens
+            match = self._pages.match(tokens, n, worth)
+        while (n := self.resumable(tokens, match.n_tokens)) < match.n_tokens:
+            match = self._pages.match(tokens, n, worth)
         return match
 
     def resumable(self, tokens: Sequence[int], n: int) -> int:
@@ -358,11 +360,7 @@ class Session:
             self._cut(n)
 
     def finish(self) -> list[Link]:
-        """Give the pages what this sequence has computed, its unfinished page too.
-
-        Returns:
-            Its pages; none without a page store.
-        """
+        """Give the pages what this sequence has computed, its unfinished page too; its pages."""
         n = self._settle()
         if self._budget is not None:
             self._budget.note()

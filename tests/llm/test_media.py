@@ -129,6 +129,8 @@ def test_the_same_picture_again_is_neither_computed_nor_encoded(llm):
     again = load_seeing(llm.path)
     assert answer(again, A, LONG * 4, "And why?").stats.restored_tokens >= STEP
     assert n_encoded(again) == 0
+    other = answer(again, B, "Two.")
+    assert other.stats.restored_tokens == 0  # for the few tokens of text no page is loaded
     again.close()
 
 
