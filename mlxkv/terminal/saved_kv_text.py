@@ -9,8 +9,8 @@ from typing import Any
 
 from mlxkv.base.seal import VARIABLE
 from mlxkv.base.units import human_bytes
-from mlxkv.engine.media.side import NAMES
 from mlxkv.generation.kv_check import KVReport
+from mlxkv.media.types import AUDIO, IMAGE
 from mlxkv.prefix.on_disk.folder import Folder
 from mlxkv.saved_kv.gc import GcReport
 from mlxkv.saved_kv.manifest import NamedKV
@@ -18,6 +18,8 @@ from mlxkv.saved_kv.registry import KVNames
 from mlxkv.terminal.console import table
 
 SHOWN_TEXT = 400
+MEDIA = {IMAGE: "pictures", AUDIO: "sound"}
+"""Kind -> its row."""
 _UNTRUSTED = "not yet: imported, and its KV serves no prompt before a part of it was computed here"
 
 
@@ -99,7 +101,7 @@ def card_text(names: KVNames, saved: NamedKV) -> str:
         ("model", f"{saved.model} ({saved.dtype}, {saved.kv_type})"),
         ("kind", "a text to continue" if saved.messages is None else "the start of a chat"),
         ("tokens", f"{saved.n_tokens:,}"),
-        *((word, f"{kinds[kind]:,}") for kind, word in NAMES.items() if kinds[kind]),
+        *((word, f"{kinds[kind]:,}") for kind, word in MEDIA.items() if kinds[kind]),
         ("size", f"{human_bytes(card['bytes'])} in {card['files']} files"),
         ("state", f"{lost} files are gone and will be computed again" if lost else "complete"),
         ("pinned", "yes" if saved.pinned else "no"),
