@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterable
+
 import numpy as np
 from PIL import Image
 
@@ -13,6 +16,37 @@ EVERY = 101
 """Of the values, one in so many is stored."""
 PIXELS = ("wide", "high", "small", "exact")
 SAMPLES = (513, 640, 4_000, 16_001, 32_100)
+
+
+MANY = 10_000
+"""Sizes, and lengths, whose counts of tokens are stored as a hash."""
+
+
+def many_sizes() -> np.ndarray:
+    """Widths and heights: any, of any aspect, multiples of 48 pixels, and one pixel beside them."""
+    rng, n = np.random.RandomState(48), MANY // 4
+    near = rng.randint(1, 30, (n, 2)) * 48 + rng.randint(-1, 2, (n, 2))
+    return np.concatenate(
+        [
+            rng.randint(4, 2000, (n, 2)),
+            np.exp(rng.uniform(np.log(4), np.log(3000), (n, 2))).astype(int),
+            rng.randint(1, 30, (n, 2)) * 48,
+            near,
+        ]
+    )
+
+
+def many_lengths() -> np.ndarray:
+    """Samples of recordings: the shortest one by one, and any up to 30 s."""
+    rng = np.random.RandomState(160)
+    shortest = np.arange(161, 161 + MANY // 4)
+    return np.concatenate([shortest, rng.randint(161, 480_001, MANY - len(shortest))])
+
+
+def hash_of(counts: Iterable[int]) -> np.ndarray:
+    """SHA-256 of counts of tokens: uint8 `[32]`."""
+    content = np.array(list(counts), np.int32).tobytes()
+    return np.frombuffer(hashlib.sha256(content).digest(), np.uint8)
 
 
 def picture_of(name: str) -> Image.Image:

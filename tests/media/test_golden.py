@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,18 @@ from PIL import __version__ as pillow_version
 
 from mlxkv.media.reader import MediaReader, reader_of
 from mlxkv.media.sound import RATE
-from tests.media.cases import BUDGETS, EVERY, MEDIA_GOLDEN, PIXELS, SAMPLES, picture_of, sound_of
+from tests.media.cases import (
+    BUDGETS,
+    EVERY,
+    MEDIA_GOLDEN,
+    PIXELS,
+    SAMPLES,
+    hash_of,
+    many_lengths,
+    many_sizes,
+    picture_of,
+    sound_of,
+)
 
 FAMILIES = {
     "gemma3": {"size": {"height": 56, "width": 42}},
@@ -113,3 +125,15 @@ def test_tokens_of_sound_equal_the_extractors(
     lengths = golden["lengths"].tolist()
     assert [readers["gemma4"].audio_tokens(n) for n in lengths] == golden["sound_tokens"].tolist()
     assert {readers["gemma3n"].audio_tokens(n) for n in lengths} == {188}
+
+
+@pytest.mark.parametrize("family", ["gemma4", "gemma4_unified"])
+def test_tokens_of_ten_thousand_sizes_and_lengths_equal_the_processors(
+    golden: dict[str, np.ndarray], readers: dict[str, MediaReader], family: str
+) -> None:
+    reader, budgets = readers[family], itertools.cycle(BUDGETS)
+    sizes = zip(many_sizes().tolist(), budgets, strict=False)
+    of_sizes = hash_of(reader.image_tokens(*size, budget) for size, budget in sizes)
+    assert np.array_equal(of_sizes, golden[f"{family}/many_sizes"])
+    of_lengths = hash_of(map(reader.audio_tokens, many_lengths().tolist()))
+    assert np.array_equal(of_lengths, golden[f"{family}/many_lengths"])

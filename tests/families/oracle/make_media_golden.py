@@ -10,15 +10,32 @@ that resize with Pillow; of the large arrays every 101st value is kept.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
+
 import numpy as np
 import PIL
 import transformers
 from PIL import Image
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
+from transformers.models.gemma4_unified.image_processing_gemma4_unified import (
+    Gemma4UnifiedImageProcessor,
+)
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from tests.media.cases import BUDGETS, EVERY, MEDIA_GOLDEN, PIXELS, SAMPLES, picture_of, sound_of
+from tests.media.cases import (
+    BUDGETS,
+    EVERY,
+    MEDIA_GOLDEN,
+    PIXELS,
+    SAMPLES,
+    hash_of,
+    many_lengths,
+    many_sizes,
+    picture_of,
+    sound_of,
+)
 
 N = 200
 
@@ -57,6 +74,32 @@ def sound_tokens(lengths: np.ndarray) -> np.ndarray:
         mask = extract([np.zeros(length, np.float32)])["input_features_mask"][0]
         tokens[i] = mask[::2][::2].sum()
     return tokens
+
+
+def many() -> dict[str, np.ndarray]:
+    """Hashes of 10,000 counts of each kind: an hour, since every picture is resized."""
+    kinds = {
+        "gemma4": (Gemma4ImageProcessorPil, sound_tokens),
+        "gemma4_unified": (Gemma4UnifiedImageProcessor, _samples_tokens),
+    }
+    found = {}
+    for family, (processor, sound) in kinds.items():
+        found[f"{family}/many_sizes"] = hash_of(_many_pictures(processor))
+        found[f"{family}/many_lengths"] = hash_of(sound(many_lengths()))
+    return found
+
+
+def _many_pictures(processor: type) -> Iterator[int]:
+    made = {budget: processor(max_soft_tokens=budget) for budget in BUDGETS}
+    for (width, height), budget in zip(many_sizes(), itertools.cycle(BUDGETS), strict=False):
+        image = Image.new("RGB", (int(width), int(height)))
+        yield int(made[budget](images=image)["num_soft_tokens_per_image"][0])
+
+
+def _samples_tokens(lengths: np.ndarray) -> np.ndarray:
+    extract = transformers.Gemma4UnifiedAudioFeatureExtractor()
+    masks = [extract([np.zeros(n, np.float32)])["input_features_mask"][0] for n in lengths]
+    return np.array([mask.sum() for mask in masks], np.int32)
 
 
 def pixels() -> dict[str, np.ndarray]:
@@ -103,6 +146,7 @@ def main() -> None:
     rng = np.random.default_rng(160)
     lengths = np.concatenate([np.arange(161, 161 + N), rng.integers(161, 480_001, N)])
     arrays = {"sizes": sizes(), "lengths": lengths.astype(np.int32), **pixels(), **features()}
+    arrays |= many()
     arrays["picture_tokens"] = picture_tokens(arrays["sizes"])
     arrays["sound_tokens"] = sound_tokens(arrays["lengths"])
     small = {k: v.astype(np.float32) if v.dtype.kind == "f" else v for k, v in arrays.items()}
