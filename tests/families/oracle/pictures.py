@@ -215,6 +215,22 @@ PICTURES = (
     ),
     Pictures(
         _gemma4(
+            "dense-pictures",
+            {**VIT, "standardize": True},
+            {
+                **gemma4.K_IS_V,
+                "num_hidden_layers": 3,
+                "layer_types": [SLIDING, SLIDING, FULL],
+                "use_bidirectional_attention": "vision",
+            },
+        ),
+        SIZES,
+        3,
+        48,
+        (SLIDING,),
+    ),
+    Pictures(
+        _gemma4(
             "unified-pictures",
             {"mm_embed_dim": 24, "mm_posemb_size": 16, "output_proj_dims": 24, "patch_size": 4},
             {**gemma4.K_IS_V, "num_hidden_layers": 3, "layer_types": [SLIDING, SLIDING, FULL]},
