@@ -130,7 +130,12 @@ def default_path(report_machine: dict[str, Any], model: dict[str, Any]) -> Path:
     """`mlxkv-bench-<chip>-<model>.json` in the current folder, numbered if that exists."""
     size = f"{model['model_type']}-{model['parameters'] / 1e6:.0f}m"
     words = (report_machine["chip"], model["name"] or f"{size}-{model['quantization']}")
-    stem = "-".join(["mlxkv-bench", *(_slug(word) for word in words)])
+    return free_path("mlxkv-bench", *words)
+
+
+def free_path(*words: str) -> Path:
+    """A JSON file named by words in the current folder, numbered if that exists."""
+    stem = "-".join(_slug(word) for word in words)
     path, n = Path(f"{stem}.json"), 2
     while path.exists():
         path, n = Path(f"{stem}-{n}.json"), n + 1

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
+import shutil
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mlxkv.commands.options import AsJson, Context, DType, Memory, Model
-from mlxkv.errors import OutputError, UsageError
+from mlxkv.errors import INTERRUPTED, UsageError
 
 if TYPE_CHECKING:
-    from mlxkv.llm.llm import LLM
+    from mlxkv.store.settings import Given
 
 
 def verify(
@@ -30,16 +31,19 @@ def verify(
         bool,
         typer.Option(
             "--full",
-            help="Try out all that the model can do instead: chat, reasoning, formats, tools, "
+            help="Instead try out all that the model can do: chat, reasoning, formats, tools, "
             "limits, pictures, sound, prefix reuse, memory.",
         ),
     ] = False,
     strict: Annotated[
         bool, typer.Option("--strict", help="With --full, a wrong answer fails as well.")
     ] = False,
-    json_to: Annotated[
-        str | None,
-        typer.Option("--json-to", metavar="FILE", help="Write JSON to FILE beside the table."),
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="With --full, its report; default: mlxkv-verify-MODEL.json in the current folder.",
+        ),
     ] = None,
     context: Context = None,
     dtype: DType = "auto",
@@ -50,6 +54,9 @@ def verify(
 
     Runs one prompt cold, in other chunks, after a rewind, and from pages in RAM and on disk, in
     each KV format; exits with 1 if a path differs from the cold run by more than is allowed.
+
+    With --full all that the model can do is tried out instead, and a report is written. It exits
+    with 1 if something that mlxkv promises does not hold.
     """
     from mlxkv.bench import verify as check
     from mlxkv.kv.storage import storage_of
@@ -59,53 +66,43 @@ def verify(
 
     for each in kv_type or ():
         storage_of(each)
-    if full and (tokens or len(kv_type or ()) > 1):
+    if full and (tokens is not None or len(kv_type or ()) > 1):
         raise UsageError("--full takes one --kv-type, and no --tokens")
-    if strict and not full:
-        raise UsageError("--strict is for --full")
-    _check_writable(json_to)
+    for name, value in (("--strict", strict), ("--report", report)):
+        if value and not full:
+            raise UsageError(f"{name} is for --full")
     own = kv_type[0] if full and kv_type else None
     given = Given(context=context, kv_type=own, memory=memory, origin=COMMAND_LINE)
+    if full:
+        return _full(model, dtype, given, strict, report, as_json)
     with load_model(model, dtype, given) as llm:
-        if full:
-            return _full(llm, strict, json_to, as_json)
-        report = check.verify(llm, tokens, tuple(kv_type or KV_TYPES))
-    made = json.dumps(check.to_dict(report))
-    _write(made, json_to)
-    print(made if as_json else check.text(report))
-    return 0 if report.passed else 1
+        made = check.verify(llm, tokens, tuple(kv_type or KV_TYPES))
+    print(json.dumps(check.to_dict(made)) if as_json else check.text(made))
+    return 0 if made.passed else 1
 
 
-def _full(llm: LLM, strict: bool, json_to: str | None, as_json: bool) -> int:
+def _full(
+    model: str, dtype: str, given: Given, strict: bool, file: Path | None, as_json: bool
+) -> int:
     from mlxkv.bench.acceptance import report as reports
     from mlxkv.bench.acceptance.subject import Subject
     from mlxkv.bench.acceptance.suite import accept
+    from mlxkv.bench.report import check_writable, free_path, write
     from mlxkv.terminal.console import ProgressLine
+    from mlxkv.terminal.local import load_model
 
+    file = file or free_path("mlxkv-verify", Path(model).name)
+    check_writable(file)
     progress = ProgressLine()
-    try:
-        report = accept(Subject(llm), progress)
-    finally:
-        progress.clear()
-    made = json.dumps(reports.to_dict(report), ensure_ascii=False)
-    _write(made, json_to)
-    print(made if as_json else reports.text(report))
-    return 0 if report.passed(strict) else 1
-
-
-def _check_writable(file: str | None) -> None:
-    """Raise OutputError now, and not when all checks have run."""
-    if file is None:
-        return
-    path = Path(file).expanduser()
-    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise OutputError(f"{file}: cannot be written")
-
-
-def _write(text: str, file: str | None) -> None:
-    if file is None:
-        return
-    try:
-        Path(file).expanduser().write_text(f"{text}\n", "utf-8")
-    except OSError as error:
-        raise OutputError(f"{file}: {error.strerror}") from error
+    with load_model(model, dtype, given) as llm:
+        try:
+            made = accept(Subject(llm), model, strict, progress)
+        finally:
+            progress.clear()
+    write(reports.to_dict(made), file)
+    if as_json:
+        print(json.dumps(reports.to_dict(made), indent=1))
+    else:
+        print(reports.text(made, shutil.get_terminal_size().columns))
+    print(f"report: {file}", file=sys.stderr)
+    return int(not made.passed) if made.complete else INTERRUPTED

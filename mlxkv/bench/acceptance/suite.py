@@ -5,7 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
-from mlxkv.bench.acceptance import limit_checks, media_checks, text_checks
+from mlxkv.bench.acceptance import (
+    limit_checks,
+    picture_checks,
+    sound_checks,
+    text_checks,
+    tool_checks,
+)
 from mlxkv.bench.acceptance.report import (
     FAILED,
     OK,
@@ -18,46 +24,60 @@ from mlxkv.bench.acceptance.report import (
     Wrong,
 )
 from mlxkv.bench.acceptance.subject import SMALLEST_CONTEXT, Subject
-from mlxkv.errors import MlxkvError, UsageError, lacks_memory, one_line
+from mlxkv.errors import MlxkvError, UsageError, one_line
 
 Check = Callable[[Subject], str]
 
 CHECKS: Sequence[tuple[str, str, Check]] = (
-    ("chat", "a question", text_checks.answers),
+    ("chat", "question", text_checks.answers),
     ("chat", "history", text_checks.remembers),
     ("chat", "prefix reuse", text_checks.chat_reuse),
     ("reasoning", "on", text_checks.thinks_on),
     ("reasoning", "off", text_checks.thinks_off),
+    ("reasoning", "prefix reuse", text_checks.thinks_reuse),
     ("structured", "JSON schema", text_checks.schema),
-    ("structured", "regular expression", text_checks.pattern),
+    ("structured", "regex", text_checks.pattern),
     ("structured", "prefix reuse", text_checks.schema_reuse),
-    ("tools", "one of several", text_checks.calls),
-    ("tools", "parallel calls", text_checks.parallel),
-    ("tools", "results, prefix reuse", text_checks.results),
-    ("limits", "context is full", limit_checks.full),
-    ("limits", "prompt is too long", limit_checks.too_long),
+    ("tools", "one of five", tool_checks.calls),
+    ("tools", "forced call", tool_checks.forced),
+    ("tools", "parallel calls", tool_checks.parallel),
+    ("tools", "result", tool_checks.results),
+    ("tools", "prefix reuse", tool_checks.reuse),
+    ("limits", "full context", limit_checks.full),
+    ("limits", "long prompt", limit_checks.too_long),
     ("limits", "context shift", limit_checks.shifts),
     ("limits", "stop text", limit_checks.stops),
     ("limits", "seeds", limit_checks.seeds),
-    ("pictures", "description", media_checks.describes),
-    ("pictures", "count", media_checks.counts),
-    ("pictures", "position", media_checks.locates),
-    ("pictures", "reading", media_checks.reads),
-    ("pictures", "two compared", media_checks.compares),
-    ("pictures", "another question", media_checks.picture_reuse),
-    ("pictures", "a second picture", media_checks.second_picture),
-    ("sound", "transcript", media_checks.transcribes),
-    ("sound", "a question", media_checks.hears),
-    ("sound", "longer than 30 s", media_checks.long_sound),
-    ("sound", "another question", media_checks.sound_reuse),
-    ("memory", "beside the plan", limit_checks.memory),
+    ("limits", "memory", limit_checks.memory),
+    ("pictures", "seen", picture_checks.is_seen),
+    ("pictures", "description", picture_checks.describes),
+    ("pictures", "count", picture_checks.counts),
+    ("pictures", "position", picture_checks.locates),
+    ("pictures", "reading", picture_checks.reads),
+    ("pictures", "two compared", picture_checks.compares),
+    ("pictures", "prefix reuse", picture_checks.another_question),
+    ("pictures", "second one", picture_checks.second_picture),
+    ("pictures", "memory", picture_checks.memory),
+    ("sound", "heard", sound_checks.is_heard),
+    ("sound", "transcript", sound_checks.transcribes),
+    ("sound", "question", sound_checks.answers),
+    ("sound", "over 30 s", sound_checks.long_sound),
+    ("sound", "prefix reuse", sound_checks.another_question),
+    ("sound", "memory", sound_checks.memory),
 )
 
 
-def accept(subject: Subject, on_check: Callable[[str], None] = lambda name: None) -> Report:
-    """Run all checks that apply to a model.
+def accept(
+    subject: Subject,
+    name: str,
+    strict: bool = False,
+    on_check: Callable[[str], None] = lambda name: None,
+) -> Report:
+    """Run all checks; after Ctrl-C the report has those that were run.
 
     Args:
+        name: the model's, for the report.
+        strict: see `Report`.
         on_check: called with each check's name before it runs.
 
     Raises:
@@ -68,12 +88,23 @@ def accept(subject: Subject, on_check: Callable[[str], None] = lambda name: None
         raise UsageError(
             f"the checks need a context of {SMALLEST_CONTEXT} tokens or more; got {llm.context}"
         )
-    rows = []
-    for area, name, check in CHECKS:
-        on_check(f"{area}: {name}")
-        rows.append(run(subject, area, name, check))
-    dtype = str(llm.model.compute_dtype).rpartition(".")[2]
-    return Report(str(llm.path), dtype, tuple(sorted(subject.kinds)), tuple(rows))
+    rows, complete = [], True
+    try:
+        for area, what, check in CHECKS:
+            on_check(f"{len(rows) + 1} of {len(CHECKS)}  {area}: {what}")
+            rows.append(run(subject, area, what, check))
+    except KeyboardInterrupt:
+        complete = False
+    return Report(
+        name,
+        str(llm.model.compute_dtype).rpartition(".")[2],
+        llm.kv_type,
+        llm.context,
+        tuple(sorted(subject.kinds)),
+        tuple(rows),
+        strict,
+        complete,
+    )
 
 
 def run(subject: Subject, area: str, name: str, check: Check) -> Row:
@@ -90,7 +121,5 @@ def run(subject: Subject, area: str, name: str, check: Check) -> Row:
     except MlxkvError as error:
         verdict, note = FAILED, one_line(error)
     except Exception as error:
-        if lacks_memory(error):
-            raise
         verdict, note = FAILED, f"unexpected {type(error).__name__}: {one_line(error)}"
     return Row(area, name, verdict, note, time.perf_counter() - started)
