@@ -34,7 +34,7 @@ def writer(runtime: TextSide, owner: str = "", saved: NamedKV | None = None) -> 
             hints=[Hint("raw", True)],
         )
     known = () if saved is None else saved.media
-    return MediaWriter(made.for_owner(owner), runtime.tokenizer, runtime.media, known)
+    return MediaWriter(made.for_owner(owner), runtime.tokenizer, runtime.media, known, owner)
 
 
 def render(runtime: TextSide, messages: Sequence[Message], **options: Any) -> Rendered:

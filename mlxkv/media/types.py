@@ -34,6 +34,8 @@ class Medium:
         name: of the file, for messages; "" if it has none.
         data: arrays that the model's encoder takes; None where only the KV is known, as of saved
             prompts.
+        owner: whose prompt it is of (an API key): what is kept of it is of use to the owner's other
+            prompts alone.
     """
 
     kind: str
@@ -42,6 +44,12 @@ class Medium:
     token: int
     name: str = field(default="", compare=False)
     data: Mapping[str, np.ndarray] | None = field(default=None, compare=False, repr=False)
+    owner: str = field(default="", compare=False)
+
+    @property
+    def kept_as(self) -> tuple[str, bytes]:
+        """What its rows are kept under."""
+        return self.owner, self.digest
 
     @cached_property
     def ids(self) -> tuple[int, ...]:

@@ -25,7 +25,7 @@ MAX_TRACED = 64
 
 
 class Rows:
-    """Rows that the encoders made of media, by content; the least recently used go first.
+    """Rows that the encoders made of media, by owner and content; the least recently used go first.
 
     Args:
         limit_bytes: that may be kept.
@@ -36,7 +36,7 @@ class Rows:
 
     def __init__(self, limit_bytes: int = 0):
         self._limit_bytes, self.n_encoded = limit_bytes, 0
-        self._kept: OrderedDict[bytes, mx.array] = OrderedDict()
+        self._kept: OrderedDict[tuple[str, bytes], mx.array] = OrderedDict()
 
     @property
     def limit_bytes(self) -> int:
@@ -57,9 +57,9 @@ class Rows:
 
     def get(self, medium: Medium) -> mx.array | None:
         """The rows of a medium, if they are kept."""
-        rows = self._kept.get(medium.digest)
+        rows = self._kept.get(medium.kept_as)
         if rows is not None:
-            self._kept.move_to_end(medium.digest)
+            self._kept.move_to_end(medium.kept_as)
         return rows
 
     def encode(self, model: CausalLM, medium: Medium) -> mx.array:
@@ -81,7 +81,7 @@ class Rows:
         mx.eval(rows)
         mx.clear_cache()
         self.n_encoded += 1
-        self._kept[medium.digest] = rows
+        self._kept[medium.kept_as] = rows
         self._shrink()
         return rows
 

@@ -22,6 +22,7 @@ from mlxkv.generation.outputs import Result
 from mlxkv.generation.request import Request
 from mlxkv.kv.types import STEP
 from mlxkv.llm.llm import LLM
+from mlxkv.memory.media import Rows
 from mlxkv.saved_kv.manifest import NamedKV
 from tests.support.seeing import ROWS, load_seeing, picture, seeing_model, shown
 
@@ -74,6 +75,17 @@ def test_the_rows_of_a_picture_stand_where_the_template_put_it(llm):
     assert at == len("\x00user\n") + len(asked) + len("\n\x00")
     assert other.stats.miss is not None
     assert other.stats.miss.prompt.endswith(f"|[picture 1: {B[0, 0]:.3f}.png]")
+
+
+def test_what_is_kept_of_a_picture_is_of_its_owner_alone(llm):
+    """Else the time to the first token would tell one key what another has shown."""
+    (part,) = [each for each in shown(A)[0]["content"] if each["type"] == "image"]
+    (one,), (again,), (other,) = (llm.media.read("image", part, owner) for owner in "aab")
+    assert one.data is again.data and other.data is not one.data
+    assert one.ids == other.ids
+    rows = Rows(1 << 20)
+    rows.encode(llm.model, one)
+    assert rows.get(again) is not None and rows.get(other) is None
 
 
 def test_a_miss_says_which_picture_of_the_prompt_it_is(llm):

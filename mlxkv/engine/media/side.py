@@ -7,6 +7,7 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,8 +54,13 @@ class MediaSide:
         own = frozenset() if self.reader is None else self.reader.kinds
         return own if self._kinds is None else own & frozenset(self._kinds)
 
-    def read(self, kind: str, part: Mapping[str, Any]) -> tuple[Medium, ...]:
+    def read(self, kind: str, part: Mapping[str, Any], owner: str = "") -> tuple[Medium, ...]:
         """The media of a part of a message, most often one.
+
+        Args:
+            kind: of the part.
+            part: of a message, see `media.parts`.
+            owner: see `Medium`; another's part is decoded again.
 
         Raises:
             MediaError: the model takes no such thing, or it cannot be read.
@@ -72,11 +78,13 @@ class MediaSide:
         def read() -> tuple[Medium, ...]:
             assert self.reader is not None
             if kind == AUDIO:
-                return tuple(self.reader.audio(source, name=name))
-            return (self.reader.image(source, budget, name=name),)
+                found = self.reader.audio(source, name=name)
+            else:
+                found = (self.reader.image(source, budget, name=name),)
+            return tuple(replace(medium, owner=owner) for medium in found)
 
         key = _key(source)
-        return read() if key is None else self._once((kind, budget, key), name, read)
+        return read() if key is None else self._once((owner, kind, budget, key), name, read)
 
     def _once(self, key: object, name: str, read: Read) -> tuple[Medium, ...]:
         with self._lock:
@@ -134,7 +142,7 @@ class _Unread(Mapping[str, Any]):
 
 
 def _with(medium: Medium, name: str, data: Mapping[str, Any] | None) -> Medium:
-    return Medium(medium.kind, medium.digest, medium.n_tokens, medium.token, name, data)
+    return replace(medium, name=name, data=data)
 
 
 def _nbytes(data: tuple[Mapping[str, Any], ...]) -> int:

@@ -39,6 +39,7 @@ class MediaWriter:
         tokenizer: the model's.
         side: reads media.
         saved: media of which the KV is saved, to be named by their digests.
+        owner: see `PromptWriter.for_owner`.
     """
 
     def __init__(
@@ -47,10 +48,12 @@ class MediaWriter:
         tokenizer: Tokenizer,
         side: MediaSide,
         saved: Iterable[Medium] = (),
+        owner: str = "",
     ):
         self._inner, self._tokenizer, self._side = inner, tokenizer, side
         self._saved = {medium.digest.hex(): medium for medium in saved}
         self._media: list[Medium] = []
+        self._owner = owner
 
     @property
     def media(self) -> PromptMedia:
@@ -60,7 +63,7 @@ class MediaWriter:
     def for_owner(self, owner: str) -> MediaWriter:
         """See `PromptWriter`."""
         inner = self._inner.for_owner(owner)
-        return MediaWriter(inner, self._tokenizer, self._side, self._saved.values())
+        return MediaWriter(inner, self._tokenizer, self._side, self._saved.values(), owner)
 
     def recorder(self, prompt: Rendered) -> Recorder | None:
         """See `PromptWriter`."""
@@ -109,7 +112,7 @@ class MediaWriter:
             if not named or len(media) < len(named):
                 raise MediaError(f"{kind}: must be a path, bytes or an array; got a dict")
             return media
-        return self._side.read(kind, part)
+        return self._side.read(kind, part, self._owner)
 
     def without_content(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
         """Messages as JSON, media by their digests: of saved KV, see `media.parts`."""
