@@ -18,8 +18,8 @@ from mlxkv.errors import UsageError
 if TYPE_CHECKING:
     from mlxkv.server.client import Server
     from mlxkv.store.settings import Given
-    from mlxkv.terminal.attachments import Attachment
     from mlxkv.terminal.backend import Speaker
+    from mlxkv.terminal.files.attachments import Attachment
 
 
 @with_sampling
@@ -209,7 +209,7 @@ def _attached(files: Sequence[str], mic: bool, server: Server | None) -> list[At
     """
     if not (files or mic):
         return []
-    from mlxkv.terminal import attachments
+    from mlxkv.terminal.files import attachments
 
     recorded = [attachments.recorded()] if mic else []
     read = attachments.read if server is None else attachments.checked

@@ -13,7 +13,7 @@ from mlxkv.commands.options import Context, DType, Memory, Model
 from mlxkv.errors import UsageError
 
 if TYPE_CHECKING:
-    from mlxkv.terminal.transcribe import Recording
+    from mlxkv.terminal.files.transcribe import Recording
 
 PIPED = "-"
 
@@ -44,10 +44,10 @@ def transcribe(
 
     Long ones are cut in pauses, or overlap where there are none, so that no word is lost.
     """
-    from mlxkv.generation.transcripts import longest_window
+    from mlxkv.generation.speech.transcripts import longest_window
     from mlxkv.store.settings import COMMAND_LINE, Given
+    from mlxkv.terminal.files.transcribe import transcribe as write
     from mlxkv.terminal.local import load_model
-    from mlxkv.terminal.transcribe import transcribe as write
 
     longest_window(format)  # raises for a format that is none
     if len(files or ()) + mic > 1 and format in ("srt", "vtt"):
@@ -60,9 +60,9 @@ def transcribe(
 
 def _recordings(files: Sequence[str], mic: bool) -> Iterator[Recording]:
     """All recordings, checked before a model is loaded for them."""
-    from mlxkv.terminal import microphone
-    from mlxkv.terminal.attachments import printable
-    from mlxkv.terminal.transcribe import Recording
+    from mlxkv.terminal.files import microphone
+    from mlxkv.terminal.files.attachments import printable
+    from mlxkv.terminal.files.transcribe import Recording
 
     if not files and not mic:
         raise UsageError("there is nothing to transcribe: give files, or - and pipe one in")

@@ -26,7 +26,7 @@ from mlxkv.store.settings import Given, effective
 
 if TYPE_CHECKING:
     from mlxkv.generation.kv_check import KVReport
-    from mlxkv.generation.transcripts import Heard, Transcript
+    from mlxkv.generation.speech.transcripts import Heard, Transcript
     from mlxkv.media.sound import SoundSource
 
 __all__ = ["LLM", "Chunk", "Conversation", "Prompt", "Request", "Result", "Stats", "load"]

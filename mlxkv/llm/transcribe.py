@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 from mlxkv.errors import UsageError
-from mlxkv.generation.transcripts import Heard, longest_window, transcribing
+from mlxkv.generation.speech.transcripts import Heard, longest_window, transcribing
 from mlxkv.media.sound import RATE, decoded
 from mlxkv.media.source import name_of
 from mlxkv.media.types import AUDIO

@@ -9,7 +9,7 @@ from pathlib import Path
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion
 from prompt_toolkit.document import Document
 
-from mlxkv.terminal.attachments import AUDIO, IMAGE, SUFFIXES
+from mlxkv.terminal.files.attachments import AUDIO, IMAGE, SUFFIXES
 
 _PATHS: Mapping[str, str | None] = {"/image": IMAGE, "/audio": AUDIO, "/save": None, "/load": None}
 """Commands that take files -> the kind of those that are shown; None for all."""

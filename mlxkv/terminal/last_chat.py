@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 from mlxkv.base.durable import write_whole
 from mlxkv.errors import UsageError
-from mlxkv.terminal import media_files
+from mlxkv.terminal.files import media_files
 
 if TYPE_CHECKING:
     from mlxkv.generation.asleep import Asleep
-    from mlxkv.terminal.attachments import Content
+    from mlxkv.terminal.files.attachments import Content
     from mlxkv.terminal.slash_commands import Chat
 
 EVERY = 256

@@ -9,9 +9,9 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from mlxkv.errors import INTERRUPTED, UsageError
-from mlxkv.terminal import attachments
 from mlxkv.terminal.answer_options import AnswerOptions
 from mlxkv.terminal.console import Aside, ProgressLine
+from mlxkv.terminal.files import attachments
 from mlxkv.terminal.spelling import RUN
 from mlxkv.terminal.stats_text import describe_memory, describe_stats, remarks, stats_dict
 from mlxkv.terminal.word_wrap import wrap_for
@@ -19,8 +19,8 @@ from mlxkv.terminal.word_wrap import wrap_for
 if TYPE_CHECKING:
     from mlxkv.generation.outputs import Chunk
     from mlxkv.saved_kv.manifest import NamedKV
-    from mlxkv.terminal.attachments import Attachment
     from mlxkv.terminal.backend import Speaker
+    from mlxkv.terminal.files.attachments import Attachment
 
 
 def one_answer(

@@ -27,8 +27,8 @@ from mlxkv.terminal.answer_options import AnswerOptions
 
 if TYPE_CHECKING:
     from mlxkv.saved_kv.manifest import NamedKV
-    from mlxkv.terminal.attachments import Content
     from mlxkv.terminal.backend import Progress
+    from mlxkv.terminal.files.attachments import Content
 
 _OPTIONS = {"max_tokens": "num_predict"} | {
     field.name: field.name for field in fields(SamplingParams) if field.name != "logit_bias"

@@ -20,13 +20,14 @@ from typing import TYPE_CHECKING, cast
 
 from mlxkv.base.faults import log_fault
 from mlxkv.errors import MlxkvError, TemplateError, one_line
-from mlxkv.terminal import last_chat, media_files
+from mlxkv.terminal import last_chat
 from mlxkv.terminal.answer_options import AnswerOptions, options_of
-from mlxkv.terminal.attach_commands import attach
-from mlxkv.terminal.attachments import Attachment, Content, content, text_of
 from mlxkv.terminal.backend import ComputesAhead
 from mlxkv.terminal.console import ProgressLine
-from mlxkv.terminal.dropped import has_path, with_files
+from mlxkv.terminal.files import media_files
+from mlxkv.terminal.files.attach_commands import attach
+from mlxkv.terminal.files.attachments import Attachment, Content, content, text_of
+from mlxkv.terminal.files.dropped import has_path, with_files
 from mlxkv.terminal.one_shot import Printer, prefill_report
 from mlxkv.terminal.slash_commands import (
     COMMANDS,

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from mlxkv.base import durable, regular
 from mlxkv.errors import OutputError, UsageError
-from mlxkv.terminal import attach_commands, media_files
 from mlxkv.terminal.answer_options import SAMPLING, AnswerOptions, with_defaults
-from mlxkv.terminal.attachments import AUDIO, IMAGE, Attachment
+from mlxkv.terminal.files import attach_commands, media_files
+from mlxkv.terminal.files.attachments import AUDIO, IMAGE, Attachment
 from mlxkv.terminal.stats_text import describe_memory
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ import openai
 import pytest
 from PIL import Image
 
-from mlxkv.terminal.microphone import wav
+from mlxkv.terminal.files.microphone import wav
 from tests.support.command_line import assert_one_line, environment, mlxkv
 from tests.support.server_process import Server
 from tests.support.tiny_media import write_gemma4

@@ -13,8 +13,8 @@ import pytest
 
 from mlxkv.errors import OutOfMemory, UsageError
 from mlxkv.generation.outputs import Chunk
-from mlxkv.generation.seams import Seams, Segment
-from mlxkv.generation.transcripts import (
+from mlxkv.generation.speech.seams import Seams, Segment
+from mlxkv.generation.speech.transcripts import (
     FORMATS,
     Transcript,
     formatted,
@@ -23,7 +23,7 @@ from mlxkv.generation.transcripts import (
     messages_for,
     transcribing,
 )
-from mlxkv.generation.windows import windows
+from mlxkv.generation.speech.windows import windows
 
 RATE = 1000
 

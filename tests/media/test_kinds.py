@@ -14,7 +14,7 @@ from mlxkv.media.kinds import HEAD, kind_of
 from mlxkv.media.parts import content_bytes, is_same
 from mlxkv.server.media.content import given_in
 from mlxkv.server.ollama.fields import content_with
-from mlxkv.terminal.microphone import wav
+from mlxkv.terminal.files.microphone import wav
 
 SOUND = wav(np.zeros(100, np.float32), 16_000)
 

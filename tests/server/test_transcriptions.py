@@ -14,8 +14,8 @@ import openai
 import pytest
 
 from mlxkv.errors import KVCacheFull
-from mlxkv.generation.languages import language_name
 from mlxkv.generation.outputs import Chunk
+from mlxkv.generation.speech.languages import language_name
 from mlxkv.media.sound import RATE
 from mlxkv.server.media.abilities import Abilities
 from mlxkv.server.speech import routes, sounds

@@ -22,11 +22,12 @@ from mlxkv.generation.outputs import Chunk
 from mlxkv.sampling.params import SamplingParams
 from mlxkv.server.client import Server
 from mlxkv.store.settings import Given
-from mlxkv.terminal import attachments, microphone, repl
+from mlxkv.terminal import repl
 from mlxkv.terminal.answer_options import AnswerOptions
-from mlxkv.terminal.attachments import Attachment
 from mlxkv.terminal.completion import Completions
-from mlxkv.terminal.dropped import split
+from mlxkv.terminal.files import attachments, microphone
+from mlxkv.terminal.files.attachments import Attachment
+from mlxkv.terminal.files.dropped import split
 from mlxkv.terminal.one_shot import one_answer
 from mlxkv.terminal.remote import RemoteSpeaker
 from mlxkv.terminal.slash_commands import COMMANDS, Chat, execute

@@ -15,8 +15,8 @@ from mlxkv.commands import transcribe as command
 from mlxkv.errors import MediaError, UsageError
 from mlxkv.generation.outputs import Chunk
 from mlxkv.llm.llm import LLM
-from mlxkv.terminal.microphone import wav
-from mlxkv.terminal.transcribe import Recording, clock, transcribe
+from mlxkv.terminal.files.microphone import wav
+from mlxkv.terminal.files.transcribe import Recording, clock, transcribe
 
 RATE = 16_000
 

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Form, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
 
 from mlxkv.engine.messages import Engine
-from mlxkv.generation.transcripts import formatted, to_dict
+from mlxkv.generation.speech.transcripts import formatted, to_dict
 from mlxkv.media.types import AUDIO
 from mlxkv.server import sse
 from mlxkv.server.config import ServerConfig

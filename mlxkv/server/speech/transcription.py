@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from fastapi import Request
 
 from mlxkv.engine.messages import Answer, Engine
-from mlxkv.generation.languages import language_name
-from mlxkv.generation.transcripts import (
+from mlxkv.generation.speech.languages import language_name
+from mlxkv.generation.speech.transcripts import (
     Heard,
     Joined,
     Transcript,
@@ -23,7 +23,7 @@ from mlxkv.generation.transcripts import (
     max_tokens,
     messages_for,
 )
-from mlxkv.generation.windows import windows
+from mlxkv.generation.speech.windows import windows
 from mlxkv.media.sound import RATE
 from mlxkv.server.config import ServerConfig
 from mlxkv.server.model_names import LocalModel

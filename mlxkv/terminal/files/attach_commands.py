@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlxkv.errors import UsageError
-from mlxkv.terminal import attachments, dropped
-from mlxkv.terminal.attachments import AUDIO, PLURALS, Attachment
+from mlxkv.terminal.files import attachments, dropped
+from mlxkv.terminal.files.attachments import AUDIO, PLURALS, Attachment
 
 if TYPE_CHECKING:
     from mlxkv.terminal.backend import Speaker

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxkv.errors import MlxkvError
-from mlxkv.terminal.attachments import WORDS, Content, printable, read
+from mlxkv.terminal.files.attachments import WORDS, Content, printable, read
 
 VERSION = 2
 """Of a file that has media; 1 for others, which earlier releases read."""

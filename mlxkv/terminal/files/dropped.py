@@ -17,7 +17,14 @@ from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
 from mlxkv.errors import UsageError
-from mlxkv.terminal.attachments import PLURALS, SUFFIXES, Attachment, checked, kind_of, printable
+from mlxkv.terminal.files.attachments import (
+    PLURALS,
+    SUFFIXES,
+    Attachment,
+    checked,
+    kind_of,
+    printable,
+)
 
 if TYPE_CHECKING:
     from mlxkv.terminal.backend import Speaker

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mlxkv.errors import UsageError
-from mlxkv.generation.seams import Seams, Segment
-from mlxkv.generation.windows import LONGEST_S, SUBTITLE_S, Window, windows
+from mlxkv.generation.speech.seams import Seams, Segment
+from mlxkv.generation.speech.windows import LONGEST_S, SUBTITLE_S, Window, windows
 
 if TYPE_CHECKING:
     import numpy as np

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mlxkv.errors import INTERRUPTED, MediaError
-from mlxkv.generation.transcripts import Heard, Transcript, formatted, to_dict
+from mlxkv.generation.speech.transcripts import Heard, Transcript, formatted, to_dict
 from mlxkv.terminal.console import ProgressLine
 from mlxkv.terminal.word_wrap import wrap_for
 

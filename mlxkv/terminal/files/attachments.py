@@ -115,7 +115,7 @@ def recorded() -> Attachment:
     Raises:
         UsageError: see `microphone.record`.
     """
-    from mlxkv.terminal import microphone
+    from mlxkv.terminal.files import microphone
 
     return Attachment(AUDIO, "recording.wav", microphone.wav(*microphone.record()))
 

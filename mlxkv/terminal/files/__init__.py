@@ -1,0 +1,1 @@
+"""Pictures and sound in a terminal: attached, dropped, recorded, transcribed."""
