@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import random
 import re
@@ -55,7 +56,9 @@ def answer(llm: LLM, prompt: str = PROMPT, n: int = 80, **options: Any) -> mlxkv
     return llm.generate(prompt, max_tokens=n, **options)
 
 
+@functools.cache
 def unlimited(path: Path, prompt: str = PROMPT, n: int = 80) -> mlxkv.Result:
+    """Computed once for all tests that ask the same."""
     with mlxkv.load(path, dtype="float32") as llm:
         return answer(llm, prompt, n)
 
@@ -161,6 +164,7 @@ def test_window_layers_are_packed_as_well(paths):
 
 
 def test_a_sequence_without_room_ends_with_what_was_generated(paths):
+    """And what its error says would have helped helps."""
     path = paths["llama"]
     llm = limited(path, 600)
     result = answer(llm, PROMPT[:300], n=3000)
@@ -174,20 +178,11 @@ def test_a_sequence_without_room_ends_with_what_was_generated(paths):
     assert error.from_tokens == 300 + n - 1
     assert error.to_tokens == error.from_tokens + 1
     assert error.max_tokens <= error.to_tokens
-    assert "memory='" in str(error) and "kv_type='q8' allows" in str(error)
-    assert answer(llm, PROMPT[:100], n=5).finish_reason == "length"
-
-
-def test_what_would_have_helped_helps(paths):
-    path = paths["llama"]
-    llm = limited(path, 600)
-    error = answer(llm, PROMPT[:300], n=3000).error
-    assert error is not None
     memory = re.search(r"memory='(\S+)' allows", str(error))
-    assert memory is not None
+    assert memory is not None and "kv_type='q8' allows" in str(error)
+    assert answer(llm, PROMPT[:100], n=5).finish_reason == "length"
     more = mlxkv.load(path, dtype="float32", memory=memory[1])
-    n = error.to_tokens - 300
-    assert answer(more, PROMPT[:300], n=n).finish_reason == "length"
+    assert answer(more, PROMPT[:300], n=error.to_tokens - 300).finish_reason == "length"
 
 
 def test_a_prompt_without_room_is_refused_before_it_is_computed(path):
@@ -222,21 +217,21 @@ def test_the_longest_that_the_error_names_is_granted(paths):
 def test_a_budget_that_shrinks_ends_what_runs_and_nothing_else(paths):
     path = paths["llama"]
     llm = mlxkv.load(path, dtype="float32")
-    whole = unlimited(path, n=1500).tokens
+    whole = unlimited(path, n=900).tokens
     talk = llm.conversation()
     list(talk.send("hello", max_tokens=5))
     chunks = []
-    for chunk in llm.stream(PROMPT, max_tokens=1500):
+    for chunk in llm.stream(PROMPT, max_tokens=900):
         chunks.append(chunk)
-        if len(chunks) == 400:
+        if len(chunks) == 200:
             llm.budget.limit_bytes = llm.budget.weights_bytes + llm.budget.kv_bytes
     assert chunks[-1].finish_reason == "memory"
     tokens = [chunk.token for chunk in chunks if chunk.token is not None]
-    assert 400 <= len(tokens) <= 400 + 256
+    assert 200 <= len(tokens) <= 200 + 256
     assert tokens == whole[: len(tokens)]
     assert list(talk.send("and now", max_tokens=5))[-1].finish_reason == "length"
     llm.budget.limit_bytes *= 10
-    assert answer(llm, n=1500).tokens == whole
+    assert answer(llm, n=900).tokens == whole
 
 
 def test_a_budget_that_shrinks_in_a_prompt_refuses_the_rest(paths):
@@ -284,7 +279,9 @@ def test_a_failure_at_any_growth_changes_no_answer(path, monkeypatch, sampling):
         with mlxkv.load(path, dtype="float32") as llm:
             answer(llm, n=n, **sampling)
     assert counter.n > 10
-    for at in range(1, counter.n + 1, 1 if path.name == "llama" else 3):
+    # All of llama's, greedily; a part of the others.
+    apart = (1 if path.name == "llama" else 3) * (3 if sampling else 1)
+    for at in range(1, counter.n + 1, apart):
         with monkeypatch.context() as patch:
             failing = Failing(patch, lambda i, at=at: i == at)
             with mlxkv.load(path, dtype="float32") as llm:
@@ -333,7 +330,7 @@ def test_prompts_of_all_lengths_in_a_tight_budget(paths):
     free = mlxkv.load(path, dtype="float32")
     outcomes = {"length": 0, "memory": 0, "refused": 0}
     mx.clear_cache()
-    for i in range(200):
+    for i in range(90):
         n_prompt = int(
             rng.choice([rng.randint(1, 300), rng.randint(1, 1200), 2 ** rng.randint(0, 12)])
         )
@@ -347,8 +344,8 @@ def test_prompts_of_all_lengths_in_a_tight_budget(paths):
         outcomes[result.finish_reason] += 1
         if i % 5 == 0:
             assert result.tokens == answer(free, prompt, n=6).tokens[: len(result.tokens)]
-    assert outcomes["length"] > 100
-    assert outcomes["refused"] >= 3
+    assert outcomes["length"] > 45
+    assert outcomes["refused"] >= 2
     assert llm.budget.used_bytes <= llm.budget.limit_bytes
 
 
@@ -383,13 +380,13 @@ def test_nothing_is_traced_where_there_is_ample_room(path, monkeypatch, kv_type)
     def refused(*_: Any, **__: Any) -> None:
         raise AssertionError("a step was traced")
 
-    expected = unlimited(path, 10 * PROMPT, 5).tokens if kv_type == "native" else None
+    expected = unlimited(path, 4 * PROMPT, 5).tokens if kv_type == "native" else None
     llm = mlxkv.load(path, dtype="float32", kv_type=kv_type, memory="8GiB")
     monkeypatch.setattr(needs, "prefill_step", refused)
     monkeypatch.setattr(needs, "decode_step", refused)
     for chunk in (256, 2048):
         session = llm.session()
-        prompt = llm.encode(10 * PROMPT)
+        prompt = llm.encode(4 * PROMPT)
         logits = session.prefill(prompt, chunk=chunk)
         tokens = list(decode(Row(session, logits, Sampler(SamplingParams(), logits.shape[-1]), 5)))
         assert expected is None or tokens == expected
@@ -408,12 +405,12 @@ def test_memory_is_flat_over_loads(paths):
     mx.clear_cache()
     mx.synchronize()
     before = mx.get_active_memory()
-    for _ in range(50):
+    for _ in range(20):
         once()
     gc.collect()
     mx.clear_cache()
     mx.synchronize()
-    assert mx.get_active_memory() - before < 10_000
+    assert mx.get_active_memory() - before < 4_000
 
 
 def test_memory_is_given_back_after_unload(paths):

@@ -45,7 +45,10 @@ def steps() -> Iterator[dict[str, Any]]:
         with shim.gpu():
             bound = StepBound.of(model)
             assert bound is not None
-            for kv_type, (n_held, n_new) in itertools.product(KV_TYPES, STEPS):
+            # Quantized KV differs in its bits alone: each format takes its share of the steps.
+            native, *packed = KV_TYPES
+            formats = zip(itertools.cycle(packed), STEPS, strict=False)
+            for kv_type, (n_held, n_new) in (*((native, step) for step in STEPS), *formats):
                 if n_new == 1 and n_held:
                     held = decode_step(model, kv_type, n_held)
                 else:
