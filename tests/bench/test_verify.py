@@ -165,7 +165,7 @@ def test_the_command_prints_a_table_and_its_exit_code_is_the_verdict(folder, tmp
         "import sys; import mlx.core as mx; from mlxkv import cache, cli;"
         "real = cache.KVCache.load;\n"
         "def load(self, parts): real(self, parts); self.buffers[0] = self.buffers[0] + 1\n"
-        "cache.KVCache.load = load; sys.exit(cli.main(['verify', 'tiny-llama']))"
+        "cache.KVCache.load = load; sys.exit(cli.main(['verify', 'tiny-llama', '--tokens', '513']))"
     )
     broken = subprocess.run(
         [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False

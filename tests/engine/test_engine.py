@@ -625,7 +625,7 @@ def test_nobody_waits_for_a_model_that_nobody_wants_any_more(models, load_steps)
 
 
 def test_a_model_that_waits_for_room_holds_no_other_up(models, tmp_path):
-    large = chat_model(tmp_path / "large", family="llama", num_hidden_layers=40)
+    large = chat_model(tmp_path / "large", family="llama", intermediate_size=8192)
     sizes = [mlxkv.plan(path, dtype="float32").weights_bytes for path in (large, models["llama"])]
     engine = ThreadedEngine(dtype="float32", memory=sum(sizes) - 1)
     engine.start()
