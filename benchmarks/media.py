@@ -105,7 +105,7 @@ def rounds(args: argparse.Namespace, family: str) -> list[dict[str, Any]]:
     runs = []
     with tempfile.TemporaryDirectory() as scratch:
         model, pictures = Path(scratch) / family, Path(scratch) / "pictures"
-        make(family, model, pictures, 5)
+        make(family, model, pictures, 7)
         for index in range(args.runs):
             # The second of a pair may find warmer files: take turns in who comes first.
             for engine in ENGINES if index % 2 == 0 else reversed(ENGINES):

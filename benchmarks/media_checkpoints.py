@@ -119,8 +119,10 @@ def write_pictures(folder: Path, n: int) -> list[Path]:
 def _name_all_tokens(path: Path) -> None:
     """Have a text for every id: random weights choose any, and mlx-vlm's detokenizer wants one."""
     whole = json.loads(path.read_text(encoding="utf-8"))
-    first = max(token["id"] for token in whole["added_tokens"]) + 1
-    whole["model"]["vocab"] |= {f"▁word{i}": i for i in range(first, VOCABULARY)}
+    # Those that are added are put into the vocabulary too, or they get other ids behind its gap.
+    added = {token["content"]: token["id"] for token in whole["added_tokens"]}
+    words = range(max(added.values()) + 1, VOCABULARY)
+    whole["model"]["vocab"] |= added | {f"▁word{i}": i for i in words}
     path.write_text(json.dumps(whole, ensure_ascii=False), encoding="utf-8")
 
 

@@ -18,6 +18,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 ANSWER = 8
@@ -192,26 +193,32 @@ def _cpu_s() -> float:
 QUESTIONS = ("What is this?", "Which colours are there?", "And what is that one?", "Is it large?")
 
 
-def questions(engine: Engine, pictures: Sequence[Path]) -> dict[str, Answer]:
+def questions(engine: Engine, pictures: Sequence[Path]) -> dict[str, list[Answer]]:
     """The prompts of a round, by what they are about.
 
     Args:
         engine: asked.
-        pictures: five; the first is for the warm-up, the last is not asked about.
+        pictures: seven; the first is for the warm-up, the last is not asked about.
     """
-    warm, one, second, alone, _ = pictures
+    warm, one, second, third, alone, other, _ = pictures
     q = QUESTIONS
     engine.ask([Turn(q[0], warm)])
     engine.ask([Turn(q[1], warm)])
-    asked = {"one picture": engine.ask([Turn(q[0], one)])}
+    asked = {"one picture": [engine.ask([Turn(q[0], one)])]}
     for keeping in engine.modes:
-        asked[f"another question, {keeping}"] = engine.ask([Turn(q[1], one)], keeping)
+        asked[f"another question, {keeping}"] = [engine.ask([Turn(q[1], one)], keeping)]
     # A text of few tokens: what random weights answer is not encoded as it was generated.
     chat = [Turn(q[1], one), Turn("Red.", role="assistant")]
-    if isinstance(engine, Mlxkv):  # what its second picture is compared with
-        asked["a picture alone"] = engine.ask([Turn(q[2], alone)])
-    asked["a second picture"] = engine.ask([*chat, Turn(q[2], second)])
-    asked["the first again"] = engine.ask([Turn(q[3], one)])
+    behind = asked["a second picture"] = []
+    if isinstance(engine, Mlxkv):
+        # What its second picture is compared with, before and behind: the load changes.
+        alone_first = engine.ask([Turn(q[2], alone)])
+        behind.append(engine.ask([*chat, Turn(q[2], third)]))
+        behind.append(engine.ask([*chat, Turn(q[2], second)]))
+        asked["a picture alone"] = [alone_first, engine.ask([Turn(q[2], other)])]
+    else:
+        behind.append(engine.ask([*chat, Turn(q[2], second)]))
+    asked["the first again"] = [engine.ask([Turn(q[3], one)])]
     return asked
 
 
@@ -238,10 +245,11 @@ def main() -> None:
     }
     read, encode = engine.encoder(pictures[-1])
     figures = {**_mean("read a picture", read, 5), **_mean("tower", encode, 1)}
-    for name, answer in asked.items():
-        figures |= {f"{name} s": answer.first_s, f"{name} cpu s": answer.cpu_s}
-    tokens = {name: [a.prompt_tokens, a.kept_tokens] for name, a in asked.items()}
-    texts = {name: answer.text for name, answer in asked.items()}
+    for name, answers in asked.items():
+        figures[f"{name} s"] = mean(answer.first_s for answer in answers)
+        figures[f"{name} cpu s"] = mean(answer.cpu_s for answer in answers)
+    tokens = {name: [a[0].prompt_tokens, a[0].kept_tokens] for name, a in asked.items()}
+    texts = {name: answers[0].text for name, answers in asked.items()}
     print(json.dumps({"figures": figures | peaks, "tokens": tokens, "texts": texts}), flush=True)
     # A step may be in flight, and OpenBLAS' exit handler can wait for it forever.
     os._exit(0)
