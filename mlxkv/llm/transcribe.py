@@ -12,16 +12,16 @@ from mlxkv.media.source import name_of
 from mlxkv.media.types import AUDIO
 
 if TYPE_CHECKING:
+    from mlxkv.engine.media.side import MediaSide
     from mlxkv.generation.outputs import Chunk
     from mlxkv.media.sound import SoundSource
-    from mlxkv.nn.model import CausalLM
 
 
 class Listener(Protocol):
     """What is needed of an `LLM`."""
 
     @property
-    def model(self) -> CausalLM: ...
+    def media(self) -> MediaSide: ...
 
     @property
     def stream(self) -> Callable[..., Iterator[Chunk]]: ...
@@ -44,7 +44,7 @@ def transcript(
             read.
     """
     longest_s = longest_window(format)
-    if AUDIO not in llm.model.media_kinds:
+    if AUDIO not in llm.media.kinds:
         raise UsageError("this model takes no sound: Gemma 3n and Gemma 4 (E2B, E4B, 12B) do")
 
     def ask(messages: list[dict[str, Any]], n_tokens: int) -> Iterator[Chunk]:

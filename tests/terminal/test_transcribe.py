@@ -25,7 +25,7 @@ class Listener(LLM):
     """Writes the length of what it hears; takes sound unless told otherwise."""
 
     def __init__(self, *kinds: str):
-        self.model = SimpleNamespace(media_kinds=frozenset(kinds))  # pyright: ignore
+        self.media = SimpleNamespace(kinds=frozenset(kinds))  # pyright: ignore
         self.asked: list[Any] = []
 
     def stream(self, prompt: Any, **options: Any) -> Iterator[Chunk]:
