@@ -107,9 +107,9 @@ def test_weights_and_kv_are_met_to_the_byte(case, folder):
     model = loaded(path)
     # q4 is q8 with other widths.
     for kv_type in KV_TYPES if FAMILIES.index(case) % 4 == 0 else ("native", "q8"):
-        needs = plan(path, context=600 + 1, kv_type=kv_type, dtype="float32")
+        needs = plan(path, context=300 + 1, kv_type=kv_type, dtype="float32")
         session = Session(model, kv_type)
-        logits = session.prefill(tokens(600))
+        logits = session.prefill(tokens(300))
         list(decode(Row(session, logits, Sampler(SamplingParams(), logits.shape[-1]), 3)))
         assert needs.kv_bytes == session.nbytes
         assert needs.kv_bytes == sum(kind.nbytes for kind in needs.layers)
