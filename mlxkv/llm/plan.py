@@ -126,5 +126,6 @@ def _media(
             name = name_of(sources[0], "", "the file")
             raise MediaError(f"{name}: this model takes no {what}")
     assert reader is not None
-    found = [reader.image(source, image_budget) for source in images]
+    parts = [part for source in images for part in reader.image_parts(source, image_budget)]
+    found = [part for part in parts if isinstance(part, Medium)]
     return found + [medium for source in audio for medium in reader.audio(source)]

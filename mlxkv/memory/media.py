@@ -69,9 +69,9 @@ class Rows:
             CheckpointError: the encoder made another number of rows.
         """
         assert medium.data is not None
-        arrays = {name: mx.array(value) for name, value in medium.data.items()}
         model.load_encoder(medium.kind)
-        rows = model.media_rows(medium.kind, arrays)
+        # No name for the arrays: MLX frees them once they are read.
+        rows = model.media_rows(medium.kind, {k: mx.array(v) for k, v in medium.data.items()})
         if rows.shape[0] != medium.n_tokens:
             raise CheckpointError(
                 f"the model makes {rows.shape[0]} rows of this {medium.kind}, and its "

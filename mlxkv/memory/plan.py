@@ -169,7 +169,10 @@ def plan_model(
         for name in dict.fromkeys((kv_type, *KV_TYPES))
     }
     own = needs[kv_type]
-    held = own.held(context)
+    # A picture whose rows see each other is computed at once, also where it is more than a chunk.
+    whole = max((m.n_tokens for m in media if m.kind in model.two_way_kinds), default=0)
+    step = own if whole <= own.chunk else Needs(model, kv_type, whole)
+    held = step.held(context)
     kv_total = own.kv_bytes(context) * sequences
     of_encoder = max((m.workspace_bytes for m in planned), default=0)
     workspace = max(0, held.peak - own.kv_bytes(context), of_encoder)
@@ -186,7 +189,7 @@ def plan_model(
         pages_bytes=min(own.pages_bytes(context), pages),
         peak_bytes=weights_bytes
         + rows
-        + max(own.peak(context, pages), own.kv_bytes(context) + of_encoder),
+        + max(step.peak(context, pages), own.kv_bytes(context) + of_encoder),
         context=context,
         sequences=sequences,
         chunk=own.chunk,

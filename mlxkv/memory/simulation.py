@@ -153,7 +153,8 @@ class Memory:
 
     def _convolution_bytes(self, operation: Operation) -> int:
         """What the CPU backend's convolution holds: its padded input, and the input of each value
-        of the result side by side. Grouped ones of two axes and more hold nothing.
+        of the result side by side; of 16 bits the latter in both, and the padded input is gone by
+        then. Grouped ones of two axes and more hold nothing.
         """
         source, kernel = (self._graph.shapes[name] for name in operation.inputs)
         result = self._graph.shapes[operation.outputs[0]]
@@ -161,9 +162,10 @@ class Memory:
         if groups > 1 and len(before) > 1:
             return 0
         B, *sizes, C = source
+        size = self._graph.nbytes[operation.inputs[0]] // prod(source)
         padded = B * C * prod(map(sum, zip(sizes, before, after, strict=True)))
         patches = prod(result[:-1]) * prod(kernel[1:-1]) * C
-        return (padded + patches) * self._graph.nbytes[operation.inputs[0]] // prod(source)
+        return size * (padded + patches) if size == 4 else patches * (size + 4)
 
     def _is_copied(self, name: str) -> bool:
         """Whether a product copies an array: neither its rows nor its columns are contiguous."""
