@@ -220,8 +220,42 @@ def test_chunks_that_end_inside_a_clip_equal_the_reference(load, sound, name):
     model, prompt = load(sound), prompt_of(sound, name)
     caches = mlxkv.make_caches(model)
     media = media_of(model, sound, prompt)
-    parts = [model(*(tokens, caches, part))[0] for tokens, part in chunks(prompt, media, 7)]
+    size = 1 if name == "both" else 7
+    parts = [model(*(tokens, caches, part))[0] for tokens, part in chunks(prompt, media, size)]
     check_logits(sound, name, mx.concatenate(parts))
+
+
+@every_sound
+def test_pictures_and_sound_are_gone_on_from_where_they_were_restored(load, sound):
+    model, prompt = load(sound), prompt_of(sound, "both")
+    media = media_of(model, sound, prompt)
+    clip = next(placed for placed in media if placed.kind == "audio")
+    stored = golden(sound)
+    for cut in (clip.start, clip.start + 3, len(prompt.tokens) - 5):
+        before, restored = mlxkv.make_caches(model), mlxkv.make_caches(model)
+        model(mx.array([prompt.tokens[:cut]]), before, list(_within(media, 0, cut)))
+        for into, cache in zip(restored, before, strict=True):
+            into.load([cache.read(cache.first, cache.offset)])
+        rest = list(_within(media, cut, len(prompt.tokens)))
+        last = model.last_logits(mx.array([prompt.tokens[cut:]]), restored, rest)
+        error = np.abs(np.array(last)[0] - stored["logits.both"][-1]).max()
+        assert error < LOGITS * stored["std.both"]
+
+
+@every_sound
+@pytest.mark.parametrize("kv_type", ["q8", "q4"])
+def test_packed_kv_of_pictures_and_sound_is_as_close_as_that_of_text(load, sound, kv_type):
+    model, prompt = load(sound), prompt_of(sound, "both")
+    text = Prompt([3 + (7 * i + i * i) % 60 for i in range(len(prompt.tokens))], [])
+    errors = []
+    for each in (prompt, text):
+        media = media_of(model, sound, each)
+        native = model(mx.array([each.tokens]), None, media)[0]
+        caches = mlxkv.make_caches(model, kv_type)
+        parts = [model(tokens, caches, part)[0] for tokens, part in chunks(each, media, 9)]
+        packed = mx.concatenate(parts)
+        errors.append(float(mx.sqrt(mx.square(packed - native).mean()) / native.std()))
+    assert 0 < errors[0] < 2 * errors[1]
 
 
 @every_sound
