@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -31,6 +32,7 @@ from tests.support.fake_engine_ollama import (
     models,
     server,
 )
+from tests.support.tiny_media import write_gemma3, write_gemma4
 
 __all__ = ["address", "engine", "made_model", "models", "server"]
 
@@ -622,6 +624,16 @@ def test_the_digest_changes_with_the_files(client, models):
     assert client.list().models[0].digest == before
     (models / "tiny-1k" / "more.txt").write_text("x")
     assert client.list().models[0].digest != before
+
+
+def test_show_names_the_senses_of_a_model(client, models):
+    writers = {"seeing": write_gemma3, "hearing": write_gemma4}
+    senses = []
+    for name, write in writers.items():
+        write(models / name)
+        senses.append([c for c in client.show(name).capabilities if c in ("vision", "audio")])
+        shutil.rmtree(models / name)
+    assert senses == [["vision"], ["vision", "audio"]]
 
 
 def test_show_tells_what_a_model_is(client, models):
