@@ -65,8 +65,14 @@ class Load:
     async def run(self, n_clients: int, seconds: float) -> None:
         """Ask for so long, and until the last answer has ended."""
         watching = asyncio.ensure_future(self._watch())
+        asking = asyncio.gather(*(self._client(seconds) for _ in range(n_clients)))
         try:
-            await asyncio.gather(*(self._client(seconds) for _ in range(n_clients)))
+            # Watching ends before asking does only where it fails: now, and not after two hours.
+            await asyncio.wait({asking, watching}, return_when=asyncio.FIRST_COMPLETED)
+            if watching.done():
+                asking.cancel()
+                await watching
+            await asking
         finally:
             watching.cancel()
             with contextlib.suppress(asyncio.CancelledError):

@@ -133,4 +133,5 @@ def test_convolutions_of_sound_take_what_is_planned(folder: Path):
     mx.reset_peak_memory()
     mx.eval(model.media_rows("audio", data))
     taken = mx.get_peak_memory() - before
-    assert 0.9 * planned.workspace_bytes < taken < 1.02 * planned.workspace_bytes
+    # How much of two streams' work is alive at once differs from run to run: never more than said.
+    assert 0.75 * planned.workspace_bytes < taken < 1.02 * planned.workspace_bytes
