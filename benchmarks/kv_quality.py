@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from benchmarks.report import about, machine_lines
+from benchmarks.report import about, keep, machine_lines
 from mlxkv.base import device
 from mlxkv.cache import make_caches
 from mlxkv.kv.types import KV_TYPES, KVFormat
@@ -222,12 +222,7 @@ def main() -> None:
         "blas": [device.load_blas() or "reference"],
         "summary": [asdict(row) for row in rows],
     }
-    output = args.output.with_suffix("")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.with_suffix(".json").write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
-    table = markdown(written)
-    output.with_suffix(".md").write_text(table, encoding="utf-8")
-    print(table)
+    keep(args.output, written, markdown(written))
 
 
 if __name__ == "__main__":

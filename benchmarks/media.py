@@ -226,12 +226,7 @@ def main() -> None:
         "runs": runs,
         "summary": {family: summary(each) for family, each in runs.items()},
     }
-    output = args.output.with_suffix("")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.with_suffix(".json").write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
-    table = markdown(written)
-    output.with_suffix(".md").write_text(table, encoding="utf-8")
-    print(table)
+    report.keep(args.output, written, markdown(written))
 
 
 if __name__ == "__main__":

@@ -111,8 +111,6 @@ def write(
         args: `output` and `blas`; all others are kept as settings.
         runs: every one.
     """
-    output = args.output.with_suffix("")
-    output.parent.mkdir(parents=True, exist_ok=True)
     written = {
         "model": model,
         "settings": {k: v for k, v in vars(args).items() if k not in ("model", "output")},
@@ -121,10 +119,16 @@ def write(
         "runs": [asdict(run) for run in runs],
         "summary": [asdict(row) for row in summary(runs)],
     }
+    keep(args.output, written, markdown(written))
+    plot(written, args.output.with_suffix(".svg"))
+
+
+def keep(output: Path, written: Mapping[str, Any], table: str) -> None:
+    """Write OUTPUT.json and OUTPUT.md, and print the table."""
+    output = output.with_suffix("")
+    output.parent.mkdir(parents=True, exist_ok=True)
     output.with_suffix(".json").write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
-    table = markdown(written)
     output.with_suffix(".md").write_text(table, encoding="utf-8")
-    plot(written, output.with_suffix(".svg"))
     print(table)
 
 

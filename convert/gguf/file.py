@@ -129,6 +129,14 @@ def dequantize(rows: np.ndarray, type_name: str) -> np.ndarray:
         return quants.dequantize(rows, GGMLQuantizationType[type_name])
 
 
+def check_readable(file: GGUFFile, tensor: GGUFTensor) -> None:
+    """Raise UnsupportedModel for a tensor of a type that cannot be dequantized."""
+    if tensor.type not in readable_types():
+        raise UnsupportedModel(
+            f"{file.path}: tensor {tensor.name!r} has type {tensor.type}, which cannot be read"
+        )
+
+
 @cache
 def readable_types() -> frozenset[str]:
     """Names of the ggml types that `dequantize` supports."""

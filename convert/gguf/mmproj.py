@@ -16,7 +16,7 @@ import numpy as np
 from mlxkv.errors import CheckpointError, UnsupportedModel, WeightsError
 
 from ..tensors import matrix_shape
-from .file import GGUFFile, open_gguf, readable_types
+from .file import GGUFFile, check_readable, open_gguf
 from .metadata import Metadata
 from .projectors import PROJECTORS, SOUND, Projector, has_swapped_mlp
 from .weight import GGUFWeight
@@ -177,10 +177,7 @@ def encoder_weights(file: GGUFFile) -> tuple[dict[str, EncoderWeight], list[str]
         if name is None:
             unknown.append(tensor.name)
             continue
-        if tensor.type not in readable_types():
-            raise UnsupportedModel(
-                f"{file.path}: tensor {tensor.name!r} has type {tensor.type}, which cannot be read"
-            )
+        check_readable(file, tensor)
         added = 1.0 if tensor.name in projector.norms_plus_one else 0.0
         weight = GGUFWeight(file, tensor, name, added=added)
         shape, change = projector.change(tensor.name, tensor.shape) or (tensor.shape, None)

@@ -13,7 +13,7 @@ from typing import Any
 
 from mlxkv.errors import UnsupportedModel, WeightsError
 
-from .file import GGUFFile, GGUFTensor, readable_types
+from .file import GGUFFile, GGUFTensor, check_readable
 from .gemma4 import LAYER_NAMES, TOP_NAMES, gemma4_config, is_unused
 from .metadata import Metadata, short_number, token_ids
 from .rope import ROPE_FACTORS, linear_or_yarn, scaling_from_factors
@@ -125,10 +125,7 @@ def gguf_weights(file: GGUFFile, config: Mapping[str, Any]) -> dict[str, GGUFWei
         if name is None:
             unknown.append(tensor.name)
             continue
-        if tensor.type not in readable_types():
-            raise UnsupportedModel(
-                f"{file.path}: tensor {tensor.name!r} has type {tensor.type}, which cannot be read"
-            )
+        check_readable(file, tensor)
         inner = _LAYER.fullmatch(tensor.name)
         permuted = inner is not None and inner[2] in architecture.permuted
         added = 1.0 if architecture.norms_plus_one and "norm" in tensor.name else 0.0

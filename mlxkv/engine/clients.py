@@ -127,11 +127,12 @@ def session_key(prompt: Prompt) -> str | None:
     """What tells a conversation from others; None for a text, token ids or no user."""
     if isinstance(prompt, str):
         return None
-    for message in mapped(prompt, _shortened):
+    for message in prompt:
         if not isinstance(message, Mapping):
             return None
         if message.get("role") == "user":
-            text = str(message.get("content"))
+            (shown,) = mapped([message], _shortened)
+            text = str(shown.get("content"))
             return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
     return None
 

@@ -12,10 +12,7 @@ from mlxkv.chat.prompt_writer import Begun, is_begun
 from mlxkv.chat.rendered import Rendered
 from mlxkv.engine.encoding import (
     after_saved,
-    encode,
     encode_rendered,
-    encode_text,
-    render,
     saved_media,
     with_saved,
     writer,
@@ -38,25 +35,6 @@ from mlxkv.text.growing import TooManyTokens
 
 if TYPE_CHECKING:
     from mlxkv.sampling.grammar import Masker
-
-__all__ = [
-    "PROBES",
-    "Head",
-    "Prepared",
-    "Ready",
-    "begin",
-    "encode",
-    "encode_rendered",
-    "encode_text",
-    "fit_context",
-    "make_ready",
-    "prepare",
-    "render",
-    "start",
-    "template_options",
-    "with_saved",
-    "writer",
-]
 
 PROBES = ("A", "7 z")  # begin differently: text before them is part of no user message
 _SYSTEM_ROLES = ("system", "developer")

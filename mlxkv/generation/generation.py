@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -249,6 +250,7 @@ class Generation:
             self.session.nbytes,
             self._text_of,
         )
+        n_rows = self._n_rows()
         # The last token itself has not been made room for.
         shifted = self.bound.n_dropped(self._n_prompt + max(n, 1) - 1)
         rungs, moved = tuple(self.session.rungs), self.request.moved_chars
@@ -259,8 +261,8 @@ class Generation:
             moved_chars=moved,
             ahead_tokens=self.ahead_tokens,
             ahead_saved_s=self.ahead_saved_s,
-            image_tokens=self._n_rows(IMAGE),
-            audio_tokens=self._n_rows(AUDIO),
+            image_tokens=n_rows[IMAGE],
+            audio_tokens=n_rows[AUDIO],
         )
 
     def _text_of(self, tokens: Sequence[int], at: int | None) -> str:
@@ -268,7 +270,9 @@ class Generation:
         known = None if at is None else self.media.numbers(self._prompt, at, at + len(tokens))
         return self.media.text(tokens, self._tokenizer.decode, known or {})
 
-    def _n_rows(self, kind: str) -> int:
-        """Tokens of the prompt that are rows of one kind of media."""
-        spans = self.media.spans(self._prompt)
-        return sum(stop - start for start, stop, medium in spans if medium.kind == kind)
+    def _n_rows(self) -> Counter[str]:
+        """Tokens of the prompt that are rows of each kind of media."""
+        found: Counter[str] = Counter()
+        for start, stop, medium in self.media.spans(self._prompt):
+            found[medium.kind] += stop - start
+        return found

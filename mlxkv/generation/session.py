@@ -317,7 +317,7 @@ class Session:
         """Ask for memory for an encoder; raises KVCacheFull where there is none."""
         if self._budget is not None:
             self.apply(self._budget.make_room(self, self._budget.encoders.of(medium)))
-            self._budget.weights_bytes += self._budget.encoders.load(medium.kind)
+            self._budget.load_encoder(medium.kind)
 
     def before_step(self) -> None:
         """A token is about to be fed: the caches grow at each step of 256."""

@@ -12,6 +12,7 @@ from mlxkv.chat.chat_template import append_only_suffix
 from mlxkv.chat.control import Written
 from mlxkv.chat.prompt_writer import PromptWriter
 from mlxkv.chat.rendered import Rendered
+from mlxkv.engine import encoding
 from mlxkv.engine import prompt as prompts
 from mlxkv.engine.ahead.choice import IdleCompute
 from mlxkv.engine.ahead.tally import Records
@@ -75,7 +76,7 @@ class Conversation:
     def messages(self) -> list[dict[str, Any]]:
         """Messages of the saved KV, the system prompt and all turns."""
         head = [{"role": "system", "content": self.system}] if self.system else []
-        return prompts.with_saved(self.saved, head + self.turns)
+        return encoding.with_saved(self.saved, head + self.turns)
 
     @property
     def kv_bytes(self) -> int:
@@ -209,7 +210,7 @@ class Conversation:
         return [*self.messages[:n_head], *turns]
 
     def _next_prompt(self, user: dict[str, Any], options: dict[str, Any]) -> tuple[str, list[int]]:
-        writer = prompts.writer(self.llm, saved=self.saved)
+        writer = encoding.writer(self.llm, saved=self.saved)
         same_options, self._options = options == self._options, options
         if self._prompt is not None:
             suffix = self._suffix(writer, self._prompt, user, options)
@@ -222,7 +223,7 @@ class Conversation:
                 self.append_only = False
         prompt = writer.write([*self._history(), user], **options)
         self._media = writer.media
-        return prompt.text, prompts.encode_rendered(self.llm, prompt, self.saved)
+        return prompt.text, encoding.encode_rendered(self.llm, prompt, self.saved)
 
     def _suffix(
         self, writer: PromptWriter, prompt: str, user: dict[str, Any], options: dict[str, Any]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Self, overload
 
 import mlx.core as mx
 
+from mlxkv.engine import encoding
 from mlxkv.engine import prompt as prompts
 from mlxkv.engine.driver import run, stream
 from mlxkv.engine.prompt import Prepared
@@ -291,11 +292,11 @@ class LLM(Runtime):
         Raises:
             UsageError: it is empty, or has an id that the model does not have.
         """
-        return prompts.encode(self, prompt)
+        return encoding.encode(self, prompt)
 
     def encode_text(self, text: str) -> list[int]:
         """Token ids of text that holds its own special tokens, such as a rendered template."""
-        return prompts.encode_text(self, text)
+        return encoding.encode_text(self, text)
 
     def render(self, messages: Sequence[Message], **options: Any) -> str:
         """A conversation as the chat template writes it, opened for the next answer.
@@ -303,7 +304,7 @@ class LLM(Runtime):
         Raises:
             TemplateError: there is no template, or it fails.
         """
-        return prompts.render(self, messages, **options).text
+        return encoding.render(self, messages, **options).text
 
     def stats(self) -> MemoryStats:
         """Memory now, and during the last request."""

@@ -15,7 +15,7 @@ import mlx.core as mx
 from mlxkv.base.paths import kv_dir, models_dir
 from mlxkv.base.units import told_apart
 from mlxkv.checkpoint.mlxkv_json import read_record
-from mlxkv.engine import prompt as prompts
+from mlxkv.engine import encoding
 from mlxkv.engine.prompt import PROBES
 from mlxkv.engine.runtime import Runtime
 from mlxkv.errors import ContextExceeded, Hint, ModelNotFound, OutputError, UsageError
@@ -148,11 +148,11 @@ def _prefix(
 ) -> tuple[str, tuple[Any, ...] | None, list[int], PromptMedia]:
     """Text, messages, token ids and media to be saved."""
     if not is_messages(prompt):
-        tokens = prompts.encode(runtime, prompt)
+        tokens = encoding.encode(runtime, prompt)
         text = prompt if isinstance(prompt, str) else runtime.tokenizer.decode(tokens)
         return text, None, tokens, NO_MEDIA
     messages = tuple(dict(message) for message in prompt)  # pyright: ignore[reportArgumentType, reportCallIssue]
-    writer = prompts.writer(runtime)
+    writer = encoding.writer(runtime)
     probes = [[*messages, {"role": "user", "content": probe}] for probe in PROBES]
     first, second = (writer.write(probe) for probe in probes)
     letters = zip(first.text, second.text, strict=False)

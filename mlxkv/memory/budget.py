@@ -285,6 +285,10 @@ class Budget:
             return Grant(rungs=tuple(rungs), full=full)
         return Grant(1, tuple(rungs))
 
+    def load_encoder(self, kind: str) -> None:
+        """Load the weights of an encoder, unless they are in memory, and count them."""
+        self.weights_bytes += self.encoders.load(kind)
+
     def after_failure(self, sequence: Consumer, n_held: int) -> Grant:
         """Take the next rung after MLX failed to allocate.
 

@@ -17,7 +17,6 @@ from mlxkv.checkpoint import tensor_names
 from mlxkv.checkpoint.config import Fields, refuse_bidirectional
 from mlxkv.checkpoint.rope_config import rope_configs
 from mlxkv.models.gemma3_vision import Projector, SiglipTower, siglip_names
-from mlxkv.models.gemma_vision import IMAGE
 from mlxkv.models.gemma_vision_config import SiglipConfig
 from mlxkv.nn.decoder_model import (
     DecoderModel,
@@ -27,6 +26,7 @@ from mlxkv.nn.decoder_model import (
     grouped_fields,
     layer_windows,
 )
+from mlxkv.nn.encoders import IMAGE
 from mlxkv.nn.layers import OffsetRMSNorm
 
 DEFAULTS = {

@@ -17,10 +17,12 @@ from mlxkv.checkpoint import tensor_names
 from mlxkv.kv.layout import Caches, LayerCache, Mask, Offset
 from mlxkv.models.gemma3n_altup import AltUp, one_stream, rescaled, root_mean_square
 from mlxkv.models.gemma3n_audio import Gemma3nTower
-from mlxkv.models.gemma3n_config import Config
+from mlxkv.models.gemma3n_config import Config, VisionConfig
 from mlxkv.models.gemma3n_embedder import Embedder
 from mlxkv.models.gemma3n_vision import VisionTower, channels_last
-from mlxkv.models.gemma_audio import AUDIO, audio_names
+from mlxkv.models.gemma_audio import audio_names
+from mlxkv.models.gemma_audio_config import Gemma3nAudio
+from mlxkv.nn.encoders import AUDIO, IMAGE
 from mlxkv.nn.layers import GatedMLP, compiled, gated
 from mlxkv.nn.linear import Linear
 from mlxkv.nn.model import Media, placed
@@ -162,6 +164,16 @@ class Backbone(PerLayerBackbone):
         return total / streams.shape[0]
 
 
+def _embedder(encoder: VisionConfig | Gemma3nAudio, config: Config) -> Embedder:
+    return Embedder(
+        encoder.vocab_offset,
+        encoder.vocab_size,
+        encoder.hidden_size,
+        config.hidden_size,
+        encoder.rms_norm_eps,
+    )
+
+
 class Model(SharedKVModel):
     """A Gemma 3n language model with its head, and the encoders that its config has."""
 
@@ -170,27 +182,15 @@ class Model(SharedKVModel):
         super().__init__(config, layers, Backbone)
         if vision := config.vision:
             self.vision_tower = VisionTower(vision)
-            self.embed_vision = Embedder(
-                vision.vocab_offset,
-                vision.vocab_size,
-                vision.hidden_size,
-                config.hidden_size,
-                vision.rms_norm_eps,
-            )
+            self.embed_vision = _embedder(vision, config)
         if audio := config.audio:
             self._n_audio_rows, self._audio_padding = audio.n_rows, audio.padding
             self.audio_tower = Gemma3nTower(audio)
-            self.embed_audio = Embedder(
-                audio.vocab_offset,
-                audio.vocab_size,
-                audio.hidden_size,
-                config.hidden_size,
-                audio.rms_norm_eps,
-            )
+            self.embed_audio = _embedder(audio, config)
 
     @property
     def media_kinds(self) -> frozenset[str]:
-        towers = {"image": "vision_tower", AUDIO: "audio_tower"}
+        towers = {IMAGE: "vision_tower", AUDIO: "audio_tower"}
         return frozenset(kind for kind, name in towers.items() if name in self)
 
     def media_rows(self, kind: str, data: Mapping[str, mx.array]) -> mx.array:

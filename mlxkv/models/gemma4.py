@@ -20,10 +20,11 @@ from mlxkv.checkpoint import tensor_names
 from mlxkv.kv.layout import Caches, LayerCache, Mask, Offset
 from mlxkv.models.gemma4_audio import Gemma4Tower
 from mlxkv.models.gemma4_config import Config
-from mlxkv.models.gemma_audio import AUDIO, audio_names
+from mlxkv.models.gemma_audio import audio_names
 from mlxkv.models.gemma_audio_config import Gemma4Audio
-from mlxkv.models.gemma_vision import IMAGE, RowProjection, VisionEmbedder, VitTower, vit_names
+from mlxkv.models.gemma_vision import RowProjection, VisionEmbedder, VitTower, vit_names
 from mlxkv.models.gemma_vision_config import VitConfig
+from mlxkv.nn.encoders import AUDIO, IMAGE
 from mlxkv.nn.layers import GatedMLP, Prepared, compiled, gated
 from mlxkv.nn.linear import Linear
 from mlxkv.nn.model import Media

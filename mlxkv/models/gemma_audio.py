@@ -21,8 +21,6 @@ from mlxkv.models.gemma_vision import BOUNDS, ClippableLinear
 from mlxkv.nn.layers import ACTIVATIONS, compiled, on_halves, soft_cap
 from mlxkv.nn.linear import Linear
 
-AUDIO = "audio"
-"""The kind of media that these make rows of; see `mlxkv.media.types`."""
 QUERY_SCALE, KEY_SCALE = 1 / math.log(2), math.log(1 + math.e) / math.log(2)
 """softplus(0) and softplus(1) over softplus(0): what the learned scales are relative to."""
 

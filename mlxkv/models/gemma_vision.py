@@ -17,8 +17,6 @@ from mlxkv.nn.encoder_attention import attend_all
 from mlxkv.nn.layers import Fusing, NormedHeads, compiled, gated, merge_heads, on_halves, residual
 from mlxkv.nn.linear import Linear
 
-IMAGE = "image"
-"""The kind of media that these make rows of; see `mlxkv.media.types`."""
 BOUNDS = ("input_min", "input_max", "output_min", "output_max")
 
 

@@ -13,11 +13,14 @@ import mlx.core as mx
 
 from mlxkv.checkpoint.tensor_names import tower_of
 
+IMAGE, AUDIO = "image", "audio"
+"""Kinds of media, as in `mlxkv.media.types`, which models do not import."""
+
 ENCODERS: Mapping[str, tuple[str, ...]] = {
-    "image": ("vision_tower", "vision_embedder"),
-    "audio": ("audio_tower",),
+    IMAGE: ("vision_tower", "vision_embedder"),
+    AUDIO: ("audio_tower",),
 }
-"""Kind of media (`mlxkv.media.types`) -> modules at a model's root that only its rows need. What
+"""Kind of media -> modules at a model's root that only its rows need. What
 projects the rows is not among them: Gemma 3n embeds tokens of text with it too."""
 
 
