@@ -24,7 +24,7 @@ from mlxkv.kv.layout import Cache, Caches, LayerCache, Mask, Positions, Slice
 from mlxkv.kv.storage import Ragged, dense
 from mlxkv.kv.types import CacheSpec, KVFormat
 from mlxkv.nn.batch import BatchCache, batch
-from mlxkv.nn.model import POSITIONS, CausalLM, Media
+from mlxkv.nn.model import POSITIONS, CausalLM, Embedded, Media
 from mlxkv.nn.shared_buffers import padded
 
 
@@ -320,13 +320,7 @@ class Model(CausalLM):
     def embed(self, tokens: mx.array, media: Media = ()) -> mx.array:
         raise self._is_one_piece()
 
-    def hidden(
-        self,
-        x: mx.array,
-        caches: Caches = None,
-        per_layer: mx.array | None = None,
-        media: Media = (),
-    ) -> mx.array:
+    def forward(self, inputs: Embedded, caches: Caches, last_only: bool = False) -> mx.array:
         raise self._is_one_piece()
 
     def logits(self, hidden: mx.array) -> mx.array:

@@ -25,7 +25,7 @@ from mlxkv.models.gemma_audio_config import Gemma3nAudio
 from mlxkv.nn.encoders import AUDIO, IMAGE
 from mlxkv.nn.layers import GatedMLP, compiled, gated
 from mlxkv.nn.linear import Linear
-from mlxkv.nn.model import Media, placed
+from mlxkv.nn.model import Embedded, Media, placed
 from mlxkv.nn.shared_kv import KeysValues, PerLayerBackbone, PerLayerNorms, SharedKVModel
 
 
@@ -224,16 +224,11 @@ class Model(SharedKVModel):
             known[:, start : start + rows.shape[0]] = False
         return super().embed_per_layer(mx.where(known, tokens, 0), media)
 
-    def hidden(
-        self,
-        x: mx.array,
-        caches: Caches = None,
-        per_layer: mx.array | None = None,
-        media: Media = (),
-    ) -> mx.array:
+    def forward(self, inputs: Embedded, caches: Caches, last_only: bool = False) -> mx.array:
+        x, per_layer, _ = inputs
         assert per_layer is not None, "its layers need embed_per_layer(tokens)"
-        inputs = self.model.per_layer_inputs(x, per_layer)
-        streams = self.through_layers(self.model.streams(x), inputs, caches)
+        own = self.model.per_layer_inputs(x, per_layer)
+        streams = self.through_layers(self.model.streams(x), own, caches)
         return self.model.norm(self.model.joined(streams))
 
 

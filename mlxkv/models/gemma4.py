@@ -27,7 +27,7 @@ from mlxkv.models.gemma_vision_config import VitConfig
 from mlxkv.nn.encoders import AUDIO, IMAGE
 from mlxkv.nn.layers import GatedMLP, Prepared, compiled, gated
 from mlxkv.nn.linear import Linear
-from mlxkv.nn.model import Media
+from mlxkv.nn.model import Embedded
 from mlxkv.nn.moe import GatedExperts, weighed
 from mlxkv.nn.shared_kv import Heads, KeysValues, PerLayerBackbone, PerLayerNorms, SharedKVModel
 
@@ -166,27 +166,12 @@ class Model(SharedKVModel):
         encoder = self["vision_tower" if "vision_tower" in self else "vision_embedder"]
         return self.embed_vision(encoder(data["patches"], data["positions"], self.compute_dtype))
 
-    def hidden(
-        self,
-        x: mx.array,
-        caches: Caches = None,
-        per_layer: mx.array | None = None,
-        media: Media = (),
-    ) -> mx.array:
-        inputs = None if per_layer is None else self.model.per_layer_inputs(x, per_layer)
-        return self.model.norm(self.through_layers(x, inputs, caches, media))
-
-    def last_hidden(
-        self,
-        x: mx.array,
-        caches: Caches = None,
-        per_layer: mx.array | None = None,
-        media: Media = (),
-    ) -> mx.array:
-        """As every model's; the layers without KV are computed for the last token alone."""
-        inputs = None if per_layer is None else self.model.per_layer_inputs(x, per_layer)
-        x = self.through_layers(x, inputs, caches, media, last_only=True)
-        return self.model.norm(x[:, -1:])
+    def forward(self, inputs: Embedded, caches: Caches, last_only: bool = False) -> mx.array:
+        """As every model's; of the last token alone, layers without KV compute no other."""
+        x, per_layer, media = inputs
+        own = None if per_layer is None else self.model.per_layer_inputs(x, per_layer)
+        x = self.through_layers(x, own, caches, media, last_only=last_only)
+        return self.model.norm(x[:, -1:] if last_only else x)
 
 
 def remap(weights: Mapping[str, mx.array], config: Config) -> tuple[dict[str, mx.array], list[str]]:

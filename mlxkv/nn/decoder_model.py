@@ -29,7 +29,14 @@ from mlxkv.nn.layers import (
     split_heads,
 )
 from mlxkv.nn.linear import Embedding, Linear
-from mlxkv.nn.model import CausalLM, Media, attention_masks, model_windows, placed
+from mlxkv.nn.model import (
+    CausalLM,
+    Embedded,
+    Media,
+    attention_masks,
+    model_windows,
+    placed,
+)
 from mlxkv.nn.rope import RoPE
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -298,7 +305,7 @@ class Backbone(nn.Module):
 class DecoderModel(CausalLM):
     """A backbone with its head, which may be the embedding.
 
-    `layers` are callables of (x, mask, cache), unless `hidden` is overridden.
+    `layers` are callables of (x, mask, cache), unless `forward` is overridden.
     """
 
     model: Any
@@ -329,13 +336,8 @@ class DecoderModel(CausalLM):
         x = x if self._embed_scale is None else x * self._embed_scale
         return placed(x, media) if media else x
 
-    def hidden(
-        self,
-        x: mx.array,
-        caches: Caches = None,
-        per_layer: mx.array | None = None,
-        media: Media = (),
-    ) -> mx.array:
+    def forward(self, inputs: Embedded, caches: Caches, last_only: bool = False) -> mx.array:
+        x, _, media = inputs
         runs = self.two_way_runs(media) if media else ()
         masks = attention_masks(self._windows, caches, x.shape[1], runs)
         for i, (layer, window) in enumerate(zip(self.model.layers, self._windows, strict=True)):

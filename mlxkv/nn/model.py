@@ -35,6 +35,14 @@ Media = Sequence[Placed]
 """In order and apart, all of them within the tokens of the call, whose B is 1."""
 
 
+class Embedded(NamedTuple):
+    """The layers' input; see `CausalLM.hidden`."""
+
+    x: mx.array
+    per_layer: mx.array | None
+    media: Media
+
+
 def placed(x: mx.array, media: Media) -> mx.array:
     """Embeddings `[1, L, E]` with the rows of media in their places."""
     parts, at = [], 0
@@ -99,7 +107,7 @@ def _n_before(caches: Sequence[LayerCache] | None, window: int | None) -> int:
 class CausalLM(nn.Module):
     """A model as the engine sees it.
 
-    A family's `Model` sets `config` and has `embed`, `hidden`, `logits` and `cache_specs`. Only
+    A family's `Model` sets `config` and has `embed`, `forward`, `logits` and `cache_specs`. Only
     `embed` and `embed_per_layer` read token ids, so that embeddings of other media can stand among
     those of tokens.
 
@@ -216,6 +224,18 @@ class CausalLM(nn.Module):
             per_layer: from `embed_per_layer`.
             media: what `embed` was given, for the rows that see each other both ways.
         """
+        return self.forward(Embedded(x, per_layer, media), caches)
+
+    def embedded(self, tokens: mx.array, media: Media = ()) -> Embedded:
+        """Tokens `[B, L]` as the layers take them."""
+        return Embedded(self.embed(tokens, media), self.embed_per_layer(tokens, media), media)
+
+    def forward(self, inputs: Embedded, caches: Caches, last_only: bool = False) -> mx.array:
+        """What a family writes of `hidden`.
+
+        Args:
+            last_only: only the last position is needed; the others may be computed, or left out.
+        """
         raise NotImplementedError
 
     def logits(self, hidden: mx.array) -> mx.array:
@@ -224,32 +244,20 @@ class CausalLM(nn.Module):
 
     def __call__(self, tokens: mx.array, caches: Caches = None, media: Media = ()) -> mx.array:
         """Logits `[B, L, V]` of tokens `[B, L]`; caches and media as for `hidden`."""
-        x, per_layer = self.embed(tokens, media), self.embed_per_layer(tokens, media)
-        return self.logits(self.hidden(x, caches, per_layer, media))
+        return self.logits(self.forward(self.embedded(tokens, media), caches))
 
     def last_logits(self, tokens: mx.array, caches: Caches = None, media: Media = ()) -> mx.array:
         """Logits `[B, V]` after the last token: the head's product for one position only."""
-        x, per_layer = self.embed(tokens, media), self.embed_per_layer(tokens, media)
-        return self.logits(self.last_hidden(x, caches, per_layer, media))[:, 0]
+        hidden = self.forward(self.embedded(tokens, media), caches, last_only=True)
+        return self.logits(hidden[:, -1:])[:, 0]
 
     def position_logits(
         self, tokens: mx.array, caches: Caches = None, media: Media = ()
     ) -> Iterator[mx.array]:
         """Logits of every position of tokens `[1, L]`, `[n, V]` of a few positions at a time."""
-        x, per_layer = self.embed(tokens, media), self.embed_per_layer(tokens, media)
-        hidden = self.hidden(x, caches, per_layer, media)
+        hidden = self.forward(self.embedded(tokens, media), caches)
         for i in range(0, hidden.shape[1], POSITIONS):
             yield self.logits(hidden[:, i : i + POSITIONS])[0]
-
-    def last_hidden(
-        self,
-        x: mx.array,
-        caches: Caches = None,
-        per_layer: mx.array | None = None,
-        media: Media = (),
-    ) -> mx.array:
-        """The last position of `hidden`, `[B, 1, E]`."""
-        return self.hidden(x, caches, per_layer, media)[:, -1:]
 
 
 def model_windows(specs: Iterable[CacheSpec | None]) -> list[int | None]:
