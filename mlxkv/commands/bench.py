@@ -7,11 +7,11 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from mlxkv.commands.options import Memory
+from mlxkv.commands.options import Memory, takes
 from mlxkv.errors import INTERRUPTED, MlxkvError, UsageError
 from mlxkv.kv.types import KV_TYPES
 
@@ -28,37 +28,33 @@ GPU_TOKENS, CPU_TOKENS = 128, 16
 time; 88 s beside mlx-lm, which prefills quantized weights at 9 tokens/s there)."""
 
 
-def bench(
-    model: Annotated[
-        str | None,
-        typer.Argument(metavar="[MODEL]", help="As for run; default: the default model."),
-    ] = None,
-    context: Annotated[
-        str | None,
-        typer.Option(help="Tokens of the prompts, such as 0,2048,8192; 0: the shortest prompt."),
-    ] = None,
-    batch: Annotated[str | None, typer.Option(help="Sequences at a time, such as 1,4.")] = None,
-    tokens: Annotated[int | None, typer.Option(help="Decode steps that are timed.")] = None,
-    repeat: Annotated[int, typer.Option(help="Runs of each case; the median is shown.")] = 3,
-    vs: Annotated[
-        str | None, typer.Option(metavar="mlx-lm", help="Measure mlx-lm in turn with mlxkv.")
-    ] = None,
-    kv_type: Annotated[
-        str, typer.Option(help="Format of mlxkv's KV cache: native, q8 or q4.")
-    ] = "native",
-    memory: Memory = None,
-    report: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="The report; default: mlxkv-bench-CHIP-MODEL.json in the current folder.",
-        ),
-    ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the report instead of the table.")
-    ] = False,
-    plot: Annotated[bool, typer.Option("--plot/--no-plot", help="Draw bars as well.")] = True,
-) -> int:
+@dataclass(frozen=True, slots=True)
+class BenchOptions:
+    """Of the command line; made by `takes`."""
+
+    model: str | None = typer.Argument(
+        None, metavar="[MODEL]", help="As for run; default: the default model."
+    )
+    context: str | None = typer.Option(
+        None, help="Tokens of the prompts, such as 0,2048,8192; 0: the shortest prompt."
+    )
+    batch: str | None = typer.Option(None, help="Sequences at a time, such as 1,4.")
+    tokens: int | None = typer.Option(None, help="Decode steps that are timed.")
+    repeat: int = typer.Option(3, help="Runs of each case; the median is shown.")
+    vs: str | None = typer.Option(None, metavar="mlx-lm", help="Measure mlx-lm in turn with mlxkv.")
+    kv_type: str = typer.Option("native", help="Format of mlxkv's KV cache: native, q8 or q4.")
+    memory: Memory = None
+    report: Path | None = typer.Option(
+        None,
+        metavar="FILE",
+        help="The report; default: mlxkv-bench-CHIP-MODEL.json in the current folder.",
+    )
+    as_json: bool = typer.Option(False, "--json", help="Print the report instead of the table.")
+    plot: bool = typer.Option(True, "--plot/--no-plot", help="Draw bars as well.")
+
+
+@takes(BenchOptions)
+def bench(options: BenchOptions) -> int:
     """Measure how fast a model is on this machine, and write a report to share.
 
     Prefill and decode in tokens/s, time to the first token, and peak memory beside the plan's,
@@ -67,23 +63,24 @@ def bench(
     """
     from mlxkv.store import catalog
 
-    if vs is not None:
-        _check_vs(vs)
-    if kv_type not in KV_TYPES:
-        raise UsageError(f"--kv-type must be one of {', '.join(KV_TYPES)}; got {kv_type!r}")
-    if vs is not None and kv_type != "native":
+    o = options
+    if o.vs is not None:
+        _check_vs(o.vs)
+    if o.kv_type not in KV_TYPES:
+        raise UsageError(f"--kv-type must be one of {', '.join(KV_TYPES)}; got {o.kv_type!r}")
+    if o.vs is not None and o.kv_type != "native":
         raise UsageError("--vs mlx-lm needs --kv-type native: mlx-lm batches no quantized KV")
     asked = Asked(
-        model or catalog.DEFAULT.name,
-        _numbers("--context", context, least=0),
-        _numbers("--batch", batch, least=1),
-        _at_least_one("--tokens", tokens),
-        _at_least_one("--repeat", repeat) or 1,
-        ("mlxkv", "mlx-lm") if vs else ("mlxkv",),
-        kv_type,
-        memory,
+        o.model or catalog.DEFAULT.name,
+        _numbers("--context", o.context, least=0),
+        _numbers("--batch", o.batch, least=1),
+        _at_least_one("--tokens", o.tokens),
+        _at_least_one("--repeat", o.repeat) or 1,
+        ("mlxkv", "mlx-lm") if o.vs else ("mlxkv",),
+        o.kv_type,
+        o.memory,
     )
-    return _bench(asked, report, as_json=as_json, plot=plot)
+    return _bench(asked, o.report, as_json=o.as_json, plot=o.plot)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mlxkv.commands.options import AsJson, DType, Memory
+from mlxkv.commands.options import AsJson, DType, Memory, takes
 
 if TYPE_CHECKING:
     from mlxkv.saved_kv.registry import KVNames
@@ -21,6 +22,9 @@ app = typer.Typer(
 )
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="A name; `mlxkv kv ls` lists them.")]
+ItsModel = Annotated[
+    str | None, typer.Option("--model", "-m", help="Its model; default: the one it names.")
+]
 
 
 def _names() -> KVNames:
@@ -30,30 +34,32 @@ def _names() -> KVNames:
     return KVNames(kv_dir())
 
 
+@dataclass(frozen=True, slots=True)
+class SaveOptions:
+    """Of the command line; made by `takes`."""
+
+    name: str = typer.Argument(..., metavar="NAME", help="A name of your choice.")
+    sources: list[str] | None = typer.Argument(
+        None,
+        metavar="(PROMPT | FILE...)",
+        help="Files and folders, or a text; piped text is appended.",
+    )
+    model: str | None = typer.Option(
+        None, "--model", "-m", help="The model; default: smollm2:135m."
+    )
+    raw: bool = typer.Option(False, "--raw", help="A text to continue, not the start of a chat.")
+    pin: bool = typer.Option(False, "--pin", help="Never evict it.")
+    dtype: DType = "auto"
+    memory: Memory = None
+    kv_type: str | None = typer.Option(None, help="Format of the KV: native, q8 or q4.")
+    context: int | None = typer.Option(
+        None, help="Context that it must leave room in; default: as for `run`."
+    )
+
+
 @app.command()
-def save(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="A name of your choice.")],
-    sources: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="(PROMPT | FILE...)",
-            help="Files and folders, or a text; piped text is appended.",
-        ),
-    ] = None,
-    model: Annotated[
-        str | None, typer.Option("--model", "-m", help="The model; default: smollm2:135m.")
-    ] = None,
-    raw: Annotated[
-        bool, typer.Option("--raw", help="A text to continue, not the start of a chat.")
-    ] = False,
-    pin: Annotated[bool, typer.Option("--pin", help="Never evict it.")] = False,
-    dtype: DType = "auto",
-    memory: Memory = None,
-    kv_type: Annotated[str | None, typer.Option(help="Format of the KV: native, q8 or q4.")] = None,
-    context: Annotated[
-        int | None, typer.Option(help="Context that it must leave room in; default: as for `run`.")
-    ] = None,
-) -> None:
+@takes(SaveOptions)
+def save(options: SaveOptions) -> int:
     """Compute a prompt, a file or a whole folder once, and keep its KV.
 
     A folder means its text files, and the pictures and recordings that the model takes.
@@ -68,24 +74,26 @@ def save(
     from mlxkv.terminal.local import load_model
     from mlxkv.terminal.one_shot import prefill_report
 
-    pieces = inputs.pieces(sources or [])
-    wanted = model or catalog.DEFAULT.name
-    given = Given(context, kv_type, memory, origin=COMMAND_LINE)
+    o, name = options, options.name
+    pieces = inputs.pieces(o.sources or [])
+    wanted = o.model or catalog.DEFAULT.name
+    given = Given(o.context, o.kv_type, o.memory, origin=COMMAND_LINE)
     progress = ProgressLine()
-    with load_model(wanted, dtype, given) as llm:
-        content = inputs.content(pieces, () if raw else llm.media.kinds)
+    with load_model(wanted, o.dtype, given) as llm:
+        content = inputs.content(pieces, () if o.raw else llm.media.kinds)
         # Templates write the media of users' messages.
         role = "system" if isinstance(content, str) else "user"
-        prompt = content if raw else [{"role": role, "content": content}]
+        prompt = content if o.raw else [{"role": role, "content": content}]
         try:
             saved = llm.save_kv(name, prompt, model=wanted, on_progress=prefill_report(progress))
         finally:
             progress.clear()
     names = _names()
-    if pin:
+    if o.pin:
         names.pin(name)
     size = human_bytes(names.nbytes(saved))
     print(f"saved {name}: {saved.n_tokens:,} tokens of {wanted}, {size}")
+    return 0
 
 
 @app.command("ls")
@@ -181,9 +189,7 @@ def keygen(
 def import_(
     file: Annotated[str, typer.Argument(metavar="FILE", help="From `mlxkv kv export`.")],
     name: Annotated[str | None, typer.Option(help="Another name for it.")] = None,
-    model: Annotated[
-        str | None, typer.Option("--model", "-m", help="Its model; default: the one it names.")
-    ] = None,
+    model: ItsModel = None,
     check: Annotated[
         bool, typer.Option("--verify", help="Compute the first, the last and two other pages now.")
     ] = False,
@@ -216,9 +222,7 @@ def import_(
 @app.command()
 def verify(
     name: Name,
-    model: Annotated[
-        str | None, typer.Option("--model", "-m", help="Its model; default: the one it names.")
-    ] = None,
+    model: ItsModel = None,
     sample: Annotated[
         bool, typer.Option("--sample", help="Compute the first, the last and two other pages only.")
     ] = False,

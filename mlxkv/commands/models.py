@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from mlxkv.commands.options import AsJson, DType, KVType, Memory, Model
+from mlxkv.commands.options import AsJson, DType, KVType, Memory, Model, takes
 
 
 def pull(model: Model) -> None:
@@ -84,71 +85,70 @@ def rm(
     print(f"removed {model}, {human_bytes(freed)} freed")
 
 
-def convert(
-    source: Annotated[
-        str, typer.Argument(metavar="SOURCE", help="Directory, .gguf file, org/name or name.")
-    ],
-    output: Annotated[
-        str | None,
-        typer.Option(
-            "--output", "-o", help="A path, or a bare name for mlxkv's own models folder."
-        ),
-    ] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16.")] = None,
-    quantize: Annotated[
-        str | None,
-        typer.Option("--quantize", "-q", help="affine4, affine8, mxfp4, mxfp8, nvfp4, ... none."),
-    ] = None,
-    group_size: Annotated[int | None, typer.Option(help="Values that share a scale.")] = None,
-    recipe: Annotated[
-        str | None, typer.Option(help="mixed: more bits for embeddings, head and the like.")
-    ] = None,
-    mmproj: Annotated[
-        Path | None,
-        typer.Option(help="A .gguf model's encoders; default: the *mmproj*.gguf beside it."),
-    ] = None,
-    quantize_towers: Annotated[
-        bool,
-        typer.Option(
-            "--quantize-towers", help="Quantize the encoders of pictures and sound as well."
-        ),
-    ] = False,
-    text_only: Annotated[
-        bool, typer.Option("--text-only", help="Leave the encoders of pictures and sound out.")
-    ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan only.")] = False,
-) -> None:
+@dataclass(frozen=True, slots=True)
+class ConvertOptions:
+    """Of the command line; made by `takes`."""
+
+    source: str = typer.Argument(
+        ..., metavar="SOURCE", help="Directory, .gguf file, org/name or name."
+    )
+    output: str | None = typer.Option(
+        None, "--output", "-o", help="A path, or a bare name for mlxkv's own models folder."
+    )
+    dtype: str | None = typer.Option(None, help="float32, float16 or bfloat16.")
+    quantize: str | None = typer.Option(
+        None, "--quantize", "-q", help="affine4, affine8, mxfp4, mxfp8, nvfp4, ... none."
+    )
+    group_size: int | None = typer.Option(None, help="Values that share a scale.")
+    recipe: str | None = typer.Option(
+        None, help="mixed: more bits for embeddings, head and the like."
+    )
+    mmproj: Path | None = typer.Option(
+        None, help="A .gguf model's encoders; default: the *mmproj*.gguf beside it."
+    )
+    quantize_towers: bool = typer.Option(
+        False, "--quantize-towers", help="Quantize the encoders of pictures and sound as well."
+    )
+    text_only: bool = typer.Option(
+        False, "--text-only", help="Leave the encoders of pictures and sound out."
+    )
+    dry_run: bool = typer.Option(False, "--dry-run", help="Print the plan only.")
+
+
+@takes(ConvertOptions)
+def convert(options: ConvertOptions) -> int:
     """Convert a checkpoint to an MLX model directory."""
     from mlxkv.store import refs, resolve
     from mlxkv.terminal.console import ProgressLine
 
-    progress = ProgressLine()
+    o, progress = options, ProgressLine()
     try:
-        path = resolve.source_path(source, report=progress if progress.on else resolve.silent)
-        target = refs.output_path(output or resolve.default_output(source, quantize, dtype))
+        path = resolve.source_path(o.source, report=progress if progress.on else resolve.silent)
+        target = refs.output_path(o.output or resolve.default_output(o.source, o.quantize, o.dtype))
         from mlxkv.convert import convert as convert_model  # pyright: ignore[reportMissingImports]
 
         result = convert_model(
             path,
             target,
-            dtype=dtype,
-            quantize=quantize,
-            group_size=group_size,
-            recipe=recipe,
-            mmproj=mmproj,
-            quantize_towers=quantize_towers,
-            text_only=text_only,
-            dry_run=dry_run,
+            dtype=o.dtype,
+            quantize=o.quantize,
+            group_size=o.group_size,
+            recipe=o.recipe,
+            mmproj=o.mmproj,
+            quantize_towers=o.quantize_towers,
+            text_only=o.text_only,
+            dry_run=o.dry_run,
             progress=lambda step: progress("converting", step.done_bytes, step.total_bytes),
         )
     finally:
         progress.clear()
-    if dry_run:
+    if o.dry_run:
         from mlxkv.convert import describe  # pyright: ignore[reportMissingImports]
 
         print(describe(result.plan))
     else:
         print(result.path)
+    return 0
 
 
 def plan(

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
-from typing import Annotated, Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Annotated, Any, TypeVar
 
 import typer
 
 from mlxkv.terminal.answer_options import SAMPLING
 from mlxkv.terminal.spelling import Options
+
+T = TypeVar("T")
 
 KVType = Annotated[
     str | None,
@@ -32,31 +34,35 @@ Memory = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-def with_sampling(command: Callable[..., int]) -> Callable[..., int]:
-    """A command with an option for each sampling parameter in place of its argument `sampling`.
+def takes(kind: Callable[..., T]) -> Callable[[Callable[[T], int]], Callable[..., int]]:
+    """A command whose one argument is a dataclass with an option in each field.
 
-    Args:
-        command: gets the options by name in `sampling`, None where they are left out.
+    The field `sampling`, if there is one, stands for an option for each sampling parameter, and
+    gets them by name, None where they are left out.
     """
-    signature = inspect.signature(command, eval_str=True)
-    taken = []
+    signature = inspect.signature(kind, eval_str=True)
+    taken: list[inspect.Parameter] = []
     for argument in signature.parameters.values():
-        if argument.name != "sampling":
-            taken.append(argument)
-            continue
-        for name, parameter in SAMPLING.items():
-            names = [f"--{name.replace('_', '-')}", f"-{parameter.letter}"]
-            option = typer.Option(*names[: 1 + bool(parameter.letter)], help=parameter.help)
-            hint = Annotated[parameter.kind | None, option]
-            taken.append(argument.replace(name=name, default=None, annotation=hint))
+        taken += _sampling_options(argument) if argument.name == "sampling" else [argument]
 
-    @functools.wraps(command)
-    def call(**options: Any) -> int:
-        sampling = {name: options.pop(name) for name in SAMPLING}
-        return command(**options, sampling=sampling)
+    def decorate(command: Callable[[T], int]) -> Callable[..., int]:
+        @functools.wraps(command)
+        def call(**options: Any) -> int:
+            if "sampling" in signature.parameters:
+                options["sampling"] = {name: options.pop(name) for name in SAMPLING}
+            return command(kind(**options))
 
-    call.__signature__ = signature.replace(parameters=taken)  # pyright: ignore[reportAttributeAccessIssue]
-    return call
+        call.__signature__ = inspect.Signature(taken)  # pyright: ignore[reportAttributeAccessIssue]
+        return call
+
+    return decorate
+
+
+def _sampling_options(argument: inspect.Parameter) -> Iterator[inspect.Parameter]:
+    for name, parameter in SAMPLING.items():
+        names = [f"--{name.replace('_', '-')}", f"-{parameter.letter}"]
+        option = typer.Option(None, *names[: 1 + bool(parameter.letter)], help=parameter.help)
+        yield argument.replace(name=name, default=option, annotation=parameter.kind | None)
 
 
 def options_of(app: typer.Typer, args: Sequence[str]) -> Options:

@@ -8,18 +8,20 @@ import signal
 import socket
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mlxkv.commands.alias import run_aliases
-from mlxkv.commands.options import AsJson, Context, DType, KVType
+from mlxkv.commands.options import AsJson, Context, DType, KVType, takes
 from mlxkv.errors import InternalError, ModelNotFound, UsageError
 from mlxkv.server.config import HOST, PORT
 
 if TYPE_CHECKING:
     from mlxkv.server.client import Server
+    from mlxkv.server.config import ServerConfig
 
 Address = Annotated[
     str | None,
@@ -30,144 +32,132 @@ Key = Annotated[
 ]
 
 
-def serve(
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = HOST,
-    port: Annotated[int, typer.Option(help="Port to listen on; 0 for a free one.")] = PORT,
-    models: Annotated[
-        list[str] | None,
-        typer.Option("--model", "-m", help="Load this model at once and keep it; may be repeated."),
-    ] = None,
-    api_keys: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--api-key", help="Clients must send one of these; may be repeated (MLXKV_API_KEY)."
-        ),
-    ] = None,
-    api_key_file: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="A file of keys, one a line: unlike options, `ps` does not show them.",
-        ),
-    ] = None,
-    origins: Annotated[
-        list[str] | None,
-        typer.Option("--origin", help="Origin of a web page that may send requests; repeatable."),
-    ] = None,
-    hosts: Annotated[
-        list[str] | None,
-        typer.Option("--allow-host", help="Another name of this server; may be repeated."),
-    ] = None,
-    media_hosts: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--allow-media-from",
-            metavar="HOST",
-            help="Fetch pictures and sound from URLs of HOST or *.HOST; may be repeated.",
-        ),
-    ] = None,
-    pull_hosts: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--pull-host",
-            metavar="HOST:PORT",
-            help="Address inside the network that downloads may be redirected to; repeatable.",
-        ),
-    ] = None,
-    strict: Annotated[
-        bool,
-        typer.Option("--strict", help="Refuse fields without effect here; else they are named."),
-    ] = False,
-    aliases: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--alias", metavar="NAME=MODEL", help="A further name of a model; may be repeated."
-        ),
-    ] = None,
-    agent_prompts: Annotated[
-        bool,
-        typer.Option("--agent-prompts", help="Move what agents change behind what stays."),
-    ] = False,
-    keep_alive: Annotated[
-        float, typer.Option(help="Seconds before an unused model is unloaded; negative: never.")
-    ] = 300.0,
-    max_queue: Annotated[
-        int, typer.Option(help="Requests in the queue of each API key, at most.")
-    ] = 64,
-    max_running: Annotated[int, typer.Option(help="Answers of a model at a time, at most.")] = 16,
-    until_input_ends: Annotated[
-        bool, typer.Option("--until-input-ends", hidden=True, help="End when stdin does.")
-    ] = False,
-    next_turns: Annotated[
-        bool,
-        typer.Option(
-            "--next-turns/--no-next-turns",
-            hidden=True,
-            help="--no-next-turns is --idle-compute off.",
-        ),
-    ] = True,
-    idle_compute: Annotated[
-        str | None,
-        typer.Option(
-            metavar="off|light|full",
-            help="When idle, compute what is known of next prompts: nothing, 256 tokens an answer, "
-            "or all; default: full, on battery light.",
-        ),
-    ] = None,
-    dtype: DType = "auto",
-    context: Context = None,
-    memory: Annotated[
-        str | None, typer.Option(help="Memory limit of all models together, such as 16GiB.")
-    ] = None,
-    kv_type: KVType = None,
-) -> int:
+@dataclass(frozen=True, slots=True)
+class ServeOptions:
+    """Of the command line; made by `takes`."""
+
+    host: str = typer.Option(HOST, help="Address to listen on.")
+    port: int = typer.Option(PORT, help="Port to listen on; 0 for a free one.")
+    models: list[str] | None = typer.Option(
+        None, "--model", "-m", help="Load this model at once and keep it; may be repeated."
+    )
+    api_keys: list[str] | None = typer.Option(
+        None, "--api-key", help="Clients must send one of these; may be repeated (MLXKV_API_KEY)."
+    )
+    api_key_file: Path | None = typer.Option(
+        None,
+        metavar="FILE",
+        help="A file of keys, one a line: unlike options, `ps` does not show them.",
+    )
+    origins: list[str] | None = typer.Option(
+        None, "--origin", help="Origin of a web page that may send requests; repeatable."
+    )
+    hosts: list[str] | None = typer.Option(
+        None, "--allow-host", help="Another name of this server; may be repeated."
+    )
+    media_hosts: list[str] | None = typer.Option(
+        None,
+        "--allow-media-from",
+        metavar="HOST",
+        help="Fetch pictures and sound from URLs of HOST or *.HOST; may be repeated.",
+    )
+    pull_hosts: list[str] | None = typer.Option(
+        None,
+        "--pull-host",
+        metavar="HOST:PORT",
+        help="Address inside the network that downloads may be redirected to; repeatable.",
+    )
+    strict: bool = typer.Option(
+        False, "--strict", help="Refuse fields without effect here; else they are named."
+    )
+    aliases: list[str] | None = typer.Option(
+        None, "--alias", metavar="NAME=MODEL", help="A further name of a model; may be repeated."
+    )
+    agent_prompts: bool = typer.Option(
+        False, "--agent-prompts", help="Move what agents change behind what stays."
+    )
+    keep_alive: float = typer.Option(
+        300.0, help="Seconds before an unused model is unloaded; negative: never."
+    )
+    max_queue: int = typer.Option(64, help="Requests in the queue of each API key, at most.")
+    max_running: int = typer.Option(16, help="Answers of a model at a time, at most.")
+    until_input_ends: bool = typer.Option(
+        False, "--until-input-ends", hidden=True, help="End when stdin does."
+    )
+    next_turns: bool = typer.Option(
+        True,
+        "--next-turns/--no-next-turns",
+        hidden=True,
+        help="--no-next-turns is --idle-compute off.",
+    )
+    idle_compute: str | None = typer.Option(
+        None,
+        metavar="off|light|full",
+        help="When idle, compute what is known of next prompts: nothing, 256 tokens an answer, "
+        "or all; default: full, on battery light.",
+    )
+    dtype: DType = "auto"
+    context: Context = None
+    memory: str | None = typer.Option(
+        None, help="Memory limit of all models together, such as 16GiB."
+    )
+    kv_type: KVType = None
+
+
+@takes(ServeOptions)
+def serve(options: ServeOptions) -> int:
     """Serve models over HTTP: the APIs of OpenAI, Ollama and Anthropic."""
-    from mlxkv.base import device
+    from mlxkv.base.paths import asleep_dir
     from mlxkv.base.seal import seal_of_environment
     from mlxkv.base.units import parse_bytes
-    from mlxkv.server.config import ServerConfig, bodies_bytes
-
-    limit_bytes = parse_bytes(memory or os.environ.get("MLXKV_MEMORY"))
-    names = run_aliases(aliases or ())
-    given = os.environ.get("MLXKV_API_KEY") if api_key_file is None else None
-    keys = tuple(api_keys or filter(None, [given]))
-    config = ServerConfig(
-        host=host,
-        port=port,
-        api_keys=keys,
-        api_key_file=api_key_file,
-        origins=tuple(origins or ()),
-        hosts=tuple(hosts or ()),
-        media_hosts=tuple(media_hosts or ()),
-        strict=strict,
-        agent_prompts=agent_prompts,
-        agent_file=_agent_file() if agent_prompts else None,
-        models=tuple(_unaliased(model, dict(names)) for model in models or ()),
-        aliases=names,
-        context=context,
-        max_bodies_bytes=bodies_bytes(limit_bytes or device.memory_limit()),
-    )
-    from mlxkv.base.paths import asleep_dir
     from mlxkv.engine.engine import ThreadedEngine
     from mlxkv.store.outgoing import only_public
     from mlxkv.store.settings import COMMAND_LINE, Given
 
-    only_public(pull_hosts or ())
+    o = options
+    limit_bytes = parse_bytes(o.memory or os.environ.get("MLXKV_MEMORY"))
+    config = _config(options, limit_bytes)
+    only_public(o.pull_hosts or ())
     seal_of_environment()  # a bad key ends the command, not a request
     engine = ThreadedEngine(
         memory=limit_bytes,
-        dtype=dtype,
-        given=Given(context=context, kv_type=kv_type, origin=COMMAND_LINE),
-        keep_alive_s=keep_alive,
-        max_queue=max_queue,
-        max_running=max_running,
-        next_turns=next_turns,
+        dtype=o.dtype,
+        given=Given(context=o.context, kv_type=o.kv_type, origin=COMMAND_LINE),
+        keep_alive_s=o.keep_alive,
+        max_queue=o.max_queue,
+        max_running=o.max_running,
+        next_turns=o.next_turns,
         asleep=asleep_dir(),
-        idle_compute=idle_compute,
+        idle_compute=o.idle_compute,
     )
-    if until_input_ends:
+    if o.until_input_ends:
         _end_with_input()
     return _run(engine, config)
+
+
+def _config(options: ServeOptions, limit_bytes: int | None) -> ServerConfig:
+    from mlxkv.base import device
+    from mlxkv.server.config import ServerConfig, bodies_bytes
+
+    o = options
+    names = run_aliases(o.aliases or ())
+    key = os.environ.get("MLXKV_API_KEY") if o.api_key_file is None else None
+    return ServerConfig(
+        host=o.host,
+        port=o.port,
+        api_keys=tuple(o.api_keys or filter(None, [key])),
+        api_key_file=o.api_key_file,
+        origins=tuple(o.origins or ()),
+        hosts=tuple(o.hosts or ()),
+        media_hosts=tuple(o.media_hosts or ()),
+        strict=o.strict,
+        agent_prompts=o.agent_prompts,
+        agent_file=_agent_file() if o.agent_prompts else None,
+        models=tuple(_unaliased(model, dict(names)) for model in o.models or ()),
+        aliases=names,
+        context=o.context,
+        max_bodies_bytes=bodies_bytes(limit_bytes or device.memory_limit()),
+    )
 
 
 def _end_with_input() -> None:
@@ -296,7 +286,6 @@ def ps(
     api_key: Key = None,
 ) -> None:
     """List the models that a running server has in memory, and the answers that sleep."""
-    from mlxkv.base.units import human_bytes
     from mlxkv.terminal.console import table
 
     stats = _server(server, api_key).ask("GET", "/stats.json")
@@ -304,44 +293,41 @@ def ps(
     if as_json:
         print(json.dumps(loaded))
         return
-    header = [
-        "NAME",
-        "SIZE",
-        "WEIGHTS",
-        "KV USED",
-        "KV ALLOCATED",
-        "SEQUENCES",
-        "ASLEEP",
-        "PAGES",
-        "UNTIL",
-    ]
-    more = ["KV MAX", "PAGES ON SSD", "CONTEXT", "DEVICE", "FAMILY", "QUANTIZATION"]
-    rows = []
-    for model in loaded:
-        row = [
-            model["name"],
-            human_bytes(model["size_bytes"]),
-            human_bytes(model["weights_bytes"]),
-            human_bytes(model["kv_used_bytes"]),
-            human_bytes(model["kv_allocated_bytes"]),
-            str(model["n_sequences"]),
-            str(model.get("n_asleep", 0)),
-            human_bytes(model["pages_ram_bytes"]),
-            model["until"] or "for ever",
-        ]
-        if verbose:
-            row += [
-                human_bytes(model["kv_max_bytes"]),
-                human_bytes(model["pages_ssd_bytes"]),
-                f"{model['context']:,}",
-                model["device"],
-                model["family"],
-                model["quantization"],
-            ]
-        rows.append(row)
-    print(table(header + more if verbose else header, rows))
+    header = [*PS_COLUMNS, *(PS_MORE if verbose else ())]
+    print(table(header, [_ps_row(model, verbose) for model in loaded]))
     for name, n in stats.get("asleep", {}).items():
         print(f"asleep: {n} {'answer' if n == 1 else 'answers'} of {name}")
+
+
+PS_COLUMNS = ("NAME", "SIZE", "WEIGHTS", "KV USED", "KV ALLOCATED", "SEQUENCES", "ASLEEP", "PAGES",
+              "UNTIL")  # fmt: skip
+PS_MORE = ("KV MAX", "PAGES ON SSD", "CONTEXT", "DEVICE", "FAMILY", "QUANTIZATION")
+
+
+def _ps_row(model: Mapping[str, Any], verbose: bool) -> list[str]:
+    from mlxkv.base.units import human_bytes
+
+    row = [
+        model["name"],
+        human_bytes(model["size_bytes"]),
+        human_bytes(model["weights_bytes"]),
+        human_bytes(model["kv_used_bytes"]),
+        human_bytes(model["kv_allocated_bytes"]),
+        str(model["n_sequences"]),
+        str(model.get("n_asleep", 0)),
+        human_bytes(model["pages_ram_bytes"]),
+        model["until"] or "for ever",
+    ]
+    if verbose:
+        row += [
+            human_bytes(model["kv_max_bytes"]),
+            human_bytes(model["pages_ssd_bytes"]),
+            f"{model['context']:,}",
+            model["device"],
+            model["family"],
+            model["quantization"],
+        ]
+    return row
 
 
 def stop(

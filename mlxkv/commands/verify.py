@@ -5,51 +5,52 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
-from mlxkv.commands.options import AsJson, Context, DType, Memory, Model
+from mlxkv.commands.options import AsJson, Context, DType, Memory, Model, takes
 from mlxkv.errors import INTERRUPTED, UsageError
 
 if TYPE_CHECKING:
     from mlxkv.store.settings import Given
 
 
-def verify(
-    model: Model,
-    tokens: Annotated[
-        int | None,
-        typer.Option(help="Length of the prompt; default: past the second wrap of every window."),
-    ] = None,
-    kv_type: Annotated[
-        list[str] | None,
-        typer.Option(help="native, q8 or q4; may be repeated; default: all."),
-    ] = None,
-    full: Annotated[
-        bool,
-        typer.Option(
-            "--full",
-            help="Instead try out all that the model can do: chat, reasoning, formats, tools, "
-            "limits, pictures, sound, prefix reuse, memory.",
-        ),
-    ] = False,
-    strict: Annotated[
-        bool, typer.Option("--strict", help="With --full, a wrong answer fails as well.")
-    ] = False,
-    report: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="With --full, its report; default: mlxkv-verify-MODEL.json in the current folder.",
-        ),
-    ] = None,
-    context: Context = None,
-    dtype: DType = "auto",
-    memory: Memory = None,
-    as_json: AsJson = False,
-) -> int:
+@dataclass(frozen=True, slots=True)
+class VerifyOptions:
+    """Of the command line; made by `takes`."""
+
+    model: Model
+    tokens: int | None = typer.Option(
+        None, help="Length of the prompt; default: past the second wrap of every window."
+    )
+    kv_type: list[str] | None = typer.Option(
+        None, help="native, q8 or q4; may be repeated; default: all."
+    )
+    full: bool = typer.Option(
+        False,
+        "--full",
+        help="Instead try out all that the model can do: chat, reasoning, formats, tools, "
+        "limits, pictures, sound, prefix reuse, memory.",
+    )
+    strict: bool = typer.Option(
+        False, "--strict", help="With --full, a wrong answer fails as well."
+    )
+    report: Path | None = typer.Option(
+        None,
+        metavar="FILE",
+        help="With --full, its report; default: mlxkv-verify-MODEL.json in the current folder.",
+    )
+    context: Context = None
+    dtype: DType = "auto"
+    memory: Memory = None
+    as_json: AsJson = False
+
+
+@takes(VerifyOptions)
+def verify(options: VerifyOptions) -> int:
     """Prove on your model that restored KV gives the same answers as computed KV.
 
     Runs one prompt cold, in other chunks, after a rewind, and from pages in RAM and on disk, in
@@ -64,26 +65,25 @@ def verify(
     from mlxkv.store.settings import COMMAND_LINE, Given
     from mlxkv.terminal.local import load_model
 
-    for each in kv_type or ():
+    o, kv_types = options, options.kv_type or ()
+    for each in kv_types:
         storage_of(each)
-    if full and (tokens is not None or len(kv_type or ()) > 1):
+    if o.full and (o.tokens is not None or len(kv_types) > 1):
         raise UsageError("--full takes one --kv-type, and no --tokens")
-    for name, value in (("--strict", strict), ("--report", report)):
-        if value and not full:
+    for name, value in (("--strict", o.strict), ("--report", o.report)):
+        if value and not o.full:
             raise UsageError(f"{name} is for --full")
-    own = kv_type[0] if full and kv_type else None
-    given = Given(context=context, kv_type=own, memory=memory, origin=COMMAND_LINE)
-    if full:
-        return _full(model, dtype, given, strict, report, as_json)
-    with load_model(model, dtype, given) as llm:
-        made = check.verify(llm, tokens, tuple(kv_type or KV_TYPES))
-    print(json.dumps(check.to_dict(made)) if as_json else check.text(made))
+    own = kv_types[0] if o.full and kv_types else None
+    given = Given(context=o.context, kv_type=own, memory=o.memory, origin=COMMAND_LINE)
+    if o.full:
+        return _full(options, given)
+    with load_model(o.model, o.dtype, given) as llm:
+        made = check.verify(llm, o.tokens, tuple(kv_types or KV_TYPES))
+    print(json.dumps(check.to_dict(made)) if o.as_json else check.text(made))
     return 0 if made.passed else 1
 
 
-def _full(
-    model: str, dtype: str, given: Given, strict: bool, file: Path | None, as_json: bool
-) -> int:
+def _full(options: VerifyOptions, given: Given) -> int:
     from mlxkv.bench.acceptance import report as reports
     from mlxkv.bench.acceptance.subject import Subject
     from mlxkv.bench.acceptance.suite import accept
@@ -91,16 +91,16 @@ def _full(
     from mlxkv.terminal.console import ProgressLine
     from mlxkv.terminal.local import load_model
 
-    file = file or free_path("mlxkv-verify", Path(model).name)
+    file = options.report or free_path("mlxkv-verify", Path(options.model).name)
     check_writable(file)
     progress = ProgressLine()
-    with load_model(model, dtype, given) as llm:
+    with load_model(options.model, options.dtype, given) as llm:
         try:
-            made = accept(Subject(llm), model, strict, progress)
+            made = accept(Subject(llm), options.model, options.strict, progress)
         finally:
             progress.clear()
     write(reports.to_dict(made), file)
-    if as_json:
+    if options.as_json:
         print(json.dumps(reports.to_dict(made), indent=1))
     else:
         print(reports.text(made, shutil.get_terminal_size().columns))

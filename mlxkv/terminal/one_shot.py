@@ -4,68 +4,53 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from mlxkv.errors import INTERRUPTED, UsageError
-from mlxkv.terminal.answer_options import AnswerOptions
 from mlxkv.terminal.console import Aside, ProgressLine
 from mlxkv.terminal.files import attachments
 from mlxkv.terminal.spelling import RUN
+from mlxkv.terminal.start import Start
 from mlxkv.terminal.stats_text import describe_memory, describe_stats, remarks, stats_dict
 from mlxkv.terminal.word_wrap import wrap_for
 
 if TYPE_CHECKING:
     from mlxkv.generation.outputs import Chunk
-    from mlxkv.saved_kv.manifest import NamedKV
     from mlxkv.terminal.backend import Speaker
-    from mlxkv.terminal.files.attachments import Attachment
 
 
-def one_answer(
-    speaker: Speaker,
-    prompt: str,
-    *,
-    system: str | None,
-    settings: AnswerOptions,
-    raw: bool,
-    as_json: bool,
-    verbose: bool,
-    kv_from: NamedKV | None = None,
-    attached: Sequence[Attachment] = (),
-    image_budget: int | None = None,
-) -> int:
+def one_answer(speaker: Speaker, prompt: str, start: Start, *, raw: bool, as_json: bool) -> int:
     """Stream the answer to one prompt to stdout; the exit code.
-
-    Args:
-        attached: pictures and recordings; they stand before the prompt.
-        image_budget: most tokens of each picture, for models that let them be chosen.
 
     Raises:
         TemplateError: a model without a chat template, and not `raw`.
         UsageError: a system prompt, `think` or media beside `raw`, or media that the model cannot
             take.
     """
+    attached, settings = start.attached, start.settings
     attachments.check_able(speaker, attached)
     for field, value in (
-        ("system", system or None),
+        ("system", start.system or None),
         ("think", settings.think),
         ("files", attached or None),
     ):
         if raw and value is not None:
             text = "has no place with --raw, which gives the model PROMPT as it is"
             raise UsageError(text, field=field)
-    messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
-    content = attachments.content([*attached, prompt], image_budget)
+    messages: list[dict[str, Any]] = []
+    if start.system:
+        messages.append({"role": "system", "content": start.system})
+    content = attachments.content([*attached, prompt], start.image_budget)
     messages.append({"role": "user", "content": content})
     progress = ProgressLine()
     try:
         asked = prompt if raw else messages
-        chunks = speaker.stream(asked, settings, prefill_report(progress), kv_from)
+        chunks = speaker.stream(asked, settings, prefill_report(progress), start.kv_from)
         if as_json:
             return _print_json(chunks, progress, speaker)
-        return _print_text(chunks, verbose, progress, speaker)
+        return _print_text(chunks, start.verbose, progress, speaker)
     except KeyboardInterrupt:
         progress.clear()
         sys.stdout.write("" if as_json else "\n")

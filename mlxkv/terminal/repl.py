@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from types import FrameType
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, cast
 from mlxkv.base.faults import log_fault
 from mlxkv.errors import MlxkvError, TemplateError, one_line
 from mlxkv.terminal import last_chat
-from mlxkv.terminal.answer_options import AnswerOptions, options_of
+from mlxkv.terminal.answer_options import options_of
 from mlxkv.terminal.backend import ComputesAhead
 from mlxkv.terminal.console import ProgressLine
 from mlxkv.terminal.files import media_files
@@ -40,6 +40,7 @@ from mlxkv.terminal.slash_commands import (
     load_conversation,
 )
 from mlxkv.terminal.spelling import RUN
+from mlxkv.terminal.start import Start
 from mlxkv.terminal.stats_text import describe_rungs, describe_shift, describe_stats
 
 if TYPE_CHECKING:
@@ -48,7 +49,6 @@ if TYPE_CHECKING:
 
     from mlxkv.generation.asleep import Asleep
     from mlxkv.generation.outputs import Chunk
-    from mlxkv.saved_kv.manifest import NamedKV
     from mlxkv.terminal.backend import Speaker, Talk
 
 PROMPT, CONTINUED = ">>> ", "... "
@@ -63,28 +63,13 @@ Ask = Callable[[str], str]
 
 
 def chat(
-    speaker: Speaker,
-    settings: AnswerOptions,
-    *,
-    system: str | None = None,
-    verbose: bool = False,
-    kv_from: NamedKV | None = None,
-    resumes: bool = False,
-    idle_compute: str | None = None,
-    attached: Sequence[Attachment] = (),
-    image_budget: int | None = None,
+    speaker: Speaker, start: Start, *, resumes: bool = False, idle_compute: str | None = None
 ) -> int:
     """Run a chat until the user leaves; the exit code.
 
     Args:
-        speaker: the model.
-        settings: of its answers.
-        system: system prompt.
-        verbose: print figures after an answer.
-        kv_from: saved KV that conversations start from.
         resumes: go on with the last chat, and with an answer that had begun.
-        attached: pictures and recordings of the first message.
-        image_budget: most tokens of each picture, for models that let them be chosen.
+        idle_compute: see `ComputesAhead.computing_ahead`.
 
     Raises:
         TemplateError: the model has no chat template.
@@ -95,13 +80,21 @@ def chat(
             f"{speaker.name} has no chat template (it is a base model) and cannot chat: give it a "
             "PROMPT with --raw"
         )
-    state = Chat(speaker, settings, verbose, kv_from, image_budget=image_budget)
-    state.begin(system)
-    shown = attach(speaker, state.attached, attached)
+    state = Chat(
+        speaker, start.settings, start.verbose, start.kv_from, image_budget=start.image_budget
+    )
+    state.begin(start.system)
+    shown = attach(speaker, state.attached, start.attached)
     print(f"{speaker.title}: /? for help, /bye or Ctrl-D to leave")
     print(shown, end="")
     if resumes:
         _resume(state)
+    _take_turns(state, idle_compute)
+    return 0
+
+
+def _take_turns(state: Chat, idle_compute: str | None) -> None:
+    """Answer message after message, until the user leaves."""
     idle = _Idle()
     ask = _line_reader(idle)
     interrupts = 0
@@ -111,11 +104,11 @@ def chat(
             interrupts = 0
         except EOFError:
             print()
-            return 0
+            return
         except KeyboardInterrupt:
             interrupts += 1
             if interrupts == 2:
-                return 0
+                return
             print("Ctrl-C once more, Ctrl-D or /bye to leave")
             continue
         idle.end()
@@ -123,7 +116,7 @@ def chat(
             _turn(state, text)
             idle.begin(state.conversation, idle_compute)
         except Leave:
-            return 0
+            return
         except MlxkvError as error:
             # Parameters have the names of `/set`; other fields are options of `mlxkv run`.
             spelled = str(error) if error.field in PARAMETERS else error.spelled(RUN)

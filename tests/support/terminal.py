@@ -60,3 +60,24 @@ class Terminal:
         text = ESCAPES.sub("", str(self.child.before))
         self.child.close()
         return text, self.child.exitstatus
+
+
+def talk_twice(terminal: Terminal, saved: Path) -> None:
+    """Two short turns, whose second finds the first again, written to a file."""
+    assert "max_tokens = 8" in terminal.say("/set parameter max_tokens 8")
+    terminal.say("hello")
+    terminal.say("/set verbose")
+    second = terminal.say("and again")
+    assert "8 tokens" in second
+    assert " from RAM, " in second, "the second turn computes only what is new"
+    assert f"5 messages in {saved}" in terminal.say(f"/save {saved}")
+
+
+def stop_an_answer(terminal: Terminal) -> None:
+    """Ask for a long answer, and press Ctrl-C while it is decoded."""
+    terminal.prompt()
+    terminal.child.sendline("tell me everything")
+    terminal.child.expect_exact(terminal.closed)
+    terminal.child.expect(r"\n(?s:.{20})")  # some of the answer is there
+    terminal.press("\x03")
+    assert "(stopped)" in terminal.prompt()

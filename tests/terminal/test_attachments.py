@@ -31,6 +31,7 @@ from mlxkv.terminal.files.dropped import split
 from mlxkv.terminal.one_shot import one_answer
 from mlxkv.terminal.remote import RemoteSpeaker
 from mlxkv.terminal.slash_commands import COMMANDS, Chat, execute
+from mlxkv.terminal.start import Start
 
 
 def encoded(form: str) -> bytes:
@@ -340,16 +341,8 @@ def test_one_answer_has_files_before_its_prompt(files, capsys):
     attached = [attachments.read(files["a.png"])]
 
     def ask(raw: bool, model: Speaker) -> int:
-        return one_answer(
-            model,  # pyright: ignore[reportArgumentType]
-            "What is this?",
-            system=None,
-            settings=AnswerOptions(),
-            raw=raw,
-            as_json=False,
-            verbose=False,
-            attached=attached,
-        )
+        start = Start(AnswerOptions(), attached=attached)
+        return one_answer(model, "What is this?", start, raw=raw, as_json=False)  # pyright: ignore[reportArgumentType]
 
     assert ask(False, speaker) == 0
     assert speaker.asked[-1]["content"] == [picture(PNG, "a.png"), text("What is this?")]

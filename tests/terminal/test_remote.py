@@ -36,7 +36,7 @@ from mlxkv.terminal.remote import RemoteSpeaker
 from tests.support.command_line import TEMPLATE, assert_one_line, chat_model, environment, mlxkv
 from tests.support.fake_engine import MODEL, FakeEngine, options_of, says, serving, stats
 from tests.support.server_process import Server
-from tests.support.terminal import Terminal
+from tests.support.terminal import Terminal, stop_an_answer, talk_twice
 
 THINKS = TEMPLATE.replace(
     "assistant\n{% endif %}",
@@ -374,13 +374,7 @@ def test_a_chat_with_a_server_has_turns_and_commands(server, away, tmp_path):
     home, saved = Path(away["HOME"]), tmp_path / "talk.json"
     with Terminal(home, "chatty", "--server", server.url, "--system", "Be brief.") as terminal:
         assert f"chatty on {server.url}: /? for help" in terminal.prompt()
-        assert "max_tokens = 8" in terminal.say("/set parameter max_tokens 8")
-        terminal.say("hello")
-        terminal.say("/set verbose")
-        second = terminal.say("and again")
-        assert "8 tokens" in second
-        assert " from RAM, " in second, "the server finds the first turn again"
-        assert f"5 messages in {saved}" in terminal.say(f"/save {saved}")
+        talk_twice(terminal, saved)
         shown = terminal.say("/show")
         assert f"server           {server.url}" in shown
         assert "chatty (llama, context 200,000)" in shown
@@ -420,12 +414,7 @@ def test_a_chat_with_a_server_says_what_a_chat_here_says(server, here, away, tmp
 
 def test_ctrl_c_stops_an_answer_of_the_server_and_the_chat_goes_on(server, away):
     with Terminal(Path(away["HOME"]), "chatty", "--server", server.url) as terminal:
-        terminal.prompt()
-        terminal.child.sendline("tell me everything")
-        terminal.child.expect_exact(terminal.closed)
-        terminal.child.expect(r"\n(?s:.{20})")
-        terminal.press("\x03")
-        assert "(stopped)" in terminal.prompt()
+        stop_an_answer(terminal)
         assert within_s(5, lambda: running(server) == 0)
         terminal.say("/set max_tokens 4")
         terminal.say("/set verbose")

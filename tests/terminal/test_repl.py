@@ -15,7 +15,7 @@ from mlxkv.terminal.answer_options import AnswerOptions, with_defaults
 from mlxkv.terminal.local import LocalSpeaker
 from mlxkv.terminal.slash_commands import Chat, Leave, execute
 from tests.support.command_line import chat_model
-from tests.support.terminal import Terminal
+from tests.support.terminal import Terminal, stop_an_answer, talk_twice
 
 
 @pytest.fixture(scope="module")
@@ -34,13 +34,7 @@ def test_a_chat_has_turns_commands_and_an_end(home, tmp_path):
     saved = tmp_path / "talk.json"
     with Terminal(home, "chatty", "--system", "Be brief.") as terminal:
         assert "chatty: /? for help, /bye or Ctrl-D to leave\n" in terminal.prompt()
-        assert "max_tokens = 8" in terminal.say("/set parameter max_tokens 8")
-        terminal.say("hello")
-        terminal.say("/set verbose")
-        second = terminal.say("and again")
-        assert "8 tokens" in second
-        assert " from RAM, " in second, "the second turn computes only what is new"
-        assert f"5 messages in {saved}" in terminal.say(f"/save {saved}")
+        talk_twice(terminal, saved)
         assert "no command '/nonesuch'" in terminal.say("/nonesuch")
         assert "forgotten" in terminal.say("/clear")
         assert "5 messages" in terminal.say(f"/load {saved}")
@@ -54,13 +48,7 @@ def test_a_chat_has_turns_commands_and_an_end(home, tmp_path):
 
 def test_ctrl_c_stops_an_answer_and_the_chat_goes_on(home):
     with Terminal(home, "chatty") as terminal:
-        terminal.prompt()
-        terminal.child.sendline("tell me everything")
-        terminal.child.expect_exact(terminal.closed)
-        # Some of the answer is there: the Ctrl-C comes while it is decoded.
-        terminal.child.expect(r"\n(?s:.{20})")
-        terminal.press("\x03")
-        assert "(stopped)" in terminal.prompt()
+        stop_an_answer(terminal)
         assert "max_tokens = 4" in terminal.say("/set max_tokens 4")
         terminal.say("/set verbose")
         after = terminal.say("go on")
