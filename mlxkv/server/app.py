@@ -11,6 +11,7 @@ from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response
+from starlette.datastructures import State
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 
@@ -60,21 +61,12 @@ def create_app(engine: Engine, config: ServerConfig) -> FastAPI:
     Raises:
         UsageError: the file of API keys cannot be read, or one of `media_hosts` is none.
     """
-    # Outside of the guard, so that browsers may read its refusals.
-    cors = Middleware(
-        CORSMiddleware,
-        allow_origins=list(config.origins),
-        allow_origin_regex=LOCAL_ORIGINS,
-        allow_methods=["GET", "POST", "DELETE", "HEAD"],
-        allow_headers=["*"],
-        expose_headers=["mlxkv-ignored"],
-    )
     bodies, keys = Bodies(config), ApiKeys(config)
-    middleware = [cors, Middleware(Guard, config=config, bodies=bodies, keys=keys)]
+    guard = Middleware(Guard, config=config, bodies=bodies, keys=keys)
     app = FastAPI(
         title="mlxkv",
         version=_version(),
-        middleware=middleware,
+        middleware=[_cors(config), guard],
         exception_handlers={
             MlxkvError: _on_error,
             HTTPException: _on_error,
@@ -88,19 +80,28 @@ def create_app(engine: Engine, config: ServerConfig) -> FastAPI:
         docs_url=None,
         redoc_url=None,
     )
-    app.state.ignored = Ignored(config)
-    app.state.api_keys = keys
-    app.state.bodies = bodies
-    app.state.parsers = CapacityLimiter(PARSERS)
-    app.state.remote = Remote(media_hosts(config.media_hosts))
-    app.state.stopping = asyncio.Event()
-    app.state.state_memory = StateMemory(config.agent_file) if config.agent_prompts else None
+    app.state.bodies, app.state.api_keys = bodies, keys
+    _fill_state(app.state, config)
     for make in ROUTERS:
         router = make(engine, config)
         app.include_router(router)
         if isinstance(router, responses.ResponseRoutes):
             app.state.wake = router.wake
 
+    _add_health(app, engine)
+    return app
+
+
+def _fill_state(state: State, config: ServerConfig) -> None:
+    """What requests share."""
+    state.ignored = Ignored(config)
+    state.parsers = CapacityLimiter(PARSERS)
+    state.remote = Remote(media_hosts(config.media_hosts))
+    state.stopping = asyncio.Event()
+    state.state_memory = StateMemory(config.agent_file) if config.agent_prompts else None
+
+
+def _add_health(app: FastAPI, engine: Engine) -> None:
     @app.get("/health", tags=["watching"])
     async def health() -> Response:
         """200 while the engine runs, 503 once it has failed for good; and how often it failed and
@@ -110,7 +111,17 @@ def create_app(engine: Engine, config: ServerConfig) -> FastAPI:
         content = {"status": status, "restarts": engine.restarts}
         return JSONResponse(content, status_code=200 if alive else 503)
 
-    return app
+
+def _cors(config: ServerConfig) -> Middleware:
+    """It stands outside of the guard, so that browsers may read its refusals."""
+    return Middleware(
+        CORSMiddleware,
+        allow_origins=list(config.origins),
+        allow_origin_regex=LOCAL_ORIGINS,
+        allow_methods=["GET", "POST", "DELETE", "HEAD"],
+        allow_headers=["*"],
+        expose_headers=["mlxkv-ignored"],
+    )
 
 
 async def _on_error(request: Request, error: Exception) -> Response:

@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
@@ -50,40 +50,13 @@ class EngineCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         stats = self._engine.stats(self._owner)
-        requests = CounterMetricFamily(
-            "mlxkv_requests", "Finished requests, by outcome.", labels=["model", "outcome"]
+        yield from _metrics_of_models(stats.models)
+        yield _counter(
+            "mlxkv_client_tokens",
+            "Prompt tokens of a client, by kind.",
+            ("client", "kind"),
+            _client_tokens(stats.clients),
         )
-        tokens = CounterMetricFamily(
-            "mlxkv_tokens",
-            "Tokens by kind. Prompt tokens are restored from RAM or SSD, or computed; next_turn: "
-            "computed before the prompt came; next_turn_used: those that a prompt had.",
-            labels=["model", "kind"],
-        )
-        misses = CounterMetricFamily(
-            "mlxkv_misses",
-            "Prompts that reused less KV than a cached sequence offered, by reason.",
-            labels=["model", "reason"],
-        )
-        saved = CounterMetricFamily(
-            "mlxkv_next_turn_saved_seconds",
-            "Seconds that prompts took less because of next_turn tokens, estimated from the speed "
-            "at which those were computed.",
-            labels=["model"],
-        )
-        for model, counts in stats.models.items():
-            saved.add_metric([model], counts.next_turn_saved_s)
-            for outcome in _OUTCOMES:
-                requests.add_metric([model, outcome], getattr(counts, outcome))
-            for kind, n in _tokens(counts).items():
-                tokens.add_metric([model, kind], n)
-            for reason, n in counts.misses.items():
-                misses.add_metric([model, reason], n)
-        clients = CounterMetricFamily(
-            "mlxkv_client_tokens", "Prompt tokens of a client, by kind.", labels=["client", "kind"]
-        )
-        for (client, kind), n in _client_tokens(stats.clients).items():
-            clients.add_metric([client, kind], n)
-        yield from (requests, tokens, saved, misses, clients)
         yield GaugeMetricFamily("mlxkv_running", "Requests that are running.", stats.running)
         yield GaugeMetricFamily("mlxkv_queued", "Requests waiting in the queue.", stats.queued)
         yield CounterMetricFamily(
@@ -98,6 +71,53 @@ class EngineCollector(Collector):
         for kind, n_bytes in stats.memory.items():
             memory.add_metric([kind], n_bytes)
         yield memory
+
+
+def _metrics_of_models(models: Mapping[str, Counts]) -> Iterator[Metric]:
+    yield _counter(
+        "mlxkv_requests",
+        "Finished requests, by outcome.",
+        ("model", "outcome"),
+        {
+            (model, outcome): getattr(counts, outcome)
+            for model, counts in models.items()
+            for outcome in _OUTCOMES
+        },
+    )
+    yield _counter(
+        "mlxkv_tokens",
+        "Tokens by kind. Prompt tokens are restored from RAM or SSD, or computed; next_turn: "
+        "computed before the prompt came; next_turn_used: those that a prompt had.",
+        ("model", "kind"),
+        {
+            (model, kind): getattr(counts, f"{kind}_tokens")
+            for model, counts in models.items()
+            for kind in _TOKENS
+        },
+    )
+    yield _counter(
+        "mlxkv_next_turn_saved_seconds",
+        "Seconds that prompts took less because of next_turn tokens, estimated from the speed "
+        "at which those were computed.",
+        ("model",),
+        {(model,): counts.next_turn_saved_s for model, counts in models.items()},
+    )
+    yield _counter(
+        "mlxkv_misses",
+        "Prompts that reused less KV than a cached sequence offered, by reason.",
+        ("model", "reason"),
+        {(model, why): n for model, counts in models.items() for why, n in counts.misses.items()},
+    )
+
+
+def _counter(
+    name: str, what: str, labels: Sequence[str], values: Mapping[tuple[str, ...], float]
+) -> Metric:
+    """A counter, with a value for each combination of labels."""
+    family = CounterMetricFamily(name, what, labels=labels)
+    for of_labels, value in values.items():
+        family.add_metric(of_labels, value)
+    return family
 
 
 def router(engine: Engine, config: ServerConfig) -> APIRouter:
@@ -141,13 +161,9 @@ def router(engine: Engine, config: ServerConfig) -> APIRouter:
     return routes
 
 
-def _tokens(counts: Counts) -> dict[str, int]:
-    return {kind: getattr(counts, f"{kind}_tokens") for kind in _TOKENS}
-
-
-def _client_tokens(clients: Iterable[ClientCounts]) -> dict[tuple[str, str], int]:
+def _client_tokens(clients: Iterable[ClientCounts]) -> dict[tuple[str, ...], int]:
     """Tokens of each client's prompts by kind, of all owners together."""
-    found: dict[tuple[str, str], int] = {}
+    found: dict[tuple[str, ...], int] = {}
     for counts in clients:
         for kind in ("restored", "computed", "next_turn", "next_turn_used"):
             key = counts.client, kind

@@ -42,9 +42,8 @@ class Server(OpenAIServer):
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    engine = FakeEngine()
-    with serving(engine) as url:
-        yield Server(engine, url)
+    with Server.running() as made:
+        yield made
 
 
 def test_it_is_answered_without_a_connection(server):

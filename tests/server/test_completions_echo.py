@@ -18,6 +18,7 @@ from mlxkv.server.model_names import LocalModel
 from mlxkv.server.openai.completions import CompletionReply, CompletionRequest
 from tests.support.command_line import chat_model
 from tests.support.fake_engine import stats
+from tests.support.threaded_engine import running
 
 
 def token(text: str, logprob: float | None = -0.5) -> TokenLogprobs:
@@ -115,10 +116,8 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[ThreadedEngine]:
-    made = ThreadedEngine(dtype="float32")
-    made.start()
-    yield made
-    made.close()
+    with running() as made:
+        yield made
 
 
 def ask(engine: ThreadedEngine, model: Any, **fields: Any) -> dict[str, Any]:

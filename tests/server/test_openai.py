@@ -61,9 +61,8 @@ class Server(OpenAIServer):
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    engine = FakeEngine()
-    with serving(engine, max_choices=4) as url:
-        yield Server(engine, url)
+    with Server.running(max_choices=4) as made:
+        yield made
 
 
 def calls(*made: ToolCall, text: str = "", reason: str = "stop") -> Script:

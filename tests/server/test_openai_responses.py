@@ -14,16 +14,7 @@ from pydantic import BaseModel
 from mlxkv.errors import KVCacheFull, UsageError
 from mlxkv.generation.outputs import Chunk
 from mlxkv.parsers.events import ToolCall
-from tests.support.fake_engine import (
-    MODEL,
-    FakeEngine,
-    Script,
-    logprobs,
-    options_of,
-    says,
-    serving,
-    stats,
-)
+from tests.support.fake_engine import MODEL, Script, logprobs, options_of, says, stats
 from tests.support.openai_server import OpenAIServer
 
 TOOL: Any = {
@@ -62,9 +53,8 @@ class Server(OpenAIServer):
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    engine = FakeEngine()
-    with serving(engine) as url:
-        yield Server(engine, url)
+    with Server.running() as made:
+        yield made
 
 
 def test_a_response_is_a_message_with_its_usage(server):

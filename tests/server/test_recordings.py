@@ -150,16 +150,8 @@ def test_recordings_hold_no_text_of_the_programs():
         text = (recordings.FOLDER / f"{name}.json").read_text()
         found = {
             each
-            for each in strings(json.loads(text)["requests"])
+            for each in recordings.strings(json.loads(text)["requests"])
             if each.count(" ") > 1 and "{{words" not in each
         }
         known = {each for each in found if each.startswith(("x-anthropic-billing-header:", "{"))}
         assert found - known <= allowed, name
-
-
-def strings(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict | list):
-        for each in value.values() if isinstance(value, dict) else value:
-            yield from strings(each)

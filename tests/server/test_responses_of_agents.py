@@ -36,9 +36,8 @@ KEYS = ("first-key", "second-key")
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[OpenAIServer]:
-    engine = FakeEngine()
-    with serving(engine) as url:
-        yield OpenAIServer(engine, url)
+    with OpenAIServer.running() as made:
+        yield made
 
 
 def post(server: OpenAIServer, **body: Any) -> httpx.Response:

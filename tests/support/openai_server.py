@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Self
+
 import openai
 
-from tests.support.fake_engine import FakeEngine
+from tests.support.fake_engine import FakeEngine, serving
 
 
 class OpenAIServer:
@@ -13,3 +17,11 @@ class OpenAIServer:
     def __init__(self, engine: FakeEngine, url: str):
         self.engine, self.url = engine, url
         self.client = openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0)
+
+    @classmethod
+    @contextmanager
+    def running(cls, **options: Any) -> Iterator[Self]:
+        """One with a new engine; options of `serving`."""
+        engine = FakeEngine()
+        with serving(engine, **options) as url:
+            yield cls(engine, url)

@@ -70,15 +70,16 @@ def conversation(request: dict[str, Any]) -> list[Any]:
 
 def marks(value: Any) -> list[int]:
     """The numbers of the texts in a value, in order."""
-    return [int(n) for text in _strings(value) for n in _MARK.findall(text)]
+    return [int(n) for text in strings(value) for n in _MARK.findall(text)]
 
 
-def _strings(value: Any) -> Iterator[str]:
+def strings(value: Any) -> Iterator[str]:
+    """All strings of a JSON value."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict | list):
         for each in value.values() if isinstance(value, dict) else value:
-            yield from _strings(each)
+            yield from strings(each)
 
 
 def _expanded(value: Any, divisor: int) -> Any:

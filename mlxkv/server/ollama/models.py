@@ -112,6 +112,11 @@ def router(engine: Engine, config: ServerConfig) -> APIRouter:
         model = await present(engine, config, body.model_name)
         return JSONResponse(await run_in_threadpool(_shown, body.model_name, model, config))
 
+    _add_embeddings(routes, engine, config)
+    return routes
+
+
+def _add_embeddings(routes: APIRouter, engine: Engine, config: ServerConfig) -> None:
     @routes.post("/api/embed")
     async def embed(request: Request, body: EmbedRequest) -> Response:
         """Embed texts, with a model that was trained for it."""
@@ -134,8 +139,6 @@ def router(engine: Engine, config: ServerConfig) -> APIRouter:
         model = await present(engine, config, body.model_name)
         found = await sse.unless_gone(request, engine.embed(model.name, [body.prompt]))
         return JSONResponse({"embedding": list(found.vectors[0])})
-
-    return routes
 
 
 def _rows(cards: Cards, config: ServerConfig) -> list[dict[str, Any]]:

@@ -28,18 +28,17 @@ from mlxkv.server.fields import (
 )
 from mlxkv.server.ignored import note
 from mlxkv.server.json_route import JSONRoute
-from mlxkv.server.media.read import with_media
-from mlxkv.server.model_names import LocalModel, present
+from mlxkv.server.model_names import LocalModel
 from mlxkv.server.openai.fields import (
+    Conversing,
     Effort,
-    GoesOn,
     ResponseFormat,
     Streamed,
     format_grammar,
     reasoning_of,
 )
 from mlxkv.server.openai.messages import ChatMessage, template_messages
-from mlxkv.server.openai.respond import chat_logprobs, respond, several, usage
+from mlxkv.server.openai.respond import asked, chat_logprobs, respond, several, usage
 from mlxkv.server.requests import build_request
 from mlxkv.server.results import (
     AnswerState,
@@ -99,7 +98,7 @@ class AllowedChoice(Part):
     allowed_tools: AllowedTools
 
 
-class ChatRequest(Streamed, GoesOn):
+class ChatRequest(Streamed, Conversing):
     """A conversation to answer."""
 
     model: str
@@ -111,13 +110,8 @@ class ChatRequest(Streamed, GoesOn):
     top_logprobs: TopLogprobs | None = None
     tools: Annotated[list[AnyTool], Field(max_length=512)] | None = None
     tool_choice: Literal["auto", "none", "required"] | NamedTool | AllowedChoice | None = None
-    parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
     reasoning_effort: Effort | None = None
-    think: bool | Literal["low", "medium", "high"] | None = None
-    chat_template_kwargs: dict[str, Any] | None = Field(
-        None, description="More variables of the model's chat template."
-    )
     functions: Refused = None
     function_call: Annotated[Any, only("none", "auto")] = None
     store: Annotated[bool | None, NoEffect()] = None
@@ -187,9 +181,7 @@ def router(engine: Engine, config: ServerConfig) -> APIRouter:
     async def chat_completions(request: Request, body: ChatRequest) -> Response:
         """Answer a conversation."""
         note(request, body)
-        model = await present(engine, config, body.model)
-        ask = body.ask(model, request.state.owner)
-        asks = several(await with_media(request, engine, config, model, ask), body.n or 1)
+        asks = several(await asked(request, engine, config, body), body.n or 1)
         return await respond(request, engine, config, asks, ChatReply(body), body.stream)
 
     return routes

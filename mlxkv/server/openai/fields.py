@@ -135,6 +135,16 @@ class GoesOn(Part):
         return begun and (goes_on if goes_on is not None else not opens)
 
 
+class Conversing(GoesOn):
+    """What the requests with conversations share."""
+
+    parallel_tool_calls: bool | None = None
+    think: bool | Literal["low", "medium", "high"] | None = None
+    chat_template_kwargs: dict[str, Any] | None = Field(
+        None, description="More variables of the model's chat template."
+    )
+
+
 class StreamOptions(Part):
     """What a stream has besides the answer."""
 

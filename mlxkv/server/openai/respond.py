@@ -14,6 +14,8 @@ from mlxkv.errors import UsageError
 from mlxkv.generation.outputs import TokenLogprobs
 from mlxkv.server import sse
 from mlxkv.server.config import ServerConfig
+from mlxkv.server.media.read import with_media
+from mlxkv.server.model_names import LocalModel, present
 from mlxkv.server.requests import apply_rules
 from mlxkv.server.results import AnswerState, details, logprob_fields
 
@@ -24,6 +26,25 @@ class Reply(Protocol):
     def events(self, answers: Sequence[Answer]) -> sse.Events: ...
 
     async def whole(self, answers: Sequence[Answer]) -> dict[str, Any]: ...
+
+
+class Asking(Protocol):
+    """A request's fields."""
+
+    model: str
+
+    def ask(self, model: LocalModel, owner: str) -> Ask: ...
+
+
+async def asked(request: Request, engine: Engine, config: ServerConfig, body: Asking) -> Ask:
+    """The request to the engine, with its pictures and sound.
+
+    Raises:
+        ModelNotFound: there is no such model. Also what `body.ask` and `with_media` raise.
+    """
+    model = await present(engine, config, body.model)
+    ask = body.ask(model, request.state.owner)
+    return await with_media(request, engine, config, model, ask)
 
 
 def several(ask: Ask, n: int) -> list[Ask]:

@@ -57,18 +57,23 @@ ContentPart = Annotated[
 ]
 
 
-class MessageItem(Part):
+class ItemPart(Part):
+    """What items have that came of a response."""
+
+    id: str | None = None
+    status: Status | None = None
+
+
+class MessageItem(ItemPart):
     """A message of one role."""
 
     type: Literal["message"] = "message"
     role: Literal["user", "assistant", "system", "developer"]
     content: str | list[ContentPart]
-    id: str | None = None
-    status: Status | None = None
     phase: str | None = None
 
 
-class CallItem(Part):
+class CallItem(ItemPart):
     """A call that the model made."""
 
     type: Literal["function_call"]
@@ -76,11 +81,9 @@ class CallItem(Part):
     name: Name
     namespace: Name | None = None
     arguments: str
-    id: str | None = None
-    status: Status | None = None
 
 
-class CustomCallItem(Part):
+class CustomCallItem(ItemPart):
     """A call of a custom tool."""
 
     type: Literal["custom_tool_call"]
@@ -88,28 +91,22 @@ class CustomCallItem(Part):
     name: Name
     namespace: Name | None = None
     input: str
-    id: str | None = None
-    status: Status | None = None
 
 
-class ShellCallItem(Part):
+class ShellCallItem(ItemPart):
     """A command that a model asked for."""
 
     type: Literal["local_shell_call"]
     call_id: str
     action: dict[str, Any]
-    id: str | None = None
-    status: Status | None = None
 
 
-class CallOutputItem(Part):
+class CallOutputItem(ItemPart):
     """The result of a call."""
 
     type: Literal["function_call_output", "custom_tool_call_output", "local_shell_call_output"]
     call_id: str
     output: str | list[ContentPart]
-    id: str | None = None
-    status: Status | None = None
 
 
 class ReasoningText(Part):
@@ -119,15 +116,13 @@ class ReasoningText(Part):
     text: str
 
 
-class ReasoningItem(Part):
+class ReasoningItem(ItemPart):
     """The model's reasoning."""
 
     type: Literal["reasoning"]
-    id: str | None = None
     summary: list[ReasoningText] = Field(default_factory=list)
     content: list[ReasoningText] | None = None
     encrypted_content: str | None = None
-    status: Status | None = None
 
 
 class HostedItem(LeftOut):
@@ -200,9 +195,9 @@ def item_messages(
                 made = made_call(item.call_id, name, arguments)
                 _turn(messages).setdefault("tool_calls", []).append(made)
             case CallOutputItem():
-                name = names.get(item.call_id)
-                named = {"name": name} if name else {}
-                output = {"role": "tool", "tool_call_id": item.call_id, **named}
+                output = {"role": "tool", "tool_call_id": item.call_id}
+                if name := names.get(item.call_id):
+                    output["name"] = name
                 content = content_at((*place, "output"), item.output, is_result=True)
                 messages.append({**output, "content": content})
             case MessageItem(role="assistant"):
@@ -212,8 +207,8 @@ def item_messages(
                 content = content_at((*place, "content"), item.content)
                 messages.append({"role": "user", "content": content})
             case MessageItem():
-                text = _texts((*place, "content"), item)
-                messages.append({"role": "system", "content": text})
+                content = _texts((*place, "content"), item)
+                messages.append({"role": "system", "content": content})
     return messages
 
 

@@ -12,8 +12,8 @@ from mlxkv.errors import UsageError
 from mlxkv.server.fields import Limit, NoEffect, Part, TopLogprobs, seconds
 from mlxkv.server.model_names import LocalModel
 from mlxkv.server.openai.fields import (
+    Conversing,
     Effort,
-    GoesOn,
     GrammarFormat,
     JsonObjectFormat,
     RegexFormat,
@@ -79,7 +79,7 @@ class ResponseStreamOptions(Part):
     include_obfuscation: Annotated[bool | None, NoEffect()] = None
 
 
-class ResponseRequest(Sampling, GoesOn):
+class ResponseRequest(Sampling, Conversing):
     """Items to answer."""
 
     model: str
@@ -90,13 +90,8 @@ class ResponseRequest(Sampling, GoesOn):
     stream_options: ResponseStreamOptions | None = None
     tools: Annotated[list[AnyTool], Field(max_length=512)] | None = None
     tool_choice: Literal["auto", "none", "required"] | NamedTool | AllowedChoice | None = None
-    parallel_tool_calls: bool | None = None
     text: TextOptions | None = None
     reasoning: ReasoningOptions | None = None
-    think: bool | Literal["low", "medium", "high"] | None = None
-    chat_template_kwargs: dict[str, Any] | None = Field(
-        None, description="More variables of the model's chat template."
-    )
     truncation: Literal["auto", "disabled"] | None = None
     top_logprobs: TopLogprobs | None = None
     include: list[str] | None = None

@@ -66,6 +66,15 @@ def router(engine: Engine, config: ServerConfig) -> ResponseRoutes:
             return JSONResponse(begun.response)
         return await sse.stream(request, begun.events(), config, reply.failed)
 
+    _add_stored(routes, store, live, config)
+    return routes
+
+
+def _add_stored(
+    routes: APIRouter, store: ResponseStore, live: LiveResponses, config: ServerConfig
+) -> None:
+    """The routes for responses that were made."""
+
     @routes.get("/v1/responses/{response_id}")
     async def stored(
         request: Request,
@@ -105,8 +114,6 @@ def router(engine: Engine, config: ServerConfig) -> ResponseRoutes:
         if not store.delete(owner, response_id) and not was_live:
             raise unknown(response_id)
         return JSONResponse({"id": response_id, "object": "response", "deleted": True})
-
-    return routes
 
 
 def unknown(response_id: str) -> HTTPException:

@@ -12,9 +12,9 @@ from mlxkv.server.config import ServerConfig
 from mlxkv.server.fields import Part
 from mlxkv.server.ignored import note
 from mlxkv.server.json_route import JSONRoute
-from mlxkv.server.media.read import with_media
-from mlxkv.server.model_names import LocalModel, present
+from mlxkv.server.model_names import LocalModel
 from mlxkv.server.openai.messages import ChatMessage, template_messages
+from mlxkv.server.openai.respond import asked
 from mlxkv.server.requests import apply_rules, build_request
 
 
@@ -45,10 +45,7 @@ def router(engine: Engine, config: ServerConfig) -> APIRouter:
     async def tokenize(request: Request, body: TokenizeRequest) -> Response:
         """Count a prompt's tokens before it is sent."""
         note(request, body)
-        model = await present(engine, config, body.model)
-        ask = body.ask(model, request.state.owner)
-        ask = await with_media(request, engine, config, model, ask)
-        ask = apply_rules(ask, config, request)
+        ask = apply_rules(await asked(request, engine, config, body), config, request)
         tokens = await sse.unless_gone(request, engine.tokenize(ask))
         return JSONResponse({"count": len(tokens), "tokens": tokens})
 

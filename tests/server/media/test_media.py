@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator
 from typing import Any
 
 import anthropic
@@ -14,24 +13,13 @@ import pytest
 
 from mlxkv.server.media import read
 from mlxkv.server.media.abilities import Abilities
-from tests.support.fake_engine import MODEL, FakeEngine, says, serving, stats
+from tests.support.fake_engine import MODEL, FakeEngine, says, stats
 
 PNG, WAV = b"\x89PNG\r\n\x1a\n a picture", b"RIFF a recording"
 CODED, HEARD = base64.b64encode(PNG).decode(), base64.b64encode(WAV).decode()
 URL = f"data:image/png;base64,{CODED}"
 ALL = Abilities(frozenset({"image", "audio"}), (70, 280, 1120))
 NOTE = "[image left out: this model reads text only]"
-
-
-@pytest.fixture(scope="module")
-def engine() -> FakeEngine:
-    return FakeEngine()
-
-
-@pytest.fixture(scope="module")
-def url(engine: FakeEngine) -> Iterator[str]:
-    with serving(engine) as made:
-        yield made
 
 
 @pytest.fixture(autouse=True)
