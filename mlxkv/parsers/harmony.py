@@ -25,10 +25,11 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from mlxkv.chat.gpt_oss.harmony_tokens import CALL, CHANNEL, CONSTRAIN, END, MESSAGE, RETURN, START
-from mlxkv.parsers.events import Content, Event, Reasoning, ToolCall
+from mlxkv.parsers.events import Content, Reasoning, ToolCall
 from mlxkv.parsers.lexer import Lexer, Piece
 from mlxkv.parsers.notations.in_text import JsonCalls
 from mlxkv.parsers.notations.values import Unreadable, read_object
+from mlxkv.parsers.piece_parser import PieceParser
 from mlxkv.parsers.writer import Writer
 
 ENDS = frozenset({END, RETURN, CALL})
@@ -84,7 +85,7 @@ class _Message:
         return "".join(piece.text for piece in self.pieces[self.n_header :])
 
 
-class HarmonyParser:
+class HarmonyParser(PieceParser):
     """Reads one answer.
 
     Args:
@@ -100,10 +101,9 @@ class HarmonyParser:
         prompt: str = START,
         functions: Collection[str] | None = None,
     ):
+        super().__init__(Lexer(MARKERS, ids), Writer(behind_markup=True))
         self.markers = MARKERS
         self._functions = functions
-        self._lexer = Lexer(MARKERS, ids)
-        self._writer = Writer(behind_markup=True)
         self._header: list[Piece] | None = []
         self._message: _Message | None = None
         # What the prompt holds of the header.
@@ -115,22 +115,11 @@ class HarmonyParser:
         elif not opened:
             self._before = header
 
-    def add(self, text: str, token: int | None = None) -> list[Event]:
-        """See `OutputParser.add`."""
-        for piece in self._lexer.add(text, token):
-            self._piece(piece)
-        return self._writer.take()
-
-    def finish(self) -> list[Event]:
-        """See `OutputParser.finish`."""
-        for piece in self._lexer.finish():
-            self._piece(piece)
+    def _end(self) -> None:
         if self._message is not None and self._message.kind is None:
             self._end_call(self._message, cut_off=True)
         elif self._header:
             self._end_header(self._header, cut_off=True)
-        self._writer.finish()
-        return self._writer.take()
 
     def _piece(self, piece: Piece) -> None:
         if self._message is not None:

@@ -21,9 +21,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from mlxkv.parsers.events import Content, Event, Reasoning, ToolCall
+from mlxkv.parsers.events import Content, Reasoning, ToolCall
 from mlxkv.parsers.lexer import Lexer, Piece
 from mlxkv.parsers.notations.tools import Found, Tools
+from mlxkv.parsers.piece_parser import PieceParser
 from mlxkv.parsers.syntax import Call, Held, Syntax
 from mlxkv.parsers.writer import Writer
 
@@ -54,7 +55,7 @@ class _State:
     held: Held | None = None
 
 
-class TaggedParser:
+class TaggedParser(PieceParser):
     """Reads one answer in such a format.
 
     Args:
@@ -74,30 +75,18 @@ class TaggedParser:
         in_reasoning: bool = False,
         behind_reasoning: bool = False,
     ):
+        super().__init__(Lexer(syntax.markers, ids), Writer(behind_markup=behind_reasoning))
         self.markers = syntax.markers | syntax.inner
         self._syntax = syntax
         self._tools = tools or Tools()
-        self._lexer = Lexer(syntax.markers, ids)
-        self._writer = Writer(behind_markup=behind_reasoning)
         self._state = _State(reasoning=in_reasoning)
 
-    def add(self, text: str, token: int | None = None) -> list[Event]:
-        """See `OutputParser.add`."""
-        for piece in self._lexer.add(text, token):
-            self._piece(piece)
-        return self._writer.take()
-
-    def finish(self) -> list[Event]:
-        """See `OutputParser.finish`."""
-        for piece in self._lexer.finish():
-            self._piece(piece)
+    def _end(self) -> None:
         if self._state.held is not None:
             self._end_held(self._state.held)
         self._end_calls()
         if self._state.label is not None:
             self._writer.text(Reasoning, self._state.label)
-        self._writer.finish()
-        return self._writer.take()
 
     def _piece(self, piece: Piece) -> None:
         if self._state.call is not None:
