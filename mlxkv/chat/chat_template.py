@@ -29,6 +29,8 @@ PROTECTED = frozenset({
     "mask_token", "additional_special_tokens",
 })  # fmt: skip
 """Variables that a request sets in other ways or not at all."""
+_LISTS = ("tools", "documents")
+"""Options that are lists of dicts."""
 
 
 class ChatTemplate:
@@ -86,33 +88,23 @@ class ChatTemplate:
             TemplateError: the template has an error, refuses the conversation (roles out of
                 order), breaks out of the sandbox or passes its limits.
         """
-        options = {"tools": tools, "documents": documents, **extra}
-        return self._write(
-            self.checked(messages, add_generation_prompt=add_generation_prompt, **options)
-        )
+        options = {"add_generation_prompt": add_generation_prompt, "tools": tools, **extra}
+        return self._write(self.checked(messages, {**options, "documents": documents}))
 
-    def checked(
-        self,
-        messages: Sequence[Message],
-        *,
-        add_generation_prompt: bool = True,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        documents: Sequence[Mapping[str, Any]] | None = None,
-        **extra: Any,
-    ) -> dict[str, Any]:
-        """The variables of a render, copied; arguments as for `render`.
+    def checked(self, messages: Sequence[Message], options: Mapping[str, Any]) -> dict[str, Any]:
+        """The variables of a render, copied; `options` are the other arguments of `render`.
 
         Raises:
             UsageError: messages, tools or documents of the wrong type, or no message.
         """
         try:
+            lists = {name: _checked_dicts(options.get(name), name) for name in _LISTS}
             return {
                 **self._special_tokens,
-                **{name: _plain(value, name) for name, value in extra.items()},
+                "add_generation_prompt": True,
+                **{name: _plain(x, name) for name, x in options.items() if name not in _LISTS},
                 "messages": _checked_messages(messages),
-                "tools": _checked_dicts(tools, "tools"),
-                "documents": _checked_dicts(documents, "documents"),
-                "add_generation_prompt": add_generation_prompt,
+                **lists,
             }
         except RecursionError:
             raise UsageError("a message or a tool nests too deeply") from None

@@ -68,14 +68,14 @@ class HarmonyWriter:
 
     def write(self, messages: Sequence[Message], **options: Any) -> HarmonyPrompt:
         """See `PromptWriter`."""
-        variables = self._template.checked(messages, **options)
+        variables = self._template.checked(messages, options)
         return write_prompt(variables, self._replies, self._owner)
 
     def begin(self, messages: Sequence[Message], **options: Any) -> Begun:
         """See `PromptWriter`."""
         if len(messages) < 2:
             raise UsageError("an answer that has begun needs a message before it")
-        variables = self._template.checked(messages, **options)
+        variables = self._template.checked(messages, options)
         last = variables["messages"].pop()
         opened = write_prompt(variables, self._replies, self._owner)
         parts, text = begun_answer(last)
