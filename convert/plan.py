@@ -74,26 +74,23 @@ def parse_options(
         raise UsageError(f"the shard size must be positive; got {max_shard_bytes}")
     dense = quantize == "none"
     if group_size is not None and (quantize is None or dense):
-        raise UsageError(
-            "is for a model that is quantized",
-            field="group_size",
-            hints=[Hint("quantize", "affine4")],
-        )
+        raise _needs_quantization("group_size")
     quantization = None
     if quantize is not None and not dense:
         quantization = parse_quantization(quantize, group_size)
     check_recipe(recipe, quantization)
     if quantize_towers and quantization is None:
-        raise UsageError(
-            "is for a model that is quantized",
-            field="quantize_towers",
-            hints=[Hint("quantize", "affine4")],
-        )
+        raise _needs_quantization("quantize_towers")
     if quantize_towers and text_only:
         raise UsageError("a model of text alone has no towers", field="quantize_towers")
     return ConvertOptions(
         dtype, quantization, dense, recipe, quantize_towers, text_only, max_shard_bytes
     )
+
+
+def _needs_quantization(field: str) -> UsageError:
+    hint = Hint("quantize", "affine4")
+    return UsageError("is for a model that is quantized", field=field, hints=[hint])
 
 
 @dataclass(frozen=True, slots=True)

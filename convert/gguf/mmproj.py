@@ -5,7 +5,7 @@ The names and transformations are those of llama.cpp's converter.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,54 +18,37 @@ from mlxkv.errors import CheckpointError, UnsupportedModel, WeightsError
 from ..tensors import matrix_shape
 from .file import GGUFFile, check_readable, open_gguf
 from .metadata import Metadata
-from .projectors import PROJECTORS, SOUND, Projector, has_swapped_mlp
+from .projectors import PROJECTORS, SOUND, Change, Projector, has_swapped_mlp
 from .weight import GGUFWeight
 
 ARCHITECTURE = "clip"
 
 
-@dataclass(frozen=True, slots=True)
-class EncoderWeight:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncoderWeight(GGUFWeight):
     """A tensor of an encoder, always dequantized.
 
     Attributes:
-        shape: of the values that `change` makes of the file's.
-        change: None for the file's own values.
+        changed: the shape of its values, and what makes them of the file's; None for the file's.
     """
 
-    weight: GGUFWeight
-    shape: tuple[int, ...]
-    change: Callable[[np.ndarray], np.ndarray] | None = None
-
-    quantization = None
-    row_step = 1
+    changed: Change | None = None
 
     @property
-    def name(self) -> str:
-        return self.weight.name
+    def shape(self) -> tuple[int, ...]:
+        return self.tensor.shape if self.changed is None else self.changed[0]
 
     @property
-    def origin(self) -> str:
-        return self.weight.origin
-
-    @property
-    def dtype(self) -> str:
-        return self.weight.dtype
-
-    @property
-    def scale_dtype(self) -> str:
-        return self.weight.scale_dtype
+    def quantization(self) -> None:
+        return None
 
     def rows(self, start: int, stop: int) -> mx.array:
-        if self.change is None:
-            return self.weight.rows(start, stop)
-        n_rows, columns = matrix_shape(self.shape)
-        stored = np.array(self.weight.rows(0, matrix_shape(self.weight.shape)[0]))
-        values = self.change(stored.reshape(self.weight.shape)).reshape(n_rows, columns)
+        if self.changed is None:
+            return GGUFWeight.rows(self, start, stop)
+        stored_shape, (shape, change) = self.tensor.shape, self.changed
+        stored = np.array(GGUFWeight.rows(self, 0, matrix_shape(stored_shape)[0]))
+        values = change(stored.reshape(stored_shape)).reshape(matrix_shape(shape))
         return mx.array(values[start:stop])
-
-    def quantized_rows(self, start: int, stop: int) -> tuple[mx.array, ...]:
-        raise NotImplementedError("it has no quantized form")
 
 
 def open_mmproj(path: Path) -> GGUFFile:
@@ -179,9 +162,10 @@ def encoder_weights(file: GGUFFile) -> tuple[dict[str, EncoderWeight], list[str]
             continue
         check_readable(file, tensor)
         added = 1.0 if tensor.name in projector.norms_plus_one else 0.0
-        weight = GGUFWeight(file, tensor, name, added=added)
-        shape, change = projector.change(tensor.name, tensor.shape) or (tensor.shape, None)
-        found[name] = EncoderWeight(weight, shape, change)
+        changed = projector.change(tensor.name, tensor.shape)
+        found[name] = EncoderWeight(
+            file=file, tensor=tensor, name=name, added=added, changed=changed
+        )
     if unknown:
         raise WeightsError(
             f"{file.path}: {len(unknown)} tensors that its encoder does not have: "
