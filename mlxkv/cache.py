@@ -124,9 +124,7 @@ class KVCache(Buffers):
     @property
     def state(self) -> list[mx.array]:
         """Arrays held, to evaluate or save; `[]` when empty."""
-        if self.offset == 0:
-            return []
-        return [array[:, :, : self.offset] for array in self.arrays]
+        return self.columns(self.offset)
 
 
 class RotatingKVCache(Buffers):
@@ -334,9 +332,7 @@ class RotatingKVCache(Buffers):
     @property
     def state(self) -> list[mx.array]:
         """Arrays held, to evaluate or save; `[]` if none. A ring is in its own order."""
-        if self._n == 0:
-            return []
-        return [array[:, :, : self._n] for array in self.arrays]
+        return self.columns(self._n)
 
 
 class _HasSpecs(Protocol):

@@ -40,6 +40,10 @@ class Buffers:
         self.buffers: list[mx.array] = []
         self.row = None
 
+    def columns(self, n: int) -> list[mx.array]:
+        """The first n columns of every array; `[]` of none."""
+        return [array[:, :, :n] for array in self.arrays] if n else []
+
     @property
     def keys(self) -> mx.array:
         """The first buffer: native keys, or codes. Not while empty."""

@@ -6,7 +6,7 @@ A name stands for a text and its token ids. KV that was evicted from disk is com
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,6 +25,7 @@ from mlxkv.media.prompt import NO_MEDIA, PromptMedia
 from mlxkv.memory.needs import kv_bytes
 from mlxkv.prefix.layout import token_bytes
 from mlxkv.prefix.on_disk.disk import PageDisk
+from mlxkv.prefix.on_disk.format import PageKey
 from mlxkv.prefix.pages import Pages
 from mlxkv.saved_kv.manifest import NamedKV
 from mlxkv.saved_kv.registry import KVNames
@@ -42,13 +43,7 @@ def save(
     names.check_spelling(name)
     pinned = names.is_pinned(name)
     text, messages, tokens, media = _prefix(runtime, prompt)
-    if len(tokens) >= runtime.context:
-        raise ContextExceeded(len(tokens), runtime.context)
-    if pages.stable is not None and len(tokens) > pages.stable:
-        raise UsageError(
-            f"the prompt has {len(tokens):,} tokens; this model's KV can be reused up to "
-            f"{pages.stable:,} tokens only (its rotary embedding stretches)"
-        )
+    _check_length(runtime, pages, len(tokens))
     _check_room(runtime, disk, len(tokens))
     session = runtime.session()
     session.media = media
@@ -59,12 +54,7 @@ def save(
         pages.keep(links, named=True)
     disk.flush()
     keys = pages.keys_to_resume(links)
-    if missing := sum(key not in disk for key in keys):
-        raise OutputError(
-            f"the KV of {len(tokens):,} tokens does not fit {kv_dir()}: {missing} of {len(keys)} "
-            f"files were not written ({disk.refusals()}); free some with `mlxkv kv rm` and `mlxkv "
-            f"kv gc`, or raise MLXKV_KV_DISK"
-        )
+    _check_written(disk, keys, len(tokens))
     saved = NamedKV(
         name=name,
         fingerprint=disk.fingerprint,
@@ -82,6 +72,27 @@ def save(
     )
     names.save(saved, replace=True)
     return saved
+
+
+def _check_length(runtime: Runtime, pages: Pages, n_tokens: int) -> None:
+    """Raise for a prompt that no answer, or no later prompt, could go on from."""
+    if n_tokens >= runtime.context:
+        raise ContextExceeded(n_tokens, runtime.context)
+    if pages.stable is not None and n_tokens > pages.stable:
+        raise UsageError(
+            f"the prompt has {n_tokens:,} tokens; this model's KV can be reused up to "
+            f"{pages.stable:,} tokens only (its rotary embedding stretches)"
+        )
+
+
+def _check_written(disk: PageDisk, keys: Sequence[PageKey], n_tokens: int) -> None:
+    """Raise OutputError where pages of a prompt are not on disk."""
+    if missing := sum(key not in disk for key in keys):
+        raise OutputError(
+            f"the KV of {n_tokens:,} tokens does not fit {kv_dir()}: {missing} of {len(keys)} "
+            f"files were not written ({disk.refusals()}); free some with `mlxkv kv rm` and `mlxkv "
+            f"kv gc`, or raise MLXKV_KV_DISK"
+        )
 
 
 def _check_room(runtime: Runtime, disk: PageDisk, n_tokens: int) -> None:

@@ -82,7 +82,7 @@ class Budget:
     @limit_bytes.setter
     def limit_bytes(self, limit_bytes: int) -> None:
         self._limit_bytes = limit_bytes
-        self.rows.limit_bytes = rows_bytes(limit_bytes, self.weights_bytes)
+        self.rows.set_limit(rows_bytes(limit_bytes, self.weights_bytes))
         self._shares.set_bytes(needs.pages_bytes(limit_bytes, self.weights_bytes))
 
     def adopt(self, pages: Pages) -> None:

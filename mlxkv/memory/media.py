@@ -38,12 +38,8 @@ class Rows:
         self._limit_bytes, self.n_encoded = limit_bytes, 0
         self._kept: OrderedDict[tuple[str, bytes], mx.array] = OrderedDict()
 
-    @property
-    def limit_bytes(self) -> int:
-        return self._limit_bytes
-
-    @limit_bytes.setter
-    def limit_bytes(self, limit_bytes: int) -> None:
+    def set_limit(self, limit_bytes: int) -> None:
+        """Set how much may be kept, and drop what is too much."""
         self._limit_bytes = limit_bytes
         self._shrink()
 

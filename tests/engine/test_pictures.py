@@ -302,7 +302,7 @@ def test_a_second_picture_computes_itself_and_what_follows(model):
     assert second.computed_tokens <= n_rows + most and rows.n_encoded == 2
     again = send("the first again:", A)
     assert again.computed_tokens <= n_rows + most and rows.n_encoded == 2  # its rows are kept
-    rows.limit_bytes = rows.nbytes - 1  # the one that was used least lately goes
+    rows.set_limit(rows.nbytes - 1)  # the one that was used least lately goes
     assert send(A, "still?").computed_tokens <= n_rows + most and rows.n_encoded == 2
     assert send(B, "and that?").computed_tokens <= n_rows + most and rows.n_encoded == 3
 

@@ -53,11 +53,11 @@ def test_rows_that_are_kept_count_and_are_bounded(llm):
     one = rows.nbytes
     assert one == ROWS * llm.config.hidden_size * 4
     assert llm.budget.used_bytes >= before + one
-    rows.limit_bytes = 2 * one
+    rows.set_limit(2 * one)
     for seed in range(3, 7):
         llm.generate(shown(picture(seed)), max_tokens=1)
     assert rows.nbytes == 2 * one
-    rows.limit_bytes = one
+    rows.set_limit(one)
     assert rows.nbytes == one
     assert llm.budget.give_pages(1) == one and not rows.nbytes  # another model needs room
 

@@ -37,12 +37,6 @@ from tests.support.paths import ROOT
 GIB = 1 << 30
 
 
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    """A folder of pages that does not exist yet."""
-    return tmp_path / "kv"
-
-
 def test_everything_in_the_folder_stays_under_the_cap(root):
     cap = 600_000
     files = opened(root, cap)

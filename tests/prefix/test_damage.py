@@ -24,12 +24,6 @@ from mlxkv.prefix.on_disk.writer import PageFiles
 from tests.support.page_writer import FINGERPRINT, chain, limits, opened, path_of, same, stored
 
 
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    """A folder of pages that does not exist yet."""
-    return tmp_path / "kv"
-
-
 def n_descriptors() -> int:
     return sum(1 for _ in Path("/dev/fd").iterdir())
 

@@ -72,12 +72,18 @@ def test_a_page_that_cannot_be_read_is_not_held_and_the_next_is(disk, caplog):
     assert "a page was not fetched" in caplog.text
 
 
-def test_a_page_that_is_being_read_is_waited_for_and_not_read_twice(disk):
+def reading(disk, keys: list[PageKey]) -> PageFetcher:
+    """One that has begun to read the first page, and waits in it for `may_read`."""
     disk.may_read.clear()
     fetcher = PageFetcher(disk.read)
-    fetcher.fetch(KEYS[:2], 10 * N_BYTES)
+    fetcher.fetch(keys, 10 * N_BYTES)
     while not disk.read_keys:
         pass
+    return fetcher
+
+
+def test_a_page_that_is_being_read_is_waited_for_and_not_read_twice(disk):
+    fetcher = reading(disk, KEYS[:2])
     assert fetcher.take(KEYS[1]) is None  # not begun: its prompt reads it
     found: list[Any] = []
     taker = threading.Thread(target=lambda: found.append(fetcher.take(KEYS[0])))
@@ -101,11 +107,7 @@ def test_what_no_prompt_takes_is_given_up_and_the_thread_ends(disk, monkeypatch)
 
 
 def test_clearing_reads_no_more(disk):
-    disk.may_read.clear()
-    fetcher = PageFetcher(disk.read)
-    fetcher.fetch(KEYS[:3], 10 * N_BYTES)
-    while not disk.read_keys:
-        pass
+    fetcher = reading(disk, KEYS[:3])
     fetcher.clear()
     disk.may_read.set()
     fetcher.settle()

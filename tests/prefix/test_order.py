@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -23,12 +22,6 @@ from tests.support.page_writer import (
     stored,
     stored_keys,
 )
-
-
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    """A folder of pages that does not exist yet."""
-    return tmp_path / "kv"
 
 
 def entries(pages: Sequence[PageFile], used: int, model: str = "m") -> list[Stored]:

@@ -20,12 +20,6 @@ from mlxkv.prefix.on_disk.writer import PageFiles
 from tests.support.page_writer import chain, leftovers, limits, opened, path_of, same, stored
 
 
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    """A folder of pages that does not exist yet."""
-    return tmp_path / "kv"
-
-
 def test_a_page_is_named_by_the_chain_of_all_tokens_up_to_its_end():
     first, second = b"\1\0\0\0" * 256, b"\2\0\0\0" * 3
     name = hashlib.sha256(b"0" * 32 + first).hexdigest()[:32]

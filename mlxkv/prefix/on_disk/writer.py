@@ -15,10 +15,11 @@ import os
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from mlxkv.base.durable import sync_path
 from mlxkv.base.faults import log_fault
@@ -44,6 +45,8 @@ from mlxkv.prefix.on_disk.format import (
 
 __all__ = ["FORMAT_VERSION", "ROOT", "DiskLimits", "DiskUsage", "PageFile", "PageFiles", "PageKey",
            "page_name"]  # fmt: skip
+
+T = TypeVar("T")
 
 QUEUE_BYTES = 512 << 20
 """Bytes of the queue at most: no memory plan counts them."""
@@ -142,14 +145,7 @@ class PageFiles:
             waiting = self._waiting.get(key)
         if waiting is not None:
             return waiting.tokens
-        data = self._bytes(key, header_only=True)
-        if data is None:
-            return None
-        try:
-            return self.at.decode_tokens(data, key)
-        except DamagedPage:
-            self.remove(key)
-            return None
+        return self._checked(key, self._bytes(key, header_only=True), self.at.decode_tokens)
 
     def parents(self) -> dict[str, str]:
         """Of each whole page that is known, the page that it follows."""
@@ -162,11 +158,16 @@ class PageFiles:
             waiting = self._waiting.get(key)
         if waiting is not None:
             return waiting
-        data = self._bytes(key)
+        return self._checked(key, self._bytes(key), self.at.decode)
+
+    def _checked(
+        self, key: PageKey, data: bytes | None, decode: Callable[[bytes, PageKey], T]
+    ) -> T | None:
+        """What `decode` reads; None without data, or of a damaged page, which is removed."""
         if data is None:
             return None
         try:
-            return self.at.decode(data, key)
+            return decode(data, key)
         except DamagedPage:
             self.remove(key)
             return None
