@@ -64,27 +64,23 @@ def thinking_text(said: Said) -> str:
 def glm(said: Said) -> str:
     """GLM-4.6: calls in tags, a line each."""
     before = "\n<think>" + said.reasoning + "</think>" + ("\n" + said.text if said.text else "")
-    if said.call is None:
-        return before + "<|user|>"
-    name, arguments = said.call
-    inside = "".join(
-        f"<arg_key>{key}</arg_key>\n<arg_value>{value}</arg_value>\n"
-        for key, value in arguments.items()
-    )
-    return f"{before}\n<tool_call>{name}\n{inside}</tool_call><|observation|>"
+    return _with_glm_call(said, before, "\n")
 
 
 def glm_opened(said: Said) -> str:
     """GLM-4.7 and 5: in one line, behind reasoning that the prompt has opened."""
-    before = said.reasoning + "</think>" + said.text
+    return _with_glm_call(said, said.reasoning + "</think>" + said.text, "")
+
+
+def _with_glm_call(said: Said, before: str, newline: str) -> str:
     if said.call is None:
         return before + "<|user|>"
     name, arguments = said.call
     inside = "".join(
-        f"<arg_key>{key}</arg_key><arg_value>{value}</arg_value>"
+        f"<arg_key>{key}</arg_key>{newline}<arg_value>{value}</arg_value>{newline}"
         for key, value in arguments.items()
     )
-    return f"{before}<tool_call>{name}{inside}</tool_call><|observation|>"
+    return f"{before}{newline}<tool_call>{name}{newline}{inside}</tool_call><|observation|>"
 
 
 def harmony(said: Said) -> str:
