@@ -28,6 +28,7 @@ from tests.support import tiny
 from tests.support.fake_engine import serving
 from tests.support.harmony import reference
 from tests.support.scripted import script
+from tests.support.threaded_engine import running
 
 MODEL = "gpt-oss"
 S, C, M, E, X = "<|start|>assistant", "<|channel|>", "<|message|>", "<|end|>", "<|call|>"
@@ -86,11 +87,9 @@ def model(request, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def engine(model) -> Iterator[ThreadedEngine]:
-    made = ThreadedEngine(dtype="float32", next_turns=False)
-    made.start()
-    asyncio.run(made.load(str(model)))
-    yield made
-    made.close()
+    with running(next_turns=False) as made:
+        asyncio.run(made.load(str(model)))
+        yield made
 
 
 Post = Callable[[str, Mapping[str, Any]], Any]

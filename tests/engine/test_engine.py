@@ -32,6 +32,7 @@ from mlxkv.sampling.grammar import Grammar
 from mlxkv.store.info import describe
 from mlxkv.store.settings import Given
 from tests.support.command_line import chat_model
+from tests.support.threaded_engine import running
 
 LONG = "".join(chr(97 + (i * i + 3 * i) % 23) for i in range(700))
 
@@ -47,10 +48,8 @@ def models(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture
 def engine() -> Iterator[ThreadedEngine]:
-    made = ThreadedEngine(dtype="float32")
-    made.start()
-    yield made
-    made.close()
+    with running() as made:
+        yield made
 
 
 async def collect(answer: AsyncIterable[Chunk]) -> list[Chunk]:

@@ -29,6 +29,7 @@ from mlxkv.generation.session import Session
 from mlxkv.sampling.grammar import Grammar, Masker
 from mlxkv.text.tokenizer import Tokenizer
 from tests.support.command_line import chat_model
+from tests.support.threaded_engine import running
 
 BAD, GOOD = "a bad prompt", "a good prompt"
 
@@ -50,10 +51,8 @@ def expected(model) -> list[int]:
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[ThreadedEngine]:
-    made = ThreadedEngine(dtype="float32")
-    made.start()
-    yield made
-    made.close()
+    with running() as made:
+        yield made
 
 
 async def collect(answer: AsyncIterable[Chunk]) -> list[int]:
@@ -87,13 +86,8 @@ PLACES: list[tuple[Any, str, type[BaseException]]] = [
     (sleep, "begin", Panic),
     (Generation, "restore", Panic),
     (Generation, "row", Panic),
-    (Generation, "add", Panic),
-    (Generation, "add", KeyboardInterrupt),
-    (Generation, "add", MemoryError),
-    (Session, "prefilling", Panic),
-    (Session, "before_step", Panic),
-    (Session, "cut_due", Panic),
-    (Session, "append", Panic),
+    *((Generation, "add", each) for each in (Panic, KeyboardInterrupt, MemoryError)),
+    *((Session, each, Panic) for each in ("prefilling", "before_step", "cut_due", "append")),
 ]
 
 

@@ -19,6 +19,7 @@ from mlxkv.errors import MlxkvError
 from mlxkv.generation.outputs import Chunk
 from mlxkv.generation.request import Request
 from tests.support.command_line import chat_model
+from tests.support.threaded_engine import running
 
 WAIT_S = 60
 TEXT = "a b " * (LONG // 4)
@@ -65,11 +66,9 @@ def gate(monkeypatch) -> Gate:
 
 @pytest.fixture
 def engine(gate) -> Iterator[ThreadedEngine]:
-    made = ThreadedEngine(dtype="float32", next_turns=False)
-    made.start()
-    yield made
-    gate.opened.set()
-    made.close()
+    with running(next_turns=False) as made:
+        yield made
+        gate.opened.set()
 
 
 def ask(model: Path, prompt: str) -> Ask:

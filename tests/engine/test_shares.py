@@ -20,6 +20,7 @@ from mlxkv.errors import ModelNotFound
 from mlxkv.generation.outputs import Chunk
 from mlxkv.generation.request import Request
 from tests.support.command_line import chat_model
+from tests.support.threaded_engine import running
 
 LONG = "the quick brown fox jumps over the lazy dog " * 8
 
@@ -33,10 +34,8 @@ def model(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def engine() -> Iterator[ThreadedEngine]:
-    made = ThreadedEngine(dtype="float32", max_queue=3)
-    made.start()
-    yield made
-    made.close()
+    with running(max_queue=3) as made:
+        yield made
 
 
 async def collect(answer: AsyncIterable[Chunk]) -> list[int]:

@@ -24,52 +24,38 @@ from mlxkv.models.gemma4_config import Config as Gemma4Config
 from mlxkv.models.gemma_audio import audio_names
 from mlxkv.nn.batch import batch
 from mlxkv.nn.model import Placed
-from tests.families.oracle.sound import (
-    DIRECTORY,
-    GEMMA3N_SOUND,
-    GEMMA4,
-    KEPT,
-    LONGEST,
-    SOUNDS,
-    UNIFIED,
-    Prompt,
-    Sound,
-    kept_positions,
-    picture,
-    prompts,
-    weight,
-)
+from tests.families.oracle import sound as oracle
 from tests.support.tiny import fingerprint, write_checkpoint
 
 ROWS, LOGITS = 1e-4, 1e-3
-every_sound = pytest.mark.parametrize("sound", SOUNDS, ids=lambda sound: sound.case.name)
+every_sound = pytest.mark.parametrize("sound", oracle.SOUNDS, ids=lambda sound: sound.case.name)
 every_prompt = pytest.mark.parametrize(
     ("sound", "name"),
-    [(sound, name) for sound in SOUNDS for name in prompts(sound, 0)],
+    [(sound, name) for sound in oracle.SOUNDS for name in oracle.prompts(sound, 0)],
     ids=lambda value: getattr(getattr(value, "case", None), "name", value),
 )
 
 
 @functools.cache
-def golden(sound: Sound) -> dict[str, np.ndarray]:
-    with np.load(DIRECTORY / sound.case.name / "golden.npz") as data:
+def golden(sound: oracle.Sound) -> dict[str, np.ndarray]:
+    with np.load(oracle.DIRECTORY / sound.case.name / "golden.npz") as data:
         return dict(data)
 
 
 @functools.cache
-def weights(sound: Sound) -> dict[str, np.ndarray]:
+def weights(sound: oracle.Sound) -> dict[str, np.ndarray]:
     """The checkpoint's tensors, checked against the stored hash."""
-    manifest = json.loads((DIRECTORY / sound.case.name / "manifest.json").read_text())
+    manifest = json.loads((oracle.DIRECTORY / sound.case.name / "manifest.json").read_text())
     made = {
-        name: weight(name, shape, 0, sound.case.norm_mean)
+        name: oracle.weight(name, shape, 0, sound.case.norm_mean)
         for name, shape in manifest["tensors"].items()
     }
     assert fingerprint(made) == manifest["sha256"], "the weights are not those of the oracle"
     return made
 
 
-def config(sound: Sound, style: str) -> dict[str, Any]:
-    return json.loads((DIRECTORY / sound.case.name / f"config.{style}.json").read_text())
+def config(sound: oracle.Sound, style: str) -> dict[str, Any]:
+    return json.loads((oracle.DIRECTORY / sound.case.name / f"config.{style}.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +63,7 @@ def load(tmp_path_factory):
     """(sound, style, dtype) -> model, each loaded once."""
 
     @functools.cache
-    def load(sound: Sound, style: str = "new", dtype: mx.Dtype = mx.float32) -> Any:
+    def load(sound: oracle.Sound, style: str = "new", dtype: mx.Dtype = mx.float32) -> Any:
         folder = tmp_path_factory.mktemp(sound.case.name)
         write_checkpoint(folder, config(sound, style), weights(sound))
         model = mlxkv.load_model(folder, dtype=dtype)
@@ -88,15 +74,15 @@ def load(tmp_path_factory):
     return load
 
 
-def rows(model: Any, sound: Sound, n_frames: int) -> mx.array:
+def rows(model: Any, sound: oracle.Sound, n_frames: int) -> mx.array:
     return model.media_rows("audio", {sound.audio_key: mx.array(sound.clip(n_frames))})
 
 
-def prompt_of(sound: Sound, name: str) -> Prompt:
-    return prompts(sound, int(golden(sound)[f"seed.{name}"]))[name]
+def prompt_of(sound: oracle.Sound, name: str) -> oracle.Prompt:
+    return oracle.prompts(sound, int(golden(sound)[f"seed.{name}"]))[name]
 
 
-def media_of(model: Any, sound: Sound, prompt: Prompt) -> list[Placed]:
+def media_of(model: Any, sound: oracle.Sound, prompt: oracle.Prompt) -> list[Placed]:
     """All media of a prompt, in order."""
     kinds = {sound.audio[0]: "audio", sound.image[0]: "image"}
     clips, pictures = iter(prompt.clips), iter(range(prompt.n_pictures))
@@ -106,7 +92,7 @@ def media_of(model: Any, sound: Sound, prompt: Prompt) -> list[Placed]:
         if kind == "audio":
             made = rows(model, sound, next(clips))
         elif kind == "image":
-            shown = picture(sound, next(pictures))
+            shown = oracle.picture(sound, next(pictures))
             made = model.media_rows("image", {key: mx.array(x) for key, x in shown.items()})
         else:
             at += 1
@@ -117,7 +103,7 @@ def media_of(model: Any, sound: Sound, prompt: Prompt) -> list[Placed]:
 
 
 def chunks(
-    prompt: Prompt, media: Sequence[Placed], size: int
+    prompt: oracle.Prompt, media: Sequence[Placed], size: int
 ) -> Iterator[tuple[mx.array, list[Placed]]]:
     """A prompt in chunks, of which none ends inside a picture."""
     start = 0
@@ -137,9 +123,9 @@ def _within(media: Sequence[Placed], start: int, end: int) -> Iterator[Placed]:
             yield Placed(kind, first - start, made[first - at : last - at])
 
 
-def check_logits(sound: Sound, name: str, logits: mx.array) -> None:
+def check_logits(sound: oracle.Sound, name: str, logits: mx.array) -> None:
     stored = golden(sound)
-    kept = kept_positions(prompt_of(sound, name).tokens)
+    kept = oracle.kept_positions(prompt_of(sound, name).tokens)
     difference = np.abs(np.array(logits)[kept] - stored[f"logits.{name}"]).max(axis=-1)
     assert difference.max() < LOGITS * stored[f"std.{name}"], difference
 
@@ -164,18 +150,20 @@ def test_the_rows_of_clips_of_any_length_equal_the_references(load, sound):
         assert difference < ROWS, (n_frames, difference)
 
 
-@pytest.mark.parametrize("sound", [GEMMA4, UNIFIED], ids=["conformer", "samples"])
+@pytest.mark.parametrize("sound", [oracle.GEMMA4, oracle.UNIFIED], ids=["conformer", "samples"])
 def test_the_rows_of_thirty_seconds_equal_the_references(load, sound):
     expected = golden(sound)["rows.longest"]
-    got = np.array(rows(load(sound), sound, LONGEST))
-    assert len(got) == sound.n_rows(LONGEST)
-    assert np.abs(got[::KEPT] - expected).max() < ROWS * np.abs(expected).max()
+    got = np.array(rows(load(sound), sound, oracle.LONGEST))
+    assert len(got) == sound.n_rows(oracle.LONGEST)
+    assert np.abs(got[:: oracle.KEPT] - expected).max() < ROWS * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("sound", [GEMMA4, GEMMA3N_SOUND], ids=lambda sound: sound.case.name)
+@pytest.mark.parametrize(
+    "sound", [oracle.GEMMA4, oracle.GEMMA3N_SOUND], ids=lambda sound: sound.case.name
+)
 def test_the_graph_of_a_long_clip_is_as_large_as_that_of_a_short_one(load, sound, tmp_path):
     sizes = []
-    for n_frames in (60, 2000 if sound is GEMMA4 else 200):
+    for n_frames in (60, 2000 if sound is oracle.GEMMA4 else 200):
         path = tmp_path / f"{n_frames}.dot"
         mx.export_to_dot(str(path), rows(load(sound), sound, n_frames))
         sizes.append(path.read_text().count("[shape=rectangle]") or path.read_text().count("->"))
@@ -246,7 +234,7 @@ def test_pictures_and_sound_are_gone_on_from_where_they_were_restored(load, soun
 @pytest.mark.parametrize("kv_type", ["q8", "q4"])
 def test_packed_kv_of_pictures_and_sound_is_as_close_as_that_of_text(load, sound, kv_type):
     model, prompt = load(sound), prompt_of(sound, "both")
-    text = Prompt([3 + (7 * i + i * i) % 60 for i in range(len(prompt.tokens))], [])
+    text = oracle.Prompt([3 + (7 * i + i * i) % 60 for i in range(len(prompt.tokens))], [])
     errors = []
     for each in (prompt, text):
         media = media_of(model, sound, each)
@@ -279,7 +267,9 @@ def test_answers_about_sound_go_on_beside_those_of_text(load, sound):
 # Checkpoints and configs
 
 
-@pytest.mark.parametrize("sound", [GEMMA4, GEMMA3N_SOUND], ids=lambda sound: sound.case.name)
+@pytest.mark.parametrize(
+    "sound", [oracle.GEMMA4, oracle.GEMMA3N_SOUND], ids=lambda sound: sound.case.name
+)
 def test_kernels_in_mlx_layout_load_as_those_of_hugging_face(load, sound):
     model = load(sound)
     published = {
@@ -296,7 +286,7 @@ def test_kernels_in_mlx_layout_load_as_those_of_hugging_face(load, sound):
 
 
 def test_bounds_of_an_encoder_that_clips_nothing_are_left_out():
-    raw = config(GEMMA4, "hub")
+    raw = config(oracle.GEMMA4, "hub")
     raw["audio_config"]["use_clipped_linears"] = False
     names = [
         "audio_tower.layers.0.self_attn.post." + part for part in ("input_min", "linear.weight")
@@ -310,17 +300,21 @@ def test_bounds_of_an_encoder_that_clips_nothing_are_left_out():
 @pytest.mark.parametrize(
     ("sound", "changes", "words"),
     [
-        (GEMMA4, {"hidden_size": 15}, ["hidden_size", "15"]),
-        (GEMMA4, {"attention_context_left": 1}, ["attention_context_left"]),
-        (GEMMA4, {"subsampling_conv_channels": [8]}, ["subsampling_conv_channels"]),
-        (GEMMA4, {"attention_invalid_logits_value": 1.0}, ["attention_invalid_logits_value"]),
-        (GEMMA4, {"hidden_act": "swooosh"}, ["hidden_act", "swooosh"]),
-        (GEMMA4, {"num_hidden_layers": 10**9}, ["num_hidden_layers"]),
-        (GEMMA4, {"attention_chunk_size": 10**9}, ["attention_chunk_size"]),
-        (UNIFIED, {"audio_embed_dim": 0}, ["audio_embed_dim"]),
-        (GEMMA3N_SOUND, {"vocab_offset": 99}, ["vocab_offset", "95"]),
-        (GEMMA3N_SOUND, {"sscp_conv_kernel_size": [3, 3]}, ["sscp_conv_kernel_size"]),
-        (GEMMA3N_SOUND, {"gradient_clipping": -1}, ["gradient_clipping"]),
+        (oracle.GEMMA4, {"hidden_size": 15}, ["hidden_size", "15"]),
+        (oracle.GEMMA4, {"attention_context_left": 1}, ["attention_context_left"]),
+        (oracle.GEMMA4, {"subsampling_conv_channels": [8]}, ["subsampling_conv_channels"]),
+        (
+            oracle.GEMMA4,
+            {"attention_invalid_logits_value": 1.0},
+            ["attention_invalid_logits_value"],
+        ),
+        (oracle.GEMMA4, {"hidden_act": "swooosh"}, ["hidden_act", "swooosh"]),
+        (oracle.GEMMA4, {"num_hidden_layers": 10**9}, ["num_hidden_layers"]),
+        (oracle.GEMMA4, {"attention_chunk_size": 10**9}, ["attention_chunk_size"]),
+        (oracle.UNIFIED, {"audio_embed_dim": 0}, ["audio_embed_dim"]),
+        (oracle.GEMMA3N_SOUND, {"vocab_offset": 99}, ["vocab_offset", "95"]),
+        (oracle.GEMMA3N_SOUND, {"sscp_conv_kernel_size": [3, 3]}, ["sscp_conv_kernel_size"]),
+        (oracle.GEMMA3N_SOUND, {"gradient_clipping": -1}, ["gradient_clipping"]),
     ],
 )
 def test_an_audio_config_that_cannot_be_right_is_an_error_naming_file_and_key(
@@ -328,7 +322,7 @@ def test_an_audio_config_that_cannot_be_right_is_an_error_naming_file_and_key(
 ):
     raw = config(sound, "new")
     raw["audio_config"] |= changes
-    family = Gemma3nConfig if sound is GEMMA3N_SOUND else Gemma4Config
+    family = Gemma3nConfig if sound is oracle.GEMMA3N_SOUND else Gemma4Config
     with pytest.raises(ConfigError) as caught:
         family.from_dict(raw, "some/config.json")
     message = str(caught.value)

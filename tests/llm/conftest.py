@@ -8,16 +8,13 @@ import pytest
 
 import mlxkv
 from mlxkv.llm.llm import LLM
-from tests.support.command_line import chat_model
+from tests.support.command_line import chat_model, of_each_kind
 
 
 @pytest.fixture(scope="module")
 def reused(tmp_path_factory) -> Path:
     """A folder with `llama` and `gemma3`, whose windows slide."""
-    path = tmp_path_factory.mktemp("models")
-    for family in ("llama", "gemma3"):
-        chat_model(path / family, family=family, max_position_embeddings=8192)
-    return path
+    return of_each_kind(tmp_path_factory.mktemp("models"), chat_model)
 
 
 @pytest.fixture

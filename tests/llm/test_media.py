@@ -24,6 +24,7 @@ from mlxkv.kv.types import STEP
 from mlxkv.llm.llm import LLM
 from mlxkv.memory.media import Rows
 from mlxkv.saved_kv.manifest import NamedKV
+from tests.support.command_line import of_each_kind
 from tests.support.seeing import ROWS, load_seeing, picture, seeing_model, shown
 
 LONG = "The weir was built in 1874 of granite from the upper quarry, and mended twice. "
@@ -33,10 +34,7 @@ A, B = picture(1), picture(2)
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """A model whose layers see all tokens, and one whose windows slide."""
-    path = tmp_path_factory.mktemp("models")
-    for family in ("llama", "gemma3"):
-        seeing_model(path / family, family=family, max_position_embeddings=8192)
-    return path
+    return of_each_kind(tmp_path_factory.mktemp("models"), seeing_model)
 
 
 @pytest.fixture(params=["llama", "gemma3"])

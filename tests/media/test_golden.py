@@ -13,18 +13,7 @@ from PIL import __version__ as pillow_version
 
 from mlxkv.media.reader import MediaReader, reader_of
 from mlxkv.media.sound import RATE
-from tests.media.cases import (
-    BUDGETS,
-    EVERY,
-    MEDIA_GOLDEN,
-    PIXELS,
-    SAMPLES,
-    hash_of,
-    many_lengths,
-    many_sizes,
-    picture_of,
-    sound_of,
-)
+from tests.media import cases
 
 FAMILIES = {
     "gemma3": {"size": {"height": 56, "width": 42}},
@@ -40,7 +29,7 @@ OTHER_PILLOW = 6 / 255
 
 @pytest.fixture(scope="module")
 def golden() -> dict[str, np.ndarray]:
-    with np.load(MEDIA_GOLDEN) as file:
+    with np.load(cases.MEDIA_GOLDEN) as file:
         return dict(file)
 
 
@@ -60,14 +49,14 @@ def _reader(folder: Path, family: str) -> MediaReader:
 
 def differ(ours: np.ndarray, theirs: np.ndarray) -> float:
     assert ours.dtype == np.float32
-    return float(np.abs(ours.ravel()[::EVERY] - theirs).max())
+    return float(np.abs(ours.ravel()[:: cases.EVERY] - theirs).max())
 
 
-@pytest.mark.parametrize("name", PIXELS)
+@pytest.mark.parametrize("name", cases.PIXELS)
 def test_pixels_equal_the_processors(
     golden: dict[str, np.ndarray], readers: dict[str, MediaReader], name: str
 ) -> None:
-    image = picture_of(name)
+    image = cases.picture_of(name)
     tolerance = TOLERANCE if str(golden["pillow"]) == pillow_version else OTHER_PILLOW
     for family in ("gemma3", "gemma3n"):
         data = readers[family].image(image).data
@@ -76,12 +65,12 @@ def test_pixels_equal_the_processors(
     data = readers["gemma4"].image(image).data
     assert data is not None
     assert differ(data["patches"], golden[f"gemma4/{name}"]) < tolerance
-    positions = data["positions"].ravel()[::EVERY]
+    positions = data["positions"].ravel()[:: cases.EVERY]
     assert np.array_equal(positions, golden[f"gemma4/{name}/positions"])
 
 
 def test_merged_patches_are_the_patches_of_their_squares(readers: dict[str, MediaReader]) -> None:
-    image = picture_of("wide")
+    image = cases.picture_of("wide")
     small = readers["gemma4"].image(image, 280).data
     whole = readers["gemma4_unified"].image(image, 280).data
     assert small is not None and whole is not None
@@ -95,12 +84,12 @@ def test_merged_patches_are_the_patches_of_their_squares(readers: dict[str, Medi
                 assert np.array_equal(pixels[j, :, i], part)
 
 
-@pytest.mark.parametrize("n_samples", SAMPLES)
+@pytest.mark.parametrize("n_samples", cases.SAMPLES)
 def test_features_equal_the_extractors(
     golden: dict[str, np.ndarray], readers: dict[str, MediaReader], n_samples: int
 ) -> None:
     for family in ("gemma3n", "gemma4", "gemma4_unified"):
-        (medium,) = readers[family].audio((sound_of(n_samples), RATE))
+        (medium,) = readers[family].audio((cases.sound_of(n_samples), RATE))
         assert medium.data is not None
         (values,) = medium.data.values()
         stored = golden[f"{family}/{n_samples}"]
@@ -113,7 +102,7 @@ def test_tokens_of_pictures_equal_the_processors(
 ) -> None:
     for family in ("gemma4", "gemma4_unified"):
         tokens = [
-            [readers[family].image_tokens(width, height, budget) for budget in BUDGETS]
+            [readers[family].image_tokens(width, height, budget) for budget in cases.BUDGETS]
             for width, height in golden["sizes"].tolist()
         ]
         assert np.array_equal(tokens, golden["picture_tokens"])
@@ -131,9 +120,9 @@ def test_tokens_of_sound_equal_the_extractors(
 def test_tokens_of_ten_thousand_sizes_and_lengths_equal_the_processors(
     golden: dict[str, np.ndarray], readers: dict[str, MediaReader], family: str
 ) -> None:
-    reader, budgets = readers[family], itertools.cycle(BUDGETS)
-    sizes = zip(many_sizes().tolist(), budgets, strict=False)
-    of_sizes = hash_of(reader.image_tokens(w, h, budget) for (w, h), budget in sizes)
+    reader, budgets = readers[family], itertools.cycle(cases.BUDGETS)
+    sizes = zip(cases.many_sizes().tolist(), budgets, strict=False)
+    of_sizes = cases.hash_of(reader.image_tokens(w, h, budget) for (w, h), budget in sizes)
     assert np.array_equal(of_sizes, golden[f"{family}/many_sizes"])
-    of_lengths = hash_of(map(reader.audio_tokens, many_lengths().tolist()))
+    of_lengths = cases.hash_of(map(reader.audio_tokens, cases.many_lengths().tolist()))
     assert np.array_equal(of_lengths, golden[f"{family}/many_lengths"])

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mlxkv.errors import MediaError
 from mlxkv.media import pictures
 from mlxkv.media.pictures import picture
+from tests.media.refusals import refusal
 
 CORNERS = np.array([[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [255, 255, 0]]], np.uint8)
 """Red, green; blue, yellow."""
@@ -140,11 +140,7 @@ def test_a_long_thin_picture_is_a_picture() -> None:
 
 
 def refused(source: object, name: str = "") -> str:
-    with pytest.raises(MediaError) as caught:
-        picture(source, name)  # type: ignore[arg-type]
-    text = str(caught.value)
-    assert "\n" not in text and caught.value.status == 400
-    return text
+    return refusal(picture, source, name)
 
 
 def test_a_damaged_file_gets_one_line() -> None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from tests.families.oracle.gpt_oss_cases import YARN
+
 Config = Mapping[str, Any]
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"
@@ -58,14 +60,7 @@ _GEMMA4_ROPE = {
     _FULL: {"partial_rotary_factor": 0.25, "rope_theta": 1e6, "rope_type": "proportional"},
     _SLIDING: {"rope_theta": 10000.0, "rope_type": "default"},
 }
-_YARN = {
-    "rope_type": "yarn",
-    "factor": 32.0,
-    "beta_fast": 32.0,
-    "beta_slow": 1.0,
-    "truncate": False,
-    "original_max_position_embeddings": 4096,
-}
+_YARN = {**YARN, "original_max_position_embeddings": 4096}
 _GEMMA = {
     "rms_norm_eps": 1e-6,
     "hidden_activation": "gelu_pytorch_tanh",

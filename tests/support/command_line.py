@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -123,3 +123,10 @@ def assert_one_line(done: subprocess.CompletedProcess[str], code: int, *words: s
     assert "Traceback" not in done.stderr
     for word in words:
         assert word in done.stderr, (word, done.stderr)
+
+
+def of_each_kind(folder: Path, make: Callable[..., Any]) -> Path:
+    """The folder, with a model whose layers see all tokens, and one whose windows slide."""
+    for family in ("llama", "gemma3"):
+        make(folder / family, family=family, max_position_embeddings=8192)
+    return folder

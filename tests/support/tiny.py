@@ -22,19 +22,36 @@ Shapes = Mapping[str, Sequence[int]]
 CLIPS = ("input_min", "input_max", "output_min", "output_max")
 
 
+LLAMA = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 1024,
+    "rms_norm_eps": 1e-5,
+}
+"""Sizes of a Llama: 4 query heads on 2 KV heads of 16."""
+GEMMA = {
+    "vocab_size": 96,
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 1024,
+    "rms_norm_eps": 1e-6,
+}
+"""Sizes of a Gemma, whose heads are wider than its hidden states."""
+
+
 def llama_config(**changes: Any) -> dict[str, Any]:
     """A Llama in the hub style: 3 layers, 4 query heads on 2 KV heads of 16."""
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "vocab_size": 96,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 1024,
-        "rms_norm_eps": 1e-5,
+        **LLAMA,
         "rope_theta": 10000.0,
         "rope_scaling": None,
         "hidden_act": "silu",
@@ -65,15 +82,8 @@ def gemma3_config(**changes: Any) -> dict[str, Any]:
     return {
         "architectures": ["Gemma3ForCausalLM"],
         "model_type": "gemma3_text",
-        "vocab_size": 96,
-        "hidden_size": 48,
-        "intermediate_size": 64,
+        **GEMMA,
         "num_hidden_layers": 6,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "max_position_embeddings": 1024,
-        "rms_norm_eps": 1e-6,
         "rope_theta": 1000000.0,
         "rope_local_base_freq": 10000.0,
         "rope_scaling": None,

@@ -126,6 +126,12 @@ def gemma4_config(**changes: Any) -> dict[str, Any]:
     }
 
 
+def _scaled(mean: float, deviation: float) -> dict[str, Any]:
+    """What all processors of pictures do."""
+    scaled = {"do_resize": True, "do_rescale": True, "rescale_factor": 1 / 255}
+    return {**scaled, "image_mean": [mean] * 3, "image_std": [deviation] * 3}
+
+
 def write_gemma3(folder: Path, *, dtype: mx.Dtype = mx.float32, **changes: Any) -> Path:
     """A Gemma 3 with pictures, tokenizer, chat template and processor."""
     config = gemma3_config(**changes)
@@ -142,13 +148,9 @@ def write_gemma3(folder: Path, *, dtype: mx.Dtype = mx.float32, **changes: Any) 
         "do_convert_rgb": None,
         "do_normalize": True,
         "do_pan_and_scan": None,
-        "do_rescale": True,
-        "do_resize": True,
-        "image_mean": [0.5, 0.5, 0.5],
-        "image_std": [0.5, 0.5, 0.5],
+        **_scaled(0.5, 0.5),
         "image_seq_length": N_GEMMA3,
         "resample": 2,
-        "rescale_factor": 1 / 255,
         "size": {"height": side, "width": side},
         "processor_class": "Gemma3Processor",
     }
@@ -178,15 +180,11 @@ def write_gemma4(folder: Path, *, dtype: mx.Dtype = mx.float32, **changes: Any) 
         "image_processor_type": "Gemma4ImageProcessor",
         "do_convert_rgb": True,
         "do_normalize": False,
-        "do_rescale": True,
-        "do_resize": True,
-        "image_mean": [0.0, 0.0, 0.0],
-        "image_std": [1.0, 1.0, 1.0],
+        **_scaled(0.0, 1.0),
         "max_soft_tokens": N_GEMMA4,
         "patch_size": 16,
         "pooling_kernel_size": 3,
         "resample": 3,
-        "rescale_factor": 1 / 255,
     }
     sound = {
         "feature_extractor_type": "Gemma4AudioFeatureExtractor",

@@ -22,19 +22,10 @@ from tests.families.oracle import (
     gpt_oss_cases,
 )
 from tests.families.oracle.case import DROP, LONG, Case
+from tests.support.tiny import GEMMA, LLAMA
 
 # Llama
 
-LLAMA = {
-    "vocab_size": 96,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 1024,
-    "rms_norm_eps": 1e-5,
-}
 # What most Llama repositories hold: a base, a scaling or null, and no head_dim.
 LLAMA_HUB = {
     "rope_parameters": DROP,
@@ -169,15 +160,8 @@ MISTRALS = (
 # Gemma 3
 
 GEMMA3 = {
-    "vocab_size": 96,
-    "hidden_size": 48,
-    "intermediate_size": 64,
+    **GEMMA,
     "num_hidden_layers": 7,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 1024,
-    "rms_norm_eps": 1e-6,
     "sliding_window": 32,
     "query_pre_attn_scalar": 24,
 }
@@ -197,25 +181,16 @@ GEMMA3_HUB = {
 IRREGULAR = ["full_attention", "sliding_attention", "full_attention", "sliding_attention"]
 
 
-def gemma3_rope(
-    full: Mapping[str, Any] | None = None, theta: float = 1e6, local: float = 1e4
-) -> dict[str, Any]:
-    return {
-        "full_attention": {"rope_type": "default", "rope_theta": theta, **(full or {})},
-        "sliding_attention": {"rope_type": "default", "rope_theta": local},
-    }
-
-
 def gemma3(name: str, *, hub=None, **options: Any) -> Case:
     n_prompt = options.pop("n_prompt", 100)
-    config = {**GEMMA3, "rope_parameters": gemma3_rope(), **options}
+    config = {**GEMMA3, "rope_parameters": gemma3n_cases.gemma3n_rope(), **options}
     hub = {**GEMMA3_HUB, **(hub or {})}
     return Case(f"gemma3-{name}", "Gemma3ForCausalLM", config, hub, n_prompt, norm_mean=0.0)
 
 
 def gemma3_multimodal(name: str, renamed: Mapping[str, str]) -> Case:
     linear = {"rope_type": "linear", "factor": 8.0}
-    text = {**GEMMA3, "rope_parameters": gemma3_rope(linear), "num_hidden_layers": 6}
+    text = {**GEMMA3, "rope_parameters": gemma3n_cases.gemma3n_rope(linear), "num_hidden_layers": 6}
     vision = {
         "hidden_size": 16,
         "intermediate_size": 16,
@@ -253,12 +228,7 @@ GEMMA3S = (
     gemma3("wide", sliding_window=270, n_prompt=LONG),
     gemma3(
         "linear",
-        rope_parameters=gemma3_rope({"rope_type": "linear", "factor": 8.0}, theta=5e5, local=2e4),
-        hub={
-            "rope_theta": 5e5,
-            "rope_local_base_freq": 2e4,
-            "rope_scaling": {"rope_type": "linear", "factor": 8.0},
-        },
+        **gemma3n_cases.LINEAR,
     ),
     gemma3(
         "irregular",

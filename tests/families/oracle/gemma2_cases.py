@@ -5,18 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from tests.families.oracle.case import DROP, LONG, Case
+from tests.support.tiny import GEMMA
 
 # Caps that bend most scores: the released 50 and 30 would hardly show in a tiny model.
 GEMMA2 = {
-    "vocab_size": 96,
-    "hidden_size": 48,
-    "intermediate_size": 64,
+    **GEMMA,
     "num_hidden_layers": 5,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 1024,
-    "rms_norm_eps": 1e-6,
     "sliding_window": 24,
     "query_pre_attn_scalar": 24,
     "attn_logit_softcapping": 2.0,

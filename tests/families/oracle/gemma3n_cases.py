@@ -10,22 +10,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from tests.families.oracle.case import DROP, LONG, Case
+from tests.support.tiny import GEMMA
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 # Two donors of each kind, and two layers that read the last of each.
 TYPES = [SLIDING, FULL, SLIDING, FULL, SLIDING, FULL]
 GEMMA3N = {
-    "vocab_size": 96,
+    **GEMMA,
     "vocab_size_per_layer_input": 80,
-    "hidden_size": 48,
     "hidden_size_per_layer_input": 8,
     "intermediate_size": [128, 128, 64, 64, 96, 48],
     "num_hidden_layers": 6,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 1024,
-    "rms_norm_eps": 1e-6,
     "sliding_window": 24,
     "layer_types": TYPES,
     "num_kv_shared_layers": 2,
@@ -64,6 +59,14 @@ def gemma3n_rope(
     }
 
 
+_SCALED = {"rope_type": "linear", "factor": 8.0}
+LINEAR: dict[str, Any] = {
+    "rope_parameters": gemma3n_rope(_SCALED, theta=5e5, local=2e4),
+    "hub": {"rope_theta": 5e5, "rope_local_base_freq": 2e4, "rope_scaling": _SCALED},
+}
+"""Options of a case whose full layers stretch their positions; Gemma 3 has the same."""
+
+
 def gemma3n(name: str, *, hub: dict[str, Any] | None = None, **options: Any) -> Case:
     case_options = {
         key: options.pop(key) for key in ("n_prompt", "extra", "renamed") if key in options
@@ -97,12 +100,7 @@ CASES = (
     ),
     gemma3n(
         "linear",
-        rope_parameters=gemma3n_rope({"rope_type": "linear", "factor": 8.0}, theta=5e5, local=2e4),
-        hub={
-            "rope_theta": 5e5,
-            "rope_local_base_freq": 2e4,
-            "rope_scaling": {"rope_type": "linear", "factor": 8.0},
-        },
+        **LINEAR,
         **short(4, layer_types=TYPES[:4]),
     ),
     gemma3n(

@@ -18,21 +18,23 @@ SIZE = 96
 """Rows and columns of the pictures of prompts."""
 SIZES = (SIZE, 64, 80)
 """Pictures whose rows are stored: the adapter takes means of 3 x 3 or of 2 x 2, or interpolates."""
+TEXT: dict[str, Any] = {
+    **GEMMA3N,
+    "num_hidden_layers": 4,
+    "layer_types": GEMMA3N["layer_types"][:4],
+    "num_kv_shared_layers": 2,
+    "intermediate_size": [128, 64, 64, 96],
+    "activation_sparsity_pattern": [0.9, 0.0, 0.5, 0.0],
+    "rope_parameters": gemma3n_rope(),
+}
+VISION: dict[str, Any] = {
+    "vocab_size": 8,
+    "vocab_offset": 80,
+    "model_args": {"channel_multiplier": 0.0625, "msfa_output_resolution": 2},
+}
 CONFIG: dict[str, Any] = {
-    "text_config": {
-        **GEMMA3N,
-        "num_hidden_layers": 4,
-        "layer_types": GEMMA3N["layer_types"][:4],
-        "num_kv_shared_layers": 2,
-        "intermediate_size": [128, 64, 64, 96],
-        "activation_sparsity_pattern": [0.9, 0.0, 0.5, 0.0],
-        "rope_parameters": gemma3n_rope(),
-    },
-    "vision_config": {
-        "vocab_size": 8,
-        "vocab_offset": 80,
-        "model_args": {"channel_multiplier": 0.0625, "msfa_output_resolution": 2},
-    },
+    "text_config": TEXT,
+    "vision_config": VISION,
     "audio_config": {
         "vocab_size": 8,
         "vocab_offset": 88,

@@ -5,18 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from tests.families.oracle.case import DROP, LONG, Case
+from tests.support.tiny import GEMMA
 
-GEMMA = {
-    "vocab_size": 96,
-    "hidden_size": 48,
-    "intermediate_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "head_dim": 16,
-    "max_position_embeddings": 1024,
-    "rms_norm_eps": 1e-6,
-}
+GEMMA1 = {**GEMMA, "num_hidden_layers": 3, "num_key_value_heads": 4}
 # As gemma-2b's config.json: "gelu" is the tanh form, and the head is the embedding unsaid.
 GEMMA_HUB = {
     "rope_parameters": DROP,
@@ -34,7 +25,7 @@ def gemma(name: str, *, hub: dict[str, Any] | None = None, **options: Any) -> Ca
     n_prompt = options.pop("n_prompt", 70)
     extra = options.pop("extra", {})
     rope = {"rope_type": "default", "rope_theta": 10000.0}
-    config = {**GEMMA, "rope_parameters": rope, **options}
+    config = {**GEMMA1, "rope_parameters": rope, **options}
     hub = {**GEMMA_HUB, **(hub or {})}
     return Case(
         f"gemma-{name}", "GemmaForCausalLM", config, hub, n_prompt, norm_mean=0.0, extra=extra

@@ -7,26 +7,30 @@ from typing import Any
 
 from tests.families.oracle.case import DROP, LONG, Case
 
-GLM4_MOE = {
+GLM_EXPERTS = {
     "vocab_size": 96,
     "hidden_size": 48,
     "intermediate_size": 64,
     "moe_intermediate_size": 24,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
     "n_routed_experts": 8,
     "n_shared_experts": 1,
     "num_experts_per_tok": 3,
-    "routed_scaling_factor": 2.5,
     "norm_topk_prob": True,
     "n_group": 1,
     "topk_group": 1,
+    "max_position_embeddings": 1024,
+}
+"""What the cases of all GLMs with experts share."""
+GLM4_MOE = {
+    **GLM_EXPERTS,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "routed_scaling_factor": 2.5,
     "first_k_dense_replace": 1,
     "use_qk_norm": True,
     "attention_bias": True,
-    "max_position_embeddings": 1024,
     "rms_norm_eps": 1e-5,
 }
 # As GLM-4.5's config.json.

@@ -6,29 +6,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from tests.families.oracle.case import DROP, LONG, Case
+from tests.families.oracle.glm4_moe_cases import GLM_EXPERTS
 
 GLM4_MOE_LITE = {
-    "vocab_size": 96,
-    "hidden_size": 48,
-    "intermediate_size": 64,
-    "moe_intermediate_size": 24,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
+    **GLM_EXPERTS,
     "num_key_value_heads": 4,
     "q_lora_rank": 24,
     "kv_lora_rank": 32,
     "qk_nope_head_dim": 12,
     "qk_rope_head_dim": 8,
     "v_head_dim": 16,
-    "n_routed_experts": 8,
-    "n_shared_experts": 1,
-    "num_experts_per_tok": 3,
     "routed_scaling_factor": 1.8,
-    "norm_topk_prob": True,
-    "n_group": 1,
-    "topk_group": 1,
     "attention_bias": False,
-    "max_position_embeddings": 1024,
     # Far from that of the norms inside the projections, so that the two cannot be confused.
     "rms_norm_eps": 0.05,
 }

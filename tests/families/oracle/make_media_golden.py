@@ -24,18 +24,7 @@ from transformers.models.gemma4_unified.image_processing_gemma4_unified import (
 )
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from tests.media.cases import (
-    BUDGETS,
-    EVERY,
-    MEDIA_GOLDEN,
-    PIXELS,
-    SAMPLES,
-    hash_of,
-    many_lengths,
-    many_sizes,
-    picture_of,
-    sound_of,
-)
+from tests.media import cases
 
 N = 200
 
@@ -55,10 +44,10 @@ def sizes() -> np.ndarray:
 
 def picture_tokens(all_sizes: np.ndarray) -> np.ndarray:
     """`[n, budgets]`: tokens of each size."""
-    tokens = np.zeros((len(all_sizes), len(BUDGETS)), np.int32)
+    tokens = np.zeros((len(all_sizes), len(cases.BUDGETS)), np.int32)
     for i, (width, height) in enumerate(all_sizes):
         image = Image.new("RGB", (int(width), int(height)))
-        for j, budget in enumerate(BUDGETS):
+        for j, budget in enumerate(cases.BUDGETS):
             made = Gemma4ImageProcessorPil(max_soft_tokens=budget)(images=image)
             real = (made["image_position_ids"][0] >= 0).all(-1).sum()
             assert real == 9 * made["num_soft_tokens_per_image"][0]
@@ -84,14 +73,16 @@ def many() -> dict[str, np.ndarray]:
     }
     found = {}
     for family, (processor, sound) in kinds.items():
-        found[f"{family}/many_sizes"] = hash_of(_many_pictures(processor))
-        found[f"{family}/many_lengths"] = hash_of(sound(many_lengths()))
+        found[f"{family}/many_sizes"] = cases.hash_of(_many_pictures(processor))
+        found[f"{family}/many_lengths"] = cases.hash_of(sound(cases.many_lengths()))
     return found
 
 
 def _many_pictures(processor: type) -> Iterator[int]:
-    made = {budget: processor(max_soft_tokens=budget) for budget in BUDGETS}
-    for (width, height), budget in zip(many_sizes(), itertools.cycle(BUDGETS), strict=False):
+    made = {budget: processor(max_soft_tokens=budget) for budget in cases.BUDGETS}
+    for (width, height), budget in zip(
+        cases.many_sizes(), itertools.cycle(cases.BUDGETS), strict=False
+    ):
         image = Image.new("RGB", (int(width), int(height)))
         yield int(made[budget](images=image)["num_soft_tokens_per_image"][0])
 
@@ -113,15 +104,17 @@ def pixels() -> dict[str, np.ndarray]:
     )
     four = Gemma4ImageProcessorPil(max_soft_tokens=70)
     found = {}
-    for name in PIXELS:
-        image = picture_of(name)
+    for name in cases.PIXELS:
+        image = cases.picture_of(name)
         for family, processor in (("gemma3", three), ("gemma3n", three_n)):
             values = processor(images=image)["pixel_values"][0].transpose(1, 2, 0)
-            found[f"{family}/{name}"] = values.ravel()[::EVERY]
+            found[f"{family}/{name}"] = values.ravel()[:: cases.EVERY]
         made = four(images=image)
         n = 9 * made["num_soft_tokens_per_image"][0]
-        found[f"gemma4/{name}"] = made["pixel_values"][0][:n].ravel()[::EVERY]
-        found[f"gemma4/{name}/positions"] = made["image_position_ids"][0][:n].ravel()[::EVERY]
+        found[f"gemma4/{name}"] = made["pixel_values"][0][:n].ravel()[:: cases.EVERY]
+        found[f"gemma4/{name}/positions"] = made["image_position_ids"][0][:n].ravel()[
+            :: cases.EVERY
+        ]
     return found
 
 
@@ -133,11 +126,11 @@ def features() -> dict[str, np.ndarray]:
         "gemma4_unified": transformers.Gemma4UnifiedAudioFeatureExtractor(),
     }
     found = {}
-    for length in SAMPLES:
+    for length in cases.SAMPLES:
         for family, extract in families.items():
-            made = extract([sound_of(length)])
+            made = extract([cases.sound_of(length)])
             real = made["input_features"][0][made["input_features_mask"][0]]
-            found[f"{family}/{length}"] = np.concatenate([real.shape, real.ravel()[::EVERY]])
+            found[f"{family}/{length}"] = np.concatenate([real.shape, real.ravel()[:: cases.EVERY]])
     return found
 
 
@@ -150,7 +143,7 @@ def main() -> None:
     arrays["picture_tokens"] = picture_tokens(arrays["sizes"])
     arrays["sound_tokens"] = sound_tokens(arrays["lengths"])
     small = {k: v.astype(np.float32) if v.dtype.kind == "f" else v for k, v in arrays.items()}
-    np.savez_compressed(MEDIA_GOLDEN, pillow=np.array(PIL.__version__), **small)
+    np.savez_compressed(cases.MEDIA_GOLDEN, pillow=np.array(PIL.__version__), **small)
 
 
 if __name__ == "__main__":

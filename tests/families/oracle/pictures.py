@@ -11,7 +11,7 @@ import numpy as np
 from tests.families.oracle import gemma4_cases as gemma4
 from tests.families.oracle.case import DROP, Case
 from tests.support.paths import ROOT
-from tests.support.tiny import random_tensor
+from tests.support.tiny import GEMMA, random_tensor
 
 DIRECTORY = ROOT / "tests" / "families" / "golden_media"
 BEGIN, SOFT, END = 90, 91, 92
@@ -122,15 +122,9 @@ def _gemma3() -> Pictures:
         "vision_use_head": False,
     }
     text = {
-        "vocab_size": 96,
-        "hidden_size": 48,
-        "intermediate_size": 64,
+        **GEMMA,
         "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
         "query_pre_attn_scalar": 24,
-        "max_position_embeddings": 1024,
         "sliding_window": WINDOW,
         "layer_types": [SLIDING, SLIDING, FULL, SLIDING],
         "rope_parameters": {
@@ -177,6 +171,12 @@ VIT = {
     "head_dim": 12,
     "position_embedding_size": 16,
 }
+THREE_LAYERS = {
+    **gemma4.K_IS_V,
+    "num_hidden_layers": 3,
+    "layer_types": [SLIDING, SLIDING, FULL],
+}
+TWO_WAY = {**THREE_LAYERS, "use_bidirectional_attention": "vision"}
 SIZES: list[Size] = [(6, 9), (12, 9), (3, 12)]
 
 PICTURES = (
@@ -200,13 +200,7 @@ PICTURES = (
         _gemma4(
             "moe-pictures",
             {**VIT, "standardize": True, "num_key_value_heads": 1},
-            {
-                **gemma4.K_IS_V,
-                **gemma4.MOE,
-                "num_hidden_layers": 3,
-                "layer_types": [SLIDING, SLIDING, FULL],
-                "use_bidirectional_attention": "vision",
-            },
+            {**TWO_WAY, **gemma4.MOE},
         ),
         SIZES,
         3,
@@ -214,16 +208,7 @@ PICTURES = (
         (SLIDING,),
     ),
     Pictures(
-        _gemma4(
-            "dense-pictures",
-            {**VIT, "standardize": True},
-            {
-                **gemma4.K_IS_V,
-                "num_hidden_layers": 3,
-                "layer_types": [SLIDING, SLIDING, FULL],
-                "use_bidirectional_attention": "vision",
-            },
-        ),
+        _gemma4("dense-pictures", {**VIT, "standardize": True}, TWO_WAY),
         SIZES,
         3,
         48,
@@ -233,7 +218,7 @@ PICTURES = (
         _gemma4(
             "unified-pictures",
             {"mm_embed_dim": 24, "mm_posemb_size": 16, "output_proj_dims": 24, "patch_size": 4},
-            {**gemma4.K_IS_V, "num_hidden_layers": 3, "layer_types": [SLIDING, SLIDING, FULL]},
+            THREE_LAYERS,
             architecture="Gemma4Unified",
         ),
         [(2, 3), (4, 3), (1, 5)],

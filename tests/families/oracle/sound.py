@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 
 from tests.families.oracle.case import Case
-from tests.families.oracle.gemma3n_cases import GEMMA3N, GEMMA3N_HUB, gemma3n_rope
+from tests.families.oracle.gemma3n_cases import GEMMA3N_HUB
+from tests.families.oracle.gemma3n_pictures import TEXT as TEXT_3N
+from tests.families.oracle.gemma3n_pictures import VISION as VISION_3N
 from tests.families.oracle.gemma4_cases import AUDIO, BASE, DROP, E2B, FULL, K_IS_V, SLIDING, VISION
 from tests.support.paths import GOLDEN
 from tests.support.tiny import random_tensor
@@ -177,16 +179,7 @@ _UNIFIED = {
     "layer_types": [SLIDING, SLIDING, FULL],
     "use_bidirectional_attention": "vision",
 }
-_3N = {
-    **GEMMA3N,
-    "num_hidden_layers": 4,
-    "layer_types": GEMMA3N["layer_types"][:4],
-    "num_kv_shared_layers": 2,
-    "intermediate_size": [128, 64, 64, 96],
-    "activation_sparsity_pattern": [0.9, 0.0, 0.5, 0.0],
-    "rope_parameters": gemma3n_rope(),
-}
-_3N_HUB = {key: value for key, value in {**_3N, **GEMMA3N_HUB}.items() if value is not DROP}
+_3N_HUB = {key: value for key, value in {**TEXT_3N, **GEMMA3N_HUB}.items() if value is not DROP}
 
 GEMMA4 = Sound(
     Case(
@@ -244,12 +237,8 @@ GEMMA3N_SOUND = Sound(
         "gemma3n-sound",
         "Gemma3nForConditionalGeneration",
         {
-            "text_config": _3N,
-            "vision_config": {
-                "vocab_size": 8,
-                "vocab_offset": 80,
-                "model_args": {"channel_multiplier": 0.0625, "msfa_output_resolution": 2},
-            },
+            "text_config": TEXT_3N,
+            "vision_config": VISION_3N,
             "audio_config": {
                 "vocab_size": 8,
                 "vocab_offset": 88,
