@@ -55,6 +55,15 @@ def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "GPU_CHUNK", device.CPU_CHUNK)
 
 
+@pytest.fixture
+def totals_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans leave the longest contexts and the curves away, which take most of their time."""
+    from mlxkv.memory import needs, plan
+
+    monkeypatch.setattr(needs.Needs, "longest", lambda self, room, sequences: 0)
+    monkeypatch.setattr(plan, "KV_TYPES", ())
+
+
 @pytest.fixture(scope="module")
 def families(tmp_path_factory) -> Iterator[Path]:
     """A folder for a module's tiny models, some hundred of them: removed afterwards."""

@@ -33,7 +33,7 @@ from mlxkv.sampling.sampler import Sampler
 from tests.support.command_line import chat_model
 
 # What fits and what gives way is reckoned in chunks of this length.
-pytestmark = pytest.mark.usefixtures("short_chunks")
+pytestmark = pytest.mark.usefixtures("short_chunks", "totals_alone")
 
 FAMILIES = ("llama", "gemma3")
 PROMPT = "".join(chr(97 + (i * i + 3 * i) % 23) for i in range(700))
@@ -69,8 +69,14 @@ def kinds(result: mlxkv.Result) -> list[str]:
 
 def limited(path: Path, n_tokens: int, extra: int = 0, kv_type: str = "native") -> LLM:
     """A model with room for a sequence of so many tokens, its prefix pages not counted."""
-    needs = plan(path, context=n_tokens, dtype="float32")
-    return mlxkv.load(path, dtype="float32", memory=needs.total_bytes + extra, kv_type=kv_type)
+    memory = planned_bytes(path, n_tokens) + extra
+    return mlxkv.load(path, dtype="float32", memory=memory, kv_type=kv_type)
+
+
+@functools.cache
+def planned_bytes(path: Path, n_tokens: int) -> int:
+    """Of a sequence of so many tokens; computed once for all tests that ask the same."""
+    return plan(path, context=n_tokens, dtype="float32").total_bytes
 
 
 def test_what_is_planned_is_granted_and_answers_the_same(path):
@@ -130,7 +136,7 @@ def test_pages_make_room_for_a_live_sequence(paths):
 
 def test_auto_packs_the_kv_before_it_gives_up(paths):
     path = paths["llama"]
-    room = plan(path, context=40, dtype="float32").total_bytes
+    room = planned_bytes(path, 40)
     llm = mlxkv.load(path, dtype="float32", memory=room, kv_type="auto")
     result = answer(llm, PROMPT[:30], n=3000)
     packed = [rung for rung in result.stats.rungs if rung.kind == "packed"]

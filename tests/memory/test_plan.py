@@ -36,6 +36,7 @@ from tests.support.tiny import gemma3_config, llama_config, tokens, write_checkp
 
 FAMILIES = [case for case in CASES if case.n_prompt == LONG and not case.prefill_in_one]
 every_family = pytest.mark.parametrize("case", FAMILIES, ids=lambda case: case.name)
+totals_alone = pytest.mark.usefixtures("totals_alone")
 LENGTHS = ((1100, 256), (700, 128))
 N_DECODED = 6
 TIMES = 256
@@ -101,6 +102,7 @@ def meets(
     return False
 
 
+@totals_alone
 @every_family
 def test_weights_and_kv_are_met_to_the_byte(case, folder):
     path = checkpoint(folder, case)
@@ -116,6 +118,7 @@ def test_weights_and_kv_are_met_to_the_byte(case, folder):
         assert needs.weights_bytes == weights_of(model)
 
 
+@totals_alone
 @every_family
 def test_the_peak_is_met_over_lengths_and_chunks(case, folder):
     path = checkpoint(folder, case)
@@ -129,6 +132,7 @@ def test_the_peak_is_met_over_lengths_and_chunks(case, folder):
         assert meets(needs.total_bytes, run, n, chunk), (n, chunk)
 
 
+@totals_alone
 @pytest.mark.parametrize("case", FAMILIES[::4], ids=lambda case: case.name)
 def test_the_peak_is_met_with_prefix_pages(case, folder):
     path = checkpoint(folder, case)
@@ -146,6 +150,7 @@ def test_the_peak_is_met_with_prefix_pages(case, folder):
         assert meets(needs.peak_bytes, run, n, chunk, needs.pages_bytes), (n, chunk)
 
 
+@totals_alone
 @pytest.mark.parametrize("kv_type", ["q8", "q4"])
 def test_the_peak_is_met_with_packed_kv(kv_type, folder):
     case = next(case for case in FAMILIES if case.name == "gemma3-wide")
@@ -162,6 +167,7 @@ def test_the_peak_is_met_with_packed_kv(kv_type, folder):
         assert meets(needs.total_bytes, run, n, chunk, tolerance=tolerance), (n, chunk)
 
 
+@totals_alone
 @every_family
 def test_planning_allocates_nothing(case, folder):
     path = checkpoint(folder, case)

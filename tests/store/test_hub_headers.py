@@ -33,6 +33,7 @@ from tests.support.hub_server import COMMIT, Hub, serve
 from tests.support.loading import FILE, ONE_LAYER, weights_of
 from tests.support.tiny import llama_config, tensor_shapes, write_checkpoint
 
+pytestmark = pytest.mark.usefixtures("totals_alone")
 REPO = "org/tiny"
 FAMILIES = {case.architecture: case for case in CASES}
 
