@@ -24,7 +24,7 @@ from mlxkv.generation.flight import Allowed, Flight, Lane, Row, RowResult
 from mlxkv.kv.layout import LayerCache
 from mlxkv.kv.types import STEP
 from mlxkv.memory.types import is_allocation_failure
-from mlxkv.nn.batch import batch, is_intact, kv_order
+from mlxkv.nn.batch import batch, is_current, kv_order
 from mlxkv.nn.model import CausalLM
 from mlxkv.sampling.logprobs import tell
 from mlxkv.sampling.math import log_normalizer, soundness
@@ -139,6 +139,7 @@ class Decoder:
                 parts.append(tokens)
             elif kept:
                 parts.append(tokens[mx.array(kept)])
+        n_before = len(lanes)
         for lane in list(self._lanes):
             if lane.ready is None:
                 continue
@@ -152,7 +153,7 @@ class Decoder:
         if self._n_steps % STEP == 0:
             mx.clear_cache()
         tokens = parts[0] if len(parts) == 1 else mx.concatenate(parts)
-        lanes, tokens = self._in_kv_order(lanes, tokens)
+        lanes, tokens = self._in_kv_order(lanes, tokens, n_before)
         return self._choose(lanes, self._logits(lanes, tokens[:, None]), tokens)
 
     def _goes_on(self, lane: Lane) -> bool:
@@ -173,12 +174,18 @@ class Decoder:
             self._batch = [], []  # it has other caches now
         return lane.full is None and lane.error is None
 
-    def _in_kv_order(self, lanes: list[Lane], tokens: mx.array) -> tuple[list[Lane], mx.array]:
-        """Lanes in the order in which their KV lies, where others have joined or left."""
+    def _in_kv_order(
+        self, lanes: list[Lane], tokens: mx.array, n_before: int
+    ) -> tuple[list[Lane], mx.array]:
+        """Lanes in the order in which their KV lies, where others have joined or left.
+
+        The first `n_before` were in the last step as well.
+        """
         if self._batch[0] == lanes or not self._model.batches:
             return lanes, tokens
-        room = lanes[0].row.session.has_room
-        order = kv_order([lane.row.session.caches for lane in lanes], room, self._model.one_part)
+        caches, room = [lane.row.session.caches for lane in lanes], lanes[0].row.session.has_room
+        new = range(n_before, len(lanes))
+        order = kv_order(caches, room, self._model.one_part, new)
         if order == sorted(order):
             return lanes, tokens
         return [lanes[i] for i in order], tokens[mx.array(order)]
@@ -190,10 +197,11 @@ class Decoder:
             return mx.concatenate(
                 [self._model.last_logits(token, lane.row.session.caches) for lane, token in rows]
             )
-        if self._batch[0] != lanes or not is_intact(self._batch[1]):
+        if self._batch[0] != lanes or not is_current(self._batch[1]):
             caches = [lane.row.session.caches for lane in lanes]
             room = lanes[0].row.session.has_room
-            self._batch = lanes, batch(caches, room, self._model.one_part)
+            # Those that join have been moved already.
+            self._batch = lanes, batch(caches, room, self._model.one_part, new=())
         return self._model.last_logits(tokens, self._batch[1])
 
     def _choose(self, lanes: list[Lane], logits: mx.array, fed: mx.array | None = None) -> Flight:

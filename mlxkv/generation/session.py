@@ -28,8 +28,8 @@ from mlxkv.memory.budget import Budget
 from mlxkv.memory.figures import kv_use
 from mlxkv.memory.media import Rows
 from mlxkv.memory.types import ALLOCATION_ERRORS, Grant, KVUse, Rung, is_allocation_failure
+from mlxkv.nn.blocks import growth_bytes, sliceable
 from mlxkv.nn.model import CausalLM
-from mlxkv.nn.slots import growth_bytes, sliceable
 from mlxkv.prefix.capture import Cutter
 from mlxkv.prefix.layout import Link
 from mlxkv.prefix.match import WORTH, Match

@@ -11,7 +11,7 @@ Invariants:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import mlx.core as mx
 
@@ -19,14 +19,17 @@ from mlxkv.cache import KVCache, RotatingKVCache
 from mlxkv.errors import UsageError
 from mlxkv.kv.layout import Cache, LayerCache, Mask, Offset, Positions
 from mlxkv.kv.storage import Order, Ragged, Rows
-from mlxkv.nn.shared_buffers import Access
-from mlxkv.nn.slots import Part, Room, Row, place, sliceable
+from mlxkv.kv.types import STEP
+from mlxkv.nn.blocks import Row, sliceable
+from mlxkv.nn.shared_buffers import Access, Run
+from mlxkv.nn.slots import Part, Room, place
 
 
 def batch(
     caches_of_sequences: Sequence[Sequence[Cache]],
     room: Room = lambda n_bytes: True,
     one_part: bool = False,
+    new: Collection[int] | None = None,
 ) -> Sequence[LayerCache]:
     """Caches for `model.last_logits(tokens [B, 1], caches)`, B sequences at once.
 
@@ -38,34 +41,42 @@ def batch(
             any offset. Each step writes to them.
         room: whether so many bytes are free; if not, sequences keep their own buffers.
         one_part: have all sequences share buffers, however long they are.
+        new: indices of those that join; None: of all that have buffers of their own. Others are
+            moved only when their buffers grow.
 
     Raises:
         UsageError: no sequences, or caches of different models.
     """
     if len({len(caches) for caches in caches_of_sequences}) != 1:
         raise UsageError("a batch needs sequences of one model, at least one")
-    if len(caches_of_sequences) == 1:
+    parts = place([sliceable(caches) for caches in caches_of_sequences], room, new, one_part)
+    if len(caches_of_sequences) == 1 and (one_part or not parts[0].is_shared):
         return caches_of_sequences[0]
-    parts = place([sliceable(caches) for caches in caches_of_sequences], room, one_part)
     steps = _Steps(parts)
     layers = list(zip(*caches_of_sequences, strict=True))
     first = next((i for i, layer in enumerate(layers) if sliceable(layer)), 0)
     return [BatchCache(layer, steps, leads=i == first) for i, layer in enumerate(layers)]
 
 
-def is_intact(layers: Sequence[LayerCache]) -> bool:
-    """Whether no sequence of a batch has left its shared row; reads the first layer's caches."""
+def is_current(layers: Sequence[LayerCache]) -> bool:
+    """Whether a batch may take another step: else make a new one of the same sequences.
+
+    Not if one has left its shared row, nor where buffers are to grow, so that sequences may move.
+    """
     first = layers[0] if layers else None
-    return not isinstance(first, BatchCache) or first.is_intact
+    if not isinstance(first, BatchCache):
+        return True
+    return first.is_intact and all(cache.offset % STEP for cache in first.caches)
 
 
 def kv_order(
-    caches_of_sequences: Sequence[Sequence[Cache]], room: Room, one_part: bool = False
+    caches_of_sequences: Sequence[Sequence[Cache]],
+    room: Room,
+    one_part: bool = False,
+    new: Collection[int] | None = None,
 ) -> list[int]:
-    """The order of sequences in which `batch` rearranges nothing."""
-    if len(caches_of_sequences) == 1:
-        return [0]
-    parts = place([sliceable(caches) for caches in caches_of_sequences], room, one_part)
+    """The order of sequences in which `batch` rearranges nothing; moves those that it would."""
+    parts = place([sliceable(caches) for caches in caches_of_sequences], room, new, one_part)
     return [i for part in parts for i in part.sequences]
 
 
@@ -77,7 +88,7 @@ class _Members:
         self.sequences = [sequence for sequence, _ in rows]
         self.is_shared = part.is_shared
         self._slots = [slot for _, slot in rows]
-        self._n_rows = max(self._slots) + 1
+        self._runs = part.runs
         start, stop = self.sequences[0], self.sequences[-1] + 1
         self._at: slice | mx.array | None = None  # all
         if stop - start != len(rows):
@@ -94,14 +105,19 @@ class _Members:
         columns = own if window is None else [offset % window for offset in own]
         behind = [offset + 1 for offset in own]
         seen = behind if window is None else [min(offset, window) for offset in behind]
-        mask = None
-        if len(set(seen)) > 1:
-            visible = [1] * self._n_rows  # the result of an empty row is not used
-            for slot, n in zip(self._slots, seen, strict=True):
-                visible[slot] = n
-            mask = mx.arange(max(seen))[None] < mx.array(visible)[:, None]
-            mask = mask[:, None, None]
-        return Access(self._slots, columns, self._n_rows, max(seen), mask, behind)
+        at = dict(zip(self._slots, seen, strict=True))
+        return Access(self._slots, columns, [_run(*rows, at) for rows in self._runs], behind)
+
+
+def _run(start: int, stop: int, seen: Mapping[int, int]) -> Run:
+    """The rows `[start, stop)`, of which those in `seen` see so many columns."""
+    # The result of an empty row is not used.
+    visible = [seen.get(slot, 1) for slot in range(start, stop)]
+    n_columns, mask = max(visible), None
+    if len({seen[slot] for slot in range(start, stop) if slot in seen}) > 1:
+        mask = mx.arange(n_columns)[None] < mx.array(visible)[:, None]
+        mask = mask[:, None, None]
+    return Run(start, stop, n_columns, mask)
 
 
 class _Steps:
@@ -148,8 +164,10 @@ def _order(parts: Sequence[Part]) -> Order | None:
     row_of = {}
     for part in parts:
         at = dict(zip(part.slots, part.sequences, strict=True))
-        row_of |= {sequence: len(rows) + slot for slot, sequence in at.items()}
-        rows += [at.get(slot, part.sequences[0]) for slot in range(max(part.slots) + 1)]
+        for slot in [slot for start, stop in part.runs for slot in range(start, stop)]:
+            if slot in at:
+                row_of[at[slot]] = len(rows)
+            rows.append(at.get(slot, part.sequences[0]))
     if rows == list(range(len(row_of))):
         return None
     back = [row_of[i] for i in range(len(row_of))]
@@ -194,19 +212,19 @@ class BatchCache:
             raise UsageError(f"a batch of {B} sequences takes keys [{B}, H, 1, D]; got {k.shape}")
         step = steps.next(caches, self._leads)
         if len(parts) == 1:
-            (part,), order = parts, steps.order
-            own_k, own_v, mask = part.update(k, v, step.accesses(part.window)[0])
-            return Ragged((own_k,), (mask,), order), Ragged((own_v,), (mask,), order)
-        found = [
-            part.update(members.of(k), members.of(v), step.accesses(part.window)[i])
-            for i, (members, part) in enumerate(zip(steps.members, parts, strict=True))
-        ]
+            (part,) = parts
+            found = part.update(k, v, step.accesses(part.window)[0])
+        else:
+            found = []
+            for i, (members, part) in enumerate(zip(steps.members, parts, strict=True)):
+                access = step.accesses(part.window)[i]
+                found += part.update(members.of(k), members.of(v), access)
         keys, values, masks = zip(*found, strict=True)
         return Ragged(keys, masks, steps.order), Ragged(values, masks, steps.order)
 
 
 _Rows = tuple[Rows, Rows, mx.array | None]
-"""Keys and values of a part's sequences, and the mask."""
+"""Keys and values of rows that are read at once, and the mask."""
 
 
 class _OwnPart:
@@ -217,8 +235,8 @@ class _OwnPart:
     def __init__(self, cache: Cache):
         self._cache = cache
 
-    def update(self, k: mx.array, v: mx.array, access: Access) -> _Rows:
-        return *self._cache.update(k, v), None
+    def update(self, k: mx.array, v: mx.array, access: Access) -> list[_Rows]:
+        return [(*self._cache.update(k, v), None)]
 
 
 class _SharedPart:
@@ -236,15 +254,14 @@ class _SharedPart:
         rows = zip(self._caches, self._rows, strict=True)
         return all(cache.row is row for cache, row in rows)
 
-    def update(self, k: mx.array, v: mx.array, access: Access) -> _Rows:
+    def update(self, k: mx.array, v: mx.array, access: Access) -> list[_Rows]:
         first, shared, n = self._first, self._row.shared, access.n_columns
         assert first.row is self._row, "a sequence has left the batch: make a new batch"
         if n > shared.capacity:
             shared.reserve(first.n_rows(n))
         shared.write(first.encoded(k, v), access)
         first.advance(self._caches, access.offsets)
-        k_rows, v_rows = first.decoded(shared.read(access.n_rows), n)
-        return k_rows, v_rows, access.mask
+        return [(*first.decoded(shared.read(run), run.n_columns), run.mask) for run in access.runs]
 
 
 def _part(caches: Sequence[Cache], members: _Members) -> _OwnPart | _SharedPart:

@@ -3,11 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 
 from mlxkv.kv.buffers import extended
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Rows `[start, stop)` that are read at once.
+
+    Args:
+        n_columns: columns of them.
+        mask: bool `[stop - start, 1, 1, n_columns]`; None where all columns are visible.
+    """
+
+    start: int
+    stop: int
+    n_columns: int
+    mask: mx.array | None
 
 
 class Access:
@@ -16,9 +32,7 @@ class Access:
     Args:
         slots: rows that are written, in the batch's order.
         columns: theirs.
-        n_rows: rows that are read.
-        n_columns: columns of them.
-        mask: bool `[n_rows, 1, 1, n_columns]`; None where all columns are visible.
+        runs: rows that are read.
         offsets: of the sequences after this step, in the batch's order.
     """
 
@@ -26,19 +40,18 @@ class Access:
         self,
         slots: Sequence[int],
         columns: Sequence[int],
-        n_rows: int,
-        n_columns: int,
-        mask: mx.array | None,
+        runs: Sequence[Run],
         offsets: Sequence[int],
     ):
-        self.n_rows, self.n_columns, self.mask, self.offsets = n_rows, n_columns, mask, offsets
+        self.runs, self.offsets = runs, offsets
+        self.n_columns = max(run.n_columns for run in runs)
         self._slots, self._columns = slots, columns
-        self._is_in_order = list(slots) == list(range(n_rows))
+        self._n_in_order = len(slots) if list(slots) == list(range(len(slots))) else None
         self._made: dict[Any, Any] = {}
 
     def columns(self, n_slots: int, shape: tuple[int, ...]) -> mx.array | None:
         """uint32 `[n, H, 1, D]` if the sequences fill all slots in their order, else None."""
-        if n_slots != self.n_rows or not self._is_in_order:
+        if n_slots != self._n_in_order:
             return None
         if shape not in self._made:
             columns = mx.array(list(self._columns), dtype=mx.uint32)[:, None, None, None]
@@ -58,7 +71,7 @@ class Access:
 
 
 class SharedBuffers:
-    """One layer's KV of a group.
+    """One layer's KV of a block.
 
     Args:
         arrays: `[n_slots, H, capacity, D]`, those of the keys and then those of the values.
@@ -102,22 +115,17 @@ class SharedBuffers:
             written.append(array)
         self.arrays = written
 
-    def read(self, n_rows: int) -> list[mx.array]:
-        """The first rows of each array."""
-        if n_rows == self.arrays[0].shape[0]:
+    def read(self, run: Run) -> list[mx.array]:
+        """A run's rows of each array."""
+        start, stop = run.start, run.stop
+        if start == 0 and stop == self.arrays[0].shape[0]:
             return self.arrays
-        return [array[:n_rows] for array in self.arrays]
+        return [array[start:stop] for array in self.arrays]
 
     def reserve(self, capacity: int) -> None:
         """Grow each row to `capacity` tokens, by a copy."""
         if capacity > self.capacity:
             self.arrays = [extended(array, self.capacity, capacity) for array in self.arrays]
-
-    def rows(self, slot: int) -> list[mx.array]:
-        """A copy of one row: MLX cannot write in place from a view of the same array."""
-        rows = [mx.contiguous(array[slot : slot + 1]) for array in self.arrays]
-        mx.eval(rows)
-        return rows
 
     def put(self, slot: int, rows: Sequence[mx.array]) -> None:
         """Write a sequence's rows `[1, H, n, D]` from column 0 on, and zeros behind them.
@@ -131,17 +139,6 @@ class SharedBuffers:
                 array[slot : slot + 1] = padded(x, self.capacity)
             written.append(array)
         self.arrays = written
-
-    def resize(self, n_slots: int, capacity: int) -> None:
-        """Copy into `n_slots` rows of `capacity` tokens."""
-        if n_slots <= self.n_slots and capacity <= self.capacity:
-            cut = [array[:n_slots, :, :capacity] for array in self.arrays]
-            self.arrays = [mx.contiguous(array) for array in cut]
-            return
-        before, kept = self.arrays, min(capacity, self.capacity)
-        self.arrays = SharedBuffers.like(before, n_slots, capacity).arrays
-        for array, old in zip(self.arrays, before, strict=True):
-            array[: old.shape[0], :, :kept] = old[:n_slots, :, :kept]
 
 
 def padded(x: mx.array, n_columns: int) -> mx.array:

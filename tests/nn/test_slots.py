@@ -12,19 +12,9 @@ import pytest
 from mlxkv.cache import KVCache, RotatingKVCache
 from mlxkv.kv.layout import Cache, Positions
 from mlxkv.nn.batch import batch, kv_order
+from mlxkv.nn.blocks import Block, Row, growth_bytes, sliceable
 from mlxkv.nn.model import CausalLM
-from mlxkv.nn.slots import (
-    KEPT,
-    SLACK,
-    Group,
-    Room,
-    Row,
-    SharedBuffers,
-    go_together,
-    growth_bytes,
-    place,
-    sliceable,
-)
+from mlxkv.nn.slots import go_together, place
 from tests.nn.test_batch import alone, assert_same, every_model, load, prefilled
 
 H, D, WINDOW = 2, 16, 24
@@ -68,8 +58,8 @@ def assert_holds_the_same(a: Cache, b: Cache) -> None:
         np.testing.assert_array_equal(x, y)
 
 
-def group_of(cache: Cache) -> Group | None:
-    return cache.row.group if isinstance(cache.row, Row) else None
+def block_of(cache: Cache) -> Block | None:
+    return cache.row.block if isinstance(cache.row, Row) else None
 
 
 @pytest.mark.parametrize("window", [None, WINDOW])
@@ -248,130 +238,16 @@ def test_a_step_reads_no_column_that_no_sequence_has():
     assert sorted(seen) == [61, 63, 65]
 
 
-def test_one_that_joins_takes_a_free_slot_and_nothing_else_is_copied(monkeypatch):
-    sequences = [[filled(100, i)] for i in range(8)]
-    batch(sequences)
-    sequences.append([filled(100, 8)])
-    batch(sequences)  # takes spare slots along
-    group = group_of(sequences[0][0])
-    assert group is not None and group.n_slots > len(sequences)
-    monkeypatch.setattr("mlxkv.nn.slots.SharedBuffers.resize", None)
-    sequences.append([filled(100, 9)])
-    batch(sequences)
-    assert {group_of(caches[0]) for caches in sequences} == {group}
-
-
-def copying_joins(monkeypatch: pytest.MonkeyPatch, n_most: int, room: Room) -> list[int]:
-    """Sizes that a group reached by copying those that were in it, while one joined at a time."""
-    copied: list[int] = []
-    resize = SharedBuffers.resize
-
-    def counted(self: SharedBuffers, n_slots: int, capacity: int) -> None:
-        copied.append(len(sequences))
-        resize(self, n_slots, capacity)
-
-    monkeypatch.setattr("mlxkv.nn.slots.SharedBuffers.resize", counted)
-    sequences = [[filled(100, i)] for i in range(2)]
-    batch(sequences, room)
-    while len(sequences) < n_most:
-        sequences.append([filled(100, len(sequences))])
-        batch(sequences, room)
-        assert len({group_of(caches[0]) for caches in sequences}) == 1
-    return copied
-
-
-def test_every_second_join_at_least_copies_nothing_else(monkeypatch):
-    assert copying_joins(monkeypatch, 21, everything) == [3, 5, 7, 9, 12, 16, 21]
-
-
-def test_a_group_without_room_for_a_spare_row_takes_one_that_joins(monkeypatch):
-    row = 256 * 2 * H * D * 4
-    # 3 rows made of 2 take 1 more and the layer once more, 4 of 3 take 5 rows; a spare one takes
-    # two more each time.
-    assert copying_joins(monkeypatch, 4, lambda n_bytes: n_bytes <= 5 * row) == [3, 4]
-    assert copying_joins(monkeypatch, 4, lambda n_bytes: n_bytes <= 6 * row) == [3]
-
-
-@pytest.mark.parametrize("n", [3, 4])
-def test_one_that_joins_after_another_left_copies_nothing_else(monkeypatch, n):
-    sequences = [[filled(100, i)] for i in range(n)]
-    batch(sequences[:2])
-    batch(sequences)
-    sequences[-1][0].reset()
-    batch(sequences[:-1])  # gives back the free rows that are more than a quarter
-    group = group_of(sequences[0][0])
-    monkeypatch.setattr("mlxkv.nn.slots.SharedBuffers.resize", None)
-    for i in range(3):
-        sequences[-1] = [filled(100, 9 + i)]
-        batch(sequences)
-        assert {group_of(caches[0]) for caches in sequences} == {group}
-        sequences[-1][0].reset()
-        batch(sequences[:-1])
-
-
-def test_a_slot_that_was_half_filled_when_memory_ran_out_is_not_given_away(monkeypatch):
-    sequences = [[filled(100, i), filled(100, i)] for i in range(4)]
-    batch(sequences[:2])
-    group = group_of(sequences[0][0])
-    assert group is not None
-    real, n_calls = mx.eval, iter(range(100))
-
-    def fails_in_the_second_layer(*arrays):
-        if next(n_calls) == 1:
-            raise RuntimeError("[malloc] Unable to allocate 4096 bytes.")
-        real(*arrays)
-
-    with monkeypatch.context() as patch:
-        patch.setattr("mlxkv.nn.slots.mx.eval", fails_in_the_second_layer)
-        with pytest.raises(RuntimeError, match="allocate"):
-            batch(sequences[:3])
-    twin = filled(100, 2)
-    batch([sequences[0], sequences[1], sequences[3]])
-    assert_holds_the_same(sequences[2][0], twin)
-    assert_holds_the_same(sequences[2][1], twin)
-
-
-def test_a_group_of_3_that_falls_to_2_and_grows_to_4_is_not_copied(monkeypatch):
-    sequences = [[filled(100, i)] for i in range(4)]
-    batch(sequences[:2])
-    batch(sequences[:3])
-    group = group_of(sequences[0][0])
-    monkeypatch.setattr("mlxkv.nn.slots.SharedBuffers.resize", None)
-    sequences[2][0].reset()
-    batch(sequences[:2])
-    sequences[2] = [filled(100, 5)]
-    batch(sequences[:3])
-    batch(sequences)
-    assert {group_of(caches[0]) for caches in sequences} == {group}
-
-
-@pytest.mark.parametrize("room", [everything, nothing])
-def test_free_slots_are_at_most_a_quarter_or_two_where_there_is_room(room):
-    sequences = [[filled(50, i)] for i in range(16)]
-    batch(sequences)
-    group = group_of(sequences[0][0])
-    assert group is not None
-    while len(sequences) > 2:
-        before = group.n_slots
-        sequences.pop(len(sequences) // 2)[0].reset()
-        batch(sequences, room)
-        quarter = -(-len(sequences) // SLACK)
-        most = quarter if room is nothing else max(quarter, KEPT)
-        assert group.n_slots == min(before, len(sequences) + most)
-        assert group.used() == list(range(len(sequences)))
-        assert group.layers[0].n_slots == group.n_slots
-
-
 def test_the_parts_of_all_sequences_are_the_bytes_of_the_buffers():
     sequences = [[filled(50 + i, i), filled(50 + i, i, WINDOW)] for i in range(5)]
     batch(sequences)
-    group = group_of(sequences[0][0])
-    assert group is not None
+    block = block_of(sequences[0][0])
+    assert block is not None
     total = sum(cache.nbytes for caches in sequences for cache in caches)
-    assert 0 <= total - group.nbytes <= 10  # rounded up for each
+    assert 0 <= total - block.nbytes <= 10  # rounded up for each
     sequences.pop()
     total = sum(cache.nbytes for caches in sequences for cache in caches)
-    assert 0 <= total - group.nbytes <= 10
+    assert 0 <= total - block.nbytes <= 10
 
 
 def test_where_there_is_no_room_sequences_keep_their_own_buffers():
