@@ -11,7 +11,7 @@ Invariants:
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 
 import mlx.core as mx
 
@@ -106,18 +106,16 @@ class _Members:
         behind = [offset + 1 for offset in own]
         seen = behind if window is None else [min(offset, window) for offset in behind]
         at = dict(zip(self._slots, seen, strict=True))
-        return Access(self._slots, columns, [_run(*rows, at) for rows in self._runs], behind)
-
-
-def _run(start: int, stop: int, seen: Mapping[int, int]) -> Run:
-    """The rows `[start, stop)`, of which those in `seen` see so many columns."""
-    # The result of an empty row is not used.
-    visible = [seen.get(slot, 1) for slot in range(start, stop)]
-    n_columns, mask = max(visible), None
-    if len({seen[slot] for slot in range(start, stop) if slot in seen}) > 1:
-        mask = mx.arange(n_columns)[None] < mx.array(visible)[:, None]
-        mask = mask[:, None, None]
-    return Run(start, stop, n_columns, mask)
+        runs = []
+        for start, stop in self._runs:
+            # The result of an empty row is not used.
+            visible = [at.get(slot, 1) for slot in range(start, stop)]
+            n_columns, mask = max(visible), None
+            if len({at[slot] for slot in range(start, stop) if slot in at}) > 1:
+                mask = mx.arange(n_columns)[None] < mx.array(visible)[:, None]
+                mask = mask[:, None, None]
+            runs.append(Run(start, stop, n_columns, mask))
+        return Access(self._slots, columns, runs, behind)
 
 
 class _Steps:

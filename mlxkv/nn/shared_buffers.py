@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
 from mlxkv.kv.buffers import extended
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
-    """Rows `[start, stop)` that are read at once.
+class Run(NamedTuple):
+    """Rows `[start, stop)` that are read at once: their first columns, and which are visible.
 
-    Args:
-        n_columns: columns of them.
-        mask: bool `[stop - start, 1, 1, n_columns]`; None where all columns are visible.
+    The mask is bool `[stop - start, 1, 1, n_columns]`; None where all are.
     """
 
     start: int
@@ -44,7 +40,7 @@ class Access:
         offsets: Sequence[int],
     ):
         self.runs, self.offsets = runs, offsets
-        self.n_columns = max(run.n_columns for run in runs)
+        self.n_columns = max([run.n_columns for run in runs])
         self._slots, self._columns = slots, columns
         self._n_in_order = len(slots) if list(slots) == list(range(len(slots))) else None
         self._made: dict[Any, Any] = {}

@@ -31,9 +31,12 @@ from mlxkv.nn.blocks import (
 )
 
 SLACK = 4
-"""A part may read 1 / SLACK of its tokens as padding; a class has 1 / SLACK of its slots spare."""
+"""A part may read 1 / SLACK of its tokens as padding, and keeps 1 / SLACK of its slots free."""
 KEPT = 2
-"""Free slots that a class keeps if memory is not short, no more than it uses."""
+"""Free slots that it keeps if memory is not short, no more than it uses."""
+SPARE = 2
+"""A block for one that joins has 1 / SPARE of its class's sequences as free slots, if there is
+room: 16 that join one by one have 5 parts and not 8, until their buffers grow."""
 PAD_BYTES = 2**20
 """Padding a layer that a part may always read: the launches of a second part take as long."""
 
@@ -204,8 +207,8 @@ class _Class:
         if not joining or len(self.members) == 1:
             return
         n_new, n_old = len(joining), len(self.members) - len(joining)
-        n_spare = max(1, len(self.members) // SLACK) if n_old else 0
-        for n_slots in (n_new + n_spare, n_new):
+        spares = (len(self.members) // SPARE, 1, 0) if n_old else (0,)
+        for n_slots in [n_new + n_spare for n_spare in spares]:
             if n_slots > 1 and self._into_new(joining, n_slots):
                 return
 

@@ -165,6 +165,17 @@ def of_mixed_lengths(side: Side, name: str) -> Iterator[Figure]:
     yield "kv_bytes_copied", name, case, _kv_copied(counts)
 
 
+def of_joining(side: Ours, name: str) -> Iterator[Figure]:
+    """Figures of a step of sequences that have joined one by one, before their buffers grow."""
+    model = side.model(MODELS[name], mx.bfloat16, quantized=True)
+    sequences = [side.caches(model, HELD - 7 * i - 1) for i in range(16)]
+    caches = hollow.batch_of(sequences, one_by_one=True), sequences
+    counts = decode_step(side, model, caches, 16)
+    case = "batch 16, joined one by one q4"
+    yield "launches", name, case, counts.launches
+    yield "hidden_bytes", name, case, counts.hidden_bytes.total()
+
+
 def of_foreign_model(side: Side, name: str) -> Iterator[Figure]:
     """Figures of a model that runs on mlx-lm's definition."""
     config = FOREIGN[name]

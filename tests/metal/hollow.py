@@ -145,9 +145,11 @@ def twin(caches: Sequence[Any], n_tokens: int, kv_type: str = "native") -> list[
     return twins
 
 
-def batch_of(sequences: Sequence[Sequence[Any]]) -> Any:
-    """The caches of several sequences as a step takes them."""
+def batch_of(sequences: Sequence[Sequence[Any]], one_by_one: bool = False) -> Any:
+    """The caches of several sequences as a step takes them; they start together, or join."""
     from mlxkv.nn.batch import batch
 
     with shim.gpu():
-        return batch(sequences)
+        for n in range(1, len(sequences)) if one_by_one else ():
+            batch(sequences[:n], new=[n - 1])
+        return batch(sequences, new=[len(sequences) - 1] if one_by_one else None)
