@@ -374,6 +374,30 @@ def test_a_slot_that_was_half_filled_when_memory_ran_out_is_not_given_away(monke
     assert_holds_the_same(sequences[2][1], twin)
 
 
+def test_a_class_that_was_half_moved_when_memory_ran_out_holds_what_it_held(monkeypatch):
+    sequences = joined_one_by_one([255, 255, 255, 255, 255])
+    twins = [sequence(255, i) for i in range(5)]
+    step(batch(sequences, new=()), 1)
+    real, n_calls = mx.eval, iter(range(100))
+
+    def fails_in_the_second_layer(*arrays):
+        if next(n_calls) == 1:
+            raise RuntimeError("[malloc] Unable to allocate 4096 bytes.")
+        real(*arrays)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mlxkv.nn.blocks.mx.eval", fails_in_the_second_layer)
+        with pytest.raises(RuntimeError, match="allocate"):
+            batch(sequences, new=())
+    step(batch(sequences, new=()), 2)
+    for i, (caches, twin) in enumerate(zip(sequences, twins, strict=True)):
+        for cache, other in zip(caches, twin, strict=True):
+            for seed in (1, 2):
+                k, v = rows(1, seed)
+                other.update(k * (i + 1), v * (i + 1))
+            assert_holds_the_same(cache, other)
+
+
 def test_a_model_that_wants_one_array_has_one_run_of_rows():
     sequences: Sequences = [[filled(100 + i, i)] for i in range(6)]
     batch(sequences[:2], one_part=True)
