@@ -120,6 +120,7 @@ class PlannedTensor:
         dtype: of the values, or of the scales where it is quantized.
         quantization: its format, None for plain values.
         note: why it is not quantized as asked for.
+        is_exact: whether a quantized source's values stay as they are in a quantized format.
         stored: its name in the output, where it is not `name`.
     """
 
@@ -132,6 +133,7 @@ class PlannedTensor:
     quantization: Format | None = None
     note: str = ""
     stored: str = ""
+    is_exact: bool = True
 
     @property
     def stored_name(self) -> str:
@@ -209,16 +211,26 @@ def plan_tensor(
     `default_dtype`: of plain values without `--dtype`; None keeps each tensor's own.
     """
     own, (target, note) = tensor.quantization, _target(tensor, options, n_layers)
+    is_exact = True
     if target is not None and target == own:
         dtype = options.dtype or tensor.scale_dtype
         action = "copy" if dtype == tensor.scale_dtype or not has_biases(target) else "cast"
+        is_exact = tensor.is_exact(dtype)
     else:
         wanted_dtype = None if must_keep_dtype(tensor.name) else options.dtype or default_dtype
         own_dtype = tensor.dtype if own is None else tensor.scale_dtype
         dtype = wanted_dtype or own_dtype
         action = _action(tensor, target, dtype)
     return PlannedTensor(
-        tensor.name, tensor.origin, tensor.shape, tensor.dtype, action, dtype, target, note
+        name=tensor.name,
+        origin=tensor.origin,
+        shape=tensor.shape,
+        source_dtype=tensor.dtype,
+        action=action,
+        dtype=dtype,
+        quantization=target,
+        note=note,
+        is_exact=is_exact,
     )
 
 

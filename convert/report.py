@@ -49,6 +49,12 @@ def _sums(plan: ConvertPlan) -> list[str]:
     if unquantized:
         note = next(tensor.note for tensor in plan.tensors if tensor.note)
         lines.append(f"not quantized: {listed(unquantized, 4)} ({note})")
+    nearest = Counter(
+        f"{tensor.source_dtype} as {stored_as(tensor)}"
+        for tensor in plan.tensors
+        if not tensor.is_exact
+    )
+    lines += [f"nearest values: {n} tensors, {how}" for how, n in nearest.items()]
     for reason, n in Counter(reason for _, reason in plan.skipped).items():
         names = [name for name, why in plan.skipped if why == reason]
         lines.append(f"left out: {n} ({listed(names, 3)}): {reason}")

@@ -27,7 +27,7 @@ class SourceTensor(Protocol):
         shape: of the values, also when they are quantized.
         dtype: as stored: an MLX dtype's name, or a ggml type's.
         quantization: its MLX format, if `quantized_rows` has it.
-        scale_dtype: holds the scales of `quantized_rows` without loss.
+        scale_dtype: of the scales of `quantized_rows`.
         row_step: blocks of rows begin and end at multiples of it.
     """
 
@@ -52,6 +52,10 @@ class SourceTensor(Protocol):
 
     def quantized_rows(self, start: int, stop: int) -> tuple[mx.array, ...]:
         """Weight, scales and (affine) biases of these rows, in the layout of `mx.quantize`."""
+        ...
+
+    def is_exact(self, scale_dtype: str) -> bool:
+        """Whether `quantized_rows`, with scales in this dtype, stand for the values of `rows`."""
         ...
 
 

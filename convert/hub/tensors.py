@@ -144,6 +144,9 @@ class DenseTensor:
     def rows(self, start: int, stop: int) -> mx.array:
         return self.part.rows(start, stop)
 
+    def is_exact(self, scale_dtype: str) -> bool:
+        raise NotImplementedError(f"{self.name} is not quantized")
+
     def quantized_rows(self, start: int, stop: int) -> tuple[mx.array, ...]:
         raise NotImplementedError(f"{self.name} is not quantized")
 
@@ -186,6 +189,9 @@ class QuantizedTensor:
             mode=self.quantization.mode,
             dtype=mx.float32,
         )
+
+    def is_exact(self, scale_dtype: str) -> bool:
+        return len(self.parts) == 2 or scale_dtype in (self.scale_dtype, "float32")
 
     def quantized_rows(self, start: int, stop: int) -> tuple[mx.array, ...]:
         return tuple(part.rows(start, stop) for part in self.parts)

@@ -94,18 +94,24 @@ class Prepared(nn.Module):
 
 
 class Fusing(Prepared):
-    """A block with projections of one input, which `prepare` fuses where their formats allow it."""
+    """A block with projections of one input, which `prepare` fuses where their formats allow it.
+
+    If not all of them, then all but the last: values of a GGUF file may have more bits than queries
+    and keys.
+    """
 
     fusions: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     """Name of the fused product -> the checkpoint's names of its parts, in the result's order."""
 
     def prepare(self) -> None:
         for name, parts in self.fusions.items():
-            whole = self.joined([self[part] for part in parts])
-            if whole is not None:
-                self[name] = whole
-                for part in parts:
-                    del self[part]
+            for n in range(len(parts), 1, -1):
+                whole = self.joined([self[part] for part in parts[:n]])
+                if whole is not None:
+                    self[name] = whole
+                    for part in parts[:n]:
+                        del self[part]
+                    break
 
     def joined(self, parts: Sequence[nn.Module]) -> nn.Module | None:
         """One projection with the rows of `parts`; None where that is not possible."""
@@ -113,9 +119,15 @@ class Fusing(Prepared):
 
     def project(self, name: str, x: mx.array) -> mx.array:
         """The parts' results side by side, `[B, L, sum of their sizes]`."""
-        if name in self:
-            return self[name](x)
-        return mx.concatenate([self[part](x) for part in self.fusions[name]], axis=-1)
+        whole, apart = self.get(name), self._apart(name)
+        if whole is not None and not apart:
+            return whole(x)
+        first = [] if whole is None else [whole(x)]
+        return mx.concatenate([*first, *(self[part](x) for part in apart)], axis=-1)
+
+    def _apart(self, name: str) -> list[str]:
+        """The parts that have products of their own."""
+        return [part for part in self.fusions[name] if part in self]
 
     def project_apart(self, name: str, x: mx.array, sizes: Sequence[int]) -> list[mx.array]:
         """The parts' results as arrays `[B, L, size]`, for norms and products.
@@ -125,7 +137,7 @@ class Fusing(Prepared):
         """
         bounds = list(itertools.accumulate(sizes))
         whole = self.get(name)
-        if whole is None or device.on_cpu() or x.size == x.shape[-1]:
+        if whole is None or self._apart(name) or device.on_cpu() or x.size == x.shape[-1]:
             return list(mx.split(self.project(name, x), bounds[:-1], axis=-1))
         return [whole.of_rows(x, *at) for at in itertools.pairwise((0, *bounds))]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFWriter, quants
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, quants
 
 from tests.support.tiny import random_weights, tensor_shapes
 
@@ -131,6 +131,25 @@ def random_blocks(kind: str, shape: tuple[int, ...], seed: int = 0) -> np.ndarra
         # Scales are float16 somewhere in a block: draw the rows again that got NaN or infinity.
         rows = np.unique(np.nonzero(bad)[0])
         stored[rows] = rng.integers(0, 60, (len(rows), size[-1]), dtype=np.uint8)
+
+
+_SCALES_AT = {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
+
+
+def weight_blocks(kind: str, shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
+    """Random blocks of a K-quant, `[rows, row_bytes]`, whose values look like weights: around 0,
+    with a deviation of some 0.1.
+    """
+    rng = np.random.default_rng(seed)
+    size = quants.quant_shape_to_byte_shape(shape, Kind[kind])
+    stored = rng.integers(0, 256, size, dtype=np.uint8)
+    step = {"Q4_K": 5e-4, "Q5_K": 2.5e-4, "Q6_K": 7e-5}[kind]
+    # A minimum of half the steps of its group, on average.
+    factors = (step, step * (15.5 if kind == "Q5_K" else 7.5))
+    blocks = stored.reshape(-1, GGML_QUANT_SIZES[Kind[kind]][1])
+    for at, factor in zip(_SCALES_AT[kind], factors, strict=False):
+        blocks[:, at : at + 2] = np.array([factor], np.float16).view(np.uint8)
+    return stored
 
 
 def write_gguf(
