@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import ClassVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -13,6 +14,7 @@ import pytest
 from mlxkv.base import device
 from mlxkv.nn import layers
 from mlxkv.nn.layers import NormedHeads, OffsetRMSNorm, compiled, residual, soft_cap
+from mlxkv.nn.linear import Linear
 
 FUSED = {
     "residual": (lambda x: residual(x, x[:, ::-1]), mx.float16),
@@ -142,3 +144,27 @@ def test_float16_residuals_stay_finite():
     x = mx.full((1, 2), 60000.0, dtype=mx.float16)
     assert residual(x, x).tolist() == [[65504.0, 65504.0]]
     assert residual(-x, -x).tolist() == [[-65504.0, -65504.0]]
+
+
+class Projections(layers.Fusing):
+    fusions: ClassVar = {"qkv_proj": ("q_proj", "k_proj", "v_proj")}
+
+    def __init__(self, bits: tuple[int, int, int]):
+        super().__init__()
+        for name, rows, width in zip(self.fusions["qkv_proj"], (6, 4, 4), bits, strict=True):
+            self[name] = Linear(32, rows).to_quantized(group_size=32, bits=width)
+
+
+@pytest.mark.parametrize(("bits", "products"), [
+    ((4, 4, 4), {"qkv_proj"}),
+    ((4, 4, 8), {"qkv_proj", "v_proj"}),
+    ((4, 8, 8), {"q_proj", "k_proj", "v_proj"}),
+])  # fmt: skip
+def test_projections_of_several_formats_are_fused_but_for_the_last(bits, products):
+    block, x = Projections(bits), mx.random.normal((1, 3, 32))
+    expected = mx.concatenate([block[name](x) for name in block.fusions["qkv_proj"]], axis=-1)
+    block.prepare()
+    assert set(block.children()) == products
+    assert mx.allclose(block.project("qkv_proj", x), expected, rtol=1e-5, atol=1e-5)
+    q, kv = block.project_apart("qkv_proj", x, (6, 8))
+    assert mx.allclose(mx.concatenate([q, kv], axis=-1), expected, rtol=1e-5, atol=1e-5)
