@@ -178,7 +178,9 @@ def _rounded(values: np.ndarray) -> np.ndarray:
 def _iq4_xs(blocks: np.ndarray) -> Scales:
     """8 groups of 32, with scales of 6 bits: 4 low ones, 2 high ones."""
     low = blocks[:, 4:8, None] >> np.array([0, 4], np.uint8) & 0x0F
-    high = np.ascontiguousarray(blocks[:, 2:4]).view("<u2") >> np.arange(0, 16, 2, np.uint16) & 3
+    high = (
+        np.ascontiguousarray(blocks[:, 2:4]).view("<u2") >> np.arange(0, 16, 2, dtype=np.uint16) & 3
+    )
     scales = low.reshape(-1, 8) | high.astype(np.uint8) << 4
     return _symmetric(_half(blocks, 0) * (scales.astype(np.int8) - np.int8(32)), 8)
 
