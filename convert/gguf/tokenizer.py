@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from mlxkv.errors import TokenizerError
 from ..pieces import CONTROL, USER_DEFINED, Pieces, added_tokens, build, set_template, vocabulary_of
 from ..sources import write_json
 from .file import GGUFFile
+from .metadata import short_number
 from .pretokenizers import PRE_TOKENIZERS
 
 if TYPE_CHECKING:
@@ -28,6 +30,13 @@ _END_TOKENS = frozenset(
     }
 )  # fmt: skip
 _MARK = re.compile(r"<\|.+>|<.+\|>")
+_SAMPLING = {
+    "temp": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "penalty_repeat": "repetition_penalty",
+}
 FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 
 
@@ -185,10 +194,19 @@ def _tokenizer_config(keys: _Keys, tokens: Sequence[str]) -> dict[str, Any]:
     context = keys.file.metadata.get(f"{keys.file.architecture}.context_length")
     if isinstance(context, int):
         config["model_max_length"] = context
-    template = keys.file.metadata.get("tokenizer.chat_template")
-    if isinstance(template, str) and template:
-        config["chat_template"] = template
-    return config
+    return config | _chat_templates(keys.file.metadata)
+
+
+def _chat_templates(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The template, or that and the one for tools under their names, as transformers reads them."""
+    names = {"default": "tokenizer.chat_template", "tool_use": "tokenizer.chat_template.tool_use"}
+    texts = {name: metadata.get(key) for name, key in names.items()}
+    found = {name: text for name, text in texts.items() if isinstance(text, str) and text}
+    if "default" not in found:
+        return {}
+    if len(found) == 1:
+        return {"chat_template": found["default"]}
+    return {"chat_template": [{"name": n, "template": text} for n, text in found.items()]}
 
 
 def _generation_config(keys: _Keys, tokens: Sequence[str]) -> Mapping[str, Any]:
@@ -204,4 +222,16 @@ def _generation_config(keys: _Keys, tokens: Sequence[str]) -> Mapping[str, Any]:
         "pad_token_id": keys.token_id("padding", len(tokens)),
         "eos_token_id": sorted(i for i in ends if i is not None) or None,
     }
+    config |= _sampling(keys.file.metadata)
     return {key: value for key, value in config.items() if value is not None}
+
+
+def _sampling(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """What the model's makers recommend: `general.sampling.*`, as far as transformers has it."""
+    given = {ours: metadata.get(f"general.sampling.{key}") for key, ours in _SAMPLING.items()}
+    numbers = {
+        key: short_number(value) if isinstance(value, float) else value
+        for key, value in given.items()
+        if type(value) in (int, float) and math.isfinite(value)
+    }
+    return numbers | ({"do_sample": numbers.get("temperature") != 0} if numbers else {})

@@ -20,6 +20,7 @@ from mlxkv.convert.gguf.pretokenizers import PRE_TOKENIZERS
 from mlxkv.convert.gguf.tokenizer import gguf_tokenizer, write_tokenizer
 from mlxkv.convert.hub.sentencepiece import open_sentencepiece
 from mlxkv.errors import TokenizerError
+from mlxkv.sampling.params import recommended
 from tests.support import tiny
 from tests.support.gguf_files import write_gguf
 from tests.support.sentencepiece_reference import (
@@ -217,6 +218,36 @@ def test_the_files_beside_the_tokenizer_hold_end_tokens_and_template(tmp_path: P
     assert config["chat_template"] == "{{ messages }}"
     assert (config["bos_token"], config["eos_token"]) == ("<s>", "</s>")
     assert "pad_token" not in config
+
+
+def small_vocabulary(**more: Any) -> dict[str, Any]:
+    plain = {"model": "gpt2", "pre": "gpt-2", "tokens": ["<s>", "a", "aa"], "merges": ["a a"]}
+    return {**plain, "token_type": [CONTROL, NORMAL, NORMAL], "eos_token_id": 0, **more}
+
+
+def test_recommended_sampling_is_kept(tmp_path: Path):
+    keys = {"temp": 0.7, "top_k": 20, "penalty_repeat": 1.05, "mirostat": 0}
+    named = {f"general.sampling.{key}": value for key, value in keys.items()}
+    write_tokenizer(open_gguf(gguf(tmp_path, small_vocabulary(**named))), tmp_path)
+    found = recommended(tmp_path)
+    assert (found.temperature, found.top_k, found.repeat_penalty) == (0.7, 20, 1.05)
+    greedy = {"general.sampling.temp": 0.0}
+    write_tokenizer(open_gguf(gguf(tmp_path, small_vocabulary(**greedy))), tmp_path)
+    assert recommended(tmp_path).temperature == 0
+    assert not json.loads((tmp_path / "generation_config.json").read_text())["do_sample"]
+
+
+def test_a_template_for_tools_stands_beside_the_other(tmp_path: Path):
+    templates = {
+        "tokenizer.chat_template": "plain",
+        "tokenizer.chat_template.tool_use": "{{ tools }}",
+    }
+    write_tokenizer(open_gguf(gguf(tmp_path, small_vocabulary(**templates))), tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert config["chat_template"] == [
+        {"name": "default", "template": "plain"},
+        {"name": "tool_use", "template": "{{ tools }}"},
+    ]
 
 
 def test_a_scored_vocabulary_joins_as_sentencepiece_does(tmp_path: Path):
