@@ -232,6 +232,6 @@ def _sampling(metadata: Mapping[str, Any]) -> dict[str, Any]:
     numbers = {
         key: short_number(value) if isinstance(value, float) else value
         for key, value in given.items()
-        if type(value) in (int, float) and math.isfinite(value)
+        if isinstance(value, int | float) and math.isfinite(value)
     }
     return numbers | ({"do_sample": numbers.get("temperature") != 0} if numbers else {})
