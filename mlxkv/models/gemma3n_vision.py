@@ -14,6 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxkv.models.gemma3n_config import VisionConfig
+from mlxkv.nn.encoder_attention import attend_all
 from mlxkv.nn.layers import compiled, gelu_tanh
 
 STEM_CHANNELS = 64
@@ -221,12 +222,10 @@ class MultiQueryAttention(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         D = self._head_dim
-        q, k, v = (
-            mx.unflatten(self[name](x).flatten(1, 2), -1, (-1, D)).transpose(0, 2, 1, 3)
-            for name in ("query", "key", "value")
-        )  # [1, H or 1, places, D]
-        y = mx.fast.scaled_dot_product_attention(q, k, v, scale=D**-0.5)
-        return self["output"](y.transpose(0, 2, 1, 3).reshape(*x.shape[:3], -1))
+        # With one head of keys, the heads' queries are queries of one head, in any order.
+        q, k, v = (self[name](x).reshape(1, 1, -1, D) for name in ("query", "key", "value"))
+        y = attend_all(q, k, v, D**-0.5)
+        return self["output"](y.reshape(*x.shape[:3], -1))
 
 
 class AttentionBlock(nn.Module):
