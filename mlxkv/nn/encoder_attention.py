@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import mlx.core as mx
 
 from mlxkv.base import device
 from mlxkv.nn.fused import CHUNK_DIMS, VECTOR_QUERIES
 
-QUERY_BLOCK = 256
+QUERY_BLOCK = 64
 """Queries whose scores the CPU backend holds at a time, for each core."""
 
 
@@ -28,19 +30,27 @@ def attend_all(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
 
 
 def _in_blocks(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
-    """The queries divided over the cores, and each core's in blocks, one after the other."""
+    """Blocks of queries, which the cores take in turns: each core has one at a time."""
     L, streams = q.shape[2], device.core_streams()
-    if L <= QUERY_BLOCK:
-        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale)
+    k, v = mx.contiguous(k), mx.contiguous(v)  # or each block's products copy them
     parts: list[mx.array] = []
-    for stream, first, last in device.shares(L, streams):
-        before: list[mx.array] = []
-        for start in range(first, last, QUERY_BLOCK):
-            rows = q[:, :, start : min(start + QUERY_BLOCK, last)]
-            if before:
-                with mx.stream(stream):
-                    (rows,) = mx.depends([rows], before)
-            out = mx.fast.scaled_dot_product_attention(rows, k, v, scale=scale, stream=stream)
-            before = [out]
-            parts.append(out)
+    for i, start in enumerate(range(0, L, QUERY_BLOCK)):
+        rows = q[:, :, start : start + QUERY_BLOCK]
+        with mx.stream(streams[i % len(streams)]):
+            if i >= len(streams):
+                (rows,) = mx.depends([rows], [parts[i - len(streams)]])
+            parts.append(_attend(rows, k, v, scale))
     return mx.concatenate(parts, axis=2)
+
+
+def _attend(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
+    """What `mx.fast.scaled_dot_product_attention` computes, with powers of two.
+
+    The CPU backend computes a power of two in 7 ns, and an exp, which is most of softmax, in 20.
+    """
+    B, H, L, D = q.shape
+    q = (q * (scale / math.log(2))).reshape(B, k.shape[1], -1, D)  # heads that share keys
+    scores = (q @ k.swapaxes(2, 3)).astype(mx.float32)
+    parts = mx.power(2, scores - scores.max(axis=-1, keepdims=True))
+    out = parts.astype(v.dtype) @ v / parts.sum(axis=-1, keepdims=True)
+    return out.astype(v.dtype).reshape(B, H, L, D)
