@@ -32,7 +32,8 @@ def attend_all(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
 def _in_blocks(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
     """Blocks of queries, which the cores take in turns: each core has one at a time."""
     L, streams = q.shape[2], device.core_streams()
-    k, v = mx.contiguous(k), mx.contiguous(v)  # or each block's products copy them
+    # Heads side by side, or each block's products copy them; MLX cannot export `contiguous`.
+    k, v = (x.flatten().reshape(x.shape) for x in (k, v))
     parts: list[mx.array] = []
     for i, start in enumerate(range(0, L, QUERY_BLOCK)):
         rows = q[:, :, start : start + QUERY_BLOCK]
@@ -52,5 +53,5 @@ def _attend(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
     q = (q * (scale / math.log(2))).reshape(B, k.shape[1], -1, D)  # heads that share keys
     scores = (q @ k.swapaxes(2, 3)).astype(mx.float32)
     parts = mx.power(2, scores - scores.max(axis=-1, keepdims=True))
-    out = parts.astype(v.dtype) @ v / parts.sum(axis=-1, keepdims=True)
-    return out.astype(v.dtype).reshape(B, H, L, D)
+    weights = parts / parts.sum(axis=-1, keepdims=True)  # first: sums of parts overflow in float16
+    return (weights.astype(v.dtype) @ v).reshape(B, H, L, D)

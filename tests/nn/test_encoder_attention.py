@@ -81,3 +81,10 @@ def test_every_query_of_an_encoder_sees_every_key(L):
     q, k, v = heads(4, L, 0), heads(2, L, 1), heads(2, L, 2)
     expected = plain(q, k, v, 0.3, np.ones((L, L), bool))
     np.testing.assert_allclose(np.array(attend_all(q, k, v, 0.3)), expected, atol=1e-5)
+
+
+def test_an_encoder_sums_more_values_than_16_bits_hold():
+    L = 4096
+    v = mx.full((1, 1, L, D), 20, mx.float16)  # 20 * L is more than float16's 65,504
+    q = k = mx.zeros((1, 1, L, D), mx.float16)
+    np.testing.assert_allclose(np.array(attend_all(q[:, :, :1], k, v, 1.0)), 20, rtol=1e-3)
