@@ -62,7 +62,7 @@ class Memory:
         read = [self._buffer[name] for name in operation.inputs if name in self._buffer]
         strides = self._view(operation)
         if strides is None:
-            self._n_queued += 2  # the work, and the release of what it reads
+            self._n_queued += _n_tasks(operation)
             self._write(operation, read)
         else:
             self._n_queued += 1
@@ -145,7 +145,10 @@ class Memory:
     def _copies(self, operation: Operation) -> Iterator[tuple[int, int]]:
         """Inputs that an operation copies, by index, and the bytes of the copy."""
         if operation.name in _PRODUCTS:
-            for i, name in enumerate(operation.inputs):
+            factors = operation.inputs[:2]  # not what is added to the product
+            if operation.name == "QuantizedMatmul":
+                factors = operation.inputs
+            for i, name in enumerate(factors):
                 if self._is_copied(name):
                     yield i, self._graph.nbytes[name]
         elif operation.name == "Convolution" and device.on_cpu():
@@ -186,6 +189,17 @@ class Memory:
             if size <= self._size[buffer] <= size + _DONATION_SLACK:
                 return buffer
         return None
+
+
+def _n_tasks(operation: Operation) -> int:
+    """Tasks of an operation that writes: its work, and the release of what it reads."""
+    match operation.name:
+        case "Concatenate":
+            return len(operation.inputs) + 1  # each input's copy
+        case "AddMM" | "Pad":
+            return 3  # what is added, or the padding, is copied first
+        case _:
+            return 2
 
 
 def dense_strides(shape: Sequence[int]) -> tuple[int, ...]:
