@@ -217,16 +217,18 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
-    runs = {family: rounds(args, family) for family in args.families}
     settings = {k: v for k, v in vars(args).items() if k not in ("output", "peer_python")}
-    written = {
+    about = {
         "settings": settings,
         **report.about(ROOT, "benchmarks.media"),
         "peer": peer_versions(args.peer_python),
-        "runs": runs,
-        "summary": {family: summary(each) for family, each in runs.items()},
     }
-    report.keep(args.output, written, markdown(written))
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for family in args.families:  # written after each: one takes minutes
+        runs[family] = rounds(args, family)
+        tables = {name: summary(each) for name, each in runs.items()}
+        written = {**about, "runs": runs, "summary": tables}
+        report.keep(args.output, written, markdown(written))
 
 
 if __name__ == "__main__":

@@ -13,9 +13,9 @@ from math import prod
 from mlxkv.base import device
 from mlxkv.memory.graph import Graph, Operation
 
-IN_FLIGHT = 95
+IN_FLIGHT = 105
 """Tasks that are queued before the first must be done: an operation is two, a view one. MLX's CPU
-backend has ten queues of ten, the last of them half full on average."""
+backend waits where ten tens of them are not done, and then queues the next ten: 105 on average."""
 _DONATION_SLACK = 16384
 """Bytes by which MLX lets a donated buffer be larger than the result."""
 
@@ -67,6 +67,8 @@ class Memory:
         else:
             self._n_queued += 1
             self._alias(operation, strides)
+            self._release(read)  # its task holds nothing
+            read = []
         self._in_flight.append((self._n_queued, read))
 
     def _allocate(self, name: str) -> None:
@@ -84,10 +86,13 @@ class Memory:
 
     def _finish(self, n_left: int) -> None:
         while self._in_flight and self._in_flight[0][0] <= self._n_queued - n_left:
-            for buffer in self._in_flight.popleft()[1]:
-                self._readers[buffer] -= 1
-                if self._readers[buffer] == 0:
-                    self._live -= self._size.pop(buffer)
+            self._release(self._in_flight.popleft()[1])
+
+    def _release(self, buffers: Sequence[str]) -> None:
+        for buffer in buffers:
+            self._readers[buffer] -= 1
+            if self._readers[buffer] == 0:
+                self._live -= self._size.pop(buffer)
 
     def _strides_of(self, name: str) -> tuple[int, ...]:
         return self._strides.get(name) or dense_strides(self._graph.shapes[name])
