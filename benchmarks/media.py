@@ -3,7 +3,8 @@
 Both engines read the same checkpoint of random weights in the proportions of a released model (see
 `media_checkpoints`), in float32 on the CPU with the same BLAS and threads. A round is a process of
 each (`media_worker`), which take turns; a ratio is the median over rounds. mlx-vlm is installed in
-an environment of its own, whose interpreter is PYTHON. Writes NAME.json and NAME.md.
+an environment of its own, whose interpreter is PYTHON. NAME.json and NAME.md are written after each
+round.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,9 +101,9 @@ def make(family: str, folder: Path, pictures: Path, n: int) -> None:
     subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, check=True)
 
 
-def rounds(args: argparse.Namespace, family: str) -> list[dict[str, Any]]:
-    """Every run of a family: two of each round."""
-    runs = []
+def rounds(args: argparse.Namespace, family: str) -> Iterator[list[dict[str, Any]]]:
+    """The runs of a family so far, two of each round, after each round."""
+    runs: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
         model, pictures = Path(scratch) / family, Path(scratch) / "pictures"
         make(family, model, pictures, 7)
@@ -113,7 +114,7 @@ def rounds(args: argparse.Namespace, family: str) -> list[dict[str, Any]]:
                 figures = runs[-1]["figures"]
                 said = "  ".join(f"{name} {value:.3g}" for name, value in figures.items())
                 print(f"{family} {engine:7} {said}", file=sys.stderr, flush=True)
-    return runs
+            yield runs
 
 
 def summary(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -161,7 +162,7 @@ def markdown(written: dict[str, Any]) -> str:
         "",
         *report.machine_lines(written),
         f"- mlx-vlm's environment: {', '.join(f'{k} {v}' for k, v in peer.items())}",
-        f"- BLAS {settings['blas']}, {settings['threads']} threads, float32; {settings['runs']} "
+        f"- BLAS {settings['blas']}, {settings['threads']} threads, float32; {_said(written)} "
         f"rounds; load of the machine {min(loads):.1f} to {max(loads):.1f}",
         f"- commit {written['commit']}",
         f"- `{written['command']}`",
@@ -172,6 +173,12 @@ def markdown(written: dict[str, Any]) -> str:
         lines += ["", f"## {family}", "", "| | mlxkv | mlx-vlm | ratio | | of CPU time | target |"]
         lines += ["|---|--:|--:|--:|--:|--:|---|", *map(_line, rows)]
     return "\n".join(lines) + "\n"
+
+
+def _said(written: dict[str, Any]) -> str:
+    """How many rounds each family had."""
+    counts = {len(runs) // 2 for runs in written["runs"].values()}
+    return " and ".join(map(str, sorted(counts)))
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -224,11 +231,12 @@ def main() -> None:
         "peer": peer_versions(args.peer_python),
     }
     runs: dict[str, list[dict[str, Any]]] = {}
-    for family in args.families:  # written after each: one takes minutes
-        runs[family] = rounds(args, family)
-        tables = {name: summary(each) for name, each in runs.items()}
-        written = {**about, "runs": runs, "summary": tables}
-        report.keep(args.output, written, markdown(written))
+    for family in args.families:
+        for done in rounds(args, family):  # written after each, which takes minutes
+            runs[family] = done
+            tables = {name: summary(each) for name, each in runs.items()}
+            written = {**about, "runs": runs, "summary": tables}
+            report.keep(args.output, written, markdown(written))
 
 
 if __name__ == "__main__":

@@ -119,7 +119,7 @@ def write_gemma3(folder: Path) -> Path:
 
 
 def write_gemma4_31b(folder: Path) -> Path:
-    """With the proportions of Gemma 4 31B's encoder, whose linears do not clip; one of its heads."""
+    """With the proportions of Gemma 4 31B's encoder, which does not clip, and one of its heads."""
     vision = tiny_media.gemma4_config()["vision_config"] | VIT | {"use_clipped_linears": False}
     return tiny_media.write_gemma4(folder, vision_config=vision)
 
