@@ -11,14 +11,15 @@ from typing import Self
 from mlxkv.checkpoint import tensor_names
 from mlxkv.checkpoint.config import Fields, refuse_bidirectional
 from mlxkv.checkpoint.rope_config import rope_config
-from mlxkv.models import gemma
 from mlxkv.nn.decoder_model import (
     Attention,
     DecoderModel,
     FourNormLayer,
+    GroupedConfig,
     grouped_fields,
     layer_windows,
 )
+from mlxkv.nn.layers import OffsetRMSNorm
 
 DEFAULTS = {
     "vocab_size": 256000,
@@ -38,8 +39,11 @@ CAPS = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Config(gemma.Config):
+class Config(GroupedConfig):
     """The numbers that define a Gemma 2; the names are those of config.json."""
+
+    norm = OffsetRMSNorm
+    scales_embedding = True
 
     @classmethod
     def read(cls, fields: Fields) -> Self:
