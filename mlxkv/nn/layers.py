@@ -102,6 +102,8 @@ class Fusing(Prepared):
 
     fusions: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     """Name of the fused product -> the checkpoint's names of its parts, in the result's order."""
+    partly: frozenset[str] = frozenset()
+    """Fused products that are without their last part."""
 
     def prepare(self) -> None:
         for name, parts in self.fusions.items():
@@ -111,6 +113,8 @@ class Fusing(Prepared):
                     self[name] = whole
                     for part in parts[:n]:
                         del self[part]
+                    if n < len(parts):
+                        self.partly |= {name}
                     break
 
     def joined(self, parts: Sequence[nn.Module]) -> nn.Module | None:
@@ -119,15 +123,12 @@ class Fusing(Prepared):
 
     def project(self, name: str, x: mx.array) -> mx.array:
         """The parts' results side by side, `[B, L, sum of their sizes]`."""
-        whole, apart = self.get(name), self._apart(name)
-        if whole is not None and not apart:
+        whole = self.get(name)
+        if whole is not None and name not in self.partly:
             return whole(x)
         first = [] if whole is None else [whole(x)]
+        apart = (part for part in self.fusions[name] if part in self)
         return mx.concatenate([*first, *(self[part](x) for part in apart)], axis=-1)
-
-    def _apart(self, name: str) -> list[str]:
-        """The parts that have products of their own."""
-        return [part for part in self.fusions[name] if part in self]
 
     def project_apart(self, name: str, x: mx.array, sizes: Sequence[int]) -> list[mx.array]:
         """The parts' results as arrays `[B, L, size]`, for norms and products.
@@ -137,7 +138,7 @@ class Fusing(Prepared):
         """
         bounds = list(itertools.accumulate(sizes))
         whole = self.get(name)
-        if whole is None or self._apart(name) or device.on_cpu() or x.size == x.shape[-1]:
+        if whole is None or name in self.partly or device.on_cpu() or x.size == x.shape[-1]:
             return list(mx.split(self.project(name, x), bounds[:-1], axis=-1))
         return [whole.of_rows(x, *at) for at in itertools.pairwise((0, *bounds))]
 

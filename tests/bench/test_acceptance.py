@@ -20,7 +20,7 @@ from mlxkv.bench.acceptance import subject as subjects
 from mlxkv.bench.acceptance.limit_checks import within
 from mlxkv.bench.acceptance.report import Failed, Report, Row, Skip, Wrong, said, text, to_dict
 from mlxkv.bench.acceptance.subject import Subject
-from mlxkv.commands.verify import verify as command
+from mlxkv.cli import main
 from mlxkv.errors import OutputError, UsageError
 from mlxkv.generation.outputs import Result
 from mlxkv.llm.llm import LLM
@@ -353,24 +353,28 @@ def test_the_command_writes_both(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     model, run = str(folder / "plain"), suite.CHECKS
     monkeypatch.setattr(suite, "CHECKS", [c for c in run if c[1] in ("seeds", "question")])
-    assert command(model, full=True) == 0
+    verify = ["verify", model]
+    assert main([*verify, "--full"]) == 0
     out, err = capsys.readouterr()
     assert "limits  seeds" in out and "passed: 1 ok, 1 wrong" in out
     assert err == "report: mlxkv-verify-plain.json\n"
     made = json.loads(Path("mlxkv-verify-plain.json").read_text())
     assert (made["counts"]["ok"], made["passed"], made["model"]) == (1, True, model)
-    assert command(model, full=True, strict=True, report=tmp_path / "own.json", as_json=True) == 1
-    assert json.loads(capsys.readouterr().out) == json.loads((tmp_path / "own.json").read_text())
+    own = tmp_path / "own.json"
+    assert main([*verify, "--full", "--strict", "--report", str(own), "--json"]) == 1
+    assert json.loads(capsys.readouterr().out) == json.loads(own.read_text())
 
     def stopped(subject: Subject) -> str:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(suite, "CHECKS", [*suite.CHECKS, ("limits", "stopped", stopped)])
-    assert command(model, full=True) == 130
+    assert main([*verify, "--full"]) == 130
     assert json.loads(Path("mlxkv-verify-plain-2.json").read_text())["complete"] is False
-    with pytest.raises(OutputError):
-        command(model, full=True, report=tmp_path / "no" / "file")
-    with pytest.raises(UsageError, match="--strict is for --full"):
-        command(model, strict=True)
-    with pytest.raises(UsageError, match="--full takes one --kv-type"):
-        command(model, full=True, tokens=600)
+    capsys.readouterr()
+    for error, options, message in (
+        (OutputError, ["--full", "--report", str(tmp_path / "no" / "file")], "no/file"),
+        (UsageError, ["--strict"], "--strict is for --full"),
+        (UsageError, ["--full", "--tokens", "600"], "--full takes one --kv-type"),
+    ):
+        assert main([*verify, *options]) == error.exit_code
+        assert message in capsys.readouterr().err
