@@ -1,0 +1,102 @@
+// What the kernels of one instruction set are called with. Plain data: no MLX here.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+// How weights are stored. The packed kinds have a scale for each group of a row.
+enum class Kind { Q2, Q3, Q4, Q5, Q6, Q8, FP4, FP8, BF16, F16, F32 };
+// How scales are: floats, powers of two (8 bits), or 8-bit floats of 4 and 3 bits.
+enum class Scale { F32, BF16, F16, E8M0, E4M3 };
+enum class Act { NONE, SILU, GELU_TANH, CLAMPED };
+
+// Groups of a row at most; rows of weights that prefill unpacks at a time; keys that one piece of
+// a decode step reads, and that a chunk's block has.
+constexpr int MOST_GROUPS = 2048, PANEL = 64, KEYS = 256, BLOCK = 64;
+// Rows of activations that one pass over the weights serves.
+constexpr int MOST_ROWS = 8;
+// Query heads that share a KV head at most, and the longest head.
+constexpr int MOST_SHARED = 16, LONGEST_HEAD = 1024;
+
+inline int padded(int n) { return (n + 15) / 16 * 16; }
+inline bool is_packed(Kind kind) { return kind < Kind::BF16; }
+// Bits of a value.
+inline int bits_of(Kind kind) {
+  switch (kind) {
+    case Kind::Q2: return 2;
+    case Kind::Q3: return 3;
+    case Kind::Q5: return 5;
+    case Kind::Q6: return 6;
+    case Kind::Q4: case Kind::FP4: return 4;
+    case Kind::Q8: case Kind::FP8: return 8;
+    case Kind::F32: return 32;
+    default: return 16;
+  }
+}
+
+// A matrix [N, K], rows one behind the other; `biases` are null where they are -2^(bits-1) scale.
+struct Weight {
+  const uint32_t* w;
+  const void *scales, *biases;
+  Scale scale;
+  Kind kind;
+  int N, K, group;
+
+  int n_groups() const { return is_packed(kind) ? K / group : 0; }
+};
+
+// Attention of the G query heads that share one KV head.
+struct Heads {
+  int G, D, V, L, S;  // head sizes of keys and values; queries, keys
+  size_t q_head, q_row, k_row, v_row, o_row;
+  float scale, cap;  // cap 0: none
+  bool causal;
+  const bool* mask;  // [L, S] or null
+  size_t mask_row;
+};
+
+// Rows of KV as 4- or 8-bit codes with scales and biases a group.
+struct Codes {
+  const uint32_t* codes;
+  const void *scales, *biases;
+  Scale scale;
+  int bits, group, dim;       // values that a row has
+  size_t code_row, scale_row;  // from row to row, in words and in scales
+};
+
+struct Kernels {
+  const char* name;
+  int lanes;
+  // out[m * ldo + n - first] for the weight's rows [first, last) and M = 1, 2, 4 or 8 prepared
+  // rows. `sums` are those of `group_sums`.
+  void (*rows)(const Weight&, const float* x, const float* sums, int M, int first, int last,
+               float* out, int ldo);
+  // A row of activations in the order in which `rows` meets it.
+  void (*prepare)(const Weight&, const float* x, float* out);
+  void (*group_sums)(const Weight&, const float* x, float* out);
+  // Values [start, stop) of the rows [first, first + PANEL) as floats, transposed:
+  // out[(k - start) * PANEL + row]. Rows that there are not are some row.
+  void (*panel)(const Weight&, int first, int start, int stop, float* out);
+  // C[M, N] += A[M, K] B[K, N]; N a multiple of 16.
+  void (*matmul)(const float* A, int lda, const float* B, int ldb, float* C, int ldc, int M, int N,
+                 int K);
+  void (*gate)(const float* gate, const float* up, float* out, int n, Act, float alpha, float limit);
+  // `w` may be null.
+  void (*rms)(const float* x, const float* w, float eps, int n, float* out);
+  void (*rotate)(const float* x, const float* c, const float* s, int half, int n, float* out);
+  void (*unpack)(const Codes&, int first, int n, float* out, int ldo);
+  // One query over the keys [first, last): weighted values, and the maximum and sum of each head.
+  void (*attend_one)(const Heads&, const float* q, const float* k, const float* v, int first,
+                     int last, float* out, float* top, float* sum);
+  // Queries [first, last) over all keys that they see. `scratch` is floats as `chunk_floats` says.
+  void (*attend_chunk)(const Heads&, const float* q, const float* k, const float* v,
+                       const float* sinks, int first, int last, float* out, float* scratch);
+};
+
+inline size_t chunk_floats(const Heads& a, int n) {
+  size_t rows = size_t(n) * a.G;
+  return rows * (a.D + a.V + BLOCK + 2) + size_t(a.D) * BLOCK;
+}
+
+// Those of an instruction set by name, or of the best that this machine has; null for unknown.
+const Kernels* kernels(const char* name);

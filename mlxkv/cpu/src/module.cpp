@@ -1,0 +1,160 @@
+// The Python module, on plain Python.h: nanobind's internals change with almost every MLX, and its
+// types are then not recognised. Where a C++ array lies in its Python object is nanobind's layout of
+// an instance, the same from nanobind 2.4 to 3.1 (MLX 0.30.0 to 0.32.4), and checked when the module
+// is loaded: an offset behind the object's header, and a bit that says the value lies there itself.
+#include <Python.h>
+
+#include <cstring>
+#include <exception>
+
+#include "attention.h"
+#include "mlx/version.h"
+#include "pool.h"
+#include "products.h"
+
+namespace {
+
+PyObject *array_type, *zero;
+constexpr size_t VALUE_AT = sizeof(PyObject) + 8;
+
+mx::array& array_of(PyObject* object) {
+  require(Py_TYPE(object) == reinterpret_cast<PyTypeObject*>(array_type), "not an mx.array");
+  return *reinterpret_cast<mx::array*>(reinterpret_cast<char*>(object) + VALUE_AT);
+}
+Maybe maybe(PyObject* object) { return object == Py_None ? Maybe() : Maybe(array_of(object)); }
+float real(PyObject* object) { return float(PyFloat_AsDouble(object)); }
+int whole(PyObject* object) { return int(PyLong_AsLong(object)); }
+std::vector<int> wholes(PyObject* tuple) {
+  std::vector<int> found;
+  for (Py_ssize_t i = 0; i < PyTuple_Size(tuple); ++i)
+    found.push_back(whole(PyTuple_GetItem(tuple, i)));
+  return found;
+}
+
+using Args = PyObject* const*;
+
+// A function of N arguments that returns an array.
+template <int N, mx::array (*F)(Args)>
+PyObject* call(PyObject*, Args arguments, Py_ssize_t n) {
+  if (n != N) return PyErr_Format(PyExc_TypeError, "%d arguments, not %d", N, int(n));
+  try {
+    auto result = F(arguments);
+    if (PyErr_Occurred()) return nullptr;
+    PyObject* made = PyObject_CallOneArg(array_type, zero);
+    if (made) array_of(made) = std::move(result);
+    return made;
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_ValueError, error.what());
+    return nullptr;
+  }
+}
+
+// x, (w, scales, biases, kind, group, bias), norm, eps, residual, (act, alpha, limit)
+struct WeightArgs {
+  explicit WeightArgs(PyObject* tuple)
+      : scales(maybe(PyTuple_GetItem(tuple, 1))),
+        biases(maybe(PyTuple_GetItem(tuple, 2))),
+        bias(maybe(PyTuple_GetItem(tuple, 5))),
+        weights{array_of(PyTuple_GetItem(tuple, 0)),
+                scales,
+                biases,
+                Kind(whole(PyTuple_GetItem(tuple, 3))),
+                whole(PyTuple_GetItem(tuple, 4)),
+                bias} {}
+  Maybe scales, biases, bias;
+  Weights weights;
+};
+Activation activation_of(PyObject* tuple) {
+  return {Act(whole(PyTuple_GetItem(tuple, 0))), real(PyTuple_GetItem(tuple, 1)),
+          real(PyTuple_GetItem(tuple, 2))};
+}
+
+mx::array py_linear(Args a) {
+  WeightArgs weights(a[1]);
+  return linear(array_of(a[0]), weights.weights, maybe(a[2]), real(a[3]), maybe(a[4]),
+                activation_of(a[5]));
+}
+mx::array py_experts(Args a) {
+  WeightArgs weights(a[1]);
+  return experts(array_of(a[0]), weights.weights, array_of(a[2]), activation_of(a[3]));
+}
+mx::array py_rms_norm(Args a) {
+  return rms_norm(array_of(a[0]), maybe(a[1]), real(a[2]), maybe(a[3]));
+}
+// qkv, frequencies, n_heads, n_kv_heads, offsets, factor, q_norm, k_norm, eps
+mx::array py_rotate(Args a) {
+  return rotate(array_of(a[0]), array_of(a[1]), {whole(a[2]), whole(a[3]), wholes(a[4]), real(a[5])},
+                maybe(a[6]), maybe(a[7]), real(a[8]));
+}
+// q, k, v, scale, cap, causal, mask, sinks
+mx::array py_attend(Args a) {
+  Maybe mask = maybe(a[6]), sinks = maybe(a[7]);
+  return attend(array_of(a[0]), array_of(a[1]), array_of(a[2]),
+                Softmax{real(a[3]), real(a[4]), PyObject_IsTrue(a[5]) == 1, mask, sinks});
+}
+// (codes, scales, biases, bits, group, dim)
+CodedKV coded(PyObject* t) {
+  return {array_of(PyTuple_GetItem(t, 0)), array_of(PyTuple_GetItem(t, 1)),
+          array_of(PyTuple_GetItem(t, 2)), whole(PyTuple_GetItem(t, 3)),
+          whole(PyTuple_GetItem(t, 4)),    whole(PyTuple_GetItem(t, 5))};
+}
+mx::array py_attend_codes(Args a) {
+  Maybe mask = maybe(a[6]), sinks = maybe(a[7]);
+  return attend(array_of(a[0]), coded(a[1]), coded(a[2]),
+                Softmax{real(a[3]), real(a[4]), PyObject_IsTrue(a[5]) == 1, mask, sinks});
+}
+
+PyObject* py_use(PyObject*, PyObject* name) {
+  const Kernels* found = kernels(name == Py_None ? nullptr : PyUnicode_AsUTF8(name));
+  if (!found) return PyErr_Format(PyExc_ValueError, "this machine has no %U", name);
+  use(found);
+  return PyUnicode_FromString(found->name);
+}
+PyObject* py_threads(PyObject*, PyObject* n) {
+  Pool::get().resize(whole(n));
+  return PyLong_FromLong(Pool::get().size());
+}
+
+template <class F>
+PyCFunction function(F f) {
+  return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(f));
+}
+
+PyMethodDef methods[] = {
+    {"linear", function(call<6, py_linear>), METH_FASTCALL, nullptr},
+    {"experts", function(call<4, py_experts>), METH_FASTCALL, nullptr},
+    {"rms_norm", function(call<4, py_rms_norm>), METH_FASTCALL, nullptr},
+    {"rotate", function(call<9, py_rotate>), METH_FASTCALL, nullptr},
+    {"attend", function(call<8, py_attend>), METH_FASTCALL, nullptr},
+    {"attend_codes", function(call<8, py_attend_codes>), METH_FASTCALL, nullptr},
+    {"use", py_use, METH_O, nullptr},
+    {"threads", py_threads, METH_O, nullptr},
+    {}};
+PyModuleDef module{PyModuleDef_HEAD_INIT, "_mlxkv_cpu", nullptr, -1, methods};
+
+PyObject* fail(const char* why) {
+  PyErr_SetString(PyExc_ImportError, why);
+  return nullptr;
+}
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__mlxkv_cpu() {
+  PyObject* core = PyImport_ImportModule("mlx.core");
+  if (!core) return nullptr;
+  if (std::strcmp(mx::version(), BUILT_FOR)) return fail("built for another MLX");
+  array_type = PyObject_GetAttrString(core, "array");
+  zero = PyLong_FromLong(0);
+  if (!array_type || !zero) return nullptr;
+  PyObject* probe = PyObject_CallOneArg(array_type, zero);
+  if (!probe) return nullptr;
+  const char* behind = reinterpret_cast<const char*>(probe) + sizeof(PyObject);
+  int32_t offset;
+  std::memcpy(&offset, behind, sizeof offset);
+  const auto size = reinterpret_cast<PyTypeObject*>(array_type)->tp_basicsize;
+  const bool known = size >= Py_ssize_t(VALUE_AT + sizeof(mx::array)) &&
+                     offset == int32_t(VALUE_AT) && (behind[4] & 4);
+  Py_DECREF(probe);
+  if (!known) return fail("mx.array is laid out in a way that is not known");
+  return PyModule_Create(&module);
+}

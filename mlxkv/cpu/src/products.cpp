@@ -1,0 +1,330 @@
+#include "products.h"
+
+#include <algorithm>
+#include <cstring>
+#include <memory>
+
+#include "pool.h"
+
+namespace {
+
+// Rows from which a chunk's product is made with weights unpacked to floats, a panel at a time;
+// values of a panel at a time (each part of a sum begins at 0, which keeps digits), and rows whose
+// results are kept meanwhile.
+constexpr int MANY_ROWS = 16, PANEL_VALUES = 512, KEPT_ROWS = 512;
+// Values of a weight that are a piece of work, and of one that few rows meet.
+constexpr int PIECE = 32768;
+
+// Rows [first, first + count) that one weight is for.
+struct Group {
+  Weight weight;
+  const float* bias;
+  int first, count;
+};
+
+struct Job {
+  std::vector<Group> groups;
+  const float* x;   // rows of K
+  const int* from;  // row of x of each row; null: its own
+  const int* to;    // row of the result
+  int n_rows, K, out_dim;
+  const float* norm;
+  bool is_normed;
+  float eps;
+  const float* residual;
+  Activation activation;
+  bool is_chunk;
+  float* out;
+
+  bool has_act() const { return activation.act != Act::NONE; }
+  bool is_many(const Group& g) const { return is_chunk && g.count >= MANY_ROWS; }
+  const float* row(int i) const { return x + size_t(from ? from[i] : i) * K; }
+  size_t target(int i) const { return size_t(to ? to[i] : i) * out_dim; }
+
+  // Results of R columns from `first` on, of one row: the gate's and the up projection's.
+  void finish(const float* bias, float* a, float* u, int first, int R, int i) const {
+    const auto& kernels = in_use();
+    if (bias)
+      for (int c = 0; c < R; ++c) a[c] += bias[first + c];
+    if (bias && has_act())
+      for (int c = 0; c < R; ++c) u[c] += bias[out_dim + first + c];
+    if (has_act()) kernels.gate(a, u, a, R, activation.act, activation.alpha, activation.limit);
+    const size_t at = target(i) + first;
+    if (residual)
+      for (int c = 0; c < R; ++c) a[c] += residual[at + c];
+    std::memcpy(out + at, a, sizeof(float) * R);
+  }
+};
+
+// 1, 2, 4 or 8 rows are computed at a time.
+int whole(int n) { return n > 4 ? MOST_ROWS : n == 3 ? 4 : n; }
+
+// Rows as the kernels take them: in order for panels, else prepared, with sums of their groups.
+class Prepared {
+ public:
+  explicit Prepared(const Job& job) : job_(job) {
+    const Weight& weight = job.groups[0].weight;
+    n_sums_ = padded(weight.n_groups());
+    size_ = job.K + n_sums_;
+    static thread_local Scratch kept;
+    size_t n_rows = size_t(job.n_rows) + MOST_ROWS;  // the last pass may be of rows of 0
+    values_ = kept.floats(n_rows * size_);
+    sums_ = values_ + n_rows * job.K;
+    std::memset(values_ + size_t(job.n_rows) * job.K, 0, sizeof(float) * MOST_ROWS * job.K);
+    std::memset(sums_ + size_t(job.n_rows) * n_sums_, 0, sizeof(float) * MOST_ROWS * n_sums_);
+    for (const auto& group : job.groups) prepare(group);
+  }
+
+  const float* values(int i) const { return values_ + size_t(i) * job_.K; }
+  const float* sums(int i) const { return sums_ + size_t(i) * n_sums_; }
+
+ private:
+  void prepare(const Group& group) {
+    const bool many = job_.is_many(group);
+    auto one = [&](int i) {
+      const auto& kernels = in_use();
+      const int row = group.first + i;
+      const float* x = job_.row(row);
+      static thread_local Scratch local;
+      if (job_.is_normed) {
+        float* normed = many ? values_ + size_t(row) * job_.K : local.floats(job_.K);
+        kernels.rms(x, job_.norm, job_.eps, job_.K, normed);
+        x = normed;
+      }
+      float* to = values_ + size_t(row) * job_.K;
+      if (many) {
+        if (x != to) std::memcpy(to, x, sizeof(float) * job_.K);
+        return;
+      }
+      kernels.prepare(group.weight, x, to);
+      if (n_sums_) kernels.group_sums(group.weight, x, sums_ + size_t(row) * n_sums_);
+    };
+    if (group.count >= MANY_ROWS)
+      Pool::get().run(group.count, one);
+    else
+      for (int i = 0; i < group.count; ++i) one(i);
+  }
+
+  const Job& job_;
+  size_t size_;
+  int n_sums_;
+  float *values_, *sums_;
+};
+
+// Columns [first, last) of the result, of the rows of a group.
+void few_rows(const Job& job, const Group& group, const Prepared& x, int first, int last) {
+  const auto& kernels = in_use();
+  const int R = last - first, step = (R + 15) / 16 * 16;
+  static thread_local Scratch local;
+  float *a = local.floats(size_t(2) * MOST_ROWS * step), *u = a + MOST_ROWS * step;
+  for (int m = 0; m < group.count; m += MOST_ROWS) {
+    const int n = std::min(MOST_ROWS, group.count - m), i = group.first + m;
+    // Rows behind the group's are others', whose results are left.
+    kernels.rows(group.weight, x.values(i), x.sums(i), whole(n), first, last, a, step);
+    if (job.has_act())
+      kernels.rows(group.weight, x.values(i), x.sums(i), whole(n), job.out_dim + first,
+                   job.out_dim + last, u, step);
+    for (int j = 0; j < n; ++j)
+      job.finish(group.bias, a + j * step, u + j * step, first, R, i + j);
+  }
+}
+
+void many_rows(const Job& job, const Group& group, const Prepared& x, int first, int last) {
+  const auto& kernels = in_use();
+  const int K = job.K, R = last - first, kept = std::min(group.count, KEPT_ROWS);
+  const size_t panel = size_t(PANEL) * std::min(K, PANEL_VALUES), results = size_t(kept) * PANEL;
+  static thread_local Scratch local;
+  float *A = local.floats(2 * (panel + results)), *B = A + panel, *a = B + panel, *u = a + results;
+  for (int m = 0; m < group.count; m += kept) {
+    const int n = std::min(kept, group.count - m), i = group.first + m;
+    std::memset(a, 0, sizeof(float) * 2 * results);
+    for (int start = 0; start < K; start += PANEL_VALUES) {
+      const int stop = std::min(K, start + PANEL_VALUES);
+      kernels.panel(group.weight, first, start, stop, A);
+      kernels.matmul(x.values(i) + start, K, A, PANEL, a, PANEL, n, PANEL, stop - start);
+      if (!job.has_act()) continue;
+      kernels.panel(group.weight, job.out_dim + first, start, stop, B);
+      kernels.matmul(x.values(i) + start, K, B, PANEL, u, PANEL, n, PANEL, stop - start);
+    }
+    for (int j = 0; j < n; ++j)
+      job.finish(group.bias, a + size_t(j) * PANEL, u + size_t(j) * PANEL, first, R, i + j);
+  }
+}
+
+void compute(const Job& job) {
+  Prepared x(job);
+  struct Piece {
+    const Group* group;
+    int first, last;
+  };
+  std::vector<Piece> pieces;
+  for (const auto& group : job.groups) {
+    int step = PANEL;
+    if (!job.is_many(group)) {
+      // A multiple of 16 columns: a cache line of the result is one thread's.
+      step = std::max(16, PIECE / (group.count > MOST_ROWS ? 8 : 1) / job.K / 16 * 16);
+      int share = job.out_dim / Pool::get().size() / int(job.groups.size());
+      step = std::min(step, std::max(16, (share + 15) / 16 * 16));
+    }
+    for (int first = 0; first < job.out_dim; first += step)
+      pieces.push_back({&group, first, std::min(job.out_dim, first + step)});
+  }
+  Pool::get().run(int(pieces.size()), [&](int i) {
+    const auto& piece = pieces[i];
+    auto rows = job.is_many(*piece.group) ? many_rows : few_rows;
+    rows(job, *piece.group, x, piece.first, piece.last);
+  });
+}
+
+Scale scale_of(const mx::array& scales, Kind kind) {
+  if (scales.dtype() == mx::float32) return Scale::F32;
+  if (scales.dtype() == mx::bfloat16) return Scale::BF16;
+  if (scales.dtype() == mx::float16) return Scale::F16;
+  require(scales.dtype() == mx::uint8, "scales of that dtype are not known");
+  return kind == Kind::FP4 ? Scale::E4M3 : Scale::E8M0;
+}
+
+// The numbers of a weight: where its values lie is known when it is computed.
+Weight shape_of(const Weights& weights, int K) {
+  Weight p{};
+  p.kind = weights.kind;
+  p.group = weights.group;
+  p.K = K;
+  p.N = weights.w.shape(-2);
+  require(K % 32 == 0 && K > 0, "rows are no multiple of 32 values");
+  if (!is_packed(p.kind)) return p;
+  require(weights.scales.has_value(), "packed weights have scales");
+  require(int64_t(K) * bits_of(p.kind) == int64_t(weights.w.shape(-1)) * 32, "codes of other rows");
+  require(p.group >= 16 && K % p.group == 0, "groups do not divide rows");
+  require(K / p.group <= MOST_GROUPS, "rows have too many groups");
+  p.scale = scale_of(*weights.scales, p.kind);
+  // mxfp4 has groups of 32 with powers of two, nvfp4 of 16 with floats.
+  if (p.kind == Kind::FP4 && p.group == 32) p.scale = Scale::E8M0;
+  return p;
+}
+
+// Sets where the values of one expert lie, and takes the arrays that were used off `in`.
+struct Located {
+  Weight weight;
+  const float* bias;
+};
+Located locate(Weight p, const Arrays& in, size_t& at, bool has_biases, bool has_bias, int expert) {
+  const auto& w = in[at++];
+  const size_t bytes_of_rows = size_t(p.N) * p.K * bits_of(p.kind) / 8;
+  p.w = reinterpret_cast<const uint32_t*>(w.data<char>() + expert * bytes_of_rows);
+  if (is_packed(p.kind)) {
+    const auto& scales = in[at++];
+    const size_t bytes = size_t(p.N) * p.n_groups() * scales.itemsize() * expert;
+    p.scales = scales.data<char>() + bytes;
+    if (has_biases) p.biases = in[at++].data<char>() + bytes;
+  }
+  const float* bias = has_bias ? floats_of(in[at++]) + size_t(expert) * p.N : nullptr;
+  return {p, bias};
+}
+
+void add_weights(Inputs& in, const Weights& weights) {
+  in.arrays.push_back(weights.w);
+  in.add(weights.scales);
+  in.add(weights.biases);
+  in.add(weights.bias);
+}
+
+}  // namespace
+
+mx::array linear(const mx::array& x, const Weights& weights, const Maybe& norm, float eps,
+                 const Maybe& residual, Activation activation) {
+  require(x.dtype() == mx::float32 && x.ndim() >= 2, "x is no rows of float32");
+  const int K = x.shape(-1);
+  const Weight shape = shape_of(weights, K);
+  const int out_dim = activation.act == Act::NONE ? shape.N : shape.N / 2;
+  const bool has_biases = weights.biases.has_value(), has_bias = weights.bias.has_value();
+  const bool is_normed = eps >= 0, has_norm = norm.has_value(), has_residual = residual.has_value();
+  const bool is_chunk = x.shape(-2) > 1;
+  Inputs in({x});
+  add_weights(in, weights);
+  in.add(norm);
+  in.add(residual);
+  auto run = [=](const Arrays& in, mx::array& out) {
+    static thread_local Scratch of_x, of_residual;
+    size_t at = 1;
+    auto located = locate(shape, in, at, has_biases, has_bias, 0);
+    Job job{};
+    job.n_rows = int(in[0].size() / K);
+    if (!job.n_rows) return;
+    job.groups = {{located.weight, located.bias, 0, job.n_rows}};
+    job.x = dense(in[0], of_x);
+    job.K = K;
+    job.out_dim = out_dim;
+    job.is_normed = is_normed;
+    job.norm = has_norm ? floats_of(in[at++]) : nullptr;
+    job.eps = eps;
+    job.residual = has_residual ? dense(in[at++], of_residual) : nullptr;
+    job.activation = activation;
+    job.is_chunk = is_chunk;
+    job.out = floats_of(out);
+    compute(job);
+  };
+  auto out_shape = x.shape();
+  out_shape.back() = out_dim;
+  return operation("MlxkvLinear", out_shape,
+                   {double(shape.kind), double(shape.group), double(has_biases), double(has_bias),
+                    double(has_norm), eps, double(has_residual), double(activation.act)},
+                   run, in.arrays);
+}
+
+mx::array experts(const mx::array& x, const Weights& weights, const mx::array& chosen,
+                  Activation activation) {
+  require(x.dtype() == mx::float32, "x is not float32");
+  require(chosen.dtype() == mx::uint32 || chosen.dtype() == mx::int32, "experts are 32-bit integers");
+  const int K = x.shape(-1), k = chosen.shape(-1), E = weights.w.shape(0);
+  const Weight shape = shape_of(weights, K);
+  const int out_dim = activation.act == Act::NONE ? shape.N : shape.N / 2;
+  const bool has_biases = weights.biases.has_value(), has_bias = weights.bias.has_value();
+  const bool is_shared = x.size() / K * k == chosen.size();
+  require(is_shared || x.size() / K == chosen.size(), "rows and experts differ");
+  const bool is_chunk = chosen.ndim() > 1 && chosen.shape(-2) > 1;
+  Inputs in({x, chosen});
+  add_weights(in, weights);
+  auto run = [=](const Arrays& in, mx::array& out) {
+    static thread_local Scratch of_x, of_chosen;
+    const int n = int(in[1].size());
+    if (!n) return;
+    // Rows sorted by expert, those of one in their own order.
+    std::vector<int> of_row(n), first(E + 1), to(n), from(n);
+    const int32_t* experts = dense_of<int32_t>(in[1], of_chosen);
+    for (int i = 0; i < n; ++i) {
+      of_row[i] = std::clamp(experts[i], 0, E - 1);
+      ++first[of_row[i] + 1];
+    }
+    for (int e = 0; e < E; ++e) first[e + 1] += first[e];
+    auto next = first;
+    for (int i = 0; i < n; ++i) {
+      const int at = next[of_row[i]]++;
+      to[at] = i;
+      from[at] = is_shared ? i / k : i;
+    }
+    Job job{};
+    for (int e = 0; e < E; ++e) {
+      if (first[e + 1] == first[e]) continue;
+      size_t at = 2;
+      auto located = locate(shape, in, at, has_biases, has_bias, e);
+      job.groups.push_back({located.weight, located.bias, first[e], first[e + 1] - first[e]});
+    }
+    job.x = dense(in[0], of_x);
+    job.from = from.data();
+    job.to = to.data();
+    job.n_rows = n;
+    job.K = K;
+    job.out_dim = out_dim;
+    job.activation = activation;
+    job.is_chunk = is_chunk;
+    job.out = floats_of(out);
+    compute(job);
+  };
+  auto out_shape = chosen.shape();
+  out_shape.push_back(out_dim);
+  return operation("MlxkvExperts", out_shape,
+                   {double(shape.kind), double(shape.group), double(has_biases), double(has_bias),
+                    double(is_shared), double(activation.act)},
+                   run, in.arrays);
+}
