@@ -20,8 +20,9 @@ from mlxkv.kv.types import CacheSpec
 from mlxkv.memory.graph import Graph
 from mlxkv.memory.simulation import Memory
 from mlxkv.models.loader import Layout
+from mlxkv.nn import kernels
+from mlxkv.nn.kernels import settle
 from mlxkv.nn.layers import Prepared
-from mlxkv.nn.linear import split_products
 from mlxkv.nn.model import CausalLM
 from mlxkv.nn.moe import GatedExperts
 
@@ -58,7 +59,7 @@ def hollow(layout: Layout) -> CausalLM:
     for module in [m for m in model.modules() if isinstance(m, Prepared)]:
         module.prepare()
         module.update(tree_map(lambda x: hollow_array(x.shape, x.dtype), module.parameters()))
-    split_products(model)
+    settle(model, is_hollow=True)
     if not device.on_cpu():
         # Else they are broadcasts in each step's graph, which products copy. On the CPU backend
         # that copy stays: it makes up for tasks in flight that the trace misses. Without it tight
@@ -109,7 +110,7 @@ def _step(model: CausalLM, caches: Sequence[Cache], n_new: int, last: bool) -> H
         return [logits, *kept] if last else kept
 
     buffers = [buffer for cache in growing for buffer in cache.buffers]
-    with _traced(model):
+    with _traced(model), kernels.traced():
         graph = Graph.of(run, mx.zeros((1, n_new), mx.int32), *buffers)
     n_roots = 1 if last else len(graph.outputs)
     before = sum(graph.nbytes[name] for name in graph.inputs[1:])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import mlx.core as mx
@@ -11,7 +11,11 @@ from mlxkv.base import device
 from mlxkv.checkpoint.config import text_config
 from mlxkv.checkpoint.weights import Weights
 from mlxkv.errors import UsageError
+from mlxkv.nn import kernels
+from mlxkv.nn.encoders import encoder_of
+from mlxkv.nn.linear import Product
 from mlxkv.nn.model import CausalLM
+from mlxkv.nn.moe import ExpertLinear
 
 DTYPES: dict[str, mx.Dtype] = {
     "float32": mx.float32,
@@ -73,12 +77,24 @@ def in_dtype(
 ) -> dict[str, mx.array]:
     """A model's lazy weights in the dtypes they are kept in, where `dtype` is computed in."""
     exact = scale_dtypes(weights, dtype)
+    as_they_are = _taken_by_kernels(model, weights) if dtype == mx.float32 else frozenset()
     return {
         name: array
-        if model.keeps_dtype(name) or not is_float(array)
+        if model.keeps_dtype(name) or not is_float(array) or name in as_they_are
         else array.astype(exact.get(name, dtype))
         for name, array in weights.items()
     }
+
+
+def _taken_by_kernels(model: CausalLM, weights: Mapping[str, mx.array]) -> Collection[str]:
+    """Weights and scales of products, whose kernels read 16 bits."""
+    found = []
+    for at, module in model.weights_root().named_modules():
+        if encoder_of(at) is None and isinstance(module, Product | ExpertLinear):
+            names = (f"{at}.{name}" for name in ("weight", "scales", "biases"))
+            if kernels.takes(module):
+                found += [name for name in names if name in weights]
+    return frozenset(found)
 
 
 def is_float(array: mx.array) -> bool:

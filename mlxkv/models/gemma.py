@@ -14,7 +14,8 @@ from mlxkv.checkpoint import tensor_names
 from mlxkv.checkpoint.config import Fields, refuse_bidirectional
 from mlxkv.checkpoint.rope_config import rope_config
 from mlxkv.kv.layout import LayerCache, Mask
-from mlxkv.nn.decoder_model import Attention, DecoderModel, GroupedConfig, TwoNorms, grouped_fields
+from mlxkv.nn import decoder_model
+from mlxkv.nn.decoder_model import Attention, DecoderModel, GroupedConfig, grouped_fields
 from mlxkv.nn.layers import OffsetRMSNorm, residual
 
 DEFAULTS = {
@@ -52,12 +53,14 @@ class Config(GroupedConfig):
         )
 
 
-class Layer(TwoNorms):
+class Layer(decoder_model.Layer):
     """x + attention(norm(x)), and the same with the MLP, within float16's range."""
 
     def __call__(self, x: mx.array, mask: Mask, cache: LayerCache | None) -> mx.array:
-        x = residual(x, self["self_attn"](self["input_layernorm"](x), mask, cache))
-        return residual(x, self["mlp"](self["post_attention_layernorm"](x)))
+        if x.dtype != mx.float16:
+            return super().__call__(x, mask, cache)
+        x = residual(x, self["self_attn"](x, mask, cache, self["input_layernorm"]))
+        return residual(x, self["mlp"](x, self["post_attention_layernorm"]))
 
 
 class Model(DecoderModel):

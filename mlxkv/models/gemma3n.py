@@ -23,7 +23,7 @@ from mlxkv.models.gemma3n_vision import VisionTower, channels_last
 from mlxkv.models.gemma_audio import audio_names
 from mlxkv.models.gemma_audio_config import Gemma3nAudio
 from mlxkv.nn.encoders import AUDIO, IMAGE
-from mlxkv.nn.layers import GatedMLP, compiled, gated
+from mlxkv.nn.layers import Gate, GatedMLP, RMSNorm, compiled, gated
 from mlxkv.nn.linear import Linear
 from mlxkv.nn.model import Embedded, Media, placed
 from mlxkv.nn.shared_kv import KeysValues, PerLayerBackbone, PerLayerNorms, SharedKVModel
@@ -40,7 +40,7 @@ class MLP(GatedMLP):
         super().__init__(dim, hidden_dim, activation)
         if sparsity:
             n_deviations, plain = NormalDist().inv_cdf(sparsity), gated(activation)
-            self._gated = lambda gate, up: plain(above(gate, n_deviations), up)
+            self._gated = Gate(lambda gate, up: plain(above(gate, n_deviations), up))
 
 
 def above(x: mx.array, n_deviations: float) -> mx.array:
@@ -70,7 +70,7 @@ class Laurel(nn.Module):
         E = config.hidden_size
         self.linear_left = Linear(E, config.laurel_rank, bias=False)
         self.linear_right = Linear(config.laurel_rank, E, bias=False)
-        self.post_laurel_norm = nn.RMSNorm(E, config.rms_norm_eps)
+        self.post_laurel_norm = RMSNorm(E, config.rms_norm_eps)
 
     def __call__(self, x: mx.array) -> mx.array:
         return x + self["post_laurel_norm"](self["linear_right"](self["linear_left"](x)))

@@ -6,7 +6,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxkv.models.gemma3n_config import Config
-from mlxkv.nn.layers import compiled
+from mlxkv.nn.layers import RMSNorm, compiled
 from mlxkv.nn.linear import Linear
 
 
@@ -26,7 +26,7 @@ class AltUp(nn.Module):
         self.correction_coefs = Linear(A, A, bias=False)
         self.prediction_coefs = Linear(A, A * A, bias=False)
         self.modality_router = Linear(E, A, bias=False)
-        self.router_norm = nn.RMSNorm(E, config.rms_norm_eps)
+        self.router_norm = RMSNorm(E, config.rms_norm_eps)
 
     def modalities(self, x: mx.array) -> mx.array:
         """What the coefficients depend on, `[B, L, A]` of x `[B, L, E]`."""

@@ -17,7 +17,7 @@ from mlxkv.models.gemma_audio import (
     frames,
 )
 from mlxkv.models.gemma_audio_config import Gemma3nAudio
-from mlxkv.nn.layers import compiled
+from mlxkv.nn.layers import RMSNorm, compiled
 from mlxkv.nn.linear import Linear
 
 
@@ -107,7 +107,7 @@ class Gemma3nAttention(Bounding):
         E = config.hidden_size
         self.attn = Gemma3nHeads(config)
         self.post = Linear(E, E, bias=False)
-        self.pre_attn_norm, self.post_norm = nn.RMSNorm(E, 1e-6), nn.RMSNorm(E, 1e-6)
+        self.pre_attn_norm, self.post_norm = RMSNorm(E, 1e-6), RMSNorm(E, 1e-6)
 
     def __call__(self, x: mx.array, frames: Frames) -> mx.array:
         r = self["attn"].attended(self["pre_attn_norm"](self.bounded(x)), frames)
@@ -122,7 +122,7 @@ class Gemma3nBlock(Bounding):
         self.ffw_layer_start, self.ffw_layer_end = FeedForward(config), FeedForward(config)
         self.attention = Gemma3nAttention(config)
         self.lconv1d = LightConvolution(config)
-        self.norm = nn.RMSNorm(config.hidden_size, 1e-6)
+        self.norm = RMSNorm(config.hidden_size, 1e-6)
 
     def __call__(self, x: mx.array, frames: Frames) -> mx.array:
         x = self["lconv1d"](self["attention"](self["ffw_layer_start"](x), frames))

@@ -6,9 +6,8 @@ Reference: transformers `Gemma3nMultimodalEmbedder`.
 from __future__ import annotations
 
 import mlx.core as mx
-import mlx.nn as nn
 
-from mlxkv.nn.layers import Prepared
+from mlxkv.nn.layers import Prepared, RMSNorm
 from mlxkv.nn.linear import Embedding, Linear
 
 
@@ -30,8 +29,8 @@ class Embedder(Prepared):
         super().__init__()
         self._first, self._n_tokens, self._eps = first, n_tokens, eps
         self.embedding = Embedding(n_tokens, width)
-        self.hard_embedding_norm = nn.RMSNorm(width, eps)
-        self.soft_embedding_norm = nn.RMSNorm(width, eps)
+        self.hard_embedding_norm = RMSNorm(width, eps)
+        self.soft_embedding_norm = RMSNorm(width, eps)
         self.embedding_projection = Linear(width, hidden_size, bias=False)
 
     def prepare(self) -> None:

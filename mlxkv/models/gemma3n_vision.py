@@ -15,7 +15,7 @@ import mlx.nn as nn
 
 from mlxkv.models.gemma3n_config import VisionConfig
 from mlxkv.nn.encoder_attention import attend_all
-from mlxkv.nn.layers import compiled, gelu_tanh
+from mlxkv.nn.layers import RMSNorm, compiled, gelu_tanh
 
 STEM_CHANNELS = 64
 OUT_CHANNELS = 2048
@@ -125,7 +125,7 @@ class ConvNorm(nn.Module):
     def __init__(self, conv: Conv, activates: bool = False):
         super().__init__()
         self.conv = conv
-        self.bn = nn.RMSNorm(conv["weight"].shape[0], EPS)
+        self.bn = RMSNorm(conv["weight"].shape[0], EPS)
         self._activates = activates
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -153,9 +153,9 @@ class EdgeBlock(nn.Module):
         middle = divisible(channels * 4)
         self._skips = channels == block.channels and block.stride == 1
         self.conv_exp = Conv(channels, middle, 3, block.stride)
-        self.bn1 = nn.RMSNorm(middle, EPS)
+        self.bn1 = RMSNorm(middle, EPS)
         self.conv_pwl = Conv(middle, block.channels)
-        self.bn2 = nn.RMSNorm(block.channels, EPS)
+        self.bn2 = RMSNorm(block.channels, EPS)
 
     def __call__(self, x: mx.array) -> mx.array:
         y = _gelu(self["bn1"](self["conv_exp"](x)))
@@ -201,7 +201,7 @@ class Projection(nn.Module):
         super().__init__()
         if down > 1:
             self.down_conv = Conv(channels, channels, 3, down, by_channel=True)
-            self.norm = nn.RMSNorm(channels, EPS)
+            self.norm = RMSNorm(channels, EPS)
         self.proj = Conv(channels, out_channels)
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -231,7 +231,7 @@ class MultiQueryAttention(nn.Module):
 class AttentionBlock(nn.Module):
     def __init__(self, channels: int, block: MultiQuery):
         super().__init__()
-        self.norm = nn.RMSNorm(channels, EPS)
+        self.norm = RMSNorm(channels, EPS)
         self.attn = MultiQueryAttention(channels, block)
         self.layer_scale = LayerScale(block.channels)
 
@@ -253,7 +253,7 @@ class Adapter(nn.Module):
         super().__init__()
         self._resolution = resolution
         self.ffn = InvertedBlock(channels, Inverted(OUT_CHANNELS, 0, expand=2.0), scaled=False)
-        self.norm = nn.RMSNorm(OUT_CHANNELS, EPS)
+        self.norm = RMSNorm(OUT_CHANNELS, EPS)
 
     def __call__(self, fine: mx.array, coarse: mx.array) -> mx.array:
         _, H, W, _ = fine.shape

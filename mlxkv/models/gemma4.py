@@ -25,7 +25,7 @@ from mlxkv.models.gemma_audio_config import Gemma4Audio
 from mlxkv.models.gemma_vision import RowProjection, VisionEmbedder, VitTower, vit_names
 from mlxkv.models.gemma_vision_config import VitConfig
 from mlxkv.nn.encoders import AUDIO, IMAGE
-from mlxkv.nn.layers import GatedMLP, Prepared, compiled, gated
+from mlxkv.nn.layers import GatedMLP, Prepared, RMSNorm, compiled, gated
 from mlxkv.nn.linear import Linear
 from mlxkv.nn.model import Embedded
 from mlxkv.nn.moe import GatedExperts, weighed
@@ -60,7 +60,7 @@ class Layer(PerLayerNorms):
         return _scaled_sum(x, r, self["layer_scalar"]), used
 
     def _feed_forward(self, x: mx.array) -> mx.array:
-        return self["mlp"](self["pre_feedforward_layernorm"](x))
+        return self["mlp"](x, self["pre_feedforward_layernorm"])
 
 
 @compiled
@@ -117,9 +117,9 @@ class ExpertsLayer(Layer):
         E, eps = config.hidden_size, config.rms_norm_eps
         self.router = Router(config)
         self.experts = Experts(config)
-        self.post_feedforward_layernorm_1 = nn.RMSNorm(E, eps)
-        self.post_feedforward_layernorm_2 = nn.RMSNorm(E, eps)
-        self.pre_feedforward_layernorm_2 = nn.RMSNorm(E, eps)
+        self.post_feedforward_layernorm_1 = RMSNorm(E, eps)
+        self.post_feedforward_layernorm_2 = RMSNorm(E, eps)
+        self.pre_feedforward_layernorm_2 = RMSNorm(E, eps)
 
     def _feed_forward(self, x: mx.array) -> mx.array:
         shared = self["post_feedforward_layernorm_1"](super()._feed_forward(x))

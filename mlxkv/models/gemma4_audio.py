@@ -19,6 +19,7 @@ from mlxkv.models.gemma_audio import (
     linear,
 )
 from mlxkv.models.gemma_audio_config import Gemma4Audio
+from mlxkv.nn.layers import RMSNorm
 from mlxkv.nn.linear import Linear
 
 
@@ -48,7 +49,7 @@ class Gemma4Block(Bounding):
         self.self_attn = Gemma4Attention(config)
         self.lconv1d = LightConvolution(config)
         for name in ("norm_pre_attn", "norm_post_attn", "norm_out"):
-            self[name] = nn.RMSNorm(E, 1e-6)
+            self[name] = RMSNorm(E, 1e-6)
 
     def __call__(self, x: mx.array, frames: Frames) -> mx.array:
         x = self["feed_forward1"](x)

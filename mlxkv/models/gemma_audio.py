@@ -18,7 +18,7 @@ import mlx.nn as nn
 from mlxkv.base import device
 from mlxkv.models.gemma_audio_config import ConformerConfig, Gemma4Audio, RawAudio, Span
 from mlxkv.models.gemma_vision import BOUNDS, ClippableLinear
-from mlxkv.nn.layers import ACTIVATIONS, compiled, on_halves, soft_cap
+from mlxkv.nn.layers import ACTIVATIONS, RMSNorm, compiled, on_halves, soft_cap
 from mlxkv.nn.linear import Linear
 
 QUERY_SCALE, KEY_SCALE = 1 / math.log(2), math.log(1 + math.e) / math.log(2)
@@ -77,10 +77,10 @@ class FeedForward(Bounding):
         E = config.hidden_size
         self._activation = _activation(config)
         self._weight = config.residual_weight
-        self.pre_layer_norm = nn.RMSNorm(E, 1e-6)
+        self.pre_layer_norm = RMSNorm(E, 1e-6)
         self.ffw_layer_1 = linear(config, E, 4 * E)
         self.ffw_layer_2 = linear(config, 4 * E, E)
-        self.post_layer_norm = nn.RMSNorm(E, 1e-6)
+        self.post_layer_norm = RMSNorm(E, 1e-6)
 
     def __call__(self, x: mx.array) -> mx.array:
         r = self["ffw_layer_1"](self["pre_layer_norm"](self.bounded(x)))
@@ -95,10 +95,10 @@ class LightConvolution(Bounding):
         super().__init__(config)
         E, K, eps = config.hidden_size, config.conv_kernel_size, config.rms_norm_eps
         self._activation = _activation(config)
-        self.pre_layer_norm = nn.RMSNorm(E, eps)
+        self.pre_layer_norm = RMSNorm(E, eps)
         self.linear_start = linear(config, E, 2 * E)
         self.depthwise_conv1d = nn.Conv1d(E, E, K, groups=E, bias=False)
-        self.conv_norm = nn.RMSNorm(E, eps)
+        self.conv_norm = RMSNorm(E, eps)
         self.linear_end = linear(config, E, E)
 
     def __call__(self, x: mx.array) -> mx.array:

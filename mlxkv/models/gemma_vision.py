@@ -14,7 +14,16 @@ import mlx.nn as nn
 from mlxkv.models.gemma_audio_config import Gemma4Audio, RawAudio
 from mlxkv.models.gemma_vision_config import EmbedderConfig, VitConfig
 from mlxkv.nn.encoder_attention import attend_all
-from mlxkv.nn.layers import Fusing, NormedHeads, compiled, gated, merge_heads, on_halves, residual
+from mlxkv.nn.layers import (
+    Fusing,
+    NormedHeads,
+    RMSNorm,
+    compiled,
+    gated,
+    merge_heads,
+    on_halves,
+    residual,
+)
 from mlxkv.nn.linear import Linear
 
 BOUNDS = ("input_min", "input_max", "output_min", "output_max")
@@ -105,8 +114,8 @@ class VitAttention(Clipping, NormedHeads):
         self.k_proj = ClippableLinear(E, self.n_kv_heads * D, c.use_clipped_linears)
         self.v_proj = ClippableLinear(E, self.n_kv_heads * D, c.use_clipped_linears)
         self.o_proj = ClippableLinear(self.n_heads * D, E, c.use_clipped_linears)
-        self.q_norm = nn.RMSNorm(D, c.rms_norm_eps)
-        self.k_norm = nn.RMSNorm(D, c.rms_norm_eps)
+        self.q_norm = RMSNorm(D, c.rms_norm_eps)
+        self.k_norm = RMSNorm(D, c.rms_norm_eps)
 
     def __call__(self, x: mx.array, positions: mx.array) -> mx.array:
         H, Hk = self.n_heads, self.n_kv_heads
@@ -157,10 +166,10 @@ class VitLayer(nn.Module):
         E, eps = config.hidden_size, config.rms_norm_eps
         self.self_attn = VitAttention(config)
         self.mlp = VitMLP(config)
-        self.input_layernorm = nn.RMSNorm(E, eps)
-        self.post_attention_layernorm = nn.RMSNorm(E, eps)
-        self.pre_feedforward_layernorm = nn.RMSNorm(E, eps)
-        self.post_feedforward_layernorm = nn.RMSNorm(E, eps)
+        self.input_layernorm = RMSNorm(E, eps)
+        self.post_attention_layernorm = RMSNorm(E, eps)
+        self.pre_feedforward_layernorm = RMSNorm(E, eps)
+        self.post_feedforward_layernorm = RMSNorm(E, eps)
 
     def __call__(self, x: mx.array, positions: mx.array) -> mx.array:
         r = self["self_attn"](self["input_layernorm"](x), positions)

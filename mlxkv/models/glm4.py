@@ -17,7 +17,7 @@ from mlxkv.checkpoint.config import Fields
 from mlxkv.checkpoint.rope_config import rope_config
 from mlxkv.kv.layout import LayerCache, Mask
 from mlxkv.nn.decoder_model import Attention, DecoderModel, GroupedConfig, Layer, grouped_fields
-from mlxkv.nn.layers import gated, on_halves
+from mlxkv.nn.layers import RMSNorm, gated, gated_product
 from mlxkv.nn.linear import Linear
 
 DEFAULTS = {"partial_rotary_factor": 0.5, "head_dim": 128, "attention_bias": True}
@@ -52,8 +52,11 @@ class MLP(nn.Module):
         self.down_proj = Linear(hidden, E, bias=False)
         self._gated = gated(config.hidden_act)
 
-    def __call__(self, x: mx.array) -> mx.array:
-        return self["down_proj"](on_halves(self._gated, self["gate_up_proj"](x)))
+    def __call__(
+        self, x: mx.array, norm: nn.Module | None = None, plus: mx.array | None = None
+    ) -> mx.array:
+        between = gated_product(self["gate_up_proj"], self._gated, x, norm)
+        return self["down_proj"](between, plus=plus)
 
 
 class PostNormLayer(Layer):
@@ -62,13 +65,13 @@ class PostNormLayer(Layer):
     def __init__(self, config: Config, attention: nn.Module, mlp: nn.Module):
         super().__init__(config, attention, mlp)
         E, eps = config.hidden_size, config.rms_norm_eps
-        self.post_self_attn_layernorm = nn.RMSNorm(E, eps)
-        self.post_mlp_layernorm = nn.RMSNorm(E, eps)
+        self.post_self_attn_layernorm = RMSNorm(E, eps)
+        self.post_mlp_layernorm = RMSNorm(E, eps)
 
     def __call__(self, x: mx.array, mask: Mask, cache: LayerCache | None) -> mx.array:
-        r = self["self_attn"](self["input_layernorm"](x), mask, cache)
+        r = self["self_attn"](x, mask, cache, self["input_layernorm"])
         x = x + self["post_self_attn_layernorm"](r)
-        r = self["mlp"](self["post_attention_layernorm"](x))
+        r = self["mlp"](x, self["post_attention_layernorm"])
         return x + self["post_mlp_layernorm"](r)
 
 

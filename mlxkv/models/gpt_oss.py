@@ -18,9 +18,9 @@ from mlxkv.checkpoint import tensor_names
 from mlxkv.checkpoint.config import Fields
 from mlxkv.checkpoint.rope_config import rope_config
 from mlxkv.errors import WeightsError
-from mlxkv.nn import decoder_model
+from mlxkv.nn import decoder_model, kernels
 from mlxkv.nn.decoder_model import DecoderModel, GroupedConfig, Layer, grouped_fields, layer_windows
-from mlxkv.nn.layers import compiled
+from mlxkv.nn.layers import Gate, compiled
 from mlxkv.nn.linear import Linear
 from mlxkv.nn.moe import GatedExperts, weighed
 
@@ -82,14 +82,14 @@ class Attention(decoder_model.Attention):
         self.sinks = mx.zeros((self.n_heads,))
 
 
-def clamped_swiglu(alpha: float, limit: float):
+def clamped_swiglu(alpha: float, limit: float) -> Gate:
     """(gate, up) -> (up + 1) * gate * sigmoid(alpha * gate), both held within the limit."""
 
     def activation(gate: mx.array, up: mx.array) -> mx.array:
         gate, up = mx.minimum(gate, limit), mx.clip(up, -limit, limit)
         return (up + 1) * gate * mx.sigmoid(alpha * gate)
 
-    return compiled(activation)
+    return Gate(compiled(activation), kernels.clamped(alpha, limit))
 
 
 class MoE(nn.Module):
@@ -107,12 +107,16 @@ class MoE(nn.Module):
             bias=True,
         )
 
-    def __call__(self, x: mx.array) -> mx.array:
+    def __call__(
+        self, x: mx.array, norm: nn.Module | None = None, plus: mx.array | None = None
+    ) -> mx.array:
+        x = x if norm is None else norm(x)
         logits = self["router"](x)
         experts = mx.argpartition(logits, kth=-self._k, axis=-1)[..., -self._k :]
         chosen = mx.take_along_axis(logits, experts, axis=-1)
         weights = mx.softmax(chosen, axis=-1, precise=True)  # [B, L, k]
-        return weighed(self["experts"](x, experts), weights)
+        y = weighed(self["experts"](x, experts), weights)
+        return y if plus is None else plus + y
 
 
 class Model(DecoderModel):

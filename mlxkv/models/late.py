@@ -16,8 +16,8 @@ from mlxkv.errors import WeightsError
 from mlxkv.models import Family
 from mlxkv.models.dtypes import in_dtype
 from mlxkv.nn.encoders import ENCODERS, encoder_of, placeholder
+from mlxkv.nn.kernels import settle
 from mlxkv.nn.layers import Prepared
-from mlxkv.nn.linear import split_products
 from mlxkv.nn.model import CausalLM
 
 Stamps = Mapping[Path, tuple[int, int]]
@@ -86,7 +86,7 @@ def _settle(encoder: nn.Module) -> None:
     for module in [m for m in encoder.modules() if isinstance(m, Prepared)]:
         module.prepare()
         mx.eval(module.parameters())
-    split_products(encoder)
+    settle(encoder)
     encoder.eval()
     mx.clear_cache()
 

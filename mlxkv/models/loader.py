@@ -30,8 +30,9 @@ from mlxkv.models import Family, family_for
 from mlxkv.models.dtypes import checkpoint_dtype, compute_dtype, in_dtype, is_float, scale_dtypes
 from mlxkv.models.late import EncoderWeights, stamps_of
 from mlxkv.nn.encoders import Waiting, encoder_of, placeholder
+from mlxkv.nn.kernels import settle
 from mlxkv.nn.layers import Prepared
-from mlxkv.nn.linear import QuantizedEmbedding, split_products
+from mlxkv.nn.linear import QuantizedEmbedding
 from mlxkv.nn.model import CausalLM
 
 STEP_BYTES = 64 << 20
@@ -369,5 +370,5 @@ def _settling(model: CausalLM) -> Iterator[None]:
             n_bytes = 0
             yield
         del array
-    split_products(model)
+    settle(model)
     mx.clear_cache()

@@ -16,6 +16,7 @@ from mlxkv.checkpoint.config import Fields, text_config
 from mlxkv.checkpoint.rope_config import RopeConfig
 from mlxkv.kv.layout import Caches, LayerCache, Mask, Offset
 from mlxkv.kv.types import CacheSpec
+from mlxkv.nn import kernels
 from mlxkv.nn.attention import attend
 from mlxkv.nn.layers import (
     ACTIVATIONS,
@@ -23,8 +24,8 @@ from mlxkv.nn.layers import (
     GatedMLP,
     NormedHeads,
     OffsetRMSNorm,
+    RMSNorm,
     merge_heads,
-    residual,
     soft_cap,
     split_heads,
 )
@@ -53,7 +54,7 @@ class DecoderConfig:
         final_logit_softcapping: the cap on the logits (`soft_cap`); None for none.
     """
 
-    norm: ClassVar[type[nn.RMSNorm] | type[OffsetRMSNorm]] = nn.RMSNorm
+    norm: ClassVar[type[RMSNorm] | type[OffsetRMSNorm]] = RMSNorm
     scales_embedding: ClassVar[bool] = False
 
     model_type: str
@@ -196,7 +197,7 @@ def layer_windows(fields: Fields, slides: Callable[[int], bool]) -> tuple[int | 
     return tuple(window if kind == SLIDING else None for kind in types)
 
 
-class Attention(Fusing):
+class Attention(kernels.Settled, Fusing):
     """Grouped-query attention with rotary positions."""
 
     fusions: ClassVar = {"qkv_proj": ("q_proj", "k_proj", "v_proj")}
@@ -212,18 +213,33 @@ class Attention(Fusing):
         self.o_proj = Linear(self.n_heads * D, E, bias=bias and config.out_bias)
         self._rope = RoPE(config.rope_of(window), config.rope_traditional, D)
 
-    def __call__(self, x: mx.array, mask: Mask, cache: LayerCache | None) -> mx.array:
-        q, k, v = self.heads(x, 0 if cache is None else cache.offset)
+    def __call__(
+        self,
+        x: mx.array,
+        mask: Mask,
+        cache: LayerCache | None,
+        norm: nn.Module | None = None,
+        plus: mx.array | None = None,
+    ) -> mx.array:
+        """Attention of x, or of norm(x), plus `plus`."""
+        q, k, v = self.heads(x, 0 if cache is None else cache.offset, norm)
         if cache is not None:
             k, v = cache.update(k, v)
-        out = attend(q, k, v, self.scale, mask, self.get("sinks"), self.softcap)
-        return self["o_proj"](merge_heads(out))
+        how = self.scale, mask, self.get("sinks"), self.softcap
+        out = kernels.attended(q, k, v, *how) if self.uses_kernels else None
+        if out is None:
+            out = merge_heads(attend(q, k, v, *how))
+        return self["o_proj"](out, plus=plus)
 
-    def heads(self, x: mx.array, offset: Offset) -> tuple[mx.array, mx.array, mx.array]:
-        """Queries `[B, H, L, D]`, keys and values `[B, Hk, L, D]`."""
+    def heads(
+        self, x: mx.array, offset: Offset, norm: nn.Module | None = None
+    ) -> tuple[mx.array, mx.array, mx.array]:
+        """Queries `[B, H, L, D]`, keys and values `[B, Hk, L, D]`, of x or norm(x)."""
         H, Hk = self.n_heads, self.n_kv_heads
-        qkv = split_heads(self.project("qkv_proj", x), H + 2 * Hk)
-        return self["_rope"].of_qkv(qkv, H, Hk, offset)
+        qkv = self.project("qkv_proj", x, norm)
+        if self.uses_kernels and (turned := self["_rope"].of_rows(qkv, H, Hk, offset)) is not None:
+            return turned
+        return self["_rope"].of_qkv(split_heads(qkv, H + 2 * Hk), H, Hk, offset)
 
 
 class NormedAttention(Attention, NormedHeads):
@@ -235,10 +251,17 @@ class NormedAttention(Attention, NormedHeads):
         self.q_norm = config.norm(config.head_dim, self._eps)
         self.k_norm = config.norm(config.head_dim, self._eps)
 
-    def heads(self, x: mx.array, offset: Offset) -> tuple[mx.array, mx.array, mx.array]:
+    def heads(
+        self, x: mx.array, offset: Offset, norm: nn.Module | None = None
+    ) -> tuple[mx.array, mx.array, mx.array]:
         B, L, _ = x.shape
         H, Hk = self.n_heads, self.n_kv_heads
-        qkv = self.project("qkv_proj", x).reshape(B, L, H + 2 * Hk, -1)
+        qkv = self.project("qkv_proj", x, norm)
+        if self.uses_kernels:
+            norms = self["q_norm"], self["k_norm"]
+            if (turned := self["_rope"].of_rows(qkv, H, Hk, offset, norms)) is not None:
+                return turned
+        qkv = qkv.reshape(B, L, H + 2 * Hk, -1)
         qk, _ = self.normed(qkv, self._eps)
         qk = self["_rope"](qk.transpose(0, 2, 1, 3), offset)
         q, k = mx.split(qk, (H,), axis=1)  # [B, H, L, D], [B, Hk, L, D]
@@ -249,8 +272,9 @@ class TwoNorms(nn.Module):
     """The modules of a layer with a norm before attention and MLP.
 
     Args:
-        attention: a callable of (x, mask, cache).
-        mlp: a callable of x; None for a `GatedMLP` of the config's sizes.
+        attention: a callable of (x, mask, cache), with a norm of x and what is added to the result
+            as optional arguments.
+        mlp: a callable of x, with the same; None for a `GatedMLP` of the config's sizes.
     """
 
     def __init__(self, config: DecoderConfig, attention: nn.Module, mlp: nn.Module | None = None):
@@ -268,8 +292,8 @@ class Layer(TwoNorms):
     """x + attention(norm(x)), and the same with an MLP."""
 
     def __call__(self, x: mx.array, mask: Mask, cache: LayerCache | None) -> mx.array:
-        x = x + self["self_attn"](self["input_layernorm"](x), mask, cache)
-        return x + self["mlp"](self["post_attention_layernorm"](x))
+        x = self["self_attn"](x, mask, cache, self["input_layernorm"], x)
+        return self["mlp"](x, self["post_attention_layernorm"], x)
 
 
 class FourNorms(TwoNorms):
@@ -286,10 +310,10 @@ class FourNormLayer(FourNorms):
     """x + norm(attention(norm(x))), and the same with the MLP, within float16's range."""
 
     def __call__(self, x: mx.array, mask: Mask, cache: LayerCache | None) -> mx.array:
-        r = self["self_attn"](self["input_layernorm"](x), mask, cache)
-        x = residual(x, self["post_attention_layernorm"](r))
-        r = self["mlp"](self["pre_feedforward_layernorm"](x))
-        return residual(x, self["post_feedforward_layernorm"](r))
+        r = self["self_attn"](x, mask, cache, self["input_layernorm"])
+        x = self["post_attention_layernorm"](r, x)
+        r = self["mlp"](x, self["pre_feedforward_layernorm"])
+        return self["post_feedforward_layernorm"](r, x)
 
 
 class Backbone(nn.Module):

@@ -21,7 +21,7 @@ from mlxkv.kv.layout import LayerCache, Mask
 from mlxkv.kv.storage import KV, Ragged, dense, leading
 from mlxkv.nn.attention import attend
 from mlxkv.nn.decoder_model import DecoderConfig, decoder_fields
-from mlxkv.nn.layers import Fusing
+from mlxkv.nn.layers import Fusing, RMSNorm
 from mlxkv.nn.linear import DENSE_ROWS, Linear, Quantizable, QuantizedStack, product_dtype
 from mlxkv.nn.rope import RoPE, yarn_mscale
 
@@ -137,7 +137,7 @@ class LatentAttention(Fusing):
         self._config, self._scale = c, _scale(c)
         self.make_queries(c)
         self.kv_a_proj_with_mqa = Linear(E, c.latent_dim, bias=c.attention_bias)
-        self.kv_a_layernorm = nn.RMSNorm(c.kv_lora_rank, LATENT_NORM_EPS)
+        self.kv_a_layernorm = RMSNorm(c.kv_lora_rank, LATENT_NORM_EPS)
         self.embed_q = HeadLinear(c.qk_nope_head_dim, c.kv_lora_rank, H)
         self.unembed_out = HeadLinear(c.kv_lora_rank, c.v_head_dim, H)
         self.o_proj = Linear(H * c.v_head_dim, E, bias=c.attention_bias)
@@ -149,7 +149,7 @@ class LatentAttention(Fusing):
         assert rank is not None
         self.n_queries = rank
         self.q_a_proj = Linear(c.hidden_size, rank, bias=c.attention_bias)
-        self.q_a_layernorm = nn.RMSNorm(rank, LATENT_NORM_EPS)
+        self.q_a_layernorm = RMSNorm(rank, LATENT_NORM_EPS)
         self.q_b_proj = Linear(rank, c.num_attention_heads * c.q_dim, bias=False)
 
     def queries(self, x: mx.array) -> mx.array:
@@ -157,7 +157,15 @@ class LatentAttention(Fusing):
         # Flat: a product copies a part of one row, which has the whole row's stride.
         return self["q_b_proj"](self["q_a_layernorm"](x.flatten(0, -2)))
 
-    def __call__(self, x: mx.array, mask: Mask, cache: LayerCache | None) -> mx.array:
+    def __call__(
+        self,
+        x: mx.array,
+        mask: Mask,
+        cache: LayerCache | None,
+        norm: nn.Module | None = None,
+        plus: mx.array | None = None,
+    ) -> mx.array:
+        x = x if norm is None else norm(x)
         B, L, _ = x.shape
         c, R = self._config, self._config.kv_lora_rank
         offset = 0 if cache is None else cache.offset
@@ -175,7 +183,7 @@ class LatentAttention(Fusing):
             out = self._expanded(q, q_rope, dense(kv), mask)
         else:
             out = self._absorbed(q, q_rope, kv, mask)
-        return self["o_proj"](out.transpose(0, 2, 1, 3).reshape(B, L, -1))
+        return self["o_proj"](out.transpose(0, 2, 1, 3).reshape(B, L, -1), plus=plus)
 
     def _absorbed(self, q: mx.array, q_rope: mx.array, kv: KV, mask: Mask) -> mx.array:
         q = mx.concatenate([self["embed_q"](q), q_rope], axis=-1)  # [B, H, L, latent]

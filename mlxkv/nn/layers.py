@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import ClassVar, ParamSpec, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlxkv.base import device
+from mlxkv.nn import kernels
 from mlxkv.nn.linear import Linear, fused
 
 P = ParamSpec("P")
@@ -58,10 +60,26 @@ ACTIVATIONS: dict[str, Callable[[mx.array], mx.array]] = {
 """`hidden_act` of config.json -> function; a family may map a name to another form."""
 
 
-def gated(activation: str) -> Callable[[mx.array, mx.array], mx.array]:
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """(gate, up) -> the input of a down projection.
+
+    Args:
+        function: computes it.
+        act: how the kernels name it; None if they do not have it.
+    """
+
+    function: Callable[[mx.array, mx.array], mx.array]
+    act: kernels.Act | None = None
+
+    def __call__(self, gate: mx.array, up: mx.array) -> mx.array:
+        return self.function(gate, up)
+
+
+def gated(activation: str) -> Gate:
     """(gate, up) -> activation(gate) * up."""
     function = ACTIVATIONS[activation]
-    return compiled(lambda gate, up: function(gate) * up)
+    return Gate(compiled(lambda gate, up: function(gate) * up), kernels.ACTS.get(activation))
 
 
 def soft_cap(x: mx.array, cap: float | None) -> mx.array:
@@ -121,11 +139,12 @@ class Fusing(Prepared):
         """One projection with the rows of `parts`; None where that is not possible."""
         return fused(parts)
 
-    def project(self, name: str, x: mx.array) -> mx.array:
-        """The parts' results side by side, `[B, L, sum of their sizes]`."""
+    def project(self, name: str, x: mx.array, norm: nn.Module | None = None) -> mx.array:
+        """The parts' results of x, or of norm(x), side by side, `[B, L, sum of their sizes]`."""
         whole = self.get(name)
         if whole is not None and name not in self.partly:
-            return whole(x)
+            return whole(x) if norm is None else whole(x, norm)
+        x = x if norm is None else norm(x)
         first = [] if whole is None else [whole(x)]
         apart = (part for part in self.fusions[name] if part in self)
         return mx.concatenate([*first, *(self[part](x) for part in apart)], axis=-1)
@@ -154,6 +173,15 @@ def on_halves(function: Callable[[mx.array, mx.array], mx.array], rows: mx.array
         return function(*mx.split(rows, 2, axis=-1))
     first, second = mx.split(mx.unflatten(rows, -1, (2, -1)), 2, axis=-2)
     return function(first, second).flatten(-2)
+
+
+def gated_product(
+    gate_up: nn.Module, gate: Gate, x: mx.array, norm: nn.Module | None = None
+) -> mx.array:
+    """gate(halves of the projection of x, or of norm(x)), one operation where kernels are."""
+    if "_weight" in gate_up and gate.act is not None and x.dtype == mx.float32:
+        return kernels.linear(x, gate_up["_weight"], norm, act=gate.act)
+    return on_halves(gate.function, gate_up(x, norm))
 
 
 def split_heads(x: mx.array, n_heads: int) -> mx.array:
@@ -185,17 +213,39 @@ class GatedMLP(Fusing):
         self.down_proj = Linear(hidden_dim, dim, bias=bias)
         self._gated = gated(activation)
 
-    def __call__(self, x: mx.array) -> mx.array:
-        return self["down_proj"](on_halves(self._gated, self.project("gate_up_proj", x)))
+    def __call__(
+        self, x: mx.array, norm: nn.Module | None = None, plus: mx.array | None = None
+    ) -> mx.array:
+        """The block of x, or of norm(x), plus `plus`."""
+        if "gate_up_proj" in self:
+            between = gated_product(self["gate_up_proj"], self._gated, x, norm)
+        else:
+            between = on_halves(self._gated.function, self.project("gate_up_proj", x, norm))
+        return self["down_proj"](between, plus=plus)
 
 
-class OffsetRMSNorm(Prepared):
+class RMSNorm(kernels.Settled, nn.RMSNorm):
+    """MLX's; `plus` is the residual stream, to which the result is added as by `residual`."""
+
+    @property
+    def scale(self) -> mx.array:
+        """The factor on normed values."""
+        return self["weight"]
+
+    def __call__(self, x: mx.array, plus: mx.array | None = None) -> mx.array:
+        if self.uses_kernels and x.dtype == mx.float32:
+            return kernels.rms_norm(x, self["weight"], self.eps, plus)
+        y = mx.fast.rms_norm(x, self["weight"], self.eps)
+        return y if plus is None else residual(plus, y)
+
+
+class OffsetRMSNorm(kernels.Settled, Prepared):
     """RMS norm whose weight is stored as its difference from 1, as Gemma's checkpoints do."""
 
     def __init__(self, dims: int, eps: float):
         super().__init__()
         self.weight = mx.zeros((dims,))
-        self._eps = eps
+        self.eps = eps
         self._offset = 1.0
 
     def prepare(self) -> None:
@@ -210,8 +260,11 @@ class OffsetRMSNorm(Prepared):
         # In float32: a 16-bit sum would lose digits.
         return (weight.astype(mx.float32) + self._offset).astype(weight.dtype)
 
-    def __call__(self, x: mx.array) -> mx.array:
-        return mx.fast.rms_norm(x, self.scale, self._eps)
+    def __call__(self, x: mx.array, plus: mx.array | None = None) -> mx.array:
+        if self.uses_kernels and x.dtype == mx.float32:
+            return kernels.rms_norm(x, self.scale, self.eps, plus)
+        y = mx.fast.rms_norm(x, self.scale, self.eps)
+        return y if plus is None else residual(plus, y)
 
 
 class NormedHeads(Fusing):
@@ -246,6 +299,5 @@ class NormedHeads(Fusing):
         parts = []
         for name, n_heads in (("q_norm", self.n_heads), ("k_norm", self.n_kv_heads)):
             norm = self[name]
-            weight = norm.scale if isinstance(norm, OffsetRMSNorm) else norm["weight"]
-            parts.append(mx.broadcast_to(weight, (n_heads, weight.shape[-1])))
+            parts.append(mx.broadcast_to(norm.scale, (n_heads, norm.scale.shape[-1])))
         return mx.concatenate(parts)

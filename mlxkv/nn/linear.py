@@ -1,8 +1,8 @@
 """Projections and embeddings, dense and quantized.
 
-On a GPU these are MLX's own. The CPU backend runs a product on one core; here its output rows are
-divided over the cores, and from a few rows on a quantized weight is dequantized for it.
-docs/design.md has the measurements.
+On a GPU these are MLX's own, on the CPU backend those of `kernels`. Where there are none, MLX runs
+a product on one core: its output rows are divided over the cores here, and from a few rows on a
+quantized weight is dequantized for it. docs/design.md has the measurements.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxkv.base import device
+from mlxkv.nn import kernels
 
 DENSE_ROWS = 4
 """Rows from which the dense product on a dequantized weight is faster than the quantized one, where
@@ -57,10 +58,21 @@ class QuantizedStack(nn.Module):
         self.freeze()
 
 
-class _Divided(nn.Module):
-    """A product x W^T whose output rows can be divided over the cores."""
+class Product(kernels.Settled, nn.Module):
+    """A product x W^T whose output rows can be divided over the cores.
 
-    def split(self) -> None:
+    `norm(x) W^T + b + plus` is one operation of the kernels, where they are.
+    """
+
+    def settle(self, *, is_hollow: bool = False) -> None:
+        """Take what is loaded for the kernels, or divide it over the cores."""
+        found = kernels.weight(self, is_hollow=is_hollow)
+        if found is None:
+            self._split()
+        else:
+            self._weight = found
+
+    def _split(self) -> None:
         """Divide the weight's rows over the cores, as views of what is loaded."""
         n_rows = self["weight"].shape[0]
         streams = device.core_streams()[: n_rows // SPLIT_ROWS]
@@ -76,8 +88,23 @@ class _Divided(nn.Module):
         x = self._part(x, self._rows(start, stop), None)
         return x + self["bias"][start:stop] if "bias" in self else x
 
-    def _product(self, x: mx.array) -> mx.array:
-        """The product with all output rows, and the bias."""
+    def _product(
+        self, x: mx.array, norm: nn.Module | None = None, plus: mx.array | None = None
+    ) -> mx.array:
+        """norm(x) W^T + b + plus."""
+        if "_weight" in self and x.dtype == mx.float32:
+            return kernels.linear(x, self["_weight"], norm, plus)
+        if norm is not None:
+            x = norm(x)
+        y = self._on_cores(x) if device.on_cpu() else self._on_gpu(x)
+        return y if plus is None else plus + y
+
+    def _on_gpu(self, x: mx.array) -> mx.array:
+        """x W^T + b, with all output rows, as few calls as can be."""
+        raise NotImplementedError
+
+    def _on_cores(self, x: mx.array) -> mx.array:
+        """x W^T + b, with all output rows, on the CPU backend without kernels."""
         parts = self.get("_parts")
         if parts is None:
             x = self._part(x, self._whole(), None)
@@ -98,7 +125,12 @@ class _Divided(nn.Module):
         raise NotImplementedError
 
 
-class _Dense(_Divided, Quantizable):
+class _Dense(Product, Quantizable):
+    def _on_gpu(self, x: mx.array) -> mx.array:
+        if "bias" in self:
+            return mx.addmm(self["bias"], x, self["weight"].T)
+        return x @ self["weight"].T
+
     def _whole(self) -> _Arrays:
         return [self["weight"].T]
 
@@ -112,15 +144,12 @@ class _Dense(_Divided, Quantizable):
         return mx.matmul(x, columns, stream=stream)
 
 
-class _Packed(_Divided):
+class _Packed(Product):
     group_size: int
     bits: int
     mode: str
 
-    def _product(self, x: mx.array) -> mx.array:
-        if device.on_cpu():
-            return super()._product(x)
-        # As few calls as can be: each layer of a GPU's step calls this four times.
+    def _on_gpu(self, x: mx.array) -> mx.array:
         product = mx.quantized_matmul(
             x,
             self["weight"],
@@ -159,10 +188,12 @@ class _Packed(_Divided):
 
 
 class Linear(_Dense, nn.Linear):
-    """x W^T + b."""
+    """x W^T + b; see `Product`."""
 
-    def __call__(self, x: mx.array) -> mx.array:
-        return self._product(x) if "_parts" in self else nn.Linear.__call__(self, x)
+    def __call__(
+        self, x: mx.array, norm: nn.Module | None = None, plus: mx.array | None = None
+    ) -> mx.array:
+        return self._product(x, norm, plus)
 
     def _quantized(self, group_size: int, bits: int, mode: str) -> nn.Module:
         return QuantizedLinear.from_linear(self, group_size, bits, mode)
@@ -175,10 +206,20 @@ class QuantizedLinear(_Packed, nn.QuantizedLinear):
 
 
 class Embedding(_Dense, nn.Embedding):
-    """A row per token; `as_linear` is the tied head."""
+    """A row per token; `as_linear` is the tied head.
+
+    Attributes:
+        compute_dtype: of the rows, where the weight is kept in another; the loader sets it.
+    """
+
+    compute_dtype: mx.Dtype | None = None
+
+    def __call__(self, x: mx.array) -> mx.array:
+        rows = nn.Embedding.__call__(self, x)
+        return rows if self.compute_dtype is None else rows.astype(self.compute_dtype)
 
     def as_linear(self, x: mx.array) -> mx.array:
-        return self._product(x) if "_parts" in self else nn.Embedding.as_linear(self, x)
+        return self._product(x)
 
     def _quantized(self, group_size: int, bits: int, mode: str) -> nn.Module:
         return QuantizedEmbedding.from_embedding(self, group_size, bits, mode)
@@ -195,7 +236,14 @@ class QuantizedEmbedding(_Packed, nn.QuantizedEmbedding):
     compute_dtype: mx.Dtype | None = None
 
     def __call__(self, x: mx.array) -> mx.array:
-        rows = super().__call__(x)
+        scales, biases = self["scales"][x], self.get("biases")
+        biases = None if biases is None else biases[x]
+        if self.compute_dtype == mx.float32 and mx.issubdtype(scales.dtype, mx.floating):
+            # Kept in 16 bits for the kernels: rows must not be rounded to them.
+            scales = scales.astype(mx.float32)
+            biases = None if biases is None else biases.astype(mx.float32)
+        kind = {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
+        rows = mx.dequantize(self["weight"][x], scales=scales, biases=biases, **kind)
         return rows if self.compute_dtype is None else rows.astype(self.compute_dtype)
 
     def as_linear(self, x: mx.array) -> mx.array:
@@ -212,15 +260,6 @@ def product_dtype(dtype: mx.Dtype, scales: mx.array) -> mx.Dtype:
 
 def _dense_is_faster() -> bool:
     return device.on_cpu() and device.load_blas() is not None
-
-
-def split_products(model: nn.Module) -> None:
-    """Divide the products of a loaded model over the cores of the CPU backend."""
-    if len(device.core_streams()) < 2:
-        return
-    for module in model.modules():
-        if isinstance(module, _Divided):
-            module.split()
 
 
 def fused(parts: Sequence[nn.Module]) -> nn.Module | None:

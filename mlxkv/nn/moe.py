@@ -13,7 +13,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxkv.base import device
-from mlxkv.nn.layers import Fusing, on_halves
+from mlxkv.nn import kernels
+from mlxkv.nn.layers import Fusing, Gate, on_halves
 from mlxkv.nn.linear import SPLIT_ROWS, Quantizable, QuantizedStack, product_dtype
 
 SORTED_ROWS = 64
@@ -25,14 +26,15 @@ DENSE_ROWS_PER_EXPERT = {"none": 1, "affine": 3, "mxfp4": 7, "mxfp8": 2, "nvfp4"
 each expert, whose weight is dequantized first, where an OpenBLAS serves it; measured in
 docs/design.md."""
 
-Activation = Callable[[mx.array, mx.array], mx.array]
-"""(gate, up) -> the input of the down projection."""
 
-
-class ExpertLinear(Quantizable):
+class ExpertLinear(kernels.Settled, Quantizable):
     """x W_e^T + b_e, with e the expert of each row."""
 
     mode = "none"
+
+    def settle(self, *, is_hollow: bool = False) -> None:
+        if (found := kernels.weight(self, is_hollow=is_hollow)) is not None:
+            self._weight = found
 
     def __init__(self, n_experts: int, in_dims: int, out_dims: int, bias: bool = False):
         super().__init__()
@@ -157,7 +159,7 @@ class GatedExperts(Fusing):
     traced = False
 
     def __init__(
-        self, n_experts: int, dim: int, hidden_dim: int, activation: Activation, bias: bool = False
+        self, n_experts: int, dim: int, hidden_dim: int, activation: Gate, bias: bool = False
     ):
         super().__init__()
         self.gate_proj = ExpertLinear(n_experts, dim, hidden_dim, bias)
@@ -167,6 +169,8 @@ class GatedExperts(Fusing):
 
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
         """The results `[B, L, k, dim]` of the experts `[B, L, k]` of tokens `[B, L, dim]`."""
+        if "_weight" in self["down_proj"] and x.dtype == mx.float32:
+            return self._of_kernels(x, indices)
         if _one_at_a_time(self["down_proj"], indices.size):
             return self._one_by_one(x, indices)
         streams = device.core_streams()
@@ -176,11 +180,23 @@ class GatedExperts(Fusing):
             return self._sorted(x, indices)
         return self._gathered(x, indices)
 
+    def _of_kernels(self, x: mx.array, indices: mx.array) -> mx.array:
+        gate, down = self._activation, self["down_proj"]["_weight"]
+        whole = self.get("gate_up_proj")
+        if whole is not None and gate.act is not None:
+            between = kernels.experts(x, whole["_weight"], indices, gate.act)
+        elif whole is not None:
+            between = on_halves(gate.function, kernels.experts(x, whole["_weight"], indices))
+        else:
+            parts = (self[name]["_weight"] for name in self.fusions["gate_up_proj"])
+            between = gate(*(kernels.experts(x, part, indices) for part in parts))
+        return kernels.experts(between, down, indices)
+
     def _product(
         self, x: mx.array, multiply: Callable[[ExpertLinear, mx.array], mx.array]
     ) -> mx.array:
         if "gate_up_proj" in self:
-            between = on_halves(self._activation, multiply(self["gate_up_proj"], x))
+            between = on_halves(self._activation.function, multiply(self["gate_up_proj"], x))
         else:
             gate, up = multiply(self["gate_proj"], x), multiply(self["up_proj"], x)
             between = self._activation(gate, up)

@@ -14,6 +14,7 @@ import mlx.nn as nn
 from mlxkv.base import device
 from mlxkv.checkpoint.rope_config import RopeConfig
 from mlxkv.kv.layout import Offset, Positions
+from mlxkv.nn import kernels
 
 
 def inverse_frequencies(config: RopeConfig, n_tokens: int = 0) -> list[float]:
@@ -113,6 +114,7 @@ class RoPE(nn.Module):
             self._dims = head_dim
         self._grows = config.rope_type in ("dynamic", "longrope")
         self._periods = self._periods_at(0)
+        self._frequencies = tuple(inverse_frequencies(config))
 
     @property
     def stable_tokens(self) -> int | None:
@@ -156,6 +158,28 @@ class RoPE(nn.Module):
         else:
             q, k = mx.split(self(qkv[:, :n], offset), (n_heads,), axis=1)
         return q, k, qkv[:, n:]
+
+    def of_rows(
+        self,
+        qkv: mx.array,
+        n_heads: int,
+        n_kv_heads: int,
+        offset: Offset,
+        norms: tuple[nn.Module, nn.Module] | None = None,
+    ) -> tuple[mx.array, mx.array, mx.array] | None:
+        """`of_qkv` of rows `[B, L, (H + 2 Hk) D]`, heads of queries and keys under their norms.
+
+        None for what the kernels do not take.
+        """
+        if self._grows or self._traditional:
+            return None
+        heads = kernels.rotated(
+            qkv, n_heads, n_kv_heads, self._frequencies, offset, self._factor, norms
+        )
+        if heads is None:
+            return None
+        q, k, v = mx.split(heads, (n_heads, n_heads + n_kv_heads), axis=1)
+        return q, k, v
 
     def _of_token(self, x: mx.array, offset: Offset) -> mx.array:
         if not isinstance(offset, Positions):

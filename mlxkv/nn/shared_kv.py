@@ -14,9 +14,10 @@ from mlxkv.checkpoint.rope_config import RopeConfig
 from mlxkv.kv.layout import Caches, LayerCache, Mask, Offset, TwoWayMask
 from mlxkv.kv.storage import KV
 from mlxkv.kv.types import CacheSpec
+from mlxkv.nn import kernels
 from mlxkv.nn.attention import attend
 from mlxkv.nn.decoder_model import Backbone, DecoderConfig, DecoderModel, FourNorms
-from mlxkv.nn.layers import Fusing, NormedHeads, gated, merge_heads
+from mlxkv.nn.layers import Fusing, NormedHeads, RMSNorm, gated, merge_heads
 from mlxkv.nn.linear import Embedding, Linear
 from mlxkv.nn.model import Media, attention_masks, blanked
 from mlxkv.nn.rope import RoPE
@@ -77,7 +78,7 @@ def donors(fields: Fields, kinds: Sequence[Hashable], n_shared: int) -> tuple[in
     return tuple(None if i < n_own else last[kind] for i, kind in enumerate(kinds))
 
 
-class SharedAttention(Fusing):
+class SharedAttention(kernels.Settled, Fusing):
     """Queries of this layer on the keys and values of an earlier one; norms replace the scale."""
 
     def __init__(self, config: DecoderConfig, heads: Heads):
@@ -86,7 +87,7 @@ class SharedAttention(Fusing):
         self.n_heads, self.n_kv_heads, self.head_dim = H, heads.n_kv_heads, D
         self.q_proj = Linear(E, H * D, bias=config.attention_bias)
         self.o_proj = Linear(H * D, E, bias=config.attention_bias)
-        self.q_norm = nn.RMSNorm(D, config.rms_norm_eps)
+        self.q_norm = RMSNorm(D, config.rms_norm_eps)
         self._rope = RoPE(heads.rope)
 
     def __call__(
@@ -110,8 +111,10 @@ class SharedAttention(Fusing):
         if cache is not None:
             assert isinstance(k, mx.array) and isinstance(v, mx.array), "another layer's KV"
             k, v = cache.update(k, v)
-        out = attend(q, k, v, 1.0, mask)
-        return self["o_proj"](merge_heads(out)), (k, v)
+        out = kernels.attended(q, k, v, 1.0, mask) if self.uses_kernels else None
+        if out is None:
+            out = merge_heads(attend(q, k, v, 1.0, mask))
+        return self["o_proj"](out), (k, v)
 
     def heads(self, x: mx.array, offset: Offset, kv: KeysValues | None) -> tuple[mx.array, KV, KV]:
         """Queries `[B, H, L, D]`, keys and values."""
@@ -130,7 +133,7 @@ class OwnAttention(SharedAttention, NormedHeads):
         super().__init__(config, heads)
         self._eps = config.rms_norm_eps
         rows = self.n_kv_heads * self.head_dim
-        self.k_norm = nn.RMSNorm(self.head_dim, self._eps)
+        self.k_norm = RMSNorm(self.head_dim, self._eps)
         for name in self.fusions["qkv_proj"][1:]:
             self[name] = Linear(config.hidden_size, rows, bias=config.attention_bias)
 
@@ -164,7 +167,7 @@ class PerLayerNorms(FourNorms):
         if P:
             self.per_layer_input_gate = Linear(E, P, bias=False)
             self.per_layer_projection = Linear(P, E, bias=False)
-            self.post_per_layer_input_norm = nn.RMSNorm(E, config.rms_norm_eps)
+            self.post_per_layer_input_norm = RMSNorm(E, config.rms_norm_eps)
             self._gated = gated(config.hidden_act)
 
 
@@ -177,7 +180,7 @@ class PerLayerBackbone(Backbone):
         if P:
             self.embed_tokens_per_layer = Embedding(config.vocab_size_per_layer_input, N * P)
             self.per_layer_model_projection = Linear(E, N * P, bias=False)
-            self.per_layer_projection_norm = nn.RMSNorm(P, config.rms_norm_eps)
+            self.per_layer_projection_norm = RMSNorm(P, config.rms_norm_eps)
 
     def per_layer_inputs(self, x: mx.array, own: mx.array) -> mx.array:
         """Each layer's input `[B, L, N, P]`: x `[B, L, E]` projected, and `own` of the same shape.

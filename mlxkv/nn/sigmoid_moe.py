@@ -128,7 +128,10 @@ class MoE(nn.Module):
         self.switch_mlp = GatedExperts(moe.n_routed_experts, E, hidden, gated(activation))
         self.shared_experts = GatedMLP(E, hidden * moe.n_shared_experts, activation)
 
-    def __call__(self, x: mx.array) -> mx.array:
+    def __call__(
+        self, x: mx.array, norm: nn.Module | None = None, plus: mx.array | None = None
+    ) -> mx.array:
+        x = x if norm is None else norm(x)
         experts, weights = self["gate"](x)
-        chosen = weighed(self["switch_mlp"](x, experts), weights)
-        return chosen + self["shared_experts"](x)
+        y = weighed(self["switch_mlp"](x, experts), weights) + self["shared_experts"](x)
+        return y if plus is None else plus + y

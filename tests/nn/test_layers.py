@@ -13,7 +13,7 @@ import pytest
 
 from mlxkv.base import device
 from mlxkv.nn import layers
-from mlxkv.nn.layers import NormedHeads, OffsetRMSNorm, compiled, residual, soft_cap
+from mlxkv.nn.layers import NormedHeads, OffsetRMSNorm, RMSNorm, compiled, residual, soft_cap
 from mlxkv.nn.linear import Linear
 
 FUSED = {
@@ -97,7 +97,7 @@ def test_compiling_changes_no_bit(monkeypatch, compiling, function: Function, dt
 class Heads(NormedHeads):
     """Norms alone: 3 heads of queries and 2 of keys."""
 
-    def __init__(self, norm: type[OffsetRMSNorm] | type[nn.RMSNorm], dtype: mx.Dtype):
+    def __init__(self, norm: type[OffsetRMSNorm] | type[RMSNorm], dtype: mx.Dtype):
         super().__init__()
         self.n_heads, self.n_kv_heads = 3, 2
         self.q_norm, self.k_norm = norm(8, 1e-5), norm(8, 1e-5)
@@ -106,7 +106,7 @@ class Heads(NormedHeads):
 
 
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float32])
-@pytest.mark.parametrize("norm", [OffsetRMSNorm, nn.RMSNorm])
+@pytest.mark.parametrize("norm", [OffsetRMSNorm, RMSNorm])
 @pytest.mark.parametrize("prepared", [False, True])
 def test_heads_normed_together_are_those_normed_apart_bit_for_bit(norm, dtype, prepared):
     block, heads = Heads(norm, dtype), mx.random.normal((1, 4, 7, 8)).astype(dtype)

@@ -7,7 +7,8 @@ import pytest
 
 from mlxkv.base import device
 from mlxkv.nn import linear
-from mlxkv.nn.linear import DENSE_ROWS, Embedding, Linear, split_products
+from mlxkv.nn.kernels import settle
+from mlxkv.nn.linear import DENSE_ROWS, Embedding, Linear
 
 MODES = [("affine", 4, 32), ("affine", 8, 64), ("mxfp4", 4, 32), ("mxfp8", 8, 32), ("nvfp4", 4, 16)]
 
@@ -30,7 +31,7 @@ def test_a_product_divided_over_cores_is_the_whole_product(
     packed = Linear(64, n_out, bias=True).to_quantized(group_size, bits, mode)
     x = rows(2, 64)
     whole = packed(x)
-    split_products(packed)
+    settle(packed)
     assert ("_parts" in packed) == (n_out >= 2 * linear.SPLIT_ROWS)
     # Each row is summed by the same kernel in the same order: nothing may differ.
     assert mx.array_equal(packed(x), whole).item()
@@ -40,7 +41,7 @@ def test_dividing_adds_no_memory_and_leaves_the_parameters_as_they_are(three_cor
     packed = Linear(256, 1024, bias=False).to_quantized(32, 4)
     mx.eval(packed.parameters())
     names, before = set(packed.parameters()), mx.get_active_memory()
-    split_products(packed)
+    settle(packed)
     assert set(packed.parameters()) == names
     assert mx.get_active_memory() == before
 
@@ -49,7 +50,7 @@ def test_a_divided_tied_head_is_the_whole_head(three_cores):
     packed = Embedding(1000, 64).to_quantized(32, 8)
     x = rows(1, 64)
     whole = packed.as_linear(x)
-    split_products(packed)
+    settle(packed)
     assert mx.array_equal(packed.as_linear(x), whole).item()
 
 

@@ -1,0 +1,251 @@
+"""The one switch to the kernels of the CPU backend (`mlxkv.cpu`).
+
+Blocks ask here when they are loaded (`Settled`). Where there are no kernels (on a GPU, without a
+compiler, in another dtype or format), they go on with MLX's own operations.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from types import ModuleType
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlxkv.base import device
+from mlxkv.cpu.formats import ACTS, NO_ACT, Weight, clamped, frequencies_of, is_known, weight_of
+from mlxkv.cpu.library import library
+from mlxkv.kv.layout import Mask, Offset, Positions, TwoWayMask
+from mlxkv.kv.storage import KV, QuantizedRows, Ragged
+
+__all__ = ["ACTS", "NO_ACT", "Weight", "clamped"]
+
+MOST_SHARED, LONGEST_HEAD = 16, 1024
+"""Query heads of a KV head, and values of a head, that the kernels take."""
+
+Act = tuple[int, float, float]
+Norm = Any
+"""A module with `scale` and `eps`."""
+
+_tracing = False
+
+
+class Settled:
+    """A block that asks once, when its weights are loaded, whether there are kernels.
+
+    Attributes:
+        uses_kernels: whether there are: asked in every step it would cost calls in Python.
+    """
+
+    uses_kernels = False
+
+    def settle(self, *, is_hollow: bool = False) -> None:
+        """Ask.
+
+        Args:
+            is_hollow: the block's arrays hold no values to look at.
+        """
+        del is_hollow
+        self.uses_kernels = kernels() is not None
+
+
+def settle(model: nn.Module, *, is_hollow: bool = False) -> None:
+    """Settle all blocks of a loaded model; arguments as for `Settled.settle`."""
+    for module in model.modules():
+        if isinstance(module, Settled):
+            module.settle(is_hollow=is_hollow)
+
+
+def kernels() -> ModuleType | None:
+    """The kernels, if this process computes on the CPU backend and they are built."""
+    return library() if device.on_cpu() else None
+
+
+def weight(module: Any, *, is_hollow: bool = False) -> Weight | None:
+    """A projection's weight as the kernels take it; None without kernels.
+
+    Args:
+        module: with `weight` and, where it is quantized, `scales` and the like.
+        is_hollow: its arrays hold no values to look at.
+    """
+    return None if kernels() is None else weight_of(module, looks=not is_hollow)
+
+
+def takes(module: Any) -> bool:
+    """Whether the kernels take a projection's weight in the format that a file has it in."""
+    return kernels() is not None and is_known(module)
+
+
+@contextlib.contextmanager
+def traced() -> Iterator[None]:
+    """While a step is traced: MLX cannot export operations that it does not know.
+
+    Operations of MLX stand in their place that take and give as much memory.
+    """
+    global _tracing
+    before, _tracing = _tracing, True
+    try:
+        yield
+    finally:
+        _tracing = before
+
+
+def linear(
+    x: mx.array,
+    weight: Weight,
+    norm: Norm | None = None,
+    plus: mx.array | None = None,
+    act: Act = NO_ACT,
+) -> mx.array:
+    """act(norm(x) W^T + b) + plus, `[..., N]` or with an activation `[..., N / 2]`."""
+    if _tracing:
+        return _resized(x, weight[0].shape[-2] // (2 if act[0] else 1), plus)
+    ops = _ops()
+    if norm is None:
+        return ops.linear(x, weight, None, -1.0, plus, act)
+    return ops.linear(x, weight, norm.scale, norm.eps, plus, act)
+
+
+def experts(x: mx.array, weight: Weight, chosen: mx.array, act: Act = NO_ACT) -> mx.array:
+    """act(x W_e^T + b_e) of each row's experts, `[..., k, N]`.
+
+    Args:
+        x: `[..., K]`, or `[..., k, K]` with a row for each expert.
+        weight: of all experts.
+        chosen: experts of each row, `[..., k]`.
+        act: with it the weight's rows are the gate's, then the up projection's.
+    """
+    if _tracing:
+        rows = x if x.ndim == chosen.ndim + 1 else x[..., None, :]
+        rows = mx.broadcast_to(rows, (*chosen.shape, x.shape[-1]))
+        return _resized(rows, weight[0].shape[-2] // (2 if act[0] else 1), None)
+    return _ops().experts(x, weight, chosen, act)
+
+
+def rms_norm(
+    x: mx.array, scale: mx.array | None, eps: float, plus: mx.array | None = None
+) -> mx.array:
+    """rms_norm(x) + plus of float32 rows."""
+    if _tracing:
+        return _resized(x, x.shape[-1], plus)
+    return _ops().rms_norm(x, scale, eps, plus)
+
+
+def rotated(
+    qkv: mx.array,
+    n_heads: int,
+    n_kv_heads: int,
+    frequencies: Sequence[float],
+    offset: Offset,
+    factor: float,
+    norms: tuple[Norm, Norm] | None = None,
+) -> mx.array | None:
+    """Heads `[B, L, (H + 2 Hk) D]` -> `[B, H + 2 Hk, L, D]`: queries and keys normed and rotated.
+
+    None for what the kernels do not take.
+    """
+    n = n_heads + 2 * n_kv_heads
+    D = qkv.shape[-1] // n
+    if qkv.dtype != mx.float32 or D > LONGEST_HEAD:
+        return None
+    if _tracing:
+        B, L, _ = qkv.shape
+        return _resized(qkv, qkv.shape[-1], None).reshape(B, L, n, D).transpose(0, 2, 1, 3)
+    at = offset.of if isinstance(offset, Positions) else (offset,)
+    q_norm, k_norm, eps = None, None, 0.0
+    if norms is not None:
+        q_norm, k_norm, eps = norms[0].scale, norms[1].scale, norms[0].eps
+    turns = frequencies_of(tuple(frequencies))
+    return _ops().rotate(qkv, turns, n_heads, n_kv_heads, at, factor, q_norm, k_norm, eps)
+
+
+def attended(
+    q: mx.array,
+    k: KV,
+    v: KV,
+    scale: float,
+    mask: Mask = None,
+    sinks: mx.array | None = None,
+    softcap: float | None = None,
+) -> mx.array | None:
+    """`attention.attend` with the heads side by side, `[B, L, H v_dim]`; None for what the kernels
+    do not take.
+    """
+    if q.dtype != mx.float32 or not _are_known(q, k, v):
+        return None
+    if isinstance(k, Ragged):
+        assert isinstance(v, Ragged)
+        return _attended_parts(q, k, v, scale, sinks, softcap)
+    if isinstance(mask, TwoWayMask):
+        mask = mask.array
+    causal = isinstance(mask, str)
+    seen = None if isinstance(mask, str) else mask
+    cap = softcap or 0.0
+    if isinstance(k, QuantizedRows):
+        assert isinstance(v, QuantizedRows)
+        if _tracing:
+            return _stand_in(q, (k.codes, v.codes), v.dim)
+        parts = [
+            (rows.codes, rows.scales, rows.biases, rows.bits, rows.group_size, rows.dim)
+            for rows in (k, v)
+        ]
+        return _ops().attend_codes(q, *parts, scale, cap, causal, seen, sinks)
+    assert isinstance(k, mx.array) and isinstance(v, mx.array)
+    if _tracing:
+        return _stand_in(q, (k, v), v.shape[-1])
+    return _ops().attend(q, k, v, scale, cap, causal, seen, sinks)
+
+
+def _attended_parts(
+    q: mx.array, k: Ragged, v: Ragged, scale: float, sinks: mx.array | None, softcap: float | None
+) -> mx.array | None:
+    """Of one query of each of some sequences, whose KV lies in several parts."""
+    if k.order is not None:
+        q = mx.take(q, k.order.rows, axis=0)
+    outs, start = [], 0
+    for own_k, own_v, mask in zip(k.parts, v.parts, k.masks, strict=True):
+        stop = start + own_k.shape[0]
+        rows = q if len(k.parts) == 1 else q[start:stop]
+        outs.append(attended(rows, own_k, own_v, scale, mask, sinks, softcap))
+        start = stop
+    out = outs[0] if len(outs) == 1 else mx.concatenate(outs)
+    return out if k.order is None else mx.take(out, k.order.back, axis=0)
+
+
+def _are_known(q: mx.array, k: KV, v: KV) -> bool:
+    if isinstance(k, Ragged):
+        assert isinstance(v, Ragged)
+        return all(_are_known(q, *pair) for pair in zip(k.parts, v.parts, strict=True))
+    D = q.shape[-1]
+    if q.shape[1] > MOST_SHARED * k.shape[1] or max(D, v.shape[-1]) > LONGEST_HEAD:
+        return False
+    if isinstance(k, QuantizedRows):
+        assert isinstance(v, QuantizedRows)
+        return k.dim == D and D % 16 == 0 and v.dim % 16 == 0
+    assert isinstance(v, mx.array)
+    return k.dtype == v.dtype == mx.float32 and D % 16 == 0 and v.shape[-1] % 16 == 0
+
+
+def _ops() -> ModuleType:
+    found = library()
+    assert found is not None
+    return found
+
+
+def _resized(x: mx.array, n: int, plus: mx.array | None) -> mx.array:
+    """A new array of rows of n values that needs x; with `plus` one that is added in place."""
+    kept = min(x.shape[-1], n)
+    padding = [(0, 0)] * (x.ndim - 1) + [(0, n - kept + 1)]
+    y = mx.pad(x[..., :kept], padding)[..., :n]
+    return y if plus is None else plus + y
+
+
+def _stand_in(q: mx.array, kv: tuple[mx.array, ...], v_dim: int) -> mx.array:
+    B, H, L, _ = q.shape
+    merged = q.transpose(0, 2, 1, 3).reshape(B, L, -1)
+    out = _resized(merged, H * v_dim, None)
+    for each in kv:  # alive until now
+        out = out + each[:, :1, :1, :1].reshape(-1, 1, 1).astype(out.dtype)
+    return out
