@@ -286,8 +286,8 @@ def _rows_like(x: mx.array, n_rows: int) -> mx.array:
 
 def extended(buffer: mx.array, n_used: int, capacity: int) -> mx.array:
     """The first `n_used` rows of a buffer `[B, H, S, D]`, in one of `capacity` rows."""
-    room = _rows_like(buffer, capacity - n_used)
-    return mx.concatenate([buffer[:, :, :n_used], room], axis=2)
+    # Not with an array of zeros behind them, which would take the room once more.
+    return mx.pad(buffer[:, :, :n_used], [(0, 0), (0, 0), (0, capacity - n_used), (0, 0)])
 
 
 def _filled(arrays: Sequence[mx.array], skip: int, capacity: int) -> mx.array:
