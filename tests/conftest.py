@@ -8,13 +8,16 @@ import shutil
 import signal
 import tempfile
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import hypothesis
 import pytest
 
 from mlxkv.base import device
+from mlxkv.base.paths import kernels_dir
+from mlxkv.cpu import building, library
+from mlxkv.cpu.toolchain import BuildError
 
 # No test finds on disk what another one computed; those that are about it choose a folder.
 os.environ["MLXKV_KV_DISK"] = "0"
@@ -27,6 +30,9 @@ atexit.register(shutil.rmtree, _STATE, ignore_errors=True)
 for name in ("CONTEXT", "KV_TYPE", "MEMORY", "OVERFLOW", "KEEP"):
     os.environ.pop(f"MLXKV_{name}", None)
 
+# Tests that have a home of their own use the kernels that are built.
+os.environ["MLXKV_KERNELS_DIR"] = str(kernels_dir())
+
 # A shell that starts the suite in the background has it ignore Ctrl-C, which some tests are about.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -38,6 +44,24 @@ if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
 # Tiny models on shared machines: a slow example is no failure, and a run repeats itself.
 hypothesis.settings.register_profile("mlxkv", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("mlxkv")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Build the kernels before the tests, once: else the first ones run without, and slowly."""
+    if not hasattr(config, "workerinput") and library.is_wanted():
+        with suppress(BuildError):  # without a compiler the suite runs on MLX's own operations
+            building.build()
+
+
+def pytest_report_header() -> str:
+    return ", ".join(filter(None, ("kernels of the CPU backend: " + library.state()[0],
+                                   library.state()[1])))  # fmt: skip
+
+
+@pytest.fixture
+def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks that are settled in the test run on MLX's own operations."""
+    monkeypatch.setattr("mlxkv.nn.kernels.library", lambda: None)
 
 
 @pytest.fixture(params=["own", "gpu"])

@@ -23,7 +23,8 @@ ROOMS: dict[str, set[str]] = {
     "kv": {"base"},
     "cache": {"kv"},
     "checkpoint": {"base", "kv"},
-    "nn": {"cache", "kv", "checkpoint", "base"},
+    "cpu": {"base"},
+    "nn": {"cpu", "cache", "kv", "checkpoint", "base"},
     "models": {"nn", "cache", "kv", "checkpoint", "base"},
     "media": {"base"},
     "chat": set(),
@@ -253,6 +254,11 @@ def test_only_device_loads_shared_libraries():
         if name == "ctypes"
     }  # fmt: skip
     assert users <= {"base"}
+
+
+def test_only_the_switch_and_doctor_know_of_the_kernels():
+    users = {one.importer for one in IMPORTS if one.rooms[1] == "cpu" != one.rooms[0]}
+    assert users == {"mlxkv.nn.kernels"}
 
 
 def test_every_package_is_in_the_wheel():

@@ -25,6 +25,13 @@ def asleep_dir() -> Path | None:
     return None if is_off else kv_dir() / "asleep"
 
 
+def kernels_dir() -> Path:
+    """Where the built kernels of the CPU backend lie: MLXKV_KERNELS_DIR, else `mlxkv/cpu` in the
+    user's cache folder.
+    """
+    return _folder("MLXKV_KERNELS_DIR", "cpu")
+
+
 def logs_dir() -> Path:
     """Where logs of servers lie that mlxkv starts itself."""
     return cache_dir() / "logs"

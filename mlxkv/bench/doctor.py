@@ -76,7 +76,7 @@ def _mlx() -> list[Finding]:
     if kind == "cpu" and sys.platform == "darwin":
         advice = "MLX finds no Metal device here, as in many virtual machines"
         findings.append(Finding("metal", "not used", "advice", advice))
-    findings += [_memory(info, kind), _blas(), _compiler(kind)]
+    findings += [_memory(info, kind), _blas(), _compiler(kind), *_kernels(kind)]
     return findings
 
 
@@ -117,7 +117,7 @@ def _blas() -> Finding:
         "blas",
         "MLX's own, the slow reference",
         "advice",
-        "apt install libopenblas0-pthread (makes prefill about 10 times faster)",
+        "apt install libopenblas0-pthread (for products that the kernels below do not take)",
     )
 
 
@@ -133,6 +133,18 @@ def _compiler(kind: str) -> Finding:
         "advice",
         "apt install g++ (mx.compile on the CPU needs it; without it mlxkv runs uncompiled)",
     )
+
+
+def _kernels(kind: str) -> list[Finding]:
+    """The kernels of the CPU backend; no line on a GPU, which has no use for them."""
+    if kind != "cpu":
+        return []
+    from mlxkv.nn.kernels import state
+
+    value, why = state()
+    if not why:
+        return [Finding("kernels", value)]
+    return [Finding("kernels", value, "advice", f"{why} (answers are slower without)")]
 
 
 def _models_folder() -> Finding:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import mlx.core as mx
@@ -66,11 +65,3 @@ def is_known(module: Any) -> bool:
 def _is_symmetric(scales: mx.array, biases: mx.array, bits: int) -> bool:
     middle = 1 << (bits - 1)
     return bool(mx.all(biases.astype(mx.float32) == scales.astype(mx.float32) * -middle).item())
-
-
-@functools.cache
-def frequencies_of(values: tuple[float, ...]) -> mx.array:
-    """Radians per position of each pair, float32 and evaluated."""
-    found = mx.array(values)
-    mx.eval(found)
-    return found

@@ -7,84 +7,104 @@ import importlib.machinery
 import importlib.util
 import os
 import subprocess
-import sys
+import threading
+from pathlib import Path
 from types import ModuleType
 
+from mlxkv.base.paths import kernels_dir
 from mlxkv.cpu import building
-from mlxkv.cpu.building import BuildError
+from mlxkv.cpu.toolchain import BuildError, is_supported, toolchain
 
 SWITCH = "MLXKV_KERNELS"
-"""`1` has the kernels used where they can be; `baseline`, `avx2` or `avx512` names their instruction
-set. They are left out by default, until `plan` and the budget count their scratch memory."""
+"""`0` leaves the kernels out; `baseline`, `avx2` or `avx512` names their instruction set."""
+_NAME = "_mlxkv_cpu"
 
 
 def library() -> ModuleType | None:
-    """The kernels, if they are built and fit; else they are built behind this process's back, for
-    the next one.
+    """The kernels, if they are switched on, built and fit.
+
+    Where they are only not built yet, a process behind this one's back builds them, for the next
+    model that is loaded.
     """
-    return _loaded()[0]
+    return _found()[0]
+
+
+def look_again() -> None:
+    """Look for the library anew, if there was none: it may have been built meanwhile."""
+    if _found()[0] is None:
+        _found.cache_clear()
 
 
 def state() -> tuple[str, str]:
-    """For `mlxkv doctor`: what runs, and what to do for the kernels ("" if nothing)."""
+    """For people: what computes, and why it is not the kernels ("" if it is, or is meant to be)."""
     if not is_wanted():
-        return f"MLX's own ({SWITCH}=1 for faster ones)" if sys.platform == "linux" else "MLX's own", ""
-    found, why = _loaded()
+        return "MLX's own" + (f" ({SWITCH}=0)" if is_supported() else ""), ""
+    found, why = _found()
     if found is not None:
-        return f"built ({found.use(_named())})", ""
-    try:
-        building.toolchain()
-    except BuildError as error:
-        return "MLX's own", str(error)
-    if why:
-        return "MLX's own", why
-    return "being built", ""
+        return f"built ({found.use(_instruction_set())})", ""
+    return ("MLX's own", why) if why else ("being built, MLX's own until then", "")
 
 
 def is_wanted() -> bool:
-    """Whether this system has kernels, and they are switched on."""
-    return sys.platform == "linux" and os.environ.get(SWITCH, "0") not in ("", "0")
+    """Whether there are kernels for this system, and they are not switched off."""
+    return is_supported() and os.environ.get(SWITCH, "") != "0"
+
+
+def load(path: Path) -> ModuleType:
+    """Load a built library.
+
+    Raises:
+        ImportError: it does not fit this MLX or Python.
+    """
+    import mlx.core  # noqa: F401  # brings the library that the kernels are linked against
+
+    loader = importlib.machinery.ExtensionFileLoader(_NAME, str(path))
+    spec = importlib.util.spec_from_file_location(_NAME, path, loader=loader)
+    assert spec is not None, "there is a loader"
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    return module
 
 
 @functools.cache
-def _loaded() -> tuple[ModuleType | None, str]:
-    """The module, or why there is none."""
+def _found() -> tuple[ModuleType | None, str]:
+    """The module, or why there is none; "" while it is built."""
     if not is_wanted():
         return None, ""
     path = building.built()
     if path is None:
-        return None, _build_aside()
+        return None, _start_build()
     try:
-        import mlx.core  # noqa: F401  # brings the library that the kernels are linked against
-
-        loader = importlib.machinery.ExtensionFileLoader("_mlxkv_cpu", str(path))
-        spec = importlib.util.spec_from_file_location("_mlxkv_cpu", path, loader=loader)
-        if spec is None:
-            return None, "the built kernels cannot be loaded"
-        module = importlib.util.module_from_spec(spec)
-        loader.exec_module(module)
-        module.use(_named())
-    except (ImportError, OSError, ValueError) as error:
+        module = load(path)
+        module.use(_instruction_set())
+    except (ImportError, ValueError) as error:
         return None, str(error)
     return module, ""
 
 
-def _named() -> str | None:
-    name = os.environ.get(SWITCH)
-    return None if name == "1" else name
+def _instruction_set() -> str | None:
+    """What the environment names; None for the best that this machine has."""
+    name = os.environ.get(SWITCH, "")
+    return None if name in ("", "1") else name
 
 
-def _build_aside() -> str:
-    """Start a build that outlives this process; why it cannot be, or ""."""
+@functools.cache
+def _start_build() -> str:
+    """Start a build that outlives this process, once; why it cannot be, or ""."""
     try:
-        building.toolchain()
-        subprocess.Popen(
-            [sys.executable, "-m", "mlxkv.cpu.building"],
+        if failed := building.failure(toolchain()):
+            return f"they cannot be built here: {failed}"
+        kernels_dir().mkdir(parents=True, exist_ok=True)
+        if not os.access(kernels_dir(), os.W_OK):
+            return f"{kernels_dir()} cannot be written; MLXKV_KERNELS_DIR names another folder"
+        child = subprocess.Popen(
+            building.python_command("mlxkv.cpu.building"),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
-    except (BuildError, OSError) as error:
+        threading.Thread(target=child.wait, name="mlxkv-kernels", daemon=True).start()
+    except (BuildError, OSError, RuntimeError) as error:
         return str(error)
     return ""

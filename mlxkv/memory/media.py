@@ -11,6 +11,7 @@ from mlxkv.errors import CheckpointError
 from mlxkv.media.types import Medium
 from mlxkv.memory.graph import Graph
 from mlxkv.memory.simulation import Memory
+from mlxkv.nn import kernels
 from mlxkv.nn.model import CausalLM
 
 Shapes = Mapping[str, tuple[tuple[int, ...], mx.Dtype]]
@@ -129,7 +130,8 @@ def encoder_bytes(model: CausalLM, kind: str, shapes: Shapes) -> int:
 
     arrays = [mx.broadcast_to(mx.array(0, dtype), shape) for shape, dtype in shapes.values()]
     try:
-        graph = Graph.of(run, *arrays)
+        with kernels.traced():
+            graph = Graph.of(run, *arrays)
         return Memory(graph, graph.order(1)).peak()
     except (ValueError, RuntimeError):
         return UNTRACED * input_bytes(shapes)

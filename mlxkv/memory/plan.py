@@ -10,8 +10,9 @@ prefill and decode is found by tracing them (`trace`).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from mlxkv.base import device
 from mlxkv.base.device import default_chunk
@@ -199,7 +200,9 @@ def plan_model(
         max_contexts={name: longest[name] for name in KV_TYPES},
         layers=_layer_kinds(own.specs, own.kv, context, sequences),
         curves={
-            name: tuple((n, weights_bytes + rows + needs[name].total(n, sequences)) for n in marks)
+            name: tuple(
+                zip(marks, _curve(needs[name], marks, sequences, weights_bytes + rows), strict=True)
+            )
             for name in KV_TYPES
         },
         specs=tuple(own.specs),
@@ -207,6 +210,11 @@ def plan_model(
         media=planned,
         rows_bytes=rows,
     )
+
+
+def _curve(needs: Needs, marks: Sequence[int], sequences: int, fixed_bytes: int) -> Iterator[int]:
+    """Total bytes at numbers of tokens that rise: a longer sequence passes the shorter ones."""
+    return accumulate((fixed_bytes + needs.total(n, sequences) for n in marks), max)
 
 
 def _layer_kinds(

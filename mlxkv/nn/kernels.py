@@ -7,7 +7,8 @@ compiler, in another dtype or format), they go on with MLX's own operations.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
@@ -15,12 +16,13 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxkv.base import device
-from mlxkv.cpu.formats import ACTS, NO_ACT, Weight, clamped, frequencies_of, is_known, weight_of
-from mlxkv.cpu.library import library
+from mlxkv.cpu.formats import ACTS, NO_ACT, Weight, clamped, is_known, weight_of
+from mlxkv.cpu.library import library, look_again, state
 from mlxkv.kv.layout import Mask, Offset, Positions, TwoWayMask
 from mlxkv.kv.storage import KV, QuantizedRows, Ragged
+from mlxkv.nn import stand_ins
 
-__all__ = ["ACTS", "NO_ACT", "Weight", "clamped"]
+__all__ = ["ACTS", "NO_ACT", "Weight", "clamped", "state"]
 
 MOST_SHARED, LONGEST_HEAD = 16, 1024
 """Query heads of a KV head, and values of a head, that the kernels take."""
@@ -52,8 +54,12 @@ class Settled:
 
 
 def settle(model: nn.Module, *, is_hollow: bool = False) -> None:
-    """Settle all blocks of a loaded model; arguments as for `Settled.settle`."""
-    for module in model.modules():
+    """Settle all blocks of a loaded model; arguments as for `Settled.settle`.
+
+    Blocks inside others come first, which may ask them.
+    """
+    look_again()
+    for module in reversed(model.modules()):
         if isinstance(module, Settled):
             module.settle(is_hollow=is_hollow)
 
@@ -80,10 +86,7 @@ def takes(module: Any) -> bool:
 
 @contextlib.contextmanager
 def traced() -> Iterator[None]:
-    """While a step is traced: MLX cannot export operations that it does not know.
-
-    Operations of MLX stand in their place that take and give as much memory.
-    """
+    """While a step is traced: operations of MLX stand in for the kernels (`stand_ins`)."""
     global _tracing
     before, _tracing = _tracing, True
     try:
@@ -101,7 +104,7 @@ def linear(
 ) -> mx.array:
     """act(norm(x) W^T + b) + plus, `[..., N]` or with an activation `[..., N / 2]`."""
     if _tracing:
-        return _resized(x, weight[0].shape[-2] // (2 if act[0] else 1), plus)
+        return stand_ins.rows(x, _out_dim(weight, act), plus)
     ops = _ops()
     if norm is None:
         return ops.linear(x, weight, None, -1.0, plus, act)
@@ -118,9 +121,7 @@ def experts(x: mx.array, weight: Weight, chosen: mx.array, act: Act = NO_ACT) ->
         act: with it the weight's rows are the gate's, then the up projection's.
     """
     if _tracing:
-        rows = x if x.ndim == chosen.ndim + 1 else x[..., None, :]
-        rows = mx.broadcast_to(rows, (*chosen.shape, x.shape[-1]))
-        return _resized(rows, weight[0].shape[-2] // (2 if act[0] else 1), None)
+        return stand_ins.experts(x, chosen, _out_dim(weight, act))
     return _ops().experts(x, weight, chosen, act)
 
 
@@ -129,7 +130,7 @@ def rms_norm(
 ) -> mx.array:
     """rms_norm(x) + plus of float32 rows."""
     if _tracing:
-        return _resized(x, x.shape[-1], plus)
+        return stand_ins.rows(x, x.shape[-1], plus)
     return _ops().rms_norm(x, scale, eps, plus)
 
 
@@ -137,28 +138,26 @@ def rotated(
     qkv: mx.array,
     n_heads: int,
     n_kv_heads: int,
-    frequencies: Sequence[float],
+    frequencies: mx.array,
     offset: Offset,
     factor: float,
     norms: tuple[Norm, Norm] | None = None,
 ) -> mx.array | None:
     """Heads `[B, L, (H + 2 Hk) D]` -> `[B, H + 2 Hk, L, D]`: queries and keys normed and rotated.
 
-    None for what the kernels do not take.
+    `frequencies` are radians per position of each pair. None for what the kernels do not take.
     """
     n = n_heads + 2 * n_kv_heads
     D = qkv.shape[-1] // n
     if qkv.dtype != mx.float32 or D > LONGEST_HEAD:
         return None
     if _tracing:
-        B, L, _ = qkv.shape
-        return _resized(qkv, qkv.shape[-1], None).reshape(B, L, n, D).transpose(0, 2, 1, 3)
+        return stand_ins.heads(qkv, n)
     at = offset.of if isinstance(offset, Positions) else (offset,)
     q_norm, k_norm, eps = None, None, 0.0
     if norms is not None:
         q_norm, k_norm, eps = norms[0].scale, norms[1].scale, norms[0].eps
-    turns = frequencies_of(tuple(frequencies))
-    return _ops().rotate(qkv, turns, n_heads, n_kv_heads, at, factor, q_norm, k_norm, eps)
+    return _ops().rotate(qkv, frequencies, n_heads, n_kv_heads, at, factor, q_norm, k_norm, eps)
 
 
 def attended(
@@ -186,7 +185,7 @@ def attended(
     if isinstance(k, QuantizedRows):
         assert isinstance(v, QuantizedRows)
         if _tracing:
-            return _stand_in(q, (k.codes, v.codes), v.dim)
+            return stand_ins.attended(q, k.codes, v.codes, v.dim)
         parts = [
             (rows.codes, rows.scales, rows.biases, rows.bits, rows.group_size, rows.dim)
             for rows in (k, v)
@@ -194,7 +193,7 @@ def attended(
         return _ops().attend_codes(q, *parts, scale, cap, causal, seen, sinks)
     assert isinstance(k, mx.array) and isinstance(v, mx.array)
     if _tracing:
-        return _stand_in(q, (k, v), v.shape[-1])
+        return stand_ins.attended(q, k, v, v.shape[-1])
     return _ops().attend(q, k, v, scale, cap, causal, seen, sinks)
 
 
@@ -228,24 +227,13 @@ def _are_known(q: mx.array, k: KV, v: KV) -> bool:
     return k.dtype == v.dtype == mx.float32 and D % 16 == 0 and v.shape[-1] % 16 == 0
 
 
+def _out_dim(weight: Weight, act: Act) -> int:
+    """Values of a row of the product; with an activation the weight has the gate's rows too."""
+    return weight[0].shape[-2] // (2 if act[0] else 1)
+
+
+@functools.cache  # a call in C: a step has some hundred of them
 def _ops() -> ModuleType:
     found = library()
     assert found is not None
     return found
-
-
-def _resized(x: mx.array, n: int, plus: mx.array | None) -> mx.array:
-    """A new array of rows of n values that needs x; with `plus` one that is added in place."""
-    kept = min(x.shape[-1], n)
-    padding = [(0, 0)] * (x.ndim - 1) + [(0, n - kept + 1)]
-    y = mx.pad(x[..., :kept], padding)[..., :n]
-    return y if plus is None else plus + y
-
-
-def _stand_in(q: mx.array, kv: tuple[mx.array, ...], v_dim: int) -> mx.array:
-    B, H, L, _ = q.shape
-    merged = q.transpose(0, 2, 1, 3).reshape(B, L, -1)
-    out = _resized(merged, H * v_dim, None)
-    for each in kv:  # alive until now
-        out = out + each[:, :1, :1, :1].reshape(-1, 1, 1).astype(out.dtype)
-    return out

@@ -145,7 +145,7 @@ def _mxfp4_code(nibble: mx.array) -> mx.array:
     return 12 + twice * (1 - 2 * (nibble >> 3))
 
 
-class GatedExperts(Fusing):
+class GatedExperts(kernels.Settled, Fusing):
     """down_e(activation(gate_e(x), up_e(x))) for each of a token's experts e.
 
     The projections map `dim` to `hidden_dim` values and back.
@@ -167,9 +167,13 @@ class GatedExperts(Fusing):
         self.down_proj = ExpertLinear(n_experts, hidden_dim, dim, bias)
         self._activation = activation
 
+    def settle(self, *, is_hollow: bool = False) -> None:
+        parts = self.children().values()
+        self.uses_kernels = all("_weight" in part for part in parts)
+
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
         """The results `[B, L, k, dim]` of the experts `[B, L, k]` of tokens `[B, L, dim]`."""
-        if "_weight" in self["down_proj"] and x.dtype == mx.float32:
+        if self.uses_kernels and x.dtype == mx.float32:
             return self._of_kernels(x, indices)
         if _one_at_a_time(self["down_proj"], indices.size):
             return self._one_by_one(x, indices)

@@ -114,7 +114,7 @@ class RoPE(nn.Module):
             self._dims = head_dim
         self._grows = config.rope_type in ("dynamic", "longrope")
         self._periods = self._periods_at(0)
-        self._frequencies = tuple(inverse_frequencies(config))
+        self._frequencies = mx.array(inverse_frequencies(config))
 
     @property
     def stable_tokens(self) -> int | None:

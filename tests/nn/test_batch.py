@@ -34,6 +34,9 @@ from tests.families.test_parity import Golden
 from tests.support.tiny import tokens as random_tokens
 
 TOLERANCE = 5e-4
+CODES_TOLERANCE = 2e-3
+"""Of quantized KV: a sum in another order may move a value over the edge of its code, by which
+logits of the smallest model moved by 6e-4 of their deviation."""
 FAMILIES = [case for case in CASES if case.n_prompt == LONG and not case.prefill_in_one]
 # Rotations that depend on the length of a sequence, in prompts below and above the bound.
 STRETCHING = [case for case in CASES if case.name in ("llama-dynamic-past", "llama-longrope-long")]
@@ -90,10 +93,11 @@ def assert_same(
     got: list[np.ndarray],
     expected: list[np.ndarray],
     what: str,
+    tolerance: float = TOLERANCE,
 ) -> None:
     for step, (a, b) in enumerate(zip(got, expected, strict=True)):
         difference = np.abs(a - b).max() / b.std()
-        assert difference < TOLERANCE, f"{what}, step {step}: off by {difference:.2g}"
+        assert difference < tolerance, f"{what}, step {step}: off by {difference:.2g}"
         assert a.argmax() == b.argmax(), f"{what}, step {step}"
 
 
@@ -112,9 +116,9 @@ def test_kv_formats_may_be_mixed_in_a_batch(model):
     kinds = [(n, kv_type) for n in (33, 12) for kv_type in KV_TYPES]
     expected = [alone(model, *prefilled(model, n, kv_type), 3) for n, kv_type in kinds]
     got = together(model, [prefilled(model, n, kv_type) for n, kv_type in kinds], 3)
-    # A sum in another order may move a value over the edge of its code.
     for kind, a, b in zip(kinds, got, expected, strict=True):
-        assert_same(a, b, str(kind))
+        tolerance = TOLERANCE if kind[1] == "native" else CODES_TOLERANCE
+        assert_same(a, b, str(kind), tolerance)
 
 
 @every_model

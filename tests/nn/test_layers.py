@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import ClassVar
 
 import mlx.core as mx
-import mlx.nn as nn
 import pytest
 
 from mlxkv.base import device

@@ -14,7 +14,7 @@ MODES = [("affine", 4, 32), ("affine", 8, 64), ("mxfp4", 4, 32), ("mxfp8", 8, 32
 
 
 @pytest.fixture
-def three_cores(monkeypatch):
+def three_cores(monkeypatch, without_kernels):
     streams = tuple(mx.new_stream(mx.Device(mx.cpu)) for _ in range(3))
     monkeypatch.setattr(device, "core_streams", lambda: streams)
 

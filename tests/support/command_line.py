@@ -80,20 +80,29 @@ def environment(home: Path, **more: str) -> dict[str, str]:
         for name, value in os.environ.items()
         if not name.startswith(("HF_", "PIP_", "UV_", "XDG_", "MLXKV_"))
     }
-    return kept | {
-        "HOME": str(home),
-        "MLXKV_MODELS": str(home / "models"),
-        "HF_HOME": str(home / "hf"),
-        "HF_ENDPOINT": CLOSED,
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "PIP_CONFIG_FILE": os.devnull,
-        "PIP_INDEX_URL": CLOSED,
-        "PIP_RETRIES": "0",
-        "XDG_STATE_HOME": str(home / "state"),
-        "TERM": "xterm",
-        "NO_COLOR": "1",
-        **more,
+    kernels = {
+        name: os.environ[name]
+        for name in ("MLXKV_KERNELS", "MLXKV_KERNELS_DIR")
+        if name in os.environ
     }
+    return (
+        kept
+        | kernels
+        | {
+            "HOME": str(home),
+            "MLXKV_MODELS": str(home / "models"),
+            "HF_HOME": str(home / "hf"),
+            "HF_ENDPOINT": CLOSED,
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "PIP_CONFIG_FILE": os.devnull,
+            "PIP_INDEX_URL": CLOSED,
+            "PIP_RETRIES": "0",
+            "XDG_STATE_HOME": str(home / "state"),
+            "TERM": "xterm",
+            "NO_COLOR": "1",
+            **more,
+        }
+    )
 
 
 def mlxkv(
