@@ -7,7 +7,7 @@ GLM-4 adds norms on what attention and MLP give back. Reference: transformers `m
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Self
+from typing import ClassVar, Self
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -17,7 +17,7 @@ from mlxkv.checkpoint.config import Fields
 from mlxkv.checkpoint.rope_config import rope_config
 from mlxkv.kv.layout import LayerCache, Mask
 from mlxkv.nn.decoder_model import Attention, DecoderModel, GroupedConfig, Layer, grouped_fields
-from mlxkv.nn.layers import RMSNorm, gated, gated_product
+from mlxkv.nn.layers import GatedMLP, RMSNorm, gated
 from mlxkv.nn.linear import Linear
 
 DEFAULTS = {"partial_rotary_factor": 0.5, "head_dim": 128, "attention_bias": True}
@@ -42,21 +42,17 @@ class Config(GroupedConfig):
         )
 
 
-class MLP(nn.Module):
+class MLP(GatedMLP):
     """down(activation(gate) * up), gate and up being one projection in the checkpoint."""
 
+    fusions: ClassVar = {}
+
     def __init__(self, config: Config):
-        super().__init__()
+        nn.Module.__init__(self)
         E, hidden = config.hidden_size, config.intermediate_size
         self.gate_up_proj = Linear(E, 2 * hidden, bias=False)
         self.down_proj = Linear(hidden, E, bias=False)
         self._gated = gated(config.hidden_act)
-
-    def __call__(
-        self, x: mx.array, norm: nn.Module | None = None, plus: mx.array | None = None
-    ) -> mx.array:
-        between = gated_product(self["gate_up_proj"], self._gated, x, norm)
-        return self["down_proj"](between, plus=plus)
 
 
 class PostNormLayer(Layer):

@@ -175,15 +175,6 @@ def on_halves(function: Callable[[mx.array, mx.array], mx.array], rows: mx.array
     return function(first, second).flatten(-2)
 
 
-def gated_product(
-    gate_up: nn.Module, gate: Gate, x: mx.array, norm: nn.Module | None = None
-) -> mx.array:
-    """gate(halves of the projection of x, or of norm(x)), one operation where kernels are."""
-    if "_weight" in gate_up and gate.act is not None and x.dtype == mx.float32:
-        return kernels.linear(x, gate_up["_weight"], norm, act=gate.act)
-    return on_halves(gate.function, gate_up(x, norm))
-
-
 def split_heads(x: mx.array, n_heads: int) -> mx.array:
     """`[B, L, N * D]` -> `[B, N, L, D]`."""
     B, L, _ = x.shape
@@ -217,10 +208,13 @@ class GatedMLP(Fusing):
         self, x: mx.array, norm: nn.Module | None = None, plus: mx.array | None = None
     ) -> mx.array:
         """The block of x, or of norm(x), plus `plus`."""
-        if "gate_up_proj" in self:
-            between = gated_product(self["gate_up_proj"], self._gated, x, norm)
+        gate, whole = self._gated, self.get("gate_up_proj")
+        if whole is None:
+            between = on_halves(gate.function, self.project("gate_up_proj", x, norm))
+        elif "_weight" in whole and gate.act is not None and x.dtype == mx.float32:
+            between = kernels.linear(x, whole["_weight"], norm, act=gate.act)
         else:
-            between = on_halves(self._gated.function, self.project("gate_up_proj", x, norm))
+            between = on_halves(gate.function, whole(x, norm))
         return self["down_proj"](between, plus=plus)
 
 

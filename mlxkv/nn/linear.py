@@ -91,26 +91,18 @@ class Product(kernels.Settled, nn.Module):
     def _product(
         self, x: mx.array, norm: nn.Module | None = None, plus: mx.array | None = None
     ) -> mx.array:
-        """norm(x) W^T + b + plus."""
+        """norm(x) W^T + b + plus, with all output rows, on the CPU backend."""
         if "_weight" in self and x.dtype == mx.float32:
             return kernels.linear(x, self["_weight"], norm, plus)
         if norm is not None:
             x = norm(x)
-        y = self._on_cores(x) if device.on_cpu() else self._on_gpu(x)
-        return y if plus is None else plus + y
-
-    def _on_gpu(self, x: mx.array) -> mx.array:
-        """x W^T + b, with all output rows, as few calls as can be."""
-        raise NotImplementedError
-
-    def _on_cores(self, x: mx.array) -> mx.array:
-        """x W^T + b, with all output rows, on the CPU backend without kernels."""
         parts = self.get("_parts")
         if parts is None:
             x = self._part(x, self._whole(), None)
         else:
             x = mx.concatenate([self._part(x, part, stream) for stream, part in parts], axis=-1)
-        return x + self["bias"] if "bias" in self else x
+        x = x + self["bias"] if "bias" in self else x
+        return x if plus is None else plus + x
 
     def _whole(self) -> _Arrays:
         """The arrays of all output rows; no views, which take time in every step."""
@@ -126,10 +118,16 @@ class Product(kernels.Settled, nn.Module):
 
 
 class _Dense(Product, Quantizable):
-    def _on_gpu(self, x: mx.array) -> mx.array:
-        if "bias" in self:
-            return mx.addmm(self["bias"], x, self["weight"].T)
-        return x @ self["weight"].T
+    def _product(
+        self, x: mx.array, norm: nn.Module | None = None, plus: mx.array | None = None
+    ) -> mx.array:
+        if device.on_cpu():
+            return super()._product(x, norm, plus)
+        if norm is not None:
+            x = norm(x)
+        w = self["weight"].T
+        x = mx.addmm(self["bias"], x, w) if "bias" in self else x @ w
+        return x if plus is None else plus + x
 
     def _whole(self) -> _Arrays:
         return [self["weight"].T]
@@ -149,7 +147,14 @@ class _Packed(Product):
     bits: int
     mode: str
 
-    def _on_gpu(self, x: mx.array) -> mx.array:
+    def _product(
+        self, x: mx.array, norm: nn.Module | None = None, plus: mx.array | None = None
+    ) -> mx.array:
+        if device.on_cpu():
+            return super()._product(x, norm, plus)
+        # As few calls as can be: each layer of a GPU's step calls this four times.
+        if norm is not None:
+            x = norm(x)
         product = mx.quantized_matmul(
             x,
             self["weight"],
@@ -162,7 +167,9 @@ class _Packed(Product):
         )
         if product.dtype != x.dtype:
             product = product.astype(x.dtype)
-        return product + self["bias"] if "bias" in self else product
+        if "bias" in self:
+            product = product + self["bias"]
+        return product if plus is None else plus + product
 
     def _whole(self) -> _Arrays:
         return self["weight"], self["scales"], self.get("biases")
@@ -190,10 +197,7 @@ class _Packed(Product):
 class Linear(_Dense, nn.Linear):
     """x W^T + b; see `Product`."""
 
-    def __call__(
-        self, x: mx.array, norm: nn.Module | None = None, plus: mx.array | None = None
-    ) -> mx.array:
-        return self._product(x, norm, plus)
+    __call__ = _Dense._product  # pyright: ignore[reportAssignmentType] of any base: one call less
 
     def _quantized(self, group_size: int, bits: int, mode: str) -> nn.Module:
         return QuantizedLinear.from_linear(self, group_size, bits, mode)

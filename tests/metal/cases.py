@@ -224,7 +224,7 @@ def _of_batches(side: Side, name: str, model: Any) -> Iterator[Figure]:
 
 
 def _python_calls(side: Ours, model: Any, caches: Any, B: int) -> int:
-    """Calls of mlxkv's own Python functions while a batch's step is built.
+    """Calls of mlxkv's and MLX's Python functions while a batch's step is built.
 
     They stand for the host's time, of which no test can be sure (`timing` measures it).
     """
@@ -233,7 +233,7 @@ def _python_calls(side: Ours, model: Any, caches: Any, B: int) -> int:
     def profile(frame: FrameType, event: str, arg: object) -> None:
         nonlocal n_calls
         if event == "call" and frame.f_code.co_name not in COMPREHENSIONS:
-            n_calls += frame.f_globals["__name__"].startswith("mlxkv.")
+            n_calls += frame.f_globals["__name__"].startswith(("mlxkv.", "mlx.nn."))
 
     hollow.settle(caches, model)
     ids = hollow.tokens(B, 1)
