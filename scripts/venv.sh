@@ -48,6 +48,24 @@ make_venv() {
     exit 1
 }
 
+# What the kernels of Linux' CPU backend are built with (docs/cpu.md): where this can be installed
+# without asking, by root on Debian, it is. Without it mlxkv is slower, and `mlxkv doctor` says so.
+get_compiler() {
+    [ "$(uname)" = Linux ] && [ "$(id -u)" = 0 ] && [ "${MLXKV_KERNELS:-}" != 0 ] || return 0
+    command -v apt-get >/dev/null || return 0
+    headers=$("$venv/bin/python" -c 'import os, sysconfig
+print(os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))') || return 0
+    packages=
+    command -v g++ >/dev/null || packages=g++
+    # Other Pythons than the system's bring their own.
+    [ "$headers" = True ] || packages="$packages python3-dev"
+    [ -n "$packages" ] || return 0
+    echo "mlxkv: installing$(printf ' %s' $packages) (once)" >&2
+    # shellcheck disable=SC2086  # a list of packages
+    { apt-get update -qq && apt-get install -y -qq --no-install-recommends $packages; } \
+        >/dev/null 2>&1 </dev/null || true
+}
+
 ready() {
     stamp=$venv/.ready-$1
     if [ -e "$stamp" ] && [ ! "$root/pyproject.toml" -nt "$stamp" ] &&
@@ -67,5 +85,6 @@ ready() {
     else
         "$venv/bin/python" -m pip install --quiet -e "$root" >&2
     fi
+    get_compiler
     touch "$stamp"
 }

@@ -47,6 +47,7 @@ class Checkout:
             shutil.copyfile(ROOT / name, self.root / name)
         for name in PYTHONS:
             self.command(name, "#!/bin/sh\nexit 127\n")
+        self.command("uname", "#!/bin/sh\necho Darwin\n")
 
     def command(self, name: str, text: str) -> None:
         (self.bin / name).write_text(text)
@@ -128,6 +129,48 @@ def test_where_every_python_is_too_old_that_is_said(checkout):
     done = checkout.mlxkv()
     assert done.returncode == 1
     assert done.stderr == "mlxkv needs Python 3.11 or newer; none is on the PATH\n"
+
+
+# On Debian
+
+
+class Debian(Checkout):
+    """One without headers of Python; `apt-get` notes what it is told, and fails."""
+
+    def __init__(self, folder: Path, user: int):
+        super().__init__(folder)
+        self.python("python3.12", system="linux")
+        self.command("uname", "#!/bin/sh\necho Linux\n")
+        self.command("id", f"#!/bin/sh\necho {user}\n")
+        self.command("apt-get", f'#!/bin/sh\necho "$@" >>{folder}/apt\nexit 1\n')
+        # Those of this Python's may be there.
+        self.apt = folder / "apt"
+        fake = (self.bin / "python3.12").read_text()
+        hidden = fake.replace(
+            "exec(sys.argv[1])", "import os; os.path.exists = lambda _: False\nexec(sys.argv[1])"
+        )
+        self.command("python3.12", hidden)
+
+    def installed(self) -> str:
+        return self.apt.read_text() if self.apt.exists() else ""
+
+
+def test_root_gets_what_the_kernels_are_built_with_and_runs_without_it(tmp_path):
+    debian = Debian(tmp_path, user=0)
+    done = debian.mlxkv()
+    assert done.returncode == 0 and done.stdout == "answered: run Hi\n", done.stderr
+    assert debian.installed().startswith("update")
+    assert "mlxkv: installing" in done.stderr and "python3-dev" in done.stderr
+    before = debian.installed()
+    assert debian.mlxkv().stderr == "" and debian.installed() == before, "once"
+
+
+def test_nothing_is_installed_for_others_or_where_kernels_are_switched_off(tmp_path):
+    debian = Debian(tmp_path, user=1000)
+    assert debian.mlxkv().returncode == 0 and debian.installed() == ""
+    debian = Debian(tmp_path / "off", user=0)
+    off = "MLXKV_KERNELS=0 exec sh scripts/mlxkv run Hi"
+    assert debian.run("sh", "-c", off).returncode == 0 and debian.installed() == ""
 
 
 # What macOS' own shell and tools can do
