@@ -111,7 +111,7 @@ def test_a_short_prompt_that_is_planned_is_granted(path):
 def test_smaller_chunks_come_before_pages_are_dropped(path):
     llm = limited(path, len(PROMPT) + 80)
     llm.budget.limit_bytes = llm.budget.weights_bytes + int(
-        0.6 * (llm.budget.limit_bytes - llm.budget.weights_bytes)
+        0.75 * (llm.budget.limit_bytes - llm.budget.weights_bytes)
     )
     result = answer(llm, n=10)
     assert result.tokens == unlimited(path).tokens[:10]
