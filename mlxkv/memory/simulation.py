@@ -23,6 +23,8 @@ _VIEWS = frozenset(
     ("Broadcast", "ExpandDims", "Squeeze", "Slice", "Transpose", "Unflatten", "Split",
      "StopGradient", "AsStrided", "Depends", "View", "Copy", "Reshape", "Flatten", "Contiguous")
 )  # fmt: skip
+_STAND_INS = frozenset(("Depends", "Scan"))
+"""Operations that no task stands for: `nn.stand_ins` has them beside others."""
 _PRODUCTS = frozenset(("Matmul", "AddMM", "QuantizedMatmul"))
 _IN_PLACE = frozenset(
     ("Abs", "Add", "AsType", "BitwiseBinary", "Cos", "Divide", "Equal", "Erf", "Exp", "Floor",
@@ -65,7 +67,7 @@ class Memory:
             self._n_queued += _n_tasks(operation)
             self._write(operation, read)
         else:
-            self._n_queued += 1
+            self._n_queued += operation.name not in _STAND_INS
             self._alias(operation, strides)
             self._release(read)  # its task holds nothing
             read = []
@@ -203,6 +205,8 @@ def _n_tasks(operation: Operation) -> int:
             return len(operation.inputs) + 1  # each input's copy
         case "AddMM" | "Pad":
             return 3  # what is added, or the padding, is copied first
+        case name if name in _STAND_INS:
+            return 0
         case _:
             return 2
 
