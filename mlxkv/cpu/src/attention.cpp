@@ -9,7 +9,7 @@
 namespace {
 
 // Queries of a chunk that are a piece of work, and floats of one of an elementwise operation.
-constexpr int QUERIES = 32, PIECE = 16384;
+constexpr int QUERIES = 32, ELEMENTS = 16384;
 
 // Angles of one position, or of some: cosines and sines of each pair.
 class Angles {
@@ -203,7 +203,7 @@ mx::array rms_norm(const mx::array& x, const Maybe& w, float eps, const Maybe& r
   in.add(residual);
   auto run = [=](const Arrays& in, mx::array& out) {
     static thread_local Scratch of_x, of_residual;
-    const int n_rows = int(in[0].size() / dim), step = std::max(1, PIECE / dim);
+    const int n_rows = int(in[0].size() / dim), step = std::max(1, ELEMENTS / dim);
     const float* x = dense(in[0], of_x);
     const float* w = has_weight ? floats_of(in[1]) : nullptr;
     const float* r = has_residual ? dense(in[1 + has_weight], of_residual) : nullptr;
@@ -261,7 +261,7 @@ mx::array rotate(const mx::array& qkv, const mx::array& frequencies, const Rotat
         }
       }
     };
-    if (L == 1 && B * heads * D < PIECE)
+    if (L == 1 && B * heads * D < ELEMENTS)
       for (int i = 0; i < B; ++i) some(i);
     else
       Pool::get().run(B * per, some);

@@ -10,11 +10,13 @@ enum class Kind { Q2, Q3, Q4, Q5, Q6, Q8, FP4, FP8, BF16, F16, F32 };
 enum class Scale { F32, BF16, F16, E8M0, E4M3 };
 enum class Act { NONE, SILU, GELU_TANH, CLAMPED };
 
-// Groups of a row at most; rows of weights that prefill unpacks at a time; keys that one piece of
-// a decode step reads, and that a chunk's block has.
-constexpr int MOST_GROUPS = 2048, PANEL = 64, KEYS = 256, BLOCK = 64;
+// Groups of a row at most; keys that one piece of a decode step reads, and that a chunk's block has.
+constexpr int MOST_GROUPS = 2048, KEYS = 256, BLOCK = 64;
 // Rows of activations that one pass over the weights serves.
 constexpr int MOST_ROWS = 8;
+// A chunk's product is made of panels of unpacked weights, rows and values of each, and of tiles
+// of transposed activations, rows of each.
+constexpr int PANEL = 48, PANEL_VALUES = 512, TOKENS = 64;
 // Query heads that share a KV head at most, and the longest head.
 constexpr int MOST_SHARED = 16, LONGEST_HEAD = 1024;
 
@@ -31,6 +33,16 @@ inline int bits_of(Kind kind) {
     case Kind::Q8: case Kind::FP8: return 8;
     case Kind::F32: return 32;
     default: return 16;
+  }
+}
+
+// Values in a word of a weight that is read word by word; 1 where they are read in order.
+inline int values_of_word(Kind kind) {
+  switch (kind) {
+    case Kind::Q4: case Kind::FP4: return 8;
+    case Kind::Q8: case Kind::FP8: return 4;
+    case Kind::BF16: case Kind::F16: return 2;
+    default: return 1;
   }
 }
 
@@ -67,16 +79,17 @@ struct Codes {
 struct Kernels {
   const char* name;
   int lanes;
+  // A row of activations in the order in which weights are unpacked, filled up with zeros:
+  // `length` values.
+  void (*prepare)(const Weight&, const float* x, float* out);
+  void (*group_sums)(const Weight&, const float* x, float* out);
   // out[m * ldo + n - first] for the weight's rows [first, last) and M = 1, 2, 4 or 8 prepared
   // rows. `sums` are those of `group_sums`.
   void (*rows)(const Weight&, const float* x, const float* sums, int M, int first, int last,
                float* out, int ldo);
-  // A row of activations in the order in which `rows` meets it.
-  void (*prepare)(const Weight&, const float* x, float* out);
-  void (*group_sums)(const Weight&, const float* x, float* out);
-  // Values [start, stop) of the rows [first, first + PANEL) as floats, transposed:
-  // out[(k - start) * PANEL + row]. Rows that there are not are some row.
-  void (*panel)(const Weight&, int first, int start, int stop, float* out);
+  // Values [start, stop) of n rows from `first` on, in the order of prepared rows:
+  // out[row * PANEL_VALUES + value - start].
+  void (*panel)(const Weight&, int first, int n, int start, int stop, float* out);
   // C[M, N] += A[M, K] B[K, N]; N a multiple of 16.
   void (*matmul)(const float* A, int lda, const float* B, int ldb, float* C, int ldc, int M, int N,
                  int K);
@@ -92,6 +105,12 @@ struct Kernels {
   void (*attend_chunk)(const Heads&, const float* q, const float* k, const float* v,
                        const float* sinks, int first, int last, float* out, float* scratch);
 };
+
+// Values of a prepared row.
+inline int length_of(const Weight& p, int lanes) {
+  const int block = lanes * values_of_word(p.kind);
+  return (p.K + block - 1) / block * block;
+}
 
 inline size_t chunk_floats(const Heads& a, int n) {
   size_t rows = size_t(n) * a.G;

@@ -8,18 +8,17 @@
 
 namespace {
 
-// Rows from which a chunk's product is made with weights unpacked to floats, a panel at a time;
-// values of a panel at a time (each part of a sum begins at 0, which keeps digits), and rows whose
-// results are kept meanwhile.
-constexpr int MANY_ROWS = 16, PANEL_VALUES = 512, KEPT_ROWS = 512;
+// Rows from which a chunk's product is made with weights unpacked to floats, a panel at a time (each
+// part of a sum begins at 0, which keeps digits), and rows whose results are kept meanwhile.
+constexpr int MANY_ROWS = 16, KEPT_ROWS = 512;
 // Values of a weight that are a piece of work, and of one that few rows meet.
 constexpr int PIECE = 32768;
 
-// Rows [first, first + count) that one weight is for.
+// Rows [first, first + count) that one weight is for; as the kernels take them from row `place` on.
 struct Group {
   Weight weight;
   const float* bias;
-  int first, count;
+  int first, count, place = 0;
 };
 
 struct Job {
@@ -59,55 +58,79 @@ struct Job {
 // 1, 2, 4 or 8 rows are computed at a time.
 int whole(int n) { return n > 4 ? MOST_ROWS : n == 3 ? 4 : n; }
 
-// Rows as the kernels take them: in order for panels, else prepared, with sums of their groups.
+// Rows as the kernels take them: prepared, with sums of their groups. Those of a group of many are
+// transposed, in tiles of TOKENS rows (the last of fewer, a multiple of 16), filled up with zeros.
 class Prepared {
  public:
-  explicit Prepared(const Job& job) : job_(job) {
+  explicit Prepared(Job& job) : job_(job) {
     const Weight& weight = job.groups[0].weight;
     n_sums_ = padded(weight.n_groups());
-    size_ = job.K + n_sums_;
+    length_ = length_of(weight, in_use().lanes);
+    int n_rows = 0;
+    for (auto& group : job.groups) {
+      group.place = n_rows;
+      n_rows += job.is_many(group) ? padded(group.count) : group.count;
+    }
+    // The last pass of a few rows may be of rows of 0.
     static thread_local Scratch kept;
-    size_t n_rows = size_t(job.n_rows) + MOST_ROWS;  // the last pass may be of rows of 0
-    values_ = kept.floats(n_rows * size_);
-    sums_ = values_ + n_rows * job.K;
-    std::memset(values_ + size_t(job.n_rows) * job.K, 0, sizeof(float) * MOST_ROWS * job.K);
-    std::memset(sums_ + size_t(job.n_rows) * n_sums_, 0, sizeof(float) * MOST_ROWS * n_sums_);
-    for (const auto& group : job.groups) prepare(group);
+    values_ = kept.floats(size_t(n_rows + MOST_ROWS) * (length_ + n_sums_));
+    sums_ = values_ + size_t(n_rows + MOST_ROWS) * length_;
+    std::memset(values(n_rows), 0, sizeof(float) * MOST_ROWS * length_);
+    std::memset(sums_ + size_t(n_rows) * n_sums_, 0, sizeof(float) * MOST_ROWS * n_sums_);
+    for (const auto& group : job.groups) {
+      if (job.is_many(group))
+        Pool::get().run(padded(group.count) / 16, [&](int i) { transpose(group, i * 16); });
+      else if (group.count >= MANY_ROWS)
+        Pool::get().run(group.count, [&](int i) { prepare(group, i); });
+      else
+        for (int i = 0; i < group.count; ++i) prepare(group, i);
+    }
   }
 
-  const float* values(int i) const { return values_ + size_t(i) * job_.K; }
-  const float* sums(int i) const { return sums_ + size_t(i) * n_sums_; }
+  int length() const { return length_; }
+  const float* sums(int row) const { return sums_ + size_t(row) * n_sums_; }
+  float* values(int row) const { return values_ + size_t(row) * length_; }
+  // A tile [length, width] from row `at` of a group on.
+  float* tile(const Group& group, int at) const { return values(group.place + at); }
+  static int width(const Group& group, int at) {
+    return std::min(TOKENS, padded(group.count) - at);
+  }
 
  private:
-  void prepare(const Group& group) {
-    const bool many = job_.is_many(group);
-    auto one = [&](int i) {
-      const auto& kernels = in_use();
-      const int row = group.first + i;
-      const float* x = job_.row(row);
-      static thread_local Scratch local;
-      if (job_.is_normed) {
-        float* normed = many ? values_ + size_t(row) * job_.K : local.floats(job_.K);
-        kernels.rms(x, job_.norm, job_.eps, job_.K, normed);
-        x = normed;
-      }
-      float* to = values_ + size_t(row) * job_.K;
-      if (many) {
-        if (x != to) std::memcpy(to, x, sizeof(float) * job_.K);
-        return;
-      }
-      kernels.prepare(group.weight, x, to);
-      if (n_sums_) kernels.group_sums(group.weight, x, sums_ + size_t(row) * n_sums_);
-    };
-    if (group.count >= MANY_ROWS)
-      Pool::get().run(group.count, one);
-    else
-      for (int i = 0; i < group.count; ++i) one(i);
+  // A row, normed.
+  const float* row(int i) const {
+    const float* x = job_.row(i);
+    if (!job_.is_normed) return x;
+    static thread_local Scratch local;
+    float* normed = local.floats(job_.K);
+    in_use().rms(x, job_.norm, job_.eps, job_.K, normed);
+    return normed;
+  }
+
+  void prepare(const Group& group, int i) {
+    const float* x = row(group.first + i);
+    in_use().prepare(group.weight, x, values(group.place + i));
+    if (n_sums_)
+      in_use().group_sums(group.weight, x, sums_ + size_t(group.place + i) * n_sums_);
+  }
+
+  // 16 rows of a group.
+  void transpose(const Group& group, int first) {
+    static thread_local Scratch local;
+    float* rows = local.floats(size_t(16) * length_);
+    for (int i = 0; i < 16; ++i)
+      if (first + i < group.count)
+        in_use().prepare(group.weight, row(group.first + first + i), rows + size_t(i) * length_);
+      else
+        std::memset(rows + size_t(i) * length_, 0, sizeof(float) * length_);
+    const int start = first / TOKENS * TOKENS, n = width(group, start);
+    float* to = tile(group, start) + (first - start);
+    for (int k = 0; k < length_; ++k, to += n)
+      for (int i = 0; i < 16; ++i) to[i] = rows[size_t(i) * length_ + k];
   }
 
   const Job& job_;
-  size_t size_;
-  int n_sums_;
+  int length_, n_sums_;
   float *values_, *sums_;
 };
 
@@ -118,40 +141,58 @@ void few_rows(const Job& job, const Group& group, const Prepared& x, int first, 
   static thread_local Scratch local;
   float *a = local.floats(size_t(2) * MOST_ROWS * step), *u = a + MOST_ROWS * step;
   for (int m = 0; m < group.count; m += MOST_ROWS) {
-    const int n = std::min(MOST_ROWS, group.count - m), i = group.first + m;
+    const int n = std::min(MOST_ROWS, group.count - m), i = group.place + m;
     // Rows behind the group's are others', whose results are left.
     kernels.rows(group.weight, x.values(i), x.sums(i), whole(n), first, last, a, step);
     if (job.has_act())
       kernels.rows(group.weight, x.values(i), x.sums(i), whole(n), job.out_dim + first,
                    job.out_dim + last, u, step);
     for (int j = 0; j < n; ++j)
-      job.finish(group.bias, a + j * step, u + j * step, first, R, i + j);
+      job.finish(group.bias, a + j * step, u + j * step, first, R, group.first + m + j);
+  }
+}
+
+// R rows of a panel times `n` rows of activations from `m` on, a multiple of TOKENS: [R, ldo].
+void many_products(const Group& group, const Prepared& x, int row, int R, int m, int n, float* panel,
+                   float* out, int ldo) {
+  const auto& kernels = in_use();
+  for (int r = 0; r < R; ++r) std::memset(out + size_t(r) * ldo, 0, sizeof(float) * n);
+  for (int start = 0; start < x.length(); start += PANEL_VALUES) {
+    const int stop = std::min(x.length(), start + PANEL_VALUES);
+    kernels.panel(group.weight, row, R, start, stop, panel);
+    for (int t = m; t < m + n; t += TOKENS) {
+      const int width = x.width(group, t);
+      kernels.matmul(panel, PANEL_VALUES, x.tile(group, t) + size_t(start) * width, width,
+                     out + t - m, ldo, R, width, stop - start);
+    }
   }
 }
 
 void many_rows(const Job& job, const Group& group, const Prepared& x, int first, int last) {
-  const auto& kernels = in_use();
-  const int K = job.K, R = last - first, kept = std::min(group.count, KEPT_ROWS);
-  const size_t panel = size_t(PANEL) * std::min(K, PANEL_VALUES), results = size_t(kept) * PANEL;
+  const int R = last - first, kept = std::min(padded(group.count), KEPT_ROWS);
+  const int ldo = kept + 16;  // no power of 2: rows of a column lie in other sets of the cache
   static thread_local Scratch local;
-  float *A = local.floats(2 * (panel + results)), *B = A + panel, *a = B + panel, *u = a + results;
+  float* panel = local.floats(size_t(PANEL) * (PANEL_VALUES + 2 * ldo + 2 * 16));
+  float *A = panel + PANEL * PANEL_VALUES, *U = A + size_t(PANEL) * ldo;
+  float *a = U + size_t(PANEL) * ldo, *u = a + 16 * PANEL;
   for (int m = 0; m < group.count; m += kept) {
-    const int n = std::min(kept, group.count - m), i = group.first + m;
-    std::memset(a, 0, sizeof(float) * 2 * results);
-    for (int start = 0; start < K; start += PANEL_VALUES) {
-      const int stop = std::min(K, start + PANEL_VALUES);
-      kernels.panel(group.weight, first, start, stop, A);
-      kernels.matmul(x.values(i) + start, K, A, PANEL, a, PANEL, n, PANEL, stop - start);
-      if (!job.has_act()) continue;
-      kernels.panel(group.weight, job.out_dim + first, start, stop, B);
-      kernels.matmul(x.values(i) + start, K, B, PANEL, u, PANEL, n, PANEL, stop - start);
+    const int n = std::min(kept, group.count - m);
+    many_products(group, x, first, R, m, padded(n), panel, A, ldo);
+    if (job.has_act())
+      many_products(group, x, job.out_dim + first, R, m, padded(n), panel, U, ldo);
+    for (int i = 0; i < n; i += 16) {
+      for (int r = 0; r < R; ++r)
+        for (int j = 0; j < 16; ++j) a[j * PANEL + r] = A[size_t(r) * ldo + i + j];
+      if (job.has_act())
+        for (int r = 0; r < R; ++r)
+          for (int j = 0; j < 16; ++j) u[j * PANEL + r] = U[size_t(r) * ldo + i + j];
+      for (int j = 0; j < std::min(16, n - i); ++j)
+        job.finish(group.bias, a + j * PANEL, u + j * PANEL, first, R, group.first + m + i + j);
     }
-    for (int j = 0; j < n; ++j)
-      job.finish(group.bias, a + size_t(j) * PANEL, u + size_t(j) * PANEL, first, R, i + j);
   }
 }
 
-void compute(const Job& job) {
+void compute(Job& job) {
   Prepared x(job);
   struct Piece {
     const Group* group;

@@ -1,37 +1,19 @@
-#include "kernels.h"
-
-#include <cstring>
-#include <utility>
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
-// Compiled for each instruction set of the architecture, in one library; chosen at run time.
+// What every machine of the architecture has, and the choice of one at run time.
 #define NS baseline
 #define NAME "baseline"
 #define TGT
 #define VW 4
 #include "kernels.inc"
+
+#include <cstring>
+
 #if defined(__x86_64__)
-#undef NS
-#undef NAME
-#undef TGT
-#undef VW
-#define NS avx2
-#define NAME "avx2"
-#define TGT __attribute__((target("avx2,fma,f16c")))
-#define VW 8
-#include "kernels.inc"
-#undef NS
-#undef NAME
-#undef TGT
-#undef VW
-#define NS avx512
-#define NAME "avx512"
-#define TGT \
-  __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")))
-#define VW 16
-#include "kernels.inc"
+namespace avx2 {
+extern const Kernels table;
+}
+namespace avx512 {
+extern const Kernels table;
+}
 #endif
 
 const Kernels* kernels(const char* name) {

@@ -1,0 +1,6 @@
+// All that needs MLX's headers, in one unit: reading them is most of a build.
+#include "module.cpp"
+// After Python.h.
+#include "attention.cpp"
+#include "op.cpp"
+#include "products.cpp"
