@@ -90,6 +90,8 @@ struct Kernels {
   // Values [start, stop) of n rows from `first` on, in the order of prepared rows:
   // out[row * PANEL_VALUES + value - start].
   void (*panel)(const Weight&, int first, int n, int start, int stop, float* out);
+  // 16 rows of activations prepared and transposed: out[value * ldo + row].
+  void (*transpose)(const Weight&, const float* const* x, float* out, int ldo);
   // C[M, N] += A[M, K] B[K, N]; N a multiple of 16.
   void (*matmul)(const float* A, int lda, const float* B, int ldb, float* C, int ldc, int M, int N,
                  int K);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <functional>
+#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
@@ -44,16 +45,23 @@ class Op : public mx::Primitive {
 mx::array operation(const char* name, mx::Shape shape, Op::Numbers numbers, Op::Run run,
                     Arrays inputs);
 
-// Memory of one thread that is kept for its next operation.
+// Memory of one thread that is kept for its next operation, at the start of a cache line: vectors
+// that lie across two take twice as long.
 class Scratch {
  public:
   float* floats(size_t n) {
-    if (n > kept_.size()) kept_.resize(n);
-    return kept_.data();
+    constexpr size_t LINE = 64;
+    if (n > size_) {
+      kept_.reset(new char[sizeof(float) * n + LINE]);
+      size_ = n;
+    }
+    const auto at = reinterpret_cast<uintptr_t>(kept_.get());
+    return reinterpret_cast<float*>((at + LINE - 1) / LINE * LINE);
   }
 
  private:
-  std::vector<float> kept_;
+  std::unique_ptr<char[]> kept_;
+  size_t size_ = 0;
 };
 
 // Values of 4 bytes of an array, rows one behind the other: as they lie, or copied.

@@ -98,17 +98,16 @@ class Prepared {
 
  private:
   // A row, normed.
-  const float* row(int i) const {
+  const float* row(int i, float* normed) const {
     const float* x = job_.row(i);
     if (!job_.is_normed) return x;
-    static thread_local Scratch local;
-    float* normed = local.floats(job_.K);
     in_use().rms(x, job_.norm, job_.eps, job_.K, normed);
     return normed;
   }
 
   void prepare(const Group& group, int i) {
-    const float* x = row(group.first + i);
+    static thread_local Scratch local;
+    const float* x = row(group.first + i, local.floats(job_.K));
     in_use().prepare(group.weight, x, values(group.place + i));
     if (n_sums_)
       in_use().group_sums(group.weight, x, sums_ + size_t(group.place + i) * n_sums_);
@@ -117,16 +116,17 @@ class Prepared {
   // 16 rows of a group.
   void transpose(const Group& group, int first) {
     static thread_local Scratch local;
-    float* rows = local.floats(size_t(16) * length_);
+    float* normed = local.floats(size_t(16 + 1) * job_.K);
+    float* zeros = normed + size_t(16) * job_.K;
+    std::memset(zeros, 0, sizeof(float) * job_.K);
+    const float* rows[16];
     for (int i = 0; i < 16; ++i)
-      if (first + i < group.count)
-        in_use().prepare(group.weight, row(group.first + first + i), rows + size_t(i) * length_);
-      else
-        std::memset(rows + size_t(i) * length_, 0, sizeof(float) * length_);
-    const int start = first / TOKENS * TOKENS, n = width(group, start);
-    float* to = tile(group, start) + (first - start);
-    for (int k = 0; k < length_; ++k, to += n)
-      for (int i = 0; i < 16; ++i) to[i] = rows[size_t(i) * length_ + k];
+      rows[i] = first + i < group.count
+                    ? row(group.first + first + i, normed + size_t(i) * job_.K)
+                    : zeros;
+    const int start = first / TOKENS * TOKENS;
+    in_use().transpose(group.weight, rows, tile(group, start) + (first - start),
+                       width(group, start));
   }
 
   const Job& job_;
@@ -168,6 +168,17 @@ void many_products(const Group& group, const Prepared& x, int row, int R, int m,
   }
 }
 
+// 16 columns of R results as rows of PANEL.
+void to_rows(const float* results, int ldo, int R, float* out) {
+  Weight shape{};
+  shape.kind = Kind::F32, shape.K = 16;
+  for (int r = 0; r < R; r += 16) {
+    const float* rows[16];
+    for (int i = 0; i < 16; ++i) rows[i] = results + size_t(r + i) * ldo;
+    in_use().transpose(shape, rows, out + r, PANEL);
+  }
+}
+
 void many_rows(const Job& job, const Group& group, const Prepared& x, int first, int last) {
   const int R = last - first, kept = std::min(padded(group.count), KEPT_ROWS);
   const int ldo = kept + 16;  // no power of 2: rows of a column lie in other sets of the cache
@@ -181,11 +192,8 @@ void many_rows(const Job& job, const Group& group, const Prepared& x, int first,
     if (job.has_act())
       many_products(group, x, job.out_dim + first, R, m, padded(n), panel, U, ldo);
     for (int i = 0; i < n; i += 16) {
-      for (int r = 0; r < R; ++r)
-        for (int j = 0; j < 16; ++j) a[j * PANEL + r] = A[size_t(r) * ldo + i + j];
-      if (job.has_act())
-        for (int r = 0; r < R; ++r)
-          for (int j = 0; j < 16; ++j) u[j * PANEL + r] = U[size_t(r) * ldo + i + j];
+      to_rows(A + i, ldo, R, a);
+      if (job.has_act()) to_rows(U + i, ldo, R, u);
       for (int j = 0; j < std::min(16, n - i); ++j)
         job.finish(group.bias, a + j * PANEL, u + j * PANEL, first, R, group.first + m + i + j);
     }
