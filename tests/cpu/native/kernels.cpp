@@ -1,0 +1,180 @@
+// The kernels of each instruction set that this machine has, on memory of exactly the sizes that
+// they are told: for sanitizers. Results are compared with the baseline's.
+#include "kernels.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+namespace {
+
+using Floats = std::vector<float>;
+unsigned seed = 1;
+
+float random_float() { return float(rand_r(&seed) % 2001) / 1000.0f - 1.0f; }
+Floats random_floats(size_t n) {
+  Floats found(n);
+  for (auto& x : found) x = random_float();
+  return found;
+}
+
+struct Stored {
+  Weight weight{};
+  std::unique_ptr<uint32_t[]> words;
+  std::unique_ptr<uint8_t[]> scales;
+  Floats biases;
+
+  Stored(Kind kind, Scale scale, int N, int K, int group, bool biased) {
+    weight.kind = kind, weight.scale = scale, weight.N = N, weight.K = K, weight.group = group;
+    const size_t n_words = size_t(N) * size_t(K) * size_t(bits_of(kind)) / 32;
+    words.reset(new uint32_t[n_words]);
+    for (size_t i = 0; i < n_words; ++i) {
+      // Dense values of some size; 8-bit floats that are no NaN.
+      const uint32_t bits = uint32_t(rand_r(&seed)) ^ uint32_t(rand_r(&seed)) << 16;
+      const float value = random_float();
+      if (kind == Kind::F32) std::memcpy(&words[i], &value, 4);
+      else if (kind == Kind::BF16) words[i] = 0x3f80'3f80u ^ (bits & 0x807f'807fu);
+      else if (kind == Kind::F16) words[i] = 0x3c00'3c00u ^ (bits & 0x83ff'83ffu);
+      else words[i] = kind == Kind::FP8 ? bits & 0xbfbf'bfbfu : bits;
+    }
+    weight.w = words.get();
+    const int n = N * weight.n_groups();
+    const size_t size = scale == Scale::F32 ? 4 : scale == Scale::F16 || scale == Scale::BF16 ? 2 : 1;
+    scales.reset(new uint8_t[size_t(n) * size + 1]);
+    for (int i = 0; i < n; ++i) {
+      const float value = 0.01f * (1.5f + random_float());
+      const uint16_t half = scale == Scale::F16 ? 0x2000 : 0x3c00;
+      if (size == 4) std::memcpy(&scales[size_t(i) * 4], &value, 4);
+      else if (size == 2) std::memcpy(&scales[size_t(i) * 2], &half, 2);
+      else scales[size_t(i)] = scale == Scale::E8M0 ? 120 : 0x28;
+    }
+    weight.scales = n ? scales.get() : nullptr;
+    if (biased && scale == Scale::F32) {
+      biases = random_floats(size_t(n));
+      weight.biases = biases.data();
+    }
+  }
+};
+
+// Results [M, N] of a few rows, and of 16 as panels.
+Floats few(const Kernels& k, const Weight& p, const Floats& x, int M) {
+  const int length = length_of(p, k.lanes), n_sums = padded(p.n_groups()), ldo = padded(p.N);
+  Floats prepared(size_t(M) * size_t(length)), sums(size_t(M) * size_t(n_sums));
+  for (int m = 0; m < M; ++m) {
+    k.prepare(p, x.data() + m * p.K, prepared.data() + m * length);
+    if (n_sums) k.group_sums(p, x.data() + m * p.K, sums.data() + m * n_sums);
+  }
+  Floats out(size_t(M) * size_t(ldo));
+  k.rows(p, prepared.data(), sums.data(), M, 0, p.N, out.data(), ldo);
+  return out;
+}
+
+Floats many(const Kernels& k, const Weight& p, const Floats& x) {
+  const int length = length_of(p, k.lanes);
+  Floats tile(size_t(length) * 16), panel(size_t(PANEL) * PANEL_VALUES);
+  const float* rows[16];
+  for (int i = 0; i < 16; ++i) rows[i] = x.data() + i * p.K;
+  k.transpose(p, rows, tile.data(), 16);
+  Floats out(size_t(p.N) * 16);
+  for (int first = 0; first < p.N; first += PANEL)
+    for (int start = 0; start < length; start += PANEL_VALUES) {
+      const int n = std::min(PANEL, p.N - first), stop = std::min(length, start + PANEL_VALUES);
+      k.panel(p, first, n, start, stop, panel.data());
+      k.matmul(panel.data(), PANEL_VALUES, tile.data() + start * 16, 16, out.data() + first * 16, 16,
+               n, 16, stop - start);
+    }
+  return out;
+}
+
+bool agree(const char* what, const Kernels& k, const Weight& p, const Floats& a, const Floats& b) {
+  double size = 0, difference = 0;
+  for (size_t i = 0; i < a.size(); ++i) {
+    size += double(b[i]) * double(b[i]);
+    difference = std::max(difference, std::fabs(double(a[i]) - double(b[i])));
+  }
+  if (difference <= 1e-5 * std::sqrt(size / double(a.size())) + 1e-30) return true;
+  std::fprintf(stderr, "%s %s: kind %d, [%d, %d] of groups of %d differ by %g\n", k.name, what,
+               int(p.kind), p.N, p.K, p.group, difference);
+  return false;
+}
+
+bool products(const Kernels& k, const Kernels& baseline, const Weight& p) {
+  const Floats x = random_floats(size_t(16) * size_t(p.K));
+  bool fine = agree("many", k, p, many(k, p, x), many(baseline, p, x));
+  const Floats alone = few(k, p, x, 1);
+  for (int M : {1, 2, 4, 8}) {
+    const Floats together = few(k, p, x, M);
+    fine &= agree("few", k, p, together, few(baseline, p, x, M));
+    for (int n = 0; n < p.N; ++n)
+      if (together[size_t(n)] != alone[size_t(n)]) {
+        std::fprintf(stderr, "%s: a row of kind %d is another among %d\n", k.name, int(p.kind), M);
+        return false;
+      }
+  }
+  return fine;
+}
+
+bool all_products(const Kernels& k, const Kernels& baseline, int N, int K) {
+  bool fine = true;
+  const auto check = [&](Kind kind, Scale scale, int group, bool biased) {
+    if (group && K % group) return;
+    const Stored stored(kind, scale, N, K, group, biased);
+    fine &= products(k, baseline, stored.weight);
+  };
+  for (Kind kind : {Kind::Q2, Kind::Q3, Kind::Q4, Kind::Q5, Kind::Q6, Kind::Q8})
+    for (int group : {32, 64, 128})
+      for (Scale scale : {Scale::F32, Scale::F16, Scale::BF16})
+        check(kind, scale, group, group != 64);
+  check(Kind::FP4, Scale::E8M0, 32, false);
+  check(Kind::FP4, Scale::E4M3, 16, false);
+  check(Kind::FP8, Scale::E8M0, 32, false);
+  for (Kind kind : {Kind::BF16, Kind::F16, Kind::F32}) check(kind, Scale::F32, 0, false);
+  return fine;
+}
+
+// Attention over keys in memory of their own size: one query, and a chunk of them.
+bool attention(const Kernels& k, const Kernels& baseline, int G, int D, int V, int L, int S) {
+  const Floats q = random_floats(size_t(G) * size_t(L) * size_t(D));
+  const Floats keys = random_floats(size_t(S) * size_t(D)), values = random_floats(size_t(S) * size_t(V));
+  Heads a{};
+  a.G = G, a.D = D, a.V = V, a.L = L, a.S = S, a.scale = 0.2f, a.cap = 5.0f, a.causal = true;
+  a.q_head = size_t(L) * size_t(D), a.q_row = size_t(D), a.k_row = size_t(D), a.v_row = size_t(V);
+  a.o_row = size_t(G) * size_t(V);
+  const auto chunk = [&](const Kernels& own) {
+    Floats out(size_t(L) * a.o_row), scratch(chunk_floats(a, L));
+    own.attend_chunk(a, q.data(), keys.data(), values.data(), nullptr, 0, L, out.data(), scratch.data());
+    return out;
+  };
+  const auto one = [&](const Kernels& own) {
+    const size_t n = size_t(G);
+    Floats out(n * size_t(V)), top(n), sum(n);
+    own.attend_one(a, q.data(), keys.data(), values.data(), 0, std::min(S, KEYS), out.data(),
+                   top.data(), sum.data());
+    out.insert(out.end(), sum.begin(), sum.end());
+    return out;
+  };
+  Weight none{};
+  return agree("chunk", k, none, chunk(k), chunk(baseline)) &
+         agree("one query", k, none, one(k), one(baseline));
+}
+
+}  // namespace
+
+int main() {
+  const Kernels* baseline = kernels("baseline");
+  bool fine = true;
+  for (const char* name : {"baseline", "avx2", "avx512"}) {
+    const Kernels* k = kernels(name);
+    if (!k) continue;
+    std::printf("%s\n", k->name);
+    for (auto [N, K] : {std::pair(17, 96), {50, 160}, {5, 1152}}) fine &= all_products(*k, *baseline, N, K);
+    for (int G : {1, 3, 8})
+      for (auto [L, S] : {std::pair(1, 1), {5, 5}, {7, 70}, {33, 130}})
+        fine &= attention(*k, *baseline, G, 48, 32, L, S);
+  }
+  return fine ? 0 : 1;
+}
