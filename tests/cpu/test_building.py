@@ -40,6 +40,7 @@ def small(monkeypatch, tmp_path) -> Path:
     folder.mkdir()
     (folder / "module.cpp").write_text(MODULE % "")
     monkeypatch.setattr(building, "SOURCES", folder)
+    monkeypatch.setattr(building, "UNITS", ("module",))
     monkeypatch.setattr(building, "FLAGS", ("-std=c++20", "-fPIC"))
     monkeypatch.setattr(building, "_try", library.load)
     monkeypatch.setenv("MLXKV_KERNELS_DIR", str(tmp_path / "kernels"))
@@ -97,7 +98,8 @@ BUILD = """
 import sys
 from pathlib import Path
 from mlxkv.cpu import building
-building.SOURCES, building.FLAGS = Path({source!r}), ("-fPIC",)
+building.SOURCES, building.UNITS = Path({source!r}), ("module",)
+building.FLAGS = ("-fPIC",)
 building._try = lambda made: None
 {more}
 print(building.build(waits=sys.argv[1] == "waits"))
@@ -166,6 +168,7 @@ def test_what_computes_nonsense_is_not_kept(small, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setenv("MLXKV_KERNELS_DIR", str(small.parent.parent / "kernels"))
     monkeypatch.setattr(building, "SOURCES", small.parent)
+    monkeypatch.setattr(building, "UNITS", ("module",))
     monkeypatch.setattr(building, "FLAGS", ("-fPIC",))
     with pytest.raises(BuildError, match="has no attribute 'linear'"):
         building.build()
