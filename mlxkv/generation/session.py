@@ -96,6 +96,11 @@ class Session:
         """Bytes that the caches take."""
         return sum(cache.nbytes for cache in self.caches)
 
+    @property
+    def page_bytes(self) -> int:
+        """Bytes kept beside the caches for the next page."""
+        return 0 if self._cutter is None else self._cutter.nbytes
+
     def use(self) -> KVUse:
         """What of the caches is used."""
         return kv_use(self.caches)

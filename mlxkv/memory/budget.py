@@ -110,8 +110,10 @@ class Budget:
 
     @property
     def used_bytes(self) -> int:
-        """Weights, KV, prefix pages and rows of media."""
-        return self.weights_bytes + self.kv_bytes + self.pages_bytes + self.rows.nbytes
+        """Weights, KV, prefix pages, begun ones too, and rows of media."""
+        begun = sum(sequence.page_bytes for sequence in self._accounts.live())
+        pages = self.pages_bytes + begun
+        return self.weights_bytes + self.kv_bytes + pages + self.rows.nbytes
 
     @property
     def pages_bytes(self) -> int:

@@ -83,6 +83,7 @@ class Consumer(Protocol):
     Attributes:
         n_held: tokens in its caches.
         nbytes: bytes of its caches.
+        page_bytes: bytes kept beside them for its next page.
         kv_type: the format of its KV now.
         is_auto: whether its KV may be quantized further where memory is short.
     """
@@ -91,6 +92,8 @@ class Consumer(Protocol):
     def n_held(self) -> int: ...
     @property
     def nbytes(self) -> int: ...
+    @property
+    def page_bytes(self) -> int: ...
     @property
     def kv_type(self) -> str: ...
     @property

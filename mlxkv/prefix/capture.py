@@ -51,6 +51,11 @@ class Cutter:
         """The complete pages of the sequence."""
         return list(self._links)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the rows that are kept for the next page."""
+        return sum(part.nbytes for part in list(self._rows or ()))
+
     def is_due(self, n: int) -> bool:
         """Whether `advance` has work at `n` tokens: a page, or rows about to be overwritten."""
         if n - self._start >= STEP:
