@@ -171,8 +171,8 @@ def test_an_encoder_takes_what_is_planned(name: str, tmp_path: Path):
     write, kind, shapes_in = ENCODERS[name]
     model, shapes = loaded(write(tmp_path / "m"), kind), shapes_in(tmp_path / "m")
     planned = encoder_bytes(model, kind, shapes)
-    # One megabyte is some fifty arrays in the queue; with the kernels fewer tasks wait in it.
-    tolerance = 0.12 if planned < 2**21 and kernels.kernels() else TOLERANCE
+    # Beside the kernels fewer tasks wait than are counted: up to 17% of one megabyte.
+    tolerance = 0.18 if planned < 2**21 and kernels.kernels() else TOLERANCE
     run = partial(rows_of, model, kind, shapes)
     assert meets(planned, peak_of, run, tolerance=tolerance)
 
