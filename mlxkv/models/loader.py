@@ -32,7 +32,7 @@ from mlxkv.models.late import EncoderWeights, stamps_of
 from mlxkv.nn.encoders import Waiting, encoder_of, placeholder
 from mlxkv.nn.kernels import settle
 from mlxkv.nn.layers import Prepared
-from mlxkv.nn.linear import QuantizedEmbedding
+from mlxkv.nn.linear import Embedding, QuantizedEmbedding
 from mlxkv.nn.model import CausalLM
 
 STEP_BYTES = 64 << 20
@@ -111,10 +111,11 @@ class Layout:
                 self.weights[name] = placeholder(array)
 
     def settle_dtype(self) -> None:
-        """Tell the model what it computes in: packed weights do not show it."""
+        """Tell the model what it computes in: packed weights, and those kept in 16 bits, do not
+        show it."""
         self.model.compute_dtype = self.dtype
         for module in self.model.modules():
-            if isinstance(module, QuantizedEmbedding):
+            if isinstance(module, Embedding | QuantizedEmbedding):
                 module.compute_dtype = self.dtype
 
 

@@ -126,3 +126,26 @@ def test_products_of_any_shape(ops, data):
     # By the terms of a sum: one that nearly cancels out is itself no measure.
     size = np.sqrt((reference.array(x) ** 2 @ values.T**2).max())
     assert_near(got, reference.gated(act, product) if act[0] else product, 2e-5, size * (1 + size))
+
+
+def test_rows_of_another_dtype_or_shape_are_refused(ops):
+    """The kernels read what they get as float32: bfloat16 beside it gave other memory's values."""
+    weight, _ = packed(normal(96, 128), "affine", 4, 32)
+    x, scale, plus = normal(1, 3, 128), normal(128), normal(1, 3, 96)
+    mx.eval(ops.linear(x, weight, scale, 1e-5, plus, NO_ACT))
+    for rows, norm, added in (
+        (x.astype(mx.bfloat16), scale, plus),
+        (x, scale.astype(mx.bfloat16), plus),
+        (x, scale[:64], plus),
+        (x, scale, plus.astype(mx.float16)),
+        (x, scale, plus[:, :1]),
+    ):
+        with pytest.raises(ValueError):
+            ops.linear(rows, weight, norm, 1e-5, added, NO_ACT)
+    for rows, norm, added in (
+        (x.astype(mx.bfloat16), scale, x),
+        (x, scale[:64], x),
+        (x, scale, plus),
+    ):
+        with pytest.raises(ValueError):
+            ops.rms_norm(rows, norm, 1e-5, added)

@@ -197,6 +197,8 @@ void check(const CodedKV& kv) {
 mx::array rms_norm(const mx::array& x, const Maybe& w, float eps, const Maybe& residual) {
   require(x.dtype() == mx::float32, "x is not float32");
   const int dim = x.shape(-1);
+  require_floats(w, {dim}, "a norm's scale is not float32 of x's length");
+  require_floats(residual, x.shape(), "what is added is not float32 of x's shape");
   const bool has_weight = w.has_value(), has_residual = residual.has_value();
   Inputs in({x});
   in.add(w);

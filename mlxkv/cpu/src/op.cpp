@@ -44,3 +44,7 @@ mx::array operation(const char* name, mx::Shape shape, Op::Numbers numbers, Op::
 void require(bool holds, const char* what) {
   if (!holds) throw std::invalid_argument(what);
 }
+
+void require_floats(const Maybe& x, const mx::Shape& shape, const char* what) {
+  require(!x || (x->dtype() == mx::float32 && x->shape() == shape), what);
+}

@@ -91,6 +91,9 @@ inline const float* dense(const mx::array& x, Scratch& scratch) {
 // Raises std::invalid_argument, in Python ValueError.
 void require(bool holds, const char* what);
 
+// Requires float32 of that shape, where there is an array.
+void require_floats(const Maybe& x, const mx::Shape& shape, const char* what);
+
 inline const float* floats_of(const mx::array& x) { return x.data<float>(); }
 inline float* floats_of(mx::array& x) { return x.data<float>(); }
 

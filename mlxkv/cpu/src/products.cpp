@@ -275,6 +275,7 @@ void add_weights(Inputs& in, const Weights& weights) {
   in.arrays.push_back(weights.w);
   in.add(weights.scales);
   in.add(weights.biases);
+  require(!weights.bias || weights.bias->dtype() == mx::float32, "a bias is not float32");
   in.add(weights.bias);
 }
 
@@ -289,6 +290,10 @@ mx::array linear(const mx::array& x, const Weights& weights, const Maybe& norm, 
   const bool has_biases = weights.biases.has_value(), has_bias = weights.bias.has_value();
   const bool is_normed = eps >= 0, has_norm = norm.has_value(), has_residual = residual.has_value();
   const bool is_chunk = x.shape(-2) > 1;
+  auto out_shape = x.shape();
+  out_shape.back() = out_dim;
+  require_floats(norm, {K}, "a norm's scale is not float32 of x's length");
+  require_floats(residual, out_shape, "what is added is not float32 of the result's shape");
   Inputs in({x});
   add_weights(in, weights);
   in.add(norm);
@@ -313,8 +318,6 @@ mx::array linear(const mx::array& x, const Weights& weights, const Maybe& norm, 
     job.out = floats_of(out);
     compute(job);
   };
-  auto out_shape = x.shape();
-  out_shape.back() = out_dim;
   return operation("MlxkvLinear", out_shape,
                    {double(shape.kind), double(shape.group), double(has_biases), double(has_bias),
                     double(has_norm), eps, double(has_residual), double(activation.act)},
