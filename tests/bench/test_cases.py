@@ -37,9 +37,9 @@ def test_the_first_token_of_a_document_is_one_of_the_prompts_tokens():
 
 
 def test_what_the_plan_says_does_not_fit_is_left_out_with_its_numbers(model):
-    limit = parse_bytes("3MiB")
+    limit = parse_bytes("2.4MiB")
     planner = Planner(model, effective(model, Given(memory=limit)))
     cases, skipped = planner.choose((8, 500), (1, 4), 3)
     assert [(c.context, c.batch) for c in cases] == [(8, 1), (8, 4)]
     assert [(s.context, s.batch) for s in skipped] == [(500, 1), (500, 4)]
-    assert "the limit is 3.0 MiB" in skipped[0].reason
+    assert "the limit is 2.4 MiB" in skipped[0].reason

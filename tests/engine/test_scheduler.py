@@ -133,7 +133,7 @@ def test_a_prompt_that_waits_for_room_can_be_cancelled(path):
 
 
 def test_a_cut_for_lack_of_room_ends_when_there_is_room_again(path):
-    served = tight(path, 1.8)
+    served = tight(path, 1.5)
     neighbour = served.runtime.session()
     neighbour.prefill(served.runtime.tokenizer.encode(B))
     first = Asked(served, A)
