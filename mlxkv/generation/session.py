@@ -223,8 +223,7 @@ class Session:
         n, worth = self.resumable(tokens, self._most(tokens)), WORTH
         match = self._pages.match(tokens, n, worth)
         if min(tokens[match.n_tokens : match.shared], default=0) < 0:
-            worth = 1  # an encoder would run for these few tokens
-            match = self._pages.match(tokens, n, worth)
+            match = self._pages.match(tokens, n, worth := 1)  # an encoder would run for these few
         while (n := self.resumable(tokens, match.n_tokens)) < match.n_tokens:
             match = self._pages.match(tokens, n, worth)
         return match
@@ -376,8 +375,7 @@ class Session:
     def discard(self) -> None:
         """Forget everything, and have the pages forget what was computed: it is no KV."""
         if self._cutter is not None and self._pages is not None:
-            links = self._cutter.links
-            self._pages.forget(link for link in links if link.stop > self._n_restored)
+            self._pages.forget(x for x in self._cutter.links if x.stop > self._n_restored)
         self.reset()
 
     def _cut(self, n: int) -> None:
@@ -397,7 +395,6 @@ class Session:
 
     def _rewind(self, offset: int) -> bool:
         """Take all caches back; where one cannot, all start again."""
-        done = all(cache.rewind(offset) for cache in self.caches)
-        if not done:
+        if not (done := all(cache.rewind(offset) for cache in self.caches)):
             self.reset()
         return done

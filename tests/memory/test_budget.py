@@ -366,14 +366,14 @@ def test_few_steps_are_traced_whatever_chunks_a_prompt_comes_in(paths, monkeypat
     llm = limited(paths["llama"], len(PROMPT) + 80, extra=1 << 20)
     monkeypatch.setattr(needs, "prefill_step", counted)
     assert not llm.budget._is_roomy(llm.session(), 0, 16)
-    mx.clear_cache()  # of what other tests freed
     draw, tokens = random.Random(5), llm.tokenizer.encode(PROMPT)
     n_chunks = 0
     for _ in range(12):
         session = llm.session()
         for _ in session.prefilling(tokens, lambda: draw.randint(16, 128)):
             n_chunks += 1
-        assert not session.rungs
+        # What MLX's allocator keeps of other tests may be given back; nothing else is short.
+        assert all(rung.kind == "cache" for rung in session.rungs)
         session.reset()
     assert n_chunks > 60
     # Held 0, 256, ... 1024; chunks of 16, 32, 64 and 128.
