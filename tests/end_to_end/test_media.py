@@ -105,6 +105,14 @@ def ask(client: openai.OpenAI, messages: list[Any]) -> Any:
     )
 
 
+def ollama_chat(server: Any, message: dict[str, Any], options: dict[str, Any]) -> Any:
+    """An answer's text over Ollama's API, the tokens of the prompt, and the restored of them."""
+    body = {"model": MODEL, "messages": [message], "options": options, "stream": False}
+    made = httpx.post(f"{server.url}/api/chat", json=body, timeout=60).json()
+    text = made["message"]["content"]
+    return text, made["prompt_eval_count"], made["prompt_eval_cached_count"]
+
+
 def test_a_picture_is_the_same_prompt_in_all_apis_and_is_computed_once(server, client, pictures):
     first = ask(client, shown(data_url(png(1))))
     n, text = first.usage.prompt_tokens, first.choices[0].message.content
@@ -143,21 +151,19 @@ def test_a_picture_is_the_same_prompt_in_all_apis_and_is_computed_once(server, c
         assert found["prompt_cache"]["image_tokens"] == n_picture
 
     options = {"temperature": 0, "num_predict": 6}
-    message = {"role": "user", "content": QUESTION, "images": [png(1)]}
+    message = {"role": "user", "content": QUESTION, "images": [base64_of(png(1))]}
     with ollama.Client(server.url) as local:
         assert {"vision", "audio"} <= set(local.show(MODEL).capabilities or [])
-        answer = local.chat(MODEL, [message], options=options)
-    assert (answer.message.content, answer.prompt_eval_count) == (text, 1)
+    assert ollama_chat(server, message, options) == (text, n, n - 1)
 
 
 def test_sound_is_heard_and_written_down(server, client):
     part = {"type": "input_audio", "input_audio": {"data": base64_of(SOUND), "format": "wav"}}
     made = ask(client, [{"role": "user", "content": [part, {"type": "text", "text": QUESTION}]}])
     assert made.usage.prompt_tokens_details.audio_tokens == 50  # one for 40 ms
-    message = {"role": "user", "content": QUESTION, "images": [SOUND]}
-    with ollama.Client(server.url) as local:
-        heard = local.chat(MODEL, [message], options={"num_predict": 6})
-    assert heard.prompt_eval_count == 1
+    message = {"role": "user", "content": QUESTION, "images": [base64_of(SOUND)]}
+    _, n, n_cached = ollama_chat(server, message, {"num_predict": 6})
+    assert (n, n_cached) == (made.usage.prompt_tokens, n - 1)
     made = {}
     for form in ("json", "text", "srt", "vtt", "verbose_json"):
         made[form] = client.audio.transcriptions.create(

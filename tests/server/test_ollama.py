@@ -81,8 +81,8 @@ def test_a_chat_is_answered_with_its_figures(client, engine):
     answer = client.chat(MODEL, HELLO)
     assert (answer.message.role, answer.message.content) == ("assistant", "Hello world")
     assert (answer.done, answer.done_reason, answer.model) == (True, "stop", MODEL)
-    # What was restored took no time, so it does not count in the speed.
-    assert (answer.prompt_eval_count, answer.prompt_eval_duration) == (4, 250_000_000)
+    # Clients tell from it how full the context is: of the 10 tokens 6 were restored.
+    assert (answer.prompt_eval_count, answer.prompt_eval_duration) == (10, 250_000_000)
     assert (answer.eval_count, answer.eval_duration) == (2, 500_000_000)
     assert answer.total_duration > 0
     assert answer.load_duration == 0
@@ -94,6 +94,7 @@ def test_the_last_line_says_where_the_prompt_came_from(address, engine):
     miss = Miss("diverged", 6, "a|b", "a|c", 3, 0.1)
     engine.script = says("Hi", stats=stats(miss=miss, generated_tokens=1))
     body = post(address, "/api/chat", {"model": MODEL, "messages": HELLO, "stream": False}).json()
+    assert (body["prompt_eval_count"], body["prompt_eval_cached_count"]) == (10, 6)
     assert body["prompt_cache"] == {
         "prompt_tokens": 10,
         "restored_ram_tokens": 4,

@@ -23,10 +23,13 @@ IGNORED = {
     },
     "codex": {"tools.web_search", "prompt_cache_key", "client_metadata", "reasoning.summary"},
     "codex_oss": {"tools.web_search", "prompt_cache_key", "client_metadata", "reasoning.summary"},
+    "open_webui_ollama": {"messages.tool_calls.index"},
     "pi": {"store"},
     "vercel_anthropic": {"tools.eager_input_streaming"},
     "vercel_ollama": {"max_output_tokens"},
 }  # fmt: skip
+NO_TEXT_BESIDE_CALLS = {"open_webui_ollama"}
+"""Programs that send an answer with calls back without its text."""
 ENDS = {
     "/v1/messages": '"type":"message_stop"',
     "/v1/responses": '"type":"response.completed"',
@@ -88,7 +91,8 @@ def test_calls_of_two_turns_and_their_results_reach_the_template(fake, recording
     told = {tool["function"]["name"] for tool in engine.last.request.tools or ()}
     assert {call["function"]["name"] for call in calls} <= told
     answers = [each["content"] for each in messages if each["role"] == "assistant"]
-    assert answers[-3:] == ["I will look.", "All done: the tool said hello.", "I will look."]
+    beside = "" if recording.name in NO_TEXT_BESIDE_CALLS else "I will look."
+    assert answers[-3:] == [beside, "All done: the tool said hello.", beside]
 
 
 @pytest.mark.parametrize("name", ROLES)

@@ -1,7 +1,8 @@
 """Answers in Ollama's shape: lines of JSON, the last one with times and token counts.
 
-- `prompt_eval_count` counts the tokens computed in `prompt_eval_duration`, so that their ratio is a
-  speed. `prompt_cache` has the tokens whose KV was restored, and the length of the whole prompt.
+- `prompt_eval_count` is the length of the whole prompt, as clients need it to tell how full a context
+  is. `prompt_eval_cached_count` of its tokens were restored; the others were computed in
+  `prompt_eval_duration`.
 - `load_duration` is the time until the model was loaded, `total_duration` the whole time.
 - Calls that cannot be read, and calls of a request without tools, are shown as text.
 - Extensions: `done_reason` "memory" for an answer that the memory limit ended, `prompt_cache`,
@@ -137,7 +138,8 @@ class Reply:
 
 def _figures(stats: Stats) -> dict[str, Any]:
     return {
-        "prompt_eval_count": stats.computed_tokens,
+        "prompt_eval_count": stats.prompt_tokens,
+        "prompt_eval_cached_count": stats.restored_tokens,
         "prompt_eval_duration": round(stats.prefill_s * 1e9),
         "eval_count": stats.generated_tokens,
         "eval_duration": round(stats.decode_s * 1e9),
