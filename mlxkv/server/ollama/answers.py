@@ -1,7 +1,7 @@
 """Answers in Ollama's shape: lines of JSON, the last one with times and token counts.
 
-- `prompt_eval_count` is the length of the whole prompt, as clients need it to tell how full a context
-  is. `prompt_eval_cached_count` of its tokens were restored; the others were computed in
+- `prompt_eval_count` is the length of the whole prompt: clients tell by it how full a context is.
+  `prompt_eval_cached_count` of its tokens were restored; the others were computed in
   `prompt_eval_duration`.
 - `load_duration` is the time until the model was loaded, `total_duration` the whole time.
 - Calls that cannot be read, and calls of a request without tools, are shown as text.
