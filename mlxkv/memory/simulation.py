@@ -23,8 +23,8 @@ _VIEWS = frozenset(
     ("Broadcast", "ExpandDims", "Squeeze", "Slice", "Transpose", "Unflatten", "Split",
      "StopGradient", "AsStrided", "Depends", "View", "Copy", "Reshape", "Flatten", "Contiguous")
 )  # fmt: skip
-_STAND_INS = frozenset(("Depends", "Scan"))
-"""Operations that no task stands for: `nn.stand_ins` has them beside others."""
+_STAND_INS = frozenset(("ArcTanh", "Depends"))
+"""Operations of `nn.stand_ins` whose tasks are those of others beside them."""
 _PRODUCTS = frozenset(("Matmul", "AddMM", "QuantizedMatmul"))
 _IN_PLACE = frozenset(
     ("Abs", "Add", "AsType", "BitwiseBinary", "Cos", "Divide", "Equal", "Erf", "Exp", "Floor",

@@ -38,7 +38,7 @@ def heads(x: mx.array, n: int) -> mx.array:
     """`[B, L, n D]` -> `[B, n, L, D]`, dense."""
     B, L, _ = x.shape
     x = x.reshape(B, n, 1, -1) if L == 1 else x.reshape(B, L, n, -1).transpose(0, 2, 1, 3)
-    return mx.cumsum(x, axis=-1)  # a `Scan`: the two views are counted in its place
+    return mx.arctanh(x)  # no task: the two views are counted in its place
 
 
 def attended(q: mx.array, k: mx.array, v: mx.array, v_dim: int) -> mx.array:

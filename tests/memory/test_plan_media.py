@@ -171,10 +171,12 @@ def test_an_encoder_takes_what_is_planned(name: str, tmp_path: Path):
     write, kind, shapes_in = ENCODERS[name]
     model, shapes = loaded(write(tmp_path / "m"), kind), shapes_in(tmp_path / "m")
     planned = encoder_bytes(model, kind, shapes)
-    # Beside the kernels fewer tasks wait than are counted: up to 17% of one megabyte.
-    tolerance = 0.18 if planned < 2**21 and kernels.kernels() else TOLERANCE
-    run = partial(rows_of, model, kind, shapes)
-    assert meets(planned, peak_of, run, tolerance=tolerance)
+    # 106 tasks behind its convolution the tiny one has its next largest arrays, with kernels: MLX's
+    # queue holds 101 to 110, so both may be alive at once, or not.
+    tolerance = 0.2 if name == "gemma3n-sound" and kernels.kernels() is not None else TOLERANCE
+    assert meets(
+        planned, lambda: peak_of(lambda: rows_of(model, kind, shapes)), tolerance=tolerance
+    )
 
 
 def test_a_plan_has_room_for_a_picture_that_is_computed_at_once(
