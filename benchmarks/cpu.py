@@ -32,18 +32,6 @@ BASE = "llama.cpp"
 LIMIT_S = 900
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
-    """What one process measured; `others` is the cores that other processes took meanwhile."""
-
-    job: str
-    engine: str
-    index: int
-    figures: dict[str, float]
-    load: float
-    others: float
-
-
 def jobs(args: argparse.Namespace) -> Iterator[tuple[str, list[str]]]:
     """Names and options of what is asked for."""
     seconds = f"--seconds={args.seconds}"
@@ -55,6 +43,18 @@ def jobs(args: argparse.Namespace) -> Iterator[tuple[str, list[str]]]:
             yield "prefill", [f"--prefills=[{n}]"]
     if "beside" in args.what:
         yield "beside", ["--contexts=[0]", seconds]
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What one process measured; `others` is the cores that other processes took meanwhile."""
+
+    job: str
+    engine: str
+    index: int
+    figures: dict[str, float]
+    load: float
+    others: float
 
 
 def measure(args: argparse.Namespace, job: str, options: list[str], engine: str, i: int) -> Run:

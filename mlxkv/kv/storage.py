@@ -7,7 +7,7 @@ cache keeps, moves and drops tokens of every format in the same way.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import mlx.core as mx
@@ -152,6 +152,33 @@ class Ragged:
         _, H, _, D = self.parts[0].shape
         n_rows = sum(part.shape[0] for part in self.parts)
         return n_rows, H, max(part.shape[2] for part in self.parts), D
+
+
+def in_parts(
+    attend: Callable[..., mx.array | None],
+    q: mx.array,
+    k: Ragged,
+    v: Ragged,
+    scale: float,
+    sinks: mx.array | None,
+    softcap: float | None,
+) -> mx.array:
+    """Attention of one query of each sequence, part by part, `[R, H, 1, D]` in the batch's order.
+
+    Args:
+        attend: takes q, k, v, scale, mask, sinks and softcap.
+        q: `[R, H, 1, D]`.
+    """
+    if k.order is not None:
+        q = mx.take(q, k.order.rows, axis=0)
+    outs, start = [], 0
+    for own_k, own_v, mask in zip(k.parts, v.parts, k.masks, strict=True):
+        stop = start + own_k.shape[0]
+        rows = q if len(k.parts) == 1 else q[start:stop]
+        outs.append(attend(rows, own_k, own_v, scale, mask, sinks, softcap))
+        start = stop
+    out = outs[0] if len(outs) == 1 else mx.concatenate(outs)
+    return out if k.order is None else mx.take(out, k.order.back, axis=0)
 
 
 KV = Rows | Ragged

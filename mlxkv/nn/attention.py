@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from mlxkv.base import device
 from mlxkv.kv.layout import Mask, TwoWayMask, windowed_mask
-from mlxkv.kv.storage import KV, QuantizedRows, Ragged, dense_both
+from mlxkv.kv.storage import KV, QuantizedRows, Ragged, dense_both, in_parts
 from mlxkv.nn.layers import soft_cap
 
 SPLIT_QUERIES = 64
@@ -52,7 +52,7 @@ def attend(
     if isinstance(k, Ragged):
         assert isinstance(v, Ragged) and mask is None
         if len(k.parts) != 1 or k.order is not None:
-            return _attend_ragged(q, k, v, scale, sinks, softcap)
+            return in_parts(attend, q, k, v, scale, sinks, softcap)
         k, v, mask = k.parts[0], v.parts[0], k.masks[0]
     if isinstance(k, QuantizedRows):
         assert isinstance(v, QuantizedRows)
@@ -127,21 +127,6 @@ def _attend_rows(
     sinks = mx.broadcast_to(sinks.astype(q.dtype), (*scores.shape[:-1], 1))
     weights = mx.softmax(mx.concatenate([scores, sinks], axis=-1), axis=-1, precise=True)
     return weights[..., :-1] @ v
-
-
-def _attend_ragged(
-    q: mx.array, k: Ragged, v: Ragged, scale: float, sinks: mx.array | None, softcap: float | None
-) -> mx.array:
-    if k.order is not None:
-        q = mx.take(q, k.order.rows, axis=0)
-    outs, start = [], 0
-    for own_k, own_v, mask in zip(k.parts, v.parts, k.masks, strict=True):
-        stop = start + own_k.shape[0]
-        rows = q if len(k.parts) == 1 else q[start:stop]
-        outs.append(attend(rows, own_k, own_v, scale, mask, sinks, softcap))
-        start = stop
-    out = outs[0] if len(outs) == 1 else mx.concatenate(outs)
-    return out if k.order is None else mx.take(out, k.order.back, axis=0)
 
 
 def _attend_on_all_cores(

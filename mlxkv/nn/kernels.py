@@ -19,7 +19,7 @@ from mlxkv.base import device
 from mlxkv.cpu.formats import ACTS, NO_ACT, Weight, clamped, is_known, weight_of
 from mlxkv.cpu.library import library, look_again, state
 from mlxkv.kv.layout import Mask, Offset, Positions, TwoWayMask
-from mlxkv.kv.storage import KV, QuantizedRows, Ragged
+from mlxkv.kv.storage import KV, QuantizedRows, Ragged, in_parts
 from mlxkv.nn import stand_ins
 
 __all__ = ["ACTS", "NO_ACT", "Weight", "clamped", "state"]
@@ -176,7 +176,7 @@ def attended(
         return None
     if isinstance(k, Ragged):
         assert isinstance(v, Ragged)
-        return _attended_parts(q, k, v, scale, sinks, softcap)
+        return in_parts(attended, q, k, v, scale, sinks, softcap)
     if isinstance(mask, TwoWayMask):
         mask = mask.array
     causal = isinstance(mask, str)
@@ -195,22 +195,6 @@ def attended(
     if _tracing:
         return stand_ins.attended(q, k, v, v.shape[-1])
     return _ops().attend(q, k, v, scale, cap, causal, seen, sinks)
-
-
-def _attended_parts(
-    q: mx.array, k: Ragged, v: Ragged, scale: float, sinks: mx.array | None, softcap: float | None
-) -> mx.array | None:
-    """Of one query of each of some sequences, whose KV lies in several parts."""
-    if k.order is not None:
-        q = mx.take(q, k.order.rows, axis=0)
-    outs, start = [], 0
-    for own_k, own_v, mask in zip(k.parts, v.parts, k.masks, strict=True):
-        stop = start + own_k.shape[0]
-        rows = q if len(k.parts) == 1 else q[start:stop]
-        outs.append(attended(rows, own_k, own_v, scale, mask, sinks, softcap))
-        start = stop
-    out = outs[0] if len(outs) == 1 else mx.concatenate(outs)
-    return out if k.order is None else mx.take(out, k.order.back, axis=0)
 
 
 def _are_known(q: mx.array, k: KV, v: KV) -> bool:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import mlx.core as mx
 import numpy as np
@@ -355,22 +356,29 @@ def test_a_few_free_slots_between_rows_are_read_over():
     assert keys.order is not None
 
 
-def test_a_slot_that_was_half_filled_when_memory_ran_out_is_not_given_away(monkeypatch):
-    sequences = [[filled(100, i), filled(100, i)] for i in range(5)]
-    batch(sequences[:3])
-    block = block_of(sequences[0][0])
-    del sequences[2]
+@contextmanager
+def memory_ends_in_the_second_layer(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What is run in it raises MLX's error for that."""
     real, n_calls = mx.eval, iter(range(100))
 
-    def fails_in_the_second_layer(*arrays):
+    def fails(*arrays):
         if next(n_calls) == 1:
             raise RuntimeError("[malloc] Unable to allocate 4096 bytes.")
         real(*arrays)
 
     with monkeypatch.context() as patch:
-        patch.setattr("mlxkv.nn.blocks.mx.eval", fails_in_the_second_layer)
+        patch.setattr("mlxkv.nn.blocks.mx.eval", fails)
         with pytest.raises(RuntimeError, match="allocate"):
-            batch(sequences[:3], new=[2])
+            yield
+
+
+def test_a_slot_that_was_half_filled_when_memory_ran_out_is_not_given_away(monkeypatch):
+    sequences = [[filled(100, i), filled(100, i)] for i in range(5)]
+    batch(sequences[:3])
+    block = block_of(sequences[0][0])
+    del sequences[2]
+    with memory_ends_in_the_second_layer(monkeypatch):
+        batch(sequences[:3], new=[2])
     assert block.n_used == 3
     twin = filled(100, 3)
     batch([sequences[0], sequences[1], sequences[3]], new=[2])
@@ -382,17 +390,8 @@ def test_a_class_that_was_half_moved_when_memory_ran_out_holds_what_it_held(monk
     sequences = joined_one_by_one([255, 255, 255, 255, 255])
     twins = [sequence(255, i) for i in range(5)]
     step(batch(sequences, new=()), 1)
-    real, n_calls = mx.eval, iter(range(100))
-
-    def fails_in_the_second_layer(*arrays):
-        if next(n_calls) == 1:
-            raise RuntimeError("[malloc] Unable to allocate 4096 bytes.")
-        real(*arrays)
-
-    with monkeypatch.context() as patch:
-        patch.setattr("mlxkv.nn.blocks.mx.eval", fails_in_the_second_layer)
-        with pytest.raises(RuntimeError, match="allocate"):
-            batch(sequences, new=())
+    with memory_ends_in_the_second_layer(monkeypatch):
+        batch(sequences, new=())
     step(batch(sequences, new=()), 2)
     for i, (caches, twin) in enumerate(zip(sequences, twins, strict=True)):
         for cache, other in zip(caches, twin, strict=True):
