@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.machinery
 import importlib.util
@@ -79,6 +80,8 @@ def _found() -> tuple[ModuleType | None, str]:
         module.use(_instruction_set())
     except (ImportError, ValueError) as error:
         return None, str(error)
+    with contextlib.suppress(OSError):
+        path.touch()  # those used last stay: see `building.KEPT`
     return module, ""
 
 

@@ -84,6 +84,21 @@ def test_it_is_built_once_and_found_again(small):
 
 
 @needs_tools
+def test_of_built_libraries_those_used_last_stay(small):
+    first = building.build()
+    assert first is not None
+    for i in range(building.KEPT):
+        others = first.with_name(f"other-{i}.so")
+        others.touch()
+        os.utime(others, (i + 1, i + 1))
+    os.utime(first, (0, 0))  # the oldest, and then used
+    assert library.library() is not None
+    small.write_text(MODULE % "// another source")
+    assert building.build() != first
+    assert first.exists() and not first.with_name("other-0.so").exists()
+
+
+@needs_tools
 def test_another_source_mlx_or_flag_is_another_library(small, monkeypatch):
     mlx = toolchain.installed_mlx()
     names = {building.place(mlx).name, building.place(toolchain.Mlx(mlx.folder, "9.9")).name}
