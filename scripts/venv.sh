@@ -66,6 +66,13 @@ print(os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))')
         >/dev/null 2>&1 </dev/null || true
 }
 
+# The files of tests that are named ROOM/NAME.
+test_files() {
+    for name; do
+        echo "tests/${name%/*}/test_${name#*/}.py"
+    done
+}
+
 ready() {
     stamp=$venv/.ready-$1
     if [ -e "$stamp" ] && [ ! "$root/pyproject.toml" -nt "$stamp" ] &&

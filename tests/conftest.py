@@ -54,8 +54,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_report_header() -> str:
-    return ", ".join(filter(None, ("kernels of the CPU backend: " + library.state()[0],
-                                   library.state()[1])))  # fmt: skip
+    state, why_not = library.state()
+    return f"kernels of the CPU backend: {state}" + (f", {why_not}" if why_not else "")
 
 
 @pytest.fixture

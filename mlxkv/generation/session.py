@@ -223,7 +223,7 @@ class Session:
         n, worth = self.resumable(tokens, self._most(tokens)), WORTH
         match = self._pages.match(tokens, n, worth)
         if min(tokens[match.n_tokens : match.shared], default=0) < 0:
-            match = self._pages.match(tokens, n, worth := 1)  # an encoder would run for these few
+            worth, match = 1, self._pages.match(tokens, n, 1)  # it would take an encoder's run
         while (n := self.resumable(tokens, match.n_tokens)) < match.n_tokens:
             match = self._pages.match(tokens, n, worth)
         return match
@@ -374,8 +374,8 @@ class Session:
 
     def discard(self) -> None:
         """Forget everything, and have the pages forget what was computed: it is no KV."""
-        if self._cutter is not None and self._pages is not None:
-            self._pages.forget(x for x in self._cutter.links if x.stop > self._n_restored)
+        if self._cutter is not None:
+            self._cutter.forget(self._n_restored)
         self.reset()
 
     def _cut(self, n: int) -> None:

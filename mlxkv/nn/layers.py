@@ -120,20 +120,17 @@ class Fusing(Prepared):
 
     fusions: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     """Name of the fused product -> the checkpoint's names of its parts, in the result's order."""
-    partly: frozenset[str] = frozenset()
-    """Fused products that are without their last part."""
 
     def prepare(self) -> None:
         for name, parts in self.fusions.items():
             for n in range(len(parts), 1, -1):
                 whole = self.joined([self[part] for part in parts[:n]])
-                if whole is not None:
-                    self[name] = whole
-                    for part in parts[:n]:
-                        del self[part]
-                    if n < len(parts):
-                        self.partly |= {name}
-                    break
+                if whole is None:
+                    continue
+                self[name] = whole
+                for part in parts[:n]:
+                    del self[part]
+                break
 
     def joined(self, parts: Sequence[nn.Module]) -> nn.Module | None:
         """One projection with the rows of `parts`; None where that is not possible."""
@@ -141,13 +138,12 @@ class Fusing(Prepared):
 
     def project(self, name: str, x: mx.array, norm: nn.Module | None = None) -> mx.array:
         """The parts' results of x, or of norm(x), side by side, `[B, L, sum of their sizes]`."""
-        whole = self.get(name)
-        if whole is not None and name not in self.partly:
-            return whole(x) if norm is None else whole(x, norm)
+        parts = self.fusions[name]
+        if parts[-1] not in self:  # all of them are in the fused product
+            return self[name](x) if norm is None else self[name](x, norm)
         x = x if norm is None else norm(x)
-        first = [] if whole is None else [whole(x)]
-        apart = (part for part in self.fusions[name] if part in self)
-        return mx.concatenate([*first, *(self[part](x) for part in apart)], axis=-1)
+        apart = [self[part](x) for part in (name, *parts) if part in self]
+        return mx.concatenate(apart, axis=-1)
 
     def project_apart(self, name: str, x: mx.array, sizes: Sequence[int]) -> list[mx.array]:
         """The parts' results as arrays `[B, L, size]`, for norms and products.
@@ -156,10 +152,10 @@ class Fusing(Prepared):
         own there.
         """
         bounds = list(itertools.accumulate(sizes))
-        whole = self.get(name)
-        if whole is None or name in self.partly or device.on_cpu() or x.size == x.shape[-1]:
+        is_whole = self.fusions[name][-1] not in self
+        if not is_whole or device.on_cpu() or x.size == x.shape[-1]:
             return list(mx.split(self.project(name, x), bounds[:-1], axis=-1))
-        return [whole.of_rows(x, *at) for at in itertools.pairwise((0, *bounds))]
+        return [self[name].of_rows(x, *at) for at in itertools.pairwise((0, *bounds))]
 
 
 def on_halves(function: Callable[[mx.array, mx.array], mx.array], rows: mx.array) -> mx.array:

@@ -46,10 +46,9 @@ class Cutter:
         if tip is not None and tip.start == self._start:
             self._rows, self._kept = [tip], tip.stop
 
-    @property
-    def links(self) -> list[Link]:
-        """The complete pages of the sequence."""
-        return list(self._links)
+    def forget(self, n: int) -> None:
+        """Have the pages forget those of the sequence's that end behind `n` tokens."""
+        self._pages.forget(link for link in self._links if link.stop > n)
 
     @property
     def nbytes(self) -> int:

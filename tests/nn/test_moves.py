@@ -50,6 +50,20 @@ def step(layers: Sequence[LayerCache], seed: int) -> list[Ragged]:
     return [keys for keys, _ in seen]
 
 
+def step_alone(twins: Sequences, seed: int) -> None:
+    """Write what `step` writes into each sequence's twin, by itself."""
+    for own, twin in enumerate(twins):
+        k, v = rows(1, seed)
+        for cache in twin:
+            cache.update(k * (own + 1), v * (own + 1))
+
+
+def assert_all_hold_the_same(sequences: Sequences, twins: Sequences) -> None:
+    for caches, twin in zip(sequences, twins, strict=True):
+        for a, b in zip(caches, twin, strict=True):
+            assert_holds_the_same(a, b)
+
+
 def places(caches: Sequence[Cache]) -> list[object]:
     """Where each layer's KV lies in memory: addresses, and the row."""
     found: list[object] = []
@@ -146,13 +160,8 @@ def test_random_joins_and_leaves_hold_what_each_holds_alone(window):
             if i and not is_current(layers):
                 layers = batch(sequences, new=())
             step(layers, turn)
-            for own, twin in enumerate(twins):
-                k, v = rows(1, turn)
-                for cache in twin:
-                    cache.update(k * (own + 1), v * (own + 1))
-        for caches, twin in zip(sequences, twins, strict=True):
-            for a, b in zip(caches, twin, strict=True):
-                assert_holds_the_same(a, b)
+            step_alone(twins, turn)
+        assert_all_hold_the_same(sequences, twins)
 
 
 def blocks(sequences: Sequences) -> list[int]:
@@ -228,15 +237,10 @@ def test_blocks_become_one_when_the_longest_is_to_grow(window):
         if not is_current(layers):
             layers = batch(sequences, new=())
         step(layers, i)
-        for own, twin in enumerate(twins):
-            k, v = rows(1, i)
-            for cache in twin:
-                cache.update(k * (own + 1), v * (own + 1))
+        step_alone(twins, i)
         assert (len(blocks(sequences)) == 1) == (lengths[2] + i >= STEP)
     assert all(block_of(caches[0]) for caches in sequences)
-    for caches, twin in zip(sequences, twins, strict=True):
-        for a, b in zip(caches, twin, strict=True):
-            assert_holds_the_same(a, b)
+    assert_all_hold_the_same(sequences, twins)
 
 
 def test_becoming_one_takes_one_layer_more_at_a_time_and_gives_the_blocks_back():
