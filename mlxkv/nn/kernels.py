@@ -14,6 +14,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from mlxkv.base import device
 from mlxkv.cpu.formats import ACTS, NO_ACT, Weight, clamped, is_known, weight_of
@@ -62,6 +63,9 @@ def settle(model: nn.Module, *, is_hollow: bool = False) -> None:
     for module in reversed(model.modules()):
         if isinstance(module, Settled):
             module.settle(is_hollow=is_hollow)
+    found = kernels()
+    if found is not None and not is_hollow:
+        found.huge_pages([array for _, array in tree_flatten(model.parameters())])
 
 
 def kernels() -> ModuleType | None:

@@ -8,6 +8,7 @@
 #include <exception>
 
 #include "attention.h"
+#include "huge_pages.h"
 #include "mlx/version.h"
 #include "pool.h"
 #include "products.h"
@@ -115,6 +116,24 @@ PyObject* py_threads(PyObject*, PyObject* n) {
   return PyLong_FromLong(Pool::get().size());
 }
 
+// A list of arrays; of those that are not computed yet nothing is known.
+PyObject* py_huge_pages(PyObject*, PyObject* arrays) {
+  std::vector<Range> ranges;
+  try {
+    for (Py_ssize_t i = 0; i < PyList_Size(arrays); ++i) {
+      const auto& x = array_of(PyList_GetItem(arrays, i));
+      if (!x.is_available()) continue;
+      const auto start = reinterpret_cast<uintptr_t>(x.data<char>());
+      ranges.push_back({start, start + x.nbytes()});
+    }
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_ValueError, error.what());
+  }
+  if (PyErr_Occurred()) return nullptr;
+  ask_for_huge_pages(std::move(ranges));
+  Py_RETURN_NONE;
+}
+
 template <class F>
 PyCFunction function(F f) {
   return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(f));
@@ -127,6 +146,7 @@ PyMethodDef methods[] = {
     {"rotate", function(call<9, py_rotate>), METH_FASTCALL, nullptr},
     {"attend", function(call<8, py_attend>), METH_FASTCALL, nullptr},
     {"attend_codes", function(call<8, py_attend_codes>), METH_FASTCALL, nullptr},
+    {"huge_pages", py_huge_pages, METH_O, nullptr},
     {"use", py_use, METH_O, nullptr},
     {"threads", py_threads, METH_O, nullptr},
     {}};
