@@ -3,7 +3,8 @@
 Both read the same weights: the GGUF file, and the folder that `mlxkv convert` made of it. Engines
 take turns, each measurement is a process of its own, and what other processes of the machine took
 meanwhile stands beside it. `mlxkv-plain` is mlxkv without its kernels. `beside` measures decode
-while another process keeps one core busy. Writes NAME.json (every run) and NAME.md (medians).
+while another process keeps one core busy, `streams` is eight clients at a server. Writes NAME.json
+(every run) and NAME.md (medians).
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from mlxkv.cpu.library import SWITCH
 
 ROOT = Path(__file__).resolve().parent.parent
 ENGINES = ("mlxkv", "llama.cpp", "mlxkv-plain", "mlx-lm")
-WHAT = ("decode", "prefill", "beside")
+WHAT = ("decode", "prefill", "beside", "streams")
 BASE = "llama.cpp"
 LIMIT_S = 900
 
@@ -43,6 +44,8 @@ def jobs(args: argparse.Namespace) -> Iterator[tuple[str, list[str]]]:
             yield "prefill", [f"--prefills=[{n}]"]
     if "beside" in args.what:
         yield "beside", ["--contexts=[0]", seconds]
+    if "streams" in args.what:
+        yield "streams", []
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +62,10 @@ class Run:
 
 def measure(args: argparse.Namespace, job: str, options: list[str], engine: str, i: int) -> Run:
     name = engine.removesuffix("-plain")
-    command = [sys.executable, "-m", "benchmarks.cpu_worker", f"--engine={name}", *options]
+    worker = "cpu_streams" if job == "streams" else "cpu_worker"
+    command = [sys.executable, "-m", f"benchmarks.{worker}", f"--engine={name}", *options]
+    if job == "streams":
+        command.append(f"--index={i}")
     command += [f"--model={args.model}", f"--gguf={args.gguf}", f"--threads={args.threads}"]
     environment = {**os.environ, SWITCH: "1" if engine == "mlxkv" else "0"}
     with _busy_core() if job == "beside" else contextlib.nullcontext():
@@ -167,12 +173,10 @@ def main() -> None:
 
 
 def _wheel() -> str:
-    from importlib.metadata import PackageNotFoundError, version
+    from importlib.metadata import distributions
 
-    try:
-        return f"cyllama {version('cyllama')}"
-    except PackageNotFoundError:
-        return "not installed"
+    found = {x.name: x.version for x in distributions() if x.name in ("cyllama", "xllamacpp")}
+    return ", ".join(f"{name} {found[name]}" for name in sorted(found)) or "not installed"
 
 
 if __name__ == "__main__":

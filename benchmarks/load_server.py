@@ -20,14 +20,15 @@ from benchmarks.reuse_engines import blas_of
 START_LIMIT_S, STOP_LIMIT_S = 300.0, 60.0
 HOST = "127.0.0.1"
 MLXKV, MLX_LM = ENGINES
+LLAMA_CPP = "llama.cpp"
 
 
 class Server:
     """A running server; a context manager.
 
     Args:
-        engine: `mlxkv` or `mlx-lm`.
-        model: directory of the model, which is also what requests name.
+        engine: `mlxkv`, `mlx-lm` or `llama.cpp`.
+        model: directory of the model, or GGUF file, which is also what requests name.
         env: of the process.
         options: further words of its command line.
         checkout: where it is started; None for here.
@@ -99,14 +100,14 @@ class Server:
             return self.process.wait()
 
     def _wait(self, port: int) -> str:
-        """Until it listens; mlxkv's has loaded the model then, mlx-lm's may still be at it."""
+        """Until it listens; mlx-lm's does not tell, and may still be loading the model then."""
         until = time.monotonic() + START_LIMIT_S
         while time.monotonic() < until:
             if self.process.poll() is not None:
                 raise SystemExit(
                     f"{self.engine}'s server ended: {self.process.returncode}\n{self.log[-2000:]}"
                 )
-            if port == 0:
+            if self.engine != MLX_LM:
                 if found := re.search(r"listening on (http://\S+)", self.log):
                     return found[1]
             else:
@@ -120,6 +121,9 @@ def command_of(engine: str, model: str, port: int) -> list[str]:
     """The command line that serves one model."""
     if engine == MLXKV:
         return [sys.executable, "-m", "mlxkv", "serve", f"--port={port}", f"--model={model}"]
+    if engine == LLAMA_CPP:
+        command = [sys.executable, "-m", "benchmarks.llama_server"]
+        return [*command, f"--port={port}", f"--model={model}"]
     command = [sys.executable, "-m", "mlx_lm", "server", f"--port={port}", f"--model={model}"]
     return [*command, "--log-level=WARNING"]
 
