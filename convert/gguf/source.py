@@ -15,8 +15,7 @@ from ..sources import Source, expected_shapes, parse_config
 from ..tensors import SourceTensor
 from .file import GGUFFile, open_gguf
 from .mmproj import ARCHITECTURE, encoder_weights, misfit, open_mmproj, with_encoders
-from .model import default_dtype, gguf_config, gguf_weights, unused_names
-from .rope import ROPE_FACTORS
+from .model import default_dtype, gguf_config, gguf_weights, unused_tensors
 from .tokenizer import FILES, write_tokenizer
 
 
@@ -42,8 +41,7 @@ def open_gguf_source(path: Path, mmproj: Path | None = None, *, text_only: bool 
     if isinstance(tokens, list) and len(tokens) > n_rows:
         raise CheckpointError(f"{path}: {len(tokens):,} tokens and an embedding of {n_rows:,} rows")
     tensors: dict[str, SourceTensor] = dict(gguf_weights(file, text))
-    skipped = [(ROPE_FACTORS, "part of the config: rope_scaling")]
-    skipped += [(name, "its layer reads another's KV") for name in unused_names(file, text)]
+    skipped = unused_tensors(file, text)
     raw = text
     encoders, notes = (None, ()) if text_only else _encoders(file, text, mmproj)
     if encoders is not None:
@@ -64,7 +62,7 @@ def open_gguf_source(path: Path, mmproj: Path | None = None, *, text_only: bool 
         write_side_files=partial(write_tokenizer, file),
         side_files=FILES,
         default_dtype=default_dtype(file),
-        skipped=tuple(skipped if ROPE_FACTORS in file.tensors else skipped[1:]),
+        skipped=tuple(skipped),
         notes=notes,
         tied=text["tie_word_embeddings"],
     )

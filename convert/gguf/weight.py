@@ -10,6 +10,7 @@ import numpy as np
 from mlxkv.checkpoint.quantization import Format
 from mlxkv.errors import WeightsError
 
+from .architecture import Rows
 from .blocks import format_of, in_mlx_format, is_exact
 from .file import GGUFFile, GGUFTensor, dequantize
 
@@ -25,6 +26,7 @@ class GGUFWeight:
         head_dim: rows are permuted within heads of this many, for llama.cpp's RoPE; 0: not.
         added: the file's values minus the checkpoint's (1 for Gemma's norms).
         scale_dtype: see `SourceTensor`.
+        part: which rows of the tensor it is; None for all of them.
     """
 
     file: GGUFFile
@@ -33,6 +35,7 @@ class GGUFWeight:
     head_dim: int = 0
     added: float = 0.0
     scale_dtype: str = "float16"
+    part: Rows | None = None
 
     @property
     def origin(self) -> str:
@@ -40,7 +43,7 @@ class GGUFWeight:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.tensor.shape
+        return self.tensor.shape if self.part is None else self.part.shape
 
     @property
     def dtype(self) -> str:
@@ -58,9 +61,22 @@ class GGUFWeight:
 
     def stored(self, start: int, stop: int) -> np.ndarray:
         """The bytes of rows [start, stop) of the Hugging Face checkpoint."""
-        stored = self.file.read_rows(self.tensor, start, stop)
+        stored = self._read(start, stop)
         is_permuted = self.head_dim and len(self.shape) > 1
         return _unpermute(stored, self.head_dim) if is_permuted else stored
+
+    def _read(self, start: int, stop: int) -> np.ndarray:
+        """The bytes of these rows, in the file's order."""
+        part, found = self.part, []
+        if part is None:
+            return self.file.read_rows(self.tensor, start, stop)
+        while start < stop:
+            block, at = divmod(start, part.count)
+            n = min(stop - start, part.count - at)
+            first = block * part.stride + part.offset + at
+            found.append(self.file.read_rows(self.tensor, first, first + n))
+            start += n
+        return np.concatenate(found)
 
     def rows(self, start: int, stop: int) -> mx.array:
         values = dequantize(self.stored(start, stop), self.tensor.type)
