@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
+
+import numpy as np
 
 from mlxkv.errors import UnsupportedModel, WeightsError
 
@@ -16,7 +20,7 @@ from .families.glm import GLM4, GLM4_MOE, GLM4_MOE_LITE
 from .families.gpt_oss import GPT_OSS
 from .families.llama import LLAMA, MISTRAL3, SMOLLM3
 from .families.qwen import QWEN2, QWEN3, QWEN3MOE
-from .file import GGUFFile, GGUFTensor, check_readable
+from .file import GGUFFile, GGUFTensor, check_readable, dequantize
 from .metadata import Metadata
 from .rope import ROPE_FACTORS
 from .weight import GGUFWeight
@@ -79,7 +83,10 @@ def gguf_weights(file: GGUFFile, config: Mapping[str, Any]) -> dict[str, GGUFWei
     architecture = architecture_of(file)
     found: dict[str, GGUFWeight] = {}
     unknown = []
+    seconds = _second_scales(file, architecture)
     for tensor in file.tensors.values():
+        if tensor.name in seconds:
+            continue
         if architecture.unused(tensor.name, config):
             continue
         if tensor.name == ROPE_FACTORS and architecture.rope_factors:
@@ -87,6 +94,9 @@ def gguf_weights(file: GGUFFile, config: Mapping[str, Any]) -> dict[str, GGUFWei
         weights = dict(_weights(file, tensor, architecture, config))
         if not weights:
             unknown.append(tensor.name)
+        if (second := tensor.name.removesuffix(".weight") + ".scale") in seconds:
+            scale = _read_seconds(file, tensor, second)
+            weights = {name: replace(w, second=scale) for name, w in weights.items()}
         found |= weights
     if unknown:
         raise WeightsError(
@@ -94,6 +104,39 @@ def gguf_weights(file: GGUFFile, config: Mapping[str, Any]) -> dict[str, GGUFWei
             f"not have: {', '.join(sorted(unknown)[:12])}"
         )
     return found
+
+
+def _second_scales(file: GGUFFile, architecture: Architecture) -> set[str]:
+    """Names of tensors that hold a second scale of one in NVFP4, or of what it is multiplied by.
+
+    The latter is for kernels that quantize their input. A scale that the model itself has, as
+    Gemma 4's experts do, stays with it.
+    """
+    found = set()
+    for name, tensor in file.tensors.items():
+        stem = name.removesuffix(".weight")
+        if tensor.type == "NVFP4" and stem != name:
+            names = {f"{stem}.scale", f"{stem}.input_scale"} & file.tensors.keys()
+            found |= {one for one in names if _our_name(one, architecture) is None}
+    return found
+
+
+def _read_seconds(file: GGUFFile, tensor: GGUFTensor, name: str) -> tuple[float, ...]:
+    """The second scales of a tensor, which are all 1 where none is stored.
+
+    Raises:
+        WeightsError: not one for all, or one for each matrix.
+    """
+    scale = file.tensors[name]
+    count = math.prod(scale.shape)
+    fits = count == 1 or (len(tensor.shape) == 3 and count == tensor.shape[0])
+    values = dequantize(file.read_rows(scale, 0, 1), "F32").ravel() if scale.type == "F32" else None
+    if values is None or not fits or not (np.isfinite(values).all() and (values > 0).all()):
+        raise WeightsError(
+            f"{file.path}: {name!r} must be one positive F32 for all of {tensor.name!r}, or one "
+            f"for each of its matrices; got {list(scale.shape)} of type {scale.type}"
+        )
+    return () if (values == 1).all() else tuple(values.tolist())
 
 
 def _weights(

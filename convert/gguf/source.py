@@ -13,10 +13,18 @@ from mlxkv.errors import CheckpointError, Hint, UnsupportedModel
 from ..plan import check_names
 from ..sources import Source, expected_shapes, parse_config
 from ..tensors import SourceTensor
-from .file import GGUFFile, open_gguf
+from .file import GGUFFile
 from .mmproj import ARCHITECTURE, encoder_weights, misfit, open_mmproj, with_encoders
 from .model import default_dtype, gguf_config, gguf_weights, unused_tensors
+from .split import open_whole
 from .tokenizer import FILES, write_tokenizer
+
+_NO_MODELS = {
+    "adapter": "an adapter (LoRA) and no model: give the file of the model that it was made for",
+    "imatrix": "an importance matrix and no model: give the model's file",
+    "vocab": "a vocabulary and no weights: give the model's file",
+}
+"""`general.type` of files that are none -> what they hold."""
 
 
 def open_gguf_source(path: Path, mmproj: Path | None = None, *, text_only: bool = False) -> Source:
@@ -30,7 +38,10 @@ def open_gguf_source(path: Path, mmproj: Path | None = None, *, text_only: bool 
     Raises:
         CheckpointError: it is damaged, or its architecture is not supported.
     """
-    file = open_gguf(path)
+    file = open_whole(path)
+    kind = file.metadata.get("general.type")
+    if isinstance(kind, str) and kind in _NO_MODELS:
+        raise UnsupportedModel(f"{path} holds {_NO_MODELS[kind]}")
     if file.architecture == ARCHITECTURE:
         raise UnsupportedModel(
             f"{path} holds the encoders of a model: give its language model's file",

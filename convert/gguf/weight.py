@@ -10,8 +10,10 @@ import numpy as np
 from mlxkv.checkpoint.quantization import Format
 from mlxkv.errors import WeightsError
 
+from .. import float4
+from ..tensors import matrix_shape
 from .architecture import Rows
-from .blocks import format_of, in_mlx_format, is_exact
+from .blocks import format_of, in_mlx_format, is_exact, nvfp4_parts, packed
 from .file import GGUFFile, GGUFTensor, dequantize
 
 MX_NAN = 0xFF
@@ -27,6 +29,7 @@ class GGUFWeight:
         added: the file's values minus the checkpoint's (1 for Gemma's norms).
         scale_dtype: see `SourceTensor`.
         part: which rows of the tensor it is; None for all of them.
+        second: NVFP4's second scale, one for all or one for each matrix of the tensor.
     """
 
     file: GGUFFile
@@ -36,6 +39,7 @@ class GGUFWeight:
     added: float = 0.0
     scale_dtype: str = "float16"
     part: Rows | None = None
+    second: tuple[float, ...] = ()
 
     @property
     def origin(self) -> str:
@@ -53,7 +57,7 @@ class GGUFWeight:
     @property
     def quantization(self) -> Format | None:
         is_plain = len(self.shape) < 2 or self.added
-        return None if is_plain else format_of(self.tensor.type)
+        return None if is_plain else float4.NEAREST if self.second else format_of(self.tensor.type)
 
     @property
     def row_step(self) -> int:
@@ -84,13 +88,27 @@ class GGUFWeight:
             values = _unpermute(values.reshape(-1, 1), self.head_dim).reshape(1, -1)
         if self.added:
             values = values - np.float32(self.added)
+        if self.second:
+            values = values * self._seconds(start, stop)
         return mx.array(values)
 
     def is_exact(self, scale_dtype: str) -> bool:
-        return is_exact(self.tensor.type, scale_dtype)
+        return not self.second and is_exact(self.tensor.type, scale_dtype)
+
+    def _seconds(self, start: int, stop: int) -> np.ndarray:
+        """The second scale of each row, float32 `[rows, 1]`."""
+        seconds, n_rows = np.array(self.second, np.float32), matrix_shape(self.shape)[0]
+        return seconds[np.arange(start, stop) * len(seconds) // n_rows, None]
 
     def quantized_rows(self, start: int, stop: int) -> tuple[mx.array, ...]:
-        arrays = in_mlx_format(self.stored(start, stop), self.tensor.type)
+        stored = self.stored(start, stop)
+        if self.second:
+            codes, scales = nvfp4_parts(stored)
+            floats = float4.E4M3[scales] * self._seconds(start, stop)
+            codes, *arrays = float4.nearest(codes, floats)
+            words = packed(codes.reshape(-1), float4.NEAREST.bits).reshape(len(codes), -1)
+            return tuple(map(mx.array, (words.view("<u4"), *arrays)))
+        arrays = in_mlx_format(stored, self.tensor.type)
         if self.tensor.type == "MXFP4" and (arrays[1] == MX_NAN).any():
             raise WeightsError(f"{self.origin}: holds scales that are NaN: the file is damaged")
         return tuple(map(mx.array, arrays))
