@@ -20,18 +20,19 @@ import re
 import shutil
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from mlxkv.base.disk import check_space
 from mlxkv.base.paths import models_dir, slug
 from mlxkv.checkpoint import mlxkv_json
-from mlxkv.checkpoint.gguf_names import is_mmproj, mmproj_beside
+from mlxkv.checkpoint.gguf_names import first_parts, is_mmproj, mmproj_beside, parts_of
 from mlxkv.checkpoint.mlxkv_json import RECORD, Record, read_record
 from mlxkv.errors import ModelNotFound, OutputError, UsageError
 from mlxkv.store import hub
 from mlxkv.store.catalog import CatalogModel
-from mlxkv.store.refs import CatalogRef, HubRef, PathRef, StoredRef, is_model, locate
+from mlxkv.store.content import content_key, stamp_of
+from mlxkv.store.refs import CatalogRef, HubRef, PathRef, StoredRef, is_model, locate, stored
 
 Report = Callable[[str, int, int], None]
 """Called with what is being done, the amount done and the amount in all (0: unknown)."""
@@ -111,10 +112,7 @@ def _fetch(ref: StoredRef | CatalogRef | HubRef, report: Report) -> Path:
 
 def _resolve_path(path: Path, report: Report) -> Path:
     if path.suffix == ".gguf" and path.is_file():
-        origin = str(path.resolve())
-        digest = f"{zlib.crc32(origin.encode()):08x}"
-        record = Record(f"{_plain(path.stem)}-{digest}", "gguf", origin)
-        return _converted(path, record, report)
+        return _converted_by_content(path, report)
     if not path.exists():
         raise ModelNotFound(f"{path}: no such file or directory")
     if not path.is_dir():
@@ -122,6 +120,49 @@ def _resolve_path(path: Path, report: Report) -> Path:
     if not is_model(path):
         raise ModelNotFound(f"{path} holds no config.json: not a model directory")
     return path.absolute()
+
+
+def _converted_by_content(gguf: Path, report: Report) -> Path:
+    """The one converted directory of a user's GGUF file: found again when the file was moved, made
+    again in its place when it has changed."""
+    gguf = gguf.resolve()
+    files, origin = _files_of(gguf), str(gguf)
+    stamp = stamp_of(files)
+    ours = [(folder, record) for folder, record in stored() if record.source == "gguf"]
+    own = next(((f, record) for f, record in ours if record.origin == origin), None)
+    if own is not None and own[1].fingerprint == stamp:
+        return own[0]
+    key = content_key(files)
+    for folder, record in ours:
+        if record.content == key:
+            _write_record(folder, replace(record, origin=origin, fingerprint=stamp))
+            return folder
+    name = own[1].name if own is not None else _name_for(gguf, key)
+    record = Record(name, "gguf", origin, fingerprint=stamp, content=key)
+    folder = models_dir() / slug(name)
+    with work_folder(name, report) as work:
+        if is_model(folder) and read_record(folder) == record:  # another process was quicker
+            return folder
+        return _convert_into(folder, work, gguf, record, report)
+
+
+def _name_for(gguf: Path, key: str) -> str:
+    digest = zlib.crc32(f"{gguf} {key}".encode())
+    return f"{_plain(gguf.stem)}-{digest:08x}"
+
+
+def _files_of(gguf: Path) -> list[Path]:
+    """All parts of a GGUF file, and the files of encoders beside it."""
+    return [part for part in parts_of(gguf) if part.exists()] + mmproj_beside(gguf)
+
+
+def _write_record(folder: Path, record: Record) -> None:
+    """Put where a model came from beside it; a folder that cannot be written keeps the old."""
+    content = json.dumps(asdict(record) | mlxkv_json.of_model(folder), indent=2) + "\n"
+    with contextlib.suppress(OSError):
+        new = folder / f".{RECORD}"
+        new.write_text(content, encoding="utf-8")
+        new.replace(folder / RECORD)
 
 
 def _plain(text: str) -> str:
@@ -135,9 +176,11 @@ def _cached(repo_id: str, wanted: str | None, report: Report) -> Path | None:
         return None
     if wanted is None and hub.is_complete(snapshot):
         return snapshot
-    files = hub.cached_gguf_files(snapshot)
+    files = first_parts(hub.cached_gguf_files(snapshot))
     fitting = [name for name in files if wanted is None or wanted.lower() in name.lower()]
     if len(fitting) != 1 or (wanted is None and (snapshot / "config.json").is_file()):
+        return None
+    if not all(part.is_file() for part in parts_of(snapshot / fitting[0])):
         return None
     return _converted_from_hub(repo_id, snapshot / fitting[0], report)
 
@@ -160,8 +203,11 @@ def _download(repo_id: str, wanted: str | None, report: Report) -> Path:
     if len(encoders) == 1:  # where it lies, the conversion finds it
         report(f"fetching {encoders[0]}", 0, 0)
         hub.download_gguf(repo_id, encoders[0], quiet=quiet)
-    report(f"fetching {filename}", 0, 0)
-    return hub.download_gguf(repo_id, filename, quiet=quiet)
+    paths = []
+    for part in parts_of(Path(filename)):
+        report(f"fetching {part}", 0, 0)
+        paths.append(hub.download_gguf(repo_id, str(part), quiet=quiet))
+    return paths[0]
 
 
 def _converted_from_hub(repo_id: str, gguf: Path, report: Report) -> Path:
@@ -188,9 +234,7 @@ def _pull_catalog(model: CatalogModel, report: Report) -> Path:
 def _converted(gguf: Path, record: Record, report: Report) -> Path:
     """The converted directory of a GGUF file, made again when the file has changed."""
     folder = models_dir() / slug(record.name)
-    stats = [file.stat() for file in (gguf, *mmproj_beside(gguf))]
-    fingerprint = "-".join(f"{stat.st_size}-{stat.st_mtime_ns}" for stat in stats)
-    record = Record(record.name, record.source, record.origin, fingerprint=fingerprint)
+    record = replace(record, fingerprint=stamp_of(_files_of(gguf)))
     if is_model(folder) and read_record(folder) == record:
         return folder
     with work_folder(record.name, report) as work:

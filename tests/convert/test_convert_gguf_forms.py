@@ -168,7 +168,7 @@ def test_the_second_scale_of_nvfp4_counts(tmp_path: Path):
     path = write_gguf(tmp_path / "a.gguf", tensors, "llama", keys, typed("NVFP4", names))
     plan = convert(path, tmp_path / "out").plan
     assert "nearest values: 1 tensors, NVFP4 as affine6 g32" in describe(plan)
-    stored = mx.load(str(tmp_path / "out" / "model.safetensors"))
+    stored: Any = mx.load(str(tmp_path / "out" / "model.safetensors"))
     true = quants.dequantize(blocks, GGMLQuantizationType["NVFP4"])
     arrays = [stored[f"model.layers.1.mlp.up_proj.{part}"] for part in ("weight", "scales")]
     exact = mx.dequantize(*arrays, group_size=16, bits=4, mode="nvfp4", dtype=mx.float32)
