@@ -170,7 +170,7 @@ def choose_gguf(repo_id: str, files: Sequence[str], wanted: str | None) -> str:
         ModelNotFound: none of the files fits.
         UsageError: more than one fits.
     """
-    if wanted in files:
+    if wanted is not None and wanted in files:
         wanted = str(parts_of(Path(wanted))[0])
     files = [name for name in first_parts(files) if not is_mmproj(name)]
     if wanted is None:

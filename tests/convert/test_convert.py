@@ -252,9 +252,9 @@ def test_unknown_and_missing_tensors_are_listed_and_counted(tmp_path: Path):
 
 
 def test_a_foreign_quantization_is_named(tmp_path: Path):
-    config = tiny.llama_config(quantization_config={"quant_method": "gptq", "bits": 4})
+    config = tiny.llama_config(quantization_config={"quant_method": "hqq", "bits": 4})
     source = tiny.write_checkpoint(tmp_path / "hf", config)
-    with pytest.raises(UnsupportedModel, match="quant_method 'gptq' is not supported"):
+    with pytest.raises(UnsupportedModel, match="quant_method 'hqq' is not supported"):
         convert(source, tmp_path / "out")
 
 
