@@ -50,7 +50,8 @@ def nearest(codes: np.ndarray, scales: np.ndarray) -> tuple[np.ndarray, np.ndarr
     rows, columns = codes.shape
     pairs = scales.reshape(rows, columns // 32, 2)
     step = pairs.max(axis=2) / np.float32(2 * _FINER)
-    step = step.astype(np.float16).astype(np.float32)
+    with np.errstate(over="ignore"):  # of a damaged file; the writer refuses infinite scales
+        step = step.astype(np.float16).astype(np.float32)
     values = e2m1(codes).reshape(rows, columns // 32, 2, 16) * pairs[..., None]
     divisor = np.where(step == 0, np.float32(1), step)
     found = np.rint(values / divisor[..., None, None]) + _MIDDLE

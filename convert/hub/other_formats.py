@@ -176,12 +176,16 @@ class _Reader:
     def int8(self, name: str, scale: str) -> Matrix:
         shape, zero = self.shape(name), f"{name.removesuffix('.weight')}.weight_zero_point"
         scales = self.floats(scale).reshape(len(self.floats(scale)), -1) if shape else None
-        if len(shape) != 2 or scales is None or shape[1] % scales.shape[1]:
+        fits = scales is not None and len(scales) in (1, shape[0]) and scales.size
+        if len(shape) != 2 or scales is None or not fits or shape[1] % scales.shape[1]:
             raise self.error(scale, f"does not fit {list(shape)}")
         scales = np.broadcast_to(scales, (shape[0], scales.shape[1]))
         zeros = np.float32(0)
         if zero in self.infos:
-            zeros = self.floats(zero).reshape(-1, scales.shape[1])
+            zeros = self.floats(zero)
+            if zeros.size not in (1, scales.size):
+                raise self.error(zero, f"does not fit scales of {list(scales.shape)}")
+            zeros = zeros.reshape(-1, scales.shape[1] if zeros.size > 1 else 1)
         zeros = np.broadcast_to(np.float32(zeros) + 128, scales.shape)
         codes = self.array(name)
 
