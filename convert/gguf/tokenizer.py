@@ -227,8 +227,10 @@ def _tokenizer_config(keys: _Keys, tokens: Sequence[str]) -> dict[str, Any]:
 
 
 def _chat_templates(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """The template, or that and the one for tools under their names, as transformers reads them."""
-    names = {"default": "tokenizer.chat_template", "tool_use": "tokenizer.chat_template.tool_use"}
+    """The template, or that and further ones under their names, as transformers reads them."""
+    names = {"default": "tokenizer.chat_template"}
+    begin = "tokenizer.chat_template."
+    names |= {key.removeprefix(begin): key for key in metadata if key.startswith(begin)}
     texts = {name: metadata.get(key) for name, key in names.items()}
     found = {name: text for name, text in texts.items() if isinstance(text, str) and text}
     if "default" not in found:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
@@ -31,6 +31,10 @@ from .other_formats import Found, find_matrices
 from .stored import MatrixPart, MatrixTensor, Stored
 from .tensors import ComputedPart, DenseTensor, Part, QuantizedTensor, StackedPart
 
+if TYPE_CHECKING:
+    from .ranks import RankedTokens
+    from .sentencepiece import SentencePieceModel
+
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -41,7 +45,6 @@ _TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
-    "additional_chat_templates/tool_use.jinja",
     "generation_config.json",
 )
 # How pictures and sound become what a tower takes.
@@ -267,6 +270,8 @@ def _side_files(
     """A function that writes the files beside the weights, their names, and notes on them."""
     wanted = (*_TOKENIZER_FILES, *(_PROCESSOR_FILES if with_processor else ()))
     names = [name for name in wanted if (path / name).is_file()]
+    templates = sorted(path.glob("additional_chat_templates/*.jinja"))
+    names += [f"{file.parent.name}/{file.name}" for file in templates if file.is_file()]
     for pattern in _LICENCE_FILES:
         names += sorted(file.name for file in path.glob(pattern) if file.is_file())
     settings = of_model(path)
@@ -275,18 +280,30 @@ def _side_files(
         names.append(RECORD)
     if "tokenizer.json" in names:
         return copy, tuple(names), ()
-    if "tokenizer.model" not in names:
+    model = _other_tokenizer(path, names)
+    if model is None:
         return copy, tuple(names), ("no tokenizer.json or tokenizer.model: the output has none",)
-    from .sentencepiece import open_sentencepiece
-
-    model = open_sentencepiece(path)
 
     def write(folder: Path) -> None:
         copy(folder)
         model.write(folder)
 
     added = [name for name in model.files if name not in names]
-    return write, (*names, *added), ("tokenizer.json is made from tokenizer.model",)
+    return write, (*names, *added), (f"tokenizer.json is made from {model.path.name}",)
+
+
+def _other_tokenizer(path: Path, names: list[str]) -> SentencePieceModel | RankedTokens | None:
+    """A tokenizer in another form than tokenizer.json; None where there is none."""
+    from .ranks import is_tiktoken, open_tekken, open_tiktoken
+    from .sentencepiece import open_sentencepiece
+
+    if (path / "tekken.json").is_file():
+        return open_tekken(path)
+    if "tokenizer.model" not in names:
+        return None
+    return (
+        open_tiktoken(path) if is_tiktoken(path / "tokenizer.model") else open_sentencepiece(path)
+    )
 
 
 def _copy_files(

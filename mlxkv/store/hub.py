@@ -27,6 +27,7 @@ WANTED = ("*.safetensors", "*.json", "tokenizer.model", "*.jinja")
 # Sub-folders hold other formats, but for additional_chat_templates, which these patterns spare.
 _FOLDERS = ("[!a]*/*", "a/*", "a[!d]*/*", "ad/*", "ad[!d]*/*")
 # Never code or pickles; `consolidated` holds the weights once more.
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tekken.json")
 IGNORED = (*_FOLDERS, "consolidated*", "*.bin", "*.py", "*.pth", "*.pt")
 
 
@@ -60,7 +61,7 @@ def cached_snapshot(repo_id: str) -> Path | None:
 
 def is_complete(folder: Path) -> bool:
     """Whether a folder holds a config, a tokenizer and every shard of its weights."""
-    tokenizers = (folder / name for name in ("tokenizer.json", "tokenizer.model"))
+    tokenizers = (folder / name for name in _TOKENIZERS)
     if not (folder / "config.json").is_file() or not any(path.is_file() for path in tokenizers):
         return False
     index = folder / "model.safetensors.index.json"
