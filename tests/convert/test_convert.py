@@ -322,8 +322,10 @@ def test_files_beside_the_weights_are_copied(tmp_path: Path):
     tools = Path("additional_chat_templates") / "tool_use.jinja"
     (source / tools).parent.mkdir()
     (source / tools).write_text("{{ tools }}")
+    (source / tools).with_name("rag.jinja").write_text("{{ documents }}")
     convert(source, tmp_path / "out")
     assert (tmp_path / "out" / tools).read_text() == "{{ tools }}"
+    assert (tmp_path / "out" / tools).with_name("rag.jinja").read_text() == "{{ documents }}"
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
         *beside,
         "additional_chat_templates",

@@ -13,7 +13,10 @@ import numpy as np
 import pytest
 
 import mlxkv
+from mlxkv.checkpoint.weights import TensorInfo
 from mlxkv.convert import changes, convert, describe
+from mlxkv.convert.hub import other_formats
+from mlxkv.convert.hub.matrices import Float8
 from mlxkv.convert.plan import ConvertPlan
 from mlxkv.errors import UnsupportedModel, WeightsError
 from mlxkv.store import library, resolve
@@ -407,3 +410,22 @@ def test_mixed_recipes_of_mlx_lm_load(tmp_path: Path):
             convert(source, tmp_path / name)
         got = np.array(mlxkv.load_model(tmp_path / name, dtype=mx.float32)(prompt))
         np.testing.assert_allclose(got, expected, atol=1e-3 * expected.std(), rtol=0)
+
+
+@pytest.mark.parametrize("scales", [(3,), (3, 1, 1), (3, 64, 1), (3, 2, 4)])
+def test_scales_of_stacked_experts_go_with_their_expert(scales: tuple[int, ...]):
+    """One a matrix, one a row, or one a block of 32 x 32."""
+    random = np.random.default_rng(0)
+    codes = random_fp8(random, (3, 64, 128))
+    found = random.uniform(0.5, 2, scales).astype(np.float32)
+    each = found.reshape(*scales, *(1,) * (3 - len(scales)))
+    times = [n // have for n, have in zip(codes.shape, each.shape, strict=True)]
+    for axis, n in enumerate(times):
+        each = each.repeat(n, axis)
+    infos: dict[str, Any] = {}
+    reader = other_formats._Reader(infos, {}, "config.json")
+    infos["w"] = TensorInfo((3, 64, 128), "F8_E4M3", Path("x"), 0)
+    matrix = Float8((3, 64, 128), "FP8", codes, *reader.blocks("w", found, (3, 64, 128)))
+    np.testing.assert_array_equal(
+        matrix.values(10, 150), (fp8(codes) * each).reshape(-1, 128)[10:150]
+    )

@@ -127,6 +127,6 @@ def sigmoid_experts(m: Metadata, n_layers: int) -> Config:
         "n_group": m.int("expert_group_count", 1),
         "topk_group": m.int("expert_group_used_count", 1),
         "routed_scaling_factor": short_number(m.number("expert_weights_scale", 1.0)),
-        "norm_topk_prob": bool(m.any("expert_weights_norm")),
+        "norm_topk_prob": m.any("expert_weights_norm") is True,
         "first_k_dense_replace": n_dense,
     }
