@@ -10,21 +10,22 @@ as mlx-vlm does where the model takes pictures or sound.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .fidelity import Fidelity
     from .plan import ConvertPlan
-    from .report import describe
+    from .report import changes, describe
     from .sources import Source
 
-__all__ = ["ConvertPlan", "ConvertResult", "Progress", "convert", "describe"]
+__all__ = ["ConvertPlan", "ConvertResult", "Progress", "changes", "convert", "describe"]
 
 
-_DEFERRED = {"ConvertPlan": ".plan", "describe": ".report"}
+_DEFERRED = {"ConvertPlan": ".plan", "changes": ".report", "describe": ".report"}
 
 
 def __getattr__(name: str) -> Any:
@@ -51,10 +52,18 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class ConvertResult:
-    """The plan, and the model directory (None after a dry run)."""
+    """What was done.
+
+    Attributes:
+        plan: what was decided.
+        path: the model directory; None after a dry run.
+        errors: of a quantized source's values that changed: what became what -> root mean square of
+            the differences over that of the values, measured on the first rows of each tensor.
+    """
 
     plan: ConvertPlan
     path: Path | None
+    errors: Mapping[str, float] = field(default_factory=dict)
 
 
 def convert(
@@ -119,7 +128,11 @@ def convert(
     plan = make_plan(opened, options)
     if dry_run:
         return ConvertResult(plan, None)
-    return ConvertResult(plan, _write(plan, opened, output, overwrite, progress))
+    from .fidelity import Fidelity
+
+    fidelity = Fidelity()
+    path = _write(plan, opened, output, overwrite, progress, fidelity)
+    return ConvertResult(plan, path, fidelity.errors())
 
 
 def _write(
@@ -128,6 +141,7 @@ def _write(
     output: Path,
     overwrite: bool,
     progress: Callable[[Progress], None] | None,
+    fidelity: Fidelity,
 ) -> Path:
     from .write import write_model
 
@@ -147,7 +161,13 @@ def _write(
         source.write_side_files(folder)
 
     path = write_model(
-        plan, source.tensors, write_side_files, output, overwrite=overwrite, advance=advance
+        plan,
+        source.tensors,
+        write_side_files,
+        output,
+        overwrite=overwrite,
+        advance=advance,
+        fidelity=fidelity,
     )
     report("done")
     return path

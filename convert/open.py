@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mlxkv.checkpoint.gguf_names import is_mmproj
+from mlxkv.checkpoint.gguf_names import first_parts, is_mmproj
 from mlxkv.errors import ModelNotFound, UnsupportedModel, UsageError
 
 from .sources import PICKLED, Source
@@ -55,7 +55,8 @@ def _open_directory(path: Path, text_only: bool, mmproj: Path | None) -> Source:
         if mmproj is not None:
             raise UsageError("is for a model in a GGUF file", field="mmproj")
         return open_hub_source(path, text_only=text_only)
-    files = sorted(file for file in path.glob("*.gguf") if not is_mmproj(file.name))
+    names = sorted(file.name for file in path.glob("*.gguf") if not is_mmproj(file.name))
+    files = [path / name for name in first_parts(names)]
     if len(files) == 1:
         return open_gguf_source(files[0], mmproj, text_only=text_only)
     if files:

@@ -150,6 +150,11 @@ class PlannedTensor:
         return math.prod(self.shape)
 
     @property
+    def is_same(self) -> bool:
+        """Whether a quantized source's values stay as they are."""
+        return self.is_exact and self.quantization is not None and self.action in ("copy", "cast")
+
+    @property
     def arrays(self) -> tuple[StoredArray, ...]:
         """The values, or weight, scales and biases."""
         if self.quantization is None:
@@ -218,7 +223,7 @@ def plan_tensor(
         is_exact = tensor.is_exact(dtype)
     else:
         wanted_dtype = None if must_keep_dtype(tensor.name) else options.dtype or default_dtype
-        own_dtype = tensor.dtype if own is None else tensor.scale_dtype
+        own_dtype = tensor.dtype if tensor.dtype in DTYPES else tensor.scale_dtype
         dtype = wanted_dtype or own_dtype
         action = _action(tensor, target, dtype)
     return PlannedTensor(

@@ -9,7 +9,7 @@ from mlxkv.errors import Hint, UsageError
 
 DEFAULT_GROUP = {"affine": 64, "mxfp4": 32, "mxfp8": 32, "nvfp4": 16}
 _ALIASES = {"q4": "affine4", "q8": "affine8"}
-NAMES = (*(f"affine{bits}" for bits in MODES["affine"][0]), "mxfp4", "mxfp8", "nvfp4")
+NAMES = (*(f"affine{bits}" for bits in MODES["affine"][0] if bits > 1), "mxfp4", "mxfp8", "nvfp4")
 RECIPES = ("mixed",)
 
 # Small tensors, by name, that are never quantized: one value acts on many (a norm scales a channel

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Mapping
 
 from .plan import ConvertPlan, PlannedTensor, listed
 from .quantization import name_of
@@ -29,6 +30,21 @@ def describe(plan: ConvertPlan) -> str:
     return "\n".join([*_aligned(rows), "", *_sums(plan)])
 
 
+def changes(plan: ConvertPlan, errors: Mapping[str, float]) -> list[str]:
+    """Lines on a quantized source: how many tensors keep their values, how far others are off.
+
+    Args:
+        errors: see `ConvertResult`.
+    """
+    kinds = Counter(f"{t.source_dtype} as {stored_as(t)}" for t in plan.tensors if not t.is_same)
+    same = sum(tensor.is_same for tensor in plan.tensors)
+    lines = [f"{same} tensors keep their quantized values"] if same else []
+    return lines + [
+        f"{kinds[kind]} tensors, {kind}: off by {error:.2g} of their root mean square"
+        for kind, error in errors.items()
+    ]
+
+
 def stored_as(tensor: PlannedTensor) -> str:
     """Such as "affine4 g64, float16 scales"."""
     if tensor.quantization is None:
@@ -49,6 +65,8 @@ def _sums(plan: ConvertPlan) -> list[str]:
     if unquantized:
         note = next(tensor.note for tensor in plan.tensors if tensor.note)
         lines.append(f"not quantized: {listed(unquantized, 4)} ({note})")
+    if same := sum(tensor.is_same for tensor in plan.tensors):
+        lines.append(f"the same values: {same} tensors that were quantized")
     nearest = Counter(
         f"{tensor.source_dtype} as {stored_as(tensor)}"
         for tensor in plan.tensors

@@ -29,6 +29,7 @@ from mlxkv.base.disk import check_space
 from mlxkv.base.durable import sync_path
 from mlxkv.errors import Hint, OutputError, WeightsError
 
+from .fidelity import Fidelity
 from .plan import ITEM_BYTES, ConvertPlan, PlannedTensor
 from .quantization import has_biases
 from .sources import write_json
@@ -50,6 +51,7 @@ def write_model(
     *,
     overwrite: bool = False,
     advance: Advance = lambda name, n_bytes: None,
+    fidelity: Fidelity | None = None,
 ) -> Path:
     """Write the model directory.
 
@@ -57,6 +59,7 @@ def write_model(
         tensors: of the plan, by name.
         write_side_files: writes tokenizer files and the like into a folder.
         output: the folder to make; may exist if it is empty, or with `overwrite`.
+        fidelity: measures what changes.
 
     Raises:
         OutputError: exists already, no space, or it cannot be written.
@@ -64,11 +67,12 @@ def write_model(
     """
     check_output(output, overwrite)
     check_space(output.parent, plan.total_bytes, f"{output}:", "make room or choose another output")
+    measure = fidelity or Fidelity()
     with _partial_folder(output, overwrite) as folder:
         index: dict[str, str] = {}
         for name, members in plan.shards.items():
             with _errors_as_output(output), _naming(plan.source):
-                _write_shard(folder / name, members, tensors, advance)
+                _write_shard(folder / name, members, tensors, advance, measure)
             index.update({array.name: name for m in members for array in m.arrays})
         with _errors_as_output(output):
             if len(plan.shards) > 1:
@@ -183,12 +187,13 @@ def _write_shard(
     members: tuple[PlannedTensor, ...],
     tensors: Mapping[str, SourceTensor],
     advance: Advance,
+    measure: Fidelity,
 ) -> None:
     header, starts, size = _layout(members)
     with path.open("wb") as file:
         file.write(header)
         for planned in members:
-            _write_tensor(file, planned, tensors[planned.name], starts, advance)
+            _write_tensor(file, planned, tensors[planned.name], starts, advance, measure)
             # Buffers of other shapes would pile up in MLX's cache.
             mx.clear_cache()
         if file.seek(0, os.SEEK_END) != size:
@@ -222,6 +227,7 @@ def _write_tensor(
     source: SourceTensor,
     starts: Mapping[str, int],
     advance: Advance,
+    measure: Fidelity,
 ) -> None:
     n_rows, columns = matrix_shape(planned.shape)
     step = source.row_step
@@ -230,6 +236,7 @@ def _write_tensor(
         stop = min(n_rows, start + block)
         written = 0
         block_arrays = _block(planned, source, start, stop)
+        measure.add(planned, source, start, block_arrays)
         for stored, array in zip(planned.arrays, block_arrays, strict=True):
             data = _bytes_of(array)
             if len(data) != stored.row_bytes * (stop - start):

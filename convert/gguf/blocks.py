@@ -254,14 +254,22 @@ def _mxfp4(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _nvfp4(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """4 groups of 16 in a block, with their scales in front, as E4M3 without a sign."""
+    codes, scales = nvfp4_parts(rows)
+    weight = packed(codes.reshape(-1), 4).reshape(len(rows), -1)
+    return weight.view("<u4"), scales
+
+
+def nvfp4_parts(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Codes uint8 `[n, columns]`, and scales, as E4M3 without a sign, `[n, columns / 16]`.
+
+    4 groups of 16 in a block, with their scales in front.
+    """
     blocks = rows.reshape(-1, 36)
     scales = blocks[:, :4] & np.uint8(0x7F)
     scales = np.where(scales == 0x7F, np.uint8(0), scales)  # ggml's zero, MLX's NaN
     halves = blocks[:, 4:].reshape(-1, 8)
     codes = np.concatenate([halves & np.uint8(0x0F), halves >> np.uint8(4)], axis=1)
-    weight = packed(codes.reshape(-1), 4).reshape(len(rows), -1)
-    return weight.view("<u4"), scales.reshape(len(rows), -1)
+    return codes.reshape(len(rows), -1), scales.reshape(len(rows), -1)
 
 
 _FLOAT4 = {"MXFP4": _mxfp4, "NVFP4": _nvfp4}

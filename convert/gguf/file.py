@@ -55,12 +55,14 @@ class GGUFTensor:
     """Where one tensor lies.
 
     Attributes:
+        path: of the file that holds it.
         shape: row-major, as in NumPy and MLX (the reverse of the file's order).
         type: name of its ggml type ("F32", "Q4_K", ...).
         offset: of its first byte, from the start of the file.
         row_bytes: bytes of the values along the last dimension.
     """
 
+    path: Path
     name: str
     shape: tuple[int, ...]
     type: str
@@ -80,28 +82,29 @@ class GGUFFile:
 
     @property
     def architecture(self) -> str:
-        return self.metadata["general.architecture"]
+        """As the file says; "" in a later part of a split model."""
+        return self.metadata.get("general.architecture", "")
 
     def read_rows(self, tensor: GGUFTensor, start: int, stop: int) -> np.ndarray:
         """Rows [start, stop) as stored: uint8 `[stop - start, row_bytes]`."""
         size = (stop - start) * tensor.row_bytes
         try:
-            with regular.open_file(self.path) as file:
+            with regular.open_file(tensor.path) as file:
                 file.seek(tensor.offset + start * tensor.row_bytes)
                 data = np.fromfile(file, dtype=np.uint8, count=size)
         except OSError as error:
-            raise CheckpointError(f"{self.path}: cannot be read: {error.strerror}") from error
+            raise CheckpointError(f"{tensor.path}: cannot be read: {error.strerror}") from error
         if data.size != size:
-            raise CheckpointError(f"{self.path}: ends inside tensor {tensor.name!r}: truncated")
+            raise CheckpointError(f"{tensor.path}: ends inside tensor {tensor.name!r}: truncated")
         return data.reshape(stop - start, tensor.row_bytes)
 
 
 def open_gguf(path: str | Path) -> GGUFFile:
-    """Read and check the header of a GGUF file.
+    """Read and check the header of a GGUF file, or of one part of a split one.
 
     Raises:
         ModelNotFound: no such file.
-        UnsupportedModel: a version, byte order or split that is not supported.
+        UnsupportedModel: a version, byte order or type of tensor that is not supported.
         CheckpointError: it is damaged.
     """
     path = Path(path)
@@ -280,14 +283,9 @@ class _Header:
         return found
 
     def check_metadata(self, metadata: Mapping[str, Any]) -> None:
-        if not isinstance(metadata.get("general.architecture"), str):
+        is_later_part = metadata.get("split.no", 0) != 0
+        if not is_later_part and not isinstance(metadata.get("general.architecture"), str):
             raise self.fail("key 'general.architecture' is missing or not a string")
-        n_parts = metadata.get("split.count", 0)
-        if isinstance(n_parts, int) and n_parts > 1:
-            raise UnsupportedModel(
-                f"{self.path}: one of {n_parts} parts of a split model: join them first with "
-                "llama.cpp's `llama-gguf-split`"
-            )
 
     def alignment(self, metadata: Mapping[str, Any]) -> int:
         value = metadata.get("general.alignment", 32)
@@ -323,7 +321,10 @@ class _Header:
         try:
             ggml_type = GGMLQuantizationType(kind)
         except ValueError:
-            raise self.fail(f"tensor {name!r} has the unknown type {kind}") from None
+            raise UnsupportedModel(
+                f"{self.path}: tensor {name!r} has type {kind}, which the gguf package does not "
+                "know: the file is newer than it, or damaged"
+            ) from None
         block, block_bytes = GGML_QUANT_SIZES[ggml_type]
         columns = shape[-1] if shape else 1
         if 0 in shape or columns % block:
@@ -335,7 +336,7 @@ class _Header:
         nbytes = math.prod(shape[:-1]) * row_bytes
         if offset + nbytes > self.size:
             raise self.short(f"tensor {name!r} needs bytes up to {offset + nbytes:,}")
-        return GGUFTensor(name, shape, ggml_type.name, offset, nbytes, row_bytes)
+        return GGUFTensor(self.path, name, shape, ggml_type.name, offset, nbytes, row_bytes)
 
     def check_overlaps(self, tensors: Mapping[str, GGUFTensor]) -> None:
         end, before = 0, ""

@@ -13,11 +13,18 @@ from mlxkv.errors import CheckpointError, Hint, UnsupportedModel
 from ..plan import check_names
 from ..sources import Source, expected_shapes, parse_config
 from ..tensors import SourceTensor
-from .file import GGUFFile, open_gguf
+from .file import GGUFFile
 from .mmproj import ARCHITECTURE, encoder_weights, misfit, open_mmproj, with_encoders
-from .model import default_dtype, gguf_config, gguf_weights, unused_names
-from .rope import ROPE_FACTORS
+from .model import default_dtype, gguf_config, gguf_weights, unused_tensors
+from .split import open_whole
 from .tokenizer import FILES, write_tokenizer
+
+_NO_MODELS = {
+    "adapter": "an adapter (LoRA) and no model: give the file of the model that it was made for",
+    "imatrix": "an importance matrix and no model: give the model's file",
+    "vocab": "a vocabulary and no weights: give the model's file",
+}
+"""`general.type` of files that are none -> what they hold."""
 
 
 def open_gguf_source(path: Path, mmproj: Path | None = None, *, text_only: bool = False) -> Source:
@@ -31,7 +38,10 @@ def open_gguf_source(path: Path, mmproj: Path | None = None, *, text_only: bool 
     Raises:
         CheckpointError: it is damaged, or its architecture is not supported.
     """
-    file = open_gguf(path)
+    file = open_whole(path)
+    kind = file.metadata.get("general.type")
+    if isinstance(kind, str) and kind in _NO_MODELS:
+        raise UnsupportedModel(f"{path} holds {_NO_MODELS[kind]}")
     if file.architecture == ARCHITECTURE:
         raise UnsupportedModel(
             f"{path} holds the encoders of a model: give its language model's file",
@@ -42,8 +52,7 @@ def open_gguf_source(path: Path, mmproj: Path | None = None, *, text_only: bool 
     if isinstance(tokens, list) and len(tokens) > n_rows:
         raise CheckpointError(f"{path}: {len(tokens):,} tokens and an embedding of {n_rows:,} rows")
     tensors: dict[str, SourceTensor] = dict(gguf_weights(file, text))
-    skipped = [(ROPE_FACTORS, "part of the config: rope_scaling")]
-    skipped += [(name, "its layer reads another's KV") for name in unused_names(file, text)]
+    skipped = unused_tensors(file, text)
     raw = text
     encoders, notes = (None, ()) if text_only else _encoders(file, text, mmproj)
     if encoders is not None:
@@ -64,7 +73,7 @@ def open_gguf_source(path: Path, mmproj: Path | None = None, *, text_only: bool 
         write_side_files=partial(write_tokenizer, file),
         side_files=FILES,
         default_dtype=default_dtype(file),
-        skipped=tuple(skipped if ROPE_FACTORS in file.tensors else skipped[1:]),
+        skipped=tuple(skipped),
         notes=notes,
         tied=text["tie_word_embeddings"],
     )

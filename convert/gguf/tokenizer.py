@@ -13,7 +13,16 @@ import numpy as np
 
 from mlxkv.errors import TokenizerError
 
-from ..pieces import CONTROL, USER_DEFINED, Pieces, added_tokens, build, set_template, vocabulary_of
+from ..pieces import (
+    CONTROL,
+    SPACE,
+    USER_DEFINED,
+    Pieces,
+    added_tokens,
+    build,
+    set_template,
+    vocabulary_of,
+)
 from ..sources import write_json
 from .file import GGUFFile
 from .metadata import short_number
@@ -106,12 +115,14 @@ def gguf_tokenizer(file: GGUFFile) -> Tokenizer:
     if not tokens:
         raise keys.error("tokens", "is empty")
     types = keys.numbers("token_type", len(tokens)) or [1] * len(tokens)
-    if kind == "gpt2":
+    if kind == "gpt2" and _has_visible_spaces(tokens):
+        tokenizer, add_bos = _ranked(keys, tokens, types), True
+    elif kind == "gpt2":
         tokenizer, add_bos = _byte_level(keys, tokens, types)
     elif kind == "llama":
         tokenizer, add_bos = _sentencepiece(keys, tokens, types), True
     elif kind == "gemma4":
-        tokenizer, add_bos = _gemma4(keys, tokens, types), True
+        tokenizer, add_bos = _ranked(keys, tokens, _with_special_marks(tokens, types)), True
     else:
         raise keys.error("model", f"must be gpt2, llama or gemma4; got {kind!r}")
     bos = keys.token_id("bos", len(tokens)) if keys.flag("add_bos_token", add_bos) else None
@@ -121,27 +132,45 @@ def gguf_tokenizer(file: GGUFFile) -> Tokenizer:
     return tokenizer
 
 
+def _has_visible_spaces(tokens: Sequence[str]) -> bool:
+    """Whether a vocabulary has SentencePiece's form: that of a Gemma whose files lacked its model,
+    which llama.cpp's converter takes for byte-level."""
+    return {"<0x00>", "<0xFF>", SPACE}.issubset(tokens)
+
+
 def _sentencepiece(keys: _Keys, tokens: list[str], types: list[int]) -> Tokenizer:
     scores = keys.numbers("scores", len(tokens))
     if scores is None:
         raise keys.error("scores", "is missing: a SentencePiece vocabulary needs it")
+    if len(tokens) > 1 and len(set(scores)) == 1:
+        # Converters write one number for all where a checkpoint lacks its SentencePiece model.
+        if keys.any("merges") is None:
+            raise keys.error(
+                "scores",
+                f"are all {scores[0]}, which says nothing of how to join pieces: convert the "
+                "model again with its tokenizer.model",
+            )
+        return _ranked(keys, tokens, types, prefix=True)
     # As in llama.cpp the space also follows every added token; user-defined pieces hold plain
     # spaces in a GGUF file.
     pieces = Pieces(tokens, scores, types, add_prefix=keys.flag("add_space_prefix", True))
     return build(pieces, str(keys.file.path))
 
 
-def _gemma4(keys: _Keys, tokens: list[str], types: list[int]) -> Tokenizer:
+def _ranked(keys: _Keys, tokens: list[str], types: list[int], *, prefix: bool = False) -> Tokenizer:
     """SentencePiece's form, with merges in the scores' place."""
-    # Marks of tool calls and thoughts are special in the model's own tokenizer. llama.cpp's
-    # converter makes them plain, to see them in its output.
-    types = [
+    add_prefix = keys.flag("add_space_prefix", prefix)
+    pieces = Pieces(tokens, (), types, add_prefix=add_prefix, ranked=_merges(keys))
+    return build(pieces, str(keys.file.path))
+
+
+def _with_special_marks(tokens: list[str], types: list[int]) -> list[int]:
+    """The types of Gemma 4's tokens: marks of tool calls and thoughts are special in the model's
+    own tokenizer. llama.cpp's converter makes them plain, to see them in its output."""
+    return [
         CONTROL if kind == USER_DEFINED and _MARK.fullmatch(token) else kind
         for token, kind in zip(tokens, types, strict=True)
     ]
-    prefix = keys.flag("add_space_prefix", False)
-    pieces = Pieces(tokens, (), types, add_prefix=prefix, ranked=_merges(keys))
-    return build(pieces, str(keys.file.path))
 
 
 def _byte_level(keys: _Keys, tokens: list[str], types: list[int]) -> tuple[Tokenizer, bool]:
@@ -198,8 +227,10 @@ def _tokenizer_config(keys: _Keys, tokens: Sequence[str]) -> dict[str, Any]:
 
 
 def _chat_templates(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """The template, or that and the one for tools under their names, as transformers reads them."""
-    names = {"default": "tokenizer.chat_template", "tool_use": "tokenizer.chat_template.tool_use"}
+    """The template, or that and further ones under their names, as transformers reads them."""
+    names = {"default": "tokenizer.chat_template"}
+    begin = "tokenizer.chat_template."
+    names |= {key.removeprefix(begin): key for key in metadata if key.startswith(begin)}
     texts = {name: metadata.get(key) for name, key in names.items()}
     found = {name: text for name, text in texts.items() if isinstance(text, str) and text}
     if "default" not in found:

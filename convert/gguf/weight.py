@@ -10,7 +10,10 @@ import numpy as np
 from mlxkv.checkpoint.quantization import Format
 from mlxkv.errors import WeightsError
 
-from .blocks import format_of, in_mlx_format, is_exact
+from .. import float4
+from ..tensors import matrix_shape
+from .architecture import Rows
+from .blocks import format_of, in_mlx_format, is_exact, nvfp4_parts, packed
 from .file import GGUFFile, GGUFTensor, dequantize
 
 MX_NAN = 0xFF
@@ -25,6 +28,8 @@ class GGUFWeight:
         head_dim: rows are permuted within heads of this many, for llama.cpp's RoPE; 0: not.
         added: the file's values minus the checkpoint's (1 for Gemma's norms).
         scale_dtype: see `SourceTensor`.
+        part: which rows of the tensor it is; None for all of them.
+        second: NVFP4's second scale, one for all or one for each matrix of the tensor.
     """
 
     file: GGUFFile
@@ -33,6 +38,8 @@ class GGUFWeight:
     head_dim: int = 0
     added: float = 0.0
     scale_dtype: str = "float16"
+    part: Rows | None = None
+    second: tuple[float, ...] = ()
 
     @property
     def origin(self) -> str:
@@ -40,7 +47,7 @@ class GGUFWeight:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.tensor.shape
+        return self.tensor.shape if self.part is None else self.part.shape
 
     @property
     def dtype(self) -> str:
@@ -50,7 +57,7 @@ class GGUFWeight:
     @property
     def quantization(self) -> Format | None:
         is_plain = len(self.shape) < 2 or self.added
-        return None if is_plain else format_of(self.tensor.type)
+        return None if is_plain else float4.NEAREST if self.second else format_of(self.tensor.type)
 
     @property
     def row_step(self) -> int:
@@ -58,9 +65,22 @@ class GGUFWeight:
 
     def stored(self, start: int, stop: int) -> np.ndarray:
         """The bytes of rows [start, stop) of the Hugging Face checkpoint."""
-        stored = self.file.read_rows(self.tensor, start, stop)
+        stored = self._read(start, stop)
         is_permuted = self.head_dim and len(self.shape) > 1
         return _unpermute(stored, self.head_dim) if is_permuted else stored
+
+    def _read(self, start: int, stop: int) -> np.ndarray:
+        """The bytes of these rows, in the file's order."""
+        part, found = self.part, []
+        if part is None:
+            return self.file.read_rows(self.tensor, start, stop)
+        while start < stop:
+            block, at = divmod(start, part.count)
+            n = min(stop - start, part.count - at)
+            first = block * part.stride + part.offset + at
+            found.append(self.file.read_rows(self.tensor, first, first + n))
+            start += n
+        return np.concatenate(found)
 
     def rows(self, start: int, stop: int) -> mx.array:
         values = dequantize(self.stored(start, stop), self.tensor.type)
@@ -68,13 +88,27 @@ class GGUFWeight:
             values = _unpermute(values.reshape(-1, 1), self.head_dim).reshape(1, -1)
         if self.added:
             values = values - np.float32(self.added)
+        if self.second:
+            values = values * self._seconds(start, stop)
         return mx.array(values)
 
     def is_exact(self, scale_dtype: str) -> bool:
-        return is_exact(self.tensor.type, scale_dtype)
+        return not self.second and is_exact(self.tensor.type, scale_dtype)
+
+    def _seconds(self, start: int, stop: int) -> np.ndarray:
+        """The second scale of each row, float32 `[rows, 1]`."""
+        seconds, n_rows = np.array(self.second, np.float32), matrix_shape(self.shape)[0]
+        return seconds[np.arange(start, stop) * len(seconds) // n_rows, None]
 
     def quantized_rows(self, start: int, stop: int) -> tuple[mx.array, ...]:
-        arrays = in_mlx_format(self.stored(start, stop), self.tensor.type)
+        stored = self.stored(start, stop)
+        if self.second:
+            codes, scales = nvfp4_parts(stored)
+            floats = float4.E4M3[scales] * self._seconds(start, stop)
+            codes, *arrays = float4.nearest(codes, floats)
+            words = packed(codes.reshape(-1), float4.NEAREST.bits).reshape(len(codes), -1)
+            return tuple(map(mx.array, (words.view("<u4"), *arrays)))
+        arrays = in_mlx_format(stored, self.tensor.type)
         if self.tensor.type == "MXFP4" and (arrays[1] == MX_NAN).any():
             raise WeightsError(f"{self.origin}: holds scales that are NaN: the file is damaged")
         return tuple(map(mx.array, arrays))

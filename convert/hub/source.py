@@ -10,14 +10,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
 from mlxkv.checkpoint.config import read_config, text_config, with_towers
 from mlxkv.checkpoint.expert_stacks import expert_stacks
 from mlxkv.checkpoint.mlxkv_json import RECORD, of_model
-from mlxkv.checkpoint.quantization import Format, Quantization
+from mlxkv.checkpoint.quantization import Format, Quantization, other_settings
 from mlxkv.checkpoint.tensor_names import is_kv, text_name, towers_in
 from mlxkv.checkpoint.weights import Weights, open_weights
 from mlxkv.errors import UnsupportedModel, WeightsError
@@ -26,15 +26,14 @@ from mlxkv.models import Family
 from ..plan import DTYPES, check_names
 from ..sources import Source, expected_shapes, parse_config
 from ..tensors import SourceTensor, matrix_shape
-from .tensors import (
-    NAMES,
-    ComputedPart,
-    DenseTensor,
-    FilePart,
-    Part,
-    QuantizedTensor,
-    StackedPart,
-)
+from .matrices import Matrix
+from .other_formats import Found, find_matrices
+from .stored import MatrixPart, MatrixTensor, Stored
+from .tensors import ComputedPart, DenseTensor, Part, QuantizedTensor, StackedPart
+
+if TYPE_CHECKING:
+    from .ranks import RankedTokens
+    from .sentencepiece import SentencePieceModel
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -46,7 +45,6 @@ _TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
-    "additional_chat_templates/tool_use.jinja",
     "generation_config.json",
 )
 # How pictures and sound become what a tower takes.
@@ -71,15 +69,18 @@ def open_hub_source(path: Path, *, text_only: bool = False) -> Source:
     """
     raw = read_config(path)
     source = str(path / "config.json")
-    weights = open_weights(path)
-    towers = frozenset() if text_only else towers_in(weights.infos)
-    family, parsed = parse_config(with_towers(raw, towers), source, len(weights.infos))
+    weights = _open_stored(path, raw, source)
+    towers = frozenset() if text_only else towers_in(weights.names)
+    family, parsed = parse_config(with_towers(raw, towers), source, len(weights.names))
     kept, left_out = _remapped(weights, family, parsed)
-    quantization = Quantization.from_config(text_config(raw), source)
+    quantization = None
+    if not other_settings(raw):
+        quantization = Quantization.from_config(text_config(raw), source)
     tensors = _tensors(weights, kept, quantization, source)
     unread = _unread(weights, family, left_out) if towers_in(kept) else {}
     left_out = [name for name in left_out if text_name(name) not in unread]
     skipped = [(name, _reason(name, parsed.num_hidden_layers)) for name in sorted(left_out)]
+    skipped += [(name, "for products with quantized input") for name in weights.found.unused]
     parsed, tied = _settle_head(parsed, tensors, skipped)
     expected = expected_shapes(family, parsed, source)
     check_names({name: t.shape for name, t in tensors.items()}, expected, str(path))
@@ -99,6 +100,20 @@ def open_hub_source(path: Path, *, text_only: bool = False) -> Source:
     )
 
 
+def _open_stored(path: Path, raw: Mapping[str, Any], source: str) -> Stored:
+    """A directory's arrays, those of other quantizers put together."""
+    weights = open_weights(path)
+    found = Found({}, frozenset(), ())
+    if not raw.get("quantization"):
+        found = find_matrices(weights.infos, raw, source)
+    own = {*found.used, *found.unused, *found.matrices}
+    plain = Weights({name: info for name, info in weights.infos.items() if name not in own})
+    inner = text_config(raw)
+    stated = str(inner.get("dtype") or inner.get("torch_dtype") or "").removeprefix("torch.")
+    dtype = stated if stated in DTYPES else str(plain.dtype).removeprefix("mlx.core.")
+    return Stored(plain, found, dtype)
+
+
 @dataclass(frozen=True, slots=True)
 class _Kept:
     """One array of the model: its part of the file, or how to compute it."""
@@ -107,16 +122,16 @@ class _Kept:
     part: Part
 
 
-def _remapped(weights: Weights, family: Family, config: Any) -> tuple[dict[str, _Kept], list[str]]:
+def _remapped(weights: Stored, family: Family, config: Any) -> tuple[dict[str, _Kept], list[str]]:
     """The model's arrays by name: those that the family did not change are in a file."""
     arrays = weights.arrays()
     names = {id(array): name for name, array in arrays.items()}
     kept, left_out = family.remap(arrays, config)
 
     def compute(name: str) -> Callable[[], mx.array]:
-        return lambda: family.remap(weights.arrays(), config)[0][name]
+        return lambda: family.remap(weights.arrays(name), config)[0][name]
 
-    in_file = partial(_in_file, weights)
+    in_file = weights.part
     found = {}
     dropped = set(left_out)
     stacks = expert_stacks(n for n in arrays if n not in dropped) if family.native else {}
@@ -133,32 +148,25 @@ def _remapped(weights: Weights, family: Family, config: Any) -> tuple[dict[str, 
     return found, left_out
 
 
-def _unread(weights: Weights, family: Family, left_out: list[str]) -> dict[str, _Kept]:
+def _unread(weights: Stored, family: Family, left_out: list[str]) -> dict[str, _Kept]:
     """What the model leaves out, and mlx-vlm's of this family does not load without.
 
     Its Gemma 3n has keys and values of its own in each layer, also where it reads another's.
     """
     if family.name != "gemma3n":
         return {}
-    return {text_name(n): _Kept(n, _in_file(weights, n)) for n in left_out if is_kv(n)}
-
-
-def _in_file(weights: Weights, origin: str) -> FilePart:
-    info = weights.infos[origin]
-    if info.dtype not in NAMES:
-        raise UnsupportedModel(f"{info.file}: tensor {origin} has dtype {info.dtype}")
-    return FilePart(info.file, info.offset, info.shape, info.dtype)
+    return {text_name(n): _Kept(n, weights.part(n)) for n in left_out if is_kv(n)}
 
 
 def _tensors(
-    weights: Weights, kept: Mapping[str, _Kept], quantization: Quantization | None, source: str
+    weights: Stored, kept: Mapping[str, _Kept], quantization: Quantization | None, source: str
 ) -> dict[str, SourceTensor]:
     """Tensors of arrays: weight, scales and biases of a quantized one belong together."""
     found: dict[str, SourceTensor] = {}
     quantized = {name.removesuffix(".scales") for name in kept if name.endswith(".scales")}
     if quantized and quantization is None:
         raise UnsupportedModel(f"{source}: key 'quantization' is missing and weights are quantized")
-    main = str(weights.dtype).removeprefix("mlx.core.")
+    main = str(weights.weights.dtype).removeprefix("mlx.core.")
     for name, item in kept.items():
         module, _, kind = name.rpartition(".")
         if module in quantized and kind in ("scales", "biases"):
@@ -167,6 +175,10 @@ def _tensors(
             entry = quantization.at(module) or quantization.default
             found[name] = _quantized_tensor(module, kept, entry, main, source)
             continue
+        if (matrices := _matrices(item.part)) is not None:
+            shape = item.part.shape
+            found[name] = MatrixTensor(name, item.origin, shape, matrices, weights.dtype)
+            continue
         if item.part.dtype not in DTYPES:
             raise UnsupportedModel(
                 f"{source}: tensor {item.origin} has dtype {item.part.dtype}, not a float, and no "
@@ -174,6 +186,13 @@ def _tensors(
             )
         found[name] = DenseTensor(name, item.origin, item.part)
     return found
+
+
+def _matrices(part: Part) -> tuple[Matrix, ...] | None:
+    """The weights of another quantizer that a part is made of; None of any other."""
+    parts = part.parts if isinstance(part, StackedPart) else (part,)
+    found = tuple(part.matrix for part in parts if isinstance(part, MatrixPart))
+    return found if len(found) == len(parts) else None
 
 
 def _quantized_tensor(
@@ -251,6 +270,8 @@ def _side_files(
     """A function that writes the files beside the weights, their names, and notes on them."""
     wanted = (*_TOKENIZER_FILES, *(_PROCESSOR_FILES if with_processor else ()))
     names = [name for name in wanted if (path / name).is_file()]
+    templates = sorted(path.glob("additional_chat_templates/*.jinja"))
+    names += [f"{file.parent.name}/{file.name}" for file in templates if file.is_file()]
     for pattern in _LICENCE_FILES:
         names += sorted(file.name for file in path.glob(pattern) if file.is_file())
     settings = of_model(path)
@@ -259,18 +280,30 @@ def _side_files(
         names.append(RECORD)
     if "tokenizer.json" in names:
         return copy, tuple(names), ()
-    if "tokenizer.model" not in names:
+    model = _other_tokenizer(path, names)
+    if model is None:
         return copy, tuple(names), ("no tokenizer.json or tokenizer.model: the output has none",)
-    from .sentencepiece import open_sentencepiece
-
-    model = open_sentencepiece(path)
 
     def write(folder: Path) -> None:
         copy(folder)
         model.write(folder)
 
     added = [name for name in model.files if name not in names]
-    return write, (*names, *added), ("tokenizer.json is made from tokenizer.model",)
+    return write, (*names, *added), (f"tokenizer.json is made from {model.path.name}",)
+
+
+def _other_tokenizer(path: Path, names: list[str]) -> SentencePieceModel | RankedTokens | None:
+    """A tokenizer in another form than tokenizer.json; None where there is none."""
+    from .ranks import is_tiktoken, open_tekken, open_tiktoken
+    from .sentencepiece import open_sentencepiece
+
+    if (path / "tekken.json").is_file():
+        return open_tekken(path)
+    if "tokenizer.model" not in names:
+        return None
+    return (
+        open_tiktoken(path) if is_tiktoken(path / "tokenizer.model") else open_sentencepiece(path)
+    )
 
 
 def _copy_files(

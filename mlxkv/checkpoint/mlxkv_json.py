@@ -27,7 +27,8 @@ class Record:
         origin: wheel, repository or file that it was made of.
         license: SPDX identifier, or the name of the terms; "" if not known.
         notice: a sentence that goes with the weights.
-        fingerprint: size and time of the file it was made of, to see that it changed.
+        fingerprint: sizes and times of the files it was made of, to see that they changed.
+        content: a hash of what is in them, by which they are found again elsewhere.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Record:
     license: str = ""
     notice: str = ""
     fingerprint: str = ""
+    content: str = ""
 
 
 def read_record(folder: Path) -> Record | None:

@@ -9,12 +9,17 @@ from typing import Any
 from mlxkv.errors import UnsupportedModel
 
 MODES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
-    "affine": ((2, 3, 4, 5, 6, 8), (32, 64, 128)),
+    "affine": ((1, 2, 3, 4, 5, 6, 8), (32, 64, 128)),
     "mxfp4": ((4,), (32,)),
     "mxfp8": ((8,), (32,)),
     "nvfp4": ((4,), (16,)),
 }
 """mode -> (bits, group sizes) that MLX has kernels for."""
+
+OTHER_METHODS = (
+    "fp8", "fbgemm_fp8", "compressed-tensors", "awq", "gptq", "auto-round", "modelopt",
+)  # fmt: skip
+"""`quant_method` of other quantizers' checkpoints, which the converter reads."""
 
 _FORMAT_KEYS = ("group_size", "bits", "mode")
 
@@ -41,9 +46,14 @@ class Format:
             )
         all_bits, group_sizes = MODES[mode]
         default_group = 64 if mode == "affine" else group_sizes[0]
-        bits, group_size = raw.get("bits", all_bits[0]), raw.get("group_size", default_group)
         if mode == "affine" and "bits" not in raw:
             raise UnsupportedModel(f"{source}: quantization names no bits")
+        # mlx-lm's mixed recipes write null for its own default.
+        bits, group_size = raw.get("bits"), raw.get("group_size")
+        if bits is None:
+            bits = 4 if mode == "affine" else all_bits[0]
+        if group_size is None:
+            group_size = default_group
         for key, value, allowed in (
             ("bits", bits, all_bits),
             ("group_size", group_size, group_sizes),
@@ -59,6 +69,16 @@ class Format:
     def to_dict(self) -> dict[str, Any]:
         """The entry as mlx-lm writes it."""
         return {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
+
+
+def other_settings(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a config.json says of another quantizer; {} where that is none of `OTHER_METHODS`."""
+    inner = raw.get("text_config")
+    for part in (raw, inner if isinstance(inner, Mapping) else {}):
+        found = part.get("quantization_config") or part.get("compression_config")
+        if isinstance(found, Mapping) and found.get("quant_method") in OTHER_METHODS:
+            return found
+    return {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,9 +110,11 @@ class Quantization:
             # As released: only the experts are quantized, and their layout says the rest.
             return cls(Format("mxfp4", 4, 32), {})
         if "quant_method" in entry:
+            can = "`mlxkv convert` makes a model of it that runs"
+            if entry["quant_method"] not in OTHER_METHODS:
+                can = "convert the model from its unquantized weights"
             raise UnsupportedModel(
-                f"{source}: {key}: quant_method {entry['quant_method']!r} is not supported; "
-                f"convert the model from its unquantized weights"
+                f"{source}: {key}: quant_method {entry['quant_method']!r} is not supported; {can}"
             )
         by_path = {
             path: Format.from_dict(value, f"{source}: {path}") if value else None

@@ -142,11 +142,13 @@ def convert(options: ConvertOptions) -> int:
         )
     finally:
         progress.clear()
-    if o.dry_run:
-        from mlxkv.convert import describe  # pyright: ignore[reportMissingImports]
+    from mlxkv.convert import changes, describe  # pyright: ignore[reportMissingImports]
 
+    if o.dry_run:
         print(describe(result.plan))
     else:
+        for line in changes(result.plan, result.errors):
+            print(line, file=sys.stderr)
         print(result.path)
     return 0
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from mlxkv.base import regular
 from mlxkv.base.disk import check_space
-from mlxkv.checkpoint.gguf_names import is_mmproj
+from mlxkv.checkpoint.gguf_names import first_parts, is_mmproj, parts_of
 from mlxkv.errors import DownloadError, MlxkvError, ModelNotFound, OutputError, UsageError
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ WANTED = ("*.safetensors", "*.json", "tokenizer.model", "*.jinja")
 # Sub-folders hold other formats, but for additional_chat_templates, which these patterns spare.
 _FOLDERS = ("[!a]*/*", "a/*", "a[!d]*/*", "ad/*", "ad[!d]*/*")
 # Never code or pickles; `consolidated` holds the weights once more.
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tekken.json")
 IGNORED = (*_FOLDERS, "consolidated*", "*.bin", "*.py", "*.pth", "*.pt")
 
 
@@ -60,7 +61,7 @@ def cached_snapshot(repo_id: str) -> Path | None:
 
 def is_complete(folder: Path) -> bool:
     """Whether a folder holds a config, a tokenizer and every shard of its weights."""
-    tokenizers = (folder / name for name in ("tokenizer.json", "tokenizer.model"))
+    tokenizers = (folder / name for name in _TOKENIZERS)
     if not (folder / "config.json").is_file() or not any(path.is_file() for path in tokenizers):
         return False
     index = folder / "model.safetensors.index.json"
@@ -163,13 +164,16 @@ def download_gguf(repo_id: str, filename: str, *, quiet: bool = True) -> Path:
 def choose_gguf(repo_id: str, files: Sequence[str], wanted: str | None) -> str:
     """The one GGUF file that `wanted` (a file name or a quantization such as Q4_K_M) means.
 
-    Files of encoders go with a language model's, and are not chosen from.
+    Files of encoders go with a language model's, and are not chosen from. The first part of a split
+    model stands for all.
 
     Raises:
         ModelNotFound: none of the files fits.
         UsageError: more than one fits.
     """
-    files = [name for name in files if not is_mmproj(name)]
+    if wanted is not None and wanted in files:
+        wanted = str(parts_of(Path(wanted))[0])
+    files = [name for name in first_parts(files) if not is_mmproj(name)]
     if wanted is None:
         fitting = list(files)
     elif wanted in files:
@@ -184,8 +188,6 @@ def choose_gguf(repo_id: str, files: Sequence[str], wanted: str | None) -> str:
             f"{repo_id} has {len(fitting)} GGUF files that fit; choose one, for example "
             f"{repo_id}:{fitting[0]} (it has: {', '.join(fitting)})"
         )
-    if "-of-0" in fitting[0]:
-        raise UsageError(f"{repo_id}: {fitting[0]} is split over several files; choose another")
     return fitting[0]
 
 

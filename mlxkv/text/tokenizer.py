@@ -18,6 +18,7 @@ from mlxkv.chat.rendered import Rendered
 from mlxkv.chat.replies import Replies
 from mlxkv.chat.template_writer import TemplateWriter
 from mlxkv.errors import UsageError
+from mlxkv.text.added_tokens import apply_added_tokens, fix_mistral_words
 from mlxkv.text.detokenizer import (
     Detokenizer,
     bytes_of,
@@ -31,7 +32,6 @@ from mlxkv.text.pieces import FREE
 from mlxkv.text.plain_encoding import PlainEncoder
 from mlxkv.text.tokenizer_files import (
     ModelFiles,
-    apply_added_tokens,
     count_ids,
     read_backend,
     read_chat_template,
@@ -95,6 +95,7 @@ class Tokenizer:
         files = ModelFiles(model_dir)
         special_tokens = read_special_tokens(files)
         apply_added_tokens(backend, files, special_tokens)
+        fix_mistral_words(backend, files)
         added = backend.get_added_tokens_decoder()
         return cls(
             backend,

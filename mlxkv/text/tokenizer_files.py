@@ -152,41 +152,8 @@ def _token_text(files: ModelFiles, name: str, key: str) -> str | None:
     raise TokenizerError(f"{files.path(name)}: {key} must be a string; got {value!r}")
 
 
-def apply_added_tokens(
-    backend: Backend, files: ModelFiles, special_tokens: Mapping[str, str]
-) -> None:
-    """Bring the backend's added tokens in line with tokenizer_config.json, as transformers does.
-
-    A named special token that is a plain piece of the vocabulary becomes a special one. One that
-    the vocabulary lacks would get an id past the model's: an error for the first and the end token,
-    and for the others nothing is added.
-    """
-    from tokenizers import AddedToken
-
-    present = backend.get_added_tokens_decoder()
-    changed = [
-        (int(key), token)
-        for key, token in _listed_tokens(files)
-        if not _same_token(present.get(int(key)), token)
-    ]
-    for i, token in sorted(changed, key=lambda item: item[0]):
-        backend.add_tokens([token])
-        if backend.token_to_id(token.content) != i:
-            raise TokenizerError(
-                f"{files.path('tokenizer_config.json')}: added_tokens_decoder gives "
-                f"{token.content!r} the id {i}, tokenizer.json "
-                f"{backend.token_to_id(token.content)}: the two files do not belong together"
-            )
-    added = {token.content for token in backend.get_added_tokens_decoder().values()}
-    for key, text in special_tokens.items():
-        known = backend.token_to_id(text) is not None
-        if not known and key in ("bos_token", "eos_token"):
-            raise _unknown(files, key, text)
-        if known and text not in added:
-            backend.add_special_tokens([AddedToken(text, special=True)])
-
-
-def _unknown(files: ModelFiles, key: str, text: str) -> TokenizerError:
+def unknown_token(files: ModelFiles, key: str, text: str) -> TokenizerError:
+    """The error of a named token that the vocabulary lacks."""
     name = next(
         name
         for name in ("special_tokens_map.json", "tokenizer_config.json")
@@ -195,34 +162,6 @@ def _unknown(files: ModelFiles, key: str, text: str) -> TokenizerError:
     return TokenizerError(
         f"{files.path(name)}: {key} {text!r} is not in the vocabulary of tokenizer.json"
     )
-
-
-def _listed_tokens(files: ModelFiles) -> Iterator[tuple[str, AddedToken]]:
-    """The tokens of tokenizer_config.json's added_tokens_decoder, by id."""
-    from tokenizers import AddedToken
-
-    listed = files.json("tokenizer_config.json").get("added_tokens_decoder")
-    where = f"{files.path('tokenizer_config.json')}: added_tokens_decoder"
-    if listed is None:
-        return
-    if not isinstance(listed, Mapping):
-        raise TokenizerError(f"{where} must be an object; got {type(listed).__name__}")
-    for key, spec in listed.items():
-        if not (key.isascii() and key.isdigit() and isinstance(spec, Mapping)):
-            raise TokenizerError(f"{where} must map ids to objects; got {key!r}: {spec!r}")
-        text = spec.get("content")
-        if not isinstance(text, str):
-            raise TokenizerError(f"{where}[{key!r}]: content must be a string; got {text!r}")
-        flags = {
-            flag: bool(spec[flag])
-            for flag in ("single_word", "lstrip", "rstrip", "normalized", "special")
-            if flag in spec
-        }
-        yield key, AddedToken(text, **flags)
-
-
-def _same_token(ours: AddedToken | None, listed: AddedToken) -> bool:
-    return ours is not None and repr(ours) == repr(listed)
 
 
 def read_end_tokens(
@@ -236,7 +175,7 @@ def read_end_tokens(
             continue
         token = backend.token_to_id(text)
         if token is None:
-            raise _unknown(files, "eos_token", text)
+            raise unknown_token(files, "eos_token", text)
         ids.add(token)
     for name, section in (
         ("generation_config.json", None),
@@ -333,11 +272,9 @@ def read_chat_template(
 def _template_sources(files: ModelFiles) -> tuple[Path, dict[str, str]] | None:
     jinja = files.path("chat_template.jinja")
     if jinja.exists():
-        sources = {"default": _read_text(jinja)}
-        tool_use = files.path("additional_chat_templates") / "tool_use.jinja"
-        if tool_use.is_file():
-            sources["tool_use"] = _read_text(tool_use)
-        return jinja, sources
+        more = sorted(files.path("additional_chat_templates").glob("*.jinja"))
+        sources = {file.stem: _read_text(file) for file in more if file.is_file()}
+        return jinja, {**sources, "default": _read_text(jinja)}
     for name in ("chat_template.json", "tokenizer_config.json"):
         value = files.json(name).get("chat_template")
         if value is not None:

@@ -252,9 +252,9 @@ def test_unknown_and_missing_tensors_are_listed_and_counted(tmp_path: Path):
 
 
 def test_a_foreign_quantization_is_named(tmp_path: Path):
-    config = tiny.llama_config(quantization_config={"quant_method": "gptq", "bits": 4})
+    config = tiny.llama_config(quantization_config={"quant_method": "hqq", "bits": 4})
     source = tiny.write_checkpoint(tmp_path / "hf", config)
-    with pytest.raises(UnsupportedModel, match="quant_method 'gptq' is not supported"):
+    with pytest.raises(UnsupportedModel, match="quant_method 'hqq' is not supported"):
         convert(source, tmp_path / "out")
 
 
@@ -322,8 +322,10 @@ def test_files_beside_the_weights_are_copied(tmp_path: Path):
     tools = Path("additional_chat_templates") / "tool_use.jinja"
     (source / tools).parent.mkdir()
     (source / tools).write_text("{{ tools }}")
+    (source / tools).with_name("rag.jinja").write_text("{{ documents }}")
     convert(source, tmp_path / "out")
     assert (tmp_path / "out" / tools).read_text() == "{{ tools }}"
+    assert (tmp_path / "out" / tools).with_name("rag.jinja").read_text() == "{{ documents }}"
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
         *beside,
         "additional_chat_templates",

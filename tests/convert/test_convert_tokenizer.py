@@ -237,16 +237,18 @@ def test_recommended_sampling_is_kept(tmp_path: Path):
     assert not json.loads((tmp_path / "generation_config.json").read_text())["do_sample"]
 
 
-def test_a_template_for_tools_stands_beside_the_other(tmp_path: Path):
+def test_named_templates_stand_beside_the_default(tmp_path: Path):
     templates = {
         "tokenizer.chat_template": "plain",
         "tokenizer.chat_template.tool_use": "{{ tools }}",
+        "tokenizer.chat_template.rag": "{{ documents }}",
     }
     write_tokenizer(open_gguf(gguf(tmp_path, small_vocabulary(**templates))), tmp_path)
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert config["chat_template"] == [
         {"name": "default", "template": "plain"},
         {"name": "tool_use", "template": "{{ tools }}"},
+        {"name": "rag", "template": "{{ documents }}"},
     ]
 
 

@@ -421,6 +421,35 @@ def test_two_gguf_files_of_the_same_name_are_two_models(models, convert, tmp_pat
     assert [content(path) for path in paths] == [b"a", b"b"]
 
 
+def test_a_gguf_file_that_was_moved_is_the_same_model(models, convert, tmp_path):
+    """Known by its content: a copy is not converted again, and one of other content is."""
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"one" * 100_000)
+    first = resolve.resolve(str(file))
+    moved = file.rename(tmp_path / "other.gguf")
+    assert resolve.resolve(str(moved)) == first
+    file.write_bytes(b"one" * 99_999 + b"two")
+    second = resolve.resolve(str(file))
+    assert second != first and content(second).endswith(b"two")
+    assert resolve.resolve(str(moved)) == first
+    assert len(convert) == 2
+    assert {model.name for model in library.list_models()} == {first.name, second.name}
+    library.remove(first.name)
+    assert visible(models) == [second.name]
+
+
+def test_a_split_gguf_file_is_one_of_a_repository(models, convert):
+    names = [f"m-Q4_K_M-0000{i}-of-00002.gguf" for i in (1, 2)]
+    assert hub.choose_gguf("org/a", ["m-Q8_0.gguf", *names], "q4_k_m") == names[0]
+    assert hub.choose_gguf("org/a", names, names[1]) == names[0]
+    snapshot = cached(models, "org/split", {names[0]: b"one"})
+    with pytest.raises(ModelNotFound):
+        resolve.resolve("org/split:Q4_K_M", fetch=False)
+    (snapshot / names[1]).write_bytes(b"two")
+    resolve.resolve("org/split:Q4_K_M", fetch=False)
+    assert [path.name for path in convert] == [names[0]]
+
+
 # Hugging Face's cache.
 
 

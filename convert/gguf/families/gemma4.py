@@ -9,26 +9,38 @@ import numpy as np
 
 from mlxkv.errors import WeightsError
 
-from .file import GGUFTensor, dequantize
-from .metadata import Metadata, short_number, token_ids
-from .rope import ROPE_FACTORS
+from ..architecture import Architecture, Rows
+from ..file import GGUFTensor, dequantize
+from ..metadata import Metadata, short_number, token_ids
+from ..rope import ROPE_FACTORS
+from .gemma import FOUR_NORMS
 
-TOP_NAMES = {
+PER_LAYER_TOP = {
     "per_layer_token_embd.weight": "model.embed_tokens_per_layer.weight",
     "per_layer_model_proj.weight": "model.per_layer_model_projection.weight",
     "per_layer_proj_norm.weight": "model.per_layer_projection_norm.weight",
 }
-LAYER_NAMES = {
+PER_LAYER = {
     "inp_gate": "per_layer_input_gate",
     "proj": "per_layer_projection",
     "post_norm": "post_per_layer_input_norm",
-    "layer_output_scale": "layer_scalar",
+}
+_EXPERTS = {
+    "ffn_gate_inp": "router.proj",
+    "ffn_gate_inp.scale": "router.scale",
+    "ffn_gate_exps": "experts.switch_glu.gate_proj",
+    "ffn_up_exps": "experts.switch_glu.up_proj",
+    "ffn_down_exps": "experts.switch_glu.down_proj",
+    "ffn_down_exps.scale": "router.per_expert_scale",
+    "pre_ffw_norm_2": "pre_feedforward_layernorm_2",
+    "post_ffw_norm_1": "post_feedforward_layernorm_1",
+    "post_ffw_norm_2": "post_feedforward_layernorm_2",
 }
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 def gemma4_config(m: Metadata, tensors: Mapping[str, GGUFTensor]) -> dict[str, Any]:
-    """The config of a Gemma 4 without experts, in the hub style."""
+    """The config of a Gemma 4, in the hub style."""
     embedding = tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
         raise WeightsError(f"{m.file.path}: the matrix 'token_embd.weight' is missing")
@@ -45,7 +57,7 @@ def gemma4_config(m: Metadata, tensors: Mapping[str, GGUFTensor]) -> dict[str, A
     full_dim, sliding_dim = m.int("attention.key_length"), m.int("attention.key_length_swa")
     _check_dims(m, full_dim, sliding_dim)
     cap = m.opt_number("final_logit_softcapping")
-    m.ignore("vocab_size", "attention.causal", "expert_feed_forward_length")
+    m.ignore("vocab_size", "attention.causal", "suppress_tokens")
     full_kv = [i for i in range(n_layers - n_shared) if types[i] == FULL]
     return {
         "architectures": ["Gemma4ForCausalLM"],
@@ -73,17 +85,46 @@ def gemma4_config(m: Metadata, tensors: Mapping[str, GGUFTensor]) -> dict[str, A
         "attention_bias": False,
         # The file does not say it; of the published models those without embeddings per layer do.
         "use_bidirectional_attention": None if per_layer else "vision",
+        **_experts(m),
         "rope_parameters": _ropes(m, tensors, full_dim),
         **token_ids(m.file.metadata),
     }
 
 
-def is_unused(name: str, config: Mapping[str, Any]) -> bool:
-    """Whether a tensor makes KV of a layer that reads another's."""
+def reads_anothers_kv(name: str, config: Mapping[str, Any]) -> str:
+    """Why a tensor is left out: it makes KV of a layer that reads another's."""
     parts = name.split(".")
     first = config["num_hidden_layers"] - config["num_kv_shared_layers"]
     kinds = ("attn_k", "attn_v", "attn_k_norm")
-    return parts[0] == "blk" and int(parts[1]) >= first and parts[2] in kinds
+    is_unused = parts[0] == "blk" and int(parts[1]) >= first and parts[2] in kinds
+    return "its layer reads another's KV" if is_unused else ""
+
+
+def _experts(m: Metadata) -> dict[str, Any]:
+    """The keys of a mixture of experts, which stands beside each layer's own MLP."""
+    n_experts = m.opt_int("expert_count") or 0
+    width = m.opt_int("expert_feed_forward_length")
+    if not n_experts:
+        return {}
+    return {
+        "enable_moe_block": True,
+        "num_experts": n_experts,
+        "top_k_experts": m.int("expert_used_count"),
+        "moe_intermediate_size": width,
+    }
+
+
+def _parts(tensor: GGUFTensor) -> Mapping[str, Rows]:
+    """Gates and the others of all experts, each expert's in one matrix."""
+    prefix, _, name = tensor.name.rpartition(".ffn_gate_up_exps.")
+    if name != "weight" or len(tensor.shape) != 3 or tensor.shape[1] % 2:
+        return {}
+    n_experts, both, columns = tensor.shape
+    shape, at = (n_experts, both // 2, columns), f"model.layers.{prefix.removeprefix('blk.')}"
+    return {
+        f"{at}.experts.switch_glu.{part}_proj.weight": Rows(shape, start, both // 2, both)
+        for part, start in (("gate", 0), ("up", both // 2))
+    }
 
 
 def _only(m: Metadata, key: str, values: list[Any]) -> int | None:
@@ -137,3 +178,14 @@ def _ropes(m: Metadata, tensors: Mapping[str, GGUFTensor], full_dim: int) -> dic
     local = short_number(m.number("rope.freq_base_swa", 10_000.0))
     full = {"rope_type": "proportional", "partial_rotary_factor": factor, "rope_theta": theta}
     return {FULL: full, SLIDING: {"rope_type": "default", "rope_theta": local}}
+
+
+GEMMA4 = Architecture(
+    gemma4_config,
+    {**FOUR_NORMS, **PER_LAYER, **_EXPERTS, "layer_output_scale.weight": "layer_scalar"},
+    "bfloat16",
+    rope_factors=True,
+    top_names=PER_LAYER_TOP,
+    unused=reads_anothers_kv,
+    parts=_parts,
+)

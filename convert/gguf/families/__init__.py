@@ -1,0 +1,1 @@
+"""One family of GGUF architectures a file: what their metadata and names mean."""

@@ -1,0 +1,229 @@
+"""Weights of other quantizers, read by rows: as values, and in MLX's format where one holds them.
+
+Each class is one way that a matrix `[out, in]` is stored, or several of them as `[E, out, in]`.
+Formulas are those of the formats' own libraries: compressed-tensors, AutoAWQ, AutoGPTQ and
+GPTQModel, AutoRound (which packs as these two), ModelOpt, and Hugging Face's FP8.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from mlxkv.checkpoint.quantization import MODES, Format
+from mlxkv.errors import WeightsError
+
+from .. import float4
+from ..gguf.blocks import packed as as_stream
+from ..tensors import matrix_shape
+
+MXFP8 = Format("mxfp8", 8, 32)
+Arrays = tuple[np.ndarray, ...]
+Groups = Callable[[int, int], tuple[np.ndarray, np.ndarray, np.ndarray]]
+"""Codes uint8 `[n, in]` of some rows, and float32 `[n, groups]`: scales, and codes of zero."""
+
+
+class Matrix(Protocol):
+    """A stored matrix.
+
+    Attributes:
+        shape: of the values.
+        label: the format's name, for people.
+        format: MLX's that `packed` has; None for 16-bit values.
+        is_exact: whether its values in `format` are the same to the bit.
+        scale_dtype: the dtype that holds its scales and biases as they are.
+        row_step: blocks of rows begin and end at multiples of it.
+    """
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def label(self) -> str: ...
+    @property
+    def format(self) -> Format | None: ...
+    @property
+    def is_exact(self) -> bool: ...
+    @property
+    def scale_dtype(self) -> str: ...
+    @property
+    def row_step(self) -> int: ...
+
+    def values(self, start: int, stop: int) -> np.ndarray:
+        """These rows, float32 `[n, in]`."""
+        ...
+
+    def packed(self, start: int, stop: int) -> Arrays:
+        """These rows in the layout of `mx.quantize`."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Integers:
+    """(code - zero) * scale, with a scale for each group of a row.
+
+    Attributes:
+        bits: of a code.
+        group_size: values of a row that share a scale.
+        read: see `Groups`.
+        order: group of each column, where the groups are not neighbours (act order).
+        scale_dtype: the scales' own where zero is the middle of the codes, whose product with a
+            scale is exact in it; else float32.
+    """
+
+    shape: tuple[int, ...]
+    label: str
+    bits: int
+    group_size: int
+    read: Groups
+    order: np.ndarray | None = None
+    scale_dtype: str = "float32"
+    row_step: int = 1
+    is_exact: bool = True
+
+    @property
+    def format(self) -> Format | None:
+        """Affine in the largest group that MLX has and the stored one is a multiple of."""
+        if self.order is not None or self.bits not in MODES["affine"][0]:
+            return None
+        sizes = [size for size in MODES["affine"][1] if self.group_size % size == 0]
+        return Format("affine", self.bits, max(sizes)) if sizes else None
+
+    def values(self, start: int, stop: int) -> np.ndarray:
+        codes, scales, zeros = self.read(start, stop)
+        groups = self.order
+        if groups is None:
+            groups = np.arange(codes.shape[1]) // self.group_size
+        return (codes - zeros[:, groups]) * scales[:, groups]
+
+    def packed(self, start: int, stop: int) -> Arrays:
+        codes, scales, zeros = self.read(start, stop)
+        assert self.format is not None
+        times = self.group_size // self.format.group_size
+        words = as_stream(codes.reshape(-1), self.bits).reshape(len(codes), -1).view("<u4")
+        biases = -zeros * scales
+        return words, np.repeat(scales, times, axis=1), np.repeat(biases, times, axis=1)
+
+
+@dataclass(frozen=True, slots=True)
+class Float8:
+    """E4M3 values under scales of blocks, rows, matrices or the whole.
+
+    Attributes:
+        codes: uint8, of `shape`.
+        scales: float32, as many dimensions as `shape`; each divides the weight evenly, but for the
+            last block.
+        block: rows and columns that share a scale.
+    """
+
+    shape: tuple[int, ...]
+    label: str
+    codes: np.ndarray
+    scales: np.ndarray
+    block: tuple[int, int]
+    scale_dtype: str = "float32"
+    row_step: int = 1
+    is_exact: bool = True
+
+    @property
+    def format(self) -> Format | None:
+        """MXFP8 where all scales are powers of two that it has."""
+        mantissas, exponents = np.frexp(self.scales)
+        small = (exponents > -126) & (exponents < 128)
+        fits = self.shape[-1] % 32 == 0 and self.block[1] % 32 == 0
+        return MXFP8 if fits and (mantissas == 0.5).all() and small.all() else None
+
+    def _row_scales(self, start: int, stop: int) -> np.ndarray:
+        """Scales of the blocks of each row, `[n, blocks]`."""
+        scales, n_out = self.scales, self.shape[-2]
+        rows = np.arange(start, stop)
+        expert, row = rows // n_out, rows % n_out // self.block[0]
+        stacked = scales.reshape(-1, *scales.shape[-2:])
+        return stacked[np.minimum(expert, len(stacked) - 1), row]
+
+    def values(self, start: int, stop: int) -> np.ndarray:
+        columns = np.arange(self.shape[-1]) // self.block[1]
+        codes = self.codes.reshape(-1, self.shape[-1])[start:stop]
+        return float4.E4M3[codes] * self._row_scales(start, stop)[:, columns]
+
+    def packed(self, start: int, stop: int) -> Arrays:
+        codes = np.ascontiguousarray(self.codes.reshape(-1, self.shape[-1])[start:stop])
+        if ((codes & 0x7F) == 0x7F).any():
+            raise WeightsError("holds NaN: the file is damaged")
+        columns = np.arange(self.shape[-1] // 32) * 32 // self.block[1]
+        _, exponents = np.frexp(self._row_scales(start, stop)[:, columns])
+        return codes.view("<u4"), (exponents - 1 + 127).astype(np.uint8)
+
+
+@dataclass(frozen=True, slots=True)
+class Float4:
+    """E2M1 values, two in a byte, under a scale for each 16 (NVFP4) or 32 (MXFP4).
+
+    Attributes:
+        codes: uint8 `[..., in / 2]`, the first value in the low half.
+        scales: uint8 `[..., in / group]`: E4M3, or powers of two.
+        seconds: what NVFP4's scales are multiplied by, one or one for each matrix.
+    """
+
+    shape: tuple[int, ...]
+    codes: np.ndarray
+    scales: np.ndarray
+    seconds: np.ndarray
+    mode: str
+    scale_dtype: str = "float32"
+    row_step: int = 1
+
+    @property
+    def label(self) -> str:
+        return self.mode.upper()
+
+    @property
+    def _has_second(self) -> bool:
+        return bool((self.seconds != 1).any())
+
+    @property
+    def is_exact(self) -> bool:
+        return not self._has_second
+
+    @property
+    def format(self) -> Format | None:
+        if not self._has_second:
+            return Format(self.mode, 4, MODES[self.mode][1][0])
+        return float4.NEAREST if self.shape[-1] % 32 == 0 else None
+
+    def _rows(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Bytes and scales of these rows, and their second scales `[n, 1]`."""
+        codes = np.asarray(self.codes.reshape(-1, self.codes.shape[-1])[start:stop])
+        scales = np.asarray(self.scales.reshape(-1, self.scales.shape[-1])[start:stop])
+        n_rows = matrix_shape(self.shape)[0]
+        seconds = self.seconds.ravel()
+        return codes, scales, seconds[np.arange(start, stop) * len(seconds) // n_rows, None]
+
+    def _values(self, codes: np.ndarray) -> np.ndarray:
+        halves = np.stack([codes & np.uint8(15), codes >> np.uint8(4)], axis=-1)
+        return halves.reshape(len(codes), -1)
+
+    def values(self, start: int, stop: int) -> np.ndarray:
+        codes, scales, seconds = self._rows(start, stop)
+        floats = self._floats(scales) * seconds
+        group = MODES[self.mode][1][0]
+        return float4.e2m1(self._values(codes)) * np.repeat(floats, group, axis=1)
+
+    def _floats(self, scales: np.ndarray) -> np.ndarray:
+        if self.mode == "nvfp4":
+            return float4.E4M3[scales]
+        return np.ldexp(np.float32(1), scales.astype(np.int32) - 127)
+
+    def packed(self, start: int, stop: int) -> Arrays:
+        codes, scales, seconds = self._rows(start, stop)
+        nan = 0x7F if self.mode == "nvfp4" else 0xFF
+        if (scales == nan).any():
+            raise WeightsError("holds scales that are NaN: the file is damaged")
+        if not self._has_second:
+            return np.ascontiguousarray(codes).view("<u4"), np.ascontiguousarray(scales)
+        floats = float4.E4M3[scales] * seconds
+        found, steps, biases = float4.nearest(self._values(codes), floats)
+        words = as_stream(found.reshape(-1), float4.NEAREST.bits).reshape(len(found), -1)
+        return words.view("<u4"), steps, biases

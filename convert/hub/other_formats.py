@@ -1,0 +1,348 @@
+"""Which of a checkpoint's arrays make one weight of another quantizer's format.
+
+The arrays' names and shapes say it. The config is asked for what they leave open only: GPTQ's bits,
+and whether its zeros are stored less one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from mlxkv.checkpoint.quantization import other_settings
+from mlxkv.checkpoint.weights import TensorInfo
+from mlxkv.errors import CheckpointError, UnsupportedModel, WeightsError
+
+from .matrices import Float4, Float8, Integers, Matrix
+
+_NUMPY = {
+    "F32": "<f4", "F16": "<f2", "BF16": "<u2", "F8_E4M3": "u1", "F8_E8M0": "u1", "U8": "u1",
+    "I8": "i1", "I16": "<i2", "I32": "<i4", "U32": "<u4", "I64": "<i8",
+}  # fmt: skip
+_UNUSED = (
+    "input_scale", "activation_scale", "input_global_scale", "k_scale", "v_scale", "input_scale_ub",
+    "input_zero_point", "act_scale",
+)  # fmt: skip
+"""Arrays of kernels that quantize what goes into a product; weights do not need them."""
+_STEP = 32
+"""Rows of a transposed matrix whose zeros fill whole words, at any bits."""
+_Rows = Callable[[int, int], np.ndarray]
+_AWQ_ORDER = np.array([0, 4, 1, 5, 2, 6, 3, 7])
+"""Where value i of a word of AutoAWQ's lies, in units of 4 bits."""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What is stored in other formats.
+
+    Attributes:
+        matrices: name of a weight -> its values.
+        used: names of arrays that they are made of.
+        unused: names of arrays that no weight needs.
+    """
+
+    matrices: Mapping[str, Matrix]
+    used: frozenset[str]
+    unused: tuple[str, ...]
+
+
+def find_matrices(infos: Mapping[str, TensorInfo], raw: Mapping[str, Any], source: str) -> Found:
+    """The weights of a checkpoint that another quantizer has made.
+
+    Raises:
+        UnsupportedModel: a packing that is not known.
+        WeightsError: arrays are missing, or do not fit together.
+    """
+    settings = other_settings(raw)
+    packing = str(settings.get("packing_format", "gptq"))
+    if settings.get("quant_method") == "auto-round" and not any(
+        known in packing for known in ("gptq", "awq", "llm_compressor")
+    ):
+        raise UnsupportedModel(f"{source}: packing_format {packing!r} is not supported")
+    reader = _Reader(infos, settings, source)
+    matrices = dict(reader.all())
+    unused = [name for name in infos if name.endswith(_UNUSED) and name not in reader.used]
+    return Found(matrices, frozenset(reader.used), tuple(unused))
+
+
+@dataclass(slots=True)
+class _Reader:
+    infos: Mapping[str, TensorInfo]
+    settings: Mapping[str, Any]
+    source: str
+    used: set[str] = field(default_factory=set)
+
+    def all(self) -> Iterator[tuple[str, Matrix]]:
+        makers: tuple[tuple[str, Callable[[str], Matrix]], ...] = (
+            (".qweight", self.columns),
+            (".weight_packed", self.compressed),
+        )
+        for name in self.infos:
+            for end, make in makers:
+                if name.endswith(end):
+                    yield f"{name.removesuffix(end)}.weight", make(name.removesuffix(end))
+            scale = self.scale_of(name)
+            if scale is not None:
+                yield name, self.scaled(name, scale)
+
+    def scale_of(self, name: str) -> str | None:
+        """The scale beside a weight that is stored in 8 bits."""
+        if self.infos[name].dtype not in ("F8_E4M3", "I8", "U8") or name.endswith("_packed"):
+            return None
+        ends = ("_scale_inv", "_scale")
+        return next((name + end for end in ends if name + end in self.infos), None)
+
+    def error(self, name: str, what: str) -> WeightsError:
+        return WeightsError(f"{self.source}: {name} {what}")
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        if name not in self.infos:
+            raise self.error(name, "is missing beside the weight's other arrays")
+        return self.infos[name].shape
+
+    def array(self, name: str) -> np.ndarray:
+        """An array as it lies in the file, mapped; bfloat16 as its bits."""
+        shape = self.shape(name)
+        info = self.infos[name]
+        if info.dtype not in _NUMPY:
+            raise self.error(name, f"has dtype {info.dtype}, which is not supported")
+        self.used.add(name)
+        if 0 in shape:
+            raise self.error(name, "is empty")
+        try:
+            flat = np.memmap(info.file, _NUMPY[info.dtype], "r", info.offset, shape or (1,))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{info.file}: cannot be read") from error
+        return flat.reshape(shape)
+
+    def floats(self, name: str, part: Any = ...) -> np.ndarray:
+        """Some of an array's values in float32."""
+        values = np.asarray(self.array(name)[part])
+        if self.infos[name].dtype == "BF16":
+            return (values.astype(np.uint32) << 16).view(np.float32)
+        return values.astype(np.float32)
+
+    def scaled(self, name: str, scale: str) -> Matrix:
+        """FP8, 8-bit integers or NVFP4 with their scales beside them."""
+        dtype = self.infos[name].dtype
+        if dtype == "U8":
+            second = f"{name}_scale_2"
+            seconds = self.floats(second) if second in self.infos else np.ones(1, np.float32)
+            return self.float4(name, scale, seconds, "nvfp4")
+        if dtype == "I8":
+            return self.int8(name, scale)
+        shape, scales = self.shape(name), self.floats(scale)
+        if len(shape) < 2 or scales.size == 0:
+            raise self.error(name, f"is {list(shape)}, not a matrix")
+        return Float8(shape, "FP8", self.array(name), *self.blocks(scale, scales, shape))
+
+    def blocks(
+        self, name: str, scales: np.ndarray, shape: tuple[int, ...]
+    ) -> tuple[np.ndarray, tuple[int, int]]:
+        """Scales `[..., rows, columns]` of blocks, and the size of these."""
+        n_out, n_in = shape[-2:]
+        if scales.size == 1 or (len(shape) == 3 and scales.size == shape[0]):
+            return scales.reshape(-1, 1, 1), (n_out, n_in)
+        if scales.ndim < len(shape):
+            scales = scales[..., None]
+        stated = self.settings.get("weight_block_size")
+        n_rows, n_columns = scales.shape[-2:]
+        sizes = stated if isinstance(stated, list) and len(stated) == 2 else None
+        rows = sizes[0] if sizes and n_rows > 1 else -(-n_out // n_rows)
+        columns = sizes[1] if sizes and n_columns > 1 else -(-n_in // n_columns)
+        fits = all(type(size) is int and size > 0 for size in (rows, columns))
+        if not fits or (-(-n_out // rows), -(-n_in // columns)) != (n_rows, n_columns):
+            raise self.error(name, f"is {list(scales.shape)}, which does not fit {list(shape)}")
+        if scales.shape[:-2] != shape[:-2]:
+            raise self.error(name, f"is {list(scales.shape)}, which does not fit {list(shape)}")
+        return scales, (rows, columns)
+
+    def float4(self, name: str, scale: str, seconds: np.ndarray, mode: str) -> Matrix:
+        codes, scales = self.array(name), self.array(scale)
+        shape = (*codes.shape[:-1], codes.shape[-1] * 2)
+        group = 16 if mode == "nvfp4" else 32
+        expected = (*shape[:-1], shape[-1] // group)
+        whole = seconds.size in (1, shape[0] if len(shape) == 3 else 1)
+        if len(shape) < 2 or scales.shape != expected or scales.itemsize != 1 or not whole:
+            raise self.error(scale, f"is {list(scales.shape)}; it must be {list(expected)}")
+        if not (np.isfinite(seconds).all() and (seconds > 0).all()):
+            raise self.error(name, "has a second scale that is not positive")
+        return Float4(shape, codes, scales, seconds, mode)
+
+    def int8(self, name: str, scale: str) -> Matrix:
+        shape, zero = self.shape(name), f"{name.removesuffix('.weight')}.weight_zero_point"
+        scales = self.floats(scale).reshape(len(self.floats(scale)), -1) if shape else None
+        fits = scales is not None and len(scales) in (1, shape[0]) and scales.size
+        if len(shape) != 2 or scales is None or not fits or shape[1] % scales.shape[1]:
+            raise self.error(scale, f"does not fit {list(shape)}")
+        scales = np.broadcast_to(scales, (shape[0], scales.shape[1]))
+        zeros = np.float32(0)
+        if zero in self.infos:
+            zeros = self.floats(zero)
+            if zeros.size not in (1, scales.size):
+                raise self.error(zero, f"does not fit scales of {list(scales.shape)}")
+            zeros = zeros.reshape(-1, scales.shape[1] if zeros.size > 1 else 1)
+        zeros = np.broadcast_to(np.float32(zeros) + 128, scales.shape)
+        codes = self.array(name)
+
+        def read(start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+            moved = np.asarray(codes[start:stop]).view(np.uint8) ^ np.uint8(0x80)
+            return moved, scales[start:stop], zeros[start:stop]
+
+        group = shape[1] // scales.shape[1]
+        dtype = self.scale_dtype(scale, zero not in self.infos)
+        return Integers(shape, "int8", 8, group, read, scale_dtype=dtype)
+
+    def scale_dtype(self, scale: str, symmetric: bool) -> str:
+        """See `Integers`."""
+        names = {"F16": "float16", "BF16": "bfloat16"}
+        return names.get(self.infos[scale].dtype, "float32") if symmetric else "float32"
+
+    def compressed(self, stem: str) -> Matrix:
+        """compressed-tensors: integers of a row in words, or 4-bit floats in bytes."""
+        name, scale = f"{stem}.weight_packed", f"{stem}.weight_scale"
+        if self.infos[name].dtype == "U8":
+            mode = "nvfp4" if f"{stem}.weight_global_scale" in self.infos else "mxfp4"
+            seconds = np.ones(1, np.float32)
+            if mode == "nvfp4":
+                seconds = 1 / self.floats(f"{stem}.weight_global_scale").ravel()
+            return self.float4(name, scale, seconds, mode)
+        words, shape = self.array(name), self.array(f"{stem}.weight_shape").tolist()
+        scales = self.shape(scale)
+        if words.ndim != 2 or len(shape) != 2 or not all(n > 0 for n in shape):
+            raise self.error(name, "is not a packed matrix")
+        n_out, n_in = shape
+        bits = 32 // -(-n_in // words.shape[1])
+        fits = bits in (2, 4, 8) and words.shape == (n_out, -(-n_in * bits // 32))
+        if not fits or len(scales) != 2 or scales[0] != n_out or not scales[1] or n_in % scales[1]:
+            raise self.error(name, f"is {list(words.shape)}, which does not fit {shape}")
+        self.array(scale)
+        zeros = self._packed_zeros(f"{stem}.weight_zero_point", scales, bits)
+        order = self._order(f"{stem}.weight_g_idx", n_in, scales[1])
+
+        def read(start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+            codes = from_words(np.asarray(words[start:stop]), bits)[:, :n_in]
+            return codes, self.floats(scale, np.s_[start:stop]), zeros(start, stop)
+
+        dtype = self.scale_dtype(scale, f"{stem}.weight_zero_point" not in self.infos)
+        label, group = f"int{bits}", n_in // scales[1]
+        return Integers((n_out, n_in), label, bits, group, read, order, dtype)
+
+    def _packed_zeros(self, name: str, shape: tuple[int, ...], bits: int) -> _Rows:
+        """Zeros of each row's groups: packed along the rows, or as they are."""
+        middle = 1 << (bits - 1)
+        if name not in self.infos:
+            return lambda start, stop: np.full((stop - start, shape[1]), middle, np.float32)
+        zeros, per_word = self.array(name), 32 // bits
+        if zeros.dtype == np.int8 and zeros.shape == shape:
+            return lambda start, stop: zeros[start:stop].astype(np.float32) + middle
+        if zeros.dtype.itemsize != 4 or zeros.shape != (-(-shape[0] // per_word), shape[1]):
+            raise self.error(name, f"is {list(zeros.shape)}, which does not fit {list(shape)}")
+
+        def read(start: int, stop: int) -> np.ndarray:
+            first = start // per_word
+            words = np.asarray(zeros[first : -(-stop // per_word)])
+            found = from_words(words.T, bits).T[start - first * per_word :][: stop - start]
+            return found.astype(np.float32)
+
+        return read
+
+    def _order(self, name: str, n_in: int, n_groups: int) -> np.ndarray | None:
+        """Group of each column; None where groups are neighbours in order."""
+        if name not in self.infos:
+            return None
+        order = np.asarray(self.array(name)).ravel()
+        if len(order) != n_in or not ((order >= 0) & (order < n_groups)).all():
+            raise self.error(name, f"must name one of {n_groups} groups for {n_in} columns")
+        in_order = np.arange(n_in) // -(-n_in // n_groups)
+        return None if np.array_equal(order, in_order) else order.astype(np.int64)
+
+    def columns(self, stem: str) -> Matrix:
+        """AutoAWQ and AutoGPTQ, whose matrices are `[in, out]`."""
+        words, scales = self.array(f"{stem}.qweight"), self.array(f"{stem}.scales")
+        if words.ndim != 2 or scales.ndim != 2 or words.dtype.itemsize != 4:
+            raise self.error(f"{stem}.qweight", "is not a packed matrix")
+        n_groups, n_out = scales.shape
+        is_gptq = words.shape[1] == n_out
+        bits = self._gptq_bits(stem, words) if is_gptq else 4
+        n_in = words.shape[0] * 32 // bits if is_gptq and bits else words.shape[0]
+        fits = bits in (2, 3, 4, 8) and n_in % n_groups == 0 and n_in * bits % 32 == 0
+        if not fits or (not is_gptq and words.shape[1] * 8 != n_out):
+            raise self.error(f"{stem}.qweight", f"is {list(words.shape)}, which does not fit")
+        zeros, symmetric = self._column_zeros(stem, scales.shape, bits, is_gptq)
+        order = self._order(f"{stem}.g_idx", n_in, n_groups)
+        codes = _gptq_codes if is_gptq else _awq_codes
+
+        def read(start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+            own = self.floats(f"{stem}.scales", np.s_[:, start:stop]).T
+            found = np.ascontiguousarray(codes(words, bits, start, stop))
+            return found, np.ascontiguousarray(own), zeros(start, stop)
+
+        label = f"{'GPTQ' if is_gptq else 'AWQ'} int{bits}"
+        dtype = self.scale_dtype(f"{stem}.scales", symmetric)
+        return Integers((n_out, n_in), label, bits, n_in // n_groups, read, order, dtype, _STEP)
+
+    def _gptq_bits(self, stem: str, words: np.ndarray) -> int:
+        if f"{stem}.g_idx" in self.infos:
+            return words.shape[0] * 32 // max(1, self.shape(f"{stem}.g_idx")[0])
+        extra = self.settings.get("extra_config")
+        own = extra.get(stem) if isinstance(extra, Mapping) else None
+        bits = own.get("bits") if isinstance(own, Mapping) else None
+        bits = self.settings.get("bits") if bits is None else bits
+        if type(bits) is not int or bits <= 0:
+            raise self.error(f"{stem}.qweight", f"has no g_idx, and the config's bits are {bits!r}")
+        return bits
+
+    def _column_zeros(
+        self, stem: str, shape: tuple[int, ...], bits: int, is_gptq: bool
+    ) -> tuple[_Rows, bool]:
+        """Zeros of each column's groups, and whether all are the middle of the codes."""
+        name, (n_groups, n_out), middle = f"{stem}.qzeros", shape, 1 << (bits - 1)
+
+        def middles(start: int, stop: int) -> np.ndarray:
+            return np.full((stop - start, n_groups), middle, np.float32)
+
+        if name not in self.infos:
+            return middles, True
+        words = self.array(name)
+        if words.shape != (n_groups, -(-n_out * bits // 32)) or words.dtype.itemsize != 4:
+            raise self.error(name, f"is {list(words.shape)}, which does not fit {list(shape)}")
+        # AutoGPTQ's first format stores them less one.
+        less = is_gptq and self.settings.get("checkpoint_format", "gptq") != "gptq_v2"
+        unpack = partial(from_words, bits=bits) if is_gptq else _in_awq_order
+
+        def read(start: int, stop: int) -> np.ndarray:
+            part = np.asarray(words[:, start * bits // 32 : -(-stop * bits // 32)])
+            found = unpack(part)[:, : stop - start].T.astype(np.float32)
+            return np.ascontiguousarray(found) + np.float32(less)
+
+        first = unpack(np.asarray(words[:1]))[:, :n_out]
+        if (words == words[:1]).all() and (first == middle - less).all():
+            return middles, True
+        return read, False
+
+
+def from_words(words: np.ndarray, bits: int) -> np.ndarray:
+    """Codes of rows of 32-bit words, lowest bits first: uint8 `[n, words * 32 / bits]`."""
+    stream = np.ascontiguousarray(words).view(np.uint8)
+    if bits == 8:
+        return stream
+    found = np.unpackbits(stream, axis=1, bitorder="little").reshape(len(words), -1, bits)
+    return np.packbits(found, axis=2, bitorder="little")[..., 0]
+
+
+def _in_awq_order(words: np.ndarray) -> np.ndarray:
+    codes = from_words(words, 4).reshape(len(words), -1, 8)
+    return codes[..., _AWQ_ORDER].reshape(len(words), -1)
+
+
+def _awq_codes(words: np.ndarray, bits: int, start: int, stop: int) -> np.ndarray:
+    return _in_awq_order(np.asarray(words[:, start // 8 : -(-stop // 8)])).T
+
+
+def _gptq_codes(words: np.ndarray, bits: int, start: int, stop: int) -> np.ndarray:
+    return from_words(np.asarray(words[:, start:stop]).T, bits)
