@@ -22,7 +22,7 @@ from mlxkv.engine.asleep.answers import Sleep, begin_answer, chunks_of
 from mlxkv.engine.clients import Clients
 from mlxkv.engine.messages import PutAway
 from mlxkv.engine.queue.fetching import fetch_pages
-from mlxkv.engine.queue.policy import Pace
+from mlxkv.engine.queue.policy import MAX_PROMPTS, Paces
 from mlxkv.engine.queue.shares import Turns, gives_place
 from mlxkv.engine.queue.waiting import WaitingTasks
 from mlxkv.engine.runtime import Runtime
@@ -47,11 +47,6 @@ from mlxkv.generation.prompt_logprobs import answer_logprobs
 from mlxkv.memory.needs import MIN_CHUNK
 from mlxkv.memory.types import is_allocation_failure, without_trace
 
-STALL_S = 0.5
-"""How long a chunk of a prompt may delay the next token of running answers."""
-MAX_PROMPTS = 4
-"""Prompts that are prefilled in turns; the others wait."""
-
 
 class Scheduler:
     """A loaded model and its requests, of which `max_running` run at a time.
@@ -67,7 +62,7 @@ class Scheduler:
         self.tally, self.clients = Tally(), Clients()
         self.counts = self.tally.total
         self.next_turns = NextTurns(runtime, self.tally, self.clients, idle)
-        self._pace = Pace(STALL_S, MIN_CHUNK, default_chunk())
+        self._paces = Paces(MIN_CHUNK, default_chunk())
         self._empty()
 
     def _empty(self) -> None:
@@ -108,7 +103,10 @@ class Scheduler:
         if (task := self._turns.next(self._prefilling)) is not None:
             self._prefill(task, task.state)  # pyright: ignore[reportArgumentType]
         if self._decoding:
+            started = time.perf_counter()
             self._decode()
+            if task is None:
+                self._paces.stepped(time.perf_counter() - started)
 
     def stop(self, error: MlxkvError | None = None) -> None:
         """End all requests, with an error if there is one; their prefixes are kept."""
@@ -177,9 +175,9 @@ class Scheduler:
         except BaseException as error:
             self._end(task, contained(error))
 
-    def _chunk(self) -> int | None:
+    def _chunk(self, task: Task) -> int | None:
         """Tokens of a chunk while answers are decoding; None for any number otherwise."""
-        return self._pace.n_tokens if self._decoding else None
+        return self._paces.of(task.is_scored).n_tokens if self._decoding else None
 
     def _prefill(self, task: Task, state: Prefilling) -> None:
         session = state.generation.session
@@ -187,12 +185,13 @@ class Scheduler:
             if state.steps is None:  # not earlier: another prompt may have left pages of it
                 state.tokens = state.generation.restore()
                 quietly("counting a next turn failed", lambda: self.next_turns.found(task, state))
-                state.steps = session.prefilling(state.tokens, chunks_of(task, self._chunk))
+                chunks = chunks_of(task, lambda: self._chunk(task))
+                state.steps = session.prefilling(state.tokens, chunks)
             started, held = time.perf_counter(), session.n_held
             progress = next(state.steps)
             n = session.n_held - held
             if n > 0:
-                self._pace.record(n, time.perf_counter() - started)
+                self._paces.of(task.is_scored).record(n, time.perf_counter() - started)
             if task.request.on_progress is not None:
                 task.request.on_progress(*progress)
             return
@@ -244,6 +243,8 @@ class Scheduler:
 
     def _decode(self) -> None:
         for decoder in [self._decoder, *self._alone.values()]:
+            if decoder.is_joined:  # first tokens at once, and then the others' next ones
+                self._step(decoder)
             self._step(decoder)
 
     def _step(self, decoder: Decoder) -> None:
@@ -344,7 +345,7 @@ class Scheduler:
 
     def _prefill_again(self, task: Task, generation: Generation, tokens: list[int]) -> None:
         """Prefill a sequence before other prompts, as its answer has begun."""
-        steps = generation.session.prefilling(tokens, self._chunk)
+        steps = generation.session.prefilling(tokens, lambda: self._chunk(task))
         task.state = Prefilling(generation, tokens, steps)
         self._prefilling.insert(0, task)
 

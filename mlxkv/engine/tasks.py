@@ -114,6 +114,11 @@ class Task:
     compiling: Compiling | None = field(default=None, init=False)
 
     @property
+    def is_scored(self) -> bool:
+        """Whether its prompt's tokens get log-probabilities."""
+        return self.request.prompt_logprobs is not None
+
+    @property
     def holds_kv(self) -> bool:
         """Whether prefill has begun."""
         match self.state:
