@@ -33,6 +33,9 @@ from mlxkv.prefix.shared import SharedPrefixes
 if TYPE_CHECKING:
     from mlxkv.prefix.on_disk.disk import PageDisk
 
+AT_ONCE = 4 << 20
+"""Bytes of layers that are evaluated at a time, see `nn.blocks`."""
+
 
 class Pages:
     """The pages of one model.
@@ -169,12 +172,17 @@ class Pages:
         if read is None:
             self._shrink()
             return None
+        loaded: list[Cache] = []
         try:
             for part, some in needed.items():
                 slices = [self.ram.part(link, part).slices(stop) for link in some]
                 for i, index in enumerate(self.kinds.caches(part)):
                     caches[index].load([part_slices[i] for part_slices in slices])
-                    mx.eval(caches[index].state)
+                    loaded.append(caches[index])
+                    if sum(cache.nbytes for cache in loaded) >= AT_ONCE:
+                        mx.eval([cache.state for cache in loaded])
+                        loaded.clear()
+            mx.eval([cache.state for cache in loaded])
         except UsageError:
             self.forget(links)
             return None
