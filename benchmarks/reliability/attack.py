@@ -28,7 +28,7 @@ from benchmarks.compare import ROOT, environment
 from benchmarks.load_client import ANSWERED, Answer, Ask, ask, new_client, percentile
 from benchmarks.load_server import MLXKV, Server
 from benchmarks.options import add_machine_options
-from benchmarks.reliability.attack_kinds import KINDS, Target, shuffled
+from benchmarks.reliability.attack_kinds import KINDS, Target, shuffled, unloads
 from benchmarks.report import about
 
 HONEST, ATTACKER = "honest-key", "attacker-key"
@@ -232,8 +232,9 @@ async def session(server: Server, args: argparse.Namespace, record: Record) -> N
         await honest_once(server, asked, warm)
     record.right = {answer.name: answer.text for answer in warm}
     await clients(server, asks, args.quiet, record.quiet)
-    # What the first of each kind loads (a grammar's vocabulary, modules) is no leak.
-    for kind in KINDS:
+    # What the first of each kind loads (a grammar's vocabulary, modules) is no leak; what a model
+    # has loaded goes when it is unloaded.
+    for kind in sorted(KINDS, key=lambda kind: kind is not unloads):
         await kind(Target(server.url, server.model, ATTACKER, rng))
     await settle(server, asks)
     record.before = State.of(server)
