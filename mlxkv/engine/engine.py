@@ -28,7 +28,7 @@ from mlxkv.base import device
 from mlxkv.base.faults import log_fault
 from mlxkv.engine.ahead.choice import IdleCompute
 from mlxkv.engine.ahead.next_turn import NextTurns
-from mlxkv.engine.answers import EngineAnswer, settle, task_of, waited
+from mlxkv.engine.answers import EngineAnswer, settle, stopped, task_of, waited
 from mlxkv.engine.asleep.answers import Beds
 from mlxkv.engine.loading import ModelLoads, PendingRequest
 from mlxkv.engine.messages import Ask, Busy, Embeddings, EngineStats, Loaded
@@ -37,7 +37,7 @@ from mlxkv.engine.prompt import make_ready
 from mlxkv.engine.queue.preparation import Preparer
 from mlxkv.engine.restarts import Deaths, Restarted
 from mlxkv.engine.tasks import Task, quietly
-from mlxkv.errors import InternalError, MlxkvError, UsageError, contained
+from mlxkv.errors import InternalError, UsageError, contained
 from mlxkv.store.settings import Given
 
 T = TypeVar("T")
@@ -79,8 +79,8 @@ class ThreadedEngine:
     ):
         self._beds, self._is_leaving = Beds(asleep), False
         self.asleep = self._beds.asleep
-        limit_bytes = memory or device.memory_limit()
         idle = IdleCompute(idle_compute if next_turns else "off")
+        limit_bytes = memory or device.memory_limit()
         self._preparer = preparer = Preparer(self._wake)
         self._pool = ModelPool(
             limit_bytes, dtype, given or Given(), keep_alive_s, max_running, idle, preparer
@@ -145,10 +145,15 @@ class ThreadedEngine:
                 self._rejected[ask.owner] += 1
                 raise Busy(WAIT_S, is_owners=bool(ask.owner))
             if not self.alive or self._is_leaving:
-                raise _stopped()
+                raise stopped()
             self._inbox.append((ask, task))
             self._changed.notify()
         return answer
+
+    def expect(self, owner: str, client: str) -> None:
+        """From any thread: the head of a client's request has come, see `queue.fetching`."""
+        self._calls.append(lambda: self._pool.expect(owner, client))
+        self._wake()
 
     async def load(
         self, model: str, keep_alive_s: float | None = None, path: Path | None = None
@@ -251,13 +256,12 @@ class ThreadedEngine:
             if not future.set_running_or_notify_cancel():
                 return
             if self._closing:
-                future.set_exception(_stopped())
-                return
+                return future.set_exception(stopped())
             call()
 
         with self._changed:
             if not self.alive:
-                raise _stopped()
+                raise stopped()
             self._calls.append(run)
             self._changed.notify()
         return await asyncio.wrap_future(future)
@@ -394,7 +398,3 @@ class ThreadedEngine:
             ask.owner,
         )
         return self._loads.request(ask.model, ask.path, pending)
-
-
-def _stopped() -> MlxkvError:
-    return MlxkvError("the engine has stopped")

@@ -328,6 +328,11 @@ class ModelPool:
                 log_fault(f"the model {model.name} is unloaded", contained(failed))
                 self.drop(key, error)
 
+    def expect(self, owner: str, client: str) -> None:
+        """The head of a client's request has come."""
+        for model in self.models():
+            model.scheduler.fetching.expect(owner, client)
+
     def put_to_sleep(self) -> int:
         """Put the answers of all models away; how many it were."""
         n = 0

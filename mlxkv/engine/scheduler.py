@@ -12,7 +12,7 @@ Invariants:
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from mlxkv.base.device import default_chunk
 from mlxkv.base.faults import log_fault
@@ -21,7 +21,7 @@ from mlxkv.engine.ahead.next_turn import NextTurns
 from mlxkv.engine.asleep.answers import Sleep, begin_answer, chunks_of
 from mlxkv.engine.clients import Clients
 from mlxkv.engine.messages import PutAway
-from mlxkv.engine.queue.fetching import fetch_pages
+from mlxkv.engine.queue.fetching import Fetching
 from mlxkv.engine.queue.policy import MAX_PROMPTS, Paces
 from mlxkv.engine.queue.shares import Turns, gives_place
 from mlxkv.engine.queue.waiting import WaitingTasks
@@ -62,6 +62,7 @@ class Scheduler:
         self.tally, self.clients = Tally(), Clients()
         self.counts = self.tally.total
         self.next_turns = NextTurns(runtime, self.tally, self.clients, idle)
+        self.fetching = Fetching(runtime, self.clients, self.tally, idle)
         self._paces = Paces(MIN_CHUNK, default_chunk())
         self._empty()
 
@@ -91,7 +92,7 @@ class Scheduler:
     def add(self, task: Task) -> None:
         """Queue a request; it starts when there is a place for it."""
         self.waiting.append(task)
-        quietly("fetching pages failed", lambda: fetch_pages(task, self.runtime, self.clients))
+        quietly("fetching pages failed", lambda: self.fetching.arrived(task))
 
     def step(self) -> None:
         """Compute one chunk of a prompt, and one token of every answer."""
@@ -175,9 +176,9 @@ class Scheduler:
         except BaseException as error:
             self._end(task, contained(error))
 
-    def _chunk(self, task: Task) -> int | None:
+    def _chunks(self, task: Task) -> Callable[[], int | None]:
         """Tokens of a chunk while answers are decoding; None for any number otherwise."""
-        return self._paces.of(task.is_scored).n_tokens if self._decoding else None
+        return lambda: self._paces.of(task.is_scored).n_tokens if self._decoding else None
 
     def _prefill(self, task: Task, state: Prefilling) -> None:
         session = state.generation.session
@@ -185,8 +186,8 @@ class Scheduler:
             if state.steps is None:  # not earlier: another prompt may have left pages of it
                 state.tokens = state.generation.restore()
                 quietly("counting a next turn failed", lambda: self.next_turns.found(task, state))
-                chunks = chunks_of(task, lambda: self._chunk(task))
-                state.steps = session.prefilling(state.tokens, chunks)
+                quietly("counting pages failed", lambda: self.fetching.found(task))
+                state.steps = session.prefilling(state.tokens, chunks_of(task, self._chunks(task)))
             started, held = time.perf_counter(), session.n_held
             progress = next(state.steps)
             n = session.n_held - held
@@ -243,9 +244,8 @@ class Scheduler:
 
     def _decode(self) -> None:
         for decoder in [self._decoder, *self._alone.values()]:
-            if decoder.is_joined:  # first tokens at once, and then the others' next ones
+            for _ in range(1 + decoder.is_joined):  # first tokens, then the others' next ones
                 self._step(decoder)
-            self._step(decoder)
 
     def _step(self, decoder: Decoder) -> None:
         rows = decoder.rows
@@ -345,7 +345,7 @@ class Scheduler:
 
     def _prefill_again(self, task: Task, generation: Generation, tokens: list[int]) -> None:
         """Prefill a sequence before other prompts, as its answer has begun."""
-        steps = generation.session.prefilling(tokens, lambda: self._chunk(task))
+        steps = generation.session.prefilling(tokens, self._chunks(task))
         task.state = Prefilling(generation, tokens, steps)
         self._prefilling.insert(0, task)
 
