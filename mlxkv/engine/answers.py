@@ -18,6 +18,8 @@ from mlxkv.generation.outputs import Chunk
 from mlxkv.memory.types import without_trace
 
 T = TypeVar("T")
+WAIT_S = 5.0
+"""When a client may retry after the queue was full."""
 
 
 class EngineAnswer:

@@ -4,9 +4,9 @@ Invariants:
 - Only the engine's thread uses MLX. Other threads hand it requests and calls, and wait.
 - The first request for a model loads it, step by step between the steps of running answers; other
   requests for it wait. `model_pool` decides which models are in memory, and their limits.
-- Whatever a request raises ends that request alone. If the loop itself fails, its requests end with
-  an error and it starts again with its models, as often as `Deaths` allows; then the engine has
-  failed for good, and the process should end.
+- Whatever a request raises ends that request alone. If the loop itself fails, it starts again with
+  its models as often as `Deaths` allows, and answers go on from their pages, each once; then the
+  engine has failed for good, and the process should end.
 - An owner (API key) fills its own queue only.
 """
 
@@ -28,7 +28,7 @@ from mlxkv.base import device
 from mlxkv.base.faults import log_fault
 from mlxkv.engine.ahead.choice import IdleCompute
 from mlxkv.engine.ahead.next_turn import NextTurns
-from mlxkv.engine.answers import EngineAnswer, settle, stopped, task_of, waited
+from mlxkv.engine.answers import WAIT_S, EngineAnswer, settle, stopped, task_of, waited
 from mlxkv.engine.asleep.answers import Beds
 from mlxkv.engine.loading import ModelLoads, PendingRequest
 from mlxkv.engine.messages import Ask, Busy, Embeddings, EngineStats, Loaded
@@ -41,8 +41,6 @@ from mlxkv.errors import InternalError, UsageError, contained
 from mlxkv.store.settings import Given
 
 T = TypeVar("T")
-WAIT_S = 5.0
-"""When a client may retry after the queue was full."""
 QUIET_S = 0.1
 """How long there are no requests before next turns are computed: a tool may answer at once."""
 
@@ -256,7 +254,8 @@ class ThreadedEngine:
             if not future.set_running_or_notify_cancel():
                 return
             if self._closing:
-                return future.set_exception(stopped())
+                future.set_exception(stopped())
+                return
             call()
 
         with self._changed:
@@ -289,7 +288,7 @@ class ThreadedEngine:
         threading.Event().wait()
 
     def _start_again(self, error: Exception) -> None:
-        """After the loop failed: end the requests that it had, and keep the models."""
+        """After the loop failed: have answers go on, and keep the models."""
         if not self._deaths.count(error):
             self._closing = True
             return

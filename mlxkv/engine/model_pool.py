@@ -320,7 +320,7 @@ class ModelPool:
         self.give_back()
 
     def start_again(self, error: MlxkvError) -> None:
-        """End the requests of all models with the error; the models stay."""
+        """Have the requests of all models go on; those that cannot end with the error."""
         for key, model in list(self._models.items()):
             try:
                 model.scheduler.start_again(error)

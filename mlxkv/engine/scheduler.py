@@ -20,13 +20,12 @@ from mlxkv.engine.ahead.choice import IdleCompute
 from mlxkv.engine.ahead.next_turn import NextTurns
 from mlxkv.engine.asleep.answers import Sleep, begin_answer, chunks_of
 from mlxkv.engine.clients import Clients
-from mlxkv.engine.messages import PutAway
 from mlxkv.engine.queue.fetching import Fetching
 from mlxkv.engine.queue.policy import MAX_PROMPTS, Paces
 from mlxkv.engine.queue.shares import Turns, gives_place
 from mlxkv.engine.queue.waiting import WaitingTasks
 from mlxkv.engine.runtime import Runtime
-from mlxkv.engine.tally import Tally
+from mlxkv.engine.tally import Tally, count_end
 from mlxkv.engine.tasks import (
     Decoding,
     Ended,
@@ -64,10 +63,11 @@ class Scheduler:
         self.next_turns = NextTurns(runtime, self.tally, self.clients, idle)
         self.fetching = Fetching(runtime, self.clients, self.tally, idle)
         self._paces = Paces(MIN_CHUNK, default_chunk())
+        self.waiting = WaitingTasks(runtime)
         self._empty()
 
     def _empty(self) -> None:
-        self.waiting, self._turns = WaitingTasks(self.runtime), Turns()
+        self._turns = Turns()
         self._prefilling: list[Task] = []
         self._decoding: dict[Row, Task] = {}
         self._decoder = Decoder(self.runtime.model)
@@ -116,8 +116,14 @@ class Scheduler:
         quietly("forgetting next turns failed", self.next_turns.clear)
 
     def start_again(self, error: MlxkvError) -> None:
-        """End all requests with an error, and forget what state they were in."""
-        self.stop(error)
+        """The loop failed between steps: answers go on from pages, and end the second time."""
+        for task in [*self.tasks()][::-1]:
+            if task.starts_again:
+                self._end(task, error)
+            elif not isinstance(task.state, Waiting):
+                self._put_back(task)
+            task.starts_again = True
+        quietly("forgetting next turns failed", self.next_turns.clear)
         self._empty()
 
     def _drop_cancelled(self) -> None:
@@ -139,9 +145,11 @@ class Scheduler:
     def _make_place(self, owner: str) -> None:
         """Have another owner's answer wait if this owner has less than its share."""
         running = [*self._decoding.values(), *self._prefilling]
-        task = gives_place(owner, running, self.max_running)
-        if task is None:
-            return
+        if (task := gives_place(owner, running, self.max_running)) is not None:
+            self._put_back(task)
+
+    def _put_back(self, task: Task) -> None:
+        """Have a running request wait for a place, and go on from its pages."""
         state = task.state
         assert isinstance(state, Prefilling | Decoding)
         if self._put_away(task, state):
@@ -271,15 +279,11 @@ class Scheduler:
         log_fault(f"a batch of {len(tasks)} answers failed; each goes on alone", error)
         error.__traceback__ = None  # it would keep caches alive
         for task in reversed(tasks):
-            assert isinstance(task.state, Decoding)
-            task.decodes_alone = True
-            self._from_pages(task, task.state)
-
-    def _from_pages(self, task: Task, state: Decoding) -> None:
-        """Have an answer go on from its pages, before other prompts."""
-        if self._put_away(task, state):
-            task.state = Prefilling(state.generation, state.generation.remaining())
-            self._prefilling.insert(0, task)
+            state, task.decodes_alone = task.state, True
+            assert isinstance(state, Decoding)
+            if self._put_away(task, state):  # it goes on before other prompts
+                task.state = Prefilling(state.generation, state.generation.remaining())
+                self._prefilling.insert(0, task)
 
     def _start_over(self, error: BaseException) -> None:
         """After MLX failed to allocate: restart all sequences from their pages, one by one."""
@@ -366,16 +370,12 @@ class Scheduler:
             quietly("keeping a prefix failed", lambda: self._keep(task, generation, ended))
             if not task.keeps_session:  # references to the task may outlive it
                 quietly("freeing the caches of a request failed", generation.session.reset)
-        if isinstance(last, Chunk):
-            owner, client, stats = task.owner, task.client, last.stats
-            quietly("counting an answer failed", lambda: self.tally.answered(owner, stats))
-            quietly("counting an answer failed", lambda: self.clients.count(owner, client, stats))
-            task.tell(last)
-            task.tell(None)
-            return
-        if last is not None and not isinstance(last, PutAway):
-            self.tally.count(task.owner, failed=1)
+        quietly(
+            "counting an answer failed", lambda: count_end(task, last, self.tally, self.clients)
+        )
         task.tell(last)
+        if isinstance(last, Chunk):
+            task.tell(None)
 
     def _forget(self, task: Task, state: State) -> None:
         match state:
@@ -392,9 +392,7 @@ class Scheduler:
 
     def _keep(self, task: Task, generation: Generation, last: Chunk | None) -> None:
         """Keep a sequence's prefix, longest what a client's sessions share; note the next turn."""
-        links, owner = keep_prefix(generation.session), task.owner
-        if task.client:
-            pages = self.runtime.pages_of(owner)
-            self.clients.ended(owner, task.client, task.request.prompt, links, pages)
+        links, pages = keep_prefix(generation.session), self.runtime.pages_of(task.owner)
+        self.clients.ended(task.owner, task.client, task.request.prompt, links, pages)
         if last is not None:
             self.next_turns.add(task, generation, last)
