@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import json
+import multiprocessing
 import random
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -27,7 +28,7 @@ from benchmarks.compare import ROOT, environment
 from benchmarks.load_client import ANSWERED, Answer, Ask, ask, new_client, percentile
 from benchmarks.load_server import MLXKV, Server
 from benchmarks.options import add_machine_options
-from benchmarks.reliability.attack_kinds import KINDS, Target, shuffled
+from benchmarks.reliability.attack_kinds import KINDS, Target, shuffled, unloads
 from benchmarks.report import about
 
 HONEST, ATTACKER = "honest-key", "attacker-key"
@@ -183,23 +184,43 @@ async def clients(server: Server, asks: list[Ask], seconds: float, into: list[An
     await asyncio.gather(*(honest(server, some, until, into) for some in each))
 
 
-async def attack(server: Server, rng: random.Random, seconds: float, record: Record) -> None:
+Tried = dict[str, int]
+Statuses = dict[str, dict[int, int]]
+
+
+async def attack(server: Server, seed: int, seconds: float, record: Record) -> None:
+    """Attack from another process: what an attacker computes holds up no honest client's clock."""
+    loop = asyncio.get_running_loop()
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        record.tried, record.statuses = await loop.run_in_executor(
+            pool, attack_alone, server.url, server.model, seed, seconds
+        )
+
+
+def attack_alone(url: str, model: str, seed: int, seconds: float) -> tuple[Tried, Statuses]:
     """Two attackers at a time, each with one kind after the other."""
+    rng, tried, statuses = random.Random(seed), dict[str, int](), Statuses()
     until, order = time.monotonic() + seconds, shuffled(rng)
 
     async def attacker() -> None:
-        while time.monotonic() < until and server.process.poll() is None:
+        while time.monotonic() < until:
             kind = next(order)
-            target = Target(server.url, server.model, ATTACKER, rng)
-            with contextlib.suppress(OSError, httpx.HTTPError):
+            target = Target(url, model, ATTACKER, rng)
+            try:
                 await kind(target)
+            except (OSError, httpx.HTTPError):
+                await asyncio.sleep(0.1)  # if the server has ended, this ends at its time
             name = kind.__name__
-            record.tried[name] = record.tried.get(name, 0) + 1
-            seen = record.statuses.setdefault(name, {})
+            tried[name] = tried.get(name, 0) + 1
+            seen = statuses.setdefault(name, {})
             for status, n in target.seen.items():
                 seen[status] = seen.get(status, 0) + n
 
-    await asyncio.gather(attacker(), attacker())
+    async def attackers() -> None:
+        await asyncio.gather(attacker(), attacker())
+
+    asyncio.run(attackers())
+    return tried, statuses
 
 
 async def session(server: Server, args: argparse.Namespace, record: Record) -> None:
@@ -211,14 +232,16 @@ async def session(server: Server, args: argparse.Namespace, record: Record) -> N
         await honest_once(server, asked, warm)
     record.right = {answer.name: answer.text for answer in warm}
     await clients(server, asks, args.quiet, record.quiet)
-    # What the first of each kind loads (a grammar's vocabulary, modules) is no leak.
-    for kind in KINDS:
+    # What the first of each kind loads (a grammar's vocabulary, modules) is no leak; what a model
+    # has loaded goes when it is unloaded.
+    for kind in sorted(KINDS, key=lambda kind: kind is not unloads):
         await kind(Target(server.url, server.model, ATTACKER, rng))
     await settle(server, asks)
     record.before = State.of(server)
     seconds = 60 * args.minutes
     await asyncio.gather(
-        clients(server, asks, seconds, record.attacked), attack(server, rng, seconds, record)
+        clients(server, asks, seconds, record.attacked),
+        attack(server, args.seed, seconds, record),
     )
     record.deaths = int(server.process.poll() is not None)
     if not record.deaths:

@@ -31,6 +31,10 @@ Key = Annotated[
     str | None, typer.Option("--api-key", help="The server's API key; default: MLXKV_API_KEY.")
 ]
 
+SWITCH_S = 0.001
+"""How long a thread of a server computes in Python while another one waits to; Python's own: 5 ms.
+The engine's thread lets the others in some dozen times a step, and waits as often."""
+
 
 @dataclass(frozen=True, slots=True)
 class ServeOptions:
@@ -195,6 +199,7 @@ def _run(engine: Any, config: Any) -> int:
     from mlxkv.server.edge.serving import Server, raise_file_limit
     from mlxkv.server.edge.stop import Later, Stop, leave
 
+    sys.setswitchinterval(SWITCH_S)
     app = create_app(engine, config)
     log_to_stderr(lambda: app.state.api_keys.keys)
     listening = _listen(config.host, config.port)

@@ -13,11 +13,13 @@ from typing import TypeVar
 from mlxkv.base.faults import told
 from mlxkv.engine.messages import Ask
 from mlxkv.engine.tasks import Task
-from mlxkv.errors import contained
+from mlxkv.errors import MlxkvError, contained
 from mlxkv.generation.outputs import Chunk
 from mlxkv.memory.types import without_trace
 
 T = TypeVar("T")
+WAIT_S = 5.0
+"""When a client may retry after the queue was full."""
 
 
 class EngineAnswer:
@@ -99,6 +101,11 @@ def waited(future: Future[T], ended: threading.Event) -> T | None:
     while not (future.done() or ended.is_set()):
         wait([future], timeout=0.1)
     return future.result() if future.done() else None
+
+
+def stopped() -> MlxkvError:
+    """What requests to an engine that has ended are told."""
+    return MlxkvError("the engine has stopped")
 
 
 def settle(future: Future[T], function: Callable[[], T]) -> None:

@@ -72,7 +72,12 @@ class Clients:
         if name:
             self._client(owner, name).counts.next_turn_tokens += n_tokens
 
-    def pages_of_session(self, owner: str, name: str, prompt: Prompt) -> Sequence[Link]:
+    def last_session(self, owner: str, name: str) -> tuple[Link, ...]:
+        """Pages of a client's last conversation; empty where there is none."""
+        client = self._clients.get((owner, name))
+        return next(reversed(client.sessions.values()), ()) if client is not None else ()
+
+    def pages_of_session(self, owner: str, name: str, prompt: Prompt) -> tuple[Link, ...]:
         """Pages of the last turn of a prompt's conversation; empty where it is not known."""
         client = self._clients.get((owner, name))
         if client is None or (key := session_key(prompt)) is None:

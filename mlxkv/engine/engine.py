@@ -4,9 +4,9 @@ Invariants:
 - Only the engine's thread uses MLX. Other threads hand it requests and calls, and wait.
 - The first request for a model loads it, step by step between the steps of running answers; other
   requests for it wait. `model_pool` decides which models are in memory, and their limits.
-- Whatever a request raises ends that request alone. If the loop itself fails, its requests end with
-  an error and it starts again with its models, as often as `Deaths` allows; then the engine has
-  failed for good, and the process should end.
+- Whatever a request raises ends that request alone. If the loop itself fails, it starts again with
+  its models as often as `Deaths` allows, and answers go on from their pages, each once; then the
+  engine has failed for good, and the process should end.
 - An owner (API key) fills its own queue only.
 """
 
@@ -28,7 +28,7 @@ from mlxkv.base import device
 from mlxkv.base.faults import log_fault
 from mlxkv.engine.ahead.choice import IdleCompute
 from mlxkv.engine.ahead.next_turn import NextTurns
-from mlxkv.engine.answers import EngineAnswer, settle, task_of, waited
+from mlxkv.engine.answers import WAIT_S, EngineAnswer, settle, stopped, task_of, waited
 from mlxkv.engine.asleep.answers import Beds
 from mlxkv.engine.loading import ModelLoads, PendingRequest
 from mlxkv.engine.messages import Ask, Busy, Embeddings, EngineStats, Loaded
@@ -37,12 +37,10 @@ from mlxkv.engine.prompt import make_ready
 from mlxkv.engine.queue.preparation import Preparer
 from mlxkv.engine.restarts import Deaths, Restarted
 from mlxkv.engine.tasks import Task, quietly
-from mlxkv.errors import InternalError, MlxkvError, UsageError, contained
+from mlxkv.errors import InternalError, UsageError, contained
 from mlxkv.store.settings import Given
 
 T = TypeVar("T")
-WAIT_S = 5.0
-"""When a client may retry after the queue was full."""
 QUIET_S = 0.1
 """How long there are no requests before next turns are computed: a tool may answer at once."""
 
@@ -79,8 +77,8 @@ class ThreadedEngine:
     ):
         self._beds, self._is_leaving = Beds(asleep), False
         self.asleep = self._beds.asleep
-        limit_bytes = memory or device.memory_limit()
         idle = IdleCompute(idle_compute if next_turns else "off")
+        limit_bytes = memory or device.memory_limit()
         self._preparer = preparer = Preparer(self._wake)
         self._pool = ModelPool(
             limit_bytes, dtype, given or Given(), keep_alive_s, max_running, idle, preparer
@@ -145,10 +143,15 @@ class ThreadedEngine:
                 self._rejected[ask.owner] += 1
                 raise Busy(WAIT_S, is_owners=bool(ask.owner))
             if not self.alive or self._is_leaving:
-                raise _stopped()
+                raise stopped()
             self._inbox.append((ask, task))
             self._changed.notify()
         return answer
+
+    def expect(self, owner: str, client: str) -> None:
+        """From any thread: the head of a client's request has come, see `queue.fetching`."""
+        self._calls.append(lambda: self._pool.expect(owner, client))
+        self._wake()
 
     async def load(
         self, model: str, keep_alive_s: float | None = None, path: Path | None = None
@@ -251,13 +254,13 @@ class ThreadedEngine:
             if not future.set_running_or_notify_cancel():
                 return
             if self._closing:
-                future.set_exception(_stopped())
+                future.set_exception(stopped())
                 return
             call()
 
         with self._changed:
             if not self.alive:
-                raise _stopped()
+                raise stopped()
             self._calls.append(run)
             self._changed.notify()
         return await asyncio.wrap_future(future)
@@ -285,7 +288,7 @@ class ThreadedEngine:
         threading.Event().wait()
 
     def _start_again(self, error: Exception) -> None:
-        """After the loop failed: end the requests that it had, and keep the models."""
+        """After the loop failed: have answers go on, and keep the models."""
         if not self._deaths.count(error):
             self._closing = True
             return
@@ -394,7 +397,3 @@ class ThreadedEngine:
             ask.owner,
         )
         return self._loads.request(ask.model, ask.path, pending)
-
-
-def _stopped() -> MlxkvError:
-    return MlxkvError("the engine has stopped")

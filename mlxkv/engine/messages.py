@@ -142,6 +142,8 @@ class Counts:
         next_turn_used_tokens: those of them that prompts were restored from.
         next_turn_saved_s: seconds that took those prompts less, estimated from the speed at which
             the tokens were computed.
+        fetched_bytes: of pages that had been read from disk when a prompt needed them.
+        fetch_saved_s: seconds that reading those took.
     """
 
     requests: int = 0
@@ -157,6 +159,8 @@ class Counts:
     next_turn_tokens: int = 0
     next_turn_used_tokens: int = 0
     next_turn_saved_s: float = 0.0
+    fetched_bytes: int = 0
+    fetch_saved_s: float = 0.0
 
     def copy(self) -> Counts:
         """A snapshot."""
@@ -276,6 +280,8 @@ class Engine(Protocol):
     def restarts(self) -> int: ...
 
     def submit(self, ask: Ask) -> Answer: ...
+
+    def expect(self, owner: str, client: str) -> None: ...
 
     async def load(
         self, model: str, keep_alive_s: float | None = None, path: Path | None = None

@@ -320,13 +320,18 @@ class ModelPool:
         self.give_back()
 
     def start_again(self, error: MlxkvError) -> None:
-        """End the requests of all models with the error; the models stay."""
+        """Have the requests of all models go on; those that cannot end with the error."""
         for key, model in list(self._models.items()):
             try:
                 model.scheduler.start_again(error)
             except BaseException as failed:
                 log_fault(f"the model {model.name} is unloaded", contained(failed))
                 self.drop(key, error)
+
+    def expect(self, owner: str, client: str) -> None:
+        """The head of a client's request has come."""
+        for model in self.models():
+            model.scheduler.fetching.expect(owner, client)
 
     def put_to_sleep(self) -> int:
         """Put the answers of all models away; how many it were."""

@@ -12,7 +12,7 @@ Invariants:
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from mlxkv.base.device import default_chunk
 from mlxkv.base.faults import log_fault
@@ -20,13 +20,12 @@ from mlxkv.engine.ahead.choice import IdleCompute
 from mlxkv.engine.ahead.next_turn import NextTurns
 from mlxkv.engine.asleep.answers import Sleep, begin_answer, chunks_of
 from mlxkv.engine.clients import Clients
-from mlxkv.engine.messages import PutAway
-from mlxkv.engine.queue.fetching import fetch_pages
-from mlxkv.engine.queue.policy import Pace
+from mlxkv.engine.queue.fetching import Fetching
+from mlxkv.engine.queue.policy import MAX_PROMPTS, Paces
 from mlxkv.engine.queue.shares import Turns, gives_place
 from mlxkv.engine.queue.waiting import WaitingTasks
 from mlxkv.engine.runtime import Runtime
-from mlxkv.engine.tally import Tally
+from mlxkv.engine.tally import Tally, count_end
 from mlxkv.engine.tasks import (
     Decoding,
     Ended,
@@ -47,11 +46,6 @@ from mlxkv.generation.prompt_logprobs import answer_logprobs
 from mlxkv.memory.needs import MIN_CHUNK
 from mlxkv.memory.types import is_allocation_failure, without_trace
 
-STALL_S = 0.5
-"""How long a chunk of a prompt may delay the next token of running answers."""
-MAX_PROMPTS = 4
-"""Prompts that are prefilled in turns; the others wait."""
-
 
 class Scheduler:
     """A loaded model and its requests, of which `max_running` run at a time.
@@ -67,11 +61,13 @@ class Scheduler:
         self.tally, self.clients = Tally(), Clients()
         self.counts = self.tally.total
         self.next_turns = NextTurns(runtime, self.tally, self.clients, idle)
-        self._pace = Pace(STALL_S, MIN_CHUNK, default_chunk())
+        self.fetching = Fetching(runtime, self.clients, self.tally, idle)
+        self._paces = Paces(MIN_CHUNK, default_chunk())
+        self.waiting = WaitingTasks(runtime)
         self._empty()
 
     def _empty(self) -> None:
-        self.waiting, self._turns = WaitingTasks(self.runtime), Turns()
+        self._turns = Turns()
         self._prefilling: list[Task] = []
         self._decoding: dict[Row, Task] = {}
         self._decoder = Decoder(self.runtime.model)
@@ -96,7 +92,7 @@ class Scheduler:
     def add(self, task: Task) -> None:
         """Queue a request; it starts when there is a place for it."""
         self.waiting.append(task)
-        quietly("fetching pages failed", lambda: fetch_pages(task, self.runtime, self.clients))
+        quietly("fetching pages failed", lambda: self.fetching.arrived(task))
 
     def step(self) -> None:
         """Compute one chunk of a prompt, and one token of every answer."""
@@ -108,7 +104,10 @@ class Scheduler:
         if (task := self._turns.next(self._prefilling)) is not None:
             self._prefill(task, task.state)  # pyright: ignore[reportArgumentType]
         if self._decoding:
+            started = time.perf_counter()
             self._decode()
+            if task is None:
+                self._paces.stepped(time.perf_counter() - started)
 
     def stop(self, error: MlxkvError | None = None) -> None:
         """End all requests, with an error if there is one; their prefixes are kept."""
@@ -117,8 +116,14 @@ class Scheduler:
         quietly("forgetting next turns failed", self.next_turns.clear)
 
     def start_again(self, error: MlxkvError) -> None:
-        """End all requests with an error, and forget what state they were in."""
-        self.stop(error)
+        """The loop failed between steps: answers go on from pages, and end the second time."""
+        for task in [*self.tasks()][::-1]:
+            if task.starts_again:
+                self._end(task, error)
+            elif not isinstance(task.state, Waiting):
+                self._put_back(task)
+            task.starts_again = True
+        quietly("forgetting next turns failed", self.next_turns.clear)
         self._empty()
 
     def _drop_cancelled(self) -> None:
@@ -140,9 +145,11 @@ class Scheduler:
     def _make_place(self, owner: str) -> None:
         """Have another owner's answer wait if this owner has less than its share."""
         running = [*self._decoding.values(), *self._prefilling]
-        task = gives_place(owner, running, self.max_running)
-        if task is None:
-            return
+        if (task := gives_place(owner, running, self.max_running)) is not None:
+            self._put_back(task)
+
+    def _put_back(self, task: Task) -> None:
+        """Have a running request wait for a place, and go on from its pages."""
         state = task.state
         assert isinstance(state, Prefilling | Decoding)
         if self._put_away(task, state):
@@ -177,9 +184,9 @@ class Scheduler:
         except BaseException as error:
             self._end(task, contained(error))
 
-    def _chunk(self) -> int | None:
+    def _chunks(self, task: Task) -> Callable[[], int | None]:
         """Tokens of a chunk while answers are decoding; None for any number otherwise."""
-        return self._pace.n_tokens if self._decoding else None
+        return lambda: self._paces.of(task.is_scored).n_tokens if self._decoding else None
 
     def _prefill(self, task: Task, state: Prefilling) -> None:
         session = state.generation.session
@@ -187,12 +194,13 @@ class Scheduler:
             if state.steps is None:  # not earlier: another prompt may have left pages of it
                 state.tokens = state.generation.restore()
                 quietly("counting a next turn failed", lambda: self.next_turns.found(task, state))
-                state.steps = session.prefilling(state.tokens, chunks_of(task, self._chunk))
+                quietly("counting pages failed", lambda: self.fetching.found(task))
+                state.steps = session.prefilling(state.tokens, chunks_of(task, self._chunks(task)))
             started, held = time.perf_counter(), session.n_held
             progress = next(state.steps)
             n = session.n_held - held
             if n > 0:
-                self._pace.record(n, time.perf_counter() - started)
+                self._paces.of(task.is_scored).record(n, time.perf_counter() - started)
             if task.request.on_progress is not None:
                 task.request.on_progress(*progress)
             return
@@ -244,7 +252,8 @@ class Scheduler:
 
     def _decode(self) -> None:
         for decoder in [self._decoder, *self._alone.values()]:
-            self._step(decoder)
+            for _ in range(1 + decoder.is_joined):  # first tokens, then the others' next ones
+                self._step(decoder)
 
     def _step(self, decoder: Decoder) -> None:
         rows = decoder.rows
@@ -270,15 +279,11 @@ class Scheduler:
         log_fault(f"a batch of {len(tasks)} answers failed; each goes on alone", error)
         error.__traceback__ = None  # it would keep caches alive
         for task in reversed(tasks):
-            assert isinstance(task.state, Decoding)
-            task.decodes_alone = True
-            self._from_pages(task, task.state)
-
-    def _from_pages(self, task: Task, state: Decoding) -> None:
-        """Have an answer go on from its pages, before other prompts."""
-        if self._put_away(task, state):
-            task.state = Prefilling(state.generation, state.generation.remaining())
-            self._prefilling.insert(0, task)
+            state, task.decodes_alone = task.state, True
+            assert isinstance(state, Decoding)
+            if self._put_away(task, state):  # it goes on before other prompts
+                task.state = Prefilling(state.generation, state.generation.remaining())
+                self._prefilling.insert(0, task)
 
     def _start_over(self, error: BaseException) -> None:
         """After MLX failed to allocate: restart all sequences from their pages, one by one."""
@@ -344,7 +349,7 @@ class Scheduler:
 
     def _prefill_again(self, task: Task, generation: Generation, tokens: list[int]) -> None:
         """Prefill a sequence before other prompts, as its answer has begun."""
-        steps = generation.session.prefilling(tokens, self._chunk)
+        steps = generation.session.prefilling(tokens, self._chunks(task))
         task.state = Prefilling(generation, tokens, steps)
         self._prefilling.insert(0, task)
 
@@ -365,16 +370,12 @@ class Scheduler:
             quietly("keeping a prefix failed", lambda: self._keep(task, generation, ended))
             if not task.keeps_session:  # references to the task may outlive it
                 quietly("freeing the caches of a request failed", generation.session.reset)
-        if isinstance(last, Chunk):
-            owner, client, stats = task.owner, task.client, last.stats
-            quietly("counting an answer failed", lambda: self.tally.answered(owner, stats))
-            quietly("counting an answer failed", lambda: self.clients.count(owner, client, stats))
-            task.tell(last)
-            task.tell(None)
-            return
-        if last is not None and not isinstance(last, PutAway):
-            self.tally.count(task.owner, failed=1)
+        quietly(
+            "counting an answer failed", lambda: count_end(task, last, self.tally, self.clients)
+        )
         task.tell(last)
+        if isinstance(last, Chunk):
+            task.tell(None)
 
     def _forget(self, task: Task, state: State) -> None:
         match state:
@@ -391,9 +392,7 @@ class Scheduler:
 
     def _keep(self, task: Task, generation: Generation, last: Chunk | None) -> None:
         """Keep a sequence's prefix, longest what a client's sessions share; note the next turn."""
-        links, owner = keep_prefix(generation.session), task.owner
-        if task.client:
-            pages = self.runtime.pages_of(owner)
-            self.clients.ended(owner, task.client, task.request.prompt, links, pages)
+        links, pages = keep_prefix(generation.session), self.runtime.pages_of(task.owner)
+        self.clients.ended(task.owner, task.client, task.request.prompt, links, pages)
         if last is not None:
             self.next_turns.add(task, generation, last)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from mlxkv.engine.messages import Counts
-from mlxkv.generation.outputs import Stats
+from mlxkv.engine.clients import Clients
+from mlxkv.engine.messages import Counts, PutAway
+from mlxkv.engine.tasks import Task
+from mlxkv.generation.outputs import Chunk, Stats
 
 
 class Tally:
@@ -47,3 +49,14 @@ class Tally:
             reason = stats.miss.reason
             for counts in (self.total, self._of_owner[owner]):
                 counts.misses[reason] = counts.misses.get(reason, 0) + 1
+
+
+def count_end(
+    task: Task, last: Chunk | BaseException | None, tally: Tally, clients: Clients
+) -> None:
+    """Count the end of a request: its last chunk, an error, or None if it was cancelled."""
+    if isinstance(last, Chunk):
+        tally.answered(task.owner, last.stats)
+        clients.count(task.owner, task.client, last.stats)
+    elif last is not None and not isinstance(last, PutAway):
+        tally.count(task.owner, failed=1)

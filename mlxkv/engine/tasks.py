@@ -92,6 +92,7 @@ class Task:
         kept: what that has of the answer; None if it does not say how the answer begins.
         has_begun: whether it has left the queue before: it may have given its place up.
         decodes_alone: whether a batch that it was in failed: it may be the cause.
+        starts_again: whether the engine's loop failed while it was here: it may be the cause.
         compiling: its grammar, which is known while something holds this; None if it has none.
     """
 
@@ -111,7 +112,13 @@ class Task:
     state: State = field(default_factory=Waiting, init=False)
     has_begun: bool = field(default=False, init=False)
     decodes_alone: bool = field(default=False, init=False)
+    starts_again: bool = field(default=False, init=False)
     compiling: Compiling | None = field(default=None, init=False)
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether its prompt's tokens get log-probabilities."""
+        return self.request.prompt_logprobs is not None
 
     @property
     def holds_kv(self) -> bool:

@@ -56,6 +56,11 @@ class Decoder:
         """Those that go on."""
         return [lane.row for lane in self._lanes]
 
+    @property
+    def is_joined(self) -> bool:
+        """Whether the next step gives first tokens, while rows that joined before wait for one."""
+        return bool(self._fresh) and len(self._lanes) > len(self._fresh)
+
     def add(self, row: Row) -> None:
         """Have a sequence join at the next step, which gives its first token.
 

@@ -77,8 +77,11 @@ class Buffers:
     @property
     def used_bytes(self) -> int:
         """Bytes of what is held, without the room for more."""
-        allocated = sum(array.nbytes for array in self.arrays)
-        return allocated * (self.offset - self.first) // max(self.capacity, 1)
+        if self.row is not None:
+            token_bytes = self.row.token_bytes
+        else:
+            token_bytes = sum(x.nbytes // (x.shape[0] * x.shape[2]) for x in self.buffers)
+        return token_bytes * (self.offset - self.first)
 
     @property
     def max_rows(self) -> int | None:

@@ -4,14 +4,14 @@ Invariants:
 - A sequence in slot i is row i of every layer's arrays `[n_slots, H, capacity, D]`. The token at
   position p lies at column p, in a window of W tokens at `p % W`.
 - A slot is free when no cache refers to it: a cache that is written alone, reset or dropped leaves
-  without a call, and nothing moves.
+  without a call, and nothing moves. A slot's rows share a seat, which lives as long as one of them.
 - A block's rows never become more. They grow in length with the longest of them, by a copy.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -20,9 +20,17 @@ from mlxkv.cache import KVCache, RotatingKVCache
 from mlxkv.kv.layout import Cache
 from mlxkv.nn.shared_buffers import SharedBuffers, padded
 
+AT_ONCE = 4 << 20
+"""Bytes of layers that are copied at a time: the thread waits once for them, not for each, which on
+a loaded CPU takes milliseconds."""
+
 Sliceable = KVCache | RotatingKVCache
 Layers = Sequence[Sliceable]
 """One sequence's caches of keys and values."""
+
+
+class Seat:
+    """What the rows of a slot share."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +40,17 @@ class Row:
     shared: SharedBuffers
     slot: int
     block: Block
+    seat: Seat
 
     @property
     def nbytes(self) -> int:
         """This sequence's share of the bytes."""
         return -(-self.shared.nbytes // max(1, self.block.n_used))
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token."""
+        return self.shared.token_bytes
 
     def views(self, n_rows: int) -> list[mx.array]:
         """`[1, H, n_rows, D]` of each array."""
@@ -58,6 +72,7 @@ class Block:
             SharedBuffers.like(cache.arrays, n_slots, cache.n_rows(n_tokens)) for cache in example
         ]
         self._owners: list[list[weakref.ref[Sliceable]]] = [[] for _ in range(n_slots)]
+        self._seats: list[weakref.ref[Seat] | None] = [None] * n_slots
 
     @property
     def n_slots(self) -> int:
@@ -79,14 +94,8 @@ class Block:
 
     def used(self) -> list[int]:
         """The slots that are not free."""
-        return [slot for slot in range(self.n_slots) if next(self._caches(slot), None) is not None]
-
-    def _caches(self, slot: int) -> Iterator[Sliceable]:
-        """The caches that still lie in a slot."""
-        for ref, layer in zip(self._owners[slot], self.layers, strict=False):
-            cache = ref()
-            if cache is not None and _is_at(cache, layer, slot):
-                yield cache
+        seats = enumerate(self._seats)
+        return [slot for slot, seat in seats if seat is not None and seat() is not None]
 
     def has_columns(self, sequence: Layers, n_tokens: int) -> bool:
         """Whether a row has room for so many tokens of a sequence."""
@@ -94,25 +103,29 @@ class Block:
         return all(cache.n_rows(n_tokens) <= layer.capacity for cache, layer in pairs)
 
     def admit(self, sequences: Sequence[Layers]) -> None:
-        """Copy as many sequences as there are free slots into them, layer by layer.
+        """Copy as many sequences as there are free slots into them, some layers at a time.
 
-        Nothing else is copied. Where they lay before is given back as each layer is done.
+        Nothing else is copied. Where they lay before is given back as these layers are done.
         """
         used = set(self.used())
         free = [slot for slot in range(self.n_slots) if slot not in used]
         places = list(zip(free, sequences, strict=False))
         before = {block for _, layers in places if (block := _any_block(layers)) is not None}
+        seats = {slot: Seat() for slot, _ in places}
         # First: if a layer fails, those before it are in their slots.
         for slot, layers in places:
             self._owners[slot] = [weakref.ref(cache) for cache in layers]
-        for i, layer in enumerate(self.layers):
-            for slot, layers in places:
-                layer.put(slot, _aligned(layers[i]))
-            mx.eval(layer.arrays)
-            for slot, layers in places:
-                layers[i].share(Row(layer, slot, self))
-            for block in before - {self}:
-                block.release(i)
+            self._seats[slot] = weakref.ref(seats[slot])
+        for group in _together([layer.nbytes for layer in self.layers]):
+            for i in group:
+                for slot, layers in places:
+                    self.layers[i].put(slot, _aligned(layers[i]))
+            mx.eval([self.layers[i].arrays for i in group])
+            for i in group:
+                for slot, layers in places:
+                    layers[i].share(Row(self.layers[i], slot, self, seats[slot]))
+                for block in before - {self}:
+                    block.release(i)
 
     def release(self, i: int) -> None:
         """Give a layer's buffers back if no sequence lies there any more."""
@@ -188,19 +201,31 @@ def block_bytes(example: Layers, n_slots: int, n_tokens: int) -> int:
 
 
 def copying_bytes(example: Layers, n_slots: int, n_tokens: int, left: Iterable[Block] = ()) -> int:
-    """Bytes allocated at most while a new block is filled, of which a layer is copied at a time.
+    """Bytes allocated at most while a new block is filled, some layers at a time.
 
     Args:
         left: blocks that all of their sequences leave for it.
     """
     sizes = _layer_bytes(example, n_slots, n_tokens)
     freed = [[layer.nbytes for layer in block.layers] for block in left]
-    more, most = 0, 0
-    for i, size in enumerate(sizes):
-        more += size
+    more = most = largest = 0
+    for group in _together(sizes):
+        size = sum(sizes[i] for i in group)
+        more, largest = more + size, max(largest, size)
         most = max(most, more)
-        more -= sum(layers[i] for layers in freed)
-    return most + max(sizes, default=0)
+        more -= sum(layers[i] for layers in freed for i in group)
+    return most + largest
+
+
+def _together(sizes: Sequence[int]) -> list[range]:
+    """The layers that are copied at a time: at most `AT_ONCE` bytes, or one layer."""
+    starts, held = [0], 0
+    for i, size in enumerate(sizes):
+        if held and held + size > AT_ONCE:
+            starts.append(i)
+            held = 0
+        held += size
+    return [range(a, b) for a, b in zip(starts, [*starts[1:], len(sizes)], strict=True)]
 
 
 def _layer_bytes(example: Layers, n_slots: int, n_tokens: int) -> list[int]:

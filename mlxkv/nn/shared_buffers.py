@@ -95,6 +95,11 @@ class SharedBuffers:
     def nbytes(self) -> int:
         return sum(array.nbytes for array in self.arrays)
 
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token of one sequence."""
+        return sum(x.nbytes // (x.shape[0] * x.shape[2]) for x in self.arrays)
+
     def write(self, rows: Sequence[mx.array], access: Access) -> None:
         """Write one token of some sequences, `[n, H, 1, D]` for each array, by a scatter each."""
         written = []

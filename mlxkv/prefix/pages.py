@@ -33,6 +33,11 @@ from mlxkv.prefix.shared import SharedPrefixes
 if TYPE_CHECKING:
     from mlxkv.prefix.on_disk.disk import PageDisk
 
+FETCH_BYTES = 256 << 20
+"""Bytes that are held of what was fetched, at most."""
+AT_ONCE = 4 << 20
+"""Bytes of layers that are evaluated at a time, see `nn.blocks`."""
+
 
 class Pages:
     """The pages of one model.
@@ -68,8 +73,8 @@ class Pages:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that pages take in RAM."""
-        return self.ram.nbytes
+        """Bytes that pages take in RAM, and those that were fetched for a prompt."""
+        return self.ram.nbytes + (0 if self._disk is None else self._disk.fetcher.nbytes)
 
     @property
     def disk(self) -> PageDisk | None:
@@ -140,21 +145,29 @@ class Pages:
         found = (self._disk.tokens(link.key(part)) for part in self.kinds.parts)
         return next((tokens for tokens in found if tokens), b"")
 
-    def fetch(self, links: Sequence[Link], limit_bytes: int) -> None:
+    def fetch(self, links: Sequence[Link], free_bytes: int, *, is_guess: bool = False) -> None:
         """Begin to read in the background what is on disk alone of a sequence's pages.
 
         Args:
             links: of a sequence that is likely to be gone on from.
-            limit_bytes: to hold of it beside RAM's pages, until `load`.
+            free_bytes: that may be taken for it, until `load`.
+            is_guess: whether no request is known to need them.
         """
-        if self._disk is None:
+        if self._disk is None or not links:
             return
         stop = links[-1].stop
         needed = [
             (x, part) for part in self.kinds.parts for x in self.kinds.needed(links, part, stop)
         ]
         keys = [link.key(part) for link, part in needed if not self.ram.has(link, part)]
-        self._disk.fetcher.fetch([key for key in keys if key in self._disk], limit_bytes)
+        fetcher = self._disk.fetcher
+        limit_bytes = min(FETCH_BYTES, max(0, free_bytes) + fetcher.nbytes)
+        on_disk = [key for key in keys if key in self._disk]
+        fetcher.fetch(on_disk, limit_bytes, is_guess=is_guess)
+
+    def fetched(self) -> tuple[int, float]:
+        """Bytes that `load` had fetched already since the last call, and seconds that saved."""
+        return (0, 0.0) if self._disk is None else self._disk.fetcher.spent()
 
     def load(self, match: Match, caches: Sequence[Cache]) -> int | None:
         """Fill caches with what was matched.
@@ -169,12 +182,17 @@ class Pages:
         if read is None:
             self._shrink()
             return None
+        loaded: list[Cache] = []
         try:
             for part, some in needed.items():
                 slices = [self.ram.part(link, part).slices(stop) for link in some]
                 for i, index in enumerate(self.kinds.caches(part)):
                     caches[index].load([part_slices[i] for part_slices in slices])
-                    mx.eval(caches[index].state)
+                    loaded.append(caches[index])
+                    if sum(cache.nbytes for cache in loaded) >= AT_ONCE:
+                        mx.eval([cache.state for cache in loaded])
+                        loaded.clear()
+            mx.eval([cache.state for cache in loaded])
         except UsageError:
             self.forget(links)
             return None
@@ -303,12 +321,16 @@ class Pages:
         Returns:
             Bytes that were given up; fewer than asked for where pages are pinned.
         """
-        before, pages = self.nbytes, list(self.ram)
+        fetched = 0 if self._disk is None else self._disk.fetcher.clear()
+        n_bytes -= fetched
+        before, pages = self.ram.nbytes, list(self.ram)
+        if n_bytes <= 0:
+            return fetched
         going = {page.link.name: dict(page.parts) for page in pages}
         self._cap_bytes = max(0, before - n_bytes)
         self._shrink()
-        if before == self.nbytes:
-            return 0
+        if before == self.ram.nbytes:
+            return fetched
         if self._disk is not None:
             self._disk.write(
                 (
@@ -320,7 +342,7 @@ class Pages:
                 wait=True,
             )
             self._disk.flush()
-        return before - self.nbytes
+        return fetched + before - self.ram.nbytes
 
     def take_share(self) -> None:
         """What was given back may be taken again."""

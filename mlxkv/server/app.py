@@ -62,7 +62,7 @@ def create_app(engine: Engine, config: ServerConfig) -> FastAPI:
         UsageError: the file of API keys cannot be read, or one of `media_hosts` is none.
     """
     bodies, keys = Bodies(config), ApiKeys(config)
-    guard = Middleware(Guard, config=config, bodies=bodies, keys=keys)
+    guard = Middleware(Guard, config=config, bodies=bodies, keys=keys, expect=engine.expect)
     app = FastAPI(
         title="mlxkv",
         version=_version(),

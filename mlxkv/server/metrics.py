@@ -103,6 +103,18 @@ def _metrics_of_models(models: Mapping[str, Counts]) -> Iterator[Metric]:
         {(model,): counts.next_turn_saved_s for model, counts in models.items()},
     )
     yield _counter(
+        "mlxkv_fetched_bytes",
+        "Bytes of pages that had been read from disk when a prompt needed them.",
+        ("model",),
+        {(model,): counts.fetched_bytes for model, counts in models.items()},
+    )
+    yield _counter(
+        "mlxkv_fetch_saved_seconds",
+        "Seconds that reading those took, and that their prompts did not.",
+        ("model",),
+        {(model,): counts.fetch_saved_s for model, counts in models.items()},
+    )
+    yield _counter(
         "mlxkv_misses",
         "Prompts that reused less KV than a cached sequence offered, by reason.",
         ("model", "reason"),

@@ -11,6 +11,7 @@ import pytest
 
 import mlxkv
 from mlxkv.engine import clients as module
+from mlxkv.engine.ahead.choice import IdleCompute
 from mlxkv.engine.clients import Clients, merge_counts, session_key, shared_prefix
 from mlxkv.engine.engine import ThreadedEngine
 from mlxkv.engine.messages import Ask, ClientCounts, Lost
@@ -183,12 +184,16 @@ def test_other_sessions_do_not_push_out_what_a_client_shares(tmp_path, monkeypat
     assert third.computed_tokens < STEP
 
 
-def test_pages_of_a_conversation_are_read_while_its_request_waits(tmp_path, monkeypatch):
+@pytest.mark.parametrize("idle", ["off", "light", "full"])
+def test_pages_of_a_conversation_are_read_before_and_while_its_request_waits(
+    idle, tmp_path, monkeypatch
+):
     monkeypatch.setenv("MLXKV_KV", str(tmp_path / "kv"))
     monkeypatch.setenv("MLXKV_KV_DISK", "1GiB")
+    monkeypatch.setattr("mlxkv.engine.ahead.choice.FULL", 2 * STEP)
     model = chat_model(tmp_path / "m", max_position_embeddings=4096)
     llm = mlxkv.load(model, dtype="float32")
-    scheduler, told = Scheduler(llm, 1), []
+    scheduler, told = Scheduler(llm, 1, IdleCompute(idle)), []
 
     def add(owner: str = "", client: str = "agent") -> None:
         request = ask(model, "one").request
@@ -216,10 +221,24 @@ def test_pages_of_a_conversation_are_read_while_its_request_waits(tmp_path, monk
     add("another")
     add("third", client="other")
     assert pages.disk.fetcher._thread is None
+    for owner, client in (("another", "agent"), ("", "other"), ("", "agent")):
+        scheduler.fetching.expect(owner, client)
+    pages.disk.fetcher.settle()
+    n_pages = first.computed_tokens // STEP
+    assert n_pages > 2
+    assert len(read) == {"off": 0, "light": 2, "full": n_pages}[idle]
+    assert bool(llm.budget.pages_bytes) == bool(read)
+    if idle == "light":  # something else needs the memory
+        assert llm.budget.pages_bytes == llm.budget.give_pages(1)
+        assert llm.budget.pages_bytes == 0
+        read.clear()
     add()
     pages.disk.fetcher.settle()
     assert len(read) == len(set(read)) == first.computed_tokens // STEP
+    held = llm.budget.pages_bytes
     again = answer()
+    counts = scheduler.counts
+    assert counts.fetched_bytes == held > 0 and counts.fetch_saved_s > 0
     assert again.restored_ssd_tokens == len(read) * STEP
     assert again.computed_tokens == first.computed_tokens - again.restored_ssd_tokens
     scheduler.stop()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from mlxkv.engine.queue.policy import Pace, PendingPrompt, next_prompt
+import pytest
+
+from mlxkv.engine.queue.policy import Pace, Paces, PendingPrompt, next_prompt
 
 A, B = list(range(1000)), list(range(5000, 6000))
 
@@ -43,6 +45,22 @@ def test_a_chunk_comes_to_take_what_it_may_whatever_it_costs_by_itself():
         for _ in range(60):
             pace.record(pace.n_tokens, fixed + each * pace.n_tokens)
         assert abs(pace.n_tokens - (0.5 - fixed) / each) <= 2 or pace.n_tokens == 16
+
+
+def test_a_chunk_may_take_as_long_as_some_steps_of_the_answers_within_bounds():
+    paces = Paces(16, 2048)
+    for each_s, allowed_s in ((0.05, 0.15), (0.001, 0.1), (5.0, 0.5)):
+        for _ in range(99):
+            paces.stepped(each_s)
+        assert paces.of(False).allowed_s == pytest.approx(allowed_s, rel=1e-3)
+
+
+def test_scored_prompts_do_not_shorten_the_chunks_of_others():
+    paces = Paces(16, 2048)
+    for n in (16, 32, 64, 128):
+        paces.of(False).record(n, 0.1)
+    paces.of(True).record(16, 0.5)
+    assert (paces.of(False).n_tokens, paces.of(True).n_tokens) == (256, 16)
 
 
 def test_chunks_grow_by_twice_at_most_and_shrink_at_once():

@@ -112,6 +112,22 @@ def test_prompts_that_do_not_fit_together_wait_for_each_other(path, factor):
     assert served.runtime.budget.kv_bytes == 0
 
 
+def test_an_answer_gets_a_token_in_each_step_while_others_join(path):
+    served = Scheduler(mlxkv.load(path, dtype="float32"), 16)
+    _made.append(served)
+    first = Asked(served, "first", max_tokens=40, ignore_eos=True)
+    while len(first.tokens) < 2:
+        served.step()
+    before = len(first.tokens)
+    others = [Asked(served, f"{i}", max_tokens=20, ignore_eos=True) for i in range(8)]
+    n_steps = 0
+    while not others[-1].tokens:
+        served.step()
+        n_steps += 1
+    assert n_steps >= len(others)
+    assert len(first.tokens) - before == n_steps
+
+
 def test_a_prompt_that_does_not_fit_alone_is_refused(path):
     served = tight(path, 0.5)
     long, short = Asked(served, A), Asked(served, C[:300])

@@ -16,7 +16,7 @@ from mlxkv.kv.layout import Cache, LayerCache
 from mlxkv.kv.storage import Ragged
 from mlxkv.kv.types import STEP
 from mlxkv.nn.batch import batch, is_current
-from mlxkv.nn.blocks import Row, copying_bytes, growth_bytes, sliceable
+from mlxkv.nn.blocks import AT_ONCE, Row, copying_bytes, growth_bytes, sliceable
 from mlxkv.nn.shared_buffers import SharedBuffers
 from mlxkv.nn.slots import KEPT, SLACK, SPARE, place
 from tests.nn.test_slots import (
@@ -243,7 +243,11 @@ def test_blocks_become_one_when_the_longest_is_to_grow(window):
     assert_all_hold_the_same(sequences, twins)
 
 
-def test_becoming_one_takes_one_layer_more_at_a_time_and_gives_the_blocks_back():
+@pytest.mark.parametrize("at_once", [0, AT_ONCE])  # a layer at a time, all of them
+def test_becoming_one_takes_some_layers_more_at_a_time_and_gives_the_blocks_back(
+    at_once, monkeypatch
+):
+    monkeypatch.setattr("mlxkv.nn.blocks.AT_ONCE", at_once)
     gc.collect()
     others = mx.get_active_memory()
     n_layers, n = 8, 256
@@ -371,6 +375,7 @@ def memory_ends_in_the_second_layer(monkeypatch: pytest.MonkeyPatch) -> Iterator
         real(*arrays)
 
     with monkeypatch.context() as patch:
+        patch.setattr("mlxkv.nn.blocks.AT_ONCE", 0)  # a layer at a time
         patch.setattr("mlxkv.nn.blocks.mx.eval", fails)
         with pytest.raises(RuntimeError, match="allocate"):
             yield

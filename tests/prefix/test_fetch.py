@@ -54,6 +54,27 @@ def test_what_was_fetched_is_given_once(disk):
     assert fetcher.take(KEYS[0]) is None and fetcher.take(KEYS[2]) is None
 
 
+def test_a_guess_makes_way_for_what_a_request_needs(disk):
+    fetcher = PageFetcher(disk.read)
+    fetcher.fetch(KEYS[:2], 2 * N_BYTES, is_guess=True)
+    fetcher.settle()
+    fetcher.fetch(KEYS[1:3], 2 * N_BYTES)
+    fetcher.settle()
+    assert disk.read_keys == KEYS[:3] and fetcher.nbytes == 2 * N_BYTES
+    assert [fetcher.take(key) is not None for key in KEYS[:3]] == [False, True, True]
+
+
+def test_what_was_taken_is_counted_once(disk):
+    fetcher = PageFetcher(disk.read)
+    fetcher.fetch(KEYS[:2], 10 * N_BYTES)
+    fetcher.settle()
+    fetcher.take(KEYS[0])
+    n_bytes, seconds = fetcher.spent()
+    assert n_bytes == N_BYTES and seconds > 0
+    assert fetcher.spent() == (0, 0.0)
+    assert fetcher.clear() == N_BYTES and fetcher.nbytes == 0
+
+
 def test_no_more_than_the_bound_is_held_and_its_beginning(disk):
     fetcher = PageFetcher(disk.read)
     fetcher.fetch(KEYS[:3], 2 * N_BYTES - 1)

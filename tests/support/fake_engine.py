@@ -124,6 +124,7 @@ class FakeEngine:
     def __init__(self, script: Script | None = None):
         self.script = script or says("Hello", " world")
         self.asks: list[Ask] = []
+        self.expected: list[tuple[str, str]] = []
         self.answers: list[FakeAnswer] = []
         self.alive, self.restarts = True, 0
         self.busy: MlxkvError | None = None
@@ -133,6 +134,9 @@ class FakeEngine:
 
     def close(self) -> None:
         self.alive = False
+
+    def expect(self, owner: str, client: str) -> None:
+        self.expected.append((owner, client))
 
     def submit(self, ask: Ask) -> FakeAnswer:
         if self.busy is not None:

@@ -1,12 +1,14 @@
 """How much is computed while there are no requests: `--idle-compute`.
 
 - `off`: nothing.
-- `light`: for an answer at most `LIGHT` tokens.
-- `full`: for an answer at most `FULL` tokens.
+- `light`: for an answer at most `LIGHT` tokens; pages of at most `FULL` are read on a guess.
+- `full`: for an answer at most `FULL` tokens; pages are read on a guess.
 - None, the default: `full`, and `light` while the machine runs on its battery.
 """
 
 from __future__ import annotations
+
+import sys
 
 from mlxkv.base.power import Power
 from mlxkv.errors import UsageError
@@ -48,6 +50,11 @@ class IdleCompute:
     def choice(self) -> str:
         """What holds now, one of `CHOICES`."""
         return self._choice or ("light" if self._power.on_battery else "full")
+
+    @property
+    def read_limit(self) -> int:
+        """Tokens whose pages may be read from disk before it is known which a request needs."""
+        return {"off": 0, "light": FULL, "full": sys.maxsize}[self.choice]
 
     @property
     def limit(self) -> int:

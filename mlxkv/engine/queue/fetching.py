@@ -1,23 +1,54 @@
-"""Pages of a request that waits are read from disk meanwhile.
+"""Pages are read from disk before a prompt needs them.
 
-Its prompt is not encoded yet, so they are those of the conversation's last turn: of the same key
-and client, with the same first message of the user (`Clients`).
+- When the head of a request comes, its prompt is not read yet: those of the client's last
+  conversation are guessed, as far as `--idle-compute` allows.
+- When its prompt is here, not encoded yet: those of its conversation's last turn, of the same key
+  and client, with the same first message of the user (`Clients`).
 """
 
 from __future__ import annotations
 
+from mlxkv.engine.ahead.choice import IdleCompute
 from mlxkv.engine.clients import Clients
 from mlxkv.engine.runtime import Runtime
+from mlxkv.engine.tally import Tally
 from mlxkv.engine.tasks import Task
+from mlxkv.kv.types import STEP
+from mlxkv.prefix.layout import Link
 
-FETCH_BYTES = 256 << 20
-"""Bytes that are held for requests that wait, at most, and never more than memory has free."""
 
+class Fetching:
+    """Reads pages of one model ahead.
 
-def fetch_pages(task: Task, runtime: Runtime, clients: Clients) -> None:
-    """Begin to read the pages of a request that has just come."""
-    links = clients.pages_of_session(task.owner, task.client, task.request.prompt)
-    pages = runtime.pages_of(task.owner) if links else None
-    if pages is not None:
-        free = runtime.budget.limit_bytes - runtime.budget.used_bytes
-        pages.fetch(links, min(FETCH_BYTES, max(0, free)))
+    Args:
+        runtime: the model.
+        clients: their conversations.
+        tally: what was used is counted there.
+        idle: how much may be read on a guess; None for nothing.
+    """
+
+    def __init__(self, runtime: Runtime, clients: Clients, tally: Tally, idle: IdleCompute | None):
+        self._runtime, self._clients, self._tally = runtime, clients, tally
+        self._idle = idle or IdleCompute("off")
+
+    def expect(self, owner: str, client: str) -> None:
+        """The head of a request has come: begin to read what it may need."""
+        links = self._clients.last_session(owner, client)
+        self._fetch(owner, links[: self._idle.read_limit // STEP], is_guess=True)
+
+    def arrived(self, task: Task) -> None:
+        """A request has come: begin to read its pages."""
+        links = self._clients.pages_of_session(task.owner, task.client, task.request.prompt)
+        self._fetch(task.owner, links)
+
+    def found(self, task: Task) -> None:
+        """Count what a request, whose prefix was just restored, did not have to read."""
+        pages = self._runtime.pages_of(task.owner)
+        if pages is not None and (fetched := pages.fetched())[0]:
+            self._tally.count(task.owner, fetched_bytes=fetched[0], fetch_saved_s=fetched[1])
+
+    def _fetch(self, owner: str, links: tuple[Link, ...], is_guess: bool = False) -> None:
+        pages = self._runtime.pages_of(owner) if links else None
+        if pages is not None:
+            free = self._runtime.budget.limit_bytes - self._runtime.budget.used_bytes
+            pages.fetch(links, free, is_guess=is_guess)

@@ -3,13 +3,20 @@
 - Every other chunk is for the oldest prompt, so that none waits for ever; the others are for the
   prompt with the fewest tokens left, so that a short prompt does not wait for a long one.
 - No shared prefix is computed twice: a prompt waits while another one computes their common prefix.
-- While answers are decoded, a chunk may take a limited time (`Pace`).
+- While answers are decoded, a chunk may take a limited time (`Paces`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+STALL_STEPS = 3
+"""Steps of running answers that a chunk of a prompt may take as long as,"""
+STALL_S = 0.1, 0.5
+"""and seconds that it may take at least and at most."""
+MAX_PROMPTS = 4
+"""Prompts that are prefilled in turns; the others wait."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,16 +52,43 @@ class Pace:
     """
 
     def __init__(self, allowed_s: float, least: int, most: int):
-        self._allowed_s, self._least, self._most = allowed_s, least, most
+        self.allowed_s, self._least, self._most = allowed_s, least, most
         self.n_tokens = least
 
     def record(self, n_tokens: int, seconds: float) -> None:
         """Adapt to a chunk's time. A fast chunk shorter than `n_tokens` changes nothing."""
-        if n_tokens < self.n_tokens and seconds <= self._allowed_s:
+        if n_tokens < self.n_tokens and seconds <= self.allowed_s:
             return
-        fits = n_tokens * self._allowed_s / max(seconds, 1e-9)
+        fits = n_tokens * self.allowed_s / max(seconds, 1e-9)
         longest = min(2 * max(n_tokens, self.n_tokens), self._most)
         self.n_tokens = round(max(self._least, min(fits, longest)))
+
+
+class Paces:
+    """How long a chunk may be while answers are decoded: as long as some of their steps take.
+
+    There is a pace for each kind of prompt: where tokens are scored, each takes several times as
+    long.
+
+    Args:
+        least, most: as of `Pace`.
+    """
+
+    def __init__(self, least: int, most: int):
+        self._paces = [Pace(STALL_S[1], least, most) for _ in range(2)]
+        self._step_s: float | None = None
+
+    def stepped(self, seconds: float) -> None:
+        """Note how long a step of the answers took that no prompt delayed."""
+        before = seconds if self._step_s is None else self._step_s
+        self._step_s = before + (seconds - before) / 8
+        least, most = STALL_S
+        for pace in self._paces:
+            pace.allowed_s = min(max(least, STALL_STEPS * self._step_s), most)
+
+    def of(self, is_scored: bool) -> Pace:
+        """The pace of a prompt."""
+        return self._paces[is_scored]
 
 
 def next_prompt(prompts: Sequence[PendingPrompt], for_oldest: bool) -> int:

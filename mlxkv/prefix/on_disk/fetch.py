@@ -5,13 +5,15 @@ Invariants:
   reads it again, and handles that.
 - What is held is bounded in bytes, and given up `KEEP_S` after the last request to fetch. The
   thread ends then.
+- What was fetched on a guess, before its request was known, makes way for what a request needs.
 """
 
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 
 from mlxkv.base.faults import log_fault
 from mlxkv.errors import contained
@@ -32,22 +34,35 @@ class PageFetcher:
         self._read = read
         self._changed = threading.Condition()
         self._queue: deque[PageKey] = deque()
-        self._held: dict[PageKey, PageFile] = {}
+        self._held: dict[PageKey, tuple[PageFile, float]] = {}  # and how long reading it took
+        self._guessed: set[PageKey] = set()
         self._held_bytes = self._limit_bytes = 0
+        self._used_bytes, self._saved_s = 0, 0.0
         self._reading: PageKey | None = None
         self._thread: threading.Thread | None = None
 
-    def fetch(self, keys: Iterable[PageKey], limit_bytes: int) -> None:
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are held."""
+        return self._held_bytes
+
+    def fetch(self, keys: Sequence[PageKey], limit_bytes: int, *, is_guess: bool = False) -> None:
         """Begin to read pages.
 
         Args:
             keys: of the pages, the first needed first.
             limit_bytes: that may be held; the pages behind are not read.
+            is_guess: whether no request is known to need them.
         """
         with self._changed:
             self._limit_bytes = limit_bytes
+            if not is_guess:
+                self._guessed.difference_update(keys)
+                self._drop(self._guessed)
             known = {*self._queue, *self._held, self._reading}
-            self._queue += [key for key in keys if key not in known]
+            new = [key for key in keys if key not in known]
+            self._queue += new
+            self._guessed.update(new if is_guess else ())
             if self._queue and self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="fetch", daemon=True)
                 self._thread.start()
@@ -59,27 +74,48 @@ class PageFetcher:
             if key in self._queue:
                 self._queue.remove(key)
             self._changed.wait_for(lambda: self._reading != key)
-            page = self._held.pop(key, None)
-            if page is not None:
-                self._held_bytes -= page.nbytes
+            self._guessed.discard(key)
+            if (held := self._held.pop(key, None)) is None:
+                return None
+            page, seconds = held
+            self._held_bytes -= page.nbytes
+            self._used_bytes += page.nbytes
+            self._saved_s += seconds
             return page
+
+    def spent(self) -> tuple[int, float]:
+        """Bytes of the pages that were taken since the last call, and seconds of reading them."""
+        with self._changed:
+            found = self._used_bytes, self._saved_s
+            self._used_bytes, self._saved_s = 0, 0.0
+            return found
 
     def settle(self) -> None:
         """Wait until all is read."""
         with self._changed:
             self._changed.wait_for(lambda: not self._queue and self._reading is None)
 
-    def clear(self) -> None:
-        """Give up what is held, and read no more."""
+    def clear(self) -> int:
+        """Give up what is held, and read no more; the bytes given up."""
         with self._changed:
+            freed = self._held_bytes
             self._queue.clear()
             self._held.clear()
+            self._guessed.clear()
             self._held_bytes = 0
             self._changed.notify_all()
+            return freed
+
+    def _drop(self, keys: set[PageKey]) -> None:
+        """Give up some of what is held or to be read."""
+        for key in keys & self._held.keys():
+            self._held_bytes -= self._held.pop(key)[0].nbytes
+        self._queue = deque(key for key in self._queue if key not in keys)
+        keys.clear()
 
     def _run(self) -> None:
         while (key := self._next()) is not None:
-            page = None
+            page, started = None, time.perf_counter()
             try:
                 page = self._read(key)
             except BaseException as error:
@@ -87,7 +123,7 @@ class PageFetcher:
             with self._changed:
                 self._reading = None
                 if page is not None and self._held_bytes + page.nbytes <= self._limit_bytes:
-                    self._held[key] = page
+                    self._held[key] = page, time.perf_counter() - started
                     self._held_bytes += page.nbytes
                 elif page is not None:
                     self._queue.clear()
@@ -98,6 +134,7 @@ class PageFetcher:
         with self._changed:
             if not self._changed.wait_for(lambda: self._queue, KEEP_S):
                 self._held.clear()
+                self._guessed.clear()
                 self._held_bytes, self._thread = 0, None
                 return None
             self._reading = self._queue.popleft()

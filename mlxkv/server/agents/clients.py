@@ -12,5 +12,10 @@ _PRODUCT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,39}(?=[/ ]|$)")
 
 def client_of(request: Request) -> str:
     """The first product of the User-Agent header, without its version: `claude-cli`."""
-    found = _PRODUCT.match(request.headers.get("user-agent", ""))
+    return client_named(request.headers.get("user-agent", ""))
+
+
+def client_named(user_agent: str) -> str:
+    """`client_of` for the header alone."""
+    found = _PRODUCT.match(user_agent)
     return found[0] if found else UNKNOWN

@@ -14,12 +14,14 @@ import asyncio
 import ipaddress
 import logging
 import re
+from collections.abc import Callable
 
 from fastapi import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mlxkv.errors import contained
 from mlxkv.server import ignored
+from mlxkv.server.agents.clients import client_named
 from mlxkv.server.config import ServerConfig
 from mlxkv.server.edge.api_keys import ApiKeys
 from mlxkv.server.edge.bodies import Bodies
@@ -42,13 +44,28 @@ figures come from `/stats.json`, which needs a key."""
 
 
 class Guard:
-    """ASGI middleware that checks access and sets `request.state.owner`."""
+    """ASGI middleware that checks access and sets `request.state.owner`.
 
-    def __init__(self, app: ASGIApp, config: ServerConfig, bodies: Bodies, keys: ApiKeys):
+    Args:
+        app: behind it.
+        config: access.
+        bodies: their bounds.
+        keys: that are known.
+        expect: told the owner and client of a request whose body is to come.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        config: ServerConfig,
+        bodies: Bodies,
+        keys: ApiKeys,
+        expect: Callable[[str, str], None] = lambda owner, client: None,
+    ):
         self._app = app
         self._config = config
         self._bodies = bodies
-        self._keys = keys
+        self._keys, self._expect = keys, expect
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -72,7 +89,10 @@ class Guard:
         try:
             headers = _headers(scope)
             self._check(scope, headers)
-            scope.setdefault("state", {})["owner"] = self._owner(scope["path"], headers)
+            owner = self._owner(scope["path"], headers)
+            scope.setdefault("state", {})["owner"] = owner
+            if scope["method"] == "POST" and scope["path"] not in OPEN_PATHS:
+                self._expect(owner, client_named(headers.get("user-agent", "")))
             with self._bodies.body(headers) as body:
                 await self._app(scope, lambda: body.receive(receive), watched)
         except asyncio.CancelledError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -101,6 +102,23 @@ def raw(url: str, request: bytes) -> bytes:
         while part := connection.recv(65536):
             found += part
     return found
+
+
+def test_the_engine_hears_of_a_request_before_its_body_comes(locked):
+    engine, url = locked
+    host, port = url.removeprefix("http://").split(":")
+    head = "POST /v1/messages HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n"
+    engine.expected.clear()
+    for key in ("wrong", KEYS[1]):
+        more = f"Authorization: Bearer {key}\r\nUser-Agent: claude-cli/2.0 (x)\r\n\r\n"
+        with socket.create_connection((host, int(port)), timeout=5) as connection:
+            connection.sendall((head + more).encode())
+            if key == "wrong":
+                assert b" 401 " in connection.recv(65536)
+            until = time.monotonic() + 10
+            while key != "wrong" and not engine.expected and time.monotonic() < until:
+                time.sleep(0.001)
+    assert engine.expected == [(owner_of(KEYS[1]), "claude-cli")]
 
 
 @pytest.mark.parametrize(
