@@ -6,6 +6,7 @@ Every import counts: those for type checkers, and those inside functions.
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 import sys
 import tomllib
@@ -100,11 +101,18 @@ def imports_in(
 ) -> Iterator[tuple[ast.Import | ast.ImportFrom, bool]]:
     """Import statements, and whether they run only when a function is called, or never."""
     for child in ast.iter_child_nodes(node):
-        is_function = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        if isinstance(child, ast.expr):
+            continue  # most of a file, and none of it imports
+        is_function = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef)
         inside = deferred or is_function or is_type_checking(child)
         if isinstance(child, ast.Import | ast.ImportFrom):
             yield child, inside
         yield from imports_in(child, inside)
+
+
+@functools.cache
+def imports_of(file: Path) -> tuple[tuple[ast.Import | ast.ImportFrom, bool], ...]:
+    return tuple(imports_in(ast.parse(file.read_text())))
 
 
 def imported_names(node: ast.Import | ast.ImportFrom, dotted: str, is_package: bool) -> list[str]:
@@ -122,19 +130,18 @@ def imported_names(node: ast.Import | ast.ImportFrom, dotted: str, is_package: b
     return [name for name in names if name in MODULES]
 
 
-def all_imports() -> list[Import]:
+@functools.cache
+def all_imports() -> tuple[Import, ...]:
+    """Of every module; some seconds, which no worker takes at collection."""
     found = []
     for dotted, file in MODULES.items():
         is_package = file.name == "__init__.py"
-        for node, deferred in imports_in(ast.parse(file.read_text())):
+        for node, deferred in imports_of(file):
             for name in imported_names(node, dotted, is_package):
                 if name != dotted:
                     where = f"{file.relative_to(ROOT)}:{node.lineno}"
                     found.append(Import(dotted, name, where, deferred))
-    return found
-
-
-IMPORTS = all_imports()
+    return tuple(found)
 
 
 def test_every_room_is_in_the_table():
@@ -150,7 +157,7 @@ def test_the_table_itself_points_one_way():
 
 def test_imports_point_down_only():
     up = []
-    for one in IMPORTS:
+    for one in all_imports():
         importer, imported = one.rooms
         is_version = imported == "mlxkv"  # __version__ alone, which is a constant
         if importer != imported and imported not in {"errors", *ROOMS[importer]} and not is_version:
@@ -160,7 +167,7 @@ def test_imports_point_down_only():
 
 def test_no_two_modules_import_each_other_over_any_way():
     graph: dict[str, set[str]] = {}
-    for one in IMPORTS:
+    for one in all_imports():
         graph.setdefault(one.importer, set()).add(one.imported)
     done: set[str] = set()
 
@@ -177,7 +184,7 @@ def test_no_two_modules_import_each_other_over_any_way():
 
 def test_what_a_room_may_import_it_does_import():
     used: dict[str, set[str]] = {room: set() for room in ROOMS}
-    for one in IMPORTS:
+    for one in all_imports():
         importer, imported = one.rooms
         used[importer].add(imported)
     unused = {room: allowed - used[room] for room, allowed in ROOMS.items()}
@@ -197,7 +204,7 @@ def test_each_room_says_what_lives_there():
 
 
 def test_the_package_itself_imports_only_what_is_light():
-    direct = {one.rooms[1] for one in IMPORTS if one.importer == "mlxkv" and not one.deferred}
+    direct = {one.rooms[1] for one in all_imports() if one.importer == "mlxkv" and not one.deferred}
     assert direct <= {"base", "errors"}
 
 
@@ -220,7 +227,7 @@ def test_importing_mlxkv_and_its_cli_loads_nothing_heavy(heavy):
 
 
 def top_level_names(file: Path) -> Iterator[tuple[str, int]]:
-    for node, _ in imports_in(ast.parse(file.read_text())):
+    for node, _ in imports_of(file):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         if isinstance(node, ast.ImportFrom) and not node.level:
             names = [node.module or ""]
@@ -257,7 +264,7 @@ def test_only_device_loads_shared_libraries():
 
 
 def test_only_the_switch_and_doctor_know_of_the_kernels():
-    users = {one.importer for one in IMPORTS if one.rooms[1] == "cpu" != one.rooms[0]}
+    users = {one.importer for one in all_imports() if one.rooms[1] == "cpu" != one.rooms[0]}
     assert users == {"mlxkv.nn.kernels"}
 
 

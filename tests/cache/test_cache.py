@@ -121,7 +121,10 @@ def test_rewind_to_every_offset_answers_exactly_and_continues_like_the_reference
         near = (0, 1, 2, last - 1, last, last + 1) if wide else range(last + 4)
         far = (0, 1, total - window, total // 2)
         for offset in sorted({o for o in (*(total - n for n in near), *far) if 0 <= o <= total}):
-            drive = Drive(kind).feed_all(([total - last] if total > last else []) + [last])
+            drive = Drive(kind)
+            for L in (total - last, last):
+                if L > 0:  # the same for every offset, and compared by the schedules above
+                    drive.feed(L, compare=False)
             drive.rewind(offset)
             drive.feed_all([1, 3, 1])
 

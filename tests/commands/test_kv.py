@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -23,24 +24,33 @@ def models(tmp_path_factory) -> Path:
     return folder
 
 
+def environment_in(home: Path, models: Path) -> dict[str, str]:
+    kv = str(home / "kv")
+    return environment(home, MLXKV_MODELS=str(models), MLXKV_KV=kv, MLXKV_KV_DISK="1GiB")
+
+
 @pytest.fixture
 def env(models, tmp_path) -> dict[str, str]:
-    return environment(
-        tmp_path,
-        MLXKV_MODELS=str(models),
-        MLXKV_KV=str(tmp_path / "kv"),
-        MLXKV_KV_DISK="1GiB",
-    )
+    return environment_in(tmp_path, models)
+
+
+@pytest.fixture(scope="module")
+def saved_once(models, tmp_path_factory) -> Path:
+    """A home where a text's KV is saved under a name."""
+    home = tmp_path_factory.mktemp("saved")
+    (home / "weir.txt").write_text(TEXT)
+    command = "kv", "save", "weir", "-m", "chatty", str(home / "weir.txt")
+    done = mlxkv(*command, env=environment_in(home, models))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("saved weir: 648 tokens of chatty, ")
+    return home
 
 
 @pytest.fixture
-def saved(env, tmp_path) -> Path:
-    file = tmp_path / "weir.txt"
-    file.write_text(TEXT)
-    done = mlxkv("kv", "save", "weir", "-m", "chatty", str(file), env=env)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("saved weir: 648 tokens of chatty, ")
-    return file
+def saved(saved_once, env, tmp_path) -> Path:
+    """The saved text's file, and its KV in a home of the test's own."""
+    shutil.copytree(saved_once / "kv", tmp_path / "kv")
+    return shutil.copy(saved_once / "weir.txt", tmp_path)
 
 
 def run_json(*args: str, env) -> dict:

@@ -29,6 +29,7 @@ from tests.support.paths import GOLDEN
 from tests.support.tiny import fingerprint, random_tensor, write_checkpoint
 
 TOLERANCE = 1e-3
+N_SINGLE = 8
 REPORT = os.environ.get("MLXKV_PARITY_REPORT")
 
 
@@ -97,9 +98,9 @@ def over(cases: Sequence[Case]) -> pytest.MarkDecorator:
 
 every_case = over(CASES)
 CUTTABLE = [case for case in CASES if not case.prefill_in_one]
-cut_anywhere = over(CUTTABLE)
 # What caches and batches have to do with: head layouts, windows, several kinds of layers.
-various = over([case for case in CUTTABLE if case.n_prompt == LONG or "biases" in case.name])
+VARIOUS = [case for case in CUTTABLE if case.n_prompt == LONG or "biases" in case.name]
+various = over(VARIOUS)
 CHUNKS = [
     (case, chunk)
     for case in CUTTABLE
@@ -137,12 +138,14 @@ def check_logits(golden: Golden, logits: mx.array, what: str) -> None:
     )
 
 
-def check_prefill(golden: Golden, model: Any, chunk: int) -> None:
+def check_prefill(golden: Golden, model: Any, chunk: int, n_greedy: int | None = None) -> None:
+    """The logits of a prompt in chunks, and all or the first of the greedy tokens behind it."""
     caches = mlxkv.make_caches(model)
     logits = prefill(model, caches, golden.prompt, chunk)
     check_logits(golden, logits, f"chunks of {chunk}")
-    answer = continue_greedily(model, caches, logits[-1], len(golden.greedy))
-    assert answer == golden.greedy, f"{golden.directory.name}, chunks of {chunk}"
+    expected = golden.greedy[:n_greedy]
+    answer = continue_greedily(model, caches, logits[-1], len(expected))
+    assert answer == expected, f"{golden.directory.name}, chunks of {chunk}"
 
 
 @various
@@ -175,13 +178,24 @@ def test_whole_prefill_and_greedy_tokens_equal_the_reference(load, case):
 @pytest.mark.parametrize(("case", "chunk"), CHUNKS, ids=lambda x: getattr(x, "name", x))
 def test_chunked_prefill_and_greedy_tokens_equal_the_reference(load, case, chunk):
     golden, model = load(case, "new")
-    check_prefill(golden, model, chunk)
+    check_prefill(golden, model, chunk, None if case in VARIOUS else N_SINGLE)
 
 
-@cut_anywhere
+@various
 def test_token_by_token_prefill_and_greedy_tokens_equal_the_reference(load, case):
     golden, model = load(case, "new")
     check_prefill(golden, model, 1)
+
+
+@over([case for case in CUTTABLE if case not in VARIOUS])
+def test_single_tokens_behind_a_chunk_equal_the_reference(load, case):
+    """What a config changes shows in a few of them."""
+    golden, model = load(case, "new")
+    caches, n = mlxkv.make_caches(model), len(golden.prompt) - N_SINGLE
+    chunk = prefill(model, caches, golden.prompt[:n], n)
+    singles = prefill(model, caches, golden.prompt[n:], 1)
+    assert (golden.positions >= n).sum() >= 3
+    check_logits(golden, mx.concatenate([chunk, singles]), "single tokens")
 
 
 @every_case

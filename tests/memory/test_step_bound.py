@@ -26,9 +26,12 @@ STEPS = (
     (0, 1), (0, 16), (0, 256), (0, 2048), (300, 8), (300, 9), (300, 256), (4096, 2048), (6143, 1)
 )  # fmt: skip
 """Tokens held, and new ones."""
-RELEASED = (
-    "llama-3.1-8b", "smollm2-135m", "gemma2-2b", "gemma3n-e2b", "gemma4-e2b", "glm4-9b"
-)  # fmt: skip
+ALIKE = {"num_hidden_layers": 6}
+"""Of layers that are all alike. Gemma 2's, which come closest to the bound, are all there."""
+RELEASED = {
+    "llama-3.1-8b": ALIKE, "smollm2-135m": ALIKE, "glm4-9b": ALIKE,
+    "gemma2-2b": {}, "gemma3n-e2b": {}, "gemma4-e2b": {},
+}  # fmt: skip
 """Models whose proportions are taken: with experts a trace takes a minute on the CPU backend."""
 
 
@@ -56,7 +59,8 @@ def test_no_step_holds_more_than_the_bound(case, tmp_path):
 
 @pytest.mark.parametrize("name", RELEASED)
 def test_no_step_of_a_released_model_holds_more_than_the_bound(name):
-    model = hollow_model(PROPORTIONS[name], device.default_dtype(mx.bfloat16), quantized=False)
+    config = {**PROPORTIONS[name], **RELEASED[name]}
+    model = hollow_model(config, device.default_dtype(mx.bfloat16), quantized=False)
     bound = StepBound.of(model)
     assert bound is not None
     for kv_type in (KV_TYPES[0], KV_TYPES[-1]):

@@ -40,10 +40,18 @@ from tests.support.tool_calls import (
 NATIVE = ["glm", "qwen_xml", "gemma4", "functiongemma"]
 
 
-@pytest.mark.parametrize("how", ["added", "special", "in the vocabulary"])
-@pytest.mark.parametrize("family", ["byte_level", "metaspace", "gemma"])
-@pytest.mark.parametrize("name", TEMPLATES)
-@pytest.mark.parametrize("about", SCHEMAS)
+HOW = ("added", "special", "in the vocabulary")
+DRAWN = [
+    (about, name, family, HOW[(i + j + k) % 3])
+    for i, about in enumerate(SCHEMAS)
+    for j, name in enumerate(TEMPLATES)
+    for k, family in enumerate(("byte_level", "metaspace", "gemma"))
+]
+"""Each schema in each format on each kind of tokenizer. How the markers are tokens goes round: each
+way meets each schema, each format and each tokenizer."""
+
+
+@pytest.mark.parametrize(("about", "name", "family", "how"), DRAWN)
 def test_what_is_drawn_is_calls_of_the_schema_to_the_familys_parser(about, name, family, how):
     tokenizer = tokenizer_of(name, family, how)
     tools = [tool(SCHEMAS[about]), tool(an_object("s", s=STRING), "get.it-2")]
