@@ -96,6 +96,7 @@ def over(cases: Sequence[Case]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("case", cases, ids=lambda case: case.name)
 
 
+any_device = pytest.mark.any_device
 every_case = over(CASES)
 CUTTABLE = [case for case in CASES if not case.prefill_in_one]
 # What caches and batches have to do with: head layouts, windows, several kinds of layers.
@@ -163,7 +164,7 @@ def test_embeddings_are_given_apart_from_tokens(load, case):
 
 
 @every_case
-@pytest.mark.parametrize("style", ["new", "hub"])
+@pytest.mark.parametrize("style", ["new", pytest.param("hub", marks=any_device)])
 def test_one_pass_without_caches_equals_the_reference(load, case, style):
     golden, model = load(case, style)
     check_logits(golden, model(mx.array([golden.prompt]))[0], f"{style}, no cache")
@@ -198,6 +199,7 @@ def test_single_tokens_behind_a_chunk_equal_the_reference(load, case):
     check_logits(golden, mx.concatenate([chunk, singles]), "single tokens")
 
 
+@any_device
 @every_case
 def test_the_two_config_styles_mean_the_same_config(load, case):
     # The positions' limit and everything else that counts is the same; only the words differ.
@@ -231,6 +233,7 @@ def test_the_caches_of_a_rewound_model_continue_as_if_nothing_had_been(load, cas
     assert answer == golden.greedy
 
 
+@any_device
 @every_case
 def test_sliding_layers_get_bounded_caches_and_full_layers_growing_ones(load, case):
     golden, model = load(case, "new")
@@ -253,6 +256,7 @@ def test_sliding_layers_get_bounded_caches_and_full_layers_growing_ones(load, ca
         assert type(cache) is (KVCache if spec.window is None else RotatingKVCache)
 
 
+@any_device
 @every_case
 def test_a_golden_directory_holds_no_weights_and_is_small(case):
     files = {path.name: path.stat().st_size for path in (GOLDEN / case.name).iterdir()}
@@ -278,6 +282,7 @@ def mlx_lm_model(directory: Path) -> nn.Module:
     return pytest.importorskip("mlx_lm.utils").load_model(directory)[0]
 
 
+@any_device
 @pytest.mark.parametrize("name", MLX_LM_KNOWS)
 @pytest.mark.filterwarnings("ignore")
 def test_mlx_lm_computes_the_same_where_it_knows_the_config(name, tmp_path):
