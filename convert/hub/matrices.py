@@ -2,7 +2,7 @@
 
 Each class is one way that a matrix `[out, in]` is stored, or several of them as `[E, out, in]`.
 Formulas are those of the formats' own libraries: compressed-tensors, AutoAWQ, AutoGPTQ and
-GPTQModel, AutoRound (which packs as these two), ModelOpt, and Hugging Face's FP8.
+GPTQModel, AutoRound (which packs as these two), ModelOpt, bitsandbytes, and Hugging Face's FP8.
 """
 
 from __future__ import annotations
@@ -96,14 +96,16 @@ class Integers:
         groups = self.order
         if groups is None:
             groups = np.arange(codes.shape[1]) // self.group_size
-        return (codes - zeros[:, groups]) * scales[:, groups]
+        with np.errstate(all="ignore"):  # of a damaged file; the writer refuses such values
+            return (codes - zeros[:, groups]) * scales[:, groups]
 
     def packed(self, start: int, stop: int) -> Arrays:
         codes, scales, zeros = self.read(start, stop)
         assert self.format is not None
         times = self.group_size // self.format.group_size
         words = as_stream(codes.reshape(-1), self.bits).reshape(len(codes), -1).view("<u4")
-        biases = -zeros * scales
+        with np.errstate(all="ignore"):
+            biases = -zeros * scales
         return words, np.repeat(scales, times, axis=1), np.repeat(biases, times, axis=1)
 
 
@@ -146,7 +148,8 @@ class Float8:
     def values(self, start: int, stop: int) -> np.ndarray:
         columns = np.arange(self.shape[-1]) // self.block[1]
         codes = self.codes.reshape(-1, self.shape[-1])[start:stop]
-        return float4.E4M3[codes] * self._row_scales(start, stop)[:, columns]
+        with np.errstate(all="ignore"):
+            return float4.E4M3[codes] * self._row_scales(start, stop)[:, columns]
 
     def packed(self, start: int, stop: int) -> Arrays:
         codes = np.ascontiguousarray(self.codes.reshape(-1, self.shape[-1])[start:stop])
@@ -207,9 +210,10 @@ class Float4:
 
     def values(self, start: int, stop: int) -> np.ndarray:
         codes, scales, seconds = self._rows(start, stop)
-        floats = self._floats(scales) * seconds
         group = MODES[self.mode][1][0]
-        return float4.e2m1(self._values(codes)) * np.repeat(floats, group, axis=1)
+        with np.errstate(all="ignore"):
+            floats = np.repeat(self._floats(scales) * seconds, group, axis=1)
+            return float4.e2m1(self._values(codes)) * floats
 
     def _floats(self, scales: np.ndarray) -> np.ndarray:
         if self.mode == "nvfp4":
@@ -227,3 +231,39 @@ class Float4:
         found, steps, biases = float4.nearest(self._values(codes), floats)
         words = as_stream(found.reshape(-1), float4.NEAREST.bits).reshape(len(found), -1)
         return words.view("<u4"), steps, biases
+
+
+@dataclass(frozen=True, slots=True)
+class CodeBook:
+    """bitsandbytes' 4 bits: values of a table of 16, times the largest value of each block.
+
+    Attributes:
+        codes: uint8, two values in a byte in the order of the matrix, the first in the high half.
+        table: float32 `[16]`.
+        largest: of blocks `[start, stop)`, float32.
+        block_size: values of a block, counted over all rows.
+    """
+
+    shape: tuple[int, ...]
+    label: str
+    codes: np.ndarray
+    table: np.ndarray
+    largest: Callable[[int, int], np.ndarray]
+    block_size: int
+    format: Format | None = None
+    scale_dtype: str = "float32"
+    row_step: int = 2  # an even number of values
+    is_exact: bool = True
+
+    def values(self, start: int, stop: int) -> np.ndarray:
+        columns, size = self.shape[-1], self.block_size
+        first, last = start * columns, stop * columns
+        bytes_ = np.asarray(self.codes[first // 2 : -(-last // 2)])
+        codes = np.stack([bytes_ >> np.uint8(4), bytes_ & np.uint8(15)], axis=-1).reshape(-1)
+        largest = self.largest(first // size, -(-last // size))
+        blocks = np.arange(first, last) // size - first // size
+        with np.errstate(all="ignore"):
+            return (self.table[codes[: last - first]] * largest[blocks]).reshape(-1, columns)
+
+    def packed(self, start: int, stop: int) -> Arrays:
+        raise NotImplementedError("MLX has no tables")

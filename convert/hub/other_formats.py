@@ -6,6 +6,7 @@ and whether its zeros are stored less one.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,7 +18,7 @@ from mlxkv.checkpoint.quantization import other_settings
 from mlxkv.checkpoint.weights import TensorInfo
 from mlxkv.errors import CheckpointError, UnsupportedModel, WeightsError
 
-from .matrices import Float4, Float8, Integers, Matrix
+from .matrices import CodeBook, Float4, Float8, Integers, Matrix
 
 _NUMPY = {
     "F32": "<f4", "F16": "<f2", "BF16": "<u2", "F8_E4M3": "u1", "F8_E8M0": "u1", "U8": "u1",
@@ -25,9 +26,10 @@ _NUMPY = {
 }  # fmt: skip
 _UNUSED = (
     "input_scale", "activation_scale", "input_global_scale", "k_scale", "v_scale", "input_scale_ub",
-    "input_zero_point", "act_scale",
+    "input_zero_point", "act_scale", "weight_format",
 )  # fmt: skip
 """Arrays of kernels that quantize what goes into a product; weights do not need them."""
+_NESTED = "nested_absmax"
 _STEP = 32
 """Rows of a transposed matrix whose zeros fill whole words, at any bits."""
 _Rows = Callable[[int, int], np.ndarray]
@@ -85,16 +87,18 @@ class _Reader:
             for end, make in makers:
                 if name.endswith(end):
                     yield f"{name.removesuffix(end)}.weight", make(name.removesuffix(end))
-            scale = self.scale_of(name)
-            if scale is not None:
+            if (scale := self.scale_of(name)) is not None:
                 yield name, self.scaled(name, scale)
+            elif f"{name}.absmax" in self.infos and f"{name}.quant_map" in self.infos:
+                yield name, self.code_book(name)
 
     def scale_of(self, name: str) -> str | None:
         """The scale beside a weight that is stored in 8 bits."""
         if self.infos[name].dtype not in ("F8_E4M3", "I8", "U8") or name.endswith("_packed"):
             return None
-        ends = ("_scale_inv", "_scale")
-        return next((name + end for end in ends if name + end in self.infos), None)
+        stem = name.removesuffix(".weight")
+        names = (f"{name}_scale_inv", f"{name}_scale", f"{stem}.SCB")
+        return next((scale for scale in names if scale in self.infos), None)
 
     def error(self, name: str, what: str) -> WeightsError:
         return WeightsError(f"{self.source}: {name} {what}")
@@ -175,9 +179,12 @@ class _Reader:
 
     def int8(self, name: str, scale: str) -> Matrix:
         shape, zero = self.shape(name), f"{name.removesuffix('.weight')}.weight_zero_point"
-        scales = self.floats(scale).reshape(len(self.floats(scale)), -1) if shape else None
-        fits = scales is not None and len(scales) in (1, shape[0]) and scales.size
-        if len(shape) != 2 or scales is None or not fits or shape[1] % scales.shape[1]:
+        scales = self.floats(scale)
+        scales = scales.reshape(len(scales), -1) if scales.ndim else scales.reshape(1, 1)
+        if scale.endswith(".SCB"):  # bitsandbytes has the largest value of each row
+            scales = scales / np.float32(127)
+        fits = len(shape) == 2 and len(scales) in (1, shape[0]) and scales.size
+        if not fits or shape[1] % scales.shape[1]:
             raise self.error(scale, f"does not fit {list(shape)}")
         scales = np.broadcast_to(scales, (shape[0], scales.shape[1]))
         zeros = np.float32(0)
@@ -197,6 +204,41 @@ class _Reader:
         dtype = self.scale_dtype(scale, zero not in self.infos)
         return Integers(shape, "int8", 8, group, read, scale_dtype=dtype)
 
+    def code_book(self, name: str) -> Matrix:
+        """bitsandbytes, NF4 or FP4, whose numbers are JSON in an array of bytes."""
+        states = [n for n in self.infos if n.startswith(f"{name}.quant_state.")]
+        if len(states) != 1:
+            raise self.error(name, "has no quant_state")
+        try:
+            state = json.loads(self.array(states[0]).tobytes())
+            shape, size = tuple(state["shape"]), state["blocksize"]
+            offset, nested = state.get("nested_offset", 0.0), state.get("nested_blocksize", 0)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise self.error(states[0], "is not the JSON of a matrix") from error
+        numbers = [*shape, size, nested]
+        if len(shape) != 2 or any(type(n) is not int or n < 0 for n in numbers) or not size:
+            raise self.error(states[0], f"has shape {shape} and blocks of {size!r}")
+        codes, table = self.array(name).reshape(-1), self.floats(f"{name}.quant_map").ravel()
+        maxima, n = f"{name}.absmax", shape[0] * shape[1]
+        is_nested, fits = self.infos[maxima].dtype == "U8", codes.itemsize == 1 and table.size == 16
+        if not fits or codes.size != -(-n // 2) or self.array(maxima).shape != (-(-n // size),):
+            raise self.error(name, f"is {codes.size} bytes, which does not fit {list(shape)}")
+        if not is_nested:
+            read = partial(self._part_of, maxima)
+            return CodeBook(shape, "bitsandbytes", codes, table, read, size)
+        book, outer = (self.floats(f"{name}.{k}").ravel() for k in ("nested_quant_map", _NESTED))
+        if book.size != 256 or not nested or outer.size * nested < -(-n // size):
+            raise self.error(maxima, "does not fit its nested scales")
+
+        def unnested(start: int, stop: int) -> np.ndarray:
+            inner = np.asarray(self.array(maxima).ravel()[start:stop])
+            return book[inner] * outer[np.arange(start, stop) // nested] + np.float32(offset)
+
+        return CodeBook(shape, "bitsandbytes", codes, table, unnested, size)
+
+    def _part_of(self, name: str, start: int, stop: int) -> np.ndarray:
+        return self.floats(name, np.s_[start:stop])
+
     def scale_dtype(self, scale: str, symmetric: bool) -> str:
         """See `Integers`."""
         names = {"F16": "float16", "BF16": "bfloat16"}
@@ -209,7 +251,8 @@ class _Reader:
             mode = "nvfp4" if f"{stem}.weight_global_scale" in self.infos else "mxfp4"
             seconds = np.ones(1, np.float32)
             if mode == "nvfp4":
-                seconds = 1 / self.floats(f"{stem}.weight_global_scale").ravel()
+                with np.errstate(divide="ignore"):
+                    seconds = 1 / self.floats(f"{stem}.weight_global_scale").ravel()
             return self.float4(name, scale, seconds, mode)
         words, shape = self.array(name), self.array(f"{stem}.weight_shape").tolist()
         scales = self.shape(scale)

@@ -18,6 +18,7 @@ MODES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
 
 OTHER_METHODS = (
     "fp8", "fbgemm_fp8", "compressed-tensors", "awq", "gptq", "auto-round", "modelopt",
+    "bitsandbytes",
 )  # fmt: skip
 """`quant_method` of other quantizers' checkpoints, which the converter reads."""
 
