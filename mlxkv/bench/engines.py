@@ -128,7 +128,7 @@ class Mlxkv:
             sampler = Sampler(SamplingParams(temperature=0), llm.config.vocab_size)
             decoder.add(Row(session, session.prefill(prompt), sampler, n_answer))
         while n_left:
-            drawn = decoder.step()
+            drawn = list(decoder.step())
             failed = next((row.error for row in drawn if row.error is not None), None)
             if failed is not None:
                 raise failed

@@ -14,21 +14,32 @@ Invariants:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, cast
 
 import mlx.core as mx
 
-from mlxkv.errors import CheckpointError, Hint, KVCacheFull, UsageError, contained
-from mlxkv.generation.flight import Allowed, Flight, Lane, Row, RowResult
+from mlxkv.errors import KVCacheFull, UsageError, contained
+from mlxkv.generation.drafts.pace import Costs
+from mlxkv.generation.flight import (
+    Allowed,
+    Flight,
+    Lane,
+    Row,
+    RowResult,
+    error_of,
+    last_n,
+    settle,
+)
+from mlxkv.generation.speculate import Speculation
 from mlxkv.kv.layout import LayerCache
 from mlxkv.kv.types import STEP
 from mlxkv.memory.types import is_allocation_failure
 from mlxkv.nn.batch import batch, is_current, kv_order
 from mlxkv.nn.model import CausalLM
-from mlxkv.sampling.logprobs import tell
 from mlxkv.sampling.math import log_normalizer, soundness
-from mlxkv.sampling.sampler import AnswerIds, Recent, RowChoice, Sampler, choose
+from mlxkv.sampling.sampler import AnswerIds, Recent, RowChoice, choose
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,10 +52,13 @@ class Decoder:
 
     Args:
         model: of all of them. One that does not batch (`model.batches`) runs row by row.
+        costs: how long the model's passes take, for rows with drafts.
     """
 
-    def __init__(self, model: CausalLM):
+    def __init__(self, model: CausalLM, costs: Costs | None = None):
         self._model = model
+        self._speculation = Speculation(model, costs)
+        self._n_timed = 0  # rows of the last step, if that was one whose time says something
         self._lanes: list[Lane] = []
         self._fresh: list[Flight] = []
         self._flight: Flight | None = None
@@ -73,12 +87,12 @@ class Decoder:
             raise UsageError("the sequence is being decoded already")
         if row.max_tokens is not None and row.max_tokens < 1:
             raise UsageError(f"max_tokens must be at least 1; got {row.max_tokens}")
-        last_n = _last_n(row.sampler)
+        n_recent = last_n(row.sampler)
         answer = None
         if row.sampler.needs_answer:
             answer = AnswerIds(row.sampler.n_vocab, row.answered)
         session = row.session
-        before = session.media.vocabulary(session.tokens[-last_n:]) if last_n else None
+        before = session.media.vocabulary(session.tokens[-n_recent:]) if n_recent else None
         lane = Lane(row, before, answer)
         flight = self._choose([lane], row.logits)
         self._lanes.append(lane)
@@ -93,12 +107,18 @@ class Decoder:
             if lane.row is row:
                 self._leave(lane)
 
-    def step(self) -> list[RowResult]:
+    def step(self) -> Iterable[RowResult]:
         """The next token of each row; of those that have just joined, where there are any.
 
-        Rows that have reached `max_tokens` or failed have left when this returns.
+        Where a row had a draft, the next tokens of each row, read once and before the next step: a
+        row that is removed meanwhile gives no more of them, and its session has none of them.
+        Rows that have reached `max_tokens` or failed have left when their last result is read.
         """
+        started, n_timed = time.perf_counter(), self._n_timed
+        self._n_timed = 0
         try:
+            if any(lane.queue for lane in self._lanes):
+                return self._given()
             for lane in self._lanes:
                 try:
                     lane.row.session.cut_due()
@@ -114,16 +134,61 @@ class Decoder:
                 self._flight = None
                 return []
             if self._flight is None or all(lane.gone for lane in self._flight.lanes):
+                if self._drafted():
+                    return self._given()
                 self._flight = self._next(None)
             flight = self._flight
             if flight is None:
                 return self._full()
+            if self._speculation.plan(self._lanes):
+                # What comes next can be drafted once this step's tokens are known.
+                self._flight = None
+                return self._deliver(flight, ready=True) + self._full()
             self._flight = self._next(flight)
-            return self._deliver(flight) + self._full()
+            found = self._deliver(flight) + self._full()
+            self._n_timed = n = len(flight.lanes)
+            if n_timed == n:
+                self._speculation.costs.record(n, n, time.perf_counter() - started)
+            return found
         except BaseException:
             self._lanes, self._fresh, self._flight = [], [], None
             self._batch = [], []
             raise
+
+    def _drafted(self) -> bool:
+        """Compute a step with drafts, if there are any; its tokens are in the rows' queues."""
+        lanes = [lane for lane in self._lanes if lane.ready is not None]
+        if not (plan := self._speculation.plan(lanes)):
+            return False
+        going = [lane for lane in lanes if self._goes_on(lane)]
+        return any(lane in plan for lane in going) and self._speculation.run(going, plan)
+
+    def _given(self) -> Iterator[RowResult]:
+        """Give out what is in the rows' queues, and the errors of rows that cannot be fed."""
+        for lane in list(self._lanes):
+            row = lane.row
+            while lane.queue and not lane.gone:
+                drawn = lane.queue.popleft()
+                if drawn.token is None:
+                    self._leave(lane)
+                else:
+                    self._give(lane, drawn.token)
+                    if not lane.queue and not lane.gone:
+                        lane.ready = mx.array([drawn.token])
+                yield RowResult(
+                    row, drawn.token, drawn.error, drawn.logprob, drawn.top[: row.n_logprobs]
+                )
+        yield from self._full()
+
+    def _give(self, lane: Lane, token: int) -> None:
+        """A token goes out; the row leaves where it is its last."""
+        row = lane.row
+        row.session.append(token)
+        row.tokens.append(token)
+        if row.drafts is not None:
+            row.drafts.add(token)
+        if len(row.tokens) == row.max_tokens:
+            self._leave(lane)
 
     def _leave(self, lane: Lane) -> None:
         lane.gone = True
@@ -227,7 +292,7 @@ class Decoder:
         }
         flight = Flight(lanes, logits, sound, normalizer, choose(logits, asked))
         if len(asked) == len(lanes):
-            self._settle(flight)
+            settle(flight)
         for lane in lanes:
             lane.n_drawn += 1
         mx.async_eval(*flight.arrays)
@@ -243,7 +308,7 @@ class Decoder:
             if lane.row.allowed is not None
         }
         flight.parts += choose(flight.logits, asked)
-        tokens = self._settle(flight)
+        tokens = settle(flight)
         mx.async_eval(*flight.arrays)
         return tokens
 
@@ -262,21 +327,6 @@ class Decoder:
             return None
         return mask
 
-    @staticmethod
-    def _settle(flight: Flight) -> mx.array:
-        """Bring the tokens of all parts in order, and tell log-probabilities of them."""
-        rows = [i for part, _ in flight.parts for i in part]
-        found = [tokens for _, tokens in flight.parts]
-        tokens = found[0] if len(found) == 1 else mx.concatenate(found)
-        if rows != sorted(rows):
-            import numpy as np
-
-            tokens = tokens[mx.array(np.argsort(rows).astype(np.uint32))]
-        flight.tokens = tokens
-        asked = [lane.row.n_logprobs for lane in flight.lanes]
-        flight.told = tell(flight.logits, tokens, asked, flight.normalizer)
-        return tokens
-
     def _full(self) -> list[RowResult]:
         """Rows that cannot be fed, for lack of memory above all; their tokens are given out."""
         ended = [lane for lane in self._lanes if lane.full or lane.error]
@@ -294,19 +344,16 @@ class Decoder:
         for i, lane in enumerate(flight.lanes):
             if lane.gone:
                 continue
-            error = lane.error or _error_of(sound[i], i in flight.stuck)
+            error = lane.error or error_of(sound[i], i in flight.stuck)
             if error is not None:
                 self._leave(lane)
                 found.append(RowResult(lane.row, None, error))
                 continue
             token = values[i]
-            lane.row.session.append(token)
-            lane.row.tokens.append(token)
+            self._give(lane, token)
             logprob, top = told.get(i, (None, ()))
             found.append(RowResult(lane.row, token, None, logprob, top[: lane.row.n_logprobs]))
-            if len(lane.row.tokens) == lane.row.max_tokens:
-                self._leave(lane)
-            elif ready:
+            if ready and not lane.gone:
                 lane.ready = tokens[i : i + 1]
         return found
 
@@ -328,30 +375,15 @@ def decode(row: Row) -> Iterator[int]:
                 yield drawn.token
 
 
-def _last_n(sampler: Sampler) -> int:
-    """How many tokens its repeat penalty looks at."""
-    return int(sampler.params.repeat_last_n or 0) if sampler.needs_recent else 0
-
-
 def _recent(lane: Lane, fed: mx.array | None, row: int) -> Recent | None:
     """What a row's penalties look at behind `fed[row]`."""
     if lane.before is None and lane.answer is None:
         return None
     # What was fed last may have been given out or not; it is taken from the device either way.
-    n_known, n = max(lane.n_drawn - 1, 0), _last_n(lane.row.sampler) - (fed is not None)
+    n_known, n = max(lane.n_drawn - 1, 0), last_n(lane.row.sampler) - (fed is not None)
     known = [] if lane.before is None else lane.before
     if lane.before is not None:
         known = [*known, *lane.row.tokens[max(n_known - n, 0) : n_known]]
         known = known[max(len(known) - n, 0) :]
     answer = None if lane.answer is None else lane.answer.first(lane.row.tokens, n_known)
     return Recent(known, fed, row, answer)
-
-
-def _error_of(sound: bool, stuck: bool) -> Exception | None:
-    if not sound:
-        return CheckpointError(
-            "the model's logits are not numbers: its weights are damaged, or overflow in "
-            "this dtype",
-            hints=[Hint("dtype", "float32")],
-        )
-    return UsageError("no token is allowed to come next") if stuck else None

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
-from mlxkv.errors import KVCacheFull
+from mlxkv.errors import CheckpointError, Hint, KVCacheFull, UsageError
 from mlxkv.generation.session import Session
-from mlxkv.sampling.logprobs import Told
+from mlxkv.sampling.logprobs import Told, tell
 from mlxkv.sampling.sampler import AnswerIds, Recent, Sampler
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from mlxkv.generation.speculate import Drafts, LookAhead
 
 Allowed = Callable[[Sequence[int]], "np.ndarray | None"]
 """The answer's tokens so far -> which may come next, bool `[V]` with at least one; None: any."""
@@ -36,6 +39,9 @@ class Row:
         answered: tokens that the answer had before this row, for penalties that count them.
         ends: tokens that must not come among the first `min_tokens`.
         min_tokens: of this row.
+        drafts: proposes its next tokens; None for one token a step.
+        look_ahead: what `allowed` will say of tokens to come; without it a row with `allowed` has
+            no drafts.
 
     Attributes:
         tokens: the answer's, given out so far.
@@ -50,6 +56,8 @@ class Row:
     answered: Sequence[int] = ()
     ends: tuple[int, ...] = ()
     min_tokens: int = 0
+    drafts: Drafts | None = None
+    look_ahead: LookAhead | None = None
     tokens: list[int] = field(default_factory=list, init=False)
 
 
@@ -72,6 +80,16 @@ class RowResult:
     top: tuple[tuple[int, float], ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """A token that was chosen and not given out yet: see `RowResult`."""
+
+    token: int | None
+    error: Exception | None = None
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
 @dataclass(eq=False, slots=True)
 class Lane:
     """A row inside the decoder.
@@ -83,7 +101,9 @@ class Lane:
         recent: what its penalties look at next.
         barred: what must not come next.
         n_drawn: tokens chosen, given out or not.
-        ready: `[1]`, its first token once that is given out and not yet fed.
+        ready: `[1]`, a token that is given out and not yet fed, where no flight has it.
+        queue: chosen together, to be given out; the last may be an error.
+        roomy: (step of 256 tokens, tokens at once, whether they have room), as last asked.
         error: what its mask raised.
         full: why it cannot be fed any more, once its last token is given out.
         gone: it has left.
@@ -96,6 +116,8 @@ class Lane:
     barred: tuple[int, ...] = ()
     n_drawn: int = 0
     ready: mx.array | None = None
+    queue: deque[Drawn] = field(default_factory=deque)
+    roomy: tuple[int, int, bool] = (-1, 0, False)
     error: Exception | None = None
     full: KVCacheFull | None = None
     gone: bool = False
@@ -136,3 +158,50 @@ class Flight:
         if self.tokens is not None:
             found.append(self.tokens)
         return found if self.told is None else [*found, *self.told.arrays]
+
+
+def settle(flight: Flight) -> mx.array:
+    """Bring the tokens of all parts in order, and tell log-probabilities of them."""
+    rows = [i for part, _ in flight.parts for i in part]
+    found = [tokens for _, tokens in flight.parts]
+    tokens = found[0] if len(found) == 1 else mx.concatenate(found)
+    if rows != sorted(rows):
+        import numpy as np
+
+        tokens = tokens[mx.array(np.argsort(rows).astype(np.uint32))]
+    flight.tokens = tokens
+    asked = [lane.row.n_logprobs for lane in flight.lanes]
+    flight.told = tell(flight.logits, tokens, asked, flight.normalizer)
+    return tokens
+
+
+def last_n(sampler: Sampler) -> int:
+    """How many tokens its repeat penalty looks at."""
+    return int(sampler.params.repeat_last_n or 0) if sampler.needs_recent else 0
+
+
+def history(lane: Lane, draft: Sequence[int]) -> Recent | None:
+    """What a row's penalties look at behind its tokens and a draft, all of them known."""
+    if lane.before is None and lane.answer is None:
+        return None
+    known, answer, tokens = [], None, lane.row.tokens
+    if lane.before is not None:
+        n = last_n(lane.row.sampler)
+        known = [*lane.before, *tokens[-n:], *draft][-n:]
+    if lane.answer is not None:
+        import numpy as np
+
+        answer = lane.answer.first(tokens, len(tokens))
+        answer = np.concatenate([answer, np.array(draft, np.uint32)])
+    return Recent(known, answer=answer)
+
+
+def error_of(sound: bool, stuck: bool) -> Exception | None:
+    """Why no token can be chosen, if none can."""
+    if not sound:
+        return CheckpointError(
+            "the model's logits are not numbers: its weights are damaged, or overflow in "
+            "this dtype",
+            hints=[Hint("dtype", "float32")],
+        )
+    return UsageError("no token is allowed to come next") if stuck else None

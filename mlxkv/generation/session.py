@@ -21,7 +21,7 @@ from mlxkv.generation.prefill import prefilling
 from mlxkv.generation.prompt_logprobs import PromptLogprobs, Scores
 from mlxkv.generation.restored import Restored, explained, n_shared
 from mlxkv.kv.layout import Cache
-from mlxkv.kv.types import AUTO, STEP, first_kv_type
+from mlxkv.kv.types import AUTO, STEP, ceil_step, first_kv_type
 from mlxkv.media.prompt import NO_MEDIA
 from mlxkv.media.types import Medium
 from mlxkv.memory.budget import Budget
@@ -330,9 +330,11 @@ class Session:
             beside = growth_bytes(sliceable(self.caches), self.n_held + 1)
             asked(self, self._budget, 1, last=True, beside=beside)
 
-    def has_room(self, n_bytes: int) -> bool:
-        """Whether its caches may be moved, which takes so many bytes."""
-        return self._budget is None or self._budget.has_room(self, n_bytes)
+    def has_room(self, n_bytes: int, n_new: int = 0) -> bool:
+        """Whether caches may be moved, which takes so many bytes, and n_new tokens be computed."""
+        budget, n_after = self._budget, ceil_step(self.n_held + 1)
+        has_room = budget is None or budget.has_room(self, n_bytes)
+        return has_room and not (n_new and budget and not budget.is_roomy(self, n_after, n_new))
 
     def start_over(self, tokens: list[int], error: BaseException) -> None:
         """MLX could not allocate: nothing is known of the caches, so what is kept is restored.
@@ -365,12 +367,10 @@ class Session:
 
     def finish(self) -> list[Link]:
         """Give the pages what this sequence has computed, its unfinished page too; its pages."""
-        n = self._settle()
+        n, cutter = self._settle(), self._cutter
         if self._budget is not None:
             self._budget.note()
-        if self._cutter is None or n == 0 or not self._shareable(n):
-            return []
-        return self._cutter.finish(self._known, n)
+        return cutter.finish(self._known, n) if cutter and n and self._shareable(n) else []
 
     def discard(self) -> None:
         """Forget everything, and have the pages forget what was computed: it is no KV."""

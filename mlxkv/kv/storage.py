@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import mlx.core as mx
 
@@ -118,6 +119,28 @@ Rows = mx.array | QuantizedRows
 """Keys or values `[B, H, S, D]` of sequences of equal length."""
 
 
+class Several:
+    """In place of a part's mask: its one sequence has several queries, each a row of the batch.
+
+    Args:
+        n: queries.
+        mask: `"causal"` or bool `[n, S]`, as `attention.attend` takes it.
+    """
+
+    def __init__(self, n: int, mask: Any):
+        self.n, self.mask = n, mask
+        self._rows: mx.array | None = None
+
+    def rows(self, S: int) -> mx.array:
+        """Which of S keys each query sees, bool `[n, 1, 1, S]`; S is the same in each call."""
+        if self._rows is None:
+            seen = self.mask
+            if not isinstance(seen, mx.array):
+                seen = mx.arange(S)[None] <= mx.arange(S - self.n, S)[:, None]
+            self._rows = seen[:, None, None]
+        return self._rows
+
+
 @dataclass(frozen=True, slots=True)
 class Order:
     """Which sequence of a batch is in which row of its parts.
@@ -138,19 +161,20 @@ class Ragged:
     Args:
         parts: `[n, H, S, D]`, n sequences each.
         masks: for each part bool `[n, 1, 1, S]`, true where the sequence's query sees the row; None
-            where all are seen.
+            where all are seen; `Several` where the part is one sequence with several queries.
         order: None where the parts hold the batch's sequences in their order.
     """
 
     parts: tuple[Rows, ...]
-    masks: tuple[mx.array | None, ...]
+    masks: tuple[mx.array | Several | None, ...]
     order: Order | None = None
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """`[R, H, S, D]` with the longest S."""
         _, H, _, D = self.parts[0].shape
-        n_rows = sum(part.shape[0] for part in self.parts)
+        masks = zip(self.parts, self.masks, strict=True)
+        n_rows = sum(m.n if isinstance(m, Several) else part.shape[0] for part, m in masks)
         return n_rows, H, max(part.shape[2] for part in self.parts), D
 
 
@@ -163,7 +187,7 @@ def in_parts(
     sinks: mx.array | None,
     softcap: float | None,
 ) -> mx.array:
-    """Attention of one query of each sequence, part by part, `[R, H, 1, D]` in the batch's order.
+    """Attention of one query in each row, part by part, `[R, H, 1, D]` in the batch's order.
 
     Args:
         attend: takes q, k, v, scale, mask, sinks and softcap.
@@ -173,9 +197,18 @@ def in_parts(
         q = mx.take(q, k.order.rows, axis=0)
     outs, start = [], 0
     for own_k, own_v, mask in zip(k.parts, v.parts, k.masks, strict=True):
-        stop = start + own_k.shape[0]
+        stop = start + (mask.n if isinstance(mask, Several) else own_k.shape[0])
         rows = q if len(k.parts) == 1 else q[start:stop]
-        outs.append(attend(rows, own_k, own_v, scale, mask, sinks, softcap))
+        if not isinstance(mask, Several):
+            outs.append(attend(rows, own_k, own_v, scale, mask, sinks, softcap))
+        elif device.on_cpu():
+            # Each query alone: a sum is the one that a step of one token makes, bit for bit.
+            kv = repeated(own_k, mask.n), repeated(own_v, mask.n)
+            outs.append(attend(rows, *kv, scale, mask.rows(own_k.shape[2]), sinks, softcap))
+        else:
+            one = rows.transpose(2, 1, 0, 3)  # [1, H, n, D]
+            out = attend(one, own_k, own_v, scale, mask.mask, sinks, softcap)
+            outs.append(None if out is None else out.transpose(2, 1, 0, 3))
         start = stop
     out = outs[0] if len(outs) == 1 else mx.concatenate(outs)
     return out if k.order is None else mx.take(out, k.order.back, axis=0)
@@ -303,6 +336,14 @@ def dense_both(k: Rows, v: Rows) -> tuple[mx.array, mx.array]:
     if isinstance(k, QuantizedRows) and isinstance(v, QuantizedRows):
         return k.dequantized_with(v)
     return dense(k), dense(v)
+
+
+def repeated(rows: Rows, n: int) -> Rows:
+    """One sequence's rows for n sequences, in views."""
+    if isinstance(rows, QuantizedRows):
+        codes, scales, biases = (mx.broadcast_to(x, (n, *x.shape[1:])) for x in rows.stored)
+        return replace(rows, stored=(codes, scales, biases))
+    return mx.broadcast_to(rows, (n, *rows.shape[1:]))
 
 
 def leading(rows: KV, dim: int) -> KV:

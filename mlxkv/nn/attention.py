@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from mlxkv.base import device
 from mlxkv.kv.layout import Mask, TwoWayMask, windowed_mask
-from mlxkv.kv.storage import KV, QuantizedRows, Ragged, dense_both, in_parts
+from mlxkv.kv.storage import KV, QuantizedRows, Ragged, Several, dense_both, in_parts
 from mlxkv.nn.layers import soft_cap
 
 SPLIT_QUERIES = 64
@@ -51,7 +51,7 @@ def attend(
     """
     if isinstance(k, Ragged):
         assert isinstance(v, Ragged) and mask is None
-        if len(k.parts) != 1 or k.order is not None:
+        if len(k.parts) != 1 or k.order is not None or isinstance(k.masks[0], Several):
             return in_parts(attend, q, k, v, scale, sinks, softcap)
         k, v, mask = k.parts[0], v.parts[0], k.masks[0]
     if isinstance(k, QuantizedRows):

@@ -19,6 +19,7 @@ llguidance (MIT; https://github.com/guidance-ai/llguidance) reads the grammars a
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -308,6 +309,19 @@ class Masker:
         if self._keys is not None:
             self._keys.advance(token, self._bytes_of(token))
         self.finished = self._matcher.is_stopped()
+
+    def fork(self) -> Masker:
+        """One at the same place, which goes on for itself."""
+        twin = copy.copy(self)
+        twin._matcher = self._matcher.deep_copy()
+        twin._gate = None if self._gate is None else self._gate.fork()
+        twin._keys = None if self._keys is None else self._keys.fork()
+        return twin
+
+    def forced(self) -> list[int]:
+        """Tokens that come next, whatever the model chooses, as far as that is known cheaply."""
+        is_open = self._gate is not None and (self._gate.inside or self._gate.openers)
+        return [] if self.finished or is_open else list(self._matcher.compute_ff_tokens())
 
     def follow(self, begun: Sequence[int], text: Sequence[int]) -> None:
         """Go on from an answer that has begun, where its text can begin what has to match.

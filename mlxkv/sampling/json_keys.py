@@ -7,6 +7,7 @@ second time must not come.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from typing import NamedTuple, Protocol
@@ -26,6 +27,10 @@ class KeyFollower(Protocol):
 
     def without_repeats(self, allowed: np.ndarray) -> np.ndarray:
         """What of bool [n] may come; all of it where nothing would be left."""
+        ...
+
+    def fork(self) -> KeyFollower:
+        """One at the same place, which goes on for itself."""
         ...
 
 
@@ -60,6 +65,9 @@ class Keys:
         self._ids = np.array([*quoting], np.int64)
         self._n_quotes = np.array([data.count(b'"') for data in quoting.values()], np.int64)
         self._place: _Place = _Place()
+
+    def fork(self) -> Keys:
+        return copy.copy(self)
 
     def advance(self, token: int, data: bytes) -> None:
         """The token that came, and its bytes."""

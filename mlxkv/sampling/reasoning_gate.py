@@ -5,6 +5,7 @@ What a model thinks is free; it cannot end the answer, so that what the user ask
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Protocol
 
@@ -37,6 +38,10 @@ class Gate(Protocol):
         """Whether a token belongs to the reasoning, its markers included."""
         ...
 
+    def fork(self) -> Gate:
+        """One at the same place, which goes on for itself."""
+        ...
+
 
 class MarkedGate:
     """Reasoning between two tokens, at the very beginning or not at all.
@@ -64,6 +69,9 @@ class MarkedGate:
         if self._opens is None:
             return frozenset()
         return frozenset({self._opens}) | (frozenset() if self.only_openers else self._breaks)
+
+    def fork(self) -> MarkedGate:
+        return copy.copy(self)
 
     def take(self, token: int) -> bool:
         if token in self.openers and token != self._opens:
@@ -94,6 +102,11 @@ class HarmonyGate:
     @property
     def openers(self) -> frozenset[int]:
         return frozenset()
+
+    def fork(self) -> HarmonyGate:
+        twin = copy.copy(self)
+        twin._header = None if self._header is None else list(self._header)
+        return twin
 
     def take(self, token: int) -> bool:
         if not self.inside:

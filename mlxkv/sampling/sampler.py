@@ -84,6 +84,7 @@ class Sampler:
         self.greedy = _real(p.temperature) < _GREEDY_BELOW
         self.top_k = min(int(p.top_k or 0), n_vocab) or n_vocab
         self._random = random.Random(self.seed)
+        self._coming: list[list[float]] = []  # numbers of tokens that are not taken yet
         self.n_chosen = 0
         self._suppressed = tuple(sorted(token for token in suppressed if token < n_vocab))
         self._bias = _bias_arrays(p.logit_bias, self._suppressed, n_vocab)
@@ -120,14 +121,32 @@ class Sampler:
             [B] uint32 token ids.
         """
         self.n_chosen += 1
-        return self._choose(logits, recent, answer, [self] * logits.shape[0])
+        return self._choose(
+            logits, recent, answer, [self._numbers() for _ in range(logits.shape[0])]
+        )
 
     def rewind(self, n_chosen: int) -> None:
         """Go back to where so many tokens of one row had been chosen."""
         self.n_chosen = n_chosen
-        self._random = random.Random(self.seed)
+        self._random, self._coming = random.Random(self.seed), []
         for _ in range(0 if self.greedy else 2 * n_chosen):
             self._random.getrandbits(24)
+
+    def take(self, n: int) -> None:
+        """Count the next tokens as chosen, with the random numbers that `ahead` chose them with."""
+        self.n_chosen += n
+        del self._coming[:n]
+
+    def _numbers(self, ahead: int | None = None) -> list[float]:
+        """Random numbers of the next token, or of the one so many behind it, which is not taken."""
+        # 24 bits: every one is a float32 below 1.
+        if self.greedy:
+            return []
+        if ahead is None and not self._coming:
+            return [self._random.getrandbits(24) * 2.0**-24 for _ in range(2)]
+        while len(self._coming) <= (ahead or 0):
+            self._coming.append([self._random.getrandbits(24) * 2.0**-24 for _ in range(2)])
+        return self._coming.pop(0) if ahead is None else self._coming[ahead]
 
     def probabilities(
         self, logits: mx.array, recent: mx.array | None = None, answer: mx.array | None = None
@@ -148,16 +167,14 @@ class Sampler:
         logits: mx.array,
         recent: mx.array | None,
         answer: mx.array | None,
-        draws: Sequence[Sampler],
+        u: Sequence[Sequence[float]],
     ) -> mx.array:
-        """Tokens [B]; each row's random numbers are drawn from one of `draws`, in order."""
+        """Tokens [B], drawn with random numbers u [B, 2]; none where this is greedy."""
         logits = self._adjusted(logits, recent, answer)
         if self.greedy:
             return mx.argmax(logits, axis=-1)
-        # 24 bits: every one is a float32 below 1.
-        u = [[one._random.getrandbits(24) * 2.0**-24 for _ in range(2)] for one in draws]
         weights, ids = self._weighted(logits)
-        choice = draw(weights, mx.array(u), self._last)
+        choice = draw(weights, mx.array([list(each) for each in u]), self._last)
         return choice if ids is None else mx.take_along_axis(ids, choice[:, None], axis=-1)[:, 0]
 
     def _rule(self) -> Hashable:
@@ -287,12 +304,15 @@ class RowChoice(NamedTuple):
         recent: what its penalties look at; None for nothing.
         mask: bool [V], what may come at all; None for anything.
         barred: tokens that must not come.
+        ahead: None to choose the sampler's next token; else the one so many behind it, which is
+            chosen only once `Sampler.take` says so.
     """
 
     sampler: Sampler
     recent: Recent | None = None
     mask: np.ndarray | None = None
     barred: tuple[int, ...] = ()
+    ahead: int | None = None
 
 
 def choose(logits: mx.array, rows: Mapping[int, RowChoice]) -> list[tuple[list[int], mx.array]]:
@@ -304,7 +324,7 @@ def choose(logits: mx.array, rows: Mapping[int, RowChoice]) -> list[tuple[list[i
         Rows, and their tokens `[n]` in the same order; each row once.
     """
     groups: dict[Hashable, list[int]] = {}
-    for i, (sampler, recent, mask, barred) in rows.items():
+    for i, (sampler, recent, mask, barred, _) in rows.items():
         shape = None
         if recent is not None and (sampler.needs_recent or sampler.needs_answer):
             shape = len(recent.known), id(recent.fed)
@@ -321,16 +341,17 @@ def choose(logits: mx.array, rows: Mapping[int, RowChoice]) -> list[tuple[list[i
             part = masked(part, mx.array(np.stack(masks)))
         if chosen[0].barred:
             part = without(part, chosen[0].barred)
-        first, samplers = chosen[0].sampler, [one.sampler for one in chosen]
+        first = chosen[0].sampler
         recents = [one.recent for one in chosen if one.recent is not None]
         recent = answer = None
         if first.needs_recent and recents:
             recent = _stacked(recents, [one.known for one in recents])
         if first.needs_answer and recents:
             answer = _stacked(recents, _answers(recents, first.n_vocab))
-        for sampler in samplers:
-            sampler.n_chosen += 1
-        found.append((group, first._choose(part, recent, answer, samplers)))
+        for one in chosen:
+            one.sampler.n_chosen += one.ahead is None
+        numbers = [one.sampler._numbers(one.ahead) for one in chosen]
+        found.append((group, first._choose(part, recent, answer, numbers)))
     return found
 
 

@@ -540,7 +540,7 @@ def test_each_row_of_a_batch_gets_the_token_that_it_gets_alone(
             for rows, tokens in choose(logits, together):
                 got |= dict(zip(rows, np.array(tokens).tolist(), strict=True))
             assert got.keys() == alone.keys()
-            for i, (sampler, recent, mask, never) in alone.items():
+            for i, (sampler, recent, mask, never, _) in alone.items():
                 row = logits[i : i + 1]
                 assert got[i] not in never
                 if never:

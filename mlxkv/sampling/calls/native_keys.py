@@ -10,6 +10,7 @@ object open, a token that would end a key for the second time must not come.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
@@ -93,6 +94,11 @@ class GemmaKeys:
         self._pieces, self._quote = pieces, quote
         self._resets, self._content = frozenset(resets) - {quote}, content
         self._place = _Place()
+
+    def fork(self) -> GemmaKeys:
+        twin = copy.copy(self)
+        twin._content = None if self._content is None else self._content.fork()
+        return twin
 
     def advance(self, token: int, data: bytes) -> None:
         """The token that came, and its bytes."""
@@ -220,6 +226,11 @@ class PairKeys:
         self._pieces, self._tags, self._takes_json = pieces, tags, takes_json
         self._new_inner, self._inner = inner, inner()
         self._place = _Pairs(is_json=content)
+
+    def fork(self) -> PairKeys:
+        twin = copy.copy(self)
+        twin._inner = self._inner.fork()
+        return twin
 
     def advance(self, token: int, data: bytes) -> None:
         """The token that came, and its bytes."""

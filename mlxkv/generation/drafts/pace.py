@@ -1,0 +1,165 @@
+"""How many drafted tokens are worth computing.
+
+A pass of B rows with T tokens in all takes `seconds(B, T)`, measured as it comes. It gives each row
+one token, and those of its draft that are right: the k-th with the probability p^k, where p is how
+often tokens of this kind were right in this text. T is the one with the most tokens a second; T = B
+is no draft at all.
+
+What is never drafted is never learned: after `BACKOFF` chances that were passed over one token is
+drafted all the same, and after twice as many the next time if it was wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+FADE = 0.15
+"""Weight of the latest pass in a moving average."""
+LEARN = 0.1
+"""Weight of the latest token in how often tokens are right."""
+WORTH = 1.03
+"""How many times the tokens a second of no draft a draft must promise."""
+FIRST_SLOPE = 0.04
+"""Time that a token adds to a pass of one, until that has been measured."""
+BACKOFF, LONGEST_BACKOFF = 16, 512
+PRIORS = (0.3, 0.45, 0.6, 0.75, 0.85, 0.9)
+"""How often tokens of each kind are taken to be right at first."""
+
+Kind = tuple[str, int]
+"""A drafter, and the kind of its proposal."""
+
+
+class Costs:
+    """How long passes of one model take."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[tuple[int, int], float] = {}
+
+    def record(self, n_rows: int, n_tokens: int, seconds: float) -> None:
+        """A pass of `n_rows` rows and `n_tokens` tokens in all has taken so long."""
+        known = self._seconds.get((n_rows, n_tokens))
+        if known is not None:
+            # One that was held up by something else counts as a slow one, and not as what it was.
+            seconds = known + FADE * (min(seconds, 2 * known) - known)
+        self._seconds[n_rows, n_tokens] = seconds
+
+    def seconds(self, n_rows: int, n_tokens: int) -> float | None:
+        """How long a pass takes; by the next shorter one, until it has been measured itself.
+
+        None where no pass of so many rows has been measured.
+        """
+        for n in range(n_tokens, n_rows - 1, -1):
+            known = self._seconds.get((n_rows, n))
+            if known is not None:
+                return known * (1 + FIRST_SLOPE * (n_tokens - n))
+        return None
+
+
+@dataclass(slots=True)
+class _Known:
+    """What is known of a kind: how often it is right, and chances that were passed over."""
+
+    right: float
+    n_passed: int = 0
+    backoff: int = BACKOFF
+
+
+class Rates:
+    """How often proposals are right in one text.
+
+    Args:
+        before: what earlier texts of this model have shown, which this one adds to; None for
+            nothing.
+    """
+
+    def __init__(self, before: Rates | None = None):
+        self._before = before
+        self._known: dict[Kind, _Known] = {}
+
+    def right(self, kind: Kind) -> float:
+        """How often the next token of a proposal is right."""
+        return self._of(kind).right
+
+    def record(self, kind: Kind, n_right: int, n_proposed: int) -> None:
+        """Of a proposal's first `n_proposed` tokens the first `n_right` came."""
+        known = self._of(kind)
+        for i in range(min(n_right + 1, n_proposed)):
+            known.right += LEARN * ((i < n_right) - known.right)
+        known.n_passed = 0
+        known.backoff = BACKOFF if n_right else min(2 * known.backoff, LONGEST_BACKOFF)
+        if self._before is not None:
+            self._before.record(kind, n_right, n_proposed)
+
+    def is_due(self, kind: Kind) -> bool:
+        """Count a chance that is passed over; whether it has to be taken."""
+        known = self._of(kind)
+        known.n_passed += 1
+        return known.n_passed > known.backoff
+
+    def _of(self, kind: Kind) -> _Known:
+        if kind not in self._known:
+            first = PRIORS[min(kind[1], len(PRIORS) - 1)]
+            right = first if self._before is None else self._before.right(kind)
+            self._known[kind] = _Known(right)
+        return self._known[kind]
+
+
+@dataclass(frozen=True, slots=True)
+class Chance:
+    """A row's proposal.
+
+    Args:
+        n: tokens that are proposed; 0 for no proposal.
+        right: how often the next one is right.
+    """
+
+    n: int = 0
+    right: float = 0.0
+
+
+def drafted(chances: Sequence[Chance], costs: Costs, most: int) -> list[int]:
+    """How many tokens of each row's proposal are worth computing.
+
+    Args:
+        chances: one for each row.
+        costs: of passes.
+        most: tokens that a pass may have.
+    """
+    n_rows, chosen = len(chances), [0] * len(chances)
+    base = costs.seconds(n_rows, n_rows)
+    gains = [(c.right**k, i, k) for i, c in enumerate(chances) for k in range(1, c.n + 1)]
+    gains.sort(key=lambda gain: (-gain[0], gain[2]))
+    tokens, best, n_best = float(n_rows), WORTH * n_rows / (base or 1.0), 0
+    for n, (gain, _, _) in enumerate(gains[: max(0, most - n_rows)], start=1):
+        tokens += gain
+        seconds = costs.seconds(n_rows, n_rows + n) or 1 + FIRST_SLOPE * n
+        if tokens / seconds > best:
+            best, n_best = tokens / seconds, n
+    for _, i, _ in gains[:n_best]:
+        chosen[i] += 1
+    return chosen
+
+
+@dataclass(slots=True)
+class Counts:
+    """What drafts gave an answer, or all of them.
+
+    Args:
+        passes: steps that computed a draft.
+        proposed: drafted tokens that were computed.
+        accepted: those of them that came.
+        by: drafter -> (proposed, accepted).
+    """
+
+    passes: int = 0
+    proposed: int = 0
+    accepted: int = 0
+    by: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    def add(self, drafter: str, proposed: int, accepted: int) -> None:
+        self.passes += 1
+        self.proposed += proposed
+        self.accepted += accepted
+        before = self.by.get(drafter, (0, 0))
+        self.by[drafter] = before[0] + proposed, before[1] + accepted

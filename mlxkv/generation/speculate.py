@@ -1,0 +1,358 @@
+"""Several tokens of an answer in one step: drafts that never change it.
+
+A draft is what a `Drafter` or the answer's grammar says may come next. The model computes the last
+token and the draft together, and each place's token is chosen as it would have been alone: behind
+the tokens before it, under its own mask and penalties, with its own random numbers. As long as what
+is chosen is the draft, the next place is right as well; the first choice that is another is given
+out too, and the caches take back what was computed behind it.
+
+Invariants:
+- What is given out never depends on a draft, but for the rounding of sums (docs/design.md
+  "Drafts"). Random numbers are taken for tokens that are given out, and for no others.
+- Between two steps caches hold no token that was not chosen. What was chosen is given out before
+  anything else is computed; a row that ends among its tokens keeps the KV of none behind its end.
+- A draft stays within the `STEP` for which memory was asked for, and is none where a pass with it
+  has no room.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol, cast
+
+import mlx.core as mx
+
+from mlxkv.base import device
+from mlxkv.errors import contained
+from mlxkv.generation.drafts.drafter import Drafter, Proposal
+from mlxkv.generation.drafts.pace import Chance, Costs, Counts, Rates, drafted
+from mlxkv.generation.flight import Drawn, Flight, Lane, error_of, history, settle
+from mlxkv.kv.types import STEP, ceil_step
+from mlxkv.nn.batch import batch
+from mlxkv.nn.blocks import sliceable
+from mlxkv.nn.model import CausalLM
+from mlxkv.nn.wide import wide
+from mlxkv.sampling.math import soundness
+from mlxkv.sampling.sampler import RowChoice, choose
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from mlxkv.sampling.grammar import Masker
+
+GRAMMAR = "grammar"
+"""The name under which tokens that a grammar forces are counted."""
+
+
+def most_tokens() -> int:
+    """Tokens of a pass, all rows together.
+
+    The kernels of the CPU backend compute up to 8 rows at nearly the cost of one, each as it is
+    computed alone. On a GPU more rows than 16 take other kernels than a few do.
+    """
+    return 8 if device.on_cpu() else 16
+
+
+class LookAhead(Protocol):
+    """What a grammar says of tokens to come; it stays where it is."""
+
+    def forced(self) -> list[int]:
+        """Tokens that come next whatever is chosen, as far as that is known cheaply."""
+        ...
+
+    def masks(self, draft: Sequence[int]) -> list[np.ndarray | None]:
+        """What may come in place of the first token, and behind each token of a draft.
+
+        As many as tokens of the draft may come, and one more: bool `[V]`, None for anything.
+        """
+        ...
+
+
+class MaskerAhead:
+    """`LookAhead` of a masker.
+
+    Args:
+        masker: of the answer.
+        n_vocab: V.
+    """
+
+    def __init__(self, masker: Masker, n_vocab: int):
+        self._masker, self._n_vocab = masker, n_vocab
+
+    def forced(self) -> list[int]:
+        return [token for token in self._masker.forced() if token < self._n_vocab]
+
+    def masks(self, draft: Sequence[int]) -> list[np.ndarray | None]:
+        fork = self._masker.fork()
+        found = [fork.allowed(self._n_vocab)]
+        for token in draft:
+            if not found[-1][token]:
+                break
+            fork.advance(token)
+            if fork.finished:  # the answer ends with it
+                break
+            found.append(fork.allowed(self._n_vocab))
+        return [*found]
+
+
+class Drafts:
+    """What proposes the next tokens of one answer, and how that went.
+
+    Args:
+        drafters: asked in this order; the first proposal is taken.
+        rates: how often proposals are right in this text.
+    """
+
+    def __init__(self, drafters: Sequence[Drafter], rates: Rates | None = None):
+        self._drafters = drafters
+        self.rates = Rates() if rates is None else rates
+        self.counts = Counts()
+
+    def add(self, token: int) -> None:
+        """A token was given out."""
+        for drafter in self._drafters:
+            drafter.add(token)
+
+    def propose(self, most: int) -> Proposal | None:
+        """What may come next, at most so many tokens."""
+        for drafter in self._drafters:
+            if (found := drafter.propose(most)) is not None:
+                return found
+        return None
+
+    def record(self, proposal: Proposal, n_proposed: int, n_right: int) -> None:
+        """Of a proposal so many tokens were computed, and so many came."""
+        self.counts.add(proposal.by, n_proposed, n_right)
+        if proposal.by != GRAMMAR:
+            self.rates.record((proposal.by, proposal.kind), n_right, n_proposed)
+
+
+Plan = Mapping[Lane, Proposal]
+"""The drafts of a pass, cut to what is worth computing."""
+
+
+@dataclass(slots=True)
+class _Row:
+    """A sequence of a pass: its draft, what may come at each place, and tokens held before it."""
+
+    lane: Lane
+    draft: list[int]
+    masks: list[np.ndarray | None]
+    n_held: int
+    places: range = field(default_factory=lambda: range(0))
+
+
+class Speculation:
+    """Plans and runs the passes of a decoder that compute drafts.
+
+    Args:
+        model: of all rows.
+        costs: how long its passes take; shared by all its decoders.
+    """
+
+    def __init__(self, model: CausalLM, costs: Costs | None = None):
+        self._model = model
+        self.costs = Costs() if costs is None else costs
+        self._stable = model.stable_tokens
+
+    def plan(self, lanes: Sequence[Lane]) -> dict[Lane, Proposal]:
+        """What is worth drafting for rows that decode together; empty for nothing."""
+        if not any(lane.row.drafts for lane in lanes) or not self._takes(len(lanes)):
+            return {}
+        if self.costs.seconds(len(lanes), len(lanes)) is None:
+            return {}
+        proposals = {lane: found for lane in lanes if (found := self._proposal(lane)) is not None}
+        if not proposals:
+            return {}
+        chances = [self._chance(lane, proposals.get(lane)) for lane in lanes]
+        chosen = drafted(chances, self.costs, most_tokens())
+        plan = {}
+        for lane, n in zip(lanes, chosen, strict=True):
+            if (proposal := proposals.get(lane)) is None:
+                continue
+            rates, kind = _drafts(lane).rates, (proposal.by, proposal.kind)
+            if n == 0 and len(lanes) + sum(chosen) < most_tokens() and rates.is_due(kind):
+                n = 1
+            if n:
+                plan[lane] = Proposal(proposal.tokens[:n], proposal.by, proposal.kind)
+        return plan
+
+    def _takes(self, n_rows: int) -> bool:
+        """Whether a pass of so many rows can have drafts."""
+        if n_rows >= most_tokens():
+            return False
+        return n_rows == 1 or (self._model.batches and not self._model.one_part)
+
+    def _proposal(self, lane: Lane) -> Proposal | None:
+        row = lane.row
+        if row.drafts is None or (row.allowed is not None and row.look_ahead is None):
+            return None
+        most = self._most(lane)
+        if most < 1:
+            return None
+        if row.look_ahead is not None and (forced := row.look_ahead.forced()):
+            return Proposal(forced[:most], GRAMMAR)
+        return row.drafts.propose(most)
+
+    def _most(self, lane: Lane) -> int:
+        """Tokens that a row's draft may have."""
+        session, n_held = lane.row.session, lane.row.session.n_held
+        if len(sliceable(session.caches)) != len(session.caches):
+            return 0  # a state that cannot be taken back
+        n = min(most_tokens() - 1, ceil_step(n_held + 1) - n_held - 1)
+        if lane.row.max_tokens is not None:
+            n = min(n, lane.row.max_tokens - lane.n_drawn - 1)
+        if self._stable is not None:
+            n = min(n, self._stable - n_held - 1)
+        return n if n > 0 and self._has_room(lane, n + 1) else 0
+
+    @staticmethod
+    def _has_room(lane: Lane, n_new: int) -> bool:
+        """Whether so many tokens can be computed at once; asked once in a step of `STEP` tokens.
+
+        Nothing gives way for it.
+        """
+        session = lane.row.session
+        asked = session.n_held // STEP, n_new
+        if lane.roomy[:2] != asked:
+            # A row of shared buffers is copied out for it.
+            is_shared = any(cache.row is not None for cache in sliceable(session.caches))
+            n_bytes = session.nbytes if is_shared else 0
+            lane.roomy = (*asked, session.has_room(n_bytes, n_new))
+        return lane.roomy[2]
+
+    @staticmethod
+    def _chance(lane: Lane, proposal: Proposal | None) -> Chance:
+        if proposal is None:
+            return Chance()
+        if proposal.by == GRAMMAR:
+            return Chance(len(proposal.tokens), 1.0)
+        rates = _drafts(lane).rates
+        return Chance(len(proposal.tokens), rates.right((proposal.by, proposal.kind)))
+
+    def run(self, lanes: Sequence[Lane], plan: Plan) -> bool:
+        """Compute the next tokens of rows, which then wait in their queues.
+
+        Args:
+            lanes: that go on, each with a token to feed.
+            plan: for some of them.
+
+        Returns:
+            False, with nothing done, where the grammars leave nothing of the plan.
+        """
+        started = time.perf_counter()
+        rows = [self._row(lane, plan.get(lane)) for lane in lanes]
+        if not any(row.draft for row in rows):
+            return False
+        # Those with one token first: see `nn.wide`.
+        rows.sort(key=lambda row: len(row.draft) > 0)
+        at = 0
+        for row in rows:
+            row.places = range(at, at + 1 + len(row.draft))
+            at += len(row.places)
+            row.lane.ready = None
+        logits = self._logits(rows)
+        flight = Flight(
+            [row.lane for row in rows for _ in row.places], logits, soundness(logits), None, []
+        )
+        mx.async_eval(*flight.arrays)
+        flight.parts += choose(logits, self._choices(rows, flight))
+        settle(flight)
+        mx.eval(*flight.arrays)
+        self._accept(rows, flight, plan)
+        self.costs.record(len(rows), at, time.perf_counter() - started)
+        return True
+
+    def _row(self, lane: Lane, proposal: Proposal | None) -> _Row:
+        n_held = lane.row.session.n_held
+        if proposal is None or lane.row.look_ahead is None:
+            draft = [] if proposal is None else proposal.tokens
+            return _Row(lane, draft, [None] * (1 + len(draft)), n_held)
+        try:
+            masks = lane.row.look_ahead.masks(proposal.tokens)
+        except Exception:  # said when it is this token's turn
+            masks = []
+        draft = proposal.tokens[: max(0, len(masks) - 1)]
+        if not draft and proposal.by != GRAMMAR:
+            _drafts(lane).rates.record((proposal.by, proposal.kind), 0, 1)
+        return _Row(lane, draft, masks, n_held)
+
+    def _logits(self, rows: Sequence[_Row]) -> mx.array:
+        """Logits `[T, V]` of all places."""
+        fed = [token for row in rows for token in (row.lane.row.tokens[-1], *row.draft)]
+        tokens = mx.array(fed, mx.int32)
+        first = rows[0].lane.row.session
+        if len(rows) == 1 and (self._model.one_part or not device.on_cpu()):
+            return self._model(tokens[None], first.caches)[0]
+        plain = [row for row in rows if not row.draft]
+        drafted = [(row.lane.row.session.caches, len(row.places)) for row in rows if row.draft]
+        held = (
+            batch([row.lane.row.session.caches for row in plain], first.has_room, new=())
+            if plain
+            else ()
+        )
+        return self._model.last_logits(tokens[:, None], wide(held, len(plain), drafted))
+
+    @staticmethod
+    def _choices(rows: Sequence[_Row], flight: Flight) -> dict[int, RowChoice]:
+        found = {}
+        for row in rows:
+            lane = row.lane
+            if not row.draft and lane.row.allowed is not None:
+                row.masks = [_mask(lane, flight, row.places[0])]
+            for j, place in enumerate(row.places):
+                barred = lane.row.ends if lane.n_drawn + j < lane.row.min_tokens else ()
+                recent = history(lane, row.draft[:j])
+                found[place] = RowChoice(lane.row.sampler, recent, row.masks[j], barred, ahead=j)
+        return found
+
+    def _accept(self, rows: Sequence[_Row], flight: Flight, plan: Plan) -> None:
+        """Queue what was chosen as far as drafts are right, and take back what is behind it."""
+        assert flight.tokens is not None
+        values = cast(list[int], flight.tokens.tolist())
+        sound = [math.isfinite(x) for x in cast(list[float], flight.soundness.tolist())]
+        told = {} if flight.told is None else flight.told.by_row()
+        for row in rows:
+            lane, n_right = row.lane, 0
+            for j, place in enumerate(row.places):
+                error = lane.error or error_of(sound[place], place in flight.stuck)
+                if error is not None:
+                    lane.queue.append(Drawn(None, error))
+                    break
+                lane.queue.append(Drawn(values[place], None, *told.get(place, (None, ()))))
+                lane.n_drawn += 1
+                lane.row.sampler.take(1)
+                if j == len(row.draft) or values[place] != row.draft[j]:
+                    break
+                n_right += 1
+            if row.draft:
+                _take_back(lane, row.n_held + 1 + n_right)
+                _drafts(lane).record(plan[lane], len(row.draft), n_right)
+
+
+def _drafts(lane: Lane) -> Drafts:
+    assert lane.row.drafts is not None
+    return lane.row.drafts
+
+
+def _take_back(lane: Lane, n_tokens: int) -> None:
+    """Have a row's caches hold `n_tokens`: what was computed behind them did not come."""
+    if not all(cache.rewind(n_tokens) for cache in lane.row.session.caches):
+        raise AssertionError("a cache cannot take a draft back")
+
+
+def _mask(lane: Lane, flight: Flight, place: int) -> np.ndarray | None:
+    """What may come next in a row without a draft."""
+    assert lane.row.allowed is not None
+    try:
+        mask = lane.row.allowed(lane.row.tokens)
+    except BaseException as error:  # the caller's own; the other rows go on
+        lane.error = contained(error)
+        return None
+    if mask is not None and not mask.any():
+        flight.stuck.add(place)
+        return None
+    return mask

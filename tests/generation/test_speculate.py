@@ -1,0 +1,157 @@
+"""Drafts never change an answer: right ones, wrong ones, and those that are right for a while."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from mlxkv.generation.decoder import Decoder, RowResult
+from mlxkv.generation.drafts.drafter import Proposal
+from mlxkv.generation.drafts.pace import Costs
+from mlxkv.generation.session import Session
+from mlxkv.generation.speculate import Drafts
+from mlxkv.kv.types import KV_TYPES, STEP
+from mlxkv.nn.model import CausalLM
+from mlxkv.sampling.params import SamplingParams
+from tests.generation.test_decoder import GREEDY, KINDS, Request, every_family, load
+from tests.support.tiny import tokens as random_tokens
+
+N = 24
+
+
+@pytest.fixture(scope="module")
+def folder(families) -> Path:
+    return families
+
+
+class Eager(Costs):
+    """Every pass takes as long: all that is proposed is computed."""
+
+    def seconds(self, n_rows: int, n_tokens: int) -> float | None:
+        return 1.0
+
+
+class Oracle:
+    """Proposes what will come, and something else at some places.
+
+    Args:
+        answer: what will come.
+        wrong: how often a proposed token is another.
+        most: tokens of a proposal.
+    """
+
+    name = "oracle"
+
+    def __init__(self, answer: Sequence[int], wrong: float, most: int = 99, seed: int = 0):
+        self._answer, self._wrong, self._most = answer, wrong, most
+        self._chance, self._n = random.Random(seed), 0
+
+    def add(self, token: int) -> None:
+        assert token == self._answer[self._n]
+        self._n += 1
+
+    def propose(self, most: int) -> Proposal | None:
+        found = [
+            (token + 1) % 96 if self._chance.random() < self._wrong else token
+            for token in self._answer[self._n : self._n + min(most, self._most)]
+        ]
+        return Proposal(found, self.name, 5) if found else None
+
+
+def alone(model: CausalLM, request: Request, **options) -> tuple[Session, list[RowResult]]:
+    """A request without drafts: its session and results."""
+    return drawn(model, request, None, **options)
+
+
+def drawn(
+    model: CausalLM, request: Request, oracle: Oracle | None, **options
+) -> tuple[Session, list[RowResult]]:
+    decoder = Decoder(model, Eager())
+    row = request.row(model, max_tokens=request.n, **options)
+    row.drafts = None if oracle is None else Drafts([oracle])
+    decoder.add(row)
+    found: list[RowResult] = []
+    while decoder.rows:
+        found += decoder.step()
+    if row.drafts is not None:
+        assert row.drafts.counts.proposed > 0
+    return row.session, found
+
+
+def held(session: Session) -> list[list[mx.array]]:
+    """What each cache holds, in temporal order."""
+    return [list(c.read(c.first, c.offset).arrays) for c in session.caches]  # pyright: ignore
+
+
+@every_family
+@pytest.mark.parametrize("params", KINDS[2:5], ids=("penalty", "seeded", "min_p"))
+def test_a_draft_changes_no_answer(case, params: SamplingParams, folder):
+    model = load(folder, case.name)
+    request = Request(tuple(random_tokens(20, 96, seed=1)), params, N)
+    for kv_type, wrong in zip(KV_TYPES, (0.3, 0.0, 1.0), strict=False):
+        one = Request(request.prompt, params, N, kv_type)
+        session, results = alone(model, one, n_logprobs=2)
+        answer = [result.token or 0 for result in results]
+        drafted, found = drawn(model, one, Oracle(answer, wrong), n_logprobs=2)
+        assert [result.token for result in found] == answer
+        for ours, theirs in zip(found, results, strict=True):
+            noise = 1e-4 if kv_type == "native" else 2e-2
+            assert ours.logprob == pytest.approx(theirs.logprob, abs=noise), kv_type
+            assert {t for t, _ in ours.top} == {t for t, _ in theirs.top}, kv_type
+        assert drafted.tokens == session.tokens[: len(drafted.tokens)]
+
+
+@every_family
+def test_rows_of_a_batch_have_drafts_of_their_own(case, folder):
+    model, chance = load(folder, case.name), random.Random(3)
+    requests = [
+        Request(
+            tuple(random_tokens(n, 96, seed=n)),
+            chance.choice(KINDS),
+            chance.randint(8, 20),
+        )
+        for n in (250, 3, 31, 40, 90)
+    ]
+    answers = [request.alone(model) for request in requests]
+    decoder, rows = Decoder(model, Eager()), []
+    for i, (request, answer) in enumerate(zip(requests, answers, strict=True)):
+        row = request.row(model, max_tokens=request.n)
+        if i != 2:  # one has none
+            row.drafts = Drafts([Oracle(answer, wrong=0.3, most=i, seed=i)] if i else [])
+        rows.append(row)
+        decoder.add(row)
+        if i != 1:  # some join while others decode
+            run_some(decoder, 2)
+    while decoder.rows:
+        run_some(decoder, 1)
+    assert [row.tokens for row in rows] == answers
+    assert rows[4].drafts is not None and rows[4].drafts.counts.accepted > 0
+
+
+def run_some(decoder: Decoder, n: int) -> None:
+    for _ in range(n):
+        list(decoder.step())
+
+
+@pytest.mark.parametrize("name", ("llama-gqa", "gemma3-text"))
+def test_an_answer_that_ends_inside_a_draft_keeps_its_own_tokens(name: str, folder):
+    model = load(folder, name)
+    request = Request(tuple(random_tokens(STEP - 10, 96, seed=2)), GREEDY, N)
+    answer = request.alone(model)
+    for n_end in range(4, 20):
+        decoder, row = Decoder(model, Eager()), request.row(model)
+        row.drafts = Drafts([Oracle(answer, 0.0)])
+        decoder.add(row)
+        while decoder.rows:
+            for _ in decoder.step():
+                if len(row.tokens) == n_end:  # as a stop text would
+                    decoder.remove(row)
+        session = row.session
+        assert row.tokens == answer[:n_end]
+        assert session.tokens == [*request.prompt, *answer[:n_end]][: session.n_held]
+        assert len(session.tokens) >= STEP - 10 + n_end - 1
+        assert {cache.offset for cache in session.caches} == {len(session.tokens)}
