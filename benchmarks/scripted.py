@@ -31,20 +31,28 @@ class ScriptedSampler(Sampler):
     ):
         super().__init__(params, n_vocab, suppressed)
         self._script = list(script)
+        self._places: list[int] = []
 
     def _rule(self) -> Hashable:
         return id(self)  # never chosen for in one call with another row
+
+    def _numbers(self, ahead: int | None = None) -> list[float]:
+        """No random numbers: notes the place that is chosen for next."""
+        at = self.n_chosen - 1 if ahead is None else self.n_chosen + ahead
+        self._places.append(min(at, len(self._script) - 1))
+        return []
 
     def _choose(
         self,
         logits: mx.array,
         recent: mx.array | None,
         answer: mx.array | None,
-        draws: Sequence[Sampler],
+        u: Sequence[Sequence[float]],
     ) -> mx.array:
-        at = min(self.n_chosen, len(self._script)) - 1
+        places, self._places = self._places, []
         # Zero times a logit: the step is computed before its token is known.
-        return mx.array([self._script[at]]) + (logits[:, 0] * 0).astype(mx.int32)
+        ids = mx.array([self._script[at] for at in places])
+        return ids + (logits[:, 0] * 0).astype(mx.int32)
 
 
 @contextmanager

@@ -50,6 +50,7 @@ def read_record(folder: Path) -> Record | None:
 
 
 OVERFLOWS = ("stop", "shift")
+DRAFTS = ("off", "lookup")
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +106,7 @@ KINDS = {
     "overflow": Kind("MLXKV_OVERFLOW", f"one of {', '.join(OVERFLOWS)}",
                       _among(OVERFLOWS), "stop"),
     "keep": Kind("MLXKV_KEEP", "a whole number, 0 or more", _whole(0), 0),
+    "draft": Kind("MLXKV_DRAFT", f"one of {', '.join(DRAFTS)}", _among(DRAFTS), "lookup"),
 }  # fmt: skip
 
 

@@ -27,6 +27,14 @@ Context = Annotated[
     int | None,
     typer.Option(help="Tokens of prompt and answer together; default and maximum: the model's."),
 ]
+Draft = Annotated[
+    str | None,
+    typer.Option(
+        metavar="off|lookup",
+        help="Check several tokens in one step: what followed the same tokens before (default). "
+        "The answer stays the same.",
+    ),
+]
 DType = Annotated[str, typer.Option(help="Compute in auto, float32, float16 or bfloat16.")]
 Memory = Annotated[
     str | None, typer.Option(help="Memory limit, such as 16GiB; default: the machine's.")

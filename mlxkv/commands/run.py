@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from mlxkv.commands import inputs
-from mlxkv.commands.options import Context, DType, KVType, Memory, takes
+from mlxkv.commands.options import Context, Draft, DType, KVType, Memory, takes
 from mlxkv.commands.serve import Key
 from mlxkv.errors import UsageError
 from mlxkv.terminal.answer_options import AnswerOptions
@@ -90,6 +90,7 @@ class RunOptions:
     dtype: DType = "auto"
     memory: Memory = None
     kv_type: KVType = None
+    draft: Draft = None
     server: str | None = typer.Option(
         None,
         metavar="ADDRESS",
@@ -160,7 +161,7 @@ def _given(options: RunOptions, saved: NamedKV | None) -> Given:
 
     kv_type = options.kv_type or (saved.kv_type if saved else None)
     o = options
-    return Given(o.context, kv_type, o.memory, o.overflow, o.keep, COMMAND_LINE)
+    return Given(o.context, kv_type, o.memory, o.overflow, o.keep, COMMAND_LINE, o.draft)
 
 
 def _check_prompt(options: RunOptions, text: str | None) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mlxkv.commands.alias import run_aliases
-from mlxkv.commands.options import AsJson, Context, DType, KVType, takes
+from mlxkv.commands.options import AsJson, Context, Draft, DType, KVType, takes
 from mlxkv.errors import InternalError, ModelNotFound, UsageError
 from mlxkv.server.config import HOST, PORT
 
@@ -106,6 +106,7 @@ class ServeOptions:
         None, help="Memory limit of all models together, such as 16GiB."
     )
     kv_type: KVType = None
+    draft: Draft = None
 
 
 @takes(ServeOptions)
@@ -126,7 +127,7 @@ def serve(options: ServeOptions) -> int:
     engine = ThreadedEngine(
         memory=limit_bytes,
         dtype=o.dtype,
-        given=Given(context=o.context, kv_type=o.kv_type, origin=COMMAND_LINE),
+        given=Given(context=o.context, kv_type=o.kv_type, draft=o.draft, origin=COMMAND_LINE),
         keep_alive_s=o.keep_alive,
         max_queue=o.max_queue,
         max_running=o.max_running,

@@ -144,6 +144,9 @@ class Counts:
             the tokens were computed.
         fetched_bytes: of pages that had been read from disk when a prompt needed them.
         fetch_saved_s: seconds that reading those took.
+        draft_passes: steps that computed drafted tokens, summed over answers.
+        drafted_tokens: drafter -> drafted tokens that were computed.
+        accepted_tokens: drafter -> those of them that were right.
     """
 
     requests: int = 0
@@ -161,10 +164,14 @@ class Counts:
     next_turn_saved_s: float = 0.0
     fetched_bytes: int = 0
     fetch_saved_s: float = 0.0
+    draft_passes: int = 0
+    drafted_tokens: dict[str, int] = field(default_factory=dict)
+    accepted_tokens: dict[str, int] = field(default_factory=dict)
 
     def copy(self) -> Counts:
         """A snapshot."""
-        return dataclasses.replace(self, misses=dict(self.misses))
+        names = ("misses", "drafted_tokens", "accepted_tokens")
+        return dataclasses.replace(self, **{name: dict(getattr(self, name)) for name in names})
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ from mlxkv.engine.runtime import Runtime, TextSide
 from mlxkv.engine.tool_choice import choose_masker, without_calls
 from mlxkv.errors import ContextExceeded, TemplateError, UsageError
 from mlxkv.generation.context_shift import Bound
+from mlxkv.generation.drafts.drafting import AnswerDrafting
 from mlxkv.generation.generation import Generation
 from mlxkv.generation.reader import AnswerReader
 from mlxkv.generation.request import Message, Request, is_messages
@@ -212,7 +213,15 @@ def begin(runtime: Runtime, request: Request, ready: Ready, session: Session) ->
         runtime.tokenizer,
         _masker(runtime, request, ready.prepared),
         ready.prepared.media,
+        _drafting(runtime, request, ready.prepared.owner),
     )
+
+
+def _drafting(runtime: Runtime, request: Request, owner: str) -> AnswerDrafting | None:
+    """Makes the answer's drafts; None where it shall have none."""
+    if _settings(runtime, request).draft.value == "off":
+        return None
+    return runtime.drafting.of_answer(owner)
 
 
 def _reader(runtime: TextSide, request: Request, prepared: Prepared) -> AnswerReader:
@@ -282,7 +291,7 @@ def _settings(runtime: TextSide, request: Request) -> Settings:
     context, most = request.context, runtime.settings.own_context
     if context is not None and request.best_effort:
         context = min(context, most)
-    return runtime.settings.asked(context, request.overflow, request.keep)
+    return runtime.settings.asked(context, request.overflow, request.keep, request.draft)
 
 
 def _takes_any_length(request: Request, settings: Settings) -> bool:

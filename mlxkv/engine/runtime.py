@@ -16,6 +16,8 @@ from mlxkv.base import device
 from mlxkv.base.stepwise import finished
 from mlxkv.engine.media.side import MediaSide
 from mlxkv.errors import contained
+from mlxkv.generation.decoder import Decoder
+from mlxkv.generation.drafts.drafting import Drafting
 from mlxkv.generation.prompt_logprobs import Scores
 from mlxkv.generation.session import Session
 from mlxkv.kv.types import first_kv_type
@@ -78,6 +80,7 @@ class Runtime(TextSide):
         preparer: prepares long prompts; None to prepare all where they begin.
         budget: its memory limit and use.
         pages: cached prefixes; None for a model whose layers keep other state than keys and values.
+        drafting: what its answers' drafts share.
     """
 
     def __init__(
@@ -104,6 +107,7 @@ class Runtime(TextSide):
         self.budget = Budget(model, weights_bytes, limit_bytes, self.pages)
         self._pages: dict[str, Pages | None] = {"": self.pages}
         self._scores: dict[str, Scores] = {}
+        self.drafting = Drafting()
         self._at_exit = weakref.finalize(self, _close, self._pages, at_exit=True)
         self._unwire: Callable[[], object] | None = None
 
@@ -179,6 +183,10 @@ class Runtime(TextSide):
         """Empty caches for one sequence, which shares prefixes with its owner's others."""
         pages, scores = self.pages_of(owner), self._scores.setdefault(owner, Scores())
         return Session(self.model, self.kv_type, pages, self.budget, scores)
+
+    def decoder(self) -> Decoder:
+        """Decodes answers together."""
+        return Decoder(self.model, self.drafting.costs)
 
     def hold_wired(self) -> None:
         """Have Metal keep this model's memory resident until it is closed or collected.

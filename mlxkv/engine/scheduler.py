@@ -70,7 +70,7 @@ class Scheduler:
         self._turns = Turns()
         self._prefilling: list[Task] = []
         self._decoding: dict[Row, Task] = {}
-        self._decoder = Decoder(self.runtime.model)
+        self._decoder = self.runtime.decoder()
         self._alone: dict[Row, Decoder] = {}  # rows of batches that failed
 
     @property
@@ -234,7 +234,7 @@ class Scheduler:
         generation, logits = state.generation, state.logits
         assert logits is not None
         state.logits = None
-        row, decoder = None, Decoder(self.runtime.model) if task.decodes_alone else self._decoder
+        row, decoder = None, self.runtime.decoder() if task.decodes_alone else self._decoder
         try:
             row = generation.row(logits)
             decoder.add(row)
@@ -290,7 +290,7 @@ class Scheduler:
         tasks = list(self._decoding.values())
         self._decoding.clear()
         self._alone.clear()
-        self._decoder = Decoder(self.runtime.model)
+        self._decoder = self.runtime.decoder()
         for task in reversed(tasks):
             assert isinstance(task.state, Decoding)
             self._again(task, task.state.generation, error)

@@ -45,10 +45,14 @@ class Tally:
             next_turn_used_tokens=stats.ahead_tokens,
             next_turn_saved_s=stats.ahead_saved_s,
         )
-        if stats.miss is not None:
-            reason = stats.miss.reason
-            for counts in (self.total, self._of_owner[owner]):
-                counts.misses[reason] = counts.misses.get(reason, 0) + 1
+        for counts in (self.total, self._of_owner[owner]):
+            if stats.miss is not None:
+                _add(counts.misses, stats.miss.reason, 1)
+            if stats.drafts is not None:
+                counts.draft_passes += stats.drafts.passes
+                for drafter, (proposed, accepted) in stats.drafts.by.items():
+                    _add(counts.drafted_tokens, drafter, proposed)
+                    _add(counts.accepted_tokens, drafter, accepted)
 
 
 def count_end(
@@ -60,3 +64,7 @@ def count_end(
         clients.count(task.owner, task.client, last.stats)
     elif last is not None and not isinstance(last, PutAway):
         tally.count(task.owner, failed=1)
+
+
+def _add(counts: dict[str, int], name: str, n: int) -> None:
+    counts[name] = counts.get(name, 0) + n

@@ -12,12 +12,14 @@ import mlx.core as mx
 from mlxkv.errors import KVCacheFull
 from mlxkv.generation.asleep import Asleep, Written
 from mlxkv.generation.context_shift import Bound
+from mlxkv.generation.drafts.drafting import AnswerDrafting
 from mlxkv.generation.flight import Row
-from mlxkv.generation.outputs import Chunk, Parts, Stats, TokenLogprobs, join_parts
+from mlxkv.generation.outputs import Chunk, DraftStats, Parts, Stats, TokenLogprobs, join_parts
 from mlxkv.generation.prompt_logprobs import PromptLogprobs, answer_logprobs
 from mlxkv.generation.reader import AnswerReader
 from mlxkv.generation.request import Request
 from mlxkv.generation.session import Restored, Session
+from mlxkv.generation.speculate import MaskerAhead
 from mlxkv.generation.stats import Clock
 from mlxkv.media.prompt import NO_MEDIA, PromptMedia
 from mlxkv.media.types import AUDIO, IMAGE
@@ -43,6 +45,7 @@ class Generation:
         tokenizer: the model's.
         masker: of the request's format; None where it has none.
         media: of the prompt.
+        drafting: makes its drafts; None for none.
 
     Attributes:
         sequence: the whole prompt and what was generated, dropped tokens included.
@@ -63,6 +66,7 @@ class Generation:
         tokenizer: Tokenizer,
         masker: Masker | None = None,
         media: PromptMedia = NO_MEDIA,
+        drafting: AnswerDrafting | None = None,
     ):
         media.check(tokens)
         self.media = media
@@ -71,7 +75,7 @@ class Generation:
         self.limit = bound.limit(len(tokens), request.max_tokens)
         self.is_over = False
         self.ahead_tokens, self.ahead_saved_s = 0, 0.0
-        self.masker = masker
+        self.masker, self._drafting = masker, drafting
         self._tokenizer, self._reader = tokenizer, reader
         self._n_prompt = len(tokens)
         self._clock = Clock()
@@ -124,7 +128,7 @@ class Generation:
 
     def row(self, logits: mx.array) -> Row:
         """It as a row of a decoder, which decodes from the logits `[1, V]` after its last token."""
-        masker, n_vocab = self.masker, self.sampler.n_vocab
+        masker, n_vocab, drafting = self.masker, self.sampler.n_vocab, self._drafting
         return Row(
             self.session,
             logits,
@@ -135,6 +139,8 @@ class Generation:
             self.answer,
             self.ends,
             self.request.min_tokens - self.n_generated,
+            None if drafting is None else drafting.begin(self.sequence),
+            None if masker is None else MaskerAhead(masker, n_vocab),
         )
 
     def add(self, token: int, logprobs: TokenLogprobs | None = None) -> Chunk:
@@ -231,6 +237,8 @@ class Generation:
     def _finish(self) -> Parts:
         """End the answer with what the reader held back."""
         self.is_over = True
+        if self._drafting is not None:
+            self._drafting.end(self.sequence)
         self._parts.append(rest := self._reader.finish())
         return rest
 
@@ -263,7 +271,16 @@ class Generation:
             ahead_saved_s=self.ahead_saved_s,
             image_tokens=n_rows[IMAGE],
             audio_tokens=n_rows[AUDIO],
+            drafts=self._drafts(),
         )
+
+    def _drafts(self) -> DraftStats | None:
+        """What drafts gave; None where there were none."""
+        drafts = None if self._drafting is None else self._drafting.drafts
+        if drafts is None or not drafts.counts.passes:
+            return None
+        counts = drafts.counts
+        return DraftStats(counts.passes, counts.proposed, counts.accepted, dict(counts.by))
 
     def _text_of(self, tokens: Sequence[int], at: int | None) -> str:
         """What tokens say; `at` where they stand in the prompt, None for those of another."""

@@ -34,6 +34,23 @@ class Miss:
 
 
 @dataclass(frozen=True, slots=True)
+class DraftStats:
+    """What drafts gave an answer.
+
+    Args:
+        passes: steps of the model that had a draft.
+        proposed: drafted tokens that were computed.
+        accepted: those of them that were right.
+        by: drafter -> (proposed, accepted); `grammar` stands for what a format forces.
+    """
+
+    passes: int
+    proposed: int
+    accepted: int
+    by: dict[str, tuple[int, int]]
+
+
+@dataclass(frozen=True, slots=True)
 class Stats:
     """Times, token counts and memory of an answer.
 
@@ -61,6 +78,7 @@ class Stats:
         ahead_saved_s: seconds that saved, estimated from the speed at which they were computed.
         image_tokens: tokens of the prompt that are rows of pictures.
         audio_tokens: those that are rows of sound.
+        drafts: what drafts gave; None where there were none.
     """
 
     prompt_tokens: int
@@ -83,6 +101,13 @@ class Stats:
     ahead_saved_s: float = 0.0
     image_tokens: int = 0
     audio_tokens: int = 0
+    drafts: DraftStats | None = None
+
+    @property
+    def tokens_a_pass(self) -> float:
+        """Tokens of the answer for each step of the model: 1 without drafts."""
+        n = self.generated_tokens - (0 if self.drafts is None else self.drafts.accepted)
+        return self.generated_tokens / n if n > 0 else 1.0
 
     @property
     def prefill_tps(self) -> float:

@@ -52,9 +52,10 @@ class Request:
         callable: names of the tools that may be called, of all that the prompt lists; None for
             all, empty for none. A call of another one is text.
         context: tokens that prompt and answer may have together; None for the model's setting,
-            and so for the two below.
+            and so for the two below and `draft`.
         overflow: what happens there: `stop`, or `shift`.
         keep: leading tokens that a shift keeps, besides the system prompt.
+        draft: what proposes tokens (`off`, `lookup`); it changes no answer.
         saved: named KV that the prompt goes on from.
         on_progress: called with (done, all) tokens during a long prefill.
         min_tokens: tokens before which neither an end token may come nor a stop text ends the
@@ -92,6 +93,7 @@ class Request:
     ignore_eos: bool = False
     moved_chars: int = 0
     parallel: bool = True
+    draft: str | None = None
 
     def __post_init__(self) -> None:
         n = self.max_tokens
@@ -115,7 +117,8 @@ class Request:
         if self.callable is not None:
             object.__setattr__(self, "callable", _known(self.callable, self.tools))
         object.__setattr__(self, "stop", StopTexts(self.stop).texts)
-        mlxkv_json.checked({"context": self.context, "overflow": self.overflow, "keep": self.keep})
+        settings = ("context", "overflow", "keep", "draft")
+        mlxkv_json.checked({name: getattr(self, name) for name in settings})
 
     @classmethod
     def of(cls, prompt: Prompt, *, format: Any = None, **options: Any) -> Request:

@@ -41,12 +41,13 @@ def load(
     context: int | None = None,
     overflow: str | None = None,
     keep: int | None = None,
+    draft: str | None = None,
 ) -> LLM:
     """Load a model with its tokenizer.
 
     Arguments that are None come from the environment (`MLXKV_CONTEXT`, `MLXKV_KV_TYPE`,
-    `MLXKV_MEMORY`, `MLXKV_OVERFLOW`, `MLXKV_KEEP`), then from the model's settings file, see
-    `settings`, then from the defaults here.
+    `MLXKV_MEMORY`, `MLXKV_OVERFLOW`, `MLXKV_KEEP`, `MLXKV_DRAFT`), then from the
+    model's settings file, see `settings`, then from the defaults here.
 
     Args:
         model: a directory, a name that `mlxkv list` shows, or a Hugging Face repository.
@@ -58,6 +59,8 @@ def load(
         overflow: at the context's end `stop` (default), or `shift`: drop the oldest tokens behind
             those that are kept, and continue.
         keep: leading tokens that a shift keeps, besides the system prompt; default: 0.
+        draft: what proposes tokens, of which several are checked in one step: lookup (default:
+            what followed the same tokens before) or off. The answer stays the same.
 
     Raises:
         UsageError: no such format, dtype or limit, or a context past the model's own.
@@ -66,7 +69,7 @@ def load(
         OutOfMemory: its weights are over the limit.
         DownloadError: it cannot be downloaded.
     """
-    given = Given(context, kv_type, memory, overflow, keep)
+    given = Given(context, kv_type, memory, overflow, keep, draft=draft)
     path = resolve(str(model))
     return LLM.load(path, effective(path, given), dtype)
 
@@ -90,9 +93,9 @@ class LLM(Runtime):
             kv_from: name of saved KV that the prompt continues, see `save_kv`.
             **options: `max_tokens`, `min_tokens`, `ignore_eos`, `stop`, `truncate`, `format`,
                 `logprobs`, `prompt_logprobs`, `on_progress`, for messages `think`, `tools`,
-                `callable` and `template_options`, `context`, `overflow` and `keep` in place of the
-                model's settings (see `Request`), and the fields of
-                `SamplingParams`, such as `temperature` (0, greedy, by default). `format` is a
+                `callable` and `template_options`, `context`, `overflow`, `keep` and `draft` in
+                place of the model's settings (see `Request`), and the fields of `SamplingParams`,
+                such as `temperature` (0, greedy, by default). `format` is a
                 JSON schema, a pydantic model, a compiled regex, "json" or a `Grammar`. With
                 `recommended` fields that are not set come from the model's generation_config.json.
 

@@ -109,8 +109,8 @@ def _same(*names: str) -> dict[str, str]:
 
 _TEMPLATE = {"template_options": "chat_template_kwargs"}
 _OURS = _same(
-    *PARAMETERS, "model", "logit_bias", "stop", "context", "overflow", "keep", "keep_alive",
-    "think", "tools", "logprobs",
+    *PARAMETERS, "model", "logit_bias", "stop", "context", "overflow", "keep", "draft",
+    "keep_alive", "think", "tools", "logprobs",
 ) | _TEMPLATE  # fmt: skip
 _OPENAI_TOO_LONG = (
     "This model's maximum context length is {limit} tokens, and the prompt has {n}: shorten it"
@@ -131,7 +131,7 @@ RESPONSES = Fields(
 )
 ANTHROPIC = Fields(
     {
-        **_same("model", "max_tokens", "tools"),
+        **_same("model", "max_tokens", "tools", "draft"),
         **_same(*PARAMETERS),
         "stop": "stop_sequences",
         "think": "thinking",
@@ -142,7 +142,7 @@ ANTHROPIC = Fields(
 )
 OLLAMA = Fields(
     {
-        **_same("model", "think", "tools", "format", "truncate", "logprobs", "keep_alive"),
+        **_same("model", "think", "tools", "format", "truncate", "logprobs", "keep_alive", "draft"),
         **_TEMPLATE,
         "quantize": "quantize",
         "overflow": "shift",

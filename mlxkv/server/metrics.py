@@ -120,6 +120,30 @@ def _metrics_of_models(models: Mapping[str, Counts]) -> Iterator[Metric]:
         ("model", "reason"),
         {(model, why): n for model, counts in models.items() for why, n in counts.misses.items()},
     )
+    yield from _draft_metrics(models)
+
+
+def _draft_metrics(models: Mapping[str, Counts]) -> Iterator[Metric]:
+    yield _counter(
+        "mlxkv_draft_passes",
+        "Steps that computed drafted tokens, summed over answers.",
+        ("model",),
+        {(model,): counts.draft_passes for model, counts in models.items()},
+    )
+    yield _counter(
+        "mlxkv_draft_tokens",
+        "Drafted tokens by drafter: proposed, and accepted of those.",
+        ("model", "drafter", "kind"),
+        {
+            (model, drafter, kind): n
+            for model, counts in models.items()
+            for kind, of in (
+                ("proposed", counts.drafted_tokens),
+                ("accepted", counts.accepted_tokens),
+            )
+            for drafter, n in of.items()
+        },
+    )
 
 
 def _counter(

@@ -177,3 +177,21 @@ def ahead_details(stats: Stats) -> dict[str, Any]:
     if not stats.ahead_tokens:
         return {}
     return {"ahead_tokens": stats.ahead_tokens, "ahead_saved_s": stats.ahead_saved_s}
+
+
+def draft_details(answers: Iterable[Stats | None]) -> dict[str, Any]:
+    """What drafts gave some answers together; empty where there were none."""
+    stats = [each for each in answers if each is not None]
+    drafts = [each.drafts for each in stats if each.drafts is not None]
+    if not drafts:
+        return {}
+    by: dict[str, dict[str, int]] = {}
+    for name, (n, right) in [item for each in drafts for item in each.by.items()]:
+        known = by.setdefault(name, {"proposed": 0, "accepted": 0})
+        known["proposed"] += n
+        known["accepted"] += right
+    names = ("passes", "proposed", "accepted")
+    figures = {name: sum(getattr(each, name) for each in drafts) for name in names}
+    n_tokens = sum(each.generated_tokens for each in stats)
+    per_pass = n_tokens / max(1, n_tokens - figures["accepted"])
+    return {"drafts": {**figures, "tokens_per_pass": round(per_pass, 3), "by": by}}

@@ -58,6 +58,7 @@ class Settings:
         overflow: what a sequence does at the context: `stop`, or `shift`, which drops the oldest
             tokens behind the kept ones.
         keep: leading tokens that a shift keeps, besides the system prompt and saved KV.
+        draft: what proposes tokens of answers, of which several are computed at once.
         own_context: the model's own context, which `context` does not pass.
     """
 
@@ -66,18 +67,25 @@ class Settings:
     memory: Setting[int]
     overflow: Setting[str]
     keep: Setting[int]
+    draft: Setting[str]
     own_context: int
 
     def __iter__(self) -> Iterator[Setting[Any]]:
-        return iter((self.context, self.kv_type, self.memory, self.overflow, self.keep))
+        return iter(getattr(self, name) for name in KINDS)
 
-    def asked(self, context: int | None, overflow: str | None, keep: int | None) -> Settings:
+    def asked(
+        self,
+        context: int | None,
+        overflow: str | None,
+        keep: int | None,
+        draft: str | None = None,
+    ) -> Settings:
         """These settings with those of one request.
 
         Raises:
             UsageError: a value out of its range, or a context past the model's own.
         """
-        asked = checked({"context": context, "overflow": overflow, "keep": keep})
+        asked = checked({"context": context, "overflow": overflow, "keep": keep, "draft": draft})
         if "context" in asked:
             _within(asked["context"], None, self.own_context)
         return replace(
@@ -92,6 +100,7 @@ class Given:
     Args:
         memory: bytes, or like "16GiB"; "auto" for what the machine allows.
         origin: `COMMAND_LINE` or `CALLER`.
+        draft: see `Settings`.
 
     Raises:
         UsageError: a value out of its range.
@@ -103,6 +112,7 @@ class Given:
     overflow: str | None = None
     keep: int | None = None
     origin: str = CALLER
+    draft: str | None = None
 
     def __post_init__(self) -> None:
         checked({name: getattr(self, name) for name in KINDS})

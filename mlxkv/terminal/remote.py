@@ -17,7 +17,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from mlxkv.errors import MlxkvError, OutOfMemory, UsageError
-from mlxkv.generation.outputs import Chunk, Miss, Stats, join_parts
+from mlxkv.generation.outputs import Chunk, DraftStats, Miss, Stats, join_parts
 from mlxkv.memory.types import Rung
 from mlxkv.sampling.params import GENERATION_CONFIG, SamplingParams
 from mlxkv.server.client import Server
@@ -34,6 +34,7 @@ _OPTIONS = {"max_tokens": "num_predict"} | {
     field.name: field.name for field in fields(SamplingParams) if field.name != "logit_bias"
 }
 """Option of an answer -> Ollama's name for it."""
+_GIVEN = ("context", "overflow", "keep", "draft")
 
 
 def names_model(server: Server) -> Callable[[str], bool]:
@@ -55,7 +56,7 @@ def names_model(server: Server) -> Callable[[str], bool]:
 class RemoteSpeaker:
     """See `mlxkv.terminal.backend.Speaker`.
 
-    Context, overflow and keep of `given` go with every request.
+    Context, overflow, keep and draft of `given` go with every request.
     """
 
     def __init__(self, server: Server, name: str, given: Given):
@@ -103,7 +104,7 @@ class RemoteSpeaker:
         family = self._shown.get("details", {}).get("family", "?")
         context = self._shown.get("model_info", {}).get(f"{family}.context_length")
         known = f", context {context:,}" if isinstance(context, int) else ""
-        given = {name: getattr(self.given, name) for name in ("context", "overflow", "keep")}
+        given = {name: getattr(self.given, name) for name in _GIVEN}
         return [
             ("model", f"{self.name} ({family}{known})"),
             ("server", str(self.server)),
@@ -179,6 +180,7 @@ class RemoteSpeaker:
             "format": settings.format,
             "truncate": settings.truncate or None,
             "shift": None if given.overflow is None else given.overflow == "shift",
+            "draft": given.draft,
             "options": {name: value for name, value in options.items() if value is not None},
         }
         return {**asked, **{name: value for name, value in body.items() if value is not None}}
@@ -288,6 +290,14 @@ def _stats(line: Mapping[str, Any], first_s: float) -> Stats | None:
             ahead_tokens=cache.get("ahead_tokens", 0),
             ahead_saved_s=cache.get("ahead_saved_s", 0.0),
             rungs=tuple(Rung(**rung) for rung in memory["gave_way"]),
+            drafts=_drafts(cache.get("drafts")),
         )
     except (KeyError, TypeError):
         return None
+
+
+def _drafts(drafts: Mapping[str, Any] | None) -> DraftStats | None:
+    if drafts is None:
+        return None
+    by = {name: (each["proposed"], each["accepted"]) for name, each in drafts["by"].items()}
+    return DraftStats(drafts["passes"], drafts["proposed"], drafts["accepted"], by)

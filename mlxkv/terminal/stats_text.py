@@ -44,7 +44,8 @@ def describe_shift(stats: Stats, context: int | None) -> str:
 
 def stats_dict(stats: Stats) -> dict[str, Any]:
     """The figures of an answer, speeds included."""
-    return asdict(stats) | {"prefill_tps": stats.prefill_tps, "decode_tps": stats.decode_tps}
+    speeds = ("prefill_tps", "decode_tps", "tokens_a_pass")
+    return asdict(stats) | {name: getattr(stats, name) for name in speeds}
 
 
 def describe_stats(stats: Stats) -> str:
@@ -54,6 +55,9 @@ def describe_stats(stats: Stats) -> str:
         ("answer", f"{stats.generated_tokens:,} tokens, {stats.decode_tps:.1f} tokens/s"),
         ("first token", f"{stats.first_token_s:.2f} s"),
     ]
+    if (drafts := stats.drafts) is not None:
+        by = ", ".join(f"{name} {right:,} of {n:,}" for name, (n, right) in drafts.by.items())
+        rows.append(("drafts", f"{stats.tokens_a_pass:.2f} tokens a pass; right: {by}"))
     if stats.peak_bytes is not None:
         rows.append(("peak memory", human_bytes(stats.peak_bytes)))
     return "\n".join(f"{name:<12} {text}" for name, text in rows)

@@ -530,7 +530,7 @@ def test_an_answer_goes_on_while_another_model_is_loaded(models, engine, load_st
         assert tokens(short) == alone(models["gemma3"], "hello")
         assert len(seen) > 20
         between = [b - a for a, b in itertools.pairwise(seen)]
-        assert between == [1] * len(between)  # a token at each step
+        assert min(between) >= 1  # a token at each step, more where a draft is right
         long.cancel()
 
     asyncio.run(run())

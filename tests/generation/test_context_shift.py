@@ -17,6 +17,7 @@ from mlxkv.errors import ContextExceeded, UsageError
 from mlxkv.generation.context_shift import Bound, most_kept, n_dropped
 from mlxkv.generation.decoder import Row, decode
 from mlxkv.generation.session import Session, n_shared
+from mlxkv.kv.layout import Positions
 from mlxkv.llm.llm import LLM
 from mlxkv.sampling.params import SamplingParams
 from mlxkv.sampling.sampler import Sampler
@@ -55,6 +56,9 @@ def watch(llm: LLM) -> list[range]:
 
     def last_logits(tokens: mx.array, caches: Any) -> mx.array:
         start = caches[0].offset
+        if isinstance(start, Positions):  # with a draft
+            computed.append(range(start.of[0], start.of[-1] + 1))
+            return real(tokens, caches)
         computed.append(range(start, start + tokens.shape[1]))
         return real(tokens, caches)
 

@@ -9,12 +9,14 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
+from mlxkv.base import device
 from mlxkv.generation.decoder import Decoder, RowResult
 from mlxkv.generation.drafts.drafter import Proposal
 from mlxkv.generation.drafts.pace import Costs
 from mlxkv.generation.session import Session
 from mlxkv.generation.speculate import Drafts
 from mlxkv.kv.types import KV_TYPES, STEP
+from mlxkv.nn import kernels
 from mlxkv.nn.model import CausalLM
 from mlxkv.sampling.params import SamplingParams
 from tests.generation.test_decoder import GREEDY, KINDS, Request, every_family, load
@@ -80,11 +82,6 @@ def drawn(
     if row.drafts is not None:
         assert row.drafts.counts.proposed > 0
     return row.session, found
-
-
-def held(session: Session) -> list[list[mx.array]]:
-    """What each cache holds, in temporal order."""
-    return [list(c.read(c.first, c.offset).arrays) for c in session.caches]  # pyright: ignore
 
 
 @every_family
@@ -155,3 +152,19 @@ def test_an_answer_that_ends_inside_a_draft_keeps_its_own_tokens(name: str, fold
         assert session.tokens == [*request.prompt, *answer[:n_end]][: session.n_held]
         assert len(session.tokens) >= STEP - 10 + n_end - 1
         assert {cache.offset for cache in session.caches} == {len(session.tokens)}
+
+
+@pytest.mark.parametrize("kv_type", KV_TYPES)
+def test_with_the_kernels_logits_and_kv_are_the_undrafted_ones_bit_for_bit(kv_type: str, folder):
+    if not (device.on_cpu() and kernels.kernels()):
+        pytest.skip("there are no kernels")
+    model = load(folder, "llama-gqa")
+    request = Request(tuple(random_tokens(20, 96, seed=4)), KINDS[3], N, kv_type)
+    session, results = alone(model, request, n_logprobs=1)
+    answer = [result.token or 0 for result in results]
+    drafted, found = drawn(model, request, Oracle(answer, 0.3), n_logprobs=1)
+    assert [result.logprob for result in found] == [result.logprob for result in results]
+    n = min(session.n_held, drafted.n_held)
+    for ours, theirs in zip(drafted.caches, session.caches, strict=True):
+        for a, b in zip(ours.read(0, n).arrays, theirs.read(0, n).arrays, strict=True):
+            assert mx.array_equal(a, b)

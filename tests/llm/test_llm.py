@@ -17,6 +17,7 @@ from mlxkv.generation.session import Restored, Session
 from mlxkv.llm.llm import LLM
 from tests.support.chat_templates.cases import TEMPLATES
 from tests.support.command_line import TEMPLATE, chat_model
+from tests.support.scripted import said
 
 THINK = ("<think>", "</think>")
 HARMONY = (
@@ -56,12 +57,8 @@ class Scripted(LLM):
         real = self.model.last_logits
 
         def last_logits(tokens: mx.array, caches: Any) -> mx.array:
-            real_logits = real(tokens, caches)
-            at = caches[0].offset - len(self.prompts[-1])
-            if at < 0 or at >= len(self.script):  # inside the prompt, or one step ahead
-                return real_logits
-            one = mx.arange(self.config.vocab_size) == self.script[at]
-            return mx.where(one, 100.0, real_logits * 0)
+            n_prompt, n_vocab = len(self.prompts[-1]), self.config.vocab_size
+            return said(real, tokens, caches, n_prompt, self.script, n_vocab)
 
         self.model.last_logits = last_logits  # pyright: ignore[reportAttributeAccessIssue]
 

@@ -319,6 +319,12 @@ def test_where_no_tool_may_be_called_the_prompt_lists_them_all_the_same(client, 
     assert engine.last.request.callable == ()
 
 
+def test_a_drafter_is_as_asked_and_one_of_those_there_are(address, engine):
+    assert post(address, draft="off").status_code == 200
+    assert engine.last.request.draft == "off"
+    assert "draft" in refused(address, draft="best")
+
+
 def test_chat_template_kwargs_are_variables_of_the_template(address, engine):
     assert post(address, chat_template_kwargs={"enable_thinking": False}).status_code == 200
     assert engine.last.request.template_options == {"enable_thinking": False}

@@ -85,6 +85,10 @@ def test_metrics_are_the_engines_figures(url, engine):
         ("mlxkv_misses_total", MODEL, "diverged"): 3,
         ("mlxkv_misses_total", MODEL, "dropped"): 1,
     }
+    expected["mlxkv_draft_passes_total", MODEL] = counts.draft_passes
+    for kind, of in (("proposed", counts.drafted_tokens), ("accepted", counts.accepted_tokens)):
+        for drafter, n in of.items():
+            expected["mlxkv_draft_tokens_total", drafter, kind, MODEL] = n
     expected["mlxkv_next_turn_saved_seconds_total", MODEL] = counts.next_turn_saved_s
     expected["mlxkv_fetched_bytes_total", MODEL] = counts.fetched_bytes
     expected["mlxkv_fetch_saved_seconds_total", MODEL] = counts.fetch_saved_s

@@ -253,8 +253,8 @@ def test_truncate_and_shift_are_as_asked(address, engine):
     body = {"model": MODEL, "messages": HELLO, "stream": False, "truncate": True, "shift": True}
     post(address, "/api/chat", body)
     assert options_of(engine.last) == {"truncate": True, "overflow": "shift"}
-    post(address, "/api/chat", {**body, "truncate": False, "shift": False})
-    assert options_of(engine.last) == {"overflow": "stop"}
+    post(address, "/api/chat", {**body, "truncate": False, "shift": False, "draft": "off"})
+    assert options_of(engine.last) == {"overflow": "stop", "draft": "off"}
 
 
 def test_log_probabilities_come_with_their_tokens(client, address, engine):

@@ -187,6 +187,7 @@ class TestChat:
             "context": 2048,
             "overflow": "shift",
             "keep": 4,
+            "draft": "off",
             "keep_alive": "1h30m",
             "think": False,
         }
@@ -219,6 +220,7 @@ class TestChat:
             "context": 2048,
             "overflow": "shift",
             "keep": 4,
+            "draft": "off",
             "think": False,
         }
         assert server.engine.last.keep_alive_s == 5400

@@ -30,6 +30,7 @@ SAID: dict[str, tuple[Any, str, Any, Any]] = {
     "memory": ("1GiB", "2GiB", "3GiB", device.memory_limit()),
     "overflow": ("shift", "stop", "shift", "stop"),
     "keep": (1, "2", 3, 0),
+    "draft": ("off", "lookup", "off", "lookup"),
 }
 NOBODY = {"context": "config.json", "memory": "machine"}
 GIB = 1 << 30
@@ -103,13 +104,21 @@ def test_nobody_says_anything(model):
         "memory": (device.memory_limit(), "machine"),
         "overflow": ("stop", "default"),
         "keep": (0, "default"),
+        "draft": ("lookup", "default"),
     }
 
 
 def test_a_request_goes_before_all_others(model, monkeypatch):
     monkeypatch.setenv("MLXKV_CONTEXT", "200")
     found = effective(model, Given(overflow="shift")).asked(100, None, 4)
-    assert [s.origin for s in found] == [REQUEST, "default", "machine", CALLER, REQUEST]
+    assert [s.origin for s in found] == [
+        REQUEST,
+        "default",
+        "machine",
+        CALLER,
+        REQUEST,
+        "default",
+    ]
     assert (found.context.value, found.overflow.value, found.keep.value) == (100, "shift", 4)
 
 

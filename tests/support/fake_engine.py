@@ -186,6 +186,8 @@ class FakeEngine:
 
     def stats(self, owner: str | None = None) -> EngineStats:
         counts = Counts(9, 5, 2, 1, 1000, 500, 200, 300, 80, {"diverged": 3, "dropped": 1}, 40)
+        counts.draft_passes, counts.drafted_tokens = 4, {"lookup": 12}
+        counts.accepted_tokens = {"lookup": 7}
         memory = {"weights": 4000, "kv_used": 300, "kv_allocated": 512, "pages": 256}
         memory |= {"active": 5000, "cached": 100, "peak": 6000, "limit": 10_000}
         return EngineStats(1, 2, 4, {MODEL: counts}, memory)

@@ -9,6 +9,32 @@ import mlx.core as mx
 
 from mlxkv.engine.runtime import Runtime
 from mlxkv.generation.session import Restored, Session
+from mlxkv.kv.layout import Positions
+
+
+def said(
+    real: Any, tokens: mx.array, caches: Any, n_prompt: int, answer: Sequence[int], n_vocab: int
+) -> mx.array:
+    """Logits of `real(tokens, caches)`, but those of the answer's own where it is said.
+
+    Args:
+        real: a model's `last_logits`.
+        tokens: its argument; a row for each token where a draft is computed.
+        caches: its argument.
+        n_prompt: tokens before the answer.
+        answer: what is said behind them.
+        n_vocab: width of the logits.
+    """
+    offset, logits = caches[0].offset, real(tokens, caches)
+    last = offset.of if isinstance(offset, Positions) else (offset + tokens.shape[1] - 1,)
+    rows = []
+    for row, position in enumerate(last):
+        at = position + 1 - n_prompt
+        own = logits[row : row + 1]
+        if 0 <= at < len(answer):  # not inside the prompt, nor one step ahead
+            own = mx.where(mx.arange(n_vocab) == answer[at], 100.0, own * 0)
+        rows.append(own)
+    return mx.concatenate(rows)
 
 
 def script(runtime: Runtime, answers: Iterable[str]) -> list[list[int]]:
@@ -26,12 +52,10 @@ def script(runtime: Runtime, answers: Iterable[str]) -> list[list[int]]:
     real = model.last_logits
 
     def last_logits(tokens: mx.array, caches: Any = None) -> mx.array:
-        logits = real(tokens, caches)
-        at = caches[0].offset - len(prompts[-1]) if prompts else -1
-        if not 0 <= at < len(current):  # inside the prompt, or one step ahead
-            return logits
-        one = mx.arange(runtime.config.vocab_size) == current[at]
-        return mx.where(one, 100.0, logits * 0)
+        if not prompts:
+            return real(tokens, caches)
+        n_prompt, n_vocab = len(prompts[-1]), runtime.config.vocab_size
+        return said(real, tokens, caches, n_prompt, current, n_vocab)
 
     def session(owner: str = "") -> Session:
         made = open_session(owner)

@@ -469,12 +469,12 @@ def test_what_is_set_arrives_and_what_is_not_does_not(fake, engine, speaker):
         max_tokens=9, temperature=0.5, top_k=4, top_p=0.75, min_p=0.25, repeat_penalty=1.5, seed=6,
         stop=("a", "b"), truncate=True, think="low", format={"type": "object"},
     )  # fmt: skip
-    given = Given(context=64, overflow="shift", keep=3)
+    given = Given(context=64, overflow="shift", keep=3, draft="off")
     list(RemoteSpeaker(fake[1], MODEL, given).stream(MESSAGES, every))
     assert options_of(engine.last) == {
         "max_tokens": 9, "temperature": 0.5, "top_k": 4, "top_p": 0.75, "min_p": 0.25,
         "repeat_penalty": 1.5, "seed": 6, "stop": ["a", "b"], "truncate": True, "think": "low",
-        "context": 64, "overflow": "shift", "keep": 3,
+        "context": 64, "overflow": "shift", "keep": 3, "draft": "off",
     }  # fmt: skip
     assert engine.last.request.format == Grammar("json_schema", '{"type": "object"}')
     list(

@@ -7,7 +7,6 @@ the most tokens before it in common, and of these the latest.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -25,6 +24,8 @@ LONGEST = 32
 """Tokens before a place that are compared."""
 KINDS = (4, 6, 10, 18, LONGEST)
 """Tokens in common below which a proposal is of the first, second ... kind."""
+MOST_TEXTS = 6
+"""Indices of earlier sequences, each of which a lookup goes through."""
 PAST_TOKENS = 2**17
 """Tokens of earlier sequences that are kept for an owner."""
 _BITS = 21
@@ -59,37 +60,34 @@ class Ngrams:
 
 
 class PastTokens:
-    """Tokens of an owner's earlier sequences, the latest `PAST_TOKENS`."""
+    """Tokens of an owner's earlier sequences, the latest `PAST_TOKENS`.
+
+    Each has an index of its own until there are `MOST_TEXTS`; then they get one together.
+    """
 
     def __init__(self, most: int = PAST_TOKENS):
         self._most = most
-        self._sequences: OrderedDict[tuple[int, ...], None] = OrderedDict()
-        self._n = 0
-        self._index: Ngrams | None = None
+        self._sequences: list[tuple[int, ...]] = []
+        self.texts: list[Ngrams] = []
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens that are kept."""
+        return sum(map(len, self._sequences))
 
     def add(self, tokens: Sequence[int]) -> None:
         """A sequence that has ended: prompt and answer. One that it goes on from is dropped."""
         new = tuple(tokens[-self._most :])
-        for old in list(self._sequences):
-            if len(old) <= len(new) and new[: len(old)] == old:
-                del self._sequences[old]
-                self._n -= len(old)
-        self._sequences[new] = None
-        self._n += len(new)
-        while self._n > self._most:
-            old, _ = self._sequences.popitem(last=False)
-            self._n -= len(old)
-        self._index = None
-
-    def index(self) -> Ngrams:
-        """All of them, made once after each that is added; sequences are apart."""
-        if self._index is None:
-            self._index = Ngrams([token for one in self._sequences for token in (*one, -1)])
-        return self._index
-
-    def sequences(self) -> list[tuple[int, ...]]:
-        """What is kept, the oldest first."""
-        return list(self._sequences)
+        if len(new) <= GRAM:
+            return
+        kept = [old for old in self._sequences if new[: len(old)] != old]
+        self._sequences = [*kept, new]
+        while self.n_tokens > self._most:
+            del self._sequences[0]
+        if len(self.texts) < MOST_TEXTS:
+            self.texts.append(Ngrams(new))
+        else:
+            self.texts = [Ngrams([token for one in self._sequences for token in (*one, -1)])]
 
 
 class Lookup:
@@ -103,9 +101,10 @@ class Lookup:
     name = "lookup"
 
     def __init__(self, tokens: Sequence[int], past: PastTokens | None = None):
-        self._tokens = list(tokens)
-        self._prompt = Ngrams(tokens)
-        self._past = None if past is None else past.index()
+        self._tokens, self._n_prompt = list(tokens), len(tokens)
+        # Made when it is first asked for: the first token does not wait for it.
+        self._prompt: Ngrams | None = None
+        self._past = [] if past is None else list(past.texts)
         self._own: dict[int, list[int]] = {}
 
     def add(self, token: int) -> None:
@@ -136,11 +135,11 @@ class Lookup:
 
     def _places(self, key: int) -> list[tuple[list[int], list[int]]]:
         """Texts with the places in them, this sequence first."""
+        if self._prompt is None:
+            self._prompt = Ngrams(self._tokens[: self._n_prompt])
         own = [*self._prompt.places(key), *self._own.get(key, ())]
         found = [(self._tokens, own[-MOST_PLACES:])]
-        if self._past is not None:
-            found.append((self._past.tokens, self._past.places(key)))
-        return found
+        return found + [(text.tokens, text.places(key)) for text in reversed(self._past)]
 
 
 def _key(tokens: Sequence[int]) -> int:

@@ -24,7 +24,7 @@ from mlxkv.server import sse
 from mlxkv.server.anthropic.fields import MessagesRequest
 from mlxkv.server.anthropic.messages import CALL_PREFIX
 from mlxkv.server.errors import ANTHROPIC, anthropic_error, failure_of
-from mlxkv.server.results import AnswerState, broken_calls, details, new_id
+from mlxkv.server.results import AnswerState, broken_calls, details, draft_details, new_id
 
 PING = sse.event({"type": "ping"}, "ping")
 Kind = Literal["thinking", "text"]
@@ -103,6 +103,7 @@ class Reply:
             "cache_read_input_tokens": stats.restored_tokens,
             "output_tokens": stats.generated_tokens,
             "prompt_cache": details(stats),
+            **draft_details([stats]),
         }
 
     async def whole(self, answer: Answer) -> dict[str, Any]:

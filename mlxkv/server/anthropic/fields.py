@@ -221,6 +221,7 @@ class MessagesRequest(CountRequest, sampled(_SAMPLING)):
     """A conversation to be answered."""
 
     max_tokens: Count
+    draft: Literal["off", "lookup"] | None = None
     stream: bool | None = None
     stop_sequences: StopTexts | None = None
     metadata: Annotated[Metadata | None, NoEffect()] = None

@@ -70,5 +70,6 @@ def _ask(body: CountRequest, model: LocalModel, owner: str, **options: Any) -> A
 def _sampling(body: MessagesRequest) -> dict[str, Any]:
     return body.sampling() | {
         "max_tokens": body.max_tokens,
+        "draft": body.draft,
         "stop": body.stop_sequences or None,
     }

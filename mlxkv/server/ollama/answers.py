@@ -22,7 +22,13 @@ from mlxkv.generation.outputs import Chunk, Stats, TokenLogprobs
 from mlxkv.parsers.events import ToolCall
 from mlxkv.server import sse
 from mlxkv.server.errors import OLLAMA, failure_of, ollama_error
-from mlxkv.server.results import ahead_details, broken_calls, logprob_fields, media_details
+from mlxkv.server.results import (
+    ahead_details,
+    broken_calls,
+    draft_details,
+    logprob_fields,
+    media_details,
+)
 
 NDJSON = "application/x-ndjson"
 
@@ -154,6 +160,7 @@ def _figures(stats: Stats) -> dict[str, Any]:
             **({"moved_chars": stats.moved_chars} if stats.moved_chars else {}),
             **media_details(stats),
             **ahead_details(stats),
+            **draft_details([stats]),
         },
         "memory": {
             "kv_bytes": stats.kv_bytes,

@@ -129,6 +129,7 @@ class Answered(Named):
     )
     truncate: bool | None = None
     shift: bool | None = None
+    draft: Literal["off", "lookup"] | None = None
     logprobs: bool | None = None
     top_logprobs: TopLogprobs | None = None
 
@@ -164,6 +165,7 @@ class Answered(Named):
             "think": self.think,
             "format": self.grammar(),
             "template_options": self.chat_template_kwargs or None,
+            "draft": self.draft,
         }
 
     def grammar(self) -> Grammar | None:

@@ -88,6 +88,7 @@ class Sampling(Common, sampled({name: name for name in PARAMETERS} | GENERATION_
     context: Count | None = None
     overflow: Literal["stop", "shift"] | None = None
     keep: Whole | None = None
+    draft: Literal["off", "lookup"] | None = None
     keep_alive: Real | str | None = None
 
     def sampling_options(self) -> dict[str, Any]:
@@ -99,6 +100,7 @@ class Sampling(Common, sampled({name: name for name in PARAMETERS} | GENERATION_
             "context": self.context,
             "overflow": self.overflow,
             "keep": self.keep,
+            "draft": self.draft,
         }
 
 

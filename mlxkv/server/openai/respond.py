@@ -17,7 +17,7 @@ from mlxkv.server.config import ServerConfig
 from mlxkv.server.media.read import with_media
 from mlxkv.server.model_names import LocalModel, present
 from mlxkv.server.requests import apply_rules
-from mlxkv.server.results import AnswerState, details, logprob_fields
+from mlxkv.server.results import AnswerState, details, draft_details, logprob_fields
 
 
 class Reply(Protocol):
@@ -127,6 +127,7 @@ def usage(answers: Sequence[AnswerState], n_each: int = 1) -> dict[str, Any]:
         "total_tokens": n_prompt + n_answer,
         "prompt_tokens_details": first,
         "completion_tokens_details": {
-            "reasoning_tokens": sum(each.n_reasoning for each in answers)
+            "reasoning_tokens": sum(each.n_reasoning for each in answers),
+            **draft_details(each.stats for each in answers),
         },
     }

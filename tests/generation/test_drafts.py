@@ -1,0 +1,108 @@
+"""What is proposed, and how much of it is worth a pass."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+
+from mlxkv.generation.drafts.drafting import Drafting
+from mlxkv.generation.drafts.lookup import GRAM, Lookup, PastTokens
+from mlxkv.generation.drafts.pace import BACKOFF, Chance, Costs, Rates, drafted
+
+
+def proposed(lookup: Lookup, most: int = 9) -> list[int]:
+    found = lookup.propose(most)
+    return [] if found is None else found.tokens
+
+
+def test_what_followed_the_longest_common_run_is_proposed():
+    lookup = Lookup([9, 1, 2, 3, 40, 8, 1, 2, 3, 50, 7, 1, 2, 3, 60, 0, 8, 1, 2, 3])
+    assert proposed(lookup, 3) == [50, 7, 1]
+    for token in (50, 7, 1, 2, 3):  # now the latest is the longest
+        lookup.add(token)
+    assert proposed(lookup, 2) == [60, 0]
+
+
+def test_of_equal_runs_the_latest_is_proposed_and_a_loop_goes_on():
+    assert proposed(Lookup([1, 2, 3, 4, 0, 1, 2, 3, 5, 0, 0, 1, 2, 3]), 1) == [5]
+    lookup = Lookup([7])
+    for token in (1, 2, 1, 2, 1, 2):
+        lookup.add(token)
+    assert proposed(lookup, 5) == [1, 2, 1, 2, 1]
+
+
+def test_media_are_in_no_proposal():
+    assert proposed(Lookup([1, 2, 3, 4, -5, 6, 1, 2, 3])) == [4]
+    assert proposed(Lookup([-1, 2, 3, 4, -1, 2, 3])) == []
+    assert proposed(Lookup(range(GRAM - 1))) == []
+
+
+def test_earlier_answers_of_the_same_owner_are_looked_up_and_of_no_other():
+    drafting = Drafting()
+    drafting.of_answer("one").end([1, 2, 3, 4, 5])
+    assert drafting.of_answer("one").begin([1, 2, 3]).propose(9).tokens == [4, 5]  # pyright: ignore
+    assert drafting.of_answer("two").begin([1, 2, 3]).propose(9) is None
+
+
+def test_what_is_kept_of_earlier_answers_is_bounded():
+    past = PastTokens(most=100)
+    for i in range(50):
+        past.add([i, *range(1000 + 10 * i, 1010 + 10 * i)])
+        assert past.n_tokens <= 100
+        assert sum(len(text.tokens) for text in past.texts) <= 2 * 100 + 20
+    assert proposed(Lookup([1490, 1491, 1492], past), 2) == [1493, 1494]
+    past.add([*range(40)])
+    past.add([*range(50)])
+    assert past.n_tokens <= 100 - 11 + 50
+    assert tuple(range(40)) not in past._sequences
+
+
+def measured(*seconds: float, n_rows: int = 1) -> Costs:
+    costs = Costs()
+    for i, each in enumerate(seconds):
+        costs.record(n_rows, n_rows + i, each)
+    return costs
+
+
+@pytest.mark.parametrize(
+    ("right", "n"), [(0.0, 0), (0.2, 0), (0.5, 2), (0.9, 4), (1.0, 4)], ids=str
+)
+def test_as_many_are_drafted_as_give_the_most_tokens_a_second(right: float, n: int):
+    costs = measured(1.0, 1.25, 1.4, 1.5, 1.6, 9.0)
+    assert drafted([Chance(5, right)], costs, most=8) == [n]
+
+
+def test_rows_share_what_a_pass_may_have_by_what_they_promise():
+    costs = measured(1.0, *[1.0] * 8, n_rows=3)
+    assert drafted([Chance(), Chance(4, 0.9), Chance(4, 0.5)], costs, most=8) == [0, 4, 1]
+    assert drafted([Chance(9, 1.0)] * 3, costs, most=3) == [0, 0, 0]
+
+
+def test_a_slow_outlier_counts_little():
+    costs = measured(1.0, 1.1)
+    costs.record(1, 2, 100.0)
+    assert costs.seconds(1, 2) == pytest.approx(1.1 * 1.15)
+    assert costs.seconds(2, 2) is None
+
+
+def test_what_is_not_drafted_is_tried_again_ever_more_seldom():
+    rates, kind, tries = Rates(), ("lookup", 1), []
+    for i in range(20 * BACKOFF):
+        if rates.is_due(kind):
+            tries.append(i)
+            rates.record(kind, 0, 1)
+    gaps = [b - a for a, b in pairwise(tries)]
+    assert gaps[0] > BACKOFF
+    assert all(b > 1.9 * a for a, b in pairwise(gaps))
+    assert rates.right(kind) < 0.3
+    rates.record(kind, 3, 3)
+    assert not any(rates.is_due(kind) for _ in range(BACKOFF))
+
+
+def test_a_text_learns_from_those_before_it():
+    model = Rates()
+    first = Rates(model)
+    for _ in range(40):
+        first.record(("lookup", 2), 0, 4)
+    assert Rates(model).right(("lookup", 2)) < 0.05
