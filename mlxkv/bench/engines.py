@@ -112,7 +112,9 @@ class Mlxkv:
         return self._several(prompts, n_answer)
 
     def _one(self, prompt: Sequence[int], n_answer: int) -> Iterator[int]:
-        for chunk in self._llm.stream(list(prompt), max_tokens=n_answer, temperature=0.0, draft="off"):
+        for chunk in self._llm.stream(
+            list(prompt), max_tokens=n_answer, temperature=0.0, draft="off"
+        ):
             if chunk.error is not None:
                 raise chunk.error
             if chunk.stats is not None and chunk.stats.restored_tokens:

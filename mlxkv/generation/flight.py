@@ -17,7 +17,7 @@ from mlxkv.sampling.sampler import AnswerIds, Recent, Sampler
 if TYPE_CHECKING:
     import numpy as np
 
-    from mlxkv.generation.speculate import Drafts, LookAhead
+    from mlxkv.generation.drafts.drafts import Drafts, LookAhead
 
 Allowed = Callable[[Sequence[int]], "np.ndarray | None"]
 """The answer's tokens so far -> which may come next, bool `[V]` with at least one; None: any."""

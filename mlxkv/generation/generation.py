@@ -13,13 +13,13 @@ from mlxkv.errors import KVCacheFull
 from mlxkv.generation.asleep import Asleep, Written
 from mlxkv.generation.context_shift import Bound
 from mlxkv.generation.drafts.drafting import AnswerDrafting
+from mlxkv.generation.drafts.drafts import MaskerAhead
 from mlxkv.generation.flight import Row
 from mlxkv.generation.outputs import Chunk, DraftStats, Parts, Stats, TokenLogprobs, join_parts
 from mlxkv.generation.prompt_logprobs import PromptLogprobs, answer_logprobs
 from mlxkv.generation.reader import AnswerReader
 from mlxkv.generation.request import Request
 from mlxkv.generation.session import Restored, Session
-from mlxkv.generation.speculate import MaskerAhead
 from mlxkv.generation.stats import Clock
 from mlxkv.media.prompt import NO_MEDIA, PromptMedia
 from mlxkv.media.types import AUDIO, IMAGE

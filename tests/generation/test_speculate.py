@@ -12,9 +12,9 @@ import pytest
 from mlxkv.base import device
 from mlxkv.generation.decoder import Decoder, RowResult
 from mlxkv.generation.drafts.drafter import Proposal
+from mlxkv.generation.drafts.drafts import Drafts
 from mlxkv.generation.drafts.pace import Costs
 from mlxkv.generation.session import Session
-from mlxkv.generation.speculate import Drafts
 from mlxkv.kv.types import KV_TYPES, STEP
 from mlxkv.nn import kernels
 from mlxkv.nn.model import CausalLM

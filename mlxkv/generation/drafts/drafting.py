@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from mlxkv.generation.drafts.drafts import Drafts
 from mlxkv.generation.drafts.lookup import Lookup, PastTokens
 from mlxkv.generation.drafts.pace import Costs, Rates
-from mlxkv.generation.speculate import Drafts
 
 
 class Drafting:

@@ -1,0 +1,91 @@
+"""The drafts of one answer: who proposes them, what its grammar says of them, how they went."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from mlxkv.generation.drafts.drafter import Drafter, Proposal
+from mlxkv.generation.drafts.pace import Counts, Rates
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from mlxkv.sampling.grammar import Masker
+
+GRAMMAR = "grammar"
+"""The name under which tokens that a grammar forces are counted."""
+
+
+class LookAhead(Protocol):
+    """What a grammar says of tokens to come; it stays where it is."""
+
+    def forced(self) -> list[int]:
+        """Tokens that come next whatever is chosen, as far as that is known cheaply."""
+        ...
+
+    def masks(self, draft: Sequence[int]) -> list[np.ndarray | None]:
+        """What may come in place of the first token, and behind each token of a draft.
+
+        As many as tokens of the draft may come, and one more: bool `[V]`, None for anything.
+        """
+        ...
+
+
+class MaskerAhead:
+    """`LookAhead` of a masker.
+
+    Args:
+        masker: of the answer.
+        n_vocab: V.
+    """
+
+    def __init__(self, masker: Masker, n_vocab: int):
+        self._masker, self._n_vocab = masker, n_vocab
+
+    def forced(self) -> list[int]:
+        return [token for token in self._masker.forced() if token < self._n_vocab]
+
+    def masks(self, draft: Sequence[int]) -> list[np.ndarray | None]:
+        fork = self._masker.fork()
+        found = [fork.allowed(self._n_vocab)]
+        for token in draft:
+            if not found[-1][token]:
+                break
+            fork.advance(token)
+            if fork.finished:  # the answer ends with it
+                break
+            found.append(fork.allowed(self._n_vocab))
+        return [*found]
+
+
+class Drafts:
+    """What proposes the next tokens of one answer, and how that went.
+
+    Args:
+        drafters: asked in this order; the first proposal is taken.
+        rates: how often proposals are right in this text.
+    """
+
+    def __init__(self, drafters: Sequence[Drafter], rates: Rates | None = None):
+        self._drafters = drafters
+        self.rates = Rates() if rates is None else rates
+        self.counts = Counts()
+
+    def add(self, token: int) -> None:
+        """A token was given out."""
+        for drafter in self._drafters:
+            drafter.add(token)
+
+    def propose(self, most: int) -> Proposal | None:
+        """What may come next, at most so many tokens."""
+        for drafter in self._drafters:
+            if (found := drafter.propose(most)) is not None:
+                return found
+        return None
+
+    def record(self, proposal: Proposal, n_proposed: int, n_right: int) -> None:
+        """Of a proposal so many tokens were computed, and so many came."""
+        self.counts.add(proposal.by, n_proposed, n_right)
+        if proposal.by != GRAMMAR:
+            self.rates.record((proposal.by, proposal.kind), n_right, n_proposed)
