@@ -173,8 +173,6 @@ class Decoder:
                     self._leave(lane)
                 else:
                     self._give(lane, drawn.token)
-                    if not lane.queue and not lane.gone:
-                        lane.ready = mx.array([drawn.token])
                 yield RowResult(
                     row, drawn.token, drawn.error, drawn.logprob, drawn.top[: row.n_logprobs]
                 )

@@ -21,6 +21,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, cast
 
 import mlx.core as mx
@@ -28,7 +29,7 @@ import mlx.core as mx
 from mlxkv.base import device
 from mlxkv.errors import contained
 from mlxkv.generation.drafts.drafter import Proposal
-from mlxkv.generation.drafts.drafts import GRAMMAR, Drafts
+from mlxkv.generation.drafts.drafts import GRAMMAR, Drafts, LookAhead
 from mlxkv.generation.drafts.pace import Chance, Costs, drafted
 from mlxkv.generation.flight import Drawn, Flight, Lane, error_of, history, settle
 from mlxkv.kv.types import STEP, ceil_step
@@ -78,7 +79,10 @@ class Speculation:
     def __init__(self, model: CausalLM, costs: Costs | None = None):
         self._model = model
         self.costs = Costs() if costs is None else costs
-        self._stable = model.stable_tokens
+
+    @cached_property
+    def _stable(self) -> int | None:
+        return self._model.stable_tokens
 
     def plan(self, lanes: Sequence[Lane]) -> dict[Lane, Proposal]:
         """What is worth drafting for rows that decode together; empty for nothing."""
@@ -115,7 +119,7 @@ class Speculation:
         most = self._most(lane)
         if most < 1:
             return None
-        if row.look_ahead is not None and (forced := row.look_ahead.forced()):
+        if row.look_ahead is not None and (forced := _forced(row.look_ahead)):
             return Proposal(forced[:most], GRAMMAR)
         return row.drafts.propose(most)
 
@@ -195,7 +199,8 @@ class Speculation:
             return _Row(lane, draft, [None] * (1 + len(draft)), n_held)
         try:
             masks = lane.row.look_ahead.masks(proposal.tokens)
-        except Exception:  # said when it is this token's turn
+        except BaseException as error:  # said when it is this token's turn
+            contained(error)
             masks = []
         draft = proposal.tokens[: max(0, len(masks) - 1)]
         if not draft and proposal.by != GRAMMAR:
@@ -248,6 +253,7 @@ class Speculation:
                 lane.n_drawn += 1
                 lane.row.sampler.take(1)
                 if j == len(row.draft) or values[place] != row.draft[j]:
+                    lane.ready = mx.array(values[place : place + 1], mx.uint32)
                     break
                 n_right += 1
             if row.draft:
@@ -258,6 +264,14 @@ class Speculation:
 def _drafts(lane: Lane) -> Drafts:
     assert lane.row.drafts is not None
     return lane.row.drafts
+
+
+def _forced(look_ahead: LookAhead) -> list[int]:
+    try:
+        return look_ahead.forced()
+    except BaseException as error:  # its mask says what is wrong
+        contained(error)
+        return []
 
 
 def _take_back(lane: Lane, n_tokens: int) -> None:
