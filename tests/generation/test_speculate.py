@@ -10,19 +10,29 @@ import mlx.core as mx
 import pytest
 
 from mlxkv.base import device
-from mlxkv.generation.decoder import Decoder, RowResult
+from mlxkv.generation.decoder import Decoder, Row, RowResult, decode
 from mlxkv.generation.drafts.drafter import Proposal
 from mlxkv.generation.drafts.drafts import Drafts
 from mlxkv.generation.drafts.pace import Costs
 from mlxkv.generation.session import Session
+from mlxkv.generation.speculate import Speculation
 from mlxkv.kv.types import KV_TYPES, STEP
 from mlxkv.nn import kernels
 from mlxkv.nn.model import CausalLM
-from mlxkv.sampling.params import SamplingParams
+from mlxkv.prefix.open import open_pages
 from tests.generation.test_decoder import GREEDY, KINDS, Request, every_family, load
 from tests.support.tiny import tokens as random_tokens
 
 N = 24
+MIXED = (
+    "llama-gqa",
+    "mistral-sliding",
+    "gemma4-e2b",
+    "gemma2-text",
+    "glm4-moe-lite-plain",
+    "gpt-oss-plain",
+)
+"""Families whose layers differ in what they do with keys and values."""
 
 
 @pytest.fixture(scope="module")
@@ -85,12 +95,11 @@ def drawn(
 
 
 @every_family
-@pytest.mark.parametrize("params", KINDS[2:5], ids=("penalty", "seeded", "min_p"))
-def test_a_draft_changes_no_answer(case, params: SamplingParams, folder):
-    model = load(folder, case.name)
-    request = Request(tuple(random_tokens(20, 96, seed=1)), params, N)
+def test_a_draft_changes_no_answer(case, folder):
+    model, params = load(folder, case.name), KINDS[2 + len(case.name) % 3]
+    prompt = tuple(random_tokens(20, 96, seed=1))
     for kv_type, wrong in zip(KV_TYPES, (0.3, 0.0, 1.0), strict=False):
-        one = Request(request.prompt, params, N, kv_type)
+        one = Request(prompt, params, N, kv_type)
         session, results = alone(model, one, n_logprobs=2)
         answer = [result.token or 0 for result in results]
         drafted, found = drawn(model, one, Oracle(answer, wrong), n_logprobs=2)
@@ -102,9 +111,9 @@ def test_a_draft_changes_no_answer(case, params: SamplingParams, folder):
         assert drafted.tokens == session.tokens[: len(drafted.tokens)]
 
 
-@every_family
-def test_rows_of_a_batch_have_drafts_of_their_own(case, folder):
-    model, chance = load(folder, case.name), random.Random(3)
+@pytest.mark.parametrize("name", MIXED)
+def test_rows_of_a_batch_have_drafts_of_their_own(name: str, folder):
+    model, chance = load(folder, name), random.Random(3)
     requests = [
         Request(
             tuple(random_tokens(n, 96, seed=n)),
@@ -168,3 +177,54 @@ def test_with_the_kernels_logits_and_kv_are_the_undrafted_ones_bit_for_bit(kv_ty
     for ours, theirs in zip(drafted.caches, session.caches, strict=True):
         for a, b in zip(ours.read(0, n).arrays, theirs.read(0, n).arrays, strict=True):
             assert mx.array_equal(a, b)
+
+
+@pytest.mark.parametrize("name", ("llama-gqa", "gemma3-text"))
+def test_pages_hold_what_was_chosen_and_nothing_else(name: str, folder):
+    model = load(folder, name)
+    request = Request(tuple(random_tokens(STEP - 9, 96, seed=6)), GREEDY, N)
+    answer = request.alone(model)
+    pages = open_pages(model, folder / name, "native", 2**28)
+    session = Session(model, pages=pages)
+    row = Row(session, session.prefill(request.prompt), request.sampler(model), N)
+    row.drafts = Drafts([Oracle(answer, 0.3)])
+    decoder = Decoder(model, Eager())
+    decoder.add(row)
+    while decoder.rows:
+        run_some(decoder, 1)
+    session.finish()
+    whole = [*request.prompt, *answer]
+    again, fresh = Session(model, pages=pages), Session(model)
+    assert again.restore([*whole, 5]).n_tokens >= len(whole) - 1
+    ours, theirs = (each.prefill([*whole, 5]) for each in (again, fresh))
+    assert mx.abs(ours - theirs).max().item() < 1e-3 * mx.std(theirs).item()
+
+
+@pytest.mark.parametrize("n_fail", (1, 3))
+def test_a_row_goes_on_after_an_allocation_failed_in_a_draft(n_fail: int, folder, monkeypatch):
+    model = load(folder, "llama-gqa")
+    request = Request(tuple(random_tokens(20, 96, seed=7)), KINDS[3], N)
+    answer = request.alone(model)
+    row, run, n = request.row(model, max_tokens=N), Speculation._logits, []
+    row.drafts = Drafts([Oracle(answer, 0.3)])
+
+    def failing(self: Speculation, rows) -> mx.array:
+        n.append(1)
+        logits = run(self, rows)  # the caches have the draft already
+        if len(n) == n_fail:
+            raise RuntimeError("[malloc] Unable to allocate 1 bytes.")
+        return logits
+
+    monkeypatch.setattr(Speculation, "_logits", failing)
+    decoder = Decoder(model, Eager())
+    decoder.add(row)
+    with pytest.raises(RuntimeError, match="malloc"):
+        while decoder.rows:
+            run_some(decoder, 1)
+    session, tokens = row.session, [*request.prompt, *row.tokens]
+    assert row.tokens == answer[: len(row.tokens)]
+    assert session.tokens == tokens[: session.n_held]
+    row.sampler.rewind(len(row.tokens))
+    session.restore(tokens)
+    rest = Row(session, session.prefill(tokens), row.sampler, N - len(row.tokens))
+    assert [*row.tokens, *decode(rest)] == answer

@@ -132,7 +132,7 @@ def test_text_goes_to_stdout_and_reasoning_and_figures_do_not(server, here, away
     remote = mlxkv("run", *args, "--server", server.url, env=away)
     assert (remote.stdout, remote.stderr) == (local.stdout, local.stderr)
     assert remote.stderr.startswith("(reasoning)\n")
-    verbose = mlxkv("run", *args, "--server", server.url, "--verbose", env=away)
+    verbose = mlxkv("run", *args, "--server", server.url, "--verbose", "--draft", "off", env=away)
     assert verbose.stdout == remote.stdout
     figures = verbose.stderr.removeprefix(remote.stderr)
     assert [line.split("  ")[0] for line in figures.splitlines()] == [
