@@ -30,7 +30,7 @@ from mlxkv.base import device
 from mlxkv.errors import contained
 from mlxkv.generation.drafts.drafter import Proposal
 from mlxkv.generation.drafts.drafts import GRAMMAR, Drafts, LookAhead
-from mlxkv.generation.drafts.pace import Chance, Costs, drafted
+from mlxkv.generation.drafts.pace import Chance, Costs, drafted, tried
 from mlxkv.generation.flight import Drawn, Flight, Lane, error_of, history, settle
 from mlxkv.kv.types import STEP, ceil_step
 from mlxkv.nn.batch import batch
@@ -95,13 +95,14 @@ class Speculation:
             return {}
         chances = [self._chance(lane, proposals.get(lane)) for lane in lanes]
         chosen = drafted(chances, self.costs, most_tokens())
-        plan = {}
-        for lane, n in zip(lanes, chosen, strict=True):
+        plan, n_left = {}, most_tokens() - len(lanes) - sum(chosen)
+        for lane, chance, n in zip(lanes, chances, chosen, strict=True):
             if (proposal := proposals.get(lane)) is None:
                 continue
             rates, kind = _drafts(lane).rates, (proposal.by, proposal.kind)
-            if n == 0 and len(lanes) + sum(chosen) < most_tokens() and rates.is_due(kind):
-                n = 1
+            if n == 0 and n_left and rates.is_due(kind):
+                n = tried(chance, n_left)
+                n_left -= n
             if n:
                 plan[lane] = Proposal(proposal.tokens[:n], proposal.by, proposal.kind)
         return plan

@@ -8,7 +8,7 @@ import pytest
 
 from mlxkv.generation.drafts.drafting import Drafting
 from mlxkv.generation.drafts.lookup import GRAM, Lookup, PastTokens
-from mlxkv.generation.drafts.pace import BACKOFF, Chance, Costs, Rates, drafted
+from mlxkv.generation.drafts.pace import BACKOFF, Chance, Costs, Rates, drafted, tried
 
 
 def proposed(lookup: Lookup, most: int = 9) -> list[int]:
@@ -82,7 +82,9 @@ def test_rows_share_what_a_pass_may_have_by_what_they_promise():
 def test_a_slow_outlier_counts_little():
     costs = measured(1.0, 1.1)
     costs.record(1, 2, 100.0)
-    assert costs.seconds(1, 2) == pytest.approx(1.1 * 1.15)
+    assert costs.seconds(1, 2) == pytest.approx(1.1 * 1.1)
+    costs.record(1, 2, 1.01)
+    assert costs.seconds(1, 2) == pytest.approx(1.11)
     assert costs.seconds(2, 2) is None
 
 
@@ -98,6 +100,12 @@ def test_what_is_not_drafted_is_tried_again_ever_more_seldom():
     assert rates.right(kind) < 0.3
     rates.record(kind, 3, 3)
     assert not any(rates.is_due(kind) for _ in range(BACKOFF))
+
+
+def test_a_try_is_as_long_as_it_may_be_right():
+    assert tried(Chance(5, 0.05), most=8) == 1
+    assert tried(Chance(5, 1.0), most=8) == 5
+    assert tried(Chance(9, 1.0), most=3) == 3
 
 
 def test_a_text_learns_from_those_before_it():

@@ -5,8 +5,9 @@ one token, and those of its draft that are right: the k-th with the probability 
 often tokens of this kind were right in this text. T is the one with the most tokens a second; T = B
 is no draft at all.
 
-What is never drafted is never learned: after `BACKOFF` chances that were passed over one token is
-drafted all the same, and after twice as many the next time if it was wrong.
+What is never drafted is never learned: after `BACKOFF` chances that were passed over a draft is
+made all the same, as long as would pay if tokens cost as little as at first, and after twice as
+many chances the next time if it was wrong.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-FADE = 0.15
-"""Weight of the latest pass in a moving average."""
+FADE, FALL = 0.1, 0.5
+"""Weights of the latest pass in a moving average, where it was slower and where it was faster: what
+else runs on the machine only makes passes slower."""
 LEARN = 0.1
 """Weight of the latest token in how often tokens are right."""
 WORTH = 1.03
@@ -41,7 +43,8 @@ class Costs:
         known = self._seconds.get((n_rows, n_tokens))
         if known is not None:
             # One that was held up by something else counts as a slow one, and not as what it was.
-            seconds = known + FADE * (min(seconds, 2 * known) - known)
+            weight = FADE if seconds > known else FALL
+            seconds = known + weight * (min(seconds, 2 * known) - known)
         self._seconds[n_rows, n_tokens] = seconds
 
     def seconds(self, n_rows: int, n_tokens: int) -> float | None:
@@ -139,6 +142,13 @@ def drafted(chances: Sequence[Chance], costs: Costs, most: int) -> list[int]:
     for _, i, _ in gains[:n_best]:
         chosen[i] += 1
     return chosen
+
+
+def tried(chance: Chance, most: int) -> int:
+    """How many tokens of a proposal to try, whatever was measured: at least one."""
+    gains = [chance.right**k for k in range(1, min(chance.n, most) + 1)]
+    ratios = [(1 + sum(gains[:n])) / (1 + FIRST_SLOPE * n) for n in range(1, len(gains) + 1)]
+    return max(range(len(ratios)), key=ratios.__getitem__) + 1
 
 
 @dataclass(slots=True)
