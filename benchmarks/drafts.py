@@ -76,7 +76,7 @@ class Task:
     """
 
     name: str
-    prompt: list[dict[str, Any]]
+    prompt: str | list[dict[str, Any]]
     target: float
     before: list[dict[str, Any]] | None = None
     options: tuple[tuple[str, Any], ...] = ()
@@ -85,10 +85,10 @@ class Task:
 TASKS = (
     Task(
         "rewrite a file with one change",
-        said(
-            "Write this file again with area_3 renamed to area_three and nothing else changed.\n"
-            f"```python\n{FUNCTIONS}\n```"
-        ),
+        # A text that has begun: asked for it, a small model talks about the file.
+        f"{FUNCTIONS}\n\n\n# The same again, with area_3 renamed to area_three:\n"
+        + "\n\n".join(FUNCTIONS.split("\n\n")[:4]).replace("area_3", "area_three")
+        + "\n\n",
         3.0,
     ),
     Task(
@@ -109,6 +109,7 @@ TASKS = (
             *said("Which files are there? List each path with its number of lines."),
             {"role": "assistant", "content": "I call list_files."},
             {"role": "user", "content": f"Result of list_files:\n{TOOL_RESULT}"},
+            {"role": "assistant", "content": "- src/module_0/handlers.py: 40 lines\n"},
         ],
         1.8,
     ),

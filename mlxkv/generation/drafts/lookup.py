@@ -7,14 +7,11 @@ the most tokens before it in common, and of these the latest.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Sequence
 from itertools import islice
-from typing import TYPE_CHECKING
 
 from mlxkv.generation.drafts.drafter import Proposal
-
-if TYPE_CHECKING:
-    import numpy as np
 
 GRAM = 3
 """Tokens that must agree for a place to be looked at."""
@@ -26,37 +23,50 @@ KINDS = (4, 6, 10, 18, LONGEST)
 """Tokens in common below which a proposal is of the first, second ... kind."""
 MOST_TEXTS = 6
 """Indices of earlier sequences, each of which a lookup goes through."""
-PAST_TOKENS = 2**17
+PAST_TOKENS = 2**16
 """Tokens of earlier sequences that are kept for an owner."""
 _BITS = 21
 """Of a token in a key of three."""
+_MASK = (1 << GRAM * _BITS) - 1
 
 
 class Ngrams:
-    """Where each run of `GRAM` tokens stands in a text that does not change.
+    """Where each run of `GRAM` tokens stands in a text.
 
     Args:
         tokens: ids; negative ones stand for media, and are in no run.
     """
 
-    def __init__(self, tokens: Sequence[int]):
-        import numpy as np
-
+    def __init__(self, tokens: Iterable[int] = ()):
         self.tokens = list(tokens)
-        ids = np.asarray(self.tokens, np.int64)
-        n = max(0, len(ids) - GRAM)  # behind the last run nothing is known to follow
-        keys = (ids[:n] << 2 * _BITS) | (ids[1 : n + 1] << _BITS) | ids[2 : n + 2]
-        is_text = (ids[:n] >= 0) & (ids[1 : n + 1] >= 0) & (ids[2 : n + 2] >= 0)
-        keys[~is_text] = -1
-        order = np.argsort(keys, kind="stable")
-        self._keys: np.ndarray = keys[order]
-        self._places: np.ndarray = order.astype(np.int32) + GRAM
+        # Of each run the latest place behind it, and of each place the one before with its run.
+        self._latest: dict[int, int] = {}
+        self._before = array("i")
+        self._key, self._n_text = 0, 0
 
     def places(self, key: int) -> list[int]:
-        """Positions behind the latest of these runs, the latest last."""
-        stop = int(self._keys.searchsorted(key, "right"))
-        start = int(self._keys.searchsorted(key, "left"))
-        return self._places[max(start, stop - MOST_PLACES) : stop].tolist()
+        """Positions behind the latest of these runs, the latest first."""
+        self._look()
+        found, place = [], self._latest.get(key, 0)
+        while place and len(found) < MOST_PLACES:
+            found.append(place)
+            place = self._before[place]
+        return found
+
+    def _look(self) -> None:
+        """Take in the tokens that came since the last time: of use are runs that something follows.
+
+        It is done when it is first asked for: the first token of an answer does not wait for it.
+        """
+        before, latest, key, n_text = self._before, self._latest, self._key, self._n_text
+        for place in range(len(before), len(self.tokens)):
+            is_run = n_text >= GRAM
+            before.append(latest.get(key, 0) if is_run else 0)
+            if is_run:
+                latest[key] = place
+            token = self.tokens[place]
+            key, n_text = ((key << _BITS | token) & _MASK, n_text + 1) if token >= 0 else (0, 0)
+        self._key, self._n_text = key, n_text
 
 
 class PastTokens:
@@ -87,7 +97,7 @@ class PastTokens:
         if len(self.texts) < MOST_TEXTS:
             self.texts.append(Ngrams(new))
         else:
-            self.texts = [Ngrams([token for one in self._sequences for token in (*one, -1)])]
+            self.texts = [Ngrams(token for one in self._sequences for token in (*one, -1))]
 
 
 class Lookup:
@@ -101,45 +111,28 @@ class Lookup:
     name = "lookup"
 
     def __init__(self, tokens: Sequence[int], past: PastTokens | None = None):
-        self._tokens, self._n_prompt = list(tokens), len(tokens)
-        # Made when it is first asked for: the first token does not wait for it.
-        self._prompt: Ngrams | None = None
-        self._past = [] if past is None else list(past.texts)
-        self._own: dict[int, list[int]] = {}
+        self._own = Ngrams(tokens)
+        self._past = [] if past is None else past.texts[::-1]
 
     def add(self, token: int) -> None:
-        tokens = self._tokens
-        if len(tokens) >= GRAM and min(tokens[-GRAM:]) >= 0:
-            # Only now: a run is of use once something follows it.
-            places = self._own.setdefault(_key(tokens), [])
-            places.append(len(tokens))
-            del places[:-MOST_PLACES]
-        tokens.append(token)
+        self._own.tokens.append(token)
 
     def propose(self, most: int) -> Proposal | None:
-        tokens = self._tokens
+        tokens = self._own.tokens
         if most < 1 or len(tokens) < GRAM or min(tokens[-GRAM:]) < 0:
             return None
         key = _key(tokens)
-        best, text, at = 0, tokens, 0
-        for source, places in self._places(key):
-            for place in reversed(places):
-                n = _n_common(source, place, tokens)
+        best, text, at = 0, self._own, 0
+        for source in (self._own, *self._past):
+            for place in source.places(key):
+                n = _n_common(source.tokens, place, tokens)
                 if n > best:
                     best, text, at = n, source, place
         if not best:
             return None
-        found = _behind(text, at, most, grows=text is tokens)
+        found = _behind(text.tokens, at, most, grows=text is self._own)
         kind = sum(best >= n for n in KINDS)
         return Proposal(found, self.name, kind) if found else None
-
-    def _places(self, key: int) -> list[tuple[list[int], list[int]]]:
-        """Texts with the places in them, this sequence first."""
-        if self._prompt is None:
-            self._prompt = Ngrams(self._tokens[: self._n_prompt])
-        own = [*self._prompt.places(key), *self._own.get(key, ())]
-        found = [(self._tokens, own[-MOST_PLACES:])]
-        return found + [(text.tokens, text.places(key)) for text in reversed(self._past)]
 
 
 def _key(tokens: Sequence[int]) -> int:

@@ -15,12 +15,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-FADE, FALL = 0.1, 0.5
-"""Weights of the latest pass in a moving average, where it was slower and where it was faster: what
-else runs on the machine only makes passes slower."""
+FADE = 0.15
+"""Weight of the latest pass in a moving average."""
 LEARN = 0.1
 """Weight of the latest token in how often tokens are right."""
-WORTH = 1.03
+WORTH = 1.1
 """How many times the tokens a second of no draft a draft must promise."""
 FIRST_SLOPE = 0.04
 """Time that a token adds to a pass of one, until that has been measured."""
@@ -43,8 +42,10 @@ class Costs:
         known = self._seconds.get((n_rows, n_tokens))
         if known is not None:
             # One that was held up by something else counts as a slow one, and not as what it was.
-            weight = FADE if seconds > known else FALL
-            seconds = known + weight * (min(seconds, 2 * known) - known)
+            seconds = known + FADE * (min(seconds, 2 * known) - known)
+        elif (base := self._seconds.get((n_rows, n_rows))) is not None:
+            # As many passes without drafts would have done it.
+            seconds = min(seconds, base * n_tokens / n_rows)
         self._seconds[n_rows, n_tokens] = seconds
 
     def seconds(self, n_rows: int, n_tokens: int) -> float | None:
