@@ -12,7 +12,7 @@ import pytest
 
 from mlxkv.errors import PYTHON, ContextExceeded, Hint, KVCacheFull, MlxkvError, UsageError
 from mlxkv.generation.context_shift import Bound
-from mlxkv.generation.decoder import _error_of
+from mlxkv.generation.flight import error_of
 from mlxkv.generation.request import Request
 from mlxkv.kv.storage import storage_of
 from mlxkv.kv.types import first_kv_type
@@ -65,7 +65,7 @@ def errors() -> Iterator[MlxkvError]:
     yield raised(first_kv_type, "q5")
     yield raised(Given, memory="much")
     yield raised(lambda: Bound(256, lambda: 250).n_kept)
-    damaged = _error_of(sound=False, stuck=False)
+    damaged = error_of(sound=False, stuck=False)
     assert isinstance(damaged, MlxkvError)
     yield damaged
     yield ContextExceeded(300, 256)

@@ -23,6 +23,8 @@ from mlxkv.nn.shared_buffers import SharedBuffers, padded
 AT_ONCE = 4 << 20
 """Bytes of layers that are copied at a time: the thread waits once for them, not for each, which on
 a loaded CPU takes milliseconds."""
+PARTS = 8
+"""Copies that a small model takes at least, so that what is there twice stays small beside it."""
 
 Sliceable = KVCache | RotatingKVCache
 Layers = Sequence[Sliceable]
@@ -218,10 +220,10 @@ def copying_bytes(example: Layers, n_slots: int, n_tokens: int, left: Iterable[B
 
 
 def _together(sizes: Sequence[int]) -> list[range]:
-    """The layers that are copied at a time: at most `AT_ONCE` bytes, or one layer."""
-    starts, held = [0], 0
+    """The layers that are copied at a time: `AT_ONCE` bytes or a share at most, or one layer."""
+    starts, held, most = [0], 0, min(AT_ONCE, sum(sizes) // PARTS)
     for i, size in enumerate(sizes):
-        if held and held + size > AT_ONCE:
+        if held and held + size > most:
             starts.append(i)
             held = 0
         held += size

@@ -248,6 +248,7 @@ def test_becoming_one_takes_some_layers_more_at_a_time_and_gives_the_blocks_back
     at_once, monkeypatch
 ):
     monkeypatch.setattr("mlxkv.nn.blocks.AT_ONCE", at_once)
+    monkeypatch.setattr("mlxkv.nn.blocks.PARTS", 1)
     gc.collect()
     others = mx.get_active_memory()
     n_layers, n = 8, 256
