@@ -17,7 +17,7 @@ from mlxkv.generation.session import Restored, Session
 from mlxkv.llm.llm import LLM
 from tests.support.chat_templates.cases import TEMPLATES
 from tests.support.command_line import TEMPLATE, chat_model
-from tests.support.scripted import said
+from tests.support.scripted import draft_on_cpu_alone, said
 
 THINK = ("<think>", "</think>")
 HARMONY = (
@@ -55,6 +55,7 @@ class Scripted(LLM):
         super().__init__(llm.model, llm.tokenizer, llm.path)
         self.answers, self.prompts, self.ids_of = list(answers), [], self.encode_text
         real = self.model.last_logits
+        draft_on_cpu_alone(self)
 
         def last_logits(tokens: mx.array, caches: Any) -> mx.array:
             n_prompt, n_vocab = len(self.prompts[-1]), self.config.vocab_size

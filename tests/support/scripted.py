@@ -7,6 +7,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlxkv.base import device
 from mlxkv.engine.runtime import Runtime
 from mlxkv.generation.session import Restored, Session
 from mlxkv.kv.layout import Positions
@@ -37,6 +38,12 @@ def said(
     return mx.concatenate(rows)
 
 
+def draft_on_cpu_alone(runtime: Runtime) -> None:
+    """A GPU computes a lone sequence's draft as a chunk, whose logits `said` does not say."""
+    if not device.on_cpu():
+        runtime.drafting.of_answer = lambda owner: None  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def script(runtime: Runtime, answers: Iterable[str]) -> list[list[int]]:
     """Have a model write these answers, one after the other, each for the next prompt.
 
@@ -50,6 +57,7 @@ def script(runtime: Runtime, answers: Iterable[str]) -> list[list[int]]:
     model, open_session = runtime.model, runtime.session
     left, prompts, current = list(answers), [], []
     real = model.last_logits
+    draft_on_cpu_alone(runtime)
 
     def last_logits(tokens: mx.array, caches: Any = None) -> mx.array:
         if not prompts:
