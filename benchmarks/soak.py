@@ -258,6 +258,7 @@ def main() -> int:
             args.seed,
         )
         record, drawn = loaded(args, used, asks, env)
+        write(args, model.name, record)  # what fails from here on loses nothing of the load
         answered = dict.fromkeys(answer.name for answer in record.of(ANSWERED))
         record.solo = alone(args, used, [drawn[name] for name in answered], env)
     write(args, model.name, record)

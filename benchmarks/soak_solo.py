@@ -22,7 +22,7 @@ def main() -> None:
     import mlxkv
 
     llm = mlxkv.load(args.model, dtype=args.dtype)
-    llm.pages = None
+    llm.pages_of = lambda owner: None  # pyright: ignore[reportAttributeAccessIssue]
     for raw in json.loads(args.asks.read_text(encoding="utf-8")):
         made = llm.generate(raw["prompt"], max_tokens=raw["max_tokens"], **raw["options"])
         found: dict[str, Any] = {

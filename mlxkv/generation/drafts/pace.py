@@ -7,7 +7,8 @@ is no draft at all.
 
 What is never drafted is never learned: after `BACKOFF` chances that were passed over a draft is
 made all the same, as long as would pay if tokens cost as little as at first, and after twice as
-many chances the next time if it was wrong.
+many chances the next time if it was wrong. Chances are counted for each kind and for all: else
+each kind is tried in a text in which nothing repeats.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class Costs:
 
 @dataclass(slots=True)
 class _Known:
-    """What is known of a kind: how often it is right, and chances that were passed over."""
+    """What is known of a kind, or of all: how often it is right, and chances passed over."""
 
     right: float
     n_passed: int = 0
@@ -80,6 +81,7 @@ class Rates:
     def __init__(self, before: Rates | None = None):
         self._before = before
         self._known: dict[Kind, _Known] = {}
+        self._all = _Known(0.0)
 
     def right(self, kind: Kind) -> float:
         """How often the next token of a proposal is right."""
@@ -90,16 +92,18 @@ class Rates:
         known = self._of(kind)
         for i in range(min(n_right + 1, n_proposed)):
             known.right += LEARN * ((i < n_right) - known.right)
-        known.n_passed = 0
-        known.backoff = BACKOFF if n_right else min(2 * known.backoff, LONGEST_BACKOFF)
+        for each in (known, self._all):
+            each.n_passed = 0
+            each.backoff = BACKOFF if n_right else min(2 * each.backoff, LONGEST_BACKOFF)
         if self._before is not None:
             self._before.record(kind, n_right, n_proposed)
 
     def is_due(self, kind: Kind) -> bool:
         """Count a chance that is passed over; whether it has to be taken."""
-        known = self._of(kind)
-        known.n_passed += 1
-        return known.n_passed > known.backoff
+        both = self._of(kind), self._all
+        for each in both:
+            each.n_passed += 1
+        return all(each.n_passed > each.backoff for each in both)
 
     def _of(self, kind: Kind) -> _Known:
         if kind not in self._known:
