@@ -7,8 +7,9 @@ is no draft at all.
 
 What is never drafted is never learned: after `BACKOFF` chances that were passed over a draft is
 made all the same, as long as would pay if tokens cost as little as at first, and after twice as
-many chances the next time if it was wrong. Chances are counted for each kind and for all: else
-each kind is tried in a text in which nothing repeats.
+many chances the next time if it was wrong. Chances of proposals with little in common with what
+they are taken from are counted for each kind and for all: else each kind is tried in a text in which
+nothing repeats.
 """
 
 from __future__ import annotations
@@ -20,11 +21,14 @@ FADE = 0.15
 """Weight of the latest pass in a moving average."""
 LEARN = 0.1
 """Weight of the latest token in how often tokens are right."""
-WORTH = 1.1
-"""How many times the tokens a second of no draft a draft must promise."""
+WORTH, WORTH_OF_BATCH = 1.1, 1.5
+"""How many times the tokens a second of no draft a draft must promise: of one sequence, and of
+several, where a row with a draft leaves the others' block by a copy."""
 FIRST_SLOPE = 0.04
 """Time that a token adds to a pass of one, until that has been measured."""
 BACKOFF, LONGEST_BACKOFF = 16, 512
+LONG = 3
+"""Kinds from here on have much in common with what they are taken from."""
 PRIORS = (0.3, 0.45, 0.6, 0.75, 0.85, 0.9)
 """How often tokens of each kind are taken to be right at first."""
 
@@ -100,10 +104,10 @@ class Rates:
 
     def is_due(self, kind: Kind) -> bool:
         """Count a chance that is passed over; whether it has to be taken."""
-        both = self._of(kind), self._all
-        for each in both:
+        counted = [self._of(kind)] if kind[1] >= LONG else [self._of(kind), self._all]
+        for each in counted:
             each.n_passed += 1
-        return all(each.n_passed > each.backoff for each in both)
+        return all(each.n_passed > each.backoff for each in counted)
 
     def _of(self, kind: Kind) -> _Known:
         if kind not in self._known:
@@ -138,7 +142,8 @@ def drafted(chances: Sequence[Chance], costs: Costs, most: int) -> list[int]:
     base = costs.seconds(n_rows, n_rows)
     gains = [(c.right**k, i, k) for i, c in enumerate(chances) for k in range(1, c.n + 1)]
     gains.sort(key=lambda gain: (-gain[0], gain[2]))
-    tokens, best, n_best = float(n_rows), WORTH * n_rows / (base or 1.0), 0
+    worth = WORTH if n_rows == 1 else WORTH_OF_BATCH
+    tokens, best, n_best = float(n_rows), worth * n_rows / (base or 1.0), 0
     for n, (gain, _, _) in enumerate(gains[: max(0, most - n_rows)], start=1):
         tokens += gain
         seconds = costs.seconds(n_rows, n_rows + n) or 1 + FIRST_SLOPE * n
