@@ -8,8 +8,8 @@ is no draft at all.
 What is never drafted is never learned: after `BACKOFF` chances that were passed over a draft is
 made all the same, as long as would pay if tokens cost as little as at first, and after twice as
 many chances the next time if it was wrong. Chances of proposals with little in common with what
-they are taken from are counted for each kind and for all: else each kind is tried in a text in which
-nothing repeats.
+they are taken from are counted for each kind and for all: else each kind is tried in a text in
+which nothing repeats.
 """
 
 from __future__ import annotations
