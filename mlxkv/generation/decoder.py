@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import mlx.core as mx
 
@@ -30,6 +30,7 @@ from mlxkv.generation.flight import (
     RowResult,
     error_of,
     last_n,
+    mask_of,
     settle,
 )
 from mlxkv.generation.speculate import Speculation
@@ -40,9 +41,6 @@ from mlxkv.nn.batch import batch, is_current, kv_order
 from mlxkv.nn.model import CausalLM
 from mlxkv.sampling.math import log_normalizer, soundness
 from mlxkv.sampling.sampler import AnswerIds, Recent, RowChoice, choose
-
-if TYPE_CHECKING:
-    import numpy as np
 
 __all__ = ["Allowed", "Decoder", "Row", "RowResult", "decode"]
 
@@ -301,7 +299,7 @@ class Decoder:
         if flight.tokens is not None:
             return flight.tokens
         asked = {
-            i: RowChoice(lane.row.sampler, lane.recent, self._mask(flight, i, lane), lane.barred)
+            i: RowChoice(lane.row.sampler, lane.recent, mask_of(flight, i, lane), lane.barred)
             for i, lane in enumerate(flight.lanes)
             if lane.row.allowed is not None
         }
@@ -309,21 +307,6 @@ class Decoder:
         tokens = settle(flight)
         mx.async_eval(*flight.arrays)
         return tokens
-
-    @staticmethod
-    def _mask(flight: Flight, i: int, lane: Lane) -> np.ndarray | None:
-        """What may come next in a row; anything, in one that has left or fails by this."""
-        if lane.gone or lane.row.allowed is None:
-            return None
-        try:
-            mask = lane.row.allowed(lane.row.tokens)
-        except BaseException as error:  # the caller's own; the other rows go on
-            lane.error = contained(error)
-            return None
-        if mask is not None and not mask.any():
-            flight.stuck.add(i)
-            return None
-        return mask
 
     def _full(self) -> list[RowResult]:
         """Rows that cannot be fed, for lack of memory above all; their tokens are given out."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
-from mlxkv.errors import CheckpointError, Hint, KVCacheFull, UsageError
+from mlxkv.errors import CheckpointError, Hint, KVCacheFull, UsageError, contained
 from mlxkv.generation.session import Session
 from mlxkv.sampling.logprobs import Told, tell
 from mlxkv.sampling.sampler import AnswerIds, Recent, Sampler
@@ -205,3 +205,22 @@ def error_of(sound: bool, stuck: bool) -> Exception | None:
             hints=[Hint("dtype", "float32")],
         )
     return UsageError("no token is allowed to come next") if stuck else None
+
+
+def mask_of(flight: Flight, i: int, lane: Lane) -> np.ndarray | None:
+    """What may come next in a row; anything, in one that has left or fails by this.
+
+    Args:
+        i: the row's place in the flight, stuck where nothing may come.
+    """
+    if lane.gone or lane.row.allowed is None:
+        return None
+    try:
+        mask = lane.row.allowed(lane.row.tokens)
+    except BaseException as error:  # the caller's own; the other rows go on
+        lane.error = contained(error)
+        return None
+    if mask is not None and not mask.any():
+        flight.stuck.add(i)
+        return None
+    return mask

@@ -31,7 +31,7 @@ from mlxkv.errors import contained
 from mlxkv.generation.drafts.drafter import Proposal
 from mlxkv.generation.drafts.drafts import GRAMMAR, Drafts, LookAhead
 from mlxkv.generation.drafts.pace import Chance, Costs, drafted, tried
-from mlxkv.generation.flight import Drawn, Flight, Lane, error_of, history, settle
+from mlxkv.generation.flight import Drawn, Flight, Lane, error_of, history, mask_of, settle
 from mlxkv.kv.types import STEP, ceil_step
 from mlxkv.nn.batch import batch
 from mlxkv.nn.blocks import sliceable
@@ -230,7 +230,7 @@ class Speculation:
         for row in rows:
             lane = row.lane
             if not row.draft and lane.row.allowed is not None:
-                row.masks = [_mask(lane, flight, row.places[0])]
+                row.masks = [mask_of(flight, row.places[0], lane)]
             for j, place in enumerate(row.places):
                 barred = lane.row.ends if lane.n_drawn + j < lane.row.min_tokens else ()
                 recent = history(lane, row.draft[:j])
@@ -279,17 +279,3 @@ def _take_back(lane: Lane, n_tokens: int) -> None:
     """Have a row's caches hold `n_tokens`: what was computed behind them did not come."""
     if not all(cache.rewind(n_tokens) for cache in lane.row.session.caches):
         raise AssertionError("a cache cannot take a draft back")
-
-
-def _mask(lane: Lane, flight: Flight, place: int) -> np.ndarray | None:
-    """What may come next in a row without a draft."""
-    assert lane.row.allowed is not None
-    try:
-        mask = lane.row.allowed(lane.row.tokens)
-    except BaseException as error:  # the caller's own; the other rows go on
-        lane.error = contained(error)
-        return None
-    if mask is not None and not mask.any():
-        flight.stuck.add(place)
-        return None
-    return mask
