@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 
 from .plan import DTYPES, PlannedTensor
-from .report import stored_as
+from .report import became
 from .tensors import SourceTensor, matrix_shape
 
 SAMPLE = 1 << 16
@@ -32,7 +32,7 @@ class Fidelity:
         values = source.rows(0, n).astype(mx.float32)
         difference = _values(planned, [array[:n] for array in arrays]) - values
         sums = [float(mx.square(part).sum()) for part in (difference, values)]
-        kind = f"{planned.source_dtype} as {stored_as(planned)}"
+        kind = became(planned)
         before = self._sums.get(kind, (0.0, 0.0))
         self._sums[kind] = before[0] + sums[0], before[1] + sums[1]
 

@@ -36,13 +36,18 @@ def changes(plan: ConvertPlan, errors: Mapping[str, float]) -> list[str]:
     Args:
         errors: see `ConvertResult`.
     """
-    kinds = Counter(f"{t.source_dtype} as {stored_as(t)}" for t in plan.tensors if not t.is_same)
+    kinds = Counter(became(tensor) for tensor in plan.tensors if not tensor.is_same)
     same = sum(tensor.is_same for tensor in plan.tensors)
     lines = [f"{same} tensors keep their quantized values"] if same else []
     return lines + [
         f"{kinds[kind]} tensors, {kind}: off by {error:.2g} of their root mean square"
         for kind, error in errors.items()
     ]
+
+
+def became(tensor: PlannedTensor) -> str:
+    """Such as "FP8 as bfloat16"."""
+    return f"{tensor.source_dtype} as {stored_as(tensor)}"
 
 
 def stored_as(tensor: PlannedTensor) -> str:
@@ -67,11 +72,7 @@ def _sums(plan: ConvertPlan) -> list[str]:
         lines.append(f"not quantized: {listed(unquantized, 4)} ({note})")
     if same := sum(tensor.is_same for tensor in plan.tensors):
         lines.append(f"the same values: {same} tensors that were quantized")
-    nearest = Counter(
-        f"{tensor.source_dtype} as {stored_as(tensor)}"
-        for tensor in plan.tensors
-        if not tensor.is_exact
-    )
+    nearest = Counter(became(tensor) for tensor in plan.tensors if not tensor.is_exact)
     lines += [f"nearest values: {n} tensors, {how}" for how, n in nearest.items()]
     for reason, n in Counter(reason for _, reason in plan.skipped).items():
         names = [name for name, why in plan.skipped if why == reason]

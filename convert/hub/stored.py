@@ -7,7 +7,7 @@ as zeros of its shape, and is decoded where its values are needed.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -143,23 +143,21 @@ class MatrixTensor:
         return keeps and all(part.is_exact for part in self.parts)
 
     def rows(self, start: int, stop: int) -> mx.array:
-        n, _ = matrix_shape(self.parts[0].shape)
-        found = [
-            self.parts[i].values(max(start - i * n, 0), min(stop - i * n, n))
-            for i in range(start // n, -(-stop // n))
-        ]
+        found = [part.values(*span) for part, span in self._spans(start, stop)]
         return mx.array(np.concatenate(found))
 
     def quantized_rows(self, start: int, stop: int) -> tuple[mx.array, ...]:
         return tuple(map(mx.array, self._arrays(start, stop)))
 
     def _arrays(self, start: int, stop: int) -> tuple[np.ndarray, ...]:
-        n, _ = matrix_shape(self.parts[0].shape)
         try:
-            found = [
-                self.parts[i].packed(max(start - i * n, 0), min(stop - i * n, n))
-                for i in range(start // n, -(-stop // n))
-            ]
+            found = [part.packed(*span) for part, span in self._spans(start, stop)]
         except WeightsError as error:
             raise WeightsError(f"{self.origin}: {error}") from error
         return tuple(np.concatenate(arrays) for arrays in zip(*found, strict=True))
+
+    def _spans(self, start: int, stop: int) -> Iterator[tuple[Matrix, tuple[int, int]]]:
+        """The matrices that hold these rows of the stack, and which of theirs."""
+        n, _ = matrix_shape(self.parts[0].shape)
+        for i in range(start // n, -(-stop // n)):
+            yield self.parts[i], (max(start - i * n, 0), min(stop - i * n, n))

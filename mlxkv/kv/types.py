@@ -20,6 +20,9 @@ KV_CHOICES = (*KV_TYPES, AUTO)
 
 STEP = 256
 """Tokens by which a live cache grows: the unit of planning, sharing and storing as well."""
+AT_ONCE = 4 << 20
+"""Bytes of layers that are copied at a time: the thread waits once for them, not for each, which on
+a loaded CPU takes milliseconds."""
 
 
 def ceil_step(n_tokens: int) -> int:

@@ -18,11 +18,9 @@ import mlx.core as mx
 
 from mlxkv.cache import KVCache, RotatingKVCache
 from mlxkv.kv.layout import Cache
+from mlxkv.kv.types import AT_ONCE
 from mlxkv.nn.shared_buffers import SharedBuffers, padded
 
-AT_ONCE = 4 << 20
-"""Bytes of layers that are copied at a time: the thread waits once for them, not for each, which on
-a loaded CPU takes milliseconds."""
 PARTS = 8
 """Copies that a small model takes at least, so that what is there twice stays small beside it."""
 

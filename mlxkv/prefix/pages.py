@@ -22,7 +22,7 @@ import mlx.core as mx
 
 from mlxkv.errors import UsageError
 from mlxkv.kv.layout import Cache
-from mlxkv.kv.types import STEP
+from mlxkv.kv.types import AT_ONCE, STEP
 from mlxkv.prefix.layout import WINDOW, Kinds, Link, token_bytes
 from mlxkv.prefix.match import WORTH, Match, plan_match
 from mlxkv.prefix.on_disk.format import PageKey
@@ -35,8 +35,6 @@ if TYPE_CHECKING:
 
 FETCH_BYTES = 256 << 20
 """Bytes that are held of what was fetched, at most."""
-AT_ONCE = 4 << 20
-"""Bytes of layers that are evaluated at a time, see `nn.blocks`."""
 
 
 class Pages:

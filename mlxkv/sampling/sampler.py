@@ -142,8 +142,6 @@ class Sampler:
         # 24 bits: every one is a float32 below 1.
         if self.greedy:
             return []
-        if ahead is None and not self._coming:
-            return [self._random.getrandbits(24) * 2.0**-24 for _ in range(2)]
         while len(self._coming) <= (ahead or 0):
             self._coming.append([self._random.getrandbits(24) * 2.0**-24 for _ in range(2)])
         return self._coming.pop(0) if ahead is None else self._coming[ahead]
