@@ -48,5 +48,8 @@ def explained(restored: Restored, live: Restored, match: Match) -> Restored:
 
 def n_shared(a: Sequence[int], b: Sequence[int]) -> int:
     """Leading tokens that two sequences have in common."""
-    pairs = enumerate(zip(a, b, strict=False))
-    return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
+    low, high = 0, min(len(a), len(b))
+    while low < high:  # slices are compared in C
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if a[low:middle] == b[low:middle] else (low, middle - 1)
+    return low

@@ -11,6 +11,8 @@ from array import array
 from collections.abc import Iterable, Sequence
 from itertools import islice
 
+import numpy as np
+
 from mlxkv.generation.drafts.drafter import Proposal
 
 GRAM = 3
@@ -27,11 +29,12 @@ PAST_TOKENS = 2**16
 """Tokens of earlier sequences that are kept for an owner."""
 _BITS = 21
 """Of a token in a key of three."""
-_MASK = (1 << GRAM * _BITS) - 1
 
 
 class Ngrams:
     """Where each run of `GRAM` tokens stands in a text.
+
+    What a text begins with is sorted once by its runs; what is added has its latest places by run.
 
     Args:
         tokens: ids; negative ones stand for media, and are in no run.
@@ -39,10 +42,11 @@ class Ngrams:
 
     def __init__(self, tokens: Iterable[int] = ()):
         self.tokens = list(tokens)
-        # Of each run the latest place behind it, and of each place the one before with its run.
+        self._n_sorted = len(self.tokens)
+        self._sorted: tuple[np.ndarray, np.ndarray] | None = None
+        # Of each added run the latest place behind it, and of each place the one before.
         self._latest: dict[int, int] = {}
         self._before = array("i")
-        self._key, self._n_text = 0, 0
 
     def places(self, key: int) -> list[int]:
         """Positions behind the latest of these runs, the latest first."""
@@ -50,7 +54,11 @@ class Ngrams:
         found, place = [], self._latest.get(key, 0)
         while place and len(found) < MOST_PLACES:
             found.append(place)
-            place = self._before[place]
+            place = self._before[place - self._n_sorted]
+        if self._sorted is not None and (most := MOST_PLACES - len(found)):
+            runs, behind = self._sorted
+            first, last = np.searchsorted(runs, (key, key + 1)).tolist()
+            found += behind[max(first, last - most) : last][::-1].tolist()
         return found
 
     def _look(self) -> None:
@@ -58,15 +66,26 @@ class Ngrams:
 
         It is done when it is first asked for: the first token of an answer does not wait for it.
         """
-        before, latest, key, n_text = self._before, self._latest, self._key, self._n_text
-        for place in range(len(before), len(self.tokens)):
-            is_run = n_text >= GRAM
-            before.append(latest.get(key, 0) if is_run else 0)
+        tokens, before, latest = self.tokens, self._before, self._latest
+        if self._sorted is None and self._n_sorted > GRAM:
+            self._sorted = _sorted_runs(tokens[: self._n_sorted])
+        for place in range(self._n_sorted + len(before), len(tokens)):
+            run = tokens[max(0, place - GRAM) : place]
+            is_run = len(run) == GRAM and min(run) >= 0
+            key = _key(run) if is_run else -1
+            before.append(latest.get(key, 0))
             if is_run:
                 latest[key] = place
-            token = self.tokens[place]
-            key, n_text = ((key << _BITS | token) & _MASK, n_text + 1) if token >= 0 else (0, 0)
-        self._key, self._n_text = key, n_text
+
+
+def _sorted_runs(tokens: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Runs that a token follows in order, and the places behind them, equal ones' rising."""
+    ids = np.array(tokens, np.int64)
+    first, second, third = ids[:-GRAM], ids[1:-2], ids[2:-1]
+    runs = first << 2 * _BITS | second << _BITS | third
+    places = np.flatnonzero(np.minimum(np.minimum(first, second), third) >= 0)
+    order = places[np.argsort(runs[places], kind="stable")]
+    return runs[order], (order + GRAM).astype(np.int32)
 
 
 class PastTokens:
