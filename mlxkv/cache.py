@@ -91,13 +91,17 @@ class KVCache(Buffers):
         """The oldest position held."""
         return 0
 
-    def load(self, parts: Sequence[Slice]) -> None:
+    def load(self, parts: Sequence[Slice], room: int = 0) -> None:
         """Hold exactly the tokens of consecutive slices, from position 0 on.
+
+        Args:
+            parts: the slices.
+            room: tokens that come next, for which buffers need not grow.
 
         Raises:
             UsageError: they do not begin at 0, leave a gap, or have other shapes.
         """
-        self._load(parts, 0, ceil_step(parts[-1].stop))
+        self._load(parts, 0, ceil_step(parts[-1].stop + room))
 
     def read(self, start: int, stop: int) -> Slice:
         """KV of the positions `[start, stop)`.
@@ -278,8 +282,12 @@ class RotatingKVCache(Buffers):
         """The oldest position held."""
         return self.offset - self._n
 
-    def load(self, parts: Sequence[Slice]) -> None:
+    def load(self, parts: Sequence[Slice], room: int = 0) -> None:
         """Hold what the window needs of consecutive slices.
+
+        Args:
+            parts: the slices.
+            room: tokens that come next, for which buffers need not grow.
 
         Raises:
             UsageError: they hold less than `max_size - 1` tokens before their end and do not begin
@@ -289,7 +297,7 @@ class RotatingKVCache(Buffers):
         needed = max(0, stop - (self.max_size - 1))
         # A whole window if there is one: the next token then sees the same rows as in a cache that
         # was never interrupted.
-        self._n = self._load(parts, needed, min(ceil_step(stop), self.max_size))
+        self._n = self._load(parts, needed, min(ceil_step(stop + room), self.max_size))
 
     def read(self, start: int, stop: int) -> Slice:
         """KV of the positions `[start, stop)`, in temporal order.

@@ -205,7 +205,7 @@ class Session:
             live = replace(live, n_tokens=0)
             if self._pages is None or match.n_tokens == 0:
                 continue
-            ssd_tokens = self._pages.load(match, self.caches)
+            ssd_tokens = self._pages.load(match, self.caches, len(tokens) - match.n_tokens)
             if ssd_tokens is not None:
                 self._longest = match.n_tokens
                 self._cut_from(tokens[: match.n_tokens], match)

@@ -142,7 +142,7 @@ class Buffers:
     def _empty(self, kv_type: str) -> Self:
         raise NotImplementedError
 
-    def load(self, parts: Sequence[Slice]) -> None:
+    def load(self, parts: Sequence[Slice], room: int = 0) -> None:
         raise NotImplementedError
 
     def reset(self) -> None:

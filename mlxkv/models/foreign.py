@@ -124,7 +124,7 @@ class OpaqueCache:
     def first(self) -> int:
         return self.offset
 
-    def load(self, parts: Sequence[Slice]) -> None:
+    def load(self, parts: Sequence[Slice], room: int = 0) -> None:
         raise UsageError("this layer keeps a state of its own and has no keys and values")
 
     def rewind(self, offset: int) -> bool:

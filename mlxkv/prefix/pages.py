@@ -167,8 +167,10 @@ class Pages:
         """Bytes that `load` had fetched already since the last call, and seconds that saved."""
         return (0, 0.0) if self._disk is None else self._disk.fetcher.spent()
 
-    def load(self, match: Match, caches: Sequence[Cache]) -> int | None:
+    def load(self, match: Match, caches: Sequence[Cache], room: int = 0) -> int | None:
         """Fill caches with what was matched.
+
+        `room` are tokens that come next; for a step of them caches need not grow.
 
         Returns:
             Tokens of it that came from disk; None, with the caches in any state, where a page
@@ -185,7 +187,7 @@ class Pages:
             for part, some in needed.items():
                 slices = [self.ram.part(link, part).slices(stop) for link in some]
                 for i, index in enumerate(self.kinds.caches(part)):
-                    caches[index].load([part_slices[i] for part_slices in slices])
+                    caches[index].load([part_slices[i] for part_slices in slices], min(room, STEP))
                     loaded.append(caches[index])
                     if sum(cache.nbytes for cache in loaded) >= AT_ONCE:
                         mx.eval([cache.state for cache in loaded])

@@ -89,8 +89,8 @@ def test_the_users_own_pages_are_left_alone(llm, tmp_path, monkeypatch):
 def test_a_cache_that_loads_wrong_rows_fails_where_it_is_loaded(llm, monkeypatch):
     real = KVCache.load
 
-    def load(self, parts):
-        real(self, parts)
+    def load(self, parts, room=0):
+        real(self, parts, room)
         self.buffers[0] = mx.roll(self.buffers[0], 1, axis=2)
 
     monkeypatch.setattr(KVCache, "load", load)
@@ -101,8 +101,8 @@ def test_a_rotating_cache_without_its_first_rows_fails(folder, monkeypatch):
     monkeypatch.setenv("MLXKV_KV_DISK", "1GiB")
     real = RotatingKVCache.load
 
-    def load(self, parts):
-        real(self, parts)
+    def load(self, parts, room=0):
+        real(self, parts, room)
         self.buffers[0][:, :, :4] = 0 * self.buffers[0][:, :, :4]
 
     monkeypatch.setattr(RotatingKVCache, "load", load)
@@ -164,7 +164,7 @@ def test_the_command_prints_a_table_and_its_exit_code_is_the_verdict(folder, tmp
     code = (
         "import sys; import mlx.core as mx; from mlxkv import cache, cli;"
         "real = cache.KVCache.load;\n"
-        "def load(self, parts): real(self, parts); self.buffers[0] = self.buffers[0] + 1\n"
+        "def load(self, *args): real(self, *args); self.buffers[0] = self.buffers[0] + 1\n"
         "cache.KVCache.load = load; sys.exit(cli.main(['verify', 'tiny-llama', '--tokens', '513']))"
     )
     broken = subprocess.run(

@@ -33,10 +33,10 @@ def spec_of(drive: Drive) -> CacheSpec:
     return drive.kind.spec(drive.H, drive.k_dim, drive.v_dim)
 
 
-def reload(drive: Drive, parts: list[Slice], spec: CacheSpec | None = None) -> None:
+def reload(drive: Drive, parts: list[Slice], spec: CacheSpec | None = None, room: int = 0) -> None:
     """Goes on with a new cache that has been loaded."""
     drive.cache = drive.kind.make(spec or spec_of(drive))
-    drive.cache.load(parts)
+    drive.cache.load(parts, room)
     window = drive.kind.window
     n_held = drive.offset if window is None else min(drive.offset - parts[0].start, window)
     drive.held_from = drive.offset - n_held
@@ -50,11 +50,12 @@ def reload(drive: Drive, parts: list[Slice], spec: CacheSpec | None = None) -> N
     before=st.lists(st.sampled_from([1, 2, 3, 7, 255, 256, 257, 300]), min_size=1, max_size=6),
     cuts=st.lists(st.integers(1, 1200), max_size=4),
     after=st.lists(st.sampled_from([1, 1, 2, 5, 256, 257]), min_size=1, max_size=5),
+    room=st.sampled_from([0, 1, 200, 256]),
 )
 @settings(max_examples=25)
-def test_a_loaded_cache_goes_on_like_the_reference(kind, before, cuts, after):
+def test_a_loaded_cache_goes_on_like_the_reference(kind, before, cuts, after, room):
     drive = Drive(kind).feed_all(before)
-    reload(drive, slices(drive, drive.cache.first, cuts))
+    reload(drive, slices(drive, drive.cache.first, cuts), room=room)
     drive.feed_all(after)
 
 
@@ -75,6 +76,17 @@ def test_a_loaded_cache_allocates_what_its_spec_says(kind):
         drive = Drive(kind, H=2, k_dim=4, v_dim=6, spec=spec).feed_all([n])
         reload(drive, slices(drive, drive.cache.first, [200, 400]), spec)
         assert drive.cache.nbytes == spec.nbytes(n, KVFormat(kind.kv_type, 4))
+
+
+@every_kind
+def test_what_comes_next_has_room(kind):
+    spec = kind.spec(2, 4, 6)
+    for n, room in ((200, 56), (200, 57), (255, 256), (512, 1)):
+        drive = Drive(kind, H=2, k_dim=4, v_dim=6, spec=spec).feed_all([n])
+        reload(drive, slices(drive, drive.cache.first, []), spec, room)
+        assert drive.cache.nbytes == spec.nbytes(n + room, KVFormat(kind.kv_type, 4))
+        drive.feed_all([1] * min(room, 60))
+        assert drive.cache.nbytes == spec.nbytes(n + room, KVFormat(kind.kv_type, 4))
 
 
 @every_kind

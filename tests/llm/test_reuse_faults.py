@@ -69,11 +69,11 @@ def test_an_interrupted_load_leaves_nothing_behind(llm, at, error, monkeypatch):
     calls = []
 
     def interrupting(real):
-        def load(self, parts):
+        def load(self, parts, room=0):
             calls.append(1)
             if len(calls) == at + 1:
                 raise error
-            real(self, parts)
+            real(self, parts, room)
 
         return load
 
