@@ -27,8 +27,8 @@ import mlx.core as mx
 from mlxkv.errors import UsageError
 from mlxkv.kv.buffers import Buffers
 from mlxkv.kv.layout import Cache, Mask, SharedRow, Slice, windowed_mask
-from mlxkv.kv.storage import Rows, storage_of
-from mlxkv.kv.types import CacheSpec, ceil_step
+from mlxkv.kv.storage import Rows
+from mlxkv.kv.types import CacheSpec, KVFormat, ceil_step
 
 
 class KVCache(Buffers):
@@ -357,14 +357,16 @@ class StateSpec(Protocol):
 def make_caches(model: _HasSpecs, kv_type: str = "native") -> list[Cache]:
     """Empty caches for a model, one for each layer that owns KV.
 
+    Args:
+        model: gives a spec of each layer.
+        kv_type: one of `KV_TYPES`, or formats of layers, like `k8v4,0=native`.
+
     Raises:
-        UsageError: `kv_type` is not one of `KV_TYPES`.
+        UsageError: `kv_type` is neither, or names a layer that is not there.
     """
-    storage_of(kv_type)
     return [
-        spec.make() if isinstance(spec, StateSpec) else make_cache(spec, kv_type)
-        for spec in model.cache_specs()
-        if spec is not None
+        spec.make() if isinstance(spec, StateSpec) else make_cache(spec, kv.name)
+        for spec, kv in KVFormat(kv_type).layers(model.cache_specs())
     ]
 
 

@@ -103,6 +103,7 @@ def totals_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     from mlxkv.memory import needs, plan
 
     monkeypatch.setattr(needs.Needs, "longest", lambda self, room, sequences: 0)
+    monkeypatch.setattr(needs.Needs, "total", lambda self, n_tokens, sequences: 0)
     monkeypatch.setattr(plan, "KV_TYPES", ())
 
 

@@ -113,7 +113,8 @@ def test_an_error_is_spelled_where_it_is_read():
 
 def test_the_field_to_blame_comes_first_and_settings_that_help_last():
     assert (
-        str(raised(first_kv_type, "q5")) == "kv_type must be one of native, q8, q4, auto; got 'q5'"
+        str(raised(first_kv_type, "q5")) == "kv_type must be one of native, q8, k8v4, q4, auto, or "
+        "formats of layers like k8v4,0=native,5=q8; got 'q5'"
     )
     assert raised(first_kv_type, "q5").spelled(RUN).startswith("--kv-type must be")
     limit = "the memory limit of 1 GiB allows 300, and other sequences hold 3 MiB"

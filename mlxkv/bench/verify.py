@@ -8,7 +8,7 @@ reference's.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from mlxkv.errors import UsageError
 from mlxkv.generation.decoder import Row as DecoderRow
 from mlxkv.generation.decoder import decode
 from mlxkv.generation.session import Session
-from mlxkv.kv.types import KV_TYPES, STEP, ceil_step
+from mlxkv.kv.types import AUTO, KV_TYPES, STEP, ceil_step, layer_types
 from mlxkv.llm.llm import LLM
 from mlxkv.nn.model import model_windows
 from mlxkv.prefix.open import open_pages
@@ -36,9 +36,9 @@ N_ANSWER = 24
 N_REWOUND = 40
 TOLERANCE = {"float32": 1e-6, "float16": 2e-3, "bfloat16": 2e-2}
 """KL divergence in nats that the order of sums explains, by compute dtype."""
-FORMAT_TOLERANCE = {"native": 0.0, "q8": 5e-3, "q4": 0.3}
+FORMAT_TOLERANCE = {"native": 0.0, "q8": 5e-3, "k8v4": 5e-2, "q4": 0.3}
 """What quantized KV adds to that: a sum in another order may round to another code."""
-QUANTIZED_TOLERANCE = {"q8": 5e-2, "q4": 1.0}
+QUANTIZED_TOLERANCE = {"native": 0.0, "q8": 5e-2, "k8v4": 0.7, "q4": 1.0}
 """KL divergence that a format itself may cost against native KV."""
 
 
@@ -88,22 +88,27 @@ class VerifyReport:
         return all(row.verdict != "FAILED" for row in self.rows)
 
 
-def verify(
-    llm: LLM, n_tokens: int | None = None, kv_types: Sequence[str] = KV_TYPES
-) -> VerifyReport:
+def verify(llm: LLM, n_tokens: int | None = None, kv_types: Sequence[str] = ()) -> VerifyReport:
     """Compare all ways to compute a prompt.
 
     Args:
         n_tokens: length of the prompt; None for one that wraps every window twice.
-        kv_types: KV formats to check.
+        kv_types: KV types to check; none for all formats, and the model's own if it is by layer.
 
     Raises:
         UsageError: `n_tokens` is below two pages, or longer than the context allows.
     """
+    own = () if llm.kv_type == AUTO else (llm.kv_type,)
+    kv_types = kv_types or tuple(dict.fromkeys((*KV_TYPES, *own)))
     prompt = _prompt(llm, n_tokens)
     reference = _Reference(llm, prompt, "native")
     rows = [row for kv_type in kv_types for row in _rows(reference, kv_type)]
     return VerifyReport(str(llm.path), reference.dtype, len(prompt), _window(llm), tuple(rows))
+
+
+def _most(tolerance: Mapping[str, float], kv_type: str) -> float:
+    """The largest tolerance of the formats that a KV type has in its layers."""
+    return max(tolerance[name] for name in layer_types(kv_type).names)
 
 
 def _window(llm: LLM) -> int | None:
@@ -159,7 +164,7 @@ class _Reference:
         for token in self.answer:
             log_p.append(_log_softmax(logits))
             logits = self.llm.model.last_logits(mx.array([[token]]), session.caches)
-        tolerance = TOLERANCE[self.dtype] + FORMAT_TOLERANCE[self.kv_type]
+        tolerance = TOLERANCE[self.dtype] + _most(FORMAT_TOLERANCE, self.kv_type)
         return self.compared(path, self.kv_type, log_p, tolerance, restored, note)
 
     def compared(
@@ -190,7 +195,7 @@ def _rows(native: _Reference, kv_type: str) -> Iterator[Row]:
         yield native.compared("cold", kv_type, again.log_p, TOLERANCE[native.dtype])
     else:
         reference = _Reference(llm, prompt, kv_type, native.answer)
-        tolerance = QUANTIZED_TOLERANCE[kv_type]
+        tolerance = _most(QUANTIZED_TOLERANCE, kv_type)
         yield native.compared("cold, beside native", kv_type, reference.log_p, tolerance)
 
     def computed(path: str, chunk: int | None) -> Row:

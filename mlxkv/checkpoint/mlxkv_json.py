@@ -12,7 +12,7 @@ from mlxkv.base import device, regular
 from mlxkv.base.units import parse_bytes
 from mlxkv.checkpoint.config import read_json
 from mlxkv.errors import ConfigError, MlxkvError, UsageError
-from mlxkv.kv.types import KV_CHOICES
+from mlxkv.kv.types import allowed_kv_types, read_kv_type
 
 RECORD = "mlxkv.json"
 
@@ -88,6 +88,13 @@ def _among(choices: tuple[str, ...]) -> Callable[[Any], str]:
     return read
 
 
+def _kv_type(value: Any) -> str:
+    try:
+        return read_kv_type(value)
+    except UsageError:
+        raise ValueError from None
+
+
 def _bytes(value: Any) -> int:
     if not isinstance(value, str | int):
         raise ValueError
@@ -100,8 +107,7 @@ def _bytes(value: Any) -> int:
 # A prompt and an answer have at least two tokens.
 KINDS = {
     "context": Kind("MLXKV_CONTEXT", "a whole number, 2 or more", _whole(2)),
-    "kv_type": Kind("MLXKV_KV_TYPE", f"one of {', '.join(KV_CHOICES)}",
-                     _among(KV_CHOICES), "native"),
+    "kv_type": Kind("MLXKV_KV_TYPE", allowed_kv_types(), _kv_type, "native"),
     "memory": Kind("MLXKV_MEMORY", "like 16GiB, 500MB or auto", _bytes),
     "overflow": Kind("MLXKV_OVERFLOW", f"one of {', '.join(OVERFLOWS)}",
                       _among(OVERFLOWS), "stop"),

@@ -13,7 +13,7 @@ import typer
 
 from mlxkv.commands.options import Memory, takes
 from mlxkv.errors import INTERRUPTED, MlxkvError, UsageError
-from mlxkv.kv.types import KV_TYPES
+from mlxkv.kv.types import layer_types
 
 if TYPE_CHECKING:
     from mlxkv.bench.cases import Case, Skipped
@@ -42,7 +42,7 @@ class BenchOptions:
     tokens: int | None = typer.Option(None, help="Decode steps that are timed.")
     repeat: int = typer.Option(3, help="Runs of each case; the median is shown.")
     vs: str | None = typer.Option(None, metavar="mlx-lm", help="Measure mlx-lm in turn with mlxkv.")
-    kv_type: str = typer.Option("native", help="Format of mlxkv's KV cache: native, q8 or q4.")
+    kv_type: str = typer.Option("native", help="Format of mlxkv's KV: native, q8, k8v4 or q4.")
     memory: Memory = None
     report: Path | None = typer.Option(
         None,
@@ -66,9 +66,8 @@ def bench(options: BenchOptions) -> int:
     o = options
     if o.vs is not None:
         _check_vs(o.vs)
-    if o.kv_type not in KV_TYPES:
-        raise UsageError(f"--kv-type must be one of {', '.join(KV_TYPES)}; got {o.kv_type!r}")
-    if o.vs is not None and o.kv_type != "native":
+    kv_type = str(layer_types(o.kv_type))
+    if o.vs is not None and kv_type != "native":
         raise UsageError("--vs mlx-lm needs --kv-type native: mlx-lm batches no quantized KV")
     asked = Asked(
         o.model or catalog.DEFAULT.name,
@@ -77,7 +76,7 @@ def bench(options: BenchOptions) -> int:
         _at_least_one("--tokens", o.tokens),
         _at_least_one("--repeat", o.repeat) or 1,
         ("mlxkv", "mlx-lm") if o.vs else ("mlxkv",),
-        o.kv_type,
+        kv_type,
         o.memory,
     )
     return _bench(asked, o.report, as_json=o.as_json, plot=o.plot)

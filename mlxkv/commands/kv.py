@@ -51,7 +51,7 @@ class SaveOptions:
     pin: bool = typer.Option(False, "--pin", help="Never evict it.")
     dtype: DType = "auto"
     memory: Memory = None
-    kv_type: str | None = typer.Option(None, help="Format of the KV: native, q8 or q4.")
+    kv_type: str | None = typer.Option(None, help="Format of the KV: native, q8, k8v4 or q4.")
     context: int | None = typer.Option(
         None, help="Context that it must leave room in; default: as for `run`."
     )

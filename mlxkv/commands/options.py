@@ -17,7 +17,8 @@ T = TypeVar("T")
 KVType = Annotated[
     str | None,
     typer.Option(
-        help="Format of the KV cache: native, q8, q4, or auto: quantize when memory is short."
+        help="Format of the KV cache: native, q8, k8v4 (keys in 8 bits, values in 4), q4, or auto: "
+        "quantize when memory is short. By layer: k8v4,0=native,5=q8."
     ),
 ]
 Model = Annotated[

@@ -307,7 +307,7 @@ def ps(
 
 PS_COLUMNS = ("NAME", "SIZE", "WEIGHTS", "KV USED", "KV ALLOCATED", "SEQUENCES", "ASLEEP", "PAGES",
               "UNTIL")  # fmt: skip
-PS_MORE = ("KV MAX", "PAGES ON SSD", "CONTEXT", "DEVICE", "FAMILY", "QUANTIZATION")
+PS_MORE = ("KV MAX", "KV TYPE", "PAGES ON SSD", "CONTEXT", "DEVICE", "FAMILY", "QUANTIZATION")
 
 
 def _ps_row(model: Mapping[str, Any], verbose: bool) -> list[str]:
@@ -327,6 +327,7 @@ def _ps_row(model: Mapping[str, Any], verbose: bool) -> list[str]:
     if verbose:
         row += [
             human_bytes(model["kv_max_bytes"]),
+            model.get("kv_type", ""),
             human_bytes(model["pages_ssd_bytes"]),
             f"{model['context']:,}",
             model["device"],

@@ -27,7 +27,7 @@ class VerifyOptions:
         None, help="Length of the prompt; default: past the second wrap of every window."
     )
     kv_type: list[str] | None = typer.Option(
-        None, help="native, q8 or q4; may be repeated; default: all."
+        None, help="native, q8, k8v4 or q4; may be repeated; default: all."
     )
     full: bool = typer.Option(
         False,
@@ -60,14 +60,11 @@ def verify(options: VerifyOptions) -> int:
     with 1 if something that mlxkv promises does not hold.
     """
     from mlxkv.bench import verify as check
-    from mlxkv.kv.storage import storage_of
-    from mlxkv.kv.types import KV_TYPES
+    from mlxkv.kv.types import layer_types
     from mlxkv.store.settings import COMMAND_LINE, Given
     from mlxkv.terminal.local import load_model
 
-    o, kv_types = options, options.kv_type or ()
-    for each in kv_types:
-        storage_of(each)
+    o, kv_types = options, tuple(str(layer_types(each)) for each in options.kv_type or ())
     if o.full and (o.tokens is not None or len(kv_types) > 1):
         raise UsageError("--full takes one --kv-type, and no --tokens")
     for name, value in (("--strict", o.strict), ("--report", o.report)):
@@ -78,7 +75,7 @@ def verify(options: VerifyOptions) -> int:
     if o.full:
         return _full(options, given)
     with load_model(o.model, o.dtype, given) as llm:
-        made = check.verify(llm, o.tokens, tuple(kv_types or KV_TYPES))
+        made = check.verify(llm, o.tokens, kv_types)
     print(json.dumps(check.to_dict(made)) if o.as_json else check.text(made))
     return 0 if made.passed else 1
 

@@ -95,6 +95,7 @@ class Loaded:
     quantization: str
     digest: str
     n_asleep: int = 0
+    kv_type: str = "native"
 
 
 @dataclass(frozen=True, slots=True)

@@ -129,6 +129,7 @@ class LoadedModel:
             quantization=card.quantization,
             digest=self.digest,
             n_asleep=self.scheduler.sleep.n_asleep(owner),
+            kv_type=runtime.kv_type,
         )
 
 

@@ -20,7 +20,7 @@ from mlxkv.generation.decoder import Decoder
 from mlxkv.generation.drafts.drafting import Drafting
 from mlxkv.generation.prompt_logprobs import Scores
 from mlxkv.generation.session import Session
-from mlxkv.kv.types import first_kv_type
+from mlxkv.kv.types import KVFormat, first_kv_type
 from mlxkv.memory import needs
 from mlxkv.memory.budget import Budget
 from mlxkv.models.loader import Layout, loading
@@ -103,7 +103,9 @@ class Runtime(TextSide):
         weights_bytes -= model.waiting_bytes()
         limit_bytes = limit_bytes or device.memory_limit()
         room = needs.pages_bytes(limit_bytes, weights_bytes)
-        self.pages = open_pages(model, path, first_kv_type(kv_type), room)
+        first = first_kv_type(kv_type)
+        list(KVFormat(first).layers(model.cache_specs()))  # a layer that is not there is an error
+        self.pages = open_pages(model, path, first, room)
         self.budget = Budget(model, weights_bytes, limit_bytes, self.pages)
         self._pages: dict[str, Pages | None] = {"": self.pages}
         self._scores: dict[str, Scores] = {}

@@ -41,7 +41,7 @@ class Session:
 
     Args:
         model: the model.
-        kv_type: format of the KV, one of `KV_CHOICES`.
+        kv_type: format of the KV: one of `KV_CHOICES`, or by layer.
         pages: where prefixes come from and go to; None for a sequence that keeps to itself.
         budget: asked before the caches grow; None for a sequence that takes what it wants.
         scores: log-probabilities of recent prompts that share its pages; None keeps none.

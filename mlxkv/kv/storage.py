@@ -1,4 +1,5 @@
-"""How keys and values are stored: as they are computed, or in affine groups of 8 or 4 bits.
+"""How keys and values are stored: as they are computed, or in affine groups of 8 or 4 bits, each
+side in a width of its own.
 
 A format turns keys and values `[B, H, L, D]` into arrays whose tokens lie along axis 2 as well: a
 cache keeps, moves and drops tokens of every format in the same way.
@@ -243,58 +244,64 @@ class Native:
 class Affine:
     """Rows in affine groups along the head's dimension.
 
-    A dimension that no group size divides is padded with zeros. Keys and values of one size are
-    kept side by side, `[B, 2 * H, L, *]` with the keys' heads first: a step quantizes and writes
-    both at a time. Change `types.LAYOUTS` with what is kept.
+    A dimension that no group size divides is padded with zeros. Keys and values of one size and
+    width are kept side by side, `[B, 2 * H, L, *]` with the keys' heads first: a step quantizes and
+    writes both at a time. Change `types.LAYOUTS` with what is kept.
+
+    A latent layer (MLA) keeps one row a token, as its keys, and no values: what attention takes as
+    values are the first values of that row, in the keys' width.
 
     Args:
-        bits: of a code.
+        k_bits: of a key's code.
+        v_bits: of a value's code.
     """
 
-    bits: int
+    k_bits: int
+    v_bits: int
 
     def n_arrays(self, k_dim: int, v_dim: int) -> int:
         """Arrays that are kept of keys and values of these sizes."""
-        return 3 if _side_by_side(k_dim, v_dim) else 6
+        return 3 if self._side_by_side(k_dim, v_dim) else 6
+
+    def _side_by_side(self, k_dim: int, v_dim: int) -> bool:
+        return k_dim == v_dim > 0 and self.k_bits == self.v_bits
 
     def encode_both(self, k: mx.array, v: mx.array) -> list[mx.array]:
         """The arrays that are kept of keys and values, or of keys and then of values."""
-        if _side_by_side(k.shape[-1], v.shape[-1]):
-            return self._quantized(_joined(k, v))
-        return self._quantized(k) + self._quantized(v)
-
-    def _quantized(self, rows: mx.array) -> list[mx.array]:
-        group, padded = groups(rows.shape[-1])
-        if padded == 0:
-            return [rows] * 3
-        n_missing = padded - rows.shape[-1]
-        if n_missing:
-            rows = mx.pad(rows, [(0, 0), (0, 0), (0, 0), (0, n_missing)])
-        return list(mx.quantize(rows, group_size=group, bits=self.bits))
+        if self._side_by_side(k.shape[-1], v.shape[-1]):
+            return _quantized(_joined(k, v), self.k_bits)
+        return _quantized(k, self.k_bits) + _quantized(v, self.v_bits)
 
     def decode_both(
         self, arrays: Sequence[mx.array], n: int, k_dim: int, v_dim: int
     ) -> tuple[Rows, Rows]:
         """Keys and values of the first `n` tokens of what is kept."""
-        if _side_by_side(k_dim, v_dim):
+        if self._side_by_side(k_dim, v_dim):
             H, stored = arrays[0].shape[1] // 2, _handles(arrays)
-            k = QuantizedRows(stored, k_dim, self.bits, 0, H, n)
-            return k, QuantizedRows(stored, v_dim, self.bits, H, H, n)
+            k = QuantizedRows(stored, k_dim, self.k_bits, 0, H, n)
+            return k, QuantizedRows(stored, v_dim, self.v_bits, H, H, n)
         H = arrays[0].shape[1]
-        k = QuantizedRows(_handles(arrays[:3]), k_dim, self.bits, 0, H, n)
+        k = QuantizedRows(_handles(arrays[:3]), k_dim, self.k_bits, 0, H, n)
         if v_dim == 0:
             return k, arrays[3][:, :, :n]
-        return k, QuantizedRows(_handles(arrays[3:]), v_dim, self.bits, 0, H, n)
+        return k, QuantizedRows(_handles(arrays[3:]), v_dim, self.v_bits, 0, H, n)
+
+
+def _quantized(rows: mx.array, bits: int) -> list[mx.array]:
+    """Codes, scales and biases; of rows without values three times the rows."""
+    group, padded = groups(rows.shape[-1])
+    if padded == 0:
+        return [rows] * 3
+    n_missing = padded - rows.shape[-1]
+    if n_missing:
+        rows = mx.pad(rows, [(0, 0), (0, 0), (0, 0), (0, n_missing)])
+    return list(mx.quantize(rows, group_size=group, bits=bits))
 
 
 def _handles(arrays: Sequence[mx.array]) -> tuple[mx.array, mx.array, mx.array]:
     """New array objects for buffers: a write to a buffer rebinds the buffer's own object."""
     codes, scales, biases = arrays
     return codes[...], scales[...], biases[...]
-
-
-def _side_by_side(k_dim: int, v_dim: int) -> bool:
-    return k_dim == v_dim > 0
 
 
 def _joined(k: mx.array, v: mx.array) -> mx.array:
@@ -314,13 +321,13 @@ def _keys_first() -> mx.array:
 
 
 STORAGES: dict[str, Native | Affine] = {
-    name: Native() if bits is None else Affine(bits) for name, bits in CODE_BITS.items()
+    name: Native() if bits is None else Affine(*bits) for name, bits in CODE_BITS.items()
 }
 """KV format -> how it stores rows."""
 
 
 def storage_of(kv_type: str) -> Native | Affine:
-    """How a KV format stores rows; UsageError for an unknown one."""
+    """How a KV format of one layer stores rows; UsageError for an unknown one."""
     if kv_type not in STORAGES:
         raise UsageError(f"must be one of {', '.join(KV_TYPES)}; got {kv_type!r}", field="kv_type")
     return STORAGES[kv_type]

@@ -2,20 +2,39 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 from mlxkv.errors import UsageError
 
-KV_TYPES = ("native", "q8", "q4")
-"""KV formats that a cache can be made in: `native` keeps the dtype that the model computes in."""
-CODE_BITS = {"native": None, "q8": 8, "q4": 4}
-"""KV format -> bits of a quantized value."""
-LAYOUTS = {"native": "native", "q8": "q8, side by side", "q4": "q4, side by side"}
+CODE_BITS: dict[str, tuple[int, int] | None] = {
+    "native": None,
+    "q8": (8, 8),
+    "k8v4": (8, 4),
+    "q4": (4, 4),
+}
+"""KV format -> bits of a key's quantized value and of a value's, from the largest format to the
+smallest. `native` keeps the dtype that the model computes in."""
+KV_TYPES = tuple(CODE_BITS)
+"""KV formats that one layer's cache can be made in."""
+LAYOUTS = {
+    "native": "native",
+    "q8": "q8, side by side",
+    "k8v4": "k8v4, apart",
+    "q4": "q4, side by side",
+}
 """KV format -> name of its layout in a model's fingerprint. A changed layout needs a new name, so
 that KV on disk in the earlier one is not loaded."""
 AUTO = "auto"
 KV_CHOICES = (*KV_TYPES, AUTO)
-"""KV types that a user can choose: `auto` is native, and quantized when memory is short."""
+"""KV types that a user can choose by one name: `auto` is native, and quantized when memory is
+short."""
+DEFAULT = "default"
+"""The key of `mlxkv.json`'s table of KV formats for all layers that it does not name."""
+
+S = TypeVar("S")
 
 
 STEP = 256
@@ -56,8 +75,11 @@ class CacheSpec:
 
         n_kv_heads * (k_dim + v_dim) * bytes per value * min(n_tokens up to the next 256, window).
         """
-        row = kv.row_bytes(self.k_dim) + kv.row_bytes(self.v_dim)
-        return self.n_kv_heads * row * self.n_rows(n_tokens)
+        return self.token_bytes(kv) * self.n_rows(n_tokens)
+
+    def token_bytes(self, kv: KVFormat) -> int:
+        """Bytes of one token."""
+        return self.n_kv_heads * kv.row_bytes(self.k_dim, self.v_dim)
 
     @property
     def opaque(self) -> bool:
@@ -75,15 +97,120 @@ def groups(dim: int) -> tuple[int, int]:
     return group, -(-dim // group) * group
 
 
-def first_kv_type(choice: str) -> str:
-    """The format that a sequence begins in.
+@dataclass(frozen=True, slots=True)
+class LayerTypes:
+    """A KV type that is given by layer: a format for all layers, and others for some.
+
+    As a text, which is what all but this class handle: `q8`, or `k8v4,0=native,5=q8`.
+
+    Args:
+        default: one of `KV_TYPES`.
+        layers: (the model's number of a layer, its format), in their order.
+    """
+
+    default: str
+    layers: tuple[tuple[int, str], ...] = ()
+
+    def __str__(self) -> str:
+        return ",".join([self.default, *(f"{layer}={name}" for layer, name in self.layers)])
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The formats in use, from the largest to the smallest."""
+        used = {self.default, *(name for _, name in self.layers)}
+        return tuple(name for name in KV_TYPES if name in used)
+
+
+@functools.cache
+def layer_types(kv_type: str) -> LayerTypes:
+    """Read a KV type: one of `KV_TYPES`, or those of layers.
 
     Raises:
-        UsageError: it is not one of `KV_CHOICES`.
+        UsageError: it is neither.
     """
-    if choice not in KV_CHOICES:
-        raise UsageError(f"must be one of {', '.join(KV_CHOICES)}; got {choice!r}", field="kv_type")
-    return KV_TYPES[0] if choice == AUTO else choice
+    default, *others = (part.strip() for part in kv_type.split(","))
+    found: dict[int, str] = {}
+    for other in others:
+        layer, _, name = other.partition("=")
+        if not layer.isdecimal() or len(layer) > 6 or name not in KV_TYPES or int(layer) in found:
+            raise _unknown(kv_type)
+        found[int(layer)] = name
+    if default not in KV_TYPES:
+        raise _unknown(kv_type)
+    own = sorted((layer, name) for layer, name in found.items() if name != default)
+    return LayerTypes(default, tuple(own))
+
+
+def _unknown(kv_type: object, allowed: Iterable[str] = KV_TYPES) -> UsageError:
+    return UsageError(f"must be {allowed_kv_types(allowed)}; got {kv_type!r}", field="kv_type")
+
+
+def allowed_kv_types(names: Iterable[str] = KV_CHOICES) -> str:
+    """What a KV type may be, for messages."""
+    return f"one of {', '.join(names)}, or formats of layers like k8v4,0=native,5=q8"
+
+
+def read_kv_type(choice: object) -> str:
+    """A user's KV type as it is written in one way.
+
+    Args:
+        choice: one of `KV_CHOICES`, `k8v4,0=native`, or that as a table,
+            `{"default": "k8v4", "0": "native"}`.
+
+    Raises:
+        UsageError: it is something else.
+    """
+    if isinstance(choice, Mapping):
+        others = [f"{layer}={name}" for layer, name in choice.items() if layer != DEFAULT]
+        text = ",".join([str(choice.get(DEFAULT, KV_TYPES[0])), *others])
+    elif isinstance(choice, str):
+        text = choice
+    else:
+        raise _unknown(choice, KV_CHOICES)
+    if text == AUTO:
+        return AUTO
+    try:
+        return str(layer_types(text))
+    except UsageError:
+        raise _unknown(choice, KV_CHOICES) from None
+
+
+def kv_type_table(kv_type: str) -> str | dict[str, str]:
+    """A KV type as `mlxkv.json` has it, which `read_kv_type` reads: by layer it is a table."""
+    types = layer_types(kv_type)
+    if not types.layers:
+        return types.default
+    return {DEFAULT: types.default, **{str(layer): name for layer, name in types.layers}}
+
+
+def first_kv_type(choice: str) -> str:
+    """The KV type that a sequence begins in.
+
+    Raises:
+        UsageError: `choice` is not one that a user can choose.
+    """
+    kv_type = read_kv_type(choice)
+    return KV_TYPES[0] if kv_type == AUTO else kv_type
+
+
+def smaller_types(kv_type: str) -> tuple[str, ...]:
+    """The formats that are smaller than the largest in use, from the largest to the smallest."""
+    return KV_TYPES[KV_TYPES.index(layer_types(kv_type).names[0]) + 1 :]
+
+
+def is_quantized(kv_type: str) -> bool:
+    """Whether any layer's KV is."""
+    return any(CODE_BITS[name] is not None for name in layer_types(kv_type).names)
+
+
+def layout_of(kv_type: str) -> str:
+    """The name of a KV type's layout in a model's fingerprint; of an unknown type itself."""
+    try:
+        types = layer_types(kv_type)
+    except UsageError:
+        return kv_type
+    others = (f"{layer}={LAYOUTS[name]}" for layer, name in types.layers)
+    return "; ".join([LAYOUTS[types.default], *others])
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,16 +218,41 @@ class KVFormat:
     """How keys and values are stored, for arithmetic.
 
     Args:
-        name: one of `KV_TYPES`.
+        name: a KV type: one of `KV_TYPES`, or by layer, see `LayerTypes`.
         itemsize: bytes per value, 2 for float16 and bfloat16, 4 for float32.
     """
 
     name: str = "native"
     itemsize: int = 2
 
-    def row_bytes(self, dim: int) -> int:
-        """Bytes of one head's vector of `dim` values."""
+    def layers(self, specs: Iterable[S | None]) -> Iterator[tuple[S, KVFormat]]:
+        """The layers that own KV, each with its own format.
+
+        Args:
+            specs: one of each layer, None of those that own no KV.
+
+        Raises:
+            UsageError: a layer is named that is not there, or owns no KV.
+        """
+        types, specs = layer_types(self.name), list(specs)
+        others = dict(types.layers)
+        own = {i for i, spec in enumerate(specs) if spec is not None}
+        if missing := sorted(others.keys() - own):
+            raise UsageError(
+                f"the KV type {self.name} names layer {missing[0]}, and the model's layers with KV "
+                f"of their own are {min(own, default=0)} to {max(own, default=0)}"
+            )
+        one = {name: KVFormat(name, self.itemsize) for name in types.names}
+        for i, spec in enumerate(specs):
+            if spec is not None:
+                yield spec, one[others.get(i, types.default)]
+
+    def row_bytes(self, k_dim: int, v_dim: int) -> int:
+        """Bytes of one head's key and value of one token; of a format for all layers."""
         if (bits := CODE_BITS[self.name]) is None:
-            return dim * self.itemsize
+            return (k_dim + v_dim) * self.itemsize
+        return sum(self._coded(dim, n) for dim, n in zip((k_dim, v_dim), bits, strict=True))
+
+    def _coded(self, dim: int, bits: int) -> int:
         group, padded = groups(dim)
         return padded * bits // 8 + 2 * (padded // group) * self.itemsize

@@ -15,6 +15,7 @@ from mlxkv.engine.runtime import Runtime
 from mlxkv.errors import CheckpointError, UsageError
 from mlxkv.generation.kv_check import KVCheck, KVReport
 from mlxkv.kv.storage import storage_of
+from mlxkv.kv.types import KVFormat
 from mlxkv.models.loader import lay_out
 from mlxkv.prefix.eviction import DiskLimits
 from mlxkv.prefix.layout import Kinds, token_ids
@@ -81,14 +82,13 @@ def _shapes(path: Path, named: NamedKV) -> dict[str, dict[str, TensorShape]]:
     if kinds is None:
         raise ValueError("its model keeps a state instead of KV")
     dtype = getattr(mx, named.dtype)
-    owned = [spec for spec in specs if spec is not None]
-    storage = storage_of(named.kv_type)
+    owned = list(KVFormat(named.kv_type).layers(specs))
     shapes: dict[str, dict[str, TensorShape]] = {"full": {}, "window": {}}
     for part in kinds.parts:
         for index in kinds.caches(part):
-            spec = owned[index]
+            spec, kv = owned[index]
             rows = (mx.zeros((1, spec.n_kv_heads, 1, n), dtype) for n in (spec.k_dim, spec.v_dim))
-            for j, x in enumerate(storage.encode_both(*rows)):
+            for j, x in enumerate(storage_of(kv.name).encode_both(*rows)):
                 B, H, _, D = x.shape
                 shapes[part][f"{index}.{j}"] = str(x.dtype).rpartition(".")[2], (B, H, D)
     return shapes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, overload
 
@@ -37,7 +37,7 @@ def load(
     model: str | Path,
     dtype: mx.Dtype | str = "auto",
     memory: str | int | None = None,
-    kv_type: str | None = None,
+    kv_type: str | Mapping[str, str] | None = None,
     context: int | None = None,
     overflow: str | None = None,
     keep: int | None = None,
@@ -53,8 +53,9 @@ def load(
         model: a directory, a name that `mlxkv list` shows, or a Hugging Face repository.
         dtype: to compute in: auto, float32, float16, bfloat16.
         memory: limit in bytes or like "16GiB"; default: what the machine allows.
-        kv_type: format of the KV cache: native (default), q8, q4, or auto: native until memory is
-            short, then quantized.
+        kv_type: format of the KV cache: native (default), q8, k8v4 (keys in 8 bits, values in 4),
+            q4, or auto: native until memory is short, then quantized. By layer as in "k8v4,0=q8"
+            or {"default": "k8v4", "0": "q8"}.
         context: tokens of prompt and answer together; default: the model's own.
         overflow: at the context's end `stop` (default), or `shift`: drop the oldest tokens behind
             those that are kept, and continue.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,7 @@ def plan(
     model: str | Path,
     context: int | None = None,
     sequences: int = 1,
-    kv_type: str | None = None,
+    kv_type: str | Mapping[str, str] | None = None,
     memory: str | int | None = None,
     dtype: mx.Dtype | str = "auto",
     chunk: int | None = None,
@@ -43,7 +43,7 @@ def plan(
         model: path or name.
         context: tokens a sequence; may exceed the model's own.
         sequences: sequences at a time.
-        kv_type: one of `KV_TYPES`.
+        kv_type: as for `load`; `auto` is planned as native.
         memory: limit ("16GiB", bytes).
         dtype: to compute in, as for `load`.
         chunk: tokens of a prompt at a time; None for the device's default.

@@ -24,7 +24,7 @@ from mlxkv.base import device
 from mlxkv.base.device import default_chunk
 from mlxkv.base.units import human_bytes
 from mlxkv.errors import Hint, KVCacheFull
-from mlxkv.kv.types import KV_TYPES, STEP
+from mlxkv.kv.types import KV_TYPES, STEP, smaller_types
 from mlxkv.memory import needs
 from mlxkv.memory.accounts import Accounts
 from mlxkv.memory.media import EncoderNeeds, Rows, rows_bytes
@@ -207,7 +207,7 @@ class Budget:
                 if n < wanted:
                     self._cut(sequence, n, rungs)
                 return self._grant_tokens(sequence, n, rungs)
-        if (kv_type := smaller_format(sequence)) is not None:
+        if (kv_type := smaller_format(sequence, self._kv_bytes)) is not None:
             account.is_quantizing = True
             return Grant(rungs=tuple(rungs), quantize_to=kv_type)
         if whole:
@@ -313,7 +313,7 @@ class Budget:
             rungs.append(Rung("chunk", n_held, n))
         elif freed := self.give_pages(self.pages_bytes):
             rungs.append(Rung("pages", n_held, freed))
-        elif (kv_type := smaller_format(sequence)) is not None:
+        elif (kv_type := smaller_format(sequence, self._kv_bytes)) is not None:
             return Grant(rungs=tuple(rungs), quantize_to=kv_type)
         else:
             return Grant(rungs=tuple(rungs), full=self._full(sequence, n_held + 1, n_held))
@@ -364,6 +364,9 @@ class Budget:
             self._needs[kv_type] = Needs(self._model, kv_type, default_chunk())
         return self._needs[kv_type]
 
+    def _kv_bytes(self, kv_type: str, n_tokens: int) -> int:
+        return self._need(kv_type).kv_bytes(n_tokens)
+
     def _most_tokens(self, sequence: Consumer, kv_type: str) -> int:
         """Tokens that this sequence can hold if everything else is freed."""
         others = self._others(sequence)
@@ -376,9 +379,7 @@ class Budget:
         return self.limit_bytes if allowed is None else min(allowed, self.limit_bytes)
 
     def _others(self, sequence: Consumer) -> int:
-        return self._accounts.others_bytes(
-            sequence, lambda kv_type, n: self._need(kv_type).kv_bytes(n)
-        )
+        return self._accounts.others_bytes(sequence, self._kv_bytes)
 
     def _full(self, sequence: Consumer, n_wanted: int, most: int | None = None) -> KVCacheFull:
         """The error that ends a sequence, with hints."""
@@ -391,7 +392,7 @@ class Budget:
         if self._allowed < self.limit_bytes:
             hints = []  # it is the process that may not have more
         if not sequence.is_auto:
-            for kv_type in KV_TYPES[KV_TYPES.index(sequence.kv_type) + 1 :]:
+            for kv_type in smaller_types(sequence.kv_type):
                 n = self._most_tokens(sequence, kv_type)
                 if n > most:
                     hints.append(Hint("kv_type", kv_type, f"allows {n:,}"))

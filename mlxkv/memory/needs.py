@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from mlxkv.base import device
-from mlxkv.kv.types import STEP, CacheSpec, KVFormat
+from mlxkv.kv.types import STEP, CacheSpec, KVFormat, is_quantized
 from mlxkv.memory.trace import Held, decode_step, prefill_step
 from mlxkv.memory.types import is_allocation_failure
 from mlxkv.nn.model import CausalLM
@@ -43,21 +43,17 @@ def page_arrays() -> int | None:
 
 def kv_bytes(specs: Sequence[CacheSpec | None], n_tokens: int, kv: KVFormat) -> int:
     """Bytes that the live caches of one sequence allocate at `n_tokens`."""
-    return sum(spec.nbytes(n_tokens, kv) for spec in specs if spec is not None)
+    return sum(spec.nbytes(n_tokens, own) for spec, own in kv.layers(specs))
 
 
 def row_bytes(specs: Sequence[CacheSpec | None], kv: KVFormat) -> int:
     """Bytes of one token in all layers while no window is full."""
-    return sum(
-        spec.n_kv_heads * (kv.row_bytes(spec.k_dim) + kv.row_bytes(spec.v_dim))
-        for spec in specs
-        if spec is not None
-    )
+    return sum(spec.token_bytes(own) for spec, own in kv.layers(specs))
 
 
 @dataclass
 class Needs:
-    """Bytes that a model's sequences need beside its weights, in one KV format.
+    """Bytes that a model's sequences need beside its weights, in one KV type.
 
     The model is loaded or hollow; `chunk` is the prompt tokens that are computed at a time.
     """
@@ -76,6 +72,11 @@ class Needs:
     def kv(self) -> KVFormat:
         return KVFormat(self.kv_type, self.model.compute_dtype.size)
 
+    @cached_property
+    def is_quantized(self) -> bool:
+        """Whether the KV of any layer is."""
+        return is_quantized(self.kv_type)
+
     def kv_bytes(self, n_tokens: int) -> int:
         """Of one sequence."""
         return kv_bytes(self.specs, n_tokens, self.kv)
@@ -86,7 +87,7 @@ class Needs:
 
     def step(self, n_held: int, n_new: int, *, last: bool) -> Held:
         """Bytes that one step holds, KV included; only the KV where MLX cannot trace the model."""
-        if self.kv_type != "native" and n_held > LONGEST_TRACED and n_new <= self.chunk:
+        if self.is_quantized and n_held > LONGEST_TRACED and n_new <= self.chunk:
             # The graph of attention over quantized KV grows with the tokens held.
             after = self.kv_bytes(n_held + n_new)
             marks = self._growth_marks if n_new == 1 else self._chunk_marks
@@ -108,7 +109,7 @@ class Needs:
         if known:
             yield min(known)
         n_behind = max(STEP, _power_of_two(n_held)) if n_held else 0
-        if self.kv_type == "native" or n_behind <= LONGEST_TRACED:
+        if not self.is_quantized or n_behind <= LONGEST_TRACED:
             yield self._traced(n_behind, larger_chunk(n_new), True).peak
 
     def _traced(self, n_held: int, n_new: int, last: bool) -> Held:
@@ -190,7 +191,7 @@ class Needs:
         unit = self._unit
         long = unit * -(-max(2048, short + 1, window + 2 * unit) // unit)
         # Quantized KV: the graph grows with the tokens held, so the next is close.
-        longer = 2 * long if self.kv_type == "native" else long + max(2048, unit)
+        longer = long + max(2048, unit) if self.is_quantized else 2 * long
         return short, long, longer
 
     def longest(self, room_bytes: int, sequences: int) -> int:

@@ -25,7 +25,7 @@ from mlxkv.nn.model import CausalLM
 
 @dataclass(frozen=True, slots=True)
 class LayerKind:
-    """Layers that store KV of the same shape.
+    """Layers that store KV of the same shape in the same format.
 
     Args:
         spec: of one of them.
@@ -33,6 +33,7 @@ class LayerKind:
         row_bytes: bytes of one token in one of them.
         n_rows: tokens that each allocates at the plan's context.
         nbytes: of all of them, for all sequences.
+        kv_type: their format.
     """
 
     spec: CacheSpec
@@ -40,6 +41,7 @@ class LayerKind:
     row_bytes: int
     n_rows: int
     nbytes: int
+    kv_type: str
 
     @property
     def name(self) -> str:
@@ -81,10 +83,10 @@ class Plan:
         context: tokens a sequence.
         sequences: their number.
         chunk: tokens of a prompt that are computed at a time.
-        kv_type: format of the KV.
+        kv_type: format of the KV, by layer or for all.
         limit_bytes: of the machine, or of the caller.
         max_context: the longest context that fits for `sequences`, 0 if not even the weights do.
-        max_contexts: the same for every KV format.
+        max_contexts: the same for every KV format, and for `kv_type`.
         layers: the layers that store KV, by kind.
         curves: KV format -> (tokens a sequence, total bytes).
         specs: one per layer.
@@ -165,10 +167,8 @@ def plan_model(
     encoders = encoders or {}
     weights_bytes += sum(n for kind, n in encoders.items() if any(m.kind == kind for m in media))
     rows = sum(m.n_tokens for m in media) * model.config.hidden_size * model.compute_dtype.size
-    needs = {
-        name: Needs(model, name, chunk or default_chunk())
-        for name in dict.fromkeys((kv_type, *KV_TYPES))
-    }
+    names = tuple(dict.fromkeys((*KV_TYPES, kv_type)))
+    needs = {name: Needs(model, name, chunk or default_chunk()) for name in names}
     own = needs[kv_type]
     # A picture whose rows see each other is computed at once, also where it is more than a chunk.
     whole = max((m.n_tokens for m in media if m.kind in model.two_way_kinds), default=0)
@@ -197,13 +197,13 @@ def plan_model(
         kv_type=kv_type,
         limit_bytes=limit,
         max_context=longest[kv_type],
-        max_contexts={name: longest[name] for name in KV_TYPES},
+        max_contexts=longest,
         layers=_layer_kinds(own.specs, own.kv, context, sequences),
         curves={
             name: tuple(
                 zip(marks, _curve(needs[name], marks, sequences, weights_bytes + rows), strict=True)
             )
-            for name in KV_TYPES
+            for name in names
         },
         specs=tuple(own.specs),
         encoders=encoders,
@@ -220,14 +220,15 @@ def _curve(needs: Needs, marks: Sequence[int], sequences: int, fixed_bytes: int)
 def _layer_kinds(
     specs: Sequence[CacheSpec | None], kv: KVFormat, context: int, sequences: int
 ) -> tuple[LayerKind, ...]:
-    counts = Counter(spec for spec in specs if spec is not None and not spec.opaque)
+    counts = Counter((spec, own) for spec, own in kv.layers(specs) if not spec.opaque)
     return tuple(
         LayerKind(
             spec,
             n,
-            kv.row_bytes(spec.k_dim) + kv.row_bytes(spec.v_dim),
+            own.row_bytes(spec.k_dim, spec.v_dim),
             spec.n_rows(context),
-            n * spec.nbytes(context, kv) * sequences,
+            n * spec.nbytes(context, own) * sequences,
+            own.name,
         )
-        for spec, n in counts.items()
+        for (spec, own), n in counts.items()
     )

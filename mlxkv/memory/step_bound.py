@@ -37,7 +37,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxkv.base import device
-from mlxkv.kv.types import KV_TYPES, CacheSpec, KVFormat, ceil_step
+from mlxkv.kv.types import CacheSpec, KVFormat, ceil_step, is_quantized
 from mlxkv.nn.encoders import serves_media
 from mlxkv.nn.fused import is_fused
 from mlxkv.nn.model import CausalLM
@@ -63,7 +63,7 @@ class StepBound:
         dequantized: values of weights that are dequantized at a time.
     """
 
-    specs: tuple[CacheSpec, ...]
+    specs: tuple[CacheSpec | None, ...]
     itemsize: int
     n_heads: int
     is_capped: bool
@@ -78,9 +78,9 @@ class StepBound:
         Those may keep a state instead of KV, KV of another shape than they attend with, or scores
         beside a kernel: no bound follows from their weights.
         """
-        specs = tuple(spec for spec in model.cache_specs() if spec is not None)
+        specs = tuple(model.cache_specs())
         n_heads = getattr(model.config, "num_attention_heads", None)
-        if not isinstance(n_heads, int) or any(spec.opaque for spec in specs):
+        if not isinstance(n_heads, int) or any(spec is not None and spec.opaque for spec in specs):
             return None
         widths, values = _layers(model)
         return cls(
@@ -95,17 +95,15 @@ class StepBound:
 
     def __call__(self, kv_type: str, n_held: int, n_new: int) -> int:
         """Bytes of KV and computation during a step of `n_new` tokens behind `n_held`."""
-        kv = KVFormat(kv_type, self.itemsize)
+        layers = list(KVFormat(kv_type, self.itemsize).layers(self.specs))
         attention = max(
-            (self._attention(spec, kv_type, n_held, n_new) for spec in set(self.specs)), default=0
+            (self._attention(spec, own.name, n_held, n_new) for spec, own in set(layers)), default=0
         )
         values = attention + 4 * n_new * self.width + 2 * self.vocab_size + self.dequantized
-        held = sum(spec.nbytes(n_held + n_new, kv) for spec in self.specs)
+        held = sum(spec.nbytes(n_held + n_new, own) for spec, own in layers)
         # A rotating cache holds a whole chunk beside its window until the next update.
         surplus = sum(
-            spec.n_kv_heads * (kv.row_bytes(spec.k_dim) + kv.row_bytes(spec.v_dim)) * n_new
-            for spec in self.specs
-            if spec.window is not None
+            spec.token_bytes(own) * n_new for spec, own in layers if spec.window is not None
         )
         return BASE_BYTES + 2 * (held + surplus) + FLOAT * values
 
@@ -119,7 +117,7 @@ class StepBound:
             spec.k_dim,
             spec.v_dim,
             self.n_heads // spec.n_kv_heads,
-            quantized=kv_type != KV_TYPES[0],
+            quantized=is_quantized(kv_type),
             capped=self.is_capped,
         )
         if fused:

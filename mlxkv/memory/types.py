@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from mlxkv.base.units import human_bytes
 from mlxkv.errors import KVCacheFull, lacks_memory
-from mlxkv.kv.types import KV_TYPES
+from mlxkv.kv.types import STEP, smaller_types
 
 Error = TypeVar("Error", bound=BaseException)
 
@@ -118,10 +119,17 @@ class Grant:
     full: KVCacheFull | None = None
 
 
-def smaller_format(sequence: Consumer) -> str | None:
-    """The next smaller format that a sequence's KV may be quantized to."""
-    at = KV_TYPES.index(sequence.kv_type) + 1
-    return KV_TYPES[at] if sequence.is_auto and at < len(KV_TYPES) else None
+def smaller_format(sequence: Consumer, kv_bytes: Callable[[str, int], int]) -> str | None:
+    """The next format that a sequence's KV may be quantized to and takes fewer bytes in.
+
+    Args:
+        sequence: the sequence.
+        kv_bytes: (format, tokens) -> bytes. Latent layers take the same in `q8` and `k8v4`.
+    """
+    if not sequence.is_auto:
+        return None
+    now = kv_bytes(sequence.kv_type, STEP)
+    return next((t for t in smaller_types(sequence.kv_type) if kv_bytes(t, STEP) < now), None)
 
 
 def is_allocation_failure(error: BaseException) -> bool:

@@ -19,7 +19,7 @@ from typing import Any
 from mlxkv.base import durable, regular
 from mlxkv.checkpoint.weights import open_weights
 from mlxkv.errors import CheckpointError
-from mlxkv.kv.types import LAYOUTS
+from mlxkv.kv.types import layout_of
 from mlxkv.prefix.on_disk.format import FORMAT_VERSION
 
 BLOCK_BYTES = 64 << 20
@@ -41,7 +41,7 @@ def fingerprint(model_dir: Path, *, dtype: str, kv_type: str, cache: Path) -> st
     Args:
         model_dir: a model directory.
         dtype: MLX's name of the dtype that it computes in.
-        kv_type: format of the KV, one of `KV_TYPES`.
+        kv_type: format of the KV, by layer or for all.
         cache: JSON file that keeps the hashes of directories; need not exist or be writable.
 
     Raises:
@@ -56,7 +56,7 @@ def fingerprint(model_dir: Path, *, dtype: str, kv_type: str, cache: Path) -> st
         content = _content(model_dir)
         if signature == _signature(model_dir) and _settled(signature, before):
             _remember(cache, directory, signature, content)
-    parts = [FORMAT_VERSION, content, dtype, LAYOUTS.get(kv_type, kv_type)]
+    parts = [FORMAT_VERSION, content, dtype, layout_of(kv_type)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 

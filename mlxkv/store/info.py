@@ -288,9 +288,8 @@ def _kv_facts(specs: list[Any], checkpoint: Any, context: int) -> KVFacts:
     own = [spec for spec in specs if spec is not None]
     full = [spec for spec in own if spec.window is None]
     sliding = [spec for spec in own if spec.window is not None]
-    row = sum(s.n_kv_heads * (kv.row_bytes(s.k_dim) + kv.row_bytes(s.v_dim)) for s in full)
     return KVFacts(
-        bytes_per_token=row,
+        bytes_per_token=sum(spec.token_bytes(kv) for spec in full),
         window_bytes=sum(spec.nbytes(spec.window, kv) for spec in sliding),
         n_full_layers=len(full),
         n_window_layers=len(sliding),

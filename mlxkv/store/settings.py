@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -53,7 +53,7 @@ class Settings:
 
     Args:
         context: tokens that a prompt and its answer may have together.
-        kv_type: format of the KV cache.
+        kv_type: format of the KV cache, by layer or for all (`kv.types.LayerTypes`).
         memory: bytes that weights, KV and all else may take.
         overflow: what a sequence does at the context: `stop`, or `shift`, which drops the oldest
             tokens behind the kept ones.
@@ -98,6 +98,7 @@ class Given:
     """The settings of a command line or caller; None leaves a value to the other sources.
 
     Args:
+        kv_type: as a text, or as the table that `mlxkv.json` may have.
         memory: bytes, or like "16GiB"; "auto" for what the machine allows.
         origin: `COMMAND_LINE` or `CALLER`.
         draft: see `Settings`.
@@ -107,7 +108,7 @@ class Given:
     """
 
     context: int | None = None
-    kv_type: str | None = None
+    kv_type: str | Mapping[str, str] | None = None
     memory: str | int | None = None
     overflow: str | None = None
     keep: int | None = None

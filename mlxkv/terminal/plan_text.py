@@ -10,7 +10,7 @@ from mlxkv.base import device
 from mlxkv.base.units import human_bytes
 
 if TYPE_CHECKING:
-    from mlxkv.memory.plan import Plan
+    from mlxkv.memory.plan import LayerKind, Plan
 
 CHART_SIZE = 76, 17
 """Columns and rows."""
@@ -32,7 +32,7 @@ def text(plan: Plan) -> str:
 
 def _rows(plan: Plan) -> str:
     held = f"{plan.sequences} x {plan.context:,} tokens" if plan.sequences > 1 else ""
-    longest = ", ".join(f"{name} {n:,}" for name, n in plan.max_contexts.items())
+    longest = ", ".join(f"{_short(name)} {n:,}" for name, n in plan.max_contexts.items())
     rows = [
         ("weights", human_bytes(plan.weights_bytes), ""),
         *(("", "", note) for note in _encoders(plan)),
@@ -43,7 +43,7 @@ def _rows(plan: Plan) -> str:
             f"{human_bytes(plan.kv_bytes_per_token)} a token until windows are full",
         ),
         *(
-            ("", "", f"{human_bytes(kind.nbytes)} in {kind.n_layers} layers, {kind.name}")
+            ("", "", f"{human_bytes(kind.nbytes)} in {kind.n_layers} layers, {_kind(plan, kind)}")
             for kind in plan.layers
         ),
         *_media(plan),
@@ -66,6 +66,14 @@ def _rows(plan: Plan) -> str:
         ("", "", plan.formula),
     ]
     return "\n".join(f"{name:<10} {size:>9}  {note}".rstrip() for name, size, note in rows)
+
+
+def _short(kv_type: str) -> str:
+    return kv_type if kv_type in _MARKS else "by layer"
+
+
+def _kind(plan: Plan, kind: LayerKind) -> str:
+    return kind.name if kind.kv_type == plan.kv_type else f"{kind.name}, {kind.kv_type}"
 
 
 def _encoders(plan: Plan) -> Iterator[str]:
@@ -110,9 +118,8 @@ def chart(plan: Plan) -> str:
     plotext.plot_size(*CHART_SIZE)
     for kv_type, curve in plan.curves.items():
         tokens = [n for n, _ in curve]
-        plotext.plot(
-            tokens, [n_bytes / unit for _, n_bytes in curve], label=kv_type, marker=_MARKS[kv_type]
-        )
+        sizes = [n_bytes / unit for _, n_bytes in curve]
+        plotext.plot(tokens, sizes, label=_short(kv_type), marker=_MARKS.get(kv_type, "o"))
     if plan.limit_bytes <= 2 * top:
         plotext.hline(plan.limit_bytes / unit)
         name += f" (line: the limit, {human_bytes(plan.limit_bytes)})"
@@ -125,4 +132,4 @@ def chart(plan: Plan) -> str:
     return "\n".join(line.rstrip() for line in drawn.splitlines())
 
 
-_MARKS = {"native": "#", "q8": "+", "q4": "."}
+_MARKS = {"native": "#", "q8": "+", "k8v4": "x", "q4": "."}

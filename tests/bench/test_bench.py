@@ -376,7 +376,7 @@ def test_a_worker_measures_without_pages_on_disk_and_without_a_network(here, mon
         (("--tokens", "0"), 2, ["--tokens", "1 or more"]),
         (("--repeat", "0"), 2, ["--repeat", "1 or more"]),
         (("--vs", "llama.cpp"), 2, ["--vs must be mlx-lm", "llama.cpp"]),
-        (("--kv-type", "q5"), 2, ["--kv-type", "native, q8, q4"]),
+        (("--kv-type", "q5"), 2, ["--kv-type", "native, q8, k8v4, q4"]),
         (("--kv-type", "q8", "--vs", "mlx-lm"), 2, ["--kv-type native"]),
         (("--memory", "lots"), 2, ["--memory", "lots"]),
         (("--context", "5000"), 2, ["nothing can be measured", "600 tokens"]),

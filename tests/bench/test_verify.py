@@ -15,6 +15,7 @@ from mlxkv.bench import verify
 from mlxkv.cache import KVCache, RotatingKVCache
 from mlxkv.errors import UsageError
 from mlxkv.kv.layout import Slice
+from mlxkv.kv.types import KV_TYPES
 from mlxkv.llm.llm import LLM
 from mlxkv.prefix.on_disk.disk import PageDisk
 from mlxkv.prefix.on_disk.part import Part
@@ -68,8 +69,8 @@ def test_every_path_of_a_right_model_agrees(llm):
 
 def test_every_kv_format_is_held_beside_native_and_then_beside_itself(llm):
     report = verify.verify(llm, 513)
-    assert {row.kv_type for row in report.rows} == {"native", "q8", "q4"}
-    for kv_type in ("q8", "q4"):
+    assert {row.kv_type for row in report.rows} == set(KV_TYPES)
+    for kv_type in KV_TYPES[1:]:
         rows = [row for row in report.rows if row.kv_type == kv_type]
         assert [row.path for row in rows] == ["cold, beside native", *PATHS[1:]]
         # What packing costs is for real models to say: these weights are random.

@@ -97,7 +97,7 @@ def test_the_mask_fits_what_attention_takes(kind):
     mask = drive.cache.mask(5)
     keys, values = drive.cache.update(k, v)
     out = attend(q, keys, values, 8**-0.5, mask)
-    drive.reference.append(kind.kept(np.array(k)), kind.kept(np.array(v)))
+    drive.reference.append(*kind.kept(np.array(k), np.array(v)))
     # float32 arithmetic here, so 1e-5 in place of TOLERANCE.
     np.testing.assert_allclose(np.array(out), drive.reference.attend(np.array(q)), atol=1e-5)
 
@@ -239,7 +239,7 @@ def test_what_was_handed_out_stays_as_it_was_when_the_cache_moves_on(kind):
         drive = Drive(kind, k_dim=3).feed_all(chunks)
         k, v = drive.rows(1, 3), drive.rows(1, 2)
         returned = drive.cache.update(mx.array(k), mx.array(v))
-        drive.reference.append(kind.kept(k), kind.kept(v))
+        drive.reference.append(*kind.kept(k, v))
         stop = drive.offset
         piece = drive.cache.read(stop - 1, stop)
         whole = drive.cache.read(stop - len(drive.cache), stop)

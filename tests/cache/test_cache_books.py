@@ -9,7 +9,7 @@ import pytest
 from mlxkv.cache import KVCache, RotatingKVCache, make_caches
 from mlxkv.errors import UsageError
 from mlxkv.kv.storage import dense
-from mlxkv.kv.types import STEP, CacheSpec, KVFormat
+from mlxkv.kv.types import STEP, CacheSpec, KVFormat, kv_type_table, read_kv_type
 from tests.support.cache_drive import (
     GROWING,
     Drive,
@@ -27,7 +27,7 @@ from tests.support.windowed_reference import hidden, mask_as_bias
 
 def per_token(kind) -> int:
     """Bytes of one token here: float32, one head, two values in key and value."""
-    return 2 * KVFormat(kind.kv_type, 4).row_bytes(2)
+    return KVFormat(kind.kv_type, 4).row_bytes(2, 2)
 
 
 @every_kind
@@ -312,3 +312,27 @@ def test_a_cache_keeps_nothing_alive_but_its_buffers(make, L):
     del computed
     mx.synchronize()
     assert mx.get_active_memory() - before <= cache.nbytes + 1024
+
+
+def test_each_layer_has_its_own_format():
+    specs = [CacheSpec(1, 64, 64), None, CacheSpec(1, 64, 64, 40), CacheSpec(1, 64, 64)]
+    caches = make_caches(Specs(*specs), "k8v4, 3=native,2=q8,0=k8v4")
+    assert [cache.kv_type for cache in caches] == ["k8v4", "q8", "native"]
+    for kv_type, layer in (("q8,4=q4", 4), ("q8,1=q4", 1)):
+        with pytest.raises(UsageError, match=f"names layer {layer}, and .* are 0 to 3"):
+            make_caches(Specs(*specs), kv_type)
+
+
+@pytest.mark.parametrize(
+    "choice", ["q5", "k8v4,x=q8", "k8v4,0=q8,0=q4", "k8v4,0=auto", "q8,", {"defalt": "q8"}, 8]
+)
+def test_a_kv_type_that_cannot_be_read_is_one_line(choice):
+    with pytest.raises(UsageError, match=r"^kv_type must be one of native, .*k8v4,0=native,5=q8; "):
+        read_kv_type(choice)
+
+
+def test_a_table_and_a_text_are_one_kv_type():
+    table = {"default": "k8v4", "5": "q8", "0": "native", "7": "k8v4"}
+    assert read_kv_type(table) == read_kv_type(" k8v4,0=native,5=q8") == "k8v4,0=native,5=q8"
+    assert read_kv_type(kv_type_table("k8v4,0=native,5=q8")) == "k8v4,0=native,5=q8"
+    assert kv_type_table("q8,1=q8") == "q8"

@@ -244,7 +244,7 @@ def test_a_name_keeps_its_kv_format(env):
 def test_a_packed_cache_is_smaller(env):
     sizes = [
         run_json("-m", "chatty", "--kv-type", kv_type, "hello there", env=env)["stats"]["kv_bytes"]
-        for kv_type in ("native", "q8", "q4")
+        for kv_type in ("native", "k8v4,1=native", "k8v4")
     ]
     assert sizes[0] > sizes[1] > sizes[2] > 0
 
@@ -253,4 +253,4 @@ def test_a_packed_cache_is_smaller(env):
 def test_an_unknown_kv_format_is_refused_before_anything_is_loaded(command, env):
     words = ["other", "hello"] if command == "run" else ["other"]
     done = mlxkv(command, *words, "--kv-type", "q5", env=env)
-    assert_one_line(done, 2, "--kv-type must be one of native, q8, q4", "q5")
+    assert_one_line(done, 2, "--kv-type must be one of native, q8, k8v4, q4", "q5")

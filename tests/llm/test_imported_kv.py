@@ -22,7 +22,7 @@ from tests.support.command_line import chat_model
 TEXT = "The weir was built in 1874 of granite from the upper quarry, and mended twice. " * 14
 OTHER = TEXT.replace("granite", "bricks!")
 N = len(TEXT)
-FAMILIES = {"llama": "native", "gemma3": "q4"}
+FAMILIES = {"llama": "native", "gemma3": "k8v4,0=q4,1=native"}
 
 
 @pytest.fixture(scope="module")

@@ -147,7 +147,7 @@ def test_auto_packs_the_kv_before_it_gives_up(paths):
     llm = mlxkv.load(path, dtype="float32", memory=room, kv_type="auto")
     result = answer(llm, PROMPT[:30], n=3000)
     packed = [rung for rung in result.stats.rungs if rung.kind == "packed"]
-    assert [rung.kv_type for rung in packed] == ["q8", "q4"]
+    assert [rung.kv_type for rung in packed] == ["q8", "k8v4", "q4"]
     assert all(rung.amount > 0 for rung in packed)
     assert result.finish_reason == "memory"
     native = mlxkv.load(path, dtype="float32", memory=room)
@@ -164,7 +164,7 @@ def test_window_layers_are_packed_as_well(paths):
     prompt = llm.encode(PROMPT)
     logits = session.prefill(prompt)
     native = session.nbytes
-    for kv_type, factor in (("q8", 0.6), ("q4", 0.4)):
+    for kv_type, factor in (("q8", 0.6), ("k8v4", 0.5), ("q4", 0.4)):
         rung = session.quantize(kv_type)
         assert rung.kv_type == session.kv_type == kv_type
         assert {cache.kv_type for cache in session.caches} == {kv_type}

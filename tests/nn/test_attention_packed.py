@@ -50,7 +50,7 @@ def test_scores_are_float32_on_the_cpu_whatever_is_computed_in(kv_type, dtype, L
     """Scores past float16's range, as models without a scale have them, and no rounding of them."""
     monkeypatch.setattr(device, "on_cpu", lambda: True)
     q, k, v = (10 * rows(1, 4, n, 64, seed=n).astype(dtype) for n in (L, 300, 301))
-    k, v = pack(40 * k, kv_type), pack(v[:, :, :300], kv_type)
+    k, v = pack(40 * k, v[:, :, :300], kv_type)
     mask = None if L == 1 else "causal"
     got = attend(q, k, v, 1.0, mask)
     assert got.dtype == dtype
@@ -67,8 +67,8 @@ def test_float16_scores_without_a_scale_may_leave_its_range_on_a_gpu(kv_type, ex
     monkeypatch.setattr(device, "on_cpu", lambda: False)
     q = mx.full((1, 4, 1, 64), 50, mx.float16)
     heights = (mx.arange(300) * 7 % 300 - 100) / 300 * 100  # from -33 to 66, no two the same
-    k = pack(mx.broadcast_to(heights[:, None], (1, 2, 300, 64)).astype(mx.float16), kv_type)
-    v = pack(rows(1, 2, 300, 64, seed=3).astype(mx.float16), kv_type)
+    keys = mx.broadcast_to(heights[:, None], (1, 2, 300, 64)).astype(mx.float16)
+    k, v = pack(keys, rows(1, 2, 300, 64, seed=3).astype(mx.float16), kv_type)
     sinks = mx.zeros(4) if extra == "sinks" else None
     mask = (heights < 20)[None, None, None] if extra == "mask" else None
     softcap = 5.0 if extra == "softcap" else None
@@ -88,7 +88,7 @@ def test_a_gpu_loses_no_more_than_the_dtype_does(kv_type, dtype, scale, monkeypa
     """Scores are rounded to the dtype, 2^-8 and 2^-11 of them; the softmax sums in float32."""
     monkeypatch.setattr(device, "on_cpu", lambda: False)
     q = (rows(2, 4, 1, 64, seed=1) / (8 * scale)).astype(dtype)
-    k, v = (pack(rows(2, 2, 700, 64, seed=seed).astype(dtype), kv_type) for seed in (2, 3))
+    k, v = pack(*(rows(2, 2, 700, 64, seed=seed).astype(dtype) for seed in (2, 3)), kv_type)
     sinks = 4 + rows(4, seed=4).astype(dtype)  # beside 700 scores of deviation 1
     got = attend(q, k, v, scale, sinks=sinks)
     assert got.dtype == dtype
@@ -129,6 +129,7 @@ def test_a_chunk_on_a_gpu_unpacks_each_stored_array_once_and_whole(kv_type, dims
     k, v = cache.update(*(rows(1, 2, 300, dim) for dim in dims))
     monkeypatch.setattr(mx, "dequantize", count)
     attend(rows(1, 4, 5, dims[0]), k, v if dims[1] else leading(k, 512), 0.1, "causal")
+    n = 2 if kv_type == "k8v4" and dims[1] else n  # keys and values of two widths lie apart
     assert unpacked == [buffer.shape for buffer in cache.buffers[::3]][:n]
 
 
@@ -178,5 +179,5 @@ def test_one_query_a_row_sees_what_its_mask_shows(kv_type, on_cpu, extra, monkey
         )
         alone = attend(q[b : b + 1], *own, 0.2, None, sinks, softcap)
         np.testing.assert_allclose(got[b], np.array(alone)[0], atol=2e-6)
-    everyone = attend(q, pack(k, kv_type), pack(v, kv_type), 0.2, mask[:1, 0, 0], sinks, softcap)
+    everyone = attend(q, *pack(k, v, kv_type), 0.2, mask[:1, 0, 0], sinks, softcap)
     np.testing.assert_allclose(np.array(everyone)[0], got[0], atol=2e-6)

@@ -99,9 +99,10 @@ def test_one_changed_byte_gives_another(model, cache, which):
 
 def test_dtype_kv_type_and_format_each_give_another(model, cache, monkeypatch):
     seen = {taken(model, cache), taken(model, cache, dtype="float32")}
-    seen |= {taken(model, cache, kv_type="q8")}
+    of_layers = "q8", "k8v4", "k8v4,1=q8", "k8v4,2=q8"
+    seen |= {taken(model, cache, kv_type=kv_type) for kv_type in of_layers}
     monkeypatch.setattr(module, "FORMAT_VERSION", 2)
-    assert len(seen | {taken(model, cache)}) == 4
+    assert len(seen | {taken(model, cache)}) == 7
 
 
 def test_shards_that_swap_their_names_give_another(model, cache):

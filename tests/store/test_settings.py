@@ -17,6 +17,7 @@ from mlxkv.checkpoint import mlxkv_json
 from mlxkv.cli import main
 from mlxkv.convert import convert
 from mlxkv.errors import ConfigError, UsageError
+from mlxkv.kv.types import allowed_kv_types
 from mlxkv.store.settings import CALLER, COMMAND_LINE, REQUEST, Given, effective
 from mlxkv.terminal.answer_options import AnswerOptions
 from mlxkv.terminal.local import LocalSpeaker
@@ -149,7 +150,11 @@ def test_the_record_of_a_model_stands_beside_its_settings(model):
         ("CONTEXT", "long", "a whole number, 2 or more; got 'long'"),
         ("CONTEXT", "1", "a whole number, 2 or more; got 1"),
         ("CONTEXT", "-5", "a whole number"),
-        ("KV_TYPE", "q5", "one of native, q8, q4, auto; got 'q5'"),
+        (
+            "KV_TYPE",
+            "q5",
+            f"{allowed_kv_types()}; got 'q5'",
+        ),
         ("MEMORY", "lots", "like 16GiB, 500MB or auto; got 'lots'"),
         ("OVERFLOW", "wrap", "one of stop, shift; got 'wrap'"),
         ("KEEP", "1.5", "a whole number, 0 or more; got '1.5'"),
@@ -195,7 +200,7 @@ def test_a_context_past_the_models_own_is_refused_with_both_numbers(model, monke
     ("given", "said"),
     [
         ({"context": 0}, "context"),
-        ({"kv_type": "q5"}, "kv_type must be one of native, q8, q4"),
+        ({"kv_type": "q5"}, "kv_type must be one of native, q8, k8v4, q4"),
         ({"memory": "lots"}, "memory must be like 16GiB, 500MB or auto; got 'lots'"),
         ({"overflow": ""}, "overflow"),
         ({"keep": -1}, "keep"),

@@ -37,17 +37,18 @@ class Kind:
         """The spec for which `make_cache` makes this kind."""
         return CacheSpec(n_kv_heads, k_dim, v_dim, self.window)
 
-    def kept(self, rows: np.ndarray) -> np.ndarray:
-        """What the format keeps of rows: each row is quantized by itself."""
+    def kept(self, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What the format keeps of keys and values: each row is quantized by itself."""
         if self.kv_type == "native":
-            return rows
-        return np.array(dense(stored(mx.array(rows), self.kv_type)))
+            return k, v
+        keys, values = stored(mx.array(k), mx.array(v), self.kv_type)
+        return np.array(dense(keys)), np.array(dense(values))
 
 
-def stored(rows: mx.array, kv_type: str) -> Rows:
-    """Rows `[B, H, L, D]` as attention reads them from a cache of a KV format."""
-    storage, (*_, L, D) = storage_of(kv_type), rows.shape
-    return storage.decode_both(storage.encode_both(rows, rows), L, D, D)[0]
+def stored(k: mx.array, v: mx.array, kv_type: str) -> tuple[Rows, Rows]:
+    """Keys and values `[B, H, L, D]` as attention reads them from a cache of a KV format."""
+    storage, n = storage_of(kv_type), k.shape[2]
+    return storage.decode_both(storage.encode_both(k, v), n, k.shape[3], v.shape[3])
 
 
 def rotating(window: int, kv_type: str = "native") -> Kind:
@@ -56,8 +57,8 @@ def rotating(window: int, kv_type: str = "native") -> Kind:
 
 
 GROWING = Kind("growing", KVCache)
-PACKED = Kind("growing-q8", lambda spec: KVCache(spec, "q8"), None, "q8")
-PACKED_ROTATING = [rotating(8, "q4"), rotating(256, "q8"), rotating(300, "q4")]
+PACKED = Kind("growing-k8v4", lambda spec: KVCache(spec, "k8v4"), None, "k8v4")
+PACKED_ROTATING = [rotating(8, "q4"), rotating(256, "q8"), rotating(300, "k8v4")]
 ROTATING = [rotating(w) for w in (1, 2, 3, 8, 255, 256, 257, 300, 600)] + PACKED_ROTATING
 KINDS = [GROWING, PACKED, *ROTATING]
 
@@ -90,7 +91,7 @@ class Drive:
             held_after = self.offset + L - (self.kind.window - 1) - L
             self.held_from = max(self.held_from, held_after)
         mask = self.cache.mask(L)
-        self.reference.append(self.kind.kept(k), self.kind.kept(v))
+        self.reference.append(*self.kind.kept(k, v))
         returned = self.cache.update(mx.array(k), mx.array(v))
         if compare:
             self.compare(q, returned, mask)

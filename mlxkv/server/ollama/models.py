@@ -198,6 +198,7 @@ def _loaded(model: Loaded) -> dict[str, Any]:
         },
         "sequences": model.n_sequences,
         "asleep": model.n_asleep,
+        "kv_type": model.kv_type,
     }
 
 
