@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlxkv.base import device, regular
+from mlxkv.base import device, durable, regular
 from mlxkv.base.units import parse_bytes
 from mlxkv.checkpoint.config import read_json
-from mlxkv.errors import ConfigError, MlxkvError, UsageError
-from mlxkv.kv.types import allowed_kv_types, read_kv_type
+from mlxkv.errors import ConfigError, MlxkvError, OutputError, UsageError
+from mlxkv.kv.types import allowed_kv_types, kv_type_table, read_kv_type
 
 RECORD = "mlxkv.json"
 
@@ -144,6 +144,23 @@ def of_model(path: Path) -> dict[str, Any]:
     for name, value in said.items():
         read_setting(name, value, f"{file}: {name}", ConfigError)
     return said
+
+
+def write_kv_type(path: Path, kv_type: str) -> Path:
+    """Set the KV type in a model's own file, as a table if it is by layer; the file.
+
+    Raises:
+        ConfigError: the file that is there cannot be read.
+        OutputError: it cannot be written.
+    """
+    file = path / RECORD
+    raw = read_json(file) if file.exists() else {}
+    raw["kv_type"] = kv_type_table(kv_type)
+    try:
+        durable.write_whole(file, json.dumps(raw, indent=2) + "\n")
+    except OSError as error:
+        raise OutputError(f"{file}: cannot be written ({error.strerror})") from None
+    return file
 
 
 def read_setting(

@@ -1,21 +1,22 @@
-"""`mlxkv kv`: KV that is kept under a name."""
+"""`mlxkv kv`: KV that is kept under a name, and the formats that KV is kept in."""
 
 from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mlxkv.commands.options import AsJson, DType, Memory, takes
+from mlxkv.commands.options import AsJson, DType, Memory, Model, takes
 
 if TYPE_CHECKING:
     from mlxkv.saved_kv.registry import KVNames
 
 app = typer.Typer(
     name="kv",
-    help="Compute a prompt once and start many answers from it.",
+    help="Compute a prompt once and start many answers from it; choose KV formats.",
     rich_markup_mode=None,
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -161,8 +162,6 @@ def export(
     ] = None,
 ) -> None:
     """Write a name and its KV into one file."""
-    from pathlib import Path
-
     from mlxkv.base.units import human_bytes
     from mlxkv.saved_kv import signature
 
@@ -178,8 +177,6 @@ def keygen(
     file: Annotated[str, typer.Argument(metavar="KEYFILE", help="The private key's file.")],
 ) -> None:
     """Make a key to sign exports with; KEYFILE.pub is for those who import them."""
-    from pathlib import Path
-
     from mlxkv.saved_kv.signature import make_keys
 
     print(f"keep {file} to yourself; give {make_keys(Path(file))} to those who import")
@@ -203,8 +200,6 @@ def import_(
     Its KV serves no prompts until a part of it was computed here and is the same, or a key that
     `--trust` names has signed it.
     """
-    from pathlib import Path
-
     from mlxkv.llm.imported_kv import import_file
 
     saved = import_file(Path(file), name, model, [Path(key) for key in trust or ()])
@@ -250,3 +245,57 @@ def _verify(name: str, model: str | None, memory: str | None, sample: bool) -> N
     print(check_text(report))
     if not report.passed:
         raise typer.Exit(1)
+
+
+@dataclass(frozen=True, slots=True)
+class TuneOptions:
+    """Of the command line; made by `takes`."""
+
+    model: Model
+    budget: float = typer.Option(
+        0.35, help="Bytes of the KV, as a part of those of native 16-bit KV."
+    )
+    context: int | None = typer.Option(
+        None, help="Tokens at which bytes are counted; default: the model's context."
+    )
+    text: Path | None = typer.Option(
+        None, metavar="FILE", help="The text to measure on; default: modules of mlxkv."
+    )
+    positions: int = typer.Option(256, help="Tokens of the text that are compared.")
+    write: bool = typer.Option(False, "--write", help="Write it to the model's mlxkv.json.")
+    dtype: DType = "auto"
+    memory: Memory = None
+    as_json: AsJson = False
+
+
+@app.command()
+@takes(TuneOptions)
+def tune(options: TuneOptions) -> int:
+    """Find a KV format for each layer, from what each costs on a text.
+
+    Prints the formats that cost the least at the budget, as mlxkv.json has them.
+    """
+    import json
+
+    from mlxkv.bench import kv_tune
+    from mlxkv.store.settings import COMMAND_LINE, Given
+    from mlxkv.terminal.console import ProgressLine
+    from mlxkv.terminal.local import load_model
+
+    o = options
+    given = Given(None, "native", o.memory, origin=COMMAND_LINE)
+    text = kv_tune.calibration_text(o.text)
+    progress = ProgressLine()
+    with load_model(o.model, o.dtype, given) as llm:
+        try:
+            tuned = kv_tune.tune(
+                llm, o.budget, o.context, text, o.positions,
+                lambda done, n_all: progress(f"measured {done} of {n_all}"),
+            )  # fmt: skip
+        finally:
+            progress.clear()
+        file = kv_tune.write(llm.path, tuned) if o.write else None
+    print(json.dumps(kv_tune.to_dict(tuned)) if o.as_json else kv_tune.to_text(tuned))
+    if file is not None:
+        print(f"written to {file}", file=sys.stderr)
+    return 0

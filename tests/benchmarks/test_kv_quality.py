@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from benchmarks.kv_quality import Quality, markdown, measure
+from benchmarks.kv_quality import Quality, Text, markdown, measure
 from benchmarks.report import Run, machine_lines, summary
 from mlxkv.cache import make_caches
 from mlxkv.models.loader import load_model
@@ -38,7 +38,7 @@ def tokens(model: CausalLM) -> list[int]:
 
 
 def test_native_beside_native_is_the_same(model):
-    native, again = measure(model, tokens(model), SKIPPED, ["native"], 64)
+    native, again = measure(model, Text(tokens(model), SKIPPED, 64), ["native"])
     assert (again.kl_mean, again.kl_max, again.n_same) == (0, 0, again.n_positions)
     assert again == native
 
@@ -47,7 +47,7 @@ def test_native_beside_native_is_the_same(model):
 def test_every_position_behind_the_skipped_ones_counts_once(model, chunk):
     """Against the definitions, written out, over the same chunks."""
     given = tokens(model)
-    _, found = measure(model, given, SKIPPED, ["q4"], chunk)
+    _, found = measure(model, Text(given, SKIPPED, chunk), ["q4"])
     log_p = {}
     for kv_type in ("native", "q4"):
         caches, x = make_caches(model, kv_type), mx.array([given])
@@ -74,9 +74,9 @@ def test_the_command_writes_figures_for_every_format(path, tmp_path):
     assert done.returncode == 0, done.stderr
     written = json.loads((tmp_path / "out.json").read_text())
     rows = [Quality(**row) for row in written["summary"]]
-    assert [row.kv_type for row in rows] == ["native", "q8", "q4"]
+    assert [row.kv_type for row in rows] == ["native", "q8", "k8v4", "q4"]
     assert {row.n_positions for row in rows} == {200}
-    assert 0 == rows[0].kl_max < rows[1].kl_mean < rows[2].kl_mean
+    assert 0 == rows[0].kl_max < rows[1].kl_mean < rows[2].kl_mean < rows[3].kl_mean
     assert str(tmp_path) not in json.dumps(written)
     assert (tmp_path / "out.md").read_text() == markdown(written)
     assert machine_lines(written)[0] in done.stdout
