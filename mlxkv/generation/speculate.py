@@ -28,7 +28,8 @@ import mlx.core as mx
 
 from mlxkv.base import device
 from mlxkv.errors import contained
-from mlxkv.generation.drafts.drafter import Proposal
+from mlxkv.generation.drafts.chooser import LaneChooser
+from mlxkv.generation.drafts.drafter import Promise, Proposal
 from mlxkv.generation.drafts.drafts import GRAMMAR, Drafts, LookAhead
 from mlxkv.generation.drafts.pace import Chance, Costs, drafted, tried
 from mlxkv.generation.flight import Drawn, Flight, Lane, error_of, history, mask_of, settle
@@ -53,7 +54,7 @@ def most_tokens() -> int:
     return 8 if device.on_cpu() else 16
 
 
-Plan = Mapping[Lane, Proposal]
+Plan = Mapping[Lane, Proposal | Promise]
 """The drafts of a pass, cut to what is worth computing."""
 
 
@@ -84,7 +85,7 @@ class Speculation:
     def _stable(self) -> int | None:
         return self._model.stable_tokens
 
-    def plan(self, lanes: Sequence[Lane]) -> dict[Lane, Proposal]:
+    def plan(self, lanes: Sequence[Lane]) -> dict[Lane, Proposal | Promise]:
         """What is worth drafting for rows that decode together; empty for nothing."""
         if not any(lane.row.drafts for lane in lanes) or not self._takes(len(lanes)):
             return {}
@@ -104,7 +105,7 @@ class Speculation:
                 n = tried(chance, n_left)
                 n_left -= n
             if n:
-                plan[lane] = Proposal(proposal.tokens[:n], proposal.by, proposal.kind)
+                plan[lane] = proposal.first(n)
         return plan
 
     def _takes(self, n_rows: int) -> bool:
@@ -113,7 +114,7 @@ class Speculation:
             return False
         return n_rows == 1 or (self._model.batches and not self._model.one_part)
 
-    def _proposal(self, lane: Lane) -> Proposal | None:
+    def _proposal(self, lane: Lane) -> Proposal | Promise | None:
         row = lane.row
         if row.drafts is None or (row.allowed is not None and row.look_ahead is None):
             return None
@@ -152,13 +153,13 @@ class Speculation:
         return lane.roomy[2]
 
     @staticmethod
-    def _chance(lane: Lane, proposal: Proposal | None) -> Chance:
+    def _chance(lane: Lane, proposal: Proposal | Promise | None) -> Chance:
         if proposal is None:
             return Chance()
         if proposal.by == GRAMMAR:
-            return Chance(len(proposal.tokens), 1.0)
-        rates = _drafts(lane).rates
-        return Chance(len(proposal.tokens), rates.right((proposal.by, proposal.kind)))
+            return Chance(proposal.n, 1.0)
+        right = _drafts(lane).rates.right((proposal.by, proposal.kind))
+        return Chance(proposal.n, right, proposal.seconds)
 
     def run(self, lanes: Sequence[Lane], plan: Plan) -> bool:
         """Compute the next tokens of rows, which then wait in their queues.
@@ -168,10 +169,12 @@ class Speculation:
             plan: for some of them.
 
         Returns:
-            False, with nothing done, where the grammars leave nothing of the plan.
+            False, with nothing done, where the grammars, or those who promised, leave nothing of
+            the plan.
         """
+        drafts = {lane: found for lane in plan if (found := _drawn(lane, plan[lane])) is not None}
         started = time.perf_counter()
-        rows = [self._row(lane, plan.get(lane)) for lane in lanes]
+        rows = [self._row(lane, drafts.get(lane)) for lane in lanes]
         if not any(row.draft for row in rows):
             return False
         # Those with one token first: see `nn.wide`.
@@ -189,7 +192,7 @@ class Speculation:
         flight.parts += choose(logits, self._choices(rows, flight))
         settle(flight)
         mx.eval(*flight.arrays)
-        self._accept(rows, flight, plan)
+        self._accept(rows, flight, drafts)
         self.costs.record(len(rows), at, time.perf_counter() - started)
         return True
 
@@ -237,7 +240,9 @@ class Speculation:
                 found[place] = RowChoice(lane.row.sampler, recent, row.masks[j], barred, ahead=j)
         return found
 
-    def _accept(self, rows: Sequence[_Row], flight: Flight, plan: Plan) -> None:
+    def _accept(
+        self, rows: Sequence[_Row], flight: Flight, drafts: Mapping[Lane, Proposal]
+    ) -> None:
         """Queue what was chosen as far as drafts are right, and take back what is behind it."""
         assert flight.tokens is not None
         values = cast(list[int], flight.tokens.tolist())
@@ -259,12 +264,20 @@ class Speculation:
                 n_right += 1
             if row.draft:
                 _take_back(lane, row.n_held + 1 + n_right)
-                _drafts(lane).record(plan[lane], len(row.draft), n_right)
+                _drafts(lane).record(drafts[lane], len(row.draft), n_right)
 
 
 def _drafts(lane: Lane) -> Drafts:
     assert lane.row.drafts is not None
     return lane.row.drafts
+
+
+def _drawn(lane: Lane, planned: Proposal | Promise) -> Proposal | None:
+    """What a plan has for a row, computed where that was only promised."""
+    if isinstance(planned, Proposal):
+        return planned
+    tokens = planned.draw(planned.n, LaneChooser(lane))
+    return Proposal(tokens, planned.by, planned.kind) if tokens else None
 
 
 def _forced(look_ahead: LookAhead) -> list[int]:

@@ -66,6 +66,9 @@ class Oracle:
         assert token == self._answer[self._n]
         self._n += 1
 
+    def end(self) -> None:
+        pass
+
     def propose(self, most: int) -> Proposal | None:
         found = [
             (token + 1) % 96 if self._chance.random() < self._wrong else token

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import mlx.core as mx
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +24,64 @@ class Proposal:
     by: str
     kind: int = 0
 
+    @property
+    def n(self) -> int:
+        """How many there are."""
+        return len(self.tokens)
+
+    @property
+    def seconds(self) -> float:
+        """What each takes to find."""
+        return 0.0
+
+    def first(self, n: int) -> Proposal:
+        """The first n of them."""
+        return replace(self, tokens=self.tokens[:n])
+
+
+class Chooser(Protocol):
+    """Chooses drafted tokens as the answer's own sampler will choose at their places.
+
+    Attributes:
+        reads_draft: whether that depends on the drafted tokens before a place: penalties, a format.
+    """
+
+    @property
+    def reads_draft(self) -> bool: ...
+
+    def __call__(self, logits: mx.array, n_before: int, draft: Sequence[int]) -> mx.array | None:
+        """The token `[1]` of logits `[1, V]`, lazily; None where the answer ends before it.
+
+        Args:
+            logits: of a drafter, V being the answer's own model's.
+            n_before: drafted tokens before it.
+            draft: these; anything where `reads_draft` is False.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Promise:
+    """Tokens that a drafter can compute, which is done only where they are worth it.
+
+    Args:
+        n: so many, at least one.
+        by: name of the drafter.
+        draw: (how many, chooser) -> the tokens; fewer or none where it has no more.
+        kind: as of a `Proposal`.
+        seconds: what each takes to compute.
+    """
+
+    n: int
+    by: str
+    draw: Callable[[int, Chooser], list[int]]
+    kind: int = 0
+    seconds: float = 0.0
+
+    def first(self, n: int) -> Promise:
+        """Of the first n of them."""
+        return replace(self, n=min(n, self.n))
+
 
 class Drafter(Protocol):
     """Proposes tokens for one answer. A proposal may be wrong; it changes no answer."""
@@ -28,6 +90,10 @@ class Drafter(Protocol):
         """The answer's next token, which has been given out."""
         ...
 
-    def propose(self, most: int) -> Proposal | None:
+    def propose(self, most: int) -> Proposal | Promise | None:
         """What may follow the tokens so far, at most so many; None for no idea."""
+        ...
+
+    def end(self) -> None:
+        """The answer has ended."""
         ...

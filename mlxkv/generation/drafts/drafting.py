@@ -53,4 +53,6 @@ class AnswerDrafting:
 
     def end(self, tokens: Sequence[int]) -> None:
         """The answer has ended: its sequence is remembered."""
+        if self.drafts is not None:
+            self.drafts.end()
         self._past.add(tokens)

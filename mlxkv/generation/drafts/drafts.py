@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
-from mlxkv.generation.drafts.drafter import Drafter, Proposal
+from mlxkv.generation.drafts.drafter import Drafter, Promise, Proposal
 from mlxkv.generation.drafts.pace import Counts, Rates
 
 if TYPE_CHECKING:
@@ -63,7 +63,8 @@ class Drafts:
     """What proposes the next tokens of one answer, and how that went.
 
     Args:
-        drafters: asked in this order; the first proposal is taken.
+        drafters: whose proposal is taken that is right the most often in this text; of equal ones
+            the first.
         rates: how often proposals are right in this text.
     """
 
@@ -77,12 +78,15 @@ class Drafts:
         for drafter in self._drafters:
             drafter.add(token)
 
-    def propose(self, most: int) -> Proposal | None:
+    def propose(self, most: int) -> Proposal | Promise | None:
         """What may come next, at most so many tokens."""
+        found = [each for one in self._drafters if (each := one.propose(most)) is not None]
+        return max(found, key=lambda each: self.rates.right((each.by, each.kind)), default=None)
+
+    def end(self) -> None:
+        """The answer has ended."""
         for drafter in self._drafters:
-            if (found := drafter.propose(most)) is not None:
-                return found
-        return None
+            drafter.end()
 
     def record(self, proposal: Proposal, n_proposed: int, n_right: int) -> None:
         """Of a proposal so many tokens were computed, and so many came."""

@@ -136,6 +136,9 @@ class Lookup:
     def add(self, token: int) -> None:
         self._own.tokens.append(token)
 
+    def end(self) -> None:
+        """Nothing: the answer is given to `PastTokens` as a whole."""
+
     def propose(self, most: int) -> Proposal | None:
         tokens = self._own.tokens
         if most < 1 or len(tokens) < GRAM or min(tokens[-GRAM:]) < 0:

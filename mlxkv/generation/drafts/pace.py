@@ -1,6 +1,7 @@
 """How many drafted tokens are worth computing.
 
-A pass of B rows with T tokens in all takes `seconds(B, T)`, measured as it comes. It gives each row
+A pass of B rows with T tokens in all takes `seconds(B, T)`, measured as it comes, and what its
+drafts took to compute. It gives each row
 one token, and those of its draft that are right: the k-th with the probability p^k, where p is how
 often tokens of this kind were right in this text. T is the one with the most tokens a second; T = B
 is no draft at all.
@@ -124,10 +125,12 @@ class Chance:
     Args:
         n: tokens that are proposed; 0 for no proposal.
         right: how often the next one is right.
+        seconds: what drafting each of them takes, besides the pass.
     """
 
     n: int = 0
     right: float = 0.0
+    seconds: float = 0.0
 
 
 def drafted(chances: Sequence[Chance], costs: Costs, most: int) -> list[int]:
@@ -144,9 +147,11 @@ def drafted(chances: Sequence[Chance], costs: Costs, most: int) -> list[int]:
     gains.sort(key=lambda gain: (-gain[0], gain[2]))
     worth = WORTH if n_rows == 1 else WORTH_OF_BATCH
     tokens, best, n_best = float(n_rows), worth * n_rows / (base or 1.0), 0
-    for n, (gain, _, _) in enumerate(gains[: max(0, most - n_rows)], start=1):
+    drafting = 0.0
+    for n, (gain, i, _) in enumerate(gains[: max(0, most - n_rows)], start=1):
         tokens += gain
-        seconds = costs.seconds(n_rows, n_rows + n) or 1 + FIRST_SLOPE * n
+        drafting += chances[i].seconds
+        seconds = drafting + (costs.seconds(n_rows, n_rows + n) or 1 + FIRST_SLOPE * n)
         if tokens / seconds > best:
             best, n_best = tokens / seconds, n
     for _, i, _ in gains[:n_best]:
