@@ -51,6 +51,7 @@ def read_record(folder: Path) -> Record | None:
 
 OVERFLOWS = ("stop", "shift")
 DRAFTS = ("off", "lookup")
+"""What may propose tokens; another name is that of a smaller model, which does so as well."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +96,12 @@ def _kv_type(value: Any) -> str:
         raise ValueError from None
 
 
+def _drafter(value: Any) -> str:
+    if not isinstance(value, str) or not value.strip() or not value.isprintable():
+        raise ValueError
+    return value
+
+
 def _bytes(value: Any) -> int:
     if not isinstance(value, str | int):
         raise ValueError
@@ -112,7 +119,7 @@ KINDS = {
     "overflow": Kind("MLXKV_OVERFLOW", f"one of {', '.join(OVERFLOWS)}",
                       _among(OVERFLOWS), "stop"),
     "keep": Kind("MLXKV_KEEP", "a whole number, 0 or more", _whole(0), 0),
-    "draft": Kind("MLXKV_DRAFT", f"one of {', '.join(DRAFTS)}", _among(DRAFTS), "lookup"),
+    "draft": Kind("MLXKV_DRAFT", f"{', '.join(DRAFTS)} or a model's name", _drafter, "lookup"),
 }  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from mlxkv.commands.options import AsJson, DType, KVType, Memory, Model, takes
+from mlxkv.commands.options import AsJson, Draft, DType, KVType, Memory, Model, takes
 
 
 def pull(model: Model) -> None:
@@ -171,6 +171,7 @@ def plan(
     image_budget: Annotated[
         int | None, typer.Option(help="Tokens a picture at most, where a model lets you choose.")
     ] = None,
+    draft: Draft = None,
     as_json: AsJson = False,
 ) -> None:
     """Compute the memory that a model and its KV cache need, without loading the model."""
@@ -187,6 +188,7 @@ def plan(
         images=image or (),
         audio=audio or (),
         image_budget=image_budget,
+        draft=draft,
     )
     print(json.dumps(plan_text.to_dict(needs)) if as_json else plan_text.text(needs))
 

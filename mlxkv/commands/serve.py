@@ -117,13 +117,16 @@ def serve(options: ServeOptions) -> int:
     from mlxkv.base.units import parse_bytes
     from mlxkv.engine.engine import ThreadedEngine
     from mlxkv.store.outgoing import only_public
-    from mlxkv.store.settings import COMMAND_LINE, Given
+    from mlxkv.store.resolve import resolve
+    from mlxkv.store.settings import COMMAND_LINE, Given, draft_model
 
     o = options
     limit_bytes = parse_bytes(o.memory or os.environ.get("MLXKV_MEMORY"))
     config = _config(options, limit_bytes)
     only_public(o.pull_hosts or ())
     seal_of_environment()  # a bad key ends the command, not a request
+    if (name := draft_model(o.draft)) is not None:
+        resolve(name, fetch=False)
     engine = ThreadedEngine(
         memory=limit_bytes,
         dtype=o.dtype,

@@ -58,6 +58,7 @@ def run(
         add(i, generation)
     try:
         while not scheduler.is_idle:
+            runtime.share_memory()
             scheduler.step()
             while items:
                 i, item = items.popleft()

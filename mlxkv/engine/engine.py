@@ -30,9 +30,10 @@ from mlxkv.engine.ahead.choice import IdleCompute
 from mlxkv.engine.ahead.next_turn import NextTurns
 from mlxkv.engine.answers import WAIT_S, EngineAnswer, settle, stopped, task_of, waited
 from mlxkv.engine.asleep.answers import Beds
+from mlxkv.engine.loaded_model import LoadedModel
 from mlxkv.engine.loading import ModelLoads, PendingRequest
 from mlxkv.engine.messages import Ask, Busy, Embeddings, EngineStats, Loaded
-from mlxkv.engine.model_pool import LoadedModel, ModelPool, key_of
+from mlxkv.engine.model_pool import ModelPool, key_of
 from mlxkv.engine.prompt import make_ready
 from mlxkv.engine.queue.preparation import Preparer
 from mlxkv.engine.restarts import Deaths, Restarted
@@ -389,11 +390,8 @@ class ThreadedEngine:
         if task.is_cancelled():
             return task.tell(None)
         self._beds.claim(ask, task)
+        given = ask.keep_alive_s, ask.owner, ask.request.draft
         pending = PendingRequest(
-            lambda loaded: loaded.scheduler.add(task),
-            task.tell,
-            task.is_cancelled,
-            ask.keep_alive_s,
-            ask.owner,
+            lambda loaded: loaded.scheduler.add(task), task.tell, task.is_cancelled, *given
         )
         return self._loads.request(ask.model, ask.path, pending)

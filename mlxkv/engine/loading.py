@@ -8,15 +8,29 @@ Only the engine's thread uses it; other threads may read `n_pending`.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Generator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from mlxkv.base.faults import told
-from mlxkv.engine.model_pool import LoadedModel, ModelPool, key_of
-from mlxkv.errors import MlxkvError, contained
+from mlxkv.engine.loaded_model import Hold, LoadedModel
+from mlxkv.engine.model_pool import ModelPool, key_of
+from mlxkv.errors import (
+    CheckpointError,
+    MlxkvError,
+    ModelNotFound,
+    OutOfMemory,
+    UsageError,
+    contained,
+)
 from mlxkv.memory.types import without_trace
+from mlxkv.store.settings import draft_model
+
+_log = logging.getLogger(__name__)
+NO_DRAFTS = UsageError, ModelNotFound, CheckpointError, OutOfMemory
+"""Why a model that the settings name may not draft; answers come all the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +43,7 @@ class PendingRequest:
         is_cancelled: whether the request was cancelled.
         keep_alive_s: see `Ask`.
         owner: see `Ask`.
+        draft: what drafts its answer, see `Request`; None for what the model's settings say.
     """
 
     on_ready: Callable[[LoadedModel], None]
@@ -36,6 +51,7 @@ class PendingRequest:
     is_cancelled: Callable[[], bool]
     keep_alive_s: float | None
     owner: str = ""
+    draft: str | None = None
 
 
 @dataclass(slots=True)
@@ -88,7 +104,7 @@ class ModelLoads:
             return pending.on_error(contained(error))
         if loaded is not None and not loaded.leaves:
             loaded.touch(pending.keep_alive_s)
-            return pending.on_ready(loaded)
+            return self._with_drafter(loaded, pending)
         if key not in self._loads:
             self._loads[key] = _Load(self._pool.loading(name, key))
         self._loads[key].pending.append(pending)
@@ -107,12 +123,48 @@ class ModelLoads:
                 stop.value.leaves = load.leaves
                 for pending in load.pending:
                     stop.value.touch(pending.keep_alive_s)
-                    pending.on_ready(stop.value)
+                    self._with_drafter(stop.value, pending)
                 return
             except BaseException as error:
                 self.cancel(key, told(without_trace(contained(error))))
             if has_other_work():
                 return
+
+    def _with_drafter(self, model: LoadedModel, pending: PendingRequest) -> None:
+        """Hand a model to a request, once the one that drafts for it is in memory too.
+
+        A request that names none is answered without, where that cannot be loaded.
+        """
+        runtime = model.scheduler.runtime
+        name, hold = draft_model(pending.draft or runtime.settings.draft.value), Hold()
+        if name is None or (pending.draft is None and name in model.drafters_failed):
+            return pending.on_ready(model)
+        model.holds.add(hold)
+
+        def on_ready(drafter: LoadedModel) -> None:
+            try:
+                if runtime.draft_models.runtime(name) is not drafter.scheduler.runtime:
+                    runtime.draft_models.attach(name, drafter.scheduler.runtime)
+                drafter.drafts_for.add(model)
+            except BaseException as error:
+                return on_error(contained(error))
+            model.holds.discard(hold)
+            return pending.on_ready(model)
+
+        def on_error(error: Exception) -> None:
+            model.holds.discard(hold)
+            if pending.draft is not None or not isinstance(error, NO_DRAFTS):
+                return pending.on_error(error)
+            if not isinstance(error, OutOfMemory):  # there may be room later
+                model.drafters_failed.add(name)
+            _log.warning("%s is answered without drafts of %s: %s", model.name, name, error)
+            return pending.on_ready(model)
+
+        beside = PendingRequest(
+            on_ready, on_error, pending.is_cancelled, None, pending.owner, "off"
+        )
+        known = runtime.draft_models.runtime(name)
+        return self.request(name, None if known is None else known.path, beside)
 
     def leave(self, key: str) -> bool:
         """Have a model leave when its requests have ended; whether it is here or being loaded."""

@@ -5,7 +5,9 @@ Invariants:
 - A model's budget is what the others leave. A model counts as soon as its load begins.
 - Idle models are unloaded to make room, LRU first; a busy one gives up prefix pages, and leaves
   after its last answer where a load has waited for `PATIENCE_S`: its new requests wait then.
-- A model is unloaded only while it has no requests: no answer is lost for it.
+- A model is unloaded only while it has no requests, and none is waiting for what loads beside it or
+  is drafted by it: no answer is lost for it. One that drafts stays as long as those it drafts for,
+  unless its memory is needed.
 - Only the engine's thread changes it; other threads may read.
 """
 
@@ -14,8 +16,6 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 
 import mlx.core as mx
@@ -27,110 +27,22 @@ from mlxkv.engine.ahead.choice import IdleCompute
 from mlxkv.engine.asleep.answers import Sleep
 from mlxkv.engine.asleep.files import SleepFiles
 from mlxkv.engine.clients import merge_counts
-from mlxkv.engine.messages import EngineStats, Loaded
+from mlxkv.engine.loaded_model import LoadedModel
+from mlxkv.engine.messages import EngineStats
 from mlxkv.engine.queue.preparation import Preparer
 from mlxkv.engine.runtime import Runtime
 from mlxkv.engine.scheduler import Scheduler
-from mlxkv.engine.tasks import Decoding, Prefilling, Task
 from mlxkv.errors import MlxkvError, ModelNotFound, OutOfMemory, contained
 from mlxkv.memory import needs
-from mlxkv.memory.types import KVUse
 from mlxkv.models.loader import lay_out
-from mlxkv.store.info import Card, describe, digest
+from mlxkv.store.info import describe, digest
 from mlxkv.store.resolve import resolve
 from mlxkv.store.settings import Given, effective
 
-FRESH_S = 5.0
-"""A loaded model stays this long for its first request, unless a request set its keep-alive."""
 PATIENCE_S = 5.0
 """How long a load waits for a busy model to become idle by itself."""
 ROOM_S = 60.0
 """How long a load waits for other models to become idle."""
-
-
-@dataclass
-class LoadedModel:
-    """A loaded model, and how long it stays.
-
-    Args:
-        name: its name in requests.
-        scheduler: the model and its requests.
-        card: facts from its files.
-        digest: hash that identifies its files.
-        keep_alive_s: how long it stays after its last request; negative: for ever.
-        used_at: time of its last request.
-        is_set: whether a request set `keep_alive_s`.
-        leaves: whether it is unloaded as soon as it has no requests; it gets no new ones.
-    """
-
-    name: str
-    scheduler: Scheduler
-    card: Card
-    digest: str
-    keep_alive_s: float
-    used_at: float = field(default_factory=time.monotonic)
-    is_set: bool = False
-    leaves: bool = False
-
-    def touch(self, keep_alive_s: float | None = None) -> None:
-        """Note a request, and its keep-alive if it sets one."""
-        self.used_at = time.monotonic()
-        if keep_alive_s is not None:
-            self.keep_alive_s, self.is_set = keep_alive_s, True
-
-    def expires_at(self) -> float | None:
-        """Monotonic time at which it is unloaded unless a request comes; None: never."""
-        if self.leaves:
-            return self.used_at
-        if self.keep_alive_s < 0:
-            return None
-        is_fresh = not (self.is_set or self.scheduler.counts.requests)
-        return self.used_at + max(self.keep_alive_s, FRESH_S if is_fresh else 0.0)
-
-    def running(self, owner: str | None) -> list[Task]:
-        """An owner's running requests, or all for None."""
-        tasks = [task for task in self.scheduler.tasks() if owner in (None, task.owner)]
-        return [task for task in tasks if isinstance(task.state, Prefilling | Decoding)]
-
-    def use(self, owner: str | None) -> KVUse:
-        """KV of an owner's running requests; of all sequences for None."""
-        if owner is None:
-            return self.scheduler.runtime.budget.use()
-        states = [task.state for task in self.running(owner)]
-        uses = [x.generation.session.use() for x in states if isinstance(x, Prefilling | Decoding)]
-        return KVUse(
-            sum(use.used_tokens for use in uses),
-            sum(use.used_bytes for use in uses),
-            sum(use.allocated_tokens for use in uses),
-            sum(use.allocated_bytes for use in uses),
-        )
-
-    def describe(self, owner: str | None = None) -> Loaded:
-        """Its state, for front ends; sequences, KV and pages are an owner's, or all for None."""
-        runtime, card = self.scheduler.runtime, self.card
-        use, end = self.use(owner), self.expires_at()
-        until = None if end is None else time.time() + end - time.monotonic()
-        return Loaded(
-            name=self.name,
-            path=str(runtime.path),
-            size_bytes=sum(size for _, size in card.files),
-            weights_bytes=runtime.budget.weights_bytes,
-            kv_used_bytes=use.used_bytes,
-            kv_allocated_bytes=use.allocated_bytes,
-            kv_max_bytes=max(0, runtime.budget.limit_bytes - runtime.budget.weights_bytes),
-            n_sequences=len(self.running(owner)),
-            pages_ram_bytes=runtime.pages_bytes(owner),
-            pages_ssd_bytes=runtime.ssd_bytes(owner),
-            device=device.kind(),
-            until=None if until is None else datetime.fromtimestamp(until, UTC),
-            context=runtime.context,
-            family=card.family,
-            parameters=card.parameters,
-            quantization=card.quantization,
-            digest=self.digest,
-            n_asleep=self.scheduler.sleep.n_asleep(owner),
-            kv_type=runtime.kv_type,
-        )
 
 
 class ModelPool:
@@ -237,7 +149,7 @@ class ModelPool:
             )
         while (missing := self.used_bytes + n_bytes - self.limit_bytes) > 0:
             models = self._models.items()
-            idle = [(model.used_at, key) for key, model in models if model.scheduler.is_idle]
+            idle = [(model.used_at, key) for key, model in models if model.is_idle]
             if idle:
                 self.drop(min(idle)[1])
             elif not self._give_pages(missing):
@@ -317,6 +229,8 @@ class ModelPool:
         except BaseException as failed:
             what = f"closing the model {model.name} failed; its prefixes may be lost"
             log_fault(what, contained(failed))
+        for other in self.models():
+            other.scheduler.runtime.draft_models.detach(model.scheduler.runtime)
         del model
         self.give_back()
 
@@ -374,7 +288,7 @@ class ModelPool:
 def _is_over(model: LoadedModel) -> bool:
     """Whether a model's keep-alive has passed without a request."""
     end = model.expires_at()
-    return model.scheduler.is_idle and end is not None and end <= time.monotonic()
+    return model.is_idle and end is not None and end <= time.monotonic()
 
 
 def key_of(name: str, path: Path | None = None) -> str:

@@ -31,7 +31,7 @@ from mlxkv.parsers.formats import parser_for, thinks
 from mlxkv.prefix.layout import token_ids
 from mlxkv.sampling.sampler import Sampler
 from mlxkv.saved_kv.manifest import NamedKV
-from mlxkv.store.settings import Settings
+from mlxkv.store.settings import Settings, draft_model
 from mlxkv.text.growing import TooManyTokens
 
 if TYPE_CHECKING:
@@ -219,9 +219,12 @@ def begin(runtime: Runtime, request: Request, ready: Ready, session: Session) ->
 
 def _drafting(runtime: Runtime, request: Request, owner: str) -> AnswerDrafting | None:
     """Makes the answer's drafts; None where it shall have none."""
-    if _settings(runtime, request).draft.value == "off":
+    name = _settings(runtime, request).draft.value
+    if name == "off":
         return None
-    return runtime.drafting.of_answer(owner)
+    small = draft_model(name)
+    found = None if small is None else runtime.draft_model(small)
+    return runtime.drafting.of_answer(owner, found)
 
 
 def _reader(runtime: TextSide, request: Request, prepared: Prepared) -> AnswerReader:

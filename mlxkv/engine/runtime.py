@@ -14,10 +14,12 @@ from mlx.utils import tree_flatten
 
 from mlxkv.base import device
 from mlxkv.base.stepwise import finished
+from mlxkv.engine.draft_models import DraftModels
 from mlxkv.engine.media.side import MediaSide
 from mlxkv.errors import contained
 from mlxkv.generation.decoder import Decoder
 from mlxkv.generation.drafts.drafting import Drafting
+from mlxkv.generation.drafts.small_model import SmallModel
 from mlxkv.generation.prompt_logprobs import Scores
 from mlxkv.generation.session import Session
 from mlxkv.kv.types import KVFormat, first_kv_type
@@ -81,6 +83,8 @@ class Runtime(TextSide):
         budget: its memory limit and use.
         pages: cached prefixes; None for a model whose layers keep other state than keys and values.
         drafting: what its answers' drafts share.
+        draft_models: smaller models that draft for it.
+        memory_limit: bytes for it and its draft models, where it is the only model.
     """
 
     def __init__(
@@ -109,7 +113,8 @@ class Runtime(TextSide):
         self.budget = Budget(model, weights_bytes, limit_bytes, self.pages)
         self._pages: dict[str, Pages | None] = {"": self.pages}
         self._scores: dict[str, Scores] = {}
-        self.drafting = Drafting()
+        self.drafting, self.draft_models = Drafting(), DraftModels(self)
+        self.memory_limit = limit_bytes
         self._at_exit = weakref.finalize(self, _close, self._pages, at_exit=True)
         self._unwire: Callable[[], object] | None = None
 
@@ -189,6 +194,14 @@ class Runtime(TextSide):
     def decoder(self) -> Decoder:
         """Decodes answers together."""
         return Decoder(self.model, self.drafting.costs)
+
+    def draft_model(self, name: str) -> SmallModel | None:
+        """The smaller model that drafts under this name; None where it is not loaded."""
+        return self.draft_models.find(name)
+
+    def share_memory(self) -> None:
+        """Share the memory with the models that draft for it: for a single model."""
+        self.draft_models.share_memory(self.memory_limit)
 
     def hold_wired(self) -> None:
         """Have Metal keep this model's memory resident until it is closed or collected.

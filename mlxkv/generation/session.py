@@ -323,12 +323,12 @@ class Session:
             self.apply(self._budget.make_room(self, self._budget.encoders.of(medium)))
             self._budget.load_encoder(medium.kind)
 
-    def before_step(self) -> None:
-        """A token is about to be fed: the caches grow at each step of 256."""
-        if self._budget is not None and self.n_held % STEP == 0:
+    def before_step(self, n_new: int = 1) -> None:
+        """Tokens are about to be fed: the caches grow at each step of 256."""
+        if self._budget is not None and -self.n_held % STEP < n_new:
             self._budget.note()
-            beside = growth_bytes(sliceable(self.caches), self.n_held + 1)
-            asked(self, self._budget, 1, last=True, beside=beside)
+            beside = growth_bytes(sliceable(self.caches), self.n_held + n_new)
+            asked(self, self._budget, n_new, last=True, beside=beside, whole=n_new > 1)
 
     def has_room(self, n_bytes: int, n_new: int = 0) -> bool:
         """Whether caches may be moved, which takes so many bytes, and n_new tokens be computed."""

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any, Self, overload
 
 import mlx.core as mx
 
+from mlxkv.base.stepwise import finished
 from mlxkv.engine import encoding
 from mlxkv.engine import prompt as prompts
 from mlxkv.engine.driver import run, stream
 from mlxkv.engine.prompt import Prepared
 from mlxkv.engine.runtime import Runtime
 from mlxkv.errors import UsageError
+from mlxkv.generation.drafts.small_model import SmallModel
 from mlxkv.generation.generation import Generation
 from mlxkv.generation.outputs import Chunk, Result, Stats, join_parts
 from mlxkv.generation.request import Message, Prompt, Request
@@ -23,7 +25,7 @@ from mlxkv.memory.figures import memory_stats
 from mlxkv.memory.types import MemoryStats
 from mlxkv.saved_kv.manifest import NamedKV
 from mlxkv.store.resolve import resolve
-from mlxkv.store.settings import Given, effective
+from mlxkv.store.settings import Given, Settings, draft_model, effective, own_context
 
 if TYPE_CHECKING:
     from mlxkv.generation.kv_check import KVReport
@@ -61,10 +63,12 @@ def load(
             those that are kept, and continue.
         keep: leading tokens that a shift keeps, besides the system prompt; default: 0.
         draft: what proposes tokens, of which several are checked in one step: lookup (default:
-            what followed the same tokens before) or off. The answer stays the same.
+            what followed the same tokens before), off, or a smaller model with the same tokens,
+            by a name as above, beside lookup. The answer stays the same.
 
     Raises:
-        UsageError: no such format, dtype or limit, or a context past the model's own.
+        UsageError: no such format, dtype or limit, a context past the model's own, or a model to
+            draft that has other tokens.
         ModelNotFound: no such model.
         CheckpointError: its files are damaged or not supported.
         OutOfMemory: its weights are over the limit.
@@ -83,6 +87,30 @@ class LLM(Runtime):
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+    @classmethod
+    def load(cls, path: Path, settings: Settings, dtype: mx.Dtype | str = "auto") -> Self:
+        """Load a model's directory, and the model that drafts for it; raises as `mlxkv.load`."""
+        llm = super().load(path, settings, dtype)
+        if (name := draft_model(settings.draft.value)) is not None:
+            llm.draft_model(name)
+        return llm
+
+    def draft_model(self, name: str) -> SmallModel | None:
+        """The smaller model of this name, loaded where it is not; raises as `mlxkv.load`."""
+        if self.draft_models.runtime(name) is None:
+            path = resolve(name)
+            used = self.budget.weights_bytes + self.draft_models.used_bytes
+            given = Given(own_context(path), memory=max(1, self.memory_limit - used))
+            self.draft_models.attach(name, finished(Runtime.loading(path, effective(path, given))))
+            self.share_memory()
+        return super().draft_model(name)
+
+    def close(self) -> None:
+        """Write prefixes to disk and drop them from RAM, of models that draft too."""
+        super().close()
+        for runtime in self.draft_models.runtimes:
+            runtime.close()
 
     def stream(
         self, prompt: Prompt, *, kv_from: str | NamedKV | None = None, **options: Any
@@ -312,7 +340,7 @@ class LLM(Runtime):
 
     def stats(self) -> MemoryStats:
         """Memory now, and during the last request."""
-        return memory_stats(self.budget)
+        return memory_stats(self.budget, self.draft_models.used_bytes)
 
     def _generation(self, request: Request, prepared: Prepared) -> Generation:
         return prompts.start(self, request, prepared, self.session())

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from mlxkv.errors import MediaError, ModelNotFound, UsageError
-from mlxkv.kv.types import first_kv_type
+from mlxkv.kv.types import KVFormat, first_kv_type
 from mlxkv.media.types import AUDIO, IMAGE, Medium
+from mlxkv.memory.needs import kv_bytes
 from mlxkv.memory.plan import Plan, plan_model
 from mlxkv.memory.trace import hollow
 from mlxkv.models.loader import Layout, lay_out
 from mlxkv.store.refs import HubRef, locate
-from mlxkv.store.settings import Given, Settings, effective
+from mlxkv.store.settings import Given, Settings, draft_model, effective
 
 if TYPE_CHECKING:
     from mlxkv.media.pictures import ImageSource
@@ -33,6 +34,7 @@ def plan(
     images: Sequence[ImageSource] = (),
     audio: Sequence[SoundSource] = (),
     image_budget: int | None = None,
+    draft: str | None = None,
 ) -> Plan:
     """Plan a model: a directory, a name that `mlxkv list` shows, or a Hugging Face repository.
 
@@ -51,6 +53,7 @@ def plan(
             context; their encoder, and what it takes while it runs, are counted.
         audio: the same of sound.
         image_budget: tokens a picture at most, for models that let them be chosen.
+        draft: what drafts, as for `load`; a model is counted with KV for one sequence.
 
     Raises:
         UsageError: an argument out of its range, or a context that the media alone fill.
@@ -61,7 +64,7 @@ def plan(
         if n is not None and n < 1:
             raise UsageError(f"must be at least 1; got {n}", field=field)
     layout, settings, media = _layout(
-        model, dtype, Given(kv_type=kv_type, memory=memory), images, audio, image_budget
+        model, dtype, Given(None, kv_type, memory, draft=draft), images, audio, image_budget
     )
     context = context or settings.context.value
     if (n := sum(medium.n_tokens for medium in media)) >= context:
@@ -80,7 +83,21 @@ def plan(
         chunk=chunk,
         encoders=encoders,
         media=media,
+        draft_bytes=_draft_bytes(draft_model(settings.draft.value), context),
     )
+
+
+def _draft_bytes(name: str | None, context: int) -> int:
+    """What a model takes that drafts one sequence; 0 where none does."""
+    if name is None:
+        return 0
+    layout, settings, _ = _layout(name, "auto", Given(), (), (), None)
+    n_bytes = layout.nbytes  # `hollow` clears the weights
+    model = hollow(layout)
+    kv_type = first_kv_type(settings.kv_type.value)
+    n_tokens = min(context, settings.own_context)
+    kv = KVFormat(kv_type, model.compute_dtype.size)
+    return n_bytes + kv_bytes(model.cache_specs(), n_tokens, kv)
 
 
 def _layout(

@@ -30,12 +30,12 @@ def _capacity(cache: Cache) -> tuple[int, int]:
     return cache.nbytes, 0
 
 
-def memory_stats(budget: Budget) -> MemoryStats:
-    """A model's memory, and MLX's."""
+def memory_stats(budget: Budget, draft_bytes: int = 0) -> MemoryStats:
+    """A model's memory, and MLX's; `draft_bytes` are those of models that draft for it."""
     mx.synchronize()
     pages, pages_bytes = budget.pages, budget.pages_bytes
     active, peak = mx.get_active_memory(), mx.get_peak_memory()
-    most = budget.weights_bytes + budget.most.allocated_bytes + pages_bytes
+    most = budget.weights_bytes + budget.most.allocated_bytes + pages_bytes + draft_bytes
     return MemoryStats(
         limit_bytes=budget.limit_bytes,
         weights_bytes=budget.weights_bytes,
@@ -48,5 +48,6 @@ def memory_stats(budget: Budget) -> MemoryStats:
         active_bytes=active,
         cached_bytes=mx.get_cache_memory(),
         peak_bytes=peak,
-        unexplained_bytes=active - budget.used_bytes,
+        unexplained_bytes=active - budget.used_bytes - draft_bytes,
+        draft_bytes=draft_bytes,
     )

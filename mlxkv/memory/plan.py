@@ -93,6 +93,7 @@ class Plan:
         encoders: kind of media -> bytes of its encoder's weights.
         media: the pictures and sound of one sequence.
         rows_bytes: of what encoders made of them.
+        draft_bytes: weights and KV of the model that drafts, which has one sequence.
     """
 
     weights_bytes: int
@@ -115,11 +116,13 @@ class Plan:
     encoders: Mapping[str, int]
     media: tuple[PlannedMedium, ...]
     rows_bytes: int
+    draft_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
-        """Weights, KV, rows of media and workspace."""
-        return self.weights_bytes + self.kv_bytes + self.rows_bytes + self.workspace_bytes
+        """Weights, KV, rows of media, a draft model and workspace."""
+        beside = self.rows_bytes + self.draft_bytes
+        return self.weights_bytes + self.kv_bytes + beside + self.workspace_bytes
 
     @property
     def fits(self) -> bool:
@@ -146,6 +149,7 @@ def plan_model(
     chunk: int | None = None,
     encoders: Mapping[str, int] | None = None,
     media: Sequence[Medium] = (),
+    draft_bytes: int = 0,
 ) -> Plan:
     """Plan a loaded or hollow model.
 
@@ -159,7 +163,9 @@ def plan_model(
         chunk: tokens of a prompt that are computed at a time.
         encoders: see `Plan`.
         media: of one sequence.
+        draft_bytes: see `Plan`.
     """
+    limit_left = limit - draft_bytes
     planned = tuple(
         PlannedMedium(m.name, m.kind, m.n_tokens, encoder_bytes(model, m.kind, shapes_of(m)))
         for m in media
@@ -177,9 +183,10 @@ def plan_model(
     kv_total = own.kv_bytes(context) * sequences
     of_encoder = max((m.workspace_bytes for m in planned), default=0)
     workspace = max(0, held.peak - own.kv_bytes(context), of_encoder)
-    pages = pages_bytes(limit, weights_bytes)
-    room = limit - weights_bytes - rows
+    pages = pages_bytes(limit_left, weights_bytes)
+    room = limit_left - weights_bytes - rows
     longest = {name: need.longest(room, sequences) for name, need in needs.items()}
+    fixed = weights_bytes + rows + draft_bytes
     marks = sorted({max(1, context * i // 32) for i in range(1, 33)})
     return Plan(
         weights_bytes=weights_bytes,
@@ -189,6 +196,7 @@ def plan_model(
         cache_bytes=min(workspace, device.allocator_keeps()),
         pages_bytes=min(own.pages_bytes(context), pages),
         peak_bytes=weights_bytes
+        + draft_bytes
         + rows
         + max(step.peak(context, pages), own.kv_bytes(context) + of_encoder),
         context=context,
@@ -200,15 +208,14 @@ def plan_model(
         max_contexts=longest,
         layers=_layer_kinds(own.specs, own.kv, context, sequences),
         curves={
-            name: tuple(
-                zip(marks, _curve(needs[name], marks, sequences, weights_bytes + rows), strict=True)
-            )
+            name: tuple(zip(marks, _curve(needs[name], marks, sequences, fixed), strict=True))
             for name in names
         },
         specs=tuple(own.specs),
         encoders=encoders,
         media=planned,
         rows_bytes=rows,
+        draft_bytes=draft_bytes,
     )
 
 

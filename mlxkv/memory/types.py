@@ -156,11 +156,13 @@ class MemoryStats:
         kv_most: the largest since then.
         pages_ram_bytes: prefix pages in RAM.
         pages_ssd_bytes: prefix pages on disk, of all models together.
-        workspace_bytes: the peak less weights, the largest KV and pages.
+        workspace_bytes: the peak less weights, the largest KV, pages and draft models.
         active_bytes: what MLX has allocated in this process.
         cached_bytes: freed buffers that MLX's allocator keeps.
         peak_bytes: MLX's peak since the last request began.
-        unexplained_bytes: the part of `active_bytes` that is neither weights, KV nor pages.
+        unexplained_bytes: the part of `active_bytes` that is none of weights, KV, pages and draft
+            models.
+        draft_bytes: weights, KV and pages of models that draft for it.
     """
 
     limit_bytes: int
@@ -175,3 +177,4 @@ class MemoryStats:
     cached_bytes: int
     peak_bytes: int
     unexplained_bytes: int
+    draft_bytes: int = 0

@@ -7,7 +7,7 @@ downloaded: the error tells clients to pull it.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mlxkv.base.paths import NAME, models_dir, slug
@@ -30,7 +30,7 @@ from mlxkv.store.refs import (
     stored_folder,
     unaliased,
 )
-from mlxkv.store.settings import Given, effective, own_context
+from mlxkv.store.settings import Given, draft_model, effective, own_context
 
 LATEST = ":latest"
 _HOSTS = ("hf.co/", "huggingface.co/")
@@ -92,6 +92,19 @@ async def present(engine: Engine, config: ServerConfig, name: str) -> LocalModel
                 LocalModel(model) if model in known else await run_in_threadpool(_of, name, model)
             )
     return await run_in_threadpool(find, name)
+
+
+async def with_drafter(engine: Engine, config: ServerConfig, ask: Ask) -> Ask:
+    """A request whose draft model, if it names one, is found as its model is.
+
+    Raises:
+        ModelNotFound: no such model on this machine.
+    """
+    if (name := draft_model(ask.request.draft)) is None:
+        return ask
+    model = await present(engine, config, name)
+    found = model.name if model.path is None else str(model.path)
+    return replace(ask, request=replace(ask.request, draft=found))
 
 
 def find(name: str) -> LocalModel:

@@ -16,7 +16,15 @@ from typing import Any, Generic, TypeVar
 from mlxkv.base import device
 from mlxkv.base.units import human_bytes
 from mlxkv.checkpoint.config import read_config
-from mlxkv.checkpoint.mlxkv_json import KINDS, RECORD, checked, error_at, of_model, read_setting
+from mlxkv.checkpoint.mlxkv_json import (
+    DRAFTS,
+    KINDS,
+    RECORD,
+    checked,
+    error_at,
+    of_model,
+    read_setting,
+)
 from mlxkv.errors import ConfigError, MlxkvError, UsageError
 
 COMMAND_LINE, CALLER, REQUEST = "command line", "caller", "request"
@@ -117,6 +125,11 @@ class Given:
 
     def __post_init__(self) -> None:
         checked({name: getattr(self, name) for name in KINDS})
+
+
+def draft_model(draft: str | None) -> str | None:
+    """The model that a value of `draft` names; None where it names none."""
+    return None if draft is None or draft in DRAFTS else draft
 
 
 def effective(path: Path, given: Given | None = None) -> Settings:

@@ -16,6 +16,9 @@ CHART_SIZE = 76, 17
 """Columns and rows."""
 
 
+DRAFTS = "weights and KV of the model that drafts"
+
+
 def to_dict(plan: Plan) -> dict[str, Any]:
     """The plan as JSON has it."""
     return asdict(plan) | {
@@ -36,6 +39,7 @@ def _rows(plan: Plan) -> str:
     rows = [
         ("weights", human_bytes(plan.weights_bytes), ""),
         *(("", "", note) for note in _encoders(plan)),
+        *([("drafts", human_bytes(plan.draft_bytes), DRAFTS)] if plan.draft_bytes else []),
         (
             "KV cache",
             human_bytes(plan.kv_bytes),

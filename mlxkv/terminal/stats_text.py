@@ -90,6 +90,7 @@ def describe_memory(stats: MemoryStats) -> str:
     """Where the memory is, aligned, for people."""
     rows = [
         ("weights", human_bytes(stats.weights_bytes)),
+        *([("draft model", human_bytes(stats.draft_bytes))] if stats.draft_bytes else []),
         ("KV now", _kv_text(stats.kv)),
         ("KV at start", _kv_text(stats.kv_start)),
         ("KV at most", _kv_text(stats.kv_most)),

@@ -208,6 +208,11 @@ class Tokenizer:
             pass_start(stages)
         return Detokenizer(token_of, stages, decode, self.n_vocab)
 
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """Every token by its exact string, special ones included -> its id."""
+        return self._backend.get_vocab(with_added_tokens=True)
+
     def id_of(self, token: str) -> int | None:
         """The id of a token by its exact string, None if there is none."""
         return self._backend.token_to_id(token)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import mlxkv
-from mlxkv.errors import UsageError
+from mlxkv.errors import ModelNotFound, UsageError
 from mlxkv.generation.drafts.pace import Costs
 from mlxkv.llm.llm import LLM
 from tests.support.command_line import chat_model
@@ -87,5 +87,7 @@ def test_a_stop_text_inside_a_draft_ends_the_answer_there(llm: LLM):
 
 
 def test_an_unknown_drafter_is_refused(llm: LLM):
-    with pytest.raises(UsageError, match="must be one of off, lookup; got 'best'"):
+    with pytest.raises(ModelNotFound, match="no model named 'best'"):
         llm.generate("hello", draft="best")
+    with pytest.raises(UsageError, match="must be off, lookup or a model's name; got ' '"):
+        llm.generate("hello", draft=" ")

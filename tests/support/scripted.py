@@ -41,7 +41,7 @@ def said(
 def draft_on_cpu_alone(runtime: Runtime) -> None:
     """A GPU computes a lone sequence's draft as a chunk, whose logits `said` does not say."""
     if not device.on_cpu():
-        runtime.drafting.of_answer = lambda owner: None  # pyright: ignore[reportAttributeAccessIssue]
+        runtime.drafting.of_answer = lambda *_: None  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def script(runtime: Runtime, answers: Iterable[str]) -> list[list[int]]:

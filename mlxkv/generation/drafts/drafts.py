@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 GRAMMAR = "grammar"
 """The name under which tokens that a grammar forces are counted."""
 
+TOLL = 0.1
+"""How much more often a promise must be right to be preferred to a proposal."""
+
 
 class LookAhead(Protocol):
     """What a grammar says of tokens to come; it stays where it is."""
@@ -63,8 +66,8 @@ class Drafts:
     """What proposes the next tokens of one answer, and how that went.
 
     Args:
-        drafters: whose proposal is taken that is right the most often in this text; of equal ones
-            the first.
+        drafters: whose proposal is taken that is right the most often in this text, what must be
+            computed first by `TOLL` more often than what is known; of equal ones the first.
         rates: how often proposals are right in this text.
     """
 
@@ -81,7 +84,11 @@ class Drafts:
     def propose(self, most: int) -> Proposal | Promise | None:
         """What may come next, at most so many tokens."""
         found = [each for one in self._drafters if (each := one.propose(most)) is not None]
-        return max(found, key=lambda each: self.rates.right((each.by, each.kind)), default=None)
+        return max(found, key=self._worth, default=None)
+
+    def _worth(self, found: Proposal | Promise) -> float:
+        toll = TOLL if isinstance(found, Promise) else 0.0
+        return self.rates.right((found.by, found.kind)) - toll
 
     def end(self) -> None:
         """The answer has ended."""

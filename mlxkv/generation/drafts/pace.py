@@ -37,6 +37,14 @@ Kind = tuple[str, int]
 """A drafter, and the kind of its proposal."""
 
 
+def moved(known: float | None, seconds: float) -> float:
+    """A moving average of times with one more; None for none yet.
+
+    One that was held up by something else counts as a slow one, and not as what it was.
+    """
+    return seconds if known is None else known + FADE * (min(seconds, 2 * known) - known)
+
+
 class Costs:
     """How long passes of one model take."""
 
@@ -47,8 +55,7 @@ class Costs:
         """A pass of `n_rows` rows and `n_tokens` tokens in all has taken so long."""
         known = self._seconds.get((n_rows, n_tokens))
         if known is not None:
-            # One that was held up by something else counts as a slow one, and not as what it was.
-            seconds = known + FADE * (min(seconds, 2 * known) - known)
+            seconds = moved(known, seconds)
         elif (base := self._seconds.get((n_rows, n_rows))) is not None:
             # As many passes without drafts would have done it.
             seconds = min(seconds, base * n_tokens / n_rows)

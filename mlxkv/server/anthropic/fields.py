@@ -21,7 +21,17 @@ from pydantic import Discriminator, Field, Tag, model_validator
 from mlxkv.sampling.grammar import Grammar
 from mlxkv.sampling.params import PARAMETERS
 from mlxkv.server.anthropic.blocks import Block, CacheControl, ContentBlock, TextBlock
-from mlxkv.server.fields import Count, LeftOut, NoEffect, Part, Refused, StopTexts, sampled, type_of
+from mlxkv.server.fields import (
+    Count,
+    DrafterName,
+    LeftOut,
+    NoEffect,
+    Part,
+    Refused,
+    StopTexts,
+    sampled,
+    type_of,
+)
 from mlxkv.server.tools import Function, Name, tool_options
 
 
@@ -221,7 +231,7 @@ class MessagesRequest(CountRequest, sampled(_SAMPLING)):
     """A conversation to be answered."""
 
     max_tokens: Count
-    draft: Literal["off", "lookup"] | None = None
+    draft: DrafterName | None = None
     stream: bool | None = None
     stop_sequences: StopTexts | None = None
     metadata: Annotated[Metadata | None, NoEffect()] = None

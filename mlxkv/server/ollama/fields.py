@@ -23,6 +23,7 @@ from mlxkv.sampling.grammar import Grammar
 from mlxkv.sampling.params import PARAMETERS
 from mlxkv.server.fields import (
     MAX_WHOLE,
+    DrafterName,
     NoEffect,
     Part,
     Real,
@@ -129,7 +130,7 @@ class Answered(Named):
     )
     truncate: bool | None = None
     shift: bool | None = None
-    draft: Literal["off", "lookup"] | None = None
+    draft: DrafterName | None = None
     logprobs: bool | None = None
     top_logprobs: TopLogprobs | None = None
 

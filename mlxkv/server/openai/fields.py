@@ -20,6 +20,7 @@ from mlxkv.sampling.grammar import Grammar
 from mlxkv.sampling.params import GENERATION_CONFIG, PARAMETERS
 from mlxkv.server.fields import (
     Count,
+    DrafterName,
     LogitBias,
     NoEffect,
     Part,
@@ -88,7 +89,7 @@ class Sampling(Common, sampled({name: name for name in PARAMETERS} | GENERATION_
     context: Count | None = None
     overflow: Literal["stop", "shift"] | None = None
     keep: Whole | None = None
-    draft: Literal["off", "lookup"] | None = None
+    draft: DrafterName | None = None
     keep_alive: Real | str | None = None
 
     def sampling_options(self) -> dict[str, Any]:
