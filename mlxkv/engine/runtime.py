@@ -22,7 +22,7 @@ from mlxkv.generation.drafts.drafting import Drafting
 from mlxkv.generation.drafts.small_model import SmallModel
 from mlxkv.generation.prompt_logprobs import Scores
 from mlxkv.generation.session import Session
-from mlxkv.kv.types import KVFormat, first_kv_type
+from mlxkv.kv.types import STEP, KVFormat, first_kv_type
 from mlxkv.memory import needs
 from mlxkv.memory.budget import Budget
 from mlxkv.models.loader import Layout, loading
@@ -113,9 +113,10 @@ class Runtime(TextSide):
         self.budget = Budget(model, weights_bytes, limit_bytes, self.pages)
         self._pages: dict[str, Pages | None] = {"": self.pages}
         self._scores: dict[str, Scores] = {}
-        self.drafting, self.draft_models = Drafting(), DraftModels(self)
+        self.drafting = Drafting(_past_of(self._pages, model.config.vocab_size))
+        self.draft_models = DraftModels(self)
         self.memory_limit = limit_bytes
-        self._at_exit = weakref.finalize(self, _close, self._pages, at_exit=True)
+        self._at_exit = weakref.finalize(self, _close, self._pages, self.drafting, at_exit=True)
         self._unwire: Callable[[], object] | None = None
 
     @classmethod
@@ -184,7 +185,9 @@ class Runtime(TextSide):
         pages = self.pages if owner is None else self._pages.get(owner)
         if pages is None:
             return 0
-        return pages.ssd_bytes if owner is None else pages.own_ssd_bytes
+        if owner is None or pages.opened_disk is None:
+            return pages.ssd_bytes
+        return pages.opened_disk.files.own_bytes()
 
     def session(self, owner: str = "") -> Session:
         """Empty caches for one sequence, which shares prefixes with its owner's others."""
@@ -215,15 +218,35 @@ class Runtime(TextSide):
     def close(self) -> None:
         """Write prefixes to disk and drop them from RAM; also runs at exit."""
         if self._at_exit.detach() is not None:
-            _close(self._pages)
+            _close(self._pages, self.drafting)
         if self._unwire is not None:
             self._unwire()
 
 
-def _close(owners: dict[str, Pages | None], *, at_exit: bool = False) -> None:
-    for pages in owners.values():
+def _past_of(
+    owners: dict[str, Pages | None], n_vocab: int
+) -> Callable[[str], list[list[int]] | None]:
+    """Reads what earlier processes kept of an owner's tokens, once its pages on disk are open."""
+
+    def load(owner: str) -> list[list[int]] | None:
+        pages = owners.get(owner)
+        if pages is None or pages.opened_disk is None:
+            return None
+        kept = pages.opened_disk.past_tokens.read()
+        return [tokens for tokens in kept if max(tokens) < n_vocab]
+
+    return load
+
+
+def _close(owners: dict[str, Pages | None], drafting: Drafting, *, at_exit: bool = False) -> None:
+    for owner, pages in owners.items():
         if pages is not None:
             try:
+                # A whole page is written now at the latest, and tokens go beside it.
+                opens = not at_exit and drafting.longest(owner) >= STEP
+                disk = pages.disk if opens else pages.opened_disk
                 pages.close(at_exit=at_exit)
+                if disk is not None:
+                    drafting.save(owner, disk.past_tokens)
             except BaseException as error:  # for example, the model's files were deleted
                 _log.warning("prefixes were not saved: %s", contained(error))

@@ -86,9 +86,9 @@ class Pages:
         return 0 if self._disk is None else self._disk.files.usage().n_bytes
 
     @property
-    def own_ssd_bytes(self) -> int:
-        """Bytes of this model's and owner's files alone."""
-        return 0 if self._disk is None else self._disk.files.own_bytes()
+    def opened_disk(self) -> PageDisk | None:
+        """The pages on disk, None where there are none, or no prompt had a whole page."""
+        return self._disk
 
     def _open(self) -> None:
         # The model's name on disk is a hash of its weights, which short prompts do not wait for.

@@ -8,7 +8,7 @@ the most tokens before it in common, and of these the latest.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 
 import numpy as np
@@ -27,6 +27,7 @@ MOST_TEXTS = 6
 """Indices of earlier sequences, each of which a lookup goes through."""
 PAST_TOKENS = 2**16
 """Tokens of earlier sequences that are kept for an owner."""
+Load = Callable[[], Sequence[Sequence[int]] | None]
 _BITS = 21
 """Of a token in a key of three."""
 
@@ -92,17 +93,55 @@ class PastTokens:
     """Tokens of an owner's earlier sequences, the latest `PAST_TOKENS`.
 
     Each has an index of its own until there are `MOST_TEXTS`; then they get one together.
+
+    Args:
+        most: tokens.
+        load: sequences that an earlier process kept, asked for before the first look, and again
+            while it gives None; None for none.
+
+    Attributes:
+        texts: what is looked through.
+        is_changed: whether a sequence has ended.
     """
 
-    def __init__(self, most: int = PAST_TOKENS):
-        self._most = most
+    def __init__(self, most: int = PAST_TOKENS, load: Load | None = None):
+        self._most, self._load = most, load
         self._sequences: list[tuple[int, ...]] = []
         self.texts: list[Ngrams] = []
+        self.is_changed = False
 
     @property
     def n_tokens(self) -> int:
         """Tokens that are kept."""
         return sum(map(len, self._sequences))
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return max(map(len, self._sequences), default=0)
+
+    def recalled(self) -> list[Ngrams]:
+        """`texts`, the latest first, with what an earlier process kept."""
+        if self._load is not None and (kept := self._load()) is not None:
+            self._load = None
+            if kept:
+                self._sequences = self.merged(kept)
+                self.texts = [self._together()]
+        return self.texts[::-1]
+
+    def merged(self, kept: Iterable[Sequence[int]]) -> list[tuple[int, ...]]:
+        """The sequences behind those that are kept elsewhere, as many of the latest as there may
+        be."""
+        found = [tuple(one) for one in kept]
+        for new in self._sequences:
+            found = [old for old in found if new[: len(old)] != old] + [new]
+        n_tokens = sum(map(len, found))
+        while n_tokens > self._most:
+            n_tokens -= len(found.pop(0))
+        return found
+
+    def _together(self) -> Ngrams:
+        return Ngrams(token for one in self._sequences for token in (*one, -1))
 
     def add(self, tokens: Sequence[int]) -> None:
         """A sequence that has ended: prompt and answer. One that it goes on from is dropped."""
@@ -110,13 +149,13 @@ class PastTokens:
         if len(new) <= GRAM:
             return
         kept = [old for old in self._sequences if new[: len(old)] != old]
-        self._sequences = [*kept, new]
+        self._sequences, self.is_changed = [*kept, new], True
         while self.n_tokens > self._most:
             del self._sequences[0]
         if len(self.texts) < MOST_TEXTS:
             self.texts.append(Ngrams(new))
         else:
-            self.texts = [Ngrams(token for one in self._sequences for token in (*one, -1))]
+            self.texts = [self._together()]
 
 
 class Lookup:
@@ -130,8 +169,8 @@ class Lookup:
     name = "lookup"
 
     def __init__(self, tokens: Sequence[int], past: PastTokens | None = None):
-        self._own = Ngrams(tokens)
-        self._past = [] if past is None else past.texts[::-1]
+        self._own, self._past = Ngrams(tokens), past
+        self._texts: list[Ngrams] | None = None
 
     def add(self, token: int) -> None:
         self._own.tokens.append(token)
@@ -143,9 +182,11 @@ class Lookup:
         tokens = self._own.tokens
         if most < 1 or len(tokens) < GRAM or min(tokens[-GRAM:]) < 0:
             return None
+        if self._texts is None:  # not before the first token
+            self._texts = [] if self._past is None else self._past.recalled()
         key = _key(tokens)
         best, text, at = 0, self._own, 0
-        for source in (self._own, *self._past):
+        for source in (self._own, *self._texts):
             for place in source.places(key):
                 n = _n_common(source.tokens, place, tokens)
                 if n > best:

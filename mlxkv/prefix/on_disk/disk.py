@@ -17,6 +17,7 @@ from mlxkv.prefix.on_disk.fetch import PageFetcher
 from mlxkv.prefix.on_disk.format import PageFile, PageKey
 from mlxkv.prefix.on_disk.part import Layout, Part, Rows
 from mlxkv.prefix.shared import SharedFile
+from mlxkv.prefix.token_file import TokenFile
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,6 +42,7 @@ class PageDisk:
         self.files = files
         self.fetcher = PageFetcher(files.read)
         self.shared = SharedFile(files.folder, files.at.model, files.at.seal)
+        self.past_tokens = TokenFile(files.folder, files.at.model, files.at.seal)
         self.dtype = dtype
         self._kinds = kinds
 

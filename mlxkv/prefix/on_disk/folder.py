@@ -41,6 +41,9 @@ from mlxkv.prefix.on_disk.format import MAX_HEADER_BYTES, MAX_PAGE_BYTES, PageKe
 _DAY_S = 86_400
 SHARED_FILE = "shared.json"
 """In a model's folder: the last page of each prefix that many sequences share, see `shared`."""
+TOKENS_FILE = "tokens"
+"""The same of tokens of earlier sequences, see `token_file`."""
+_BESIDE = ("model.json", SHARED_FILE, TOKENS_FILE)
 _PAGE = re.compile(r"[0-9a-f]{32}")
 
 
@@ -241,8 +244,8 @@ class Folder:
         """Delete the folders of models that have no page left."""
         for folder in [path for path in self.pages.iterdir() if path.is_dir()]:
             with suppress(OSError):
-                if {path.name for path in folder.iterdir()} <= {"model.json", SHARED_FILE}:
-                    for name in ("model.json", SHARED_FILE):
+                if {path.name for path in folder.iterdir()} <= set(_BESIDE):
+                    for name in _BESIDE:
                         (folder / name).unlink(missing_ok=True)
                     folder.rmdir()
 
