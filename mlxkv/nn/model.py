@@ -8,9 +8,11 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlxkv.base import device
 from mlxkv.kv.layout import Caches, LayerCache, Mask, two_way_mask, windowed_mask
 from mlxkv.kv.types import CacheSpec
 from mlxkv.nn.encoders import Waiting
+from mlxkv.nn.fused import VECTOR_QUERIES
 from mlxkv.nn.rope import RoPE
 
 POSITIONS = 64
@@ -92,7 +94,18 @@ def attention_masks(
             kinds[window] = "causal"
         else:
             kinds[window] = windowed_mask(L, 0, window)
+        if kinds[window] == "causal" and L <= VECTOR_QUERIES and not device.on_cpu():
+            kinds[window] = _causal(L, _n_before(caches, window))
     return kinds
+
+
+def _causal(L: int, n_before: int) -> mx.array:
+    """The causal mask `[L, n_before + L]` of few tokens, made once.
+
+    Metal's kernel for few queries takes it or the word; where attention is not one kernel, the word
+    has each layer make it, by three kernels.
+    """
+    return mx.arange(n_before + L)[None] <= mx.arange(n_before, n_before + L)[:, None]
 
 
 def _n_before(caches: Sequence[LayerCache] | None, window: int | None) -> int:

@@ -28,6 +28,9 @@ MIXED = (64,) * 7 + (2048,)
 
 VOCABULARIES = (49152, 262144)
 
+DRAFTED = (2, 4, 8)
+"""Tokens of passes with drafts."""
+
 COMPREHENSIONS = ("<listcomp>", "<dictcomp>", "<setcomp>")
 """Calls in Python 3.11 alone: no part of a count that holds for all."""
 
@@ -122,6 +125,18 @@ def decode_step(side: Side, model: Any, caches: Any, B: int = 1) -> Counts:
     return step(side, model, caches, B, 1)
 
 
+def draft_pass(side: Ours, model: Any, caches: Any, L: int) -> Counts:
+    """Count a pass of one token and a draft, L in all, behind passes whose draft was wrong."""
+    for _ in range(2):
+        with shim.gpu():
+            model(hollow.tokens(1, L), caches)
+        hollow.settle(caches, model)
+        assert all(cache.rewind(cache.offset - L + 1) for cache in caches)
+    with shim.gpu():
+        logits = model(hollow.tokens(1, L), caches)
+        return count(shim.graph(logits, *side.kept(caches)))
+
+
 def of_model(side: Side, name: str) -> Iterator[Figure]:
     """All figures of a model with a definition of our own."""
     config = MODELS[name]
@@ -135,6 +150,9 @@ def of_model(side: Side, name: str) -> Iterator[Figure]:
     yield from _of_batches(side, name, model)
     if isinstance(side, Ours):
         yield from _of_packed_kv(side, name, model)
+        for L in DRAFTED:
+            launches = draft_pass(side, model, side.caches(model, HELD), L).launches
+            yield "launches", name, f"draft, {L} tokens q4", launches
 
 
 def of_picture(name: str) -> Iterator[Figure]:
