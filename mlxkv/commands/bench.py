@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 from mlxkv.commands.options import Memory, takes
-from mlxkv.errors import INTERRUPTED, MlxkvError, UsageError
+from mlxkv.errors import INTERRUPTED, ContextExceeded, MlxkvError, UsageError
 from mlxkv.kv.types import layer_types
 
 if TYPE_CHECKING:
     from mlxkv.bench.cases import Case, Skipped
+    from mlxkv.bench.drafts import Row
     from mlxkv.bench.rounds import Rounds
     from mlxkv.store.settings import Settings
     from mlxkv.terminal.console import ProgressLine
@@ -43,6 +44,12 @@ class BenchOptions:
     repeat: int = typer.Option(3, help="Runs of each case; the median is shown.")
     vs: str | None = typer.Option(None, metavar="mlx-lm", help="Measure mlx-lm in turn with mlxkv.")
     kv_type: str = typer.Option("native", help="Format of mlxkv's KV: native, q8, k8v4 or q4.")
+    draft: bool = typer.Option(
+        False, "--draft", help="Measure drafts instead: tasks with them and without, in turn."
+    )
+    drafter: str = typer.Option(
+        "lookup", metavar="lookup|MODEL", help="With --draft: what drafts, see `mlxkv run --draft`."
+    )
     memory: Memory = None
     report: Path | None = typer.Option(
         None,
@@ -64,6 +71,8 @@ def bench(options: BenchOptions) -> int:
     from mlxkv.store import catalog
 
     o = options
+    if o.draft:
+        return _bench_drafts(o, o.model or catalog.DEFAULT.name)
     if o.vs is not None:
         _check_vs(o.vs)
     kv_type = str(layer_types(o.kv_type))
@@ -80,6 +89,56 @@ def bench(options: BenchOptions) -> int:
         o.memory,
     )
     return _bench(asked, o.report, as_json=o.as_json, plot=o.plot)
+
+
+def _bench_drafts(o: BenchOptions, name: str) -> int:
+    """Measure drafts on this model: what `--draft` is good for here."""
+    from mlxkv.base import device
+    from mlxkv.bench import drafts
+    from mlxkv.llm.llm import load
+    from mlxkv.terminal.console import ProgressLine
+
+    for option, value in (("--context", o.context), ("--batch", o.batch), ("--vs", o.vs)):
+        if value is not None:
+            raise UsageError(f"{option} says nothing with --draft: its prompts are tasks")
+    if o.drafter == drafts.OFF:
+        raise UsageError("--drafter must be lookup or a model's name; got 'off'")
+    n_tokens = _at_least_one("--tokens", o.tokens) or (64 if device.on_cpu() else 200)
+    n_runs, progress, runs = _at_least_one("--repeat", o.repeat) or 1, ProgressLine(), []
+    complete = True
+    progress("loading")
+    try:
+        with load(name, memory=o.memory, kv_type=o.kv_type, draft=o.drafter) as llm:
+            for i, task in enumerate(drafts.TASKS):
+                progress(f"{i + 1} of {len(drafts.TASKS)}  {task.name}")
+                try:
+                    runs += drafts.compared(
+                        task.name,
+                        lambda mode, task=task: drafts.answers(llm, task, mode, 0.0, n_tokens),
+                        (drafts.OFF, o.drafter),
+                        n_runs,
+                        temperature=0.0,
+                    )
+                except ContextExceeded as error:
+                    progress.clear()
+                    print(f"not measured: {task.name}: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        complete = False
+    finally:
+        progress.clear()
+    if runs:
+        _show_drafts(o, drafts.rows(runs))
+    return 0 if runs and complete else INTERRUPTED
+
+
+def _show_drafts(o: BenchOptions, rows: Sequence[Row]) -> None:
+    from mlxkv.bench import drafts, machine
+    from mlxkv.bench import report as reports
+
+    found = {**machine.about(), "drafter": o.drafter, "rows": [asdict(row) for row in rows]}
+    if o.report is not None:
+        reports.write(found, o.report)
+    print(json.dumps(found, indent=1) if o.as_json else drafts.text(rows), flush=True)
 
 
 @dataclass(frozen=True, slots=True)
