@@ -105,12 +105,12 @@ def is_sensitive(name: str, n_layers: int) -> bool:
     Every token passes the first two. Errors of the values, and of what a block adds to the residual
     stream, weigh most in the first and last eighth of the layers (as in llama.cpp's K-quants).
     """
+    layer = re.search(r"\blayers\.(\d+)\.", name)
+    if layer is not None and int(layer[1]) >= n_layers:
+        return False  # a next-token layer: no answer depends on it
     if "embed_tokens" in name or "per_layer" in name or name.startswith("lm_head"):
         return True
-    if "v_proj" not in name and "down_proj" not in name:
-        return False
-    layer = re.search(r"\blayers\.(\d+)\.", name)
-    if layer is None:
+    if layer is None or ("v_proj" not in name and "down_proj" not in name):
         return False
     edge = max(1, n_layers // 8)
     return not edge <= int(layer[1]) < n_layers - edge

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from mlxkv.checkpoint.config import read_config, text_config, with_towers
+from mlxkv.checkpoint.config import read_config, text_config, with_next_token, with_towers
 from mlxkv.checkpoint.expert_stacks import expert_stacks
 from mlxkv.checkpoint.mlxkv_json import RECORD, of_model
 from mlxkv.checkpoint.quantization import Format, Quantization, other_settings
@@ -22,6 +22,7 @@ from mlxkv.checkpoint.tensor_names import is_kv, text_name, towers_in
 from mlxkv.checkpoint.weights import Weights, open_weights
 from mlxkv.errors import UnsupportedModel, WeightsError
 from mlxkv.models import Family
+from mlxkv.models.copies import next_token_copies
 
 from ..plan import DTYPES, check_names
 from ..sources import Source, expected_shapes, parse_config
@@ -71,7 +72,9 @@ def open_hub_source(path: Path, *, text_only: bool = False) -> Source:
     source = str(path / "config.json")
     weights = _open_stored(path, raw, source)
     towers = frozenset() if text_only else towers_in(weights.names)
-    family, parsed = parse_config(with_towers(raw, towers), source, len(weights.names))
+    named = set(weights.names)
+    stored = with_next_token(with_towers(raw, towers), named)
+    family, parsed = parse_config(stored, source, len(named))
     kept, left_out = _remapped(weights, family, parsed)
     quantization = None
     if not other_settings(raw):
@@ -82,6 +85,7 @@ def open_hub_source(path: Path, *, text_only: bool = False) -> Source:
     skipped = [(name, _reason(name, parsed.num_hidden_layers)) for name in sorted(left_out)]
     skipped += [(name, "for products with quantized input") for name in weights.found.unused]
     parsed, tied = _settle_head(parsed, tensors, skipped)
+    parsed = _settle_next_token(parsed, tensors, skipped)
     expected = expected_shapes(family, parsed, source)
     check_names({name: t.shape for name, t in tensors.items()}, expected, str(path))
     tokenizer, side_files, notes = _side_files(path, with_processor=bool(towers_in(expected)))
@@ -253,6 +257,24 @@ def _settle_head(
         skipped.append((head.origin, "a copy of the embedding, which is the head"))
         return config, True
     return dataclasses.replace(config, tie_word_embeddings=False), False
+
+
+def _settle_next_token(
+    config: Any, tensors: dict[str, SourceTensor], skipped: list[tuple[str, str]]
+) -> Any:
+    """The config with what the next-token layer has of its own; copies of the model's are left out."""
+    next_token = getattr(config, "next_token", None)
+    if next_token is None:
+        return config
+    own: dict[str, bool] = {}
+    for field, (at, of) in next_token_copies(config).items():
+        mine, model = tensors.get(f"{at}weight"), tensors.get(f"{of}weight")
+        own[field] = mine is not None
+        if mine is not None and model is not None and _equal(mine, model):
+            del tensors[f"{at}weight"]
+            skipped.append((mine.origin, "a copy of what the model has"))
+            own[field] = False
+    return dataclasses.replace(config, next_token=dataclasses.replace(next_token, **own))
 
 
 def _equal(a: SourceTensor, b: SourceTensor) -> bool:

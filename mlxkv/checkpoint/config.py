@@ -12,7 +12,7 @@ from reprlib import repr as short
 from typing import Any
 
 from mlxkv.base import regular
-from mlxkv.checkpoint.tensor_names import TOWERS
+from mlxkv.checkpoint.tensor_names import TOWERS, has_next_token
 from mlxkv.errors import ConfigError, ModelNotFound
 
 MATHS_KEYS = frozenset(
@@ -94,6 +94,17 @@ def with_towers(raw: Mapping[str, Any], towers: Container[str]) -> dict[str, Any
     """
     others = {f"{tower}_config" for tower in TOWERS if tower not in towers}
     return {key: value for key, value in raw.items() if key not in others}
+
+
+def with_next_token(raw: Mapping[str, Any], names: Container[str]) -> dict[str, Any]:
+    """A config that has a layer that predicts the token after next only where these weights do.
+
+    Quantized releases often leave the layer out, and keep the config.
+    """
+    key, n_layers = "num_nextn_predict_layers", raw.get("num_hidden_layers")
+    if not raw.get(key) or not isinstance(n_layers, int):
+        return dict(raw)
+    return {**raw, key: int(has_next_token(names, n_layers))}
 
 
 class Fields:

@@ -26,6 +26,8 @@ _MEDIA = re.compile(
     r"multi_modal_projector)\."
 )
 _LAYER = re.compile(r"^model\.layers\.(\d+)\.")
+_NEXT_TOKEN = ("eh_proj", "enorm", "hnorm", "shared_head.norm", "input_layernorm")
+"""Some modules of a layer that predicts the token after next; each has a `weight`."""
 _KV = re.compile(r"\.self_attn\.(k_proj|v_proj|k_norm|v_norm)\.")
 
 
@@ -40,13 +42,18 @@ def towers_in(names: Iterable[str]) -> frozenset[str]:
     return frozenset(tower for name in names if (tower := tower_of(name)) is not None)
 
 
+def has_next_token(names: Container[str], n_layers: int) -> bool:
+    """Whether a layer that predicts the token after next lies behind `n_layers` layers."""
+    return all(f"model.layers.{n_layers}.{part}.weight" in names for part in _NEXT_TOKEN)
+
+
 def without_rotary(weights: Mapping[str, mx.array], config: Any = None) -> Remapped:
     """Without rotary frequencies, which `rope.py` computes: `remap` of a family of any config."""
     return _without(weights, lambda name: False)
 
 
 def without_extra_layers(weights: Mapping[str, mx.array], n_layers: int) -> Remapped:
-    """Without rotary frequencies and layers that predict the token after next."""
+    """Without rotary frequencies and what lies behind the first `n_layers` layers."""
 
     def is_extra(name: str) -> bool:
         layer = _layer(name)

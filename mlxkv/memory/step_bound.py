@@ -46,6 +46,7 @@ from mlxkv.nn.moe import GatedExperts
 FLOAT = 4
 BASE_BYTES = 2**26
 """For pages that are cut, a sampler's arrays, masks and positions."""
+_HEADS = "lm_head", "shared_head.head"
 _LAYER = re.compile(r"layers\.(\d+)\.")
 
 
@@ -79,6 +80,8 @@ class StepBound:
         beside a kernel: no bound follows from their weights.
         """
         specs = tuple(model.cache_specs())
+        if (predictor := model.predictor()) is not None:
+            specs = (*specs, predictor.spec)
         n_heads = getattr(model.config, "num_attention_heads", None)
         if not isinstance(n_heads, int) or any(spec is not None and spec.opaque for spec in specs):
             return None
@@ -147,7 +150,7 @@ def _layers(model: CausalLM) -> tuple[Counter[str], Counter[str]]:
         is_expert = path.rpartition(".")[0] in experts
         # A token gets a row of an embedding; the head runs for the last token alone.
         is_table = isinstance(module, nn.Embedding | nn.QuantizedEmbedding)
-        n_result = 0 if is_table or path.endswith("lm_head") else n_out
+        n_result = 0 if is_table or path.endswith(_HEADS) else n_out
         times = _n_chosen(model, n_matrices) if is_expert else n_matrices
         widths[layer] += times * (n_in + n_result)
         if "scales" in module and device.on_cpu():  # experts one at a time

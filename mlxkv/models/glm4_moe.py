@@ -1,7 +1,7 @@
-"""GLM-4.5 and 4.6: grouped-query attention, with norms in some, and mixtures of experts.
+"""GLM-4.5, 4.6 and 4.7: grouped-query attention, with norms in some, and mixtures of experts.
 
-Checkpoints hold a layer that predicts the token after next, which is left out here. Reference:
-transformers `modeling_glm4_moe.py`.
+Checkpoints may hold a layer that predicts the token after next (`nn.next_token`). Reference:
+transformers `modeling_glm4_moe.py`, which leaves it out.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from mlxkv.checkpoint.expert_stacks import stack_experts
 from mlxkv.checkpoint.rope_config import rope_config
 from mlxkv.nn.decoder_model import (
     Attention,
-    DecoderModel,
     GroupedConfig,
     Layer,
+    NextToken,
     NormedAttention,
     grouped_fields,
 )
+from mlxkv.nn.next_token import NextTokenLayer, NextTokenModel
 from mlxkv.nn.sigmoid_moe import CORRECTION_BIAS, MoE, MoEConfig
 
 
@@ -49,10 +50,11 @@ class Config(GroupedConfig):
             first_k_dense_replace=fields.count("first_k_dense_replace", 1),
             moe=MoEConfig.read(fields),
             rope=rope_config(fields, shared["head_dim"], default_theta=None),
+            next_token=NextToken() if fields.count("num_nextn_predict_layers", 0) else None,
         )
 
 
-class Model(DecoderModel):
+class Model(NextTokenModel):
     """A GLM-4.5 with its head."""
 
     def __init__(self, config: Config):
@@ -61,7 +63,10 @@ class Model(DecoderModel):
             Layer(c, attention(c), MoE(c, c.moe) if i >= c.first_k_dense_replace else None)
             for i in range(c.num_hidden_layers)
         ]
-        super().__init__(c, layers)
+        next_layer = None
+        if c.next_token is not None:
+            next_layer = NextTokenLayer(c, attention(c), MoE(c, c.moe))
+        super().__init__(c, layers, next_layer)
 
     def keeps_dtype(self, name: str) -> bool:
         return name.endswith(CORRECTION_BIAS)
@@ -71,8 +76,9 @@ def remap(weights: Mapping[str, mx.array], config: Config) -> tuple[dict[str, mx
     """Hugging Face names -> ours, which are mlx-lm's: the experts of a layer become one tensor.
 
     Returns:
-        The weights, and the names left out: rotary frequencies and the layer that predicts the
-        token after next.
+        The weights, and the names left out: rotary frequencies and layers that the config does not
+        have.
     """
-    kept, skipped = tensor_names.without_extra_layers(weights, config.num_hidden_layers)
+    n_layers = config.num_hidden_layers + (config.next_token is not None)
+    kept, skipped = tensor_names.without_extra_layers(weights, n_layers)
     return stack_experts(kept), skipped

@@ -16,8 +16,9 @@ from mlxkv.checkpoint.config import Fields
 from mlxkv.checkpoint.expert_stacks import stack_experts
 from mlxkv.errors import WeightsError
 from mlxkv.kv.types import CacheSpec
-from mlxkv.nn.decoder_model import DecoderModel, Layer
+from mlxkv.nn.decoder_model import Layer, NextToken
 from mlxkv.nn.latent_attention import LatentConfig, latent_attention, latent_fields
+from mlxkv.nn.next_token import NextTokenLayer, NextTokenModel
 from mlxkv.nn.sigmoid_moe import CORRECTION_BIAS, MoE, MoEConfig
 
 
@@ -34,6 +35,7 @@ class Config(LatentConfig):
             **latent_fields(fields),
             dense_layers=_dense_layers(fields),
             moe=MoEConfig.read(fields),
+            next_token=NextToken() if fields.count("num_nextn_predict_layers", 0) else None,
         )
 
 
@@ -49,7 +51,7 @@ def _dense_layers(fields: Fields) -> tuple[bool, ...]:
     return tuple(i < n_dense for i in range(n_layers))
 
 
-class Model(DecoderModel):
+class Model(NextTokenModel):
     """A GLM-4.7-Flash with its head."""
 
     def __init__(self, config: Config):
@@ -58,7 +60,10 @@ class Model(DecoderModel):
             Layer(c, latent_attention(c), None if dense else MoE(c, c.moe))
             for dense in c.dense_layers
         ]
-        super().__init__(c, layers)
+        next_layer = None
+        if c.next_token is not None:
+            next_layer = NextTokenLayer(c, latent_attention(c), MoE(c, c.moe))
+        super().__init__(c, layers, next_layer)
 
     def keeps_dtype(self, name: str) -> bool:
         return name.endswith(CORRECTION_BIAS)
@@ -72,13 +77,14 @@ def remap(weights: Mapping[str, mx.array], config: Config) -> tuple[dict[str, mx
     """Hugging Face names -> ours, which are mlx-lm's: experts stacked, `kv_b_proj` in its halves.
 
     Returns:
-        The weights, and the names left out: rotary frequencies and the layer that predicts the
-        token after next.
+        The weights, and the names left out: rotary frequencies and layers that the config does not
+        have.
 
     Raises:
         WeightsError: a `kv_b_proj` of another shape than the config says.
     """
-    kept, skipped = tensor_names.without_extra_layers(weights, config.num_hidden_layers)
+    n_layers = config.num_hidden_layers + (config.next_token is not None)
+    kept, skipped = tensor_names.without_extra_layers(weights, n_layers)
     kept = stack_experts(kept)
     for name in [name for name in kept if name.endswith(".self_attn.kv_b_proj.weight")]:
         module = name.removesuffix(".weight")

@@ -7,7 +7,6 @@ it. Weights stay lazy until they are in place, so the peak is the model and one 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,12 +20,13 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlxkv.base import device
 from mlxkv.base.stepwise import finished
 from mlxkv.base.units import human_bytes
-from mlxkv.checkpoint.config import read_config, text_config, with_towers
+from mlxkv.checkpoint.config import read_config, text_config, with_next_token, with_towers
 from mlxkv.checkpoint.quantization import Quantization
 from mlxkv.checkpoint.tensor_names import towers_in
 from mlxkv.checkpoint.weights import Weights, open_weights, skipped_text
 from mlxkv.errors import Hint, OutOfMemory, UnsupportedModel, WeightsError
 from mlxkv.models import Family, family_for
+from mlxkv.models.copies import with_own_head, with_own_next_token
 from mlxkv.models.dtypes import checkpoint_dtype, compute_dtype, in_dtype, is_float, scale_dtypes
 from mlxkv.models.late import EncoderWeights, stamps_of
 from mlxkv.nn.encoders import Waiting, encoder_of, placeholder
@@ -124,7 +124,7 @@ def open_checkpoint(
 ) -> tuple[Checkpoint, dict[str, mx.array]]:
     """Read a model directory's headers; with them its lazy weights, under the family's names.
 
-    The model gets the towers that both config.json and the weights have.
+    The model gets the towers and the next-token layer that both config.json and the weights have.
 
     Args:
         path: see `load_model`.
@@ -138,7 +138,7 @@ def open_checkpoint(
     family = family_for(raw, source)
     weights = open_weights(path)
     towers = frozenset() if text_only else towers_in(weights.infos)
-    config = family.config(with_towers(raw, towers), source)
+    config = family.config(with_next_token(with_towers(raw, towers), weights.infos), source)
     kept, skipped = family.remap(weights.arrays(), config)
     return Checkpoint(raw, source, family, config, weights, skipped), kept
 
@@ -166,6 +166,7 @@ def lay_out(
     if checkpoint.skipped:
         _log.info("%s: left out %s", path, skipped_text(checkpoint.skipped))
     config = with_own_head(checkpoint.config, kept, compare=not headers_only)
+    config = with_own_next_token(config, kept, compare=not headers_only)
     with random_state_kept():
         model = checkpoint.family.build(config)
         root = model.weights_root()
@@ -265,34 +266,6 @@ def _check_process(path: str | Path, n_bytes: int) -> None:
             f"{path}: its weights take {human_bytes(n_bytes)}, and {tight} leaves "
             f"{human_bytes(free)} for them: raise it, or quantize the model (see `mlxkv convert`)"
         )
-
-
-def with_own_head(config: Any, weights: dict[str, mx.array], *, compare: bool = True) -> Any:
-    """A config that says "tied" beside a head of its own: the head counts, unless it is a copy.
-
-    transformers 5 decides the same way. Drops a copied head from `weights`; without `compare`
-    nothing is read, and every head counts as one of its own.
-    """
-    if "lm_head.weight" not in weights or not config.tie_word_embeddings:
-        return config
-    if compare and (names := _copied_head(weights)):
-        for name in names:
-            del weights[name]
-        return config
-    return dataclasses.replace(config, tie_word_embeddings=False)
-
-
-def _copied_head(weights: Mapping[str, mx.array]) -> list[str]:
-    """The arrays of a head that is the embedding once more, quantized or not; [] of any other."""
-    head = {name: a for name, a in weights.items() if name.startswith("lm_head.")}
-    at = "model.embed_tokens."
-    embedding = {name: a for name, a in weights.items() if name.startswith(at)}
-    if {f"lm_head.{name.removeprefix(at)}" for name in embedding} != head.keys():
-        return []
-    pairs = [(embedding[at + name.removeprefix("lm_head.")], a) for name, a in head.items()]
-    if any(a.shape != b.shape or a.dtype != b.dtype for a, b in pairs):
-        return []
-    return list(head) if all(mx.array_equal(a, b).item() for a, b in pairs) else []
 
 
 def pack_modules(

@@ -44,6 +44,19 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 LAYER_TYPES = (FULL, SLIDING)
 
 
+@dataclass(frozen=True, slots=True)
+class NextToken:
+    """What a checkpoint's next-token layer (`nn.next_token`) has of its own.
+
+    Args:
+        own_embedding: whether its embedding is not the model's.
+        own_head: whether its head is not the model's.
+    """
+
+    own_embedding: bool = True
+    own_head: bool = True
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecoderConfig:
     """The numbers that every decoder has; the names are those of config.json.
@@ -52,6 +65,7 @@ class DecoderConfig:
         norm: the kind of all norms.
         scales_embedding: whether embeddings are multiplied by sqrt(hidden_size).
         final_logit_softcapping: the cap on the logits (`soft_cap`); None for none.
+        next_token: its next-token layer; None for none.
     """
 
     norm: ClassVar[type[RMSNorm] | type[OffsetRMSNorm]] = RMSNorm
@@ -70,6 +84,7 @@ class DecoderConfig:
     tie_word_embeddings: bool
     mlp_bias: bool = False
     final_logit_softcapping: float | None = None
+    next_token: NextToken | None = None
 
     @property
     def context(self) -> int:
@@ -329,7 +344,8 @@ class Backbone(nn.Module):
 class DecoderModel(CausalLM):
     """A backbone with its head, which may be the embedding.
 
-    `layers` are callables of (x, mask, cache), unless `forward` is overridden.
+    `layers` are callables of (x, mask, cache), unless `forward` is overridden. Those behind the
+    ones that `cache_specs` has are not the model's own.
     """
 
     model: Any
@@ -364,7 +380,9 @@ class DecoderModel(CausalLM):
         x, _, media = inputs
         runs = self.two_way_runs(media) if media else ()
         masks = attention_masks(self._windows, caches, x.shape[1], runs)
-        for i, (layer, window) in enumerate(zip(self.model.layers, self._windows, strict=True)):
+        # A next-token layer may lie behind the model's own.
+        layers = self.model.layers[: len(self._windows)]
+        for i, (layer, window) in enumerate(zip(layers, self._windows, strict=True)):
             x = layer(x, masks[window], None if caches is None else caches[i])
         return self.model.norm(x)
 

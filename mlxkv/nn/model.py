@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -117,6 +117,32 @@ def _n_before(caches: Sequence[LayerCache] | None, window: int | None) -> int:
     return offset if window is None else min(offset, window - 1)
 
 
+class Predictor(Protocol):
+    """What a model has to guess tokens with, from the hidden states that tokens are chosen from.
+
+    Attributes:
+        spec: of the keys and values that it keeps, one layer's, a row for each pair of a token and
+            a hidden state.
+    """
+
+    @property
+    def spec(self) -> CacheSpec: ...
+
+    def hidden(self, tokens: mx.array, hidden: mx.array, cache: LayerCache | None) -> mx.array:
+        """What stands for the hidden states of tokens, `[B, L, E]`.
+
+        Args:
+            tokens: `[B, L]`, behind those that the cache has.
+            hidden: `[B, L, E]`, that they were chosen from: of the model, or of this.
+            cache: of `spec`; None for a whole sequence.
+        """
+        ...
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        """Logits `[B, L, V]` of what follows, from `hidden`."""
+        ...
+
+
 class CausalLM(nn.Module):
     """A model as the engine sees it.
 
@@ -159,6 +185,10 @@ class CausalLM(nn.Module):
     def cache_specs(self) -> list[CacheSpec | None]:
         """One per layer; None where a layer reads another layer's KV."""
         raise NotImplementedError
+
+    def predictor(self) -> Predictor | None:
+        """What guesses its next tokens; None where its weights hold nothing of the kind."""
+        return None
 
     @property
     def stable_tokens(self) -> int | None:
@@ -263,6 +293,12 @@ class CausalLM(nn.Module):
         """Logits `[B, V]` after the last token: the head's product for one position only."""
         hidden = self.forward(self.embedded(tokens, media), caches, last_only=True)
         return self.logits(hidden[:, -1:])[:, 0]
+
+    def hidden_states(
+        self, tokens: mx.array, caches: Caches = None, media: Media = ()
+    ) -> mx.array:
+        """Final hidden states `[B, L, E]` of tokens `[B, L]`, as `__call__` makes logits of."""
+        return self.forward(self.embedded(tokens, media), caches)
 
     def position_logits(
         self, tokens: mx.array, caches: Caches = None, media: Media = ()
