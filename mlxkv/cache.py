@@ -370,6 +370,14 @@ def make_caches(model: _HasSpecs, kv_type: str = "native") -> list[Cache]:
     ]
 
 
+def convert_caches(caches: list[Cache], kv_type: str) -> None:
+    """Put caches of keys and values into another format, in place and one after the other."""
+    for i, cache in enumerate(caches):
+        if isinstance(cache, KVCache | RotatingKVCache):
+            caches[i] = cache = cache.converted(kv_type)
+            mx.eval(cache.state)
+
+
 def make_cache(spec: CacheSpec, kv_type: str = "native") -> KVCache | RotatingKVCache:
     """An empty cache for one layer of keys and values.
 

@@ -262,7 +262,7 @@ def _settle_head(
 def _settle_next_token(
     config: Any, tensors: dict[str, SourceTensor], skipped: list[tuple[str, str]]
 ) -> Any:
-    """The config with what the next-token layer has of its own; copies of the model's are left out."""
+    """The config with what its next-token layer has of its own; copies are left out."""
     next_token = getattr(config, "next_token", None)
     if next_token is None:
         return config

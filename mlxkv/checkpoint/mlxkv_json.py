@@ -50,7 +50,7 @@ def read_record(folder: Path) -> Record | None:
 
 
 OVERFLOWS = ("stop", "shift")
-DRAFTS = ("off", "lookup")
+DRAFTS = ("auto", "off", "lookup", "mtp")
 """What may propose tokens; another name is that of a smaller model, which does so as well."""
 
 
@@ -119,7 +119,7 @@ KINDS = {
     "overflow": Kind("MLXKV_OVERFLOW", f"one of {', '.join(OVERFLOWS)}",
                       _among(OVERFLOWS), "stop"),
     "keep": Kind("MLXKV_KEEP", "a whole number, 0 or more", _whole(0), 0),
-    "draft": Kind("MLXKV_DRAFT", f"{', '.join(DRAFTS)} or a model's name", _drafter, "lookup"),
+    "draft": Kind("MLXKV_DRAFT", f"{', '.join(DRAFTS)} or a model's name", _drafter, "auto"),
 }  # fmt: skip
 
 

@@ -224,7 +224,7 @@ def _drafting(runtime: Runtime, request: Request, owner: str) -> AnswerDrafting 
         return None
     small = draft_model(name)
     found = None if small is None else runtime.draft_model(small)
-    return runtime.drafting.of_answer(owner, found)
+    return runtime.drafting.of_answer(owner, name, found)
 
 
 def _reader(runtime: TextSide, request: Request, prepared: Prepared) -> AnswerReader:

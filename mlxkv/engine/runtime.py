@@ -113,7 +113,8 @@ class Runtime(TextSide):
         self.budget = Budget(model, weights_bytes, limit_bytes, self.pages)
         self._pages: dict[str, Pages | None] = {"": self.pages}
         self._scores: dict[str, Scores] = {}
-        self.drafting = Drafting(_past_of(self._pages, model.config.vocab_size))
+        past = _past_of(self._pages, model.config.vocab_size)
+        self.drafting = Drafting(past, model.predictor())
         self.draft_models = DraftModels(self)
         self.memory_limit = limit_bytes
         self._at_exit = weakref.finalize(self, _close, self._pages, self.drafting, at_exit=True)

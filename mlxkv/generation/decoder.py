@@ -29,6 +29,7 @@ from mlxkv.generation.flight import (
     Row,
     RowResult,
     error_of,
+    hears,
     last_n,
     mask_of,
     settle,
@@ -170,19 +171,19 @@ class Decoder:
                 if drawn.token is None:
                     self._leave(lane)
                 else:
-                    self._give(lane, drawn.token)
+                    self._give(lane, drawn.token, drawn.hidden)
                 yield RowResult(
                     row, drawn.token, drawn.error, drawn.logprob, drawn.top[: row.n_logprobs]
                 )
         yield from self._full()
 
-    def _give(self, lane: Lane, token: int) -> None:
-        """A token goes out; the row leaves where it is its last."""
+    def _give(self, lane: Lane, token: int, hidden: mx.array | None) -> None:
+        """A token goes out, chosen from `hidden`; the row leaves where it is its last."""
         row = lane.row
         row.session.append(token)
         row.tokens.append(token)
         if row.drafts is not None:
-            row.drafts.add(token)
+            row.drafts.add(token, hidden)
         if len(row.tokens) == row.max_tokens:
             self._leave(lane)
 
@@ -220,7 +221,8 @@ class Decoder:
             mx.clear_cache()
         tokens = parts[0] if len(parts) == 1 else mx.concatenate(parts)
         lanes, tokens = self._in_kv_order(lanes, tokens, n_before)
-        return self._choose(lanes, self._logits(lanes, tokens[:, None]), tokens)
+        logits, hidden = self._logits(lanes, tokens[:, None])
+        return self._choose(lanes, logits, tokens, hidden)
 
     def _goes_on(self, lane: Lane) -> bool:
         """Whether a row is fed its next token, for which there must be room."""
@@ -256,21 +258,32 @@ class Decoder:
             return lanes, tokens
         return [lanes[i] for i in order], tokens[mx.array(order)]
 
-    def _logits(self, lanes: list[Lane], tokens: mx.array) -> mx.array:
-        """Logits `[B, V]` after tokens `[B, 1]`."""
+    def _logits(self, lanes: list[Lane], tokens: mx.array) -> tuple[mx.array, mx.array | None]:
+        """Logits `[B, V]` after tokens `[B, 1]`, and hidden states `[B, 1, E]` where a row hears
+        them."""
         if not self._model.batches and len(lanes) > 1:
             rows = zip(lanes, mx.split(tokens, len(lanes)), strict=True)
-            return mx.concatenate(
-                [self._model.last_logits(token, lane.row.session.caches) for lane, token in rows]
-            )
+            logits = [
+                self._model.last_logits(token, lane.row.session.caches) for lane, token in rows
+            ]
+            return mx.concatenate(logits), None
         if self._batch[0] != lanes or not is_current(self._batch[1]):
             caches = [lane.row.session.caches for lane in lanes]
             room = lanes[0].row.session.has_room
             # Those that join have been moved already.
             self._batch = lanes, batch(caches, room, self._model.one_part, new=())
-        return self._model.last_logits(tokens, self._batch[1])
+        if any(hears(lane) for lane in lanes):
+            hidden = self._model.hidden_states(tokens, self._batch[1])
+            return self._model.logits(hidden)[:, 0], hidden
+        return self._model.last_logits(tokens, self._batch[1]), None
 
-    def _choose(self, lanes: list[Lane], logits: mx.array, fed: mx.array | None = None) -> Flight:
+    def _choose(
+        self,
+        lanes: list[Lane],
+        logits: mx.array,
+        fed: mx.array | None = None,
+        hidden: mx.array | None = None,
+    ) -> Flight:
         """Choose a token for each row that has no mask, its computation under way.
 
         The logits are those behind the tokens `fed` `[B]`; behind the prompts without.
@@ -286,7 +299,7 @@ class Decoder:
             for i, lane in enumerate(lanes)
             if lane.row.allowed is None
         }
-        flight = Flight(lanes, logits, sound, normalizer, choose(logits, asked))
+        flight = Flight(lanes, logits, sound, normalizer, choose(logits, asked), hidden=hidden)
         if len(asked) == len(lanes):
             settle(flight)
         for lane in lanes:
@@ -331,7 +344,7 @@ class Decoder:
                 found.append(RowResult(lane.row, None, error))
                 continue
             token = values[i]
-            self._give(lane, token)
+            self._give(lane, token, flight.heard(i, lane))
             logprob, top = told.get(i, (None, ()))
             found.append(RowResult(lane.row, token, None, logprob, top[: lane.row.n_logprobs]))
             if ready and not lane.gone:

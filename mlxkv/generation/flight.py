@@ -82,12 +82,13 @@ class RowResult:
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """A token that was chosen and not given out yet: see `RowResult`."""
+    """A token that was chosen and not given out yet: see `RowResult`, and `Flight.heard`."""
 
     token: int | None
     error: Exception | None = None
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
+    hidden: mx.array | None = None
 
 
 @dataclass(eq=False, slots=True)
@@ -140,6 +141,7 @@ class Flight:
         tokens: `[B]`; None until the masked rows' are chosen.
         stuck: masked rows for which nothing is allowed.
         told: what log-probabilities are told, where a row asks.
+        hidden: `[B, 1, E]`, what the logits were made of, where a row hears it.
     """
 
     lanes: list[Lane]
@@ -150,6 +152,11 @@ class Flight:
     tokens: mx.array | None = None
     stuck: set[int] = field(default_factory=set)
     told: Told | None = None
+    hidden: mx.array | None = None
+
+    def heard(self, i: int, lane: Lane) -> mx.array | None:
+        """The hidden state `[1, 1, E]` that a lane's token was chosen from, where it hears it."""
+        return self.hidden[i : i + 1] if self.hidden is not None and hears(lane) else None
 
     @property
     def arrays(self) -> list[mx.array]:
@@ -158,6 +165,11 @@ class Flight:
         if self.tokens is not None:
             found.append(self.tokens)
         return found if self.told is None else [*found, *self.told.arrays]
+
+
+def hears(lane: Lane) -> bool:
+    """Whether a row's drafts are made of hidden states."""
+    return lane.row.drafts is not None and lane.row.drafts.hears
 
 
 def settle(flight: Flight) -> mx.array:

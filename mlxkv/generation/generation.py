@@ -107,6 +107,8 @@ class Generation:
         """
         tokens = self.remaining()
         self.session.media = self.media
+        kv_type, drafting = self.session.kv_type, self._drafting
+        self.session.listener = None if drafting is None else drafting.listener(kv_type)
         if self.request.prompt_logprobs is not None and not self.n_generated:
             self._scorer = self.session.score(tokens, self.request.prompt_logprobs)
         restored = self.session.restore(tokens)

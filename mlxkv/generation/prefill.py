@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
+from typing import Protocol
 
 import mlx.core as mx
 
@@ -13,6 +14,30 @@ from mlxkv.generation.media import MediaRows
 from mlxkv.generation.prompt_logprobs import PromptLogprobs
 from mlxkv.kv.layout import Cache
 from mlxkv.nn.model import CausalLM
+
+
+class Listener(Protocol):
+    """Hears a prompt's hidden states.
+
+    Attributes:
+        caches: what it keeps of them: counted with the sequence's own, and quantized and emptied
+            with them.
+    """
+
+    caches: list[Cache]
+
+    def hear(self, start: int, tokens: mx.array, hidden: mx.array) -> list[mx.array]:
+        """A chunk of the prompt is computed.
+
+        Args:
+            start: position of its first token.
+            tokens: `[1, L]`.
+            hidden: their final hidden states, `[1, L, E]`.
+
+        Returns:
+            What to evaluate with the chunk.
+        """
+        ...
 
 
 def prefill(
@@ -56,6 +81,7 @@ def prefilling(
     scorer: PromptLogprobs | None = None,
     start: int = 0,
     media: MediaRows | None = None,
+    listener: Listener | None = None,
 ) -> Generator[tuple[int, int], None, mx.array]:
     """`prefill`, a chunk each time that the next is asked for.
 
@@ -68,6 +94,7 @@ def prefilling(
         scorer: takes log-probabilities of the tokens.
         start: position of the first token in the prompt.
         media: among the tokens.
+        listener: hears hidden states, but of chunks that are scored.
 
     Yields:
         (done, all) after each chunk but the last, and after each medium that was encoded.
@@ -77,13 +104,17 @@ def prefilling(
     while True:
         n_new = take(n - done, n)
         new = array[:, done : done + n_new]
-        placed = []
+        placed, heard = [], []
         if media is not None:
             for _ in media.encoding(start + done, n_new):
                 yield done, n
             placed = media.placed(start + done, n_new)
         if scorer is not None and scorer.wants(start + done, n_new):
             logits = scorer.score(model, new, caches, start + done, placed)
+        elif listener is not None:
+            hidden = model.hidden_states(new, caches, placed)
+            heard = listener.hear(start + done, new, hidden)
+            logits = model.logits(hidden[:, -1:])[:, 0]
         elif placed:
             logits = model.last_logits(new, caches, placed)
         else:
@@ -94,7 +125,7 @@ def prefilling(
             return logits
         # The head is never computed: nothing evaluates these logits.
         del logits
-        mx.eval([cache.state for cache in caches])
+        mx.eval([cache.state for cache in caches], heard)
         mx.clear_cache()
         if computed is not None:
             computed(done)

@@ -55,7 +55,7 @@ class Request:
             and so for the two below and `draft`.
         overflow: what happens there: `stop`, or `shift`.
         keep: leading tokens that a shift keeps, besides the system prompt.
-        draft: what proposes tokens (`off`, `lookup`); it changes no answer.
+        draft: what proposes tokens (`auto`, `off`, `lookup`, `mtp`); it changes no answer.
         saved: named KV that the prompt goes on from.
         on_progress: called with (done, all) tokens during a long prefill.
         min_tokens: tokens before which neither an end token may come nor a stop text ends the

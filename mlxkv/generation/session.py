@@ -14,10 +14,10 @@ import mlx.core as mx
 
 from mlxkv.base.device import default_chunk
 from mlxkv.base.stepwise import finished
-from mlxkv.cache import KVCache, RotatingKVCache, make_caches
+from mlxkv.cache import convert_caches, make_caches
 from mlxkv.generation.asking import asked
 from mlxkv.generation.media import MediaRows
-from mlxkv.generation.prefill import prefilling
+from mlxkv.generation.prefill import Listener, prefilling
 from mlxkv.generation.prompt_logprobs import PromptLogprobs, Scores
 from mlxkv.generation.restored import Restored, explained, n_shared
 from mlxkv.kv.layout import Cache
@@ -49,6 +49,7 @@ class Session:
     Attributes:
         kv_type: the format that the KV is in now.
         media: among the tokens that are held or come next.
+        listener: hears what is computed of prompts; None for none.
         rungs: what was done since the last `restore` to free memory.
     """
 
@@ -64,8 +65,8 @@ class Session:
         self.is_auto = kv_type == AUTO
         self.kv_type = self._first_type = first_kv_type(kv_type)
         self.caches: list[Cache] = make_caches(model, self.kv_type)
-        self.media = NO_MEDIA
-        self._known: list[int] = []
+        self.media, self._known = NO_MEDIA, list[int]()
+        self.listener: Listener | None = None
         self._pages, self._budget, self._scores = pages, budget, scores
         self._scorer: PromptLogprobs | None = None
         self._cutter = None if pages is None else Cutter(pages, self.caches)
@@ -94,7 +95,12 @@ class Session:
     @property
     def nbytes(self) -> int:
         """Bytes that the caches take."""
-        return sum(cache.nbytes for cache in self.caches)
+        return sum(cache.nbytes for cache in self._all)
+
+    @property
+    def _all(self) -> list[Cache]:
+        """Its caches, and its listener's."""
+        return self.caches if self.listener is None else [*self.caches, *self.listener.caches]
 
     @property
     def page_bytes(self) -> int:
@@ -103,7 +109,7 @@ class Session:
 
     def use(self) -> KVUse:
         """What of the caches is used."""
-        return kv_use(self.caches)
+        return kv_use(self._all)
 
     def reset(self) -> None:
         """Forget everything."""
@@ -118,7 +124,7 @@ class Session:
 
     def _empty(self) -> None:
         """Forget everything, and stay in the same format."""
-        for cache in self.caches:
+        for cache in self._all:
             cache.reset()
         self._known, self._longest = [], 0
 
@@ -129,10 +135,8 @@ class Session:
         if self._scorer is not None:
             self._scorer.is_shared = False
         self._cutter = None
-        for i, cache in enumerate(self.caches):
-            if isinstance(cache, KVCache | RotatingKVCache):
-                self.caches[i] = cache = cache.converted(kv_type)
-                mx.eval(cache.state)
+        for caches in (self.caches, [] if self.listener is None else self.listener.caches):
+            convert_caches(caches, kv_type)
         mx.clear_cache()
         return Rung("packed", self.n_held, before - self.nbytes, kv_type)
 
@@ -179,12 +183,9 @@ class Session:
     def _restore(self, tokens: Sequence[int]) -> Restored:
         held = self.tokens
         shared = n_shared(held, tokens)
-        live = Restored(
-            self.resumable(tokens, min(shared, self._most(tokens))),
-            shared=shared,
-            held=tuple(held[shared : shared + STEP]),
-            n_known=len(held),
-        )
+        n_live = self.resumable(tokens, min(shared, self._most(tokens)))
+        behind = tuple(held[shared : shared + STEP])
+        live = Restored(n_live, shared=shared, held=behind, n_known=len(held))
         if live.n_tokens < len(held) and not self._shareable(0):
             live = replace(live, n_tokens=0)  # its keys were turned for a longer sequence
         restored = self._from_pages(tokens, live, len(held))
@@ -192,8 +193,7 @@ class Session:
             restored = Restored(restored.n_tokens, restored.ssd_tokens)
         if restored.n_tokens == 0:
             self.reset()
-        self._known = list(tokens[: restored.n_tokens])
-        self._n_restored = restored.n_tokens
+        self._known, self._n_restored = list(tokens[: restored.n_tokens]), restored.n_tokens
         return restored
 
     def _from_pages(self, tokens: Sequence[int], live: Restored, n_held: int) -> Restored:
@@ -302,7 +302,7 @@ class Session:
 
         new = self.media.vocabulary(tokens[start:])
         logits = yield from prefilling(
-            self.model, new, self.caches, take, computed, scorer, start, media
+            self.model, new, self.caches, take, computed, scorer, start, media, self.listener
         )
         self._scorer = None
         self._longest = max(self._longest, len(tokens))
@@ -312,7 +312,7 @@ class Session:
         """How many of the next tokens of a prompt there is memory for; see `asked`."""
         if self._budget is None:
             return n_new
-        beside, scorer = 0, self._scorer
+        beside, scorer, last = 0, self._scorer, last or self.listener is not None
         if scorer is not None and scorer.wants(at, n_new):
             beside, last = scorer.step_bytes(self.model), True
         return asked(self, self._budget, n_new, last=last, beside=beside, whole=whole)
@@ -373,7 +373,7 @@ class Session:
         return cutter.finish(self._known, n) if cutter and n and self._shareable(n) else []
 
     def discard(self) -> None:
-        """Forget everything, and have the pages forget what was computed: it is no KV."""
+        """Forget everything, also what the pages have of what was computed: it is no KV."""
         if self._cutter is not None:
             self._cutter.forget(self._n_restored)
         self.reset()

@@ -32,7 +32,16 @@ from mlxkv.generation.drafts.chooser import LaneChooser
 from mlxkv.generation.drafts.drafter import Promise, Proposal
 from mlxkv.generation.drafts.drafts import GRAMMAR, Drafts, LookAhead
 from mlxkv.generation.drafts.pace import Chance, Costs, drafted, tried
-from mlxkv.generation.flight import Drawn, Flight, Lane, error_of, history, mask_of, settle
+from mlxkv.generation.flight import (
+    Drawn,
+    Flight,
+    Lane,
+    error_of,
+    hears,
+    history,
+    mask_of,
+    settle,
+)
 from mlxkv.kv.types import STEP, ceil_step
 from mlxkv.nn.batch import batch
 from mlxkv.nn.blocks import sliceable
@@ -184,10 +193,9 @@ class Speculation:
             row.places = range(at, at + 1 + len(row.draft))
             at += len(row.places)
             row.lane.ready = None
-        logits = self._logits(rows)
-        flight = Flight(
-            [row.lane for row in rows for _ in row.places], logits, soundness(logits), None, []
-        )
+        logits, hidden = self._logits(rows)
+        places = [row.lane for row in rows for _ in row.places]
+        flight = Flight(places, logits, soundness(logits), None, [], hidden=hidden)
         mx.async_eval(*flight.arrays)
         flight.parts += choose(logits, self._choices(rows, flight))
         settle(flight)
@@ -211,13 +219,16 @@ class Speculation:
             _drafts(lane).rates.record((proposal.by, proposal.kind), 0, 1)
         return _Row(lane, draft, masks, n_held)
 
-    def _logits(self, rows: Sequence[_Row]) -> mx.array:
-        """Logits `[T, V]` of all places."""
+    def _logits(self, rows: Sequence[_Row]) -> tuple[mx.array, mx.array | None]:
+        """Logits `[T, V]` of all places, and hidden states `[T, 1, E]` where a row hears them."""
         fed = [token for row in rows for token in (row.lane.row.tokens[-1], *row.draft)]
         tokens = mx.array(fed, mx.int32)
         first = rows[0].lane.row.session
         if len(rows) == 1 and (self._model.one_part or not device.on_cpu()):
-            return self._model(tokens[None], first.caches)[0]
+            if not hears(rows[0].lane):
+                return self._model(tokens[None], first.caches)[0], None
+            hidden = self._model.hidden_states(tokens[None], first.caches)
+            return self._model.logits(hidden)[0], hidden.swapaxes(0, 1)
         plain = [row for row in rows if not row.draft]
         drafted = [(row.lane.row.session.caches, len(row.places)) for row in rows if row.draft]
         held = (
@@ -225,7 +236,11 @@ class Speculation:
             if plain
             else ()
         )
-        return self._model.last_logits(tokens[:, None], wide(held, len(plain), drafted))
+        caches = wide(held, len(plain), drafted)
+        if any(hears(row.lane) for row in rows):
+            hidden = self._model.hidden_states(tokens[:, None], caches)
+            return self._model.logits(hidden)[:, 0], hidden
+        return self._model.last_logits(tokens[:, None], caches), None
 
     @staticmethod
     def _choices(rows: Sequence[_Row], flight: Flight) -> dict[int, RowChoice]:
@@ -255,7 +270,9 @@ class Speculation:
                 if error is not None:
                     lane.queue.append(Drawn(None, error))
                     break
-                lane.queue.append(Drawn(values[place], None, *told.get(place, (None, ()))))
+                logprob, top = told.get(place, (None, ()))
+                hidden = flight.heard(place, lane)
+                lane.queue.append(Drawn(values[place], None, logprob, top, hidden))
                 lane.n_drawn += 1
                 lane.row.sampler.take(1)
                 if j == len(row.draft) or values[place] != row.draft[j]:

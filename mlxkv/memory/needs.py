@@ -69,6 +69,12 @@ class Needs:
         return self.model.cache_specs()
 
     @cached_property
+    def guessing(self) -> list[CacheSpec]:
+        """Of what the model guesses tokens with (`CausalLM.predictor`)."""
+        predictor = self.model.predictor()
+        return [] if predictor is None else [predictor.spec]
+
+    @cached_property
     def kv(self) -> KVFormat:
         return KVFormat(self.kv_type, self.model.compute_dtype.size)
 
@@ -79,7 +85,7 @@ class Needs:
 
     def kv_bytes(self, n_tokens: int) -> int:
         """Of one sequence."""
-        return kv_bytes(self.specs, n_tokens, self.kv)
+        return kv_bytes([*self.specs, *self.guessing], n_tokens, self.kv)
 
     def pages_bytes(self, n_tokens: int) -> int:
         """Of one sequence's prefix pages: rows of all layers, window or not."""
@@ -125,6 +131,11 @@ class Needs:
                 held = Held(self.kv_bytes(n_held), self.kv_bytes(n_held + n_new))
                 if is_allocation_failure(error):
                     return held  # a later trace may succeed
+            else:
+                before, after = (
+                    kv_bytes(self.guessing, n, self.kv) for n in (n_held, n_held + n_new)
+                )
+                held = Held(held.before + before, held.peak + after)
             self._steps[key] = held
         return self._steps[key]
 

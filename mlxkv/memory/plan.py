@@ -191,7 +191,7 @@ def plan_model(
     return Plan(
         weights_bytes=weights_bytes,
         kv_bytes=kv_total,
-        kv_bytes_per_token=row_bytes(own.specs, own.kv),
+        kv_bytes_per_token=row_bytes([*own.specs, *own.guessing], own.kv),
         workspace_bytes=workspace,
         cache_bytes=min(workspace, device.allocator_keeps()),
         pages_bytes=min(own.pages_bytes(context), pages),
@@ -206,7 +206,7 @@ def plan_model(
         limit_bytes=limit,
         max_context=longest[kv_type],
         max_contexts=longest,
-        layers=_layer_kinds(own.specs, own.kv, context, sequences),
+        layers=_layer_kinds([*own.specs, *own.guessing], own.kv, context, sequences),
         curves={
             name: tuple(zip(marks, _curve(needs[name], marks, sequences, fixed), strict=True))
             for name in names

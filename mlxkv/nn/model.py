@@ -294,9 +294,7 @@ class CausalLM(nn.Module):
         hidden = self.forward(self.embedded(tokens, media), caches, last_only=True)
         return self.logits(hidden[:, -1:])[:, 0]
 
-    def hidden_states(
-        self, tokens: mx.array, caches: Caches = None, media: Media = ()
-    ) -> mx.array:
+    def hidden_states(self, tokens: mx.array, caches: Caches = None, media: Media = ()) -> mx.array:
         """Final hidden states `[B, L, E]` of tokens `[B, L]`, as `__call__` makes logits of."""
         return self.forward(self.embedded(tokens, media), caches)
 

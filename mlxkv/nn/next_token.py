@@ -22,6 +22,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxkv.kv.layout import LayerCache
+from mlxkv.kv.types import CacheSpec
 from mlxkv.nn.decoder_model import DecoderConfig, DecoderModel, Layer
 from mlxkv.nn.linear import Embedding, Linear
 from mlxkv.nn.model import Predictor
@@ -66,9 +67,7 @@ class NextTokenModel(DecoderModel):
         next_layer: the one behind them; None where the checkpoint has none.
     """
 
-    def __init__(
-        self, config: Any, layers: Sequence[nn.Module], next_layer: NextTokenLayer | None
-    ):
+    def __init__(self, config: Any, layers: Sequence[nn.Module], next_layer: NextTokenLayer | None):
         super().__init__(config, [*layers, *([] if next_layer is None else [next_layer])])
 
     def predictor(self) -> Predictor | None:
@@ -82,8 +81,10 @@ class NextTokens:
     model: NextTokenModel
 
     @property
-    def spec(self):
-        return self.model.cache_specs()[0]
+    def spec(self) -> CacheSpec:
+        spec = self.model.cache_specs()[0]
+        assert spec is not None
+        return spec
 
     def hidden(self, tokens: mx.array, hidden: mx.array, cache: LayerCache | None) -> mx.array:
         layer = self.model.model.layers[-1]

@@ -13,6 +13,7 @@ import pytest
 import mlxkv
 from mlxkv.cache import make_cache
 from mlxkv.convert import convert
+from mlxkv.memory.needs import Needs
 from mlxkv.models.loader import lay_out
 from mlxkv.nn.model import Predictor
 from tests.families.test_glm import LITE, MOE, hub_weights, our_weights
@@ -102,6 +103,16 @@ def test_copies_of_embedding_and_head_take_no_memory(release: Path):
     assert not any(name.startswith((f"{AT}embed", f"{AT}shared_head.h")) for name in layout.weights)
     headers = lay_out(release, "float32", headers_only=True)  # whether they are is not known yet
     assert headers.nbytes - layout.nbytes == 2 * 4 * 96 * E
+
+
+def test_a_plan_counts_its_keys_and_values(release: Path):
+    model = mlxkv.load_model(release, dtype=mx.float32)
+    with_it, without = Needs(model, "native", 256), Needs(model, "native", 256)
+    without.guessing = []
+    one_layer = model.cache_specs()[0].nbytes(300, without.kv)  # pyright: ignore
+    assert with_it.kv_bytes(300) - without.kv_bytes(300) == one_layer
+    ours, theirs = (each.step(256, 44, last=True) for each in (with_it, without))
+    assert ours.peak - theirs.peak == one_layer
 
 
 @pytest.mark.parametrize("quantize", (None, "affine8"))

@@ -57,12 +57,14 @@ class Oracle:
     """
 
     name = "oracle"
+    hears = False
 
     def __init__(self, answer: Sequence[int], wrong: float, most: int = 99, seed: int = 0):
         self._answer, self._wrong, self._most = answer, wrong, most
         self._chance, self._n = random.Random(seed), 0
 
-    def add(self, token: int) -> None:
+    def add(self, token: int, hidden: mx.array | None = None) -> None:
+        assert hidden is None
         assert token == self._answer[self._n]
         self._n += 1
 

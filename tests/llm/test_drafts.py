@@ -11,7 +11,11 @@ import mlxkv
 from mlxkv.errors import ModelNotFound, UsageError
 from mlxkv.generation.drafts.pace import Costs
 from mlxkv.llm.llm import LLM
+from tests.families.test_glm import hub_weights, our_weights
+from tests.generation.test_mtp import CONFIG
 from tests.support.command_line import chat_model
+from tests.support.half_right import half_right
+from tests.support.tiny import write_checkpoint
 
 PROMPT = "hello there, hello again, hello there, hello again, hello there"
 
@@ -86,8 +90,33 @@ def test_a_stop_text_inside_a_draft_ends_the_answer_there(llm: LLM):
     assert drafted.finish_reason == "stop"
 
 
+def test_what_a_model_has_not_is_left_out(llm: LLM):
+    stats = llm.generate(PROMPT, draft="mtp", max_tokens=9).stats
+    assert stats.generated_tokens == 9
+    assert stats.drafts is None
+
+
+def test_a_next_token_layer_drafts_unless_it_is_switched_off(tmp_path):
+    folder = chat_model(tmp_path, ascii=True)
+    config = CONFIG | {"vocab_size": 260, "eos_token_id": 2}
+    weights = half_right(config, hub_weights(config, our_weights(config)), 0.8, adds=0.3)
+    llm = mlxkv.load(write_checkpoint(folder, config, weights), dtype="float32")
+    llm.drafting.costs = Eager()
+    options: dict[str, Any] = {"max_tokens": 60, "temperature": 0.8, "seed": 3, "ignore_eos": True}
+    plain = llm.generate("hello", draft="off", **options)
+    for draft, drafters in (("mtp", {"mtp"}), ("auto", {"mtp"}), ("lookup", set())):
+        llm.drafting.forget()
+        found = llm.generate("hello", draft=draft, **options)
+        assert found.tokens == plain.tokens
+        drafts = found.stats.drafts
+        assert (set() if drafts is None else set(drafts.by)) == drafters
+    assert llm.generate("hello", **options).tokens == plain.tokens  # lookups and the layer
+
+
 def test_an_unknown_drafter_is_refused(llm: LLM):
     with pytest.raises(ModelNotFound, match="no model named 'best'"):
         llm.generate("hello", draft="best")
-    with pytest.raises(UsageError, match="must be off, lookup or a model's name; got ' '"):
+    with pytest.raises(
+        UsageError, match="must be auto, off, lookup, mtp or a model's name; got ' '"
+    ):
         llm.generate("hello", draft=" ")

@@ -84,10 +84,22 @@ class Promise:
 
 
 class Drafter(Protocol):
-    """Proposes tokens for one answer. A proposal may be wrong; it changes no answer."""
+    """Proposes tokens for one answer. A proposal may be wrong; it changes no answer.
 
-    def add(self, token: int) -> None:
-        """The answer's next token, which has been given out."""
+    Attributes:
+        hears: whether it needs the hidden states that tokens are chosen from.
+    """
+
+    hears: bool
+
+    def add(self, token: int, hidden: mx.array | None = None) -> None:
+        """The answer's next token, which has been given out.
+
+        Args:
+            token: its id.
+            hidden: `[1, 1, E]`, the model's final hidden state that it was chosen from; None where
+                that is of the prompt, or no drafter hears.
+        """
         ...
 
     def propose(self, most: int) -> Proposal | Promise | None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import cast
 
 from mlxkv.generation.drafts.drafter import Drafter
 from mlxkv.generation.drafts.drafts import Drafts
 from mlxkv.generation.drafts.lookup import Lookup, PastTokens
+from mlxkv.generation.drafts.mtp import Guessing, Mtp
 from mlxkv.generation.drafts.pace import Costs, Rates
 from mlxkv.generation.drafts.small_model import SmallModel
+from mlxkv.generation.prefill import Listener
+from mlxkv.nn.model import Predictor
 from mlxkv.prefix.token_file import TokenFile
 
 
@@ -17,24 +21,40 @@ class Drafting:
 
     Args:
         load: (owner) -> sequences that an earlier process kept, see `PastTokens`.
+        predictor: the model's, for `mtp`; None where it has none.
 
     Attributes:
         costs: how long passes take.
     """
 
-    def __init__(self, load: Callable[[str], Sequence[Sequence[int]] | None] | None = None) -> None:
+    def __init__(
+        self,
+        load: Callable[[str], Sequence[Sequence[int]] | None] | None = None,
+        predictor: Predictor | None = None,
+    ) -> None:
         self.costs = Costs()
+        self._guessing = None if predictor is None else Guessing(predictor)
         self._rates, self._load = Rates(), load
         self._past: dict[str, PastTokens] = {}
 
-    def of_answer(self, owner: str, small: SmallModel | None = None) -> AnswerDrafting:
-        """For one answer of an owner, which a smaller model may draft."""
+    def of_answer(
+        self, owner: str, draft: str = "auto", small: SmallModel | None = None
+    ) -> AnswerDrafting:
+        """For one answer of an owner.
+
+        Args:
+            owner: whose answers share what is looked up.
+            draft: the value of `--draft`, but `off`; of its drafters, those that the model has.
+            small: a smaller model that drafts as well.
+        """
         if owner not in self._past:
             load = self._load
             self._past[owner] = PastTokens(load=None if load is None else lambda: load(owner))
-        past = self._past[owner]
         return AnswerDrafting(
-            self._rates, past, None if small is None else lambda t: small.of_answer(owner, t)
+            self._rates,
+            None if draft == Mtp.name else self._past[owner],
+            None if small is None else lambda t: small.of_answer(owner, t),
+            self._guessing if draft in ("auto", Mtp.name) else None,
         )
 
     def forget(self) -> None:
@@ -59,8 +79,9 @@ class AnswerDrafting:
 
     Args:
         rates: how often proposals were right in earlier texts.
-        past: tokens of the owner's earlier sequences.
+        past: tokens of the owner's earlier sequences; None to look nothing up.
         further: (tokens so far) -> another drafter of the answer; None for none.
+        guessing: of the model's own layer; None for none of its drafts.
 
     Attributes:
         drafts: None until the answer begins.
@@ -69,16 +90,31 @@ class AnswerDrafting:
     def __init__(
         self,
         rates: Rates,
-        past: PastTokens,
+        past: PastTokens | None,
         further: Callable[[Sequence[int]], Drafter] | None = None,
+        guessing: Guessing | None = None,
     ):
         self._rates, self._past, self._further = rates, past, further
+        self._guessing, self._mtp = guessing, cast("Mtp | None", None)
         self.drafts: Drafts | None = None
+
+    def listener(self, kv_type: str) -> Listener | None:
+        """What has to hear a prompt that is computed next; the same for all of an answer.
+
+        Args:
+            kv_type: format of its KV.
+        """
+        if self._mtp is None and self._guessing is not None:
+            self._mtp = Mtp(self._guessing, kv_type)
+        return self._mtp
 
     def begin(self, tokens: Sequence[int]) -> Drafts:
         """The drafts behind the tokens so far, which are asked for once."""
         if self.drafts is None:
-            drafters: list[Drafter] = [Lookup(tokens, self._past)]
+            looks_up = self._past is not None
+            drafters: list[Drafter] = [Lookup(tokens, self._past)] if looks_up else []
+            if self._mtp is not None:
+                drafters.append(self._mtp)
             if self._further is not None:
                 drafters.append(self._further(tokens))
             self.drafts = Drafts(drafters, Rates(self._rates))
@@ -88,4 +124,5 @@ class AnswerDrafting:
         """The answer has ended: its sequence is remembered."""
         if self.drafts is not None:
             self.drafts.end()
-        self._past.add(tokens)
+        if self._past is not None:
+            self._past.add(tokens)

@@ -9,6 +9,7 @@ from mlxkv.generation.drafts.drafter import Drafter, Promise, Proposal
 from mlxkv.generation.drafts.pace import Counts, Rates
 
 if TYPE_CHECKING:
+    import mlx.core as mx
     import numpy as np
 
     from mlxkv.sampling.grammar import Masker
@@ -69,17 +70,21 @@ class Drafts:
         drafters: whose proposal is taken that is right the most often in this text, what must be
             computed first by `TOLL` more often than what is known; of equal ones the first.
         rates: how often proposals are right in this text.
+
+    Attributes:
+        hears: whether `add` needs hidden states.
     """
 
     def __init__(self, drafters: Sequence[Drafter], rates: Rates | None = None):
         self._drafters = drafters
         self.rates = Rates() if rates is None else rates
         self.counts = Counts()
+        self.hears = any(drafter.hears for drafter in drafters)
 
-    def add(self, token: int) -> None:
-        """A token was given out."""
+    def add(self, token: int, hidden: mx.array | None = None) -> None:
+        """A token was given out; see `Drafter.add`."""
         for drafter in self._drafters:
-            drafter.add(token)
+            drafter.add(token, hidden)
 
     def propose(self, most: int) -> Proposal | Promise | None:
         """What may come next, at most so many tokens."""

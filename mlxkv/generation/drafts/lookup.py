@@ -11,6 +11,7 @@ from array import array
 from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 
+import mlx.core as mx
 import numpy as np
 
 from mlxkv.generation.drafts.drafter import Proposal
@@ -167,12 +168,14 @@ class Lookup:
     """
 
     name = "lookup"
+    hears = False
 
     def __init__(self, tokens: Sequence[int], past: PastTokens | None = None):
         self._own, self._past = Ngrams(tokens), past
         self._texts: list[Ngrams] | None = None
 
-    def add(self, token: int) -> None:
+    def add(self, token: int, hidden: mx.array | None = None) -> None:
+        del hidden
         self._own.tokens.append(token)
 
     def end(self) -> None:

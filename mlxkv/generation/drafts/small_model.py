@@ -90,6 +90,8 @@ class SmallModel:
 class ModelDrafter:
     """Drafts one answer with a smaller model; see the module."""
 
+    hears = False
+
     def __init__(self, source: SmallModel, owner: str, tokens: Sequence[int]):
         self._source, self._owner, self._tokens = source, owner, list(tokens)
         self._n_prompt = len(tokens)
@@ -100,7 +102,8 @@ class ModelDrafter:
         self._drafted: list[int] = []  # tokens behind these that were fed and may not come
         self._is_over = not all(0 <= token < source.n_own for token in tokens)
 
-    def add(self, token: int) -> None:
+    def add(self, token: int, hidden: mx.array | None = None) -> None:
+        del hidden
         self._tokens.append(token)
         self._is_over |= token >= self._source.n_own
 
