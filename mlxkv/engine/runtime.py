@@ -114,7 +114,7 @@ class Runtime(TextSide):
         self._pages: dict[str, Pages | None] = {"": self.pages}
         self._scores: dict[str, Scores] = {}
         past = _past_of(self._pages, model.config.vocab_size)
-        self.drafting = Drafting(past, model.predictor())
+        self.drafting = Drafting(past, model)
         self.draft_models = DraftModels(self)
         self.memory_limit = limit_bytes
         self._at_exit = weakref.finalize(self, _close, self._pages, self.drafting, at_exit=True)

@@ -107,8 +107,10 @@ class Generation:
         """
         tokens = self.remaining()
         self.session.media = self.media
-        kv_type, drafting = self.session.kv_type, self._drafting
-        self.session.listener = None if drafting is None else drafting.listener(kv_type)
+        if (drafting := self._drafting) is None:
+            self.session.listener = None
+        else:
+            self.session.listener = drafting.listener(self.session.caches, self.session.kv_type)
         if self.request.prompt_logprobs is not None and not self.n_generated:
             self._scorer = self.session.score(tokens, self.request.prompt_logprobs)
         restored = self.session.restore(tokens)

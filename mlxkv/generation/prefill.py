@@ -22,9 +22,11 @@ class Listener(Protocol):
     Attributes:
         caches: what it keeps of them: counted with the sequence's own, and quantized and emptied
             with them.
+        hears_all: whether it needs those of all tokens; else of each chunk's last.
     """
 
     caches: list[Cache]
+    hears_all: bool
 
     def hear(self, start: int, tokens: mx.array, hidden: mx.array) -> list[mx.array]:
         """A chunk of the prompt is computed.
@@ -32,12 +34,17 @@ class Listener(Protocol):
         Args:
             start: position of its first token.
             tokens: `[1, L]`.
-            hidden: their final hidden states, `[1, L, E]`.
+            hidden: their final hidden states, `[1, L, E]`; `[1, 1, E]` may be the last one's alone.
 
         Returns:
             What to evaluate with the chunk.
         """
         ...
+
+
+def hears_all(listener: Listener | None) -> bool:
+    """Whether every hidden state of a prompt is computed."""
+    return listener is not None and listener.hears_all
 
 
 def prefill(
@@ -112,7 +119,7 @@ def prefilling(
         if scorer is not None and scorer.wants(start + done, n_new):
             logits = scorer.score(model, new, caches, start + done, placed)
         elif listener is not None:
-            hidden = model.hidden_states(new, caches, placed)
+            hidden = model.hidden_states(new, caches, placed, last_only=not listener.hears_all)
             heard = listener.hear(start + done, new, hidden)
             logits = model.logits(hidden[:, -1:])[:, 0]
         elif placed:

@@ -17,7 +17,7 @@ from mlxkv.base.stepwise import finished
 from mlxkv.cache import convert_caches, make_caches
 from mlxkv.generation.asking import asked
 from mlxkv.generation.media import MediaRows
-from mlxkv.generation.prefill import Listener, prefilling
+from mlxkv.generation.prefill import Listener, hears_all, prefilling
 from mlxkv.generation.prompt_logprobs import PromptLogprobs, Scores
 from mlxkv.generation.restored import Restored, explained, n_shared
 from mlxkv.kv.layout import Cache
@@ -312,7 +312,7 @@ class Session:
         """How many of the next tokens of a prompt there is memory for; see `asked`."""
         if self._budget is None:
             return n_new
-        beside, scorer, last = 0, self._scorer, last or self.listener is not None
+        beside, scorer, last = 0, self._scorer, last or hears_all(self.listener)
         if scorer is not None and scorer.wants(at, n_new):
             beside, last = scorer.step_bytes(self.model), True
         return asked(self, self._budget, n_new, last=last, beside=beside, whole=whole)

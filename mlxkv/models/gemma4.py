@@ -18,6 +18,7 @@ import mlx.nn as nn
 
 from mlxkv.checkpoint import tensor_names
 from mlxkv.kv.layout import Caches, LayerCache, Mask, Offset
+from mlxkv.models.gemma4_assistant import Assistant, BorrowedKV
 from mlxkv.models.gemma4_audio import Gemma4Tower
 from mlxkv.models.gemma4_config import Config
 from mlxkv.models.gemma_audio import audio_names
@@ -27,7 +28,7 @@ from mlxkv.models.gemma_vision_config import VitConfig
 from mlxkv.nn.encoders import AUDIO, IMAGE
 from mlxkv.nn.layers import GatedMLP, Prepared, RMSNorm, compiled, gated
 from mlxkv.nn.linear import Linear
-from mlxkv.nn.model import Embedded
+from mlxkv.nn.model import Embedded, Reader
 from mlxkv.nn.moe import GatedExperts, weighed
 from mlxkv.nn.shared_kv import Heads, KeysValues, PerLayerBackbone, PerLayerNorms, SharedKVModel
 
@@ -145,6 +146,12 @@ class Model(SharedKVModel):
             self.audio_tower = Gemma4Tower(audio)
         if audio is not None:
             self.embed_audio = RowProjection(audio, E)
+        if (assistant := config.assistant) is not None:
+            layers = [Layer(assistant.text, heads) for heads in assistant.text.heads]
+            self.assistant = Assistant(assistant, layers)
+
+    def reader(self) -> Reader | None:
+        return BorrowedKV(self) if "assistant" in self else None
 
     @property
     def media_kinds(self) -> frozenset[str]:

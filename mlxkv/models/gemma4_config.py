@@ -50,6 +50,7 @@ class Config(SharedKVConfig):
         two_way: whether the tokens of a picture see each other both ways in sliding layers.
         vision: the encoder of pictures; None for text alone.
         audio: the encoder of sound; None without.
+        assistant: an `AssistantConfig`, of what drafts for it; None without.
     """
 
     num_kv_shared_layers: int
@@ -60,6 +61,7 @@ class Config(SharedKVConfig):
     two_way: bool = False
     vision: VitConfig | EmbedderConfig | None = None
     audio: Gemma4Audio | RawAudio | None = None
+    assistant: Any = None
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], source: str = "config.json") -> Config:

@@ -7,6 +7,7 @@ it. Weights stay lazy until they are in place, so the peak is the model and one 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from mlxkv.checkpoint.tensor_names import towers_in
 from mlxkv.checkpoint.weights import Weights, open_weights, skipped_text
 from mlxkv.errors import Hint, OutOfMemory, UnsupportedModel, WeightsError
 from mlxkv.models import Family, family_for
+from mlxkv.models.beside import assistant_beside
 from mlxkv.models.copies import with_own_head, with_own_next_token
 from mlxkv.models.dtypes import checkpoint_dtype, compute_dtype, in_dtype, is_float, scale_dtypes
 from mlxkv.models.late import EncoderWeights, stamps_of
@@ -124,7 +126,8 @@ def open_checkpoint(
 ) -> tuple[Checkpoint, dict[str, mx.array]]:
     """Read a model directory's headers; with them its lazy weights, under the family's names.
 
-    The model gets the towers and the next-token layer that both config.json and the weights have.
+    The model gets the towers and the next-token layer that both config.json and the weights have,
+    and an assistant that lies beside it.
 
     Args:
         path: see `load_model`.
@@ -140,6 +143,9 @@ def open_checkpoint(
     towers = frozenset() if text_only else towers_in(weights.infos)
     config = family.config(with_next_token(with_towers(raw, towers), weights.infos), source)
     kept, skipped = family.remap(weights.arrays(), config)
+    assistant, beside = assistant_beside(path, config)
+    if assistant is not None:
+        config, kept = dataclasses.replace(config, assistant=assistant), {**kept, **beside}
     return Checkpoint(raw, source, family, config, weights, skipped), kept
 
 

@@ -143,6 +143,27 @@ class Predictor(Protocol):
         ...
 
 
+class Reader(Protocol):
+    """What a model has to guess tokens with, from its own keys and values."""
+
+    def keys_values(self, caches: Sequence[Any]) -> Sequence[Any]:
+        """What guesses read of a sequence's caches."""
+        ...
+
+    def guess(
+        self, token: mx.array, hidden: mx.array, kv: Sequence[Any], position: int
+    ) -> tuple[mx.array, mx.array]:
+        """What stands for a token's hidden state, `[1, 1, E]`, and logits `[1, 1, V]` behind it.
+
+        Args:
+            token: `[1, 1]`.
+            hidden: `[1, 1, E]`, that it was chosen from: of the model, or of this.
+            kv: from `keys_values`.
+            position: of the first token of the draft's making, behind what the caches hold.
+        """
+        ...
+
+
 class CausalLM(nn.Module):
     """A model as the engine sees it.
 
@@ -188,6 +209,10 @@ class CausalLM(nn.Module):
 
     def predictor(self) -> Predictor | None:
         """What guesses its next tokens; None where its weights hold nothing of the kind."""
+        return None
+
+    def reader(self) -> Reader | None:
+        """As `predictor`, for what reads the model's own keys and values."""
         return None
 
     @property
@@ -294,9 +319,16 @@ class CausalLM(nn.Module):
         hidden = self.forward(self.embedded(tokens, media), caches, last_only=True)
         return self.logits(hidden[:, -1:])[:, 0]
 
-    def hidden_states(self, tokens: mx.array, caches: Caches = None, media: Media = ()) -> mx.array:
+    def hidden_states(
+        self,
+        tokens: mx.array,
+        caches: Caches = None,
+        media: Media = (),
+        *,
+        last_only: bool = False,
+    ) -> mx.array:
         """Final hidden states `[B, L, E]` of tokens `[B, L]`, as `__call__` makes logits of."""
-        return self.forward(self.embedded(tokens, media), caches)
+        return self.forward(self.embedded(tokens, media), caches, last_only)
 
     def position_logits(
         self, tokens: mx.array, caches: Caches = None, media: Media = ()

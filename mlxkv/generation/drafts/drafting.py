@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import cast
 
+from mlxkv.generation.drafts.borrowed import Borrowed, Borrowing
 from mlxkv.generation.drafts.drafter import Drafter
 from mlxkv.generation.drafts.drafts import Drafts
 from mlxkv.generation.drafts.lookup import Lookup, PastTokens
@@ -12,7 +13,8 @@ from mlxkv.generation.drafts.mtp import Guessing, Mtp
 from mlxkv.generation.drafts.pace import Costs, Rates
 from mlxkv.generation.drafts.small_model import SmallModel
 from mlxkv.generation.prefill import Listener
-from mlxkv.nn.model import Predictor
+from mlxkv.kv.layout import Cache
+from mlxkv.nn.model import CausalLM
 from mlxkv.prefix.token_file import TokenFile
 
 
@@ -21,7 +23,7 @@ class Drafting:
 
     Args:
         load: (owner) -> sequences that an earlier process kept, see `PastTokens`.
-        predictor: the model's, for `mtp`; None where it has none.
+        model: may have what `mtp` drafts with.
 
     Attributes:
         costs: how long passes take.
@@ -30,10 +32,10 @@ class Drafting:
     def __init__(
         self,
         load: Callable[[str], Sequence[Sequence[int]] | None] | None = None,
-        predictor: Predictor | None = None,
+        model: CausalLM | None = None,
     ) -> None:
         self.costs = Costs()
-        self._guessing = None if predictor is None else Guessing(predictor)
+        self._own = None if model is None else _own(model)
         self._rates, self._load = Rates(), load
         self._past: dict[str, PastTokens] = {}
 
@@ -54,7 +56,7 @@ class Drafting:
             self._rates,
             None if draft == Mtp.name else self._past[owner],
             None if small is None else lambda t: small.of_answer(owner, t),
-            self._guessing if draft in ("auto", Mtp.name) else None,
+            self._own if draft in ("auto", Mtp.name) else None,
         )
 
     def forget(self) -> None:
@@ -81,7 +83,7 @@ class AnswerDrafting:
         rates: how often proposals were right in earlier texts.
         past: tokens of the owner's earlier sequences; None to look nothing up.
         further: (tokens so far) -> another drafter of the answer; None for none.
-        guessing: of the model's own layer; None for none of its drafts.
+        own: of the model's own layers; None for none of their drafts.
 
     Attributes:
         drafts: None until the answer begins.
@@ -92,20 +94,21 @@ class AnswerDrafting:
         rates: Rates,
         past: PastTokens | None,
         further: Callable[[Sequence[int]], Drafter] | None = None,
-        guessing: Guessing | None = None,
+        own: Guessing | Borrowing | None = None,
     ):
         self._rates, self._past, self._further = rates, past, further
-        self._guessing, self._mtp = guessing, cast("Mtp | None", None)
+        self._own, self._mtp = own, cast("Mtp | Borrowed | None", None)
         self.drafts: Drafts | None = None
 
-    def listener(self, kv_type: str) -> Listener | None:
+    def listener(self, caches: Sequence[Cache], kv_type: str) -> Listener | None:
         """What has to hear a prompt that is computed next; the same for all of an answer.
 
         Args:
-            kv_type: format of its KV.
+            caches: of its sequence.
+            kv_type: their format.
         """
-        if self._mtp is None and self._guessing is not None:
-            self._mtp = Mtp(self._guessing, kv_type)
+        if self._mtp is None and self._own is not None:
+            self._mtp = self._own.of_answer(caches, kv_type)
         return self._mtp
 
     def begin(self, tokens: Sequence[int]) -> Drafts:
@@ -126,3 +129,11 @@ class AnswerDrafting:
             self.drafts.end()
         if self._past is not None:
             self._past.add(tokens)
+
+
+def _own(model: CausalLM) -> Guessing | Borrowing | None:
+    """What a model's own layers draft with."""
+    if (predictor := model.predictor()) is not None:
+        return Guessing(predictor)
+    reader = model.reader()
+    return None if reader is None else Borrowing(reader)

@@ -11,6 +11,7 @@ Invariants:
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -38,6 +39,11 @@ class Guessing:
     predictor: Predictor
     seconds: float = 0.0
 
+    def of_answer(self, caches: Sequence[Cache], kv_type: str) -> Mtp:
+        """A drafter for a sequence, whose KV is of this format."""
+        del caches
+        return Mtp(self, kv_type)
+
     def record(self, seconds: float) -> None:
         """A token has taken so long; one that was held up counts as a slow one."""
         self.seconds = moved(self.seconds or None, seconds)
@@ -56,6 +62,7 @@ class Mtp:
 
     name = "mtp"
     hears = True
+    hears_all = True
 
     def __init__(self, guessing: Guessing, kv_type: str = "native"):
         self._guessing, self._predictor = guessing, guessing.predictor

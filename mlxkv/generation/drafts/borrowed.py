@@ -1,0 +1,100 @@
+"""Drafts by layers that read the model's own keys and values (`nn.model.Reader`).
+
+They keep nothing: a draft is made of the last token, the hidden state that it was chosen from, and
+what the sequence's caches hold.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import mlx.core as mx
+
+from mlxkv.generation.drafts.drafter import Chooser, Promise
+from mlxkv.generation.drafts.mtp import Mtp
+from mlxkv.generation.drafts.pace import LONG, moved
+from mlxkv.kv.layout import Cache
+from mlxkv.nn.model import Reader
+
+
+@dataclass(slots=True)
+class Borrowing:
+    """What a model's drafters share.
+
+    Args:
+        reader: the model's.
+        seconds: for a token, a moving average; 0 until it has been measured.
+    """
+
+    reader: Reader
+    seconds: float = 0.0
+
+    def of_answer(self, caches: Sequence[Cache], kv_type: str) -> Borrowed:
+        """A drafter for a sequence."""
+        del kv_type
+        return Borrowed(self, caches)
+
+    def record(self, seconds: float) -> None:
+        """A token has taken so long."""
+        self.seconds = moved(self.seconds or None, seconds)
+
+
+class Borrowed:
+    """Proposes what the layers guess, one token after the other.
+
+    Args:
+        borrowing: the model's.
+        sequence: the caches of the answer's sequence.
+    """
+
+    name = Mtp.name
+    hears = True
+    hears_all = False
+
+    def __init__(self, borrowing: Borrowing, sequence: Sequence[Cache]):
+        self._borrowing, self._sequence = borrowing, sequence
+        self.caches: list[Cache] = []
+        self._token: int | None = None
+        self._hidden: mx.array | None = None  # [1, 1, E], that it, or the next one, is chosen from
+
+    def hear(self, start: int, tokens: mx.array, hidden: mx.array) -> list[mx.array]:
+        del start, tokens
+        self._hidden = hidden[:, -1:]
+        return []
+
+    def add(self, token: int, hidden: mx.array | None = None) -> None:
+        self._token = token
+        if hidden is not None:
+            self._hidden = hidden
+
+    def propose(self, most: int) -> Promise | None:
+        if most < 1 or self._token is None or self._hidden is None:
+            return None
+        return Promise(most, self.name, self._draw, LONG, self._borrowing.seconds)
+
+    def end(self) -> None:
+        """Nothing: nothing is kept."""
+
+    def _draw(self, n: int, choose: Chooser) -> list[int]:
+        """Up to n tokens that the layers guess."""
+        started, reader = time.perf_counter(), self._borrowing.reader
+        assert self._token is not None and self._hidden is not None
+        kv, position = reader.keys_values(self._sequence), self._sequence[0].offset
+        token, hidden = mx.array([self._token], mx.int32), self._hidden
+        found, known = list[mx.array](), list[int]()
+        for i in range(n):
+            hidden, logits = reader.guess(token[None], hidden, kv, position)
+            chosen = choose(logits[:, -1], i, known)
+            if chosen is None:
+                break
+            found.append(token := chosen)
+            if choose.reads_draft:
+                known.append(cast(int, token.item()))
+        if not found:
+            return []
+        tokens = cast(list[int], mx.concatenate(found).tolist())
+        self._borrowing.record((time.perf_counter() - started) / len(found))
+        return tokens
