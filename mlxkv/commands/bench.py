@@ -48,7 +48,9 @@ class BenchOptions:
         False, "--draft", help="Measure drafts instead: tasks with them and without, in turn."
     )
     drafter: str = typer.Option(
-        "lookup", metavar="lookup|MODEL", help="With --draft: what drafts, see `mlxkv run --draft`."
+        "lookup",
+        metavar="auto|lookup|mtp|MODEL",
+        help="With --draft: what drafts, see `mlxkv run --draft`.",
     )
     memory: Memory = None
     report: Path | None = typer.Option(
@@ -102,7 +104,7 @@ def _bench_drafts(o: BenchOptions, name: str) -> int:
         if value is not None:
             raise UsageError(f"{option} says nothing with --draft: its prompts are tasks")
     if o.drafter == drafts.OFF:
-        raise UsageError("--drafter must be lookup or a model's name; got 'off'")
+        raise UsageError("--drafter must be auto, lookup, mtp or a model's name; got 'off'")
     n_tokens = _at_least_one("--tokens", o.tokens) or (64 if device.on_cpu() else 200)
     n_runs, progress, runs = _at_least_one("--repeat", o.repeat) or 1, ProgressLine(), []
     complete = True

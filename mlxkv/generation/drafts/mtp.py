@@ -103,7 +103,8 @@ class Mtp:
         return Promise(most, self.name, self._draw, LONG, self._guessing.seconds)
 
     def end(self) -> None:
-        """Nothing: the layer's keys and values go with the answer."""
+        """Give the layer's keys and values back."""
+        self._forget()
 
     def _draw(self, n: int, choose: Chooser) -> list[int]:
         """Up to n tokens that the layer guesses."""
