@@ -11,7 +11,7 @@ import pytest
 import mlxkv
 from mlxkv.generation.decoder import Decoder, Row
 from mlxkv.generation.drafts.drafts import Drafts
-from mlxkv.generation.drafts.mtp import MOST_WAITING, Guessing, Mtp
+from mlxkv.generation.drafts.mtp import MOST_WAITING, Guessing, Mtp, Speed
 from mlxkv.generation.drafts.pace import Costs
 from mlxkv.generation.session import Session
 from mlxkv.kv.types import KV_TYPES, STEP
@@ -154,3 +154,10 @@ def test_the_layers_cache_is_the_sequences(mostly: CausalLM):
     assert mtp.caches[0].nbytes == session.caches[0].nbytes < own / len(session.caches)
     session.reset()
     assert session.nbytes == 0
+
+
+def test_the_first_draft_says_nothing_about_how_long_they_take():
+    speed = Speed()
+    for seconds in (9.0, 1.0, 1.0):
+        speed.record(seconds)
+    assert speed.seconds == 1.0

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import cast
 
 import mlx.core as mx
 
 from mlxkv.generation.drafts.drafter import Chooser, Promise
-from mlxkv.generation.drafts.mtp import Mtp
-from mlxkv.generation.drafts.pace import LONG, moved
+from mlxkv.generation.drafts.mtp import Mtp, Speed
+from mlxkv.generation.drafts.pace import LONG
 from mlxkv.kv.layout import Cache
 from mlxkv.nn.model import Reader
 
@@ -26,20 +26,15 @@ class Borrowing:
 
     Args:
         reader: the model's.
-        seconds: for a token, a moving average; 0 until it has been measured.
     """
 
     reader: Reader
-    seconds: float = 0.0
+    speed: Speed = field(default_factory=Speed)
 
     def of_answer(self, caches: Sequence[Cache], kv_type: str) -> Borrowed:
         """A drafter for a sequence."""
         del kv_type
         return Borrowed(self, caches)
-
-    def record(self, seconds: float) -> None:
-        """A token has taken so long."""
-        self.seconds = moved(self.seconds or None, seconds)
 
 
 class Borrowed:
@@ -73,7 +68,7 @@ class Borrowed:
     def propose(self, most: int) -> Promise | None:
         if most < 1 or self._token is None or self._hidden is None:
             return None
-        return Promise(most, self.name, self._draw, LONG, self._borrowing.seconds)
+        return Promise(most, self.name, self._draw, LONG, self._borrowing.speed.seconds)
 
     def end(self) -> None:
         """Nothing: nothing is kept."""
@@ -96,5 +91,5 @@ class Borrowed:
         if not found:
             return []
         tokens = cast(list[int], mx.concatenate(found).tolist())
-        self._borrowing.record((time.perf_counter() - started) / len(found))
+        self._borrowing.speed.record((time.perf_counter() - started) / len(found))
         return tokens

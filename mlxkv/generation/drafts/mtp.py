@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import cast
 
 import mlx.core as mx
@@ -28,25 +28,39 @@ MOST_WAITING, MOST_TIMED = 64, 16
 
 
 @dataclass(slots=True)
+class Speed:
+    """How long guesses take.
+
+    Attributes:
+        seconds: for a token, a moving average; 0 until it has been measured. The first draft does
+            not count: it does what is done once.
+    """
+
+    seconds: float = 0.0
+    _is_warm: bool = False
+
+    def record(self, seconds: float) -> None:
+        """A token has taken so long."""
+        if self._is_warm:
+            self.seconds = moved(self.seconds or None, seconds)
+        self._is_warm = True
+
+
+@dataclass(slots=True)
 class Guessing:
     """What a model's drafters share.
 
     Args:
         predictor: the model's.
-        seconds: for a token, a moving average; 0 until it has been measured.
     """
 
     predictor: Predictor
-    seconds: float = 0.0
+    speed: Speed = field(default_factory=Speed)
 
     def of_answer(self, caches: Sequence[Cache], kv_type: str) -> Mtp:
         """A drafter for a sequence, whose KV is of this format."""
         del caches
         return Mtp(self, kv_type)
-
-    def record(self, seconds: float) -> None:
-        """A token has taken so long; one that was held up counts as a slow one."""
-        self.seconds = moved(self.seconds or None, seconds)
 
 
 class Mtp:
@@ -100,7 +114,7 @@ class Mtp:
     def propose(self, most: int) -> Promise | None:
         if most < 1 or not (self._n_waiting or self._guess is not None):
             return None
-        return Promise(most, self.name, self._draw, LONG, self._guessing.seconds)
+        return Promise(most, self.name, self._draw, LONG, self._guessing.speed.seconds)
 
     def end(self) -> None:
         """Give the layer's keys and values back."""
@@ -125,7 +139,7 @@ class Mtp:
             return []
         tokens = cast(list[int], mx.concatenate(found).tolist())
         if n_waited <= MOST_TIMED:
-            self._guessing.record((time.perf_counter() - started) / len(found))
+            self._guessing.speed.record((time.perf_counter() - started) / len(found))
         return tokens
 
     def _wait(self, tokens: mx.array, hidden: mx.array) -> None:
