@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from mlxkv.errors import UsageError
@@ -224,6 +224,11 @@ class KVFormat:
 
     name: str = "native"
     itemsize: int = 2
+
+    @property
+    def default(self) -> KVFormat:
+        """Of layers that are not named."""
+        return replace(self, name=layer_types(self.name).default)
 
     def layers(self, specs: Iterable[S | None]) -> Iterator[tuple[S, KVFormat]]:
         """The layers that own KV, each with its own format.

@@ -133,7 +133,7 @@ class Needs:
                     return held  # a later trace may succeed
             else:
                 before, after = (
-                    kv_bytes(self.guessing, n, self.kv) for n in (n_held, n_held + n_new)
+                    kv_bytes(self.guessing, n, self.kv.default) for n in (n_held, n_held + n_new)
                 )
                 held = Held(held.before + before, held.peak + after)
             self._steps[key] = held

@@ -74,7 +74,7 @@ def run(model: CausalLM, rows: Sequence[Row], costs: Costs | None = None) -> Non
 @pytest.mark.parametrize("params", (GREEDY, *KINDS[2:5]), ids=("greedy", "repeat", "seed", "min_p"))
 def test_drafts_of_the_layer_change_no_answer(mostly: CausalLM, params):
     prompt = tuple(tiny.tokens(STEP - 10, seed=3))
-    for kv_type in KV_TYPES:
+    for kv_type in (*KV_TYPES, "q8,0=native"):
         request = Request(prompt, params, N, kv_type)
         row, mtp = drafted(mostly, request)
         run(mostly, [row])

@@ -21,6 +21,7 @@ from mlxkv.cache import make_cache
 from mlxkv.generation.drafts.drafter import Chooser, Promise
 from mlxkv.generation.drafts.pace import LONG, moved
 from mlxkv.kv.layout import Cache
+from mlxkv.kv.types import layer_types
 from mlxkv.nn.model import Predictor
 
 MOST_WAITING, MOST_TIMED = 64, 16
@@ -80,7 +81,7 @@ class Mtp:
 
     def __init__(self, guessing: Guessing, kv_type: str = "native"):
         self._guessing, self._predictor = guessing, guessing.predictor
-        self.caches: list[Cache] = [make_cache(self._predictor.spec, kv_type)]
+        self.caches: list[Cache] = [make_cache(self._predictor.spec, layer_types(kv_type).default)]
         self._n_rows = 0
         self._next = 0  # position of the prompt's next token
         self._last: mx.array | None = None  # [1, 1, E], that the next token is chosen from
