@@ -119,7 +119,7 @@ KINDS = {
     "overflow": Kind("MLXKV_OVERFLOW", f"one of {', '.join(OVERFLOWS)}",
                       _among(OVERFLOWS), "stop"),
     "keep": Kind("MLXKV_KEEP", "a whole number, 0 or more", _whole(0), 0),
-    "draft": Kind("MLXKV_DRAFT", f"{', '.join(DRAFTS)} or a model's name", _drafter, "auto"),
+    "draft": Kind("MLXKV_DRAFT", f"{', '.join(DRAFTS)} or a model's name", _drafter, "lookup"),
 }  # fmt: skip
 
 

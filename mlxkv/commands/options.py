@@ -32,10 +32,9 @@ Draft = Annotated[
     str | None,
     typer.Option(
         metavar="auto|off|lookup|mtp|MODEL",
-        help="Check several tokens in one step: what followed the same tokens before (lookup), "
-        "what the model's own next-token layer or assistant guesses (mtp), both (auto, the "
-        "default), or lookup and what a smaller MODEL of the same tokenizer says. The answer stays "
-        "the same.",
+        help="Check several tokens in one step: what followed the same tokens before (lookup, the "
+        "default), what the model's own next-token layer or assistant guesses (mtp), both (auto), "
+        "or lookup and what a smaller MODEL of the same tokenizer says. The answer stays the same.",
     ),
 ]
 DType = Annotated[str, typer.Option(help="Compute in auto, float32, float16 or bfloat16.")]

@@ -37,7 +37,7 @@ from mlxkv.memory import needs
 from mlxkv.models.loader import lay_out
 from mlxkv.store.info import describe, digest
 from mlxkv.store.resolve import resolve
-from mlxkv.store.settings import Given, effective
+from mlxkv.store.settings import Given, draws_on_model, effective
 
 PATIENCE_S = 5.0
 """How long a load waits for a busy model to become idle by itself."""
@@ -120,14 +120,14 @@ class ModelPool:
         path = Path(key)
         if not path.is_dir():
             raise ModelNotFound(f"{name} is not on this machine any more")
-        layout = lay_out(path, self._dtype)
+        settings = effective(path, self._given)
+        layout = lay_out(path, self._dtype, guesses=draws_on_model(settings.draft.value))
         n_bytes, card = layout.nbytes, describe(name, path, layout)
         yield
         yield from self._making_room(name, n_bytes)
         self._loading_bytes += n_bytes
         try:
             self.share_memory()
-            settings = effective(path, self._given)
             runtime = yield from Runtime.loading(path, settings, self._dtype, layout)
             runtime.preparer = self._preparer
             scheduler = Scheduler(runtime, self._max_running, self._idle)

@@ -25,12 +25,12 @@ from mlxkv.generation.session import Session
 from mlxkv.kv.types import STEP, KVFormat, first_kv_type
 from mlxkv.memory import needs
 from mlxkv.memory.budget import Budget
-from mlxkv.models.loader import Layout, loading
+from mlxkv.models.loader import Layout, lay_out, loading
 from mlxkv.nn.model import CausalLM
 from mlxkv.prefix.open import open_pages
 from mlxkv.prefix.pages import Pages
 from mlxkv.sampling.params import SamplingParams, recommended, suppressed
-from mlxkv.store.settings import Given, Settings, effective
+from mlxkv.store.settings import Given, Settings, draws_on_model, effective
 from mlxkv.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -137,6 +137,7 @@ class Runtime(TextSide):
     ) -> Generator[None, None, Self]:
         """`load` in steps, without `hold_wired`; `layout` if the model is laid out already."""
         limit = settings.memory.value
+        layout = layout or lay_out(path, dtype, guesses=draws_on_model(settings.draft.value))
         model = yield from loading(path, dtype, limit, layout, encoders_wait=True)
         yield
         tokenizer = Tokenizer.from_dir(path)

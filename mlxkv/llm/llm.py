@@ -62,10 +62,10 @@ def load(
         overflow: at the context's end `stop` (default), or `shift`: drop the oldest tokens behind
             those that are kept, and continue.
         keep: leading tokens that a shift keeps, besides the system prompt; default: 0.
-        draft: what proposes tokens, of which several are checked in one step: lookup (what
-            followed the same tokens before), mtp (the model's own next-token layer, or the
-            assistant beside it), auto (default: both), off, or a smaller model with the same
-            tokens, by a name as above, beside lookup. The answer stays the same.
+        draft: what proposes tokens, of which several are checked in one step: lookup (default:
+            what followed the same tokens before), mtp (the model's own next-token layer, or the
+            assistant beside it, loaded for this), auto (both), off, or a smaller model with the
+            same tokens, by a name as above, beside lookup. The answer stays the same.
 
     Raises:
         UsageError: no such format, dtype or limit, a context past the model's own, or a model to

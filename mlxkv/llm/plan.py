@@ -16,7 +16,7 @@ from mlxkv.memory.plan import Plan, plan_model
 from mlxkv.memory.trace import hollow
 from mlxkv.models.loader import Layout, lay_out
 from mlxkv.store.refs import HubRef, locate
-from mlxkv.store.settings import Given, Settings, draft_model, effective
+from mlxkv.store.settings import Given, Settings, draft_model, draws_on_model, effective
 
 if TYPE_CHECKING:
     from mlxkv.media.pictures import ImageSource
@@ -117,11 +117,18 @@ def _layout(
         if not isinstance(ref, HubRef) or ref.wanted is not None:
             raise
     else:
-        layout = lay_out(path, dtype)
-        return layout, effective(path, given), _media(layout, path, *sources)
+        return _laid_out(path, dtype, given, sources)
     with headers_of(ref.repo_id) as folder:
-        layout = lay_out(folder, dtype, headers_only=True)
-        return layout, effective(folder, given), _media(layout, folder, *sources)
+        return _laid_out(folder, dtype, given, sources, headers_only=True)
+
+
+def _laid_out(
+    path: Path, dtype: mx.Dtype | str, given: Given, sources: Any, *, headers_only: bool = False
+) -> tuple[Layout, Settings, list[Medium]]:
+    settings = effective(path, given)
+    guesses = draws_on_model(settings.draft.value)
+    layout = lay_out(path, dtype, headers_only=headers_only, guesses=guesses)
+    return layout, settings, _media(layout, path, *sources)
 
 
 def _media(

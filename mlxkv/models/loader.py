@@ -122,7 +122,7 @@ class Layout:
 
 
 def open_checkpoint(
-    path: Path, *, text_only: bool = False
+    path: Path, *, text_only: bool = False, guesses: bool = True
 ) -> tuple[Checkpoint, dict[str, mx.array]]:
     """Read a model directory's headers; with them its lazy weights, under the family's names.
 
@@ -132,6 +132,7 @@ def open_checkpoint(
     Args:
         path: see `load_model`.
         text_only: leave the towers out.
+        guesses: with what guesses the next tokens.
 
     Raises:
         As `load_model`.
@@ -141,9 +142,10 @@ def open_checkpoint(
     family = family_for(raw, source)
     weights = open_weights(path)
     towers = frozenset() if text_only else towers_in(weights.infos)
-    config = family.config(with_next_token(with_towers(raw, towers), weights.infos), source)
+    found = with_next_token(with_towers(raw, towers), weights.infos if guesses else ())
+    config = family.config(found, source)
     kept, skipped = family.remap(weights.arrays(), config)
-    assistant, beside = assistant_beside(path, config)
+    assistant, beside = assistant_beside(path, config) if guesses else (None, {})
     if assistant is not None:
         config, kept = dataclasses.replace(config, assistant=assistant), {**kept, **beside}
     return Checkpoint(raw, source, family, config, weights, skipped), kept
@@ -155,6 +157,7 @@ def lay_out(
     *,
     headers_only: bool = False,
     text_only: bool = False,
+    guesses: bool = True,
 ) -> Layout:
     """Find out what a model directory loads as; arguments and errors as for `load_model`.
 
@@ -165,10 +168,11 @@ def lay_out(
             whether it is a copy, which loading drops, is known from the weights alone, and a
             sum must not come out smaller than what will be needed.
         text_only: leave encoders of pictures and sound out.
+        guesses: with the next-token layer, or the assistant, that drafts (`--draft mtp`).
     """
     compute_dtype(dtype, mx.float32)
     path = Path(path)
-    checkpoint, kept = open_checkpoint(path, text_only=text_only)
+    checkpoint, kept = open_checkpoint(path, text_only=text_only, guesses=guesses)
     if checkpoint.skipped:
         _log.info("%s: left out %s", path, skipped_text(checkpoint.skipped))
     config = with_own_head(checkpoint.config, kept, compare=not headers_only)

@@ -127,6 +127,11 @@ class Given:
         checked({name: getattr(self, name) for name in KINDS})
 
 
+def draws_on_model(draft: str) -> bool:
+    """Whether a value of `draft` needs what the model has for drafts itself."""
+    return draft in ("auto", "mtp")
+
+
 def draft_model(draft: str | None) -> str | None:
     """The model that a value of `draft` names; None where it names none."""
     return None if draft is None or draft in DRAFTS else draft

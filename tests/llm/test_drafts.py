@@ -96,11 +96,15 @@ def test_what_a_model_has_not_is_left_out(llm: LLM):
     assert stats.drafts is None
 
 
-def test_a_next_token_layer_drafts_unless_it_is_switched_off(tmp_path):
+def test_a_next_token_layer_drafts_where_it_is_asked_for(tmp_path):
     folder = chat_model(tmp_path, ascii=True)
     config = CONFIG | {"vocab_size": 260, "eos_token_id": 2}
     weights = half_right(config, hub_weights(config, our_weights(config)), 0.8, adds=0.3)
-    llm = mlxkv.load(write_checkpoint(folder, config, weights), dtype="float32")
+    path = write_checkpoint(folder, config, weights)
+    without = mlxkv.load(path, dtype="float32")
+    assert without.model.predictor() is None
+    llm = mlxkv.load(path, dtype="float32", draft="auto")
+    assert llm.budget.weights_bytes > without.budget.weights_bytes
     llm.drafting.costs = Eager()
     options: dict[str, Any] = {"max_tokens": 60, "temperature": 0.8, "seed": 3, "ignore_eos": True}
     plain = llm.generate("hello", draft="off", **options)
@@ -110,7 +114,7 @@ def test_a_next_token_layer_drafts_unless_it_is_switched_off(tmp_path):
         assert found.tokens == plain.tokens
         drafts = found.stats.drafts
         assert (set() if drafts is None else set(drafts.by)) == drafters
-    assert llm.generate("hello", **options).tokens == plain.tokens  # lookups and the layer
+    assert without.generate("hello", draft="off", **options).tokens == plain.tokens
 
 
 def test_an_unknown_drafter_is_refused(llm: LLM):

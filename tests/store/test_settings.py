@@ -105,7 +105,7 @@ def test_nobody_says_anything(model):
         "memory": (device.memory_limit(), "machine"),
         "overflow": ("stop", "default"),
         "keep": (0, "default"),
-        "draft": ("auto", "default"),
+        "draft": ("lookup", "default"),
     }
 
 
@@ -258,7 +258,7 @@ def test_show_prints_each_value_and_where_it_came_from(model, call, monkeypatch)
         "memory": {"value": 2 * GIB, "origin": "MLXKV_MEMORY"},
         "overflow": {"value": "shift", "origin": "mlxkv.json"},
         "keep": {"value": 0, "origin": "default"},
-        "draft": {"value": "auto", "origin": "default"},
+        "draft": {"value": "lookup", "origin": "default"},
     }
     text = call("show", "chatty").stdout
     for line in (
@@ -267,7 +267,7 @@ def test_show_prints_each_value_and_where_it_came_from(model, call, monkeypatch)
         "               memory    2.0 GiB (MLXKV_MEMORY)",
         "               overflow  shift (mlxkv.json)",
         "               keep      0 tokens (default)",
-        "               draft     auto (default)",
+        "               draft     lookup (default)",
     ):
         assert line in text.splitlines()
 

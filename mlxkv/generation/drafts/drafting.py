@@ -40,7 +40,7 @@ class Drafting:
         self._past: dict[str, PastTokens] = {}
 
     def of_answer(
-        self, owner: str, draft: str = "auto", small: SmallModel | None = None
+        self, owner: str, draft: str = "lookup", small: SmallModel | None = None
     ) -> AnswerDrafting:
         """For one answer of an owner.
 
