@@ -36,6 +36,7 @@ def output_config(
     dtype: str,
     quantization: Mapping[str, Any] | None,
     towers: Container[str] = (),
+    embeds: bool = False,
 ) -> dict[str, Any]:
     """The config of the output.
 
@@ -48,10 +49,13 @@ def output_config(
         quantization: the entry in mlx-lm's format.
         towers: of `TOWERS`, those that are written. Without any a multimodal config is reduced to
             its language model's.
+        embeds: whether it is an embedding model's, which stays as transformers reads it.
     """
     if not native:
         dropped = ("_name_or_path", "auto_map", "quantization", "quantization_config", "dtype")
         config = {k: v for k, v in raw.items() if k not in dropped}
+    elif embeds:
+        config = {k: v for k, v in text_config(raw).items() if k not in _DROPPED}
     elif any(tower in towers for tower in TOWERS):
         config = _multimodal(raw, tied, towers)
     else:

@@ -329,6 +329,8 @@ def shard(
 
 
 def make_plan(source: Source, options: ConvertOptions) -> ConvertPlan:
+    if source.family.embeds and options.dtype == "float16":
+        raise UsageError("must not be float16: this model's values overflow it", field="dtype")
     n_layers = source.parsed.num_hidden_layers
     tensors = tuple(
         plan_tensor(tensor, options, source.default_dtype, n_layers)
@@ -344,6 +346,7 @@ def make_plan(source: Source, options: ConvertOptions) -> ConvertPlan:
         dtype=_main_dtype(tensors),
         quantization=global_quantization(tensors),
         towers=towers,
+        embeds=source.family.embeds,
     )
     return ConvertPlan(
         source=str(source.path),

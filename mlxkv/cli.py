@@ -16,6 +16,7 @@ from mlxkv.commands import kv, models, run, serve
 from mlxkv.commands.alias import alias
 from mlxkv.commands.bench import bench
 from mlxkv.commands.doctor import doctor
+from mlxkv.commands.embed import embed
 from mlxkv.commands.launch import launch
 from mlxkv.commands.options import options_of
 from mlxkv.commands.transcribe import transcribe
@@ -52,6 +53,7 @@ app.command()(models.models)
 app.command()(doctor)
 app.command()(run.run)
 app.command()(transcribe)
+app.command()(embed)
 app.add_typer(kv.app)
 app.command()(serve.serve)
 app.command()(serve.ps)

@@ -18,6 +18,7 @@ from mlxkv.checkpoint.config import read_config, text_config, with_next_token, w
 from mlxkv.checkpoint.expert_stacks import expert_stacks
 from mlxkv.checkpoint.mlxkv_json import RECORD, of_model
 from mlxkv.checkpoint.quantization import Format, Quantization, other_settings
+from mlxkv.checkpoint.sentence import Sentence, dense_inside, module_files
 from mlxkv.checkpoint.tensor_names import is_kv, text_name, towers_in
 from mlxkv.checkpoint.weights import Weights, open_weights
 from mlxkv.errors import UnsupportedModel, WeightsError
@@ -86,6 +87,9 @@ def open_hub_source(path: Path, *, text_only: bool = False) -> Source:
     skipped += [(name, "for products with quantized input") for name in weights.found.unused]
     parsed, tied = _settle_head(parsed, tensors, skipped)
     parsed = _settle_next_token(parsed, tensors, skipped)
+    if family.embeds:  # Dense layers in folders of their own are copied as they are
+        inside = dense_inside(weights.weights.infos, parsed.hidden_size)
+        parsed = dataclasses.replace(parsed, sentence=Sentence(dense=inside))
     expected = expected_shapes(family, parsed, source)
     check_names({name: t.shape for name, t in tensors.items()}, expected, str(path))
     tokenizer, side_files, notes = _side_files(path, with_processor=bool(towers_in(expected)))
@@ -292,6 +296,7 @@ def _side_files(
     """A function that writes the files beside the weights, their names, and notes on them."""
     wanted = (*_TOKENIZER_FILES, *(_PROCESSOR_FILES if with_processor else ()))
     names = [name for name in wanted if (path / name).is_file()]
+    names += module_files(path)
     templates = sorted(path.glob("additional_chat_templates/*.jinja"))
     names += [f"{file.parent.name}/{file.name}" for file in templates if file.is_file()]
     for pattern in _LICENCE_FILES:

@@ -17,7 +17,7 @@ import contextlib
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import TypeVar
@@ -30,15 +30,17 @@ from mlxkv.engine.ahead.choice import IdleCompute
 from mlxkv.engine.ahead.next_turn import NextTurns
 from mlxkv.engine.answers import WAIT_S, EngineAnswer, settle, stopped, task_of, waited
 from mlxkv.engine.asleep.answers import Beds
+from mlxkv.engine.calls import Calls
+from mlxkv.engine.embedding import EngineJob, encoded
 from mlxkv.engine.loaded_model import LoadedModel
 from mlxkv.engine.loading import ModelLoads, PendingRequest
-from mlxkv.engine.messages import Ask, Busy, Embeddings, EngineStats, Loaded
+from mlxkv.engine.messages import Ask, Busy, EmbedAsk, Embeddings, EngineStats, Loaded
 from mlxkv.engine.model_pool import ModelPool, key_of
 from mlxkv.engine.prompt import make_ready
 from mlxkv.engine.queue.preparation import Preparer
 from mlxkv.engine.restarts import Deaths, Restarted
 from mlxkv.engine.tasks import Task, quietly
-from mlxkv.errors import InternalError, UsageError, contained
+from mlxkv.errors import InternalError, contained
 from mlxkv.store.settings import Given
 
 T = TypeVar("T")
@@ -88,7 +90,7 @@ class ThreadedEngine:
         self._loads, self._changed = ModelLoads(self._pool), threading.Condition()
         self._busy_at, self._max_queue = 0.0, max_queue
         self._inbox: deque[tuple[Ask, Task]] = deque()
-        self._calls: deque[Callable[[], None]] = deque()
+        self._calls = Calls(self._changed, lambda: self.alive, lambda: self._closing)
         self._rejected: Counter[str] = Counter()
         self._deaths, self._closing, self._ended = Deaths(), False, threading.Event()
         self.on_failed: Callable[[], None] = lambda: None
@@ -112,8 +114,7 @@ class ThreadedEngine:
         requests; how many answers go on later."""
         future: Future[int] = Future()
         self._is_leaving = True
-        self._calls.append(lambda: settle(future, self._pool.put_to_sleep))
-        self._wake()
+        self._calls.add(lambda: settle(future, self._pool.put_to_sleep))
         return (waited(future, self._ended) or 0) if self.alive else 0
 
     @property
@@ -140,9 +141,7 @@ class ThreadedEngine:
         answer = EngineAnswer(self._wake, lambda: self._is_leaving)
         task = task_of(ask, answer)
         with self._changed:
-            if self._n_waiting(ask.owner) >= self._max_queue:
-                self._rejected[ask.owner] += 1
-                raise Busy(WAIT_S, is_owners=bool(ask.owner))
+            self._check_queue(ask.owner)
             if not self.alive or self._is_leaving:
                 raise stopped()
             self._inbox.append((ask, task))
@@ -151,8 +150,7 @@ class ThreadedEngine:
 
     def expect(self, owner: str, client: str) -> None:
         """From any thread: the head of a client's request has come, see `queue.fetching`."""
-        self._calls.append(lambda: self._pool.expect(owner, client))
-        self._wake()
+        self._calls.add(lambda: self._pool.expect(owner, client))
 
     async def load(
         self, model: str, keep_alive_s: float | None = None, path: Path | None = None
@@ -168,20 +166,19 @@ class ThreadedEngine:
         Returns:
             Whether it was in memory or being loaded.
         """
-        return await self._call(lambda: self._loads.leave(key_of(model, path)))
+        return await self._calls.run(lambda: self._loads.leave(key_of(model, path)))
 
     @contextlib.asynccontextmanager
     async def without(self, model: str, path: Path | None = None) -> AsyncIterator[None]:
         """A time in which a model is not in memory: it has left as with `unload`, and new requests
         wait until the time is over."""
-        key, holder = await self._call(lambda: key_of(model, path)), object()
+        key, holder = await self._calls.run(lambda: key_of(model, path)), object()
         gone: Future[None] = Future()
         try:
-            await self._result(gone, lambda: self._loads.hold(key, holder, gone))
+            await self._calls.result(gone, lambda: self._loads.hold(key, holder, gone))
             yield
         finally:
-            self._calls.append(lambda: self._loads.release(holder))
-            self._wake()
+            self._calls.add(lambda: self._loads.release(holder))
 
     async def tokenize(self, ask: Ask) -> list[int]:
         """The token ids of a request's prompt."""
@@ -191,12 +188,27 @@ class ThreadedEngine:
         ready = await self._preparer.awaited(lambda: make_ready(side, ask.request, ask.owner))
         return ready.prepared.media.vocabulary(ready.tokens)
 
-    async def embed(self, model: str, texts: Sequence[str]) -> Embeddings:
-        """Raises UsageError: mlxkv runs no families that are trained for embeddings."""
-        raise UsageError(
-            f"{model} generates text and has no meaningful embeddings: mlxkv supports no embedding "
-            "models"
+    async def embed(self, ask: EmbedAsk) -> Embeddings:
+        """The vectors of texts; computed between the steps of answers.
+
+        Raises:
+            Busy: the owner's queue is full.
+            UsageError, ContextExceeded: see `embedding.encoded`.
+            OutOfMemory: a text takes more memory than there is.
+        """
+        with self._changed:
+            self._check_queue(ask.owner)
+        side = await self._with_model(
+            ask.model, ask.path, None, lambda loaded: loaded.scheduler.runtime.text_side()
         )
+        job = EngineJob(ask, await self._preparer.awaited(lambda: encoded(side, ask.request)))
+        try:
+            await self._with_model(
+                ask.model, ask.path, ask.keep_alive_s, lambda at: at.scheduler.embedding.add(job)
+            )
+            return await asyncio.wrap_future(job.future)
+        finally:
+            job.future.cancel()  # unless it is done
 
     def names(self) -> set[str]:
         """The names of the models in memory."""
@@ -211,21 +223,22 @@ class ThreadedEngine:
         rejected = self._rejected.total() if owner is None else self._rejected[owner]
         return self._pool.stats(owner, self._n_waiting(owner), rejected)
 
+    def _check_queue(self, owner: str) -> None:
+        if self._n_waiting(owner) >= self._max_queue:
+            self._rejected[owner] += 1
+            raise Busy(WAIT_S, is_owners=bool(owner))
+
     def _n_waiting(self, owner: str | None) -> int:
         """Waiting requests of an owner, or of all for None."""
         queues = [loaded.scheduler.waiting for loaded in self._pool.models()]
         waiting = sum(len(queue) if owner is None else queue.n_of(owner) for queue in queues)
+        waiting += sum(loaded.scheduler.embedding.n_of(owner) for loaded in self._pool.models())
         new = sum(owner in (None, ask.owner) for ask, _ in list(self._inbox))
         return new + waiting + self._loads.n_pending(owner)
 
     def _wake(self) -> None:
         with self._changed:
             self._changed.notify()
-
-    async def _call(self, function: Callable[[], T]) -> T:
-        """Run a function on the engine's thread, between two steps."""
-        future: Future[T] = Future()
-        return await self._result(future, lambda: settle(future, function))
 
     async def _with_model(
         self,
@@ -243,28 +256,11 @@ class ThreadedEngine:
 
         pending = PendingRequest(on_ready, future.set_exception, cancelled.is_set, keep_alive_s)
         try:
-            return await self._result(future, lambda: self._loads.request(model, path, pending))
+            return await self._calls.result(
+                future, lambda: self._loads.request(model, path, pending)
+            )
         finally:
             cancelled.set()
-
-    async def _result(self, future: Future[T], call: Callable[[], None]) -> T:
-        """Run `call` on the engine's thread, and await the future that it completes."""
-
-        def run() -> None:
-            # Unless the caller has cancelled the future: from here on it cannot.
-            if not future.set_running_or_notify_cancel():
-                return
-            if self._closing:
-                future.set_exception(stopped())
-                return
-            call()
-
-        with self._changed:
-            if not self.alive:
-                raise stopped()
-            self._calls.append(run)
-            self._changed.notify()
-        return await asyncio.wrap_future(future)
 
     def _live(self) -> None:
         try:
@@ -302,7 +298,7 @@ class ThreadedEngine:
     def _shut(self) -> None:
         with self._changed:
             self._closing = True
-            calls, tasks = list(self._calls), list(self._inbox)
+            calls, tasks = self._calls.taken(), list(self._inbox)
         for call in calls:
             quietly("a call failed", call)
         quietly("putting answers away failed", self._pool.put_to_sleep)
@@ -318,8 +314,7 @@ class ThreadedEngine:
         with self._changed:
             if not (self._loads or self._pool.has_work or self._has_news()):
                 self._changed.wait(QUIET_S if self._has_requests() else self._sleep_s())
-            calls, tasks = list(self._calls), list(self._inbox)
-            self._calls.clear()
+            calls, tasks = self._calls.taken(), list(self._inbox)
             self._inbox.clear()
         for call in calls:
             quietly("a call failed", call)

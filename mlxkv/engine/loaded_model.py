@@ -106,7 +106,7 @@ class LoadedModel:
             kv_used_bytes=use.used_bytes,
             kv_allocated_bytes=use.allocated_bytes,
             kv_max_bytes=max(0, runtime.budget.limit_bytes - runtime.budget.weights_bytes),
-            n_sequences=len(self.running(owner)),
+            n_sequences=len(self.running(owner)) + self.scheduler.embedding.n_of(owner),
             pages_ram_bytes=runtime.pages_bytes(owner),
             pages_ssd_bytes=runtime.ssd_bytes(owner),
             device=device.kind(),

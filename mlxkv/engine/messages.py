@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mlxkv.errors import MlxkvError
+from mlxkv.generation.embed_request import EmbedRequest
 from mlxkv.generation.outputs import Chunk
 from mlxkv.generation.request import Request
 
@@ -71,6 +72,17 @@ class Ask:
     label: str = ""
     note: Callable[[], Mapping[str, Any]] | None = None
     durable: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class EmbedAsk:
+    """A request for vectors of texts; fields as those of `Ask`."""
+
+    model: str
+    request: EmbedRequest
+    owner: str = ""
+    keep_alive_s: float | None = None
+    path: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,7 +315,7 @@ class Engine(Protocol):
 
     async def tokenize(self, ask: Ask) -> list[int]: ...
 
-    async def embed(self, model: str, texts: Sequence[str]) -> Embeddings: ...
+    async def embed(self, ask: EmbedAsk) -> Embeddings: ...
 
     def asleep(self, label: str = "") -> list[Sleeping]: ...
 

@@ -20,12 +20,14 @@ from mlxkv.errors import contained
 from mlxkv.generation.decoder import Decoder
 from mlxkv.generation.drafts.drafting import Drafting
 from mlxkv.generation.drafts.small_model import SmallModel
+from mlxkv.generation.embed import Vectors
 from mlxkv.generation.prompt_logprobs import Scores
 from mlxkv.generation.session import Session
 from mlxkv.kv.types import STEP, KVFormat, first_kv_type
 from mlxkv.memory import needs
 from mlxkv.memory.budget import Budget
 from mlxkv.models.loader import Layout, lay_out, loading
+from mlxkv.nn.embedder import Embedder
 from mlxkv.nn.model import CausalLM
 from mlxkv.prefix.open import open_pages
 from mlxkv.prefix.pages import Pages
@@ -49,6 +51,7 @@ class TextSide:
         config: its config.json.
         settings: context, overflow and their origins.
         media: reads pictures and sound; None for what the directory's files say.
+        vectors: what it makes of a text, if it is an embedding model; None for one that writes.
     """
 
     def __init__(
@@ -58,13 +61,15 @@ class TextSide:
         config: Any,
         settings: Settings,
         media: MediaSide | None = None,
+        vectors: Vectors | None = None,
     ):
         self.tokenizer, self.path, self.config, self.settings = tokenizer, path, config, settings
-        self.media = media or MediaSide(path)
+        self.media, self.vectors = media or MediaSide(path), vectors
 
     def text_side(self) -> TextSide:
         """This alone, without the weights."""
-        return TextSide(self.tokenizer, self.path, self.config, self.settings, self.media)
+        side = self.tokenizer, self.path, self.config, self.settings, self.media, self.vectors
+        return TextSide(*side)
 
 
 class Runtime(TextSide):
@@ -98,7 +103,8 @@ class Runtime(TextSide):
     ):
         settings = settings or effective(path, Given(kv_type=kv_type, memory=limit_bytes))
         media = MediaSide(path, model.media_kinds)
-        super().__init__(tokenizer, path, model.config, settings, media)
+        vectors = Vectors.of(model, settings.context.value) if isinstance(model, Embedder) else None
+        super().__init__(tokenizer, path, model.config, settings, media, vectors)
         self.model, self.kv_type = model, kv_type
         self.preparer: Preparer | None = None
         weights_bytes = sum(

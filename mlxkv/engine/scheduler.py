@@ -20,6 +20,7 @@ from mlxkv.engine.ahead.choice import IdleCompute
 from mlxkv.engine.ahead.next_turn import NextTurns
 from mlxkv.engine.asleep.answers import Sleep, begin_answer, chunks_of
 from mlxkv.engine.clients import Clients
+from mlxkv.engine.embedding import queue_of
 from mlxkv.engine.queue.fetching import Fetching
 from mlxkv.engine.queue.policy import MAX_PROMPTS, Paces
 from mlxkv.engine.queue.shares import Turns, gives_place
@@ -51,9 +52,8 @@ class Scheduler:
     """A loaded model and its requests, of which `max_running` run at a time.
 
     Attributes:
-        next_turns: what can be computed of next turns; `next_turns.step` may be called when the
-            scheduler is idle.
-        sleep: puts answers away.
+        next_turns: computes next turns; `next_turns.step` may be called when this is idle.
+        sleep: puts answers away; `embedding`: requests to an embedding model.
     """
 
     def __init__(self, runtime: Runtime, max_running: int, idle: IdleCompute | None = None):
@@ -63,7 +63,7 @@ class Scheduler:
         self.next_turns = NextTurns(runtime, self.tally, self.clients, idle)
         self.fetching = Fetching(runtime, self.clients, self.tally, idle)
         self._paces = Paces(MIN_CHUNK, default_chunk())
-        self.waiting = WaitingTasks(runtime)
+        self.waiting, self.embedding = WaitingTasks(runtime), queue_of(runtime, self.tally)
         self._empty()
 
     def _empty(self) -> None:
@@ -76,12 +76,12 @@ class Scheduler:
     @property
     def is_idle(self) -> bool:
         """Whether it has no requests."""
-        return not (self.waiting or self._prefilling or self._decoding)
+        return not (self.waiting or self._prefilling or self._decoding or self.embedding)
 
     @property
     def n_sequences(self) -> int:
-        """Requests that are prefilling or decoding."""
-        return len(self._decoding) + len(self._prefilling)
+        """Requests that are prefilling, decoding or being embedded."""
+        return len(self._decoding) + len(self._prefilling) + len(self.embedding)
 
     def tasks(self) -> Iterator[Task]:
         """All requests that have not ended."""
@@ -90,12 +90,13 @@ class Scheduler:
         yield from list(self._decoding.values())
 
     def add(self, task: Task) -> None:
-        """Queue a request; it starts when there is a place for it."""
+        """Queue a request; it starts when there is a place."""
         self.waiting.append(task)
         quietly("fetching pages failed", lambda: self.fetching.arrived(task))
 
     def step(self) -> None:
-        """Compute one chunk of a prompt, and one token of every answer."""
+        """Compute a batch of texts, one chunk of a prompt, and one token of every answer."""
+        self.embedding.step()
         quietly("pausing a next turn failed", self.next_turns.pause)
         self._drop_cancelled()
         if self.waiting and not (self._prefilling or self._decoding):
@@ -111,6 +112,7 @@ class Scheduler:
 
     def stop(self, error: MlxkvError | None = None) -> None:
         """End all requests, with an error if there is one; their prefixes are kept."""
+        self.embedding.stop(error or MlxkvError("the model was unloaded"))
         for task in self.tasks():
             self._end(task, error)
         quietly("forgetting next turns failed", self.next_turns.clear)

@@ -44,7 +44,8 @@ def plan(
     Args:
         model: path or name.
         context: tokens a sequence; may exceed the model's own.
-        sequences: sequences at a time.
+        sequences: sequences at a time; of an embedding model a batch is planned, whatever these
+            and `kv_type` are.
         kv_type: as for `load`; `auto` is planned as native.
         memory: limit ("16GiB", bytes).
         dtype: to compute in, as for `load`.

@@ -18,8 +18,10 @@ from mlxkv.base import device
 from mlxkv.base.device import default_chunk
 from mlxkv.kv.types import KV_TYPES, CacheSpec, KVFormat
 from mlxkv.media.types import Medium
+from mlxkv.memory.embedding import BatchNeeds
 from mlxkv.memory.media import encoder_bytes, shapes_of
 from mlxkv.memory.needs import Needs, pages_bytes, row_bytes
+from mlxkv.nn.embedder import Embedder
 from mlxkv.nn.model import CausalLM
 
 
@@ -67,6 +69,19 @@ class PlannedMedium:
 
 
 @dataclass(frozen=True, slots=True)
+class BatchPlan:
+    """A batch of texts of an embedding model, the largest one.
+
+    Args:
+        n_tokens: of all its texts.
+        longest: tokens of one text.
+    """
+
+    n_tokens: int
+    longest: int
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """Bytes that a model, its live caches and its computations take.
 
@@ -94,6 +109,8 @@ class Plan:
         media: the pictures and sound of one sequence.
         rows_bytes: of what encoders made of them.
         draft_bytes: weights and KV of the model that drafts, which has one sequence.
+        batch: of an embedding model, which keeps no KV and no pages: its workspace is the batch's,
+            its context one text's.
     """
 
     weights_bytes: int
@@ -117,6 +134,7 @@ class Plan:
     media: tuple[PlannedMedium, ...]
     rows_bytes: int
     draft_bytes: int = 0
+    batch: BatchPlan | None = None
 
     @property
     def total_bytes(self) -> int:
@@ -166,6 +184,8 @@ def plan_model(
         draft_bytes: see `Plan`.
     """
     limit_left = limit - draft_bytes
+    if isinstance(model, Embedder):
+        return _plan_embedder(model, weights_bytes, context, limit, chunk or default_chunk())
     planned = tuple(
         PlannedMedium(m.name, m.kind, m.n_tokens, encoder_bytes(model, m.kind, shapes_of(m)))
         for m in media
@@ -216,6 +236,47 @@ def plan_model(
         media=planned,
         rows_bytes=rows,
         draft_bytes=draft_bytes,
+    )
+
+
+def _plan_embedder(
+    model: Embedder, weights_bytes: int, context: int, limit: int, chunk: int
+) -> Plan:
+    """Plan an embedding model, which keeps no KV and no pages.
+
+    Args:
+        model: see `plan_model`, and so for the next three.
+        weights_bytes: of all weights.
+        context: tokens of a text at most, if the model takes as many.
+        limit: memory for all.
+        chunk: tokens of a batch that is not one text.
+    """
+    context = min(context, model.config.sentence.max_tokens or context)
+    needs, batch = BatchNeeds(model, context), max(chunk, context)
+    workspace, room = needs.of(batch), limit - weights_bytes
+    fits = needs.largest(room, context) if needs.of(1) <= room else 0
+    return Plan(
+        weights_bytes=weights_bytes,
+        kv_bytes=0,
+        kv_bytes_per_token=0,
+        workspace_bytes=workspace,
+        cache_bytes=min(workspace, device.allocator_keeps()),
+        pages_bytes=0,
+        peak_bytes=weights_bytes + workspace,
+        context=context,
+        sequences=1,
+        chunk=chunk,
+        kv_type="native",
+        limit_bytes=limit,
+        max_context=fits,
+        max_contexts=dict.fromkeys(KV_TYPES, fits),
+        layers=(),
+        curves={},
+        specs=(),
+        encoders={},
+        media=(),
+        rows_bytes=0,
+        batch=BatchPlan(batch, context),
     )
 
 

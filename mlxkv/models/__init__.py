@@ -37,8 +37,13 @@ NATIVE = {
     "glm4_moe": "glm4_moe",
     "glm4_moe_lite": "glm4_moe_lite",
     "gpt_oss": "gpt_oss",
+    "embedding_gemma2": "embedding_gemma2",
+    "embedding_gemma2_text": "embedding_gemma2",
 }
-"""`model_type` of config.json -> module of this package."""
+"""`model_type` of config.json -> module of this package; `family_for` has the exception."""
+
+EMBEDDERS = frozenset({"embedding_gemma", "embedding_gemma2"})
+"""Modules whose models make vectors of texts (`nn.embedder`), and write no tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +62,11 @@ class Family:
     def native(self) -> bool:
         """Whether the definition is mlxkv's own; else it is mlx-lm's, on mlxkv's caches."""
         return self.name != "mlx-lm"
+
+    @property
+    def embeds(self) -> bool:
+        """Whether its models make vectors of texts; else they write tokens."""
+        return self.name in EMBEDDERS
 
     def config(self, raw: Mapping[str, Any], source: str) -> Any:
         """The family's frozen config.
@@ -90,6 +100,8 @@ def family_for(raw: Mapping[str, Any], source: str) -> Family:
     model_type = raw.get("model_type")
     if not isinstance(model_type, str) or not model_type:
         raise ConfigError(f"{source}: key 'model_type' is missing or not a text")
+    if model_type == "gemma3_text" and raw.get("use_bidirectional_attention") is True:
+        return Family("embedding_gemma", "mlxkv.models.embedding_gemma")
     if module := NATIVE.get(model_type):
         return Family(module, f"mlxkv.models.{module}")
     from mlxkv.models import foreign

@@ -72,6 +72,19 @@ def compute_dtype(dtype: mx.Dtype | str, checkpoint: mx.Dtype) -> mx.Dtype:
     raise UsageError(f"dtype must be one of auto, {', '.join(DTYPES)}; got {dtype!r}")
 
 
+def without_float16(model: CausalLM, asked: mx.Dtype | str, found: mx.Dtype) -> mx.Dtype:
+    """The dtype `found`, or float32 in place of float16 for a model that it overflows.
+
+    Raises:
+        UsageError: float16 was asked for.
+    """
+    if found != mx.float16 or not model.overflows_float16:
+        return found
+    if asked != "auto":
+        raise UsageError("must not be float16: this model's values overflow it", field="dtype")
+    return mx.float32
+
+
 def in_dtype(
     model: CausalLM, weights: Mapping[str, mx.array], dtype: mx.Dtype
 ) -> dict[str, mx.array]:

@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlxkv.checkpoint.config import Fields, refuse_bidirectional, text_config
-from mlxkv.checkpoint.rope_config import RopeConfig, rope_config
 from mlxkv.models.gemma_audio_config import Gemma4Audio, RawAudio, gemma4_audio
 from mlxkv.models.gemma_vision_config import EmbedderConfig, VitConfig, gemma4_vision
 from mlxkv.nn.decoder_model import FULL, SLIDING, decoder_fields, grouping, layer_types
-from mlxkv.nn.shared_kv import Heads, SharedKVConfig, donors
+from mlxkv.nn.shared_kv import Heads, SharedKVConfig, donors, rope_of_kind, sizes_by_layer
 
 DEFAULT_ROPE = {
     SLIDING: {"rope_type": "default", "rope_theta": 10_000.0},
@@ -117,7 +116,7 @@ def _heads(fields: Fields) -> tuple[Heads, ...]:
             n_kv_heads=grouping(fields, n_kv_heads),
             donor=donor,
             k_is_v=k_eq_v and kind == FULL,
-            rope=_rope(fields, kind, head_dim),
+            rope=rope_of_kind(fields, kind, head_dim),
         )
         for kind, donor, (head_dim, n_kv_heads) in zip(
             types, sources, _head_sizes(fields, types), strict=True
@@ -139,29 +138,4 @@ def _head_sizes(fields: Fields, types: Sequence[str]) -> list[tuple[int, int]]:
             full_kv_heads = n_kv_heads
         full = fields.int("global_head_dim", 512), full_kv_heads
         return [full if kind == FULL else (head_dim, n_kv_heads) for kind in types]
-    sizes = [(head_dim, n_kv_heads)] * len(types)
-    overrides = fields.nested("per_layer_config")
-    for key in overrides.raw:
-        layer = overrides.nested(key)
-        unknown = sorted(set(layer.raw) - {"head_dim", "num_key_value_heads"})
-        if not key.isdecimal() or int(key) >= len(types):
-            raise overrides.error(key, f"is no layer of {len(types)}")
-        if unknown:
-            raise layer.error(unknown[0], "changes the mathematics and is not understood")
-        sizes[int(key)] = (
-            layer.int("head_dim", head_dim),
-            layer.int("num_key_value_heads", n_kv_heads),
-        )
-    return sizes
-
-
-def _rope(fields: Fields, kind: str, head_dim: int) -> RopeConfig:
-    params = fields.nested("rope_parameters")
-    if not isinstance(params.raw.get(kind), Mapping):
-        raise params.missing(kind)
-    rope = rope_config(fields, head_dim, default_theta=None, layer_type=kind, scaling_key=None)
-    if rope.dims != head_dim:
-        raise params.error(
-            kind, f"turns {rope.dims} of {head_dim} values, which is for proportional"
-        )
-    return rope
+    return sizes_by_layer(fields, [(head_dim, n_kv_heads)] * len(types))

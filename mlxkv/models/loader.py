@@ -23,13 +23,21 @@ from mlxkv.base.stepwise import finished
 from mlxkv.base.units import human_bytes
 from mlxkv.checkpoint.config import read_config, text_config, with_next_token, with_towers
 from mlxkv.checkpoint.quantization import Quantization
+from mlxkv.checkpoint.sentence import dense_weights, read_sentence, with_dense
 from mlxkv.checkpoint.tensor_names import towers_in
 from mlxkv.checkpoint.weights import Weights, open_weights, skipped_text
 from mlxkv.errors import Hint, OutOfMemory, UnsupportedModel, WeightsError
 from mlxkv.models import Family, family_for
 from mlxkv.models.beside import assistant_beside
 from mlxkv.models.copies import with_own_head, with_own_next_token
-from mlxkv.models.dtypes import checkpoint_dtype, compute_dtype, in_dtype, is_float, scale_dtypes
+from mlxkv.models.dtypes import (
+    checkpoint_dtype,
+    compute_dtype,
+    in_dtype,
+    is_float,
+    scale_dtypes,
+    without_float16,
+)
 from mlxkv.models.late import EncoderWeights, stamps_of
 from mlxkv.nn.encoders import Waiting, encoder_of, placeholder
 from mlxkv.nn.kernels import settle
@@ -148,6 +156,11 @@ def open_checkpoint(
     assistant, beside = assistant_beside(path, config) if guesses else (None, {})
     if assistant is not None:
         config, kept = dataclasses.replace(config, assistant=assistant), {**kept, **beside}
+    if family.embeds:
+        sentence = read_sentence(path, weights.infos, config.hidden_size)
+        config = dataclasses.replace(config, sentence=sentence)
+        dense = dense_weights(path, sentence, weights)
+        weights, kept = with_dense(weights, dense), {**kept, **dense.arrays}
     return Checkpoint(raw, source, family, config, weights, skipped), kept
 
 
@@ -183,7 +196,7 @@ def lay_out(
         quantization = Quantization.from_config(text_config(checkpoint.raw), checkpoint.source)
         pack_modules(root, kept, quantization, checkpoint.source)
     check_names(root, kept, path)
-    target = compute_dtype(dtype, checkpoint.dtype)
+    target = without_float16(model, dtype, compute_dtype(dtype, checkpoint.dtype))
     if not model.mixes_dtypes and mx.float32 in scale_dtypes(kept, target).values():
         target = mx.float32
     return Layout(checkpoint, model, in_dtype(model, kept, target), target)

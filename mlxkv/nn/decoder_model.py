@@ -269,9 +269,12 @@ class NormedAttention(Attention, NormedHeads):
     def heads(
         self, x: mx.array, offset: Offset, norm: nn.Module | None = None
     ) -> tuple[mx.array, mx.array, mx.array]:
-        B, L, _ = x.shape
+        return self.turned(self.project("qkv_proj", x, norm), offset)
+
+    def turned(self, qkv: mx.array, offset: Offset) -> tuple[mx.array, mx.array, mx.array]:
+        """Queries, keys and values of the projections' rows `[B, L, (H + 2 Hk) D]`."""
+        B, L, _ = qkv.shape
         H, Hk = self.n_heads, self.n_kv_heads
-        qkv = self.project("qkv_proj", x, norm)
         if self.uses_kernels:
             norms = self["q_norm"], self["k_norm"]
             if (turned := self["_rope"].of_rows(qkv, H, Hk, offset, norms)) is not None:

@@ -176,7 +176,7 @@ def attended(
     """`attention.attend` with the heads side by side, `[B, L, H v_dim]`; None for what the kernels
     do not take.
     """
-    if q.dtype != mx.float32 or not _are_known(q, k, v):
+    if not can_attend(q, k, v):
         return None
     if isinstance(k, Ragged):
         assert isinstance(v, Ragged)
@@ -199,6 +199,11 @@ def attended(
     if _tracing:
         return stand_ins.attended(q, k, v, v.shape[-1])
     return _ops().attend(q, k, v, scale, cap, causal, seen, sinks)
+
+
+def can_attend(q: mx.array, k: KV, v: KV) -> bool:
+    """Whether `attended` takes these."""
+    return q.dtype == mx.float32 and _are_known(q, k, v)
 
 
 def _are_known(q: mx.array, k: KV, v: KV) -> bool:

@@ -186,6 +186,11 @@ class CausalLM(nn.Module):
         return True
 
     @property
+    def n_dimensions(self) -> int:
+        """Values of the vector that it makes of a text; 0 for a model that writes."""
+        return 0
+
+    @property
     def one_part(self) -> bool:
         """Whether a batch's keys must be one array, the short sequences padded."""
         return False
@@ -198,6 +203,11 @@ class CausalLM(nn.Module):
     def mixes_dtypes(self) -> bool:
         """Whether products with quantized weights may be computed in a wider dtype."""
         return True
+
+    @property
+    def overflows_float16(self) -> bool:
+        """Whether it must not be computed in float16."""
+        return False
 
     def keeps_dtype(self, name: str) -> bool:
         """Whether this tensor stays in the checkpoint's dtype."""

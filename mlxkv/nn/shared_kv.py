@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxkv.checkpoint.config import Fields
-from mlxkv.checkpoint.rope_config import RopeConfig
+from mlxkv.checkpoint.rope_config import RopeConfig, rope_config
 from mlxkv.kv.layout import Caches, LayerCache, Mask, Offset, TwoWayMask
 from mlxkv.kv.storage import KV
 from mlxkv.kv.types import CacheSpec
@@ -78,6 +78,46 @@ def donors(fields: Fields, kinds: Sequence[Hashable], n_shared: int) -> tuple[in
     return tuple(None if i < n_own else last[kind] for i, kind in enumerate(kinds))
 
 
+def sizes_by_layer(fields: Fields, sizes: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """(head_dim, KV heads) of each layer, with what `per_layer_config` says of some.
+
+    Raises:
+        ConfigError: it names no layer, or says more than that.
+    """
+    sizes = list(sizes)
+    overrides = fields.nested("per_layer_config")
+    for key in overrides.raw:
+        layer = overrides.nested(key)
+        unknown = sorted(set(layer.raw) - {"head_dim", "num_key_value_heads"})
+        if not key.isdecimal() or int(key) >= len(sizes):
+            raise overrides.error(key, f"is no layer of {len(sizes)}")
+        if unknown:
+            raise layer.error(unknown[0], "changes the mathematics and is not understood")
+        head_dim, n_kv_heads = sizes[int(key)]
+        sizes[int(key)] = (
+            layer.int("head_dim", head_dim),
+            layer.int("num_key_value_heads", n_kv_heads),
+        )
+    return sizes
+
+
+def rope_of_kind(fields: Fields, kind: str, head_dim: int) -> RopeConfig:
+    """The rotation of layers of one kind, from `rope_parameters`.
+
+    Raises:
+        ConfigError: it is missing, wrong, or turns a part of the head without saying how.
+    """
+    params = fields.nested("rope_parameters")
+    if not isinstance(params.raw.get(kind), Mapping):
+        raise params.missing(kind)
+    rope = rope_config(fields, head_dim, default_theta=None, layer_type=kind, scaling_key=None)
+    if rope.dims != head_dim:
+        raise params.error(
+            kind, f"turns {rope.dims} of {head_dim} values, which is for proportional"
+        )
+    return rope
+
+
 class SharedAttention(kernels.Settled, Fusing):
     """Queries of this layer on the keys and values of an earlier one; norms replace the scale."""
 
@@ -138,9 +178,13 @@ class OwnAttention(SharedAttention, NormedHeads):
             self[name] = Linear(config.hidden_size, rows, bias=config.attention_bias)
 
     def heads(self, x: mx.array, offset: Offset, kv: KeysValues | None) -> tuple[mx.array, KV, KV]:
+        return self.turned(self.project("qkv_proj", x), offset)
+
+    def turned(self, qkv: mx.array, offset: Offset) -> tuple[mx.array, mx.array, mx.array]:
+        """Queries, keys and values of the projections' rows `[B, L, (H + 2 Hk) D]`."""
         H, Hk = self.n_heads, self.n_kv_heads
         # Without a v_proj the values are the keys before their norm and rotation.
-        heads = self.project("qkv_proj", x).reshape(*x.shape[:-1], -1, self.head_dim)
+        heads = qkv.reshape(*qkv.shape[:-1], -1, self.head_dim)
         qk, plain = self.normed(heads, self._eps)  # [B, L, H + Hk or H + 2 Hk, D]
         qk = self["_rope"](qk.transpose(0, 2, 1, 3), offset)  # [B, H + Hk, L, D]
         return qk[:, :H], qk[:, H:], plain[:, :, -Hk:].transpose(0, 2, 1, 3)

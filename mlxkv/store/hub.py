@@ -24,8 +24,12 @@ if TYPE_CHECKING:
     from huggingface_hub import DeleteCacheStrategy, HFCacheInfo
 
 WANTED = ("*.safetensors", "*.json", "tokenizer.model", "*.jinja")
-# Sub-folders hold other formats, but for additional_chat_templates, which these patterns spare.
-_FOLDERS = ("[!a]*/*", "a/*", "a[!d]*/*", "ad/*", "ad[!d]*/*")
+# Sub-folders hold other formats, but for additional_chat_templates and what modules.json names
+# (`2_Dense`), which these patterns spare.
+_FOLDERS = (
+    "[!a0-9]*/*", "a/*", "a[!d]*/*", "ad/*", "ad[!d]*/*",
+    "[0-9]/*", "[0-9][!_]*/*", "[0-9]_/*", "[0-9]_[!A-Z]*/*",
+)  # fmt: skip
 # Never code or pickles; `consolidated` holds the weights once more.
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tekken.json")
 IGNORED = (*_FOLDERS, "consolidated*", "*.bin", "*.py", "*.pth", "*.pt")
@@ -60,10 +64,15 @@ def cached_snapshot(repo_id: str) -> Path | None:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether a folder holds a config, a tokenizer and every shard of its weights."""
+    """Whether a folder holds a config, a tokenizer, every shard of its weights and its modules."""
     tokenizers = (folder / name for name in _TOKENIZERS)
     if not (folder / "config.json").is_file() or not any(path.is_file() for path in tokenizers):
         return False
+    if (folder / "modules.json").is_file():
+        from mlxkv.checkpoint.sentence import missing_modules
+
+        if missing_modules(folder):
+            return False
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         return any(folder.glob("*.safetensors"))

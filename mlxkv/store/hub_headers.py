@@ -7,7 +7,8 @@ real length, so that the code that reads a model directory's headers can read th
 Invariants:
 - Nothing goes into huggingface_hub's cache, where half a snapshot might pass for a whole one.
 - Little more than a file's header is read, even from a server that ignores ranges and sends all.
-- Files are named by the repository's list, without folders, and never by what is in a file.
+- Files are named by the repository's list, without folders but for those of an embedding model's
+  modules, and never by what is in a file.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
 
+from mlxkv.checkpoint.sentence import FOLDER, MODULES
 from mlxkv.checkpoint.weights import (
     INDEX,
     MAX_HEADER_BYTES,
@@ -40,7 +42,7 @@ class _Listing:
     """What `pull` would fetch of a repository, at one commit.
 
     Args:
-        sizes: bytes by the name of the file; none in a folder.
+        sizes: bytes by the name of the file; in folders only those of modules (`2_Dense`).
         gguf: names of its GGUF files.
     """
 
@@ -86,16 +88,21 @@ def _naming(repo_id: str, folder: Path) -> Iterator[None]:
 def _fill(folder: Path, repo_id: str) -> None:
     try:
         listing = _list(repo_id)
-        for name in ("config.json", INDEX):
+        modules = [name for name in listing.sizes if FOLDER.fullmatch(name.partition("/")[0])]
+        for name in modules:
+            (folder / name).parent.mkdir(exist_ok=True)
+        whole = [MODULES, *(name for name in modules if name.endswith(".json"))]
+        for name in ("config.json", INDEX, *(whole if modules else ())):
             if name in listing.sizes:
                 size = min(listing.sizes[name], MAX_HEADER_BYTES)
                 _fetch_start(listing, name, folder / name, size)
         index = folder / INDEX
         names = indexed_files(index) if index.exists() else weight_files(listing.sizes)
         # One that the index names and the repository lacks is for `open_weights` to report.
-        paths = [folder / name for name in names if name in listing.sizes]
+        found = [name for name in names if name in listing.sizes]
+        found += [name for name in modules if name.endswith(".safetensors")]
         with ThreadPoolExecutor(_PARALLEL) as pool:
-            list(pool.map(lambda path: _stand_in(listing, path), paths))
+            list(pool.map(lambda name: _stand_in(listing, name, folder / name), found))
     except MlxkvError:
         raise
     except Exception as error:  # the HTTP client behind it differs from version to version
@@ -140,15 +147,15 @@ def _without_safetensors(listing: _Listing) -> ModelNotFound:
     )
 
 
-def _stand_in(listing: _Listing, path: Path) -> None:
+def _stand_in(listing: _Listing, name: str, path: Path) -> None:
     """A sparse file with the header of the repository's file of that name, and as long."""
-    size = listing.sizes[path.name]
+    size = listing.sizes[name]
     first = min(FIRST_BYTES, size)
-    _fetch_start(listing, path.name, path, first)
+    _fetch_start(listing, name, path, first)
     with path.open("rb") as file:
         end = 8 + header_length(file.read(8), size, path)
     if end > first:
-        _fetch_start(listing, path.name, path, end)
+        _fetch_start(listing, name, path, end)
     try:
         os.truncate(path, end)
         os.truncate(path, size)

@@ -63,6 +63,8 @@ class Card:
         skipped: tensors that are left out on purpose.
         config: the main numbers of config.json.
         media: what it takes beside text, `image` and `audio`, and the bytes of each one's encoder.
+        dimensions: values of a vector, of an embedding model; 0 for one that writes.
+        prompts: names of what an embedding model puts before a text.
     """
 
     name: str
@@ -84,6 +86,8 @@ class Card:
     settings: Settings
     skipped: tuple[str, ...] = ()
     media: Mapping[str, int] = field(default_factory=dict)
+    dimensions: int = 0
+    prompts: tuple[str, ...] = ()
 
     def text(self) -> str:
         """The card for people, one fact a line."""
@@ -101,10 +105,16 @@ class Card:
             ("quantization", f"{self.quantization}, {self.bits_per_weight:.2f} bits per weight"),
             ("input", self._input()),
             ("context", f"{self.context:,} tokens"),
-            ("KV cache", cache),
-            ("", f"{human_bytes(kv.context_bytes)} at full context; {FORMULA}"),
+            *(
+                self._of_vectors()
+                if self.dimensions
+                else (
+                    ("KV cache", cache),
+                    ("", f"{human_bytes(kv.context_bytes)} at full context; {FORMULA}"),
+                )
+            ),
             ("shape", ", ".join(f"{key} {value:,}" for key, value in self.config.items())),
-            ("chat template", "yes" if self.chat_template else "no: a base model, use --raw"),
+            ("chat template", self._template()),
             ("source", f"{self.source} {self.origin}".strip()),
             ("license", self.license or "not stated"),
             ("notice", self.notice),
@@ -121,6 +131,18 @@ class Card:
         ]
         shown = [row for row in rows if row[1]]
         return "\n".join(f"{key:<14} {value}" for key, value in shown)
+
+    def _of_vectors(self) -> tuple[tuple[str, str], ...]:
+        return (
+            ("vectors", f"{self.dimensions:,} values, of texts; see `mlxkv embed`"),
+            ("prompts", ", ".join(self.prompts)),
+            ("KV cache", "none: attention goes both ways"),
+        )
+
+    def _template(self) -> str:
+        if self.chat_template:
+            return "yes"
+        return "" if self.dimensions else "no: a base model, use --raw"
 
     def _input(self) -> str:
         """`text, pictures (encoder 812 MiB)`; "" for text alone."""
@@ -246,6 +268,8 @@ def describe(name: str, model_dir: Path, layout: Layout | None = None) -> Card:
         settings=effective(model_dir),
         skipped=tuple(checkpoint.skipped),
         media=_media(model.media_kinds, infos),
+        dimensions=model.n_dimensions,
+        prompts=tuple(checkpoint.config.sentence.prompts) if family.embeds else (),
     )
 
 

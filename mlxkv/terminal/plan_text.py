@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,7 @@ from mlxkv.base import device
 from mlxkv.base.units import human_bytes
 
 if TYPE_CHECKING:
-    from mlxkv.memory.plan import LayerKind, Plan
+    from mlxkv.memory.plan import BatchPlan, LayerKind, Plan
 
 CHART_SIZE = 76, 17
 """Columns and rows."""
@@ -30,6 +30,8 @@ def to_dict(plan: Plan) -> dict[str, Any]:
 
 def text(plan: Plan) -> str:
     """The plan with its formula and a chart."""
+    if plan.batch is not None:
+        return _table(_of_embedder(plan, plan.batch))
     return f"{_rows(plan)}\n\n{chart(plan)}"
 
 
@@ -69,6 +71,10 @@ def _rows(plan: Plan) -> str:
         ("formula", "", "sequences x sum(layers x n_kv_heads x bytes of k and v x tokens)"),
         ("", "", plan.formula),
     ]
+    return _table(rows)
+
+
+def _table(rows: Sequence[tuple[str, str, str]]) -> str:
     return "\n".join(f"{name:<10} {size:>9}  {note}".rstrip() for name, size, note in rows)
 
 
@@ -78,6 +84,25 @@ def _short(kv_type: str) -> str:
 
 def _kind(plan: Plan, kind: LayerKind) -> str:
     return kind.name if kind.kv_type == plan.kv_type else f"{kind.name}, {kind.kv_type}"
+
+
+def _of_embedder(plan: Plan, batch: BatchPlan) -> list[tuple[str, str, str]]:
+    """The rows of a model that makes vectors."""
+    tokens = (
+        f"a batch of {batch.n_tokens:,} tokens, the most at a time; a text has {batch.longest:,}"
+    )
+    return [
+        ("weights", human_bytes(plan.weights_bytes), ""),
+        ("workspace", human_bytes(plan.workspace_bytes), f"{tokens} at most"),
+        ("total", human_bytes(plan.total_bytes), "fits" if plan.fits else "does not fit"),
+        ("limit", human_bytes(plan.limit_bytes), _of_process()),
+        ("KV cache", human_bytes(0), "and no pages: attention goes both ways, nothing is reused"),
+        (
+            "allocator",
+            human_bytes(plan.cache_bytes),
+            "freed buffers that MLX keeps at most, until there is need",
+        ),
+    ]
 
 
 def _encoders(plan: Plan) -> Iterator[str]:

@@ -142,6 +142,12 @@ class Tokenizer:
             except TypeError:
                 raise _not_unicode() from None
 
+    def cut(self, ids: Sequence[int], most: int) -> list[int]:
+        """The first of a text's ids, with those that `encode` adds behind a text."""
+        behind = [] if self._around is None else self._around[1]
+        kept = max(0, most - len(behind))
+        return [*ids[:kept], *behind][:most]
+
     def encode_rendered(self, rendered: Rendered, most: int | None = None) -> list[int]:
         """Token ids of a rendered conversation; no first token is added.
 

@@ -174,8 +174,13 @@ def test_keys_that_change_no_maths_are_ignored():
     assert read(llama_config(**noise)) == read(llama_config())
 
 
-def test_bidirectional_attention_is_refused():
-    refused(gemma3_config(use_bidirectional_attention=True), "use_bidirectional_attention")
+def test_bidirectional_attention_is_refused_but_for_embeddings():
+    changes = {"use_bidirectional_attention": True, "sliding_window": 512}
+    refused(gemma3_config(model_type="gemma3", **changes), "use_bidirectional_attention")
+    for window in (512, 257):  # which transformers before 5 made of 512
+        raw = gemma3_config(**changes | {"sliding_window": window})
+        config = family_for(raw, "config.json").config(raw, "config.json")
+        assert config.windows == (256,) * 5 + (None,)
 
 
 # Windows

@@ -674,6 +674,7 @@ def test_version_is_one_that_clients_of_ollama_take_and_our_own_beside_it(addres
 
 def test_vectors_come_from_the_engine_or_are_refused(client):
     assert client.embed(MODEL, ["a", "abc"]).embeddings == [[1.0, 0.5], [3.0, 0.5]]
+    assert client.embed(MODEL, "a", truncate=False, dimensions=1).embeddings == [[1.0]]
     assert client.embeddings(MODEL, "abc").embedding == [3.0, 0.5]
     with pytest.raises(ollama.ResponseError, match="no meaningful embeddings") as caught:
         client.embed(MODEL, "refuse")

@@ -15,6 +15,7 @@ import pytest
 from pydantic import BaseModel
 
 from mlxkv.errors import KVCacheFull, UsageError
+from mlxkv.generation.embed_request import EmbedRequest
 from mlxkv.generation.outputs import Chunk, Miss
 from mlxkv.parsers.events import ToolCall
 from mlxkv.server.fields import seconds
@@ -659,8 +660,18 @@ class TestModelsAndEmbeddings:
     def test_a_model_without_meaningful_vectors_says_so(self, server):
         with pytest.raises(openai.BadRequestError, match="no meaningful embeddings"):
             server.client.embeddings.create(model=MODEL, input="refuse")
-        with pytest.raises(openai.BadRequestError):
-            server.client.embeddings.create(model=MODEL, input="a", dimensions=5)
+        with pytest.raises(openai.BadRequestError, match="dimensions"):
+            server.client.embeddings.create(model=MODEL, input="a", dimensions=0)
+
+    def test_what_is_asked_of_vectors_reaches_the_engine(self, server):
+        more = {"prompt": "query", "truncate": True, "keep_alive": "5m"}
+        answer = server.client.embeddings.create(
+            model=MODEL, input=["a", "bc"], dimensions=1, extra_body=more
+        )
+        assert [row.embedding for row in answer.data] == [[1.0], [2.0]]
+        asked = server.engine.embedded[-1]
+        assert asked.request == EmbedRequest(["a", "bc"], "query", 1, truncate=True)
+        assert asked.keep_alive_s == 300
 
 
 def wait_for(condition: Any, timeout_s: float = 5) -> bool:

@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlxkv.engine.messages import Ask, Counts, Embeddings, EngineStats, Loaded, Sleeping
+from mlxkv.engine.messages import Ask, Counts, EmbedAsk, Embeddings, EngineStats, Loaded, Sleeping
 from mlxkv.errors import MlxkvError, ModelNotFound, UsageError
 from mlxkv.generation.outputs import Chunk, Stats, TokenLogprobs
 from mlxkv.generation.request import Request
@@ -124,6 +124,7 @@ class FakeEngine:
     def __init__(self, script: Script | None = None):
         self.script = script or says("Hello", " world")
         self.asks: list[Ask] = []
+        self.embedded: list[EmbedAsk] = []
         self.expected: list[tuple[str, str]] = []
         self.answers: list[FakeAnswer] = []
         self.alive, self.restarts = True, 0
@@ -165,10 +166,13 @@ class FakeEngine:
     async def tokenize(self, ask: Ask) -> list[int]:
         return list(range(N_PROMPT))
 
-    async def embed(self, model: str, texts: Sequence[str]) -> Embeddings:
+    async def embed(self, ask: EmbedAsk) -> Embeddings:
+        texts = ask.request.texts
         if texts[0] == "refuse":
             raise UsageError("this model gives no meaningful embeddings")
-        return Embeddings([[float(len(text)), 0.5] for text in texts], 3)
+        self.embedded.append(ask)
+        n = ask.request.dimensions
+        return Embeddings([[float(len(text)), 0.5][:n] for text in texts], 3)
 
     def put_to_sleep(self) -> int:
         return 0

@@ -1,29 +1,25 @@
-"""Models: GET /api/tags, /api/ps and /api/version, POST /api/show. Embeddings: POST /api/embed and
-/api/embeddings."""
+"""Models: GET /api/tags, /api/ps and /api/version, POST /api/show."""
 
 from __future__ import annotations
 
-import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
-from pydantic import Field
 
 import mlxkv
 from mlxkv.base.units import human_count
 from mlxkv.engine.messages import Engine, Loaded
 from mlxkv.errors import MlxkvError
 from mlxkv.sampling.params import recommended
-from mlxkv.server import sse
 from mlxkv.server.config import ServerConfig
-from mlxkv.server.fields import NoEffect, Real, Text, Texts, one_or_more
+from mlxkv.server.fields import NoEffect
 from mlxkv.server.ignored import note
 from mlxkv.server.json_route import JSONRoute
 from mlxkv.server.model_names import LocalModel, context_of, listed, present
-from mlxkv.server.ollama.fields import Loading, Named, Options
+from mlxkv.server.ollama.fields import Named
 from mlxkv.server.requests import whose_figures
 from mlxkv.server.threads import run_in_threadpool
 from mlxkv.store import info, resolve
@@ -46,26 +42,6 @@ class ShowRequest(Named):
     verbose: Annotated[bool | None, NoEffect()] = None
 
 
-class EmbedRequest(Named):
-    """Texts to embed."""
-
-    input: Texts
-    truncate: Annotated[bool | None, NoEffect()] = None
-    options: Annotated[Options | Loading | None, NoEffect()] = None
-    keep_alive: Annotated[Real | str | None, NoEffect()] = None
-    dimensions: None = Field(
-        default=None, description="Vectors are as long as the model makes them."
-    )
-
-
-class EmbeddingsRequest(Named):
-    """A text to embed; the form before /api/embed."""
-
-    prompt: Text
-    options: Annotated[Options | Loading | None, NoEffect()] = None
-    keep_alive: Annotated[Real | str | None, NoEffect()] = None
-
-
 class Cards:
     """Cards of models, read again when a model's config.json changes."""
 
@@ -84,7 +60,7 @@ class Cards:
 
 
 def router(engine: Engine, config: ServerConfig) -> APIRouter:
-    """The routes for models and embeddings."""
+    """The routes for models."""
     routes = APIRouter(route_class=JSONRoute, tags=["ollama"])
     cards = Cards()
 
@@ -112,33 +88,7 @@ def router(engine: Engine, config: ServerConfig) -> APIRouter:
         model = await present(engine, config, body.model_name)
         return JSONResponse(await run_in_threadpool(_shown, body.model_name, model, config))
 
-    _add_embeddings(routes, engine, config)
     return routes
-
-
-def _add_embeddings(routes: APIRouter, engine: Engine, config: ServerConfig) -> None:
-    @routes.post("/api/embed")
-    async def embed(request: Request, body: EmbedRequest) -> Response:
-        """Embed texts, with a model that was trained for it."""
-        note(request, body)
-        started = time.perf_counter_ns()
-        model = await present(engine, config, body.model_name)
-        found = await sse.unless_gone(request, engine.embed(model.name, one_or_more(body.input)))
-        answer = {
-            "model": body.model_name,
-            "embeddings": [list(vector) for vector in found.vectors],
-            "total_duration": time.perf_counter_ns() - started,
-            "prompt_eval_count": found.n_tokens,
-        }
-        return JSONResponse(answer)
-
-    @routes.post("/api/embeddings")
-    async def embeddings(request: Request, body: EmbeddingsRequest) -> Response:
-        """Embed one text."""
-        note(request, body)
-        model = await present(engine, config, body.model_name)
-        found = await sse.unless_gone(request, engine.embed(model.name, [body.prompt]))
-        return JSONResponse({"embedding": list(found.vectors[0])})
 
 
 def _rows(cards: Cards, config: ServerConfig) -> list[dict[str, Any]]:
@@ -208,7 +158,7 @@ def _shown(asked: str, model: LocalModel, config: ServerConfig) -> dict[str, Any
     about = info.describe(name, path)
     template = read_chat_template(ModelFiles(path), {})
     source = template.source if template else ""
-    capabilities = ["completion"]
+    capabilities = ["embedding" if about.dimensions else "completion"]
     if template is not None:
         capabilities += ["tools"] if "tools" in template.variables else []
         thinks = _SWITCHES & template.variables or "</think>" in source

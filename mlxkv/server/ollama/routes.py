@@ -9,12 +9,12 @@ from fastapi import APIRouter
 
 from mlxkv.engine.messages import Engine
 from mlxkv.server.config import ServerConfig
-from mlxkv.server.ollama import chat, library, models
+from mlxkv.server.ollama import chat, embeddings, library, models
 
 
 def router(engine: Engine, config: ServerConfig) -> APIRouter:
     """All routes of the API."""
     routes = APIRouter()
-    for module in (chat, models, library):
+    for module in (chat, models, embeddings, library):
         routes.include_router(module.router(engine, config))
     return routes

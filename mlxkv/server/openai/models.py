@@ -1,40 +1,23 @@
-"""GET /v1/models, and POST /v1/embeddings."""
+"""GET /v1/models."""
 
 from __future__ import annotations
 
-import base64
-import struct
-from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Response
 from fastapi.responses import JSONResponse
-from pydantic import Field
 
 from mlxkv.engine.messages import Engine
-from mlxkv.errors import ModelNotFound, UsageError
-from mlxkv.server import sse
+from mlxkv.errors import ModelNotFound
 from mlxkv.server.config import ServerConfig
-from mlxkv.server.fields import Texts, one_or_more
-from mlxkv.server.ignored import note
 from mlxkv.server.json_route import JSONRoute
-from mlxkv.server.model_names import context_of, listed, present
-from mlxkv.server.openai.fields import Common
+from mlxkv.server.model_names import context_of, listed
 from mlxkv.server.threads import run_in_threadpool
 
 
-class EmbeddingRequest(Common):
-    """Texts to be made vectors of."""
-
-    model: str
-    input: Texts
-    encoding_format: Literal["float", "base64"] | None = None
-    dimensions: None = Field(None, description="Not supported: the model decides.")
-
-
 def router(engine: Engine, config: ServerConfig) -> APIRouter:
-    """The routes for models and embeddings."""
+    """The routes for models."""
     routes = APIRouter(route_class=JSONRoute, tags=["openai"])
 
     @routes.get("/v1/models")
@@ -52,19 +35,6 @@ def router(engine: Engine, config: ServerConfig) -> APIRouter:
             if row["id"] == name:
                 return JSONResponse(row)
         raise ModelNotFound(f"model {name[:80]!r} not found: GET /v1/models lists the models")
-
-    @routes.post("/v1/embeddings")
-    async def embeddings(request: Request, body: EmbeddingRequest) -> Response:
-        """Embed texts, with a model that was trained for it."""
-        note(request, body)
-        model = await present(engine, config, body.model)
-        texts = one_or_more(body.input)
-        found = await sse.unless_gone(request, engine.embed(model.name, texts))
-        if len(found.vectors) != len(texts):
-            raise UsageError(f"{len(texts)} texts gave {len(found.vectors)} vectors")
-        rows = [_row(i, vector, body.encoding_format) for i, vector in enumerate(found.vectors)]
-        used = {"prompt_tokens": found.n_tokens, "total_tokens": found.n_tokens}
-        return JSONResponse({"object": "list", "data": rows, "model": body.model, "usage": used})
 
     return routes
 
@@ -108,10 +78,3 @@ def _model(name: str, created: int, context: int | None) -> dict[str, Any]:
         "created_at": datetime.fromtimestamp(created, UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         **(limits if context else {}),
     }
-
-
-def _row(index: int, vector: Sequence[float], encoding: str | None) -> dict[str, Any]:
-    shown: Any = list(vector)
-    if encoding == "base64":
-        shown = base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
-    return {"object": "embedding", "index": index, "embedding": shown}
