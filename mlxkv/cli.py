@@ -19,6 +19,7 @@ from mlxkv.commands.doctor import doctor
 from mlxkv.commands.embed import embed
 from mlxkv.commands.launch import launch
 from mlxkv.commands.options import options_of
+from mlxkv.commands.rerank import rerank
 from mlxkv.commands.transcribe import transcribe
 from mlxkv.commands.verify import verify
 from mlxkv.errors import (
@@ -54,6 +55,7 @@ app.command()(doctor)
 app.command()(run.run)
 app.command()(transcribe)
 app.command()(embed)
+app.command()(rerank)
 app.add_typer(kv.app)
 app.command()(serve.serve)
 app.command()(serve.ps)

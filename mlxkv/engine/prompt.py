@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from mlxkv.chat.chat_template import thinking_options
 from mlxkv.chat.prompt_writer import Begun, is_begun
 from mlxkv.chat.rendered import Rendered
+from mlxkv.engine import ranking
 from mlxkv.engine.embedding import refuse_embedder
 from mlxkv.engine.encoding import (
     after_saved,
@@ -133,6 +134,11 @@ def prepare(runtime: TextSide, request: Request, owner: str = "") -> Prepared:
 
 def _prepared(runtime: TextSide, request: Request, owner: str, most: int | None) -> Prepared:
     prompt, saved = request.prompt, request.saved
+    if request.rank is not None:
+        own, prompt = ranking.prompt_of(runtime, request.rank, owner)
+        if own is not None:
+            tokens = runtime.tokenizer.encode_rendered(own, most)
+            return Prepared(tokens, Head(saved), owner=owner)
     if not is_messages(prompt):
         if request.think is not None or request.tools:
             raise UsageError("think and tools need messages: a text uses no chat template")
@@ -216,6 +222,7 @@ def begin(runtime: Runtime, request: Request, ready: Ready, session: Session) ->
         _masker(runtime, request, ready.prepared),
         ready.prepared.media,
         _drafting(runtime, request, ready.prepared.owner),
+        () if request.rank is None else ranking.verdicts(runtime),
     )
 
 

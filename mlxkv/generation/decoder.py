@@ -346,7 +346,7 @@ class Decoder:
             token = values[i]
             self._give(lane, token, flight.heard(i, lane))
             logprob, top = told.get(i, (None, ()))
-            found.append(RowResult(lane.row, token, None, logprob, top[: lane.row.n_logprobs]))
+            found.append(RowResult(lane.row, token, None, logprob, top))
             if ready and not lane.gone:
                 lane.ready = tokens[i : i + 1]
         return found

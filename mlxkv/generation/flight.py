@@ -36,6 +36,7 @@ class Row:
             been given out. The model's step is in flight all the same, only the choice is late.
         n_logprobs: how many of the likeliest tokens to tell beside the chosen one; None for none,
             and no log-probabilities at all.
+        told: tokens whose log-probabilities are told as well, behind the likeliest.
         answered: tokens that the answer had before this row, for penalties that count them.
         ends: tokens that must not come among the first `min_tokens`.
         min_tokens: of this row.
@@ -58,6 +59,7 @@ class Row:
     min_tokens: int = 0
     drafts: Drafts | None = None
     look_ahead: LookAhead | None = None
+    told: tuple[int, ...] = ()
     tokens: list[int] = field(default_factory=list, init=False)
 
 
@@ -70,7 +72,7 @@ class RowResult:
         token: the next token of its answer; None where it failed.
         error: why; the row has left the decoder.
         logprob: the token's log-probability, of the model's own distribution.
-        top: the likeliest tokens and theirs, the likeliest first.
+        top: the likeliest tokens and theirs, the likeliest first; behind them the row's `told`.
     """
 
     row: Row
@@ -183,7 +185,8 @@ def settle(flight: Flight) -> mx.array:
         tokens = tokens[mx.array(np.argsort(rows).astype(np.uint32))]
     flight.tokens = tokens
     asked = [lane.row.n_logprobs for lane in flight.lanes]
-    flight.told = tell(flight.logits, tokens, asked, flight.normalizer)
+    also = {i: lane.row.told for i, lane in enumerate(flight.lanes) if lane.row.told}
+    flight.told = tell(flight.logits, tokens, asked, flight.normalizer, also)
     return tokens
 
 

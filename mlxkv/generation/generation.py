@@ -46,6 +46,7 @@ class Generation:
         masker: of the request's format; None where it has none.
         media: of the prompt.
         drafting: makes its drafts; None for none.
+        told: tokens whose log-probabilities are told with each token's.
 
     Attributes:
         sequence: the whole prompt and what was generated, dropped tokens included.
@@ -67,6 +68,7 @@ class Generation:
         masker: Masker | None = None,
         media: PromptMedia = NO_MEDIA,
         drafting: AnswerDrafting | None = None,
+        told: tuple[int, ...] = (),
     ):
         media.check(tokens)
         self.media = media
@@ -75,7 +77,7 @@ class Generation:
         self.limit = bound.limit(len(tokens), request.max_tokens)
         self.is_over = False
         self.ahead_tokens, self.ahead_saved_s = 0, 0.0
-        self.masker, self._drafting = masker, drafting
+        self.masker, self._drafting, self._told = masker, drafting, told
         self._tokenizer, self._reader = tokenizer, reader
         self._n_prompt = len(tokens)
         self._clock = Clock()
@@ -145,6 +147,7 @@ class Generation:
             self.request.min_tokens - self.n_generated,
             None if drafting is None else drafting.begin(self.sequence),
             None if masker is None else MaskerAhead(masker, n_vocab),
+            self._told,
         )
 
     def add(self, token: int, logprobs: TokenLogprobs | None = None) -> Chunk:

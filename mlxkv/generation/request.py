@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mlxkv.chat.chat_template import PROTECTED, Message
 from mlxkv.checkpoint import mlxkv_json
 from mlxkv.errors import UsageError
+from mlxkv.generation.rank import Rank
 from mlxkv.sampling.params import SamplingParams
 from mlxkv.saved_kv.manifest import NamedKV
 from mlxkv.text.stop_strings import StopTexts
@@ -57,6 +58,8 @@ class Request:
         keep: leading tokens that a shift keeps, besides the system prompt.
         draft: what proposes tokens (`auto`, `off`, `lookup`, `mtp`); it changes no answer.
         saved: named KV that the prompt goes on from.
+        rank: the pair that the prompt judges: the log-probabilities of both verdicts are told, and
+            a model that was trained for it has a prompt of its own.
         on_progress: called with (done, all) tokens during a long prefill.
         min_tokens: tokens before which neither an end token may come nor a stop text ends the
             answer.
@@ -94,6 +97,7 @@ class Request:
     moved_chars: int = 0
     parallel: bool = True
     draft: str | None = None
+    rank: Rank | None = None
 
     def __post_init__(self) -> None:
         n = self.max_tokens

@@ -31,6 +31,7 @@ from mlxkv.store.settings import Given, Settings, draft_model, effective, own_co
 
 if TYPE_CHECKING:
     from mlxkv.generation.kv_check import KVReport
+    from mlxkv.generation.rank import Ranked
     from mlxkv.generation.speech.transcripts import Heard, Transcript
     from mlxkv.media.sound import SoundSource
 
@@ -233,6 +234,12 @@ class LLM(Runtime):
         of = [texts] if isinstance(texts, str) else texts
         found = embedded(self, EmbedRequest(of, prompt, dimensions, truncate))
         return found[0] if isinstance(texts, str) else found
+
+    def rerank(self, query: str, documents: Sequence[str], **options: Any) -> list[Ranked]:
+        """Documents by how well they fit a query, the best first; see `llm.rank.rerank`."""
+        from mlxkv.llm.rank import rerank
+
+        return rerank(self, query, documents, **options)
 
     def transcribe(self, sound: SoundSource, **options: Any) -> Transcript:
         """The text of a recording; arguments and errors as for `stream_transcript`."""

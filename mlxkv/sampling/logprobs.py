@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import cast
 
 import mlx.core as mx
@@ -17,13 +17,17 @@ class Told:
 
     Args:
         asked: row -> how many of the likeliest tokens.
-        ids: `[n, 1 + k]`, each row's token and the likeliest in no order.
-        logprobs: `[n, 1 + k]`, theirs.
+        ids: `[n, 1 + k + m]`, each row's token, the likeliest in no order, and those of `also`.
+        logprobs: `[n, 1 + k + m]`, theirs.
+        n_also: m; rows that name fewer tokens have others behind them.
+        also: row -> how many tokens it names.
     """
 
     asked: dict[int, int]
     ids: mx.array
     logprobs: mx.array
+    n_also: int = 0
+    also: Mapping[int, int] = field(default_factory=dict)
 
     @property
     def arrays(self) -> tuple[mx.array, mx.array]:
@@ -31,13 +35,15 @@ class Told:
         return self.ids, self.logprobs
 
     def by_row(self) -> dict[int, tuple[float, tuple[tuple[int, float], ...]]]:
-        """Row -> its token's, and the likeliest tokens with theirs, the likeliest first."""
+        """Row -> its token's, and the likeliest tokens with theirs, the likeliest first; behind
+        them those that it names."""
         ids = cast(list[list[int]], self.ids.tolist())
         logprobs = cast(list[list[float]], self.logprobs.tolist())
         found = {}
         for (row, n), tokens, values in zip(self.asked.items(), ids, logprobs, strict=True):
-            top = sorted(zip(tokens[1:], values[1:], strict=True), key=lambda pair: -pair[1])
-            found[row] = values[0], tuple(top[:n])
+            pairs, end = list(zip(tokens, values, strict=True)), len(tokens) - self.n_also
+            top = sorted(pairs[1:end], key=lambda pair: -pair[1])
+            found[row] = values[0], (*top[:n], *pairs[end : end + self.also.get(row, 0)])
         return found
 
 
@@ -46,6 +52,7 @@ def tell(
     tokens: mx.array,
     asked: Sequence[int | None],
     normalizer: mx.array | None = None,
+    also: Mapping[int, Sequence[int]] | None = None,
 ) -> Told | None:
     """What rows ask for; None where none does. Lazy.
 
@@ -54,6 +61,7 @@ def tell(
         tokens: `[B]`, chosen.
         asked: how many of the likeliest tokens each row wants; None for nothing at all.
         normalizer: `log_normalizer(logits)`, where it is known already and all rows ask.
+        also: row that asks -> tokens that it names, to be told as well.
     """
     wanted = {i: n for i, n in enumerate(asked) if n is not None}
     if not wanted:
@@ -67,6 +75,11 @@ def tell(
     elif n_top:
         top = mx.argpartition(logits, kth=V - n_top, axis=-1)[:, V - n_top :]
         ids = mx.concatenate([ids, top], axis=-1)
+    named = {row: also[row] for row in rows if also and also.get(row)}
+    if n_also := max(map(len, named.values()), default=0):
+        padded = [[*(of := named.get(row, ())), *[0] * (n_also - len(of))] for row in rows]
+        ids = mx.concatenate([ids, mx.array(padded, mx.uint32)], axis=-1)
     if normalizer is None:
         normalizer = log_normalizer(logits)
-    return Told(wanted, ids, log_probabilities(logits, ids, normalizer))
+    values = log_probabilities(logits, ids, normalizer)
+    return Told(wanted, ids, values, n_also, {row: len(of) for row, of in named.items()})

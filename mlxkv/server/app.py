@@ -29,7 +29,15 @@ from mlxkv.server.ignored import Ignored
 from mlxkv.server.media.hosts import media_hosts
 from mlxkv.server.media.remote import Remote
 from mlxkv.server.ollama import routes as ollama
-from mlxkv.server.openai import chat, completions, embeddings, models, responses, tokenize
+from mlxkv.server.openai import (
+    chat,
+    completions,
+    embeddings,
+    models,
+    rerank,
+    responses,
+    tokenize,
+)
 from mlxkv.server.speech import routes as speech
 from mlxkv.server.sse import ClientGone
 
@@ -38,6 +46,7 @@ ROUTERS: tuple[Callable[[Engine, ServerConfig], APIRouter], ...] = (
     completions.router,
     models.router,
     embeddings.router,
+    rerank.router,
     responses.router,
     tokenize.router,
     speech.router,

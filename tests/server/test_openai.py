@@ -16,7 +16,7 @@ from pydantic import BaseModel
 
 from mlxkv.errors import KVCacheFull, UsageError
 from mlxkv.generation.embed_request import EmbedRequest
-from mlxkv.generation.outputs import Chunk, Miss
+from mlxkv.generation.outputs import Chunk, Miss, TokenLogprobs
 from mlxkv.parsers.events import ToolCall
 from mlxkv.server.fields import seconds
 from tests.support.fake_engine import (
@@ -672,6 +672,39 @@ class TestModelsAndEmbeddings:
         asked = server.engine.embedded[-1]
         assert asked.request == EmbedRequest(["a", "bc"], "query", 1, truncate=True)
         assert asked.keep_alive_s == 300
+
+
+class TestRerank:
+    """In the shape of Cohere's and Jina's APIs."""
+
+    def rerank(self, server, **options: Any) -> httpx.Response:
+        def verdict(ask):
+            no = -float(len(ask.request.rank.document))
+            told = tuple(TokenLogprobs(i, "", b"", x) for i, x in enumerate((-1.0, no)))
+            first = Chunk("y", 1, logprobs=TokenLogprobs(1, "y", b"y", -1.0, told))
+            return [first, Chunk("", None, "length", stats=stats(prompt_tokens=10))]
+
+        server.engine.script = verdict
+        body = {"model": MODEL, "query": "q", "documents": ["a", {"text": "abc"}, "ab"]}
+        return httpx.post(f"{server.url}/v1/rerank", json=body | options)
+
+    def test_documents_come_in_order_with_their_scores(self, server):
+        answer = self.rerank(server, top_n=2, return_documents=True).json()
+        assert [row["index"] for row in answer["results"]] == [1, 2]
+        assert answer["results"][0]["document"] == {"text": "abc"}
+        assert answer["results"][0]["relevance_score"] == pytest.approx(1 / (1 + math.exp(-2)))
+        assert answer["usage"]["prompt_tokens"] == 30
+        assert "document" not in self.rerank(server).json()["results"][0]
+
+    def test_what_is_asked_of_a_ranking_reaches_the_engine(self, server):
+        self.rerank(server, instruction="Judge.", max_tokens_per_doc=7, keep_alive=60)
+        ask = server.engine.asks[-1]
+        assert ask.request.rank.instruction == "Judge." and ask.request.rank.most == 7
+        assert (ask.request.max_tokens, ask.request.logprobs, ask.keep_alive_s) == (1, 0, 60)
+
+    @pytest.mark.parametrize("options", [{"documents": []}, {"query": ""}, {"top_n": 0}])
+    def test_what_cannot_be_ranked_is_refused(self, server, options):
+        assert self.rerank(server, **options).status_code == 400
 
 
 def wait_for(condition: Any, timeout_s: float = 5) -> bool:
