@@ -96,8 +96,10 @@ def verify(llm: LLM, n_tokens: int | None = None, kv_types: Sequence[str] = ()) 
         kv_types: KV types to check; none for all formats, and the model's own if it is by layer.
 
     Raises:
-        UsageError: `n_tokens` is below two pages, or longer than the context allows.
+        UsageError: `n_tokens` is below two pages or longer than the context allows, or the model
+            makes vectors.
     """
+    llm.must_write()
     own = () if llm.kv_type == AUTO else (llm.kv_type,)
     kv_types = kv_types or tuple(dict.fromkeys((*KV_TYPES, *own)))
     prompt = _prompt(llm, n_tokens)

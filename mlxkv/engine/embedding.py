@@ -42,15 +42,6 @@ def queue_of(runtime: Runtime, tally: Tally | None = None) -> EmbedQueue:
     return EmbedQueue(model, runtime.budget, longest, count)
 
 
-def refuse_embedder(side: TextSide) -> None:
-    """Raise UsageError for a model that makes vectors and is asked to write."""
-    if side.vectors is not None:
-        raise UsageError(
-            "this is an embedding model, which makes vectors of texts and writes none: see `mlxkv "
-            "embed`, POST /v1/embeddings and `LLM.embed`, or choose a model that chats"
-        )
-
-
 def vectors_of(side: TextSide) -> Vectors:
     """What an embedding model makes.
 

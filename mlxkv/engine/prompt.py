@@ -11,7 +11,6 @@ from mlxkv.chat.chat_template import thinking_options
 from mlxkv.chat.prompt_writer import Begun, is_begun
 from mlxkv.chat.rendered import Rendered
 from mlxkv.engine import ranking
-from mlxkv.engine.embedding import refuse_embedder
 from mlxkv.engine.encoding import (
     after_saved,
     encode_rendered,
@@ -119,7 +118,7 @@ def prepare(runtime: TextSide, request: Request, owner: str = "") -> Prepared:
         TemplateError: messages, and the model has no chat template or it fails.
         ContextExceeded: a prompt far past the context, found before all of it was encoded.
     """
-    refuse_embedder(runtime)
+    runtime.must_write()
     settings = _settings(runtime, request)
     most = None if _takes_any_length(request, settings) else settings.context.value
     try:

@@ -16,7 +16,7 @@ from mlxkv.base import device
 from mlxkv.base.stepwise import finished
 from mlxkv.engine.draft_models import DraftModels
 from mlxkv.engine.media.side import MediaSide
-from mlxkv.errors import contained
+from mlxkv.errors import UsageError, contained
 from mlxkv.generation.decoder import Decoder
 from mlxkv.generation.drafts.drafting import Drafting
 from mlxkv.generation.drafts.small_model import SmallModel
@@ -65,6 +65,14 @@ class TextSide:
     ):
         self.tokenizer, self.path, self.config, self.settings = tokenizer, path, config, settings
         self.media, self.vectors = media or MediaSide(path), vectors
+
+    def must_write(self) -> None:
+        """Raise UsageError for a model that makes vectors and is asked to write."""
+        if self.vectors is not None:
+            raise UsageError(
+                "this is an embedding model, which makes vectors of texts and writes none: see "
+                "`mlxkv embed`, POST /v1/embeddings and `LLM.embed`, or choose a model that chats"
+            )
 
     def text_side(self) -> TextSide:
         """This alone, without the weights."""
@@ -198,7 +206,12 @@ class Runtime(TextSide):
         return pages.opened_disk.files.own_bytes()
 
     def session(self, owner: str = "") -> Session:
-        """Empty caches for one sequence, which shares prefixes with its owner's others."""
+        """Empty caches for one sequence, which shares prefixes with its owner's others.
+
+        Raises:
+            UsageError: an embedding model, which has none.
+        """
+        self.must_write()
         pages, scores = self.pages_of(owner), self._scores.setdefault(owner, Scores())
         return Session(self.model, self.kv_type, pages, self.budget, scores)
 

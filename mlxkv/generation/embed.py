@@ -20,7 +20,15 @@ import mlx.core as mx
 from mlxkv.base.device import default_chunk
 from mlxkv.base.units import human_bytes
 from mlxkv.checkpoint.sentence import Sentence
-from mlxkv.errors import ContextExceeded, Hint, MlxkvError, OutOfMemory, UsageError, contained
+from mlxkv.errors import (
+    CheckpointError,
+    ContextExceeded,
+    Hint,
+    MlxkvError,
+    OutOfMemory,
+    UsageError,
+    contained,
+)
 from mlxkv.generation.embed_request import EmbedRequest
 from mlxkv.memory.budget import Budget
 from mlxkv.memory.embedding import BatchNeeds
@@ -232,7 +240,11 @@ class EmbedQueue:
         ids = [job.ids[i] for job, i in order]
         tokens = mx.array([[token for text in ids for token in text]], mx.int32)
         rows = self._model.vectors(tokens, Texts.of([len(text) for text in ids]))
-        mx.eval(rows)
+        if not mx.isfinite(rows).all().item():
+            raise CheckpointError(
+                "the model's vectors are not numbers: its weights are damaged",
+                hints=[Hint("dtype", "float32")],
+            )
         self._most = min(default_chunk(), 2 * self._most)
         for (job, i), row in zip(order, rows, strict=True):
             if job.put(i, row):

@@ -293,10 +293,10 @@ def test_broken_weights_end_a_request_and_not_the_engine(models, engine):
         def whole() -> None:
             norm.weight = before
 
-        await engine._call(broken)
+        await engine._calls.run(broken)
         with pytest.raises(MlxkvError, match="not numbers"):
             await collect(engine.submit(ask(model, "hello")))
-        await engine._call(whole)
+        await engine._calls.run(whole)
         chunks = await collect(engine.submit(ask(model, "hello")))
         assert tokens(chunks) == alone(model, "hello")
 

@@ -201,6 +201,7 @@ def _model_info(asked: str, about: Card, context: int) -> dict[str, Any]:
         "general.parameter_count": about.parameters,
         f"{family}.context_length": context,
         **numbers,
+        **({f"{family}.embedding_length": about.dimensions} if about.dimensions else {}),
         "mlxkv.bits_per_weight": about.bits_per_weight,
         "mlxkv.kv_bytes_per_token": about.kv.bytes_per_token,
         "mlxkv.kv_window_bytes": about.kv.window_bytes,
