@@ -11,6 +11,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 from huggingface_hub import close_session, constants
+from huggingface_hub.utils import filter_repo_objects
 
 import mlxkv
 from mlxkv.checkpoint.weights import INDEX, read_header
@@ -23,7 +24,7 @@ from mlxkv.errors import (
     ModelNotFound,
     OutputError,
 )
-from mlxkv.store import hub_headers
+from mlxkv.store import hub, hub_headers
 from mlxkv.store.hub_headers import headers_of
 from tests.families.oracle.cases import CASES
 from tests.families.test_parity import Golden
@@ -32,6 +33,7 @@ from tests.support.command_line import mlxkv as command
 from tests.support.hub_server import COMMIT, Hub, serve
 from tests.support.loading import FILE, ONE_LAYER, weights_of
 from tests.support.tiny import llama_config, tensor_shapes, write_checkpoint
+from tests.support.tiny_embedder import write_embedder
 
 pytestmark = pytest.mark.usefixtures("totals_alone")
 REPO = "org/tiny"
@@ -362,3 +364,21 @@ def test_the_command_prints_one_line_for_what_cannot_be_planned(tmp_path):
     with serve(Hub({REPO: {"m.gguf": b""}})) as hub:
         env = environment(tmp_path, HF_ENDPOINT=hub.url)
         assert_one_line(command("plan", REPO, env=env), 3, "GGUF files only", "mlxkv pull")
+
+
+def test_the_folders_of_an_embedding_models_modules_come_along(served, tmp_path):
+    folder = write_embedder(tmp_path / "embedder")
+    (folder / "onnx").mkdir()
+    (folder / "onnx" / "model.safetensors").write_bytes(b"not wanted")
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    served.repos[REPO] = {str(path.relative_to(folder)): path.read_bytes() for path in files}
+    assert plan(REPO) == plan(folder)
+    dense = sum(path.stat().st_size for path in folder.glob("*_Dense/*.safetensors"))
+    alone = sum(info.nbytes for info in read_header(folder / "model.safetensors").values())
+    assert alone < plan(REPO).weights_bytes < alone + dense
+    wanted = filter_repo_objects(
+        served.repos[REPO], allow_patterns=list(hub.WANTED), ignore_patterns=list(hub.IGNORED)
+    )
+    assert {*served.repos[REPO]} - {*wanted} == {"onnx/model.safetensors"}
+    (folder / "2_Dense" / "model.safetensors").unlink()
+    assert not hub.is_complete(folder)
