@@ -18,7 +18,7 @@ from mlxkv.checkpoint.config import Fields
 from mlxkv.checkpoint.sentence import Sentence
 from mlxkv.models import gemma3
 from mlxkv.nn.decoder_model import FourNormLayer, NormedAttention
-from mlxkv.nn.embedder import Embedder, Texts, attend_texts
+from mlxkv.nn.embedder import Embedder, Texts, attend_texts, settled
 from mlxkv.nn.linear import Embedding
 
 
@@ -82,7 +82,7 @@ class Model(Embedder):
     def through_layers(self, tokens: mx.array, texts: Texts) -> mx.array:
         x = self.embed_tokens(tokens) * self.config.hidden_size**0.5
         for layer in self.layers:
-            x = layer(x, texts, None)  # pyright: ignore[reportArgumentType] for `Attention`
+            x = settled(layer(x, texts, None))  # pyright: ignore[reportArgumentType] `Attention`
         return self.norm(x)
 
 

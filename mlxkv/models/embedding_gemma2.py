@@ -27,7 +27,7 @@ from mlxkv.nn.decoder_model import (
     grouping,
     layer_types,
 )
-from mlxkv.nn.embedder import Embedder, Texts, attend_texts
+from mlxkv.nn.embedder import Embedder, Texts, attend_texts, settled
 from mlxkv.nn.layers import RMSNorm, gated
 from mlxkv.nn.linear import Embedding, Linear
 from mlxkv.nn.shared_kv import Heads, OwnAttention, rope_of_kind, sizes_by_layer
@@ -198,7 +198,7 @@ class Model(Embedder):
         x = self.embed_tokens(tokens) * self.config.hidden_size**0.5
         inputs = self.ple(x)
         for i, layer in enumerate(self.layers):
-            x = layer(x, texts, inputs[:, :, i])
+            x = settled(layer(x, texts, inputs[:, :, i]))
         return self.embedding_projection(self.norm(x))
 
 

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 
+from mlxkv.base import device
 from mlxkv.checkpoint.sentence import DenseConfig
 from mlxkv.kv.types import CacheSpec
 from mlxkv.nn import kernels
@@ -104,6 +105,16 @@ def _by_kernels(
     if radius is None or q.shape[2] <= radius + 1:
         return attend(q, k, v, None)
     return near(q, k, v, radius, attend, axis=1)
+
+
+def settled(x: mx.array) -> mx.array:
+    """A layer's output, computed before the next layer is queued on the CPU backend.
+
+    It queues some hundred tasks ahead, and the results of five layers would be memory at once.
+    """
+    if device.on_cpu() and not kernels.is_traced():
+        mx.eval(x)
+    return x
 
 
 class Dense(Linear):

@@ -99,6 +99,11 @@ def traced() -> Iterator[None]:
         _tracing = before
 
 
+def is_traced() -> bool:
+    """Whether a step is being traced: nothing may be evaluated then."""
+    return _tracing
+
+
 def linear(
     x: mx.array,
     weight: Weight,
