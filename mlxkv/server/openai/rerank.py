@@ -32,7 +32,6 @@ from mlxkv.server.fields import Count, Part, Real, Refused, Text, seconds
 from mlxkv.server.ignored import note
 from mlxkv.server.json_route import JSONRoute
 from mlxkv.server.model_names import LocalModel, present
-from mlxkv.server.openai.fields import Common
 from mlxkv.server.requests import build_request
 
 AT_A_TIME = 8
@@ -45,7 +44,7 @@ class Document(Part):
     text: str
 
 
-class RerankRequest(Common):
+class RerankRequest(Part):
     """A query, and documents to be put in order."""
 
     model: str
