@@ -12,12 +12,10 @@ from mlxkv.base.stepwise import finished
 from mlxkv.engine import encoding
 from mlxkv.engine import prompt as prompts
 from mlxkv.engine.driver import run, stream
-from mlxkv.engine.embedding import embedded
 from mlxkv.engine.prompt import Prepared
 from mlxkv.engine.runtime import Runtime
 from mlxkv.errors import UsageError
 from mlxkv.generation.drafts.small_model import SmallModel
-from mlxkv.generation.embed_request import EmbedRequest
 from mlxkv.generation.generation import Generation
 from mlxkv.generation.outputs import Chunk, Result, Stats, join_parts
 from mlxkv.generation.request import Message, Prompt, Request
@@ -206,34 +204,11 @@ class LLM(Runtime):
             raise UsageError('messages must be a list like [{"role": "user", "content": "..."}]')
         return self.generate(messages, **options)
 
-    def embed(
-        self,
-        texts: str | Sequence[str],
-        *,
-        prompt: str | None = None,
-        dimensions: int | None = None,
-        truncate: bool = False,
-    ) -> mx.array:
-        """Vectors of texts, by a model that was trained for it.
+    def embed(self, texts: str | Sequence[str], **options: Any) -> mx.array:
+        """Vectors of texts, float32 `[N, D]`, `[D]` for one text; see `llm.vectors.embed`."""
+        from mlxkv.llm.vectors import embed
 
-        Args:
-            texts: one, or a list; they share batches, without padding.
-            prompt: name of what the model puts before each, such as query or document; None for
-                its default, "" for none.
-            dimensions: values of a vector, the first ones, scaled to length 1 again; None for all.
-            truncate: cut a text that is longer than the model takes, instead of an error.
-
-        Returns:
-            float32 `[N, D]`, or `[D]` for one text that is no list.
-
-        Raises:
-            UsageError: a model that generates text, no such prompt, or no such size.
-            ContextExceeded: a text is longer than the model takes.
-            OutOfMemory: a text takes more memory than there is.
-        """
-        of = [texts] if isinstance(texts, str) else texts
-        found = embedded(self, EmbedRequest(of, prompt, dimensions, truncate))
-        return found[0] if isinstance(texts, str) else found
+        return embed(self, texts, **options)
 
     def rerank(self, query: str, documents: Sequence[str], **options: Any) -> list[Ranked]:
         """Documents by how well they fit a query, the best first; see `llm.rank.rerank`."""
