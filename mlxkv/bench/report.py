@@ -112,7 +112,7 @@ def public_name(name: str, path: Path) -> str | None:
     if isinstance(ref, CatalogRef):
         found = ref.model.name
     elif isinstance(ref, HubRef):
-        found = ref.repo_id if ref.wanted is None else f"{ref.repo_id}:{ref.wanted}"
+        found = ref.name
     elif record is not None and record.source in ("hub", "wheel"):
         found = record.name
     owner = found.partition("/")[0] if found and "/" in found else ""

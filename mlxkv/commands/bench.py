@@ -188,7 +188,7 @@ def _bench(asked: Asked, file: Path | None, *, as_json: bool, plot: bool) -> int
     from mlxkv.bench.rounds import Rounds
     from mlxkv.terminal.console import ProgressLine
 
-    progress, rounds = ProgressLine(), Rounds()
+    progress, rounds = ProgressLine(plain=True), Rounds()
     try:
         setup = _prepare(asked, progress)
         file = file or reports.default_path(setup.machine["machine"], setup.model)
@@ -288,7 +288,7 @@ def _prepare(asked: Asked, progress: ProgressLine) -> Setup:
     from mlxkv.store.settings import COMMAND_LINE, Given, effective
 
     given = Given(kv_type=asked.kv_type, memory=asked.memory, origin=COMMAND_LINE)
-    path = resolve.resolve(asked.model, report=progress if progress.on else resolve.silent)
+    path = resolve.resolve(asked.model, report=progress)
     progress("planning")
     settings = effective(path, given)
     contexts, batches, n_timed = _with_defaults(asked)

@@ -18,9 +18,9 @@ def pull(model: Model) -> None:
     from mlxkv.store import catalog, resolve
     from mlxkv.terminal.console import ProgressLine
 
-    progress = ProgressLine()
+    progress = ProgressLine(plain=True)
     try:
-        path = resolve.pull(model, report=progress if progress.on else resolve.silent)
+        path = resolve.pull(model, report=progress)
     finally:
         progress.clear()
     entry = catalog.find(model)
@@ -121,9 +121,9 @@ def convert(options: ConvertOptions) -> int:
     from mlxkv.store import refs, resolve
     from mlxkv.terminal.console import ProgressLine
 
-    o, progress = options, ProgressLine()
+    o, progress = options, ProgressLine(plain=True)
     try:
-        path = resolve.source_path(o.source, report=progress if progress.on else resolve.silent)
+        path = resolve.source_path(o.source, report=progress)
         target = refs.output_path(o.output or resolve.default_output(o.source, o.quantize, o.dtype))
         from mlxkv.convert import convert as convert_model  # pyright: ignore[reportMissingImports]
 

@@ -22,7 +22,7 @@ KVType = Annotated[
     ),
 ]
 Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="Name, path, .gguf file or Hugging Face org/name.")
+    str, typer.Argument(metavar="MODEL", help="Name, path, .gguf file or org/name[@revision].")
 ]
 Context = Annotated[
     int | None,

@@ -119,7 +119,7 @@ def _layout(
             raise
     else:
         return _laid_out(path, dtype, given, sources)
-    with headers_of(ref.repo_id) as folder:
+    with headers_of(ref.repo_id, ref.revision) as folder:
         return _laid_out(folder, dtype, given, sources, headers_only=True)
 
 

@@ -200,8 +200,8 @@ def _is_here(name: str) -> bool:
             return True
         case CatalogRef(model):
             return is_model(models_dir() / slug(model.name))
-        case HubRef(repo_id):
-            return hub.cached_snapshot(repo_id) is not None
+        case HubRef(repo_id=repo_id, revision=revision):
+            return hub.cached_snapshot(repo_id, revision) is not None
     return False
 
 

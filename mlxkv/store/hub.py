@@ -1,66 +1,101 @@
-"""Hugging Face repositories, in huggingface_hub's own cache.
+"""Hugging Face repositories in huggingface_hub's own cache.
 
-A complete repository is found by the cache's documented layout, without importing the client
-and without a request: every run but the first needs no more. HF_HOME, HF_HUB_CACHE,
-HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE mean what they mean to huggingface_hub.
+A complete snapshot is found by the cache's documented layout, without a request, whatever the
+refs say: every run but the first needs no more. HF_HOME, HF_HUB_CACHE, HF_ENDPOINT, HF_TOKEN and
+HF_HUB_OFFLINE mean what they mean to huggingface_hub.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import errno
+import contextlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+import re
+import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from mlxkv.base import regular
-from mlxkv.base.disk import check_space
 from mlxkv.checkpoint.gguf_names import first_parts, is_mmproj, parts_of
-from mlxkv.errors import DownloadError, MlxkvError, ModelNotFound, OutputError, UsageError
+from mlxkv.errors import ModelNotFound, UsageError
 
-if TYPE_CHECKING:
-    from huggingface_hub import DeleteCacheStrategy, HFCacheInfo
-
-WANTED = ("*.safetensors", "*.json", "tokenizer.model", "*.jinja")
-# Sub-folders hold other formats, but for additional_chat_templates and what modules.json names
-# (`2_Dense`), which these patterns spare.
-_FOLDERS = (
-    "[!a0-9]*/*", "a/*", "a[!d]*/*", "ad/*", "ad[!d]*/*",
-    "[0-9]/*", "[0-9][!_]*/*", "[0-9]_/*", "[0-9]_[!A-Z]*/*",
-)  # fmt: skip
-# Never code or pickles; `consolidated` holds the weights once more.
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tekken.json")
-IGNORED = (*_FOLDERS, "consolidated*", "*.bin", "*.py", "*.pth", "*.pt")
+_COMMIT = re.compile("[0-9a-f]{7,40}")
+PART = ".mlxkv-part"
+"""Ends the names of files that are not finished, among the cache's blobs."""
+_SHORT = 12
+"""Digits of a commit in a name."""
 
 
 @dataclass(frozen=True, slots=True)
 class CachedRepo:
-    """A model repository in the cache.
+    """A model in the cache, as `mlxkv list` shows it.
 
     Attributes:
-        repo_id: `org/name`.
-        snapshot: folder of the revision that `main` points to.
-        n_bytes: what the repository takes on the disk, all revisions together.
+        name: `org/name`, or `org/name@revision` of one that is not the default.
+        snapshot: its folder.
+        n_bytes: what `rm` of that name frees.
     """
 
-    repo_id: str
+    name: str
     snapshot: Path
     n_bytes: int
 
 
-def cached_snapshot(repo_id: str) -> Path | None:
-    """The folder of the cached `main` revision, complete or not; None if there is none."""
+def full_name(repo_id: str, revision: str | None) -> str:
+    """`org/name`, or `org/name@revision`."""
+    return repo_id if revision is None else f"{repo_id}@{revision}"
+
+
+def repo_folder(repo_id: str) -> Path:
+    """A repository's folder in the cache, there or not."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    repo = Path(HF_HUB_CACHE) / f"models--{repo_id.replace('/', '--')}"
+    return Path(HF_HUB_CACHE) / f"models--{repo_id.replace('/', '--')}"
+
+
+def snapshots(repo_id: str, revision: str | None = None) -> list[Path]:
+    """Folders of a repository's cached snapshots, complete or not, the likeliest first.
+
+    Args:
+        repo_id: `org/name`.
+        revision: a branch, a tag, or a commit or its beginning: only that. Without, what `main`
+            points to, and then the others that no ref names, the newest first: a pull that was
+            interrupted leaves `main` at a snapshot that is not complete.
+    """
+    refs, folder = _refs(repo_id), repo_folder(repo_id) / "snapshots"
     try:
-        commit = (repo / "refs" / "main").read_text().strip()
+        found = {path.name: path for path in folder.iterdir() if path.is_dir()}
     except OSError:
-        return None
-    folder = repo / "snapshots" / commit
-    return folder if commit and folder.is_dir() else None
+        return []
+    meant = found.get(refs.get(revision or "main", ""))
+    if revision is not None:
+        if meant is None and _COMMIT.fullmatch(revision):
+            return [path for name, path in found.items() if name.startswith(revision)]
+        return [] if meant is None else [meant]
+    named = set(refs.values())
+    others = [path for name, path in found.items() if name not in named]
+    others.sort(key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    return others if meant is None else [meant, *others]
+
+
+def _refs(repo_id: str) -> dict[str, str]:
+    """Branches and tags of a repository that the cache knows, each with its commit."""
+    root, found = repo_folder(repo_id) / "refs", dict[str, str]()
+    for path in root.rglob("*"):
+        with contextlib.suppress(OSError, ValueError):  # a folder, or damaged
+            found[str(path.relative_to(root))] = path.read_text().strip()
+    return found
+
+
+def cached_snapshot(repo_id: str, revision: str | None = None) -> Path | None:
+    """The first complete one of `snapshots`, else the first; None if there is none."""
+    found = snapshots(repo_id, revision)
+    return next((path for path in found if _is_usable(path)), found[0] if found else None)
+
+
+def _is_usable(folder: Path) -> bool:
+    return is_complete(folder) or bool(cached_gguf_files(folder))
 
 
 def is_complete(folder: Path) -> bool:
@@ -85,89 +120,8 @@ def is_complete(folder: Path) -> bool:
 
 def cached_gguf_files(folder: Path) -> list[str]:
     """Names of the GGUF files of language models in a snapshot."""
-    return sorted(path.name for path in folder.glob("*.gguf") if not is_mmproj(path.name))
-
-
-def download(repo_id: str, *, quiet: bool = True) -> Path:
-    """Fetch what the cache lacks of config, tokenizer and safetensors; the snapshot's folder.
-
-    Raises:
-        ModelNotFound: no such repository, or a private one.
-        DownloadError: no network, a gated repository, or the hub answers with an error.
-        OutputError: the disk is full.
-    """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.utils import filter_repo_objects
-
-    hush(quiet)
-    check_room(
-        repo_id,
-        lambda names: filter_repo_objects(
-            names, allow_patterns=list(WANTED), ignore_patterns=list(IGNORED)
-        ),
-    )
-    try:
-        folder = snapshot_download(
-            repo_id, allow_patterns=list(WANTED), ignore_patterns=list(IGNORED)
-        )
-    except Exception as error:  # the HTTP client behind it differs from version to version
-        raise translate(repo_id, error) from error
-    return Path(folder)
-
-
-def check_room(repo_id: str, choose: Callable[[list[str]], Iterable[str]]) -> None:
-    """Raise OutputError where the cache's disk has no room for what is to be fetched.
-
-    Args:
-        repo_id: `org/name`.
-        choose: of the names of all files those that are fetched.
-    """
-    from huggingface_hub import HfApi, constants
-
-    if constants.HF_HUB_OFFLINE:
-        return
-    try:
-        found = HfApi().model_info(repo_id, files_metadata=True).siblings or []
-    except Exception:  # the download meets the same, and says what it was
-        return
-    sizes = {file.rfilename: file.size or 0 for file in found}
-    here = cached_snapshot(repo_id)
-    n_bytes = sum(
-        sizes[name] for name in choose(list(sizes)) if here is None or not (here / name).exists()
-    )
-    advice = "make room, or set HF_HUB_CACHE to another disk"
-    check_space(Path(constants.HF_HUB_CACHE), n_bytes, f"downloading {repo_id}", advice)
-
-
-def list_gguf_files(repo_id: str) -> list[str]:
-    """Names of the GGUF files of a repository, asked of the hub.
-
-    Raises:
-        ModelNotFound, DownloadError: as `download`.
-    """
-    from huggingface_hub import HfApi
-
-    try:
-        files = HfApi().list_repo_files(repo_id)
-    except Exception as error:
-        raise translate(repo_id, error) from error
-    return sorted(name for name in files if name.lower().endswith(".gguf"))
-
-
-def download_gguf(repo_id: str, filename: str, *, quiet: bool = True) -> Path:
-    """Fetch one GGUF file of a repository; its path in the cache.
-
-    Raises:
-        ModelNotFound, DownloadError, OutputError: as `download`.
-    """
-    from huggingface_hub import hf_hub_download
-
-    hush(quiet)
-    check_room(repo_id, lambda names: [name for name in names if name == filename])
-    try:
-        return Path(hf_hub_download(repo_id, filename))
-    except Exception as error:
-        raise translate(repo_id, error) from error
+    found = (path for path in folder.rglob("*.gguf") if path.is_file() and not is_mmproj(path.name))
+    return sorted(str(path.relative_to(folder)) for path in found)
 
 
 def choose_gguf(repo_id: str, files: Sequence[str], wanted: str | None) -> str:
@@ -201,95 +155,81 @@ def choose_gguf(repo_id: str, files: Sequence[str], wanted: str | None) -> str:
 
 
 def cached_repos() -> list[CachedRepo]:
-    """The model repositories in the cache that hold weights mlxkv can read."""
-    cache, found = _scan(), []
-    for repo in () if cache is None else cache.repos:
-        if repo.repo_type != "model":
-            continue
-        snapshot = cached_snapshot(repo.repo_id)
-        if snapshot and (is_complete(snapshot) or cached_gguf_files(snapshot)):
-            found.append(CachedRepo(repo.repo_id, snapshot, repo.size_on_disk))
-    return sorted(found, key=lambda repo: repo.repo_id.lower())
+    """The models in the cache that mlxkv can read, each revision that is complete."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    found = []
+    for folder in Path(HF_HUB_CACHE).glob("models--*/snapshots"):
+        repo_id = folder.parent.name.removeprefix("models--").replace("--", "/")
+        default = cached_snapshot(repo_id)
+        refs = {commit: ref for ref, commit in sorted(_refs(repo_id).items(), reverse=True)}
+        for snapshot in folder.iterdir():
+            if not _is_usable(snapshot):
+                continue
+            if snapshot == default:
+                n_bytes = sum(map(_size, _contents(folder.parent)))
+                found.append(CachedRepo(repo_id, snapshot, n_bytes))
+            else:
+                name = full_name(repo_id, refs.get(snapshot.name) or snapshot.name[:_SHORT])
+                found.append(CachedRepo(name, snapshot, sum(map(_size, _own(snapshot)))))
+    return sorted(found, key=lambda repo: repo.name.lower())
 
 
-def plan_removal(repo_id: str) -> DeleteCacheStrategy | None:
-    """Deletes all revisions when executed; None if the repository is not in the cache."""
-    cache = _scan()
-    if cache is None:
+@dataclass(frozen=True, slots=True)
+class Removal:
+    """What is deleted of the cache.
+
+    Attributes:
+        folders: with all that is in them.
+        files: beside those.
+        n_bytes: that are free afterwards.
+    """
+
+    folders: tuple[Path, ...]
+    files: tuple[Path, ...]
+    n_bytes: int
+
+    def execute(self) -> None:
+        """Delete it; raises OSError where something cannot be deleted."""
+        for file in self.files:
+            file.unlink(missing_ok=True)
+        for folder in self.folders:
+            shutil.rmtree(folder)
+
+
+def plan_removal(repo_id: str, revision: str | None = None) -> Removal | None:
+    """What to delete of a repository, all of it or one revision; None if none of it is here."""
+    repo = repo_folder(repo_id)
+    if not repo.is_dir():
         return None
-    for repo in cache.repos:
-        if repo.repo_type == "model" and repo.repo_id == repo_id:
-            # The client finds a revision by its commit alone, and a duplicated repository has the
-            # commits of its original: leave only this one in what it sees.
-            alone = dataclasses.replace(cache, repos=frozenset({repo}))
-            return alone.delete_revisions(*(revision.commit_hash for revision in repo.revisions))
-    return None
-
-
-def _scan() -> HFCacheInfo | None:
-    """What is in the cache; None if there is no cache."""
-    from huggingface_hub import constants, scan_cache_dir
-    from huggingface_hub.errors import CacheNotFound
-
-    try:
-        return scan_cache_dir(constants.HF_HUB_CACHE)
-    except (CacheNotFound, OSError):
+    if revision is None or snapshots(repo_id, revision) == list((repo / "snapshots").iterdir()):
+        locks = repo.parent / ".locks" / repo.name
+        folders = (repo, locks) if locks.is_dir() else (repo,)
+        return Removal(folders, (), sum(map(_size, _contents(repo))))
+    doomed = snapshots(repo_id, revision)
+    if not doomed:
         return None
+    blobs = {blob for snapshot in doomed for blob in _own(snapshot)}
+    commits = {snapshot.name for snapshot in doomed}
+    refs = [repo / "refs" / ref for ref, commit in _refs(repo_id).items() if commit in commits]
+    return Removal(tuple(doomed), (*blobs, *refs), sum(map(_size, blobs)))
 
 
-def hush(quiet: bool = True) -> None:
-    """Keep the client from logging and, if quiet, from drawing progress."""
-    from huggingface_hub.utils import disable_progress_bars, logging
-
-    logging.set_verbosity_error()
-    if quiet:
-        disable_progress_bars()
+def _contents(repo: Path) -> list[Path]:
+    """The files of a repository that hold bytes: blobs, and what no link stands for."""
+    found = (path for name in ("blobs", "snapshots") for path in (repo / name).rglob("*"))
+    return [path for path in found if path.is_file() and not path.is_symlink()]
 
 
-def translate(repo_id: str, error: Exception) -> MlxkvError:
-    """The client's exception as one of ours, in one line."""
-    from huggingface_hub import constants
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+def _own(snapshot: Path) -> set[Path]:
+    """The contents of a snapshot that no other one has."""
+    links = {
+        folder: {path.resolve() for path in folder.rglob("*") if path.is_file()}
+        for folder in snapshot.parent.iterdir()
+    }
+    mine = links.pop(snapshot)
+    return mine.difference(*links.values())
 
-    host = constants.ENDPOINT
-    match error:
-        case MlxkvError():
-            return error
-        case GatedRepoError():  # before RepositoryNotFoundError, which is its base class
-            return DownloadError(
-                f"{repo_id} is gated: accept its terms at {host}/{repo_id}, then `hf auth login`"
-            )
-        case RepositoryNotFoundError():
-            return ModelNotFound(
-                f"no model {repo_id!r} at {host} (if it is private: `hf auth login`)"
-            )
-        case LocalEntryNotFoundError():  # before EntryNotFoundError, its base class
-            if isinstance(error.__cause__, HfHubHTTPError):
-                return translate(repo_id, error.__cause__)
-            error = error.__cause__ if isinstance(error.__cause__, Exception) else error
-        case RevisionNotFoundError() | EntryNotFoundError():
-            return ModelNotFound(f"{repo_id}: the hub has no such file or revision")
-        case HFValidationError():
-            return UsageError(f"{repo_id!r} is not the name of a Hugging Face repository")
-        case HfHubHTTPError():
-            status = error.response.status_code if error.response is not None else "an error"
-            return DownloadError(f"cannot download {repo_id}: {host} answers {status}; try again")
-        case OSError() if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return OutputError(f"no space left to download {repo_id}")
-    if constants.HF_HUB_OFFLINE:
-        return DownloadError(
-            f"{repo_id} is not complete in the cache and HF_HUB_OFFLINE is set: unset it, then "
-            f"`mlxkv pull {repo_id}`"
-        )
-    return DownloadError(
-        f"cannot download {repo_id}: {host} cannot be reached ({type(error).__name__}). Check the "
-        "network or HF_ENDPOINT, or run a model you have (`mlxkv list`)"
-    )
+
+def _size(file: Path) -> int:
+    return file.lstat().st_size

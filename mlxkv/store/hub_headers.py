@@ -14,14 +14,13 @@ Invariants:
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
 
-from mlxkv.checkpoint.sentence import FOLDER, MODULES
+from mlxkv.checkpoint.sentence import MODULES
 from mlxkv.checkpoint.weights import (
     INDEX,
     MAX_HEADER_BYTES,
@@ -31,29 +30,16 @@ from mlxkv.checkpoint.weights import (
 )
 from mlxkv.errors import DownloadError, MlxkvError, ModelNotFound, OutputError
 from mlxkv.store import hub
+from mlxkv.store.hub_errors import translate
+from mlxkv.store.hub_files import Listing, is_of_module, list_files, plain_weights
 
 FIRST_BYTES = 100_000
 """Of each file's first request: most headers are shorter, and a second request costs more."""
 _PARALLEL = 8
 
 
-@dataclass(frozen=True, slots=True)
-class _Listing:
-    """What `pull` would fetch of a repository, at one commit.
-
-    Args:
-        sizes: bytes by the name of the file; in folders only those of modules (`2_Dense`).
-        gguf: names of its GGUF files.
-    """
-
-    repo_id: str
-    commit: str | None
-    sizes: Mapping[str, int]
-    gguf: tuple[str, ...]
-
-
 @contextmanager
-def headers_of(repo_id: str) -> Iterator[Path]:
+def headers_of(repo_id: str, revision: str | None = None) -> Iterator[Path]:
     """A temporary folder with a repository's config.json and the headers of its weights.
 
     Its safetensors files have the real length and are zero after the header. Errors in the block
@@ -69,8 +55,8 @@ def headers_of(repo_id: str) -> Iterator[Path]:
         temporary = TemporaryDirectory(prefix="mlxkv-plan-")
     except OSError as error:
         raise OutputError(f"no temporary folder ({error.strerror}); set TMPDIR") from error
-    with temporary as name, _naming(repo_id, Path(name)):
-        _fill(Path(name), repo_id)
+    with temporary as name, _naming(hub.full_name(repo_id, revision), Path(name)):
+        _fill(Path(name), list_files(repo_id, revision))
         yield Path(name)
 
 
@@ -85,71 +71,55 @@ def _naming(repo_id: str, folder: Path) -> Iterator[None]:
         raise type(error)(str(error).replace(str(folder), repo_id)) from error
 
 
-def _fill(folder: Path, repo_id: str) -> None:
+def _fill(folder: Path, listing: Listing) -> None:
+    found = plain_weights(listing.files)
+    if not found:
+        raise _without_safetensors(listing)
     try:
-        listing = _list(repo_id)
-        modules = [name for name in listing.sizes if FOLDER.fullmatch(name.partition("/")[0])]
+        modules = [name for name in listing.files if is_of_module(name)]
         for name in modules:
             (folder / name).parent.mkdir(exist_ok=True)
         whole = [MODULES, *(name for name in modules if name.endswith(".json"))]
         for name in ("config.json", INDEX, *(whole if modules else ())):
-            if name in listing.sizes:
-                size = min(listing.sizes[name], MAX_HEADER_BYTES)
+            if name in listing.files:
+                size = min(_size(listing, name), MAX_HEADER_BYTES)
                 _fetch_start(listing, name, folder / name, size)
         index = folder / INDEX
-        names = indexed_files(index) if index.exists() else weight_files(listing.sizes)
+        names = indexed_files(index) if index.exists() else weight_files(found)
         # One that the index names and the repository lacks is for `open_weights` to report.
-        found = [name for name in names if name in listing.sizes]
-        found += [name for name in modules if name.endswith(".safetensors")]
+        needed = [name for name in names if name in listing.files]
+        needed += [name for name in modules if name.endswith(".safetensors")]
         with ThreadPoolExecutor(_PARALLEL) as pool:
-            list(pool.map(lambda name: _stand_in(listing, name, folder / name), found))
-    except MlxkvError:
-        raise
+            list(pool.map(lambda name: _stand_in(listing, name, folder / name), needed))
     except Exception as error:  # the HTTP client behind it differs from version to version
-        raise hub.translate(repo_id, error) from error
+        raise translate(listing.repo_id, error, listing.revision) from error
 
 
-def _list(repo_id: str) -> _Listing:
-    from huggingface_hub import HfApi, constants
-    from huggingface_hub.utils import filter_repo_objects
+def _size(listing: Listing, name: str) -> int:
+    from huggingface_hub import constants
 
-    hub.hush()
-    info = HfApi().model_info(
-        repo_id, files_metadata=True, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT
-    )
-    found = {sibling.rfilename: sibling.size for sibling in info.siblings or ()}
-    wanted = filter_repo_objects(
-        found, allow_patterns=list(hub.WANTED), ignore_patterns=list(hub.IGNORED)
-    )
-    sizes: dict[str, int] = {}
-    for name in wanted:
-        size = found[name]
-        if not isinstance(size, int) or not 0 <= size < 2**63:
-            raise DownloadError(f"{constants.ENDPOINT} does not say how long {repo_id}/{name} is")
-        sizes[name] = size
-    gguf = tuple(sorted(name for name in found if name.lower().endswith(".gguf")))
-    listing = _Listing(repo_id, info.sha, sizes, gguf)
-    if not weight_files(sizes):
-        raise _without_safetensors(listing)
-    return listing
-
-
-def _without_safetensors(listing: _Listing) -> ModelNotFound:
-    repo_id = listing.repo_id
-    if not listing.gguf:
-        return ModelNotFound(
-            f"{repo_id} holds neither safetensors nor GGUF files, which are what mlxkv reads"
+    size = listing.files[name].n_bytes
+    if size is None:
+        raise DownloadError(
+            f"{constants.ENDPOINT} does not say how long {listing.name}/{name} is: pull it, then "
+            "plan it"
         )
+    return size
+
+
+def _without_safetensors(listing: Listing) -> ModelNotFound:
+    if not listing.gguf:
+        return listing.nothing_to_read()
     first = listing.gguf[0].rpartition("/")[2]
     return ModelNotFound(
-        f"{repo_id} holds GGUF files only, which have to be here to be planned: fetch one first "
-        f"(`mlxkv pull {repo_id}:{first}`), then plan it by that name"
+        f"{listing.name} holds GGUF files only, which have to be here to be planned: fetch one "
+        f"first (`mlxkv pull {listing.name}:{first}`), then plan it by that name"
     )
 
 
-def _stand_in(listing: _Listing, name: str, path: Path) -> None:
+def _stand_in(listing: Listing, name: str, path: Path) -> None:
     """A sparse file with the header of the repository's file of that name, and as long."""
-    size = listing.sizes[name]
+    size = _size(listing, name)
     first = min(FIRST_BYTES, size)
     _fetch_start(listing, name, path, first)
     with path.open("rb") as file:
@@ -166,7 +136,7 @@ def _stand_in(listing: _Listing, name: str, path: Path) -> None:
         ) from error
 
 
-def _fetch_start(listing: _Listing, name: str, path: Path, n_bytes: int) -> None:
+def _fetch_start(listing: Listing, name: str, path: Path, n_bytes: int) -> None:
     """Write the first bytes of a repository's file, and read little more than those."""
     from huggingface_hub import constants, hf_hub_url
     from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
@@ -189,5 +159,5 @@ def _fetch_start(listing: _Listing, name: str, path: Path, n_bytes: int) -> None
                     break
     if missing > 0:
         raise DownloadError(
-            f"cannot download {listing.repo_id}: {name} ended {missing:,} bytes early; try again"
+            f"cannot download {listing.name}: {name} ended {missing:,} bytes early; try again"
         )

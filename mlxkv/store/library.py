@@ -6,15 +6,11 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from mlxkv.base.paths import NAME, is_listed, models_dir, slug
 from mlxkv.errors import MlxkvError, ModelNotFound, OutputError, UsageError
 from mlxkv.store import catalog, hub
 from mlxkv.store.refs import REPO, HubRef, PathRef, is_model, locate, stored, unaliased
-
-if TYPE_CHECKING:
-    from huggingface_hub import DeleteCacheStrategy
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +40,7 @@ class Removal:
 
     name: str
     folders: tuple[Path, ...]
-    repo: DeleteCacheStrategy | None
+    repo: hub.Removal | None
     n_bytes: int
 
 
@@ -52,7 +48,7 @@ def list_models() -> list[StoredModel]:
     """The models on this machine: the models folder, then the Hugging Face cache."""
     ours = [_row(record.name, path, _size(path), record.source) for path, record in stored()]
     cached = hub.cached_repos()
-    return ours + [_row(repo.repo_id, repo.snapshot, repo.n_bytes, "hub") for repo in cached]
+    return ours + [_row(repo.name, repo.snapshot, repo.n_bytes, "hub") for repo in cached]
 
 
 def with_aliases(models: Sequence[StoredModel], aliases: Mapping[str, str]) -> list[StoredModel]:
@@ -77,7 +73,7 @@ def _target(models: Sequence[StoredModel], name: str) -> StoredModel | None:
     except MlxkvError:
         return None
     if isinstance(ref, HubRef) and ref.wanted:
-        begin, part = f"{ref.repo_id}:", ref.wanted.lower()
+        begin, part = f"{ref.repo}:", ref.wanted.lower()
         named = (model for model in models if model.name.startswith(begin))
         return next((model for model in named if part in model.name.lower()), None)
     if isinstance(ref, PathRef) and is_model(ref.path):
@@ -120,16 +116,17 @@ def plan_removal(name: str) -> Removal:
     root = models_dir()
     folders = [root / slug(model.name if model else name)]
     repo = None
-    if repo_name and repo_name[2] is None:
-        origin = f"{name}/"
-        folders += [path for path, record in stored() if record.origin.startswith(origin)]
-        repo = hub.plan_removal(name)
+    if repo_name and repo_name["wanted"] is None:
+        # Of a repository all revisions go, of a revision only that.
+        begins = (f"{name}/",) if repo_name["revision"] else (f"{name}/", f"{name}@")
+        folders += [path for path, record in stored() if record.origin.startswith(begins)]
+        repo = hub.plan_removal(repo_name["repo"], repo_name["revision"])
     folders = [path for path in folders if path.is_dir() and path.parent == root]
     folders = [path for path in folders if is_listed(path)]
     if not folders and repo is None:
         raise ModelNotFound(f"no model {name!r} is on this machine; `mlxkv list` lists what is")
     n_bytes = sum(_size(path) for path in folders if not path.is_symlink())
-    return Removal(name, tuple(folders), repo, n_bytes + (repo.expected_freed_size if repo else 0))
+    return Removal(name, tuple(folders), repo, n_bytes + (repo.n_bytes if repo else 0))
 
 
 def remove(name: str) -> int:
@@ -152,5 +149,8 @@ def remove(name: str) -> int:
         except OSError as error:
             raise OutputError(f"{folder}: {error.strerror}") from error
     if plan.repo is not None:
-        plan.repo.execute()
+        try:
+            plan.repo.execute()
+        except OSError as error:
+            raise OutputError(f"{error.filename or name}: {error.strerror}") from error
     return plan.n_bytes

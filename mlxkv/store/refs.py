@@ -18,7 +18,13 @@ from mlxkv.store import catalog
 from mlxkv.store.aliases import check_alias_spelling, stored_aliases, write_aliases
 from mlxkv.store.catalog import CatalogModel
 
-REPO = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?::([\w.-]+))?", re.ASCII)
+REPO = re.compile(
+    r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)"
+    r"(?:@(?P<revision>\w[\w-]*(?:[./][\w-]+)*))?"
+    r"(?::(?P<wanted>[\w.-]+))?",
+    re.ASCII,
+)
+"""`org/name`, with `@` and a branch, tag or commit, and `:` and a GGUF file or its quantization."""
 _PATH_STARTS = ("/", "./", "../", "~")
 
 
@@ -46,10 +52,27 @@ class StoredRef:
 
 @dataclass(frozen=True, slots=True)
 class HubRef:
-    """A Hugging Face repository, or one GGUF file of it (`wanted`: file name or quantization)."""
+    """A Hugging Face repository, or one GGUF file of it.
+
+    Args:
+        repo_id: `org/name`.
+        wanted: a GGUF file's name, or a quantization.
+        revision: a branch, tag or commit; None for the default branch.
+    """
 
     repo_id: str
     wanted: str | None
+    revision: str | None = None
+
+    @property
+    def repo(self) -> str:
+        """`org/name`, or `org/name@revision`."""
+        return self.repo_id if self.revision is None else f"{self.repo_id}@{self.revision}"
+
+    @property
+    def name(self) -> str:
+        """As a user names it."""
+        return self.repo if self.wanted is None else f"{self.repo}:{self.wanted}"
 
 
 Ref = PathRef | CatalogRef | StoredRef | HubRef
@@ -162,7 +185,7 @@ def _is_cached(name: str) -> bool:
         return False
     from mlxkv.store import hub
 
-    return hub.cached_snapshot(repo[1]) is not None
+    return hub.cached_snapshot(repo["repo"], repo["revision"]) is not None
 
 
 def locate(name: str) -> Ref:
@@ -193,7 +216,7 @@ def locate(name: str) -> Ref:
         return PathRef(path)
     repo = REPO.fullmatch(name)
     if repo and not path.exists():
-        return HubRef(repo[1], repo[2])
+        return HubRef(repo["repo"], repo["wanted"], repo["revision"])
     if path.exists() or name.endswith(".gguf") or "/" in name:
         return PathRef(path)
     raise ModelNotFound(f"no model named {name!r}{_did_you_mean(name)}")
@@ -216,7 +239,7 @@ def _did_you_mean(name: str) -> str:
         return f"; did you mean {close[0]}?"
     return (
         f". Known: {', '.join(sorted(set(known)))}; or give a path, or a Hugging Face repository "
-        "as org/name"
+        "as org/name or org/name@revision"
     )
 
 

@@ -27,14 +27,23 @@ from mlxkv.base.disk import check_space
 from mlxkv.base.paths import models_dir, slug
 from mlxkv.checkpoint import mlxkv_json
 from mlxkv.checkpoint.config import read_config
-from mlxkv.checkpoint.gguf_names import first_parts, is_mmproj, mmproj_beside, parts_of
+from mlxkv.checkpoint.gguf_names import first_parts, mmproj_beside, parts_of
 from mlxkv.checkpoint.mlxkv_json import RECORD, Record, read_record
 from mlxkv.checkpoint.quantization import other_settings
 from mlxkv.errors import MlxkvError, ModelNotFound, OutputError, UsageError
 from mlxkv.store import hub
 from mlxkv.store.catalog import CatalogModel
 from mlxkv.store.content import content_key, stamp_of
-from mlxkv.store.refs import CatalogRef, HubRef, PathRef, StoredRef, is_model, locate, stored
+from mlxkv.store.refs import (
+    REPO,
+    CatalogRef,
+    HubRef,
+    PathRef,
+    StoredRef,
+    is_model,
+    locate,
+    stored,
+)
 
 Report = Callable[[str, int, int], None]
 """Called with what is being done, the amount done and the amount in all (0: unknown)."""
@@ -52,7 +61,8 @@ def resolve(name: str | Path, *, fetch: bool = True, report: Report = silent) ->
 
     Args:
         name: a directory, a .gguf file, a name of the catalog or of the models folder, or a
-            Hugging Face repository (`org/name`, `org/name:file.gguf`, `org/name:Q4_K_M`).
+            Hugging Face repository (`org/name`, `org/name@revision`, `org/name:file.gguf`,
+            `org/name@revision:Q4_K_M`).
         fetch: whether the network may be used.
         report: called with the progress of a download or conversion.
 
@@ -82,8 +92,8 @@ def local(ref: StoredRef | CatalogRef | HubRef, *, report: Report = silent) -> P
         case CatalogRef(model):
             folder = models_dir() / slug(model.name)
             return folder if is_model(folder) else None
-        case HubRef(repo_id, wanted):
-            return _cached(repo_id, wanted, report)
+        case HubRef():
+            return _cached(ref, report)
 
 
 def pull(name: str, *, report: Report = silent) -> Path:
@@ -107,11 +117,11 @@ def _fetch(ref: StoredRef | CatalogRef | HubRef, report: Report) -> Path:
             return path
         case CatalogRef(model):
             return _pull_catalog(model, report)
-        case HubRef(repo_id, wanted):
-            path = _download(repo_id, wanted, report)
+        case HubRef():
+            path = _download(ref, report)
             if path.is_dir():
-                return _runnable_snapshot(repo_id, path, report)
-            return _converted_from_hub(repo_id, path, report)
+                return _runnable_snapshot(ref, path, report)
+            return _converted_from_hub(ref, path, report)
 
 
 def _resolve_path(path: Path, report: Report) -> Path:
@@ -195,57 +205,48 @@ def _plain(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-.") or "model"
 
 
-def _cached(repo_id: str, wanted: str | None, report: Report) -> Path | None:
+def _cached(ref: HubRef, report: Report) -> Path | None:
     """The directory of a repository that is complete in the cache; None if it must be fetched."""
-    snapshot = hub.cached_snapshot(repo_id)
-    if snapshot is None:
-        return None
-    if wanted is None and hub.is_complete(snapshot):
-        return _runnable_snapshot(repo_id, snapshot, report)
+    for snapshot in hub.snapshots(ref.repo_id, ref.revision):
+        if ref.wanted is None and hub.is_complete(snapshot):
+            return _runnable_snapshot(ref, snapshot, report)
+        if (gguf := _gguf_in(snapshot, ref.wanted)) is not None:
+            return _converted_from_hub(ref, gguf, report)
+    return None
+
+
+def _gguf_in(snapshot: Path, wanted: str | None) -> Path | None:
+    """The one GGUF file of a snapshot that is meant, if all its parts are there."""
     files = first_parts(hub.cached_gguf_files(snapshot))
     fitting = [name for name in files if wanted is None or wanted.lower() in name.lower()]
     if len(fitting) != 1 or (wanted is None and (snapshot / "config.json").is_file()):
         return None
-    if not all(part.is_file() for part in parts_of(snapshot / fitting[0])):
-        return None
-    return _converted_from_hub(repo_id, snapshot / fitting[0], report)
+    gguf = snapshot / fitting[0]
+    return gguf if all(part.is_file() for part in parts_of(gguf)) else None
 
 
-def _download(repo_id: str, wanted: str | None, report: Report) -> Path:
+def _download(ref: HubRef, report: Report) -> Path:
     """A repository's snapshot folder, or the one GGUF file that is meant."""
-    quiet = report is silent
-    if wanted is None:
-        report(f"fetching {repo_id}", 0, 0)
-        folder = hub.download(repo_id, quiet=quiet)
-        if any(folder.glob("*.safetensors")):
-            return folder
-    files = hub.list_gguf_files(repo_id)
-    if not files:
-        raise ModelNotFound(
-            f"{repo_id} holds neither safetensors nor GGUF files, which are what mlxkv reads"
-        )
-    filename = hub.choose_gguf(repo_id, files, wanted)
-    encoders = [name for name in files if is_mmproj(name)]
-    if len(encoders) == 1:  # where it lies, the conversion finds it
-        report(f"fetching {encoders[0]}", 0, 0)
-        hub.download_gguf(repo_id, encoders[0], quiet=quiet)
-    paths = []
-    for part in parts_of(Path(filename)):
-        report(f"fetching {part}", 0, 0)
-        paths.append(hub.download_gguf(repo_id, str(part), quiet=quiet))
-    return paths[0]
+    from mlxkv.store.hub_fetch import fetch_checkpoint, fetch_gguf
+    from mlxkv.store.hub_files import list_files, plain_weights
+
+    report(f"fetching {ref.repo}", 0, 0)
+    listing = list_files(ref.repo_id, ref.revision)
+    if ref.wanted is None and plain_weights(listing.files):
+        return fetch_checkpoint(listing, report)
+    return fetch_gguf(listing, ref.wanted, report)
 
 
-def _runnable_snapshot(repo_id: str, snapshot: Path, report: Report) -> Path:
+def _runnable_snapshot(ref: HubRef, snapshot: Path, report: Report) -> Path:
     """A repository's snapshot, or what is made of another quantizer's."""
     if not needs_conversion(snapshot):
         return snapshot
-    record = Record(f"{repo_id}:mlx", "hub", f"{repo_id}/{snapshot.name}")
+    record = Record(f"{ref.repo}:mlx", "hub", f"{ref.repo}/{snapshot.name}")
     return _converted(snapshot, _weight_files(snapshot), record, report)
 
 
-def _converted_from_hub(repo_id: str, gguf: Path, report: Report) -> Path:
-    record = Record(f"{repo_id}:{gguf.name}", "hub", f"{repo_id}/{gguf.name}")
+def _converted_from_hub(ref: HubRef, gguf: Path, report: Report) -> Path:
+    record = Record(f"{ref.repo}:{gguf.name}", "hub", f"{ref.repo}/{gguf.name}")
     return _converted(gguf, _files_of(gguf), record, report)
 
 
@@ -349,15 +350,19 @@ def source_path(name: str, *, report: Report = silent) -> Path:
     match ref:
         case PathRef(path) if path.suffix == ".gguf" and path.is_file():
             return path
-        case HubRef(repo_id, wanted):
-            snapshot = hub.cached_snapshot(repo_id)
-            if snapshot is not None and wanted is None and hub.is_complete(snapshot):
-                return snapshot
-            return _download(repo_id, wanted, report)
+        case HubRef():
+            if ref.wanted is None:
+                for snapshot in hub.snapshots(ref.repo_id, ref.revision):
+                    if hub.is_complete(snapshot):
+                        return snapshot
+            return _download(ref, report)
     return resolve(name, report=report)
 
 
 def default_output(source: str, quantize: str | None, dtype: str | None) -> str:
     """The default name for the result of `convert`: the source's and the format."""
+    repo = REPO.fullmatch(source)
+    if repo is not None and repo["revision"]:
+        source = f"{repo['repo']}-{_plain(repo['revision'])}"
     stem = source.rstrip("/").removesuffix(".gguf").rsplit("/", 1)[-1].split(":")[0]
     return "-".join([_plain(stem), *(part for part in (quantize, dtype) if part)])

@@ -25,9 +25,9 @@ def load_model(name: str, dtype: str, given: Given) -> LLM:
     from mlxkv.store import resolve
     from mlxkv.terminal.console import ProgressLine
 
-    progress = ProgressLine()
+    progress = ProgressLine(plain=True)
     try:
-        path = resolve.resolve(name, report=progress if progress.on else resolve.silent)
+        path = resolve.resolve(name, report=progress)
         progress(f"loading {name}")
         with collecting_later():
             from mlxkv.llm.llm import LLM

@@ -13,7 +13,10 @@ from mlxkv.base.units import told_apart
 from mlxkv.errors import OutputError
 from mlxkv.generation.session import Session
 from mlxkv.saved_kv.registry import KVNames
-from mlxkv.store import hub
+from mlxkv.store.hub import PART
+from mlxkv.store.hub_fetch import fetch_checkpoint
+from mlxkv.store.hub_files import HubFile, Listing
+from mlxkv.store.resolve import silent
 from tests.support.command_line import chat_model
 
 
@@ -67,21 +70,18 @@ def test_an_export_that_cannot_fit_is_not_begun(tmp_path, monkeypatch):
 
 
 def test_a_download_asks_for_the_room_of_what_it_lacks(monkeypatch, tmp_path):
-    from huggingface_hub import HfApi, constants
+    from huggingface_hub import constants
 
-    files = [
-        SimpleNamespace(rfilename=name, size=size)
-        for name, size in (("model.safetensors", 900), ("model.bin", 9000), ("config.json", None))
-    ]
-    found = SimpleNamespace(siblings=files)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(HfApi, "model_info", lambda *_, **__: found)
-    monkeypatch.setattr(hub, "cached_snapshot", lambda repo_id: None)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    sizes = {"model.safetensors": 900, "model.bin": 9000, "config.json": None}
+    files = {name: HubFile(name, size, name) for name, size in sizes.items()}
+    listing = Listing("a/b", None, "c" * 40, files)
     has_free(monkeypatch, 899)
     with pytest.raises(OutputError, match=r"downloading a/b needs 900 B, .* has 899 B free"):
-        hub.download("a/b")
-    with pytest.raises(OutputError, match=r"needs 8\.8 KiB"):
-        hub.download_gguf("a/b", "model.bin")
-    monkeypatch.setattr(hub, "cached_snapshot", lambda repo_id: tmp_path)
-    (tmp_path / "model.safetensors").write_text("here already")
-    hub.check_room("a/b", lambda names: ["model.safetensors"])
+        fetch_checkpoint(listing, silent)
+    blobs = tmp_path / "models--a--b" / "blobs"
+    blobs.mkdir(parents=True)
+    (blobs / f"model.safetensors{PART}").write_bytes(bytes(100))
+    has_free(monkeypatch, 799)
+    with pytest.raises(OutputError, match="needs 800 B"):
+        fetch_checkpoint(listing, silent)

@@ -53,7 +53,7 @@ def nothing_to_break(tmp_path, monkeypatch):
         raise ModelNotFound(f"no model named {name!r}")
 
     monkeypatch.setenv("MLXKV_MODELS", str(tmp_path))
-    monkeypatch.setattr("mlxkv.store.hub.cached_snapshot", lambda repo_id: None)
+    monkeypatch.setattr("mlxkv.store.hub.snapshots", lambda *_: [])
     monkeypatch.setattr("mlxkv.store.hub.cached_repos", list)
     monkeypatch.setattr("mlxkv.store.resolve.pull", pull)
 

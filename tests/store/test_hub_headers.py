@@ -30,7 +30,7 @@ from tests.families.oracle.cases import CASES
 from tests.families.test_parity import Golden
 from tests.support.command_line import CLOSED, assert_one_line, environment
 from tests.support.command_line import mlxkv as command
-from tests.support.hub_server import COMMIT, Hub, serve
+from tests.support.hub_server import COMMIT, Hub, point_client_at, serve
 from tests.support.loading import FILE, ONE_LAYER, weights_of
 from tests.support.tiny import llama_config, tensor_shapes, write_checkpoint
 from tests.support.tiny_embedder import write_embedder
@@ -56,17 +56,11 @@ def here(tmp_path, monkeypatch) -> Path:
 def served(here, monkeypatch) -> Iterator[Hub]:
     """A hub without repositories, whose address the client has, and no trace of it afterwards."""
     with serve(Hub({})) as hub:
-        at(hub.url, monkeypatch)
+        point_client_at(hub.url, monkeypatch)
         yield hub
         close_session()
     assert [path for path in here.rglob("*") if path.is_file()] == []
     assert list((here / "temp").iterdir()) == []
-
-
-def at(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(constants, "ENDPOINT", url)
-    template = url + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -158,7 +152,7 @@ def test_a_head_that_may_be_a_copy_of_the_embedding_counts(served, tmp_path):
 
 
 def test_a_repository_that_is_complete_in_the_cache_is_not_asked_for(here, monkeypatch):
-    at(CLOSED, monkeypatch)
+    point_client_at(CLOSED, monkeypatch)
     repo = here / "hub" / "models--org--tiny"
     snapshot = write_checkpoint(repo / "snapshots" / COMMIT, ONE_LAYER)
     (repo / "refs").mkdir()
@@ -244,7 +238,7 @@ def test_what_the_hub_refuses_says_why(served):
 
 
 def test_no_network_and_offline_say_so(here, monkeypatch):
-    at(CLOSED, monkeypatch)
+    point_client_at(CLOSED, monkeypatch)
     refused(DownloadError, "cannot be reached", CLOSED)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     refused(DownloadError, "HF_HUB_OFFLINE is set", f"mlxkv pull {REPO}")

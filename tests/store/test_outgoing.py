@@ -14,10 +14,10 @@ from tests.support import hub_server
 
 FETCH = """
 import socket, sys
-from mlxkv.store import hub, outgoing
+from mlxkv.store import outgoing, resolve
 outgoing.only_public(sys.argv[2:])
 try:
-    print(hub.download(sys.argv[1]))
+    print(resolve.pull(sys.argv[1]))
 except Exception as error:
     print(type(error).__name__, error)
 """

@@ -501,23 +501,10 @@ def test_a_cached_gguf_of_a_repository_is_converted(models, convert):
     assert resolve.resolve("org/tiny-gguf:tiny.Q4_0.gguf", fetch=False) == path
 
 
-def test_a_file_of_encoders_is_no_choice_but_comes_along(models, convert, monkeypatch, tmp_path):
-    files = ["m-Q8_0.gguf", "mmproj-m-f16.gguf"]
-    assert hub.choose_gguf("org/a", files, None) == "m-Q8_0.gguf"
+def test_a_file_of_encoders_is_no_choice(models, convert):
+    assert hub.choose_gguf("org/a", ["m-Q8_0.gguf", "mmproj-m-f16.gguf"], None) == "m-Q8_0.gguf"
     cached(models, "org/tiny-gguf", {"m-Q8_0.gguf": b"eight", "mmproj-m-f16.gguf": b"eyes"})
     assert content(resolve.resolve("org/tiny-gguf", fetch=False)) == b"eight"
-
-    fetched = []
-
-    def fetch(repo_id: str, name: str, *, quiet: bool) -> Path:
-        fetched.append(name)
-        (tmp_path / name).write_bytes(name.encode())
-        return tmp_path / name
-
-    monkeypatch.setattr(hub, "list_gguf_files", lambda repo_id: files)
-    monkeypatch.setattr(hub, "download_gguf", fetch)
-    assert content(resolve.resolve("org/other:Q8_0")) == b"m-Q8_0.gguf"
-    assert fetched == ["mmproj-m-f16.gguf", "m-Q8_0.gguf"]
 
 
 @pytest.mark.parametrize(

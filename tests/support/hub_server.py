@@ -11,6 +11,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
+from urllib.parse import unquote
+
+import pytest
+from huggingface_hub import constants
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -27,6 +31,11 @@ class Hub:
         elsewhere: whether files are at another address, to which the hub redirects.
         listed: sizes that the list of files has, where they are not the real ones.
         n_sent: bytes of the pieces of bodies that left.
+        revisions: branches and tags, each with its commit; files are the same at all.
+        hashes: whether the list of files has their hashes.
+        cuts: by file, after how many bytes each further answer breaks off.
+        status: answers every request for a file, where it is not 0.
+        ranged: the `Range` headers that were sent, by file.
     """
 
     repos: Mapping[str, Mapping[str, bytes]]
@@ -38,6 +47,11 @@ class Hub:
     requests: list[str] = field(default_factory=list)
     n_sent: list[int] = field(default_factory=list)
     url: str = ""
+    revisions: dict[str, str] = field(default_factory=lambda: {"main": COMMIT})
+    hashes: bool = True
+    cuts: dict[str, list[int]] = field(default_factory=dict)
+    status: int = 0
+    ranged: list[tuple[str, str]] = field(default_factory=list)
 
 
 @contextmanager
@@ -59,8 +73,16 @@ def serve(hub: Hub) -> Iterator[Hub]:
         thread.join()
 
 
+def point_client_at(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make huggingface_hub in this process ask this address."""
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    template = url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+
+
 class _Handler(BaseHTTPRequestHandler):
     served: Hub
+    cut_after: int | None = None
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
 
@@ -79,7 +101,7 @@ class _Handler(BaseHTTPRequestHandler):
         super().setup()
 
     def _answer(self, *, body: bool) -> None:
-        path = self.path.split("?")[0]
+        path = self.path.split("?")[0].removeprefix("/mirror")
         self.served.requests.append(f"{self.command} {path}")
         if self.served.failing:
             return self._send(500, b"", {}, body)
@@ -111,33 +133,42 @@ class _Handler(BaseHTTPRequestHandler):
     def _api(self, repo: str, rest: list[str], body: bool) -> None:
         if not self._known(repo, body, listing=True):
             return None
-        files = self.served.repos[repo]
-        if rest[:1] == ["tree"]:
-            answer: object = [
-                {"type": "file", "path": name, "size": len(data), "oid": _etag(data)}
-                for name, data in files.items()
-            ]
-        else:
-            siblings = [
-                {"rfilename": name, "size": self.served.listed.get(name, len(data))}
-                for name, data in files.items()
-            ]
-            answer = {"id": repo, "modelId": repo, "sha": COMMIT, "siblings": siblings}
+        revision = unquote(rest[1]) if rest[:1] == ["revision"] else "main"
+        commit = self.served.revisions.get(revision)
+        if commit is None:
+            return self._send(404, b"", {"X-Error-Code": "RevisionNotFound"}, body)
+        siblings = [self._sibling(*file) for file in self.served.repos[repo].items()]
+        answer = {"id": repo, "modelId": repo, "sha": commit, "siblings": siblings}
         return self._send(
             200, json.dumps(answer).encode(), {"Content-Type": "application/json"}, body
         )
 
+    def _sibling(self, name: str, data: bytes) -> dict[str, object]:
+        about = {"rfilename": name, "size": self.served.listed.get(name, len(data))}
+        if self.served.hashes and name.endswith((".safetensors", ".gguf")):
+            sha256 = hashlib.sha256(data).hexdigest()
+            about["lfs"] = {"sha256": sha256, "size": len(data), "pointerSize": 1}
+        elif self.served.hashes:
+            about["blobId"] = _etag(data)
+        return about
+
     def _file(self, repo: str, name: str, body: bool) -> None:
         if not self._known(repo, body):
             return None
+        if self.served.status:
+            return self._send(self.served.status, b"", {}, body)
         data = self.served.repos[repo].get(name)
         if data is None:
             return self._send(404, b"", {"X-Error-Code": "EntryNotFound"}, body)
         headers = {"ETag": f'"{_etag(data)}"', "X-Repo-Commit": COMMIT}
-        asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        self.served.ranged.append((name, self.headers.get("Range", "")))
+        self.cut_after = None
+        if body and (cuts := self.served.cuts.get(name)):
+            self.cut_after = cuts.pop(0)
+        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if asked is None or not self.served.ranges:
             return self._send(200, data, headers, body)
-        start, stop = int(asked[1]), min(int(asked[2]) + 1, len(data))
+        start, stop = int(asked[1]), min(int(asked[2] or len(data)) + 1, len(data))
         if start >= stop:
             return self._send(416, b"", {"Content-Range": f"bytes */{len(data)}"}, body)
         headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(data)}"
@@ -153,6 +184,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._send_body(memoryview(data))
 
     def _send_body(self, data: memoryview) -> None:
+        if self.cut_after is not None:
+            data, self.close_connection = data[: self.cut_after], True
         try:
             while data:
                 n = self.request.send(data[: 1 << 16])
