@@ -193,8 +193,63 @@ def plan(
     print(json.dumps(plan_text.to_dict(needs)) if as_json else plan_text.text(needs))
 
 
-def models() -> None:
-    """List the model families that mlxkv runs."""
+def models(
+    find: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--find", metavar="WORDS", help="List models of the hub with these words that fit here."
+        ),
+    ] = None,
+    more: Annotated[list[str] | None, typer.Argument(metavar="[WORDS]", hidden=True)] = None,
+    memory: Memory = None,
+    context: Annotated[int, typer.Option(help="With --find: tokens that must fit.", min=1)] = 8192,
+    as_json: AsJson = False,
+) -> None:
+    """List the model families that mlxkv runs, or find a model that fits this machine."""
+    from mlxkv.errors import UsageError
+
+    if find:
+        words = [word for text in (*find, *(more or ())) for word in text.split()]
+        if not words:
+            raise UsageError("--find needs a word of the model's name, such as `--find llama 8b`")
+        _find(words, memory, context, as_json)
+        return
+    if more:
+        raise UsageError(f"`mlxkv models` takes no argument; `mlxkv models --find {more[0]}`")
     from mlxkv.store.info import supported
 
     print(supported())
+
+
+def _find(words: list[str], memory: str | None, context: int, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from mlxkv.base.units import human_bytes
+    from mlxkv.llm.find import find
+    from mlxkv.terminal.console import ProgressLine, table
+
+    progress = ProgressLine()
+    try:
+        found = find(words, memory, context, progress)
+    finally:
+        progress.clear()
+    if found.offline:
+        print(f"known models only, sizes about: {found.offline}", file=sys.stderr)
+    if as_json:
+        print(json.dumps([asdict(model) for model in found.fitting]))
+        return
+    rows = [
+        (
+            model.name,
+            model.model_type,
+            human_bytes(model.weights_bytes),
+            f"{'about ' if model.is_estimate else ''}{human_bytes(model.total_bytes)}",
+        )
+        for model in found.fitting
+    ]
+    print(table(("NAME", "FAMILY", "WEIGHTS", "NEEDS"), rows, right=("WEIGHTS", "NEEDS")))
+    print(
+        f"needs at {found.context:,} tokens, of {human_bytes(found.limit_bytes)}; "
+        "`mlxkv run NAME` fetches one",
+        file=sys.stderr,
+    )

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
-from urllib.parse import unquote
+from urllib.parse import parse_qs, unquote
 
 import pytest
 from huggingface_hub import constants
@@ -117,6 +117,8 @@ class _Handler(BaseHTTPRequestHandler):
             }
             return self._send(302, b"", about, body)
         parts = path.removeprefix("/elsewhere").strip("/").split("/")
+        if parts == ["api", "models"]:
+            return self._search(body)
         if parts[:2] == ["api", "models"]:
             return self._api("/".join(parts[2:4]), parts[4:], body)
         return self._file("/".join(parts[:2]), "/".join(parts[4:]), body)
@@ -142,6 +144,19 @@ class _Handler(BaseHTTPRequestHandler):
         return self._send(
             200, json.dumps(answer).encode(), {"Content-Type": "application/json"}, body
         )
+
+    def _search(self, body: bool) -> None:
+        """The repositories with the words in their names, each with its config and sizes."""
+        asked = parse_qs(self.path.partition("?")[2])
+        words = asked.get("search", [""])[0].split()
+        found = []
+        for name, files in self.served.repos.items():
+            if all(word in name for word in words):
+                sizes = {"U8": sum(len(files[f]) for f in files if f.endswith(".safetensors"))}
+                config = json.loads(files["config.json"])
+                about = {"parameters": sizes, "total": sizes["U8"]}
+                found.append({"id": name, "config": config, "safetensors": about, "downloads": 1})
+        self._send(200, json.dumps(found).encode(), {"Content-Type": "application/json"}, body)
 
     def _sibling(self, name: str, data: bytes) -> dict[str, object]:
         about = {"rfilename": name, "size": self.served.listed.get(name, len(data))}
