@@ -19,6 +19,7 @@ import shutil
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -38,6 +39,12 @@ from .tensors import SAFETENSORS_DTYPES, SourceTensor, matrix_shape
 # Of float32 values in memory; dequantizing takes a few times this on top.
 BLOCK_BYTES = 4 << 20
 _LOCK = ".lock"
+_BITS = {
+    mx.float32: (mx.uint32, 0x7FFFFFFF, 0x7F800000),
+    mx.float16: (mx.uint16, 0x7FFF, 0x7C00),
+    mx.bfloat16: (mx.uint16, 0x7FFF, 0x7F80),
+}
+"""dtype -> integers of its size, all bits but the sign, and those of infinity."""
 
 Advance = Callable[[str, int], None]
 """Called with a tensor's name and the bytes just written."""
@@ -192,12 +199,43 @@ def _write_shard(
     header, starts, size = _layout(members)
     with path.open("wb") as file:
         file.write(header)
-        for planned in members:
-            _write_tensor(file, planned, tensors[planned.name], starts, advance, measure)
-            # Buffers of other shapes would pile up in MLX's cache.
-            mx.clear_cache()
+        before: _Block | None = None
+        for block in _blocks(members, tensors):
+            # While this one is computed, the one before it is written and the next one is read.
+            if before is not None:
+                _write_block(file, before, starts, advance, measure)
+            before = block
+        if before is not None:
+            _write_block(file, before, starts, advance, measure)
         if file.seek(0, os.SEEK_END) != size:
             raise WeightsError(f"{path.name}: wrote {file.tell():,} bytes of {size:,}")
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """Some rows of a tensor, being computed as the plan stores them."""
+
+    planned: PlannedTensor
+    source: SourceTensor
+    start: int
+    stop: int
+    arrays: tuple[mx.array, ...]
+
+
+def _blocks(
+    members: tuple[PlannedTensor, ...], tensors: Mapping[str, SourceTensor]
+) -> Iterator[_Block]:
+    """All rows in order; each block is being computed when it comes."""
+    for planned in members:
+        source = tensors[planned.name]
+        n_rows, columns = matrix_shape(planned.shape)
+        step = source.row_step
+        n = max(step, BLOCK_BYTES // (4 * max(1, columns)) // step * step)
+        for start in range(0, n_rows, n):
+            stop = min(n_rows, start + n)
+            yield _Block(planned, source, start, stop, _block(planned, source, start, stop))
+        # Buffers of other shapes would pile up in MLX's cache.
+        mx.clear_cache()
 
 
 def _layout(members: tuple[PlannedTensor, ...]) -> tuple[bytes, dict[str, int], int]:
@@ -221,36 +259,29 @@ def _layout(members: tuple[PlannedTensor, ...]) -> tuple[bytes, dict[str, int], 
     return struct.pack("<Q", len(text)) + text, starts, base + offset
 
 
-def _write_tensor(
+def _write_block(
     file: IO[bytes],
-    planned: PlannedTensor,
-    source: SourceTensor,
+    block: _Block,
     starts: Mapping[str, int],
     advance: Advance,
     measure: Fidelity,
 ) -> None:
-    n_rows, columns = matrix_shape(planned.shape)
-    step = source.row_step
-    block = max(step, BLOCK_BYTES // (4 * max(1, columns)) // step * step)
-    for start in range(0, n_rows, block):
-        stop = min(n_rows, start + block)
-        written = 0
-        block_arrays = _block(planned, source, start, stop)
-        measure.add(planned, source, start, block_arrays)
-        for stored, array in zip(planned.arrays, block_arrays, strict=True):
-            data = _bytes_of(array)
-            if len(data) != stored.row_bytes * (stop - start):
-                raise WeightsError(f"{planned.origin}: has another size than its header says")
-            file.seek(starts[stored.name] + start * stored.row_bytes)
-            file.write(data)
-            written += len(data)
-        advance(planned.name, written)
+    planned, written = block.planned, 0
+    measure.add(planned, block.source, block.start, block.arrays)
+    for stored, array in zip(planned.arrays, block.arrays, strict=True):
+        data = _bytes_of(array)
+        if len(data) != stored.row_bytes * (block.stop - block.start):
+            raise WeightsError(f"{planned.origin}: has another size than its header says")
+        file.seek(starts[stored.name] + block.start * stored.row_bytes)
+        file.write(data)
+        written += len(data)
+    advance(planned.name, written)
 
 
 def _block(
     planned: PlannedTensor, source: SourceTensor, start: int, stop: int
 ) -> tuple[mx.array, ...]:
-    """These rows as the plan stores them."""
+    """These rows as the plan stores them, being computed."""
     dtype = getattr(mx, planned.dtype)
     target = planned.quantization
     if target is None:
@@ -263,7 +294,7 @@ def _block(
     else:
         values = _cast(planned, source.rows(start, stop), dtype)
         arrays = tuple(mx.quantize(values, target.group_size, target.bits, mode=target.mode))
-    mx.eval(*arrays)
+    mx.async_eval(*arrays)
     return arrays
 
 
@@ -274,14 +305,24 @@ def _cast(planned: PlannedTensor, values: mx.array, dtype: mx.Dtype) -> mx.array
         WeightsError: NaN or infinite values, in the source or past the range of the dtype.
     """
     cast = values.astype(dtype)
-    if not mx.isfinite(cast).all().item():
-        if mx.isfinite(values).all().item():
+    if not _is_finite(cast):
+        if _is_finite(values):
             raise WeightsError(
                 f"{planned.origin}: holds values past the range of {planned.dtype}",
                 hints=[Hint("dtype", "bfloat16"), Hint("dtype", "float32")],
             )
         raise WeightsError(f"{planned.origin}: holds NaN or infinite values: the file is damaged")
     return cast
+
+
+def _is_finite(array: mx.array) -> bool:
+    """Whether no value is NaN or infinite: such ones have all bits of their exponent set.
+
+    On a CPU eight times as fast as `mx.isfinite`, which took as long as quantizing.
+    """
+    bits, magnitude, infinity = _BITS[array.dtype]
+    found = np.asarray(array.view(bits))
+    return not found.size or int((found & magnitude).max()) < infinity
 
 
 def _bytes_of(array: mx.array) -> memoryview:

@@ -209,7 +209,7 @@ def test_a_disk_that_fills_up_is_one_line_and_leaves_nothing(
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(write, "_write_tensor", full)
+    monkeypatch.setattr(write, "_write_block", full)
     with pytest.raises(OutputError, match=r"out: cannot be written: No space left on device"):
         convert(source, tmp_path / "out")
     assert names(tmp_path) == ["hf"]
@@ -248,7 +248,7 @@ def test_overwrite_replaces_only_when_the_new_one_is_complete(
     convert(source, tmp_path / "out")
     before = (tmp_path / "out" / "model.safetensors").read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr(write, "_write_tensor", lambda *_: 1 / 0)
+        patch.setattr(write, "_write_block", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             convert(source, tmp_path / "out", dtype="bfloat16", overwrite=True)
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
