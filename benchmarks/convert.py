@@ -39,7 +39,7 @@ convert(sys.argv[1], sys.argv[2], quantize=True, q_bits=4, q_group_size=64)
 LOAD = """
 import sys, mlxkv
 with mlxkv.load(sys.argv[1]) as llm:
-    list(llm.stream("Hi", max_tokens=1, raw=True))
+    list(llm.stream("Hi", max_tokens=1))
 """
 
 

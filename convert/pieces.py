@@ -113,14 +113,15 @@ def merges(pieces: Pieces) -> list[tuple[str, str]]:
         for i, (token, kind) in enumerate(zip(pieces.tokens, pieces.types, strict=True))
         if kind in (NORMAL, UNUSED)
     }
-    ranked = []
-    for token, i in mergeable.items():
+    found = []
+    for token in sorted(
+        mergeable, key=lambda token: (-pieces.scores[mergeable[token]], mergeable[token])
+    ):
         for cut in range(len(token) - 1, 0, -1):
             left, right = token[:cut], token[cut:]
             if left in mergeable and right in mergeable:
-                ranked.append((-pieces.scores[i], i, -cut, left, right))
-    ranked.sort()
-    return [(left, right) for *_, left, right in ranked]
+                found.append((left, right))
+    return found
 
 
 def _model(pieces: Pieces) -> models.Model:
