@@ -42,15 +42,19 @@ def architecture_of(file: GGUFFile) -> Architecture:
     name = file.architecture
     found = _ARCHITECTURES.get(name)
     if found is None:
+        of = f" ({_OTHERS[name]})" if name in _OTHERS else ""
         raise UnsupportedModel(
-            f"{file.path}: GGUF architecture {name!r} is not supported; "
-            f"supported are {', '.join(sorted(_ARCHITECTURES))}"
+            f"{file.path}: GGUF architecture {name!r}{of} is none of mlxkv's families; its "
+            "safetensors run if mlx-lm defines them (`pip install mlx-lm`). Read are "
+            f"{', '.join(sorted(_ARCHITECTURES))}"
         )
     experts = [t for t in file.tensors if "_exps" in t or "ffn_gate_inp" in t]
     if (experts or file.metadata.get(f"{name}.expert_count")) and not _has_experts(found):
+        of = "a Mixtral or another mixture" if name == "llama" else "a mixture"
         raise UnsupportedModel(
-            f"{file.path}: mixture-of-experts GGUF files of architecture {name!r} are not "
-            f"supported{f' (tensor {experts[0]!r})' if experts else ''}"
+            f"{file.path}: holds {of} of experts of architecture {name!r}"
+            f"{f' (tensor {experts[0]!r})' if experts else ''}, none of mlxkv's families; its "
+            "safetensors run if mlx-lm defines them (`pip install mlx-lm`)"
         )
     return found
 
@@ -197,6 +201,18 @@ def default_dtype(file: GGUFFile) -> str:
     plain = {"F32": "float32", "BF16": "bfloat16"}
     return plain.get(types.pop(), architecture.dtype) if len(types) == 1 else architecture.dtype
 
+
+_OTHERS = {
+    "chatglm": "ChatGLM, or GLM-4 of 2024",
+    "command-r": "Command R",
+    "deepseek": "DeepSeek 1",
+    "llama4": "Llama 4",
+    "phi3": "Phi-3 or Phi-4",
+    "qwen2moe": "Qwen 1.5 or 2 with experts",
+    "qwen2vl": "Qwen 2 or 2.5 with pictures",
+    "qwen3next": "Qwen3-Next",
+}
+"""Architectures that are not read and whose names say little."""
 
 _ARCHITECTURES: Mapping[str, Architecture] = {
     "llama": LLAMA,

@@ -243,10 +243,17 @@ def test_an_unknown_architecture_is_named_with_those_that_are_known(tmp_path: Pa
         convert(path, tmp_path / "out")
 
 
+@pytest.mark.parametrize("name", ["chatglm", "deepseek2"])
+def test_a_family_of_others_is_named(name, tmp_path: Path):
+    path = write_gguf(tmp_path / "a.gguf", {"x": np.zeros((2, 32), np.float32)}, name, {})
+    with pytest.raises(UnsupportedModel, match=r"(ChatGLM|DeepSeek).* none of mlxkv's families"):
+        convert(path, tmp_path / "out")
+
+
 def test_experts_are_refused_by_name(tmp_path: Path):
     extra = {"blk.0.ffn_gate_exps.weight": np.zeros((2, 32, 32), np.float32)}
     path = gguf_of(tmp_path, tiny.llama_config(), extra=extra)
-    with pytest.raises(UnsupportedModel, match=r"mixture-of-experts .*ffn_gate_exps"):
+    with pytest.raises(UnsupportedModel, match=r"Mixtral or another mixture .*ffn_gate_exps"):
         convert(path, tmp_path / "out")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from mlxkv.errors import UnsupportedModel
+
 from ..architecture import Architecture, Config, Tensors
 from ..metadata import Metadata
 from ..rope import linear_or_yarn
@@ -62,7 +64,11 @@ def glm4_moe_config(m: Metadata, tensors: Tensors) -> Config:
 def glm4_moe_lite_config(m: Metadata, tensors: Tensors) -> Config:
     """GLM-4.7-Flash. A DeepSeek has YaRN, or a router without a correction."""
     if not any("exp_probs_b" in name for name in tensors) or m.any("rope.scaling.type"):
-        raise m.error("rope.scaling.type", "is of a DeepSeek: of these only GLM-4.7-Flash is read")
+        raise UnsupportedModel(
+            f"{m.file.path}: holds a DeepSeek, none of mlxkv's families: of GGUF architecture "
+            "'deepseek2' only GLM-4.7-Flash is read; its safetensors run if mlx-lm defines them "
+            "(`pip install mlx-lm`)"
+        )
     config = sizes(m, tensors, extra_layers=m.opt_int("nextn_predict_layers") or 0)
     rope_dim, rank = m.int("rope.dimension_count"), m.int("attention.kv_lora_rank")
     whole, value = m.int("attention.key_length_mla"), m.int("attention.value_length_mla")
