@@ -76,19 +76,42 @@ def write_model(
     check_space(output.parent, plan.total_bytes, f"{output}:", "make room or choose another output")
     measure = fidelity or Fidelity()
     with _partial_folder(output, overwrite) as folder:
-        index: dict[str, str] = {}
         for name, members in plan.shards.items():
             with _errors_as_output(output), _naming(plan.source):
                 _write_shard(folder / name, members, tensors, advance, measure)
-            index.update({array.name: name for m in members for array in m.arrays})
         with _errors_as_output(output):
-            if len(plan.shards) > 1:
-                sums = {"total_size": plan.total_bytes, "total_parameters": plan.n_parameters}
-                shards = {"metadata": sums, "weight_map": dict(sorted(index.items()))}
-                write_json(folder / "model.safetensors.index.json", shards)
-            write_json(folder / "config.json", dict(sorted(plan.config.items())))
+            _write_config(folder, plan)
             write_side_files(folder)
     return output
+
+
+def write_headers(plan: ConvertPlan, folder: Path) -> None:
+    """Write config.json, the index and the headers of the weights: sparse files of their length.
+
+    Args:
+        plan: what the model would be.
+        folder: an empty one.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    for name, members in plan.shards.items():
+        header, _, size = _layout(members)
+        with (folder / name).open("wb") as file:
+            file.write(header)
+            file.truncate(size)
+    _write_config(folder, plan)
+
+
+def _write_config(folder: Path, plan: ConvertPlan) -> None:
+    """config.json, and the index if there are several files of weights."""
+    if len(plan.shards) > 1:
+        index = {array.name: name for name, members in plan.shards.items()
+                 for member in members for array in member.arrays}  # fmt: skip
+        sums = {"total_size": plan.total_bytes, "total_parameters": plan.n_parameters}
+        shards = {"metadata": sums, "weight_map": dict(sorted(index.items()))}
+        write_json(folder / "model.safetensors.index.json", shards)
+    write_json(folder / "config.json", dict(sorted(plan.config.items())))
 
 
 def check_output(output: Path, overwrite: bool) -> None:

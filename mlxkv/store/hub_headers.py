@@ -24,26 +24,36 @@ from mlxkv.checkpoint.sentence import MODULES
 from mlxkv.checkpoint.weights import (
     INDEX,
     MAX_HEADER_BYTES,
+    TensorInfo,
     header_length,
     indexed_files,
+    read_header,
     weight_files,
 )
 from mlxkv.errors import DownloadError, MlxkvError, ModelNotFound, OutputError
 from mlxkv.store import hub
 from mlxkv.store.hub_errors import translate
 from mlxkv.store.hub_files import Listing, is_of_module, list_files, plain_weights
+from mlxkv.store.resolve import needs_conversion
 
 FIRST_BYTES = 100_000
 """Of each file's first request: most headers are shorter, and a second request costs more."""
 _PARALLEL = 8
+_DECIDING = ("g_idx", "weight_shape", "weight_scale", "weight_scale_2", "weight_scale_inv",
+             "weight_global_scale")  # fmt: skip
+"""Ends of the names of arrays whose values decide which format a matrix becomes."""
+_SMALL = 128 << 10
+_MOST_SMALL = 4000
+"""Each takes a request."""
 
 
 @contextmanager
 def headers_of(repo_id: str, revision: str | None = None) -> Iterator[Path]:
     """A temporary folder with a repository's config.json and the headers of its weights.
 
-    Its safetensors files have the real length and are zero after the header. Errors in the block
-    that name the folder name the repository instead.
+    Its safetensors files have the real length and are zero after the header. Of another quantizer's
+    checkpoint they are those of what it is converted to. Errors in the block that name the folder
+    name the repository instead.
 
     Raises:
         ModelNotFound: no such repository, or no safetensors in it.
@@ -56,8 +66,9 @@ def headers_of(repo_id: str, revision: str | None = None) -> Iterator[Path]:
     except OSError as error:
         raise OutputError(f"no temporary folder ({error.strerror}); set TMPDIR") from error
     with temporary as name, _naming(hub.full_name(repo_id, revision), Path(name)):
-        _fill(Path(name), list_files(repo_id, revision))
-        yield Path(name)
+        listing = list_files(repo_id, revision)
+        _fill(Path(name), listing)
+        yield _as_converted(Path(name), listing) if needs_conversion(Path(name)) else Path(name)
 
 
 @contextmanager
@@ -80,7 +91,7 @@ def _fill(folder: Path, listing: Listing) -> None:
         for name in modules:
             (folder / name).parent.mkdir(exist_ok=True)
         whole = [MODULES, *(name for name in modules if name.endswith(".json"))]
-        for name in ("config.json", INDEX, *(whole if modules else ())):
+        for name in ("config.json", "hf_quant_config.json", INDEX, *(whole if modules else ())):
             if name in listing.files:
                 size = min(_size(listing, name), MAX_HEADER_BYTES)
                 _fetch_start(listing, name, folder / name, size)
@@ -136,28 +147,69 @@ def _stand_in(listing: Listing, name: str, path: Path) -> None:
         ) from error
 
 
+def _as_converted(folder: Path, listing: Listing) -> Path:
+    """A folder with the headers of what another quantizer's checkpoint is converted to."""
+    from mlxkv.convert import convert  # pyright: ignore[reportMissingImports]
+    from mlxkv.convert.write import write_headers  # pyright: ignore[reportMissingImports]
+
+    needed = [
+        info
+        for path in folder.glob("*.safetensors")
+        for name, info in read_header(path).items()
+        if (name.endswith(_DECIDING) or "quant_state" in name) and info.nbytes <= _SMALL
+    ]
+    if len(needed) > _MOST_SMALL:
+        raise DownloadError(
+            f"{listing.name} has {len(needed):,} small arrays that decide what its weights become: "
+            f"`mlxkv pull {listing.name}`, then plan it"
+        )
+    try:
+        with ThreadPoolExecutor(_PARALLEL) as pool:
+            list(pool.map(lambda info: _fetch_array(listing, info), needed))
+    except Exception as error:  # the HTTP client behind it differs from version to version
+        raise translate(listing.repo_id, error, listing.revision) from error
+    converted = folder / "converted"
+    plan = convert(folder, converted, dry_run=True).plan
+    converted.mkdir()
+    write_headers(plan, converted)
+    return converted
+
+
+def _fetch_array(listing: Listing, info: TensorInfo) -> None:
+    """Write an array of a file at its place in the file that stands for it."""
+    with info.file.open("r+b") as file:
+        file.seek(info.offset)
+        file.write(_range(listing, info.file.name, info.offset, info.nbytes))
+
+
 def _fetch_start(listing: Listing, name: str, path: Path, n_bytes: int) -> None:
     """Write the first bytes of a repository's file, and read little more than those."""
+    path.write_bytes(_range(listing, name, 0, n_bytes) if n_bytes else b"")
+
+
+def _range(listing: Listing, name: str, start: int, n_bytes: int) -> bytes:
+    """Bytes of a repository's file; of a server that ignores ranges the first ones alone."""
     from huggingface_hub import constants, hf_hub_url
     from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
-    if not n_bytes:  # which no range can say
-        path.touch()
-        return
     url = hf_hub_url(listing.repo_id, name, revision=listing.commit)
-    wanted = {"Range": f"bytes=0-{n_bytes - 1}", "Accept-Encoding": "identity"}
+    wanted = {"Range": f"bytes={start}-{start + n_bytes - 1}", "Accept-Encoding": "identity"}
     headers = build_hf_headers() | wanted
     timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
-    missing = n_bytes
+    found = bytearray()
     with get_session().stream("GET", url, headers=headers, timeout=timeout) as response:
         hf_raise_for_status(response)
-        with path.open("wb") as file:
-            for chunk in response.iter_bytes():
-                file.write(chunk[:missing])
-                missing -= len(chunk)
-                if missing < 0:  # the server ignores the range: the weights are on their way
-                    break
-    if missing > 0:
+        if start and response.status_code != 206:
+            raise DownloadError(
+                f"{constants.ENDPOINT} sends no parts of files: pull {listing.name}, then plan it"
+            )
+        for chunk in response.iter_bytes():
+            found += chunk
+            if len(found) > n_bytes:  # the server ignores the range: the weights are on their way
+                break
+    if len(found) < n_bytes:
+        missing = n_bytes - len(found)
         raise DownloadError(
             f"cannot download {listing.name}: {name} ended {missing:,} bytes early; try again"
         )
+    return bytes(found[:n_bytes])

@@ -32,6 +32,8 @@ from tests.support.command_line import CLOSED, assert_one_line, environment
 from tests.support.command_line import mlxkv as command
 from tests.support.hub_server import COMMIT, Hub, point_client_at, serve
 from tests.support.loading import FILE, ONE_LAYER, weights_of
+from tests.support.other_formats import CASES as OTHERS
+from tests.support.other_formats import checkpoint
 from tests.support.tiny import llama_config, tensor_shapes, write_checkpoint
 from tests.support.tiny_embedder import write_embedder
 
@@ -122,6 +124,17 @@ def test_one_file_and_several_packed_and_plain(quantize, shards, served, tmp_pat
     assert (source / INDEX).exists() == (shards > 1)
     served.repos = {REPO: files_of(source)}
     assert plan(REPO) == plan(source)
+
+
+@pytest.mark.parametrize("name", ["fp8-powers", "gptq-3", "int4-zeros", "awq", "nvfp4", "nf4"])
+def test_a_checkpoint_of_another_quantizer_is_planned_as_what_it_becomes(name, served, tmp_path):
+    settings, case, *_ = OTHERS[name]
+    source, _ = checkpoint(tmp_path / "source", settings, case)
+    served.repos = {REPO: files_of(source)}
+    found = plan(REPO)
+    becomes = convert(source, tmp_path / "out").path
+    assert becomes is not None
+    assert found == plan(becomes)
 
 
 def test_the_command_prints_the_same_as_for_the_directory(tmp_path):
