@@ -86,10 +86,12 @@ class GGUFWeight:
         values = dequantize(self.stored(start, stop), self.tensor.type)
         if self.head_dim and len(self.shape) == 1:
             values = _unpermute(values.reshape(-1, 1), self.head_dim).reshape(1, -1)
-        if self.added:
-            values = values - np.float32(self.added)
-        if self.second:
-            values = values * self._seconds(start, stop)
+        # Values of a damaged file may be NaN or infinite; the writer checks them.
+        with np.errstate(all="ignore"):
+            if self.added:
+                values = values - np.float32(self.added)
+            if self.second:
+                values = values * self._seconds(start, stop)
         return mx.array(values)
 
     def is_exact(self, scale_dtype: str) -> bool:

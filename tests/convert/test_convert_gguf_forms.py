@@ -15,6 +15,8 @@ from tokenizers import Tokenizer
 
 import mlxkv
 from mlxkv.convert import convert, describe
+from mlxkv.convert.gguf.families.common import is_past_the_end
+from mlxkv.convert.gguf.families.gemma4 import reads_anothers_kv
 from mlxkv.convert.gguf.file import open_gguf
 from mlxkv.convert.gguf.tokenizer import gguf_tokenizer
 from mlxkv.errors import CheckpointError, ModelNotFound, TokenizerError, UnsupportedModel
@@ -220,3 +222,12 @@ def test_scores_that_are_all_alike_are_an_error(tmp_path: Path):
     path = write_gguf(tmp_path / "a.gguf", {"x": np.zeros((2, 2), "f4")}, "llama", metadata)
     with pytest.raises(TokenizerError, match=r"scores are all -1000\.0.*its tokenizer\.model"):
         gguf_tokenizer(open_gguf(path))
+
+
+@pytest.mark.parametrize("name", ["blk", "blk.x", "blk.x.attn_k.weight", "blk.99999999999.a"])
+def test_a_name_that_is_of_no_block_is_none(name: str):
+    """Found by mutations: a Gemma 4's name without a number ended in a trace."""
+    config = {"num_hidden_layers": 2, "num_kv_shared_layers": 1}
+    assert reads_anothers_kv(name, config) == is_past_the_end(name, config) == ""
+    assert reads_anothers_kv("blk.1.attn_k.weight", config)
+    assert is_past_the_end("blk.2.attn_k.weight", config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +10,8 @@ from mlxkv.errors import WeightsError
 
 from ..architecture import Config, Tensors
 from ..metadata import Metadata, short_number, token_ids
+
+_BLOCK = re.compile(r"blk\.(\d{1,9})\.([^.]+)", re.ASCII)
 
 ATTENTION = {
     "attn_q": "self_attn.q_proj",
@@ -100,11 +103,15 @@ def theta(m: Metadata, default: float = 10000.0) -> float:
 
 def is_past_the_end(name: str, config: Mapping[str, Any]) -> str:
     """Why a tensor is left out: blocks behind the last predict the token after next."""
-    parts = name.split(".")
-    is_extra = parts[0] == "blk" and parts[1].isdecimal()
-    if is_extra and int(parts[1]) >= config["num_hidden_layers"]:
-        return "predicts the token after next"
-    return ""
+    block = block_of(name)
+    is_extra = block is not None and block[0] >= config["num_hidden_layers"]
+    return "predicts the token after next" if is_extra else ""
+
+
+def block_of(name: str) -> tuple[int, str] | None:
+    """The block that a tensor is of, and what it is there; None for another name."""
+    match = _BLOCK.match(name)
+    return None if match is None else (int(match[1]), match[2])
 
 
 def sigmoid_experts(m: Metadata, n_layers: int) -> Config:

@@ -13,6 +13,7 @@ from ..architecture import Architecture, Rows
 from ..file import GGUFTensor, dequantize
 from ..metadata import Metadata, short_number, token_ids
 from ..rope import ROPE_FACTORS
+from .common import block_of
 from .gemma import FOUR_NORMS
 
 PER_LAYER_TOP = {
@@ -93,10 +94,9 @@ def gemma4_config(m: Metadata, tensors: Mapping[str, GGUFTensor]) -> dict[str, A
 
 def reads_anothers_kv(name: str, config: Mapping[str, Any]) -> str:
     """Why a tensor is left out: it makes KV of a layer that reads another's."""
-    parts = name.split(".")
+    block, kinds = block_of(name), ("attn_k", "attn_v", "attn_k_norm")
     first = config["num_hidden_layers"] - config["num_kv_shared_layers"]
-    kinds = ("attn_k", "attn_v", "attn_k_norm")
-    is_unused = parts[0] == "blk" and int(parts[1]) >= first and parts[2] in kinds
+    is_unused = block is not None and block[0] >= first and block[1] in kinds
     return "its layer reads another's KV" if is_unused else ""
 
 
