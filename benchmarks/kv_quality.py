@@ -110,7 +110,7 @@ def main() -> None:
             "text": [file.name for file in args.text or TEXTS],
             "tokens_sha256": hashlib.sha256(json.dumps(tokens).encode()).hexdigest(),
         },
-        **about(ROOT, "kv_quality"),
+        **about(ROOT, "benchmarks.kv_quality"),
         "blas": [device.load_blas() or "reference"],
         "summary": [asdict(row) for row in rows],
     }
