@@ -85,13 +85,15 @@ def test_masked_keys_are_not_seen(ops, L):
     assert_near(got, reference.attended(array(q), array(k), array(v), D**-0.5, seen=np.array(mask)))
 
 
-@pytest.mark.parametrize(("bits", "D"), [(4, 64), (8, 64), (8, 32), (4, 48)])
+@pytest.mark.parametrize(
+    ("widths", "D"), [((4, 4), 64), ((8, 4), 64), ((8, 8), 32), ((8, 4), 48), ((4, 4), 48)]
+)
 @pytest.mark.parametrize(("L", "S"), [(1, 1), (1, 300), (20, 100)])
-def test_attention_on_quantized_kv(ops, bits, D, L, S):
+def test_attention_on_quantized_kv(ops, widths, D, L, S):
     B, H, Hk = 1, 6, 2
     q = normal(B, H, L, D)
     rows, values = [], []
-    for seed in (1, 2):
+    for seed, bits in zip((1, 2), widths, strict=True):
         x = normal(B, Hk, S, D, seed=seed)
         group = 64 if D % 64 == 0 else 32
         padded = mx.pad(x, [(0, 0)] * 3 + [(0, -D % group)])
