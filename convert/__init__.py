@@ -11,7 +11,7 @@ as mlx-vlm does where the model takes pictures or sound.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,8 +19,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .fidelity import Fidelity
     from .plan import ConvertPlan
+    from .quality.calibration import Measured
+    from .quality.compare import Comparison
     from .report import changes, describe
     from .sources import Source
+    from .write import Round
 
 __all__ = ["ConvertPlan", "ConvertResult", "Progress", "changes", "convert", "describe"]
 
@@ -40,7 +43,8 @@ class Progress:
 
     Attributes:
         phase: "tensors" while weights are written, then "files" for the other files, then "done".
-        done_bytes, total_bytes: of the output's weights.
+            Before and after that, where it was asked for, what is measured ("measuring").
+        done_bytes, total_bytes: of the output's weights; of steps while something is measured.
         name: the tensor just written.
     """
 
@@ -59,11 +63,15 @@ class ConvertResult:
         path: the model directory; None after a dry run.
         errors: of a quantized source's values that changed: what became what -> root mean square of
             the differences over that of the values, measured on the first rows of each tensor.
+        measured: what `quantize="auto"` found.
+        comparison: with the source, if it was asked for.
     """
 
     plan: ConvertPlan
     path: Path | None
     errors: Mapping[str, float] = field(default_factory=dict)
+    measured: Measured | None = None
+    comparison: Comparison | None = None
 
 
 def convert(
@@ -77,6 +85,9 @@ def convert(
     quantize_towers: bool = False,
     text_only: bool = False,
     mmproj: str | Path | None = None,
+    target_bits: float | None = None,
+    calibrate: bool | str | Path = False,
+    evaluate: bool = False,
     dry_run: bool = False,
     overwrite: bool = False,
     max_shard_bytes: int | None = None,
@@ -89,14 +100,20 @@ def convert(
         output: the folder to make; it must not exist, or be empty.
         dtype: of what is not quantized: float16, bfloat16 or float32. None keeps the source's, and
             dequantizes a GGUF file's types to bfloat16 for Gemma and float16 for others.
-        quantize: affine2 to affine8, mxfp4, mxfp8, nvfp4, or none to dequantize everything. None
-            keeps the source's quantization where MLX has the same.
+        quantize: affine2 to affine8, mxfp4, mxfp8, nvfp4; mixed_2_6, mixed_3_4, mixed_3_6 or
+            mixed_4_6, see `quantization.ROLES`; auto, which measures what each weight needs; or
+            none to dequantize everything. None keeps the source's quantization where MLX has the
+            same.
         group_size: values that share a scale; only affine has a choice.
         recipe: "mixed" keeps embeddings, head and the projections at both ends at more bits.
         quantize_towers: quantize the encoders of pictures and sound as well; they are kept as they
             are without it.
         text_only: leave them out; mlx-lm loads that of every family.
         mmproj: the file of a GGUF model's encoders; None for the one beside it, if it is alone.
+        target_bits: of auto, for each weight of the whole output, scales included; 4.5 if None.
+        calibrate: round affine weights by the moments of their inputs on a text: a file, or True
+            for the one that is shipped. `auto` always does.
+        evaluate: compare the output with the source on a text that is shipped.
         dry_run: only plan.
         overwrite: replace an output that exists, when the new one is complete.
         max_shard_bytes: the largest weights file, 5 GiB if None.
@@ -110,6 +127,7 @@ def convert(
     """
     from .open import open_source
     from .plan import MAX_SHARD_BYTES, make_plan, parse_options
+    from .quality.measure import Measure
     from .write import check_output
 
     output = Path(output)
@@ -122,17 +140,31 @@ def convert(
         quantize_towers=quantize_towers,
         text_only=text_only,
     )
+    measure = Measure.of(options, quantize, target_bits, calibrate, evaluate)
     if not dry_run:
         check_output(output, overwrite)
     opened = open_source(source, text_only=text_only, mmproj=mmproj)
+    report = progress or (lambda step: None)
+
+    def step(what: str, done: int, total: int) -> None:
+        report(Progress(what, done, total))
+
+    calibration = measure.calibration(source, step)
+    measured = None
+    if calibration is not None and measure.target_bits is not None:
+        measured = calibration.choose(options, measure.target_bits, group_size)
+        options = replace(options, formats=measured.formats)
     plan = make_plan(opened, options)
     if dry_run:
-        return ConvertResult(plan, None)
+        return ConvertResult(plan, None, measured=measured)
     from .fidelity import Fidelity
 
     fidelity = Fidelity()
-    path = _write(plan, opened, output, overwrite, progress, fidelity)
-    return ConvertResult(plan, path, fidelity.errors())
+    rounding = None if calibration is None else calibration.rounding(plan)
+    path = _write(plan, opened, output, overwrite, report, fidelity, rounding)
+    calibration = rounding = None  # with its model, before the output's is loaded
+    comparison = measure.comparison(source, path, step)
+    return ConvertResult(plan, path, fidelity.errors(), measured, comparison)
 
 
 def _write(
@@ -140,16 +172,16 @@ def _write(
     source: Source,
     output: Path,
     overwrite: bool,
-    progress: Callable[[Progress], None] | None,
+    progress: Callable[[Progress], None],
     fidelity: Fidelity,
+    rounding: Round | None,
 ) -> Path:
     from .write import write_model
 
     done_bytes = 0
 
     def report(phase: str, name: str = "") -> None:
-        if progress is not None:
-            progress(Progress(phase, done_bytes, plan.total_bytes, name))
+        progress(Progress(phase, done_bytes, plan.total_bytes, name))
 
     def advance(name: str, n_bytes: int) -> None:
         nonlocal done_bytes
@@ -168,6 +200,7 @@ def _write(
         overwrite=overwrite,
         advance=advance,
         fidelity=fidelity,
+        rounding=rounding,
     )
     report("done")
     return path

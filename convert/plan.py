@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mlxkv.checkpoint.quantization import Format
@@ -14,13 +14,15 @@ from mlxkv.errors import Hint, UsageError, WeightsError
 
 from .config import output_config
 from .quantization import (
+    MIXED,
     check_recipe,
     fits,
     has_biases,
-    is_sensitive,
+    is_raised,
     must_keep_dtype,
     must_stay_precise,
     parse_quantization,
+    smaller_group,
     with_more_bits,
 )
 from .sources import Source
@@ -39,9 +41,10 @@ class ConvertOptions:
         dtype: of everything that is not quantized, and of scales; None keeps the source's.
         quantization: the format to quantize to; None keeps the source's.
         dense: dequantize everything (`--quantize none`).
-        recipe: None or "mixed".
+        recipe: None, "mixed" or one of `MIXED`.
         quantize_towers: quantize the towers of pictures and sound as well.
         text_only: leave them out.
+        formats: of weights by name, before all other rules (`quality.choice`).
     """
 
     dtype: str | None = None
@@ -51,6 +54,7 @@ class ConvertOptions:
     quantize_towers: bool = False
     text_only: bool = False
     max_shard_bytes: int = MAX_SHARD_BYTES
+    formats: Mapping[str, Format] = field(default_factory=dict)
 
 
 def parse_options(
@@ -78,6 +82,10 @@ def parse_options(
     quantization = None
     if quantize is not None and not dense:
         quantization = parse_quantization(quantize, group_size)
+    if quantize in MIXED:
+        if recipe is not None:
+            raise UsageError(f"{quantize} is a recipe itself", field="recipe")
+        recipe = quantize
     check_recipe(recipe, quantization)
     if quantize_towers and quantization is None:
         raise _needs_quantization("quantize_towers")
@@ -119,7 +127,7 @@ class PlannedTensor:
         action: "copy" (the source's bits), "cast", "dequantize", "quantize" or "requantize".
         dtype: of the values, or of the scales where it is quantized.
         quantization: its format, None for plain values.
-        note: why it is not quantized as asked for.
+        note: why it is not quantized, or not in the groups that were asked for.
         is_exact: whether a quantized source's values stay as they are in a quantized format.
         stored: its name in the output, where it is not `name`.
     """
@@ -208,21 +216,18 @@ class ConvertPlan:
         return 8 * self.total_bytes / max(1, self.n_parameters)
 
 
-def plan_tensor(
-    tensor: SourceTensor, options: ConvertOptions, default_dtype: str | None, n_layers: int
-) -> PlannedTensor:
-    """How one tensor is written.
-
-    `default_dtype`: of plain values without `--dtype`; None keeps each tensor's own.
-    """
-    own, (target, note) = tensor.quantization, _target(tensor, options, n_layers)
+def plan_tensor(tensor: SourceTensor, options: ConvertOptions, source: Source) -> PlannedTensor:
+    """How one tensor is written."""
+    own, (target, note) = tensor.quantization, _target(tensor, options, source)
     is_exact = True
     if target is not None and target == own:
         dtype = options.dtype or tensor.scale_dtype
         action = "copy" if dtype == tensor.scale_dtype or not has_biases(target) else "cast"
         is_exact = tensor.is_exact(dtype)
     else:
-        wanted_dtype = None if must_keep_dtype(tensor.name) else options.dtype or default_dtype
+        wanted_dtype = options.dtype or source.default_dtype
+        if must_keep_dtype(tensor.name):
+            wanted_dtype = None
         own_dtype = tensor.dtype if tensor.dtype in DTYPES else tensor.scale_dtype
         dtype = wanted_dtype or own_dtype
         action = _action(tensor, target, dtype)
@@ -240,9 +245,11 @@ def plan_tensor(
 
 
 def _target(
-    tensor: SourceTensor, options: ConvertOptions, n_layers: int
+    tensor: SourceTensor, options: ConvertOptions, source: Source
 ) -> tuple[Format | None, str]:
     """The format to write a tensor in, None for plain values; why it is not the one asked for."""
+    if tensor.name in options.formats:
+        return options.formats[tensor.name], ""
     own, wanted, in_tower = tensor.quantization, options.quantization, tower_of(tensor.name)
     if options.dense:
         return None, ""
@@ -251,11 +258,14 @@ def _target(
     is_conv = in_tower and len(tensor.shape) != 2  # mlx-vlm's modules of these are not quantized
     if is_conv or must_stay_precise(tensor.name, tensor.shape):
         return None, ""
-    if options.recipe and not in_tower and is_sensitive(tensor.name, n_layers):
-        wanted = with_more_bits(wanted)
+    recipe, n_layers = options.recipe, source.parsed.num_hidden_layers
+    if recipe and not in_tower and is_raised(recipe, tensor.name, n_layers, tied=source.tied):
+        wanted = with_more_bits(wanted, recipe)
     if fits(wanted, tensor.shape):
         return wanted, ""
-    return None, f"{tensor.shape[-1]} columns do not divide into groups of {wanted.group_size}"
+    why = f"{tensor.shape[-1]} columns do not divide into groups of {wanted.group_size}"
+    found = smaller_group(wanted, tensor.shape)
+    return found, why if found is None else f"groups of {found.group_size}: {why}"
 
 
 def _action(tensor: SourceTensor, target: Format | None, dtype: str) -> str:
@@ -331,11 +341,7 @@ def shard(
 def make_plan(source: Source, options: ConvertOptions) -> ConvertPlan:
     if source.family.embeds and options.dtype == "float16":
         raise UsageError("must not be float16: this model's values overflow it", field="dtype")
-    n_layers = source.parsed.num_hidden_layers
-    tensors = tuple(
-        plan_tensor(tensor, options, source.default_dtype, n_layers)
-        for tensor in source.tensors.values()
-    )
+    tensors = tuple(plan_tensor(tensor, options, source) for tensor in source.tensors.values())
     towers = towers_in(source.tensors)
     if towers:
         tensors = as_mlx_vlm_names(tensors, source)

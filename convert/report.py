@@ -31,17 +31,33 @@ def describe(plan: ConvertPlan) -> str:
 
 
 def changes(plan: ConvertPlan, errors: Mapping[str, float]) -> list[str]:
-    """Lines on a quantized source: how many tensors keep their values, how far others are off.
+    """Lines on what is not as it was asked for, and on a quantized source: how many tensors keep
+    their values, how far others are off.
 
     Args:
         errors: see `ConvertResult`.
     """
     kinds = Counter(became(tensor) for tensor in plan.tensors if not tensor.is_same)
     same = sum(tensor.is_same for tensor in plan.tensors)
-    lines = [f"{same} tensors keep their quantized values"] if same else []
+    lines = exceptions(plan)
+    lines += [f"{same} tensors keep their quantized values"] if same else []
     return lines + [
         f"{kinds[kind]} tensors, {kind}: off by {error:.2g} of their root mean square"
         for kind, error in errors.items()
+    ]
+
+
+def exceptions(plan: ConvertPlan) -> list[str]:
+    """Lines on weights that are not quantized as was asked for, by the reason."""
+    names: dict[tuple[bool, str], list[str]] = {}
+    for tensor in plan.tensors:
+        if tensor.note:
+            key = tensor.quantization is None, tensor.note
+            names.setdefault(key, []).append(tensor.name)
+    return [
+        f"{'not quantized' if is_plain else 'in smaller groups'}: {len(them)} "
+        f"({listed(them, 4)}): {note}"
+        for (is_plain, note), them in names.items()
     ]
 
 
@@ -66,10 +82,7 @@ def _sums(plan: ConvertPlan) -> list[str]:
         f"{plan.bits_per_weight:.2f} bits per weight, {len(plan.shards)} "
         f"file{'s' if len(plan.shards) > 1 else ''}",
     ]
-    unquantized = [tensor.name for tensor in plan.tensors if tensor.note]
-    if unquantized:
-        note = next(tensor.note for tensor in plan.tensors if tensor.note)
-        lines.append(f"not quantized: {listed(unquantized, 4)} ({note})")
+    lines += exceptions(plan)
     if same := sum(tensor.is_same for tensor in plan.tensors):
         lines.append(f"the same values: {same} tensors that were quantized")
     nearest = Counter(became(tensor) for tensor in plan.tensors if not tensor.is_exact)

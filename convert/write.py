@@ -48,6 +48,8 @@ _BITS = {
 
 Advance = Callable[[str, int], None]
 """Called with a tensor's name and the bytes just written."""
+Round = Callable[[PlannedTensor, mx.array], tuple[mx.array, ...]]
+"""Rows of a tensor in its affine format, in the layout of `mx.quantize`."""
 
 
 def write_model(
@@ -59,6 +61,7 @@ def write_model(
     overwrite: bool = False,
     advance: Advance = lambda name, n_bytes: None,
     fidelity: Fidelity | None = None,
+    rounding: Round | None = None,
 ) -> Path:
     """Write the model directory.
 
@@ -67,6 +70,7 @@ def write_model(
         write_side_files: writes tokenizer files and the like into a folder.
         output: the folder to make; may exist if it is empty, or with `overwrite`.
         fidelity: measures what changes.
+        rounding: to affine formats; None for that of `mx.quantize`.
 
     Raises:
         OutputError: exists already, no space, or it cannot be written.
@@ -78,7 +82,7 @@ def write_model(
     with _partial_folder(output, overwrite) as folder:
         for name, members in plan.shards.items():
             with _errors_as_output(output), _naming(plan.source):
-                _write_shard(folder / name, members, tensors, advance, measure)
+                _write_shard(folder / name, members, tensors, advance, measure, rounding)
         with _errors_as_output(output):
             _write_config(folder, plan)
             write_side_files(folder)
@@ -218,12 +222,13 @@ def _write_shard(
     tensors: Mapping[str, SourceTensor],
     advance: Advance,
     measure: Fidelity,
+    rounding: Round | None,
 ) -> None:
     header, starts, size = _layout(members)
     with path.open("wb") as file:
         file.write(header)
         before: _Block | None = None
-        for block in _blocks(members, tensors):
+        for block in _blocks(members, tensors, rounding):
             # While this one is computed, the one before it is written and the next one is read.
             if before is not None:
                 _write_block(file, before, starts, advance, measure)
@@ -246,7 +251,9 @@ class _Block:
 
 
 def _blocks(
-    members: tuple[PlannedTensor, ...], tensors: Mapping[str, SourceTensor]
+    members: tuple[PlannedTensor, ...],
+    tensors: Mapping[str, SourceTensor],
+    rounding: Round | None,
 ) -> Iterator[_Block]:
     """All rows in order; each block is being computed when it comes."""
     for planned in members:
@@ -256,7 +263,8 @@ def _blocks(
         n = max(step, BLOCK_BYTES // (4 * max(1, columns)) // step * step)
         for start in range(0, n_rows, n):
             stop = min(n_rows, start + n)
-            yield _Block(planned, source, start, stop, _block(planned, source, start, stop))
+            arrays = _block(planned, source, start, stop, rounding)
+            yield _Block(planned, source, start, stop, arrays)
         # Buffers of other shapes would pile up in MLX's cache.
         mx.clear_cache()
 
@@ -302,7 +310,7 @@ def _write_block(
 
 
 def _block(
-    planned: PlannedTensor, source: SourceTensor, start: int, stop: int
+    planned: PlannedTensor, source: SourceTensor, start: int, stop: int, rounding: Round | None
 ) -> tuple[mx.array, ...]:
     """These rows as the plan stores them, being computed."""
     dtype = getattr(mx, planned.dtype)
@@ -314,6 +322,8 @@ def _block(
         if has_biases(target):
             scales = [_cast(planned, scale, dtype) for scale in scales]
         arrays = (weight, *scales)
+    elif rounding is not None and has_biases(target):
+        arrays = rounding(planned, _cast(planned, source.rows(start, stop), dtype))
     else:
         values = _cast(planned, source.rows(start, stop), dtype)
         arrays = tuple(mx.quantize(values, target.group_size, target.bits, mode=target.mode))

@@ -15,6 +15,7 @@ from mlxkv import __version__
 from mlxkv.commands import kv, models, run, serve
 from mlxkv.commands.alias import alias
 from mlxkv.commands.bench import bench
+from mlxkv.commands.convert import compare, convert
 from mlxkv.commands.doctor import doctor
 from mlxkv.commands.embed import embed
 from mlxkv.commands.launch import launch
@@ -46,7 +47,8 @@ app.command("list")(models.list_)
 app.command("ls", hidden=True)(models.list_)
 app.command()(models.show)
 app.command()(models.rm)
-app.command()(models.convert)
+app.command()(convert)
+app.command()(compare)
 app.command()(models.plan)
 app.command()(alias)
 app.command()(verify)

@@ -33,7 +33,7 @@ ROOMS: dict[str, set[str]] = {
     "parsers": {"text", "chat"},
     "sampling": {"parsers", "text", "checkpoint", "nn", "base"},
     "prefix": {"kv", "checkpoint", "base"},
-    "convert": {"models", "nn", "checkpoint", "base"},
+    "convert": {"models", "nn", "text", "checkpoint", "base"},
     "store": {"convert", "models", "sampling", "checkpoint", "kv", "base"},
     "saved_kv": {"media", "prefix", "base"},
     "memory": {"media", "prefix", "models", "nn", "cache", "kv", "base"},

@@ -1,16 +1,14 @@
-"""Commands about models: `mlxkv pull`, `list`, `show`, `rm`, `convert`, `plan` and `models`."""
+"""Commands about models: `mlxkv pull`, `list`, `show`, `rm`, `plan` and `models`."""
 
 from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from mlxkv.commands.options import AsJson, Draft, DType, KVType, Memory, Model, takes
+from mlxkv.commands.options import AsJson, Draft, DType, KVType, Memory, Model
 
 
 def pull(model: Model) -> None:
@@ -83,74 +81,6 @@ def rm(
         return
     freed = library.remove(model)
     print(f"removed {model}, {human_bytes(freed)} freed")
-
-
-@dataclass(frozen=True, slots=True)
-class ConvertOptions:
-    """Of the command line; made by `takes`."""
-
-    source: str = typer.Argument(
-        ..., metavar="SOURCE", help="Directory, .gguf file, org/name or name."
-    )
-    output: str | None = typer.Option(
-        None, "--output", "-o", help="A path, or a bare name for mlxkv's own models folder."
-    )
-    dtype: str | None = typer.Option(None, help="float32, float16 or bfloat16.")
-    quantize: str | None = typer.Option(
-        None, "--quantize", "-q", help="affine4, affine8, mxfp4, mxfp8, nvfp4, ... none."
-    )
-    group_size: int | None = typer.Option(None, help="Values that share a scale.")
-    recipe: str | None = typer.Option(
-        None, help="mixed: more bits for embeddings, head and the like."
-    )
-    mmproj: Path | None = typer.Option(
-        None, help="A .gguf model's encoders; default: the *mmproj*.gguf beside it."
-    )
-    quantize_towers: bool = typer.Option(
-        False, "--quantize-towers", help="Quantize the encoders of pictures and sound as well."
-    )
-    text_only: bool = typer.Option(
-        False, "--text-only", help="Leave the encoders of pictures and sound out."
-    )
-    dry_run: bool = typer.Option(False, "--dry-run", help="Print the plan only.")
-
-
-@takes(ConvertOptions)
-def convert(options: ConvertOptions) -> int:
-    """Convert a checkpoint to an MLX model directory."""
-    from mlxkv.store import refs, resolve
-    from mlxkv.terminal.console import ProgressLine
-
-    o, progress = options, ProgressLine(plain=True)
-    try:
-        path = resolve.source_path(o.source, report=progress)
-        target = refs.output_path(o.output or resolve.default_output(o.source, o.quantize, o.dtype))
-        from mlxkv.convert import convert as convert_model  # pyright: ignore[reportMissingImports]
-
-        result = convert_model(
-            path,
-            target,
-            dtype=o.dtype,
-            quantize=o.quantize,
-            group_size=o.group_size,
-            recipe=o.recipe,
-            mmproj=o.mmproj,
-            quantize_towers=o.quantize_towers,
-            text_only=o.text_only,
-            dry_run=o.dry_run,
-            progress=lambda step: progress("converting", step.done_bytes, step.total_bytes),
-        )
-    finally:
-        progress.clear()
-    from mlxkv.convert import changes, describe  # pyright: ignore[reportMissingImports]
-
-    if o.dry_run:
-        print(describe(result.plan))
-    else:
-        for line in changes(result.plan, result.errors):
-            print(line, file=sys.stderr)
-        print(result.path)
-    return 0
 
 
 def plan(

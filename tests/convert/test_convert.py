@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ import numpy as np
 import pytest
 
 import mlxkv
-from mlxkv.convert import Progress, convert, describe
+from mlxkv.checkpoint.quantization import Format
+from mlxkv.convert import Progress, changes, convert, describe
 from mlxkv.convert.config import output_config
-from mlxkv.convert.quantization import NAMES
+from mlxkv.convert.quantization import MIXED, NAMES
 from mlxkv.errors import UnsupportedModel, UsageError, WeightsError
 from tests.support import tiny
 
@@ -198,17 +200,52 @@ def test_a_packed_checkpoint_is_copied_unpacked_or_packed_anew(tmp_path: Path):
     assert mx.array_equal(other["lm_head.scales"], scales)
 
 
-def test_a_rows_length_that_groups_do_not_divide_stays_as_it_is_and_is_listed(tmp_path: Path):
+def test_rows_that_the_group_does_not_divide_get_a_smaller_group_and_are_listed(tmp_path: Path):
     source = tiny.write_checkpoint(tmp_path / "hf", tiny.llama_config())  # down_proj: 96 columns
     plan = convert(source, tmp_path / "out", quantize="affine4", group_size=64).plan
-    left = [t for t in plan.tensors if t.note]
-    assert [t.name for t in left] == [f"model.layers.{i}.mlp.down_proj.weight" for i in range(3)]
-    assert "not quantized: model.layers.0.mlp.down_proj.weight" in describe(plan)
-    assert "96 columns do not divide into groups of 64" in describe(plan)
+    down = {t.name: t.quantization for t in plan.tensors if t.note}
+    assert down == {
+        f"model.layers.{i}.mlp.down_proj.weight": Format("affine", 4, 32) for i in range(3)
+    }
+    assert "in smaller groups: 3 (model.layers.0.mlp.down_proj.weight, " in describe(plan)
+    assert any("96 columns do not divide into groups of 64" in line for line in changes(plan, {}))
     prompt = tiny.tokens(30)
     np.testing.assert_allclose(
         ours(tmp_path / "out", prompt), mlx_lms(tmp_path / "out", prompt), atol=1e-3
     )
+
+
+def test_rows_that_no_group_divides_stay_as_they_are_and_are_named(tmp_path: Path):
+    source = tiny.write_checkpoint(tmp_path / "hf", tiny.llama_config(intermediate_size=80))
+    plan = convert(source, tmp_path / "out", quantize="mixed_3_6").plan
+    left = {t.name for t in plan.tensors if t.note and t.quantization is None}
+    assert left == {f"model.layers.{i}.mlp.down_proj.weight" for i in range(3)}
+    assert any(line.startswith("not quantized: 3 (model.") for line in changes(plan, {}))
+    assert np.isfinite(ours(tmp_path / "out", tiny.tokens(8))).all()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("recipe", MIXED)
+def test_mlx_lms_recipes_raise_the_weights_that_mlx_lm_raises(
+    tmp_path: Path, recipe: str, tied: bool
+):
+    """But for an embedding that is the head, which mlx-lm leaves at fewer bits."""
+    config = tiny.llama_config(num_hidden_layers=9, tie_word_embeddings=tied)
+    source = tiny.write_checkpoint(tmp_path / "hf", config)
+    plan = convert(source, tmp_path / "out", quantize=recipe, group_size=32, dry_run=True).plan
+    model, _ = mlx_lm.utils.load_model(source)
+    theirs = importlib.import_module("mlx_lm.convert").mixed_quant_predicate_builder(
+        recipe, model, 32
+    )
+    modules = {path: module for path, module in model.named_modules() if "weight" in module}
+    for tensor in plan.tensors:
+        if tensor.quantization is None:
+            assert "norm" in tensor.name
+            continue
+        bits = theirs(tensor.module, modules[tensor.module])["bits"]
+        if tied and tensor.module == "model.embed_tokens":
+            bits = MIXED[recipe][1]
+        assert tensor.quantization == Format("affine", bits, 32), tensor.name
 
 
 def test_dtype_casts_everything(tmp_path: Path):
@@ -259,7 +296,7 @@ def test_a_foreign_quantization_is_named(tmp_path: Path):
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ({"quantize": "affine7"}, r"quantize must be one of affine2, .*nvfp4, none; got 'affine7'"),
+    ({"quantize": "affine7"}, r"quantize must be one of affine2, .*, auto, none; got 'affine7'"),
     ({"quantize": "affine4", "group_size": 16}, r"must be one of 32, 64, 128 for affine4; got 16"),
     ({"quantize": "nvfp4", "group_size": 32}, r"group_size must be one of 16 for nvfp4; got 32"),
     ({"group_size": 32}, r"group_size is for a model that is quantized"),
@@ -267,6 +304,11 @@ def test_a_foreign_quantization_is_named(tmp_path: Path):
     ({"recipe": "mixed"}, r"recipe mixed is for a model that is quantized"),
     ({"recipe": "best", "quantize": "affine4"}, r"recipe must be one of mixed; got 'best'"),
     ({"recipe": "mixed", "quantize": "affine8"}, r"nothing has more than affine8"),
+    ({"recipe": "mixed", "quantize": "mixed_3_6"}, r"recipe mixed_3_6 is a recipe itself"),
+    ({"recipe": "mixed", "quantize": "auto"}, r"recipe auto chooses the bits itself"),
+    ({"target_bits": 4.5, "quantize": "affine4"}, r"target_bits is for a model that is measured"),
+    ({"target_bits": 0.5, "quantize": "auto"}, r"target_bits must be more than 1 .*; got 0\.5"),
+    ({"calibrate": True, "quantize": "mxfp4"}, r"calibrate is for affine formats"),
 ])  # fmt: skip
 def test_a_wrong_option_says_what_is_allowed(tmp_path: Path, options: dict[str, Any], message: str):
     with pytest.raises(UsageError, match=message):

@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten
 
 import mlxkv
 from mlxkv.convert import convert
-from mlxkv.convert.quantization import is_sensitive
+from mlxkv.convert.quantization import is_raised
 from mlxkv.errors import ConfigError
 from mlxkv.models.gemma4 import Model, remap
 from mlxkv.models.gemma4_config import Config
@@ -237,7 +237,7 @@ def test_the_mixed_recipe_gives_per_layer_embeddings_more_bits():
     layers = ("per_layer_input_gate", "per_layer_projection")
     names = [*(f"model.{n}.weight" for n in sensitive)]
     names += [f"model.layers.3.{n}.weight" for n in layers]
-    assert all(is_sensitive(name, 7) for name in names)
+    assert all(is_raised("mixed", name, 7) for name in names)
 
 
 # Configs

@@ -1,0 +1,1 @@
+"""Quantizing well: what decides quality is measured on text, and values are rounded by it."""
