@@ -151,10 +151,11 @@ def convert(
 
     calibration = measure.calibration(source, step)
     measured = None
-    if calibration is not None and measure.target_bits is not None:
-        measured = calibration.choose(options, measure.target_bits, group_size)
-        options = replace(options, formats=measured.formats)
     plan = make_plan(opened, options)
+    if calibration is not None and measure.target_bits is not None:
+        measured = calibration.measure(plan, group_size, measure.target_bits)
+        formats = measured.formats(plan, measure.target_bits)
+        plan = make_plan(opened, replace(options, formats=formats))
     if dry_run:
         return ConvertResult(plan, None, measured=measured)
     from .fidelity import Fidelity

@@ -45,16 +45,17 @@ class Moments:
 
 
 def moments_of(matrix: np.ndarray, damping: float = DAMPING) -> Moments:
-    """Prepare M, `[in, in]`, for rounding."""
-    M = np.asarray(matrix, np.float64)
-    diagonal = np.diagonal(M).copy()
+    """Prepare M, `[in, in]`, for rounding; `damping` as `DAMPING`."""
+    diagonal = np.diagonal(matrix).astype(np.float32)
     mean = max(float(diagonal.mean()), 1e-30)
-    M = M / mean
-    M[np.diag_indices_from(M)] += damping
     order = np.argsort(-diagonal, kind="stable")
-    inverse = np.linalg.inv(M[np.ix_(order, order)])
-    factor = np.linalg.cholesky((inverse + inverse.T) / 2).T
-    return Moments((diagonal / mean + damping).astype(np.float32), order, factor.astype(np.float32))
+    M = matrix[np.ix_(order, order)].astype(np.float64) / mean
+    M[np.diag_indices_from(M)] += damping
+    # Backwards: with M = R R^T, R an upper triangle, U is the inverse of R.
+    lower = mx.array(np.linalg.cholesky(M[::-1, ::-1]).astype(np.float32))
+    inverse = np.array(mx.linalg.tri_inv(lower, stream=mx.cpu))
+    factor = np.ascontiguousarray(inverse[::-1, ::-1])
+    return Moments(diagonal / np.float32(mean) + np.float32(damping), order, factor)
 
 
 def rounded(

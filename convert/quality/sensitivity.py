@@ -1,7 +1,9 @@
 """How much the model's divergence grows when a weight is quantized, measured on text.
 
 A unit is what gets one format: a weight, or those that are fused where they have one format
-(queries, keys and values; gate and up). For each, the model runs once with the unit at 3 bits.
+(queries, keys and values; gate and up). For each, the model runs once with the unit at 3 bits, or
+with some neighbours of a kind, where there are many.
+
 Other formats are not tried: divergence is quadratic in a small error, so theirs is the measured one
 times the ratio of the errors of the unit's results, which a sample of its rows and the second
 moments of its inputs give.
@@ -9,7 +11,8 @@ moments of its inputs give.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -78,6 +81,18 @@ def units_of(shapes: Mapping[str, tuple[int, ...]]) -> list[Unit]:
         )
         for them in groups.values()
     ]
+
+
+def trial_groups(units: Sequence[Unit], most: int) -> list[list[Unit]]:
+    """Units that are tried together: alone if there are at most so many, else neighbours of a kind.
+
+    What a trial measures is divided equally, for neighbouring layers are much alike.
+    """
+    kinds: dict[str, list[Unit]] = {}
+    for unit in units:
+        kinds.setdefault(re.sub(r"\blayers\.\d+\.", "layers.*.", unit.name), []).append(unit)
+    n = -(-len(units) // most)
+    return [them[i : i + n] for them in kinds.values() for i in range(0, len(them), n)]
 
 
 class Trials:

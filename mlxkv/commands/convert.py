@@ -133,7 +133,14 @@ def _to_dict(result: ConvertResult) -> dict[str, Any]:
         "quantization": plan.config.get("quantization"),
         "exceptions": {t.name: t.note for t in plan.tensors if t.note},
         "errors": dict(result.errors),
-        "measured": None if measured is None else measured.to_dict(),
+        "measured": None
+        if measured is None
+        else {
+            "sensitivity": dict(measured.sensitivity),
+            "n_passes": measured.n_passes,
+            "n_tokens": measured.n_tokens,
+            "seconds": measured.seconds,
+        },
         "comparison": None if comparison is None else asdict(comparison),
     }
 

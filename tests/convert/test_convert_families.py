@@ -13,12 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
 import mlxkv
 from mlxkv.convert import convert
+from mlxkv.convert.open import open_source
+from mlxkv.convert.quality.reference import dense_model, recording
+from mlxkv.convert.quantization import must_stay_precise
 from mlxkv.models import family_for
 from tests.support import tiny
 
@@ -228,3 +232,25 @@ def test_unpacked_output_has_the_inputs_logits(tmp_path: Path, name: str):
     source = tiny.write_checkpoint(tmp_path / "hf", family.config, weights_of(family))
     convert(source, tmp_path / "out")
     np.testing.assert_array_equal(logits(tmp_path / "out"), logits(source))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_source_as_it_is_measured_has_its_logits_and_shows_its_projections_inputs(
+    tmp_path: Path, name: str
+):
+    """Its projections are not fused, so that each can be changed alone. Then with recorders."""
+    family = FAMILIES[name]
+    folder = tiny.write_checkpoint(tmp_path / "hf", family.config, weights_of(family))
+    model = dense_model(open_source(folder, text_only=True))
+    tokens, expected = mx.array([tiny.tokens(40)]), logits(folder)
+    np.testing.assert_allclose(np.array(model(tokens))[0], expected, atol=2e-5 * expected.std())
+    linear = [
+        path
+        for path, module in model.weights_root().named_modules()
+        if isinstance(module, nn.Linear) and not must_stay_precise(f"{path}.weight", (1, 1))
+    ]
+    with recording(model, linear, full=False) as recorders:
+        found = np.array(model(tokens))[0]
+    np.testing.assert_allclose(found, expected, atol=2e-5 * expected.std())
+    unseen = {end_of(path) for path, each in recorders.items() if each.mean() is None}
+    assert unseen == set()
