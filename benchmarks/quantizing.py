@@ -57,7 +57,6 @@ def ways(recipes: list[str]) -> list[Way]:
     """Plain and rounded affine4 and auto at its bits; each recipe of mlx-lm's, and auto at its."""
     found = [
         Way("mlxkv", "affine4", {"quantize": "affine4"}),
-        Way("mlxkv", "affine4, calibrated", {"quantize": "affine4", "calibrate": True}),
         Way("mlxkv", "auto", {"quantize": "auto"}, "affine4"),
     ]
     for recipe in recipes:
@@ -66,6 +65,7 @@ def ways(recipes: list[str]) -> list[Way]:
             Way("mlx-lm", theirs, {"recipe": recipe}),
             Way("mlxkv", f"auto, as {theirs}", {"quantize": "auto"}, theirs),
         ]
+    found.append(Way("mlxkv", "affine4, calibrated", {"quantize": "affine4", "calibrate": True}))
     return found
 
 
@@ -172,11 +172,12 @@ class Work:
             file.write_bytes(pickle.dumps(replace(found, seconds=KeptTrials.cpu_s)))
         return pickle.loads(file.read_bytes())
 
-    def make(self, way: Way, bits: float | None) -> tuple[Path, float]:
-        """Convert, and how long it took, without measuring."""
+    def make(self, way: Way, bits: float | None) -> Path:
+        """The converted model; one that is there already stays."""
         folder = self.folder / way.name.replace(" ", "-").replace(",", "")
+        if (folder / "config.json").exists() and way.name not in self.args.again:
+            return folder
         shutil.rmtree(folder, ignore_errors=True)
-        began_s = time.process_time()
         if way.tool == "mlx-lm":
             command = [sys.executable, "-m", "mlx_lm", "convert", "--hf-path", str(self.source)]
             command += ["--mlx-path", str(folder), "-q", "--quant-predicate", way.options["recipe"]]
@@ -187,7 +188,7 @@ class Work:
             convert(self.source, folder, **way.options)
         else:
             self._rounded(way, bits, folder)
-        return folder, time.process_time() - began_s
+        return folder
 
     def _rounded(self, way: Way, bits: float | None, folder: Path) -> None:
         """As `convert` does it, with what was measured before."""
@@ -286,10 +287,10 @@ def main() -> None:
         if way.name in rows and way.name not in args.again:
             continue
         bits = rows[way.bits_of]["bits"] if way.bits_of else None
-        folder, cpu_s = work.make(way, bits)
+        folder = work.make(way, bits)
         found = compared(work, folder, lambda done, total, kl: say(f"KL {kl:.4g}", done, total))
         rows[way.name] = {
-            "name": way.name, "bits_of": way.bits_of, "bits": bits_of(folder), "cpu_s": cpu_s,
+            "name": way.name, "bits_of": way.bits_of, "bits": bits_of(folder),
             **asdict(found),
         }  # fmt: skip
         print(f"\n{way.name}: {rows[way.name]['bits']:.3f} bits, {found.text()}", file=sys.stderr)
