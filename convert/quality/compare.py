@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import mlx.core as mx
 
@@ -66,7 +67,7 @@ def compare(
     same, log_p, log_q = 0, 0.0, 0.0
     for i in range(len(tokens)):
         for rows in _window(reference, model, tokens[i : i + 1]):
-            kl += rows[0].tolist()
+            kl += cast(list[float], rows[0].tolist())
             same += int(rows[1].sum())
             log_p, log_q = log_p + float(rows[2].sum()), log_q + float(rows[3].sum())
         if progress is not None:
@@ -96,8 +97,8 @@ def _window(reference: CausalLM, model: CausalLM, tokens: mx.array) -> Iterator[
                 "only models with one vocabulary can be compared"
             )
         following = tokens[0, start + 1 : stop + 1, None]
-        of_next = [mx.take_along_axis(each, following, axis=-1)[:, 0] for each in (p, q)]
-        rows = divergence(p, q), p.argmax(-1) == q.argmax(-1), *of_next
+        p_next, q_next = (mx.take_along_axis(x, following, axis=-1)[:, 0] for x in (p, q))
+        rows = divergence(p, q), p.argmax(-1) == q.argmax(-1), p_next, q_next
         mx.eval(rows)
         yield rows
 

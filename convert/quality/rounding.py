@@ -77,8 +77,8 @@ def rounded(
     if moments is None:
         codes = np.array(nearest(grouped, scales, biases, target.bits))
     else:
-        known = (np.array(array) for array in (values, scales, biases))
-        codes = _compensated(*known, target, moments)
+        weights, of_scales, of_biases = (np.array(x) for x in (values, scales, biases))
+        codes = _compensated(weights, of_scales, of_biases, target, moments)
     weight = packed(codes.astype(np.uint8).reshape(-1), target.bits).reshape(n_rows, -1)
     weight = mx.array(np.ascontiguousarray(weight).view("<u4"))
     return weight, scales.astype(dtype), biases.astype(dtype)
@@ -112,21 +112,18 @@ def _best(
     dtype: mx.Dtype,
 ) -> tuple[mx.array, mx.array]:
     """Of pairs of scales and biases, each group's with the smallest error, as `dtype` holds it."""
-    found: tuple[mx.array, mx.array, mx.array] | None = None
+    least: mx.array | None = None
+    scales = biases = mx.array(0.0)
     for pair in candidates:
         scale, bias = (part.astype(dtype).astype(mx.float32) for part in pair)
         codes = nearest(values, scale, bias, bits)
         off = values - codes * scale[..., None] - bias[..., None]
         error = (mx.square(off) * weight).sum(-1)
-        if found is None:
-            found = error, scale, bias
-        else:
-            better = error < found[0]
-            new = error, scale, bias
-            found = tuple(mx.where(better, a, b) for a, b in zip(new, found, strict=True))
-        mx.eval(found)
-    assert found is not None
-    return found[1], found[2]
+        better = mx.array(True) if least is None else error < least
+        least = error if least is None else mx.where(better, error, least)
+        scales, biases = mx.where(better, scale, scales), mx.where(better, bias, biases)
+        mx.eval(least, scales, biases)
+    return scales, biases
 
 
 def _least_squares(

@@ -13,7 +13,10 @@ import typer
 from mlxkv.commands.options import AsJson, takes
 
 if TYPE_CHECKING:
-    from mlxkv.convert import ConvertResult, Progress
+    from mlxkv.convert import (  # pyright: ignore[reportMissingImports]
+        ConvertResult,
+        Progress,
+    )
     from mlxkv.terminal.console import ProgressLine
 
 
