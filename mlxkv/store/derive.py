@@ -42,7 +42,8 @@ def derive(
     Args:
         source: the other's directory.
         name: of the new model.
-        quantize: quantize its weights, see `mlxkv.convert`; None copies them.
+        quantize: quantize its weights, see `mlxkv.convert`; None copies them. Not "auto", which
+            would run the whole model beside those that a server has loaded.
         chosen: settings that it runs with, see `settings`.
         sampling: what it recommends; unset parameters are the source's.
         report: called with the progress.
@@ -52,6 +53,8 @@ def derive(
         CheckpointError: the source is damaged.
         OutputError: there is no space.
     """
+    if quantize == "auto":
+        raise UsageError("auto measures the model: use `mlxkv convert`", field="quantize")
     with work_folder(name, report) as work:
         target, made = models_dir() / slug(name), work / "model"
         if is_model(target):

@@ -738,6 +738,7 @@ def test_create_packs_weights(client, models):
     [
         ({}, "from is required"),
         ({"from": STORED, "quantize": "q4_K_M"}, "affine4"),
+        ({"from": STORED, "quantize": "auto"}, "use `mlxkv convert`"),
         ({"from": STORED, "system": "Be brief"}, "system: not supported"),
         ({"from": STORED, "template": "x"}, "template: not supported"),
         ({"files": {"a": "sha256:0"}}, "files: not supported"),
