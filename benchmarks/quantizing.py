@@ -206,11 +206,15 @@ class Work:
 
 
 def bits_of(folder: Path) -> float:
-    """Bits per weight of a model directory, all of it."""
+    """Bits per weight of a model directory, all arrays of it."""
     from mlxkv.convert.open import open_source
     from mlxkv.convert.tensors import matrix_shape
 
-    n_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    n_bytes = 0
+    for file in folder.glob("*.safetensors"):
+        with file.open("rb") as opened:
+            header = int.from_bytes(opened.read(8), "little")
+        n_bytes += file.stat().st_size - 8 - header
     n_values = 0
     for tensor in open_source(folder).tensors.values():
         rows, columns = matrix_shape(tensor.shape)
