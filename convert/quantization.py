@@ -142,10 +142,9 @@ def is_raised(recipe: str, name: str, n_layers: int, *, tied: bool = False) -> b
         n_layers: of the model.
         tied: whether the embedding is the head.
     """
-    layer = re.search(r"\blayers\.(\d+)\.", name)
-    if layer is not None and int(layer[1]) >= n_layers:
-        return False  # a next-token layer: no answer depends on it
-    role = role_of(name)
+    if is_next_token(name, n_layers):
+        return False
+    role, layer = role_of(name), re.search(r"\blayers\.(\d+)\.", name)
     if role == "head" or (role == "embedding" and (recipe == "mixed" or _is_head(name, tied))):
         return True
     if role not in ("value", "down") or layer is None:
@@ -156,6 +155,12 @@ def is_raised(recipe: str, name: str, n_layers: int, *, tied: bool = False) -> b
         return not edge <= i < n_layers - edge
     edge = n_layers // 8
     return i < edge or i >= 7 * n_layers // 8 or (i - edge) % 3 == 2
+
+
+def is_next_token(name: str, n_layers: int) -> bool:
+    """Whether a weight is of a layer that guesses the next token: no answer depends on it."""
+    layer = re.search(r"\blayers\.(\d+)\.", name)
+    return layer is not None and int(layer[1]) >= n_layers
 
 
 def _is_head(name: str, tied: bool) -> bool:

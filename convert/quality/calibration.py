@@ -19,7 +19,7 @@ from mlxkv.errors import UsageError
 from mlxkv.nn.model import CausalLM
 
 from ..plan import ITEM_BYTES, ConvertPlan, PlannedTensor
-from ..quantization import has_biases, role_of
+from ..quantization import has_biases, is_next_token, role_of
 from ..sources import Source
 from .allocate import Choice, allocate
 from .reference import Recorder, dense_model, recording, tokenizer_of
@@ -147,7 +147,7 @@ class Calibration:
             UsageError: no formats are that small; nothing was measured.
         """
         began_s = time.monotonic()
-        planned = {t.name: t for t in plan.tensors if t.quantization and not tower_of(t.name)}
+        planned = self._measurable(plan)
         units = units_of({name: t.shape for name, t in planned.items()})
         sizes = {
             unit.name: [
@@ -176,6 +176,15 @@ class Calibration:
                 ]
         seconds = time.monotonic() - began_s
         return Measured(units, choices, sensitivity, trials.n_passes, self._few.size, seconds)
+
+    def _measurable(self, plan: ConvertPlan) -> dict[str, PlannedTensor]:
+        """By name, what a plan quantizes of the text model, without next-token layers."""
+        n_layers = self.source.parsed.num_hidden_layers
+        return {
+            t.name: t
+            for t in plan.tensors
+            if t.quantization and not tower_of(t.name) and not is_next_token(t.name, n_layers)
+        }
 
     def rounding(self, plan: ConvertPlan) -> Rounding:
         """What rounds the weights of a plan."""

@@ -24,6 +24,7 @@ from mlxkv.convert.quality.measure import compare_paths
 from mlxkv.convert.quality.rounding import moments_of, rounded
 from mlxkv.convert.quality.sensitivity import units_of
 from mlxkv.convert.quality.texts import CALIBRATION, HELD_OUT
+from mlxkv.convert.quantization import is_next_token, is_raised
 from mlxkv.errors import UsageError
 from tests.support.command_line import chat_model
 
@@ -111,6 +112,12 @@ def test_weights_that_are_fused_are_one_unit_and_share_moments():
         (f"{layer}o_proj.weight",),
     ]
     assert [len(part) for part in parts_of(shapes, 4 * 64 * 64)] == [3, 1]
+
+
+def test_a_layer_that_guesses_the_next_token_gets_no_more_bits():
+    name = "model.layers.4.mlp.down_proj.weight"
+    assert is_raised("mixed_3_6", name, 5) and not is_raised("mixed_3_6", name, 4)
+    assert is_next_token(name, 4) and not is_next_token(name, 5)
 
 
 @pytest.fixture
