@@ -79,12 +79,12 @@ struct Codes {
 struct Kernels {
   const char* name;
   int lanes;
-  // A row of activations in the order in which weights are unpacked, filled up with zeros:
-  // `length` values.
-  void (*prepare)(const Weight&, const float* x, float* out);
+  // A row of activations in the order in which weights are unpacked, filled up with zeros: `length`
+  // values, one of M rows that lie vector by vector, [length / lanes, M, lanes].
+  void (*prepare)(const Weight&, const float* x, int M, float* out);
   void (*group_sums)(const Weight&, const float* x, float* out);
-  // out[m * ldo + n - first] for the weight's rows [first, last) and M = 1, 2, 4 or 8 prepared
-  // rows. `sums` are those of `group_sums`.
+  // out[m * ldo + n - first] for the weight's rows [first, last) and M = 1 to 4, 6 or 8 prepared
+  // rows, [length / lanes, M, lanes]. `sums` are those of `group_sums`, a row behind the other.
   void (*rows)(const Weight&, const float* x, const float* sums, int M, int first, int last,
                float* out, int ldo);
   // Values [start, stop) of n rows from `first` on, in the order of prepared rows:

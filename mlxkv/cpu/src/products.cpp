@@ -55,11 +55,14 @@ struct Job {
   }
 };
 
-// 1, 2, 4 or 8 rows are computed at a time.
-int whole(int n) { return n > 4 ? MOST_ROWS : n == 3 ? 4 : n; }
+// 1 to 4, 6 or 8 rows are computed at a time.
+int whole(int n) { return n > 4 ? (n + 1) / 2 * 2 : n; }
+// Rows that are computed for n of them.
+int filled(int n) { return n / MOST_ROWS * MOST_ROWS + whole(n % MOST_ROWS); }
 
-// Rows as the kernels take them: prepared, with sums of their groups. Those of a group of many are
-// transposed, in tiles of TOKENS rows (the last of fewer, a multiple of 16), filled up with zeros.
+// Rows as the kernels take them: prepared, with sums of their groups, those of a pass interleaved.
+// Those of a group of many are transposed, in tiles of TOKENS rows (the last of fewer, a multiple of
+// 16). Both are filled up with zeros.
 class Prepared {
  public:
   explicit Prepared(Job& job) : job_(job) {
@@ -69,15 +72,13 @@ class Prepared {
     int n_rows = 0;
     for (auto& group : job.groups) {
       group.place = n_rows;
-      n_rows += job.is_many(group) ? padded(group.count) : group.count;
+      n_rows += job.is_many(group) ? padded(group.count) : filled(group.count);
     }
-    // The last pass of a few rows may be of rows of 0.
     static thread_local Scratch kept;
-    values_ = kept.floats(size_t(n_rows + MOST_ROWS) * (length_ + n_sums_));
-    sums_ = values_ + size_t(n_rows + MOST_ROWS) * length_;
-    std::memset(values(n_rows), 0, sizeof(float) * MOST_ROWS * length_);
-    std::memset(sums_ + size_t(n_rows) * n_sums_, 0, sizeof(float) * MOST_ROWS * n_sums_);
+    values_ = kept.floats(size_t(n_rows) * (length_ + n_sums_));
+    sums_ = values_ + size_t(n_rows) * length_;
     for (const auto& group : job.groups) {
+      if (!job.is_many(group)) fill(group);
       if (job.is_many(group))
         Pool::get().run(padded(group.count) / 16, [&](int i) { transpose(group, i * 16); });
       else if (group.count >= MANY_ROWS)
@@ -105,10 +106,20 @@ class Prepared {
     return normed;
   }
 
+  // Zeros where the rows of a group's last pass are to be, if they are too few.
+  void fill(const Group& group) {
+    const int rest = group.count % MOST_ROWS, first = group.place + group.count - rest;
+    if (whole(rest) == rest) return;
+    std::memset(values(first), 0, sizeof(float) * whole(rest) * length_);
+    std::memset(sums_ + size_t(first) * n_sums_, 0, sizeof(float) * whole(rest) * n_sums_);
+  }
+
   void prepare(const Group& group, int i) {
     static thread_local Scratch local;
     const float* x = row(group.first + i, local.floats(job_.K));
-    in_use().prepare(group.weight, x, values(group.place + i));
+    const int pass = i / MOST_ROWS * MOST_ROWS, M = whole(std::min(MOST_ROWS, group.count - pass));
+    float* to = values(group.place + pass) + (i - pass) * in_use().lanes;
+    in_use().prepare(group.weight, x, M, to);
     if (n_sums_)
       in_use().group_sums(group.weight, x, sums_ + size_t(group.place + i) * n_sums_);
   }
@@ -142,7 +153,7 @@ void few_rows(const Job& job, const Group& group, const Prepared& x, int first, 
   float *a = local.floats(size_t(2) * MOST_ROWS * step), *u = a + MOST_ROWS * step;
   for (int m = 0; m < group.count; m += MOST_ROWS) {
     const int n = std::min(MOST_ROWS, group.count - m), i = group.place + m;
-    // Rows behind the group's are others', whose results are left.
+    // Rows behind the group's are zeros, whose results are left.
     kernels.rows(group.weight, x.values(i), x.sums(i), whole(n), first, last, a, step);
     if (job.has_act())
       kernels.rows(group.weight, x.values(i), x.sums(i), whole(n), job.out_dim + first,

@@ -65,7 +65,7 @@ Floats few(const Kernels& k, const Weight& p, const Floats& x, int M) {
   const int length = length_of(p, k.lanes), n_sums = padded(p.n_groups()), ldo = padded(p.N);
   Floats prepared(size_t(M) * size_t(length)), sums(size_t(M) * size_t(n_sums));
   for (int m = 0; m < M; ++m) {
-    k.prepare(p, x.data() + m * p.K, prepared.data() + m * length);
+    k.prepare(p, x.data() + m * p.K, M, prepared.data() + m * k.lanes);
     if (n_sums) k.group_sums(p, x.data() + m * p.K, sums.data() + m * n_sums);
   }
   Floats out(size_t(M) * size_t(ldo));
@@ -106,7 +106,7 @@ bool products(const Kernels& k, const Kernels& baseline, const Weight& p) {
   const Floats x = random_floats(size_t(16) * size_t(p.K));
   bool fine = agree("many", k, p, many(k, p, x), many(baseline, p, x));
   const Floats alone = few(k, p, x, 1);
-  for (int M : {1, 2, 4, 8}) {
+  for (int M : {1, 2, 3, 4, 6, 8}) {
     const Floats together = few(k, p, x, M);
     fine &= agree("few", k, p, together, few(baseline, p, x, M));
     for (int n = 0; n < p.N; ++n)
