@@ -38,7 +38,7 @@ from mlxkv.generation.speculate import Speculation
 from mlxkv.kv.layout import LayerCache
 from mlxkv.kv.types import STEP
 from mlxkv.memory.types import is_allocation_failure
-from mlxkv.nn.batch import batch, is_current, kv_order
+from mlxkv.nn.batch import batch, is_current, is_settled, kv_order
 from mlxkv.nn.model import CausalLM
 from mlxkv.sampling.math import log_normalizer, soundness
 from mlxkv.sampling.sampler import AnswerIds, Recent, RowChoice, choose
@@ -267,11 +267,14 @@ class Decoder:
                 self._model.last_logits(token, lane.row.session.caches) for lane, token in rows
             ]
             return mx.concatenate(logits), None
-        if self._batch[0] != lanes or not is_current(self._batch[1]):
+        is_same = self._batch[0] == lanes
+        if not is_same or not is_current(self._batch[1]):
+            settled = is_same and is_settled(self._batch[1])
             caches = [lane.row.session.caches for lane in lanes]
             room = lanes[0].row.session.has_room
             # Those that join have been moved already.
-            self._batch = lanes, batch(caches, room, self._model.one_part, new=())
+            made = batch(caches, room, self._model.one_part, new=(), settled=settled)
+            self._batch = lanes, made
         if any(hears(lane) for lane in lanes):
             hidden = self._model.hidden_states(tokens, self._batch[1])
             return self._model.logits(hidden)[:, 0], hidden

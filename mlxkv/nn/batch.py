@@ -24,12 +24,16 @@ from mlxkv.nn.blocks import Row, sliceable
 from mlxkv.nn.shared_buffers import Access, Run
 from mlxkv.nn.slots import Part, Room, place
 
+SETTLED = 8
+"""Steps after which the sequences of a batch are taken to go on together."""
+
 
 def batch(
     caches_of_sequences: Sequence[Sequence[Cache]],
     room: Room = lambda n_bytes: True,
     one_part: bool = False,
     new: Collection[int] | None = None,
+    settled: bool = False,
 ) -> Sequence[LayerCache]:
     """Caches for `model.last_logits(tokens [B, 1], caches)`, B sequences at once.
 
@@ -43,16 +47,18 @@ def batch(
         one_part: have all sequences share buffers, however long they are.
         new: indices of those that join; None: of all that have buffers of their own. Others are
             moved only when their buffers grow.
+        settled: small ones may be moved, as `is_settled` says; it is not asked again.
 
     Raises:
         UsageError: no sequences, or caches of different models.
     """
     if len({len(caches) for caches in caches_of_sequences}) != 1:
         raise UsageError("a batch needs sequences of one model, at least one")
-    parts = place([sliceable(caches) for caches in caches_of_sequences], room, new, one_part)
+    sequences = [sliceable(caches) for caches in caches_of_sequences]
+    parts = place(sequences, room, new, one_part, settled)
     if len(caches_of_sequences) == 1 and (one_part or not parts[0].is_shared):
         return caches_of_sequences[0]
-    steps = _Steps(parts)
+    steps = _Steps(parts, settled)
     layers = list(zip(*caches_of_sequences, strict=True))
     first = next((i for i, layer in enumerate(layers) if sliceable(layer)), 0)
     return [BatchCache(layer, steps, leads=i == first) for i, layer in enumerate(layers)]
@@ -61,12 +67,21 @@ def batch(
 def is_current(layers: Sequence[LayerCache]) -> bool:
     """Whether a batch may take another step: else make a new one of the same sequences.
 
-    Not if one has left its shared row, nor where buffers are to grow, so that sequences may move.
+    Not if one has left its shared row, nor where buffers are to grow or it is settled, so that
+    sequences may move.
     """
     first = layers[0] if layers else None
     if not isinstance(first, BatchCache):
         return True
+    if is_settled(layers):
+        return False
     return first.is_intact and all(cache.offset % STEP for cache in first.caches)
+
+
+def is_settled(layers: Sequence[LayerCache]) -> bool:
+    """Whether a batch has gone on so long that it may be worth bringing its parts together."""
+    first = layers[0] if layers else None
+    return isinstance(first, BatchCache) and first.is_settled
 
 
 def kv_order(
@@ -121,7 +136,8 @@ class _Members:
 class _Steps:
     """What all layers of a batch have in common, made once for each step."""
 
-    def __init__(self, parts: Sequence[Part]):
+    def __init__(self, parts: Sequence[Part], settled: bool):
+        self._asks, self._n_steps = not settled, 0
         n = sum(len(part.sequences) for part in parts)
         self.members = [_Members(part, n) for part in parts]
         self.order = _order(parts)
@@ -138,7 +154,13 @@ class _Steps:
             offsets = tuple([cache.offset for cache in caches])
             if step is None or step.offsets != offsets:
                 step = self._step = _Step(offsets, self.members)
+                self._n_steps += 1
         return step
+
+    @property
+    def are_settled(self) -> bool:
+        """Whether `SETTLED` steps have been made, if that was not known."""
+        return self._asks and self._n_steps >= SETTLED
 
 
 class _Step:
@@ -192,6 +214,11 @@ class BatchCache:
     def is_intact(self) -> bool:
         """Whether no cache has left its shared row since the batch was made."""
         return all(part.is_intact for part in self._parts)
+
+    @property
+    def is_settled(self) -> bool:
+        """See `is_settled`."""
+        return self._steps.are_settled
 
     def mask(self, L: int) -> Mask:
         """None: what a sequence's token sees comes with the keys that `update` returns."""

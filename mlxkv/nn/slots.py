@@ -8,6 +8,8 @@ Invariants:
   with spare slots where there is room; one that leaves frees its slot. Neither copies another.
 - KV moves when it would be copied anyway: when its sequence joins, and when its buffers grow, at
   each `STEP` tokens of the longest in a block. Then its class is brought into one block.
+- Sequences that have been decoded together for some steps (`batch.SETTLED`) are brought into one
+  block as well, if that is small.
 - Where memory is short, a block with more than a quarter of its slots free is copied into a
   smaller one.
 """
@@ -39,6 +41,9 @@ SPARE = 2
 room: 16 that join one by one have 5 parts and not 8, until their buffers grow."""
 PAD_BYTES = 2**20
 """Padding a layer that a part may always read: the launches of a second part take as long."""
+SMALL_BYTES = 128 * 2**20
+"""A block that settled sequences are copied into: as long as some ten steps of several parts take
+longer than those of one (SmolLM2, 8 sequences, on a CPU)."""
 
 Room = Callable[[int], bool]
 """Whether so many bytes are free."""
@@ -67,6 +72,7 @@ def place(
     room: Room,
     new: Collection[int] | None = None,
     one_part: bool = False,
+    settled: bool = False,
 ) -> list[Part]:
     """Decide where sequences lie, and move those that may move.
 
@@ -76,12 +82,15 @@ def place(
         new: those that join, which may move; None: all that have buffers of their own.
         one_part: have all of the same format in one run of rows, however long they are. Others are
             copied for that.
+        settled: whether they will go on together, as far as is known: small ones may move.
     """
     lengths = [length(layers) for layers in sequences]
     found: list[Part] = []
     for members in _classes(sequences, lengths, one_part):
         of_class = _Class(sequences, lengths, members, room, one_part)
         of_class.settle(members if new is None else new)
+        if settled and not one_part:
+            of_class.merge()
         found += of_class.parts()
     placed = {i for part in found for i in part.sequences}
     rest = [i for i in range(len(sequences)) if i not in placed]
@@ -147,6 +156,15 @@ class _Class:
             if len(members) == block.n_used and self._is_short(block, members):
                 self._compact(members)
         self._admit(joining)
+
+    def merge(self) -> None:
+        """Bring small sequences in several blocks, or among free slots, into one without any."""
+        n, blocks = len(self.members), list(self.blocks)
+        if n < 2 or not blocks or (len(blocks) == 1 and not self.own and blocks[0].n_slots == n):
+            return
+        n_tokens = max(self.lengths[i] for i in self.members) + 1
+        if block_bytes(self.sequences[self.members[0]], n, n_tokens) <= SMALL_BYTES:
+            self._into_new(self.members, n, self._left(self.members))
 
     def parts(self) -> list[Part]:
         """The blocks, and the sequences with buffers of their own."""
@@ -214,17 +232,21 @@ class _Class:
 
     def _compact(self, members: list[int]) -> bool:
         """Copy members into one block, with no more free slots than they have now."""
-        left = {
-            block: own
-            for block, own in self.blocks.items()
-            if set(own) <= set(members) and len(own) == block.n_used
-        }
+        left = self._left(members)
         n_free = sum(block.n_slots - len(own) for block, own in left.items())
         n_used, example = len(members), next(iter(left or self.blocks))
         n_slots = n_used + min(n_free, self._n_kept(n_used, example.row_bytes))
         if self.one_part and self.own:
             n_slots = max(n_slots, n_used + max(1, n_used // SLACK))
         return any(self._into_new(members, n, left) for n in sorted({n_slots, n_used})[::-1])
+
+    def _left(self, members: Collection[int]) -> dict[Block, list[int]]:
+        """The blocks that no sequence lies in but these members."""
+        return {
+            block: own
+            for block, own in self.blocks.items()
+            if set(own) <= set(members) and len(own) == block.n_used
+        }
 
     def _into_new(self, members: list[int], n_slots: int, left: Collection[Block] = ()) -> bool:
         """Copy members into a new block, if there is room."""

@@ -15,10 +15,10 @@ import pytest
 from mlxkv.kv.layout import Cache, LayerCache
 from mlxkv.kv.storage import Ragged
 from mlxkv.kv.types import STEP
-from mlxkv.nn.batch import batch, is_current
+from mlxkv.nn.batch import SETTLED, batch, is_current, is_settled
 from mlxkv.nn.blocks import AT_ONCE, Row, copying_bytes, growth_bytes, sliceable
 from mlxkv.nn.shared_buffers import SharedBuffers
-from mlxkv.nn.slots import KEPT, SLACK, SPARE, place
+from mlxkv.nn.slots import KEPT, SLACK, SMALL_BYTES, SPARE, place
 from tests.nn.test_slots import (
     WINDOW,
     D,
@@ -420,3 +420,23 @@ def test_a_model_that_wants_one_array_has_one_run_of_rows():
     del sequences[1:4]
     (part,) = place([sliceable(c) for c in sequences], everything, (), one_part=True)
     assert len(part.runs) == 1 and part.slots == (0, 1, 2)
+
+
+def test_sequences_that_go_on_together_come_into_one_block_once_if_it_is_small(monkeypatch):
+    for most, found in ((SMALL_BYTES, [5]), (0, [2, 3])):
+        monkeypatch.setattr("mlxkv.nn.slots.SMALL_BYTES", most)
+        sequences = joined_one_by_one([30, 20, 31, 25, 28])
+        twins = joined_one_by_one([30, 20, 31, 25, 28])
+        layers = batch(sequences, new=())
+        for i in range(SETTLED):
+            assert is_current(layers) and not is_settled(layers)
+            step(layers, i)
+            step_alone(twins, i)
+        assert is_settled(layers) and not is_current(layers)
+        layers = batch(sequences, new=(), settled=True)
+        for i in range(SETTLED + 1):
+            step(layers, i)
+            step_alone(twins, i)
+            assert is_current(layers)
+        assert blocks(sequences) == found
+        assert_all_hold_the_same(sequences, twins)
