@@ -62,6 +62,16 @@ def is_known(module: Any) -> bool:
     return is_listed and n_groups * group % 32 == 0 and n_groups <= MOST_GROUPS
 
 
+def narrowed(scales: mx.array, biases: mx.array | None) -> dict[str, mx.array]:
+    """Float32 scales and biases in float16, by name; nothing if a value would be another."""
+    found = {"scales": scales} if biases is None else {"scales": scales, "biases": biases}
+    if any(array.dtype != mx.float32 for array in found.values()):
+        return {}
+    halves = {name: array.astype(mx.float16) for name, array in found.items()}
+    same = [mx.array_equal(halves[name].astype(mx.float32), found[name]) for name in found]
+    return halves if all(equal.item() for equal in same) else {}
+
+
 def _is_symmetric(scales: mx.array, biases: mx.array, bits: int) -> bool:
     middle = 1 << (bits - 1)
     return bool(mx.all(biases.astype(mx.float32) == scales.astype(mx.float32) * -middle).item())

@@ -17,13 +17,13 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlxkv.base import device
-from mlxkv.cpu.formats import ACTS, NO_ACT, Weight, clamped, is_known, weight_of
+from mlxkv.cpu.formats import ACTS, NO_ACT, Weight, clamped, is_known, narrowed, weight_of
 from mlxkv.cpu.library import library, look_again, state
 from mlxkv.kv.layout import Mask, Offset, Positions, TwoWayMask
 from mlxkv.kv.storage import KV, QuantizedRows, Ragged, in_parts
 from mlxkv.nn import stand_ins
 
-__all__ = ["ACTS", "NO_ACT", "Weight", "clamped", "state"]
+__all__ = ["ACTS", "NO_ACT", "Weight", "clamped", "narrowed", "state"]
 
 MOST_SHARED, LONGEST_HEAD = 16, 1024
 """Query heads of a KV head, and values of a head, that the kernels take."""

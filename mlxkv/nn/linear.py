@@ -239,6 +239,14 @@ class QuantizedEmbedding(_Packed, nn.QuantizedEmbedding):
 
     compute_dtype: mx.Dtype | None = None
 
+    def settle(self, *, is_hollow: bool = False) -> None:
+        """Keep scales for the kernels in 16 bits, if that loses nothing: a head reads them all."""
+        is_exact = self.compute_dtype is not None and self.compute_dtype == mx.float32
+        if is_exact and not is_hollow and kernels.takes(self):
+            for name, array in kernels.narrowed(self["scales"], self.get("biases")).items():
+                self[name] = array
+        super().settle(is_hollow=is_hollow)
+
     def __call__(self, x: mx.array) -> mx.array:
         scales, biases = self["scales"][x], self.get("biases")
         biases = None if biases is None else biases[x]

@@ -6,7 +6,7 @@ import mlx.core as mx
 import pytest
 
 from mlxkv.base import device
-from mlxkv.nn import linear
+from mlxkv.nn import kernels, linear
 from mlxkv.nn.kernels import settle
 from mlxkv.nn.linear import DENSE_ROWS, Embedding, Linear
 
@@ -71,3 +71,19 @@ def test_a_product_with_some_rows_is_that_part_of_the_whole(bits, bias):
     product = product if bits is None else product.to_quantized(32, bits)
     x = rows(2, 64)
     assert mx.allclose(product.of_rows(x, 40, 72), product(x)[..., 40:72], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("factor", "dtype"), [(1.0, mx.float16), (1.001, mx.float32)])
+def test_scales_of_an_embedding_are_kept_in_16_bits_where_that_loses_nothing(factor, dtype):
+    if kernels.kernels() is None:
+        pytest.skip("the kernels are not built")
+    packed = Embedding(96, 64).to_quantized(32, 8)
+    packed.scales = packed.scales.astype(mx.float16).astype(mx.float32) * factor
+    packed.biases = packed.scales * -128
+    packed.compute_dtype = mx.float32
+    x, tokens = rows(2, 64), mx.array([[3, 95]])
+    settled, head = packed(tokens), packed.as_linear(x)
+    settle(packed)
+    assert packed.scales.dtype == packed.biases.dtype == dtype
+    assert mx.array_equal(packed(tokens), settled).item()
+    assert mx.allclose(packed.as_linear(x), head, atol=1e-5).item()
