@@ -110,7 +110,8 @@ class Speculation:
             if (proposal := proposals.get(lane)) is None:
                 continue
             rates, kind = _drafts(lane).rates, (proposal.by, proposal.kind)
-            if n == 0 and n_left and rates.is_due(kind):
+            is_costly = isinstance(proposal, Promise)
+            if n == 0 and n_left and rates.is_due(kind, is_costly=is_costly):
                 n = tried(chance, n_left)
                 n_left -= n
             if n:

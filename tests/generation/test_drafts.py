@@ -102,6 +102,27 @@ def test_what_is_not_drafted_is_tried_again_ever_more_seldom():
     assert not any(rates.is_due(kind) for _ in range(BACKOFF))
 
 
+def test_what_must_be_computed_is_tried_ever_more_seldom_over_all_answers():
+    before, kind, tries = Rates(), ("model", 3), 0
+    for _ in range(40):  # answers, each of a few tokens more than the first try waits for
+        rates = Rates(before)
+        for _ in range(BACKOFF + 4):
+            if rates.is_due(kind, is_costly=True):
+                rates.record(kind, 0, 1)
+                tries += 1
+    assert 3 <= tries <= 6  # of what is looked up, one in each answer
+
+
+def test_what_a_draft_takes_to_compute_counts():
+    costs = Costs()
+    for n in range(1, 9):
+        costs.record(1, n, 1.0 + 0.01 * n)
+    free, dear = (drafted([Chance(7, 0.8, x)], costs, most=8) for x in (0.0, 0.2))
+    assert free == [7]
+    assert 0 < dear[0] < 7
+    assert drafted([Chance(7, 0.8, 0.9)], costs, most=8) == [0]
+
+
 def test_a_try_is_as_long_as_it_may_be_right():
     assert tried(Chance(5, 0.05), most=8) == 1
     assert tried(Chance(5, 1.0), most=8) == 5

@@ -255,6 +255,8 @@ def test_truncate_and_shift_are_as_asked(address, engine):
     assert options_of(engine.last) == {"truncate": True, "overflow": "shift"}
     post(address, "/api/chat", {**body, "truncate": False, "shift": False, "draft": "off"})
     assert options_of(engine.last) == {"overflow": "stop", "draft": "off"}
+    post(address, "/api/chat", {**body, "shift": None, "draft": MODEL})
+    assert options_of(engine.last) == {"truncate": True, "draft": MODEL}
 
 
 def test_log_probabilities_come_with_their_tokens(client, address, engine):

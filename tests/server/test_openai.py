@@ -226,6 +226,13 @@ class TestChat:
         }
         assert server.engine.last.keep_alive_s == 5400
 
+    def test_a_draft_model_is_found_as_the_models_of_requests_are(self, server):
+        server.chat(extra_body={"draft": f"{MODEL}:latest"})
+        assert options_of(server.engine.last) == {"draft": MODEL}
+        for name in ("/etc", "../models", "nowhere"):
+            with pytest.raises(openai.NotFoundError, match="not found: pull it"):
+                server.chat(extra_body={"draft": name})
+
     def test_what_is_left_out_or_null_is_left_to_the_model(self, server):
         server.chat()
         assert options_of(server.engine.last) == {}

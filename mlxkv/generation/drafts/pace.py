@@ -110,9 +110,14 @@ class Rates:
         if self._before is not None:
             self._before.record(kind, n_right, n_proposed)
 
-    def is_due(self, kind: Kind) -> bool:
-        """Count a chance that is passed over; whether it has to be taken."""
+    def is_due(self, kind: Kind, *, is_costly: bool = False) -> bool:
+        """Count a chance that is passed over; whether it has to be taken.
+
+        One that is costly counts with those of earlier texts: each may begin with a whole prompt.
+        """
         counted = [self._of(kind)] if kind[1] >= LONG else [self._of(kind), self._all]
+        if is_costly and self._before is not None:
+            counted.append(self._before._of(kind))
         for each in counted:
             each.n_passed += 1
         return all(each.n_passed > each.backoff for each in counted)

@@ -140,11 +140,11 @@ class ModelDrafter:
 
     def _draw(self, n: int, choose: Chooser) -> list[int]:
         """Compute n tokens; none while the prompt is not computed, of which this does a chunk."""
-        started = time.perf_counter()
         try:
             session = self._ready()
             if session is None:
                 return []
+            started = time.perf_counter()  # the prompt counts once, and is no part of a token
             found = self._computed(session, n, choose)
         except BaseException as error:
             self._give_up()
