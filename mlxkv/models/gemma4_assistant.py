@@ -24,7 +24,7 @@ import mlx.nn as nn
 from mlxkv.cache import KVCache, RotatingKVCache
 from mlxkv.checkpoint.config import Fields
 from mlxkv.kv.layout import Cache
-from mlxkv.models import gemma4_config
+from mlxkv.models.gemma4_config import Config as TextConfig
 from mlxkv.nn.linear import Linear
 from mlxkv.nn.shared_kv import Heads, KeysValues, PerLayerBackbone
 
@@ -42,7 +42,7 @@ class AssistantConfig:
         centroid_intermediate_top_k: clusters whose tokens are scored.
     """
 
-    text: gemma4_config.Config
+    text: TextConfig
     backbone_hidden_size: int
     num_centroids: int
     centroid_intermediate_top_k: int
@@ -57,7 +57,7 @@ class AssistantConfig:
         fields = Fields(raw, source)
         inner = fields.nested("text_config").raw
         # Its layers have no KV: whose they read, the larger model says.
-        text = gemma4_config.Config.from_dict({**inner, "num_kv_shared_layers": 0}, source)
+        text = TextConfig.from_dict({**inner, "num_kv_shared_layers": 0}, source)
         heads = tuple(dataclasses.replace(h, donor=0, k_is_v=False) for h in text.heads)
         n_centroids = 0
         if fields.bool("use_ordered_embeddings", False):
@@ -72,7 +72,7 @@ class AssistantConfig:
             fields.int("centroid_intermediate_top_k", 32, **({"at_most": most} if most else {})),
         )
 
-    def fits(self, config: gemma4_config.Config) -> bool:
+    def fits(self, config: TextConfig) -> bool:
         """Whether it is for a model of this config."""
         theirs = _givers(config.heads)
         shape = [(h.window, h.head_dim, h.n_kv_heads) for h in config.heads]

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import hypothesis.strategies as st
 import pytest
+from hypothesis import given
 
+from mlxkv.generation.drafts import lookup
 from mlxkv.generation.drafts.drafting import Drafting
 from mlxkv.generation.drafts.lookup import GRAM, Lookup, PastTokens
 from mlxkv.generation.drafts.pace import BACKOFF, Chance, Costs, Rates, drafted, tried
 
 
-def proposed(lookup: Lookup, most: int = 9) -> list[int]:
-    found = lookup.propose(most)
+def proposed(drafter: Lookup, most: int = 9) -> list[int]:
+    found = drafter.propose(most)
     return [] if found is None else found.tokens
 
 
@@ -30,6 +33,20 @@ def test_of_equal_runs_the_latest_is_proposed_and_a_loop_goes_on():
     for token in (1, 2, 1, 2, 1, 2):
         lookup.add(token)
     assert proposed(lookup, 5) == [1, 2, 1, 2, 1]
+
+
+@given(st.lists(st.integers(-1, 2), max_size=40), st.lists(st.integers(0, 2), max_size=20))
+def test_a_sorted_text_has_the_places_of_one_that_was_taken_in(first, added):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lookup, "SORTED_FROM", GRAM + 1)
+        sorted_text, plain = lookup.Ngrams(first), lookup.Ngrams()
+    plain.tokens += first
+    for token in added:
+        for text in (sorted_text, plain):
+            text.tokens.append(token)
+        if min(last := plain.tokens[-GRAM:]) >= 0 and len(last) == GRAM:
+            key = lookup.key_of(last)
+            assert sorted_text.places(key) == plain.places(key)
 
 
 def test_media_are_in_no_proposal():

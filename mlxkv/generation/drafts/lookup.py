@@ -10,14 +10,18 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
-
-import mlx.core as mx
-import numpy as np
+from typing import TYPE_CHECKING
 
 from mlxkv.generation.drafts.drafter import Proposal
 
+if TYPE_CHECKING:
+    import mlx.core as mx
+    import numpy as np
+
 GRAM = 3
 """Tokens that must agree for a place to be looked at."""
+SORTED_FROM = 512
+"""Tokens from which on it is faster to sort a text's runs than to take in one after the other."""
 MOST_PLACES = 8
 """Places that are compared, the latest of each text."""
 LONGEST = 32
@@ -36,7 +40,8 @@ _BITS = 21
 class Ngrams:
     """Where each run of `GRAM` tokens stands in a text.
 
-    What a text begins with is sorted once by its runs; what is added has its latest places by run.
+    What a long text begins with is sorted once by its runs; of what is added, each run has its
+    latest place.
 
     Args:
         tokens: ids; negative ones stand for media, and are in no run.
@@ -44,7 +49,7 @@ class Ngrams:
 
     def __init__(self, tokens: Iterable[int] = ()):
         self.tokens = list(tokens)
-        self._n_sorted = len(self.tokens)
+        self._n_sorted = len(self.tokens) if len(self.tokens) >= SORTED_FROM else 0
         self._sorted: tuple[np.ndarray, np.ndarray] | None = None
         # Of each added run the latest place behind it, and of each place the one before.
         self._latest: dict[int, int] = {}
@@ -59,7 +64,7 @@ class Ngrams:
             place = self._before[place - self._n_sorted]
         if self._sorted is not None and (most := MOST_PLACES - len(found)):
             runs, behind = self._sorted
-            first, last = np.searchsorted(runs, (key, key + 1)).tolist()
+            first, last = runs.searchsorted((key, key + 1)).tolist()
             found += behind[max(first, last - most) : last][::-1].tolist()
         return found
 
@@ -69,12 +74,12 @@ class Ngrams:
         It is done when it is first asked for: the first token of an answer does not wait for it.
         """
         tokens, before, latest = self.tokens, self._before, self._latest
-        if self._sorted is None and self._n_sorted > GRAM:
+        if self._sorted is None and self._n_sorted:
             self._sorted = _sorted_runs(tokens[: self._n_sorted])
         for place in range(self._n_sorted + len(before), len(tokens)):
             run = tokens[max(0, place - GRAM) : place]
             is_run = len(run) == GRAM and min(run) >= 0
-            key = _key(run) if is_run else -1
+            key = key_of(run) if is_run else -1
             before.append(latest.get(key, 0))
             if is_run:
                 latest[key] = place
@@ -82,6 +87,8 @@ class Ngrams:
 
 def _sorted_runs(tokens: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     """Runs that a token follows in order, and the places behind them, equal ones' rising."""
+    import numpy as np  # takes a tenth of a second, which short prompts do without
+
     ids = np.array(tokens, np.int64)
     first, second, third = ids[:-GRAM], ids[1:-2], ids[2:-1]
     runs = first << 2 * _BITS | second << _BITS | third
@@ -187,7 +194,7 @@ class Lookup:
             return None
         if self._texts is None:  # not before the first token
             self._texts = [] if self._past is None else self._past.recalled()
-        key = _key(tokens)
+        key = key_of(tokens)
         best, text, at = 0, self._own, 0
         for source in (self._own, *self._texts):
             for place in source.places(key):
@@ -201,7 +208,8 @@ class Lookup:
         return Proposal(found, self.name, kind) if found else None
 
 
-def _key(tokens: Sequence[int]) -> int:
+def key_of(tokens: Sequence[int]) -> int:
+    """Of the last `GRAM` tokens."""
     a, b, c = tokens[-GRAM:]
     return a << 2 * _BITS | b << _BITS | c
 
