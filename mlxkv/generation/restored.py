@@ -49,7 +49,9 @@ def explained(restored: Restored, live: Restored, match: Match) -> Restored:
 def n_shared(a: Sequence[int], b: Sequence[int]) -> int:
     """Leading tokens that two sequences have in common."""
     low, high = 0, min(len(a), len(b))
-    while low < high:  # slices are compared in C
+    while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if a[low:middle] == b[low:middle] else (low, middle - 1)
+        # Lists are compared in C; a list and an array or tuple are never equal.
+        is_same = [*a[low:middle]] == [*b[low:middle]]
+        low, high = (middle, high) if is_same else (low, middle - 1)
     return low

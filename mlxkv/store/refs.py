@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -103,7 +104,15 @@ def check_spelling(name: str) -> None:
 
 def is_model(folder: Path) -> bool:
     """Whether a folder is a model directory."""
-    return (folder / "config.json").is_file()
+    return _is_there(folder / "config.json", Path.is_file)
+
+
+def _is_there(path: Path, of_kind: Callable[[Path], bool] = Path.exists) -> bool:
+    """Whether there is a file; False for names that no file can have, such as too long ones."""
+    try:
+        return of_kind(path)
+    except OSError:
+        return False
 
 
 def unaliased(name: str) -> str:
@@ -212,12 +221,12 @@ def locate(name: str) -> Ref:
     if (target := _alias(name)) is not None:
         return _locate_target(name, target)
     path = Path(name)
-    if is_model(path) or (path.suffix == ".gguf" and path.is_file()):
+    if is_model(path) or (path.suffix == ".gguf" and _is_there(path, Path.is_file)):
         return PathRef(path)
     repo = REPO.fullmatch(name)
-    if repo and not path.exists():
+    if repo and not _is_there(path):
         return HubRef(repo["repo"], repo["wanted"], repo["revision"])
-    if path.exists() or name.endswith(".gguf") or "/" in name:
+    if _is_there(path) or name.endswith(".gguf") or "/" in name:
         return PathRef(path)
     raise ModelNotFound(f"no model named {name!r}{_did_you_mean(name)}")
 

@@ -11,7 +11,6 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 from huggingface_hub import close_session, constants
-from huggingface_hub.utils import filter_repo_objects
 
 import mlxkv
 from mlxkv.checkpoint.weights import INDEX, read_header
@@ -25,6 +24,7 @@ from mlxkv.errors import (
     OutputError,
 )
 from mlxkv.store import hub, hub_headers
+from mlxkv.store.hub_files import plain_weights, small_files
 from mlxkv.store.hub_headers import headers_of
 from tests.families.oracle.cases import CASES
 from tests.families.test_parity import Golden
@@ -383,9 +383,8 @@ def test_the_folders_of_an_embedding_models_modules_come_along(served, tmp_path)
     dense = sum(path.stat().st_size for path in folder.glob("*_Dense/*.safetensors"))
     alone = sum(info.nbytes for info in read_header(folder / "model.safetensors").values())
     assert alone < plan(REPO).weights_bytes < alone + dense
-    wanted = filter_repo_objects(
-        served.repos[REPO], allow_patterns=list(hub.WANTED), ignore_patterns=list(hub.IGNORED)
-    )
-    assert {*served.repos[REPO]} - {*wanted} == {"onnx/model.safetensors"}
+    names = served.repos[REPO]
+    wanted = {*small_files(names), *plain_weights(names)}
+    assert {*names} - wanted == {"onnx/model.safetensors"}
     (folder / "2_Dense" / "model.safetensors").unlink()
     assert not hub.is_complete(folder)
