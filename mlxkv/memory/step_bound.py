@@ -40,6 +40,7 @@ from mlxkv.base import device
 from mlxkv.kv.types import CacheSpec, KVFormat, ceil_step, is_quantized
 from mlxkv.nn.encoders import serves_media
 from mlxkv.nn.fused import is_fused
+from mlxkv.nn.lora import Adapted
 from mlxkv.nn.model import CausalLM
 from mlxkv.nn.moe import GatedExperts
 
@@ -138,10 +139,15 @@ def _layers(model: CausalLM) -> tuple[Counter[str], Counter[str]]:
     widths: Counter[str] = Counter()
     values: Counter[str] = Counter()
     for path, module in modules.items():
-        if serves_media(path) or not isinstance(weight := module.get("weight"), mx.array):
-            continue
         found = _LAYER.search(f"{path}.")
         layer = found[1] if found else ""
+        if isinstance(module, Adapted):
+            n_result = sum(array.shape[-1] for array in module.own_arrays().values())
+            is_expert = path.rpartition(".")[0] in experts
+            widths[layer] += n_result * (_n_chosen(model, 1) if is_expert else 1)
+        path = path.removesuffix(".base")
+        if serves_media(path) or not isinstance(weight := module.get("weight"), mx.array):
+            continue
         if weight.ndim < 2:  # a norm
             widths[layer] += weight.size
             continue

@@ -19,6 +19,7 @@ from mlxkv.kv.layout import Cache
 from mlxkv.kv.types import CacheSpec
 from mlxkv.memory.graph import Graph
 from mlxkv.memory.simulation import Memory
+from mlxkv.models.adapters import Weighted, attach
 from mlxkv.models.loader import Layout
 from mlxkv.nn import kernels
 from mlxkv.nn.kernels import settle
@@ -49,7 +50,7 @@ def decode_step(model: CausalLM, kv_type: str, n_held: int) -> Held:
     return _step(model, _caches_at(model, kv_type, n_held, 1), 1, True)
 
 
-def hollow(layout: Layout) -> CausalLM:
+def hollow(layout: Layout, adapters: Sequence[Weighted] = ()) -> CausalLM:
     """A model as from `load_model`, with weights that take no memory; clears the layout's."""
     model = layout.model
     arrays = {name: hollow_array(x.shape, x.dtype) for name, x in layout.weights.items()}
@@ -60,6 +61,9 @@ def hollow(layout: Layout) -> CausalLM:
         module.prepare()
         module.update(tree_map(lambda x: hollow_array(x.shape, x.dtype), module.parameters()))
     settle(model, is_hollow=True)
+    for module in attach(model, layout.checkpoint.family, adapters):
+        for name, array in module.own_arrays().items():
+            module[name] = hollow_array(array.shape, array.dtype)
     if not device.on_cpu():
         # Else they are broadcasts in each step's graph, which products copy. On the CPU backend
         # that copy stays: it makes up for tasks in flight that the trace misses. Without it tight

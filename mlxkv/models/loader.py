@@ -28,6 +28,7 @@ from mlxkv.checkpoint.tensor_names import towers_in
 from mlxkv.checkpoint.weights import Weights, open_weights, skipped_text
 from mlxkv.errors import Hint, OutOfMemory, UnsupportedModel, WeightsError
 from mlxkv.models import Family, family_for
+from mlxkv.models.adapters import Weighted, adapted_bytes, attach
 from mlxkv.models.beside import assistant_beside
 from mlxkv.models.copies import with_own_head, with_own_next_token
 from mlxkv.models.dtypes import (
@@ -243,6 +244,7 @@ def loading(
     layout: Layout | None = None,
     *,
     encoders_wait: bool = False,
+    adapters: Sequence[Weighted] = (),
 ) -> Generator[None, None, CausalLM]:
     """`load_model` in steps, each of a block or of `STEP_BYTES`.
 
@@ -252,6 +254,7 @@ def loading(
         limit_bytes: for its weights.
         layout: what `lay_out` found already; its weights are taken out of it.
         encoders_wait: leave encoders on the disk until `CausalLM.load_encoder`.
+        adapters: to add, see `adapters.attach`.
     """
     if not device.can_compile():
         mx.disable_compile()
@@ -259,12 +262,7 @@ def loading(
     yield
     n_bytes = layout.nbytes + (0 if encoders_wait else sum(layout.encoder_bytes.values()))
     _check_process(path, n_bytes)
-    if limit_bytes is not None and n_bytes > limit_bytes:
-        raise OutOfMemory(
-            f"{path}: its weights take {human_bytes(n_bytes)} and the limit is "
-            f"{human_bytes(limit_bytes)}: quantize the model (see `mlxkv convert`), or allow more",
-            hints=[Hint("memory", f"{-(-n_bytes // 2**20)}MiB", "holds the weights")],
-        )
+    _check_limit(path, n_bytes, limit_bytes)
     device.core_streams()  # with what OpenBLAS needs for them, while it can be refused
     model = layout.model
     if encoders_wait:
@@ -275,7 +273,21 @@ def loading(
     layout.settle_dtype()
     model.eval()
     yield from _settling(model)
+    if adapters:
+        added = attach(model, layout.checkpoint.family, adapters)
+        _check_limit(path, n_bytes + adapted_bytes(model), limit_bytes)
+        for module in added:
+            mx.eval(module.parameters())
     return model
+
+
+def _check_limit(path: str | Path, n_bytes: int, limit_bytes: int | None) -> None:
+    if limit_bytes is not None and n_bytes > limit_bytes:
+        raise OutOfMemory(
+            f"{path}: its weights take {human_bytes(n_bytes)} and the limit is "
+            f"{human_bytes(limit_bytes)}: quantize the model (see `mlxkv convert`), or allow more",
+            hints=[Hint("memory", f"{-(-n_bytes // 2**20)}MiB", "holds the weights")],
+        )
 
 
 def _check_process(path: str | Path, n_bytes: int) -> None:

@@ -127,10 +127,20 @@ class Fusing(Prepared):
                 whole = self.joined([self[part] for part in parts[:n]])
                 if whole is None:
                     continue
+                sizes = [self[part]["weight"].shape[-2] for part in parts[:n]]
+                bounds = itertools.pairwise((0, *itertools.accumulate(sizes)))
+                places = [(p, name, *at) for p, at in zip(parts[:n], bounds, strict=True)]
+                self._places = (*self.get("_places", ()), *places)
                 self[name] = whole
                 for part in parts[:n]:
                     del self[part]
                 break
+
+    def place_of(self, part: str) -> tuple[str, int, int] | None:
+        """Where the rows of a projection that was fused are: the name of the fused one, the first
+        row and the one behind the last. None for one that was not."""
+        places = self.get("_places", ())
+        return next((tuple(place) for name, *place in places if name == part), None)
 
     def joined(self, parts: Sequence[nn.Module]) -> nn.Module | None:
         """One projection with the rows of `parts`; None where that is not possible."""

@@ -174,11 +174,13 @@ class CausalLM(nn.Module):
     Attributes:
         compute_dtype: of the computation and of native KV; the loader sets it.
         waiting: encoders whose weights are not in memory yet; the loader sets it.
+        adapter_key: names the adapters that change it, see `models.adapters`; "" without one.
     """
 
     config: Any
     compute_dtype: mx.Dtype = mx.float32
     waiting: Waiting | None = None
+    adapter_key: str = ""
 
     @property
     def batches(self) -> bool:

@@ -80,14 +80,18 @@ class Router(Prepared):
 
     def __call__(self, x: mx.array) -> tuple[mx.array, mx.array]:
         """Experts `[B, L, k]` of tokens `[B, L, E]`, and their weights in the tokens' dtype."""
+        return self.chosen(x.astype(mx.float32) @ self["weight"].T, x.dtype)
+
+    def chosen(self, logits: mx.array, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
+        """Experts `[B, L, k]` by float32 logits of all, and their weights in a dtype."""
         c, k = self._config, self._config.num_experts_per_tok
-        scores, choice = _scores(x.astype(mx.float32) @ self["weight"].T, self[CORRECTION_BIAS])
+        scores, choice = _scores(logits, self[CORRECTION_BIAS])
         if c.n_group > 1:
             choice = self._within_best_groups(choice)
         experts = mx.argpartition(choice, kth=-k, axis=-1)[..., -k:]
         weights = mx.take_along_axis(scores, experts, axis=-1)
         total = weights.sum(axis=-1, keepdims=True) if c.norm_topk_prob else None
-        return experts, _shares(x.dtype, c.routed_scaling_factor)(weights, total)
+        return experts, _shares(dtype, c.routed_scaling_factor)(weights, total)
 
     def _within_best_groups(self, choice: mx.array) -> mx.array:
         c = self._config

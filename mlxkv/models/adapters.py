@@ -1,0 +1,126 @@
+"""Adapters on a loaded model.
+
+The base's weights stay as they are; a module of `nn.lora` stands in the place of each projection
+that changes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlxkv.models import Family
+from mlxkv.models.adapter_targets import Change, Changes, Place, Weighted
+from mlxkv.nn.latent_attention import HeadLinear, QuantizedHeadLinear
+from mlxkv.nn.lora import (
+    Adapted,
+    AdaptedEmbedding,
+    AdaptedExperts,
+    AdaptedHeads,
+    AdaptedLinear,
+    AdaptedRouter,
+    AdaptedSwitch,
+    LowRank,
+    dora,
+    total,
+)
+from mlxkv.nn.model import CausalLM
+from mlxkv.nn.moe import ExpertLinear, GatedExperts
+from mlxkv.nn.sigmoid_moe import Router
+
+__all__ = ["Weighted", "adapted_bytes", "attach", "key_of"]
+
+
+def key_of(adapters: Sequence[Weighted]) -> str:
+    """What names adapters with their weights wherever their KV is kept; "" for none."""
+    if not adapters:
+        return ""
+    parts = [[each.adapter.digest, each.weight] for each in adapters]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def attach(model: CausalLM, family: Family, adapters: Sequence[Weighted]) -> list[Adapted]:
+    """Add adapters to a loaded or hollow model, lazily; the modules that it gets.
+
+    Raises:
+        WeightsError: a target that the model does not have, or of another shape, with its key.
+        UnsupportedModel: a target that cannot be changed here.
+    """
+    groups: dict[tuple[int, Any], list[Change]] = {}
+    for each in adapters:
+        for change in Changes(model, family, each):
+            place = change.place
+            groups.setdefault((id(place.parent), place.name), []).append(change)
+    # All are known before the first is put in place: an error leaves the model as it was.
+    made = [(changes[0].place, _adapted(model, changes)) for changes in groups.values()]
+    for place, module in made:
+        place.parent[place.name] = module
+        if isinstance(place.parent, GatedExperts):
+            place.parent.settle()
+    model.adapter_key = key_of(adapters)
+    return [module for _, module in made]
+
+
+def adapted_bytes(model: CausalLM) -> int:
+    """What the adapters of a model take."""
+    modules = model.weights_root().modules()
+    return sum(module.own_bytes for module in modules if isinstance(module, Adapted))
+
+
+def _adapted(model: CausalLM, changes: Sequence[Change]) -> Adapted:
+    """The module that takes the place of the one that all of these change."""
+    module = changes[0].place.module
+    dtype = mx.float32 if isinstance(module, Router) else model.compute_dtype
+    n_rows = module["weight"].shape[-2]
+
+    def summed(of_rows: bool = False) -> LowRank | None:
+        found = [c for c in changes if c.of_rows == of_rows]
+        if not found:
+            return None
+        weighed = [(c, _weighed(c)) for c in found]
+        change = total([x if of_rows else x.within(c.place.start, n_rows) for c, x in weighed])
+        factor = None if change.factor is None else change.factor.astype(dtype)
+        return LowRank(change.a.astype(dtype), change.b.astype(dtype), factor)
+
+    if isinstance(module, nn.Embedding | nn.QuantizedEmbedding):
+        return AdaptedEmbedding(module, summed(of_rows=True), summed())
+    change = summed()
+    assert change is not None
+    if isinstance(module, ExpertLinear):
+        return AdaptedExperts(module, change)
+    if isinstance(module, HeadLinear | QuantizedHeadLinear):
+        return AdaptedHeads(module, change)
+    if isinstance(module, Router):
+        return AdaptedRouter(module, change)
+    return (AdaptedSwitch if module["weight"].ndim == 3 else AdaptedLinear)(module, change)
+
+
+def _weighed(change: Change) -> LowRank:
+    """A change times its adapter's weight."""
+    w, found = change.weight, change.change
+    if change.magnitude is None:
+        return LowRank(found.a, w * found.b)
+    found = dora(_dense(change.place), found, change.magnitude)
+    assert found.factor is not None
+    return LowRank(found.a, w * found.b, 1 + w * (found.factor - 1))
+
+
+def _dense(place: Place) -> mx.array:
+    """The rows of a projection in float32."""
+    module, rows = place.module, slice(place.start, place.stop)
+    if "scales" not in module:
+        return module["weight"][rows].astype(mx.float32)
+    biases = module.get("biases")
+    return mx.dequantize(
+        module["weight"][rows],
+        scales=module["scales"][rows],
+        biases=None if biases is None else biases[rows],
+        group_size=module.group_size,
+        bits=module.bits,
+        mode=module.mode,
+    ).astype(mx.float32)

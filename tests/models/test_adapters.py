@@ -1,0 +1,149 @@
+"""Adapters against PEFT: golden files that tests/families/oracle/make_adapters.py wrote; no torch.
+
+The tolerance is that of tests/families/test_parity.py, for its reasons.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+import mlxkv
+from mlxkv.checkpoint.adapter import MLX_LM, PEFT
+from mlxkv.checkpoint.adapter_files import open_adapter
+from mlxkv.errors import ConfigError, UnsupportedModel, WeightsError
+from mlxkv.models import family_for
+from mlxkv.models.adapters import Weighted, attach
+from tests.families.oracle.adapter_cases import (
+    CASES_OF_ADAPTERS,
+    FOLDER,
+    POSITIONS,
+    AdapterCase,
+    tensor,
+)
+from tests.families.test_parity import TOLERANCE, Golden
+from tests.support.tiny import llama_config, tokens, write_checkpoint
+
+Q, K = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.k_proj"
+
+
+def write_adapter(
+    folder: Path, file: str, config: dict[str, Any], arrays: dict[str, mx.array]
+) -> Path:
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    mx.save_safetensors(str(folder / file), arrays)
+    return folder
+
+
+def write_golden(folder: Path, case: AdapterCase) -> Path:
+    entry = json.loads((FOLDER / f"{case.name}.json").read_text())
+    arrays = {name: mx.array(tensor(name, shape)) for name, shape in entry["tensors"].items()}
+    return write_adapter(folder, PEFT, entry["config"], arrays)
+
+
+def adapted(model_dir: Path, *adapters: tuple[Path, float]) -> Any:
+    raw = json.loads((model_dir / "config.json").read_text())
+    model = mlxkv.load_model(model_dir, dtype=mx.float32)
+    attach(model, family_for(raw, ""), [Weighted(open_adapter(a), w) for a, w in adapters])
+    return model
+
+
+def stored(file: Path) -> dict[str, mx.array]:
+    """The arrays of one safetensors file."""
+    found = mx.load(str(file))
+    assert isinstance(found, dict)
+    return found
+
+
+def logits_of(model: Any, prompt: list[int]) -> np.ndarray:
+    return np.array(model(mx.array([prompt]))[0])
+
+
+@pytest.mark.parametrize("case", CASES_OF_ADAPTERS, ids=lambda case: case.name)
+def test_logits_are_those_of_peft(case: AdapterCase, tmp_path: Path) -> None:
+    golden = Golden.read(case.base)
+    base, folder = golden.write(tmp_path / "base", "new"), write_golden(tmp_path / "a", case)
+    expected = np.load(FOLDER / f"{case.name}.npz")["logits"]
+    model = adapted(base, (folder, 1.0))
+    got = logits_of(model, case.prompt())[list(POSITIONS)]
+    assert abs(got - expected).max() / expected.std() < TOLERANCE
+    # One token at a time takes other ways through fused products and experts.
+    caches = mlxkv.make_caches(model)
+    steps = [model(mx.array([[token]]), caches)[0, 0] for token in case.prompt()[:20]]
+    step = np.array(mx.stack([steps[0], steps[19]]))
+    assert abs(step - expected[[0, 2]]).max() / expected.std() < TOLERANCE
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return write_checkpoint(tmp_path / "base", llama_config())
+
+
+def mlx_lm(folder: Path, targets: dict[str, tuple[int, int]], scale: float = 2.0, **config) -> Path:
+    """An adapter of rank 3 as mlx-lm writes it: path -> (in, out)."""
+    arrays = {}
+    for path, (n_in, n_out) in targets.items():
+        arrays[f"{path}.lora_a"] = mx.array(tensor(f"{path}.a", [n_in, 3]))
+        arrays[f"{path}.lora_b"] = mx.array(tensor(f"{path}.b", [3, n_out]))
+    parameters = {"rank": 3, "scale": scale, "dropout": 0.0}
+    return write_adapter(
+        folder, MLX_LM, {"lora_parameters": parameters, "num_layers": -1, **config}, arrays
+    )
+
+
+def test_adapters_with_weights_add_up_beside_packed_weights(base: Path, tmp_path: Path) -> None:
+    """The sum of the weights themselves is the reference: packed ones are decoded for it."""
+    raw = llama_config(quantization={"group_size": 32, "bits": 4})
+    weights = stored(base / "model.safetensors")
+    packed, plain = {}, dict(weights)
+    for name in (f"{Q}.weight", f"{K}.weight"):
+        arrays = mx.quantize(weights[name], group_size=32, bits=4)
+        stem = name.removesuffix("weight")
+        packed |= {
+            stem + kind: a for kind, a in zip(("weight", "scales", "biases"), arrays, strict=True)
+        }
+        plain[name] = mx.dequantize(*arrays, group_size=32, bits=4)
+    first = mlx_lm(tmp_path / "1", {Q: (64, 64), K: (64, 32)})
+    second = mlx_lm(tmp_path / "2", {K: (64, 32)}, scale=0.5)
+    for folder, weight in ((first, 0.5), (second, -2.0)):
+        for path, target in open_adapter(folder).targets.items():
+            change = target.scale * weight * (target.a @ target.b).T
+            plain[f"{path}.weight"] = plain[f"{path}.weight"] + change
+    packed_dir = write_checkpoint(tmp_path / "packed", raw, {**weights, **packed})
+    sums = write_checkpoint(tmp_path / "sums", llama_config(), plain)
+    got = logits_of(adapted(packed_dir, (first, 0.5), (second, -2.0)), tokens(20))
+    expected = logits_of(mlxkv.load_model(sums, dtype=mx.float32), tokens(20))
+    assert abs(got - expected).max() / expected.std() < TOLERANCE
+
+
+def test_what_does_not_fit_is_refused_by_its_key(base: Path, tmp_path: Path) -> None:
+    other = "model.layers.3.self_attn.q_proj"  # the model has 3 layers
+    unknown = mlx_lm(tmp_path / "unknown", {Q: (64, 64), other: (64, 64)}, model="org/other")
+    with pytest.raises(WeightsError, match=rf"{other}.lora_a .* does not have.*org/other"):
+        adapted(base, (unknown, 1.0))
+    wide = mlx_lm(tmp_path / "wide", {Q: (128, 64)})
+    with pytest.raises(WeightsError, match=rf"{Q}.lora_a is .*has 64 values to 64"):
+        adapted(base, (wide, 1.0))
+    norm = mlx_lm(tmp_path / "norm", {"model.norm": (64, 64)})
+    with pytest.raises(UnsupportedModel, match="no projection"):
+        adapted(base, (norm, 1.0))
+    full = mlx_lm(tmp_path / "full", {}, fine_tune_type="full")
+    with pytest.raises(UnsupportedModel, match="'full'"):
+        open_adapter(full)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("modules_to_save", ["lm_head"]), ("init_lora_weights", "pissa"), ("bias", "all")],
+)
+def test_peft_keys_that_change_the_result_are_refused(key, value, tmp_path: Path) -> None:
+    config = {"peft_type": "LORA", "r": 3, "lora_alpha": 3, key: value}
+    arrays = {f"base_model.model.{Q}.lora_A.weight": mx.zeros((3, 64))}
+    with pytest.raises(ConfigError, match=f"'{key}'"):
+        open_adapter(write_adapter(tmp_path / "a", PEFT, config, arrays))
