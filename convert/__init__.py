@@ -10,7 +10,7 @@ as mlx-vlm does where the model takes pictures or sound.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
@@ -91,6 +91,7 @@ def convert(
     dry_run: bool = False,
     overwrite: bool = False,
     max_shard_bytes: int | None = None,
+    adapters: Sequence[tuple[Path, float]] = (),
     progress: Callable[[Progress], None] | None = None,
 ) -> ConvertResult:
     """Convert a model.
@@ -117,6 +118,8 @@ def convert(
         dry_run: only plan.
         overwrite: replace an output that exists, when the new one is complete.
         max_shard_bytes: the largest weights file, 5 GiB if None.
+        adapters: to fuse into the weights, paths and what their changes are multiplied by. A
+            quantized source is quantized again where they change it. Not beside what measures.
         progress: called after every block of rows.
 
     Raises:
@@ -144,6 +147,11 @@ def convert(
     if not dry_run:
         check_output(output, overwrite)
     opened = open_source(source, text_only=text_only, mmproj=mmproj)
+    if adapters:
+        from .fuse import check_unmeasured, with_adapters
+
+        check_unmeasured(quantize, calibrate=bool(calibrate), evaluate=evaluate)
+        opened = with_adapters(opened, adapters)
     report = progress or (lambda step: None)
 
     def step(what: str, done: int, total: int) -> None:

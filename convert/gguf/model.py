@@ -121,7 +121,7 @@ def _second_scales(file: GGUFFile, architecture: Architecture) -> set[str]:
         stem = name.removesuffix(".weight")
         if tensor.type == "NVFP4" and stem != name:
             names = {f"{stem}.scale", f"{stem}.input_scale"} & file.tensors.keys()
-            found |= {one for one in names if _our_name(one, architecture) is None}
+            found |= {one for one in names if our_name(one, architecture) is None}
     return found
 
 
@@ -148,13 +148,12 @@ def _weights(
 ) -> Iterator[tuple[str, GGUFWeight]]:
     """Our tensors that one of the file holds; none of one that the architecture does not have."""
     names: Mapping[str, Rows | None] = architecture.parts(tensor)
-    if not names and (name := _our_name(tensor.name, architecture)) is not None:
+    if not names and (name := our_name(tensor.name, architecture)) is not None:
         names = {name: None}
     if not names:
         return
     check_readable(file, tensor)
-    inner = _LAYER.fullmatch(tensor.name)
-    permuted = inner is not None and inner[2] in architecture.permuted
+    permuted = is_permuted(tensor.name, architecture)
     added = 1.0 if architecture.norms_plus_one and "norm" in tensor.name else 0.0
     head_dim = config["head_dim"] if permuted else 0
     if head_dim and tensor.shape[0] % head_dim:
@@ -169,7 +168,14 @@ def _weights(
         )
 
 
-def _our_name(name: str, architecture: Architecture) -> str | None:
+def is_permuted(name: str, architecture: Architecture) -> bool:
+    """Whether a tensor's rows are permuted per head."""
+    inner = _LAYER.fullmatch(name)
+    return inner is not None and inner[2] in architecture.permuted
+
+
+def our_name(name: str, architecture: Architecture) -> str | None:
+    """Our name of a tensor of the file; None for one that the architecture does not have."""
     inner = _LAYER.fullmatch(name)
     if inner is None:
         return architecture.top_names.get(name) or _TOP_NAMES.get(name)

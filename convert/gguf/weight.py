@@ -67,7 +67,7 @@ class GGUFWeight:
         """The bytes of rows [start, stop) of the Hugging Face checkpoint."""
         stored = self._read(start, stop)
         is_permuted = self.head_dim and len(self.shape) > 1
-        return _unpermute(stored, self.head_dim) if is_permuted else stored
+        return unpermute(stored, self.head_dim) if is_permuted else stored
 
     def _read(self, start: int, stop: int) -> np.ndarray:
         """The bytes of these rows, in the file's order."""
@@ -85,7 +85,7 @@ class GGUFWeight:
     def rows(self, start: int, stop: int) -> mx.array:
         values = dequantize(self.stored(start, stop), self.tensor.type)
         if self.head_dim and len(self.shape) == 1:
-            values = _unpermute(values.reshape(-1, 1), self.head_dim).reshape(1, -1)
+            values = unpermute(values.reshape(-1, 1), self.head_dim).reshape(1, -1)
         # Values of a damaged file may be NaN or infinite; the writer checks them.
         with np.errstate(all="ignore"):
             if self.added:
@@ -116,7 +116,7 @@ class GGUFWeight:
         return tuple(map(mx.array, arrays))
 
 
-def _unpermute(rows: np.ndarray, head_dim: int) -> np.ndarray:
+def unpermute(rows: np.ndarray, head_dim: int) -> np.ndarray:
     """Rows of a Llama GGUF's q or k back in Hugging Face's order.
 
     Per head, Hugging Face rotates row i with row i + D/2, llama.cpp row 2i with row 2i + 1, and
