@@ -12,7 +12,7 @@ from typing import Annotated, cast
 import typer
 
 from mlxkv import __version__
-from mlxkv.commands import kv, models, run, serve
+from mlxkv.commands import adapters, kv, models, run, serve
 from mlxkv.commands.alias import alias
 from mlxkv.commands.bench import bench
 from mlxkv.commands.convert import compare, convert
@@ -59,6 +59,7 @@ app.command()(transcribe)
 app.command()(embed)
 app.command()(rerank)
 app.add_typer(kv.app)
+app.add_typer(adapters.app)
 app.command()(serve.serve)
 app.command()(serve.ps)
 app.command()(serve.stop)

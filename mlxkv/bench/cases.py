@@ -12,7 +12,9 @@ from mlxkv.errors import UsageError
 from mlxkv.memory import needs
 from mlxkv.memory.needs import Needs
 from mlxkv.memory.trace import hollow
+from mlxkv.models.adapters import adapted_bytes
 from mlxkv.models.loader import lay_out
+from mlxkv.store.adapters import AdapterRef, read_adapters
 from mlxkv.store.settings import Settings
 from mlxkv.text.tokenizer import Tokenizer
 
@@ -68,10 +70,12 @@ class Skipped:
 class Planner:
     """Which cases a model's context and the memory limit allow; the model is not loaded."""
 
-    def __init__(self, path: Path, settings: Settings):
+    def __init__(self, path: Path, settings: Settings, adapters: Sequence[AdapterRef] = ()):
         layout = lay_out(path)
         self._weights_bytes = layout.nbytes
-        self._needs = Needs(hollow(layout), settings.kv_type.value, default_chunk())
+        model = hollow(layout, read_adapters(adapters, layout.checkpoint.raw))
+        self._weights_bytes += adapted_bytes(model)
+        self._needs = Needs(model, settings.kv_type.value, default_chunk())
         self._limit = settings.memory.value
         self._window = settings.context.value
 

@@ -24,6 +24,7 @@ from mlxkv.generation.decoder import Decoder, Row
 from mlxkv.llm.llm import LLM
 from mlxkv.sampling.params import SamplingParams
 from mlxkv.sampling.sampler import Sampler
+from mlxkv.store.adapters import AdapterRef
 from mlxkv.store.settings import Given, effective
 
 MLXKV, MLX_LM = "mlxkv", "mlx-lm"
@@ -85,19 +86,26 @@ def measure(engine: TimedEngine, prompts: Prompts, n_timed: int) -> Timing:
     return Timing(n_prompt, first - start, n - n_first, last - first, mx.get_peak_memory())
 
 
-def load(engine: str, path: Path, kv_type: str, memory: int) -> TimedEngine:
-    """Load a model into one of the engines."""
+def load(
+    engine: str,
+    path: Path,
+    kv_type: str,
+    memory: int,
+    adapters: Sequence[tuple[str, float]] = (),
+) -> TimedEngine:
+    """Load a model into one of the engines, into mlxkv with adapters: their paths and weights."""
     if engine == MLXKV:
-        return Mlxkv(path, kv_type, memory)
+        refs = [AdapterRef(Path(at), weight) for at, weight in adapters]
+        return Mlxkv(path, kv_type, memory, refs)
     return MlxLm(path)
 
 
 class Mlxkv:
     """`LLM.stream` for one sequence, `Session` and `Decoder` for more."""
 
-    def __init__(self, path: Path, kv_type: str, memory: int):
+    def __init__(self, path: Path, kv_type: str, memory: int, adapters: Sequence[AdapterRef] = ()):
         settings = effective(path, Given(kv_type=kv_type, memory=memory))
-        self._llm = LLM.load(path, settings)
+        self._llm = LLM.load(path, settings, adapters=adapters)
         self._llm.tokenizer.eos_token_ids = frozenset()
 
     @property

@@ -34,13 +34,14 @@ GRACE_S = 5
 @dataclass(frozen=True, slots=True)
 class Task:
     """What all workers of a command have in common: the model, KV format and limit in bytes of
-    mlxkv, and the prompts of each case.
+    mlxkv, the prompts of each case, and paths and weights of adapters.
     """
 
     path: str
     kv_type: str
     memory: int
     prompts: Mapping[Case, list[list[int]]]
+    adapters: list[tuple[str, float]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +144,9 @@ class _Attempt:
     ):
         self._engine, self._cases, self._rounds, self._note = engine, cases, rounds, note
         numbered = [(i, task.prompts[case], case.n_timed) for i, case in enumerate(cases)]
-        self._job = Job(engine, task.path, task.kv_type, task.memory, n_rounds, numbered)
+        self._job = Job(
+            engine, task.path, task.kv_type, task.memory, n_rounds, numbered, task.adapters
+        )
         self._at: Case | None = None  # the case that is being measured
 
     def run(self) -> None:

@@ -10,7 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ class Job:
         memory: mlxkv's limit, in bytes.
         rounds: how often every case is measured.
         cases: number, the prompts' token ids and the timed steps of each.
+        adapters: of mlxkv, paths and weights.
     """
 
     engine: str
@@ -40,6 +41,7 @@ class Job:
     memory: int
     rounds: int
     cases: list[tuple[int, list[list[int]], int]]
+    adapters: list[tuple[str, float]] = field(default_factory=list)
 
 
 def work(job: Job, emit: Emit) -> None:
@@ -48,7 +50,7 @@ def work(job: Job, emit: Emit) -> None:
     from mlxkv.bench.engines import load, measure
 
     emit(doing="loading")
-    engine = load(job.engine, Path(job.path), job.kv_type, job.memory)
+    engine = load(job.engine, Path(job.path), job.kv_type, job.memory, job.adapters)
     emit(dtype=engine.dtype)
     failed = set[int]()
 

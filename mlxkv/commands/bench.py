@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from mlxkv.commands.options import Memory, takes
+from mlxkv.commands.options import Adapters, Memory, takes
 from mlxkv.errors import INTERRUPTED, ContextExceeded, MlxkvError, UsageError
 from mlxkv.kv.types import layer_types
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mlxkv.bench.cases import Case, Skipped
     from mlxkv.bench.drafts import Row
     from mlxkv.bench.rounds import Rounds
+    from mlxkv.store.adapters import AdapterRef
     from mlxkv.store.settings import Settings
     from mlxkv.terminal.console import ProgressLine
 
@@ -53,6 +54,7 @@ class BenchOptions:
         help="With --draft: what drafts, see `mlxkv run --draft`.",
     )
     memory: Memory = None
+    adapter: Adapters = None
     report: Path | None = typer.Option(
         None,
         metavar="FILE",
@@ -80,6 +82,8 @@ def bench(options: BenchOptions) -> int:
     kv_type = str(layer_types(o.kv_type))
     if o.vs is not None and kv_type != "native":
         raise UsageError("--vs mlx-lm needs --kv-type native: mlx-lm batches no quantized KV")
+    if o.vs is not None and o.adapter:
+        raise UsageError("--vs mlx-lm measures models without --adapter")
     asked = Asked(
         o.model or catalog.DEFAULT.name,
         _numbers("--context", o.context, least=0),
@@ -89,6 +93,7 @@ def bench(options: BenchOptions) -> int:
         ("mlxkv", "mlx-lm") if o.vs else ("mlxkv",),
         kv_type,
         o.memory,
+        tuple(o.adapter or ()),
     )
     return _bench(asked, o.report, as_json=o.as_json, plot=o.plot)
 
@@ -110,7 +115,9 @@ def _bench_drafts(o: BenchOptions, name: str) -> int:
     complete = True
     progress("loading")
     try:
-        with load(name, memory=o.memory, kv_type=o.kv_type, draft=o.drafter) as llm:
+        with load(
+            name, memory=o.memory, kv_type=o.kv_type, draft=o.drafter, adapter=o.adapter
+        ) as llm:
             for i, task in enumerate(drafts.TASKS):
                 progress(f"{i + 1} of {len(drafts.TASKS)}  {task.name}")
                 try:
@@ -155,6 +162,7 @@ class Asked:
     engines: tuple[str, ...]
     kv_type: str
     memory: str | None
+    adapters: tuple[str, ...] = ()
 
 
 def _check_vs(vs: str) -> None:
@@ -272,6 +280,7 @@ class Setup:
     machine: dict[str, Any]
     model: dict[str, Any]
     settings: dict[str, Any]
+    adapters: Sequence[AdapterRef] = ()
 
 
 def _prepare(asked: Asked, progress: ProgressLine) -> Setup:
@@ -284,15 +293,17 @@ def _prepare(asked: Asked, progress: ProgressLine) -> Setup:
     from mlxkv.bench import report as reports
     from mlxkv.bench.cases import Planner
     from mlxkv.store import resolve
+    from mlxkv.store.adapters import adapter_refs
     from mlxkv.store.info import describe
     from mlxkv.store.settings import COMMAND_LINE, Given, effective
 
     given = Given(kv_type=asked.kv_type, memory=asked.memory, origin=COMMAND_LINE)
     path = resolve.resolve(asked.model, report=progress)
+    adapters = adapter_refs(asked.adapters)
     progress("planning")
     settings = effective(path, given)
     contexts, batches, n_timed = _with_defaults(asked)
-    cases, skipped = Planner(path, settings).choose(contexts, batches, n_timed)
+    cases, skipped = Planner(path, settings, adapters).choose(contexts, batches, n_timed)
     if not cases:
         raise UsageError(f"nothing can be measured: {skipped[0].reason}")
     return Setup(
@@ -311,7 +322,9 @@ def _prepare(asked: Asked, progress: ProgressLine) -> Setup:
             "kv_type": asked.kv_type,
             "memory_limit_bytes": settings.memory.value,
             "context_limit": settings.context.value,
+            **({"adapters": len(adapters)} if adapters else {}),
         },
+        adapters=adapters,
     )
 
 
@@ -339,6 +352,7 @@ def _measure(asked: Asked, setup: Setup, rounds: Rounds, progress: ProgressLine)
         asked.kv_type,
         setup.effective.memory.value,
         {case: prompts(tokenizer, case.n_prompt, case.batch) for case in setup.cases},
+        [(str(ref.path), ref.weight) for ref in setup.adapters],
     )
     n_all = len(setup.cases) * len(asked.engines) * asked.repeat
 

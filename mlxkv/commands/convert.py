@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mlxkv.commands.options import AsJson, takes
+from mlxkv.commands.options import Adapters, AsJson, takes
+from mlxkv.errors import UsageError
 
 if TYPE_CHECKING:
     from mlxkv.convert import (  # pyright: ignore[reportMissingImports]
@@ -62,6 +63,10 @@ class ConvertOptions:
     text_only: bool = typer.Option(
         False, "--text-only", help="Leave the encoders of pictures and sound out."
     )
+    adapter: Adapters = None
+    fuse: bool = typer.Option(
+        False, "--fuse", help="Fuse the adapters of --adapter into the weights."
+    )
     dry_run: bool = typer.Option(False, "--dry-run", help="Print the plan only.")
     as_json: AsJson = False
 
@@ -70,12 +75,17 @@ class ConvertOptions:
 def convert(options: ConvertOptions) -> int:
     """Convert a checkpoint to an MLX model directory."""
     from mlxkv.store import refs, resolve
+    from mlxkv.store.adapters import adapter_refs
     from mlxkv.terminal.console import ProgressLine
 
     o, progress = options, ProgressLine(plain=True)
+    if bool(o.adapter) != o.fuse:
+        raise UsageError("--adapter and --fuse go together: an adapter is fused into the weights")
     try:
+        adapters = adapter_refs(o.adapter)
         path = resolve.source_path(o.source, report=progress)
-        target = refs.output_path(o.output or resolve.default_output(o.source, o.quantize, o.dtype))
+        default = resolve.default_output(o.source, o.quantize, o.dtype) + "-fused" * o.fuse
+        target = refs.output_path(o.output or default)
         from mlxkv.convert import convert as convert_model  # pyright: ignore[reportMissingImports]
 
         result = convert_model(
@@ -92,6 +102,7 @@ def convert(options: ConvertOptions) -> int:
             quantize_towers=o.quantize_towers,
             text_only=o.text_only,
             dry_run=o.dry_run,
+            adapters=[(ref.path, ref.weight) for ref in adapters],
             progress=lambda step: _show(progress, step),
         )
     finally:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from mlxkv.commands.options import AsJson, Draft, DType, KVType, Memory, Model
+from mlxkv.commands.options import Adapters, AsJson, Draft, DType, KVType, Memory, Model
 
 
 def pull(model: Model) -> None:
@@ -102,6 +102,7 @@ def plan(
         int | None, typer.Option(help="Tokens a picture at most, where a model lets you choose.")
     ] = None,
     draft: Draft = None,
+    adapter: Adapters = None,
     as_json: AsJson = False,
 ) -> None:
     """Compute the memory that a model and its KV cache need, without loading the model."""
@@ -119,6 +120,7 @@ def plan(
         audio=audio or (),
         image_budget=image_budget,
         draft=draft,
+        adapter=adapter,
     )
     print(json.dumps(plan_text.to_dict(needs)) if as_json else plan_text.text(needs))
 

@@ -37,6 +37,14 @@ Draft = Annotated[
         "or lookup and what a smaller MODEL of the same tokenizer says. The answer stays the same.",
     ),
 ]
+Adapters = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--adapter",
+        metavar="PATH|org/name[=WEIGHT]",
+        help="A LoRA or DoRA adapter for the model; may be repeated, they add up.",
+    ),
+]
 DType = Annotated[str, typer.Option(help="Compute in auto, float32, float16 or bfloat16.")]
 Memory = Annotated[
     str | None, typer.Option(help="Memory limit, such as 16GiB; default: the machine's.")

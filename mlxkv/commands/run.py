@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from mlxkv.commands import inputs
-from mlxkv.commands.options import Context, Draft, DType, KVType, Memory, takes
+from mlxkv.commands.options import Adapters, Context, Draft, DType, KVType, Memory, takes
 from mlxkv.commands.serve import Key
 from mlxkv.errors import UsageError
 from mlxkv.terminal.answer_options import AnswerOptions
@@ -91,6 +91,7 @@ class RunOptions:
     memory: Memory = None
     kv_type: KVType = None
     draft: Draft = None
+    adapter: Adapters = None
     server: str | None = typer.Option(
         None,
         metavar="ADDRESS",
@@ -135,7 +136,8 @@ def run(options: RunOptions) -> int:
     _check_prompt(options, text)
     attached = _attached(options.files or [], options.mic, asked)
     start = Start(settings, options.system, options.verbose, saved, attached, options.image_budget)
-    with closing(_speaker(asked, name, _given(options, saved), options.dtype)) as speaker:
+    given = _given(options, saved)
+    with closing(_speaker(asked, name, given, options.dtype, options.adapter)) as speaker:
         if text is None:
             return chat(speaker, start, resumes=options.resume, idle_compute=options.idle_compute)
         return one_answer(speaker, text, start, raw=options.raw, as_json=options.as_json)
@@ -220,6 +222,8 @@ def _refuse_local(options: RunOptions) -> None:
                 f"{option} applies when a model is loaded, which the server does: "
                 f"give it to `mlxkv serve`"
             )
+    if options.adapter:
+        raise UsageError("--adapter is for a model in this process: a server loads its own")
     if options.kv_from is not None:
         raise UsageError(
             "--kv-from is KV on this machine, which a server cannot use; a server restores shared "
@@ -237,11 +241,17 @@ def _names_model(server: Server | None) -> Callable[[str], bool]:
     return names_model(server)
 
 
-def _speaker(server: Server | None, name: str, given: Given, dtype: str) -> Speaker:
+def _speaker(
+    server: Server | None,
+    name: str,
+    given: Given,
+    dtype: str,
+    adapters: Sequence[str] | None,
+) -> Speaker:
     if server is None:
         from mlxkv.terminal.local import LocalSpeaker
 
-        return LocalSpeaker.load(name, given, dtype)
+        return LocalSpeaker.load(name, given, dtype, adapters or ())
     from mlxkv.terminal.remote import RemoteSpeaker
 
     return RemoteSpeaker(server, name, given)

@@ -7,7 +7,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mlxkv.commands.alias import run_aliases
-from mlxkv.commands.options import AsJson, Context, Draft, DType, KVType, takes
+from mlxkv.commands.options import Adapters, AsJson, Context, Draft, DType, KVType, takes
 from mlxkv.errors import InternalError, ModelNotFound, UsageError
 from mlxkv.server.config import HOST, PORT
 
 if TYPE_CHECKING:
     from mlxkv.server.client import Server
     from mlxkv.server.config import ServerConfig
+    from mlxkv.store.adapters import ModelAdapters
 
 Address = Annotated[
     str | None,
@@ -107,6 +108,7 @@ class ServeOptions:
     )
     kv_type: KVType = None
     draft: Draft = None
+    adapter: Adapters = None
 
 
 @takes(ServeOptions)
@@ -137,10 +139,25 @@ def serve(options: ServeOptions) -> int:
         next_turns=o.next_turns,
         asleep=asleep_dir(),
         idle_compute=o.idle_compute,
+        adapters=_adapters(o.adapter or (), config.models),
     )
     if o.until_input_ends:
         _end_with_input()
     return _run(engine, config)
+
+
+def _adapters(given: Sequence[str], models: Sequence[str]) -> ModelAdapters:
+    """The adapters of the one model that is loaded at once, by its directory."""
+    if not given:
+        return {}
+    from mlxkv.store.adapters import adapter_refs
+    from mlxkv.store.resolve import resolve
+
+    if len(models) != 1:
+        raise UsageError(
+            f"--adapter belongs to one model: give one --model with it; got {len(models)}"
+        )
+    return {str(resolve(models[0], fetch=False)): adapter_refs(given)}
 
 
 def _config(options: ServeOptions, limit_bytes: int | None) -> ServerConfig:

@@ -41,6 +41,7 @@ from mlxkv.engine.queue.preparation import Preparer
 from mlxkv.engine.restarts import Deaths, Restarted
 from mlxkv.engine.tasks import Task, quietly
 from mlxkv.errors import InternalError, contained
+from mlxkv.store.adapters import ModelAdapters
 from mlxkv.store.settings import Given
 
 T = TypeVar("T")
@@ -60,6 +61,7 @@ class ThreadedEngine:
         max_running: requests of one model that decode at a time.
         next_turns, idle_compute: what is computed of next turns, see `idle`; False is `off`.
         asleep: folder of answers that are put away; None to put none away.
+        adapters: that models are loaded with.
 
     Attributes:
         on_failed: called once the engine has failed for good.
@@ -77,8 +79,9 @@ class ThreadedEngine:
         next_turns: bool = True,
         idle_compute: str | None = None,
         asleep: Path | None = None,
+        adapters: ModelAdapters | None = None,
     ):
-        self._beds, self._is_leaving = Beds(asleep), False
+        self._beds, self._is_leaving = Beds(asleep, adapters), False
         self.asleep = self._beds.asleep
         idle = IdleCompute(idle_compute if next_turns else "off")
         limit_bytes = memory or device.memory_limit()
@@ -86,7 +89,7 @@ class ThreadedEngine:
         self._pool = ModelPool(
             limit_bytes, dtype, given or Given(), keep_alive_s, max_running, idle, preparer
         )
-        self._pool.files = self._beds.files
+        self._pool.files, self._pool.adapters = self._beds.files, adapters or {}
         self._loads, self._changed = ModelLoads(self._pool), threading.Condition()
         self._busy_at, self._max_queue = 0.0, max_queue
         self._inbox: deque[tuple[Ask, Task]] = deque()

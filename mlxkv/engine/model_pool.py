@@ -35,6 +35,7 @@ from mlxkv.engine.scheduler import Scheduler
 from mlxkv.errors import MlxkvError, ModelNotFound, OutOfMemory, contained
 from mlxkv.memory import needs
 from mlxkv.models.loader import lay_out
+from mlxkv.store.adapters import ModelAdapters, stamp_of
 from mlxkv.store.info import describe, digest
 from mlxkv.store.resolve import resolve
 from mlxkv.store.settings import Given, draws_on_model, effective
@@ -59,6 +60,7 @@ class ModelPool:
 
     Attributes:
         files: of answers that are put away; None to put none away.
+        adapters: that models are loaded with.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class ModelPool:
         preparer: Preparer | None = None,
     ):
         self.files: SleepFiles | None = None
+        self.adapters: ModelAdapters = {}
         allowed = device.process_allows()
         self.limit_bytes = limit_bytes if allowed is None else min(limit_bytes, allowed)
         self._dtype, self._given = dtype, given
@@ -122,16 +125,18 @@ class ModelPool:
             raise ModelNotFound(f"{name} is not on this machine any more")
         settings = effective(path, self._given)
         layout = lay_out(path, self._dtype, guesses=draws_on_model(settings.draft.value))
+        adapters = self.adapters.get(key, ())
         n_bytes, card = layout.nbytes, describe(name, path, layout)
+        n_bytes += sum(ref.n_bytes for ref in adapters)
         yield
         yield from self._making_room(name, n_bytes)
         self._loading_bytes += n_bytes
         try:
             self.share_memory()
-            runtime = yield from Runtime.loading(path, settings, self._dtype, layout)
+            runtime = yield from Runtime.loading(path, settings, self._dtype, layout, adapters)
             runtime.preparer = self._preparer
             scheduler = Scheduler(runtime, self._max_running, self._idle)
-            scheduler.sleep = Sleep(self.files, runtime.path)
+            scheduler.sleep = Sleep(self.files, runtime.path, stamp_of(adapters))
             model = LoadedModel(name, scheduler, card, digest(path), self._keep_alive_s)
         finally:
             self._loading_bytes -= n_bytes

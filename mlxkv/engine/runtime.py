@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -32,6 +32,7 @@ from mlxkv.nn.model import CausalLM
 from mlxkv.prefix.open import open_pages
 from mlxkv.prefix.pages import Pages
 from mlxkv.sampling.params import SamplingParams, recommended, suppressed
+from mlxkv.store.adapters import AdapterRef, other_bases, read_adapters
 from mlxkv.store.settings import Given, Settings, draws_on_model, effective
 from mlxkv.text.tokenizer import Tokenizer
 
@@ -93,6 +94,7 @@ class Runtime(TextSide):
 
     Attributes:
         preparer: prepares long prompts; None to prepare all where they begin.
+        adapters: that the model was loaded with.
         budget: its memory limit and use.
         pages: cached prefixes; None for a model whose layers keep other state than keys and values.
         drafting: what its answers' drafts share.
@@ -115,6 +117,7 @@ class Runtime(TextSide):
         super().__init__(tokenizer, path, model.config, settings, media, vectors)
         self.model, self.kv_type = model, kv_type
         self.preparer: Preparer | None = None
+        self.adapters: tuple[AdapterRef, ...] = ()
         weights_bytes = sum(
             x.nbytes for _, x in tree_flatten(model.parameters()) if isinstance(x, mx.array)
         )
@@ -135,9 +138,15 @@ class Runtime(TextSide):
         self._unwire: Callable[[], object] | None = None
 
     @classmethod
-    def load(cls, path: Path, settings: Settings, dtype: mx.Dtype | str = "auto") -> Self:
-        """Load a model's directory; raises as `mlxkv.load`."""
-        runtime = finished(cls.loading(path, settings, dtype))
+    def load(
+        cls,
+        path: Path,
+        settings: Settings,
+        dtype: mx.Dtype | str = "auto",
+        adapters: Sequence[AdapterRef] = (),
+    ) -> Self:
+        """Load a model's directory, with adapters; raises as `mlxkv.load`."""
+        runtime = finished(cls.loading(path, settings, dtype, adapters=adapters))
         runtime.hold_wired()
         return runtime
 
@@ -148,14 +157,21 @@ class Runtime(TextSide):
         settings: Settings,
         dtype: mx.Dtype | str = "auto",
         layout: Layout | None = None,
+        adapters: Sequence[AdapterRef] = (),
     ) -> Generator[None, None, Self]:
         """`load` in steps, without `hold_wired`; `layout` if the model is laid out already."""
         limit = settings.memory.value
         layout = layout or lay_out(path, dtype, guesses=draws_on_model(settings.draft.value))
-        model = yield from loading(path, dtype, limit, layout, encoders_wait=True)
+        added = read_adapters(adapters, layout.checkpoint.raw)
+        for note in other_bases(added, path):
+            _log.warning("%s", note)
+        model = yield from loading(path, dtype, limit, layout, encoders_wait=True, adapters=added)
+        del added  # the model has what it needs of them
         yield
         tokenizer = Tokenizer.from_dir(path)
-        return cls(model, tokenizer, path, settings.kv_type.value, limit, settings)
+        runtime = cls(model, tokenizer, path, settings.kv_type.value, limit, settings)
+        runtime.adapters = tuple(adapters)
+        return runtime
 
     @property
     def context(self) -> int:

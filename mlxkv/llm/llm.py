@@ -24,6 +24,7 @@ from mlxkv.llm.conversation import Conversation
 from mlxkv.memory.figures import memory_stats
 from mlxkv.memory.types import MemoryStats
 from mlxkv.saved_kv.manifest import NamedKV
+from mlxkv.store.adapters import AdapterRef, adapter_refs
 from mlxkv.store.resolve import resolve
 from mlxkv.store.settings import Given, Settings, draft_model, effective, own_context
 
@@ -45,6 +46,7 @@ def load(
     overflow: str | None = None,
     keep: int | None = None,
     draft: str | None = None,
+    adapter: str | Path | Sequence[str | Path] | None = None,
 ) -> LLM:
     """Load a model with its tokenizer.
 
@@ -67,6 +69,8 @@ def load(
             what followed the same tokens before), mtp (the model's own next-token layer, or the
             assistant beside it, loaded for this), auto (both), off, or a smaller model with the
             same tokens, by a name as above, beside lookup. The answer stays the same.
+        adapter: a LoRA or DoRA adapter for the model, or several: a directory or .gguf file, or a
+            Hugging Face repository; each may end in "=WEIGHT", by which its change is multiplied.
 
     Raises:
         UsageError: no such format, dtype or limit, a context past the model's own, or a model to
@@ -78,7 +82,7 @@ def load(
     """
     given = Given(context, kv_type, memory, overflow, keep, draft=draft)
     path = resolve(str(model))
-    return LLM.load(path, effective(path, given), dtype)
+    return LLM.load(path, effective(path, given), dtype, adapter_refs(adapter))
 
 
 class LLM(Runtime):
@@ -91,9 +95,16 @@ class LLM(Runtime):
         self.close()
 
     @classmethod
-    def load(cls, path: Path, settings: Settings, dtype: mx.Dtype | str = "auto") -> Self:
-        """Load a model's directory, and the model that drafts for it; raises as `mlxkv.load`."""
-        llm = super().load(path, settings, dtype)
+    def load(
+        cls,
+        path: Path,
+        settings: Settings,
+        dtype: mx.Dtype | str = "auto",
+        adapters: Sequence[AdapterRef] = (),
+    ) -> Self:
+        """Load a model's directory with adapters, and the model that drafts for it; raises as
+        `mlxkv.load`."""
+        llm = super().load(path, settings, dtype, adapters)
         if (name := draft_model(settings.draft.value)) is not None:
             llm.draft_model(name)
         return llm

@@ -14,7 +14,9 @@ from mlxkv.media.types import AUDIO, IMAGE, Medium
 from mlxkv.memory.needs import kv_bytes
 from mlxkv.memory.plan import Plan, plan_model
 from mlxkv.memory.trace import hollow
+from mlxkv.models.adapters import adapted_bytes
 from mlxkv.models.loader import Layout, lay_out
+from mlxkv.store.adapters import adapter_refs, read_adapters
 from mlxkv.store.refs import HubRef, locate
 from mlxkv.store.settings import Given, Settings, draft_model, draws_on_model, effective
 
@@ -35,6 +37,7 @@ def plan(
     audio: Sequence[SoundSource] = (),
     image_budget: int | None = None,
     draft: str | None = None,
+    adapter: str | Path | Sequence[str | Path] | None = None,
 ) -> Plan:
     """Plan a model: a directory, a name that `mlxkv list` shows, or a Hugging Face repository.
 
@@ -55,6 +58,7 @@ def plan(
         audio: the same of sound.
         image_budget: tokens a picture at most, for models that let them be chosen.
         draft: what drafts, as for `load`; a model is counted with KV for one sequence.
+        adapter: as for `load`; they count as weights.
 
     Raises:
         UsageError: an argument out of its range, or a context that the media alone fill.
@@ -74,9 +78,10 @@ def plan(
             field="context",
         )
     weights_bytes, encoders = layout.nbytes, layout.encoder_bytes  # `hollow` clears the weights
+    built = hollow(layout, read_adapters(adapter_refs(adapter), layout.checkpoint.raw))
     return plan_model(
-        hollow(layout),
-        weights_bytes=weights_bytes,
+        built,
+        weights_bytes=weights_bytes + adapted_bytes(built),
         context=context,
         sequences=sequences,
         kv_type=first_kv_type(settings.kv_type.value),

@@ -1,5 +1,5 @@
-"""A hash of all that KV depends on: the bytes of the weights and of config.json, the compute dtype,
-the layout of the KV and the format of the files.
+"""A hash of all that KV depends on: the bytes of the weights and of config.json, adapters, the
+compute dtype, the layout of the KV and the format of the files.
 
 The weights are read once: their hash is kept until the files' sizes, times or inodes change.
 """
@@ -35,7 +35,9 @@ Signature = list[list[str | int]]
 """[name, size, mtime_ns, ctime_ns, inode] of each file that the hash depends on."""
 
 
-def fingerprint(model_dir: Path, *, dtype: str, kv_type: str, cache: Path) -> str:
+def fingerprint(
+    model_dir: Path, *, dtype: str, kv_type: str, cache: Path, adapters: str = ""
+) -> str:
     """Hex SHA-256 of all that KV depends on: equal for a copy, different for any changed byte.
 
     Args:
@@ -43,6 +45,7 @@ def fingerprint(model_dir: Path, *, dtype: str, kv_type: str, cache: Path) -> st
         dtype: MLX's name of the dtype that it computes in.
         kv_type: format of the KV, by layer or for all.
         cache: JSON file that keeps the hashes of directories; need not exist or be writable.
+        adapters: names those that change the model, `nn.model.CausalLM.adapter_key`.
 
     Raises:
         ModelNotFound: no weights in the directory.
@@ -57,6 +60,7 @@ def fingerprint(model_dir: Path, *, dtype: str, kv_type: str, cache: Path) -> st
         if signature == _signature(model_dir) and _settled(signature, before):
             _remember(cache, directory, signature, content)
     parts = [FORMAT_VERSION, content, dtype, layout_of(kv_type)]
+    parts += [adapters] if adapters else []
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 

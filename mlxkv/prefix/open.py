@@ -26,6 +26,11 @@ class CachedModel(Protocol):
         ...
 
     @property
+    def adapter_key(self) -> str:
+        """Names the adapters that change it; "" without one."""
+        ...
+
+    @property
     def compute_dtype(self) -> mx.Dtype:
         """The dtype of its KV."""
         ...
@@ -35,11 +40,12 @@ class CachedModel(Protocol):
         ...
 
 
-def fingerprint_in(root: Path, path: Path, dtype: str, kv_type: str) -> str:
+def fingerprint_in(root: Path, path: Path, dtype: str, kv_type: str, adapters: str = "") -> str:
     """The fingerprint of a model's KV, with the hash of its weights kept in the pages' folder."""
     from mlxkv.prefix.fingerprint import fingerprint
 
-    return fingerprint(path, dtype=dtype, kv_type=kv_type, cache=root / "fingerprints.json")
+    cache = root / "fingerprints.json"
+    return fingerprint(path, dtype=dtype, kv_type=kv_type, cache=cache, adapters=adapters)
 
 
 def open_pages(
@@ -78,7 +84,7 @@ def open_pages(
         limits = DiskLimits.for_folder(root)
         if limits.cap_bytes == 0:
             return None
-        name = fingerprint_in(root, path, dtype, kv_type)
+        name = fingerprint_in(root, path, dtype, kv_type, model.adapter_key)
         if owner:
             name = hashlib.sha256(f"{name} {owner}".encode()).hexdigest()[: len(name)]
         near = -(-kinds.reach // STEP) + 1 if kinds.window else 0

@@ -11,7 +11,7 @@ import contextlib
 import json
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,10 +88,18 @@ def _refs(repo_id: str) -> dict[str, str]:
     return found
 
 
-def cached_snapshot(repo_id: str, revision: str | None = None) -> Path | None:
-    """The first complete one of `snapshots`, else the first; None if there is none."""
-    found = snapshots(repo_id, revision)
-    return next((path for path in found if _is_usable(path)), found[0] if found else None)
+def cached_snapshot(
+    repo_id: str, revision: str | None = None, holds: Callable[[Path], bool] | None = None
+) -> Path | None:
+    """The first complete one of `snapshots`, else the first; None if there is none.
+
+    Args:
+        repo_id: `org/name`.
+        revision: see `snapshots`.
+        holds: whether a folder is complete; None for that of a model.
+    """
+    found, holds = snapshots(repo_id, revision), holds or _is_usable
+    return next((path for path in found if holds(path)), found[0] if found else None)
 
 
 def _is_usable(folder: Path) -> bool:
@@ -154,17 +162,18 @@ def choose_gguf(repo_id: str, files: Sequence[str], wanted: str | None) -> str:
     return fitting[0]
 
 
-def cached_repos() -> list[CachedRepo]:
-    """The models in the cache that mlxkv can read, each revision that is complete."""
+def cached_repos(holds: Callable[[Path], bool] = _is_usable) -> list[CachedRepo]:
+    """The models in the cache that mlxkv can read, or what else `holds` says is complete, each
+    revision."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     found = []
     for folder in Path(HF_HUB_CACHE).glob("models--*/snapshots"):
         repo_id = folder.parent.name.removeprefix("models--").replace("--", "/")
-        default = cached_snapshot(repo_id)
+        default = cached_snapshot(repo_id, holds=holds)
         refs = {commit: ref for ref, commit in sorted(_refs(repo_id).items(), reverse=True)}
         for snapshot in folder.iterdir():
-            if not _is_usable(snapshot):
+            if not holds(snapshot):
                 continue
             if snapshot == default:
                 n_bytes = sum(map(_size, _contents(folder.parent)))

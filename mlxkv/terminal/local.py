@@ -20,36 +20,39 @@ if TYPE_CHECKING:
     from mlxkv.terminal.backend import Progress
 
 
-def load_model(name: str, dtype: str, given: Given) -> LLM:
-    """Load the model of that name, with progress on stderr."""
+def load_model(name: str, dtype: str, given: Given, adapters: Sequence[str] = ()) -> LLM:
+    """Load the model of that name, with adapters, and with progress on stderr."""
     from mlxkv.store import resolve
+    from mlxkv.store.adapters import adapter_refs
     from mlxkv.terminal.console import ProgressLine
 
     progress = ProgressLine(plain=True)
     try:
         path = resolve.resolve(name, report=progress)
+        refs = adapter_refs(adapters)
         progress(f"loading {name}")
         with collecting_later():
             from mlxkv.llm.llm import LLM
             from mlxkv.store.settings import effective
 
-            return LLM.load(path, effective(path, given), dtype)
+            return LLM.load(path, effective(path, given), dtype, refs)
     finally:
         progress.clear()
 
 
 class LocalSpeaker:
-    """See `mlxkv.terminal.backend.Speaker`. `other` loads with the same settings and dtype."""
+    """See `mlxkv.terminal.backend.Speaker`. `other` loads with the same settings and dtype, and
+    without adapters, which belong to their model."""
 
     def __init__(self, llm: LLM, name: str, given: Given, dtype: str = "auto"):
         self.llm, self.name, self.given, self.dtype = llm, name, given, dtype
 
     @classmethod
-    def load(cls, name: str, given: Given, dtype: str) -> Self:
-        """Load the model of that name."""
+    def load(cls, name: str, given: Given, dtype: str, adapters: Sequence[str] = ()) -> Self:
+        """Load the model of that name, with adapters."""
         from mlxkv.store import last_model
 
-        llm = load_model(name, dtype, given)
+        llm = load_model(name, dtype, given, adapters)
         last_model.remember(name)
         return cls(llm, name, given, dtype)
 
@@ -78,6 +81,7 @@ class LocalSpeaker:
         return [
             ("model", f"{self.name} ({config.model_type}, context {config.context:,})"),
             ("path", str(self.llm.path)),
+            *(("adapter", f"{each.path} ({each.weight:g})") for each in self.llm.adapters),
             *((setting.name, str(setting)) for setting in self.llm.settings),
         ]
 

@@ -12,6 +12,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 
 import mlxkv
 from mlxkv.checkpoint.adapter import MLX_LM, PEFT
@@ -147,3 +148,79 @@ def test_peft_keys_that_change_the_result_are_refused(key, value, tmp_path: Path
     arrays = {f"base_model.model.{Q}.lora_A.weight": mx.zeros((3, 64))}
     with pytest.raises(ConfigError, match=f"'{key}'"):
         open_adapter(write_adapter(tmp_path / "a", PEFT, config, arrays))
+
+
+def shapes(model: Any) -> dict[str, list[int]]:
+    """Of a model's parameters."""
+    flat: Any = tree_flatten(model.parameters())
+    return {name: list(array.shape) for name, array in flat}
+
+
+QWEN_MOE = {
+    "model_type": "qwen3_moe",
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [0],
+    "norm_topk_prob": True,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+}
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_logits_are_those_of_mlx_lm_on_its_own_definitions(method: str, tmp_path: Path) -> None:
+    """Experts included: mlx-lm has no DoRA of those."""
+    pytest.importorskip("mlx_lm")
+    from mlx_lm.models import qwen3_moe
+    from mlx_lm.tuner.utils import linear_to_lora_layers
+
+    theirs = qwen3_moe.Model(qwen3_moe.ModelArgs.from_dict(QWEN_MOE))
+    weights = {name: mx.array(tensor(name, shape)) for name, shape in shapes(theirs).items()}
+    theirs.load_weights(list(weights.items()))
+    base = write_checkpoint(tmp_path / "base", QWEN_MOE, weights)
+    parameters = {"rank": 3, "scale": 2.0, "dropout": 0.0}
+    keys = ["self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj"]
+    if method == "lora":
+        keys += ["mlp.gate", "mlp.switch_mlp.up_proj", "mlp.switch_mlp.down_proj"]
+    linear_to_lora_layers(theirs, 2, {**parameters, "keys": keys}, use_dora=method == "dora")
+    arrays = {
+        name: mx.array(tensor(name, shape))
+        for name, shape in shapes(theirs).items()
+        if name.rpartition(".")[2] in ("lora_a", "lora_b", "m")
+    }
+    theirs.load_weights(list(arrays.items()), strict=False)
+    config = {"fine_tune_type": method, "num_layers": 2, "lora_parameters": parameters}
+    adapter = write_adapter(tmp_path / "a", MLX_LM, config, arrays)
+    expected = np.array(theirs.eval()(mx.array([tokens(20)]))[0])
+    got = logits_of(adapted(base, (adapter, 1.0)), tokens(20))
+    assert abs(got - expected).max() / expected.std() < TOLERANCE
+
+
+def test_experts_that_an_adapter_names_are_changed_and_others_are_not(tmp_path: Path) -> None:
+    golden = Golden.read("glm4-moe-plain")
+    base, weights = golden.write(tmp_path / "base", "new"), golden.weights()
+    arrays = {}
+    for i in (0, 2):
+        path = f"model.layers.1.mlp.experts.{i}.gate_proj"
+        out, n_in = weights[f"{path}.weight"].shape
+        a, b = tensor(f"{path}.a", [3, n_in]), tensor(f"{path}.b", [out, 3])
+        weights[f"{path}.weight"] = weights[f"{path}.weight"] + 2 * b @ a
+        arrays |= {f"base_model.model.{path}.lora_A.weight": mx.array(a)}
+        arrays |= {f"base_model.model.{path}.lora_B.weight": mx.array(b)}
+    config = {"peft_type": "LORA", "r": 3, "lora_alpha": 6}
+    adapter = write_adapter(tmp_path / "a", PEFT, config, arrays)
+    changed = write_checkpoint(tmp_path / "changed", golden.config("new"), weights)
+    expected = logits_of(mlxkv.load_model(changed, dtype=mx.float32), tokens(20))
+    got = logits_of(adapted(base, (adapter, 1.0)), tokens(20))
+    assert abs(got - expected).max() / expected.std() < TOLERANCE

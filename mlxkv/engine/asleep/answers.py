@@ -34,6 +34,7 @@ from mlxkv.errors import MlxkvError, contained
 from mlxkv.generation.asleep import Asleep, Written, request_from_json, request_to_json, seeded
 from mlxkv.generation.generation import Generation
 from mlxkv.kv.types import STEP
+from mlxkv.store.adapters import ModelAdapters, stamp_of
 
 _log = logging.getLogger(__name__)
 
@@ -71,15 +72,16 @@ class Beds:
         files: in the folder; None without one.
     """
 
-    def __init__(self, folder: Path | None):
+    def __init__(self, folder: Path | None, adapters: ModelAdapters | None = None):
         self.files = None if folder is None else SleepFiles(folder)
+        self._adapters = adapters or {}
         self._claimed: WeakSet[Task] = WeakSet()
 
     def claim(self, ask: Ask, task: Task) -> None:
         """Give a durable request its file, before its model is loaded."""
         if ask.durable and (path := ask.path) is not None:
             self._claimed.add(task)
-            sleep = Sleep(self.files, path)
+            sleep = Sleep(self.files, path, stamp_of(self._adapters.get(str(path), ())))
             quietly("keeping a request failed", lambda: sleep.claim(task))
 
     def asleep(self, label: str = "") -> list[Sleeping]:
@@ -169,16 +171,17 @@ class Sleep:
     Args:
         files: of the process; None to put nothing away.
         path: the model's directory.
+        adapters: names those that it is loaded with, `store.adapters.stamp_of`.
     """
 
-    def __init__(self, files: SleepFiles | None, path: Path):
-        self._files, self._path = files, path
+    def __init__(self, files: SleepFiles | None, path: Path, adapters: str = ""):
+        self._files, self._path, self._adapters = files, path, adapters
 
     @cached_property
     def _digest(self) -> str:
         from mlxkv.store.info import digest  # a server's answers alone are kept
 
-        return digest(self._path)
+        return digest(self._path) + self._adapters
 
     def claim(self, task: Task) -> None:
         """Find where a request's answer was; a durable one gets a file if it has none."""

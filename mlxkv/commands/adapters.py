@@ -1,0 +1,65 @@
+"""`mlxkv adapters`: the adapters on this machine."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Annotated
+
+import typer
+
+from mlxkv.commands.options import AsJson
+
+app = typer.Typer(
+    name="adapters",
+    help="List LoRA and DoRA adapters, show what they change, remove them.",
+    rich_markup_mode=None,
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Name = Annotated[
+    str, typer.Argument(metavar="ADAPTER", help="Directory, .gguf file or Hugging Face org/name.")
+]
+
+
+@app.command("ls")
+def list_(as_json: AsJson = False) -> None:
+    """List the adapters in Hugging Face's cache."""
+    from mlxkv.base.units import human_bytes
+    from mlxkv.store.adapters import stored_adapters
+    from mlxkv.terminal.console import table
+
+    found = stored_adapters()
+    if as_json:
+        entries = [{"name": x.name, "path": str(x.path), "bytes": x.size_bytes} for x in found]
+        print(json.dumps(entries))
+    elif found:
+        rows = [(each.name, human_bytes(each.size_bytes)) for each in found]
+        print(table(("NAME", "SIZE"), rows, right=("SIZE",)))
+    else:
+        print("no adapters yet: --adapter org/name fetches one", file=sys.stderr)
+
+
+@app.command()
+def show(adapter: Name, as_json: AsJson = False) -> None:
+    """Show an adapter's format, base, ranks and what it changes."""
+    from mlxkv.store import adapters
+    from mlxkv.terminal.adapter_text import text, to_dict
+
+    path = adapters.find(adapter, fetch=False)
+    found = adapters.read(path)
+    print(json.dumps(to_dict(found), indent=2) if as_json else text(found))
+
+
+@app.command()
+def rm(
+    adapter: Annotated[
+        str, typer.Argument(metavar="ADAPTER", help="As `mlxkv adapters ls` shows.")
+    ],
+) -> None:
+    """Remove an adapter from Hugging Face's cache."""
+    from mlxkv.base.units import human_bytes
+    from mlxkv.store.adapters import remove
+
+    print(f"removed {adapter}, {human_bytes(remove(adapter))} freed")

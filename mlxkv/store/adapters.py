@@ -1,0 +1,224 @@
+"""Adapters by name: where they lie, those that are here, and reading them for a model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlxkv.checkpoint.adapter import MLX_LM, PEFT, Adapter
+from mlxkv.checkpoint.adapter_files import FILES, is_adapter
+from mlxkv.checkpoint.mlxkv_json import read_record
+from mlxkv.convert.adapter import GGUF, read_adapter  # pyright: ignore[reportMissingImports]
+from mlxkv.errors import ModelNotFound, OutputError, UsageError
+from mlxkv.models.adapters import Weighted
+from mlxkv.store import hub
+from mlxkv.store.refs import REPO, HubRef
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterRef:
+    """An adapter on this machine.
+
+    Args:
+        path: its directory, or .gguf file.
+        weight: its change is multiplied by this.
+    """
+
+    path: Path
+    weight: float = 1.0
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that it is read from."""
+        if self.path.suffix == GGUF:
+            return [self.path]
+        return [file for name in FILES if (file := self.path / name).is_file()]
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of the files."""
+        return sum(file.stat().st_size for file in self.files)
+
+
+ModelAdapters = Mapping[str, Sequence[AdapterRef]]
+"""A model's directory -> the adapters that it is loaded with."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredAdapter:
+    """One line of `mlxkv adapters ls`; `size_bytes` is what `rm` frees."""
+
+    name: str
+    path: Path
+    size_bytes: int
+
+
+def adapter_refs(given: str | Path | Sequence[str | Path] | None) -> list[AdapterRef]:
+    """Find adapters, fetched first if need be.
+
+    Args:
+        given: each a path or a Hugging Face repository, which may end in "=WEIGHT".
+
+    Raises:
+        UsageError: a weight that is no number.
+        ModelNotFound, DownloadError: there is no such adapter.
+    """
+    if given is None:
+        return []
+    each = [given] if isinstance(given, str | Path) else given
+    return [_ref(str(text)) for text in each]
+
+
+def _ref(text: str) -> AdapterRef:
+    name, sign, number = text.rpartition("=")
+    if not sign or Path(text).expanduser().exists():
+        return AdapterRef(find(text))
+    try:
+        weight = float(number)
+    except ValueError:
+        weight = float("nan")
+    if not abs(weight) < float("inf"):
+        raise UsageError(f"must end in a number behind '='; got {text!r}", field="adapter")
+    return AdapterRef(find(name), weight)
+
+
+def find(name: str, *, fetch: bool = True) -> Path:
+    """The directory, or .gguf file, of an adapter.
+
+    Args:
+        name: a path, or a Hugging Face repository as for models: `org/name@revision:file.gguf`.
+        fetch: whether the network may be used.
+
+    Raises:
+        ModelNotFound: nothing of that name, or no adapter.
+        DownloadError, OutputError: it cannot be fetched.
+    """
+    path = Path(name).expanduser()
+    if path.exists():
+        path = path.parent if path.name in FILES else path
+        if path.suffix != GGUF and not is_adapter(path):
+            raise ModelNotFound(f"{path} holds no adapter ({MLX_LM} or {PEFT})")
+        return path.absolute()
+    repo = REPO.fullmatch(name)
+    if repo is None:
+        raise ModelNotFound(f"{name}: no such adapter; name a directory, a .gguf file or org/name")
+    ref = HubRef(repo["repo"], repo["wanted"], repo["revision"])
+    found = _cached(ref)
+    if found is None and not fetch:
+        raise ModelNotFound(f"{name} is not here; --adapter {name} fetches it")
+    return _fetch(ref) if found is None else found
+
+
+def _cached(ref: HubRef) -> Path | None:
+    for snapshot in hub.snapshots(ref.repo_id, ref.revision):
+        if ref.wanted is None and is_adapter(snapshot):
+            return snapshot
+        fitting = [x for x in hub.cached_gguf_files(snapshot) if (ref.wanted or "/") in x]
+        if len(fitting) == 1:
+            return snapshot / fitting[0]
+    return None
+
+
+def _fetch(ref: HubRef) -> Path:
+    from mlxkv.store.hub_fetch import fetch
+    from mlxkv.store.hub_files import list_files
+    from mlxkv.store.resolve import silent
+
+    listing = list_files(ref.repo_id, ref.revision)
+    if ref.wanted is not None:
+        file = hub.choose_gguf(ref.repo_id, listing.gguf, ref.wanted)
+        return fetch(listing, [file], silent) / file
+    names = [name for name in FILES if name in listing.files]
+    if not {MLX_LM, PEFT} & set(names):
+        raise ModelNotFound(f"{ref.repo_id} holds no adapter ({MLX_LM} or {PEFT})")
+    return fetch(listing, names, silent)
+
+
+def stamp_of(refs: Sequence[AdapterRef]) -> str:
+    """A hash of adapters' weights and their files' names, sizes and times; "" for none."""
+    if not refs:
+        return ""
+    found = [
+        [ref.weight, *([str(file), stat.st_size, stat.st_mtime_ns] for file, stat in stats)]
+        for ref in refs
+        for stats in [[(file, file.stat()) for file in ref.files]]
+    ]
+    return hashlib.sha256(json.dumps(found).encode()).hexdigest()
+
+
+def read_adapters(refs: Sequence[AdapterRef], config: Mapping[str, Any]) -> list[Weighted]:
+    """Read adapters for the model of this config.json, their arrays lazy.
+
+    Raises:
+        CheckpointError: one is damaged, or asks for what is not supported.
+    """
+    return [Weighted(read_adapter(ref.path, config), ref.weight) for ref in refs]
+
+
+def other_bases(adapters: Sequence[Weighted], model_dir: Path) -> list[str]:
+    """Adapters that by their names are of another model, each in a sentence.
+
+    A copy may have more in its name, such as its quantization. Only names of repositories count.
+    """
+    if (model := _repo_of(model_dir)) is None:
+        return []
+    notes = []
+    for adapter in (each.adapter for each in adapters):
+        ours, theirs = (_plain(name.rpartition("/")[2]) for name in (model, adapter.base))
+        if REPO.fullmatch(adapter.base) and theirs not in ours and ours not in theirs:
+            notes.append(f"{adapter.source} was trained on {adapter.base}; this model is {model}")
+    return notes
+
+
+def _repo_of(model_dir: Path) -> str | None:
+    """The repository that a model's directory came from; None where that is not known."""
+    if (record := read_record(model_dir)) is not None:
+        match = REPO.match(record.origin)
+        return match["repo"] if match and record.source == "hub" else None
+    folder = model_dir.parent.parent.name
+    return folder.removeprefix("models--").replace("--", "/") if "models--" in folder else None
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+def read(path: Path) -> Adapter:
+    """Read an adapter from `find` to show it; raises as `read_adapters`."""
+    return read_adapter(path)
+
+
+def stored_adapters() -> list[StoredAdapter]:
+    """The adapters in Hugging Face's cache."""
+    return [
+        StoredAdapter(repo.name, repo.snapshot, repo.n_bytes)
+        for repo in hub.cached_repos(is_adapter)
+    ]
+
+
+def remove(name: str) -> int:
+    """Delete an adapter from Hugging Face's cache; the bytes freed.
+
+    Raises:
+        UsageError: a path, which is the user's own.
+        ModelNotFound: it is not there.
+        OutputError: it cannot be deleted.
+    """
+    repo = REPO.fullmatch(name)
+    if repo is None or Path(name).expanduser().exists():
+        raise UsageError(f"rm takes a name that `mlxkv adapters ls` shows; got {name!r}")
+    plan = None
+    if any(each.name == name for each in stored_adapters()):
+        plan = hub.plan_removal(repo["repo"], repo["revision"])
+    if plan is None:
+        raise ModelNotFound(f"no adapter {name!r} is here; `mlxkv adapters ls` lists what is")
+    try:
+        plan.execute()
+    except OSError as error:
+        raise OutputError(f"{error.filename}: {error.strerror}") from error
+    return plan.n_bytes
