@@ -142,7 +142,7 @@ def _layers(model: CausalLM) -> tuple[Counter[str], Counter[str]]:
         found = _LAYER.search(f"{path}.")
         layer = found[1] if found else ""
         if isinstance(module, Adapted):
-            n_result = sum(array.shape[-1] for array in module.own_arrays().values())
+            n_result = sum(max(array.shape[-2:]) for array in module.own_arrays().values())
             is_expert = path.rpartition(".")[0] in experts
             widths[layer] += n_result * (_n_chosen(model, 1) if is_expert else 1)
         path = path.removesuffix(".base")

@@ -64,6 +64,8 @@ def hollow(layout: Layout, adapters: Sequence[Weighted] = ()) -> CausalLM:
     for module in attach(model, layout.checkpoint.family, adapters):
         for name, array in module.own_arrays().items():
             module[name] = hollow_array(array.shape, array.dtype)
+        if isinstance(module, kernels.Settled):
+            module.settle(is_hollow=True)
     if not device.on_cpu():
         # Else they are broadcasts in each step's graph, which products copy. On the CPU backend
         # that copy stays: it makes up for tasks in flight that the trace misses. Without it tight

@@ -41,7 +41,7 @@ from mlxkv.models.dtypes import (
 )
 from mlxkv.models.late import EncoderWeights, stamps_of
 from mlxkv.nn.encoders import Waiting, encoder_of, placeholder
-from mlxkv.nn.kernels import settle
+from mlxkv.nn.kernels import Settled, settle
 from mlxkv.nn.layers import Prepared
 from mlxkv.nn.linear import Embedding, QuantizedEmbedding
 from mlxkv.nn.model import CausalLM
@@ -278,6 +278,8 @@ def loading(
         _check_limit(path, n_bytes + adapted_bytes(model), limit_bytes)
         for module in added:
             mx.eval(module.parameters())
+            if isinstance(module, Settled):
+                module.settle()
     return model
 
 

@@ -18,6 +18,11 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlxkv.nn import kernels
+
+RANKS = 32
+"""The kernels take weights with a multiple of this many columns: ranks are filled up with zeros."""
+
 
 @dataclass(frozen=True, slots=True)
 class LowRank:
@@ -93,22 +98,35 @@ class Adapted(nn.Module):
         return sum(array.nbytes for array in self.own_arrays().values())
 
 
-class AdaptedLinear(Adapted):
-    """A projection, see `linear.Product`."""
+class AdaptedLinear(kernels.Settled, Adapted):
+    """A projection, see `linear.Product`; its matrices are kept as weights are, `[r, in]` and
+    `[out, r]`."""
 
     def __init__(self, base: nn.Module, change: LowRank):
-        super().__init__(base, change)
+        a, b = change.a.T, change.b.T
+        if kernels.kernels() is not None and (more := -a.shape[0] % RANKS):
+            a, b = mx.pad(a, [(0, more), (0, 0)]), mx.pad(b, [(0, 0), (0, more)])
+        super().__init__(base, LowRank(mx.contiguous(a), mx.contiguous(b)))
         if change.factor is not None:
             self.factor = change.factor
             if "bias" in base:
                 self.shift = base["bias"] * (1 - change.factor)
 
+    def settle(self, *, is_hollow: bool = False) -> None:
+        found = [kernels.weight({"weight": self[name]}) for name in ("lora_a", "lora_b")]
+        self.uses_kernels = all(weight is not None for weight in found)
+        if self.uses_kernels:
+            self._a, self._b = found
+
     def __call__(
         self, x: mx.array, norm: nn.Module | None = None, plus: mx.array | None = None
     ) -> mx.array:
+        base: Any = self["base"]
+        if self.uses_kernels and "factor" not in self and x.dtype == mx.float32:
+            y = base(x) if norm is None and plus is None else base(x, norm, plus)
+            return kernels.linear(kernels.linear(x, self["_a"], norm), self["_b"], plus=y)
         if norm is not None:
             x = norm(x)
-        base: Any = self["base"]
         if "factor" in self:
             y = self._changed(self._scaled(base(x), slice(None)), x, self["lora_b"])
             return y if plus is None else plus + y
@@ -121,14 +139,14 @@ class AdaptedLinear(Adapted):
         y = base.of_rows(x, start, stop)
         if "factor" in self:
             y = self._scaled(y, slice(start, stop))
-        return self._changed(y, x, self["lora_b"][:, start:stop])
+        return self._changed(y, x, self["lora_b"][start:stop])
 
     def _scaled(self, y: mx.array, rows: slice) -> mx.array:
         y = y * self["factor"][rows]
         return y + self["shift"][rows] if "shift" in self else y
 
     def _changed(self, y: mx.array, x: mx.array, b: mx.array) -> mx.array:
-        return mx.addmm(y, x @ self["lora_a"], b)
+        return mx.addmm(y, x @ self["lora_a"].T, b.T)
 
 
 class AdaptedEmbedding(Adapted):
