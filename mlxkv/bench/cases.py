@@ -14,7 +14,7 @@ from mlxkv.memory.needs import Needs
 from mlxkv.memory.trace import hollow
 from mlxkv.models.adapters import adapted_bytes
 from mlxkv.models.loader import lay_out
-from mlxkv.store.adapters import AdapterRef, read_adapters
+from mlxkv.store.adapters import AdapterRef, own_adapters, read_adapters
 from mlxkv.store.settings import Settings
 from mlxkv.text.tokenizer import Tokenizer
 
@@ -73,7 +73,8 @@ class Planner:
     def __init__(self, path: Path, settings: Settings, adapters: Sequence[AdapterRef] = ()):
         layout = lay_out(path)
         self._weights_bytes = layout.nbytes
-        model = hollow(layout, read_adapters(adapters, layout.checkpoint.raw))
+        added = read_adapters([*own_adapters(path), *adapters], layout.checkpoint.raw)
+        model = hollow(layout, added)
         self._weights_bytes += adapted_bytes(model)
         self._needs = Needs(model, settings.kv_type.value, default_chunk())
         self._limit = settings.memory.value

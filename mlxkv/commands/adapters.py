@@ -8,11 +8,12 @@ from typing import Annotated
 
 import typer
 
-from mlxkv.commands.options import AsJson
+from mlxkv.commands.options import AsJson, Model
+from mlxkv.errors import UsageError
 
 app = typer.Typer(
     name="adapters",
-    help="List LoRA and DoRA adapters, show what they change, remove them.",
+    help="List LoRA and DoRA adapters, show what they change, make models of them, remove them.",
     rich_markup_mode=None,
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -50,6 +51,30 @@ def show(adapter: Name, as_json: AsJson = False) -> None:
     path = adapters.find(adapter, fetch=False)
     found = adapters.read(path)
     print(json.dumps(to_dict(found), indent=2) if as_json else text(found))
+
+
+@app.command()
+def make(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Of the new model.")],
+    model: Model,
+    adapters: Annotated[
+        list[str], typer.Argument(metavar="ADAPTER[=WEIGHT]...", help="As for --adapter.")
+    ],
+) -> None:
+    """Make a model of MODEL that is always loaded with adapters; both share their weights' files.
+
+    A server finds it under its name, beside MODEL.
+    """
+    from mlxkv.store import refs, resolve
+    from mlxkv.store.adapters import adapter_refs
+    from mlxkv.store.derive import derive
+
+    refs.output_path(name)  # raises for what is no name, or that of a built-in model
+    if "/" in name:
+        raise UsageError(
+            f"must be a name of letters, digits, '.', '_' and '-'; got {name!r}", field="name"
+        )
+    print(derive(resolve.resolve(model), name, adapters=adapter_refs(adapters)))
 
 
 @app.command()

@@ -75,15 +75,20 @@ class ConvertOptions:
 def convert(options: ConvertOptions) -> int:
     """Convert a checkpoint to an MLX model directory."""
     from mlxkv.store import refs, resolve
-    from mlxkv.store.adapters import adapter_refs
+    from mlxkv.store.adapters import adapter_refs, own_adapters
     from mlxkv.terminal.console import ProgressLine
 
     o, progress = options, ProgressLine(plain=True)
-    if bool(o.adapter) != o.fuse:
-        raise UsageError("--adapter and --fuse go together: an adapter is fused into the weights")
+    if o.adapter and not o.fuse:
+        raise UsageError("--adapter needs --fuse, which adds it to the weights")
     try:
-        adapters = adapter_refs(o.adapter)
         path = resolve.source_path(o.source, report=progress)
+        own = own_adapters(path)
+        if own and not o.fuse:
+            raise UsageError(f"{o.source} has adapters of its own: --fuse adds them to the weights")
+        adapters = [*own, *adapter_refs(o.adapter)]
+        if o.fuse and not adapters:
+            raise UsageError("--fuse needs --adapter: the model has none of its own")
         default = resolve.default_output(o.source, o.quantize, o.dtype) + "-fused" * o.fuse
         target = refs.output_path(o.output or default)
         from mlxkv.convert import convert as convert_model  # pyright: ignore[reportMissingImports]

@@ -35,7 +35,7 @@ from mlxkv.engine.scheduler import Scheduler
 from mlxkv.errors import MlxkvError, ModelNotFound, OutOfMemory, contained
 from mlxkv.memory import needs
 from mlxkv.models.loader import lay_out
-from mlxkv.store.adapters import ModelAdapters, stamp_of
+from mlxkv.store.adapters import ModelAdapters, own_adapters, stamp_of
 from mlxkv.store.info import describe, digest
 from mlxkv.store.resolve import resolve
 from mlxkv.store.settings import Given, draws_on_model, effective
@@ -127,7 +127,7 @@ class ModelPool:
         layout = lay_out(path, self._dtype, guesses=draws_on_model(settings.draft.value))
         adapters = self.adapters.get(key, ())
         n_bytes, card = layout.nbytes, describe(name, path, layout)
-        n_bytes += sum(ref.n_bytes for ref in adapters)
+        n_bytes += sum(ref.n_bytes for ref in (*own_adapters(path), *adapters))
         yield
         yield from self._making_room(name, n_bytes)
         self._loading_bytes += n_bytes

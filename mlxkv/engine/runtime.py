@@ -32,7 +32,7 @@ from mlxkv.nn.model import CausalLM
 from mlxkv.prefix.open import open_pages
 from mlxkv.prefix.pages import Pages
 from mlxkv.sampling.params import SamplingParams, recommended, suppressed
-from mlxkv.store.adapters import AdapterRef, other_bases, read_adapters
+from mlxkv.store.adapters import AdapterRef, other_bases, own_adapters, read_adapters
 from mlxkv.store.settings import Given, Settings, draws_on_model, effective
 from mlxkv.text.tokenizer import Tokenizer
 
@@ -162,6 +162,7 @@ class Runtime(TextSide):
         """`load` in steps, without `hold_wired`; `layout` if the model is laid out already."""
         limit = settings.memory.value
         layout = layout or lay_out(path, dtype, guesses=draws_on_model(settings.draft.value))
+        adapters = [*own_adapters(path), *adapters]
         added = read_adapters(adapters, layout.checkpoint.raw)
         for note in other_bases(added, path):
             _log.warning("%s", note)

@@ -28,6 +28,7 @@ from mlxkv.saved_kv.checks import TensorShape, check_page, check_text
 from mlxkv.saved_kv.manifest import NamedKV
 from mlxkv.saved_kv.registry import KVNames
 from mlxkv.saved_kv.signature import check_signature
+from mlxkv.store.adapters import key_of_own
 from mlxkv.store.resolve import resolve
 from mlxkv.text.tokenizer import Tokenizer
 
@@ -59,7 +60,8 @@ def import_file(
             path = resolve(model or named.model, fetch=False)
     except FileNotFoundError:
         raise UsageError(f"{file}: no such file") from None
-    wanted = fingerprint_in(kv_dir(), path, named.dtype, named.kv_type)
+    adapters = key_of_own(path)
+    wanted = fingerprint_in(kv_dir(), path, named.dtype, named.kv_type, adapters)
 
     def check(named: NamedKV) -> Callable[[PageFile], None]:
         check_text(named, token_ids(named.tokens), Tokenizer.from_dir(path))

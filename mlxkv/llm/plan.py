@@ -16,7 +16,7 @@ from mlxkv.memory.plan import Plan, plan_model
 from mlxkv.memory.trace import hollow
 from mlxkv.models.adapters import adapted_bytes
 from mlxkv.models.loader import Layout, lay_out
-from mlxkv.store.adapters import adapter_refs, read_adapters
+from mlxkv.store.adapters import adapter_refs, own_adapters, read_adapters
 from mlxkv.store.refs import HubRef, locate
 from mlxkv.store.settings import Given, Settings, draft_model, draws_on_model, effective
 
@@ -78,7 +78,9 @@ def plan(
             field="context",
         )
     weights_bytes, encoders = layout.nbytes, layout.encoder_bytes  # `hollow` clears the weights
-    built = hollow(layout, read_adapters(adapter_refs(adapter), layout.checkpoint.raw))
+    own = own_adapters(Path(layout.checkpoint.source).parent)
+    added = read_adapters([*own, *adapter_refs(adapter)], layout.checkpoint.raw)
+    built = hollow(layout, added)
     return plan_model(
         built,
         weights_bytes=weights_bytes + adapted_bytes(built),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +16,14 @@ from mlxkv.checkpoint.adapter_files import FILES, is_adapter
 from mlxkv.checkpoint.mlxkv_json import read_record
 from mlxkv.convert.adapter import GGUF, read_adapter  # pyright: ignore[reportMissingImports]
 from mlxkv.errors import ModelNotFound, OutputError, UsageError
-from mlxkv.models.adapters import Weighted
+from mlxkv.models.adapter_targets import Changes
+from mlxkv.models.adapters import Weighted, key_of
+from mlxkv.models.loader import lay_out
 from mlxkv.store import hub
 from mlxkv.store.refs import REPO, HubRef
+
+OWN = "adapters"
+"""In a model's directory: a folder for each adapter that it is always loaded with, `000=WEIGHT`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +118,53 @@ def find(name: str, *, fetch: bool = True) -> Path:
     if found is None and not fetch:
         raise ModelNotFound(f"{name} is not here; --adapter {name} fetches it")
     return _fetch(ref) if found is None else found
+
+
+def cached(name: str) -> Path:
+    """The directory, or .gguf file, of an adapter in Hugging Face's cache: no path is one.
+
+    Raises:
+        ModelNotFound: it is not there.
+    """
+    repo = REPO.fullmatch(name)
+    found = repo and _cached(HubRef(repo["repo"], repo["wanted"], repo["revision"]))
+    if not found:
+        raise ModelNotFound(f"no adapter {name!r} is in Hugging Face's cache; name it as org/name")
+    return found
+
+
+def own_adapters(model_dir: Path) -> list[AdapterRef]:
+    """The adapters that a model's directory has itself, see `derive`."""
+    folder, found = model_dir / OWN, list[AdapterRef]()
+    for each in sorted(folder.iterdir()) if folder.is_dir() else ():
+        number, _, weight = each.name.partition("=")
+        if not number.isdecimal():
+            continue
+        files = list(each.glob(f"*{GGUF}"))
+        found.append(AdapterRef(files[0] if files else each, float(weight)))
+    return found
+
+
+def key_of_own(model_dir: Path) -> str:
+    """What `nn.model.CausalLM.adapter_key` is with `own_adapters` alone."""
+    return key_of([Weighted(read(ref.path), ref.weight) for ref in own_adapters(model_dir)])
+
+
+def keep(refs: Sequence[AdapterRef], model_dir: Path) -> None:
+    """Copy adapters into a model's directory, behind those that it has.
+
+    Raises:
+        CheckpointError: one that does not fit the model.
+    """
+    layout = lay_out(model_dir)
+    for each in read_adapters(refs, layout.checkpoint.raw):
+        list(Changes(layout.model, layout.checkpoint.family, each))
+    first = len(own_adapters(model_dir))
+    for i, ref in enumerate(refs, first):
+        folder = model_dir / OWN / f"{i:03d}={ref.weight!r}"
+        folder.mkdir(parents=True)
+        for file in ref.files:
+            shutil.copyfile(file, folder / file.name)
 
 
 def _cached(ref: HubRef) -> Path | None:

@@ -10,7 +10,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from mlxkv.checkpoint.mlxkv_json import RECORD, Record, read_record
 from mlxkv.errors import ConfigError, UsageError
 from mlxkv.sampling.params import GENERATION_CONFIG, SamplingParams
 from mlxkv.store import settings
+from mlxkv.store.adapters import OWN, AdapterRef, keep
 from mlxkv.store.refs import is_model
 from mlxkv.store.resolve import Report, silent, work_folder
 
@@ -35,6 +36,7 @@ def derive(
     quantize: str | None = None,
     chosen: Mapping[str, Any] | None = None,
     sampling: SamplingParams | None = None,
+    adapters: Sequence[AdapterRef] = (),
     report: Report = silent,
 ) -> Path:
     """Make a model from another, and return its directory.
@@ -46,6 +48,7 @@ def derive(
             would run the whole model beside those that a server has loaded.
         chosen: settings that it runs with, see `settings`.
         sampling: what it recommends; unset parameters are the source's.
+        adapters: that it is always loaded with, beside those of the source.
         report: called with the progress.
 
     Raises:
@@ -63,6 +66,10 @@ def derive(
             _copy(source, made)
         else:
             _quantize(source, made, name, quantize, report)
+            if (source / OWN).is_dir():
+                shutil.copytree(source / OWN, made / OWN)
+        if adapters:
+            keep(adapters, made)
         _write_record(source, made, name, chosen or {})
         if sampling is not None:
             _write_sampling(made / GENERATION, sampling)

@@ -11,10 +11,11 @@ import pytest
 import mlxkv
 from mlxkv.cli import main
 from mlxkv.engine.messages import Ask
-from mlxkv.errors import ModelNotFound, OutOfMemory, UsageError
+from mlxkv.errors import ModelNotFound, OutOfMemory, UsageError, WeightsError
 from mlxkv.generation.request import Request
 from mlxkv.llm.plan import plan
-from mlxkv.store.adapters import adapter_refs, stamp_of
+from mlxkv.store.adapters import adapter_refs, cached, key_of_own, own_adapters, stamp_of
+from mlxkv.store.derive import derive
 from tests.engine.test_engine import collect, tokens
 from tests.models.test_adapters import mlx_lm
 from tests.support.threaded_engine import running
@@ -74,7 +75,7 @@ def test_the_command_line_takes_and_shows_adapters(reused, kv, adapter, capsys) 
             ["run", "--adapter", str(adapter / "none"), str(reused / "llama"), "a"],
             "no such adapter",
         ),
-        (["convert", str(reused / "llama"), "--adapter", str(adapter)], "--fuse go together"),
+        (["convert", str(reused / "llama"), "--adapter", str(adapter)], "--adapter needs --fuse"),
     ):
         assert main(args) != 0
         assert message in capsys.readouterr().err
@@ -103,3 +104,37 @@ def test_an_engine_loads_a_model_with_the_adapters_given_for_it(
         ask = Ask(str(path), Request.of("a text", **options))
         assert tokens(asyncio.run(collect(engine.submit(ask)))) == expected
     assert stamp_of(refs) != stamp_of(adapter_refs(f"{adapter}=0.5")) != stamp_of([]) == ""
+
+
+def test_a_model_made_with_adapters_is_always_loaded_with_them(
+    reused: Path, kv: Path, adapter: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    monkeypatch.setenv("MLXKV_MODELS", str(tmp_path / "models"))
+    path = reused / "llama"
+    assert main(["adapters", "make", "tuned", str(path), f"{adapter}=0.5"]) == 0
+    made = Path(capsys.readouterr().out.strip())
+    assert [ref.weight for ref in own_adapters(made)] == [0.5]
+    with mlxkv.load(path, adapter=f"{adapter}=0.5") as llm:
+        expected, n_bytes = llm.generate("a text", max_tokens=8).tokens, llm.budget.weights_bytes
+    with mlxkv.load("tuned") as llm:
+        assert llm.generate("a text", max_tokens=8).tokens == expected
+        assert llm.budget.weights_bytes == n_bytes == plan("tuned").weights_bytes
+        assert llm.model.adapter_key == key_of_own(made) != ""
+    # A copy keeps them, and another's come on top.
+    twice = derive(made, "twice", adapters=adapter_refs(f"{adapter}=-0.5"))
+    assert [ref.weight for ref in own_adapters(twice)] == [0.5, -0.5]
+    with mlxkv.load("twice") as llm, mlxkv.load(path) as base:
+        options = {"max_tokens": 4, "draft": "off"}
+        assert llm.generate("a", **options).tokens == base.generate("a", **options).tokens
+    assert main(["convert", "tuned", "-o", str(tmp_path / "out")]) != 0
+    assert "adapters of its own" in capsys.readouterr().err
+    wide = mlx_lm(tmp_path / "wide", {Q: (999, 64)})
+    with pytest.raises(WeightsError, match="lora_a"):
+        derive(path, "wrong", adapters=adapter_refs(wide))
+    assert not (tmp_path / "models" / "wrong").exists()
+
+
+def test_a_request_names_adapters_of_the_cache_and_no_paths(adapter: Path) -> None:
+    for name in (str(adapter), "../adapter", "org/none"):
+        with pytest.raises(ModelNotFound, match="no adapter"):
+            cached(name)

@@ -22,6 +22,8 @@ from mlxkv.parsers.events import ToolCall
 from mlxkv.sampling.grammar import Grammar
 from mlxkv.sampling.params import SamplingParams
 from mlxkv.store import refs, resolve, settings
+from mlxkv.store.adapters import own_adapters
+from tests.models.test_adapters import mlx_lm
 from tests.support.fake_engine import MODEL, options_of, says, serving, stats
 from tests.support.fake_engine_ollama import (
     STORED,
@@ -735,10 +737,22 @@ def test_create_packs_weights(client, models):
     assert "affine4" in client.show("small").details.quantization_level
 
 
+def test_create_keeps_adapters_of_the_cache_with_the_model(address, models, tmp_path, monkeypatch):
+    raw = json.loads((models / "tiny-1k" / "config.json").read_text())
+    size, name = raw["hidden_size"], "model.layers.0.self_attn.o_proj"
+    adapter = mlx_lm(tmp_path / "adapter", {name: (size, size)})
+    monkeypatch.setattr("mlxkv.store.adapters._cached", lambda ref: adapter)
+    body = {"model": "tuned", "from": STORED, "adapters": {"org/a": 0.5}, "stream": False}
+    assert post(address, "/api/create", body).status_code == 200
+    (ref,) = own_adapters(models / "tuned")
+    assert (ref.weight, ref.path.name) == (0.5, "000=0.5")
+
+
 @pytest.mark.parametrize(
     ("body", "words"),
     [
         ({}, "from is required"),
+        ({"from": STORED, "adapters": {"a.gguf": "sha256:0"}}, "adapters"),
         ({"from": STORED, "quantize": "q4_K_M"}, "affine4"),
         ({"from": STORED, "quantize": "auto"}, "use `mlxkv convert`"),
         ({"from": STORED, "system": "Be brief"}, "system: not supported"),

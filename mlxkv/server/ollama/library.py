@@ -30,6 +30,7 @@ from mlxkv.server.ollama.answers import NDJSON, error_line, line
 from mlxkv.server.ollama.fields import Named, Options
 from mlxkv.server.threads import run_in_threadpool
 from mlxkv.store import derive, library, resolve
+from mlxkv.store.adapters import AdapterRef, cached
 from mlxkv.store.resolve import Report
 
 MAX_JOBS = 2
@@ -72,7 +73,10 @@ class CreateRequest(Named):
     parameters: Options | None = Field(None, description=f"{', '.join(_KEPT)}.")
     stream: bool | None = None
     files: Refused = Field(default=None, description="Use `mlxkv convert`.")
-    adapters: Refused = None
+    adapters: dict[str, float] | None = Field(
+        default=None,
+        description="Adapters in Hugging Face's cache, org/name, each with its weight.",
+    )
     template: Refused = None
     system: Refused = None
     messages: Refused = None
@@ -155,6 +159,7 @@ def _creation(body: CreateRequest) -> Work:
     if not body.from_:
         raise UsageError("from is required: it names the stored model to start from")
     values, name, source = body.settings(), new_name(body.model_name), stored_name(body.from_)
+    refs = [AdapterRef(cached(each), weight) for each, weight in (body.adapters or {}).items()]
     sampling = {key: values[key] for key in _SAMPLING if key in values}
     chosen = {_SETTINGS[key]: values[key] for key in _SETTINGS if key in values}
 
@@ -165,6 +170,7 @@ def _creation(body: CreateRequest) -> Work:
             quantize=body.quantize or None,
             chosen=chosen,
             sampling=SamplingParams(**sampling) if sampling else None,
+            adapters=refs,
             report=report,
         )
 
