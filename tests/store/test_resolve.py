@@ -168,7 +168,7 @@ def test_an_unknown_name_lists_what_is_known(models):
     with pytest.raises(ModelNotFound, match=r"no model named 'foo'.*smollm2:135m"):
         resolve.resolve("foo")
     with pytest.raises(ModelNotFound, match="no model named '000"):  # longer than a file's name
-        locate("0" * 300)
+        resolve.locate("0" * 300)
     with pytest.raises(ModelNotFound, match=r"did you mean gemma3:270m\?"):
         resolve.resolve("gemma3:27m")
 
