@@ -127,14 +127,19 @@ class Fusing(Prepared):
                 whole = self.joined([self[part] for part in parts[:n]])
                 if whole is None:
                     continue
-                sizes = [self[part]["weight"].shape[-2] for part in parts[:n]]
-                bounds = itertools.pairwise((0, *itertools.accumulate(sizes)))
-                places = [(p, name, *at) for p, at in zip(parts[:n], bounds, strict=True)]
-                self._places = (*self.get("_places", ()), *places)
+                self._note_places(name, parts[:n])
                 self[name] = whole
                 for part in parts[:n]:
                     del self[part]
                 break
+
+    def _note_places(self, name: str, parts: Sequence[str]) -> None:
+        if not all("weight" in self[part] for part in parts):
+            return  # an encoder's, which no adapter changes
+        sizes = [self[part]["weight"].shape[-2] for part in parts]
+        bounds = itertools.pairwise((0, *itertools.accumulate(sizes)))
+        places = [(part, name, *at) for part, at in zip(parts, bounds, strict=True)]
+        self._places = (*self.get("_places", ()), *places)
 
     def place_of(self, part: str) -> tuple[str, int, int] | None:
         """Where the rows of a projection that was fused are: the name of the fused one, the first
