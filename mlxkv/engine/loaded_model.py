@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import weakref
 from dataclasses import dataclass, field
@@ -68,12 +69,25 @@ class LoadedModel:
         """Monotonic time at which it is unloaded unless a request comes; None: never."""
         if self.leaves:
             return self.used_at
+        ends = [model._own_end() for model in self._needed_by()]
+        return max(ends) if math.isfinite(max(ends)) else None
+
+    def _own_end(self) -> float:
+        """`expires_at`, but for the models that it drafts for; infinity: never."""
+        if self.leaves:
+            return self.used_at
         if self.keep_alive_s < 0:
-            return None
+            return math.inf
         is_fresh = not (self.is_set or self.scheduler.counts.requests)
-        end = self.used_at + max(self.keep_alive_s, FRESH_S if is_fresh else 0.0)
-        ends = [model.expires_at() for model in self.drafts_for]
-        return None if None in ends else max([end, *(x for x in ends if x is not None)])
+        return self.used_at + max(self.keep_alive_s, FRESH_S if is_fresh else 0.0)
+
+    def _needed_by(self) -> list[LoadedModel]:
+        """Itself, and all models that it drafts for, directly or not; two may draft for each
+        other."""
+        found: list[LoadedModel] = [self]
+        for model in found:
+            found += [other for other in model.drafts_for if other not in found]
+        return found
 
     def running(self, owner: str | None) -> list[Task]:
         """An owner's running requests, or all for None."""
