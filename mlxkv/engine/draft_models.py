@@ -101,8 +101,7 @@ def check(runtime: Runs, name: str, drafter: Runs) -> None:
         raise UsageError(f"needs another, smaller model; {name} is the model itself", field="draft")
     if Kinds.of(drafter.model.cache_specs()) is None:
         raise UsageError(
-            f"needs a model whose layers keep keys and values; {name} keeps a state that cannot "
-            "be taken back",
+            f"needs a model that writes, and whose layers keep keys and values; {name} is none",
             field="draft",
         )
     if (found := _difference(runtime.tokenizer, drafter.tokenizer)) is not None:

@@ -388,7 +388,7 @@ class ThreadedEngine:
         if task.is_cancelled():
             return task.tell(None)
         self._beds.claim(ask, task)
-        given = ask.keep_alive_s, ask.owner, ask.request.draft
+        given = ask.keep_alive_s, ask.owner, ask.request.draft, ask.draft_path
         pending = PendingRequest(
             lambda loaded: loaded.scheduler.add(task), task.tell, task.is_cancelled, *given
         )

@@ -44,6 +44,7 @@ class PendingRequest:
         keep_alive_s: see `Ask`.
         owner: see `Ask`.
         draft: what drafts its answer, see `Request`; None for what the model's settings say.
+        draft_path: directory of the model that it names; None if the name is resolved.
     """
 
     on_ready: Callable[[LoadedModel], None]
@@ -52,6 +53,7 @@ class PendingRequest:
     keep_alive_s: float | None
     owner: str = ""
     draft: str | None = None
+    draft_path: Path | None = None
 
 
 @dataclass(slots=True)
@@ -133,11 +135,13 @@ class ModelLoads:
     def _with_drafter(self, model: LoadedModel, pending: PendingRequest) -> None:
         """Hand a model to a request, once the one that drafts for it is in memory too.
 
-        A request that names none is answered without, where that cannot be loaded.
+        A request that names none is answered without, where that cannot be loaded; and one for
+        vectors always.
         """
         runtime = model.scheduler.runtime
         name, hold = draft_model(pending.draft or runtime.settings.draft.value), Hold()
-        if name is None or (pending.draft is None and name in model.drafters_failed):
+        is_left_out = pending.draft is None and name in model.drafters_failed
+        if name is None or is_left_out or runtime.vectors is not None:
             return pending.on_ready(model)
         model.holds.add(hold)
 
@@ -164,7 +168,8 @@ class ModelLoads:
             on_ready, on_error, pending.is_cancelled, None, pending.owner, "off"
         )
         known = runtime.draft_models.runtime(name)
-        return self.request(name, None if known is None else known.path, beside)
+        path = pending.draft_path if known is None else known.path
+        return self.request(name, path, beside)
 
     def leave(self, key: str) -> bool:
         """Have a model leave when its requests have ended; whether it is here or being loaded."""

@@ -56,6 +56,7 @@ class Ask:
         keep_alive_s: how long the model stays loaded; None: the server's default, negative: for
             ever, 0: unload it after the answer.
         path: the model's directory; None if the engine resolves the name.
+        draft_path: the same of the model that `request.draft` names.
         client: the program that asks; empty where that is not known.
         label: letters, digits and `_`, by which `Engine.asleep` finds the answer while it sleeps;
             empty for none.
@@ -72,6 +73,7 @@ class Ask:
     label: str = ""
     note: Callable[[], Mapping[str, Any]] | None = None
     durable: bool = False
+    draft_path: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)

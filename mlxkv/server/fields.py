@@ -79,7 +79,7 @@ Real = Annotated[float, Field(allow_inf_nan=False)]
 Text = Annotated[str, Field(min_length=1)]
 Texts = Text | Annotated[list[Text], Field(min_length=1, max_length=2048)]
 DrafterName = Annotated[str, Field(min_length=1, max_length=256)]
-"""What drafts an answer: `off`, `lookup`, or the name of a model."""
+"""What drafts an answer: one of `checkpoint.mlxkv_json.DRAFTS`, or the name of a model."""
 TopLogprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
 _TOKEN_ID = re.compile(r"[0-9]{1,9}")
 _MOST_BIAS = 1e6

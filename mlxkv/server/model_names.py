@@ -103,8 +103,8 @@ async def with_drafter(engine: Engine, config: ServerConfig, ask: Ask) -> Ask:
     if (name := draft_model(ask.request.draft)) is None:
         return ask
     model = await present(engine, config, name)
-    found = model.name if model.path is None else str(model.path)
-    return replace(ask, request=replace(ask.request, draft=found))
+    request = replace(ask.request, draft=model.name)
+    return replace(ask, request=request, draft_path=model.path)
 
 
 def find(name: str) -> LocalModel:

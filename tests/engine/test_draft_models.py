@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -106,3 +107,18 @@ def test_a_model_that_waits_for_its_drafter_is_not_unloaded(engine, models):
     engine._pool.loading = loading
     assert len(tokens(answer(engine, models["large"], draft=models["small"]))) == 30
     assert seen == [False]
+
+
+def test_two_models_may_draft_for_each_other(engine, models):
+    one, other = models["large"], models["small"]
+    for model, drafter in ((one, other), (other, one), (one, other)):
+        assert len(tokens(answer(engine, model, draft=drafter))) == 30
+    ends = [engine._pool.find(key_of(model)).expires_at() for model in (one, other)]
+    assert ends[0] == ends[1]
+
+
+def test_a_model_that_drafts_is_loaded_under_the_name_that_asks_for_it(engine, models):
+    request = Request.of(TEXT, max_tokens=2, draft="small")
+    ask = Ask(models["large"], request, draft_path=Path(models["small"]))
+    asyncio.run(collect(engine.submit(ask)))
+    assert {each.name for each in engine.loaded()} == {models["large"], "small"}

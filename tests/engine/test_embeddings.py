@@ -13,6 +13,7 @@ from mlxkv.errors import UsageError
 from mlxkv.generation import embed
 from mlxkv.generation.embed_request import EmbedRequest
 from mlxkv.generation.request import Request
+from mlxkv.store.settings import Given
 from tests.support.command_line import chat_model
 from tests.support.threaded_engine import running
 from tests.support.tiny_embedder import texts, write_embedder
@@ -57,7 +58,7 @@ def test_requests_share_batches_and_get_their_own_vectors(model, monkeypatch):
     assert sum(sizes) >= 3
 
 
-def test_a_model_leaves_as_its_last_request_says(model):
+def test_a_model_leaves_as_its_last_request_says_and_needs_no_drafts(model, caplog):
     async def run(engine):
         await engine.embed(EmbedAsk(str(model), EmbedRequest(["w7"]), "", 0.0, model))
         for _ in range(200):
@@ -66,8 +67,9 @@ def test_a_model_leaves_as_its_last_request_says(model):
             await asyncio.sleep(0.01)
         return False
 
-    with running() as engine:
+    with running(given=Given(draft="another")) as engine:
         assert asyncio.run(run(engine))
+    assert not caplog.text
 
 
 def test_each_kind_of_model_says_what_it_cannot_do(model, tmp_path):

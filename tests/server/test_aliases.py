@@ -124,3 +124,11 @@ def test_both_sdks_read_the_models(address, sdk):
     found = {model.id: model for model in client.models.list()}
     assert {"gpt-4o", STORED} <= found.keys()
     assert client.models.retrieve("gpt-4o").id == "gpt-4o"
+
+
+def test_a_stored_model_that_drafts_keeps_its_name_and_no_path_shows(address, engine, models):
+    engine.models.discard(STORED)
+    body = TURN | {"model": MODEL, "draft": STORED}
+    assert httpx.post(f"{address}/v1/chat/completions", json=body).status_code == 200
+    assert engine.last.request.draft == STORED
+    assert engine.last.draft_path is not None and engine.last.draft_path.parent == models
