@@ -8,10 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
+from mlxkv.commands.inputs import texts_or_lines
 from mlxkv.commands.options import AsJson, DType, Memory, Model
 from mlxkv.errors import UsageError
-
-PIPED = "-"
 
 
 def embed(
@@ -50,7 +49,7 @@ def embed(
         raise UsageError("--json and --npy are two formats: give one")
     if npy and sys.stdout.isatty():
         raise UsageError("--npy writes a binary file: redirect it, mlxkv embed ... > vectors.npy")
-    of = _lines() if texts in ([PIPED], None) else texts
+    of = texts_or_lines(texts, "nothing to embed")
     EmbedRequest(of, prompt, dimensions, truncate)  # raises before a model is loaded
     with load_model(model, dtype, Given(memory=memory, origin=COMMAND_LINE)) as llm:
         vectors = llm.embed(of, prompt=prompt, dimensions=dimensions, truncate=truncate)
@@ -65,12 +64,3 @@ def embed(
     else:
         for row in rows:
             print(json.dumps(row))
-
-
-def _lines() -> list[str]:
-    if sys.stdin.isatty():
-        raise UsageError("there is nothing to embed: give texts, or - and pipe lines in")
-    lines = sys.stdin.read().splitlines()
-    if not lines:
-        raise UsageError("stdin: there are no lines to embed")
-    return lines

@@ -20,6 +20,8 @@ from mlxkv.store.refs import looks_like_model
 if TYPE_CHECKING:
     from mlxkv.saved_kv.manifest import NamedKV
 
+PIPED = "-"
+"""An argument that stands for piped text."""
 MAX_FILE_BYTES = 4 << 20
 """A larger file in a folder is data, not something to read."""
 
@@ -276,6 +278,24 @@ def read_piped() -> str | None:
     except UnicodeDecodeError as error:
         raise UsageError(f"the piped prompt is not UTF-8 text (byte {error.start:,})") from None
     return text.removesuffix("\n") or None
+
+
+def texts_or_lines(texts: list[str] | None, nothing: str) -> list[str]:
+    """Texts of the command line; for `-` or none, one of each line that is piped in.
+
+    Only a line feed ends a line: other separators are characters of a text.
+
+    Raises:
+        UsageError: there are none; it begins with `nothing`.
+    """
+    if texts is not None and texts != [PIPED]:
+        return texts
+    if sys.stdin.isatty():
+        raise UsageError(f"there is {nothing}: give texts, or {PIPED} and pipe lines in")
+    piped = sys.stdin.read()
+    if not piped:
+        raise UsageError(f"there is {nothing}: no lines are piped in")
+    return piped.removesuffix("\n").split("\n")
 
 
 def join_prompt(prompt: str | None, piped: str | None) -> str | None:

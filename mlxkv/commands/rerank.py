@@ -9,10 +9,8 @@ from typing import Annotated
 
 import typer
 
+from mlxkv.commands.inputs import texts_or_lines
 from mlxkv.commands.options import AsJson, Context, DType, KVType, Memory, Model
-from mlxkv.errors import UsageError
-
-PIPED = "-"
 
 
 def rerank(
@@ -43,28 +41,19 @@ def rerank(
     from mlxkv.store.settings import COMMAND_LINE, Given
     from mlxkv.terminal.local import load_model
 
-    texts = _lines() if documents in ([PIPED], None) else documents
-    check(query, texts, top_n)
+    texts = texts_or_lines(documents, "nothing to rank")
+    check(query, texts, top_n, max_tokens_per_doc)
     given = Given(context=context, kv_type=kv_type, memory=memory, origin=COMMAND_LINE)
     with load_model(model, dtype, given) as llm:
-        found = llm.rerank(
-            query,
-            texts,
-            instruction=instruction,
-            top_n=top_n,
-            max_tokens_per_doc=max_tokens_per_doc,
+        ranked = llm.rerank(
+            query, texts, instruction=instruction, max_tokens_per_doc=max_tokens_per_doc
         )
+    found = ranked[:top_n]
     if as_json:
         rows = [asdict(each) | {"document": texts[each.index]} for each in found]
         print(json.dumps({"model": model, "results": rows}))
         return
     for each in found:
         print(f"{each.score:.4f}  {each.index:>3}  {' '.join(texts[each.index].split())}")
-    n_tokens, n_computed = sum(x.n_tokens for x in found), sum(x.n_computed for x in found)
+    n_tokens, n_computed = sum(x.n_tokens for x in ranked), sum(x.n_computed for x in ranked)
     print(f"{n_computed:,} of {n_tokens:,} tokens computed", file=sys.stderr)
-
-
-def _lines() -> list[str]:
-    if sys.stdin.isatty():
-        raise UsageError("there is nothing to rank: give texts, or - and pipe lines in")
-    return sys.stdin.read().splitlines()

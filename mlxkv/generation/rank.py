@@ -25,6 +25,9 @@ INSTRUCTION = "Given a web search query, retrieve relevant passages that answer 
 """What is asked for where a request has no instruction; Qwen3-Reranker's own default."""
 VERDICTS = ("yes", "no")
 MAX_DOCUMENTS = 10_000
+AT_A_TIME = 8
+"""Documents of a request that are computed at a time: each has KV of its own behind the query's,
+and the queue of a key has room for other requests."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +71,12 @@ class Ranked:
     n_computed: int
 
 
-def check(query: str, documents: Sequence[str], top_n: int | None = None) -> None:
+def check(
+    query: str,
+    documents: Sequence[str],
+    top_n: int | None = None,
+    max_tokens_per_doc: int | None = None,
+) -> None:
     """Raise UsageError for what cannot be ranked."""
     if not isinstance(query, str) or not query:
         raise UsageError("must be a text that is not empty", field="query")
@@ -76,8 +84,10 @@ def check(query: str, documents: Sequence[str], top_n: int | None = None) -> Non
         raise UsageError(f"must be a list of 1 to {MAX_DOCUMENTS:,} texts", field="documents")
     if not all(isinstance(document, str) for document in documents):
         raise UsageError("must be texts", field="documents")
-    if top_n is not None and (type(top_n) is not int or top_n < 1):
-        raise UsageError(f"must be at least 1; got {top_n!r}", field="top_n")
+    counts = {"top_n": top_n, "max_tokens_per_doc": max_tokens_per_doc}
+    for name, n in counts.items():
+        if n is not None and (type(n) is not int or n < 1):
+            raise UsageError(f"must be at least 1; got {n!r}", field=name)
 
 
 def options_of(rank: Rank) -> dict[str, Any]:

@@ -9,11 +9,17 @@ from mlxkv.engine.driver import run
 from mlxkv.engine.runtime import Runtime
 from mlxkv.generation.generation import Generation
 from mlxkv.generation.outputs import Chunk
-from mlxkv.generation.rank import Rank, Ranked, check, in_order, messages, options_of, ranked
+from mlxkv.generation.rank import (
+    AT_A_TIME,
+    Rank,
+    Ranked,
+    check,
+    in_order,
+    messages,
+    options_of,
+    ranked,
+)
 from mlxkv.generation.request import Request
-
-AT_A_TIME = 8
-"""Documents that are computed together: each has KV of its own behind the query's."""
 
 
 def rerank(
@@ -46,7 +52,7 @@ def rerank(
         TemplateError: the model has no chat template.
         OutOfMemory: no room for a document's KV.
     """
-    check(query, documents, top_n)
+    check(query, documents, top_n, max_tokens_per_doc)
     found: list[Ranked] = []
     for start in range(0, len(documents), AT_A_TIME):
         generations = [

@@ -33,7 +33,8 @@ def test_vectors_come_as_lines_json_or_a_numpy_file(model, capfdbinary, monkeypa
 
     lines = run("w7 w8", "w9").splitlines()
     np.testing.assert_allclose([json.loads(line) for line in lines], expected, atol=1e-6)
-    monkeypatch.setattr("sys.stdin", io.StringIO("w7 w8\nw9\n"))
+    # A line feed alone ends a line: U+2028 and the like are blanks of a text.
+    monkeypatch.setattr("sys.stdin", io.StringIO("w7\u2028w8\nw9\n"))
     found = json.loads(run("-", "--json"))
     assert found["dimensions"] == 8
     np.testing.assert_allclose(found["embeddings"], expected, atol=1e-6)

@@ -78,6 +78,8 @@ def test_what_cannot_be_ranked_says_why(plain):
         llm.rerank(QUERY, [])
     with pytest.raises(UsageError, match="query must be a text"):
         llm.rerank("", ["a"])
+    with pytest.raises(UsageError, match="max_tokens_per_doc must be at least 1; got -3"):
+        llm.rerank(QUERY, ["a"], max_tokens_per_doc=-3)
     with pytest.raises(ContextExceeded):
         llm.rerank(QUERY, ["a" * 2000])
 
@@ -95,7 +97,10 @@ def test_named_tokens_are_told_behind_the_likeliest():
 
 def test_the_command_prints_the_best_first(plain, capsys):
     assert main(["rerank", str(plain), QUERY, *DOCUMENTS, "--top-n", "2"]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    said = capsys.readouterr()
+    lines = said.out.splitlines()
+    n_tokens = sum(x.n_tokens for x in mlxkv.load(plain).rerank(QUERY, DOCUMENTS))
+    assert f"of {n_tokens:,} tokens computed" in said.err  # of all documents, not of the two
     assert len(lines) == 2 and float(lines[0].split()[0]) >= float(lines[1].split()[0])
     assert main(["rerank", str(plain), QUERY, *DOCUMENTS, "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["results"]

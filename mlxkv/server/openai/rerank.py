@@ -16,6 +16,7 @@ from pydantic import Field
 
 from mlxkv.engine.messages import Answer, Ask, Engine
 from mlxkv.generation.rank import (
+    AT_A_TIME,
     MAX_DOCUMENTS,
     Rank,
     Ranked,
@@ -33,9 +34,6 @@ from mlxkv.server.ignored import note
 from mlxkv.server.json_route import JSONRoute
 from mlxkv.server.model_names import LocalModel, present
 from mlxkv.server.requests import build_request
-
-AT_A_TIME = 8
-"""Documents of a request that the engine has at a time: the queue of a key has room for others."""
 
 
 class Document(Part):
@@ -73,7 +71,7 @@ def router(engine: Engine, config: ServerConfig) -> APIRouter:
         """Put documents in order by how well they fit a query."""
         note(request, body)
         texts = body.texts()
-        check(body.query, texts, body.top_n)
+        check(body.query, texts, body.top_n, body.max_tokens_per_doc)
         model = await present(engine, config, body.model)
         asks = [_ask(request, model, body, text) for text in texts]
         answers: list[Answer] = []
