@@ -64,7 +64,7 @@ def stopping() -> HTTPException:
 
 # Class of error -> code, and the field for errors that name none.
 _CODES = {
-    ContextExceeded: ("context_length_exceeded", "messages"),
+    ContextExceeded: ("context_length_exceeded", None),
     MediaError: ("invalid_request", None),
     ThreadNotFound: ("thread_not_found", "thread.previous_message_id"),
     ModelNotFound: ("model_not_found", "model"),
@@ -72,7 +72,7 @@ _CODES = {
     ServerStopping: ("server_stopping", None),
 }
 _FOLDERS = re.compile(r"(?<![\w:/.])/(?!v1/|api/)(?:[^/\s'\"]+/)+")
-_FIELD = re.compile(r"(?!(str|int|float|bool)$)[^A-Z\[\]()]+(\[\])?")
+_FIELD = re.compile(r"(?!(constrained-)?(str|int|float|bool)$)[^A-Z\[\]()]+(\[\])?")
 _READ_ERRORS = 200
 _SHOWN_ERRORS = 5
 _SHOWN_CHARS = 300
@@ -86,12 +86,15 @@ class Fields(Spelling):
         names: field -> name; a field that is not here cannot be set in this API.
         too_long: how the API says that a prompt of `n` tokens passes a context of `limit`: clients
             know a full context by these words, and compact.
+            Empty for the words of the error.
         values: (name, value) -> what stands for the value there, where it is another.
+        prompt: the name of what is too long then.
     """
 
     names: Mapping[str, str]
     too_long: str
     values: Mapping[tuple[str, object], object] = field(default_factory=dict)
+    prompt: str = "messages"
 
     def name(self, field: str) -> str | None:
         return self.names.get(field)
@@ -119,6 +122,16 @@ OPENAI = Fields(
     {**_OURS, **_same("min_tokens"), "max_tokens": "max_tokens", "format": "response_format"},
     _OPENAI_TOO_LONG,
 )
+_TEXTS = _same("model", "keep_alive")
+EMBEDDINGS = Fields(
+    {**_TEXTS, **_same("dimensions", "prompt", "truncate"), "texts": "input"}, "", prompt="input"
+)
+RERANK = Fields(
+    {**_TEXTS, **_same("query", "documents", "top_n", "max_tokens_per_doc")},
+    "a document and the query have {n} tokens, and the model takes {limit}: shorten the document, "
+    "or have it cut by max_tokens_per_doc",
+    prompt="documents",
+)
 RESPONSES = Fields(
     {
         **_OURS,
@@ -143,6 +156,7 @@ ANTHROPIC = Fields(
 OLLAMA = Fields(
     {
         **_same("model", "think", "tools", "format", "truncate", "logprobs", "keep_alive", "draft"),
+        **_same("dimensions"),
         **_TEMPLATE,
         "quantize": "quantize",
         "overflow": "shift",
@@ -162,7 +176,14 @@ def _is_below(path: str, prefix: str) -> bool:
 
 def fields_of(path: str) -> Fields:
     """The field names of a path's API."""
-    known = (("/v1/messages", ANTHROPIC), ("/v1/responses", RESPONSES), ("/api", OLLAMA))
+    known = (
+        ("/v1/messages", ANTHROPIC),
+        ("/v1/responses", RESPONSES),
+        ("/v1/embeddings", EMBEDDINGS),
+        ("/v1/rerank", RERANK),
+        ("/v2/rerank", RERANK),
+        ("/api", OLLAMA),
+    )
     return next((fields for prefix, fields in known if _is_below(path, prefix)), OPENAI)
 
 
@@ -197,6 +218,8 @@ def failure_of(error: BaseException, fields: Fields) -> Failure:
             code, param = next(
                 (pair for kind, pair in _CODES.items() if isinstance(error, kind)), (None, None)
             )
+            if isinstance(error, ContextExceeded):
+                param = fields.prompt
             named = None if error.field is None else fields.name(error.field)
             return Failure(error.status, _told(error, fields), code, named or param)
         case RequestValidationError():
@@ -212,7 +235,7 @@ def failure_of(error: BaseException, fields: Fields) -> Failure:
 
 def _told(error: MlxkvError, fields: Fields) -> str:
     """The message of an error, in the API's words where clients look for them."""
-    if isinstance(error, ContextExceeded):
+    if isinstance(error, ContextExceeded) and fields.too_long:
         said = fields.too_long.format(n=error.n_tokens, limit=error.context)
         return error.with_hints(said, fields)
     return without_folders(error.spelled(fields))

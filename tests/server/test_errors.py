@@ -6,10 +6,14 @@ import re
 from pathlib import Path
 
 import pytest
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, ValidationError
 
 from mlxkv.base.paths import models_dir
 from mlxkv.errors import ContextExceeded, Hint, KVCacheFull, OutOfMemory, TemplateError
-from mlxkv.server.errors import ANTHROPIC, OLLAMA, OPENAI, RESPONSES, failure_of
+from mlxkv.generation.embed import TextTooLong
+from mlxkv.server.errors import ANTHROPIC, OLLAMA, OPENAI, RESPONSES, failure_of, fields_of
+from mlxkv.server.fields import Texts
 
 APIS = {"anthropic": ANTHROPIC, "ollama": OLLAMA, "openai": OPENAI, "responses": RESPONSES}
 FULL_CONTEXT = re.compile(
@@ -66,3 +70,47 @@ def test_a_file_is_named_without_its_folder(folder):
 )
 def test_other_slashes_stay(text):
     assert failure_of(OutOfMemory(text), OPENAI).message == text
+
+
+@pytest.mark.parametrize(
+    ("path", "error", "param", "text"),
+    [
+        (
+            "/v1/embeddings",
+            TextTooLong(1, 3002, 2048),
+            "input",
+            "text 2 has 3,002 tokens and the model takes 2,048: shorten it, or have it cut; "
+            "try truncate: true",
+        ),
+        (
+            "/v1/rerank",
+            ContextExceeded(9093, 8192),
+            "documents",
+            "a document and the query have 9093 tokens, and the model takes 8192: shorten the "
+            "document, or have it cut by max_tokens_per_doc",
+        ),
+    ],
+)
+def test_a_text_that_is_too_long_is_said_with_the_routes_own_fields(path, error, param, text):
+    failure = failure_of(error, fields_of(path))
+    assert (failure.message, failure.param) == (text, param)
+
+
+@pytest.mark.parametrize(
+    ("texts", "said"),
+    [
+        ([], "input: Input should be a valid string; input: List should have at least 1 item"),
+        (["a"] * 2049, "input: List should have at most 2048 items"),
+        ([1], "input.0: Input should be a valid string"),
+    ],
+)
+def test_faults_of_texts_name_the_field_and_no_type(texts, said):
+    class Body(BaseModel):
+        input: Texts
+
+    with pytest.raises(ValidationError) as caught:
+        Body(input=texts)
+    errors = [{**each, "loc": ("body", *each["loc"])} for each in caught.value.errors()]
+    failure = failure_of(RequestValidationError(errors), OPENAI)
+    assert said in failure.message and "constrained" not in failure.message
+    assert failure.param is not None and failure.param.startswith("input")
