@@ -20,9 +20,10 @@ import numpy as np
 
 import mlxkv
 from mlxkv.base import regular
+from mlxkv.base.units import human_bytes
 from mlxkv.bench.kv_quality import NATIVE, Text, divergence, log_probs, share
 from mlxkv.checkpoint.mlxkv_json import write_kv_type
-from mlxkv.errors import UsageError
+from mlxkv.errors import OutOfMemory, UsageError
 from mlxkv.kv.types import CODE_BITS, KV_TYPES, KVFormat, LayerTypes, kv_type_table, layer_types
 from mlxkv.llm.llm import LLM
 from mlxkv.nn.model import CausalLM
@@ -97,7 +98,8 @@ def tune(
         on_progress: called with (done, all) KV types that were measured.
 
     Raises:
-        UsageError: a budget that no formats meet, or a text that is too short.
+        UsageError: a budget that no formats meet, too few positions, or a text that is too short.
+        OutOfMemory: more positions than native KV's distributions have room for.
     """
     context = llm.context if context is None else context
     _check(llm.model, budget, context)
@@ -186,11 +188,22 @@ def _tried(model: CausalLM, context: int) -> Iterator[tuple[int, str, int]]:
 
 
 def _text(llm: LLM, text: str, n_positions: int) -> Text:
+    if n_positions < LEAST_POSITIONS:
+        raise UsageError(
+            f"must be at least {LEAST_POSITIONS}; got {n_positions}", field="positions"
+        )
     tokens = llm.tokenizer.encode(text)[: min(SKIPPED + n_positions + 1, llm.context)]
     if len(tokens) < SKIPPED + LEAST_POSITIONS + 1:
         raise UsageError(
             f"the text has {len(tokens):,} tokens, of which {SKIPPED:,} are not compared; "
             f"{SKIPPED + LEAST_POSITIONS + 1:,} are needed"
+        )
+    n_bytes = 4 * (len(tokens) - SKIPPED - 1) * llm.config.vocab_size
+    room = max(0, llm.budget.limit_bytes - llm.budget.used_bytes)
+    if n_bytes > room:
+        raise OutOfMemory(
+            f"native KV's distributions take {human_bytes(n_bytes)}, and the memory limit leaves "
+            f"{human_bytes(room)}: compare fewer positions"
         )
     return Text(tokens, SKIPPED, CHUNK)
 

@@ -10,7 +10,7 @@ import pytest
 
 import mlxkv
 from mlxkv.bench import kv_tune
-from mlxkv.errors import UsageError
+from mlxkv.errors import OutOfMemory, UsageError
 from mlxkv.kv.types import KVFormat, layer_types
 from tests.support.command_line import assert_one_line, chat_model, environment
 from tests.support.command_line import mlxkv as command
@@ -87,5 +87,10 @@ def test_a_budget_that_no_formats_meet_and_a_short_text_are_one_line(path, tmp_p
                 kv_tune.tune(llm, budget)
         with pytest.raises(UsageError, match="the text has 5 tokens"):
             kv_tune.tune(llm, 0.5, text="short")
+        with pytest.raises(UsageError, match="positions must be at least 32; got 10"):
+            kv_tune.tune(llm, 0.5, n_positions=10)
+        llm.budget.limit_bytes = llm.budget.used_bytes + 1000
+        with pytest.raises(OutOfMemory, match="compare fewer positions"):
+            kv_tune.tune(llm, 0.5)
     done = command("kv", "tune", str(path), "--text", str(tmp_path), env=environment(tmp_path))
     assert_one_line(done, 2, str(tmp_path), "cannot be read as text")
