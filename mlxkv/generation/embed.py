@@ -212,7 +212,7 @@ class EmbedQueue:
     def _next(self) -> list[tuple[EmbedJob, int]]:
         """The texts of the next batch, one of each request in turn.
 
-        None where there is no room for the first of them, whose request has ended then.
+        Empty where there is no room for the first of them, whose request has ended then.
         """
         room = self._budget.limit_bytes - self._budget.used_bytes
         first = self._jobs[0]

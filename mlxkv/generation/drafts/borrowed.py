@@ -9,12 +9,11 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import cast
 
 import mlx.core as mx
 
 from mlxkv.generation.drafts.drafter import Chooser, Promise
-from mlxkv.generation.drafts.mtp import Mtp, Speed
+from mlxkv.generation.drafts.mtp import Mtp, Speed, guessed
 from mlxkv.generation.drafts.pace import LONG
 from mlxkv.kv.layout import Cache
 from mlxkv.nn.model import Reader
@@ -78,18 +77,15 @@ class Borrowed:
         started, reader = time.perf_counter(), self._borrowing.reader
         assert self._token is not None and self._hidden is not None
         kv, position = reader.keys_values(self._sequence), self._sequence[0].offset
-        token, hidden = mx.array([self._token], mx.int32), self._hidden
-        found, known = list[mx.array](), list[int]()
-        for i in range(n):
-            hidden, logits = reader.guess(token[None], hidden, kv, position)
-            chosen = choose(logits[:, -1], i, known)
-            if chosen is None:
-                break
-            found.append(token := chosen)
-            if choose.reads_draft:
-                known.append(cast(int, token.item()))
-        if not found:
-            return []
-        tokens = cast(list[int], mx.concatenate(found).tolist())
-        self._borrowing.speed.record((time.perf_counter() - started) / len(found))
+        first, hidden = mx.array([self._token], mx.int32), self._hidden
+
+        def logits(drafted: mx.array | None) -> mx.array:
+            nonlocal hidden
+            token = first if drafted is None else drafted
+            hidden, found = reader.guess(token[None], hidden, kv, position)
+            return found[:, -1]
+
+        tokens = guessed(n, choose, logits)
+        if tokens:
+            self._borrowing.speed.record((time.perf_counter() - started) / len(tokens))
         return tokens

@@ -11,7 +11,7 @@ Invariants:
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -45,6 +45,25 @@ class Speed:
         if self._is_warm:
             self.seconds = moved(self.seconds or None, seconds)
         self._is_warm = True
+
+
+def guessed(n: int, choose: Chooser, logits: Callable[[mx.array | None], mx.array]) -> list[int]:
+    """Up to n tokens, each chosen behind the ones before it.
+
+    Args:
+        n: at least one.
+        choose: chooses them; it may end them.
+        logits: (the token before `[1]`, None for the first one) -> `[1, V]`.
+    """
+    found, known = list[mx.array](), list[int]()
+    for i in range(n):
+        token = choose(logits(found[-1] if found else None), i, known)
+        if token is None:
+            break
+        found.append(token)
+        if choose.reads_draft:
+            known.append(cast(int, token.item()))
+    return cast(list[int], mx.concatenate(found).tolist()) if found else []
 
 
 @dataclass(slots=True)
@@ -126,21 +145,17 @@ class Mtp:
         started, n_waited = time.perf_counter(), self._n_waiting
         self._run()
         assert self._guess is not None
-        hidden, found, known = self._guess, list[mx.array](), list[int]()
-        for i in range(n):
-            if i:
-                hidden = self._predictor.hidden(found[-1][None], hidden, self.caches[0])
-            token = choose(self._predictor.logits(hidden)[:, -1], i, known)
-            if token is None:
-                break
-            found.append(token)
-            if choose.reads_draft:
-                known.append(cast(int, token.item()))
-        if not found:
-            return []
-        tokens = cast(list[int], mx.concatenate(found).tolist())
-        if n_waited <= MOST_TIMED:
-            self._guessing.speed.record((time.perf_counter() - started) / len(found))
+        hidden = self._guess
+
+        def logits(drafted: mx.array | None) -> mx.array:
+            nonlocal hidden
+            if drafted is not None:
+                hidden = self._predictor.hidden(drafted[None], hidden, self.caches[0])
+            return self._predictor.logits(hidden)[:, -1]
+
+        tokens = guessed(n, choose, logits)
+        if tokens and n_waited <= MOST_TIMED:
+            self._guessing.speed.record((time.perf_counter() - started) / len(tokens))
         return tokens
 
     def _wait(self, tokens: mx.array, hidden: mx.array) -> None:
