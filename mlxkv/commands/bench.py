@@ -130,14 +130,17 @@ def _bench_drafts(o: BenchOptions, name: str) -> int:
                     )
                 except ContextExceeded as error:
                     progress.clear()
-                    print(f"not measured: {task.name}: {error}", file=sys.stderr)
+                    said = f"{error.n_tokens:,} tokens, and the context is {error.context:,}"
+                    print(f"not measured: {task.name}: the prompt has {said}", file=sys.stderr)
     except KeyboardInterrupt:
         complete = False
     finally:
         progress.clear()
     if runs:
         _show_drafts(o, drafts.rows(runs))
-    return 0 if runs and complete else INTERRUPTED
+    elif complete:
+        raise UsageError(f"no task fits the context of {name}")
+    return 0 if complete else INTERRUPTED
 
 
 def _show_drafts(o: BenchOptions, rows: Sequence[Row]) -> None:
