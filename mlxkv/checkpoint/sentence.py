@@ -163,6 +163,8 @@ def _folders(model_dir: Path) -> list[tuple[Mapping[str, Any], Path]]:
         raise ConfigError(f"{source}: must be a list of objects with 'path' and 'type'")
     for step in steps:
         path = step["path"]
+        if not isinstance(step["type"], str):
+            raise ConfigError(f"{source}: 'type' must be a text; got {step['type']!r}")
         if not isinstance(path, str) or (path and not FOLDER.fullmatch(path)):
             raise ConfigError(f"{source}: names {path!r}, not a folder beside it")
     return [(step, model_dir / step["path"]) for step in steps]

@@ -211,11 +211,12 @@ def plan_removal(repo_id: str, revision: str | None = None) -> Removal | None:
     repo = repo_folder(repo_id)
     if not repo.is_dir():
         return None
-    if revision is None or snapshots(repo_id, revision) == list((repo / "snapshots").iterdir()):
+    doomed = snapshots(repo_id, revision)
+    is_all = bool(doomed) and len(doomed) == len(list((repo / "snapshots").iterdir()))
+    if revision is None or is_all:
         locks = repo.parent / ".locks" / repo.name
         folders = (repo, locks) if locks.is_dir() else (repo,)
         return Removal(folders, (), sum(map(_size, _contents(repo))))
-    doomed = snapshots(repo_id, revision)
     if not doomed:
         return None
     blobs = {blob for snapshot in doomed for blob in _own(snapshot)}

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from mlxkv.checkpoint.gguf_names import is_gguf
 from mlxkv.errors import DownloadError, MlxkvError
 from mlxkv.store.hub import PART
 from mlxkv.store.hub_files import HubFile, Listing, checked_key
@@ -158,9 +159,11 @@ class Download:
         """The error after the last try."""
         if not n_bytes:
             return error
+        # Of a repository with several GGUF files the name alone says too little.
+        again = "the same pull" if is_gguf(self.file.name) else f"`mlxkv pull {self.listing.name}`"
         return DownloadError(
             f"{self.listing.name}: the connection broke ({type(error).__name__}). What came of "
-            f"{self.file.name} is kept: `mlxkv pull {self.listing.name}` goes on"
+            f"{self.file.name} is kept: {again} goes on"
         )
 
     def _is_whole(self, n_bytes: int) -> bool:
@@ -183,6 +186,7 @@ class Download:
         with get_session().stream("GET", self._url(), headers=headers, timeout=timeout) as answer:
             if start and not _goes_on(answer, start):
                 out.truncate(0)
+                out.seek(0)  # truncating alone leaves the position behind the end
                 self._digest, self.n_done = hashlib.sha256(), 0
                 if answer.status_code == 416:
                     raise ConnectionError("what was kept is no part of the file")
@@ -190,7 +194,7 @@ class Download:
             for chunk in answer.iter_bytes():
                 if self.stop.is_set():
                     return
-                out.write(chunk)
+                write_all(out, chunk)
                 self._digest.update(chunk)
                 self.n_done += len(chunk)
                 self.trouble = ""
@@ -214,6 +218,13 @@ class Download:
         if problem:
             self._part.unlink(missing_ok=True)
             raise DownloadError(f"{problem}; try again")
+
+
+def write_all(out: IO[bytes], data: bytes) -> None:
+    """Write all of it: a file without a buffer may take a part, on a disk that is nearly full."""
+    rest = memoryview(data)
+    while rest:
+        rest = rest[out.write(rest) :]
 
 
 def _goes_on(answer: Any, start: int) -> bool:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -36,6 +37,8 @@ Report = Callable[[str, int, int], None]
 PARALLEL = 4
 """Files at a time: one connection seldom fills a line."""
 POLL_S = 0.1
+ENDS_S = 1.0
+"""How long an error waits for the other downloads to end: the connections are theirs."""
 
 
 def fetch_checkpoint(listing: Listing, report: Report) -> Path:
@@ -175,11 +178,14 @@ def _run(downloads: Sequence[Download], name: str, stop: threading.Event, report
         for thread in threads:
             thread.start()
         while not failed and any(thread.is_alive() for thread in threads):
-            next(thread for thread in threads if thread.is_alive()).join(POLL_S)
+            next((thread for thread in threads if thread.is_alive()), threads[0]).join(POLL_S)
             trouble = next((f" ({each.trouble})" for each in downloads if each.trouble), "")
             done = sum(each.n_done for each in downloads)
             report(f"fetching {name}{trouble}", min(done, total), total)
     finally:
         stop.set()
     if failed:
+        ends_at = time.monotonic() + ENDS_S
+        for thread in threads:
+            thread.join(max(0.0, ends_at - time.monotonic()))
         raise failed[0]

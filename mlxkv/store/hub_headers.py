@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
 
-from mlxkv.checkpoint.sentence import MODULES
+from mlxkv.checkpoint.sentence import FILES, MODULES
 from mlxkv.checkpoint.weights import (
     INDEX,
     MAX_HEADER_BYTES,
@@ -90,8 +90,10 @@ def _fill(folder: Path, listing: Listing) -> None:
         modules = [name for name in listing.files if is_of_module(name)]
         for name in modules:
             (folder / name).parent.mkdir(exist_ok=True)
-        whole = [MODULES, *(name for name in modules if name.endswith(".json"))]
-        for name in ("config.json", "hf_quant_config.json", INDEX, *(whole if modules else ())):
+        whole = [*FILES, *(name for name in modules if name.endswith(".json"))]
+        if MODULES in listing.files and "sentence_bert_config.json" not in listing.files:
+            whole.append("tokenizer_config.json")  # says how long a text may be
+        for name in ("config.json", "hf_quant_config.json", INDEX, *whole):
             if name in listing.files:
                 size = min(_size(listing, name), MAX_HEADER_BYTES)
                 _fetch_start(listing, name, folder / name, size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import socket
 import threading
 import time
@@ -13,7 +14,7 @@ import pytest
 from huggingface_hub import close_session, constants
 
 from mlxkv.errors import DownloadError, MlxkvError, ModelNotFound, UsageError
-from mlxkv.store import hub, hub_download, hub_files, library, resolve
+from mlxkv.store import hub, hub_download, hub_fetch, hub_files, library, resolve
 from mlxkv.store.hub_fetch import fetch_gguf
 from mlxkv.store.hub_files import check_reachable, list_files
 from mlxkv.store.refs import HubRef, locate
@@ -183,6 +184,19 @@ def test_rm_takes_what_an_interrupted_pull_left(served, cache):
     assert names_in(cache) == set()
 
 
+def test_rm_of_a_revision_that_never_came_says_so_and_keeps_what_an_interrupted_pull_left(
+    served, cache
+):
+    served.cuts[WEIGHTS] = [1000, 0, 0, 0]
+    refused(DownloadError)
+    for has_snapshots in (False, True):
+        if has_snapshots:
+            (cache / "models--org--tiny" / "snapshots").mkdir()
+        with pytest.raises(ModelNotFound, match=f"no model '{REPO}@v1' is on this machine"):
+            library.remove(f"{REPO}@v1")
+    assert len(list((cache / "models--org--tiny" / "blobs").glob("*part"))) == 1
+
+
 def part_of_weights(cache: Path, data: bytes) -> Path:
     """What an earlier pull may have left."""
     blobs = cache / "models--org--tiny" / "blobs"
@@ -199,12 +213,55 @@ def test_a_server_without_ranges_sends_all_again(kept, served, cache):
     assert (resolve.pull(REPO) / WEIGHTS).read_bytes() == DATA
 
 
+def test_a_part_that_is_whole_already_is_fetched_anew_where_no_size_is_known(served, cache):
+    """The hub answers that nothing follows: the part may be of the file, or of another."""
+    served.hashes, served.listed[WEIGHTS] = False, None
+    part = part_of_weights(cache, DATA)
+    etag = hashlib.sha1(DATA, usedforsecurity=False).hexdigest()
+    part.rename(part.with_name(etag + hub.PART))
+    assert (resolve.pull(REPO) / WEIGHTS).read_bytes() == DATA
+    asked = [ranged for name, ranged in served.ranged if name == WEIGHTS and ranged]
+    assert asked == [f"bytes={len(DATA)}-"]
+
+
 @pytest.mark.parametrize("kept", [b"x" * 1000, b"x" * len(DATA), DATA + b"x"])
 def test_what_is_not_the_listed_content_is_no_model(kept, served, cache):
     part = part_of_weights(cache, kept)
     refused(DownloadError, WEIGHTS, "try again")
     assert not part.exists()
     assert (resolve.pull(REPO) / WEIGHTS).read_bytes() == DATA
+
+
+def test_a_file_that_takes_a_part_of_what_is_written_gets_the_rest():
+    class Small(io.BytesIO):
+        def write(self, data):
+            return super().write(data[:3])
+
+    out = Small()
+    hub_download.write_all(out, DATA[:10])
+    assert out.getvalue() == DATA[:10]
+
+
+def test_an_error_waits_for_the_other_downloads_to_end():
+    stop, begun, ended = threading.Event(), threading.Event(), []
+
+    class Fails:
+        file, n_done, trouble = hub_files.HubFile("a", 1, None), 0, ""
+
+        def run(self):
+            begun.wait(5)
+            raise ValueError("fails")
+
+    class Ends(Fails):
+        def run(self):
+            begun.set()
+            stop.wait(5)
+            time.sleep(0.02)
+            ended.append(True)
+
+    with pytest.raises(ValueError, match="fails"):
+        hub_fetch._run([Fails(), Ends()], "a", stop, resolve.silent)
+    assert ended == [True]
 
 
 def test_two_pulls_at_once_fetch_each_file_once(served):

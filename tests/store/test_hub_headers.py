@@ -377,9 +377,10 @@ def test_the_folders_of_an_embedding_models_modules_come_along(served, tmp_path)
     folder = write_embedder(tmp_path / "embedder")
     (folder / "onnx").mkdir()
     (folder / "onnx" / "model.safetensors").write_bytes(b"not wanted")
+    (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 300}')
     files = [path for path in folder.rglob("*") if path.is_file()]
     served.repos[REPO] = {str(path.relative_to(folder)): path.read_bytes() for path in files}
-    assert plan(REPO) == plan(folder)
+    assert plan(REPO) == plan(folder) and plan(folder).context == 300
     dense = sum(path.stat().st_size for path in folder.glob("*_Dense/*.safetensors"))
     alone = sum(info.nbytes for info in read_header(folder / "model.safetensors").values())
     assert alone < plan(REPO).weights_bytes < alone + dense
@@ -388,3 +389,5 @@ def test_the_folders_of_an_embedding_models_modules_come_along(served, tmp_path)
     assert {*names} - wanted == {"onnx/model.safetensors"}
     (folder / "2_Dense" / "model.safetensors").unlink()
     assert not hub.is_complete(folder)
+    (folder / "modules.json").write_text('[{"path": "2_Dense", "type": 5}]')
+    assert hub.is_complete(folder), "damaged, not missing"
