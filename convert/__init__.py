@@ -128,6 +128,8 @@ def convert(
         CheckpointError: the source is damaged, or its architecture is not supported.
         OutputError: the output exists, or cannot be written.
     """
+    from mlxkv.errors import UsageError
+
     from .open import open_source
     from .plan import MAX_SHARD_BYTES, make_plan, parse_options
     from .quality.measure import Measure
@@ -146,7 +148,10 @@ def convert(
     measure = Measure.of(options, quantize, target_bits, calibrate, evaluate)
     if not dry_run:
         check_output(output, overwrite)
+    elif evaluate:
+        raise UsageError("compares what is written, and a dry run writes nothing", field="evaluate")
     opened = open_source(source, text_only=text_only, mmproj=mmproj)
+    measure.check(opened)
     if adapters:
         from .fuse import check_unmeasured, with_adapters
 

@@ -14,6 +14,7 @@ from .texts import HELD_OUT, read_text, windows
 
 if TYPE_CHECKING:
     from ..plan import ConvertOptions
+    from ..sources import Source
     from .calibration import Calibration
     from .compare import Comparison
 
@@ -73,6 +74,21 @@ class Measure:
         file = None if isinstance(calibrate, bool) else Path(calibrate)
         return cls(target_bits, is_auto or asked, file, evaluate)
 
+    def check(self, source: Source) -> None:
+        """Refuse a model that cannot be measured, before anything is.
+
+        Raises:
+            UsageError: an embedding model.
+            TokenizerError: no tokenizer to read texts with.
+        """
+        if not self.calibrates and not self.evaluates:
+            return
+        from .reference import predicts, tokenizer_of
+
+        predicts(source)
+        if self.evaluates and not self.calibrates:  # what calibrates reads its text first
+            tokenizer_of(source)
+
     def calibration(self, source: str | Path, step: Step) -> Calibration | None:
         """The source's model and the text, if anything is measured before writing."""
         if not self.calibrates:
@@ -99,7 +115,8 @@ def compare_paths(
         step: told about progress.
 
     Raises:
-        UsageError: the vocabularies differ, or the text cannot be read or is too short.
+        UsageError: the vocabularies differ, an embedding model, or the text cannot be read or is
+            too short.
         MlxkvError: as `load_model` and `convert`.
     """
     from .compare import LENGTH, N_WINDOWS, compare

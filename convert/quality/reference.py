@@ -13,6 +13,7 @@ from mlx.utils import tree_unflatten
 
 from mlxkv.base import device
 from mlxkv.checkpoint.quantization import other_settings
+from mlxkv.errors import UsageError
 from mlxkv.models.loader import load_model, random_state_kept
 from mlxkv.nn.kernels import settle
 from mlxkv.nn.layers import Fusing, Prepared
@@ -53,13 +54,28 @@ def dense_model(source: Source) -> CausalLM:
     return model
 
 
+def predicts(source: Source) -> None:
+    """Check that a source is a model that says what token comes next.
+
+    Raises:
+        UsageError: an embedding model.
+    """
+    if source.family.embeds:
+        raise UsageError(
+            f"{source.path} is an embedding model, which predicts no tokens: what quantizing does "
+            "to it cannot be measured"
+        )
+
+
 def open_model(path: Path) -> tuple[CausalLM, Tokenizer]:
     """A model and its tokenizer, from a directory that runs as it is, or any other source.
 
     Raises:
+        UsageError: an embedding model.
         MlxkvError: as `load_model` and `open_source`.
     """
     source = open_source(path, text_only=True)
+    predicts(source)
     tokenizer = tokenizer_of(source)
     if (path / "config.json").is_file() and not other_settings(source.config):
         return load_model(path), tokenizer

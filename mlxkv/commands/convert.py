@@ -99,7 +99,7 @@ def convert(options: ConvertOptions) -> int:
             dtype=o.dtype,
             quantize=o.quantize,
             target_bits=o.target_bits,
-            calibrate=o.calibrate == "default" or o.calibrate or False,
+            calibrate=False if o.calibrate is None else o.calibrate == "default" or o.calibrate,
             evaluate=o.evaluate,
             group_size=o.group_size,
             recipe=o.recipe,

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx_lm.utils
@@ -27,6 +28,7 @@ from mlxkv.convert.quality.texts import CALIBRATION, HELD_OUT
 from mlxkv.convert.quantization import is_next_token, is_raised
 from mlxkv.errors import UsageError
 from tests.support.command_line import chat_model
+from tests.support.tiny_embedder import write_embedder
 
 
 def silent(what: str, done: int, total: int) -> None:
@@ -202,6 +204,26 @@ def test_models_of_other_vocabularies_are_not_compared(tiny_model: Path, tmp_pat
         compare_paths(tiny_model, other, None, silent)
 
 
+def test_an_embedding_model_is_not_measured_and_nothing_is_written(tmp_path: Path):
+    folder, out = write_embedder(tmp_path / "embedder"), tmp_path / "out"
+    options: list[dict[str, Any]] = [
+        {"quantize": "auto"},
+        {"quantize": "affine4", "calibrate": True},
+        {"quantize": "affine4", "evaluate": True},
+    ]
+    for each in options:
+        with pytest.raises(UsageError, match="is an embedding model, which predicts no tokens"):
+            convert(folder, out, **each)
+    with pytest.raises(UsageError, match="is an embedding model"):
+        compare_paths(folder, folder, None, silent)
+    assert not out.exists()
+
+
+def test_a_dry_run_is_not_evaluated(tiny_model: Path, tmp_path: Path):
+    with pytest.raises(UsageError, match="a dry run writes nothing"):
+        convert(tiny_model, tmp_path / "out", quantize="affine4", evaluate=True, dry_run=True)
+
+
 def test_held_out_text_is_not_in_the_calibration_text():
     lines = {line for line in CALIBRATION.read_text("utf-8").splitlines() if len(line) > 40}
     held = [line for line in HELD_OUT.read_text("utf-8").splitlines() if len(line) > 40]
@@ -227,3 +249,6 @@ def test_the_command_prints_all_it_measured_as_json(tiny_model: Path, tmp_path: 
     assert found["measured"]["sensitivity"].keys() >= {"lm_head.weight"}
     assert main(["compare", str(tiny_model), str(tmp_path / "out"), "--text", str(text)]) == 0
     assert capfd.readouterr().out.startswith("KL ")
+    none = ["convert", str(tiny_model), "-o", str(tmp_path / "none"), "-q", "affine4"]
+    assert main([*none, "--calibrate", ""]) == 2
+    assert "cannot be read as UTF-8 text" in capfd.readouterr().err
