@@ -148,6 +148,9 @@ def models(
         return
     if more:
         raise UsageError(f"`mlxkv models` takes no argument; `mlxkv models --find {more[0]}`")
+    for field, given in (("as_json", as_json), ("memory", memory is not None)):
+        if given:
+            raise UsageError("is for --find WORDS", field=field)
     from mlxkv.store.info import supported
 
     print(supported())

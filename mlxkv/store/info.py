@@ -370,9 +370,11 @@ def supported() -> str:
     by_module: dict[str, list[str]] = {}
     for model_type, module in NATIVE.items():
         by_module.setdefault(module, []).append(model_type)
-    lines = [f"{module:<10} {', '.join(types)}" for module, types in sorted(by_module.items())]
+    by_module["embedding_gemma"] = ["gemma3_text that sees both ways"]  # `models.family_for`
+    width = max(map(len, by_module))
+    lines = [f"{module:<{width}} {', '.join(types)}" for module, types in sorted(by_module.items())]
     if importlib.util.find_spec("mlx_lm") is not None:
         others = "every other model_type that the installed mlx-lm defines"
     else:
         others = "with `pip install mlx-lm`, every other model_type that it defines"
-    return "\n".join([*lines, f"{'mlx-lm':<10} {others}"])
+    return "\n".join([*lines, f"{'mlx-lm':<{width}} {others}"])

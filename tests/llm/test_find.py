@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import close_session, constants
 
+from mlxkv.cli import main
 from mlxkv.errors import ModelNotFound
 from mlxkv.llm.find import find
 from mlxkv.llm.plan import plan
@@ -68,6 +69,17 @@ def test_known_models_are_of_our_own_families():
     assert {model.model_type for model in hub_catalog.KNOWN} <= set(NATIVE)
     names = [model.name for model in hub_catalog.KNOWN]
     assert len(set(names)) == len(names)
+
+
+def test_the_list_of_families_has_columns_and_takes_no_options_of_a_search(capfd):
+    assert main(["models"]) == 0
+    lines = capfd.readouterr().out.splitlines()
+    width = max(len(line.split()[0]) for line in lines)
+    assert all(line[width] == " " and line[width + 1] != " " for line in lines)
+    assert any(line.startswith("embedding_gemma ") for line in lines)
+    for option in (["--json"], ["--memory", "8GiB"]):
+        assert main(["models", *option]) == 2
+        assert capfd.readouterr().err == f"mlxkv: {option[0]} is for --find WORDS\n"
 
 
 def test_the_command_prints_a_table_or_json(tmp_path):
