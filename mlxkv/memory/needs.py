@@ -85,7 +85,8 @@ class Needs:
 
     def kv_bytes(self, n_tokens: int) -> int:
         """Of one sequence."""
-        return kv_bytes([*self.specs, *self.guessing], n_tokens, self.kv)
+        guessing = kv_bytes(self.guessing, n_tokens, self.kv.default)
+        return kv_bytes(self.specs, n_tokens, self.kv) + guessing
 
     def pages_bytes(self, n_tokens: int) -> int:
         """Of one sequence's prefix pages: rows of all layers, window or not."""

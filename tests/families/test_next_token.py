@@ -13,6 +13,7 @@ import pytest
 import mlxkv
 from mlxkv.cache import make_cache
 from mlxkv.convert import convert
+from mlxkv.errors import UsageError
 from mlxkv.memory.needs import Needs
 from mlxkv.models.loader import lay_out
 from mlxkv.nn.model import Predictor
@@ -113,6 +114,9 @@ def test_a_plan_counts_its_keys_and_values(release: Path):
     assert with_it.kv_bytes(300) - without.kv_bytes(300) == one_layer
     ours, theirs = (each.step(256, 44, last=True) for each in (with_it, without))
     assert ours.peak - theirs.peak == one_layer
+    behind = len(model.cache_specs())  # its own number is none that a KV type may name
+    with pytest.raises(UsageError, match=f"names layer {behind}"):
+        Needs(model, f"q8,{behind}=native", 256).kv_bytes(1)
 
 
 @pytest.mark.parametrize("quantize", (None, "affine8"))
