@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
 
 
+_WRITING = (errno.EFBIG, errno.EIO, errno.EROFS)
+"""Of a disk, with no file's name where a write fails."""
+
+
 def hush() -> None:
     """Keep the client from logging."""
     from huggingface_hub.utils import logging
@@ -49,6 +53,8 @@ def translate(repo_id: str, error: Exception, revision: str | None = None) -> Ml
             return _refused(name, error, host)
         case OSError() if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return OutputError(f"no space left to download {name}: make room, or set HF_HUB_CACHE")
+        case OSError() if error.errno in _WRITING:
+            return OutputError(f"{name} cannot be written: {error.strerror}; set HF_HUB_CACHE")
         case OSError() if error.filename:
             return OutputError(f"{error.filename}: {error.strerror}; set HF_HUB_CACHE")
     if constants.HF_HUB_OFFLINE:

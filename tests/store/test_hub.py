@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
+import os
 import socket
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from huggingface_hub import close_session, constants
 
-from mlxkv.errors import DownloadError, MlxkvError, ModelNotFound, UsageError
+from mlxkv.errors import DownloadError, MlxkvError, ModelNotFound, OutputError, UsageError
 from mlxkv.store import hub, hub_download, hub_fetch, hub_files, library, resolve
 from mlxkv.store.hub_fetch import fetch_gguf
 from mlxkv.store.hub_files import check_reachable, list_files
@@ -288,6 +291,13 @@ def test_what_is_refused_says_what_to_do(served, cache, monkeypatch):
     refused(DownloadError, "is gated", "accept its terms", "then `hf auth login`")
     monkeypatch.setenv("HF_TOKEN", "hf_x")
     refused(DownloadError, "is gated", "with the account of your token")
+
+
+def test_a_disk_that_takes_no_more_is_not_called_a_network(served, monkeypatch):
+    for code, words in ((errno.EFBIG, "File too large"), (errno.ENOSPC, "no space left")):
+        error = OSError(code, os.strerror(code))
+        monkeypatch.setattr(hub_download, "write_all", Mock(side_effect=error))
+        refused(OutputError, words, "HF_HUB_CACHE")
 
 
 def test_a_hub_that_gives_no_sign_is_unreachable_in_seconds(monkeypatch):
