@@ -9,8 +9,9 @@ from typing import cast
 
 import mlx.core as mx
 
+from mlxkv.cache import make_caches
 from mlxkv.errors import UsageError
-from mlxkv.nn.model import POSITIONS, CausalLM
+from mlxkv.nn.model import CausalLM
 
 LENGTH = 256
 """Tokens of a window: what precedes a position."""
@@ -82,15 +83,12 @@ Rows = tuple[mx.array, mx.array, mx.array, mx.array]
 
 def _window(reference: CausalLM, model: CausalLM, tokens: mx.array) -> Iterator[Rows]:
     """KL, equal choices, and both log-probabilities of the next token, `[n]` each."""
-    hidden = [each.forward(each.embedded(tokens[:, :-1]), None) for each in (reference, model)]
-    mx.eval(hidden)
-    n = tokens.shape[1] - 1
-    for start in range(0, n, POSITIONS):
-        stop = min(start + POSITIONS, n)
-        p, q = (
-            log_softmax(each.logits(x[:, start:stop])[0])
-            for each, x in zip((reference, model), hidden, strict=True)
-        )
+    # With caches, for mlx-lm's definitions take a few positions at a time.
+    both = [each.position_logits(tokens[:, :-1], make_caches(each)) for each in (reference, model)]
+    stop = 0
+    for rows in zip(*both, strict=True):
+        p, q = (log_softmax(logits) for logits in rows)
+        start, stop = stop, stop + len(p)
         if p.shape != q.shape:
             raise UsageError(
                 f"the models have vocabularies of {p.shape[-1]:,} and {q.shape[-1]:,} tokens: "
@@ -98,9 +96,9 @@ def _window(reference: CausalLM, model: CausalLM, tokens: mx.array) -> Iterator[
             )
         following = tokens[0, start + 1 : stop + 1, None]
         p_next, q_next = (mx.take_along_axis(x, following, axis=-1)[:, 0] for x in (p, q))
-        rows = divergence(p, q), p.argmax(-1) == q.argmax(-1), p_next, q_next
-        mx.eval(rows)
-        yield rows
+        found = divergence(p, q), p.argmax(-1) == q.argmax(-1), p_next, q_next
+        mx.eval(found)
+        yield found
 
 
 def log_softmax(logits: mx.array) -> mx.array:

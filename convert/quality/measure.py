@@ -78,7 +78,7 @@ class Measure:
         """Refuse a model that cannot be measured, before anything is.
 
         Raises:
-            UsageError: an embedding model.
+            UsageError: an embedding model, or one whose inputs of layers are not to be had.
             TokenizerError: no tokenizer to read texts with.
         """
         if not self.calibrates and not self.evaluates:
@@ -86,6 +86,13 @@ class Measure:
         from .reference import predicts, tokenizer_of
 
         predicts(source)
+        if self.calibrates and not source.family.native:
+            name = source.config.get("model_type")
+            raise UsageError(
+                f"{source.path}: {name} runs on mlx-lm's definition, whose layers show no inputs: "
+                "auto and a calibration take families of mlxkv's own (`mlxkv models`); choose a "
+                "format or a recipe"
+            )
         if self.evaluates and not self.calibrates:  # what calibrates reads its text first
             tokenizer_of(source)
 

@@ -219,6 +219,29 @@ def test_an_embedding_model_is_not_measured_and_nothing_is_written(tmp_path: Pat
     assert not out.exists()
 
 
+def test_a_model_of_mlx_lms_definition_is_compared_but_not_measured(tmp_path: Path):
+    folder = chat_model(tmp_path / "hf", num_hidden_layers=1, model_type="qwen2")
+    weights = mx.load(str(folder / "model.safetensors"))
+    assert isinstance(weights, dict)
+    for name in [name for name in weights if name.endswith("o_proj.weight")]:
+        layer = name.removesuffix("o_proj.weight")
+        weights |= {
+            f"{layer}{n}_proj.bias": weights[f"{layer}{n}_proj.weight"][:, 0] for n in "qkv"
+        }
+    mx.save_safetensors(str(folder / "model.safetensors"), weights)
+    with pytest.raises(UsageError, match="qwen2 runs on mlx-lm's definition"):
+        convert(folder, tmp_path / "out", quantize="auto")
+    model = mlxkv.load_model(folder)
+    tokens = mx.random.randint(3, 250, (1, 40), key=mx.random.key(0))
+    log_p = model(tokens[:, :-1])[0] - mx.logsumexp(
+        model(tokens[:, :-1])[0], axis=-1, keepdims=True
+    )
+    following = mx.take_along_axis(log_p, tokens[0, 1:, None], axis=-1)
+    found = compare(model, model, tokens)
+    assert found.kl_mean < 1e-6 and found.top1 == 1
+    assert math.log(found.perplexity) == pytest.approx(-float(following.mean()), rel=1e-4)
+
+
 def test_a_dry_run_is_not_evaluated(tiny_model: Path, tmp_path: Path):
     with pytest.raises(UsageError, match="a dry run writes nothing"):
         convert(tiny_model, tmp_path / "out", quantize="affine4", evaluate=True, dry_run=True)
