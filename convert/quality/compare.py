@@ -9,7 +9,6 @@ from typing import cast
 
 import mlx.core as mx
 
-from mlxkv.cache import make_caches
 from mlxkv.errors import UsageError
 from mlxkv.nn.model import CausalLM
 
@@ -83,8 +82,7 @@ Rows = tuple[mx.array, mx.array, mx.array, mx.array]
 
 def _window(reference: CausalLM, model: CausalLM, tokens: mx.array) -> Iterator[Rows]:
     """KL, equal choices, and both log-probabilities of the next token, `[n]` each."""
-    # With caches, for mlx-lm's definitions take a few positions at a time.
-    both = [each.position_logits(tokens[:, :-1], make_caches(each)) for each in (reference, model)]
+    both = (each.position_logits(tokens[:, :-1]) for each in (reference, model))
     stop = 0
     for rows in zip(*both, strict=True):
         p, q = (log_softmax(logits) for logits in rows)

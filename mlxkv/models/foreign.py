@@ -338,8 +338,10 @@ class Model(CausalLM):
     def position_logits(
         self, tokens: mx.array, caches: Caches = None, media: Media = ()
     ) -> Iterator[mx.array]:
+        whole = self._run(tokens, None)[0] if caches is None else None
         for i in range(0, tokens.shape[1], POSITIONS):
-            yield self._run(tokens[:, i : i + POSITIONS], caches)[0]
+            positions = slice(i, i + POSITIONS)
+            yield self._run(tokens[:, positions], caches)[0] if whole is None else whole[positions]
 
     def last_logits(self, tokens: mx.array, caches: Caches = None, media: Media = ()) -> mx.array:
         # A definition gives logits of every token it is given: those of a chunk that are not read

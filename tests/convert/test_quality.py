@@ -27,6 +27,7 @@ from mlxkv.convert.quality.sensitivity import units_of
 from mlxkv.convert.quality.texts import CALIBRATION, HELD_OUT
 from mlxkv.convert.quantization import is_next_token, is_raised
 from mlxkv.errors import UsageError
+from mlxkv.nn.model import POSITIONS
 from tests.support.command_line import chat_model
 from tests.support.tiny_embedder import write_embedder
 
@@ -232,7 +233,7 @@ def test_a_model_of_mlx_lms_definition_is_compared_but_not_measured(tmp_path: Pa
     with pytest.raises(UsageError, match="qwen2 runs on mlx-lm's definition"):
         convert(folder, tmp_path / "out", quantize="auto")
     model = mlxkv.load_model(folder)
-    tokens = mx.random.randint(3, 250, (1, 40), key=mx.random.key(0))
+    tokens = mx.random.randint(3, 250, (1, POSITIONS + 8), key=mx.random.key(0))
     log_p = model(tokens[:, :-1])[0] - mx.logsumexp(
         model(tokens[:, :-1])[0], axis=-1, keepdims=True
     )
