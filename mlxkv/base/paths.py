@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(:[A-Za-z0-9][A-Za-z0-9._-]*)?")
@@ -61,5 +62,13 @@ def is_listed(path: Path) -> bool:
     """
     try:
         return path.name in os.listdir(path.parent)  # noqa: PTH208
+    except OSError:
+        return False
+
+
+def holds(test: Callable[[], bool]) -> bool:
+    """What a path's `is_file` or the like says; False where the system takes no such long name."""
+    try:
+        return test()
     except OSError:
         return False

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlxkv.base import regular
+from mlxkv.base.paths import holds
 from mlxkv.checkpoint.gguf_names import first_parts, is_mmproj, parts_of
 from mlxkv.errors import ModelNotFound, UsageError
 
@@ -82,6 +83,8 @@ def snapshots(repo_id: str, revision: str | None = None) -> list[Path]:
 def _refs(repo_id: str) -> dict[str, str]:
     """Branches and tags of a repository that the cache knows, each with its commit."""
     root, found = repo_folder(repo_id) / "refs", dict[str, str]()
+    if not holds(root.is_dir):
+        return found
     for path in root.rglob("*"):
         with contextlib.suppress(OSError, ValueError):  # a folder, or damaged
             found[str(path.relative_to(root))] = path.read_text().strip()
@@ -209,7 +212,7 @@ class Removal:
 def plan_removal(repo_id: str, revision: str | None = None) -> Removal | None:
     """What to delete of a repository, all of it or one revision; None if none of it is here."""
     repo = repo_folder(repo_id)
-    if not repo.is_dir():
+    if not holds(repo.is_dir):
         return None
     doomed = snapshots(repo_id, revision)
     is_all = bool(doomed) and len(doomed) == len(list((repo / "snapshots").iterdir()))

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlxkv.base.paths import NAME, is_listed, models_dir, slug
+from mlxkv.base.paths import NAME, holds, is_listed, models_dir, slug
 from mlxkv.checkpoint.mlxkv_json import Record, read_record
 from mlxkv.errors import ModelNotFound, OutputError, UsageError
 from mlxkv.store import catalog
@@ -104,15 +103,7 @@ def check_spelling(name: str) -> None:
 
 def is_model(folder: Path) -> bool:
     """Whether a folder is a model directory."""
-    return _is_there(folder / "config.json", Path.is_file)
-
-
-def _is_there(path: Path, of_kind: Callable[[Path], bool] = Path.exists) -> bool:
-    """Whether there is a file; False for names that no file can have, such as too long ones."""
-    try:
-        return of_kind(path)
-    except OSError:
-        return False
+    return holds((folder / "config.json").is_file)
 
 
 def unaliased(name: str) -> str:
@@ -221,12 +212,12 @@ def locate(name: str) -> Ref:
     if (target := _alias(name)) is not None:
         return _locate_target(name, target)
     path = Path(name)
-    if is_model(path) or (path.suffix == ".gguf" and _is_there(path, Path.is_file)):
+    if is_model(path) or (path.suffix == ".gguf" and holds(path.is_file)):
         return PathRef(path)
-    repo = REPO.fullmatch(name)
-    if repo and not _is_there(path):
+    repo, exists = REPO.fullmatch(name), holds(path.exists)
+    if repo and not exists:
         return HubRef(repo["repo"], repo["wanted"], repo["revision"])
-    if _is_there(path) or name.endswith(".gguf") or "/" in name:
+    if exists or name.endswith(".gguf") or "/" in name:
         return PathRef(path)
     raise ModelNotFound(f"no model named {name!r}{_did_you_mean(name)}")
 

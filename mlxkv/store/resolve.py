@@ -24,7 +24,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from mlxkv.base.disk import check_space
-from mlxkv.base.paths import models_dir, slug
+from mlxkv.base.paths import holds, models_dir, slug
 from mlxkv.checkpoint import mlxkv_json
 from mlxkv.checkpoint.config import read_config
 from mlxkv.checkpoint.gguf_names import first_parts, mmproj_beside, parts_of
@@ -125,10 +125,10 @@ def _fetch(ref: StoredRef | CatalogRef | HubRef, report: Report) -> Path:
 
 
 def _resolve_path(path: Path, report: Report) -> Path:
-    if path.suffix == ".gguf" and path.is_file():
+    if path.suffix == ".gguf" and holds(path.is_file):
         gguf = path.resolve()
         return _converted_by_content(gguf, _files_of(gguf), "gguf", report)
-    if not path.exists():
+    if not holds(path.exists):
         raise ModelNotFound(f"{path}: no such file or directory")
     if not path.is_dir():
         raise ModelNotFound(f"{path} is neither a model directory nor a .gguf file")

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -251,7 +252,7 @@ def test_an_error_waits_for_the_other_downloads_to_end():
     class Fails:
         file, n_done, trouble = hub_files.HubFile("a", 1, None), 0, ""
 
-        def run(self):
+        def run(self) -> None:
             begun.wait(5)
             raise ValueError("fails")
 
@@ -262,8 +263,9 @@ def test_an_error_waits_for_the_other_downloads_to_end():
             time.sleep(0.02)
             ended.append(True)
 
+    downloads: list[Any] = [Fails(), Ends()]
     with pytest.raises(ValueError, match="fails"):
-        hub_fetch._run([Fails(), Ends()], "a", stop, resolve.silent)
+        hub_fetch._run(downloads, "a", stop, resolve.silent)
     assert ended == [True]
 
 

@@ -643,3 +643,9 @@ def test_the_card_names_what_a_multimodal_checkpoint_leaves_out(tmp_path):
     card = describe("model", path)
     assert set(card.skipped) == set(left_out)
     assert "3 tensors (multi_modal_projector, vision_tower)" in card.text()
+
+
+@pytest.mark.parametrize("name", ["{}", "org/{}", "org/a@{}", "/{}", "./{}.gguf", "{}.gguf"])
+def test_a_name_that_is_too_long_for_a_file_is_none_that_is_here(name):
+    with pytest.raises(ModelNotFound):
+        resolve.resolve(name.format("0" * 300), fetch=False)
