@@ -151,12 +151,12 @@ def convert(
     elif evaluate:
         raise UsageError("compares what is written, and a dry run writes nothing", field="evaluate")
     opened = open_source(source, text_only=text_only, mmproj=mmproj)
-    measure.check(opened)
     if adapters:
         from .fuse import check_unmeasured, with_adapters
 
         check_unmeasured(quantize, calibrate=bool(calibrate), evaluate=evaluate)
         opened = with_adapters(opened, adapters)
+    measure.check(opened)
     report = progress or (lambda step: None)
 
     def step(what: str, done: int, total: int) -> None:
