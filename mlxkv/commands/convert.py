@@ -178,13 +178,14 @@ def compare(
 
     progress = ProgressLine(plain=True)
     try:
-        paths = [resolve.source_path(name, report=progress) for name in (reference, model)]
+        first = resolve.source_path(reference, report=progress)
+        second = resolve.source_path(model, report=progress)
         from mlxkv.convert.quality.measure import (  # pyright: ignore[reportMissingImports]
             compare_paths,
         )
 
         found = compare_paths(
-            *paths, text, lambda what, done, total: progress(f"{what}, {done} of {total}")
+            first, second, text, lambda what, done, total: progress(f"{what}, {done} of {total}")
         )
     finally:
         progress.clear()
