@@ -116,7 +116,7 @@ def find(name: str, *, fetch: bool = True) -> Path:
     ref = HubRef(repo["repo"], repo["wanted"], repo["revision"])
     found = _cached(ref)
     if found is None and not fetch:
-        raise ModelNotFound(f"{name} is not here; --adapter {name} fetches it")
+        raise ModelNotFound(f"{name} is not here; a model that is loaded with it fetches it")
     return _fetch(ref) if found is None else found
 
 

@@ -87,6 +87,7 @@ class FakeMetal:
 
 @pytest.fixture
 def metal(monkeypatch) -> FakeMetal:
+    gc.collect()  # models of other tests, which would give back what they hold in this one's
     return FakeMetal(monkeypatch)
 
 

@@ -133,6 +133,7 @@ def chat():
     config = SimpleNamespace(model_type="llama", context=1024)
     memory = MemoryStats(10, 1, KVUse(7, 2048, 256, 4096), KVUse(), KVUse(), 0, 0, 0, 5, 0, 9, 2)
     llm = SimpleNamespace(
+        adapters=(),
         stats=lambda: memory,
         config=config,
         path="/models/m",
