@@ -234,7 +234,8 @@ def test_every_chunk_window_and_format_plans(window, chunk, folder):
     )
     assert needs.workspace_bytes > 0
     native, *packed = (needs.max_contexts[kv_type] for kv_type in KV_TYPES)
-    assert 20_000 < min(native, *packed) and packed == sorted(packed)
+    # On a GPU's branches a step of k8v4 holds less beside its KV than one of q4.
+    assert 20_000 < min(native, *packed) and packed[0] == min(packed)
     if device.on_cpu():  # a GPU unpacks a layer whole for a chunk: half the native KV of two layers
         assert native <= packed[0]
     for kv_type in KV_TYPES:
