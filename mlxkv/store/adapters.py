@@ -14,7 +14,6 @@ from typing import Any
 from mlxkv.checkpoint.adapter import MLX_LM, PEFT, Adapter
 from mlxkv.checkpoint.adapter_files import FILES, is_adapter
 from mlxkv.checkpoint.mlxkv_json import read_record
-from mlxkv.convert.adapter import GGUF, read_adapter  # pyright: ignore[reportMissingImports]
 from mlxkv.errors import ModelNotFound, OutputError, UsageError
 from mlxkv.models.adapter_targets import Changes
 from mlxkv.models.adapters import Weighted, key_of
@@ -22,6 +21,7 @@ from mlxkv.models.loader import lay_out
 from mlxkv.store import hub
 from mlxkv.store.refs import REPO, HubRef
 
+GGUF = ".gguf"
 OWN = "adapters"
 """In a model's directory: a folder for each adapter that it is always loaded with, `000=WEIGHT`."""
 
@@ -210,6 +210,10 @@ def read_adapters(refs: Sequence[AdapterRef], config: Mapping[str, Any]) -> list
     Raises:
         CheckpointError: one is damaged, or asks for what is not supported.
     """
+    if not refs:
+        return []
+    from mlxkv.convert.adapter import read_adapter  # pyright: ignore[reportMissingImports]
+
     return [Weighted(read_adapter(ref.path, config), ref.weight) for ref in refs]
 
 
@@ -243,6 +247,8 @@ def _plain(name: str) -> str:
 
 def read(path: Path) -> Adapter:
     """Read an adapter from `find` to show it; raises as `read_adapters`."""
+    from mlxkv.convert.adapter import read_adapter  # pyright: ignore[reportMissingImports]
+
     return read_adapter(path)
 
 

@@ -41,6 +41,7 @@ def make(case: AdapterCase) -> str:
     logits = logits_of(adapted, case.prompt()).numpy()[list(POSITIONS)]
     config: dict[str, Any] = adapted.peft_config["default"].to_dict()
     config = {key: _plain(value) for key, value in config.items()}
+    config["base_model_name_or_path"] = "org/base"  # it was a temporary folder
     entry = {"made_with": {"peft": peft.__version__}, "config": config, "tensors": shapes}
     FOLDER.mkdir(exist_ok=True)
     (FOLDER / f"{case.name}.json").write_text(json.dumps(entry) + "\n")
