@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from mlxkv.prefix.layout import n_common, token_bytes
 from mlxkv.prefix.match import Match
 
 
@@ -48,10 +49,4 @@ def explained(restored: Restored, live: Restored, match: Match) -> Restored:
 
 def n_shared(a: Sequence[int], b: Sequence[int]) -> int:
     """Leading tokens that two sequences have in common."""
-    low, high = 0, min(len(a), len(b))
-    while low < high:
-        middle = (low + high + 1) // 2
-        # Lists are compared in C; a list and an array or tuple are never equal.
-        is_same = [*a[low:middle]] == [*b[low:middle]]
-        low, high = (middle, high) if is_same else (low, middle - 1)
-    return low
+    return n_common(token_bytes(a), token_bytes(b))
