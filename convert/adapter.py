@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxkv.checkpoint.adapter import Adapter
-from mlxkv.checkpoint.adapter_files import open_adapter
-
-GGUF = ".gguf"
+from mlxkv.checkpoint.adapter_files import GGUF, open_adapter
 
 
 def read_adapter(path: Path, config: Mapping[str, Any] | None = None) -> Adapter:

@@ -22,6 +22,8 @@ from mlxkv.checkpoint.peft import read_peft
 from mlxkv.errors import ModelNotFound, UnsupportedModel, WeightsError
 
 FILES = (CONFIG, MLX_LM, PEFT)
+GGUF = ".gguf"
+"""The end of the name of llama.cpp's adapters."""
 _PICKLED = ("adapter_model.bin", "adapters.npz")
 _PARTS = ("lora_a", "lora_b", "m")
 

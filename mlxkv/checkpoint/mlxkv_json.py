@@ -52,6 +52,8 @@ def read_record(folder: Path) -> Record | None:
 OVERFLOWS = ("stop", "shift")
 DRAFTS = ("auto", "off", "lookup", "mtp")
 """What may propose tokens; another name is that of a smaller model, which does so as well."""
+OWN_DRAFTS = ("auto", "mtp")
+"""Those that need what the model has for drafts itself."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxkv.checkpoint.adapter import MLX_LM, PEFT, Adapter
-from mlxkv.checkpoint.adapter_files import FILES, is_adapter
+from mlxkv.checkpoint.adapter_files import FILES, GGUF, is_adapter
 from mlxkv.checkpoint.mlxkv_json import read_record
 from mlxkv.errors import ModelNotFound, OutputError, UsageError
 from mlxkv.models.adapter_targets import Changes
@@ -21,7 +21,6 @@ from mlxkv.models.loader import lay_out
 from mlxkv.store import hub
 from mlxkv.store.refs import REPO, HubRef
 
-GGUF = ".gguf"
 OWN = "adapters"
 """In a model's directory: a folder for each adapter that it is always loaded with, `000=WEIGHT`."""
 

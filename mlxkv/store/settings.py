@@ -19,6 +19,7 @@ from mlxkv.checkpoint.config import read_config
 from mlxkv.checkpoint.mlxkv_json import (
     DRAFTS,
     KINDS,
+    OWN_DRAFTS,
     RECORD,
     checked,
     error_at,
@@ -129,7 +130,7 @@ class Given:
 
 def draws_on_model(draft: str) -> bool:
     """Whether a value of `draft` needs what the model has for drafts itself."""
-    return draft in ("auto", "mtp")
+    return draft in OWN_DRAFTS
 
 
 def draft_model(draft: str | None) -> str | None:

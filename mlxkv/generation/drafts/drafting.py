@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import cast
 
+from mlxkv.checkpoint.mlxkv_json import OWN_DRAFTS
 from mlxkv.generation.drafts.borrowed import Borrowed, Borrowing
 from mlxkv.generation.drafts.drafter import Drafter
 from mlxkv.generation.drafts.drafts import Drafts
@@ -56,7 +57,7 @@ class Drafting:
             self._rates,
             None if draft == Mtp.name else self._past[owner],
             None if small is None else lambda t: small.of_answer(owner, t),
-            self._own if draft in ("auto", Mtp.name) else None,
+            self._own if draft in OWN_DRAFTS else None,
         )
 
     def forget(self) -> None:
