@@ -174,14 +174,20 @@ def _run(downloads: Sequence[Download], name: str, stop: threading.Event, report
 
     threads = [threading.Thread(target=work, daemon=True) for _ in range(min(PARALLEL, len(todo)))]
     total = sum(each.file.n_bytes or 0 for each in downloads)
+
+    def tell() -> None:
+        trouble = next((f" ({each.trouble})" for each in downloads if each.trouble), "")
+        done = sum(each.n_done for each in downloads)
+        report(f"fetching {name}{trouble}", min(done, total), total)
+
     try:
         for thread in threads:
             thread.start()
-        while not failed and any(thread.is_alive() for thread in threads):
-            next((thread for thread in threads if thread.is_alive()), threads[0]).join(POLL_S)
-            trouble = next((f" ({each.trouble})" for each in downloads if each.trouble), "")
-            done = sum(each.n_done for each in downloads)
-            report(f"fetching {name}{trouble}", min(done, total), total)
+        while not failed and (alive := [thread for thread in threads if thread.is_alive()]):
+            alive[0].join(POLL_S)
+            tell()
+        if not failed:
+            tell()  # small files may have come before the first look
     finally:
         stop.set()
     if failed:

@@ -150,6 +150,19 @@ def test_progress_counts_bytes(served):
     assert steps[-1] == (f"fetching {REPO}", total, total)
 
 
+def test_files_that_came_before_the_first_look_are_reported(monkeypatch):
+    class Ended(threading.Thread):
+        def start(self):
+            super().start()
+            self.join()
+
+    monkeypatch.setattr(hub_fetch.threading, "Thread", Ended)
+    small = Mock(file=Mock(n_bytes=3), n_done=3, trouble="")
+    steps = []
+    hub_fetch._run([small], "a", threading.Event(), lambda *step: steps.append(step))
+    assert steps == [("fetching a", 3, 3)]
+
+
 @pytest.mark.parametrize("hashes", [True, False])
 def test_a_mirror_may_be_at_a_path_and_know_no_hashes(hashes, served, cache, monkeypatch):
     served.hashes, served.elsewhere = hashes, True
