@@ -1,4 +1,4 @@
-"""KV caches: the keys and values of one layer.
+"""KV caches: the keys and values of one layer. `RecurrentCache` is that of a layer with a state.
 
 Invariants:
 - A cache holds the KV of the positions `[offset - n, offset)` in temporal order, `n` of them.
@@ -27,8 +27,9 @@ import mlx.core as mx
 from mlxkv.errors import UsageError
 from mlxkv.kv.buffers import Buffers
 from mlxkv.kv.layout import Cache, Mask, SharedRow, Slice, windowed_mask
+from mlxkv.kv.recurrent import RecurrentCache
 from mlxkv.kv.storage import Rows
-from mlxkv.kv.types import CacheSpec, KVFormat, ceil_step
+from mlxkv.kv.types import CacheSpec, KVFormat, RecurrentSpec, ceil_step
 
 
 class KVCache(Buffers):
@@ -364,10 +365,13 @@ def make_caches(model: _HasSpecs, kv_type: str = "native") -> list[Cache]:
     Raises:
         UsageError: `kv_type` is neither, or names a layer that is not there.
     """
-    return [
-        spec.make() if isinstance(spec, StateSpec) else make_cache(spec, kv.name)
-        for spec, kv in KVFormat(kv_type).layers(model.cache_specs())
-    ]
+    return [_make(spec, kv.name) for spec, kv in KVFormat(kv_type).layers(model.cache_specs())]
+
+
+def _make(spec: CacheSpec, kv_type: str) -> Cache:
+    if isinstance(spec, RecurrentSpec):
+        return RecurrentCache(spec)
+    return spec.make() if isinstance(spec, StateSpec) else make_cache(spec, kv_type)
 
 
 def convert_caches(caches: list[Cache], kv_type: str) -> None:

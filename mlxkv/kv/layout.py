@@ -89,6 +89,19 @@ class LayerCache(Protocol):
     def mask(self, L: int) -> Mask: ...
 
 
+class StateCache(Protocol):
+    """What a layer that keeps a state needs of a cache."""
+
+    @property
+    def arrays(self) -> tuple[mx.array, ...]:
+        """The state of each sequence, along the first axis; `()` before the first token."""
+        ...
+
+    def store(self, arrays: Sequence[mx.array], n_new: int) -> None:
+        """Replace it by the one that `n_new` more tokens leave."""
+        ...
+
+
 Caches = Sequence[LayerCache] | None
 """One for each layer that owns KV; None for one pass over a whole sequence."""
 
@@ -97,8 +110,9 @@ class Cache(Protocol):
     """The KV of one layer, for B sequences of equal length."""
 
     spec: CacheSpec | None
-    offset: int
 
+    @property
+    def offset(self) -> int: ...
     @property
     def nbytes(self) -> int: ...
     def __len__(self) -> int: ...

@@ -39,6 +39,10 @@ S = TypeVar("S")
 
 STEP = 256
 """Tokens by which a live cache grows: the unit of planning, sharing and storing as well."""
+RULE_BLOCK = 64
+"""Tokens that a recurrent layer computes at once of a chunk."""
+FLOAT_BYTES = 4
+"""Bytes of a float32, which the matrices of recurrent layers are kept in."""
 AT_ONCE = 4 << 20
 """Bytes of layers that are copied at a time: the thread waits once for them, not for each, which on
 a loaded CPU takes milliseconds."""
@@ -85,6 +89,47 @@ class CacheSpec:
     def opaque(self) -> bool:
         """Whether what the layer keeps is something else than keys and values of tokens."""
         return self.n_kv_heads == 0
+
+
+@dataclass(frozen=True, slots=True)
+class RecurrentSpec(CacheSpec):
+    """The memory of a layer that keeps a state, which has one size for any number of tokens.
+
+    Args:
+        n_channels: of the convolution before the rule.
+        n_tail: its last inputs that are kept: one fewer than its taps.
+        n_heads: matrices of the state.
+        key_dim: rows of each.
+        value_dim: columns of each.
+    """
+
+    n_kv_heads: int = 0
+    k_dim: int = 0
+    v_dim: int = 0
+    n_channels: int = 0
+    n_tail: int = 0
+    n_heads: int = 0
+    key_dim: int = 0
+    value_dim: int = 0
+
+    def nbytes(self, n_tokens: int, kv: KVFormat) -> int:
+        """Bytes of one sequence's state: the tail as the model computes, the matrices in float32.
+
+        No KV format changes it, and no number of tokens.
+        """
+        tail = self.n_channels * self.n_tail * kv.itemsize
+        return tail + FLOAT_BYTES * self.n_heads * self.key_dim * self.value_dim
+
+    def values(self, n_new: int) -> int:
+        """Values that the layer's rule holds at most beside its projections, of `n_new` tokens.
+
+        The convolution's, some rows of each head, matrices of a block of tokens (`nn.delta_rule`),
+        and states.
+        """
+        head = 12 * (self.key_dim + self.value_dim) + 14 * RULE_BLOCK
+        n = -(-n_new // RULE_BLOCK) * RULE_BLOCK if n_new > 1 else 1
+        states = 4 * self.n_heads * self.key_dim * self.value_dim
+        return n * (8 * self.n_channels + self.n_heads * head) + states
 
 
 GROUP_SIZES = (64, 32)

@@ -3,20 +3,21 @@
     KV bytes = sum over layers of
         n_kv_heads * (k_dim + v_dim) * bytes per value * min(tokens up to the next 256, window)
 
-KV heads, not attention heads; a layer that shares another's KV stores nothing. The workspace of
-prefill and decode is found by tracing them (`trace`).
+KV heads, not attention heads; a layer that shares another's KV stores nothing, and one that keeps a
+state has the same bytes at any number of tokens. The workspace of prefill and decode is found by
+tracing them (`trace`).
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from mlxkv.base import device
 from mlxkv.base.device import default_chunk
-from mlxkv.kv.types import KV_TYPES, CacheSpec, KVFormat
+from mlxkv.kv.types import KV_TYPES, CacheSpec, KVFormat, RecurrentSpec
 from mlxkv.media.types import Medium
 from mlxkv.memory.embedding import BatchNeeds
 from mlxkv.memory.media import encoder_bytes, shapes_of
@@ -33,7 +34,7 @@ class LayerKind:
         spec: of one of them.
         n_layers: their number.
         row_bytes: bytes of one token in one of them.
-        n_rows: tokens that each allocates at the plan's context.
+        n_rows: tokens that each allocates at the plan's context; 0 of those with a state.
         nbytes: of all of them, for all sequences.
         kv_type: their format.
     """
@@ -46,8 +47,15 @@ class LayerKind:
     kv_type: str
 
     @property
+    def is_state(self) -> bool:
+        """Whether they keep a state of one size, and no rows of tokens."""
+        return isinstance(self.spec, RecurrentSpec)
+
+    @property
     def name(self) -> str:
-        """`full`, or `window 512`."""
+        """`full`, `window 512`, or `state`."""
+        if self.is_state:
+            return "state"
         return "full" if self.spec.window is None else f"window {self.spec.window:,}"
 
 
@@ -150,7 +158,9 @@ class Plan:
     def formula(self) -> str:
         """The sum that makes the KV bytes."""
         kinds = [
-            f"{kind.n_layers} x {kind.spec.n_kv_heads} x {kind.row_bytes} B x {kind.n_rows:,}"
+            f"{kind.n_layers} x {kind.nbytes // (kind.n_layers * self.sequences):,} B"
+            if kind.is_state
+            else f"{kind.n_layers} x {kind.spec.n_kv_heads} x {kind.row_bytes} B x {kind.n_rows:,}"
             for kind in self.layers
         ]
         return f"{self.sequences} x ({' + '.join(kinds) or '0'}) = {self.kv_bytes:,} B"
@@ -288,13 +298,18 @@ def _curve(needs: Needs, marks: Sequence[int], sequences: int, fixed_bytes: int)
 def _layer_kinds(
     specs: Sequence[CacheSpec | None], kv: KVFormat, context: int, sequences: int
 ) -> tuple[LayerKind, ...]:
-    counts = Counter((spec, own) for spec, own in kv.layers(specs) if not spec.opaque)
+    native = replace(kv, name="native")  # which states stay in
+    counts = Counter(
+        (spec, native if isinstance(spec, RecurrentSpec) else own)
+        for spec, own in kv.layers(specs)
+        if not spec.opaque or isinstance(spec, RecurrentSpec)
+    )
     return tuple(
         LayerKind(
             spec,
             n,
             own.row_bytes(spec.k_dim, spec.v_dim),
-            spec.n_rows(context),
+            0 if spec.opaque else spec.n_rows(context),
             n * spec.nbytes(context, own) * sequences,
             own.name,
         )

@@ -19,6 +19,8 @@ and elsewhere
     4 B * 4 * H * n * S                              scores
     + 4 B * 2 * H * S * (k_dim + v_dim)              keys and values of all heads, dequantized
 
+and a layer that keeps a state `RecurrentSpec.values(n)`.
+
 n tokens behind h; S keys, h + n or the window's; H query heads, Hk KV heads; W the sum of the
 results of the widest layer's products for a token, experts as often as they are chosen. Bytes are
 those of float32.
@@ -37,7 +39,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxkv.base import device
-from mlxkv.kv.types import CacheSpec, KVFormat, ceil_step, is_quantized
+from mlxkv.kv.types import CacheSpec, KVFormat, RecurrentSpec, ceil_step, is_quantized
 from mlxkv.nn.encoders import serves_media
 from mlxkv.nn.fused import is_fused
 from mlxkv.nn.lora import Adapted
@@ -84,7 +86,8 @@ class StepBound:
         if (predictor := model.predictor()) is not None:
             specs = (*specs, predictor.spec)
         n_heads = getattr(model.config, "num_attention_heads", None)
-        if not isinstance(n_heads, int) or any(spec is not None and spec.opaque for spec in specs):
+        known = (spec is None or not spec.opaque or _is_state(spec) for spec in specs)
+        if not isinstance(n_heads, int) or not all(known):
             return None
         widths, values = _layers(model)
         return cls(
@@ -113,6 +116,8 @@ class StepBound:
 
     def _attention(self, spec: CacheSpec, kv_type: str, n_held: int, n_new: int) -> int:
         """Values that one layer's attention holds beside its queries and its result."""
+        if isinstance(spec, RecurrentSpec):
+            return spec.values(n_new)
         n_keys = ceil_step(n_held + n_new)
         if spec.window is not None:
             n_keys = min(n_keys, spec.window + n_new)
@@ -129,6 +134,10 @@ class StepBound:
         else:
             n_heads, n_scores = self.n_heads, self.n_heads * n_new
         return n_keys * (4 * n_scores + 2 * n_heads * (spec.k_dim + spec.v_dim))
+
+
+def _is_state(spec: CacheSpec) -> bool:
+    return isinstance(spec, RecurrentSpec)
 
 
 def _layers(model: CausalLM) -> tuple[Counter[str], Counter[str]]:

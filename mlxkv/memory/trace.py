@@ -14,9 +14,9 @@ import mlx.core as mx
 from mlx.utils import tree_map, tree_unflatten
 
 from mlxkv.base import device
-from mlxkv.cache import KVCache, RotatingKVCache, make_caches
+from mlxkv.cache import KVCache, RecurrentCache, RotatingKVCache, make_caches
 from mlxkv.kv.layout import Cache
-from mlxkv.kv.types import CacheSpec
+from mlxkv.kv.types import CacheSpec, RecurrentSpec
 from mlxkv.memory.graph import Graph
 from mlxkv.memory.simulation import Memory
 from mlxkv.models.adapters import Weighted, attach
@@ -26,6 +26,9 @@ from mlxkv.nn.kernels import settle
 from mlxkv.nn.layers import Prepared
 from mlxkv.nn.model import CausalLM
 from mlxkv.nn.moe import GatedExperts
+
+_Traced = KVCache | RotatingKVCache | RecurrentCache
+"""Caches whose arrays are known; others keep what only a definition of mlx-lm understands."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,10 +87,15 @@ def _caches_at(model: CausalLM, kv_type: str, n_held: int, n_chunk: int) -> list
     caches = make_caches(model, kv_type)
     n_before = min(n_chunk, n_held)
     for cache in caches:
-        if not isinstance(cache, KVCache | RotatingKVCache) or cache.spec is None:
+        if not isinstance(cache, _Traced) or cache.spec is None:
             continue
         # MLX cannot export `contiguous`; a maximum with itself is a copy as well.
         cache.copied = lambda x: mx.maximum(x, x)
+        if isinstance(cache, RecurrentCache):
+            if n_held:
+                cache.store(_state(cache.spec, model.compute_dtype), n_held)
+                cache.buffers = [hollow_array(x.shape, x.dtype) for x in cache.buffers]
+            continue
         for n in (n_held - n_before, n_before):
             if n:
                 cache.update(*_rows(cache.spec, n, model.compute_dtype))
@@ -102,8 +110,16 @@ def _rows(spec: CacheSpec, n: int, dtype: mx.Dtype) -> tuple[mx.array, mx.array]
     )
 
 
+def _state(spec: CacheSpec, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
+    assert isinstance(spec, RecurrentSpec)
+    return (
+        hollow_array((1, spec.n_tail, spec.n_channels), dtype),
+        hollow_array((1, spec.n_heads, spec.key_dim, spec.value_dim), mx.float32),
+    )
+
+
 def _step(model: CausalLM, caches: Sequence[Cache], n_new: int, last: bool) -> Held:
-    growing = [cache for cache in caches if isinstance(cache, KVCache | RotatingKVCache)]
+    growing = [cache for cache in caches if isinstance(cache, _Traced)]
     lengths = [len(cache.buffers) for cache in growing]
 
     def run(tokens: mx.array, *buffers: mx.array) -> list[mx.array]:

@@ -15,7 +15,7 @@ from collections.abc import Collection, Sequence
 
 import mlx.core as mx
 
-from mlxkv.cache import KVCache, RotatingKVCache
+from mlxkv.cache import KVCache, RecurrentCache, RotatingKVCache
 from mlxkv.errors import UsageError
 from mlxkv.kv.layout import Cache, LayerCache, Mask, Offset, Positions
 from mlxkv.kv.storage import Order, Ragged, Rows
@@ -23,6 +23,7 @@ from mlxkv.kv.types import STEP
 from mlxkv.nn.blocks import Row, sliceable
 from mlxkv.nn.shared_buffers import Access, Run
 from mlxkv.nn.slots import Part, Room, place
+from mlxkv.nn.state_batch import BatchStates
 
 SETTLED = 8
 """Steps after which the sequences of a batch are taken to go on together."""
@@ -61,7 +62,22 @@ def batch(
     steps = _Steps(parts, settled)
     layers = list(zip(*caches_of_sequences, strict=True))
     first = next((i for i, layer in enumerate(layers) if sliceable(layer)), 0)
-    return [BatchCache(layer, steps, leads=i == first) for i, layer in enumerate(layers)]
+    return [
+        BatchStates(states)
+        if (states := _states(layer))
+        else BatchCache(layer, steps, leads=i == first)
+        for i, layer in enumerate(layers)
+    ]
+
+
+def _states(layer: Sequence[Cache]) -> list[RecurrentCache]:
+    """The caches of a layer that keeps a state; none of another."""
+    return [cache for cache in layer if isinstance(cache, RecurrentCache)]
+
+
+def _first(layers: Sequence[LayerCache]) -> BatchCache | None:
+    """The first layer with keys and values; None for the caches of one sequence."""
+    return next((layer for layer in layers if isinstance(layer, BatchCache)), None)
 
 
 def is_current(layers: Sequence[LayerCache]) -> bool:
@@ -70,8 +86,8 @@ def is_current(layers: Sequence[LayerCache]) -> bool:
     Not if one has left its shared row, nor where buffers are to grow or it is settled, so that
     sequences may move.
     """
-    first = layers[0] if layers else None
-    if not isinstance(first, BatchCache):
+    first = _first(layers)
+    if first is None:
         return True
     if is_settled(layers):
         return False
@@ -80,8 +96,8 @@ def is_current(layers: Sequence[LayerCache]) -> bool:
 
 def is_settled(layers: Sequence[LayerCache]) -> bool:
     """Whether a batch has gone on so long that it may be worth bringing its parts together."""
-    first = layers[0] if layers else None
-    return isinstance(first, BatchCache) and first.is_settled
+    first = _first(layers)
+    return first is not None and first.is_settled
 
 
 def kv_order(

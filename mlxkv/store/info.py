@@ -35,6 +35,8 @@ class KVFacts:
         n_full_layers: layers that see everything.
         n_window_layers: layers with a window.
         window: the largest of the windows; 0 without one.
+        n_state_layers: layers that keep a state in place of KV.
+        state_bytes: theirs, for any number of tokens.
         context_bytes: all of it at the model's full context.
         dtype: of the values, on this machine.
     """
@@ -46,6 +48,8 @@ class KVFacts:
     window: int
     context_bytes: int
     dtype: str
+    n_state_layers: int = 0
+    state_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +100,9 @@ class Card:
         if kv.n_window_layers:
             cache += f" in {kv.n_full_layers} layers, and {human_bytes(kv.window_bytes)} in "
             cache += f"{kv.n_window_layers} with a window of {kv.window:,}"
+        if kv.state_bytes:
+            cache += f" in {kv.n_full_layers} layers, and {human_bytes(kv.state_bytes)} of "
+            cache += f"states in {kv.n_state_layers}"
         from mlxkv.checkpoint.weights import skipped_text
 
         rows = [
@@ -310,7 +317,8 @@ def _kv_facts(specs: list[Any], checkpoint: Any, context: int) -> KVFacts:
     dtype = compute_dtype("auto", checkpoint)
     kv = KVFormat(itemsize=dtype.size)
     own = [spec for spec in specs if spec is not None]
-    full = [spec for spec in own if spec.window is None]
+    states = [spec for spec in own if spec.opaque]
+    full = [spec for spec in own if spec.window is None and not spec.opaque]
     sliding = [spec for spec in own if spec.window is not None]
     return KVFacts(
         bytes_per_token=sum(spec.token_bytes(kv) for spec in full),
@@ -320,6 +328,8 @@ def _kv_facts(specs: list[Any], checkpoint: Any, context: int) -> KVFacts:
         window=max((spec.window for spec in sliding), default=0),
         context_bytes=sum(spec.nbytes(context, kv) for spec in own),
         dtype=str(dtype).removeprefix("mlx.core."),
+        n_state_layers=len(states),
+        state_bytes=sum(spec.nbytes(context, kv) for spec in states),
     )
 
 

@@ -83,6 +83,8 @@ def _short(kv_type: str) -> str:
 
 
 def _kind(plan: Plan, kind: LayerKind) -> str:
+    if kind.is_state:
+        return "a state of one size for any number of tokens"
     return kind.name if kind.kv_type == plan.kv_type else f"{kind.name}, {kind.kv_type}"
 
 
