@@ -16,20 +16,21 @@ class Applies(Consumer, Protocol):
 
 def asked(
     sequence: Applies,
-    budget: Budget,
+    budget: Budget | None,
     n_new: int,
     *,
     last: bool,
     beside: int = 0,
     whole: bool = False,
 ) -> int:
-    """How many of the next tokens may be computed at once; see `Budget.grant`.
+    """How many of the next tokens may be computed at once; see `Budget.grant`; all without one.
 
     Raises:
         KVCacheFull: there is no room for any.
     """
-    while True:
+    while budget is not None:
         grant = budget.grant(sequence, n_new, last=last, beside=beside, whole=whole)
         sequence.apply(grant)
         if grant.n_tokens:
             return grant.n_tokens
+    return n_new

@@ -108,7 +108,7 @@ class Generation:
         What the first time finds is what the figures say of the prompt.
         """
         tokens = self.remaining()
-        self.session.media = self.media
+        self.session.media, self.session.turn_ends = self.media, self._tokenizer.eos_token_ids
         if (drafting := self._drafting) is None:
             self.session.listener = None
         else:

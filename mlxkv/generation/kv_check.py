@@ -3,7 +3,8 @@
 A sample has the first page, which nothing precedes, the last one, which attends to all others, and
 some between them at random; each is computed behind the saved KV of the pages before it. Layers
 with a window keep KV near the end only: there the sample has the first page and the tokens behind
-the oldest that can be resumed at. A full check computes the whole prompt.
+the oldest that can be resumed at. Layers that keep a state have it at the end alone: the whole
+prompt is computed, as for a full check.
 """
 
 from __future__ import annotations
@@ -145,7 +146,7 @@ class KVCheck:
     def _tail(self) -> int | None:
         """The first position from which layers with a window can go on to the end."""
         held = [link.start for link in self._links if link.key(WINDOW) in self._held]
-        if not held or held[0] == 0:
+        if self._kinds.states or not held or held[0] == 0:
             return None
         at = held[0] + self._kinds.reach - 1
         fits = at < self._named.n_tokens and self._needed(at) is not None
@@ -188,6 +189,10 @@ class KVCheck:
         """KV that was computed, beside the saved one of the same layer and positions."""
         layers = list(KVFormat(self._named.kv_type).layers(self._model.cache_specs()))
         for part, link, saved in self._saved(start, stop):
+            if self._kinds.states and part == WINDOW:
+                if link.stop == stop:  # elsewhere the computed state has gone on
+                    yield from self._states(caches, saved)
+                continue
             for index, piece in zip(self._kinds.caches(part), saved.slices(), strict=True):
                 cache, (spec, kv) = caches[index], layers[index]
                 first, last = max(start, link.start, cache.first), min(stop, link.stop)
@@ -199,6 +204,14 @@ class KVCheck:
                     decode = storage_of(kv.name).decode_both
                     ours = dense_both(*decode(cache.read(first, last).arrays, *held))
                     yield ours, dense_both(*decode(saved_rows, *held))
+
+    def _states(
+        self, caches: Sequence[Cache], saved: Part
+    ) -> Iterator[tuple[KeysValues, KeysValues]]:
+        for index, piece in zip(self._kinds.caches(WINDOW), saved.slices(), strict=True):
+            tail, state = caches[index].read(saved.start, saved.stop).arrays
+            saved_tail, saved_state = piece.arrays
+            yield (tail, state), (saved_tail, saved_state)
 
     def _saved(self, start: int, stop: int) -> Iterator[tuple[str, Link, Part]]:
         """The saved pages of a span, as far as they are there."""

@@ -17,7 +17,8 @@ class Miss:
 
     Args:
         reason: `diverged`: the prompt differs from the cached sequence; `dropped`: KV of the shared
-            prefix was evicted, or its file was damaged.
+            prefix was evicted, or its file was damaged; `state`: of a model with layers that keep a
+            state, which is kept in few places, the last of those is further back.
         token: position of the first token that differs, or whose KV was missing.
         held: text around it in the cached sequence, the position marked by `|`.
         prompt: the same in the prompt.

@@ -19,6 +19,7 @@ class Restored:
         shared: leading tokens that what was held shares with the prompt.
         held: tokens of that sequence from `shared` on, to say what differs.
         n_known: how far that sequence is known.
+        states: whether layers keep a state, which is kept in few places.
     """
 
     n_tokens: int
@@ -26,6 +27,7 @@ class Restored:
     shared: int = 0
     held: tuple[int, ...] = ()
     n_known: int = 0
+    states: bool = False
 
     def of_first(self, n: int) -> Restored:
         """The same of the first `n` tokens alone."""

@@ -7,7 +7,7 @@ Invariants:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from dataclasses import replace
 
 import mlx.core as mx
@@ -50,6 +50,7 @@ class Session:
         kv_type: the format that the KV is in now.
         media: among the tokens that are held or come next.
         listener: hears what is computed of prompts; None for none.
+        turn_ends: tokens that end a turn, see `prefix.marks`.
         rungs: what was done since the last `restore` to free memory.
     """
 
@@ -67,6 +68,7 @@ class Session:
         self.caches: list[Cache] = make_caches(model, self.kv_type)
         self.media, self._known = NO_MEDIA, list[int]()
         self.listener: Listener | None = None
+        self.turn_ends: Collection[int] = ()
         self._pages, self._budget, self._scores = pages, budget, scores
         self._scorer: PromptLogprobs | None = None
         self._cutter = None if pages is None else Cutter(pages, self.caches)
@@ -153,12 +155,8 @@ class Session:
             self.rungs.append(self.quantize(grant.quantize_to))
 
     def score(self, tokens: Sequence[int], n_top: int) -> PromptLogprobs:
-        """Log-probabilities of a prompt's tokens, which the next `restore` and prefill find.
-
-        Args:
-            tokens: the prompt.
-            n_top: how many of the likeliest tokens at each place.
-        """
+        """Log-probabilities of a prompt's tokens, and of the `n_top` likeliest at each place, which
+        the next `restore` and prefill find."""
         self._scorer = PromptLogprobs(tokens, n_top, self.media)
         if self._scores is not None and self._shareable(len(tokens)):
             self._scores.join(self._scorer)
@@ -194,7 +192,7 @@ class Session:
         if restored.n_tokens == 0:
             self.reset()
         self._known, self._n_restored = list(tokens[: restored.n_tokens]), restored.n_tokens
-        return restored
+        return replace(restored, states=self._pages is not None and self._pages.kinds.states)
 
     def _from_pages(self, tokens: Sequence[int], live: Restored, n_held: int) -> Restored:
         """Go back to the shared prefix, or to what pages have of it, whichever is longer."""
@@ -289,10 +287,12 @@ class Session:
             self._budget.admit(self, len(tokens))
         kept = Rows() if self._budget is None else self._budget.rows
         media = MediaRows(self.model, self.media, tokens, kept, self._make_room)
+        if self._cutter is not None:
+            self._cutter.expect(tokens, self.turn_ends)
 
         def take(n_left: int, n: int) -> int:
-            n_new = min(chunk() or default_chunk(), n_left)
-            at = start + n - n_left
+            at, n_new = start + n - n_left, min(chunk() or default_chunk(), n_left)
+            n_new = n_new if self._cutter is None else self._cutter.until(at, n_new)
             return media.take(at, n_new, lambda m, whole: self._take(at, m, m == n_left, whole))
 
         def computed(done: int) -> None:
@@ -310,11 +310,9 @@ class Session:
 
     def _take(self, at: int, n_new: int, last: bool, whole: bool) -> int:
         """How many of the next tokens of a prompt there is memory for; see `asked`."""
-        if self._budget is None:
-            return n_new
-        beside, scorer, last = 0, self._scorer, last or hears_all(self.listener)
-        if scorer is not None and scorer.wants(at, n_new):
-            beside, last = scorer.step_bytes(self.model), True
+        beside, last = 0, last or hears_all(self.listener)
+        if self._scorer is not None and self._scorer.wants(at, n_new):
+            beside, last = self._scorer.step_bytes(self.model), True
         return asked(self, self._budget, n_new, last=last, beside=beside, whole=whole)
 
     def _make_room(self, medium: Medium) -> None:

@@ -73,7 +73,8 @@ def explain_miss(
     reason = "diverged"
     n_dropped = min(restored.shared, len(prompt) - 1) - restored.n_tokens
     if n_dropped > WORTH:
-        reason, token, n_lost = "dropped", restored.n_tokens, n_dropped
+        reason = "state" if restored.states else "dropped"
+        token, n_lost = restored.n_tokens, n_dropped
     if token is None or n_lost <= 0:
         return None
 

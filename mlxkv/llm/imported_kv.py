@@ -77,12 +77,12 @@ def _shapes(path: Path, named: NamedKV) -> dict[str, dict[str, TensorShape]]:
     """Part -> the tensors that a page of it has.
 
     Raises:
-        ValueError: the model has no pages.
+        ValueError: the model has no pages, or those of states, which are not imported.
     """
     specs = lay_out(path, named.dtype).model.cache_specs()
     kinds = Kinds.of(specs)
-    if kinds is None:
-        raise ValueError("its model keeps a state instead of KV")
+    if kinds is None or kinds.states:
+        raise ValueError("its model has layers that keep a state instead of KV: save it here")
     dtype = getattr(mx, named.dtype)
     owned = list(KVFormat(named.kv_type).layers(specs))
     shapes: dict[str, dict[str, TensorShape]] = {"full": {}, "window": {}}

@@ -13,7 +13,7 @@ from mlxkv.kv.types import STEP, CacheSpec, KVFormat, is_quantized
 from mlxkv.memory.trace import Held, decode_step, prefill_step
 from mlxkv.memory.types import is_allocation_failure
 from mlxkv.nn.model import CausalLM
-from mlxkv.prefix.layout import Kinds
+from mlxkv.prefix.layout import Kinds, n_states
 
 _log = logging.getLogger(__name__)
 
@@ -89,8 +89,19 @@ class Needs:
         return kv_bytes(self.specs, n_tokens, self.kv) + guessing
 
     def pages_bytes(self, n_tokens: int) -> int:
-        """Of one sequence's prefix pages: rows of all layers, window or not."""
-        return 0 if Kinds.of(self.specs) is None else row_bytes(self.specs, self.kv) * n_tokens
+        """Of one sequence's prefix pages: rows of all layers, window or not, and states."""
+        if (kinds := Kinds.of(self.specs)) is None:
+            return 0
+        of_row = row_bytes(self.specs, self.kv)
+        if not kinds.states:
+            return of_row * n_tokens
+        # Where the prompt ends, its unfinished page stays beside the whole one.
+        return of_row * (n_tokens + n_tokens % STEP) + self._state_bytes * n_states(n_tokens)
+
+    @cached_property
+    def _state_bytes(self) -> int:
+        """Of all layers that keep one."""
+        return kv_bytes([x for x in self.specs if x is not None and x.opaque], 1, self.kv.default)
 
     def step(self, n_held: int, n_new: int, *, last: bool) -> Held:
         """Bytes that one step holds, KV included; only the KV where MLX cannot trace the model."""

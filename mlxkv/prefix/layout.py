@@ -6,11 +6,14 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from mlxkv.kv.types import STEP, CacheSpec
+from mlxkv.kv.types import STEP, CacheSpec, RecurrentSpec
 from mlxkv.prefix.on_disk.format import ROOT, PageKey, page_name
 
 FULL, WINDOW = "full", "window"
-"""The parts of a page: KV of the layers without a window, and of the others."""
+"""The parts of a page: KV of the layers without a window, and of the others. In models with layers
+that keep a state the second is their state behind the page's last token, which few pages have."""
+GRID = 8 * STEP
+"""Tokens between the states that are kept of a long sequence, see `is_on_grid`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,17 +25,23 @@ class Kinds:
         window: indices of those that rotate.
         reach: the largest window: tokens that a layer attends to, the next one included.
         stride: the smallest window: tokens after which a cache has overwritten itself.
+        states: whether those of `window` keep a state: what a page has of it is good for going on
+            behind its last token, and nowhere else.
     """
 
     full: tuple[int, ...]
     window: tuple[int, ...]
     reach: int
     stride: int
+    states: bool = False
 
     @classmethod
     def of(cls, specs: Iterable[CacheSpec | None]) -> Kinds | None:
-        """The kinds of a model's layers; None where one keeps a state instead of KV."""
+        """The kinds of a model's layers; None where one keeps a state that cannot be taken out, or
+        all keep states, or some beside windows."""
         owned = [spec for spec in specs if spec is not None]
+        if any(isinstance(spec, RecurrentSpec) for spec in owned):
+            return cls._of_states(owned)
         if not owned or any(spec.opaque for spec in owned):
             return None
         windows = [spec.window for spec in owned if spec.window is not None]
@@ -42,6 +51,15 @@ class Kinds:
             max(windows, default=0),
             min(windows, default=0),
         )
+
+    @classmethod
+    def _of_states(cls, owned: Sequence[CacheSpec]) -> Kinds | None:
+        full = tuple(i for i, spec in enumerate(owned) if not spec.opaque)
+        states = tuple(i for i, spec in enumerate(owned) if isinstance(spec, RecurrentSpec))
+        windows = any(spec.window is not None for spec in owned)
+        if not full or windows or len(full) + len(states) < len(owned):
+            return None
+        return cls(full, states, reach=1, stride=STEP, states=True)
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -90,6 +108,21 @@ class Link:
     def key(self, part: str) -> PageKey:
         """Its name on disk."""
         return PageKey(self.parent, self.name, self.n_tokens, part)
+
+
+def is_on_grid(n: int, n_tokens: int) -> bool:
+    """Whether the state behind `n` tokens is kept of a sequence that has come to `n_tokens`.
+
+    At each multiple of `GRID` near its end, and with doubling distance before: behind 16 times
+    `GRID` those at 16, 15, 14, 12, 8.
+    """
+    at, end = n // GRID, n_tokens // GRID
+    return n % GRID == 0 and at > 0 and end - at <= at & -at
+
+
+def n_states(n_tokens: int) -> int:
+    """States that are kept of one sequence: of the grid, and of the ends of prompt and answer."""
+    return 2 + sum(is_on_grid(n, n_tokens) for n in range(GRID, n_tokens + 1, GRID))
 
 
 def chain_of(data: bytes, n_pages: int) -> Iterator[Link]:

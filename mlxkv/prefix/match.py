@@ -82,7 +82,10 @@ def plan_match(held: Holdings, data: bytes, limit: int, worth: int = WORTH) -> M
     at = links[-1].stop if links else 0
     parent = links[-1].name if links else ROOT
     near = _neighbours(held, parent, at, data[4 * at :])
-    usable, n_tokens = _usable(held, links, limit, near, worth)
+    if held.kinds.states:
+        usable, n_tokens = _with_state(held, links, data, limit)
+    else:
+        usable, n_tokens = _usable(held, links, limit, near, worth)
     if not near:
         return Match(tuple(usable), n_tokens, at, (), at)
     best = max(near, key=lambda page: page.shared)
@@ -124,6 +127,30 @@ def _usable(
         windows = links[kinds.first_needed(last, last.stop) : k] if kinds.window else ()
         if all(held.holds(link, WINDOW) for link in windows):
             return links[:k], last.stop
+    return [], 0
+
+
+def _with_state(
+    held: Holdings, links: list[Link], data: bytes, limit: int
+) -> tuple[list[Link], int]:
+    """As much of a chain, or of an unfinished page behind a page of it, as ends with a state."""
+    for k in range(len(links), -1, -1):
+        at, parent = (links[k - 1].stop, links[k - 1].name) if k else (0, ROOT)
+        rest = data[4 * at : 4 * limit]
+        ends = [
+            link
+            for link in held.children(parent, at)
+            if link.n_tokens < STEP
+            and 4 * link.n_tokens <= len(rest)
+            and page_name(parent, rest[: 4 * link.n_tokens]) == link.name
+            and held.holds(link, FULL)
+            and held.holds(link, WINDOW)
+        ]
+        if ends:
+            last = max(ends, key=lambda link: link.n_tokens)
+            return [*links[:k], last], last.stop
+        if k and held.holds(links[k - 1], WINDOW):
+            return links[:k], links[k - 1].stop
     return [], 0
 
 

@@ -56,7 +56,7 @@ def open_pages(
     folder: Path | None = None,
     owner: str = "",
 ) -> Pages | None:
-    """The pages of a loaded model; None where a layer keeps something other than KV.
+    """The pages of a loaded model; None where `Kinds.of` has none.
 
     Args:
         model: as `load_model` returns it.
@@ -87,7 +87,7 @@ def open_pages(
         name = fingerprint_in(root, path, dtype, kv_type, model.adapter_key)
         if owner:
             name = hashlib.sha256(f"{name} {owner}".encode()).hexdigest()[: len(name)]
-        near = -(-kinds.reach // STEP) + 1 if kinds.window else 0
+        near = -(-kinds.reach // STEP) + 1 if kinds.window and not kinds.states else 0
         return PageDisk(PageFiles(root, name, limits, window_pages=near), kinds, dtype)
 
     return Pages(kinds, budget_bytes, model.stable_tokens, open_disk)

@@ -207,7 +207,7 @@ class Pages:
 
     def rows_before(self, link: Link, stop: int) -> Part | None:
         """The window rows of a page in RAM before position `stop`, in an array of their own."""
-        if not self.ram.has(link, WINDOW):
+        if self.kinds.states or not self.ram.has(link, WINDOW):
             return None
         rows = self.ram.part(link, WINDOW).before(stop)
         mx.eval(rows.words)

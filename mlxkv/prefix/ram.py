@@ -106,8 +106,17 @@ class RamPages:
         """Drop the tips that this page of the same sequence contains."""
         for page in self.behind(link.parent):
             went_on = page.link.n_tokens < link.n_tokens and tokens.startswith(page.tokens)
-            if went_on and page.link.name not in self._pinned:
+            is_end = self._kinds.states and WINDOW in page.parts  # its state is nowhere else
+            if went_on and not is_end and page.link.name not in self._pinned:
                 self.drop(page, tuple(page.parts))
+
+    def thin(self, links: Iterable[Link]) -> None:
+        """Drop the states of pages with one page behind them."""
+        for link in links:
+            page = self._pages.get(link.name)
+            is_between = len(self._behind.get(link.name, ())) == 1
+            if page is not None and is_between and link.name not in self._pinned:
+                self.drop(page, [WINDOW])
 
     def drop(self, page: Page, parts: Iterable[str]) -> None:
         """Drop parts of a page, and the page with its last part."""

@@ -79,7 +79,9 @@ def describe_prompt(stats: Stats) -> str:
     miss = stats.miss
     if miss is None or miss.n_tokens < FEW:
         return text
-    if miss.reason == "dropped":
+    if miss.reason == "state":
+        why = f"the states before token {miss.token:,} were the last that are kept"
+    elif miss.reason == "dropped":
         why = f"KV from token {miss.token:,} on was given up for lack of memory, or damaged"
     else:
         why = f"differs from token {miss.token:,} on: had {miss.held!r}, got {miss.prompt!r}"

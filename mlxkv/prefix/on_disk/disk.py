@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
-from mlxkv.prefix.layout import Kinds, Link
+from mlxkv.prefix.layout import WINDOW, Kinds, Link
 from mlxkv.prefix.on_disk.fetch import PageFetcher
 from mlxkv.prefix.on_disk.format import PageFile, PageKey
 from mlxkv.prefix.on_disk.part import Layout, Part, Rows
@@ -124,31 +124,31 @@ class PageDisk:
     def _decoded(self, key: PageKey, file: PageFile | None) -> tuple[bytes, Part] | None:
         if file is None:
             return None
+        is_state = self._kinds.states and key.part == WINDOW
+        n_rows = 1 if is_state else key.n_tokens  # a state lies in the row of the last token
         layers: list[list[np.ndarray]] = []
         rows: list[list[Rows]] = []
         for index in self._kinds.caches(key.part):
             names = itertools.takewhile(
                 file.tensors.__contains__, (f"{index}.{j}" for j in itertools.count())
             )
-            found = {name: _rows(file, name) for name in names}
+            found = {name: _rows(file, name, n_rows) for name in names}
             layers.append([file.tensors[name] for name in found])
             rows.append([x for x in found.values() if x is not None])
             if not found or None in found.values():
                 self.files.remove(key)
                 return None
-        layout = Layout.of(rows)
-        return file.tokens, Part(
-            _words(layers, layout), layout, file.start, file.start + key.n_tokens
-        )
+        layout, stop = Layout.of(rows), file.start + key.n_tokens
+        return file.tokens, Part(_words(layers, layout), layout, stop - n_rows, stop)
 
 
-def _rows(file: PageFile, name: str) -> Rows | None:
-    """A tensor's rows; None where it is not a page's tensor."""
+def _rows(file: PageFile, name: str, n_rows: int) -> Rows | None:
+    """A tensor's rows; None where it is not a page's tensor of so many."""
     tensor, dtype = file.tensors[name], _DTYPES.get(file.dtypes.get(name, ""))
     if dtype is None or tensor.dtype != _numpy_dtype(dtype) or tensor.ndim != 4:
         return None
     B, H, n_tokens, D = tensor.shape
-    return Rows(dtype, (B, H, D)) if n_tokens == file.key.n_tokens else None
+    return Rows(dtype, (B, H, D)) if n_tokens == n_rows else None
 
 
 def _tensors(part: Part) -> Iterator[tuple[tuple[int, int], mx.Dtype, np.ndarray]]:
