@@ -105,6 +105,10 @@ def _text(raw: Mapping[str, Any], tied: bool) -> dict[str, Any]:
         config |= _sliding_window_pattern(config)
     elif model_type == "glm4_moe_lite":
         config |= _first_dense(config)
+    elif model_type == "qwen3_moe" and "num_experts" not in config:
+        config["num_experts"] = config.get("num_local_experts")
+    elif model_type.startswith(("qwen3_5", "qwen3_next")):
+        config |= _hybrid(config, model_type)
     return config
 
 
@@ -145,6 +149,23 @@ def _first_dense(config: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     n = next((i for i, kind in enumerate(types) if kind != "dense"), len(types))
     return {"first_k_dense_replace": n}
+
+
+def _hybrid(config: Mapping[str, Any], model_type: str) -> dict[str, Any]:
+    """A text model's name, and `layer_types` as the number that mlx-lm reads."""
+    names = {
+        "qwen3_5": "Qwen3_5ForCausalLM",
+        "qwen3_5_moe": "Qwen3_5MoeForCausalLM",
+        "qwen3_next": "Qwen3NextForCausalLM",
+    }
+    model_type = model_type.removesuffix("_text")
+    found: dict[str, Any] = {"model_type": model_type, "architectures": [names[model_type]]}
+    if config.get("mtp_num_hidden_layers"):
+        found["mtp_num_hidden_layers"] = 0  # it is left out
+    types = config.get("layer_types")
+    if isinstance(types, list) and "full_attention" in types:
+        found["full_attention_interval"] = types.index("full_attention") + 1
+    return found
 
 
 def _hub_rope(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -28,14 +28,15 @@ AUTO = "auto"
 # | other | as asked | as asked | fewer bits | measured |
 #
 # Precise are small tensors of which one value acts on many: a norm scales a channel of every token,
-# a router picks the experts, sinks stand in every softmax. The last two are of Gemma 4's encoders:
+# a router picks the experts, a gate opens the one that all share, sinks stand in every softmax, and
+# two of a gated delta net's projections make each head's decay. Two are of Gemma 4's encoders:
 # mlx-vlm casts what they multiply to the dtype of their weights, which is integers where they are
 # quantized. Every token passes embedding and head. Errors of the values, and of what a block adds
 # to the residual stream (down), weigh most at the ends (as in llama.cpp's K-quants). mlx-lm's
 # recipes leave an embedding at fewer bits also where it is the head.
 ROLES = {
     "precise": r"norm|router|\.gate\.|sinks|conv|scalar|altup|laurel|correction_bias|"
-    r"position_embedding|patch_embedder|relative_k_proj",
+    r"shared_expert_gate|\.in_proj_(a|b|ba)\.|position_embedding|patch_embedder|relative_k_proj",
     "embedding": r"embed_tokens|per_layer",
     "head": r"^lm_head",
     "value": r"v_proj|v_a_proj|v_b_proj",
@@ -95,8 +96,9 @@ def must_stay_precise(name: str, shape: tuple[int, ...]) -> bool:
 
 def must_keep_dtype(name: str) -> bool:
     """Whether this tensor is never cast: the scores that a router's correction bias is added to
-    differ by less than a 16-bit step."""
-    return name.endswith("correction_bias")
+    differ by less than a 16-bit step, and what a gated delta net's decay is made of adds up over
+    all tokens."""
+    return name.endswith(("correction_bias", ".A_log", ".dt_bias"))
 
 
 def check_recipe(recipe: str | None, quantization: Format | None) -> None:

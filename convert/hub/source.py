@@ -16,6 +16,7 @@ import mlx.core as mx
 
 from mlxkv.checkpoint.config import read_config, text_config, with_next_token, with_towers
 from mlxkv.checkpoint.expert_stacks import expert_stacks
+from mlxkv.checkpoint.hybrid_names import NEXT_TOKEN
 from mlxkv.checkpoint.mlxkv_json import RECORD, of_model
 from mlxkv.checkpoint.quantization import Format, Quantization, other_settings
 from mlxkv.checkpoint.sentence import Sentence, dense_inside, module_files
@@ -142,7 +143,8 @@ def _remapped(weights: Stored, family: Family, config: Any) -> tuple[dict[str, _
     in_file = weights.part
     found = {}
     dropped = set(left_out)
-    stacks = expert_stacks(n for n in arrays if n not in dropped) if family.native else {}
+    own = (n for n in arrays if n not in dropped) if family.native else ()
+    stacks = {text_name(stack): names for stack, names in expert_stacks(own).items()}
     for name, array in kept.items():
         origin = names.get(id(array))
         if origin is not None:
@@ -236,9 +238,10 @@ def _quantized_tensor(
 
 def _reason(name: str, n_layers: int) -> str:
     layer = re.match(r"model\.layers\.(\d+)\.", name)
-    if layer is not None and int(layer[1]) >= n_layers:
+    is_extra = layer is not None and int(layer[1]) >= n_layers
+    if is_extra or text_name(name).startswith(NEXT_TOKEN):
         return "predicts the token after next"
-    if re.search(r"vision|multi_modal|image|audio", name):
+    if re.search(r"vision|visual|multi_modal|image|audio", name):
         return "not part of the language model"
     if name.endswith("inv_freq"):
         return "computed from the config"

@@ -23,7 +23,7 @@ TOWERS: Mapping[str, tuple[str, ...]] = {
 family's config has a field of each name, None for a model without."""
 _MEDIA = re.compile(
     r"(^|\.)(vision_tower|vision_model|vision_embedder|audio_tower|embed_vision|embed_audio|"
-    r"multi_modal_projector)\."
+    r"multi_modal_projector|visual)\."
 )
 _LAYER = re.compile(r"^model\.layers\.(\d+)\.")
 _NEXT_TOKEN = ("eh_proj", "enorm", "hnorm", "shared_head.norm", "input_layernorm")

@@ -37,6 +37,13 @@ NATIVE = {
     "glm4_moe": "glm4_moe",
     "glm4_moe_lite": "glm4_moe_lite",
     "gpt_oss": "gpt_oss",
+    "qwen3": "qwen3",
+    "qwen3_moe": "qwen3",
+    "qwen3_next": "qwen3_next",
+    "qwen3_5": "qwen3_5",
+    "qwen3_5_text": "qwen3_5",
+    "qwen3_5_moe": "qwen3_5",
+    "qwen3_5_moe_text": "qwen3_5",
     "embedding_gemma2": "embedding_gemma2",
     "embedding_gemma2_text": "embedding_gemma2",
 }

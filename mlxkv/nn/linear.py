@@ -285,12 +285,25 @@ def fused(parts: Sequence[nn.Module]) -> nn.Module | None:
         return None
     if len({(name, part[name].dtype) for part in parts for name in names}) != len(names):
         return None
-    # A shallow copy, whose arrays are then replaced.
-    whole = type(first).__new__(type(first))
-    nn.Module.__init__(whole)
-    whole.__dict__.update(first.__dict__)
+    whole = _shallow(first)
     for name in names:
         # Rows are the last axis but one: the first may count experts.
         axis = -1 if name == "bias" else -2
         whole[name] = mx.concatenate([part[name] for part in parts], axis=axis)
     return whole
+
+
+def with_rows(module: nn.Module, rows: mx.array) -> nn.Module:
+    """A projection with these rows of another, in their order."""
+    found = _shallow(module)
+    for name in module.parameters():
+        found[name] = mx.take(module[name], rows, axis=-1 if name == "bias" else -2)
+    return found
+
+
+def _shallow(module: nn.Module) -> Any:
+    """A copy of a projection without its arrays."""
+    copy = type(module).__new__(type(module))
+    nn.Module.__init__(copy)
+    copy.__dict__.update(module.__dict__)
+    return copy

@@ -23,7 +23,8 @@ import numpy as np
 import pytest
 
 import mlxkv
-from mlxkv.cache import KVCache, RotatingKVCache
+from mlxkv.cache import KVCache, RecurrentCache, RotatingKVCache
+from mlxkv.kv.types import RecurrentSpec
 from tests.families.oracle.cases import CASES, LONG, Case
 from tests.support.paths import GOLDEN
 from tests.support.tiny import fingerprint, random_tensor, write_checkpoint
@@ -226,8 +227,19 @@ def test_the_caches_of_a_rewound_model_continue_as_if_nothing_had_been(load, cas
     caches = mlxkv.make_caches(model)
     prompt = golden.prompt
     prefill(model, caches, prompt[:-20], 64)
-    model(mx.array([prompt[-20:-5] + prompt[:7]]), caches)
-    assert all(cache.rewind(len(prompt) - 5) for cache in caches)
+    stop = len(prompt) - 5
+    if any(isinstance(cache, RecurrentCache) for cache in caches):
+        # A state is nowhere but at its tip: it is taken there, and brought back.
+        model(mx.array([prompt[-20:-5]]), caches)
+        taken = [c.read(stop - 1, stop) if isinstance(c, RecurrentCache) else None for c in caches]
+        model(mx.array([prompt[:7]]), caches)
+        for cache, state in zip(caches, taken, strict=True):
+            assert cache.rewind(stop) is (state is None)
+            if state is not None:
+                cache.load([state])
+    else:
+        model(mx.array([prompt[-20:-5] + prompt[:7]]), caches)
+        assert all(cache.rewind(stop) for cache in caches)
     last = model(mx.array([prompt[-5:]]), caches)[0]
     answer = continue_greedily(model, caches, last[-1], len(golden.greedy))
     assert answer == golden.greedy
@@ -252,8 +264,12 @@ def test_sliding_layers_get_bounded_caches_and_full_layers_growing_ones(load, ca
     n_owners = len(specs) - n_shared
     assert specs[n_owners:] == [None] * n_shared
     assert [spec.window for spec in specs[:n_owners]] == windows[:n_owners]
+    states = [kind == "linear_attention" for kind in config.get("layer_types", [])[:n_owners]]
+    of_spec = [isinstance(spec, RecurrentSpec) for spec in specs[:n_owners]]
+    assert of_spec == (states or [False] * n_owners)
     for cache, spec in zip(mlxkv.make_caches(model), specs[:n_owners], strict=True):
-        assert type(cache) is (KVCache if spec.window is None else RotatingKVCache)
+        kind = KVCache if spec.window is None else RotatingKVCache
+        assert type(cache) is (RecurrentCache if isinstance(spec, RecurrentSpec) else kind)
 
 
 @any_device

@@ -155,6 +155,9 @@ def random_tensor(name: str, shape: Sequence[int], seed: int, norm_mean: float) 
     elif name.endswith(".sinks"):
         # Next to scores of this size: some heads say little, others hardly listen to theirs.
         scaled = 2.0 * noise
+    elif name.endswith("A_log"):
+        # A gated delta net remembers some 30 tokens, some heads more.
+        scaled = noise - 3
     elif len(shape) == 1 or name.endswith("_bias"):
         scaled = 0.3 * noise
     elif part == "embed_tokens":

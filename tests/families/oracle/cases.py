@@ -20,6 +20,7 @@ from tests.families.oracle import (
     glm4_moe_cases,
     glm4_moe_lite_cases,
     gpt_oss_cases,
+    qwen_cases,
 )
 from tests.families.oracle.case import DROP, LONG, Case
 from tests.support.tiny import GEMMA, LLAMA
@@ -268,4 +269,5 @@ CASES = (
     *glm4_moe_cases.CASES,
     *glm4_moe_lite_cases.CASES,
     *gpt_oss_cases.CASES,
+    *qwen_cases.CASES,
 )

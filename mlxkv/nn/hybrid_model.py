@@ -1,0 +1,164 @@
+"""Decoders of two kinds of layers: gated delta nets, and full attention under a gate.
+
+Shared by Qwen3-Next and Qwen3.5. Reference: transformers `modeling_qwen3_next.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlxkv.checkpoint.config import Fields
+from mlxkv.checkpoint.rope_config import rope_config
+from mlxkv.kv.layout import LayerCache, Mask, StateCache
+from mlxkv.kv.types import CacheSpec
+from mlxkv.nn import kernels
+from mlxkv.nn.attention import attend
+from mlxkv.nn.decoder_model import (
+    FULL,
+    DecoderModel,
+    GroupedConfig,
+    NormedAttention,
+    grouped_fields,
+)
+from mlxkv.nn.gated_delta import IN_FLOAT32, DeltaConfig, GatedDeltaNet
+from mlxkv.nn.layers import GatedMLP, compiled, merge_heads
+from mlxkv.nn.linear import Linear
+from mlxkv.nn.softmax_moe import SoftmaxMoE, SoftmaxMoEConfig
+
+LINEAR = "linear_attention"
+DEFAULTS = {"partial_rotary_factor": 0.25, "full_attention_interval": 4, "head_dim": 256}
+"""What configs leave out, as transformers documents it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HybridConfig(GroupedConfig):
+    """A decoder of which some layers keep a state.
+
+    Attributes:
+        linear: which layers are gated delta nets.
+        delta: those.
+        sparse: which layers have experts.
+        moe: those; None without any.
+    """
+
+    linear: tuple[bool, ...]
+    delta: DeltaConfig
+    sparse: tuple[bool, ...]
+    moe: SoftmaxMoEConfig | None
+
+
+def hybrid_fields(fields: Fields) -> tuple[Fields, dict[str, Any]]:
+    """The fields with the family's defaults, and the values of `HybridConfig` but for experts.
+
+    Raises:
+        ConfigError: a key is missing, wrong or not understood.
+    """
+    fields = fields.with_defaults(DEFAULTS)
+    if not fields.bool("attn_output_gate", True):
+        raise fields.error("attn_output_gate", "must be true: attention without a gate is unknown")
+    n, every = fields.n_layers(), fields.int("full_attention_interval")
+    types = fields.strings("layer_types", n, (FULL, LINEAR))
+    linear = [t == LINEAR for t in types] if types else [(i + 1) % every != 0 for i in range(n)]
+    shared = grouped_fields(fields)
+    return fields, {
+        **shared,
+        "linear": tuple(linear),
+        "delta": DeltaConfig.read(fields),
+        "rope": rope_config(fields, shared["head_dim"], default_theta=None),
+    }
+
+
+class GatedAttention(NormedAttention):
+    """Attention whose result is multiplied by sigmoid(gate); each head's gate lies behind its
+    query in the rows of `q_proj`."""
+
+    fusions: ClassVar = {"qkv_proj": ("q_proj", "k_proj", "v_proj")}
+
+    def __init__(self, config: GroupedConfig):
+        super().__init__(config)
+        c = config
+        rows = 2 * c.num_attention_heads * c.head_dim
+        self.q_proj = Linear(c.hidden_size, rows, bias=c.attention_bias)
+
+    def __call__(
+        self,
+        x: mx.array,
+        mask: Mask,
+        cache: LayerCache | None,
+        norm: nn.Module | None = None,
+        plus: mx.array | None = None,
+    ) -> mx.array:
+        """Attention of x, or of norm(x), plus `plus`."""
+        B, L, _ = x.shape
+        H, Hk = self.n_heads, self.n_kv_heads
+        heads = mx.unflatten(self.project("qkv_proj", x, norm), -1, (2 * H + 2 * Hk, -1))
+        queries = heads[:, :, : 2 * H].reshape(B, L, H, 2, -1)
+        rows = mx.concatenate([queries[:, :, :, 0], heads[:, :, 2 * H :]], axis=2).flatten(2)
+        q, k, v = self.turned(rows, 0 if cache is None else cache.offset)
+        if cache is not None:
+            k, v = cache.update(k, v)
+        how = self.scale, mask, None, None
+        out = kernels.attended(q, k, v, *how) if self.uses_kernels else None
+        if out is None:
+            out = merge_heads(attend(q, k, v, *how))
+        return self["o_proj"](_gated(out, queries[:, :, :, 1].flatten(2)), plus=plus)
+
+
+@compiled
+def _gated(x: mx.array, gate: mx.array) -> mx.array:
+    return x * mx.sigmoid(gate)
+
+
+class HybridLayer(nn.Module):
+    """x + mixer(norm(x)), and the same with an MLP or experts.
+
+    Args:
+        config: of the model.
+        i: the layer's number.
+        delta: makes a gated delta net.
+    """
+
+    def __init__(self, config: HybridConfig, i: int, delta: Callable[..., GatedDeltaNet]):
+        super().__init__()
+        c, E, eps = config, config.hidden_size, config.rms_norm_eps
+        if c.linear[i]:
+            self.linear_attn = delta(E, eps, c.delta)
+        else:
+            self.self_attn = GatedAttention(c)
+        if c.moe is not None and c.sparse[i]:
+            self.mlp = SoftmaxMoE(E, c.hidden_act, c.moe)
+        else:
+            self.mlp = GatedMLP(E, c.intermediate_size, c.hidden_act)
+        self.input_layernorm = c.norm(E, eps)
+        self.post_attention_layernorm = c.norm(E, eps)
+
+    def __call__(self, x: mx.array, mask: Mask, cache: Any) -> mx.array:
+        norm = self["input_layernorm"]
+        if "linear_attn" in self:
+            states: StateCache | None = cache
+            x = self["linear_attn"](x, states, norm, x)
+        else:
+            x = self["self_attn"](x, mask, cache, norm, x)
+        return self["mlp"](x, self["post_attention_layernorm"], x)
+
+
+class HybridModel(DecoderModel):
+    """A decoder of hybrid layers with its head."""
+
+    def __init__(self, config: HybridConfig, delta: Callable[..., GatedDeltaNet] = GatedDeltaNet):
+        super().__init__(
+            config, [HybridLayer(config, i, delta) for i in range(config.num_hidden_layers)]
+        )
+
+    def keeps_dtype(self, name: str) -> bool:
+        return name.endswith(IN_FLOAT32)
+
+    def cache_specs(self) -> list[CacheSpec | None]:
+        c = self.config
+        full = CacheSpec(c.num_key_value_heads, c.head_dim, c.head_dim)
+        return [c.delta.spec if linear else full for linear in c.linear]

@@ -1,0 +1,94 @@
+"""A model with layers that keep a state, through the Python API: reuse, batches, names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import mlxkv
+from mlxkv.llm.llm import LLM
+from tests.support.hybrid import hybrid_chat_model
+
+pytestmark = pytest.mark.usefixtures("kv")
+DOCUMENT = "The weir was built in 1874 of granite from the upper quarry, and mended twice. " * 9
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return hybrid_chat_model(tmp_path_factory.mktemp("models") / "hybrid")
+
+
+@pytest.fixture
+def llm(folder, kv) -> LLM:
+    return mlxkv.load(folder)
+
+
+def turns(llm: LLM, n: int, system: str = DOCUMENT) -> list:
+    """A conversation of n turns, the last one's statistics last."""
+    messages, found = [{"role": "system", "content": system}], []
+    for i in range(n):
+        messages.append({"role": "user", "content": f"Question {i}: why?"})
+        answer = llm.chat(messages, max_tokens=6, temperature=0)
+        messages.append({"role": "assistant", "content": answer.text})
+        found.append(answer)
+    return found
+
+
+def test_a_conversation_computes_what_is_new_alone(llm):
+    first, *others = turns(llm, 4)
+    assert first.stats.restored_tokens == 0
+    for before, after in zip([first, *others], others, strict=False):
+        new = after.stats.prompt_tokens - before.stats.prompt_tokens
+        assert after.stats.computed_tokens <= new + 32
+
+
+def test_answers_are_those_of_a_model_that_restores_nothing(llm, folder, monkeypatch, tmp_path):
+    ours = [answer.text for answer in turns(llm, 3)]
+    monkeypatch.setenv("MLXKV_KV", str(tmp_path / "other"))
+    messages = [{"role": "system", "content": DOCUMENT}]
+    for i, text in enumerate(ours):
+        messages.append({"role": "user", "content": f"Question {i}: why?"})
+        fresh = mlxkv.load(folder)
+        assert fresh.chat(messages, max_tokens=6, temperature=0).text == text
+        messages.append({"role": "assistant", "content": text})
+
+
+def test_another_question_and_another_conversation_share_the_system_prompt(llm):
+    turns(llm, 2)
+    system = {"role": "system", "content": DOCUMENT}
+    other = llm.chat([system, {"role": "user", "content": "And who?"}], max_tokens=2)
+    assert other.stats.computed_tokens < 60 < other.stats.restored_tokens
+
+
+def test_a_restart_goes_on_from_disk(llm):
+    first = turns(llm, 2)[-1]
+    llm.close()
+    again = mlxkv.load(llm.path)
+    after = turns(again, 2)[-1]
+    assert after.text == first.text
+    assert after.stats.computed_tokens <= 64
+    assert turns(again, 1)[0].stats.restored_tokens > 600
+
+
+def test_a_batch_gives_each_prompt_its_own_answer(llm, folder):
+    prompts = ["Granite", DOCUMENT[:300], DOCUMENT[100:170], "Who built it?"]
+    together = llm.generate(prompts, max_tokens=20, temperature=0)
+    alone = [mlxkv.load(folder).generate(p, max_tokens=20, temperature=0) for p in prompts]
+    assert [x.text for x in together] == [x.text for x in alone]
+
+
+def test_a_saved_prefix_is_gone_on_from_and_checked(llm):
+    llm.save_kv("weir", DOCUMENT)
+    again = mlxkv.load(llm.path)
+    answer = again.generate(DOCUMENT + "Who built it?", max_tokens=3, temperature=0)
+    assert answer.stats.computed_tokens <= 32
+    assert again.verify_kv("weir").passed
+
+
+def test_its_memory_is_planned_with_states_of_one_size(folder):
+    short, long = (mlxkv.plan(folder, context=n) for n in (256, 4096))
+    states = [next(kind for kind in plan.layers if kind.is_state) for plan in (short, long)]
+    assert states[0].nbytes == states[1].nbytes > 0
+    assert states[0].n_layers == 2
+    assert long.kv_bytes - states[0].nbytes == 16 * (short.kv_bytes - states[0].nbytes)
