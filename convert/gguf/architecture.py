@@ -34,6 +34,24 @@ class Rows:
 
 
 @dataclass(frozen=True, slots=True)
+class Order:
+    """How one of our tensors lies in a tensor of the file.
+
+    Attributes:
+        shape: of ours.
+        rows: the file's row of each of ours, or value of a vector; None for the same.
+        heads: the columns are heads of D values, which lie as `[r, H, D]` in the file and as
+            `[H, r, D]` with us; None for the same.
+        is_decay: whether the file has -exp(x) of our x.
+    """
+
+    shape: tuple[int, ...]
+    rows: tuple[int, ...] | None = None
+    heads: tuple[int, int, int] | None = None
+    is_decay: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Architecture:
     """How one GGUF architecture maps.
 
@@ -49,6 +67,7 @@ class Architecture:
         top_names: names of single tensors that only it has -> ours.
         unused: why a tensor is left out, with the config; "" where it is not.
         parts: the tensors of ours that one of the file holds, by our names.
+        orders: the same of tensors that are in another order, with the config.
     """
 
     config: Callable[[Metadata, Tensors], Config]
@@ -60,6 +79,7 @@ class Architecture:
     top_names: Mapping[str, str] = field(default_factory=dict)
     unused: Callable[[str, Mapping[str, Any]], str] = lambda name, config: ""
     parts: Callable[[GGUFTensor], Mapping[str, Rows]] = lambda tensor: {}
+    orders: Callable[[GGUFTensor, Mapping[str, Any]], Mapping[str, Order]] = lambda t, config: {}
 
     @property
     def scale_dtype(self) -> str:

@@ -20,8 +20,10 @@ from .families.glm import GLM4, GLM4_MOE, GLM4_MOE_LITE
 from .families.gpt_oss import GPT_OSS
 from .families.llama import LLAMA, MISTRAL3, SMOLLM3
 from .families.qwen import QWEN2, QWEN3, QWEN3MOE
+from .families.qwen_hybrid import QWEN3NEXT, QWEN35, QWEN35MOE
 from .file import GGUFFile, GGUFTensor, check_readable, dequantize
 from .metadata import Metadata
+from .reordered import ReorderedWeight
 from .rope import ROPE_FACTORS
 from .weight import GGUFWeight
 
@@ -147,6 +149,12 @@ def _weights(
     file: GGUFFile, tensor: GGUFTensor, architecture: Architecture, config: Mapping[str, Any]
 ) -> Iterator[tuple[str, GGUFWeight]]:
     """Our tensors that one of the file holds; none of one that the architecture does not have."""
+    if orders := architecture.orders(tensor, config):
+        check_readable(file, tensor)
+        for name, order in orders.items():
+            dtype = architecture.scale_dtype
+            yield name, ReorderedWeight(file, tensor, name, scale_dtype=dtype, order=order)
+        return
     names: Mapping[str, Rows | None] = architecture.parts(tensor)
     if not names and (name := our_name(tensor.name, architecture)) is not None:
         names = {name: None}
@@ -216,7 +224,6 @@ _OTHERS = {
     "phi3": "Phi-3 or Phi-4",
     "qwen2moe": "Qwen 1.5 or 2 with experts",
     "qwen2vl": "Qwen 2 or 2.5 with pictures",
-    "qwen3next": "Qwen3-Next",
 }
 """Architectures that are not read and whose names say little."""
 
@@ -236,4 +243,7 @@ _ARCHITECTURES: Mapping[str, Architecture] = {
     "qwen2": QWEN2,
     "qwen3": QWEN3,
     "qwen3moe": QWEN3MOE,
+    "qwen3next": QWEN3NEXT,
+    "qwen35": QWEN35,
+    "qwen35moe": QWEN35MOE,
 }

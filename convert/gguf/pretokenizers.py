@@ -17,11 +17,12 @@ _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
-def _words(digits: str) -> str:
+def _words(digits: str, letters: str = r"\p{L}") -> str:
     """The expression of GPT-4's first tokenizer and its many descendants."""
+    letter = letters if letters == r"\p{L}" else f"[{letters}]"
     return (
-        rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}|"
-        rf" ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_SPACES}"
+        rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?{letter}+|{digits}|"
+        rf" ?[^\s{letters}\p{{N}}]+[\r\n]*|{_SPACES}"
     )
 
 
@@ -71,6 +72,7 @@ _DIGITS = PreTokenizer(digits=True, gpt2=True)
 _LLAMA3 = PreTokenizer((_words(r"\p{N}{1,3}"),), ignore_merges=True, add_bos=True)
 _THREE_DIGITS = PreTokenizer((_words(r"\p{N}{1,3}"),))
 _ONE_DIGIT = PreTokenizer((_words(r"\p{N}"),))
+_WITH_MARKS = PreTokenizer((_words(r"\p{N}", r"\p{L}\p{M}"),))
 _O200K = PreTokenizer((_cased_words(r"\p{N}{1,3}", f"{_CONTRACTIONS}?"),))
 _TEKKEN = PreTokenizer((_cased_words(r"\p{N}"),), ignore_merges=True, add_bos=True)
 # llama.cpp's fallback for older files without a name.
@@ -95,6 +97,7 @@ PRE_TOKENIZERS: Mapping[str, PreTokenizer] = {
     ),
     **dict.fromkeys(("dbrx", "smaug-bpe", "chatglm-bpe", "glm4"), _THREE_DIGITS),
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "stablelm2", "megrez"), _ONE_DIGIT),
+    "qwen35": _WITH_MARKS,
     **dict.fromkeys(("gpt-4o", "llama4"), _O200K),
     "tekken": _TEKKEN,
 }

@@ -78,6 +78,9 @@ CASES = {
     "qwen2": Case("", {**QWEN, "model_type": "qwen2"}),
     "qwen3": Case("", {**QWEN, "model_type": "qwen3"}),
     "qwen3moe": Case("", {**QWEN, **MOE, "model_type": "qwen3_moe"}),
+    "qwen3next": Case("qwen3-next-plain"),
+    "qwen35": Case("qwen3-5-plain"),
+    "qwen35moe": Case("qwen3-5-moe", {"full_attention_interval": 2}),
 }
 
 

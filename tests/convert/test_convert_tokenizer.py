@@ -132,6 +132,8 @@ def test_a_byte_level_vocabulary_gives_the_ids_of_the_tokenizer_it_was_made_of(
     ("gpt-2", "it's 123  x", ["it", "'s", " 123", " ", " x"]),
     ("llama-bpe", "It'S 12345\n\n x", ["It", "'S", " ", "123", "45", "\n\n", " x"]),
     ("qwen2", "It's 123", ["It", "'s", " ", "1", "2", "3"]),
+    ("qwen2", "e\u0301t 1", ["e", "\u0301t", " ", "1"]),
+    ("qwen35", "e\u0301t 12.\u0301", ["e\u0301t", " ", "1", "2", ".\u0301"]),
     ("gpt-4o", "camelCase 1234/", ["camel", "Case", " ", "123", "4", "/"]),
     ("tekken", "camelCase 12", ["camel", "Case", " ", "1", "2"]),
     ("default", "a, 1234", ["a", ",", " ", "123", "4"]),

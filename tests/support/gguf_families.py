@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, get_tensor_name_map
 
-from tests.support import gguf_gemma4
+from tests.support import gguf_gemma4, gguf_qwen
 from tests.support.gguf_files import permuted, tokens, write_gguf
 
 Arrays = Mapping[str, np.ndarray]
@@ -33,6 +33,9 @@ ARCHITECTURES = {
     "qwen2": MODEL_ARCH.QWEN2,
     "qwen3": MODEL_ARCH.QWEN3,
     "qwen3_moe": MODEL_ARCH.QWEN3MOE,
+    "qwen3_next": MODEL_ARCH.QWEN3NEXT,
+    "qwen3_5_text": MODEL_ARCH.QWEN35,
+    "qwen3_5_moe_text": MODEL_ARCH.QWEN35MOE,
 }
 _PERMUTED = ("mistral", "ministral3", "smollm3")
 _EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(\w+_proj)\.weight")
@@ -99,6 +102,10 @@ def _changed(config: Mapping[str, Any], weights: Arrays) -> dict[str, np.ndarray
     """The arrays as the file has them, some under names that the map has."""
     kind, found = config["model_type"], {}
     for name, array in weights.items():
+        if kind.startswith(("qwen3_5", "qwen3_next")):
+            if not name.startswith("mtp."):
+                found |= gguf_qwen.changed(config, name, array)
+            continue
         if kind in ("gemma", "gemma2") and name.endswith("norm.weight"):
             array = array + np.float32(1)
         elif kind in _PERMUTED and re.search(r"[qk]_proj", name):
@@ -147,7 +154,7 @@ def keys(config: Mapping[str, Any]) -> dict[str, Any]:
         "context_length": c["max_position_embeddings"],
         "embedding_length": c["hidden_size"],
         "block_count": c["num_hidden_layers"] + (c.get("num_nextn_predict_layers") or 0),
-        "feed_forward_length": c["intermediate_size"],
+        "feed_forward_length": c.get("intermediate_size"),
         "attention.head_count": heads,
         "attention.head_count_kv": c["num_key_value_heads"],
         "attention.layer_norm_rms_epsilon": float(c["rms_norm_eps"]),
@@ -164,7 +171,7 @@ def keys(config: Mapping[str, Any]) -> dict[str, Any]:
         found["attention.sliding_window"] = c["sliding_window"]
     for key in ("attn_logit_softcapping", "final_logit_softcapping"):
         found[key] = c.get(key)
-    return found | _experts(c) | _rope(c) | _special(c)
+    return found | _experts(c) | _rope(c) | _special(c) | gguf_qwen.keys(c)
 
 
 def _experts(c: Mapping[str, Any]) -> dict[str, Any]:

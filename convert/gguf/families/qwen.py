@@ -1,4 +1,4 @@
-"""Qwen 2 and 3, and Qwen 3's mixtures of experts; mlx-lm defines these models."""
+"""Qwen 2 and 3, and Qwen 3's mixtures of experts; mlx-lm defines Qwen 2."""
 
 from __future__ import annotations
 
