@@ -1,4 +1,4 @@
-"""The root command, and the edge of errors. Commands import late, so that --help is instant.
+"""The root command, and the edge of errors. A command is imported when it is asked for.
 
 Results go to stdout; progress, figures and errors to stderr. An error is one line, and its exit
 code is the exception's (mlxkv.errors).
@@ -6,23 +6,16 @@ code is the exception's (mlxkv.errors).
 
 from __future__ import annotations
 
+import importlib
 import sys
-from typing import Annotated, cast
+from collections.abc import Iterator, MutableMapping
+from typing import Annotated, Any, cast
 
 import typer
+from typer.core import TyperGroup
 
 from mlxkv import __version__
-from mlxkv.commands import adapters, kv, models, run, serve
-from mlxkv.commands.alias import alias
-from mlxkv.commands.bench import bench
-from mlxkv.commands.convert import compare, convert
-from mlxkv.commands.doctor import doctor
-from mlxkv.commands.embed import embed
-from mlxkv.commands.launch import launch
 from mlxkv.commands.options import options_of
-from mlxkv.commands.rerank import rerank
-from mlxkv.commands.transcribe import transcribe
-from mlxkv.commands.verify import verify
 from mlxkv.errors import (
     INTERRUPTED,
     MlxkvError,
@@ -33,38 +26,88 @@ from mlxkv.errors import (
     one_line,
 )
 
+HELP = {"help_option_names": ["-h", "--help"]}
+HOMES = {
+    "pull": "models:pull",
+    "list": "models:list_",
+    "ls": "models:list_",
+    "show": "models:show",
+    "rm": "models:rm",
+    "convert": "convert:convert",
+    "compare": "convert:compare",
+    "plan": "models:plan",
+    "alias": "alias:alias",
+    "verify": "verify:verify",
+    "models": "models:models",
+    "doctor": "doctor:doctor",
+    "run": "run:run",
+    "transcribe": "transcribe:transcribe",
+    "embed": "embed:embed",
+    "rerank": "rerank:rerank",
+    "serve": "serve:serve",
+    "ps": "serve:ps",
+    "stop": "serve:stop",
+    "launch": "launch:launch",
+    "bench": "bench:bench",
+    "kv": "kv:app",
+    "adapters": "adapters:app",
+}
+"""Command -> its module in `mlxkv.commands`, and its function there, or its group of commands."""
+HIDDEN = ("ls",)
+
+
+class Late(MutableMapping[str, Any]):
+    """The commands by name, each imported and built when it is looked up: a start needs one, and
+    building all of them took a tenth of it."""
+
+    def __init__(self, built: MutableMapping[str, Any]):
+        self._built = built
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._built:
+            self._built[name] = _built(name)
+        return self._built[name]
+
+    def __setitem__(self, name: str, command: Any) -> None:
+        self._built[name] = command
+
+    def __delitem__(self, name: str) -> None:
+        del self._built[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter({**HOMES, **self._built})
+
+    def __len__(self) -> int:
+        return len({**HOMES, **self._built})
+
+
+def _built(name: str) -> Any:
+    module, _, place = HOMES[name].partition(":")
+    found = getattr(importlib.import_module(f"mlxkv.commands.{module}"), place)
+    if isinstance(found, typer.Typer):
+        return typer.main.get_command(found)
+    alone = typer.Typer(rich_markup_mode=None, add_completion=False)
+    alone.command(name, hidden=name in HIDDEN)(found)
+    return typer.main.get_command(alone)
+
+
+class Commands(TyperGroup):
+    """The root command's group."""
+
+    def __init__(self, **attributes: Any):
+        super().__init__(**attributes)
+        self.commands = Late(self.commands)
+
+
 app = typer.Typer(
     name="mlxkv",
+    cls=Commands,
     help="Run language models with MLX.",
     rich_markup_mode=None,  # keeps rich out of the start
     pretty_exceptions_enable=False,
     add_completion=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings=HELP,
 )
-
-app.command()(models.pull)
-app.command("list")(models.list_)
-app.command("ls", hidden=True)(models.list_)
-app.command()(models.show)
-app.command()(models.rm)
-app.command()(convert)
-app.command()(compare)
-app.command()(models.plan)
-app.command()(alias)
-app.command()(verify)
-app.command()(models.models)
-app.command()(doctor)
-app.command()(run.run)
-app.command()(transcribe)
-app.command()(embed)
-app.command()(rerank)
-app.add_typer(kv.app)
-app.add_typer(adapters.app)
-app.command()(serve.serve)
-app.command()(serve.ps)
-app.command()(serve.stop)
-app.command()(launch)
-app.command()(bench)
 
 
 def main(argv: list[str] | None = None) -> int:

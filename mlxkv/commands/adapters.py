@@ -15,6 +15,7 @@ app = typer.Typer(
     name="adapters",
     help="List LoRA and DoRA adapters, show what they change, make models of them, remove them.",
     rich_markup_mode=None,
+    add_completion=False,
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )

@@ -18,6 +18,7 @@ app = typer.Typer(
     name="kv",
     help="Compute a prompt once and start many answers from it; choose KV formats.",
     rich_markup_mode=None,
+    add_completion=False,
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mlxkv.commands.serve import Address, Key
+from mlxkv.commands.options import Address, Key
 from mlxkv.errors import UsageError
 
 if TYPE_CHECKING:

@@ -49,6 +49,13 @@ DType = Annotated[str, typer.Option(help="Compute in auto, float32, float16 or b
 Memory = Annotated[
     str | None, typer.Option(help="Memory limit, such as 16GiB; default: the machine's.")
 ]
+Address = Annotated[
+    str | None,
+    typer.Option(metavar="ADDRESS", help="The server; default: MLXKV_SERVER, or this machine's."),
+]
+Key = Annotated[
+    str | None, typer.Option("--api-key", help="The server's API key; default: MLXKV_API_KEY.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from mlxkv.commands import inputs
-from mlxkv.commands.options import Adapters, Context, Draft, DType, KVType, Memory, takes
-from mlxkv.commands.serve import Key
+from mlxkv.commands.options import Adapters, Context, Draft, DType, Key, KVType, Memory, takes
 from mlxkv.errors import UsageError
 from mlxkv.terminal.answer_options import AnswerOptions
 from mlxkv.terminal.start import Start
@@ -122,9 +121,6 @@ def run(options: RunOptions) -> int:
 
     Piped text is the prompt, or is appended to PROMPT.
     """
-    from mlxkv.terminal.one_shot import one_answer
-    from mlxkv.terminal.repl import chat
-
     asked = _asked_server(options)
     if asked is not None:
         _refuse_local(options)
@@ -139,7 +135,11 @@ def run(options: RunOptions) -> int:
     given = _given(options, saved)
     with closing(_speaker(asked, name, given, options.dtype, options.adapter)) as speaker:
         if text is None:
+            from mlxkv.terminal.repl import chat
+
             return chat(speaker, start, resumes=options.resume, idle_compute=options.idle_compute)
+        from mlxkv.terminal.one_shot import one_answer
+
         return one_answer(speaker, text, start, raw=options.raw, as_json=options.as_json)
 
 

@@ -15,7 +15,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mlxkv.commands.alias import run_aliases
-from mlxkv.commands.options import Adapters, AsJson, Context, Draft, DType, KVType, takes
+from mlxkv.commands.options import (
+    Adapters,
+    Address,
+    AsJson,
+    Context,
+    Draft,
+    DType,
+    Key,
+    KVType,
+    takes,
+)
 from mlxkv.errors import InternalError, ModelNotFound, UsageError
 from mlxkv.server.config import HOST, PORT
 
@@ -23,14 +33,6 @@ if TYPE_CHECKING:
     from mlxkv.server.client import Server
     from mlxkv.server.config import ServerConfig
     from mlxkv.store.adapters import ModelAdapters
-
-Address = Annotated[
-    str | None,
-    typer.Option(metavar="ADDRESS", help="The server; default: MLXKV_SERVER, or this machine's."),
-]
-Key = Annotated[
-    str | None, typer.Option("--api-key", help="The server's API key; default: MLXKV_API_KEY.")
-]
 
 SWITCH_S = 0.001
 """How long a thread of a server computes in Python while another one waits to; Python's own: 5 ms.
