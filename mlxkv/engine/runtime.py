@@ -166,11 +166,19 @@ class Runtime(TextSide):
         added = read_adapters(adapters, layout.checkpoint.raw)
         for note in other_bases(added, path):
             _log.warning("%s", note)
-        model = yield from loading(path, dtype, limit, layout, encoders_wait=True, adapters=added)
+        read = list[Tokenizer]()
+        model = yield from loading(
+            path,
+            dtype,
+            limit,
+            layout,
+            encoders_wait=True,
+            adapters=added,
+            meanwhile=lambda: read.append(Tokenizer.from_dir(path)),
+        )
         del added  # the model has what it needs of them
         yield
-        tokenizer = Tokenizer.from_dir(path)
-        runtime = cls(model, tokenizer, path, settings.kv_type.value, limit, settings)
+        runtime = cls(model, read[0], path, settings.kv_type.value, limit, settings)
         runtime.adapters = tuple(adapters)
         return runtime
 

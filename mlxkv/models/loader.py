@@ -9,10 +9,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -23,12 +23,10 @@ from mlxkv.base.stepwise import finished
 from mlxkv.base.units import human_bytes
 from mlxkv.checkpoint.config import read_config, text_config, with_next_token, with_towers
 from mlxkv.checkpoint.quantization import Quantization
-from mlxkv.checkpoint.sentence import dense_weights, read_sentence, with_dense
 from mlxkv.checkpoint.tensor_names import towers_in
 from mlxkv.checkpoint.weights import Weights, open_weights, skipped_text
 from mlxkv.errors import Hint, OutOfMemory, UnsupportedModel, WeightsError
 from mlxkv.models import Family, family_for
-from mlxkv.models.adapters import Weighted, adapted_bytes, attach
 from mlxkv.models.beside import assistant_beside
 from mlxkv.models.copies import with_own_head, with_own_next_token
 from mlxkv.models.dtypes import (
@@ -40,14 +38,15 @@ from mlxkv.models.dtypes import (
     without_float16,
 )
 from mlxkv.models.late import EncoderWeights, stamps_of
+from mlxkv.models.reading import Reading
 from mlxkv.nn.encoders import Waiting, encoder_of, placeholder
 from mlxkv.nn.kernels import Settled, settle
 from mlxkv.nn.layers import Prepared
 from mlxkv.nn.linear import Embedding, QuantizedEmbedding
 from mlxkv.nn.model import CausalLM
 
-STEP_BYTES = 64 << 20
-"""Weights that are read at a time, where they are not a block's that is fused."""
+if TYPE_CHECKING:
+    from mlxkv.models.adapter_targets import Weighted
 
 
 _log = logging.getLogger("mlxkv")
@@ -158,6 +157,8 @@ def open_checkpoint(
     if assistant is not None:
         config, kept = dataclasses.replace(config, assistant=assistant), {**kept, **beside}
     if family.embeds:
+        from mlxkv.checkpoint.sentence import dense_weights, read_sentence, with_dense
+
         sentence = read_sentence(path, weights.infos, config.hidden_size)
         config = dataclasses.replace(config, sentence=sentence)
         dense = dense_weights(path, sentence, weights)
@@ -245,8 +246,9 @@ def loading(
     *,
     encoders_wait: bool = False,
     adapters: Sequence[Weighted] = (),
+    meanwhile: Callable[[], object] = lambda: None,
 ) -> Generator[None, None, CausalLM]:
-    """`load_model` in steps, each of a block or of `STEP_BYTES`.
+    """`load_model` in steps, each of a block or of `reading.MOST_BYTES`.
 
     Args:
         path: see `load_model`, and so for the next two.
@@ -255,6 +257,7 @@ def loading(
         layout: what `lay_out` found already; its weights are taken out of it.
         encoders_wait: leave encoders on the disk until `CausalLM.load_encoder`.
         adapters: to add, see `adapters.attach`.
+        meanwhile: called once, while weights are being read: for work that computes nothing.
     """
     if not device.can_compile():
         mx.disable_compile()
@@ -272,8 +275,10 @@ def loading(
     layout.weights.clear()
     layout.settle_dtype()
     model.eval()
-    yield from _settling(model)
+    yield from _settling(model, meanwhile)
     if adapters:
+        from mlxkv.models.adapters import adapted_bytes, attach
+
         added = attach(model, layout.checkpoint.family, adapters)
         _check_limit(path, n_bytes + adapted_bytes(model), limit_bytes)
         for module in added:
@@ -363,23 +368,30 @@ def _listed(names: Iterable[str]) -> str:
     return f"{len(names)} tensor{'s' if len(names) > 1 else ''} ({shown})"
 
 
-def _settling(model: CausalLM) -> Iterator[None]:
-    """Bring the weights into memory, block by block so that a fused copy is one block's."""
+def _settling(model: CausalLM, meanwhile: Callable[[], object]) -> Iterator[None]:
+    """Bring the weights into memory, and find what computes with them."""
+    reading = Reading()
+    yield from _read(model, reading)
+    meanwhile()
+    reading.finish()
+    settle(model)
+    mx.clear_cache()
+
+
+def _read(model: CausalLM, reading: Reading) -> Iterator[None]:
+    """Begin to read the weights, block by block so that fused copies are those of few."""
     # No list of all modules: it would keep the parts of a fused projection alive to the end.
     blocks = [(at, m) for at, m in model.named_modules() if isinstance(m, Prepared)]
+    begun = set[int]()
     for at, module in blocks:
         if (kind := encoder_of(at)) is not None and model.waiting_bytes(kind):
             continue
         module.prepare()
-        mx.eval(module.parameters())
+        arrays = [cast(mx.array, x) for _, x in tree_flatten(module.parameters())]
+        begun.update(map(id, arrays))
+        reading.add(arrays, copied=True)
         yield
-    n_bytes = 0
-    for _, array in tree_flatten(model.parameters()):
-        mx.eval(array)
-        n_bytes += cast(mx.array, array).nbytes
-        if n_bytes >= STEP_BYTES:
-            n_bytes = 0
+    others = [cast(mx.array, x) for _, x in tree_flatten(model.parameters()) if id(x) not in begun]
+    for array in sorted(others, key=lambda x: x.nbytes):  # the largest is not waited for
+        if reading.add([array], copied=False):
             yield
-        del array
-    settle(model)
-    mx.clear_cache()

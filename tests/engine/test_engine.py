@@ -27,7 +27,7 @@ from mlxkv.engine.scheduler import Scheduler
 from mlxkv.errors import MlxkvError, ModelNotFound, OutOfMemory, UsageError
 from mlxkv.generation.outputs import Chunk, Stats
 from mlxkv.generation.request import Request
-from mlxkv.models import Family, loader
+from mlxkv.models import Family, loader, reading
 from mlxkv.sampling.grammar import Grammar
 from mlxkv.store.info import describe
 from mlxkv.store.settings import Given
@@ -490,7 +490,7 @@ def load_steps(monkeypatch) -> list[Any]:
                 hook()
             yield waits
 
-    monkeypatch.setattr(loader, "STEP_BYTES", 1)
+    monkeypatch.setattr(reading, "MOST_BYTES", 1)
     monkeypatch.setattr(model_pool.ModelPool, "loading", watched)
     return hooks
 
