@@ -8,23 +8,24 @@ from __future__ import annotations
 
 import ctypes
 import os
-import plistlib
 import sys
 from pathlib import Path
 
 ATTRIBUTE = b"com.apple.metadata:com_apple_backup_excludeItem"
-VALUE = plistlib.dumps("com.apple.backupd", fmt=plistlib.FMT_BINARY)
 
 
 def exclude(folder: Path) -> bool:
     """Exclude a folder from backups; False on other systems and where its file system refuses."""
     if sys.platform != "darwin":
         return False
+    import plistlib
+
+    value = plistlib.dumps("com.apple.backupd", fmt=plistlib.FMT_BINARY)
     # Python has os.setxattr on Linux alone.
     setxattr = ctypes.CDLL(None).setxattr
     setxattr.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_size_t,
                          ctypes.c_uint32, ctypes.c_int]  # fmt: skip
-    return setxattr(os.fsencode(folder), ATTRIBUTE, VALUE, len(VALUE), 0, 0) == 0
+    return setxattr(os.fsencode(folder), ATTRIBUTE, value, len(value), 0, 0) == 0
 
 
 def is_excluded(folder: Path) -> bool:

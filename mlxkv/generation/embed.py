@@ -13,13 +13,12 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import mlx.core as mx
 
 from mlxkv.base.device import default_chunk
 from mlxkv.base.units import human_bytes
-from mlxkv.checkpoint.sentence import Sentence
 from mlxkv.errors import (
     CheckpointError,
     ContextExceeded,
@@ -35,6 +34,9 @@ from mlxkv.memory.embedding import BatchNeeds
 from mlxkv.memory.types import is_allocation_failure, without_trace
 from mlxkv.nn.embedder import Embedder, Texts
 from mlxkv.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from mlxkv.checkpoint.sentence import Sentence
 
 
 @dataclass(frozen=True, slots=True)

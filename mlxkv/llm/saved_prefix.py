@@ -28,7 +28,6 @@ from mlxkv.prefix.on_disk.disk import PageDisk
 from mlxkv.prefix.on_disk.format import PageKey
 from mlxkv.prefix.pages import Pages
 from mlxkv.saved_kv.manifest import NamedKV
-from mlxkv.saved_kv.registry import KVNames
 from mlxkv.store.refs import PathRef, locate
 
 Progress = Callable[[int, int], None]
@@ -38,6 +37,8 @@ def save(
     runtime: Runtime, name: str, prompt: Prompt, model: str | None, on_progress: Progress | None
 ) -> NamedKV:
     """See `LLM.save_kv`."""
+    from mlxkv.saved_kv.registry import KVNames
+
     pages, disk = _where(runtime)
     names = KVNames(kv_dir())
     names.check_spelling(name)
@@ -121,6 +122,8 @@ def find(runtime: Runtime, name: str | NamedKV | None) -> NamedKV | None:
     """See `LLM.saved_kv`."""
     if name is None:
         return None
+    from mlxkv.saved_kv.registry import KVNames
+
     saved = KVNames(kv_dir()).load(name) if isinstance(name, str) else name
     pages, disk = _where(runtime)
     if saved.fingerprint != disk.fingerprint:

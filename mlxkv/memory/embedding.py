@@ -6,8 +6,6 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
-from mlxkv.memory.graph import Graph
-from mlxkv.memory.simulation import Memory
 from mlxkv.nn import kernels
 from mlxkv.nn.embedder import Embedder, Texts
 
@@ -41,6 +39,9 @@ class BatchNeeds:
         return most
 
     def _traced(self, lengths: Sequence[int]) -> int:
+        from mlxkv.memory.graph import Graph
+        from mlxkv.memory.simulation import Memory
+
         model, texts = self._model, Texts.of(lengths)
         tokens = mx.zeros((1, sum(lengths)), mx.int32)
         try:

@@ -9,8 +9,6 @@ import mlx.core as mx
 
 from mlxkv.errors import CheckpointError
 from mlxkv.media.types import Medium
-from mlxkv.memory.graph import Graph
-from mlxkv.memory.simulation import Memory
 from mlxkv.nn import kernels
 from mlxkv.nn.model import CausalLM
 
@@ -123,6 +121,9 @@ def encoder_bytes(model: CausalLM, kind: str, shapes: Shapes) -> int:
         kind: see `CausalLM.media_rows`.
         shapes: of what the encoder takes.
     """
+    from mlxkv.memory.graph import Graph
+    from mlxkv.memory.simulation import Memory
+
     names = list(shapes)
 
     def run(*arrays: mx.array) -> list[mx.array]:

@@ -10,8 +10,7 @@ from functools import cached_property
 
 from mlxkv.base import device
 from mlxkv.kv.types import STEP, CacheSpec, KVFormat, is_quantized
-from mlxkv.memory.trace import Held, decode_step, prefill_step
-from mlxkv.memory.types import is_allocation_failure
+from mlxkv.memory.types import Held, is_allocation_failure
 from mlxkv.nn.model import CausalLM
 from mlxkv.prefix.layout import Kinds, n_states
 
@@ -133,6 +132,8 @@ class Needs:
     def _traced(self, n_held: int, n_new: int, last: bool) -> Held:
         key = n_held, n_new, last
         if key not in self._steps:
+            from mlxkv.memory.trace import decode_step, prefill_step  # short answers need none
+
             try:
                 if n_new == 1 and n_held:
                     held = decode_step(self.model, self.kv_type, n_held)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import mlx.core as mx
 from mlx.utils import tree_map, tree_unflatten
@@ -19,6 +18,7 @@ from mlxkv.kv.layout import Cache
 from mlxkv.kv.types import CacheSpec, RecurrentSpec
 from mlxkv.memory.graph import Graph
 from mlxkv.memory.simulation import Memory
+from mlxkv.memory.types import Held
 from mlxkv.models.adapters import Weighted, attach
 from mlxkv.models.loader import Layout
 from mlxkv.nn import kernels
@@ -29,14 +29,6 @@ from mlxkv.nn.moe import GatedExperts
 
 _Traced = KVCache | RotatingKVCache | RecurrentCache
 """Caches whose arrays are known; others keep what only a definition of mlx-lm understands."""
-
-
-@dataclass(frozen=True, slots=True)
-class Held:
-    """Bytes beside the weights: KV before a step, and the peak of KV and computation during it."""
-
-    before: int
-    peak: int
 
 
 def prefill_step(model: CausalLM, kv_type: str, n_held: int, n_new: int, *, last: bool) -> Held:

@@ -62,6 +62,14 @@ class Rung:
 
 
 @dataclass(frozen=True, slots=True)
+class Held:
+    """Bytes beside the weights: KV before a step, and the peak of KV and computation during it."""
+
+    before: int
+    peak: int
+
+
+@dataclass(frozen=True, slots=True)
 class KVUse:
     """KV of one sequence, or of all live ones.
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
 from mlxkv.checkpoint.config import read_config
 from mlxkv.checkpoint.weights import open_weights
 from mlxkv.errors import CheckpointError
-from mlxkv.models.gemma4_assistant import MODEL_TYPES, AssistantConfig
-from mlxkv.models.gemma4_config import Config
+
+if TYPE_CHECKING:
+    from mlxkv.models.gemma4_assistant import AssistantConfig
 
 SUFFIX = "-assistant"
 PREFIX = "assistant."
@@ -35,7 +36,12 @@ def assistant_beside(
     """
     path = path.absolute()
     folder = path.parent / (path.name + SUFFIX)
-    if not isinstance(config, Config) or not folder.is_dir():
+    if not folder.is_dir():
+        return None, {}
+    from mlxkv.models.gemma4_assistant import MODEL_TYPES, AssistantConfig
+    from mlxkv.models.gemma4_config import Config
+
+    if not isinstance(config, Config):
         return None, {}
     try:
         raw, source = read_config(folder), str(folder / "config.json")

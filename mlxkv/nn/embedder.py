@@ -9,18 +9,20 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import mlx.core as mx
 
 from mlxkv.base import device
-from mlxkv.checkpoint.sentence import DenseConfig
 from mlxkv.kv.types import CacheSpec
 from mlxkv.nn import kernels
 from mlxkv.nn.encoder_attention import attend_all, masks_bytes, near
 from mlxkv.nn.layers import ACTIVATIONS, merge_heads
 from mlxkv.nn.linear import Linear
 from mlxkv.nn.model import CausalLM
+
+if TYPE_CHECKING:
+    from mlxkv.checkpoint.sentence import DenseConfig
 
 
 @dataclass(frozen=True, slots=True)

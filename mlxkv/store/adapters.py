@@ -9,17 +9,17 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlxkv.checkpoint.adapter import MLX_LM, PEFT, Adapter
 from mlxkv.checkpoint.adapter_files import FILES, GGUF, is_adapter
 from mlxkv.checkpoint.mlxkv_json import read_record
 from mlxkv.errors import ModelNotFound, OutputError, UsageError
-from mlxkv.models.adapter_targets import Changes
-from mlxkv.models.adapters import Weighted, key_of
-from mlxkv.models.loader import lay_out
 from mlxkv.store import hub
 from mlxkv.store.refs import REPO, HubRef
+
+if TYPE_CHECKING:
+    from mlxkv.models.adapter_targets import Weighted
 
 OWN = "adapters"
 """In a model's directory: a folder for each adapter that it is always loaded with, `000=WEIGHT`."""
@@ -146,6 +146,8 @@ def own_adapters(model_dir: Path) -> list[AdapterRef]:
 
 def key_of_own(model_dir: Path) -> str:
     """What `nn.model.CausalLM.adapter_key` is with `own_adapters` alone."""
+    from mlxkv.models.adapters import Weighted, key_of
+
     return key_of([Weighted(read(ref.path), ref.weight) for ref in own_adapters(model_dir)])
 
 
@@ -155,6 +157,9 @@ def keep(refs: Sequence[AdapterRef], model_dir: Path) -> None:
     Raises:
         CheckpointError: one that does not fit the model.
     """
+    from mlxkv.models.adapter_targets import Changes
+    from mlxkv.models.loader import lay_out
+
     layout = lay_out(model_dir)
     for each in read_adapters(refs, layout.checkpoint.raw):
         list(Changes(layout.model, layout.checkpoint.family, each))
@@ -212,6 +217,7 @@ def read_adapters(refs: Sequence[AdapterRef], config: Mapping[str, Any]) -> list
     if not refs:
         return []
     from mlxkv.convert.adapter import read_adapter  # pyright: ignore[reportMissingImports]
+    from mlxkv.models.adapter_targets import Weighted
 
     return [Weighted(read_adapter(ref.path, config), ref.weight) for ref in refs]
 

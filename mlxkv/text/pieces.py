@@ -21,7 +21,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 
 from mlxkv.chat.interrupt import check_point
@@ -40,8 +40,6 @@ NEUTRAL = frozenset({"NFC", "NFD", "NFKC", "NFKD"})
 """Normalizers that leave ASCII letters, common Chinese characters and white space as they are."""
 
 _LETTERS = "A-Za-z\u4e00-\u9fa5"
-_CUT = re.compile(rf"(?<=[0-9{_LETTERS}])[ \n](?=[{_LETTERS}])")
-_AT_EDGE = re.compile(rf"^[0-9{_LETTERS}]|[0-9{_LETTERS}]$")
 
 _BEFORE = r"[^\r\n\p{L}\p{N}]?"
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
@@ -74,6 +72,18 @@ _OTHERS = frozenset(
         *(r"\s*[\r\n]+", r"\s*[\r\n]", r"\s+(?!\S)"),
     }
 )
+
+
+@cache  # compiling it is felt in a start, and few texts are as long
+def _cut() -> re.Pattern[str]:
+    """White space between two letters, the first of which may be a digit."""
+    return re.compile(rf"(?<=[0-9{_LETTERS}])[ \n](?=[{_LETTERS}])")
+
+
+@cache
+def _at_edge() -> re.Pattern[str]:
+    """A letter or digit at the start or the end of a text."""
+    return re.compile(rf"^[0-9{_LETTERS}]|[0-9{_LETTERS}]$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +130,7 @@ class Pieces:
         at = start + SIZE
         while at < end:
             # A place at the window's end is found with the next one.
-            for found in _CUT.finditer(text, at, min(at + SIZE, end)):
+            for found in _cut().finditer(text, at, min(at + SIZE, end)):
                 place = found.start()
                 left = self._rule.left.get(text[place], frozenset())
                 if left is None or text[place - 1] in left:
@@ -234,9 +244,9 @@ def _merge_rule(backend: Backend, skips: bool, writes: bool, meta: bool) -> _Rul
 def _added_tokens_reach_over(backend: Backend, rule: _Rule) -> bool:
     """Whether an added token may hold a place to cut at, or take the white space there."""
     for token in backend.get_added_tokens_decoder().values():
-        at_edge = _AT_EDGE.search(token.content) is not None
+        at_edge = _at_edge().search(token.content) is not None
         takes = token.lstrip or token.rstrip or token.single_word or rule.skips
-        if _CUT.search(token.content) or (takes and at_edge):
+        if _cut().search(token.content) or (takes and at_edge):
             return True
     return False
 
