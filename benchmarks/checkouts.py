@@ -1,12 +1,13 @@
 """Two checkouts of mlxkv side by side: what one sequence costs, in pairs of processes.
 
-    python -m benchmarks.checkouts OLD NEW MODEL [--runs 7]
+    python -m benchmarks.checkouts OLD NEW MODEL [--runs 7] [--what host,decode,first]
 
-Figures, each as new / old, the median of the pairs:
+A run of each comes before those that count: Python keeps its byte code, as of a package that is
+installed. Figures, each as new / old, the median of the pairs:
 - host: the calling thread's own time a token, of a Llama of 32 layers: what building the steps and
   all that is done with their tokens takes;
 - decode: time a token of MODEL;
-- first token: from the shell, `mlxkv run MODEL` to its only token.
+- first: from the shell, `mlxkv run MODEL` to its only token.
 """
 
 from __future__ import annotations
@@ -31,28 +32,34 @@ def main() -> None:
     parser.add_argument("new", type=Path)
     parser.add_argument("model", help="a directory or a name")
     parser.add_argument("--runs", type=int, default=7)
+    parser.add_argument("--what", type=lambda s: s.split(","), default=["host", "decode", "first"])
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         tiny = write_tiny_llama(Path(folder) / "tiny")
+        run = ["-m", "mlxkv", "run", options.model, "Hi", "--max-tokens", "1"]
         cases = {
-            "host, us a token": [str(WORKER), "host", options.model, str(tiny)],
-            "decode, ms a token": [str(WORKER), "decode", options.model],
-            "first token, s": ["-m", "mlxkv", "run", options.model, "Hi", "--max-tokens", "1"],
+            "host": ("us a token", [str(WORKER), "host", options.model, str(tiny)]),
+            "decode": ("ms a token", [str(WORKER), "decode", options.model]),
+            "first": ("s to the first token", run),
         }
-        for name, command in cases.items():
+        both = [options.old, options.new]
+        for what in options.what:
+            unit, command = cases[what]
             pairs = []
+            for checkout in both:
+                measured(checkout, command)
             for i in range(options.runs):
-                both = [options.old, options.new]
                 # In turns, so that neither always runs on the warmer machine.
                 order = both if i % 2 == 0 else both[::-1]
                 taken = {checkout: measured(checkout, command) for checkout in order}
                 pairs.append((taken[options.old], taken[options.new]))
-            print(line(name, pairs), flush=True)
+            print(line(f"{what}, {unit}", pairs), flush=True)
 
 
 def measured(checkout: Path, command: list[str]) -> float:
     """What a worker prints, or the time of a whole process that prints an answer."""
-    env = {**os.environ, "PYTHONPATH": str(checkout)}
+    env = {name: x for name, x in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    env["PYTHONPATH"] = str(checkout)
     start = time.perf_counter()
     done = subprocess.run(
         [sys.executable, *command],
@@ -71,7 +78,7 @@ def line(name: str, pairs: list[tuple[float, float]]) -> str:
     old, new = (statistics.median(each) for each in zip(*pairs, strict=True))
     ratios = sorted(b / a for a, b in pairs)
     return (
-        f"{name:20} {old:9.3f} {new:9.3f}   new / old {statistics.median(ratios):.3f} "
+        f"{name:28} {old:9.3f} {new:9.3f}   new / old {statistics.median(ratios):.3f} "
         f"({ratios[0]:.3f} to {ratios[-1]:.3f})"
     )
 

@@ -3,6 +3,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <chrono>
 #include <system_error>
 #include <thread>
 
@@ -15,6 +16,8 @@ namespace {
 constexpr uintptr_t HUGE_BYTES = 2 << 20;
 // Between arrays of which each is a mapping of its own: what malloc puts in front, and rounding.
 constexpr uintptr_t GAP_BYTES = 64 << 10;
+// The copying takes as long as a short prompt, which is computed meanwhile and would wait for it.
+constexpr std::chrono::milliseconds DELAY{500};
 
 // Ranges in order, those with small gaps between them as one.
 std::vector<Range> joined(std::vector<Range> ranges) {
@@ -45,7 +48,10 @@ void ask(const std::vector<Range>& ranges) {
 
 void ask_for_huge_pages(std::vector<Range> ranges) {
   try {
-    std::thread([ranges = joined(std::move(ranges))] { ask(ranges); }).detach();
+    std::thread([ranges = joined(std::move(ranges))] {
+      std::this_thread::sleep_for(DELAY);
+      ask(ranges);
+    }).detach();
   } catch (const std::system_error&) {  // a limit on threads: pages stay as they are
   }
 }
