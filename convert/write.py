@@ -17,15 +17,18 @@ import os
 import secrets
 import shutil
 import struct
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import IO, Any
 
 import mlx.core as mx
 import numpy as np
 
+from mlxkv.base.device import side_streams
 from mlxkv.base.disk import check_space
 from mlxkv.base.durable import sync_path
 from mlxkv.errors import Hint, OutputError, WeightsError
@@ -69,7 +72,7 @@ def write_model(
         tensors: of the plan, by name.
         write_side_files: writes tokenizer files and the like into a folder.
         output: the folder to make; may exist if it is empty, or with `overwrite`.
-        fidelity: measures what changes.
+        fidelity: measures what changes; None for no measuring.
         rounding: to affine formats; None for that of `mx.quantize`.
 
     Raises:
@@ -78,11 +81,10 @@ def write_model(
     """
     check_output(output, overwrite)
     check_space(output.parent, plan.total_bytes, f"{output}:", "make room or choose another output")
-    measure = fidelity or Fidelity()
     with _partial_folder(output, overwrite) as folder:
         for name, members in plan.shards.items():
             with _errors_as_output(output), _naming(plan.source):
-                _write_shard(folder / name, members, tensors, advance, measure, rounding)
+                _write_shard(folder / name, members, tensors, advance, fidelity, rounding)
         with _errors_as_output(output):
             _write_config(folder, plan)
             write_side_files(folder)
@@ -221,20 +223,20 @@ def _write_shard(
     members: tuple[PlannedTensor, ...],
     tensors: Mapping[str, SourceTensor],
     advance: Advance,
-    measure: Fidelity,
+    fidelity: Fidelity | None,
     rounding: Round | None,
 ) -> None:
     header, starts, size = _layout(members)
     with path.open("wb") as file:
         file.write(header)
-        before: _Block | None = None
+        # While some are computed, those before them are written and the next one is read.
+        computed: deque[_Block] = deque()
         for block in _blocks(members, tensors, rounding):
-            # While this one is computed, the one before it is written and the next one is read.
-            if before is not None:
-                _write_block(file, before, starts, advance, measure)
-            before = block
-        if before is not None:
-            _write_block(file, before, starts, advance, measure)
+            computed.append(block)
+            if len(computed) > len(side_streams()):
+                _write_block(file, computed.popleft(), starts, advance, fidelity)
+        while computed:
+            _write_block(file, computed.popleft(), starts, advance, fidelity)
         if file.seek(0, os.SEEK_END) != size:
             raise WeightsError(f"{path.name}: wrote {file.tell():,} bytes of {size:,}")
 
@@ -255,7 +257,8 @@ def _blocks(
     tensors: Mapping[str, SourceTensor],
     rounding: Round | None,
 ) -> Iterator[_Block]:
-    """All rows in order; each block is being computed when it comes."""
+    """All rows in order; each block is being computed when it comes, the streams in turn."""
+    streams = cycle(side_streams())
     for planned in members:
         source = tensors[planned.name]
         n_rows, columns = matrix_shape(planned.shape)
@@ -263,7 +266,7 @@ def _blocks(
         n = max(step, BLOCK_BYTES // (4 * max(1, columns)) // step * step)
         for start in range(0, n_rows, n):
             stop = min(n_rows, start + n)
-            arrays = _block(planned, source, start, stop, rounding)
+            arrays = _block(planned, source, start, stop, rounding, next(streams))
             yield _Block(planned, source, start, stop, arrays)
         # Buffers of other shapes would pile up in MLX's cache.
         mx.clear_cache()
@@ -295,10 +298,11 @@ def _write_block(
     block: _Block,
     starts: Mapping[str, int],
     advance: Advance,
-    measure: Fidelity,
+    fidelity: Fidelity | None,
 ) -> None:
     planned, written = block.planned, 0
-    measure.add(planned, block.source, block.start, block.arrays)
+    if fidelity is not None:
+        fidelity.add(planned, block.source, block.start, block.arrays)
     for stored, array in zip(planned.arrays, block.arrays, strict=True):
         data = _bytes_of(array)
         if len(data) != stored.row_bytes * (block.stop - block.start):
@@ -310,9 +314,14 @@ def _write_block(
 
 
 def _block(
-    planned: PlannedTensor, source: SourceTensor, start: int, stop: int, rounding: Round | None
+    planned: PlannedTensor,
+    source: SourceTensor,
+    start: int,
+    stop: int,
+    rounding: Round | None,
+    stream: mx.Stream,
 ) -> tuple[mx.array, ...]:
-    """These rows as the plan stores them, being computed."""
+    """These rows as the plan stores them, being computed; quantized on a stream."""
     dtype = getattr(mx, planned.dtype)
     target = planned.quantization
     if target is None:
@@ -326,7 +335,8 @@ def _block(
         arrays = rounding(planned, _cast(planned, source.rows(start, stop), dtype))
     else:
         values = _cast(planned, source.rows(start, stop), dtype)
-        arrays = tuple(mx.quantize(values, target.group_size, target.bits, mode=target.mode))
+        size, bits, mode = target.group_size, target.bits, target.mode
+        arrays = tuple(mx.quantize(values, size, bits, mode=mode, stream=stream))
     mx.async_eval(*arrays)
     return arrays
 

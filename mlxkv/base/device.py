@@ -97,6 +97,22 @@ def _new_streams() -> tuple[mx.Stream, ...]:
     return (default, *(mx.new_stream(mx.Device(mx.cpu)) for _ in range(n - 1)))
 
 
+def side_streams() -> tuple[mx.Stream, ...]:
+    """Streams beside the default one, which stays free: one for each core on the CPU backend.
+
+    On a GPU, and where a process may map little memory, the default one.
+    """
+    import mlx.core as mx
+
+    streams = getattr(_OF_THREAD, "side_streams", None)
+    if streams is None:
+        n = min(n_cores(), MAX_CORES) if on_cpu() and limits.mapped_bytes() is None else 0
+        streams = tuple(mx.new_stream(mx.Device(mx.cpu)) for _ in range(n))
+        streams = streams or (mx.default_stream(mx.default_device()),)
+        _OF_THREAD.side_streams = streams
+    return streams
+
+
 def _bytes_of_streams(limit_bytes: int) -> int:
     """Address space that streams will take where no thread has made any yet."""
     if not on_cpu() or load_blas() is None or openblas.BUFFERS.n_taken:
@@ -123,7 +139,10 @@ def finish() -> None:
         import mlx.core as mx
 
         mx.synchronize()
-        for stream in getattr(_OF_THREAD, "streams", ()):
+        for stream in (
+            *getattr(_OF_THREAD, "streams", ()),
+            *getattr(_OF_THREAD, "side_streams", ()),
+        ):
             mx.synchronize(stream)
 
 
