@@ -13,11 +13,11 @@ from typing import Any
 from mlxkv.checkpoint.config import text_config
 from mlxkv.checkpoint.tensor_names import TOWERS
 
+_QUANTIZERS = ("quantization", "quantization_config", "compression_config")
 # transformers' bookkeeping, and names of code to run.
 _NEVER = frozenset(
     {
-        "_name_or_path", "auto_map", "model_file", "transformers_version", "dtype",
-        "quantization", "quantization_config",
+        "_name_or_path", "auto_map", "model_file", "transformers_version", "dtype", *_QUANTIZERS,
     }
 )  # fmt: skip
 # What a language model alone does not need.
@@ -52,8 +52,10 @@ def output_config(
         embeds: whether it is an embedding model's, which stays as transformers reads it.
     """
     if not native:
-        dropped = ("_name_or_path", "auto_map", "quantization", "quantization_config", "dtype")
+        dropped = ("_name_or_path", "auto_map", "dtype", *_QUANTIZERS)
         config = {k: v for k, v in raw.items() if k not in dropped}
+        if isinstance(inner := config.get("text_config"), Mapping):
+            config["text_config"] = {k: v for k, v in inner.items() if k not in _QUANTIZERS}
     elif embeds:
         config = {k: v for k, v in text_config(raw).items() if k not in _DROPPED}
     elif any(tower in towers for tower in TOWERS):

@@ -1,9 +1,10 @@
-"""NVFP4 under a second scale, which MLX has no place for: nearest affine values.
+"""NVFP4 under a second scale, which MLX has no place for: taken in, or nearest affine values.
 
 NVFP4 has E2M1 values, a scale in E4M3 for each 16, and a float32 for all of them, so that the first
-ones keep their digits. MLX has the first only, and no E4M3 is the product of both. Two groups of 16
-become an affine group of 32 at 6 bits, whose step is a quarter of the larger scale: the values of
-that half stay, those of the other move by an eighth of that scale at most.
+ones keep their digits. MLX has the first only. A power of two goes into them where none of them
+leaves the range; their product with another number is no E4M3. There two groups of 16 become an
+affine group of 32 at 6 bits, whose step is a quarter of the larger scale: the values of that half
+stay, those of the other move by an eighth of that scale at most.
 """
 
 from __future__ import annotations
@@ -31,9 +32,36 @@ E4M3 = _e4m3_values()
 """Values of the codes of 8-bit floats with 4 bits of exponent."""
 
 
+def e8m0(codes: np.ndarray) -> np.ndarray:
+    """Powers of two by their exponents, uint8, as float32; NaN for 255."""
+    found = np.ldexp(np.float32(1), codes.astype(np.int32) - 127)
+    return np.where(codes == 255, np.float32(np.nan), found)
+
+
 def e2m1(codes: np.ndarray) -> np.ndarray:
     """Values of 4-bit floats, uint8 0 to 15, as float32."""
     return _HALVES[codes].astype(np.float32) / 2
+
+
+def folded(scales: np.ndarray, seconds: np.ndarray) -> np.ndarray | None:
+    """Codes of E4M3 scales that have taken a second scale in, where that changes no value.
+
+    Args:
+        scales: codes uint8 `[n, ...]`.
+        seconds: float32 `[n]`, of each part.
+
+    Returns:
+        uint8 `[n, 256]`, by code; None where one of `scales` times its second scale is no E4M3.
+    """
+    if (np.frexp(seconds)[0] != 0.5).any():  # nor are digits of a scale lost by powers of two
+        return None
+    values = E4M3[None] * seconds[:, None]
+    order = np.argsort(E4M3[:0x7F])
+    places = np.minimum(np.searchsorted(E4M3[:0x7F][order], np.abs(values)), len(order) - 1)
+    found = (order[places] | np.arange(256) & 0x80).astype(np.uint8)
+    exact = E4M3[found] == values
+    fits = all(ok[np.unique(part)].all() for ok, part in zip(exact, scales, strict=True))
+    return found if fits else None
 
 
 def nearest(codes: np.ndarray, scales: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

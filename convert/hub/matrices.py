@@ -88,7 +88,8 @@ class Integers:
         """Affine in the largest group that MLX has and the stored one is a multiple of."""
         if self.order is not None or self.bits not in MODES["affine"][0]:
             return None
-        sizes = [size for size in MODES["affine"][1] if self.group_size % size == 0]
+        whole = (self.group_size, self.shape[-1])  # the last group may be a part of one
+        sizes = [size for size in MODES["affine"][1] if all(n % size == 0 for n in whole)]
         return Format("affine", self.bits, max(sizes)) if sizes else None
 
     def values(self, start: int, stop: int) -> np.ndarray:
@@ -102,11 +103,12 @@ class Integers:
     def packed(self, start: int, stop: int) -> Arrays:
         codes, scales, zeros = self.read(start, stop)
         assert self.format is not None
-        times = self.group_size // self.format.group_size
+        size = self.format.group_size
+        groups = np.arange(0, self.shape[-1], size) // self.group_size
         words = as_stream(codes.reshape(-1), self.bits).reshape(len(codes), -1).view("<u4")
         with np.errstate(all="ignore"):
             biases = -zeros * scales
-        return words, np.repeat(scales, times, axis=1), np.repeat(biases, times, axis=1)
+        return words, scales[:, groups], biases[:, groups]
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +170,8 @@ class Float4:
         codes: uint8 `[..., in / 2]`, the first value in the low half.
         scales: uint8 `[..., in / group]`: E4M3, or powers of two.
         seconds: what NVFP4's scales are multiplied by, one or one for each matrix.
+        folded: for each of them, by code of `scales`, the one that has taken it in, uint8
+            `[n, 256]`; None where that is not exact.
     """
 
     shape: tuple[int, ...]
@@ -175,6 +179,7 @@ class Float4:
     scales: np.ndarray
     seconds: np.ndarray
     mode: str
+    folded: np.ndarray | None = None
     scale_dtype: str = "float32"
     row_step: int = 1
 
@@ -184,7 +189,7 @@ class Float4:
 
     @property
     def _has_second(self) -> bool:
-        return bool((self.seconds != 1).any())
+        return self.folded is None and bool((self.seconds != 1).any())
 
     @property
     def is_exact(self) -> bool:
@@ -202,7 +207,10 @@ class Float4:
         scales = np.asarray(self.scales.reshape(-1, self.scales.shape[-1])[start:stop])
         n_rows = matrix_shape(self.shape)[0]
         seconds = self.seconds.ravel()
-        return codes, scales, seconds[np.arange(start, stop) * len(seconds) // n_rows, None]
+        of_row = np.arange(start, stop) * len(seconds) // n_rows
+        if self.folded is not None:
+            return codes, self.folded[of_row[:, None], scales], np.ones((len(codes), 1), np.float32)
+        return codes, scales, seconds[of_row, None]
 
     def _values(self, codes: np.ndarray) -> np.ndarray:
         halves = np.stack([codes & np.uint8(15), codes >> np.uint8(4)], axis=-1)
@@ -216,9 +224,7 @@ class Float4:
             return float4.e2m1(self._values(codes)) * floats
 
     def _floats(self, scales: np.ndarray) -> np.ndarray:
-        if self.mode == "nvfp4":
-            return float4.E4M3[scales]
-        return np.ldexp(np.float32(1), scales.astype(np.int32) - 127)
+        return float4.E4M3[scales] if self.mode == "nvfp4" else float4.e8m0(scales)
 
     def packed(self, start: int, stop: int) -> Arrays:
         codes, scales, seconds = self._rows(start, stop)

@@ -16,25 +16,21 @@ import numpy as np
 
 from mlxkv.checkpoint.quantization import other_settings
 from mlxkv.checkpoint.weights import TensorInfo
-from mlxkv.errors import CheckpointError, UnsupportedModel, WeightsError
+from mlxkv.errors import CheckpointError, WeightsError
 
+from .. import float4
 from .matrices import CodeBook, Float4, Float8, Integers, Matrix
+from .unused import unused_arrays
+from .words import awq_codes, from_words, gptq_codes, in_awq_order
 
 _NUMPY = {
     "F32": "<f4", "F16": "<f2", "BF16": "<u2", "F8_E4M3": "u1", "F8_E8M0": "u1", "U8": "u1",
     "I8": "i1", "I16": "<i2", "I32": "<i4", "U32": "<u4", "I64": "<i8",
 }  # fmt: skip
-_UNUSED = (
-    "input_scale", "activation_scale", "input_global_scale", "k_scale", "v_scale", "input_scale_ub",
-    "input_zero_point", "act_scale", "weight_format",
-)  # fmt: skip
-"""Arrays of kernels that quantize what goes into a product; weights do not need them."""
 _NESTED = "nested_absmax"
 _STEP = 32
 """Rows of a transposed matrix whose zeros fill whole words, at any bits."""
 _Rows = Callable[[int, int], np.ndarray]
-_AWQ_ORDER = np.array([0, 4, 1, 5, 2, 6, 3, 7])
-"""Where value i of a word of AutoAWQ's lies, in units of 4 bits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,31 +40,26 @@ class Found:
     Attributes:
         matrices: name of a weight -> its values.
         used: names of arrays that they are made of.
-        unused: names of arrays that no weight needs.
+        unused: names of arrays that no weight needs -> what they are for.
     """
 
     matrices: Mapping[str, Matrix]
     used: frozenset[str]
-    unused: tuple[str, ...]
+    unused: Mapping[str, str]
 
 
 def find_matrices(infos: Mapping[str, TensorInfo], raw: Mapping[str, Any], source: str) -> Found:
     """The weights of a checkpoint that another quantizer has made.
 
     Raises:
-        UnsupportedModel: a packing that is not known.
         WeightsError: arrays are missing, or do not fit together.
     """
     settings = other_settings(raw)
-    packing = str(settings.get("packing_format", "gptq"))
-    if settings.get("quant_method") == "auto-round" and not any(
-        known in packing for known in ("gptq", "awq", "llm_compressor")
-    ):
-        raise UnsupportedModel(f"{source}: packing_format {packing!r} is not supported")
     reader = _Reader(infos, settings, source)
     matrices = dict(reader.all())
-    unused = [name for name in infos if name.endswith(_UNUSED) and name not in reader.used]
-    return Found(matrices, frozenset(reader.used), tuple(unused))
+    rest = [name for name in infos if name not in reader.used]
+    unused = unused_arrays(rest, quantized=bool(settings or matrices))
+    return Found(matrices, frozenset(reader.used), unused)
 
 
 @dataclass(slots=True)
@@ -125,10 +116,12 @@ class _Reader:
 
     def floats(self, name: str, part: Any = ...) -> np.ndarray:
         """Some of an array's values in float32."""
-        values = np.asarray(self.array(name)[part])
-        if self.infos[name].dtype == "BF16":
+        values, dtype = np.asarray(self.array(name)[part]), self.infos[name].dtype
+        if dtype == "BF16":
             return (values.astype(np.uint32) << 16).view(np.float32)
-        return values.astype(np.float32)
+        if dtype == "F8_E4M3":
+            return float4.E4M3[values]
+        return float4.e8m0(values) if dtype == "F8_E8M0" else values.astype(np.float32)
 
     def scaled(self, name: str, scale: str) -> Matrix:
         """FP8, 8-bit integers or NVFP4 with their scales beside them."""
@@ -140,6 +133,8 @@ class _Reader:
         if dtype == "I8":
             return self.int8(name, scale)
         shape, scales = self.shape(name), self.floats(scale)
+        if self.infos[scale].dtype == "U8":  # as MXFP8 stores its powers of two
+            scales = float4.e8m0(self.array(scale))
         if len(shape) < 2 or scales.size == 0:
             raise self.error(name, f"is {list(shape)}, not a matrix")
         return Float8(shape, "FP8", self.array(name), *self.blocks(scale, scales, shape))
@@ -175,7 +170,9 @@ class _Reader:
             raise self.error(scale, f"is {list(scales.shape)}; it must be {list(expected)}")
         if not (np.isfinite(seconds).all() and (seconds > 0).all()):
             raise self.error(name, "has a second scale that is not positive")
-        return Float4(shape, codes, scales, seconds, mode)
+        parts = scales if seconds.size > 1 else scales[None]
+        taken = float4.folded(parts, seconds.ravel()) if (seconds != 1).any() else None
+        return Float4(shape, codes, scales, seconds, mode, taken)
 
     def int8(self, name: str, scale: str) -> Matrix:
         shape, zero = self.shape(name), f"{name.removesuffix('.weight')}.weight_zero_point"
@@ -218,10 +215,13 @@ class _Reader:
         numbers = [*shape, size, nested]
         if len(shape) != 2 or any(type(n) is not int or n < 0 for n in numbers) or not size:
             raise self.error(states[0], f"has shape {shape} and blocks of {size!r}")
-        codes, table = self.array(name).reshape(-1), self.floats(f"{name}.quant_map").ravel()
+        # Sharded training keeps the bytes in an array of 16-bit floats.
+        codes = self.array(name).reshape(-1).view(np.uint8)
+        table = self.floats(f"{name}.quant_map").ravel()
         maxima, n = f"{name}.absmax", shape[0] * shape[1]
-        is_nested, fits = self.infos[maxima].dtype == "U8", codes.itemsize == 1 and table.size == 16
-        if not fits or codes.size != -(-n // 2) or self.array(maxima).shape != (-(-n // size),):
+        is_nested = self.infos[maxima].dtype == "U8"
+        fits = table.size == 16 and codes.size == -(-n // 2)
+        if not fits or self.array(maxima).shape != (-(-n // size),):
             raise self.error(name, f"is {codes.size} bytes, which does not fit {list(shape)}")
         if not is_nested:
             read = partial(self._part_of, maxima)
@@ -265,7 +265,7 @@ class _Reader:
             raise self.error(name, f"is {list(words.shape)}, which does not fit {shape}")
         self.array(scale)
         zeros = self._packed_zeros(f"{stem}.weight_zero_point", scales, bits)
-        order = self._order(f"{stem}.weight_g_idx", n_in, scales[1])
+        order = self._order(f"{stem}.weight_g_idx", n_in, scales[1], n_in // scales[1])
 
         def read(start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             codes = from_words(np.asarray(words[start:stop]), bits)[:, :n_in]
@@ -294,14 +294,14 @@ class _Reader:
 
         return read
 
-    def _order(self, name: str, n_in: int, n_groups: int) -> np.ndarray | None:
+    def _order(self, name: str, n_in: int, n_groups: int, group: int) -> np.ndarray | None:
         """Group of each column; None where groups are neighbours in order."""
         if name not in self.infos:
             return None
         order = np.asarray(self.array(name)).ravel()
         if len(order) != n_in or not ((order >= 0) & (order < n_groups)).all():
             raise self.error(name, f"must name one of {n_groups} groups for {n_in} columns")
-        in_order = np.arange(n_in) // -(-n_in // n_groups)
+        in_order = np.arange(n_in) // group
         return None if np.array_equal(order, in_order) else order.astype(np.int64)
 
     def columns(self, stem: str) -> Matrix:
@@ -311,14 +311,15 @@ class _Reader:
             raise self.error(f"{stem}.qweight", "is not a packed matrix")
         n_groups, n_out = scales.shape
         is_gptq = words.shape[1] == n_out
-        bits = self._gptq_bits(stem, words) if is_gptq else 4
+        bits = self._gptq_bits(stem, words, n_out) if is_gptq else 4
         n_in = words.shape[0] * 32 // bits if is_gptq and bits else words.shape[0]
-        fits = bits in (2, 3, 4, 8) and n_in % n_groups == 0 and n_in * bits % 32 == 0
+        group = self.group_size(n_in, n_groups)
+        fits = bits in (2, 3, 4, 8) and group and n_in * bits % 32 == 0
         if not fits or (not is_gptq and words.shape[1] * 8 != n_out):
             raise self.error(f"{stem}.qweight", f"is {list(words.shape)}, which does not fit")
         zeros, symmetric = self._column_zeros(stem, scales.shape, bits, is_gptq)
-        order = self._order(f"{stem}.g_idx", n_in, n_groups)
-        codes = _gptq_codes if is_gptq else _awq_codes
+        order = self._order(f"{stem}.g_idx", n_in, n_groups, group)
+        codes = gptq_codes if is_gptq else awq_codes
 
         def read(start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             own = self.floats(f"{stem}.scales", np.s_[:, start:stop]).T
@@ -327,18 +328,34 @@ class _Reader:
 
         label = f"{'GPTQ' if is_gptq else 'AWQ'} int{bits}"
         dtype = self.scale_dtype(f"{stem}.scales", symmetric)
-        return Integers((n_out, n_in), label, bits, n_in // n_groups, read, order, dtype, _STEP)
+        return Integers((n_out, n_in), label, bits, group, read, order, dtype, _STEP)
 
-    def _gptq_bits(self, stem: str, words: np.ndarray) -> int:
+    def group_size(self, n_in: int, n_groups: int) -> int:
+        """Values of a row that share a scale, the last ones perhaps fewer; 0 if none fits."""
+        stated = self.settings.get("group_size")
+        if type(stated) is int and stated > 0 and -(-n_in // stated) == n_groups:
+            return stated
+        return n_in // n_groups if n_groups and n_in % n_groups == 0 else 0
+
+    def _gptq_bits(self, stem: str, words: np.ndarray, n_out: int) -> int:
+        """Bits of a code: by the shapes, since configs name layers by expressions too."""
         if f"{stem}.g_idx" in self.infos:
             return words.shape[0] * 32 // max(1, self.shape(f"{stem}.g_idx")[0])
-        extra = self.settings.get("extra_config")
-        own = extra.get(stem) if isinstance(extra, Mapping) else None
-        bits = own.get("bits") if isinstance(own, Mapping) else None
-        bits = self.settings.get("bits") if bits is None else bits
+        zeros = self.infos.get(f"{stem}.qzeros")
+        if zeros is not None and len(zeros.shape) == 2 and zeros.shape[1] * 32 % n_out == 0:
+            return zeros.shape[1] * 32 // n_out
+        bits = self.settings.get("bits")
         if type(bits) is not int or bits <= 0:
             raise self.error(f"{stem}.qweight", f"has no g_idx, and the config's bits are {bits!r}")
         return bits
+
+    @property
+    def _zeros_less_one(self) -> bool:
+        """Whether zeros are stored less one: in AutoGPTQ's first format and what follows it."""
+        if "auto-round" in str(self.settings.get("quant_method")):
+            packing = self.settings.get("packing_format") or self.settings.get("backend") or "auto"
+            return packing == "auto" or "gptq" in str(packing)
+        return self.settings.get("checkpoint_format", "gptq") != "gptq_v2"
 
     def _column_zeros(
         self, stem: str, shape: tuple[int, ...], bits: int, is_gptq: bool
@@ -354,9 +371,8 @@ class _Reader:
         words = self.array(name)
         if words.shape != (n_groups, -(-n_out * bits // 32)) or words.dtype.itemsize != 4:
             raise self.error(name, f"is {list(words.shape)}, which does not fit {list(shape)}")
-        # AutoGPTQ's first format stores them less one.
-        less = is_gptq and self.settings.get("checkpoint_format", "gptq") != "gptq_v2"
-        unpack = partial(from_words, bits=bits) if is_gptq else _in_awq_order
+        less = is_gptq and self._zeros_less_one
+        unpack = partial(from_words, bits=bits) if is_gptq else in_awq_order
 
         def read(start: int, stop: int) -> np.ndarray:
             part = np.asarray(words[:, start * bits // 32 : -(-stop * bits // 32)])
@@ -367,25 +383,3 @@ class _Reader:
         if (words == words[:1]).all() and (first == middle - less).all():
             return middles, True
         return read, False
-
-
-def from_words(words: np.ndarray, bits: int) -> np.ndarray:
-    """Codes of rows of 32-bit words, lowest bits first: uint8 `[n, words * 32 / bits]`."""
-    stream = np.ascontiguousarray(words).view(np.uint8)
-    if bits == 8:
-        return stream
-    found = np.unpackbits(stream, axis=1, bitorder="little").reshape(len(words), -1, bits)
-    return np.packbits(found, axis=2, bitorder="little")[..., 0]
-
-
-def _in_awq_order(words: np.ndarray) -> np.ndarray:
-    codes = from_words(words, 4).reshape(len(words), -1, 8)
-    return codes[..., _AWQ_ORDER].reshape(len(words), -1)
-
-
-def _awq_codes(words: np.ndarray, bits: int, start: int, stop: int) -> np.ndarray:
-    return _in_awq_order(np.asarray(words[:, start // 8 : -(-stop // 8)])).T
-
-
-def _gptq_codes(words: np.ndarray, bits: int, start: int, stop: int) -> np.ndarray:
-    return from_words(np.asarray(words[:, start:stop]).T, bits)

@@ -85,7 +85,7 @@ def open_hub_source(path: Path, *, text_only: bool = False) -> Source:
     unread = _unread(weights, family, left_out) if towers_in(kept) else {}
     left_out = [name for name in left_out if text_name(name) not in unread]
     skipped = [(name, _reason(name, parsed.num_hidden_layers)) for name in sorted(left_out)]
-    skipped += [(name, "for products with quantized input") for name in weights.found.unused]
+    skipped += weights.found.unused.items()
     parsed, tied = _settle_head(parsed, tensors, skipped)
     parsed = _settle_next_token(parsed, tensors, skipped)
     if family.embeds:  # Dense layers in folders of their own are copied as they are
@@ -112,8 +112,8 @@ def open_hub_source(path: Path, *, text_only: bool = False) -> Source:
 def _open_stored(path: Path, raw: Mapping[str, Any], source: str) -> Stored:
     """A directory's arrays, those of other quantizers put together."""
     weights = open_weights(path)
-    found = Found({}, frozenset(), ())
-    if not raw.get("quantization"):
+    found = Found({}, frozenset(), {})
+    if not text_config(raw).get("quantization"):
         found = find_matrices(weights.infos, raw, source)
     own = {*found.used, *found.unused, *found.matrices}
     plain = Weights({name: info for name, info in weights.infos.items() if name not in own})

@@ -17,8 +17,8 @@ MODES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
 """mode -> (bits, group sizes) that MLX has kernels for."""
 
 OTHER_METHODS = (
-    "fp8", "fbgemm_fp8", "compressed-tensors", "awq", "gptq", "auto-round", "modelopt",
-    "bitsandbytes",
+    "fp8", "fbgemm_fp8", "compressed-tensors", "awq", "gptq", "auto-round", "intel/auto-round",
+    "modelopt", "bitsandbytes",
 )  # fmt: skip
 """`quant_method` of other quantizers' checkpoints, which the converter reads."""
 
@@ -34,20 +34,23 @@ class Format:
     group_size: int = 64
 
     @classmethod
-    def from_dict(cls, raw: Mapping[str, Any], source: str) -> Format:
-        """Read one entry.
+    def from_dict(cls, raw: Mapping[str, Any], source: str, *, named: bool = False) -> Format:
+        """Read one entry; what it leaves out, or is null, has MLX's default for the mode.
+
+        Args:
+            named: the entry of one module, whose bits have a default too.
 
         Raises:
             UnsupportedModel: a mode, width or group size that MLX cannot run.
         """
-        mode = raw.get("mode", "affine")
+        mode = "affine" if raw.get("mode") is None else raw["mode"]
         if not isinstance(mode, str) or mode not in MODES:
             raise UnsupportedModel(
                 f"{source}: quantization mode must be one of {', '.join(MODES)}; got {mode!r}"
             )
         all_bits, group_sizes = MODES[mode]
         default_group = 64 if mode == "affine" else group_sizes[0]
-        if mode == "affine" and "bits" not in raw:
+        if mode == "affine" and "bits" not in raw and not named:
             raise UnsupportedModel(f"{source}: quantization names no bits")
         # mlx-lm's mixed recipes write null for its own default.
         bits, group_size = raw.get("bits"), raw.get("group_size")
@@ -73,9 +76,15 @@ class Format:
 
 
 def other_settings(raw: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What a config.json says of another quantizer; {} where that is none of `OTHER_METHODS`."""
+    """What a config.json says of another quantizer; {} where that is none of `OTHER_METHODS`.
+
+    MLX's own entry says that the weights are MLX's, and what is left beside it counts no more.
+    """
     inner = raw.get("text_config")
-    for part in (raw, inner if isinstance(inner, Mapping) else {}):
+    parts = (raw, inner if isinstance(inner, Mapping) else {})
+    if any(part.get("quantization") for part in parts):
+        return {}
+    for part in parts:
         found = part.get("quantization_config") or part.get("compression_config")
         if isinstance(found, Mapping) and found.get("quant_method") in OTHER_METHODS:
             return found
@@ -118,7 +127,7 @@ class Quantization:
                 f"{source}: {key}: quant_method {entry['quant_method']!r} is not supported; {can}"
             )
         by_path = {
-            path: Format.from_dict(value, f"{source}: {path}") if value else None
+            path: Format.from_dict(value, f"{source}: {path}", named=True) if value else None
             for path, value in entry.items()
             if path not in _FORMAT_KEYS and (isinstance(value, Mapping) or value is False)
         }

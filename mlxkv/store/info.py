@@ -205,7 +205,7 @@ def quantization_label(
     try:
         quantization = Quantization.from_config(config, "config.json")
     except CheckpointError:
-        entry = config.get("quantization_config") or config.get("quantization")
+        entry = config.get("quantization") or config.get("quantization_config")
         return str(entry.get("quant_method", "?")) if isinstance(entry, Mapping) else "?"
     if quantization is None:
         return _dtype_label(model_dir, weights)

@@ -128,21 +128,31 @@ def int8(random: np.random.Generator, shape: tuple[int, int]) -> tuple[Stored, n
     return stored, codes * scales.astype(np.float32)
 
 
-def gptq(bits: int, symmetric: bool = True, act_order: bool = False, named: bool = True) -> Case:
-    """The first format: transposed, zeros less one."""
+def gptq(
+    bits: int,
+    symmetric: bool = True,
+    act_order: bool = False,
+    named: bool = True,
+    less: int = 1,
+    group: int = 32,
+) -> Case:
+    """Transposed; zeros less one in the first format. A group that is cut is the last one."""
 
     def make(random: np.random.Generator, shape: tuple[int, int]) -> tuple[Stored, np.ndarray]:
-        codes, scales, zeros, values = grouped(random, shape, bits, 32, symmetric)
+        n_groups = -(-shape[1] // group)
+        whole = shape[0], n_groups * group
+        codes, scales, zeros, values = grouped(random, whole, bits, group, symmetric)
+        codes, values = codes[:, : shape[1]], values[:, : shape[1]]
         columns = np.arange(shape[1])
         if act_order:
             columns = random.permutation(shape[1])
         stored: Stored = {
             "qweight": ("I32", words_of(codes[:, columns], bits).T),
-            "qzeros": ("I32", words_of(zeros.T - 1, bits)),
+            "qzeros": ("I32", words_of(zeros.T - less, bits)),
             "scales": ("F16", scales.T),
         }
         if named:
-            stored["g_idx"] = ("I32", (columns // 32).astype(np.int32))
+            stored["g_idx"] = ("I32", (columns // group).astype(np.int32))
         return stored, values[:, columns]
 
     return make
@@ -163,7 +173,7 @@ def awq(random: np.random.Generator, shape: tuple[int, int]) -> tuple[Stored, np
     return stored, values
 
 
-def float4(second: str | None) -> Case:
+def float4(second: str | None, factor: float = 0.00021) -> Case:
     """NVFP4 of ModelOpt or compressed-tensors, MXFP4 without a second scale."""
     table = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
 
@@ -176,22 +186,34 @@ def float4(second: str | None) -> Case:
             each = np.exp2(scales.astype(np.float32) - 127).repeat(32, 1)
             return {"weight_packed": ("U8", bytes_), "weight_scale": ("U8", scales)}, values * each
         scales = random.integers(0x30, 0x70, (shape[0], shape[1] // 16)).astype(np.uint8)
-        factor = np.float32(0.00021)
-        values = values * fp8(scales).repeat(16, 1) * factor
+        values = values * fp8(scales).repeat(16, 1) * np.float32(factor)
         if second == "weight_scale_2":
-            stored: Stored = {"weight": ("U8", bytes_), second: ("F32", np.array(factor))}
+            stored: Stored = {
+                "weight": ("U8", bytes_),
+                second: ("F32", np.array(factor, np.float32)),
+            }
         else:
             stored = {
                 "weight_packed": ("U8", bytes_),
-                second: ("F32", np.array([1 / factor], np.float32)),
+                second: ("F32", np.array([1 / np.float32(factor)], np.float32)),
             }
         return stored | {"weight_scale": ("F8_E4M3", scales)}, values
 
     return make
 
 
+def mxfp8(random: np.random.Generator, shape: tuple[int, int]) -> tuple[Stored, np.ndarray]:
+    codes = random_fp8(random, shape)
+    scales = random.integers(110, 120, (shape[0], shape[1] // 32)).astype(np.uint8)
+    values = fp8(codes) * np.exp2(scales.astype(np.float32) - 127).repeat(32, 1)
+    return {"weight": ("F8_E4M3", codes), "weight_scale": ("U8", scales)}, values
+
+
 def bitsandbytes(nested: bool) -> Case:
-    """4 bits: blocks of 64 values of the whole matrix, whose maxima may be quantized too."""
+    """4 bits: blocks of 64 values of the whole matrix, whose maxima may be quantized too.
+
+    Where they are not, the bytes lie in an array of bfloat16, as for sharded training.
+    """
 
     def make(random: np.random.Generator, shape: tuple[int, int]) -> tuple[Stored, np.ndarray]:
         table = np.sort(random.uniform(-1, 1, 16)).astype(np.float32)
@@ -209,7 +231,9 @@ def bitsandbytes(nested: bool) -> Case:
             stored = {"weight.absmax": ("U8", inner), "weight.nested_absmax": ("F32", outer)}
             stored["weight.nested_quant_map"] = ("F32", book)
         text = np.frombuffer(json.dumps(state).encode(), np.uint8)
-        stored["weight"] = ("U8", (codes[0::2] << 4 | codes[1::2])[:, None])
+        bytes_ = codes[0::2] << 4 | codes[1::2]
+        stored["weight"] = ("U8", bytes_) if nested else ("BF16", bytes_.view(np.uint16))
+        stored["weight"] = stored["weight"][0], stored["weight"][1][:, None]
         stored["weight.quant_map"] = ("F32", table)
         stored["weight.quant_state.bitsandbytes__nf4"] = ("U8", text)
         return stored, (table[codes] * maxima.repeat(64)).reshape(shape)
@@ -268,6 +292,18 @@ CASES: dict[str, tuple[dict[str, Any], Case, str, float]] = {
         "affine8 g32",
         1e-6,
     ),
+    "autoround-own": (
+        {
+            "quant_method": "intel/auto-round",
+            "bits": 4,
+            "group_size": 96,
+            "backend": "auto_round:exllamav2",
+            "extra_config": {".*_proj": {"bits": 3}},
+        },
+        gptq(3, False, named=False, less=0, group=96),
+        "affine3 g32, float32",
+        1e-6,
+    ),
     "awq": ({"quant_method": "awq", "bits": 4}, awq, "affine4 g64, float32", 1e-6),
     "modelopt": ({"quant_method": "modelopt"}, float4("weight_scale_2"), "affine6 g32", 0.025),
     "nvfp4": (
@@ -276,10 +312,17 @@ CASES: dict[str, tuple[dict[str, Any], Case, str, float]] = {
         "affine6 g32",
         0.025,
     ),
+    "nvfp4-power": (
+        {"quant_method": "modelopt"},
+        float4("weight_scale_2", 2**-4),
+        "nvfp4",
+        1e-7,
+    ),
     "nf4": ({"quant_method": "bitsandbytes"}, bitsandbytes(False), "float16", 5e-4),
     "nf4-nested": ({"quant_method": "bitsandbytes"}, bitsandbytes(True), "float16", 5e-4),
     "llm-int8": ({"quant_method": "bitsandbytes"}, llm_int8, "affine8 g128, float32", 1e-6),
     "mxfp4": ({"quant_method": "compressed-tensors"}, float4(None), "mxfp4", 0),
+    "mxfp8": ({"quant_method": "compressed-tensors"}, mxfp8, "mxfp8", 0),
 }
 
 
