@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mlxkv.errors import TokenizerError
+from mlxkv.errors import TokenizerError, one_line
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
@@ -68,7 +68,9 @@ def build(pieces: Pieces, source: str) -> Tokenizer:
     except TokenizerError:
         raise
     except Exception as error:  # the `tokenizers` package raises nothing narrower
-        raise TokenizerError(f"{source}: the vocabulary cannot be used: {error}") from error
+        raise TokenizerError(
+            f"{source}: the vocabulary cannot be used: {one_line(error)}"
+        ) from error
     return tokenizer
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from mlx.utils import tree_flatten
 
 from mlxkv.checkpoint.config import text_config
-from mlxkv.errors import ConfigError
+from mlxkv.errors import ConfigError, one_line
 from mlxkv.models import Family, family_for
 from mlxkv.models.loader import random_state_kept
 
@@ -93,5 +93,7 @@ def expected_shapes(family: Family, config: Any, source: str) -> dict[str, tuple
             root = family.build(config).weights_root()
         parameters = dict(tree_flatten(root.parameters()))
     except (ArithmeticError, IndexError, MemoryError, RuntimeError, TypeError, ValueError) as error:
-        raise ConfigError(f"{source}: its numbers do not make a model: {error}") from error
+        raise ConfigError(
+            f"{source}: its numbers do not make a model: {one_line(error)}"
+        ) from error
     return {name: tuple(array.shape) for name, array in parameters.items()}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mlxkv.errors import TokenizerError
+from mlxkv.errors import TokenizerError, one_line
 
 from ..pieces import (
     CONTROL,
@@ -189,7 +189,7 @@ def _byte_level(keys: _Keys, tokens: list[str], types: list[int]) -> tuple[Token
     except TokenizerError:
         raise
     except Exception as error:  # the `tokenizers` package raises nothing narrower
-        raise keys.error("merges", f"do not fit the tokens: {error}") from error
+        raise keys.error("merges", f"do not fit the tokens: {one_line(error)}") from error
     tokenizer.pre_tokenizer = split.build(  # pyright: ignore
         keys.flag("add_space_prefix", False)
     )

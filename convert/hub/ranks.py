@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlxkv.base import regular
 from mlxkv.checkpoint.config import read_json
-from mlxkv.errors import TokenizerError
+from mlxkv.errors import TokenizerError, one_line
 
 from ..gguf.pretokenizers import PRE_TOKENIZERS
 from ..pieces import set_template
@@ -104,7 +104,9 @@ class RankedTokens:
             )
             split = pre_tokenizers.Split(Regex(self.pattern), "isolated")
         except Exception as error:  # the `tokenizers` package raises nothing narrower
-            raise TokenizerError(f"{self.path}: the vocabulary cannot be used: {error}") from error
+            raise TokenizerError(
+                f"{self.path}: the vocabulary cannot be used: {one_line(error)}"
+            ) from error
         steps = [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)  # pyright: ignore
         tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore

@@ -143,6 +143,9 @@ def _parse(path: Path) -> Any:
         raise TokenizerError(f"{path}: not a SentencePiece model: damaged") from error
     if not proto.pieces:
         raise TokenizerError(f"{path}: not a SentencePiece model: it has no pieces")
+    for i, piece in enumerate(proto.pieces):
+        if not isinstance(piece.piece, str):  # bytes, if they are no UTF-8
+            raise TokenizerError(f"{path}: piece {i} is no text: damaged")
     return proto
 
 

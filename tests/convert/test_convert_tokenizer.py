@@ -411,6 +411,9 @@ def test_a_damaged_sentencepiece_model_is_named(tmp_path: Path):
         (tmp_path / "tokenizer.model").write_bytes(data)
         with pytest.raises(TokenizerError, match=r"tokenizer\.model: not a SentencePiece model"):
             open_sentencepiece(tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(b"\n\x03\n\x01\xff")
+    with pytest.raises(TokenizerError, match=r"tokenizer\.model: piece 0 is no text"):
+        open_sentencepiece(tmp_path)
 
 
 def test_without_the_sentencepiece_package_the_message_says_what_to_install(

@@ -1,4 +1,5 @@
-"""Mutate files of every GGUF family and of every other quantizer: only our errors, one line each.
+"""Mutate files of every GGUF family, other quantizer and kind of tokenizer: only our errors, one
+line each.
 
 python -m tests.support.fuzz_readers --count 10000 --seconds 200 --only gguf:llama,hub:awq
 
@@ -9,6 +10,7 @@ so many mutations of each; a failure prints the reader and the mutation's number
 from __future__ import annotations
 
 import argparse
+import base64
 import json
 import random
 import resource
@@ -24,9 +26,12 @@ from pathlib import Path
 from mlxkv.convert.open import open_source
 from mlxkv.convert.plan import MAX_SHARD_BYTES, make_plan, parse_options
 from mlxkv.errors import MlxkvError
+from tests.support import tiny
+from tests.support.gguf_files import write_model
 
 MEMORY_BYTES = 3 << 30
 SLOW_S = 10.0
+WEIGHTS, KIND = "model.safetensors", "kind"
 _NUMBERS = ("0", "-1", "1", "7", "65536", "4294967296", "1e400", "0.5", "null", '"x"', "[]", "{}")
 
 
@@ -40,7 +45,28 @@ def gguf_files(folder: Path) -> dict[str, Path]:
         path = folder / f"{name}.gguf"
         families.write_family(path, config, weights)
         found[f"gguf:{name}"] = path
+    for name, config in (("llama", tiny.llama_config()), ("gemma3", tiny.gemma3_config())):
+        found[f"gguf:{name}"] = write_model(folder / f"{name}.gguf", config)
     return found
+
+
+def tokenizer_files(root: Path) -> dict[str, Path]:
+    """Folders with a tokenizer in another form than tokenizer.json."""
+    from tests.convert import test_convert_ranks as ranked
+    from tests.convert import test_convert_tokenizer as trained
+
+    ranks = ranked.learned(ranked.PATTERN, 40)
+    folders = {f"tokens:{kind}": root / kind for kind in ("tekken", "tiktoken", "sentencepiece")}
+    for folder in folders.values():
+        folder.mkdir()
+        (folder / "config.json").write_text('{"model_type": "llama"}')
+    (root / "tekken/tekken.json").write_text(json.dumps(ranked.tekken(ranks)))
+    lines = [f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items()]
+    (root / "tiktoken/tokenizer.model").write_text("".join(lines))
+    trained.train(root / "sentencepiece", {"model_type": "bpe", "byte_fallback": True})
+    (root / "sentencepiece/corpus.txt").unlink()
+    (root / "sentencepiece/tokenizer.vocab").unlink()
+    return folders
 
 
 def folders(root: Path) -> dict[str, Path]:
@@ -90,7 +116,10 @@ def mutated_json(text: str, draw: random.Random) -> str:
 
 
 def _read(source: Path) -> None:
-    """Open a source, plan it, and read some rows of every tensor."""
+    """Open a source, plan it, and read some rows of every tensor; or make its tokenizer."""
+    if source.is_dir() and not (source / WEIGHTS).exists():
+        _read_tokenizer(source)
+        return
     opened = open_source(source)
     options = parse_options(None, None, None, None, MAX_SHARD_BYTES)
     make_plan(opened, options)
@@ -100,28 +129,38 @@ def _read(source: Path) -> None:
         mx.eval(tensor.rows(0, tensor.row_step))
 
 
+def _read_tokenizer(folder: Path) -> None:
+    from mlxkv.convert.hub.ranks import open_tekken, open_tiktoken
+    from mlxkv.convert.hub.sentencepiece import open_sentencepiece
+
+    kinds = {"tekken": open_tekken, "tiktoken": open_tiktoken, "sentencepiece": open_sentencepiece}
+    made = kinds[(folder / KIND).read_text()](folder).tokenizer()
+    made.encode("a text, 123 \u00e4")
+
+
 def fuzz(name: str, source: Path, numbers: range, until_s: float, scratch: Path) -> tuple[int, int]:
     """Mutate a source; how many mutations ran, and how many of them did something that is no error.
 
     Only an `MlxkvError` of one line may be raised, within `SLOW_S`.
     """
     ran = failed = 0
-    make = _gguf_mutation if source.is_file() else _folder_mutation
+    make = _folder_mutation if (source / WEIGHTS).exists() else _tokenizer_mutation
+    make = _gguf_mutation if source.is_file() else make
     write = make(source)
     for i in numbers:
         if time.monotonic() > until_s:
             break
         target = scratch / ("m.gguf" if source.is_file() else "m")
         write(random.Random(f"{name} {i}"), target)
-        start, problem = time.monotonic(), ""
+        start, problem = time.process_time(), ""
         try:
             _read(target)
         except MlxkvError as error:
             problem = "more than one line" if "\n" in str(error) else ""
         except Exception:
             problem = traceback.format_exc(limit=-3)
-        if time.monotonic() - start > SLOW_S:
-            problem = f"took {time.monotonic() - start:.0f} s"
+        if (took_s := time.process_time() - start) > SLOW_S:
+            problem = f"took {took_s:.0f} s"
         ran += 1
         if problem:
             failed += 1
@@ -141,8 +180,24 @@ def _write(target: Path, data: bytes) -> None:
     target.write_bytes(data)
 
 
+def _tokenizer_mutation(source: Path) -> Callable[[random.Random, Path], None]:
+    file = next(file for file in source.iterdir() if file.name != "config.json")
+    data = file.read_bytes()
+
+    def write(draw: random.Random, target: Path) -> None:
+        shutil.rmtree(target, ignore_errors=True)
+        shutil.copytree(source, target)
+        (target / KIND).write_text(source.name)
+        if file.suffix == ".json" and draw.random() < 0.5:
+            (target / file.name).write_text(mutated_json(data.decode(), draw))
+        else:
+            (target / file.name).write_bytes(mutated(data, draw, len(data)))
+
+    return write
+
+
 def _folder_mutation(source: Path) -> Callable[[random.Random, Path], None]:
-    weights, config = "model.safetensors", "config.json"
+    weights, config = WEIGHTS, "config.json"
     data, text = (source / weights).read_bytes(), (source / config).read_text()
     head = 8 + struct.unpack("<Q", data[:8])[0]
     header = data[8:head].decode()
@@ -180,7 +235,7 @@ def main() -> int:
     ends_s, failures, counts = time.monotonic() + args.seconds, 0, {}
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        sources = {**gguf_files(root), **folders(root)}
+        sources = {**gguf_files(root), **folders(root), **tokenizer_files(root)}
         chosen = {name: path for name, path in sources.items() if name.startswith(begins)}
         for i, (name, path) in enumerate(chosen.items()):
             share = (ends_s - time.monotonic()) / (len(chosen) - i)
@@ -188,6 +243,7 @@ def main() -> int:
             until_s = time.monotonic() + share
             counts[name], failed = fuzz(name, path, numbers, until_s, root)
             failures += failed
+            print(f"{name}: {counts[name]:,} mutations, {failed} failures", flush=True)
     print(json.dumps(counts), f"{failures} failures", file=sys.stderr)
     return min(failures, 1)
 
