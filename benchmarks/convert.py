@@ -130,22 +130,25 @@ def conversions(source: Path, runs: int, scratch: Path) -> dict[str, list[Run]]:
 
 
 def loads(gguf: Path, old: Path | None, runs: int, scratch: Path) -> dict[str, list[Run]]:
-    """To a first token: from the file, once converted, and from a converted directory."""
+    """To a first token: from the file, once converted, and from a converted directory.
+
+    The last two take turns, either one first; a first load, which writes, runs twice at most.
+    """
     folder = scratch / "converted"
     env = {"MLXKV_MODELS": str(scratch / "models"), "MLXKV_KV_DISK": "0"}
     run(OURS.replace('quantize="affine4", group_size=64', ""), str(gguf), str(folder), env=env)
     found: dict[str, list[Run]] = {"first": [], "second": [], "directory": []}
-    sides = [("first", {}, gguf), ("second", {}, gguf), ("directory", {}, folder)]
     if old is not None:
-        found["first, before"] = []
         path = os.pathsep.join(filter(None, (str(old), os.environ.get("PYTHONPATH", ""))))
-        before = {"PYTHONPATH": path, "MLXKV_MODELS": str(scratch / "models-before")}
-        sides.insert(0, ("first, before", before, gguf))
-    for _ in range(runs):
-        shutil.rmtree(scratch / "models", ignore_errors=True)
-        shutil.rmtree(scratch / "models-before", ignore_errors=True)
-        for name, more, model in sides:
-            found[name].append(run(LOAD, str(model), env={**env, **more}))
+        before = {**env, "PYTHONPATH": path, "MLXKV_MODELS": str(scratch / "models-before")}
+        found["first, before"] = [run(LOAD, str(gguf), env=before)]
+    for i in range(runs):
+        if i < 2:
+            shutil.rmtree(scratch / "models", ignore_errors=True)
+            found["first"].append(run(LOAD, str(gguf), env=env))
+        sides = [("second", gguf), ("directory", folder)]
+        for name, model in sides if i % 2 == 0 else sides[::-1]:
+            found[name].append(run(LOAD, str(model), env=env))
     return found
 
 
