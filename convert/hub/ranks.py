@@ -1,9 +1,9 @@
 """Byte vocabularies with ranks, tiktoken's and Mistral's, as tokenizer.json.
 
-A tiktoken file (Llama 3's and Kimi's `tokenizer.model`) has a line for each token, its bytes in
-base64 and its rank, and nothing else: how text is split into words, and the special tokens, are the
-model's. Mistral's `tekken.json` has it all. Both join the neighbours whose bytes have the lowest
-rank, and take a word whole that is a token.
+A tiktoken file (Llama 3's `tokenizer.model`, Kimi's `tiktoken.model`) has a line for each token,
+its bytes in base64 and its rank, and nothing else: how text is split into words, and the special
+tokens, are the model's. Mistral's `tekken.json` has it all. Both join the neighbours whose bytes
+have the lowest rank, and take a word whole that is a token.
 """
 
 from __future__ import annotations
@@ -133,13 +133,13 @@ def is_tiktoken(path: Path) -> bool:
         return _LINE.fullmatch(file.readline(1024)) is not None
 
 
-def open_tiktoken(folder: Path) -> RankedTokens:
-    """Read tokenizer.model, of a model whose `model_type` says the rest.
+def open_tiktoken(folder: Path, name: str = "tokenizer.model") -> RankedTokens:
+    """Read a tiktoken file, of a model whose `model_type` says the rest.
 
     Raises:
         TokenizerError: it is damaged, or of a model that is not known.
     """
-    path, config = folder / "tokenizer.model", _config(folder)
+    path, config = folder / name, _config(folder)
     by_rank: dict[int, bytes] = {}
     for number, line in enumerate(regular.read_bytes(path).splitlines(), start=1):
         if not line:

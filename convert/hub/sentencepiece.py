@@ -123,7 +123,7 @@ def open_sentencepiece(folder: Path) -> SentencePieceModel:
     n = len(pieces.tokens)
     stated = {name: getattr(trainer, f"{name}_id") for name in ("bos", "eos", "unk", "pad")}
     ids = {name: i for name, i in stated.items() if 0 <= i < n}
-    return SentencePieceModel(path, pieces, ids, config, _added(folder, config, n))
+    return SentencePieceModel(path, pieces, ids, config, listed_tokens(folder, config, n))
 
 
 def _parse(path: Path) -> Any:
@@ -149,7 +149,7 @@ def _parse(path: Path) -> Any:
     return proto
 
 
-def _added(folder: Path, config: Mapping[str, Any], n: int) -> dict[int, tuple[str, bool]]:
+def listed_tokens(folder: Path, config: Mapping[str, Any], n: int) -> dict[int, tuple[str, bool]]:
     """Tokens that transformers adds behind the vocabulary, from either of its two files."""
     found: dict[int, tuple[str, bool]] = {}
     extra = folder / "added_tokens.json"

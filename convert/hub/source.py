@@ -35,8 +35,11 @@ from .stored import MatrixPart, MatrixTensor, Stored
 from .tensors import ComputedPart, DenseTensor, Part, QuantizedTensor, StackedPart
 
 if TYPE_CHECKING:
+    from .merges import MergedTokens
     from .ranks import RankedTokens
     from .sentencepiece import SentencePieceModel
+
+    OtherTokenizer = SentencePieceModel | RankedTokens | MergedTokens
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -44,6 +47,7 @@ _TOKENIZER_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
     "tokenizer.model",
+    "tiktoken.model",
     "vocab.json",
     "merges.txt",
     "chat_template.jinja",
@@ -312,7 +316,11 @@ def _side_files(
         return copy, tuple(names), ()
     model = _other_tokenizer(path, names)
     if model is None:
-        return copy, tuple(names), ("no tokenizer.json or tokenizer.model: the output has none",)
+        return (
+            copy,
+            tuple(names),
+            ("no tokenizer.json, and nothing to make one of: the output has none",),
+        )
 
     def write(folder: Path) -> None:
         copy(folder)
@@ -322,18 +330,20 @@ def _side_files(
     return write, (*names, *added), (f"tokenizer.json is made from {model.path.name}",)
 
 
-def _other_tokenizer(path: Path, names: list[str]) -> SentencePieceModel | RankedTokens | None:
+def _other_tokenizer(path: Path, names: list[str]) -> OtherTokenizer | None:
     """A tokenizer in another form than tokenizer.json; None where there is none."""
+    from .merges import FILES, open_merges
     from .ranks import is_tiktoken, open_tekken, open_tiktoken
     from .sentencepiece import open_sentencepiece
 
     if (path / "tekken.json").is_file():
         return open_tekken(path)
-    if "tokenizer.model" not in names:
-        return None
-    return (
-        open_tiktoken(path) if is_tiktoken(path / "tokenizer.model") else open_sentencepiece(path)
-    )
+    for name in ("tokenizer.model", "tiktoken.model"):
+        if name in names and is_tiktoken(path / name):
+            return open_tiktoken(path, name)
+    if "tokenizer.model" in names:
+        return open_sentencepiece(path)
+    return open_merges(path) if all(name in names for name in FILES) else None
 
 
 def _copy_files(

@@ -20,7 +20,7 @@ from mlxkv.base.paths import holds
 from mlxkv.checkpoint.gguf_names import first_parts, is_mmproj, parts_of
 from mlxkv.errors import ModelNotFound, UsageError
 
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tekken.json")
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tekken.json", "tiktoken.model", "merges.txt")
 _COMMIT = re.compile("[0-9a-f]{7,40}")
 PART = ".mlxkv-part"
 """Ends the names of files that are not finished, among the cache's blobs."""

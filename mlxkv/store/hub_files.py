@@ -26,7 +26,7 @@ from mlxkv.store.hub_errors import hush, translate
 CONNECT_S = 3.0
 """Until a hub that gives no sign counts as unreachable."""
 _TEMPLATES = "additional_chat_templates"
-_TEXT_FILES = ("tokenizer.model",)
+_TEXT_FILES = ("tokenizer.model", "tiktoken.model", "merges.txt")
 _NOT_NEEDED = ("trainer_state.json",)
 _KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 

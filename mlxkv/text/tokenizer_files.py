@@ -49,6 +49,7 @@ _RESULT_FOLLOWS = ("<|tool_response>", "<start_function_response>")  # Gemma 4, 
 # it is an end token only where gpt-oss's <|channel|> is not a token.
 _PHI_END = "<|end|>"
 
+_OTHER_FORMS = ("tokenizer.model", "tekken.json", "tiktoken.model", "merges.txt")
 _NAMED = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 
 
@@ -106,14 +107,14 @@ def read_backend(model_dir: Path) -> Backend:
 
     path = model_dir / "tokenizer.json"
     if not path.exists():
-        if (model_dir / "tokenizer.model").is_file():
+        others = (name for name in _OTHER_FORMS if (model_dir / name).is_file())
+        if (other := next(others, None)) is not None:
             raise TokenizerError(
-                f"{model_dir}: has a SentencePiece tokenizer.model and no tokenizer.json; "
-                "`mlxkv convert` makes one"
+                f"{model_dir}: has {other} and no tokenizer.json; `mlxkv convert` makes one of it"
             )
         raise TokenizerError(
             f"{model_dir}: no tokenizer.json; `mlxkv convert` makes one of a checkpoint that has "
-            "a SentencePiece tokenizer.model or is a GGUF file"
+            f"{', '.join(_OTHER_FORMS)} or is a GGUF file"
         )
     with told_as_tokenizer_error(f"{path}: cannot be read"):
         regular.open_file(path).close()

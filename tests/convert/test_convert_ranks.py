@@ -94,8 +94,14 @@ def test_a_tiktoken_file_gives_the_ids_of_its_ranks(tmp_path: Path):
     (source / "tokenizer.model").write_bytes(b"\n".join(lines[:-9] + lines[-8:]))
     with pytest.raises(TokenizerError, match="its ranks are not 0 to"):
         open_tiktoken(source)
-    (source / "config.json").write_text(json.dumps({**config, "model_type": "mamba"}))
     (source / "tokenizer.model").write_bytes(b"\n".join(lines))
+    (source / "tokenizer.model").rename(source / "tiktoken.model")  # Kimi's name for it
+    convert(source, tmp_path / "renamed")
+    assert (
+        Tokenizer.from_file(str(tmp_path / "renamed" / "tokenizer.json")).to_str() == made.to_str()
+    )
+    (source / "tiktoken.model").rename(source / "tokenizer.model")
+    (source / "config.json").write_text(json.dumps({**config, "model_type": "mamba"}))
     with pytest.raises(TokenizerError, match="'mamba' does not say how"):
         open_tiktoken(source)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from mlxkv.convert import convert
 from mlxkv.convert.gguf.file import open_gguf
 from mlxkv.convert.gguf.pretokenizers import PRE_TOKENIZERS
 from mlxkv.convert.gguf.tokenizer import gguf_tokenizer, write_tokenizer
+from mlxkv.convert.hub.merges import open_merges
 from mlxkv.convert.hub.sentencepiece import open_sentencepiece
 from mlxkv.errors import TokenizerError
 from mlxkv.sampling.params import recommended
@@ -396,6 +398,38 @@ def test_a_checkpoint_with_a_sentencepiece_model_gets_a_tokenizer_json(tmp_path:
     made = Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
     assert made.encode("<|im_start|>the fox").ids == [1, n, *processor.encode("the fox")]
     assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text()) == config
+
+
+@pytest.mark.parametrize(("kind", "original"), [
+    ("GPT2Tokenizer", pre_tokenizers.ByteLevel(add_prefix_space=False)),
+    ("Qwen2TokenizerFast", with_regex(LLAMA3.replace("{1,3}", ""))),
+])  # fmt: skip
+def test_a_vocabulary_with_merges_gets_a_tokenizer_json(
+    tmp_path: Path, kind: str, original: pre_tokenizers.PreTokenizer
+):
+    tokenizer, _ = byte_level(original)
+    source = tiny.write_checkpoint(tmp_path / "hf", tiny.llama_config())
+    tokenizer.model.save(str(source))
+    n = tokenizer.get_vocab_size() - 1
+    (source / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind}))
+    (source / "added_tokens.json").write_text(json.dumps({"<b>": n}))
+    plan = convert(source, tmp_path / "out").plan
+    assert plan.notes == ("tokenizer.json is made from merges.txt",)
+    made = Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
+    for text in [*texts(100), "a <b> b"]:
+        if kind.startswith("Qwen"):
+            text = unicodedata.normalize("NFC", text)
+        assert made.encode(text).ids == tokenizer.encode(text).ids, text
+    (source / "tokenizer_config.json").write_text('{"tokenizer_class": "CTRLTokenizer"}')
+    with pytest.raises(TokenizerError, match="'CTRLTokenizer' does not say how"):
+        open_merges(source)
+    (source / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind}))
+    (source / "merges.txt").write_text("#version: 0.2\na b c\n")
+    with pytest.raises(TokenizerError, match="line 2 is no pair"):
+        open_merges(source)
+    (source / "merges.txt").write_text("zz9 yy9\n")
+    with pytest.raises(TokenizerError, match=r"does not fit vocab\.json"):
+        open_merges(source).tokenizer()
 
 
 def test_an_added_token_that_leaves_a_gap_is_refused(tmp_path: Path):

@@ -56,7 +56,8 @@ def tokenizer_files(root: Path) -> dict[str, Path]:
     from tests.convert import test_convert_tokenizer as trained
 
     ranks = ranked.learned(ranked.PATTERN, 40)
-    folders = {f"tokens:{kind}": root / kind for kind in ("tekken", "tiktoken", "sentencepiece")}
+    kinds = ("tekken", "tiktoken", "sentencepiece", "merges")
+    folders = {f"tokens:{kind}": root / kind for kind in kinds}
     for folder in folders.values():
         folder.mkdir()
         (folder / "config.json").write_text('{"model_type": "llama"}')
@@ -64,6 +65,9 @@ def tokenizer_files(root: Path) -> dict[str, Path]:
     lines = [f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items()]
     (root / "tiktoken/tokenizer.model").write_text("".join(lines))
     trained.train(root / "sentencepiece", {"model_type": "bpe", "byte_fallback": True})
+    made, _ = trained.byte_level(trained.SMOLLM)
+    made.model.save(str(root / "merges"))
+    (root / "merges/tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
     (root / "sentencepiece/corpus.txt").unlink()
     (root / "sentencepiece/tokenizer.vocab").unlink()
     return folders
@@ -130,10 +134,12 @@ def _read(source: Path) -> None:
 
 
 def _read_tokenizer(folder: Path) -> None:
+    from mlxkv.convert.hub.merges import open_merges
     from mlxkv.convert.hub.ranks import open_tekken, open_tiktoken
     from mlxkv.convert.hub.sentencepiece import open_sentencepiece
 
-    kinds = {"tekken": open_tekken, "tiktoken": open_tiktoken, "sentencepiece": open_sentencepiece}
+    kinds = {"tekken": open_tekken, "tiktoken": open_tiktoken, "sentencepiece": open_sentencepiece,
+             "merges": open_merges}  # fmt: skip
     made = kinds[(folder / KIND).read_text()](folder).tokenizer()
     made.encode("a text, 123 \u00e4")
 
@@ -181,13 +187,14 @@ def _write(target: Path, data: bytes) -> None:
 
 
 def _tokenizer_mutation(source: Path) -> Callable[[random.Random, Path], None]:
-    file = next(file for file in source.iterdir() if file.name != "config.json")
-    data = file.read_bytes()
+    contents = {file: file.read_bytes() for file in source.iterdir() if file.name != "config.json"}
 
     def write(draw: random.Random, target: Path) -> None:
         shutil.rmtree(target, ignore_errors=True)
         shutil.copytree(source, target)
         (target / KIND).write_text(source.name)
+        file = draw.choice(sorted(contents))
+        data = contents[file]
         if file.suffix == ".json" and draw.random() < 0.5:
             (target / file.name).write_text(mutated_json(data.decode(), draw))
         else:

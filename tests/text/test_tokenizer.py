@@ -376,7 +376,7 @@ def test_a_directory_without_tokenizer_json_says_what_makes_one(tmp_path: Path):
     assert "`mlxkv convert`" in refused(tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(b"\x0a")
     said = refused(tmp_path)
-    assert "SentencePiece tokenizer.model" in said
+    assert "has tokenizer.model and no tokenizer.json" in said
     assert "`mlxkv convert`" in said
 
 
