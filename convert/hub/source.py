@@ -96,6 +96,7 @@ def open_hub_source(path: Path, *, text_only: bool = False) -> Source:
         inside = dense_inside(weights.weights.infos, parsed.hidden_size)
         parsed = dataclasses.replace(parsed, sentence=Sentence(dense=inside))
     expected = expected_shapes(family, parsed, source)
+    _leave_out_zero_biases(tensors, expected, skipped)
     check_names({name: t.shape for name, t in tensors.items()}, expected, str(path))
     tokenizer, side_files, notes = _side_files(path, with_processor=bool(towers_in(expected)))
     return Source(
@@ -286,6 +287,18 @@ def _settle_next_token(
             skipped.append((mine.origin, "a copy of what the model has"))
             own[field] = False
     return dataclasses.replace(config, next_token=dataclasses.replace(next_token, **own))
+
+
+def _leave_out_zero_biases(
+    tensors: dict[str, SourceTensor],
+    expected: Mapping[str, tuple[int, ...]],
+    skipped: list[tuple[str, str]],
+) -> None:
+    """AutoGPTQ stores zeros for the bias that a projection does not have."""
+    for name in [name for name in tensors if name.endswith(".bias") and name not in expected]:
+        weight = tensors.get(f"{name.removesuffix('bias')}weight")
+        if isinstance(weight, MatrixTensor) and not tensors[name].rows(0, 1).any().item():
+            skipped.append((tensors.pop(name).origin, "zeros"))
 
 
 def _equal(a: SourceTensor, b: SourceTensor) -> bool:

@@ -87,7 +87,7 @@ def mutated(data: bytes, draw: random.Random, head: int) -> bytes:
     """A file with one to four faults, most of them in its first `head` bytes."""
     changed = bytearray(data)
     for _ in range(draw.randint(1, 4)):
-        at = draw.randrange(head if draw.random() < 0.9 else len(changed))
+        at = draw.randrange(min(head, len(changed)) if draw.random() < 0.9 else len(changed))
         kind = draw.randrange(6)
         if kind == 0:
             changed[at] ^= 1 << draw.randrange(8)
@@ -114,6 +114,8 @@ def mutated_json(text: str, draw: random.Random) -> str:
 
     for _ in range(draw.randint(1, 3)):
         places = list(re.finditer(r"-?\d+(?:\.\d+)?|true|false|null|\"[^\"]*\"", text))
+        if not places:
+            break
         place = draw.choice(places)
         text = text[: place.start()] + draw.choice(_NUMBERS) + text[place.end() :]
     return text

@@ -152,6 +152,7 @@ def gptq(
             "scales": ("F16", scales.T),
         }
         if named:
+            stored["bias"] = ("F16", np.zeros(shape[0], np.float16))
             stored["g_idx"] = ("I32", (columns // group).astype(np.int32))
         return stored, values[:, columns]
 
