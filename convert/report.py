@@ -31,8 +31,8 @@ def describe(plan: ConvertPlan) -> str:
 
 
 def changes(plan: ConvertPlan, errors: Mapping[str, float]) -> list[str]:
-    """Lines on what is not as it was asked for, and on a quantized source: how many tensors keep
-    their values, how far others are off.
+    """Lines on what is not as it was asked for or left out, and on a quantized source: how many
+    tensors keep their values, how far others are off.
 
     Args:
         errors: see `ConvertResult`.
@@ -40,10 +40,21 @@ def changes(plan: ConvertPlan, errors: Mapping[str, float]) -> list[str]:
     kinds = Counter(became(tensor) for tensor in plan.tensors if not tensor.is_same)
     same = sum(tensor.is_same for tensor in plan.tensors)
     lines = exceptions(plan)
+    lines += left_out(plan)
     lines += [f"{same} tensors keep their quantized values"] if same else []
     return lines + [
         f"{kinds[kind]} tensors, {kind}: off by {error:.2g} of their root mean square"
         for kind, error in errors.items()
+    ]
+
+
+def left_out(plan: ConvertPlan) -> list[str]:
+    """Lines on arrays of the source that are not written, by the reason."""
+    names: dict[str, list[str]] = {}
+    for name, reason in plan.skipped:
+        names.setdefault(reason, []).append(name)
+    return [
+        f"left out: {len(them)} ({listed(them, 3)}): {reason}" for reason, them in names.items()
     ]
 
 
@@ -87,9 +98,7 @@ def _sums(plan: ConvertPlan) -> list[str]:
         lines.append(f"the same values: {same} tensors that were quantized")
     nearest = Counter(became(tensor) for tensor in plan.tensors if not tensor.is_exact)
     lines += [f"nearest values: {n} tensors, {how}" for how, n in nearest.items()]
-    for reason, n in Counter(reason for _, reason in plan.skipped).items():
-        names = [name for name, why in plan.skipped if why == reason]
-        lines.append(f"left out: {n} ({listed(names, 3)}): {reason}")
+    lines += left_out(plan)
     if plan.side_files:
         lines.append(f"beside them: {', '.join(('config.json', *plan.side_files))}")
     lines += [f"note: {note}" for note in plan.notes]

@@ -151,6 +151,7 @@ def _to_dict(result: ConvertResult) -> dict[str, Any]:
         "bits_per_weight": plan.bits_per_weight,
         "quantization": plan.config.get("quantization"),
         "exceptions": {t.name: t.note for t in plan.tensors if t.note},
+        "left_out": dict(plan.skipped),
         "errors": dict(result.errors),
         "measured": None
         if measured is None

@@ -341,15 +341,15 @@ def _acquire(descriptor: int, name: str, report: Report) -> None:
 
 
 def source_path(name: str, *, report: Report = silent) -> Path:
-    """What `convert` reads: a directory, or a .gguf file as it is.
+    """What `convert` reads: a directory or a file of the user's, or a snapshot, as it is.
 
     Raises:
         As `resolve`.
     """
     ref = locate(name)
     match ref:
-        case PathRef(path) if path.suffix == ".gguf" and path.is_file():
-            return path
+        case PathRef(path) if holds(path.exists):
+            return path.absolute()
         case HubRef():
             if ref.wanted is None:
                 for snapshot in hub.snapshots(ref.repo_id, ref.revision):

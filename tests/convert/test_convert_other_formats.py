@@ -55,7 +55,7 @@ def test_a_format_becomes_its_own_formulas_values(tmp_path: Path, name: str):
     assert becomes in text, text
     assert ("nearest values" in text) == (error == 0.025)
     assert ("the same values: 7 tensors" in text) == (error < 1e-4)
-    told = changes(plan, result.errors)
+    told = [line for line in changes(plan, result.errors) if "left out" not in line]
     if error < 1e-4:
         assert told == ["7 tensors keep their quantized values"]
     else:
@@ -75,6 +75,7 @@ def test_a_folder_of_another_quantizer_runs_from_one_converted_copy(
     source, _ = checkpoint(tmp_path / "in", settings, case)
     with pytest.raises(UnsupportedModel, match="'awq' is not supported; `mlxkv convert` makes"):
         mlxkv.load_model(source)
+    assert resolve.source_path(str(source)) == source  # `convert` reads it as it is
     path = resolve.resolve(str(source))
     mlxkv.load_model(path)
     moved = source.rename(tmp_path / "moved")
