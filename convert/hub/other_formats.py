@@ -21,7 +21,7 @@ from mlxkv.errors import CheckpointError, WeightsError
 from .. import float4
 from .matrices import CodeBook, Float4, Float8, Integers, Matrix
 from .unused import unused_arrays
-from .words import awq_codes, from_words, gptq_codes, in_awq_order
+from .words import awq_codes, from_words, gptq_codes, in_awq_order, word_by_word
 
 _NUMPY = {
     "F32": "<f4", "F16": "<f2", "BF16": "<u2", "F8_E4M3": "u1", "F8_E8M0": "u1", "U8": "u1",
@@ -260,7 +260,7 @@ class _Reader:
             raise self.error(name, "is not a packed matrix")
         n_out, n_in = shape
         bits = 32 // -(-n_in // words.shape[1])
-        fits = bits in (2, 4, 8) and words.shape == (n_out, -(-n_in * bits // 32))
+        fits = 1 < bits <= 8 and words.shape == (n_out, -(-n_in // (32 // bits)))
         if not fits or len(scales) != 2 or scales[0] != n_out or not scales[1] or n_in % scales[1]:
             raise self.error(name, f"is {list(words.shape)}, which does not fit {shape}")
         self.array(scale)
@@ -268,7 +268,7 @@ class _Reader:
         order = self._order(f"{stem}.weight_g_idx", n_in, scales[1], n_in // scales[1])
 
         def read(start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-            codes = from_words(np.asarray(words[start:stop]), bits)[:, :n_in]
+            codes = word_by_word(np.asarray(words[start:stop]), bits)[:, :n_in]
             return codes, self.floats(scale, np.s_[start:stop]), zeros(start, stop)
 
         dtype = self.scale_dtype(scale, f"{stem}.weight_zero_point" not in self.infos)
@@ -289,7 +289,7 @@ class _Reader:
         def read(start: int, stop: int) -> np.ndarray:
             first = start // per_word
             words = np.asarray(zeros[first : -(-stop // per_word)])
-            found = from_words(words.T, bits).T[start - first * per_word :][: stop - start]
+            found = word_by_word(words.T, bits).T[start - first * per_word :][: stop - start]
             return found.astype(np.float32)
 
         return read

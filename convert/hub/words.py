@@ -17,6 +17,16 @@ def from_words(words: np.ndarray, bits: int) -> np.ndarray:
     return np.packbits(found, axis=2, bitorder="little")[..., 0]
 
 
+def word_by_word(words: np.ndarray, bits: int) -> np.ndarray:
+    """Codes of rows of words that hold whole ones only: uint8 `[n, words * (32 // bits)]`."""
+    if 32 % bits == 0:
+        return from_words(words, bits)
+    shifts = np.arange(32 // bits, dtype=np.uint32) * np.uint32(bits)
+    stream = np.ascontiguousarray(words).view(np.uint32)[..., None]
+    found = stream >> shifts & np.uint32((1 << bits) - 1)
+    return found.astype(np.uint8).reshape(len(words), -1)
+
+
 def in_awq_order(words: np.ndarray) -> np.ndarray:
     """Codes of rows of words in AutoAWQ's order of 4 bits."""
     codes = from_words(words, 4).reshape(len(words), -1, 8)

@@ -104,18 +104,25 @@ def grouped(
     return codes, scales, zeros, values.astype(np.float32)
 
 
+def whole_words(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Rows of codes in words that hold whole ones only, as compressed-tensors packs them."""
+    n = 32 // bits
+    padded = np.pad(codes, ((0, 0), (0, -codes.shape[1] % n))).reshape(len(codes), -1, n)
+    return (padded.astype(np.uint64) << np.arange(n, dtype=np.uint64) * bits).sum(-1).astype("<u4")
+
+
 def packed_ints(bits: int, group: int, symmetric: bool = True) -> Case:
     """compressed-tensors."""
 
     def make(random: np.random.Generator, shape: tuple[int, int]) -> tuple[Stored, np.ndarray]:
         codes, scales, zeros, values = grouped(random, shape, bits, group or shape[1], symmetric)
         stored: Stored = {
-            "weight_packed": ("I32", words_of(codes, bits)),
+            "weight_packed": ("I32", whole_words(codes, bits)),
             "weight_scale": ("F16", scales),
             "weight_shape": ("I64", np.array(shape)),
         }
         if not symmetric:
-            stored["weight_zero_point"] = ("I32", words_of(zeros.T, bits).T)
+            stored["weight_zero_point"] = ("I32", whole_words(zeros.T, bits).T)
         return stored, values
 
     return make
@@ -275,6 +282,12 @@ CASES: dict[str, tuple[dict[str, Any], Case, str, float]] = {
         {"quant_method": "compressed-tensors"},
         packed_ints(4, 32, False),
         "affine4 g32, float32",
+        1e-6,
+    ),
+    "int3-zeros": (
+        {"quant_method": "compressed-tensors"},
+        packed_ints(3, 64, False),
+        "affine3 g64, float32",
         1e-6,
     ),
     "int8-packed": ({"quant_method": "compressed-tensors"}, packed_ints(8, 0), "affine8", 1e-6),
