@@ -43,11 +43,11 @@ from .tensors import SAFETENSORS_DTYPES, SourceTensor, matrix_shape
 BLOCK_BYTES = 4 << 20
 _LOCK = ".lock"
 _BITS = {
-    mx.float32: (mx.uint32, 0x7FFFFFFF, 0x7F800000),
-    mx.float16: (mx.uint16, 0x7FFF, 0x7C00),
-    mx.bfloat16: (mx.uint16, 0x7FFF, 0x7F80),
+    mx.float32: (mx.uint32, np.int32, 0x7F800000),
+    mx.float16: (mx.uint16, np.int16, 0x7C00),
+    mx.bfloat16: (mx.uint16, np.int16, 0x7F80),
 }
-"""dtype -> integers of its size, all bits but the sign, and those of infinity."""
+"""dtype -> integers of its size without and with a sign, and the bits of infinity."""
 
 Advance = Callable[[str, int], None]
 """Called with a tensor's name and the bytes just written."""
@@ -359,13 +359,16 @@ def _cast(planned: PlannedTensor, values: mx.array, dtype: mx.Dtype) -> mx.array
 
 
 def _is_finite(array: mx.array) -> bool:
-    """Whether no value is NaN or infinite: such ones have all bits of their exponent set.
+    """Whether no value is NaN or infinite: as integers they are the largest of their sign.
 
-    On a CPU eight times as fast as `mx.isfinite`, which took as long as quantizing.
+    On a CPU far faster than `mx.isfinite`, which took as long as quantizing.
     """
-    bits, magnitude, infinity = _BITS[array.dtype]
+    bits, signed, infinity = _BITS[array.dtype]
     found = np.asarray(array.view(bits))
-    return not found.size or int((found & magnitude).max()) < infinity
+    if not found.size:
+        return True
+    minus = infinity + (1 << 8 * found.itemsize - 1)
+    return int(found.view(signed).max()) < infinity and int(found.max()) < minus
 
 
 def _bytes_of(array: mx.array) -> memoryview:
