@@ -31,7 +31,7 @@ from mlxkv.errors import contained
 from mlxkv.generation.drafts.chooser import LaneChooser
 from mlxkv.generation.drafts.drafter import Promise, Proposal
 from mlxkv.generation.drafts.drafts import GRAMMAR, Drafts, LookAhead
-from mlxkv.generation.drafts.pace import Chance, Costs, drafted, tried
+from mlxkv.generation.drafts.pace import Chance, Costs, Rates, drafted, tried
 from mlxkv.generation.flight import (
     Drawn,
     Flight,
@@ -109,10 +109,8 @@ class Speculation:
         for lane, chance, n in zip(lanes, chances, chosen, strict=True):
             if (proposal := proposals.get(lane)) is None:
                 continue
-            rates, kind = _drafts(lane).rates, (proposal.by, proposal.kind)
-            is_costly = isinstance(proposal, Promise)
-            if n == 0 and n_left and rates.is_due(kind, is_costly=is_costly):
-                n = tried(chance, n_left)
+            if n == 0 and n_left:
+                n = _due(_drafts(lane).rates, proposal, chance, n_left)
                 n_left -= n
             if n:
                 plan[lane] = proposal.first(n)
@@ -167,9 +165,9 @@ class Speculation:
         if proposal is None:
             return Chance()
         if proposal.by == GRAMMAR:
-            return Chance(proposal.n, 1.0)
-        right = _drafts(lane).rates.right((proposal.by, proposal.kind))
-        return Chance(proposal.n, right, proposal.seconds)
+            return Chance(proposal.n, 1.0, 1.0)
+        right, further = _drafts(lane).rates.right(proposal.rated)
+        return Chance(proposal.n, right, further, proposal.seconds)
 
     def run(self, lanes: Sequence[Lane], plan: Plan) -> bool:
         """Compute the next tokens of rows, which then wait in their queues.
@@ -217,7 +215,7 @@ class Speculation:
             masks = []
         draft = proposal.tokens[: max(0, len(masks) - 1)]
         if not draft and proposal.by != GRAMMAR:
-            _drafts(lane).rates.record((proposal.by, proposal.kind), 0, 1)
+            _drafts(lane).rates.record(proposal.rated, 0, 1)
         return _Row(lane, draft, masks, n_held)
 
     def _logits(self, rows: Sequence[_Row]) -> tuple[mx.array, mx.array | None]:
@@ -290,12 +288,20 @@ def _drafts(lane: Lane) -> Drafts:
     return lane.row.drafts
 
 
+def _due(rates: Rates, proposal: Proposal | Promise, chance: Chance, most: int) -> int:
+    """How many tokens of a proposal that is not worth it, as far as is known, to try now."""
+    is_promise = isinstance(proposal, Promise)
+    n = tried(chance, most, at_least=int(is_promise))
+    is_due = n > 0 and rates.is_due(proposal.rated, is_costly=is_promise)
+    return n if is_due else 0
+
+
 def _drawn(lane: Lane, planned: Proposal | Promise) -> Proposal | None:
     """What a plan has for a row, computed where that was only promised."""
     if isinstance(planned, Proposal):
         return planned
     tokens = planned.draw(planned.n, LaneChooser(lane))
-    return Proposal(tokens, planned.by, planned.kind) if tokens else None
+    return Proposal(tokens, planned.by, planned.kind, planned.source) if tokens else None
 
 
 def _forced(look_ahead: LookAhead) -> list[int]:

@@ -12,8 +12,9 @@ import pytest
 
 import mlxkv
 from mlxkv.generation.decoder import Decoder, Row
-from mlxkv.generation.drafts.borrowed import Borrowed, Borrowing
+from mlxkv.generation.drafts.borrowed import Borrowed
 from mlxkv.generation.drafts.drafts import Drafts
+from mlxkv.generation.drafts.pace import Time
 from mlxkv.generation.session import Session
 from mlxkv.kv.types import KV_TYPES
 from mlxkv.models.loader import lay_out
@@ -64,7 +65,7 @@ def test_drafts_of_an_assistant_change_no_answer(pair, kv_type: str):
     decoder, rows = Decoder(model, Eager()), []
     for request in requests:
         session = Session(model, kv_type)
-        session.listener = drafter = Borrowed(Borrowing(model.reader()), session.caches)
+        session.listener = drafter = Borrowed(model.reader(), Time(), session.caches)
         logits = session.prefill(request.prompt, chunk=20)
         rows.append(row := Row(session, logits, request.sampler(model), request.n))
         row.drafts = Drafts([drafter])

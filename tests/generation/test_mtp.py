@@ -11,8 +11,8 @@ import pytest
 import mlxkv
 from mlxkv.generation.decoder import Decoder, Row
 from mlxkv.generation.drafts.drafts import Drafts
-from mlxkv.generation.drafts.mtp import MOST_WAITING, Guessing, Mtp, Speed
-from mlxkv.generation.drafts.pace import Costs
+from mlxkv.generation.drafts.mtp import MOST_WAITING, Mtp
+from mlxkv.generation.drafts.pace import Costs, Time
 from mlxkv.generation.session import Session
 from mlxkv.kv.types import KV_TYPES, STEP
 from mlxkv.memory.needs import Needs
@@ -52,7 +52,7 @@ def drafted(
     session = session or Session(model, request.kv_type)
     predictor = model.predictor()
     assert predictor is not None
-    session.listener = mtp = Mtp(Guessing(predictor), request.kv_type)
+    session.listener = mtp = Mtp(predictor, Time(), request.kv_type)
     session.restore(request.prompt)
     logits = session.prefill(request.prompt, chunk=chunk)
     row = Row(session, logits, request.sampler(model), request.n)
@@ -157,7 +157,7 @@ def test_the_layers_cache_is_the_sequences(mostly: CausalLM):
 
 
 def test_the_first_draft_says_nothing_about_how_long_they_take():
-    speed = Speed()
+    time = Time()
     for seconds in (9.0, 1.0, 1.0):
-        speed.record(seconds)
-    assert speed.seconds == 1.0
+        time.record(seconds)
+    assert time.seconds == 1.0

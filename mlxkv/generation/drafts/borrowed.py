@@ -8,39 +8,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import mlx.core as mx
 
 from mlxkv.generation.drafts.drafter import Chooser, Promise
-from mlxkv.generation.drafts.mtp import Mtp, Speed, guessed
-from mlxkv.generation.drafts.pace import LONG
+from mlxkv.generation.drafts.mtp import Mtp, guessed
+from mlxkv.generation.drafts.pace import LONG, Time
 from mlxkv.kv.layout import Cache
 from mlxkv.nn.model import Reader
-
-
-@dataclass(slots=True)
-class Borrowing:
-    """What a model's drafters share.
-
-    Args:
-        reader: the model's.
-    """
-
-    reader: Reader
-    speed: Speed = field(default_factory=Speed)
-
-    def of_answer(self, caches: Sequence[Cache], kv_type: str) -> Borrowed:
-        """A drafter for a sequence."""
-        del kv_type
-        return Borrowed(self, caches)
 
 
 class Borrowed:
     """Proposes what the layers guess, one token after the other.
 
     Args:
-        borrowing: the model's.
+        reader: the model's.
+        time: what a guess takes, of all its drafters.
         sequence: the caches of the answer's sequence.
     """
 
@@ -48,8 +31,8 @@ class Borrowed:
     hears = True
     hears_all = False
 
-    def __init__(self, borrowing: Borrowing, sequence: Sequence[Cache]):
-        self._borrowing, self._sequence = borrowing, sequence
+    def __init__(self, reader: Reader, time: Time, sequence: Sequence[Cache]):
+        self._reader, self._time, self._sequence = reader, time, sequence
         self.caches: list[Cache] = []
         self._token: int | None = None
         self._hidden: mx.array | None = None  # [1, 1, E], that it, or the next one, is chosen from
@@ -67,14 +50,14 @@ class Borrowed:
     def propose(self, most: int) -> Promise | None:
         if most < 1 or self._token is None or self._hidden is None:
             return None
-        return Promise(most, self.name, self._draw, LONG, self._borrowing.speed.seconds)
+        return Promise(most, self.name, self._draw, LONG, self._time.seconds or 0.0)
 
     def end(self) -> None:
         """Nothing: nothing is kept."""
 
     def _draw(self, n: int, choose: Chooser) -> list[int]:
         """Up to n tokens that the layers guess."""
-        started, reader = time.perf_counter(), self._borrowing.reader
+        started, reader = time.perf_counter(), self._reader
         assert self._token is not None and self._hidden is not None
         kv, position = reader.keys_values(self._sequence), self._sequence[0].offset
         first, hidden = mx.array([self._token], mx.int32), self._hidden
@@ -87,5 +70,5 @@ class Borrowed:
 
         tokens = guessed(n, choose, logits)
         if tokens:
-            self._borrowing.speed.record((time.perf_counter() - started) / len(tokens))
+            self._time.record((time.perf_counter() - started) / len(tokens))
         return tokens

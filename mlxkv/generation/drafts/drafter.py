@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
+from mlxkv.generation.drafts.pace import Kind
+
 if TYPE_CHECKING:
     import mlx.core as mx
 
@@ -18,11 +20,13 @@ class Proposal:
         tokens: at least one.
         by: name of the drafter.
         kind: proposals of one drafter and kind are right about as often.
+        source: which of the drafters of this name; a model's path.
     """
 
     tokens: list[int]
     by: str
     kind: int = 0
+    source: str = ""
 
     @property
     def n(self) -> int:
@@ -33,6 +37,11 @@ class Proposal:
     def seconds(self) -> float:
         """What each takes to find."""
         return 0.0
+
+    @property
+    def rated(self) -> Kind:
+        """What its tokens are right as often as."""
+        return self.by + self.source, self.kind
 
     def first(self, n: int) -> Proposal:
         """The first n of them."""
@@ -70,6 +79,7 @@ class Promise:
         draw: (how many, chooser) -> the tokens; fewer or none where it has no more.
         kind: as of a `Proposal`.
         seconds: what each takes to compute.
+        source: as of a `Proposal`.
     """
 
     n: int
@@ -77,6 +87,12 @@ class Promise:
     draw: Callable[[int, Chooser], list[int]]
     kind: int = 0
     seconds: float = 0.0
+    source: str = ""
+
+    @property
+    def rated(self) -> Kind:
+        """As of a `Proposal`."""
+        return self.by + self.source, self.kind
 
     def first(self, n: int) -> Promise:
         """Of the first n of them."""

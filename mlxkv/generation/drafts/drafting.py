@@ -6,17 +6,21 @@ from collections.abc import Callable, Sequence
 from typing import cast
 
 from mlxkv.checkpoint.mlxkv_json import OWN_DRAFTS
-from mlxkv.generation.drafts.borrowed import Borrowed, Borrowing
+from mlxkv.generation.drafts.borrowed import Borrowed
 from mlxkv.generation.drafts.drafter import Drafter
 from mlxkv.generation.drafts.drafts import Drafts
+from mlxkv.generation.drafts.following import Following
 from mlxkv.generation.drafts.lookup import Lookup, PastTokens
-from mlxkv.generation.drafts.mtp import Guessing, Mtp
-from mlxkv.generation.drafts.pace import Costs, Rates
+from mlxkv.generation.drafts.mtp import Mtp
+from mlxkv.generation.drafts.pace import Costs, Rates, Time
 from mlxkv.generation.drafts.small_model import SmallModel
 from mlxkv.generation.prefill import Listener
 from mlxkv.kv.layout import Cache
 from mlxkv.nn.model import CausalLM
 from mlxkv.prefix.token_file import TokenFile
+
+Own = Callable[[Sequence[Cache], str], Mtp | Borrowed]
+"""(caches of a sequence, their format) -> what drafts it with layers that the model has."""
 
 
 class Drafting:
@@ -84,7 +88,7 @@ class AnswerDrafting:
         rates: how often proposals were right in earlier texts.
         past: tokens of the owner's earlier sequences; None to look nothing up.
         further: (tokens so far) -> another drafter of the answer; None for none.
-        own: of the model's own layers; None for none of their drafts.
+        own: the drafter of the model's own layers; None for none of their drafts.
 
     Attributes:
         drafts: None until the answer begins.
@@ -95,7 +99,7 @@ class AnswerDrafting:
         rates: Rates,
         past: PastTokens | None,
         further: Callable[[Sequence[int]], Drafter] | None = None,
-        own: Guessing | Borrowing | None = None,
+        own: Own | None = None,
     ):
         self._rates, self._past, self._further = rates, past, further
         self._own, self._mtp = own, cast("Mtp | Borrowed | None", None)
@@ -109,14 +113,16 @@ class AnswerDrafting:
             kv_type: their format.
         """
         if self._mtp is None and self._own is not None:
-            self._mtp = self._own.of_answer(caches, kv_type)
+            self._mtp = self._own(caches, kv_type)
         return self._mtp
 
     def begin(self, tokens: Sequence[int]) -> Drafts:
         """The drafts behind the tokens so far, which are asked for once."""
         if self.drafts is None:
-            looks_up = self._past is not None
-            drafters: list[Drafter] = [Lookup(tokens, self._past)] if looks_up else []
+            drafters: list[Drafter] = []
+            if self._past is not None:
+                lookup = Lookup(tokens, self._past)
+                drafters += [lookup, Following(lookup)]
             if self._mtp is not None:
                 drafters.append(self._mtp)
             if self._further is not None:
@@ -132,9 +138,11 @@ class AnswerDrafting:
             self._past.add(tokens)
 
 
-def _own(model: CausalLM) -> Guessing | Borrowing | None:
-    """What a model's own layers draft with."""
+def _own(model: CausalLM) -> Own | None:
+    """What makes drafters of a model's own layers."""
+    time = Time()
     if (predictor := model.predictor()) is not None:
-        return Guessing(predictor)
-    reader = model.reader()
-    return None if reader is None else Borrowing(reader)
+        return lambda _, kv_type: Mtp(predictor, time, kv_type)
+    if (reader := model.reader()) is not None:
+        return lambda caches, _: Borrowed(reader, time, caches)
+    return None

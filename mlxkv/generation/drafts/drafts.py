@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from mlxkv.generation.drafts.drafter import Drafter, Promise, Proposal
-from mlxkv.generation.drafts.pace import Counts, Rates
+from mlxkv.generation.drafts.pace import Chance, Counts, Kind, Rates
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -18,7 +18,9 @@ GRAMMAR = "grammar"
 """The name under which tokens that a grammar forces are counted."""
 
 TOLL = 0.1
-"""How much more often a promise must be right to be preferred to a proposal."""
+"""How much less a promise counts than a proposal, which is known already."""
+COUNTED = 8
+"""Tokens of a proposal that count where proposals are compared."""
 
 
 class LookAhead(Protocol):
@@ -67,8 +69,8 @@ class Drafts:
     """What proposes the next tokens of one answer, and how that went.
 
     Args:
-        drafters: whose proposal is taken that is right the most often in this text, what must be
-            computed first by `TOLL` more often than what is known; of equal ones the first.
+        drafters: whose proposal is taken that promises the most right tokens by what this text has
+            shown; of equal ones the first.
         rates: how often proposals are right in this text.
 
     Attributes:
@@ -80,20 +82,28 @@ class Drafts:
         self.rates = Rates() if rates is None else rates
         self.counts = Counts()
         self.hears = any(drafter.hears for drafter in drafters)
+        self._open: dict[
+            Kind, int
+        ] = {}  # the first tokens of proposals that nothing was drafted of
 
     def add(self, token: int, hidden: mx.array | None = None) -> None:
         """A token was given out; see `Drafter.add`."""
+        for kind, first in self._open.items():
+            self.rates.learn(kind, first == token)
+        self._open = {}
         for drafter in self._drafters:
             drafter.add(token, hidden)
 
     def propose(self, most: int) -> Proposal | Promise | None:
         """What may come next, at most so many tokens."""
         found = [each for one in self._drafters if (each := one.propose(most)) is not None]
+        known = [each for each in found if isinstance(each, Proposal)]
+        self._open = {each.rated: each.tokens[0] for each in known}
         return max(found, key=self._worth, default=None)
 
     def _worth(self, found: Proposal | Promise) -> float:
-        toll = TOLL if isinstance(found, Promise) else 0.0
-        return self.rates.right((found.by, found.kind)) - toll
+        gains = Chance(found.n, *self.rates.right(found.rated)).gains(COUNTED)
+        return sum(gains) * (1 - TOLL if isinstance(found, Promise) else 1)
 
     def end(self) -> None:
         """The answer has ended."""
@@ -104,4 +114,5 @@ class Drafts:
         """Of a proposal so many tokens were computed, and so many came."""
         self.counts.add(proposal.by, n_proposed, n_right)
         if proposal.by != GRAMMAR:
-            self.rates.record((proposal.by, proposal.kind), n_right, n_proposed)
+            self._open.pop(proposal.rated, None)
+            self.rates.record(proposal.rated, n_right, n_proposed)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,7 @@ GRAM = 3
 """Tokens that must agree for a place to be looked at."""
 SORTED_FROM = 512
 """Tokens from which on it is faster to sort a text's runs than to take in one after the other."""
-MOST_PLACES = 8
+MOST_PLACES = 32
 """Places that are compared, the latest of each text."""
 LONGEST = 32
 """Tokens before a place that are compared."""
@@ -166,12 +167,30 @@ class PastTokens:
             self.texts = [self._together()]
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where in a text the last tokens stand.
+
+    Args:
+        text: theirs.
+        at: position behind them.
+        n: so many tokens before it are the last ones.
+    """
+
+    text: Ngrams
+    at: int
+    n: int
+
+
 class Lookup:
     """Proposes what followed the last tokens before.
 
     Args:
         tokens: of the prompt.
         past: of earlier sequences; None for none.
+
+    Attributes:
+        found: where the last proposal was taken from; None for none.
     """
 
     name = "lookup"
@@ -180,16 +199,18 @@ class Lookup:
     def __init__(self, tokens: Sequence[int], past: PastTokens | None = None):
         self._own, self._past = Ngrams(tokens), past
         self._texts: list[Ngrams] | None = None
+        self.found: Place | None = None
 
     def add(self, token: int, hidden: mx.array | None = None) -> None:
         del hidden
         self._own.tokens.append(token)
+        self.found = None
 
     def end(self) -> None:
         """Nothing: the answer is given to `PastTokens` as a whole."""
 
     def propose(self, most: int) -> Proposal | None:
-        tokens = self._own.tokens
+        tokens, self.found = self._own.tokens, None
         if most < 1 or len(tokens) < GRAM or min(tokens[-GRAM:]) < 0:
             return None
         if self._texts is None:  # not before the first token
@@ -201,11 +222,21 @@ class Lookup:
                 n = _n_common(source.tokens, place, tokens)
                 if n > best:
                     best, text, at = n, source, place
-        if not best:
+        self.found = Place(text, at, best) if best else None
+        if self.found is None:
             return None
-        found = _behind(text.tokens, at, most, grows=text is self._own)
+        found = self.behind(text, at, most)
         kind = sum(best >= n for n in KINDS)
         return Proposal(found, self.name, kind) if found else None
+
+    @property
+    def tokens(self) -> list[int]:
+        """All so far, the prompt's and the answer's."""
+        return self._own.tokens
+
+    def behind(self, text: Ngrams, at: int, most: int) -> list[int]:
+        """Tokens that stand from a place on, at most so many."""
+        return _behind(text.tokens, at, most, grows=text is self._own)
 
 
 def key_of(tokens: Sequence[int]) -> int:

@@ -11,40 +11,20 @@ Invariants:
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import cast
 
 import mlx.core as mx
 
 from mlxkv.cache import make_cache
 from mlxkv.generation.drafts.drafter import Chooser, Promise
-from mlxkv.generation.drafts.pace import LONG, moved
+from mlxkv.generation.drafts.pace import LONG, Time
 from mlxkv.kv.layout import Cache
 from mlxkv.kv.types import layer_types
 from mlxkv.nn.model import Predictor
 
 MOST_WAITING, MOST_TIMED = 64, 16
 """Pairs that wait for the layer at most, where nothing is drafted; and where a draft is timed."""
-
-
-@dataclass(slots=True)
-class Speed:
-    """How long guesses take.
-
-    Attributes:
-        seconds: for a token, a moving average; 0 until it has been measured. The first draft does
-            not count: it does what is done once.
-    """
-
-    seconds: float = 0.0
-    _is_warm: bool = False
-
-    def record(self, seconds: float) -> None:
-        """A token has taken so long."""
-        if self._is_warm:
-            self.seconds = moved(self.seconds or None, seconds)
-        self._is_warm = True
 
 
 def guessed(n: int, choose: Chooser, logits: Callable[[mx.array | None], mx.array]) -> list[int]:
@@ -66,28 +46,12 @@ def guessed(n: int, choose: Chooser, logits: Callable[[mx.array | None], mx.arra
     return cast(list[int], mx.concatenate(found).tolist()) if found else []
 
 
-@dataclass(slots=True)
-class Guessing:
-    """What a model's drafters share.
-
-    Args:
-        predictor: the model's.
-    """
-
-    predictor: Predictor
-    speed: Speed = field(default_factory=Speed)
-
-    def of_answer(self, caches: Sequence[Cache], kv_type: str) -> Mtp:
-        """A drafter for a sequence, whose KV is of this format."""
-        del caches
-        return Mtp(self, kv_type)
-
-
 class Mtp:
     """Proposes what a model's own layer guesses, one token after the other.
 
     Args:
-        guessing: the model's.
+        predictor: the model's.
+        time: what a guess takes, of all its drafters.
         kv_type: format of the layer's cache.
 
     Attributes:
@@ -98,8 +62,8 @@ class Mtp:
     hears = True
     hears_all = True
 
-    def __init__(self, guessing: Guessing, kv_type: str = "native"):
-        self._guessing, self._predictor = guessing, guessing.predictor
+    def __init__(self, predictor: Predictor, time: Time, kv_type: str = "native"):
+        self._predictor, self._time = predictor, time
         self.caches: list[Cache] = [make_cache(self._predictor.spec, layer_types(kv_type).default)]
         self._n_rows = 0
         self._next = 0  # position of the prompt's next token
@@ -134,7 +98,7 @@ class Mtp:
     def propose(self, most: int) -> Promise | None:
         if most < 1 or not (self._n_waiting or self._guess is not None):
             return None
-        return Promise(most, self.name, self._draw, LONG, self._guessing.speed.seconds)
+        return Promise(most, self.name, self._draw, LONG, self._time.seconds or 0.0)
 
     def end(self) -> None:
         """Give the layer's keys and values back."""
@@ -155,7 +119,7 @@ class Mtp:
 
         tokens = guessed(n, choose, logits)
         if tokens and n_waited <= MOST_TIMED:
-            self._guessing.speed.record((time.perf_counter() - started) / len(tokens))
+            self._time.record((time.perf_counter() - started) / len(tokens))
         return tokens
 
     def _wait(self, tokens: mx.array, hidden: mx.array) -> None:

@@ -23,7 +23,7 @@ from mlxkv.base.faults import log_fault
 from mlxkv.cache import RotatingKVCache
 from mlxkv.errors import KVCacheFull, contained
 from mlxkv.generation.drafts.drafter import Chooser, Promise
-from mlxkv.generation.drafts.pace import moved
+from mlxkv.generation.drafts.pace import Time
 from mlxkv.generation.session import Session
 from mlxkv.memory.types import is_allocation_failure
 
@@ -45,6 +45,7 @@ class SmallModel:
         context: tokens that it can have.
         n_own: width of its logits, which is the number of tokens it can take.
         n_vocab: width of the logits of the model that it drafts for.
+        name: tells it from other models that draft for the same one.
     """
 
     def __init__(
@@ -54,10 +55,11 @@ class SmallModel:
         context: int,
         n_own: int,
         n_vocab: int,
+        name: str = "",
     ):
         self.open_session, self.n_kept = open_session, n_kept
-        self.context, self.n_own, self.n_vocab = context, n_own, n_vocab
-        self.seconds = 0.0
+        self.context, self.n_own, self.n_vocab, self.name = context, n_own, n_vocab, name
+        self.time = Time()
         self._drafter: weakref.ref[ModelDrafter] | None = None
 
     def of_answer(self, owner: str, tokens: Sequence[int]) -> ModelDrafter:
@@ -81,10 +83,6 @@ class SmallModel:
         """Draft this answer no more."""
         if self.is_free(drafter):
             self._drafter = None
-
-    def record(self, n: int, seconds: float) -> None:
-        """So many tokens took so long."""
-        self.seconds = moved(self.seconds or None, seconds / n)
 
 
 class ModelDrafter:
@@ -117,7 +115,9 @@ class ModelDrafter:
         n_left = n - max(self._n_fed, self._n_kept)
         if self._session is None and n_left > PATIENCE * (n - self._n_prompt):
             return None
-        return Promise(most, NAME, self._draw, KIND, self._source.seconds)
+        source = self._source
+        seconds = source.time.seconds or 0.0
+        return Promise(most, NAME, self._draw, KIND, seconds, source.name)
 
     def end(self) -> None:
         """Keep what was computed as pages, and the caches no longer."""
@@ -152,7 +152,7 @@ class ModelDrafter:
                 log_fault("a draft model failed", contained(error))
             return []
         if found:
-            self._source.record(len(found), time.perf_counter() - started)
+            self._source.time.record((time.perf_counter() - started) / len(found))
         return found
 
     def _ready(self) -> Session | None:
