@@ -6,6 +6,7 @@ out.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +19,8 @@ from mlxkv.nn.model import CausalLM
 from mlxkv.prefix.layout import Kinds
 from mlxkv.prefix.pages import Pages
 from mlxkv.text.tokenizer import Tokenizer
+
+_log = logging.getLogger(__name__)
 
 
 class Runs(Protocol):
@@ -74,6 +77,8 @@ class DraftModels:
         known = next((small for each, small in self._all.values() if each is drafter), None)
         if known is None:
             check(self._runtime, name, drafter)
+            if drafter.budget.weights_bytes >= self._runtime.budget.weights_bytes:
+                _log.warning("%s drafts for a model that is no larger: that cannot pay", name)
             known = _small(self._runtime, drafter)
         self._all[name] = drafter, known
 
@@ -98,7 +103,7 @@ def check(runtime: Runs, name: str, drafter: Runs) -> None:
         UsageError: it cannot; the text says why.
     """
     if drafter.path == runtime.path:
-        raise UsageError(f"needs another, smaller model; {name} is the model itself", field="draft")
+        raise itself(name)
     if Kinds.of(drafter.model.cache_specs()) is None:
         raise UsageError(
             f"needs a model that writes, and whose layers keep keys and values; {name} is none",
@@ -110,6 +115,11 @@ def check(runtime: Runs, name: str, drafter: Runs) -> None:
             f"needs a model with the same tokens; {token!r} is {theirs} in {name}, and {ours} here",
             field="draft",
         )
+
+
+def itself(name: str) -> UsageError:
+    """For a model that shall draft for itself."""
+    return UsageError(f"needs another, smaller model; {name} is the model itself", field="draft")
 
 
 def _difference(ours: Tokenizer, theirs: Tokenizer) -> tuple[str, str, str] | None:
@@ -128,4 +138,5 @@ def _small(runtime: Runs, drafter: Runs) -> SmallModel:
         return 0 if pages is None else pages.match(tokens, len(tokens)).n_tokens
 
     own, theirs = drafter.config.vocab_size, runtime.config.vocab_size
-    return SmallModel(drafter.session, n_kept, drafter.context, own, theirs)
+    name = str(drafter.path)
+    return SmallModel(drafter.session, n_kept, drafter.context, own, theirs, name)

@@ -61,7 +61,8 @@ def plan(
         adapter: as for `load`; they count as weights.
 
     Raises:
-        UsageError: an argument out of its range, or a context that the media alone fill.
+        UsageError: an argument out of its range, a context that the media alone fill, or a model
+            that shall draft for itself.
         MediaError: a file that cannot be read, or the model does not take its kind.
         ModelNotFound, CheckpointError, DownloadError: as for `load`.
     """
@@ -80,7 +81,7 @@ def plan(
     weights_bytes, encoders = layout.nbytes, layout.encoder_bytes  # `hollow` clears the weights
     own = own_adapters(Path(layout.checkpoint.source).parent)
     added = read_adapters([*own, *adapter_refs(adapter)], layout.checkpoint.raw)
-    built = hollow(layout, added)
+    built, source = hollow(layout, added), layout.checkpoint.source
     return plan_model(
         built,
         weights_bytes=weights_bytes + adapted_bytes(built),
@@ -91,15 +92,26 @@ def plan(
         chunk=chunk,
         encoders=encoders,
         media=media,
-        draft_bytes=_draft_bytes(draft_model(settings.draft.value), context),
+        draft_bytes=_draft_bytes(draft_model(settings.draft.value), context, model, source),
     )
 
 
-def _draft_bytes(name: str | None, context: int) -> int:
-    """What a model takes that drafts one sequence; 0 where none does."""
+def _draft_bytes(name: str | None, context: int, target: str | Path, source: str) -> int:
+    """What a model takes that drafts one sequence; 0 where none does.
+
+    Args:
+        name: the drafting model's.
+        context: of the sequence.
+        target: what the model is called that it drafts for.
+        source: where that one's config lies.
+    """
     if name is None:
         return 0
     layout, settings, _ = _layout(name, "auto", Given(), (), (), None)
+    if name == str(target) or layout.checkpoint.source == source:
+        from mlxkv.engine.draft_models import itself
+
+        raise itself(name)
     n_bytes = layout.nbytes  # `hollow` clears the weights
     model = hollow(layout)
     kv_type = first_kv_type(settings.kv_type.value)

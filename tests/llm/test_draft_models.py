@@ -104,6 +104,11 @@ def test_its_memory_is_the_limits_and_its_prompt_is_computed_once(made, monkeypa
     llm.close()
 
 
+def test_a_model_that_is_no_smaller_is_named_in_the_log(made, caplog):
+    load(made, "llama", "llama-copy").close()
+    assert "llama-copy drafts for a model that is no larger" in caplog.text
+
+
 def test_of_a_batch_it_drafts_one_answer_at_a_time(made, monkeypatch):
     llm, prompts = load(made, "llama", "llama-copy"), [TEXT, TEXT[5:], TEXT[9:]]
     drafter, held = llm.draft_models.runtimes[0], []
@@ -157,3 +162,6 @@ def test_a_model_that_cannot_draft_is_refused(made, drafter: str, error, text: s
     with pytest.raises(error, match=text) as raised:
         load(made, "llama", drafter)
     assert "\n" not in str(raised.value)
+    if drafter != "others":  # a plan reads no tokenizers
+        with pytest.raises(error, match=text):
+            mlxkv.plan(made / "llama", context=512, draft=str(made / drafter))
