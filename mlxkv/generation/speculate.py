@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, cast
 
@@ -131,7 +131,10 @@ class Speculation:
             return None
         if row.look_ahead is not None and (forced := _forced(row.look_ahead)):
             return Proposal(forced[:most], GRAMMAR)
-        return row.drafts.propose(most)
+        found = row.drafts.propose(most)
+        if row.look_ahead is not None and isinstance(found, Proposal):
+            return _led(row.look_ahead, found, most)
+        return found
 
     def _most(self, lane: Lane) -> int:
         """Tokens that a row's draft may have."""
@@ -167,7 +170,8 @@ class Speculation:
         if proposal.by == GRAMMAR:
             return Chance(proposal.n, 1.0, 1.0)
         right, further = _drafts(lane).rates.right(proposal.rated)
-        return Chance(proposal.n, right, further, proposal.seconds)
+        sure = proposal.sure if isinstance(proposal, Proposal) else 0
+        return Chance(proposal.n, right, further, proposal.seconds, sure)
 
     def run(self, lanes: Sequence[Lane], plan: Plan) -> bool:
         """Compute the next tokens of rows, which then wait in their queues.
@@ -310,6 +314,17 @@ def _forced(look_ahead: LookAhead) -> list[int]:
     except BaseException as error:  # its mask says what is wrong
         contained(error)
         return []
+
+
+def _led(look_ahead: LookAhead, found: Proposal, most: int) -> Proposal | None:
+    """A proposal as far as a grammar allows it, and what that forces behind it."""
+    try:
+        n, forced = look_ahead.led(found.tokens)
+    except BaseException as error:  # its mask says what is wrong
+        contained(error)
+        return found
+    tokens = [*found.tokens[:n], *forced][:most]
+    return replace(found, tokens=tokens, sure=max(0, len(tokens) - n)) if tokens else None
 
 
 def _take_back(lane: Lane, n_tokens: int) -> None:

@@ -323,6 +323,19 @@ class Masker:
         is_open = self._gate is not None and (self._gate.inside or self._gate.openers)
         return [] if self.finished or is_open else list(self._matcher.compute_ff_tokens())
 
+    def led(self, tokens: Sequence[int]) -> tuple[int, list[int]]:
+        """How many of these tokens may come, and what comes behind them whatever is chosen.
+
+        It stays where it is. Where text that need not match comes first, all may.
+        """
+        if self.finished or (self._gate is not None and (self._gate.inside or self._gate.openers)):
+            return len(tokens), []
+        n = self._matcher.validate_tokens(list(tokens))
+        fork = self.fork()
+        for token in tokens[:n]:
+            fork.advance(token)
+        return n, fork.forced()
+
     def follow(self, begun: Sequence[int], text: Sequence[int]) -> None:
         """Go on from an answer that has begun, where its text can begin what has to match.
 

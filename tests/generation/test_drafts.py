@@ -25,6 +25,7 @@ from mlxkv.generation.drafts.pace import (
     drafted,
     tried,
 )
+from mlxkv.generation.drafts.short import FIRST_KIND, Short
 
 
 def proposed(drafter: Lookup, most: int = 9) -> list[int]:
@@ -221,3 +222,23 @@ def test_a_place_is_followed_where_tokens_are_left_out_or_added():
 def test_a_place_that_has_little_in_common_is_not_followed():
     assert followed([1, 2, 3, 4, 5, 6], [1, 2, 3, 9]) == []
     assert followed(lines(1, 2), [*range(6), *range(50, 62)]) == []
+
+
+def test_what_followed_two_tokens_goes_before_what_followed_one():
+    short = Short([1, 2, 3, 9, 2, 4, 8, 1, 2])
+    found = short.propose(2)
+    assert found is not None and (found.tokens, found.kind) == ([3, 9], FIRST_KIND + 1)
+    short.add(9)
+    assert (found := short.propose(9)) is not None and found.kind == FIRST_KIND
+    assert found.tokens == [2, 4, 8, 1, 2, 9]
+    assert Short([1, -1]).propose(9) is None
+    assert Short([1, -1, 2, 1]).propose(9) is None
+
+
+def test_tokens_that_come_where_those_before_them_do_are_worth_as_much():
+    found = Proposal([1, 2, 3, 4, 5], "lookup", 8, sure=3)
+    assert [found.first(n).sure for n in (5, 3, 2, 1)] == [3, 1, 0, 0]
+    assert Chance(5, 0.5, 0.5, sure=3).gains(4) == [0.5, 0.25, 0.25, 0.25]
+    drafts = Drafts([])
+    drafts.record(found, 5, 5)  # says nothing of tokens that are forced
+    assert drafts.rates.right(("lookup", 8)) == pytest.approx((0.2 + 0.8 / 4, 0.85 + 0.15 / 4))

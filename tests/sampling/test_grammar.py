@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -250,6 +251,17 @@ def test_a_token_that_must_not_come_is_refused():
     masker = MASKERS["byte_level"].masker(Grammar("regex", "ab"))
     with pytest.raises(UsageError):
         masker.advance(tokens_of(TOKENIZERS["byte_level"], "b")[0])
+
+
+def test_tokens_are_led_as_far_as_they_may_come_and_on_by_what_is_forced():
+    tokenizer = TOKENIZERS["byte_level"]
+    masker = MASKERS["byte_level"].masker(Grammar("regex", "a[bc]defgh"))
+    of = functools.partial(tokens_of, tokenizer)
+    n, forced = masker.led(of("ab"))
+    assert n == len(of("ab")) and "defgh".startswith(tokenizer.decode(forced)) and forced
+    assert masker.led([*of("a"), *of("d")]) == (len(of("a")), [])  # b or c
+    assert masker.led(of("b")) == (0, of("a"))
+    masker.advance(of("a")[0])  # where it was
 
 
 TEMPLATES = {

@@ -21,12 +21,14 @@ class Proposal:
         by: name of the drafter.
         kind: proposals of one drafter and kind are right about as often.
         source: which of the drafters of this name; a model's path.
+        sure: how many of the last tokens come where those before them do: a grammar forces them.
     """
 
     tokens: list[int]
     by: str
     kind: int = 0
     source: str = ""
+    sure: int = 0
 
     @property
     def n(self) -> int:
@@ -45,7 +47,8 @@ class Proposal:
 
     def first(self, n: int) -> Proposal:
         """The first n of them."""
-        return replace(self, tokens=self.tokens[:n])
+        sure = max(0, self.sure - max(0, self.n - n))
+        return replace(self, tokens=self.tokens[:n], sure=sure)
 
 
 class Chooser(Protocol):

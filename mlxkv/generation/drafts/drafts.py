@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import TYPE_CHECKING, Protocol
 
 from mlxkv.generation.drafts.drafter import Drafter, Promise, Proposal
@@ -30,6 +31,10 @@ class LookAhead(Protocol):
         """Tokens that come next whatever is chosen, as far as that is known cheaply."""
         ...
 
+    def led(self, draft: Sequence[int]) -> tuple[int, list[int]]:
+        """How many tokens of a draft may come, and what comes behind them whatever is chosen."""
+        ...
+
     def masks(self, draft: Sequence[int]) -> list[np.ndarray | None]:
         """What may come in place of the first token, and behind each token of a draft.
 
@@ -50,7 +55,14 @@ class MaskerAhead:
         self._masker, self._n_vocab = masker, n_vocab
 
     def forced(self) -> list[int]:
-        return [token for token in self._masker.forced() if token < self._n_vocab]
+        return self._known(self._masker.forced())
+
+    def led(self, draft: Sequence[int]) -> tuple[int, list[int]]:
+        n, forced = self._masker.led(draft)
+        return n, self._known(forced)
+
+    def _known(self, tokens: Sequence[int]) -> list[int]:
+        return [*takewhile(lambda token: token < self._n_vocab, tokens)]
 
     def masks(self, draft: Sequence[int]) -> list[np.ndarray | None]:
         fork = self._masker.fork()
@@ -113,6 +125,7 @@ class Drafts:
     def record(self, proposal: Proposal, n_proposed: int, n_right: int) -> None:
         """Of a proposal so many tokens were computed, and so many came."""
         self.counts.add(proposal.by, n_proposed, n_right)
+        n_guessed = proposal.n - proposal.sure
         if proposal.by != GRAMMAR:
             self._open.pop(proposal.rated, None)
-            self.rates.record(proposal.rated, n_right, n_proposed)
+            self.rates.record(proposal.rated, min(n_right, n_guessed), min(n_proposed, n_guessed))

@@ -33,7 +33,7 @@ FIRST_SLOPE = 0.04
 BACKOFF, LONGEST_BACKOFF = 16, 512
 LONG = 3
 """Kinds from here on have much in common with what they are taken from."""
-PRIORS = (0.3, 0.45, 0.6, 0.75, 0.85, 0.9, 0.5, 0.7)
+PRIORS = (0.3, 0.45, 0.6, 0.75, 0.85, 0.9, 0.5, 0.7, 0.2, 0.35)
 """How often a first token of each kind is taken to be right at first."""
 FURTHER = 0.85
 """The same of a token behind a right one, at least."""
@@ -187,16 +187,19 @@ class Chance:
         right: how often the next one is right.
         further: how often each one behind right ones is.
         seconds: what drafting each of them takes, besides the pass.
+        sure: how many of the last ones come where those before them do.
     """
 
     n: int = 0
     right: float = 0.0
     further: float = 0.0
     seconds: float = 0.0
+    sure: int = 0
 
     def gains(self, most: int) -> list[float]:
         """How often each of the first tokens counts."""
-        return [self.right * self.further**k for k in range(min(self.n, most))]
+        last = max(0, self.n - self.sure - 1)
+        return [self.right * self.further ** min(k, last) for k in range(min(self.n, most))]
 
 
 def drafted(chances: Sequence[Chance], costs: Costs, most: int) -> list[int]:
