@@ -99,7 +99,7 @@ def main() -> int:
         path = args.model or Path(folder)
         if not path.is_dir() or not any(path.iterdir()):
             made(path, args.layers, args.right, args.quantize, args.dense)
-        llm = mlxkv.load(path / ("small" if args.quantize else "dense"))
+        llm = mlxkv.load(path / ("small" if args.quantize else "dense"), draft="mtp")
         runs: list[Run] = []
         right: dict[float, str] = {}
         for temperature in args.temperatures:
