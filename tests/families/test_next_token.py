@@ -19,6 +19,7 @@ from mlxkv.models.loader import lay_out
 from mlxkv.nn.model import Predictor
 from tests.families.test_glm import LITE, MOE, hub_weights, our_weights
 from tests.support import tiny
+from tests.support.gguf_families import write_family
 
 L, E, H, HK, D = 40, MOE["hidden_size"], 4, 2, 16
 AT = "model.layers.2."
@@ -66,6 +67,18 @@ def test_parity_with_the_published_formula_in_float64(tmp_path: Path):
     assert np.abs(ours - expected).max() < TOLERANCE * expected.std()
     logits = expected @ weights[f"{AT}shared_head.head.weight"].T.astype(np.float64)
     assert np.abs(np.array(predictor.logits(found))[0] - logits).max() < TOLERANCE * logits.std()
+
+
+def test_a_gguf_file_keeps_the_layer(tmp_path: Path):
+    config, weights = with_layer(MOE)
+    path = write_family(tmp_path / "a.gguf", config, weights)
+    assert convert(path, tmp_path / "out", dtype="float32").plan.skipped == ()
+    theirs = predictor_of(tiny.write_checkpoint(tmp_path / "hf", config, weights))
+    tokens, hidden = given()
+    expected = theirs.logits(theirs.hidden(tokens, hidden, None))
+    ours = predictor_of(tmp_path / "out")
+    found = ours.logits(ours.hidden(tokens, hidden, None))
+    assert float(mx.abs(found - expected).max()) < TOLERANCE * float(mx.std(expected))
 
 
 def test_the_layer_is_one_more_of_the_model_behind_a_projection(release: Path, tmp_path: Path):

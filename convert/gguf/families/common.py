@@ -102,9 +102,12 @@ def theta(m: Metadata, default: float = 10000.0) -> float:
 
 
 def is_past_the_end(name: str, config: Mapping[str, Any]) -> str:
-    """Why a tensor is left out: blocks behind the last predict the token after next."""
-    block = block_of(name)
-    is_extra = block is not None and block[0] >= config["num_hidden_layers"]
+    """Why a tensor is left out: blocks behind the last predict the token after next.
+
+    One of them is kept, where the config says that the file has it.
+    """
+    block, n_kept = block_of(name), config.get("num_nextn_predict_layers", 0)
+    is_extra = block is not None and block[0] >= config["num_hidden_layers"] + n_kept
     return "predicts the token after next" if is_extra else ""
 
 

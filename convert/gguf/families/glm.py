@@ -19,6 +19,16 @@ from .common import (
     theta,
 )
 
+_NEXT_TOKEN = {
+    "nextn.eh_proj": "eh_proj",
+    "nextn.enorm": "enorm",
+    "nextn.hnorm": "hnorm",
+    "nextn.embed_tokens": "embed_tokens",
+    "nextn.shared_head_norm": "shared_head.norm",
+    "nextn.shared_head_head": "shared_head.head",
+}
+"""Of the block that predicts the token after next."""
+_NEEDED = ("nextn.eh_proj", "nextn.enorm", "nextn.hnorm", "nextn.shared_head_norm", "attn_norm")
 _ROUTER = {
     **EXPERTS,
     "ffn_gate_shexp": "mlp.shared_experts.gate_proj",
@@ -53,12 +63,18 @@ def glm4_moe_config(m: Metadata, tensors: Tensors) -> Config:
         "model_type": "glm4_moe",
         **config,
         **sigmoid_experts(m, config["num_hidden_layers"]),
+        "num_nextn_predict_layers": _n_next_token(config["num_hidden_layers"], tensors),
         "hidden_act": "silu",
         "use_qk_norm": "blk.0.attn_q_norm.weight" in tensors,
         "attention_bias": "blk.0.attn_q.bias" in tensors,
         "rope_theta": theta(m, 1_000_000.0),
         "rope_scaling": linear_or_yarn(m),
     }
+
+
+def _n_next_token(n_layers: int, tensors: Tensors) -> int:
+    """How many layers predict the token after next, the first behind the model's or none."""
+    return int(all(f"blk.{n_layers}.{name}.weight" in tensors for name in _NEEDED))
 
 
 def glm4_moe_lite_config(m: Metadata, tensors: Tensors) -> Config:
@@ -121,6 +137,7 @@ GLM4_MOE = Architecture(
         **ATTENTION_AND_MLP,
         **HEAD_NORMS,
         **_ROUTER,
+        **_NEXT_TOKEN,
         "post_attention_norm": "post_attention_layernorm",
         "ffn_norm": "post_attention_layernorm",
     },
