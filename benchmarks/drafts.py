@@ -27,12 +27,12 @@ def table(runs: Sequence[Run]) -> str:
     """Medians and ratios of each task, as Markdown."""
     lines = [
         "| task | temperature | off tok/s | drafted tok/s | ratio | wanted | CPU time a token | "
-        "tokens a pass | same tokens |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "first token | tokens a pass | same tokens |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [
         f"| {row.task} | {row.temperature} | {row.off_tps:.1f} | {row.tps:.1f} | {row.ratio:.2f} | "
-        f"{WANTED[row.task]:.2f} | {row.cpu:.2f} | {row.tokens_a_pass:.2f} | "
+        f"{WANTED[row.task]:.2f} | {row.cpu:.2f} | {row.first:.2f} | {row.tokens_a_pass:.2f} | "
         f"{row.n_same} of {row.n_runs} |"
         for row in rows(runs)
     ]

@@ -206,6 +206,7 @@ class Row:
         tps: with.
         ratio: of both, the median over pairs of runs.
         cpu: the same of CPU time a token.
+        first: the same of the time to the first token.
         tokens_a_pass: with drafts.
         n_same: pairs of equal answers.
         n_runs: pairs.
@@ -217,6 +218,7 @@ class Row:
     tps: float
     ratio: float
     cpu: float
+    first: float
     tokens_a_pass: float
     n_same: int
     n_runs: int
@@ -238,6 +240,7 @@ def rows(runs: Sequence[Run]) -> list[Row]:
                 statistics.median(run.tps for run in drafted),
                 statistics.median(b.tps / a.tps for a, b in pairs),
                 statistics.median(b.cpu_ms / a.cpu_ms for a, b in pairs),
+                statistics.median(b.first_token_s / a.first_token_s for a, b in pairs),
                 statistics.median(run.tokens_a_pass for run in drafted),
                 sum(run.same for run in drafted),
                 len(pairs),
