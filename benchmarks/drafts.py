@@ -60,19 +60,23 @@ def main() -> int:
                 lambda mode, task=task, t=temperature: answers(llm, task, mode, t, args.tokens),
                 **common,
             )
-            print(table(runs).splitlines()[-1], flush=True)
+            report(args, runs)
         if STREAMS in args.tasks:
             runs += compared(
                 STREAMS,
                 lambda mode, t=temperature: streams(llm, mode, t, args.tokens),
                 **common,
             )
-            print(table(runs).splitlines()[-1], flush=True)
+            report(args, runs)
+    return 0
+
+
+def report(args: argparse.Namespace, runs: Sequence[Run]) -> None:
+    """Keep all runs so far, and print their table."""
     written = about(Path(__file__).parent.parent, "benchmarks.drafts")
     written |= {"model": args.model, "runs": [asdict(run) for run in runs]}
     head = [f"# Drafts, {args.model}", "", *machine_lines(written), "", table(runs)]
     keep(args.output, written, "\n".join(head))
-    return 0
 
 
 if __name__ == "__main__":
