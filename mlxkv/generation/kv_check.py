@@ -24,7 +24,7 @@ from mlxkv.kv.types import STEP, KVFormat, layer_types
 from mlxkv.nn.model import CausalLM
 from mlxkv.prefix.layout import WINDOW, Kinds, Link, chain_of, token_ids
 from mlxkv.prefix.on_disk.disk import PageDisk
-from mlxkv.prefix.on_disk.part import Part
+from mlxkv.prefix.on_disk.part import Part, load_parts
 from mlxkv.saved_kv.manifest import NamedKV
 
 SAMPLED_PAGES = 4
@@ -174,13 +174,11 @@ class KVCheck:
     def _restore(self, caches: Sequence[Cache], stop: int) -> bool:
         """Fill caches with the saved KV before `stop`; False where a page cannot be read."""
         for part, links in self._needed(stop) or ():
-            read = self._disk.read([link.key(part) for link in links])
-            slices = [page[1].slices(stop) for page in read if page is not None]
-            if len(slices) < len(links):
+            read = [self._disk.read(link.key(part)) for link in links]
+            parts = [page[1] for page in read if page is not None]
+            if len(parts) < len(links):
                 return False
-            for i, index in enumerate(self._kinds.caches(part)):
-                caches[index].load([pieces[i] for pieces in slices])
-                mx.eval(caches[index].state)
+            load_parts([caches[i] for i in self._kinds.caches(part)], parts, stop)
         return True
 
     def _pairs(
@@ -220,7 +218,7 @@ class KVCheck:
                 continue
             for part in self._kinds.parts:
                 key = link.key(part)
-                if key in self._held and (page := self._disk.read([key])[0]) is not None:
+                if key in self._held and (page := self._disk.read(key)) is not None:
                     yield part, link, page[1]
 
 

@@ -34,8 +34,9 @@ class PageShares:
     def _divide(self) -> None:
         for pages in self._all:
             if self._n_bytes is not None:
-                pages.budget_bytes = self._n_bytes // len(self._all)
-            pages.max_arrays = self._n_arrays and self._n_arrays // len(self._all)
+                pages.room.budget_bytes = self._n_bytes // len(self._all)
+            pages.room.max_arrays = self._n_arrays and self._n_arrays // len(self._all)
+            pages.room.fit()
 
     def give_back(self, n_bytes: int) -> int:
         """Drop pages from RAM, of the largest owner first, and return the bytes freed.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from mlxkv.kv.types import STEP, CacheSpec, RecurrentSpec
@@ -78,6 +78,10 @@ class Kinds:
             return list(links)
         return list(links[self.first_needed(links[-1], stop) :])
 
+    def all_needed(self, links: Sequence[Link], stop: int) -> dict[str, list[Link]]:
+        """`needed` of each part."""
+        return {part: self.needed(links, part, stop) for part in self.parts}
+
     def first_needed(self, last: Link, stop: int) -> int:
         """Number of the first page whose window part is needed to resume at `stop` in `last`."""
         # One row less than the window is enough; the last page gives the position.
@@ -123,6 +127,11 @@ def is_on_grid(n: int, n_tokens: int) -> bool:
 def n_states(n_tokens: int) -> int:
     """States that are kept of one sequence: of the grid, and of the ends of prompt and answer."""
     return 2 + sum(is_on_grid(n, n_tokens) for n in range(GRID, n_tokens + 1, GRID))
+
+
+def part_names(needed: Mapping[str, Sequence[Link]]) -> set[tuple[str, str]]:
+    """(page, part) of some pages by part."""
+    return {(link.name, part) for part, links in needed.items() for link in links}
 
 
 def chain_of(data: bytes, n_pages: int) -> Iterator[Link]:

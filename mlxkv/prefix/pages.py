@@ -7,14 +7,16 @@ Invariants:
   model in one dtype and KV format, and on disk the folder's name says which.
 - To go on at position p, full parts of [0, p) are needed and window parts of [p - window, p). The
   last page may be used in part: its first tokens do not depend on those behind them.
-- What RAM holds is bounded in bytes and in arrays, of which a page has one for each part.
+- What RAM holds is bounded in bytes and in arrays, of which a page has one for each part. Others
+  make way before a page counts, whether it was computed, read for a prompt or fetched ahead. What
+  finds no room beside the pages that a prompt needs goes into its caches and is not kept.
 - `match.plan_match` plans and changes nothing; `Pages.load` acts. Nothing is computed here: what
   caches held goes back into caches bit for bit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -22,12 +24,13 @@ import mlx.core as mx
 
 from mlxkv.errors import UsageError
 from mlxkv.kv.layout import Cache
-from mlxkv.kv.types import AT_ONCE, STEP
-from mlxkv.prefix.layout import WINDOW, Kinds, Link, token_bytes
+from mlxkv.kv.types import STEP
+from mlxkv.prefix.layout import WINDOW, Kinds, Link, part_names, token_bytes
 from mlxkv.prefix.match import WORTH, Match, plan_match
 from mlxkv.prefix.on_disk.format import PageKey
-from mlxkv.prefix.on_disk.part import Part
+from mlxkv.prefix.on_disk.part import Part, load_parts
 from mlxkv.prefix.ram import RamPages
+from mlxkv.prefix.room import RamRoom
 from mlxkv.prefix.shared import SharedPrefixes
 
 if TYPE_CHECKING:
@@ -47,7 +50,7 @@ class Pages:
         open_disk: gives the pages on disk, asked for at the first prompt that has a whole page.
 
     Attributes:
-        max_arrays: that pages may hold in RAM; None for any number. See `needs.page_arrays`.
+        room: what they may take in RAM.
     """
 
     def __init__(
@@ -58,14 +61,12 @@ class Pages:
         open_disk: Callable[[], PageDisk | None] | None = None,
     ):
         self.kinds = kinds
-        self.budget_bytes = budget_bytes
-        self.max_arrays: int | None = None
         self.stable = stable
         self.ram = RamPages(kinds)
         self._shared = SharedPrefixes(kinds)
+        self.room = RamRoom(self.ram, self._shared, budget_bytes)
         self._open_disk = open_disk
         self._disk: PageDisk | None = None
-        self._cap_bytes: int | None = None
         self._unreadable: set[PageKey] = set()
         self._writes_through = False
 
@@ -95,6 +96,7 @@ class Pages:
         if self._open_disk is not None:
             self._disk, self._open_disk = self._open_disk(), None
             if self._disk is not None:
+                self.room.fetcher = self._disk.fetcher
                 for name, links in self._disk.shared_prefixes().items():
                     self._shared.put(name, links)
 
@@ -153,15 +155,18 @@ class Pages:
         """
         if self._disk is None or not links:
             return
-        stop = links[-1].stop
-        needed = [
-            (x, part) for part in self.kinds.parts for x in self.kinds.needed(links, part, stop)
+        needed = self.kinds.all_needed(links, links[-1].stop)
+        wanted = [
+            link.key(part)
+            for part, some in needed.items()
+            for link in some
+            if not self.ram.has(link, part) and link.key(part) in self._disk
         ]
-        keys = [link.key(part) for link, part in needed if not self.ram.has(link, part)]
         fetcher = self._disk.fetcher
-        limit_bytes = min(FETCH_BYTES, max(0, free_bytes) + fetcher.nbytes)
-        on_disk = [key for key in keys if key in self._disk]
-        fetcher.fetch(on_disk, limit_bytes, is_guess=is_guess)
+        most = min(FETCH_BYTES, max(0, free_bytes) + fetcher.nbytes)
+        n_bytes = min(most, fetcher.nbytes + sum(map(self._disk.files.at.nbytes, wanted)))
+        n_bytes = self.room.make_ahead(n_bytes, part_names(needed))
+        fetcher.fetch(wanted, n_bytes, is_guess=is_guess)
 
     def fetched(self) -> tuple[int, float]:
         """Bytes that `load` had fetched already since the last call, and seconds that saved."""
@@ -177,29 +182,20 @@ class Pages:
             could not be read any more: match again.
         """
         links, stop = match.links, match.n_tokens
-        needed = {part: self.kinds.needed(links, part, stop) for part in self.kinds.parts}
-        read = self._bring(needed)
-        if read is None:
-            self._shrink()
-            return None
-        loaded: list[Cache] = []
+        needed = self.kinds.all_needed(links, stop)
+        kept, read = part_names(needed), set[str]()
         try:
             for part, some in needed.items():
-                slices = [self.ram.part(link, part).slices(stop) for link in some]
-                for i, index in enumerate(self.kinds.caches(part)):
-                    caches[index].load([part_slices[i] for part_slices in slices], min(room, STEP))
-                    loaded.append(caches[index])
-                    if sum(cache.nbytes for cache in loaded) >= AT_ONCE:
-                        mx.eval([cache.state for cache in loaded])
-                        loaded.clear()
-            mx.eval([cache.state for cache in loaded])
+                parts = self._bring(part, some, kept, read)
+                if parts is None:
+                    return None
+                load_parts([caches[i] for i in self.kinds.caches(part)], parts, stop, room)
         except UsageError:
             self.forget(links)
             return None
         self.touch(links)
         if self._disk is not None:
             self.keep(link for link in links if link.n_tokens == STEP)  # its second use
-        self._shrink()
         # Pages that no layer needs any more count as the first that one does.
         first = next(iter(needed.values()))[0]
         from_disk = [x for x in links if (first if x.start < first.start else x).name in read]
@@ -229,12 +225,13 @@ class Pages:
             chain: the pages before it, which are in use as well: where not all of a sequence finds
                 room, it is its end that does not.
         """
-        self.ram.put(link, tokens, parts)
-        self.ram.touch([*chain, link])
-        if self._writes_through:
-            self.keep([link], named=True)
-        self.ram.drop_outgrown(link, tokens)
-        self._shrink()
+        with self.ram.arriving():
+            self.ram.put(link, tokens, parts)
+            self.ram.touch([*chain, link])
+            if self._writes_through:
+                self.keep([link], named=True)
+            self.ram.drop_outgrown(link, tokens)
+            self.room.fit()
 
     def touch(self, links: Sequence[Link]) -> None:
         """Say that a sequence goes on from these pages."""
@@ -295,12 +292,8 @@ class Pages:
 
     def keys_to_resume(self, links: Sequence[Link]) -> list[PageKey]:
         """Names on disk of what is needed to go on behind the last of some pages."""
-        stop = links[-1].stop
-        return [
-            link.key(part)
-            for part in self.kinds.parts
-            for link in self.kinds.needed(links, part, stop)
-        ]
+        needed = self.kinds.all_needed(links, links[-1].stop)
+        return [link.key(part) for part, some in needed.items() for link in some]
 
     def forget(self, links: Iterable[Link]) -> None:
         """Give up pages that hold no KV of this model, in RAM and on disk."""
@@ -327,8 +320,8 @@ class Pages:
         if n_bytes <= 0:
             return fetched
         going = {page.link.name: dict(page.parts) for page in pages}
-        self._cap_bytes = max(0, before - n_bytes)
-        self._shrink()
+        self.room.cap_bytes = max(0, before - n_bytes)
+        self.room.fit()
         if before == self.ram.nbytes:
             return fetched
         if self._disk is not None:
@@ -346,16 +339,7 @@ class Pages:
 
     def take_share(self) -> None:
         """What was given back may be taken again."""
-        self._cap_bytes = None
-
-    def _shrink(self) -> None:
-        """Give up what is beyond the budget."""
-        capped = self._cap_bytes
-        allowed = self.budget_bytes if capped is None else min(self.budget_bytes, capped)
-        if not self.ram.is_over(allowed, self.max_arrays):
-            return
-        spared = self._shared.spared(self.ram.size, allowed)
-        self.ram.shrink(allowed, self.max_arrays, spared)
+        self.room.cap_bytes = None
 
     def clear(self) -> None:
         """Forget what is in RAM."""
@@ -376,25 +360,38 @@ class Pages:
             self._disk = None
         self.clear()
 
-    def _bring(self, needed: dict[str, list[Link]]) -> set[str] | None:
-        """Read what is not in RAM; names of the pages read, None where one is gone."""
-        missing = [
-            (link, part)
-            for part, links in needed.items()
-            for link in links
-            if not self.ram.has(link, part)
-        ]
-        if not missing:
-            return set()
-        if self._disk is None:
-            return None
-        found = self._disk.read([link.key(part) for link, part in missing])
-        for (link, part), file in zip(missing, found, strict=True):
+    def _bring(
+        self, part: str, links: Sequence[Link], kept: Set[tuple[str, str]], read: set[str]
+    ) -> list[Part] | None:
+        """A part of some pages, read from disk where it is not in RAM; None where one is gone.
+
+        Args:
+            part: of the pages.
+            links: the pages.
+            kept: (page, part) that does not make way for what is read.
+            read: the names of pages that were read are added.
+        """
+        found: list[Part] = []
+        has_room = True
+        for i, link in enumerate(links):
+            if self.ram.has(link, part):
+                found.append(self.ram.part(link, part))
+                continue
+            file = None if self._disk is None else self._disk.read(link.key(part))
             if file is None:
                 # What is gone may be written again; what is still there cannot be read.
-                if link.key(part) in self._disk:
+                if self._disk is not None and link.key(part) in self._disk:
                     self._unreadable.add(link.key(part))
-                continue
+                continue  # those behind it may be gone as well: they are not matched again
             tokens, kv = file
-            self.ram.put(link, tokens, {part: kv})
-        return None if None in found else {link.name for link, _ in missing}
+            if has_room and not self.room.has(kv.nbytes):
+                # At once for all that will be read: each time takes a walk over all pages.
+                coming = [x.n_tokens for x in links[i:] if not self.ram.has(x, part)]
+                n_bytes = kv.nbytes * sum(coming) // link.n_tokens
+                self.room.make(n_bytes, len(coming), kept)
+                has_room = self.room.has(kv.nbytes)
+            if has_room:
+                self.ram.put(link, tokens, {part: kv})
+            found.append(kv)
+            read.add(link.name)
+        return found if len(found) == len(links) else None

@@ -1,7 +1,9 @@
 """The pages in RAM, and their eviction.
 
 Invariants:
-- `nbytes` and `n_arrays` are the bytes and the number of all parts' arrays, one for each part.
+- `nbytes` and `n_arrays` are the bytes and the number of all parts' arrays, one for each part; of
+  those that arrive, from the end of `arriving` on, when others have made way. Any thread may read
+  them.
 - Eviction order: 1. window parts not needed to resume at a leaf or branch, or in the page before
   it, anchors last; 2. leaves, window part first. LRU within each.
 - What belongs to a prefix that many sequences share goes after all else. Pinned pages stay.
@@ -12,6 +14,7 @@ from __future__ import annotations
 import heapq
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from mlxkv.kv.types import STEP
@@ -44,6 +47,8 @@ class RamPages:
 
     def __init__(self, kinds: Kinds):
         self.nbytes = self.n_arrays = 0
+        self._arriving: dict[tuple[str, str], int] = {}
+        self._is_arriving = False
         self._kinds = kinds
         self._pages: dict[str, Page] = {}
         self._behind: dict[str, set[str]] = {}
@@ -87,9 +92,25 @@ class RamPages:
         for part, kv in parts.items():
             if part not in page.parts:
                 page.parts[part] = kv
-                self.nbytes += kv.nbytes
-                self.n_arrays += 1
+                self._arriving[link.name, part] = kv.nbytes
+        if not self._is_arriving:
+            self._count()
         self.touch([link])
+
+    @contextmanager
+    def arriving(self) -> Iterator[None]:
+        """What is put meanwhile counts at its end, as far as `shrink` has left it."""
+        self._is_arriving = True
+        try:
+            yield
+        finally:
+            self._is_arriving = False
+            self._count()
+
+    def _count(self) -> None:
+        self.nbytes += sum(self._arriving.values())
+        self.n_arrays += len(self._arriving)
+        self._arriving.clear()
 
     def touch(self, links: Iterable[Link]) -> None:
         """Mark pages as used, all at the same time."""
@@ -121,7 +142,8 @@ class RamPages:
     def drop(self, page: Page, parts: Iterable[str]) -> None:
         """Drop parts of a page, and the page with its last part."""
         for part in parts:
-            if (kv := page.parts.pop(part, None)) is not None:
+            kv = page.parts.pop(part, None)
+            if kv is not None and self._arriving.pop((page.link.name, part), None) is None:
                 self.nbytes -= kv.nbytes
                 self.n_arrays -= 1
         if not page.parts:
@@ -136,18 +158,21 @@ class RamPages:
         self._pages.clear()
         self._behind.clear()
         self._pinned.clear()
+        self._arriving.clear()
         self.nbytes = self.n_arrays = 0
 
     def is_over(self, budget_bytes: int, max_arrays: int | None = None) -> bool:
         """Whether there is more than a budget allows."""
         most = sys.maxsize if max_arrays is None else max_arrays
-        return self.nbytes > budget_bytes or self.n_arrays > most
+        n_bytes = self.nbytes + sum(self._arriving.values())
+        return n_bytes > budget_bytes or self.n_arrays + len(self._arriving) > most
 
     def shrink(
         self,
         budget_bytes: int,
         max_arrays: int | None = None,
         spared: Collection[tuple[str, str]] = (),
+        kept: Collection[tuple[str, str]] = (),
     ) -> None:
         """Give up as much as the budget asks for.
 
@@ -155,19 +180,20 @@ class RamPages:
             budget_bytes: what stays at most.
             max_arrays: how many arrays stay at most; None for any number.
             spared: (page, part) of what goes after all else.
+            kept: of what does not go.
         """
-        most = sys.maxsize if max_arrays is None else max_arrays
         if not self.is_over(budget_bytes, max_arrays):
             return
-        if self.n_arrays > most:
+        most = max_arrays
+        if most is not None and self.is_over(sys.maxsize, most):
             most -= most // SPARE
 
         def is_enough() -> bool:
-            return self.nbytes <= budget_bytes and self.n_arrays <= most
+            return not self.is_over(budget_bytes, most)
 
-        for kept in (spared, ()) if spared else ((),):
-            self._drop_far(is_enough, kept)
-            self._drop_leaves(is_enough, kept)
+        for staying in ({*spared, *kept}, kept) if spared else (kept,):
+            self._drop_far(is_enough, staying)
+            self._drop_leaves(is_enough, staying)
 
     def _drop_far(self, is_enough: Callable[[], bool], spared: Collection[tuple[str, str]]) -> None:
         """Give up window parts that are not needed to go on at a tip or a fork."""

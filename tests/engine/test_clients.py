@@ -174,7 +174,7 @@ def test_other_sessions_do_not_push_out_what_a_client_shares(tmp_path, monkeypat
         for i in range(8):
             text = "".join(chr(97 + (j * j + i * j) % 23) for j in range(2000))
             await send(engine, Ask(str(model), Request.of(text, max_tokens=2)))
-        assert pages.nbytes <= pages.budget_bytes == ROOM_BYTES
+        assert pages.nbytes <= pages.room.budget_bytes == ROOM_BYTES
         return await send(engine, ask(model, "three"))
 
     try:

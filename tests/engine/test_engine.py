@@ -169,8 +169,8 @@ def test_models_and_owners_share_the_arrays_that_pages_may_hold(models, engine, 
 
     asyncio.run(run())
     llama, gemma = (served(engine, models[name]) for name in ("llama", "gemma3"))
-    assert [p.max_arrays for p in llama.runtime._pages.values() if p] == [166] * 3
-    assert [p.max_arrays for p in gemma.runtime._pages.values() if p] == [500]
+    assert [p.room.max_arrays for p in llama.runtime._pages.values() if p] == [166] * 3
+    assert [p.room.max_arrays for p in gemma.runtime._pages.values() if p] == [500]
 
 
 def test_a_cancelled_answer_frees_its_place_and_keeps_its_prefix(models, engine):

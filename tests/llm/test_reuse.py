@@ -141,7 +141,7 @@ def test_what_was_given_up_for_memory_is_said(folder):
     llm.generate(DOCUMENT, max_tokens=1)
     assert llm.pages is not None
     # Room for the tip's window parts and not for those of the middle.
-    llm.pages.budget_bytes = llm.pages.nbytes * 6 // 10
+    llm.pages.room.budget_bytes = llm.pages.nbytes * 6 // 10
     llm.generate("x", max_tokens=1)
     stats = llm.generate(DOCUMENT[:500], max_tokens=1).stats
     assert stats.restored_tokens == 0
@@ -311,7 +311,7 @@ def test_a_pinned_name_stays_in_ram_too(llm, kv):
     llm = reload(llm)
     llm.generate(" Who?", kv_from="weir", max_tokens=1)
     assert llm.pages is not None
-    llm.pages.budget_bytes = 0
+    llm.pages.room.budget_bytes = 0
     llm.generate("y" * 900, max_tokens=1)
     stats = llm.generate(" Why?", kv_from="weir", max_tokens=1).stats
     assert restored(stats)[0] >= len(DOCUMENT)
@@ -332,7 +332,7 @@ def test_saving_needs_the_disk(llm, monkeypatch):
 def test_saving_more_than_ram_may_hold_goes_through_to_disk(llm):
     assert llm.pages is not None
     n_window = len(llm.pages.kinds.window)
-    llm.pages.budget_bytes = 2 * STEP * 400 * (2 if n_window else 1)
+    llm.pages.room.budget_bytes = 2 * STEP * 400 * (2 if n_window else 1)
     saved = llm.save_kv("weir", DOCUMENT * 3)
     stats = reload(llm).generate("!", kv_from="weir", max_tokens=1).stats
     assert restored(stats) == (0, saved.n_tokens)

@@ -195,7 +195,7 @@ def test_of_a_prompt_that_does_not_fit_its_beginning_is_kept(n_pages):
     pages, tokens = new_pages(shape, n_pages * STEP * ROW), random_tokens(16 * STEP)
     for _ in range(3):
         told(pages, shape, tokens)
-        assert pages.nbytes <= pages.budget_bytes
+        assert pages.nbytes <= pages.room.budget_bytes
         assert Sequence_(pages, shape).restore([*tokens, 1]).n_tokens == n_pages * STEP
 
 

@@ -476,18 +476,18 @@ def test_stats_follow_sequences_that_end(paths):
 def test_owners_share_the_arrays_that_pages_may_hold(paths, monkeypatch):
     monkeypatch.setattr(device, "max_arrays", lambda: 4000)
     llm = mlxkv.load(paths["llama"], dtype="float32")
-    assert llm.pages is not None and llm.pages.max_arrays == 1000
+    assert llm.pages is not None and llm.pages.room.max_arrays == 1000
     others = [open_pages(llm.model, llm.path, "native", 0, owner=name) for name in "ab"]
     for other in others:
         assert other is not None
         llm.budget.adopt(other)
-    assert [pages.max_arrays for pages in (llm.pages, *others) if pages] == [333] * 3
+    assert [pages.room.max_arrays for pages in (llm.pages, *others) if pages] == [333] * 3
 
 
 def test_pages_may_hold_any_number_of_arrays_where_no_limit_is_known(paths, monkeypatch):
     monkeypatch.setattr(device, "on_cpu", lambda: True)
     llm = mlxkv.load(paths["llama"], dtype="float32")
-    assert llm.pages is not None and llm.pages.max_arrays is None
+    assert llm.pages is not None and llm.pages.room.max_arrays is None
 
 
 def test_another_thread_may_look_while_sequences_join_and_leave(paths):

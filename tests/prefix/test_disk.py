@@ -51,7 +51,9 @@ def test_a_part_comes_back_from_its_file_bit_for_bit(disk, kv_type, dtype, n_tok
     key, tokens = key_of(n_tokens, part)
     disk.write([(key, 0, tokens, kv)])
     disk.flush()
-    ((got_tokens, got),) = disk.read([key])
+    page = disk.read(key)
+    assert page is not None
+    got_tokens, got = page
     assert got_tokens == tokens and got.layout == kv.layout
     assert_same(got.slices(), read(caches, 0, n_tokens))
 
@@ -112,5 +114,5 @@ def test_a_file_of_other_tensors_is_a_miss_and_removed(disk, files, damage):
     files.write([PageFile(key, 0, tokens, tensors, dtypes)])
     files.flush()
     assert key in disk
-    assert disk.read([key]) == [None]
+    assert disk.read(key) is None
     assert key not in disk

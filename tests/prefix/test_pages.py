@@ -258,9 +258,9 @@ def test_far_window_parts_are_given_up_first_and_tips_still_resume():
     old, new = random_tokens(3000, seed=1), random_tokens(3000, seed=2)
     told(pages, shape, old)
     told(pages, shape, new)
-    pages.budget_bytes = pages.nbytes * 6 // 10
+    pages.room.budget_bytes = pages.nbytes * 6 // 10
     told(pages, shape, random_tokens(10, seed=3))
-    assert pages.nbytes <= pages.budget_bytes
+    assert pages.nbytes <= pages.room.budget_bytes
     for tokens in (old, new):
         assert Sequence_(pages, shape).restore([*tokens, 1, 2]).n_tokens == 3000
 
@@ -270,7 +270,7 @@ def test_a_fork_keeps_the_window_parts_before_it():
     pages, tokens = new_pages(shape), random_tokens(3000)
     told(pages, shape, tokens)
     told(pages, shape, fork(tokens, 1536, 600))
-    pages.budget_bytes = pages.nbytes * 6 // 10
+    pages.room.budget_bytes = pages.nbytes * 6 // 10
     told(pages, shape, [1] * 10)
     assert Sequence_(pages, shape).restore(fork(tokens, 1540, 31)).n_tokens == 1536
     assert Sequence_(pages, shape).restore(fork(tokens, 1500, 31)).n_tokens == 1500
@@ -282,7 +282,7 @@ def test_of_the_window_parts_of_a_long_trunk_some_stay_till_last():
     pages, tokens = new_pages(shape), random_tokens(12_000)
     told(pages, shape, tokens)
     full = 12_000 * ROW
-    pages.budget_bytes = full + (pages.nbytes - full) // 4
+    pages.room.budget_bytes = full + (pages.nbytes - full) // 4
     told(pages, shape, [1] * 10)
     restored = [
         Sequence_(pages, shape).restore(fork(tokens, at)).n_tokens
@@ -299,11 +299,11 @@ def test_the_least_recently_used_sequence_goes_first(shape):
     talks = [random_tokens(900, seed=seed) for seed in range(6)]
     for tokens in talks[:4]:
         told(pages, shape, tokens)
-    pages.budget_bytes = pages.nbytes // 2
+    pages.room.budget_bytes = pages.nbytes // 2
     Sequence_(pages, shape).restore([*talks[0], 1])
     for tokens in talks[4:]:
         told(pages, shape, tokens)
-    assert pages.nbytes <= pages.budget_bytes
+    assert pages.nbytes <= pages.room.budget_bytes
     left = [Sequence_(pages, shape).pages.match([*t, 1], 900).n_tokens for t in talks]
     in_order_of_use = [left[i] for i in (1, 2, 3, 0, 4, 5)]
     assert in_order_of_use == sorted(in_order_of_use)
@@ -314,7 +314,7 @@ def test_leaves_go_before_their_trunk():
     shape = (None,)
     pages, tokens = new_pages(shape), random_tokens(2048)
     told(pages, shape, tokens)
-    pages.budget_bytes = 5 * page_bytes(shape)
+    pages.room.budget_bytes = 5 * page_bytes(shape)
     told(pages, shape, [1] * 5)
     n = Sequence_(pages, shape).restore([*tokens, 1]).n_tokens
     assert n == 4 * STEP  # the small sequence has a page of its own, of five tokens
@@ -366,7 +366,7 @@ def test_arrays_are_given_up_by_count_as_well(shape):
     """Tips of three tokens, which take next to no bytes."""
     pages = new_pages(shape)
     n_parts = len(pages.kinds.parts)
-    pages.max_arrays = 10 * n_parts
+    pages.room.max_arrays = 10 * n_parts
     talks = [random_tokens(3, seed=seed) for seed in range(30)]
     for n_known, tokens in enumerate(talks, start=1):
         told(pages, shape, tokens)
@@ -378,7 +378,7 @@ def test_arrays_are_given_up_by_count_as_well(shape):
 def test_of_many_arrays_some_more_than_must_are_given_up_at_once():
     shape = (None,)
     pages = new_pages(shape)
-    pages.max_arrays = 2 * SPARE
+    pages.room.max_arrays = 2 * SPARE
     for seed in range(2 * SPARE + 1):
         told(pages, shape, random_tokens(3, seed=seed))
     assert pages.ram.n_arrays == 2 * SPARE - 2
@@ -387,7 +387,7 @@ def test_of_many_arrays_some_more_than_must_are_given_up_at_once():
 @every_shape
 def test_a_bound_of_no_arrays_keeps_nothing(shape):
     pages = new_pages(shape)
-    pages.max_arrays = 0
+    pages.room.max_arrays = 0
     told(pages, shape, random_tokens(900))
     assert (pages.nbytes, pages.ram.n_arrays, len(pages.ram)) == (0, 0, 0)
 
@@ -419,7 +419,7 @@ def test_two_long_conversations_in_turn_keep_their_hits(shape):
         one.feed(tokens[match.n_tokens : -20]).feed(tokens[-20:], 1).finish()
         restored += match.n_tokens
         possible += (turn // 2) * 150
-        assert pages.nbytes <= pages.budget_bytes
+        assert pages.nbytes <= pages.room.budget_bytes
     assert restored >= 0.98 * possible
 
 

@@ -36,10 +36,10 @@ def whole(links: list[Link]) -> list[Link]:
 def test_a_shared_prefix_outlives_what_is_used_later(shape):
     pages, head = new_pages(shape), random_tokens(4 * STEP)
     pages.share("client", whole(told(pages, shape, head)))
-    pages.budget_bytes = 10 * page_bytes(shape)
+    pages.room.budget_bytes = 10 * page_bytes(shape)
     for seed in range(1, 8):
         told(pages, shape, random_tokens(1200, seed=seed))
-        assert pages.nbytes <= pages.budget_bytes
+        assert pages.nbytes <= pages.room.budget_bytes
     assert Sequence_(pages, shape).restore([*head, 1, 2]).n_tokens == 4 * STEP
 
 
@@ -69,7 +69,7 @@ def test_a_name_that_gets_another_prefix_gives_up_the_first():
     old, new = random_tokens(4 * STEP, seed=1), random_tokens(4 * STEP, seed=2)
     pages.share("client", whole(told(pages, shape, old)))
     pages.share("client", whole(told(pages, shape, new)))
-    pages.budget_bytes = 8 * page_bytes(shape)
+    pages.room.budget_bytes = 8 * page_bytes(shape)
     for seed in (3, 4, 5):
         told(pages, shape, random_tokens(1200, seed=seed))
     left = [pages.match([*tokens, 1], 1024).n_tokens for tokens in (old, new)]

@@ -62,10 +62,9 @@ class PageDisk:
         """The tokens of a page, packed; only its header is read."""
         return self.files.tokens(key)
 
-    def read(self, keys: Sequence[PageKey]) -> list[tuple[bytes, Part] | None]:
-        """Tokens and KV of some pages; None for a missing or damaged one."""
-        files = (self.fetcher.take(key) or self.files.read(key) for key in keys)
-        return [self._decoded(key, file) for key, file in zip(keys, files, strict=True)]
+    def read(self, key: PageKey) -> tuple[bytes, Part] | None:
+        """Tokens and KV of a page; None for a missing or damaged one."""
+        return self._decoded(key, self.fetcher.take(key) or self.files.read(key))
 
     def write(
         self,

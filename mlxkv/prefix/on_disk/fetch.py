@@ -4,7 +4,8 @@ Invariants:
 - A page is read and checked as by `PageFiles.read`. One that cannot be read is not held: its prompt
   reads it again, and handles that.
 - What is held is bounded in bytes, and given up `KEEP_S` after the last request to fetch. The
-  thread ends then.
+  thread ends then. The bound is raised by `fetch` alone, and falls as pages are taken: it never has
+  more than what is held and what is still to be read.
 - What was fetched on a guess, before its request was known, makes way for what a request needs.
 """
 
@@ -46,6 +47,11 @@ class PageFetcher:
         """Bytes that are held."""
         return self._held_bytes
 
+    @property
+    def limit_bytes(self) -> int:
+        """Bytes that may be held, now or when more is read."""
+        return self._limit_bytes
+
     def fetch(self, keys: Sequence[PageKey], limit_bytes: int, *, is_guess: bool = False) -> None:
         """Begin to read pages.
 
@@ -55,14 +61,15 @@ class PageFetcher:
             is_guess: whether no request is known to need them.
         """
         with self._changed:
-            self._limit_bytes = limit_bytes
             if not is_guess:
                 self._guessed.difference_update(keys)
                 self._drop(self._guessed)
+            self._limit_bytes = max(limit_bytes, self._held_bytes)
             known = {*self._queue, *self._held, self._reading}
             new = [key for key in keys if key not in known]
             self._queue += new
             self._guessed.update(new if is_guess else ())
+            self._lower_limit()
             if self._queue and self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="fetch", daemon=True)
                 self._thread.start()
@@ -75,10 +82,14 @@ class PageFetcher:
                 self._queue.remove(key)
             self._changed.wait_for(lambda: self._reading != key)
             self._guessed.discard(key)
-            if (held := self._held.pop(key, None)) is None:
+            held = self._held.pop(key, None)
+            if held is not None:
+                self._held_bytes -= held[0].nbytes
+                self._limit_bytes -= held[0].nbytes
+            self._lower_limit()
+            if held is None:
                 return None
             page, seconds = held
-            self._held_bytes -= page.nbytes
             self._used_bytes += page.nbytes
             self._saved_s += seconds
             return page
@@ -102,9 +113,14 @@ class PageFetcher:
             self._queue.clear()
             self._held.clear()
             self._guessed.clear()
-            self._held_bytes = 0
+            self._held_bytes = self._limit_bytes = 0
             self._changed.notify_all()
             return freed
+
+    def _lower_limit(self) -> None:
+        """Nothing is to be read: no more than is held will be."""
+        if not self._queue and self._reading is None:
+            self._limit_bytes = self._held_bytes
 
     def _drop(self, keys: set[PageKey]) -> None:
         """Give up some of what is held or to be read."""
@@ -127,6 +143,7 @@ class PageFetcher:
                     self._held_bytes += page.nbytes
                 elif page is not None:
                     self._queue.clear()
+                self._lower_limit()
                 self._changed.notify_all()
 
     def _next(self) -> PageKey | None:
@@ -135,7 +152,8 @@ class PageFetcher:
             if not self._changed.wait_for(lambda: self._queue, KEEP_S):
                 self._held.clear()
                 self._guessed.clear()
-                self._held_bytes, self._thread = 0, None
+                self._held_bytes = self._limit_bytes = 0
+                self._thread = None
                 return None
             self._reading = self._queue.popleft()
             return self._reading

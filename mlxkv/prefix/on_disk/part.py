@@ -18,7 +18,8 @@ from typing import Self
 
 import mlx.core as mx
 
-from mlxkv.kv.layout import Slice
+from mlxkv.kv.layout import Cache, Slice
+from mlxkv.kv.types import AT_ONCE, STEP
 
 _WORDS = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}
 
@@ -163,6 +164,28 @@ class Part:
         if stop is None or stop >= self.stop:
             return views
         return [view[:, :, : stop - self.start] for view in views]
+
+
+def load_parts(caches: Sequence[Cache], parts: Sequence[Part], stop: int, room: int = 0) -> None:
+    """Fill caches with the same part of consecutive pages, some caches at a time.
+
+    Args:
+        caches: of the part's layers.
+        parts: what `Cache.load` needs.
+        stop: the position to resume at.
+        room: tokens that come next; for a step of them caches need not grow.
+
+    Raises:
+        UsageError: they do not fit the caches.
+    """
+    pages, loaded = [part.slices(stop) for part in parts], list[Cache]()
+    for i, cache in enumerate(caches):
+        cache.load([slices[i] for slices in pages], min(room, STEP))
+        loaded.append(cache)
+        if sum(cache.nbytes for cache in loaded) >= AT_ONCE:
+            mx.eval([cache.state for cache in loaded])
+            loaded.clear()
+    mx.eval([cache.state for cache in loaded])
 
 
 def _copied(arrays: Sequence[mx.array], axis: int) -> mx.array:
