@@ -74,6 +74,7 @@ class Record:
     Args:
         tried: how often each kind was.
         statuses: what the server said to each kind, and how often; 0: nothing.
+        spans: when each attack began and ended, by kind, on `time.perf_counter`'s clock.
         quiet, attacked: the honest clients' answers without and with attacks.
         right: name of each honest request -> its text, answered in quiet.
         before, after: the server's process, idle.
@@ -83,6 +84,7 @@ class Record:
 
     tried: dict[str, int] = field(default_factory=dict)
     statuses: dict[str, dict[int, int]] = field(default_factory=dict)
+    spans: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
     quiet: list[Answer] = field(default_factory=list)
     attacked: list[Answer] = field(default_factory=list)
     right: dict[str, str] = field(default_factory=dict)
@@ -101,6 +103,16 @@ class Record:
         """Honest answers with another text than in quiet."""
         ended = (answer for answer in self.attacked if answer.outcome == ANSWERED)
         return [answer for answer in ended if answer.text != self.right[answer.name]]
+
+    def gaps_beside(self, kind: str) -> list[float]:
+        """Seconds between two pieces of honest answers while an attack of a kind ran."""
+        spans = self.spans.get(kind, [])
+        return [
+            b - a
+            for answer in self.attacked
+            for a, b in zip(answer.piece_s, answer.piece_s[1:], strict=False)
+            if any(start < answer.start_s + b and answer.start_s + a < end for start, end in spans)
+        ]
 
     def checks(self) -> dict[str, tuple[bool, str]]:
         """What has to hold: whether it does, and the figures."""
@@ -186,32 +198,34 @@ async def clients(server: Server, asks: list[Ask], seconds: float, into: list[An
 
 Tried = dict[str, int]
 Statuses = dict[str, dict[int, int]]
+Spans = dict[str, list[tuple[float, float]]]
 
 
 async def attack(server: Server, seed: int, seconds: float, record: Record) -> None:
     """Attack from another process: what an attacker computes holds up no honest client's clock."""
     loop = asyncio.get_running_loop()
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        record.tried, record.statuses = await loop.run_in_executor(
+        record.tried, record.statuses, record.spans = await loop.run_in_executor(
             pool, attack_alone, server.url, server.model, seed, seconds
         )
 
 
-def attack_alone(url: str, model: str, seed: int, seconds: float) -> tuple[Tried, Statuses]:
+def attack_alone(url: str, model: str, seed: int, seconds: float) -> tuple[Tried, Statuses, Spans]:
     """Two attackers at a time, each with one kind after the other."""
-    rng, tried, statuses = random.Random(seed), dict[str, int](), Statuses()
+    rng, tried, statuses, spans = random.Random(seed), Tried(), Statuses(), Spans()
     until, order = time.monotonic() + seconds, shuffled(rng)
 
     async def attacker() -> None:
         while time.monotonic() < until:
             kind = next(order)
-            target = Target(url, model, ATTACKER, rng)
+            target, started = Target(url, model, ATTACKER, rng), time.perf_counter()
             try:
                 await kind(target)
             except (OSError, httpx.HTTPError):
                 await asyncio.sleep(0.1)  # if the server has ended, this ends at its time
             name = kind.__name__
             tried[name] = tried.get(name, 0) + 1
+            spans.setdefault(name, []).append((started, time.perf_counter()))
             seen = statuses.setdefault(name, {})
             for status, n in target.seen.items():
                 seen[status] = seen.get(status, 0) + n
@@ -220,7 +234,7 @@ def attack_alone(url: str, model: str, seed: int, seconds: float) -> tuple[Tried
         await asyncio.gather(attacker(), attacker())
 
     asyncio.run(attackers())
-    return tried, statuses
+    return tried, statuses, spans
 
 
 async def session(server: Server, args: argparse.Namespace, record: Record) -> None:
@@ -290,14 +304,16 @@ def markdown(model: str, args: argparse.Namespace, record: Record) -> str:
             for name, (holds, said) in record.checks().items()
         ),
         "",
-        "| attack | tried | statuses (0: closed without one) |",
-        "| --- | --- | --- |",
+        "| attack | tried | p99 between pieces meanwhile, ms | statuses (0: closed without one) |",
+        "| --- | --- | --- | --- |",
     ]
     for kind in KINDS:
         name = kind.__name__
         seen = sorted(record.statuses.get(name, {}).items())
         said = ", ".join(f"{status} x {n}" for status, n in seen)
-        lines.append(f"| {name.replace('_', ' ')} | {record.tried.get(name, 0)} | {said} |")
+        p99 = 1e3 * percentile(record.gaps_beside(name), 99)
+        tried = record.tried.get(name, 0)
+        lines.append(f"| {name.replace('_', ' ')} | {tried} | {p99:.0f} | {said} |")
     return "\n".join(lines) + "\n"
 
 
