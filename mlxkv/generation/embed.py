@@ -4,6 +4,8 @@ Invariants:
 - A batch has texts of any lengths and of any requests, at most `default_chunk()` tokens of them, or
   one text: there is no padding (`nn.embedder`), and a long request does not hold up a short one.
 - Texts of a request go longest first, so that those of one length are computed together.
+- Vectors wait for the last of their request: those that are there count as memory in use, and a
+  request whose vectors, twice while they are joined, fit in no memory is refused before any.
 - No KV is kept: attention goes both ways, so no text's beginning is worth anything to another.
 """
 
@@ -136,6 +138,11 @@ class EmbedJob:
         """Of all texts."""
         return sum(map(len, self.ids))
 
+    @property
+    def n_done(self) -> int:
+        """Texts whose vectors are there."""
+        return len(self.ids) - self._n_missing
+
     def put(self, i: int, row: mx.array) -> bool:
         """Take the vector of one text; whether it was the last one missing."""
         self._rows[i] = row
@@ -174,6 +181,10 @@ class EmbedQueue:
     def _model(self) -> Embedder:
         assert self._embedder is not None, "a model that writes has no vectors"
         return self._embedder
+
+    @cached_property
+    def _row_bytes(self) -> int:
+        return 4 * self._model.n_dimensions
 
     @cached_property
     def _needs(self) -> BatchNeeds:
@@ -216,8 +227,12 @@ class EmbedQueue:
 
         Empty where there is no room for the first of them, whose request has ended then.
         """
-        room = self._budget.limit_bytes - self._budget.used_bytes
+        waiting_bytes = self._row_bytes * sum(job.n_done for job in self._jobs)
+        room = self._budget.limit_bytes - self._budget.used_bytes - waiting_bytes
         first = self._jobs[0]
+        if not first.n_done and (n_bytes := 2 * self._row_bytes * len(first.ids)) > room:
+            self._end(first, _no_room_for_all(len(first.ids), n_bytes, room))
+            return []
         n_tokens = len(first.ids[first.pending[0]])
         most = max(self._needs.largest(room, self._most), n_tokens)
         if most == n_tokens and (n_bytes := self._needs.of(n_tokens)) > room:
@@ -271,6 +286,13 @@ class EmbedQueue:
             self._jobs.remove(job)
             self._tell(job, how)
             job.tell(error)
+
+
+def _no_room_for_all(n_texts: int, n_bytes: int, room: int) -> OutOfMemory:
+    return OutOfMemory(
+        f"the vectors of {n_texts:,} texts take {human_bytes(n_bytes)}, and the memory limit "
+        f"leaves {human_bytes(max(0, room))}: send fewer at a time"
+    )
 
 
 def _no_room(n_tokens: int, n_bytes: int, room: int) -> OutOfMemory:

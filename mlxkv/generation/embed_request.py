@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from mlxkv.errors import UsageError
@@ -28,6 +28,9 @@ class EmbedRequest:
     truncate: bool = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.texts, Collection):
+            got = type(self.texts).__name__
+            raise UsageError(f"must be a text or a list of texts; got {got}", field="texts")
         if not 0 < len(self.texts) <= MAX_TEXTS:
             n = len(self.texts)
             raise UsageError(f"must be 1 to {MAX_TEXTS:,} texts; got {n:,}", field="texts")

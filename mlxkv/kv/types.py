@@ -166,7 +166,7 @@ class LayerTypes:
         return tuple(name for name in KV_TYPES if name in used)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=64)  # requests choose KV types
 def layer_types(kv_type: str) -> LayerTypes:
     """Read a KV type: one of `KV_TYPES`, or those of layers.
 

@@ -82,6 +82,9 @@ def test_what_cannot_be_embedded_is_an_error_that_says_why(llms, tmp_path):
         llm.embed("w7", dimensions=65)
     with pytest.raises(UsageError, match="texts must be 1 to"):
         llm.embed([])
+    for nothing in (None, 5):
+        with pytest.raises(UsageError, match=r"texts must be a text or a list of texts; got "):
+            llm.embed(nothing)  # pyright: ignore[reportArgumentType]
     long = "w9 " * 2047
     with pytest.raises(ContextExceeded, match=r"text 2 has 2,049 tokens and the model takes 2,048"):
         llm.embed(["w9", long])
@@ -94,6 +97,14 @@ def test_what_cannot_be_embedded_is_an_error_that_says_why(llms, tmp_path):
     chat = mlxkv.load(chat_model(tmp_path / "chat"))
     with pytest.raises(UsageError, match="generates text and has no meaningful embeddings"):
         chat.embed("a")
+
+
+@any_device
+def test_vectors_that_fit_in_no_memory_together_are_refused_before_any(llms, monkeypatch):
+    monkeypatch.setattr(embed.EmbedQueue, "_row_bytes", 1 << 40)
+    monkeypatch.setattr(embed.EmbedQueue, "_compute", lambda *_: pytest.fail("it was computed"))
+    with pytest.raises(OutOfMemory, match=r"the vectors of 3 texts take 6.* TiB, .*send fewer"):
+        llms["v1"].embed(TEXTS[:3])
 
 
 @any_device

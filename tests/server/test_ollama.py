@@ -685,6 +685,15 @@ def test_vectors_come_from_the_engine_or_are_refused(client):
     assert caught.value.status_code == 400
 
 
+@pytest.mark.parametrize("body", [{"input": ""}, {"input": []}, {"input": None}, {}])
+def test_a_request_for_vectors_of_nothing_loads_the_model(address, body):
+    answer = httpx.post(f"{address}/api/embed", json={"model": MODEL, **body})
+    assert answer.status_code == 200 and answer.json()["embeddings"] == []
+    answer = httpx.post(f"{address}/api/embeddings", json={"model": MODEL, "prompt": ""})
+    assert answer.status_code == 200 and answer.json() == {"embedding": []}
+    assert httpx.post(f"{address}/api/embed", json={"model": "no", **body}).status_code == 404
+
+
 # The library
 
 

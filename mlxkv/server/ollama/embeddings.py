@@ -1,12 +1,17 @@
-"""Vectors of texts: POST /api/embed and /api/embeddings."""
+"""Vectors of texts: POST /api/embed and /api/embeddings.
+
+As in Ollama, a request without a text loads the model and has no vectors in its answer.
+"""
 
 from __future__ import annotations
 
 import time
-from typing import Annotated
+from collections.abc import Sequence
+from typing import Annotated, Literal
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
+from pydantic import Field
 
 from mlxkv.engine.messages import EmbedAsk, Embeddings, Engine
 from mlxkv.generation.embed_request import EmbedRequest
@@ -22,7 +27,7 @@ from mlxkv.server.ollama.fields import Loading, Named, Options
 class EmbedBody(Named):
     """Texts to embed."""
 
-    input: Texts
+    input: Texts | Annotated[list[Text], Field(max_length=0)] | Literal[""] | None = None
     truncate: bool | None = None
     dimensions: Count | None = None
     options: Annotated[Options | Loading | None, NoEffect()] = None
@@ -32,7 +37,7 @@ class EmbedBody(Named):
 class EmbeddingsBody(Named):
     """A text to embed; the form before /api/embed."""
 
-    prompt: Text
+    prompt: str = ""
     options: Annotated[Options | Loading | None, NoEffect()] = None
     keep_alive: Real | str | None = None
 
@@ -42,11 +47,19 @@ def router(engine: Engine, config: ServerConfig) -> APIRouter:
     routes = APIRouter(route_class=JSONRoute, tags=["ollama"])
 
     async def embedded(
-        http: Request, body: EmbedBody | EmbeddingsBody, wanted: EmbedRequest
+        http: Request,
+        body: EmbedBody | EmbeddingsBody,
+        texts: Sequence[str],
+        dimensions: int | None = None,
+        truncate: bool = True,
     ) -> Embeddings:
         note(http, body)
         model = await present(engine, config, body.model_name)
         keep_alive_s = seconds(body.keep_alive)
+        if not texts:
+            await sse.unless_gone(http, engine.load(model.name, keep_alive_s, model.path))
+            return Embeddings((), 0)
+        wanted = EmbedRequest(texts, "", dimensions, truncate)
         ask = EmbedAsk(model.name, wanted, http.state.owner, keep_alive_s, model.path)
         return await sse.unless_gone(http, engine.embed(ask))
 
@@ -55,8 +68,8 @@ def router(engine: Engine, config: ServerConfig) -> APIRouter:
         """Embed texts, with a model that was trained for it."""
         started = time.perf_counter_ns()
         truncate = body.truncate is not False  # as in Ollama, a long text is cut
-        wanted = EmbedRequest(one_or_more(body.input), "", body.dimensions, truncate)
-        found = await embedded(request, body, wanted)
+        texts = one_or_more(body.input) if body.input else ()
+        found = await embedded(request, body, texts, body.dimensions, truncate)
         answer = {
             "model": body.model_name,
             "embeddings": [list(vector) for vector in found.vectors],
@@ -68,8 +81,7 @@ def router(engine: Engine, config: ServerConfig) -> APIRouter:
     @routes.post("/api/embeddings")
     async def embeddings(request: Request, body: EmbeddingsBody) -> Response:
         """Embed one text."""
-        wanted = EmbedRequest([body.prompt], "", truncate=True)
-        found = await embedded(request, body, wanted)
-        return JSONResponse({"embedding": list(found.vectors[0])})
+        found = await embedded(request, body, [body.prompt] if body.prompt else ())
+        return JSONResponse({"embedding": list(found.vectors[0]) if found.vectors else []})
 
     return routes
