@@ -19,8 +19,9 @@ from .model import default_dtype, gguf_config, gguf_weights, unused_tensors
 from .split import open_whole
 from .tokenizer import FILES, write_tokenizer
 
+ADAPTER = "adapter"
 _NO_MODELS = {
-    "adapter": "an adapter (LoRA) and no model: give the file of the model that it was made for",
+    ADAPTER: "an adapter (LoRA) and no model: give the model that it was made for",
     "imatrix": "an importance matrix and no model: give the model's file",
     "vocab": "a vocabulary and no weights: give the model's file",
 }
@@ -41,7 +42,8 @@ def open_gguf_source(path: Path, mmproj: Path | None = None, *, text_only: bool 
     file = open_whole(path)
     kind = file.metadata.get("general.type")
     if isinstance(kind, str) and kind in _NO_MODELS:
-        raise UnsupportedModel(f"{path} holds {_NO_MODELS[kind]}")
+        hints = [Hint("adapter", str(path), "adds it")] if kind == ADAPTER else []
+        raise UnsupportedModel(f"{path} holds {_NO_MODELS[kind]}", hints=hints)
     if file.architecture == ARCHITECTURE:
         raise UnsupportedModel(
             f"{path} holds the encoders of a model: give its language model's file",

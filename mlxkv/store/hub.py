@@ -214,7 +214,9 @@ def plan_removal(repo_id: str, revision: str | None = None) -> Removal | None:
     repo = repo_folder(repo_id)
     if not holds(repo.is_dir):
         return None
-    doomed = snapshots(repo_id, revision)
+    refs, doomed = _refs(repo_id), snapshots(repo_id, revision)
+    if revision in refs and list(refs.values()).count(refs[revision]) > 1:
+        return Removal((), (repo / "refs" / revision,), 0)  # another branch or tag has its snapshot
     is_all = bool(doomed) and len(doomed) == len(list((repo / "snapshots").iterdir()))
     if revision is None or is_all:
         locks = repo.parent / ".locks" / repo.name
@@ -224,7 +226,7 @@ def plan_removal(repo_id: str, revision: str | None = None) -> Removal | None:
         return None
     blobs = {blob for snapshot in doomed for blob in _own(snapshot)}
     commits = {snapshot.name for snapshot in doomed}
-    refs = [repo / "refs" / ref for ref, commit in _refs(repo_id).items() if commit in commits]
+    refs = [repo / "refs" / ref for ref, commit in refs.items() if commit in commits]
     return Removal(tuple(doomed), (*blobs, *refs), sum(map(_size, blobs)))
 
 

@@ -30,7 +30,7 @@ from mlxkv.checkpoint.config import read_config
 from mlxkv.checkpoint.gguf_names import first_parts, mmproj_beside, parts_of
 from mlxkv.checkpoint.mlxkv_json import RECORD, Record, read_record
 from mlxkv.checkpoint.quantization import other_settings
-from mlxkv.errors import MlxkvError, ModelNotFound, OutputError, UsageError
+from mlxkv.errors import Hint, MlxkvError, ModelNotFound, OutputError, UsageError
 from mlxkv.store import hub
 from mlxkv.store.catalog import CatalogModel
 from mlxkv.store.content import content_key, stamp_of
@@ -133,10 +133,21 @@ def _resolve_path(path: Path, report: Report) -> Path:
     if not path.is_dir():
         raise ModelNotFound(f"{path} is neither a model directory nor a .gguf file")
     if not is_model(path):
-        raise ModelNotFound(f"{path} holds no config.json: not a model directory")
+        raise _no_model(path)
     if not needs_conversion(path):
         return path.absolute()
     return _converted_by_content(path.resolve(), _weight_files(path.resolve()), "folder", report)
+
+
+def _no_model(folder: Path) -> ModelNotFound:
+    from mlxkv.checkpoint.adapter_files import is_adapter
+
+    if is_adapter(folder):
+        return ModelNotFound(
+            f"{folder} holds an adapter and no model: give the model that it was made for",
+            hints=[Hint("adapter", str(folder), "adds it")],
+        )
+    return ModelNotFound(f"{folder} holds no config.json: not a model directory")
 
 
 def needs_conversion(folder: Path) -> bool:

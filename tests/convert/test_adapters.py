@@ -59,6 +59,9 @@ def test_a_gguf_adapter_is_the_one_it_was_made_of(base: Path, tmp_path: Path) ->
     attach(model, family_for(CONFIG, ""), [Weighted(read_adapter(file, CONFIG))])
     expected = logits_of(adapted(base, (first, 1.0)), tokens(20))
     np.testing.assert_allclose(logits_of(model, tokens(20)), expected, atol=1e-5)
+    with pytest.raises(UnsupportedModel, match=r"an adapter .* and no model") as caught:
+        convert(file, tmp_path / "out")
+    assert [(hint.field, hint.value) for hint in caught.value.hints] == [("adapter", str(file))]
     other = write_gguf(tmp_path / "m.gguf", first, kind="model")
     with pytest.raises(UnsupportedModel, match=r"'general.type' is 'model'"):
         read_adapter(other)

@@ -587,6 +587,25 @@ def test_rm_of_a_link_leaves_what_it_points_to(models, tmp_path):
     assert visible(models) == []
 
 
+def test_rm_of_a_tag_leaves_the_snapshot_that_another_ref_names(models):
+    snapshot = cached(models, "org/tiny", {"tiny.gguf": b"12345"})
+    refs_folder = snapshot.parent.parent / "refs"
+    (refs_folder / "v1").write_text(snapshot.name)
+    (refs_folder / "main").write_text(snapshot.name)
+    assert library.remove("org/tiny@v1") == 0
+    assert (snapshot / "tiny.gguf").exists() and not (refs_folder / "v1").exists()
+    assert library.remove("org/tiny@main") == 5, "the last name of it"
+    assert not snapshot.exists()
+
+
+def test_an_adapter_is_no_model_and_the_message_says_where_it_goes(models, tmp_path):
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "adapters.safetensors").write_bytes(b"")
+    with pytest.raises(ModelNotFound, match="holds an adapter and no model") as caught:
+        resolve.resolve(str(tmp_path / "lora"))
+    assert [hint.field for hint in caught.value.hints] == ["adapter"]
+
+
 def test_rm_of_what_is_not_there_says_so(models):
     with pytest.raises(ModelNotFound, match="no model 'smollm2' is on this machine"):
         library.remove("smollm2")
