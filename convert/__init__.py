@@ -133,7 +133,7 @@ def convert(
     from .open import open_source
     from .plan import MAX_SHARD_BYTES, make_plan, parse_options
     from .quality.measure import Measure
-    from .write import check_output
+    from .write import check_output, check_room
 
     output = Path(output)
     options = parse_options(
@@ -162,9 +162,11 @@ def convert(
     def step(what: str, done: int, total: int) -> None:
         report(Progress(what, done, total))
 
+    plan = make_plan(opened, options)
+    if not dry_run:
+        check_room(output, measure.least_bytes(plan))
     calibration = measure.calibration(source, step)
     measured = None
-    plan = make_plan(opened, options)
     if calibration is not None and measure.target_bits is not None:
         measured = calibration.measure(plan, group_size, measure.target_bits)
         formats = measured.formats(plan, measure.target_bits)

@@ -80,7 +80,7 @@ def write_model(
         CheckpointError: the source turns out to be damaged.
     """
     check_output(output, overwrite)
-    check_space(output.parent, plan.total_bytes, f"{output}:", "make room or choose another output")
+    check_room(output, plan.total_bytes)
     with _partial_folder(output, overwrite) as folder:
         for name, members in plan.shards.items():
             with _errors_as_output(output), _naming(plan.source):
@@ -89,6 +89,11 @@ def write_model(
             _write_config(folder, plan)
             write_side_files(folder)
     return output
+
+
+def check_room(output: Path, n_bytes: int) -> None:
+    """Raise OutputError unless so many bytes are free where the output is to lie."""
+    check_space(output.parent, n_bytes, f"{output}:", "make room or choose another output")
 
 
 def write_headers(plan: ConvertPlan, folder: Path) -> None:

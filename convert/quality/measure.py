@@ -13,13 +13,16 @@ from ..quantization import AUTO, has_biases
 from .texts import HELD_OUT, read_text, windows
 
 if TYPE_CHECKING:
-    from ..plan import ConvertOptions
+    from ..plan import ConvertOptions, ConvertPlan
     from ..sources import Source
     from .calibration import Calibration
     from .compare import Comparison
 
 DEFAULT_BITS = 4.5
 """Of `auto`: what affine4 in groups of 64 has."""
+
+MOST_BITS = 8.0
+"""Of a weight in the largest of `auto`'s formats, without its scales."""
 
 Step = Callable[[str, int, int], None]
 
@@ -95,6 +98,12 @@ class Measure:
             )
         if self.evaluates and not self.calibrates:  # what calibrates reads its text first
             tokenizer_of(source)
+
+    def least_bytes(self, plan: ConvertPlan) -> int:
+        """Bytes of a plan's weights, for `auto` about the fewest, as its formats are not chosen."""
+        if self.target_bits is None:
+            return plan.total_bytes
+        return int(plan.total_bytes * min(self.target_bits, MOST_BITS) / plan.bits_per_weight)
 
     def calibration(self, source: str | Path, step: Step) -> Calibration | None:
         """The source's model and the text, if anything is measured before writing."""

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 
 from mlxkv.convert import convert, write
+from mlxkv.convert.quality.measure import Measure
 from mlxkv.errors import CheckpointError, OutputError
 from tests.support import tiny
 from tests.support.gguf_files import write_model
@@ -219,8 +220,10 @@ def test_too_little_space_is_said_before_anything_is_written(
     tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1))
-    with pytest.raises(OutputError, match=r"out: needs \d.* KiB, and .* has 1 B free"):
-        convert(source, tmp_path / "out")
+    for quantize in (None, "auto"):  # which measures for minutes: asked for before
+        monkeypatch.setattr(Measure, "calibration", lambda *_: pytest.fail("it was measured"))
+        with pytest.raises(OutputError, match=r"out: needs \d.* KiB, and .* has 1 B free"):
+            convert(source, tmp_path / "out", quantize=quantize)
     assert names(tmp_path) == ["hf"]
 
 
