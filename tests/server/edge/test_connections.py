@@ -7,6 +7,8 @@ import contextlib
 import errno
 import json
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -19,6 +21,7 @@ from mlxkv.server.config import ServerConfig, bodies_bytes
 from mlxkv.server.edge.bodies import MESSAGE_BYTES, Bodies
 from mlxkv.server.edge.serving import OTHER_FILES
 from tests.support.fake_engine import MODEL, FakeEngine, says, serving, serving_as
+from tests.support.paths import ROOT
 
 HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
 HELLO = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}
@@ -131,6 +134,25 @@ def test_half_requests_keep_no_client_out():
         assert ask(url).status_code == 200
         assert len(server.server_state.connections) <= 8
         assert received(halves[0]) == b""
+
+
+FILES = """
+import resource
+from mlxkv.server.edge.serving import OTHER_FILES, raise_file_limit
+
+for soft, hard in ((256, 4096), (256, 256)):
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    print(raise_file_limit(), resource.getrlimit(resource.RLIMIT_NOFILE)[0], OTHER_FILES)
+"""
+
+
+def test_256_files_as_on_macos_are_raised_as_far_as_may_be_and_leave_room_for_connections():
+    done = subprocess.run(
+        [sys.executable, "-c", FILES], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    raised, kept = (list(map(int, line.split())) for line in done.stdout.splitlines())
+    assert raised[:2] == [4096, 4096] and kept[:2] == [256, 256]
+    assert 256 - kept[2] >= 32
 
 
 def test_half_bodies_keep_no_client_out():
