@@ -22,7 +22,7 @@ from mlxkv.engine.asleep.answers import Sleep, begin_answer, chunks_of
 from mlxkv.engine.clients import Clients
 from mlxkv.engine.embedding import queue_of
 from mlxkv.engine.queue.fetching import Fetching
-from mlxkv.engine.queue.policy import MAX_PROMPTS, Paces
+from mlxkv.engine.queue.policy import MAX_PROMPTS, Pace, Paces
 from mlxkv.engine.queue.shares import Turns, gives_place
 from mlxkv.engine.queue.waiting import WaitingTasks
 from mlxkv.engine.runtime import Runtime
@@ -188,7 +188,11 @@ class Scheduler:
 
     def _chunks(self, task: Task) -> Callable[[], int | None]:
         """Tokens of a chunk while answers are decoding; None for any number otherwise."""
-        return lambda: self._paces.of(task.is_scored).n_tokens if self._decoding else None
+        return lambda: self._pace(task).n_tokens if self._decoding else None
+
+    def _pace(self, task: Task) -> Pace:
+        owners = {other.owner for other in self._decoding.values()}
+        return self._paces.of(task.is_scored, others_wait=bool(owners - {task.owner}))
 
     def _prefill(self, task: Task, state: Prefilling) -> None:
         session = state.generation.session
@@ -198,11 +202,9 @@ class Scheduler:
                 quietly("counting a next turn failed", lambda: self.next_turns.found(task, state))
                 quietly("counting pages failed", lambda: self.fetching.found(task))
                 state.steps = session.prefilling(state.tokens, chunks_of(task, self._chunks(task)))
-            started, held = time.perf_counter(), session.n_held
+            started, held, pace = time.perf_counter(), session.n_held, self._pace(task)
             progress = next(state.steps)
-            n = session.n_held - held
-            if n > 0:
-                self._paces.of(task.is_scored).record(n, time.perf_counter() - started)
+            pace.record(session.n_held - held, time.perf_counter() - started)
             if task.request.on_progress is not None:
                 task.request.on_progress(*progress)
             return
@@ -268,8 +270,7 @@ class Scheduler:
                 self._failed(rows, contained(error))
             return
         for result in results:
-            task = self._decoding.get(result.row)
-            if task is not None:
+            if (task := self._decoding.get(result.row)) is not None:
                 self._handle(task, task.state, result)  # pyright: ignore[reportArgumentType]
 
     def _failed(self, rows: list[Row], error: Exception) -> None:
@@ -368,8 +369,7 @@ class Scheduler:
             generation = state.generation
             if isinstance(last, KVCacheFull) and generation.n_generated:
                 last = last_chunk(generation, last)
-            ended = last if isinstance(last, Chunk) else None
-            quietly("keeping a prefix failed", lambda: self._keep(task, generation, ended))
+            quietly("keeping a prefix failed", lambda: self._keep(task, generation, last))
             if not task.keeps_session:  # references to the task may outlive it
                 quietly("freeing the caches of a request failed", generation.session.reset)
         quietly(
@@ -392,9 +392,9 @@ class Scheduler:
                 self._decoding.pop(row, None)
                 self._alone.pop(row, self._decoder).remove(row)
 
-    def _keep(self, task: Task, generation: Generation, last: Chunk | None) -> None:
+    def _keep(self, task: Task, generation: Generation, last: object) -> None:
         """Keep a sequence's prefix, longest what a client's sessions share; note the next turn."""
         links, pages = keep_prefix(generation.session), self.runtime.pages_of(task.owner)
         self.clients.ended(task.owner, task.client, task.request.prompt, links, pages)
-        if last is not None:
+        if isinstance(last, Chunk):
             self.next_turns.add(task, generation, last)

@@ -55,6 +55,14 @@ def test_a_chunk_may_take_as_long_as_some_steps_of_the_answers_within_bounds():
         assert paces.of(False).allowed_s == pytest.approx(allowed_s, rel=1e-3)
 
 
+def test_a_prompt_of_one_key_holds_the_answers_of_another_up_for_one_step():
+    paces = Paces(16, 2048)
+    for each_s, allowed_s in ((0.05, 0.1), (0.2, 0.2), (5.0, 0.5)):
+        for _ in range(99):
+            paces.stepped(each_s)
+        assert paces.of(False, others_wait=True).allowed_s == pytest.approx(allowed_s, rel=1e-3)
+
+
 def test_scored_prompts_do_not_shorten_the_chunks_of_others():
     paces = Paces(16, 2048)
     for n in (16, 32, 64, 128):

@@ -3,16 +3,19 @@
 - Every other chunk is for the oldest prompt, so that none waits for ever; the others are for the
   prompt with the fewest tokens left, so that a short prompt does not wait for a long one.
 - No shared prefix is computed twice: a prompt waits while another one computes their common prefix.
-- While answers are decoded, a chunk may take a limited time (`Paces`).
+- While answers are decoded, a chunk may take a limited time (`Paces`), least where one key's prompt
+  holds another's answers up.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-STALL_STEPS = 3
-"""Steps of running answers that a chunk of a prompt may take as long as,"""
+STALL_STEPS = 3, 1
+"""Steps of running answers that a chunk of a prompt may take as long as: where all are of the
+prompt's own key, and where some are of another: what one key asks for, others wait little for;"""
 STALL_S = 0.1, 0.5
 """and seconds that it may take at least and at most."""
 MAX_PROMPTS = 4
@@ -56,8 +59,9 @@ class Pace:
         self.n_tokens = least
 
     def record(self, n_tokens: int, seconds: float) -> None:
-        """Adapt to a chunk's time. A fast chunk shorter than `n_tokens` changes nothing."""
-        if n_tokens < self.n_tokens and seconds <= self.allowed_s:
+        """Adapt to a chunk's time. A fast chunk shorter than `n_tokens` changes nothing, nor does
+        one of no tokens."""
+        if n_tokens <= 0 or (n_tokens < self.n_tokens and seconds <= self.allowed_s):
             return
         fits = n_tokens * self.allowed_s / max(seconds, 1e-9)
         longest = min(2 * max(n_tokens, self.n_tokens), self._most)
@@ -68,14 +72,15 @@ class Paces:
     """How long a chunk may be while answers are decoded: as long as some of their steps take.
 
     There is a pace for each kind of prompt: where tokens are scored, each takes several times as
-    long.
+    long; where another key's answers wait, a chunk may take less.
 
     Args:
         least, most: as of `Pace`.
     """
 
     def __init__(self, least: int, most: int):
-        self._paces = [Pace(STALL_S[1], least, most) for _ in range(2)]
+        kinds = itertools.product((False, True), repeat=2)
+        self._paces = {kind: Pace(STALL_S[1], least, most) for kind in kinds}
         self._step_s: float | None = None
 
     def stepped(self, seconds: float) -> None:
@@ -83,12 +88,13 @@ class Paces:
         before = seconds if self._step_s is None else self._step_s
         self._step_s = before + (seconds - before) / 8
         least, most = STALL_S
-        for pace in self._paces:
-            pace.allowed_s = min(max(least, STALL_STEPS * self._step_s), most)
+        for (_, others_wait), pace in self._paces.items():
+            steps_s = STALL_STEPS[others_wait] * self._step_s
+            pace.allowed_s = min(max(least, steps_s), most)
 
-    def of(self, is_scored: bool) -> Pace:
-        """The pace of a prompt."""
-        return self._paces[is_scored]
+    def of(self, is_scored: bool, *, others_wait: bool = False) -> Pace:
+        """The pace of a prompt, and whether answers of another key wait for its chunks."""
+        return self._paces[is_scored, others_wait]
 
 
 def next_prompt(prompts: Sequence[PendingPrompt], for_oldest: bool) -> int:
