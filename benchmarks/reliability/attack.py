@@ -35,6 +35,8 @@ HONEST, ATTACKER = "honest-key", "attacker-key"
 CLIENTS = 4
 WORST_RATIO, WORST_GROWTH = 2.0, 0.05
 WARM_S, SETTLE_S = 20.0, 60.0
+IDLE_S = 5.0
+"""From the last answer until the process is looked at: next turns are computed first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,6 +269,7 @@ async def settle(server: Server, asks: list[Ask]) -> None:
     """Until time limits have ended what attacks left; then the honest alone."""
     await asyncio.sleep(SETTLE_S)
     await clients(server, asks, WARM_S, [])
+    await asyncio.sleep(IDLE_S)
 
 
 async def honest_once(server: Server, asked: Ask, into: list[Answer]) -> None:

@@ -342,7 +342,8 @@ class ThreadedEngine:
         if (turns := self._next_turns()) is not None and self._sleep_s() == 0:
             if not self._has_news():
                 quietly("computing a next turn failed", turns.step)
-        elif had_work:
+            had_work = self._next_turns() is None
+        if had_work:
             mx.clear_cache()
             device.trim()
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import pytest
 
 import mlxkv
@@ -377,6 +378,10 @@ def test_an_engine_computes_next_turns_when_it_has_no_requests(models, is_on):
             until = time.monotonic() + (20 if is_on else 0.5)
             while time.monotonic() < until and not counts.next_turn_tokens:
                 time.sleep(0.01)
+            until = time.monotonic() + 5
+            while time.monotonic() < until and mx.get_cache_memory():
+                time.sleep(0.01)
+            assert not mx.get_cache_memory(), "what it took is given back"
             again = asyncio.run(ask([*answered(FIRST, TEXT), user("And?")]))
         assert (stats(again).computed_tokens < len(TEXT)) == is_on == bool(counts.next_turn_tokens)
     finally:
