@@ -174,6 +174,18 @@ def test_quantized_kv_goes_on(family, family_folder, llama, open_files):
     )
 
 
+def test_an_answer_with_drafts_goes_on(llama, open_files):
+    prompt = random_tokens(12, vocab_size=90) * 9
+    requests = [
+        Request.of(prompt, max_tokens=90, ignore_eos=True, draft="lookup", **options)
+        for options in ({"temperature": 0.0}, SEEDED)
+    ]
+    last = run(of_llama(llama), requests)[0][-2]
+    assert isinstance(last, Chunk) and last.stats is not None
+    assert last.stats.drafts is not None and last.stats.drafts.accepted, "there are no drafts"
+    assert_wakes(lambda: of_llama(llama), requests, open_files, 40)
+
+
 def test_a_grammar_and_calls_go_on(llama, open_files):
     schema = {
         "type": "object",
