@@ -55,10 +55,17 @@ def test_a_chunk_may_take_as_long_as_some_steps_of_the_answers_within_bounds():
         assert paces.of(False).allowed_s == pytest.approx(allowed_s, rel=1e-3)
 
 
+def test_a_few_steps_that_were_held_up_are_not_what_a_step_takes():
+    paces = Paces(16, 2048)
+    for each_s in (0.4, *[0.06] * 20, 0.5, 0.5, 0.06, 0.06):
+        paces.stepped(each_s)
+    assert paces.of(False).allowed_s < 1.3 * 3 * 0.06
+
+
 def test_a_prompt_of_one_key_holds_the_answers_of_another_up_for_one_step():
     paces = Paces(16, 2048)
     for each_s, allowed_s in ((0.05, 0.1), (0.2, 0.2), (5.0, 0.5)):
-        for _ in range(99):
+        for _ in range(299):
             paces.stepped(each_s)
         assert paces.of(False, others_wait=True).allowed_s == pytest.approx(allowed_s, rel=1e-3)
 

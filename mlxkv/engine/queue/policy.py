@@ -18,6 +18,10 @@ STALL_STEPS = 3, 1
 prompt's own key, and where some are of another: what one key asks for, others wait little for;"""
 STALL_S = 0.1, 0.5
 """and seconds that it may take at least and at most."""
+FALLS, RISES = 1 / 4, 1 / 32
+"""How fast the known time of a step follows shorter and longer ones. What held a few up, work of
+other processes or tracing a first step, is not what a step takes; and while prompts come one after
+the other none is timed for long."""
 MAX_PROMPTS = 4
 """Prompts that are prefilled in turns; the others wait."""
 
@@ -86,7 +90,7 @@ class Paces:
     def stepped(self, seconds: float) -> None:
         """Note how long a step of the answers took that no prompt delayed."""
         before = seconds if self._step_s is None else self._step_s
-        self._step_s = before + (seconds - before) / 8
+        self._step_s = before + (seconds - before) * (FALLS if seconds < before else RISES)
         least, most = STALL_S
         for (_, others_wait), pace in self._paces.items():
             steps_s = STALL_STEPS[others_wait] * self._step_s
