@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
@@ -17,7 +17,7 @@ from mlxkv.engine.messages import EmbedAsk, Embeddings, Engine
 from mlxkv.generation.embed_request import EmbedRequest
 from mlxkv.server import sse
 from mlxkv.server.config import ServerConfig
-from mlxkv.server.fields import Count, NoEffect, Real, Text, Texts, one_or_more, seconds
+from mlxkv.server.fields import Count, NoEffect, Real, Text, one_or_more, seconds
 from mlxkv.server.ignored import note
 from mlxkv.server.json_route import JSONRoute
 from mlxkv.server.model_names import present
@@ -27,7 +27,7 @@ from mlxkv.server.ollama.fields import Loading, Named, Options
 class EmbedBody(Named):
     """Texts to embed."""
 
-    input: Texts | Annotated[list[Text], Field(max_length=0)] | Literal[""] | None = None
+    input: str | Annotated[list[Text], Field(max_length=2048)] | None = None
     truncate: bool | None = None
     dimensions: Count | None = None
     options: Annotated[Options | Loading | None, NoEffect()] = None
