@@ -161,7 +161,7 @@ def test_a_long_sequence_keeps_the_states_of_the_grid_and_goes_on_from_them():
 def test_states_between_a_root_and_a_leaf_give_way_before_anything_else():
     pages, tokens = new_pages(), random_tokens(2 * GRID + 9)
     links = Sequence_(pages).feed(tokens).finish()
-    pages.budget_bytes = pages.nbytes - 1
+    pages.room.budget_bytes = pages.nbytes - 1
     pages.add(links[0], b"", {})
     assert [link.stop for link in links if pages.holds(link, WINDOW)] == [2 * GRID, len(tokens)]
     assert all(pages.holds(link, FULL) for link in links)
