@@ -10,8 +10,9 @@ enum class Kind { Q2, Q3, Q4, Q5, Q6, Q8, FP4, FP8, BF16, F16, F32 };
 enum class Scale { F32, BF16, F16, E8M0, E4M3 };
 enum class Act { NONE, SILU, GELU_TANH, CLAMPED };
 
-// Groups of a row at most; keys that one piece of a decode step reads, and that a chunk's block has.
-constexpr int MOST_GROUPS = 2048, KEYS = 256, BLOCK = 64;
+// Groups of a row at most; keys that one piece of a decode step reads, and that a chunk's block has;
+// queries of a chunk that are computed together.
+constexpr int MOST_GROUPS = 2048, KEYS = 256, BLOCK = 64, LANES = 64;
 // Rows of activations that one pass over the weights serves.
 constexpr int MOST_ROWS = 8;
 // A chunk's product is made of panels of unpacked weights, rows and values of each, and of tiles
@@ -115,8 +116,8 @@ inline int length_of(const Weight& p, int lanes) {
 }
 
 inline size_t chunk_floats(const Heads& a, int n) {
-  size_t rows = size_t(n) * a.G;
-  return rows * (a.D + a.V + BLOCK + 2) + size_t(a.D) * BLOCK;
+  const size_t panels = (size_t(n) * a.G + LANES - 1) / LANES;
+  return LANES * (panels * (a.D + a.V + 2) + BLOCK + 1);
 }
 
 // Those of an instruction set by name, or of the best that this machine has; null for unknown.
