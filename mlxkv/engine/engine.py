@@ -329,8 +329,7 @@ class ThreadedEngine:
         had_work = self._has_requests() or self._next_turns() is not None
         if self._has_requests():
             self._busy_at = time.monotonic()
-            for loaded in self._pool.models():
-                quietly("pausing a next turn failed", loaded.scheduler.next_turns.pause)
+            self._pool.pause_next_turns(is_loading=bool(self._loads))
         self._loads.proceed(lambda: self._is_busy() or self._has_news())
         self._pool.share_memory()
         for key in self._pool:

@@ -32,6 +32,7 @@ from mlxkv.engine.messages import EngineStats
 from mlxkv.engine.queue.preparation import Preparer
 from mlxkv.engine.runtime import Runtime
 from mlxkv.engine.scheduler import Scheduler
+from mlxkv.engine.tasks import quietly
 from mlxkv.errors import MlxkvError, ModelNotFound, OutOfMemory, contained
 from mlxkv.memory import needs
 from mlxkv.models.loader import lay_out
@@ -277,17 +278,36 @@ class ModelPool:
         self.expire()
         return True
 
+    def pause_next_turns(self, *, is_loading: bool) -> None:
+        """There are requests, or models that are loaded: they need what next turns take."""
+        for model in self.models():
+            turns = model.scheduler.next_turns
+            quietly("pausing a next turn failed", turns.pause)
+            if is_loading or model.scheduler.is_idle:
+                quietly("freeing caches failed", turns.kept.let_go)
+
     def expire(self) -> None:
-        """Unload models whose keep-alive has passed."""
+        """Unload models whose keep-alive has passed, and free caches that were kept for long."""
+        self._free_kept()
         # Keys only: a reference to a model here would keep its memory in use.
         for key in [key for key, model in self._models.items() if _is_over(model)]:
             self.drop(key)
 
+    def _free_kept(self) -> None:
+        kept = [model.scheduler.next_turns.kept for model in self.models()]
+        old = [each for each in kept if each.left_s == 0]
+        for each in old:
+            each.let_go()
+        if old:
+            self.give_back()
+
     def until_next_expiry_s(self) -> float | None:
-        """Seconds until the next model expires; None if none will."""
-        ends = [model.expires_at() for model in self.models()]
-        times = [end for end in ends if end is not None]
-        return max(0.0, min(times) - time.monotonic()) if times else None
+        """Seconds until the next model or kept caches expire; None if none will."""
+        now, models = time.monotonic(), self.models()
+        left = [model.scheduler.next_turns.kept.left_s for model in models]
+        left += [end - now for model in models if (end := model.expires_at()) is not None]
+        times = [max(0.0, seconds) for seconds in left if seconds is not None]
+        return min(times, default=None)
 
 
 def _is_over(model: LoadedModel) -> bool:

@@ -195,13 +195,13 @@ class Scheduler:
         return self._paces.of(task.is_scored, others_wait=bool(owners - {task.owner}))
 
     def _prefill(self, task: Task, state: Prefilling) -> None:
-        session = state.generation.session
         try:
             if state.steps is None:  # not earlier: another prompt may have left pages of it
-                state.tokens = state.generation.restore()
-                quietly("counting a next turn failed", lambda: self.next_turns.found(task, state))
+                self.next_turns.restore(task, state)
                 quietly("counting pages failed", lambda: self.fetching.found(task))
-                state.steps = session.prefilling(state.tokens, chunks_of(task, self._chunks(task)))
+                session, chunks = state.generation.session, chunks_of(task, self._chunks(task))
+                state.steps = session.prefilling(state.tokens, chunks)
+            session = state.generation.session
             started, held, pace = time.perf_counter(), session.n_held, self._pace(task)
             progress = next(state.steps)
             pace.record(session.n_held - held, time.perf_counter() - started)
@@ -370,8 +370,8 @@ class Scheduler:
             if isinstance(last, KVCacheFull) and generation.n_generated:
                 last = last_chunk(generation, last)
             quietly("keeping a prefix failed", lambda: self._keep(task, generation, last))
-            if not task.keeps_session:  # references to the task may outlive it
-                quietly("freeing the caches of a request failed", generation.session.reset)
+            idle = self.is_idle and isinstance(last, Chunk)
+            quietly("freeing caches failed", lambda: self.next_turns.free(task, generation, idle))
         quietly(
             "counting an answer failed", lambda: count_end(task, last, self.tally, self.clients)
         )
@@ -396,5 +396,5 @@ class Scheduler:
         """Keep a sequence's prefix, longest what a client's sessions share; note the next turn."""
         links, pages = keep_prefix(generation.session), self.runtime.pages_of(task.owner)
         self.clients.ended(task.owner, task.client, task.request.prompt, links, pages)
-        if isinstance(last, Chunk):
-            self.next_turns.add(task, generation, last)
+        ended = last if isinstance(last, Chunk) else None
+        self.next_turns.add(task, generation, links, ended)

@@ -90,7 +90,7 @@ class Chat:
         before = self.scheduler.counts.next_turn_tokens
         while not self.scheduler.next_turns.is_empty:
             self.scheduler.next_turns.step()
-        assert self.runtime.budget.kv_bytes == 0
+        assert self.runtime.budget.kv_bytes == self.scheduler.next_turns.kept.nbytes
         return self.scheduler.counts.next_turn_tokens - before
 
 

@@ -7,7 +7,7 @@ client waits. So it is computed before, from the answer to where the next messag
 as pages.
 
 Invariants:
-- Requests go first: `pause` keeps what has been computed as pages and frees the caches.
+- Requests go first: `pause` keeps what has been computed, as pages and in `kept`.
 - No memory is freed for it: it begins only where its KV and a chunk fit beside everything else.
 - For an answer at most `IdleCompute.limit` tokens are computed, and none where nothing differs.
 - A token that was computed is counted as used once, by the first prompt that it is restored for.
@@ -24,6 +24,7 @@ from typing import Any, Self
 
 from mlxkv.chat.template_probe import REASONING
 from mlxkv.engine.ahead.choice import IdleCompute
+from mlxkv.engine.ahead.kept import Kept
 from mlxkv.engine.ahead.tally import Ahead, Records
 from mlxkv.engine.clients import Clients
 from mlxkv.engine.prompt import PROBES, prepare
@@ -31,7 +32,7 @@ from mlxkv.engine.queue.policy import Pace
 from mlxkv.engine.queue.preparation import is_long
 from mlxkv.engine.runtime import Runtime
 from mlxkv.engine.tally import Tally
-from mlxkv.engine.tasks import Prefilling, Task, keep_prefix
+from mlxkv.engine.tasks import Prefilling, Task, keep_prefix, quietly
 from mlxkv.errors import MlxkvError
 from mlxkv.generation.generation import Generation
 from mlxkv.generation.outputs import Chunk, reply_message
@@ -41,6 +42,7 @@ from mlxkv.kv.types import STEP
 from mlxkv.media.parts import content_bytes, is_same
 from mlxkv.media.prompt import NO_MEDIA, PromptMedia
 from mlxkv.memory.needs import MIN_CHUNK
+from mlxkv.prefix.layout import Link
 
 _log = logging.getLogger(__name__)
 
@@ -159,12 +161,15 @@ class NextTurns:
         tally: its counters; tokens that are computed are counted there,
         clients: and here.
         idle: how much is computed; None for nothing.
+
+    Attributes:
+        kept: the caches of the sequence that was computed last.
     """
 
     def __init__(self, runtime: Runtime, tally: Tally, clients: Clients, idle: IdleCompute | None):
         self._runtime, self._tally, self._clients = runtime, tally, clients
         self._idle = idle or IdleCompute("off")
-        self._records = Records()
+        self._records, self.kept = Records(), Kept()
         self._waiting: deque[Answered] = deque(maxlen=MAX_WAITING)
         self._steps: Generator[None, None, None] | None = None
         self._last: list[int] = []  # what was rendered last: another form may render as the same
@@ -175,13 +180,47 @@ class NextTurns:
         """Whether there is nothing to compute."""
         return not self._waiting
 
-    def add(self, task: Task, generation: Generation, last: Chunk) -> None:
-        """Note an answer that has ended; its session still holds its KV."""
-        if not self._idle.is_off:
+    def add(
+        self, task: Task, generation: Generation, links: Sequence[Link], last: Chunk | None
+    ) -> None:
+        """Note an answer that has ended; its session still holds its KV.
+
+        Args:
+            task: its request.
+            generation: the answer.
+            links: its pages.
+            last: its last chunk; None if it has failed, or was cancelled.
+        """
+        self.kept.used_again(generation.session, links, self._runtime.pages_of(task.owner))
+        if last is not None and not self._idle.is_off:
             forms = Answered.of(task, generation, last)
             self._waiting += forms[:1] if self._idle.choice == "light" else forms
 
-    def found(self, task: Task, state: Prefilling) -> None:
+    def free(self, task: Task, generation: Generation, is_kept: bool) -> None:
+        """Free the caches of a request that has ended, or keep them for its next turn.
+
+        References to the task may outlive it.
+        """
+        if task.keeps_session:
+            return
+        if is_kept and not self._idle.is_off:
+            self.kept.keep(generation.session, task.owner)
+        else:
+            generation.session.reset()
+
+    def restore(self, task: Task, state: Prefilling) -> None:
+        """Restore the prefix of a prompt, in the caches that are kept if it goes on from those."""
+        quietly("handing caches over failed", lambda: self._hand_over(task, state.generation))
+        state.tokens = state.generation.restore()
+        quietly("counting a next turn failed", lambda: self._found(task, state))
+
+    def _hand_over(self, task: Task, generation: Generation) -> None:
+        if generation.session.n_held or task.keeps_session:
+            self.kept.let_go()
+        elif (session := self.kept.take(task.owner, generation.remaining())) is not None:
+            generation.session = session
+
+    def _found(self, task: Task, state: Prefilling) -> None:
         """Note what a prompt, whose session was just restored, has of what was computed."""
         generation, tokens = state.generation, state.tokens
         n_tokens, saved_s = self._records.use(task.owner, tokens, generation.session.n_held)
@@ -217,15 +256,16 @@ class NextTurns:
         self._waiting.popleft()
 
     def pause(self) -> None:
-        """Free the caches; what has been computed is kept, and `step` goes on from there."""
+        """Stop computing; what has been computed is kept, and `step` goes on from there."""
         steps, self._steps = self._steps, None
         if steps is not None:
             steps.close()
 
     def clear(self) -> None:
-        """Forget all answers."""
+        """Forget all answers, and free all caches."""
         self.pause()
         self._waiting.clear()
+        self.kept.let_go()
 
     def _computing(self, answered: Answered) -> Generator[None, None, None]:
         if answered.tokens is None:
@@ -234,14 +274,19 @@ class NextTurns:
         if tokens is None or len(tokens) >= answered.context or tokens == self._last:
             return
         shared = n_shared(answered.held, tokens)
-        session = self._runtime.session(answered.owner)
+        session = self.kept.take(answered.owner, tokens) or self._runtime.session(answered.owner)
         session.media = answered.media
         try:
-            if self._runtime.budget.is_roomy(session, len(tokens), STEP):
+            if not self._is_roomy(session, tokens):
+                session.reset()
+            if self._is_roomy(session, tokens):
                 yield from self._prefilling(session, answered, tokens, shared)
                 self._last = tokens
         finally:
-            session.reset()
+            self.kept.keep(session, answered.owner)
+
+    def _is_roomy(self, session: Session, tokens: Sequence[int]) -> bool:
+        return self._runtime.budget.is_roomy(session, len(tokens), STEP)
 
     def _prefilling(
         self, session: Session, answered: Answered, tokens: list[int], shared: int
@@ -262,7 +307,8 @@ class NextTurns:
             yield from self._paced(session, steps, answered.ahead)
         finally:
             self._count(answered, answered.ahead, session.n_held - n_restored)
-            keep_prefix(session)
+            pages = self._runtime.pages_of(answered.owner)
+            self.kept.used_again(session, keep_prefix(session), pages)
 
     def _count(self, answered: Answered, ahead: Ahead, n_tokens: int) -> None:
         ahead.n_computed += n_tokens
