@@ -143,6 +143,18 @@ def rms_norm(
     return _ops().rms_norm(x, scale, eps, plus)
 
 
+def largest(logits: mx.array) -> mx.array | None:
+    """The largest of each row, NaN where one is; None for what the kernels do not take."""
+    found = kernels() if logits.dtype == mx.float32 else None
+    return None if found is None else found.largest(logits)
+
+
+def argmax(logits: mx.array) -> mx.array:
+    """`mx.argmax` along the last axis."""
+    found = kernels() if logits.dtype == mx.float32 else None
+    return mx.argmax(logits, axis=-1) if found is None else found.first_largest(logits)
+
+
 def rotated(
     qkv: mx.array,
     n_heads: int,

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import mlx.core as mx
 
 from mlxkv.base import device
+from mlxkv.nn import kernels
 from mlxkv.nn.layers import compiled
 
 # Longer sums are taken over rows of this length first: MLX's CPU backend adds one value after the
@@ -132,6 +133,8 @@ def soundness(logits: mx.array) -> mx.array:
         return mx.logsumexp(logits, axis=-1)
     # There exponentials cost eight times what these two passes do.
     logits = logits.astype(mx.float32)
+    if (largest := kernels.largest(logits)) is not None:
+        return largest
     total = logits.sum(axis=-1)
     # A maximum may pass a NaN over; a sum cannot.
     return mx.where(mx.isnan(total), total, logits.max(axis=-1))

@@ -22,6 +22,7 @@ import mlx.core as mx
 
 from mlxkv.base import device
 from mlxkv.errors import UsageError
+from mlxkv.nn import kernels
 from mlxkv.sampling.math import (
     at_least,
     biased,
@@ -170,7 +171,7 @@ class Sampler:
         """Tokens [B], drawn with random numbers u [B, 2]; none where this is greedy."""
         logits = self._adjusted(logits, recent, answer)
         if self.greedy:
-            return mx.argmax(logits, axis=-1)
+            return kernels.argmax(logits)
         weights, ids = self._weighted(logits)
         choice = draw(weights, mx.array([list(each) for each in u]), self._last)
         return choice if ids is None else mx.take_along_axis(ids, choice[:, None], axis=-1)[:, 0]

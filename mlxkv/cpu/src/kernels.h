@@ -100,6 +100,8 @@ struct Kernels {
   // `w` may be null.
   void (*rms)(const float* x, const float* w, float eps, int n, float* out);
   void (*rotate)(const float* x, const float* c, const float* s, int half, int n, float* out);
+  // The largest of n values; NaN where one is.
+  float (*largest)(const float* x, int n);
   void (*unpack)(const Codes&, int first, int n, float* out, int ldo);
   // One query over the keys [first, last): weighted values, and the maximum and sum of each head.
   void (*attend_one)(const Heads&, const float* q, const float* k, const float* v, int first,

@@ -2,5 +2,6 @@
 #include "module.cpp"
 // After Python.h.
 #include "attention.cpp"
+#include "logits.cpp"
 #include "op.cpp"
 #include "products.cpp"

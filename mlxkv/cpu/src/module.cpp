@@ -9,6 +9,7 @@
 
 #include "attention.h"
 #include "huge_pages.h"
+#include "logits.h"
 #include "mlx/version.h"
 #include "pool.h"
 #include "products.h"
@@ -87,6 +88,8 @@ mx::array py_rotate(Args a) {
   return rotate(array_of(a[0]), array_of(a[1]), {whole(a[2]), whole(a[3]), wholes(a[4]), real(a[5])},
                 maybe(a[6]), maybe(a[7]), real(a[8]));
 }
+mx::array py_largest(Args a) { return largest(array_of(a[0])); }
+mx::array py_first_largest(Args a) { return first_largest(array_of(a[0])); }
 // q, k, v, scale, cap, causal, mask, sinks
 mx::array py_attend(Args a) {
   Maybe mask = maybe(a[6]), sinks = maybe(a[7]);
@@ -146,6 +149,8 @@ PyMethodDef methods[] = {
     {"rotate", function(call<9, py_rotate>), METH_FASTCALL, nullptr},
     {"attend", function(call<8, py_attend>), METH_FASTCALL, nullptr},
     {"attend_codes", function(call<8, py_attend_codes>), METH_FASTCALL, nullptr},
+    {"largest", function(call<1, py_largest>), METH_FASTCALL, nullptr},
+    {"first_largest", function(call<1, py_first_largest>), METH_FASTCALL, nullptr},
     {"huge_pages", py_huge_pages, METH_O, nullptr},
     {"use", py_use, METH_O, nullptr},
     {"threads", py_threads, METH_O, nullptr},

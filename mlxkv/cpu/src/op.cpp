@@ -34,9 +34,9 @@ bool Op::is_equivalent(const mx::Primitive& other) const {
 }
 
 mx::array operation(const char* name, mx::Shape shape, Op::Numbers numbers, Op::Run run,
-                    Arrays inputs) {
+                    Arrays inputs, mx::Dtype dtype) {
   auto stream = mx::default_stream(mx::Device(mx::Device::cpu));
-  return mx::array(std::move(shape), mx::float32,
+  return mx::array(std::move(shape), dtype,
                    std::make_shared<Op>(stream, name, std::move(numbers), std::move(run)),
                    std::move(inputs));
 }

@@ -41,9 +41,9 @@ class Op : public mx::Primitive {
   Run run_;
 };
 
-// A float32 array that `run` computes.
+// An array that `run` computes.
 mx::array operation(const char* name, mx::Shape shape, Op::Numbers numbers, Op::Run run,
-                    Arrays inputs);
+                    Arrays inputs, mx::Dtype dtype = mx::float32);
 
 // Memory of one thread that is kept for its next operation, at the start of a cache line: vectors
 // that lie across two take twice as long.

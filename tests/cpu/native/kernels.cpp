@@ -162,6 +162,17 @@ bool attention(const Kernels& k, const Kernels& baseline, int G, int D, int V, i
          agree("one query", k, none, one(k), one(baseline));
 }
 
+bool same_largest(const Kernels& k, const Kernels& baseline) {
+  for (int n : {1, 3, 16, 63, 64, 100, 1000}) {
+    const Floats x = random_floats(size_t(n));
+    if (k.largest(x.data(), n) != baseline.largest(x.data(), n)) {
+      std::printf("the largest of %d differs\n", n);
+      return false;
+    }
+  }
+  return true;
+}
+
 }  // namespace
 
 int main() {
@@ -172,6 +183,7 @@ int main() {
     if (!k) continue;
     std::printf("%s\n", k->name);
     for (auto [N, K] : {std::pair(17, 96), {50, 160}, {5, 1152}}) fine &= all_products(*k, *baseline, N, K);
+    fine &= same_largest(*k, *baseline);
     for (int G : {1, 3, 8})
       for (auto [L, S] : {std::pair(1, 1), {5, 5}, {7, 70}, {33, 130}})
         fine &= attention(*k, *baseline, G, 48, 32, L, S);
