@@ -26,7 +26,7 @@ import mlx.core as mx
 
 from mlxkv.errors import UsageError
 from mlxkv.kv.buffers import Buffers
-from mlxkv.kv.layout import Cache, Mask, SharedRow, Slice, windowed_mask
+from mlxkv.kv.layout import Cache, Mask, Place, SharedRow, Slice, windowed_mask
 from mlxkv.kv.recurrent import RecurrentCache
 from mlxkv.kv.storage import Rows
 from mlxkv.kv.types import CacheSpec, KVFormat, RecurrentSpec, ceil_step
@@ -227,6 +227,17 @@ class RotatingKVCache(Buffers):
         old = self._temporal(self._n - kept, self._n)
         pairs = zip(old, arrays, strict=True)
         return [mx.concatenate(list(pair), axis=2) for pair in pairs], kept + L, 0
+
+    def next_place(self) -> Place | None:
+        n, size, capacity = self._n, self.max_size, self.capacity
+        fits = capacity == size or n < capacity < size
+        return self._place(n if n < size else self._head, min(n + 1, size)) if fits else None
+
+    def stepped(self, keys: mx.array, values: mx.array) -> None:
+        n, head = self._n + 1, self._head
+        if n > self.max_size:
+            n, head = n - 1, (head + 1) % self.max_size
+        self.buffers, self._n, self._head, self.offset = [keys, values], n, head, self.offset + 1
 
     def _temporal(self, start: int, stop: int) -> tuple[mx.array, ...]:
         """Rows `[start, stop)` counted from the oldest, in temporal order."""

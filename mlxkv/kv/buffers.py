@@ -8,12 +8,12 @@ from typing import Any, Self
 import mlx.core as mx
 
 from mlxkv.errors import UsageError
-from mlxkv.kv.layout import SharedRow, Slice
+from mlxkv.kv.layout import Place, SharedRow, Slice, Stepping
 from mlxkv.kv.storage import Native, Rows, dense_both, storage_of
 from mlxkv.kv.types import CacheSpec, ceil_step
 
 
-class Buffers:
+class Buffers(Stepping):
     """Buffers `[B, H, capacity, D]` of the arrays that a format keeps of keys and values.
 
     Attributes:
@@ -119,6 +119,23 @@ class Buffers:
     def decoded(self, arrays: Sequence[mx.array], n: int) -> tuple[Rows, Rows]:
         """Keys and values of the first `n` tokens of what is stored."""
         return self._storage.decode_both(arrays, n, *self._rows[2:4])
+
+    def next_place(self) -> Place | None:
+        """See `Stepping`: of buffers that hold all tokens."""
+        return self._place(self.offset, self.offset + 1) if self.offset < self.capacity else None
+
+    def stepped(self, keys: mx.array, values: mx.array) -> None:
+        self.buffers, self.offset = [keys, values], self.offset + 1
+
+    def _place(self, column: int, length: int) -> Place | None:
+        """A place in native buffers of one sequence alone; None where these are not."""
+        rows = self._rows
+        if self.row is not None or not rows or rows[0] != 1 or len(self.buffers) != 2:
+            return None
+        if not isinstance(self._storage, Native):
+            return None
+        keys, values = self.buffers
+        return Place(keys, values, (self.offset,), (column,), (length,))
 
     @property
     def first(self) -> int:

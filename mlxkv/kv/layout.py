@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import mlx.core as mx
 
@@ -78,6 +78,38 @@ class Positions:
 
 Offset = int | Positions
 """Position of the next token: one for all sequences, or one for each."""
+
+
+class Place(NamedTuple):
+    """Where a kernel writes the next token of each of B sequences, and what that token sees.
+
+    Args:
+        keys: a buffer `[B, H, capacity, k_dim]`, float or not.
+        values: the same of the values.
+        positions: of the tokens.
+        columns: where their keys and values are written.
+        lengths: columns that they see, from the first one on.
+    """
+
+    keys: mx.array
+    values: mx.array
+    positions: tuple[int, ...]
+    columns: tuple[int, ...]
+    lengths: tuple[int, ...]
+
+
+class Stepping:
+    """A layer's KV that a kernel may extend by one token of each sequence."""
+
+    __slots__ = ()
+
+    def next_place(self) -> Place | None:
+        """Where to; None where only `update` can do it: it has to grow, or is quantized."""
+        raise NotImplementedError
+
+    def stepped(self, keys: mx.array, values: mx.array) -> None:
+        """Take the buffers of `next_place` with the tokens' keys and values in them."""
+        raise NotImplementedError
 
 
 class LayerCache(Protocol):

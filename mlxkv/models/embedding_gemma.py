@@ -17,8 +17,11 @@ from mlxkv.checkpoint import tensor_names
 from mlxkv.checkpoint.config import Fields
 from mlxkv.checkpoint.sentence import Sentence
 from mlxkv.models import gemma3
-from mlxkv.nn.decoder_model import FourNormLayer, NormedAttention
+from mlxkv.nn.decoder_model import (
+    FourNormLayer,
+)
 from mlxkv.nn.embedder import Embedder, Texts, attend_texts, settled
+from mlxkv.nn.grouped_attention import NormedAttention
 from mlxkv.nn.linear import Embedding
 
 

@@ -15,7 +15,12 @@ from mlxkv.checkpoint.config import Fields, refuse_bidirectional
 from mlxkv.checkpoint.rope_config import rope_config
 from mlxkv.kv.layout import LayerCache, Mask
 from mlxkv.nn import decoder_model
-from mlxkv.nn.decoder_model import Attention, DecoderModel, GroupedConfig, grouped_fields
+from mlxkv.nn.decoder_model import (
+    DecoderModel,
+    GroupedConfig,
+    grouped_fields,
+)
+from mlxkv.nn.grouped_attention import Attention
 from mlxkv.nn.layers import OffsetRMSNorm, residual
 
 DEFAULTS = {

@@ -12,13 +12,13 @@ from mlxkv.checkpoint import tensor_names
 from mlxkv.checkpoint.config import Fields, refuse_bidirectional
 from mlxkv.checkpoint.rope_config import rope_config
 from mlxkv.nn.decoder_model import (
-    Attention,
     DecoderModel,
     FourNormLayer,
     GroupedConfig,
     grouped_fields,
     layer_windows,
 )
+from mlxkv.nn.grouped_attention import Attention
 from mlxkv.nn.layers import OffsetRMSNorm
 
 DEFAULTS = {

@@ -22,11 +22,11 @@ from mlxkv.nn.decoder_model import (
     DecoderModel,
     FourNormLayer,
     GroupedConfig,
-    NormedAttention,
     grouped_fields,
     layer_windows,
 )
 from mlxkv.nn.encoders import IMAGE
+from mlxkv.nn.grouped_attention import NormedAttention
 from mlxkv.nn.layers import OffsetRMSNorm
 
 DEFAULTS = {

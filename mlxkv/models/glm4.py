@@ -16,7 +16,13 @@ from mlxkv.checkpoint import tensor_names
 from mlxkv.checkpoint.config import Fields
 from mlxkv.checkpoint.rope_config import rope_config
 from mlxkv.kv.layout import LayerCache, Mask
-from mlxkv.nn.decoder_model import Attention, DecoderModel, GroupedConfig, Layer, grouped_fields
+from mlxkv.nn.decoder_model import (
+    DecoderModel,
+    GroupedConfig,
+    Layer,
+    grouped_fields,
+)
+from mlxkv.nn.grouped_attention import Attention
 from mlxkv.nn.layers import GatedMLP, RMSNorm, gated
 from mlxkv.nn.linear import Linear
 

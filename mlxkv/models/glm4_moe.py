@@ -17,13 +17,12 @@ from mlxkv.checkpoint.config import Fields
 from mlxkv.checkpoint.expert_stacks import stack_experts
 from mlxkv.checkpoint.rope_config import rope_config
 from mlxkv.nn.decoder_model import (
-    Attention,
     GroupedConfig,
     Layer,
     NextToken,
-    NormedAttention,
     grouped_fields,
 )
+from mlxkv.nn.grouped_attention import Attention, NormedAttention
 from mlxkv.nn.next_token import NextTokenLayer, NextTokenModel
 from mlxkv.nn.sigmoid_moe import CORRECTION_BIAS, MoE, MoEConfig
 

@@ -18,7 +18,7 @@ from mlxkv.checkpoint import tensor_names
 from mlxkv.checkpoint.config import Fields
 from mlxkv.checkpoint.rope_config import rope_config
 from mlxkv.errors import WeightsError
-from mlxkv.nn import decoder_model, kernels
+from mlxkv.nn import grouped_attention, kernels
 from mlxkv.nn.decoder_model import DecoderModel, GroupedConfig, Layer, grouped_fields, layer_windows
 from mlxkv.nn.layers import Gate, compiled
 from mlxkv.nn.linear import Linear
@@ -71,7 +71,7 @@ class Config(GroupedConfig):
         )
 
 
-class Attention(decoder_model.Attention):
+class Attention(grouped_attention.Attention):
     """Grouped-query attention with a sink for each head: a logit that takes part and says nothing.
 
     With it a head may attend to nothing at all.

@@ -12,13 +12,13 @@ from mlxkv.checkpoint import tensor_names
 from mlxkv.checkpoint.config import Fields
 from mlxkv.checkpoint.rope_config import rope_config
 from mlxkv.nn.decoder_model import (
-    Attention,
     DecoderModel,
     GroupedConfig,
     Layer,
     grouped_fields,
     layer_windows,
 )
+from mlxkv.nn.grouped_attention import Attention
 
 MISTRAL_WINDOW = 4096
 """transformers' window where a Mistral config leaves the key out (null means none)."""

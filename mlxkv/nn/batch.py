@@ -17,7 +17,7 @@ import mlx.core as mx
 
 from mlxkv.cache import KVCache, RecurrentCache, RotatingKVCache
 from mlxkv.errors import UsageError
-from mlxkv.kv.layout import Cache, LayerCache, Mask, Offset, Positions
+from mlxkv.kv.layout import Cache, LayerCache, Mask, Offset, Place, Positions, Stepping
 from mlxkv.kv.storage import Order, Ragged, Rows
 from mlxkv.kv.types import STEP
 from mlxkv.nn.blocks import Row, sliceable
@@ -146,7 +146,7 @@ class _Members:
                 mask = mx.arange(n_columns)[None] < mx.array(visible)[:, None]
                 mask = mask[:, None, None]
             runs.append(Run(start, stop, n_columns, mask))
-        return Access(self._slots, columns, runs, behind)
+        return Access(self._slots, columns, runs, behind, seen)
 
 
 class _Steps:
@@ -210,7 +210,7 @@ def _order(parts: Sequence[Part]) -> Order | None:
     return Order(mx.array(rows, dtype=mx.uint32), mx.array(back, dtype=mx.uint32))
 
 
-class BatchCache:
+class BatchCache(Stepping):
     """One layer's caches of several sequences, for one token of each at a time.
 
     `leads`: whether it is the first layer of a step that has keys and values.
@@ -241,6 +241,18 @@ class BatchCache:
         if L != 1:
             raise UsageError(f"a batch takes one token of each sequence at a time; got {L}")
         return None
+
+    def next_place(self) -> Place | None:
+        if len(self._parts) != 1 or self._steps.order is not None:
+            return None
+        (part,) = self._parts
+        step = self._steps.next(self.caches, self._leads)
+        return part.next_place(step.accesses(part.window)[0])
+
+    def stepped(self, keys: mx.array, values: mx.array) -> None:
+        (part,) = self._parts
+        step = self._steps.next(self.caches, self._leads)
+        part.stepped(keys, values, step.accesses(part.window)[0])
 
     def update(self, k: mx.array, v: mx.array) -> tuple[Ragged, Ragged]:
         """Append k `[B, H, 1, k_dim]` and v `[B, H, 1, v_dim]`, a token of each sequence.
@@ -276,6 +288,12 @@ class _OwnPart:
     def __init__(self, cache: Cache):
         self._cache = cache
 
+    def next_place(self, access: Access) -> Place | None:
+        return None
+
+    def stepped(self, keys: mx.array, values: mx.array, access: Access) -> None:
+        raise NotImplementedError
+
     def update(self, k: mx.array, v: mx.array, access: Access) -> list[_Rows]:
         return [(*self._cache.update(k, v), None)]
 
@@ -294,6 +312,15 @@ class _SharedPart:
     def is_intact(self) -> bool:
         rows = zip(self._caches, self._rows, strict=True)
         return all(cache.row is row for cache, row in rows)
+
+    def next_place(self, access: Access) -> Place | None:
+        first, shared = self._first, self._row.shared
+        assert first.row is self._row, "a sequence has left the batch: make a new batch"
+        return access.place(shared) if first.kv_type == "native" else None
+
+    def stepped(self, keys: mx.array, values: mx.array, access: Access) -> None:
+        self._row.shared.arrays = [keys, values]
+        self._first.advance(self._caches, access.offsets)
 
     def update(self, k: mx.array, v: mx.array, access: Access) -> list[_Rows]:
         first, shared, n = self._first, self._row.shared, access.n_columns

@@ -14,20 +14,14 @@ import mlx.nn as nn
 
 from mlxkv.checkpoint.config import Fields, text_config
 from mlxkv.checkpoint.rope_config import RopeConfig
-from mlxkv.kv.layout import Caches, LayerCache, Mask, Offset
+from mlxkv.kv.layout import Caches, LayerCache, Mask
 from mlxkv.kv.types import CacheSpec
-from mlxkv.nn import kernels
-from mlxkv.nn.attention import attend
 from mlxkv.nn.layers import (
     ACTIVATIONS,
-    Fusing,
     GatedMLP,
-    NormedHeads,
     OffsetRMSNorm,
     RMSNorm,
-    merge_heads,
     soft_cap,
-    split_heads,
 )
 from mlxkv.nn.linear import Embedding, Linear
 from mlxkv.nn.model import (
@@ -38,7 +32,6 @@ from mlxkv.nn.model import (
     model_windows,
     placed,
 )
-from mlxkv.nn.rope import RoPE
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 LAYER_TYPES = (FULL, SLIDING)
@@ -210,80 +203,6 @@ def layer_windows(fields: Fields, slides: Callable[[int], bool]) -> tuple[int | 
     if window is None and SLIDING in types:
         raise fields.missing("sliding_window")
     return tuple(window if kind == SLIDING else None for kind in types)
-
-
-class Attention(kernels.Settled, Fusing):
-    """Grouped-query attention with rotary positions."""
-
-    fusions: ClassVar = {"qkv_proj": ("q_proj", "k_proj", "v_proj")}
-
-    def __init__(self, config: GroupedConfig, window: int | None = None):
-        super().__init__()
-        E, D, bias = config.hidden_size, config.head_dim, config.attention_bias
-        self.n_heads, self.n_kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.scale, self.softcap = config.scale, config.attn_logit_softcapping
-        self.q_proj = Linear(E, self.n_heads * D, bias=bias)
-        self.k_proj = Linear(E, self.n_kv_heads * D, bias=bias)
-        self.v_proj = Linear(E, self.n_kv_heads * D, bias=bias)
-        self.o_proj = Linear(self.n_heads * D, E, bias=bias and config.out_bias)
-        self._rope = RoPE(config.rope_of(window), config.rope_traditional, D)
-
-    def __call__(
-        self,
-        x: mx.array,
-        mask: Mask,
-        cache: LayerCache | None,
-        norm: nn.Module | None = None,
-        plus: mx.array | None = None,
-    ) -> mx.array:
-        """Attention of x, or of norm(x), plus `plus`."""
-        q, k, v = self.heads(x, 0 if cache is None else cache.offset, norm)
-        if cache is not None:
-            k, v = cache.update(k, v)
-        how = self.scale, mask, self.get("sinks"), self.softcap
-        out = kernels.attended(q, k, v, *how) if self.uses_kernels else None
-        if out is None:
-            out = merge_heads(attend(q, k, v, *how))
-        return self["o_proj"](out, plus=plus)
-
-    def heads(
-        self, x: mx.array, offset: Offset, norm: nn.Module | None = None
-    ) -> tuple[mx.array, mx.array, mx.array]:
-        """Queries `[B, H, L, D]`, keys and values `[B, Hk, L, D]`, of x or norm(x)."""
-        H, Hk = self.n_heads, self.n_kv_heads
-        qkv = self.project("qkv_proj", x, norm)
-        if self.uses_kernels and (turned := self["_rope"].of_rows(qkv, H, Hk, offset)) is not None:
-            return turned
-        return self["_rope"].of_qkv(split_heads(qkv, H + 2 * Hk), H, Hk, offset)
-
-
-class NormedAttention(Attention, NormedHeads):
-    """`Attention` with norms on the heads of queries and keys."""
-
-    def __init__(self, config: GroupedConfig, window: int | None = None):
-        super().__init__(config, window)
-        self._eps = config.rms_norm_eps
-        self.q_norm = config.norm(config.head_dim, self._eps)
-        self.k_norm = config.norm(config.head_dim, self._eps)
-
-    def heads(
-        self, x: mx.array, offset: Offset, norm: nn.Module | None = None
-    ) -> tuple[mx.array, mx.array, mx.array]:
-        return self.turned(self.project("qkv_proj", x, norm), offset)
-
-    def turned(self, qkv: mx.array, offset: Offset) -> tuple[mx.array, mx.array, mx.array]:
-        """Queries, keys and values of the projections' rows `[B, L, (H + 2 Hk) D]`."""
-        B, L, _ = qkv.shape
-        H, Hk = self.n_heads, self.n_kv_heads
-        if self.uses_kernels:
-            norms = self["q_norm"], self["k_norm"]
-            if (turned := self["_rope"].of_rows(qkv, H, Hk, offset, norms)) is not None:
-                return turned
-        qkv = qkv.reshape(B, L, H + 2 * Hk, -1)
-        qk, _ = self.normed(qkv, self._eps)
-        qk = self["_rope"](qk.transpose(0, 2, 1, 3), offset)
-        q, k = mx.split(qk, (H,), axis=1)  # [B, H, L, D], [B, Hk, L, D]
-        return q, k, qkv[:, :, H + Hk :].transpose(0, 2, 1, 3)
 
 
 class TwoNorms(nn.Module):

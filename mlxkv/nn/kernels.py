@@ -19,7 +19,7 @@ from mlx.utils import tree_flatten
 from mlxkv.base import device
 from mlxkv.cpu.formats import ACTS, NO_ACT, Weight, clamped, is_known, narrowed, weight_of
 from mlxkv.cpu.library import library, look_again, state
-from mlxkv.kv.layout import Mask, Offset, Positions, TwoWayMask
+from mlxkv.kv.layout import Mask, Offset, Place, Positions, TwoWayMask
 from mlxkv.kv.storage import KV, QuantizedRows, Ragged, in_parts
 from mlxkv.nn import stand_ins
 
@@ -27,6 +27,9 @@ __all__ = ["ACTS", "NO_ACT", "Weight", "clamped", "narrowed", "state"]
 
 MOST_SHARED, LONGEST_HEAD = 16, 1024
 """Query heads of a KV head, and values of a head, that the kernels take."""
+
+MOST_ROWS = 8
+"""Rows that are multiplied with a weight at a time."""
 
 Act = tuple[int, float, float]
 Norm = Any
@@ -120,6 +123,14 @@ def linear(
     return ops.linear(x, weight, norm.scale, norm.eps, plus, act)
 
 
+def embedded(tokens: mx.array, weight: Weight, dim: int) -> mx.array | None:
+    """Rows of an affine weight `[N, dim]`, float32 `[..., dim]`; None for what the kernels do not
+    take.
+    """
+    is_known = tokens.dtype in (mx.int32, mx.uint32) and not _tracing
+    return _ops().embed(tokens, weight, dim) if is_known else None
+
+
 def experts(x: mx.array, weight: Weight, chosen: mx.array, act: Act = NO_ACT) -> mx.array:
     """act(x W_e^T + b_e) of each row's experts, `[..., k, N]`.
 
@@ -179,6 +190,50 @@ def rotated(
     if norms is not None:
         q_norm, k_norm, eps = norms[0].scale, norms[1].scale, norms[0].eps
     return _ops().rotate(qkv, frequencies, n_heads, n_kv_heads, at, factor, q_norm, k_norm, eps)
+
+
+def can_step(x: mx.array, place: Place) -> bool:
+    """Whether `stepped` takes the heads of x and a place."""
+    dtypes = x.dtype, place.keys.dtype, place.values.dtype
+    return not _tracing and dtypes == (mx.float32,) * 3 and x.shape[0] == len(place.columns)
+
+
+def stepped(
+    qkv: mx.array,
+    place: Place,
+    turning: tuple[mx.array, float],
+    n_heads: int,
+    scale: float,
+    norms: tuple[Norm, Norm] | None = None,
+    sinks: mx.array | None = None,
+    softcap: float | None = None,
+) -> tuple[mx.array, mx.array, mx.array]:
+    """One token's heads `[B, 1, (H + 2 Hk) D]` turned, written to their place, and attended.
+
+    `turning` is `rotated`'s frequencies and factor.
+
+    Returns:
+        `[B, 1, H D]`, and the place's buffers of keys and values with the token in them.
+    """
+    frequencies, factor = turning
+    q_norm, k_norm, eps = None, None, 0.0
+    if norms is not None:
+        q_norm, k_norm, eps = norms[0].scale, norms[1].scale, norms[0].eps
+    keys, values, positions, columns, lengths = place
+    return _ops().attend_step(
+        qkv, frequencies, keys, values, n_heads, keys.shape[1], positions, factor, q_norm, k_norm,
+        eps, columns, lengths, scale, softcap or 0.0, sinks,
+    )  # fmt: skip
+
+
+def gated_mlp(
+    x: mx.array, up: Weight, norm: Norm | None, down: Weight, plus: mx.array | None, act: Act
+) -> mx.array:
+    """`linear(linear(x, up, norm, act=act), down, plus=plus)`; one operation of a few rows."""
+    if _tracing or x.size > MOST_ROWS * x.shape[-1]:
+        return linear(linear(x, up, norm, act=act), down, plus=plus)
+    scale, eps = (None, -1.0) if norm is None else (norm.scale, norm.eps)
+    return _ops().gated_mlp(x, up, scale, eps, down, plus, act)
 
 
 def attended(

@@ -156,8 +156,11 @@ class Fusing(Prepared):
         parts = self.fusions[name]
         if parts[-1] not in self:  # all of them are in the fused product
             return self[name](x) if norm is None else self[name](x, norm)
-        x = x if norm is None else norm(x)
-        apart = [self[part](x) for part in (name, *parts) if part in self]
+        products = [self[part] for part in (name, *parts) if part in self]
+        if norm is not None and not all("_weight" in product for product in products):
+            x, norm = norm(x), None
+        # The kernels norm rows as they read them.
+        apart = [product(x) if norm is None else product(x, norm) for product in products]
         return mx.concatenate(apart, axis=-1)
 
     def project_apart(self, name: str, x: mx.array, sizes: Sequence[int]) -> list[mx.array]:
@@ -223,6 +226,8 @@ class GatedMLP(Fusing):
         if whole is None:
             between = on_halves(gate.function, self.project("gate_up_proj", x, norm))
         elif "_weight" in whole and gate.act is not None and x.dtype == mx.float32:
+            if "_weight" in (down := self["down_proj"]):
+                return kernels.gated_mlp(x, whole["_weight"], norm, down["_weight"], plus, gate.act)
             between = kernels.linear(x, whole["_weight"], norm, act=gate.act)
         else:
             between = on_halves(gate.function, whole(x, norm))

@@ -246,8 +246,16 @@ class QuantizedEmbedding(_Packed, nn.QuantizedEmbedding):
             for name, array in kernels.narrowed(self["scales"], self.get("biases")).items():
                 self[name] = array
         super().settle(is_hollow=is_hollow)
+        if is_exact and self.mode == "affine" and self.get("_weight") is not None:
+            # With all biases: a row is then the same number by number.
+            w, scales, _, kind, group, _ = self._weight
+            self._own_rows = w, scales, self["biases"], kind, group, None
 
     def __call__(self, x: mx.array) -> mx.array:
+        if "_own_rows" in self:
+            dim = self["scales"].shape[-1] * self.group_size
+            if (rows := kernels.embedded(x, self["_own_rows"], dim)) is not None:
+                return rows
         scales, biases = self["scales"][x], self.get("biases")
         biases = None if biases is None else biases[x]
         if self.compute_dtype == mx.float32 and mx.issubdtype(scales.dtype, mx.floating):

@@ -117,6 +117,14 @@ class RoPE(nn.Module):
         self._frequencies = mx.array(inverse_frequencies(config))
 
     @property
+    def turning(self) -> tuple[mx.array, float] | None:
+        """What the kernels rotate heads with: radians per position of each pair, and a factor on
+        the result; None for rotations that they do not have."""
+        if self._grows or self._traditional:
+            return None
+        return self._frequencies, self._factor
+
+    @property
     def stable_tokens(self) -> int | None:
         """Length of a sequence up to which its rotations stay as they are; None for any."""
         match self._config.rope_type:
@@ -171,11 +179,10 @@ class RoPE(nn.Module):
 
         None for what the kernels do not take.
         """
-        if self._grows or self._traditional:
+        if (turning := self.turning) is None:
             return None
-        heads = kernels.rotated(
-            qkv, n_heads, n_kv_heads, self._frequencies, offset, self._factor, norms
-        )
+        frequencies, factor = turning
+        heads = kernels.rotated(qkv, n_heads, n_kv_heads, frequencies, offset, factor, norms)
         if heads is None:
             return None
         q, k, v = mx.split(heads, (n_heads, n_heads + n_kv_heads), axis=1)

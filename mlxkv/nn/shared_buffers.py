@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from mlxkv.kv.buffers import extended
+from mlxkv.kv.layout import Place
 
 
 class Run(NamedTuple):
@@ -30,6 +31,7 @@ class Access:
         columns: theirs.
         runs: rows that are read.
         offsets: of the sequences after this step, in the batch's order.
+        lengths: columns that each of these rows sees.
     """
 
     def __init__(
@@ -38,12 +40,24 @@ class Access:
         columns: Sequence[int],
         runs: Sequence[Run],
         offsets: Sequence[int],
+        lengths: Sequence[int],
     ):
-        self.runs, self.offsets = runs, offsets
+        self.runs, self.offsets, self.lengths = runs, offsets, lengths
         self.n_columns = max([run.n_columns for run in runs])
         self._slots, self._columns = slots, columns
         self._n_in_order = len(slots) if list(slots) == list(range(len(slots))) else None
         self._made: dict[Any, Any] = {}
+
+    def place(self, shared: SharedBuffers) -> Place | None:
+        """Where a kernel writes native KV; None unless the sequences fill all slots in order."""
+        is_fitting = shared.n_slots == self._n_in_order and self.n_columns <= shared.capacity
+        if not is_fitting or len(shared.arrays) != 2:
+            return None
+        if "place" not in self._made:
+            positions = tuple([offset - 1 for offset in self.offsets])
+            self._made["place"] = positions, tuple(self._columns), tuple(self.lengths)
+        keys, values = shared.arrays
+        return Place(keys, values, *self._made["place"])
 
     def columns(self, n_slots: int, shape: tuple[int, ...]) -> mx.array | None:
         """uint32 `[n, H, 1, D]` if the sequences fill all slots in their order, else None."""

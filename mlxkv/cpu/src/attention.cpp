@@ -31,6 +31,36 @@ class Angles {
   int half_ = 0;
 };
 
+// Queries and keys of a row of heads: normed, where there are weights, and rotated.
+struct Turning {
+  const Rotation& rotation;
+  const float *frequencies, *q_norm, *k_norm;
+  float eps;
+  int half, D;
+
+  int n_heads() const { return rotation.n_heads + 2 * rotation.n_kv_heads; }
+  // Heads [first, last) of x, of position `at`; `to(h)` says where head h of all is written.
+  template <class To>
+  void row(const float* x, int at, int first, int last, const To& to) const {
+    static thread_local Angles angles;
+    float normed[LONGEST_HEAD];
+    angles.set(frequencies, half, float(at), rotation.factor);
+    const int H = rotation.n_heads, n_turned = H + rotation.n_kv_heads;
+    for (int h = first; h < last; ++h) {
+      const float* from = x + size_t(h) * D;
+      if (h >= n_turned) {
+        std::memcpy(to(h), from, sizeof(float) * D);
+        continue;
+      }
+      if (q_norm) {
+        in_use().rms(from, h < H ? q_norm : k_norm, eps, D, normed);
+        from = normed;
+      }
+      in_use().rotate(from, angles.c, angles.s, half, D, to(h));
+    }
+  }
+};
+
 // An array whose last axis is dense: as it lies, or a copy.
 struct View {
   const float* values;
@@ -114,6 +144,36 @@ void merge(const Sizes& s, const float* parts, int n, const float* sinks, float*
   }
 }
 
+// Attention of one query of each sequence, of which `lengths` says how many keys it sees;
+// `query(b, h)` gives the queries of a KV head, and `keys` is as for `run_attention`.
+template <class Query, class Keys>
+void attend_ones(const Sizes& s, const Heads& a, const std::vector<int>& lengths, const Query& query,
+                 const Keys& keys, const float* sinks, float* out) {
+  const int G = s.shared(), one = G * (s.V + 2);
+  struct Piece {
+    int b, h, first;
+  };
+  std::vector<Piece> pieces;
+  for (int b = 0; b < s.B; ++b)
+    for (int h = 0; h < s.Hk; ++h)
+      for (int first = 0; first < lengths[b]; first += KEYS) pieces.push_back({b, h, first});
+  static thread_local Scratch kept;
+  float* parts = kept.floats(pieces.size() * one);
+  Pool::get().run(int(pieces.size()), [&](int i) {
+    const auto [b, h, first] = pieces[i];
+    const int last = std::min(lengths[b], first + KEYS);
+    Heads own = a;
+    auto [k, v] = keys(b, h, first, last, own);
+    float* p = parts + size_t(i) * one;
+    in_use().attend_one(own, query(b, h), k, v, first, last, p, p + G * s.V, p + G * s.V + G);
+  });
+  for (int b = 0; b < s.B; ++b) {
+    const int n = (lengths[b] + KEYS - 1) / KEYS;
+    for (int h = 0; h < s.Hk; ++h, parts += size_t(n) * one)
+      merge(s, parts, n, sinks ? sinks + h * G : nullptr, out + (size_t(b) * s.H + h * G) * s.V);
+  }
+}
+
 // Runs attention; `keys(b, h, first, last, heads)` gives pointers at key 0 of a head of which the
 // keys [first, last) can be read, and sets their strides.
 template <class Keys>
@@ -125,23 +185,12 @@ void run_attention(const Arrays& in, mx::array& out_, const Sizes& s, Heads a, c
   a.q_head = q.strides[1], a.q_row = q.strides[2];
   float* out = floats_of(out_);
   if (s.L == 1) {
-    const int n = (s.S + KEYS - 1) / KEYS, one = G * (s.V + 2);
-    static thread_local Scratch kept;
-    float* parts = kept.floats(size_t(n_heads) * n * one);
-    Pool::get().run(n_heads * n, [&](int i) {
-      const int c = i % n, b = i / n / s.Hk, h = i / n % s.Hk, first = c * KEYS;
-      const int last = std::min(s.S, first + KEYS);
-      Heads own = a;
+    auto masked_keys = [&](int b, int h, int first, int last, Heads& own) {
       masked.set(own, in, behind_kv, b);
-      auto [k, v] = keys(b, h, first, last, own);
-      float* p = parts + size_t(i) * one;
-      in_use().attend_one(own, q.head(b, h * G), k, v, first, last, p, p + G * s.V, p + G * s.V + G);
-    });
-    for (int i = 0; i < n_heads; ++i) {
-      const int b = i / s.Hk, h = i % s.Hk;
-      merge(s, parts + size_t(i) * n * one, n, masked.sinks(in, behind_kv, h * G),
-            out + (size_t(b) * s.H + h * G) * s.V);
-    }
+      return keys(b, h, first, last, own);
+    };
+    attend_ones(s, a, std::vector<int>(s.B, s.S), [&](int b, int h) { return q.head(b, h * G); },
+                masked_keys, masked.sinks(in, behind_kv, 0), out);
     return;
   }
   const int n = (s.L + QUERIES - 1) / QUERIES;
@@ -241,27 +290,14 @@ mx::array rotate(const mx::array& qkv, const mx::array& frequencies, const Rotat
     const float *x = dense(in[0], of_x), *f = floats_of(in[1]);
     float* out = floats_of(out_);
     const int step = L == 1 ? 1 : 8, per = (L + step - 1) / step;
+    const Turning turning{rotation, f, normed ? floats_of(in[2]) : nullptr,
+                          normed ? floats_of(in[3]) : nullptr, eps, half, D};
     auto some = [&](int i) {
-      static thread_local Angles angles;
-      float row[LONGEST_HEAD];
       const int b = i / per, l0 = i % per * step;
       const int at = rotation.offsets[rotation.offsets.size() == 1 ? 0 : b];
-      for (int l = l0; l < std::min(L, l0 + step); ++l) {
-        angles.set(f, half, float(at + l), rotation.factor);
-        for (int h = 0; h < heads; ++h) {
-          const float* from = x + ((size_t(b) * L + l) * heads + h) * D;
-          float* to = out + ((size_t(b) * heads + h) * L + l) * D;
-          if (h >= H + Hk) {
-            std::memcpy(to, from, sizeof(float) * D);
-            continue;
-          }
-          if (normed) {
-            in_use().rms(from, floats_of(in[h < H ? 2 : 3]), eps, D, row);
-            from = row;
-          }
-          in_use().rotate(from, angles.c, angles.s, half, D, to);
-        }
-      }
+      for (int l = l0; l < std::min(L, l0 + step); ++l)
+        turning.row(x + (size_t(b) * L + l) * heads * D, at + l, 0, heads,
+                    [&](int h) { return out + ((size_t(b) * heads + h) * L + l) * D; });
     };
     if (L == 1 && B * heads * D < ELEMENTS)
       for (int i = 0; i < B; ++i) some(i);

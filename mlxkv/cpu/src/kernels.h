@@ -96,6 +96,8 @@ struct Kernels {
   // C[M, N] += A[M, K] B[K, N]; N a multiple of 16.
   void (*matmul)(const float* A, int lda, const float* B, int ldb, float* C, int ldc, int M, int N,
                  int K);
+  // Scales or biases from `at` on as floats.
+  void (*numbers)(const void*, Scale, size_t at, int n, float* out);
   void (*gate)(const float* gate, const float* up, float* out, int n, Act, float alpha, float limit);
   // `w` may be null.
   void (*rms)(const float* x, const float* w, float eps, int n, float* out);

@@ -5,3 +5,5 @@
 #include "logits.cpp"
 #include "op.cpp"
 #include "products.cpp"
+#include "embed.cpp"
+#include "step.cpp"

@@ -8,11 +8,13 @@
 #include <exception>
 
 #include "attention.h"
+#include "embed.h"
 #include "huge_pages.h"
 #include "logits.h"
 #include "mlx/version.h"
 #include "pool.h"
 #include "products.h"
+#include "step.h"
 
 namespace {
 
@@ -35,16 +37,29 @@ std::vector<int> wholes(PyObject* tuple) {
 
 using Args = PyObject* const*;
 
-// A function of N arguments that returns an array.
-template <int N, mx::array (*F)(Args)>
+// A Python object of an array.
+PyObject* object_of(mx::array x) {
+  PyObject* made = PyObject_CallOneArg(array_type, zero);
+  if (made) array_of(made) = std::move(x);
+  return made;
+}
+PyObject* object_of(Arrays arrays) {
+  PyObject* made = PyTuple_New(Py_ssize_t(arrays.size()));
+  for (size_t i = 0; made && i < arrays.size(); ++i) {
+    PyObject* one = object_of(std::move(arrays[i]));
+    if (one) PyTuple_SET_ITEM(made, Py_ssize_t(i), one);
+    else Py_CLEAR(made);
+  }
+  return made;
+}
+
+// A function of N arguments that returns an array, or some in a tuple.
+template <int N, auto F>
 PyObject* call(PyObject*, Args arguments, Py_ssize_t n) {
   if (n != N) return PyErr_Format(PyExc_TypeError, "%d arguments, not %d", N, int(n));
   try {
     auto result = F(arguments);
-    if (PyErr_Occurred()) return nullptr;
-    PyObject* made = PyObject_CallOneArg(array_type, zero);
-    if (made) array_of(made) = std::move(result);
-    return made;
+    return PyErr_Occurred() ? nullptr : object_of(std::move(result));
   } catch (const std::exception& error) {
     PyErr_SetString(PyExc_ValueError, error.what());
     return nullptr;
@@ -88,6 +103,11 @@ mx::array py_rotate(Args a) {
   return rotate(array_of(a[0]), array_of(a[1]), {whole(a[2]), whole(a[3]), wholes(a[4]), real(a[5])},
                 maybe(a[6]), maybe(a[7]), real(a[8]));
 }
+// ids, weight, K
+mx::array py_embed(Args a) {
+  WeightArgs weights(a[1]);
+  return embed(array_of(a[0]), weights.weights, whole(a[2]));
+}
 mx::array py_largest(Args a) { return largest(array_of(a[0])); }
 mx::array py_first_largest(Args a) { return first_largest(array_of(a[0])); }
 // q, k, v, scale, cap, causal, mask, sinks
@@ -95,6 +115,21 @@ mx::array py_attend(Args a) {
   Maybe mask = maybe(a[6]), sinks = maybe(a[7]);
   return attend(array_of(a[0]), array_of(a[1]), array_of(a[2]),
                 Softmax{real(a[3]), real(a[4]), PyObject_IsTrue(a[5]) == 1, mask, sinks});
+}
+// qkv, frequencies, k, v, n_heads, n_kv_heads, offsets, factor, q_norm, k_norm, eps, columns,
+// lengths, scale, cap, sinks
+Arrays py_attend_step(Args a) {
+  Maybe mask, sinks = maybe(a[15]);
+  return attend_step(array_of(a[0]), array_of(a[1]), array_of(a[2]), array_of(a[3]),
+                     {whole(a[4]), whole(a[5]), wholes(a[6]), real(a[7])}, maybe(a[8]), maybe(a[9]),
+                     real(a[10]), {wholes(a[11]), wholes(a[12])},
+                     Softmax{real(a[13]), real(a[14]), false, mask, sinks});
+}
+// x, up, norm, eps, down, residual, act
+mx::array py_gated_mlp(Args a) {
+  WeightArgs up(a[1]), down(a[4]);
+  return gated_mlp(array_of(a[0]), up.weights, maybe(a[2]), real(a[3]), down.weights, maybe(a[5]),
+                   activation_of(a[6]));
 }
 // (codes, scales, biases, bits, group, dim)
 CodedKV coded(PyObject* t) {
@@ -149,6 +184,9 @@ PyMethodDef methods[] = {
     {"rotate", function(call<9, py_rotate>), METH_FASTCALL, nullptr},
     {"attend", function(call<8, py_attend>), METH_FASTCALL, nullptr},
     {"attend_codes", function(call<8, py_attend_codes>), METH_FASTCALL, nullptr},
+    {"attend_step", function(call<16, py_attend_step>), METH_FASTCALL, nullptr},
+    {"gated_mlp", function(call<7, py_gated_mlp>), METH_FASTCALL, nullptr},
+    {"embed", function(call<3, py_embed>), METH_FASTCALL, nullptr},
     {"largest", function(call<1, py_largest>), METH_FASTCALL, nullptr},
     {"first_largest", function(call<1, py_first_largest>), METH_FASTCALL, nullptr},
     {"huge_pages", py_huge_pages, METH_O, nullptr},

@@ -27,8 +27,13 @@ class Op : public mx::Primitive {
   using Run = std::function<void(const Arrays& inputs, mx::array& out)>;
   using Numbers = std::vector<double>;
 
-  Op(mx::Stream stream, const char* name, Numbers numbers, Run run)
-      : Primitive(stream), name_(name), numbers_(std::move(numbers)), run_(std::move(run)) {}
+  // With `updates` the result begins as the first input: in its place where nothing else reads it.
+  Op(mx::Stream stream, const char* name, Numbers numbers, Run run, bool updates = false)
+      : Primitive(stream),
+        name_(name),
+        numbers_(std::move(numbers)),
+        run_(std::move(run)),
+        updates_(updates) {}
 
   void eval_cpu(const Arrays& inputs, Arrays& outputs) override;
   void eval_gpu(const Arrays&, Arrays&) override;
@@ -39,11 +44,15 @@ class Op : public mx::Primitive {
   const char* name_;
   Numbers numbers_;
   Run run_;
+  bool updates_;
 };
 
 // An array that `run` computes.
 mx::array operation(const char* name, mx::Shape shape, Op::Numbers numbers, Op::Run run,
                     Arrays inputs, mx::Dtype dtype = mx::float32);
+
+// The first of `inputs`, float32, as `run` changes it; the array itself stays as it is.
+mx::array update(const char* name, Op::Numbers numbers, Op::Run run, Arrays inputs);
 
 // Memory of one thread that is kept for its next operation, at the start of a cache line: vectors
 // that lie across two take twice as long.

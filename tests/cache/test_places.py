@@ -1,0 +1,62 @@
+"""A token that a kernel writes (`next_place`, `stepped`) leaves a cache as an update does."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlxkv.cache import KVCache, RotatingKVCache
+from mlxkv.kv.types import STEP
+
+H, D = 2, 16
+
+
+def tokens(n: int, seed: int) -> tuple[mx.array, mx.array]:
+    keys = mx.random.split(mx.random.key(seed), 2)
+    return mx.random.normal((1, H, n, D), key=keys[0]), mx.random.normal((1, H, n, D), key=keys[1])
+
+
+def write(buffer: mx.array, column: int, x: mx.array) -> mx.array:
+    at = mx.broadcast_to(mx.array(column), x.shape)
+    return mx.put_along_axis(buffer, at, x, axis=2)
+
+
+@pytest.mark.parametrize("make", [KVCache, lambda: RotatingKVCache(5), lambda: RotatingKVCache(9)])
+@pytest.mark.parametrize("n_prompt", [1, 4, 7])
+def test_a_step_in_place_is_an_update(make, n_prompt):
+    updated, stepped, n_stepped = make(), make(), 0
+    for cache in (updated, stepped):
+        assert cache.next_place() is None, "an empty cache has no buffers yet"
+        cache.update(*tokens(n_prompt, 0))
+    for i in range(14):
+        k, v = tokens(1, i + 1)
+        all_k, _ = updated.update(k, v)
+        if (place := stepped.next_place()) is None:
+            stepped.update(k, v)
+        else:
+            n_stepped += 1
+            (column,), (length,) = place.columns, place.lengths
+            assert place.positions == (stepped.offset,) and length == all_k.shape[2]
+            stepped.stepped(write(place.keys, column, k), write(place.values, column, v))
+        assert (stepped.offset, len(stepped)) == (updated.offset, len(updated))
+        for one, other in zip(
+            stepped.read(stepped.first, stepped.offset).arrays,
+            updated.read(updated.first, updated.offset).arrays,
+            strict=True,
+        ):
+            assert np.array_equal(np.array(one), np.array(other))
+    assert n_stepped >= 12, "but for growth and what a chunk left over"
+
+
+def test_full_quantized_and_shared_buffers_have_no_place():
+    full = KVCache()
+    full.update(*tokens(STEP, 0))
+    assert full.next_place() is None
+    quantized = KVCache(kv_type="q8")
+    k, v = mx.zeros((1, H, 3, 64)), mx.zeros((1, H, 3, 64))
+    quantized.update(k, v)
+    assert quantized.next_place() is None
+    two = KVCache()
+    two.update(mx.zeros((2, H, 3, D)), mx.zeros((2, H, 3, D)))
+    assert two.next_place() is None
