@@ -34,6 +34,7 @@ from mlxkv.generation.flight import (
     mask_of,
     settle,
 )
+from mlxkv.generation.mixed import MixedModels, each_alone, next_logits
 from mlxkv.generation.speculate import Speculation
 from mlxkv.kv.layout import LayerCache
 from mlxkv.kv.types import STEP
@@ -50,13 +51,17 @@ class Decoder:
     """Decodes any number of sequences together, on one thread.
 
     Args:
-        model: of all of them. One that does not batch (`model.batches`) runs row by row.
+        model: of all of them, with other adapters or none (`CausalLM.plain`). One that does not
+            batch (`model.batches`) runs row by row.
         costs: how long the model's passes take, for rows with drafts.
+        mixed: for rows with different adapters; None for its own.
     """
 
-    def __init__(self, model: CausalLM, costs: Costs | None = None):
-        self._model = model
-        self._speculation = Speculation(model, costs)
+    def __init__(
+        self, model: CausalLM, costs: Costs | None = None, mixed: MixedModels | None = None
+    ):
+        self._model, self._mixed = model, mixed or MixedModels()
+        self._speculation = Speculation(model, self._model_of, costs)
         self._n_timed = 0  # rows of the last step, if that was one whose time says something
         self._lanes: list[Lane] = []
         self._fresh: list[Flight] = []
@@ -80,7 +85,7 @@ class Decoder:
         Raises:
             UsageError: its model is another, it is here already, or `max_tokens` is below 1.
         """
-        if row.session.model is not self._model:
+        if row.session.model.plain is not self._model.plain:
             raise UsageError("a decoder's rows must be of its own model")
         if any(lane.row is row or lane.row.session is row.session for lane in self._lanes):
             raise UsageError("the sequence is being decoded already")
@@ -249,7 +254,8 @@ class Decoder:
 
         The first `n_before` were in the last step as well.
         """
-        if self._batch[0] == lanes or not self._model.batches:
+        is_same = self._batch[0] == lanes
+        if is_same or not self._model.batches or self._model_of(lanes) is None:
             return lanes, tokens
         caches, room = [lane.row.session.caches for lane in lanes], lanes[0].row.session.has_room
         new = range(n_before, len(lanes))
@@ -261,12 +267,9 @@ class Decoder:
     def _logits(self, lanes: list[Lane], tokens: mx.array) -> tuple[mx.array, mx.array | None]:
         """Logits `[B, V]` after tokens `[B, 1]`, and hidden states `[B, 1, E]` where a row hears
         them."""
-        if not self._model.batches and len(lanes) > 1:
-            rows = zip(lanes, mx.split(tokens, len(lanes)), strict=True)
-            logits = [
-                self._model.last_logits(token, lane.row.session.caches) for lane, token in rows
-            ]
-            return mx.concatenate(logits), None
+        model, hear = self._model_of(lanes), any(hears(lane) for lane in lanes)
+        if model is None:
+            return each_alone([lane.row.session for lane in lanes], tokens, hear)
         is_same = self._batch[0] == lanes
         if not is_same or not is_current(self._batch[1]):
             settled = is_same and is_settled(self._batch[1])
@@ -275,10 +278,14 @@ class Decoder:
             # Those that join have been moved already.
             made = batch(caches, room, self._model.one_part, new=(), settled=settled)
             self._batch = lanes, made
-        if any(hears(lane) for lane in lanes):
-            hidden = self._model.hidden_states(tokens, self._batch[1])
-            return self._model.logits(hidden)[:, 0], hidden
-        return self._model.last_logits(tokens, self._batch[1]), None
+        return next_logits(model, tokens, self._batch[1], hear)
+
+    def _model_of(self, lanes: Sequence[Lane]) -> CausalLM | None:
+        """The model that computes these rows together; None where each is computed alone."""
+        if len(lanes) > 1 and not self._model.batches:
+            return None
+        sessions = [lane.row.session for lane in lanes]
+        return self._mixed.of([session.model for session in sessions], sessions[0].has_room)
 
     def _choose(
         self,

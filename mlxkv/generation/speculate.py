@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, cast
@@ -42,6 +42,7 @@ from mlxkv.generation.flight import (
     mask_of,
     settle,
 )
+from mlxkv.generation.mixed import next_logits
 from mlxkv.kv.types import STEP, ceil_step
 from mlxkv.nn.batch import batch
 from mlxkv.nn.blocks import sliceable
@@ -82,12 +83,18 @@ class Speculation:
     """Plans and runs the passes of a decoder that compute drafts.
 
     Args:
-        model: of all rows.
+        model: of all rows, with other adapters or none.
+        model_of: the one that computes some rows together; None for none.
         costs: how long its passes take; shared by all its decoders.
     """
 
-    def __init__(self, model: CausalLM, costs: Costs | None = None):
-        self._model = model
+    def __init__(
+        self,
+        model: CausalLM,
+        model_of: Callable[[Sequence[Lane]], CausalLM | None],
+        costs: Costs | None = None,
+    ):
+        self._model, self._model_of = model, model_of
         self.costs = Costs() if costs is None else costs
 
     @cached_property
@@ -96,7 +103,7 @@ class Speculation:
 
     def plan(self, lanes: Sequence[Lane]) -> dict[Lane, Proposal | Promise]:
         """What is worth drafting for rows that decode together; empty for nothing."""
-        if not any(lane.row.drafts for lane in lanes) or not self._takes(len(lanes)):
+        if not any(lane.row.drafts for lane in lanes) or not self._takes(lanes):
             return {}
         if self.costs.seconds(len(lanes), len(lanes)) is None:
             return {}
@@ -116,11 +123,12 @@ class Speculation:
                 plan[lane] = proposal.first(n)
         return plan
 
-    def _takes(self, n_rows: int) -> bool:
-        """Whether a pass of so many rows can have drafts."""
-        if n_rows >= most_tokens():
+    def _takes(self, lanes: Sequence[Lane]) -> bool:
+        """Whether a pass of these rows can have drafts."""
+        if len(lanes) >= most_tokens():
             return False
-        return n_rows == 1 or (self._model.batches and not self._model.one_part)
+        is_one = len(lanes) == 1
+        return is_one or (not self._model.one_part and self._model_of(lanes) is not None)
 
     def _proposal(self, lane: Lane) -> Proposal | Promise | None:
         row = lane.row
@@ -227,11 +235,14 @@ class Speculation:
         fed = [token for row in rows for token in (row.lane.row.tokens[-1], *row.draft)]
         tokens = mx.array(fed, mx.int32)
         first = rows[0].lane.row.session
+        places = [row.lane for row in rows for _ in row.places]
+        model = first.model if len(rows) == 1 else self._model_of(places)
+        assert model is not None, "rows that are not computed together have no drafts"
         if len(rows) == 1 and (self._model.one_part or not device.on_cpu()):
             if not hears(rows[0].lane):
-                return self._model(tokens[None], first.caches)[0], None
-            hidden = self._model.hidden_states(tokens[None], first.caches)
-            return self._model.logits(hidden)[0], hidden.swapaxes(0, 1)
+                return model(tokens[None], first.caches)[0], None
+            hidden = model.hidden_states(tokens[None], first.caches)
+            return model.logits(hidden)[0], hidden.swapaxes(0, 1)
         plain = [row for row in rows if not row.draft]
         drafted = [(row.lane.row.session.caches, len(row.places)) for row in rows if row.draft]
         held = (
@@ -240,10 +251,7 @@ class Speculation:
             else ()
         )
         caches = wide(held, len(plain), drafted)
-        if any(hears(row.lane) for row in rows):
-            hidden = self._model.hidden_states(tokens[:, None], caches)
-            return self._model.logits(hidden)[:, 0], hidden
-        return self._model.last_logits(tokens[:, None], caches), None
+        return next_logits(model, tokens[:, None], caches, any(hears(row.lane) for row in rows))
 
     @staticmethod
     def _choices(rows: Sequence[_Row], flight: Flight) -> dict[int, RowChoice]:

@@ -16,6 +16,7 @@ import mlx.nn as nn
 
 from mlxkv.models import Family
 from mlxkv.models.adapter_targets import Change, Changes, Place, Weighted
+from mlxkv.nn.kernels import Settled
 from mlxkv.nn.latent_attention import HeadLinear, QuantizedHeadLinear
 from mlxkv.nn.lora import (
     Adapted,
@@ -32,8 +33,9 @@ from mlxkv.nn.lora import (
 from mlxkv.nn.model import CausalLM
 from mlxkv.nn.moe import ExpertLinear, GatedExperts
 from mlxkv.nn.sigmoid_moe import Router
+from mlxkv.nn.tree import replaced
 
-__all__ = ["Weighted", "adapted_bytes", "attach", "key_of"]
+__all__ = ["Weighted", "adapted", "adapted_bytes", "attach", "key_of"]
 
 
 def key_of(adapters: Sequence[Weighted]) -> str:
@@ -51,19 +53,71 @@ def attach(model: CausalLM, family: Family, adapters: Sequence[Weighted]) -> lis
         WeightsError: a target that the model does not have, or of another shape, with its key.
         UnsupportedModel: a target that cannot be changed here.
     """
-    groups: dict[tuple[int, Any], list[Change]] = {}
-    for each in adapters:
-        for change in Changes(model, family, each):
-            place = change.place
-            groups.setdefault((id(place.parent), place.name), []).append(change)
-    # All are known before the first is put in place: an error leaves the model as it was.
-    made = [(changes[0].place, _adapted(model, changes)) for changes in groups.values()]
+    made = _made(model, family, adapters)
     for place, module in made:
         place.parent[place.name] = module
         if isinstance(place.parent, GatedExperts):
             place.parent.settle()
     model.adapter_key = key_of(adapters)
     return [module for _, module in made]
+
+
+def adapted(model: CausalLM, family: Family, adapters: Sequence[Weighted]) -> CausalLM:
+    """A model under adapters, beside the one that it shares all other arrays with.
+
+    Args:
+        model: loaded; its own adapters do not count.
+        family: of the model.
+        adapters: all that the result has; their matrices are computed here.
+
+    Raises:
+        As `attach`.
+    """
+    plain = without_adapters(model)
+    made = _made(plain, family, adapters)
+    new = {(id(place.parent), place.name): module for place, module in made}
+    copy = replaced(plain, lambda parent, name, _: new.get((id(parent), name)))
+    for _, module in made:
+        mx.eval(module.own_arrays())
+        if isinstance(module, Settled):
+            module.settle()
+    _settle_experts(copy)
+    copy.adapter_key, copy.__dict__["adapted_from"] = key_of(adapters), plain
+    return copy
+
+
+def without_adapters(model: CausalLM) -> CausalLM:
+    """The model that one with adapters is made of: the same from call to call."""
+    if not model.adapter_key or model.adapted_from is not None:
+        return model.plain
+
+    def base_of(parent: object, name: object, child: Any) -> nn.Module | None:
+        return child["base"] if isinstance(child, Adapted) else None
+
+    plain = replaced(model, base_of)
+    _settle_experts(plain)
+    plain.adapter_key = ""
+    model.__dict__["adapted_from"] = plain
+    return plain
+
+
+def _settle_experts(model: CausalLM) -> None:
+    for module in model.modules():
+        if isinstance(module, GatedExperts):
+            module.settle()
+
+
+def _made(
+    model: CausalLM, family: Family, adapters: Sequence[Weighted]
+) -> list[tuple[Place, Adapted]]:
+    """The modules that stand in for others, all known before the first is put in its place: an
+    error leaves the model as it was."""
+    groups: dict[tuple[int, Any], list[Change]] = {}
+    for each in adapters:
+        for change in Changes(model, family, each):
+            place = change.place
+            groups.setdefault((id(place.parent), place.name), []).append(change)
+    return [(changes[0].place, _adapted(model, changes)) for changes in groups.values()]
 
 
 def adapted_bytes(model: CausalLM) -> int:

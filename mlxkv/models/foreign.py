@@ -254,6 +254,10 @@ class Model(CausalLM):
         return self._batches
 
     @property
+    def merges_adapters(self) -> bool:
+        return False
+
+    @property
     def one_part(self) -> bool:
         """True: a definition calls attention itself, once for all sequences."""
         return True

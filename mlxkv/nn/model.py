@@ -175,12 +175,25 @@ class CausalLM(nn.Module):
         compute_dtype: of the computation and of native KV; the loader sets it.
         waiting: encoders whose weights are not in memory yet; the loader sets it.
         adapter_key: names the adapters that change it, see `models.adapters`; "" without one.
+        adapted_from: the model without them, whose other arrays it shares; None if there is none.
     """
 
     config: Any
     compute_dtype: mx.Dtype = mx.float32
     waiting: Waiting | None = None
     adapter_key: str = ""
+    adapted_from: CausalLM | None = None
+
+    @property
+    def plain(self) -> CausalLM:
+        """The model that it is made of, itself without adapters: `merge_changes` joins models of
+        one."""
+        return self if self.adapted_from is None else self.adapted_from
+
+    @property
+    def merges_adapters(self) -> bool:
+        """Whether rows of a step may have different adapters (`nn.lora_rows`)."""
+        return True
 
     @property
     def batches(self) -> bool:

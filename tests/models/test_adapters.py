@@ -19,7 +19,11 @@ from mlxkv.checkpoint.adapter import MLX_LM, PEFT
 from mlxkv.checkpoint.adapter_files import open_adapter
 from mlxkv.errors import ConfigError, UnsupportedModel, WeightsError
 from mlxkv.models import family_for
-from mlxkv.models.adapters import Weighted, attach
+from mlxkv.models.adapters import Weighted, attach, without_adapters
+from mlxkv.models.adapters import adapted as beside
+from mlxkv.nn import moe
+from mlxkv.nn.batch import batch
+from mlxkv.nn.lora_rows import RowChanges, merge_changes
 from tests.families.oracle.adapter_cases import (
     CASES_OF_ADAPTERS,
     FOLDER,
@@ -81,6 +85,39 @@ def test_logits_are_those_of_peft(case: AdapterCase, tmp_path: Path) -> None:
     assert abs(step - expected[[0, 2]]).max() / expected.std() < TOLERANCE
 
 
+@pytest.mark.parametrize("case", CASES_OF_ADAPTERS, ids=lambda case: case.name)
+def test_rows_of_a_batch_with_different_adapters_are_each_as_alone(
+    case: AdapterCase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of them at weight 1, whose logits are PEFT's, one at -0.5, and the base; of different
+    lengths. Experts are computed in the order of experts, where rows no longer follow each other.
+    """
+    monkeypatch.setattr(moe, "SORTED_ROWS", 4)
+    golden = Golden.read(case.base)
+    base_dir, folder = golden.write(tmp_path / "base", "new"), write_golden(tmp_path / "a", case)
+    base = mlxkv.load_model(base_dir, dtype=mx.float32)
+    family = family_for(json.loads((base_dir / "config.json").read_text()), "")
+    one, other = (
+        beside(base, family, [Weighted(open_adapter(folder), weight)]) for weight in (1.0, -0.5)
+    )
+    changes = RowChanges(3)
+    merged = merge_changes([base, one, other], changes)
+    changes.set([2, 1, 0])
+    prompt, lengths = case.prompt(), (11, 19, 30)
+    caches = [mlxkv.make_caches(base) for _ in lengths]
+    alone = []
+    for model, own, n in zip((other, one, base), caches, lengths, strict=True):
+        model.last_logits(mx.array([prompt[:n]]), own)
+        alone.append(logits_of(model, prompt[: n + 1])[-1])
+    got = np.array(merged.last_logits(mx.array([[prompt[n]] for n in lengths]), batch(caches)))
+    expected = np.load(FOLDER / f"{case.name}.npz")["logits"][POSITIONS.index(19)]
+    for row, ref in zip((*got, got[1]), (*alone, expected), strict=True):
+        assert abs(row - ref).max() / ref.std() < TOLERANCE
+    # The base stays as it is, and is found again in what was made of it.
+    assert one.plain is other.plain is base
+    assert abs(logits_of(base, prompt[:31])[-1] - alone[2]).max() == 0
+
+
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
     return write_checkpoint(tmp_path / "base", llama_config())
@@ -121,6 +158,15 @@ def test_adapters_with_weights_add_up_beside_packed_weights(base: Path, tmp_path
     got = logits_of(adapted(packed_dir, (first, 0.5), (second, -2.0)), tokens(20))
     expected = logits_of(mlxkv.load_model(sums, dtype=mx.float32), tokens(20))
     assert abs(got - expected).max() / expected.std() < TOLERANCE
+
+
+def test_a_model_with_adapters_is_made_without_them_again(base: Path, tmp_path: Path) -> None:
+    first = mlx_lm(tmp_path / "1", {Q: (64, 64)})
+    model, plain = adapted(base, (first, 1.0)), mlxkv.load_model(base, dtype=mx.float32)
+    found, expected = without_adapters(model), logits_of(plain, tokens(20))
+    assert found is without_adapters(model) is model.plain
+    assert abs(logits_of(found, tokens(20)) - expected).max() == 0
+    assert abs(logits_of(model, tokens(20)) - expected).max() > 0.1
 
 
 def test_what_does_not_fit_is_refused_by_its_key(base: Path, tmp_path: Path) -> None:
