@@ -388,7 +388,8 @@ class ThreadedEngine:
         if task.is_cancelled():
             return task.tell(None)
         self._beds.claim(ask, task)
-        given = ask.keep_alive_s, ask.owner, ask.request.draft, ask.draft_path
+        request = ask.request
+        given = ask.keep_alive_s, ask.owner, request.draft, ask.draft_path, request.adapter
         pending = PendingRequest(
             lambda loaded: loaded.scheduler.add(task), task.tell, task.is_cancelled, *given
         )

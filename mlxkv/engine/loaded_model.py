@@ -132,4 +132,5 @@ class LoadedModel:
             digest=self.digest,
             n_asleep=self.scheduler.sleep.n_asleep(owner),
             kv_type=runtime.kv_type,
+            adapters=tuple([(each.given, each.n_bytes) for each in runtime.adapted]),
         )

@@ -45,6 +45,7 @@ class PendingRequest:
         owner: see `Ask`.
         draft: what drafts its answer, see `Request`; None for what the model's settings say.
         draft_path: directory of the model that it names; None if the name is resolved.
+        adapter: what the model is to have for it, see `Request`.
     """
 
     on_ready: Callable[[LoadedModel], None]
@@ -54,6 +55,7 @@ class PendingRequest:
     owner: str = ""
     draft: str | None = None
     draft_path: Path | None = None
+    adapter: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)
@@ -106,7 +108,7 @@ class ModelLoads:
             return pending.on_error(contained(error))
         if loaded is not None and not loaded.leaves:
             loaded.touch(pending.keep_alive_s)
-            return self._with_drafter(loaded, pending)
+            return self._with_adapter(loaded, pending)
         if key not in self._loads:
             self._loads[key] = _Load(self._pool.loading(name, key))
         self._loads[key].pending.append(pending)
@@ -122,15 +124,31 @@ class ModelLoads:
                     self._loads[key] = self._loads.pop(key)
             except StopIteration as stop:
                 del self._loads[key]
-                stop.value.leaves = load.leaves
+                stop.value.leaves |= load.leaves
                 for pending in load.pending:
                     stop.value.touch(pending.keep_alive_s)
-                    self._with_drafter(stop.value, pending)
+                    self._with_adapter(stop.value, pending)
                 return
             except BaseException as error:
                 self.cancel(key, told(without_trace(contained(error))))
             if has_other_work():
                 return
+
+    def _with_adapter(self, model: LoadedModel, pending: PendingRequest) -> None:
+        """Hand a model to a request, once its adapters are in memory, and what drafts for it."""
+        runtime = model.scheduler.runtime
+        try:
+            if not pending.adapter or runtime.adapted.find(pending.adapter) is not None:
+                return self._with_drafter(model, pending)
+        except BaseException as error:
+            return pending.on_error(contained(error))
+        key = "+".join((str(runtime.path), *pending.adapter))
+        if key not in self._loads:
+            hold = Hold()
+            model.holds.add(hold)
+            self._loads[key] = _Load(self._pool.adapting(model, pending.adapter, hold))
+        self._loads[key].pending.append(pending)
+        return None
 
     def _with_drafter(self, model: LoadedModel, pending: PendingRequest) -> None:
         """Hand a model to a request, once the one that drafts for it is in memory too.

@@ -1,7 +1,7 @@
 """The models in memory, all within one limit: loaded on demand, unloaded when idle.
 
 Invariants:
-- A model is loaded once, whatever its names: its directory is the key.
+- A model is loaded once, whatever its names and adapters: its directory is the key.
 - A model's budget is what the others leave. A model counts as soon as its load begins.
 - Idle models are unloaded to make room, LRU first; a busy one gives up prefix pages, and leaves
   after its last answer where a load has waited for `PATIENCE_S`: its new requests wait then.
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 
 import mlx.core as mx
@@ -27,7 +27,7 @@ from mlxkv.engine.ahead.choice import IdleCompute
 from mlxkv.engine.asleep.answers import Sleep
 from mlxkv.engine.asleep.files import SleepFiles
 from mlxkv.engine.clients import merge_counts
-from mlxkv.engine.loaded_model import LoadedModel
+from mlxkv.engine.loaded_model import Hold, LoadedModel
 from mlxkv.engine.messages import EngineStats
 from mlxkv.engine.queue.preparation import Preparer
 from mlxkv.engine.runtime import Runtime
@@ -36,7 +36,7 @@ from mlxkv.engine.tasks import quietly
 from mlxkv.errors import MlxkvError, ModelNotFound, OutOfMemory, contained
 from mlxkv.memory import needs
 from mlxkv.models.loader import lay_out
-from mlxkv.store.adapters import ModelAdapters, own_adapters, stamp_of
+from mlxkv.store.adapters import ModelAdapters, adapter_refs, own_adapters, stamp_of
 from mlxkv.store.info import describe, digest
 from mlxkv.store.resolve import resolve
 from mlxkv.store.settings import Given, draws_on_model, effective
@@ -145,8 +145,36 @@ class ModelPool:
         self.share_memory()
         return model
 
-    def _making_room(self, name: str, n_bytes: int) -> Iterator[bool]:
-        """Unload idle models, LRU first, until the weights fit; raises OutOfMemory."""
+    def adapting(
+        self, model: LoadedModel, adapter: Sequence[str], hold: Hold
+    ) -> Generator[bool | None, None, LoadedModel]:
+        """Bring adapters of a loaded model into memory, as `loading`.
+
+        Args:
+            model: that they change.
+            adapter: see `Request`.
+            hold: keeps the model here meanwhile.
+        """
+        name = "+".join((model.name, *adapter))
+        n_bytes = sum(ref.n_bytes for ref in adapter_refs(adapter))
+        yield
+        yield from self._making_room(name, n_bytes, forces=False)
+        self.share_memory()
+        model.scheduler.runtime.adapted.get(adapter)
+        model.holds.discard(hold)
+        return model
+
+    def _making_room(self, name: str, n_bytes: int, forces: bool = True) -> Iterator[bool]:
+        """Drop idle adapters, then idle models, LRU first, until the weights fit.
+
+        Args:
+            name: for errors.
+            n_bytes: of the weights.
+            forces: whether a busy model is to leave in the end.
+
+        Raises:
+            OutOfMemory: they do not fit.
+        """
         since = time.monotonic()
         if n_bytes > self.limit_bytes:
             raise OutOfMemory(
@@ -156,6 +184,9 @@ class ModelPool:
         while (missing := self.used_bytes + n_bytes - self.limit_bytes) > 0:
             models = self._models.items()
             idle = [(model.used_at, key) for key, model in models if model.is_idle]
+            adapted = [model.scheduler.runtime.adapted for model in self.models()]
+            if any(pool.give_back(missing) for pool in adapted):
+                continue
             if idle:
                 self.drop(min(idle)[1])
             elif not self._give_pages(missing):
@@ -165,7 +196,7 @@ class ModelPool:
                         f"{name}: its weights take {human_bytes(n_bytes)}, and {human_bytes(free)} "
                         f"of the limit of {human_bytes(self.limit_bytes)} are free"
                     )
-                if time.monotonic() > since + PATIENCE_S:
+                if forces and time.monotonic() > since + PATIENCE_S:
                     self._have_leave(missing)
                 yield True  # a busy model makes room when its requests are done
 
@@ -223,7 +254,7 @@ class ModelPool:
         used, arrays = self.used_bytes, needs.page_arrays()
         for model in self.models():
             budget = model.scheduler.runtime.budget
-            budget.share_arrays(arrays and arrays // len(self._models))
+            budget.shares.set_arrays(arrays and arrays // len(self._models))
             budget.limit_bytes = self.limit_bytes - (used - budget.used_bytes)
 
     def drop(self, key: str, error: MlxkvError | None = None) -> None:

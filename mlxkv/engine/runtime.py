@@ -14,6 +14,7 @@ from mlx.utils import tree_flatten
 
 from mlxkv.base import device
 from mlxkv.base.stepwise import finished
+from mlxkv.engine.adapter_pool import AdapterPool
 from mlxkv.engine.draft_models import DraftModels
 from mlxkv.engine.media.side import MediaSide
 from mlxkv.errors import UsageError, contained
@@ -91,10 +92,12 @@ class Runtime(TextSide):
         kv_type: format of the KV cache.
         limit_bytes: memory limit; None for what the machine allows.
         settings: context, overflow and their origins; None reads them.
+        adapters: see below.
 
     Attributes:
         preparer: prepares long prompts; None to prepare all where they begin.
         adapters: that the model was loaded with.
+        adapted: it under the adapters of requests.
         budget: its memory limit and use.
         pages: cached prefixes; None for a model whose layers keep other state than keys and values.
         drafting: what its answers' drafts share.
@@ -110,6 +113,7 @@ class Runtime(TextSide):
         kv_type: str = "native",
         limit_bytes: int | None = None,
         settings: Settings | None = None,
+        adapters: Sequence[AdapterRef] = (),
     ):
         settings = settings or effective(path, Given(kv_type=kv_type, memory=limit_bytes))
         media = MediaSide(path, model.media_kinds)
@@ -117,7 +121,7 @@ class Runtime(TextSide):
         super().__init__(tokenizer, path, model.config, settings, media, vectors)
         self.model, self.kv_type = model, kv_type
         self.preparer: Preparer | None = None
-        self.adapters: tuple[AdapterRef, ...] = ()
+        self.adapters = tuple(adapters)
         weights_bytes = sum(
             x.nbytes for _, x in tree_flatten(model.parameters()) if isinstance(x, mx.array)
         )
@@ -128,6 +132,7 @@ class Runtime(TextSide):
         list(KVFormat(first).layers(model.cache_specs()))  # a layer that is not there is an error
         self.pages = open_pages(model, path, first, room)
         self.budget = Budget(model, weights_bytes, limit_bytes, self.pages)
+        self.adapted = AdapterPool(model, path, self.adapters, self.budget, self._close_pages)
         self._pages: dict[str, Pages | None] = {"": self.pages}
         self._scores: dict[str, Scores] = {}
         past = _past_of(self._pages, model.config.vocab_size)
@@ -178,9 +183,7 @@ class Runtime(TextSide):
         )
         del added  # the model has what it needs of them
         yield
-        runtime = cls(model, read[0], path, settings.kv_type.value, limit, settings)
-        runtime.adapters = tuple(adapters)
-        return runtime
+        return cls(model, read[0], path, settings.kv_type.value, limit, settings, adapters)
 
     @property
     def context(self) -> int:
@@ -204,45 +207,80 @@ class Runtime(TextSide):
 
         return Maskers(self.tokenizer, self.suppressed)
 
-    def pages_of(self, owner: str) -> Pages | None:
-        """Prefix pages of one owner, which no other owner's requests see."""
-        if owner not in self._pages:
+    def pages_of(self, owner: str, adapter: Sequence[str] = ()) -> Pages | None:
+        """Prefix pages of one owner, which no other owner's requests see.
+
+        Args:
+            owner: of the request.
+            adapter: of the request; None is returned where it is not in memory.
+        """
+        model, key = self.model, owner
+        if adapter:
+            found = self.adapted.find(adapter)
+            if found is None:
+                return None
+            model, key = found.model, f"{owner}\n{found.stamp}"
+        if key not in self._pages:
             kv_type = first_kv_type(self.kv_type)
-            pages = open_pages(self.model, self.path, kv_type, 0, owner=owner)
-            self._pages[owner] = pages
+            pages = open_pages(model, self.path, kv_type, 0, owner=owner)
+            self._pages[key] = pages
             if pages is not None:
                 self.budget.adopt(pages)
-        return self._pages[owner]
+        return self._pages[key]
+
+    def _close_pages(self, stamp: str) -> None:
+        """Close the pages of an adapter that is dropped."""
+        for key in [key for key in self._pages if key.partition("\n")[2] == stamp]:
+            pages = self._pages.pop(key)
+            self._scores.pop(key, None)
+            if pages is not None:
+                pages.close()
+                self.budget.shares.release(pages)
+
+    def _of_owner(self, owner: str) -> list[Pages]:
+        """An owner's pages under each adapter."""
+        found = [
+            pages for key, pages in list(self._pages.items()) if key.partition("\n")[0] == owner
+        ]
+        return [pages for pages in found if pages is not None]
 
     def pages_bytes(self, owner: str | None) -> int:
         """Bytes of prefix pages in RAM: an owner's, or all for None."""
         if owner is None:
             return self.budget.pages_bytes
-        pages = self._pages.get(owner)
-        return 0 if pages is None else pages.nbytes
+        return sum(pages.nbytes for pages in self._of_owner(owner))
 
     def ssd_bytes(self, owner: str | None) -> int:
         """Bytes of prefix pages on disk: an owner's with this model, or all models' for None."""
-        pages = self.pages if owner is None else self._pages.get(owner)
-        if pages is None:
-            return 0
-        if owner is None or pages.opened_disk is None:
-            return pages.ssd_bytes
-        return pages.opened_disk.files.own_bytes()
+        if owner is None:
+            return 0 if self.pages is None else self.pages.ssd_bytes
+        opened = [pages.opened_disk for pages in self._of_owner(owner)]
+        return sum(disk.files.own_bytes() for disk in opened if disk is not None)
 
-    def session(self, owner: str = "") -> Session:
+    def session(self, owner: str = "", adapter: Sequence[str] = ()) -> Session:
         """Empty caches for one sequence, which shares prefixes with its owner's others.
+
+        Args:
+            owner: of the request.
+            adapter: of the request, loaded where it is not in memory, see `AdapterPool.get`.
 
         Raises:
             UsageError: an embedding model, which has none.
         """
         self.must_write()
-        pages, scores = self.pages_of(owner), self._scores.setdefault(owner, Scores())
-        return Session(self.model, self.kv_type, pages, self.budget, scores)
+        found = self.adapted.get(adapter) if adapter else None
+        model, key = (
+            (self.model, owner) if found is None else (found.model, f"{owner}\n{found.stamp}")
+        )
+        scores = self._scores.setdefault(key, Scores())
+        session = Session(model, self.kv_type, self.pages_of(owner, adapter), self.budget, scores)
+        if found is not None:
+            found.sessions.add(session)
+        return session
 
     def decoder(self) -> Decoder:
         """Decodes answers together."""
-        return Decoder(self.model, self.drafting.costs)
+        return Decoder(self.model, self.drafting.costs, self.adapted.mixed)
 
     def draft_model(self, name: str) -> SmallModel | None:
         """The smaller model that drafts under this name; None where it is not loaded."""

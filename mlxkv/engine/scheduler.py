@@ -394,7 +394,7 @@ class Scheduler:
 
     def _keep(self, task: Task, generation: Generation, last: object) -> None:
         """Keep a sequence's prefix, longest what a client's sessions share; note the next turn."""
-        links, pages = keep_prefix(generation.session), self.runtime.pages_of(task.owner)
+        links, pages = keep_prefix(generation.session), generation.session.pages
         self.clients.ended(task.owner, task.client, task.request.prompt, links, pages)
         ended = last if isinstance(last, Chunk) else None
         self.next_turns.add(task, generation, links, ended)

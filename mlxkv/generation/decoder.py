@@ -196,6 +196,8 @@ class Decoder:
         lane.gone = True
         self._lanes.remove(lane)
         self._batch = [], []  # keeps no caches alive
+        if not self._lanes:
+            self._mixed.clear()
         self._fresh = [flight for flight in self._fresh if lane not in flight.lanes]
         if self._flight is not None and all(lane.gone for lane in self._flight.lanes):
             self._flight = None  # it would keep the last sequence's KV alive

@@ -57,6 +57,8 @@ class Request:
         overflow: what happens there: `stop`, or `shift`.
         keep: leading tokens that a shift keeps, besides the system prompt.
         draft: what proposes tokens (`auto`, `off`, `lookup`, `mtp`); it changes no answer.
+        adapter: adapters that the model has for this answer, beside its own: each a path or a name,
+            which may end in "=WEIGHT".
         saved: named KV that the prompt goes on from.
         rank: the pair that the prompt judges: the log-probabilities of both verdicts are told, and
             a model that was trained for it has a prompt of its own.
@@ -97,6 +99,7 @@ class Request:
     moved_chars: int = 0
     parallel: bool = True
     draft: str | None = None
+    adapter: tuple[str, ...] = ()
     rank: Rank | None = None
 
     def __post_init__(self) -> None:
@@ -121,6 +124,9 @@ class Request:
         if self.callable is not None:
             object.__setattr__(self, "callable", _known(self.callable, self.tools))
         object.__setattr__(self, "stop", StopTexts(self.stop).texts)
+        given = self.adapter
+        each = given if isinstance(given, list | tuple) else (given,)
+        object.__setattr__(self, "adapter", tuple([str(text) for text in each]))
         settings = ("context", "overflow", "keep", "draft")
         mlxkv_json.checked({name: getattr(self, name) for name in settings})
 

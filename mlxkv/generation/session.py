@@ -69,7 +69,7 @@ class Session:
         self.media, self._known = NO_MEDIA, list[int]()
         self.listener: Listener | None = None
         self.turn_ends: Collection[int] = ()
-        self._pages, self._budget, self._scores = pages, budget, scores
+        self.pages, self._budget, self._scores = pages, budget, scores
         self._scorer: PromptLogprobs | None = None
         self._cutter = None if pages is None else Cutter(pages, self.caches)
         self._stable = model.stable_tokens if pages is None else pages.stable
@@ -120,8 +120,8 @@ class Session:
         if self.kv_type != self._first_type:
             self.kv_type = self._first_type
             self.caches[:] = make_caches(self.model, self.kv_type)
-            if self._pages is not None:
-                self._cutter = Cutter(self._pages, self.caches)
+            if self.pages is not None:
+                self._cutter = Cutter(self.pages, self.caches)
         self._empty()
 
     def _empty(self) -> None:
@@ -192,7 +192,7 @@ class Session:
         if restored.n_tokens == 0:
             self.reset()
         self._known, self._n_restored = list(tokens[: restored.n_tokens]), restored.n_tokens
-        return replace(restored, states=self._pages is not None and self._pages.kinds.states)
+        return replace(restored, states=self.pages is not None and self.pages.kinds.states)
 
     def _from_pages(self, tokens: Sequence[int], live: Restored, n_held: int) -> Restored:
         """Go back to the shared prefix, or to what pages have of it, whichever is longer."""
@@ -201,9 +201,9 @@ class Session:
             # Before anything is loaded: an interrupt must not find other KV under the old tokens.
             self.reset()
             live = replace(live, n_tokens=0)
-            if self._pages is None or match.n_tokens == 0:
+            if self.pages is None or match.n_tokens == 0:
                 continue
-            ssd_tokens = self._pages.load(match, self.caches, len(tokens) - match.n_tokens)
+            ssd_tokens = self.pages.load(match, self.caches, len(tokens) - match.n_tokens)
             if ssd_tokens is not None:
                 self._longest = match.n_tokens
                 self._cut_from(tokens[: match.n_tokens], match)
@@ -216,14 +216,14 @@ class Session:
         return explained(live, live, match)
 
     def _match(self, tokens: Sequence[int]) -> Match:
-        if self._pages is None:
+        if self.pages is None:
             return Match()
         n, worth = self.resumable(tokens, self._most(tokens)), WORTH
-        match = self._pages.match(tokens, n, worth)
+        match = self.pages.match(tokens, n, worth)
         if min(tokens[match.n_tokens : match.shared], default=0) < 0:
-            worth, match = 1, self._pages.match(tokens, n, 1)  # it would take an encoder's run
+            worth, match = 1, self.pages.match(tokens, n, 1)  # it would take an encoder's run
         while (n := self.resumable(tokens, match.n_tokens)) < match.n_tokens:
-            match = self._pages.match(tokens, n, worth)
+            match = self.pages.match(tokens, n, worth)
         return match
 
     def resumable(self, tokens: Sequence[int], n: int) -> int:
@@ -237,11 +237,11 @@ class Session:
 
     def _cut_from(self, tokens: Sequence[int], match: Match) -> None:
         """Have what comes next cut behind `tokens`, which the caches hold."""
-        if self._cutter is None or self._pages is None:
+        if self._cutter is None or self.pages is None:
             return
         rows = None
         if match.links and match.links[-1].start < len(tokens) <= match.n_tokens:
-            rows = self._pages.rows_before(match.links[-1], len(tokens))
+            rows = self.pages.rows_before(match.links[-1], len(tokens))
         self._cutter.restart(tokens, rows)
 
     def prefill(

@@ -50,19 +50,26 @@ class Conversation:
         llm: the model.
         system: system prompt.
         saved: named KV to continue from.
+        adapter: of all its answers, see `Request`.
 
     Attributes:
         append_only: whether the last prompt only appended to the one before it; None before the
             second turn.
     """
 
-    def __init__(self, llm: Runtime, system: str | None = None, saved: NamedKV | None = None):
+    def __init__(
+        self,
+        llm: Runtime,
+        system: str | None = None,
+        saved: NamedKV | None = None,
+        adapter: str | Sequence[str] = (),
+    ):
         self.llm = llm
         self.system = system
         self.saved = saved
         self.turns: list[dict[str, Any]] = []
         self.append_only: bool | None = None
-        self._session, self._media = llm.session(), NO_MEDIA
+        self._session, self._media = llm.session("", adapter), NO_MEDIA
         self._generation: Generation | None = None
         self._prompt: str | None = None
         self._tokens: list[int] = []
@@ -143,6 +150,10 @@ class Conversation:
             raise UsageError("the prompt is empty")
         user = {"role": "user", "content": text}
         request = Request.of([user], **options)
+        if request.adapter:
+            raise UsageError(
+                "is for a whole conversation: give it to LLM.conversation", field="adapter"
+            )
         prompt, tokens = self._next_prompt(user, self._template_options(request))
         head = Head(self.saved, [*self._history(), user], self._options)
         if asleep is not None:

@@ -136,10 +136,11 @@ class LLM(Runtime):
             **options: `max_tokens`, `min_tokens`, `ignore_eos`, `stop`, `truncate`, `format`,
                 `logprobs`, `prompt_logprobs`, `on_progress`, for messages `think`, `tools`,
                 `callable` and `template_options`, `context`, `overflow`, `keep` and `draft` in
-                place of the model's settings (see `Request`), and the fields of `SamplingParams`,
-                such as `temperature` (0, greedy, by default). `format` is a
-                JSON schema, a pydantic model, a compiled regex, "json" or a `Grammar`. With
-                `recommended` fields that are not set come from the model's generation_config.json.
+                place of the model's settings, `adapter` as for `load`, for this answer and beside
+                the model's own (see `Request`), and the fields of `SamplingParams`, such as
+                `temperature` (0, greedy, by default). `format` is a JSON schema, a pydantic model,
+                a compiled regex, "json" or a `Grammar`. With `recommended` fields that are not set
+                come from the model's generation_config.json.
 
         Yields:
             One chunk per token; the last has `finish_reason` and `stats`. Answers to messages come
@@ -275,15 +276,18 @@ class LLM(Runtime):
         )
 
     def conversation(
-        self, system: str | None = None, kv_from: str | NamedKV | None = None
+        self,
+        system: str | None = None,
+        kv_from: str | NamedKV | None = None,
+        adapter: str | Sequence[str] = (),
     ) -> Conversation:
-        """A chat that keeps its KV between turns.
+        """A chat that keeps its KV between turns; `adapter` is as for `stream`.
 
         Args:
             system: system prompt.
             kv_from: name of saved KV whose messages come before it.
         """
-        return Conversation(self, system, self.saved_kv(kv_from))
+        return Conversation(self, system, self.saved_kv(kv_from), adapter)
 
     def save_kv(
         self,
@@ -368,7 +372,7 @@ class LLM(Runtime):
         return memory_stats(self.budget, self.draft_models.used_bytes)
 
     def _generation(self, request: Request, prepared: Prepared) -> Generation:
-        return prompts.start(self, request, prepared, self.session())
+        return prompts.start(self, request, prepared, self.session("", request.adapter))
 
     def _collected(self, chunks: Sequence[Chunk]) -> Result:
         last, tokens = chunks[-1], [c.token for c in chunks if c.token is not None]

@@ -4,9 +4,10 @@ Invariants:
 - A sequence asks before its caches grow, at each step of 256 tokens: for a chunk of its prompt, and
   for a token. The answer is a `Grant`, from the needs of a traced step (`trace`).
 - Where memory is short, the budget takes these rungs in order and reports each: MLX's allocator
-  frees its cached buffers, the prompt continues in smaller chunks, kept rows of media are dropped,
-  prefix pages are written out or dropped, the sequence must quantize its KV (`--kv-type auto`).
-  After the last rung this sequence ends with `KVCacheFull`; no other is affected.
+  frees its cached buffers, the prompt continues in smaller chunks, kept rows of media and idle
+  adapters are dropped, prefix pages are written out or dropped, the sequence must quantize its KV
+  (`--kv-type auto`). After the last rung this sequence ends with `KVCacheFull`; no other is
+  affected.
 - After an allocation that failed inside MLX it takes the same rungs.
 - The budget keeps an account for each sequence, and changes nothing in a sequence.
 - `limit_bytes` may change at any time, and applies from the next grant on.
@@ -15,7 +16,7 @@ Invariants:
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 
 import mlx.core as mx
@@ -28,22 +29,12 @@ from mlxkv.kv.types import KV_TYPES, STEP, smaller_types
 from mlxkv.memory import needs
 from mlxkv.memory.accounts import Accounts
 from mlxkv.memory.media import EncoderNeeds, Rows, rows_bytes
-from mlxkv.memory.needs import MIN_CHUNK, Needs, halves, larger_chunk
+from mlxkv.memory.needs import AMPLE, MIN_CHUNK, ROOMY, WIDER, Needs, halves, larger_chunk
 from mlxkv.memory.page_shares import PageShares
 from mlxkv.memory.step_bound import StepBound
 from mlxkv.memory.types import Consumer, Grant, KVUse, Rung, smaller_format
 from mlxkv.nn.model import CausalLM
 from mlxkv.prefix.pages import Pages
-
-ROOMY = 2**30, 64
-"""Bytes, and multiples of the KV after it, that are enough for any chunk of a page or less, so that
-nothing is traced; only for models without a `StepBound`. Scores grow with the KV."""
-AMPLE = 1.5
-"""Safety factor when the trace of a larger step, its KV included, stands in for this step (1.21
-measured, where attention has windows)."""
-WIDER = 1.05
-"""Safety factor when the trace of a larger step stands in for a smaller one (1% measured, where the
-caches grow by two steps at once)."""
 
 
 class Budget:
@@ -60,13 +51,15 @@ class Budget:
         most: the largest KV since then.
         rows: of media, kept for prompts to come.
         encoders: what computing rows takes.
+        shares: of prefix pages in RAM.
+        spare: drops weights that nothing uses, and returns the bytes freed.
     """
 
     def __init__(
         self, model: CausalLM, weights_bytes: int, limit_bytes: int, pages: Pages | None = None
     ):
         self.weights_bytes, self.pages = weights_bytes, pages
-        self._shares = PageShares(pages)
+        self.shares = PageShares(pages)
         self._limit_bytes = limit_bytes
         self._model = model
         self._needs: dict[str, Needs] = {}
@@ -74,6 +67,7 @@ class Budget:
         self.start = self.most = KVUse()
         self.rows = Rows(rows_bytes(limit_bytes, weights_bytes))
         self.encoders = EncoderNeeds(model)
+        self.spare: Callable[[], int] = lambda: 0
 
     @property
     def limit_bytes(self) -> int:
@@ -83,21 +77,22 @@ class Budget:
     def limit_bytes(self, limit_bytes: int) -> None:
         self._limit_bytes = limit_bytes
         self.rows.set_limit(rows_bytes(limit_bytes, self.weights_bytes))
-        self._shares.set_bytes(needs.pages_bytes(limit_bytes, self.weights_bytes))
+        self.shares.set_bytes(needs.pages_bytes(limit_bytes, self.weights_bytes))
 
     def adopt(self, pages: Pages) -> None:
         """Add another owner's prefix pages; all owners get the same share."""
-        self._shares.adopt(pages)
+        self.shares.adopt(pages)
         self.limit_bytes = self._limit_bytes
 
-    def share_arrays(self, page_arrays: int | None) -> None:
-        """Set how many arrays the pages of all owners may hold; see `needs.page_arrays`."""
-        self._shares.set_arrays(page_arrays)
+    def plan_with(self, model: CausalLM) -> None:
+        """Price steps as those of this model from now on."""
+        self._model, self._needs = model, {}
+        self.__dict__.pop("_bound", None)
 
     def give_pages(self, n_bytes: int) -> int:
         """Drop rows of media, then prefix pages from RAM, and return the bytes freed."""
         freed = self.rows.clear()
-        return freed if freed >= n_bytes else freed + self._shares.give_back(n_bytes - freed)
+        return freed if freed >= n_bytes else freed + self.shares.give_back(n_bytes - freed)
 
     def join(self, sequence: Consumer) -> None:
         """Open an account for a sequence, which lasts as long as the sequence lives."""
@@ -118,7 +113,7 @@ class Budget:
     @property
     def pages_bytes(self) -> int:
         """Of prefix pages in RAM."""
-        return self._shares.nbytes
+        return self.shares.nbytes
 
     def use(self) -> KVUse:
         """KV of all live sequences."""
@@ -127,7 +122,7 @@ class Budget:
     def begin(self) -> None:
         """Start the figures of a request, and allow pages their share again."""
         self.start = self.most = self.use()
-        self._shares.take_share()
+        self.shares.take_share()
 
     def note(self) -> None:
         """Update `most`."""
@@ -265,7 +260,9 @@ class Budget:
         if freed := self.rows.clear():
             mx.clear_cache()
             rungs.append(Rung("media", sequence.n_held, freed))
-        return freed
+        if spared := self.spare():
+            rungs.append(Rung("adapters", sequence.n_held, spared))
+        return freed + spared
 
     def make_room(self, sequence: Consumer, n_bytes: int) -> Grant:
         """Free memory for an encoder that a sequence is about to run, of which nothing stays.

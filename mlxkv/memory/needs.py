@@ -17,6 +17,15 @@ from mlxkv.prefix.layout import Kinds, n_states
 _log = logging.getLogger(__name__)
 
 
+ROOMY = 2**30, 64
+"""Bytes, and multiples of the KV after it, that are enough for any chunk of a page or less, so that
+nothing is traced; only for models without a `StepBound`. Scores grow with the KV."""
+AMPLE = 1.5
+"""Safety factor when the trace of a larger step, its KV included, stands in for this step (1.21
+measured, where attention has windows)."""
+WIDER = 1.05
+"""Safety factor when the trace of a larger step stands in for a smaller one (1% measured, where the
+caches grow by two steps at once)."""
 MIN_CHUNK = 16
 """Tokens below which a chunk of a prompt is not halved any more."""
 LONGEST_TRACED = 8192

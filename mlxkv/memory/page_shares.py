@@ -23,11 +23,17 @@ class PageShares:
         self._all.append(pages)
         self._divide()
 
+    def release(self, pages: Pages) -> None:
+        """Take pages that are closed out."""
+        self._all = [each for each in self._all if each is not pages]
+        self._divide()
+
     def set_bytes(self, n_bytes: int) -> None:
         self._n_bytes = n_bytes
         self._divide()
 
     def set_arrays(self, n_arrays: int | None) -> None:
+        """Set how many arrays the pages of all owners may hold; see `needs.page_arrays`."""
         self._n_arrays = n_arrays
         self._divide()
 

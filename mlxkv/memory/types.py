@@ -54,6 +54,8 @@ class Rung:
                 what = f"the prompt continues in chunks of {self.amount:,} tokens"
             case "media":
                 what = f"encoded pictures and sound of {human_bytes(self.amount)} were dropped"
+            case "adapters":
+                what = f"idle adapters of {human_bytes(self.amount)} were dropped"
             case "pages":
                 what = f"prefix pages of {human_bytes(self.amount)} were dropped from RAM"
             case _:

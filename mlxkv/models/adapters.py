@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -62,19 +62,26 @@ def attach(model: CausalLM, family: Family, adapters: Sequence[Weighted]) -> lis
     return [module for _, module in made]
 
 
-def adapted(model: CausalLM, family: Family, adapters: Sequence[Weighted]) -> CausalLM:
+def adapted(
+    model: CausalLM,
+    family: Family,
+    adapters: Sequence[Weighted],
+    take: Callable[[int], None] = lambda n_bytes: None,
+) -> CausalLM:
     """A model under adapters, beside the one that it shares all other arrays with.
 
     Args:
         model: loaded; its own adapters do not count.
         family: of the model.
         adapters: all that the result has; their matrices are computed here.
+        take: called with their bytes before that; may raise.
 
     Raises:
         As `attach`.
     """
     plain = without_adapters(model)
     made = _made(plain, family, adapters)
+    take(sum(module.own_bytes for _, module in made))
     new = {(id(place.parent), place.name): module for place, module in made}
     copy = replaced(plain, lambda parent, name, _: new.get((id(parent), name)))
     for _, module in made:

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import mlxkv
 from mlxkv.cli import main
+from mlxkv.engine import prompt as prompts
+from mlxkv.engine.driver import run
 from mlxkv.engine.messages import Ask
-from mlxkv.errors import ModelNotFound, OutOfMemory, UsageError, WeightsError
+from mlxkv.errors import MlxkvError, ModelNotFound, OutOfMemory, UsageError, WeightsError
+from mlxkv.generation import mixed as mixed_models
 from mlxkv.generation.request import Request
+from mlxkv.kv.types import STEP
 from mlxkv.llm.plan import plan
 from mlxkv.store.adapters import adapter_refs, cached, key_of_own, own_adapters, stamp_of
 from mlxkv.store.derive import derive
@@ -138,3 +145,109 @@ def test_a_request_names_adapters_of_the_cache_and_no_paths(adapter: Path) -> No
     for name in (str(adapter), "../adapter", "org/none"):
         with pytest.raises(ModelNotFound, match="no adapter"):
             cached(name)
+
+
+def test_rows_of_a_batch_have_the_adapters_of_their_requests(
+    reused: Path, kv: Path, adapter: Path, monkeypatch
+) -> None:
+    """With drafts, penalties and a grammar, each as where it is alone on a model loaded with it."""
+    path, names = reused / "llama", ["", str(adapter), f"{adapter}=-0.5", f"{adapter}=0.25"]
+    each: list[dict[str, Any]] = [
+        {"prompt": "a text " * 9, "repeat_penalty": 1.3},
+        {"prompt": "a text " * 5, "draft": "off"},
+        {"prompt": "what is it", "format": re.compile("[a-f ]+")},
+        {"prompt": "a text " * 9, "temperature": 0.8, "seed": 3},
+    ]
+    alone = []
+    for name, options in zip(names, each, strict=True):
+        with mlxkv.load(path, dtype="float32", adapter=name or None) as llm:
+            alone.append(llm.generate(max_tokens=24, **options).tokens)
+    mixed: list[int] = []
+    merge = mixed_models.merge_changes
+    monkeypatch.setattr(
+        mixed_models, "merge_changes", lambda m, c: mixed.append(len(m)) or merge(m, c)
+    )
+    with mlxkv.load(path, dtype="float32") as llm:
+        n_bytes = llm.budget.weights_bytes
+        for is_short in (False, True):
+            if is_short:  # no room for copies: one row after the other
+                monkeypatch.setattr(llm.budget, "has_room", lambda *_: False)
+            asked = [
+                Request.of(max_tokens=24, adapter=name or None, **options)
+                for name, options in zip(names, each, strict=True)
+            ]
+            made = [llm._generation(x, prompts.prepare(llm, x)) for x in asked]
+            found: list[list[int]] = [[] for _ in made]
+            for i, chunk in run(llm, made, keep_sessions=False):
+                found[i] += [] if chunk.token is None else [chunk.token]
+            assert found == alone
+            del made
+        assert mixed and set(mixed) <= {2, 3, 4}
+        # One base, three adapters; what steps have copied is gone with their rows.
+        own = sum(each.n_bytes for each in llm.adapted)
+        assert llm.budget.weights_bytes == n_bytes + own and len(list(llm.adapted)) == 3
+        assert llm.adapted.give_back() == own
+        assert llm.budget.weights_bytes == n_bytes and not list(llm.adapted)
+
+
+def test_a_requests_adapter_is_dropped_for_another_and_not_while_it_answers(
+    reused: Path, kv: Path, adapter: Path
+) -> None:
+    path = reused / "llama"
+    with mlxkv.load(path) as llm:
+        answer = llm.stream("a text", max_tokens=8, adapter=str(adapter))
+        next(answer)
+        (first,) = llm.adapted
+        assert not first.is_idle
+        llm.budget.limit_bytes = llm.budget.used_bytes + first.n_bytes // 2
+        with pytest.raises(OutOfMemory, match="the adapter takes"):
+            llm.generate("b", adapter=f"{adapter}=0.5")
+        list(answer)
+        del answer
+        gc.collect()
+        llm.budget.limit_bytes = llm.budget.used_bytes + first.n_bytes // 2
+        llm.adapted.get([f"{adapter}=0.5"])
+        assert [each.given for each in llm.adapted] == [(f"{adapter}=0.5",)]
+        with pytest.raises(ModelNotFound):
+            llm.generate("b", adapter="none")
+
+
+def test_pages_of_a_requests_adapter_are_those_of_a_model_that_is_loaded_with_it(
+    reused: Path, kv: Path, adapter: Path
+) -> None:
+    path, prompt = reused / "llama", list(range(3, 90)) * 4
+    with mlxkv.load(path, adapter=adapter) as llm:
+        llm.generate(prompt, max_tokens=1)
+    with mlxkv.load(path) as llm:
+        assert llm.generate(prompt, max_tokens=1).stats.restored_tokens == 0
+        given = llm.generate(prompt, max_tokens=1, adapter=str(adapter)).stats
+        assert given.restored_ssd_tokens >= STEP
+        other = llm.generate(prompt, max_tokens=1, adapter=f"{adapter}=0.5").stats
+        assert other.restored_tokens == 0
+        chat = llm.conversation(adapter=str(adapter))
+        assert chat._session.model.adapter_key
+        with pytest.raises(UsageError, match="whole conversation"):
+            next(chat.send("a", adapter=str(adapter)))
+
+
+def test_an_engine_loads_adapters_of_requests_beside_one_base(
+    reused: Path, kv: Path, adapter: Path
+) -> None:
+    path, options = reused / "llama", {"max_tokens": 12, "draft": "off"}
+    names = [None, str(adapter), f"{adapter}=0.5"]
+    expected = []
+    for name in names:
+        with mlxkv.load(path, dtype="float32", adapter=name) as llm:
+            expected.append(llm.generate("a text", **options).tokens)
+
+    async def together(engine: Any, asks: list[Ask]) -> list[list[int]]:
+        return [tokens(x) for x in await asyncio.gather(*(collect(engine.submit(a)) for a in asks))]
+
+    with running() as engine:
+        asks = [Ask(str(path), Request.of("a text", adapter=x, **options)) for x in names]
+        assert asyncio.run(together(engine, asks)) == expected
+        (loaded,) = engine.loaded()
+        assert [given for given, _ in loaded.adapters] == [(name,) for name in names[1:] if name]
+        lost = Ask(str(path), Request.of("a", adapter="org/none"))
+        with pytest.raises(MlxkvError):
+            asyncio.run(collect(engine.submit(lost)))

@@ -7,7 +7,8 @@ Invariants:
 - One sequence is kept, while its model has no requests: the first prompt that is computed takes it
   over or has it let go. So it takes no memory that a request could have.
 - Its KV counts as any sequence's, and pages have all of it: letting it go loses nothing.
-- Only requests of its owner take it over.
+- Only requests of its owner take it over. Under a request's adapters none is kept: they would stay
+  in memory for it.
 - Pages that are gone on from in it count as used again: they are written to disk then.
 """
 
@@ -21,7 +22,6 @@ from mlxkv.generation.session import Session
 from mlxkv.kv.buffers import Buffers
 from mlxkv.kv.types import STEP
 from mlxkv.prefix.layout import Link
-from mlxkv.prefix.pages import Pages
 
 KEPT_S = 60.0
 """How long a sequence is kept: longer than most tools take."""
@@ -70,11 +70,11 @@ class Kept:
         self._n_again[session] = session.n_held
         return session
 
-    def used_again(self, session: Session, links: Sequence[Link], pages: Pages | None) -> None:
+    def used_again(self, session: Session, links: Sequence[Link]) -> None:
         """Write those of a sequence's pages that it was gone on from, once its prefix is kept."""
         n = self._n_again.pop(session, 0)
-        if n and pages is not None:
-            pages.keep(link for link in links if link.n_tokens == STEP and link.stop <= n)
+        if n and session.pages is not None:
+            session.pages.keep(link for link in links if link.n_tokens == STEP and link.stop <= n)
 
     def let_go(self) -> bool:
         """Free its caches; whether there were any."""

@@ -191,7 +191,7 @@ class NextTurns:
             links: its pages.
             last: its last chunk; None if it has failed, or was cancelled.
         """
-        self.kept.used_again(generation.session, links, self._runtime.pages_of(task.owner))
+        self.kept.used_again(generation.session, links)
         if last is not None and not self._idle.is_off:
             forms = Answered.of(task, generation, last)
             self._waiting += forms[:1] if self._idle.choice == "light" else forms
@@ -203,7 +203,7 @@ class NextTurns:
         """
         if task.keeps_session:
             return
-        if is_kept and not self._idle.is_off:
+        if is_kept and not self._idle.is_off and not task.request.adapter:
             self.kept.keep(generation.session, task.owner)
         else:
             generation.session.reset()
@@ -215,7 +215,7 @@ class NextTurns:
         quietly("counting a next turn failed", lambda: self._found(task, state))
 
     def _hand_over(self, task: Task, generation: Generation) -> None:
-        if generation.session.n_held or task.keeps_session:
+        if generation.session.n_held or task.keeps_session or task.request.adapter:
             self.kept.let_go()
         elif (session := self.kept.take(task.owner, generation.remaining())) is not None:
             generation.session = session
@@ -274,7 +274,9 @@ class NextTurns:
         if tokens is None or len(tokens) >= answered.context or tokens == self._last:
             return
         shared = n_shared(answered.held, tokens)
-        session = self.kept.take(answered.owner, tokens) or self._runtime.session(answered.owner)
+        adapter = answered.request.adapter
+        session = None if adapter else self.kept.take(answered.owner, tokens)
+        session = session or self._runtime.session(answered.owner, adapter)
         session.media = answered.media
         try:
             if not self._is_roomy(session, tokens):
@@ -283,7 +285,10 @@ class NextTurns:
                 yield from self._prefilling(session, answered, tokens, shared)
                 self._last = tokens
         finally:
-            self.kept.keep(session, answered.owner)
+            if adapter:
+                session.reset()
+            else:
+                self.kept.keep(session, answered.owner)
 
     def _is_roomy(self, session: Session, tokens: Sequence[int]) -> bool:
         return self._runtime.budget.is_roomy(session, len(tokens), STEP)
@@ -307,8 +312,7 @@ class NextTurns:
             yield from self._paced(session, steps, answered.ahead)
         finally:
             self._count(answered, answered.ahead, session.n_held - n_restored)
-            pages = self._runtime.pages_of(answered.owner)
-            self.kept.used_again(session, keep_prefix(session), pages)
+            self.kept.used_again(session, keep_prefix(session))
 
     def _count(self, answered: Answered, ahead: Ahead, n_tokens: int) -> None:
         ahead.n_computed += n_tokens

@@ -34,7 +34,7 @@ from mlxkv.errors import MlxkvError, contained
 from mlxkv.generation.asleep import Asleep, Written, request_from_json, request_to_json, seeded
 from mlxkv.generation.generation import Generation
 from mlxkv.kv.types import STEP
-from mlxkv.store.adapters import ModelAdapters, stamp_of
+from mlxkv.store.adapters import ModelAdapters, adapter_refs, stamp_of
 
 _log = logging.getLogger(__name__)
 
@@ -118,7 +118,8 @@ def begin_answer(task: Task, runtime: Runtime, sleep: Sleep, waiting: WaitingTas
         MlxkvError: as `prompt.start`.
     """
     ready = waiting.ready(task)
-    request, session, prepared = task.request, runtime.session(task.owner), ready.prepared
+    request, prepared = task.request, ready.prepared
+    session = runtime.session(task.owner, request.adapter)
     quietly("looking for where an answer was failed", lambda: sleep.claim(task))
     generation = None
     if (asleep := task.asleep) is not None:
@@ -261,8 +262,9 @@ class Sleep:
     def _key(self, task: Task) -> str | None:
         """What names a request's answer; None for a request that cannot be kept."""
         try:
-            said = json.dumps([task.owner, self._digest, request_to_json(task.request)])
-        except (TypeError, ValueError, OSError):
+            files = self._digest + stamp_of(adapter_refs(task.request.adapter))
+            said = json.dumps([task.owner, files, request_to_json(task.request)])
+        except (TypeError, ValueError, OSError, MlxkvError):
             return None
         found = hashlib.sha256(said.encode()).hexdigest()
         return seal_of_environment().fingerprint(found)[:40]

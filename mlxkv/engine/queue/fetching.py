@@ -15,6 +15,7 @@ from mlxkv.engine.tally import Tally
 from mlxkv.engine.tasks import Task
 from mlxkv.kv.types import STEP
 from mlxkv.prefix.layout import Link
+from mlxkv.prefix.pages import Pages
 
 
 class Fetching:
@@ -34,21 +35,24 @@ class Fetching:
     def expect(self, owner: str, client: str) -> None:
         """The head of a request has come: begin to read what it may need."""
         links = self._clients.last_session(owner, client)
-        self._fetch(owner, links[: self._idle.read_limit // STEP], is_guess=True)
+        pages = self._runtime.pages_of(owner) if links else None
+        self._fetch(pages, links[: self._idle.read_limit // STEP], is_guess=True)
 
     def arrived(self, task: Task) -> None:
         """A request has come: begin to read its pages."""
         links = self._clients.pages_of_session(task.owner, task.client, task.request.prompt)
-        self._fetch(task.owner, links)
+        self._fetch(self._pages(task) if links else None, links)
 
     def found(self, task: Task) -> None:
         """Count what a request, whose prefix was just restored, did not have to read."""
-        pages = self._runtime.pages_of(task.owner)
+        pages = self._pages(task)
         if pages is not None and (fetched := pages.fetched())[0]:
             self._tally.count(task.owner, fetched_bytes=fetched[0], fetch_saved_s=fetched[1])
 
-    def _fetch(self, owner: str, links: tuple[Link, ...], is_guess: bool = False) -> None:
-        pages = self._runtime.pages_of(owner) if links else None
+    def _pages(self, task: Task) -> Pages | None:
+        return self._runtime.pages_of(task.owner, task.request.adapter)
+
+    def _fetch(self, pages: Pages | None, links: tuple[Link, ...], is_guess: bool = False) -> None:
         if pages is not None:
             free = self._runtime.budget.limit_bytes - self._runtime.budget.used_bytes
             pages.fetch(links, free, is_guess=is_guess)
