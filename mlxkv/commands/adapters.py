@@ -27,7 +27,7 @@ Name = Annotated[
 
 @app.command("ls")
 def list_(as_json: AsJson = False) -> None:
-    """List the adapters in Hugging Face's cache."""
+    """List the adapters that are kept here, and those in Hugging Face's cache."""
     from mlxkv.base.units import human_bytes
     from mlxkv.store.adapters import stored_adapters
     from mlxkv.terminal.console import table
@@ -41,6 +41,20 @@ def list_(as_json: AsJson = False) -> None:
         print(table(("NAME", "SIZE"), rows, right=("SIZE",)))
     else:
         print("no adapters yet: --adapter org/name fetches one", file=sys.stderr)
+
+
+@app.command()
+def add(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="By which requests name it.")],
+    adapter: Name,
+) -> None:
+    """Keep a copy of an adapter under a name: for --adapter, and MODEL+NAME in requests."""
+    from mlxkv.store import adapters
+    from mlxkv.store.adapter_names import add
+
+    path = adapters.find(adapter)
+    adapters.read(path)  # what cannot be read is said now
+    print(add(name, adapters.AdapterRef(path)))
 
 
 @app.command()
@@ -84,7 +98,7 @@ def rm(
         str, typer.Argument(metavar="ADAPTER", help="As `mlxkv adapters ls` shows.")
     ],
 ) -> None:
-    """Remove an adapter from Hugging Face's cache."""
+    """Remove an adapter that is kept here, or from Hugging Face's cache."""
     from mlxkv.base.units import human_bytes
     from mlxkv.store.adapters import remove
 

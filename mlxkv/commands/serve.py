@@ -314,6 +314,7 @@ def ps(
     api_key: Key = None,
 ) -> None:
     """List the models that a running server has in memory, and the answers that sleep."""
+    from mlxkv.base.units import human_bytes
     from mlxkv.terminal.console import table
 
     stats = _server(server, api_key).ask("GET", "/stats.json")
@@ -323,6 +324,9 @@ def ps(
         return
     header = [*PS_COLUMNS, *(PS_MORE if verbose else ())]
     print(table(header, [_ps_row(model, verbose) for model in loaded]))
+    for model in loaded:
+        for adapter, n_bytes in model.get("adapters", ()):
+            print(f"adapter: {model['name']}+{adapter} ({human_bytes(n_bytes)})")
     for name, n in stats.get("asleep", {}).items():
         print(f"asleep: {n} {'answer' if n == 1 else 'answers'} of {name}")
 

@@ -19,14 +19,12 @@ from weakref import WeakSet
 import mlx.core as mx
 
 from mlxkv.base.units import human_bytes
-from mlxkv.checkpoint.config import read_config
 from mlxkv.errors import OutOfMemory, UsageError
 from mlxkv.generation.mixed import MixedModels
 from mlxkv.generation.session import Session
-from mlxkv.models import family_for
 from mlxkv.models.adapters import adapted, adapted_bytes
 from mlxkv.nn.model import CausalLM
-from mlxkv.store.adapters import AdapterRef, adapter_refs, read_adapters, stamp_of
+from mlxkv.store.adapters import AdapterRef, adapter_refs, read_for, stamp_of
 
 if TYPE_CHECKING:
     from mlxkv.memory.budget import Budget
@@ -137,9 +135,7 @@ class AdapterPool:
             raise UsageError("is for models that write, not for embedding models", field="adapter")
         if len(refs) > MOST:
             raise UsageError(f"may name {MOST} adapters; got {len(refs)}", field="adapter")
-        raw = read_config(self._path)
-        family = family_for(raw, str(self._path / "config.json"))
-        added = read_adapters([*self._own, *refs], raw)
+        family, added = read_for([*self._own, *refs], self._path)
         model = adapted(self._model, family, added, self._check_room)
         n_bytes = adapted_bytes(model)
         self._budget.weights_bytes += n_bytes

@@ -13,6 +13,7 @@ from mlxkv.engine.messages import Loaded
 from mlxkv.engine.scheduler import Scheduler
 from mlxkv.engine.tasks import Decoding, Prefilling, Task
 from mlxkv.memory.types import KVUse
+from mlxkv.store.adapter_names import shown
 from mlxkv.store.info import Card
 
 FRESH_S = 5.0
@@ -132,5 +133,5 @@ class LoadedModel:
             digest=self.digest,
             n_asleep=self.scheduler.sleep.n_asleep(owner),
             kv_type=runtime.kv_type,
-            adapters=tuple([(each.given, each.n_bytes) for each in runtime.adapted]),
+            adapters=tuple([(shown(each.given), each.n_bytes) for each in runtime.adapted]),
         )

@@ -110,8 +110,8 @@ class Loaded:
     digest: str
     n_asleep: int = 0
     kv_type: str = "native"
-    adapters: tuple[tuple[tuple[str, ...], int], ...] = ()
-    """What requests have given as `Request.adapter`, and the bytes that it takes."""
+    adapters: tuple[tuple[str, int], ...] = ()
+    """Those of requests by their names, and the bytes that they take."""
 
 
 @dataclass(frozen=True, slots=True)

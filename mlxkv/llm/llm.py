@@ -24,6 +24,7 @@ from mlxkv.llm.conversation import Conversation
 from mlxkv.memory.figures import memory_stats
 from mlxkv.memory.types import MemoryStats
 from mlxkv.saved_kv.manifest import NamedKV
+from mlxkv.store.adapter_names import split
 from mlxkv.store.adapters import AdapterRef, adapter_refs
 from mlxkv.store.resolve import resolve
 from mlxkv.store.settings import Given, Settings, draft_model, effective, own_context
@@ -55,7 +56,7 @@ def load(
     model's settings file, see `settings`, then from the defaults here.
 
     Args:
-        model: a directory, a name that `mlxkv list` shows, or a Hugging Face repository.
+        model: a directory, a name of `mlxkv list` or a Hugging Face repository; or `MODEL+ADAPTER`.
         dtype: to compute in: auto, float32, float16, bfloat16.
         memory: limit in bytes or like "16GiB"; default: what the machine allows.
         kv_type: format of the KV cache: native (default), q8, k8v4 (keys in 8 bits, values in 4),
@@ -81,8 +82,9 @@ def load(
         DownloadError: it cannot be downloaded.
     """
     given = Given(context, kv_type, memory, overflow, keep, draft=draft)
-    path = resolve(str(model))
-    return LLM.load(path, effective(path, given), dtype, adapter_refs(adapter))
+    name, own = split(str(model))
+    path = resolve(name)
+    return LLM.load(path, effective(path, given), dtype, adapter_refs(own) + adapter_refs(adapter))
 
 
 class LLM(Runtime):
@@ -281,12 +283,8 @@ class LLM(Runtime):
         kv_from: str | NamedKV | None = None,
         adapter: str | Sequence[str] = (),
     ) -> Conversation:
-        """A chat that keeps its KV between turns; `adapter` is as for `stream`.
-
-        Args:
-            system: system prompt.
-            kv_from: name of saved KV whose messages come before it.
-        """
+        """A chat that keeps its KV between turns, with a system prompt, behind the messages of
+        saved KV; `kv_from` and `adapter` are as for `stream`."""
         return Conversation(self, system, self.saved_kv(kv_from), adapter)
 
     def save_kv(

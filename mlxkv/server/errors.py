@@ -112,7 +112,7 @@ def _same(*names: str) -> dict[str, str]:
 
 _TEMPLATE = {"template_options": "chat_template_kwargs"}
 _OURS = _same(
-    *PARAMETERS, "model", "logit_bias", "stop", "context", "overflow", "keep", "draft",
+    *PARAMETERS, "model", "logit_bias", "stop", "context", "overflow", "keep", "draft", "adapter",
     "keep_alive", "think", "tools", "logprobs",
 ) | _TEMPLATE  # fmt: skip
 _OPENAI_TOO_LONG = (
@@ -144,7 +144,7 @@ RESPONSES = Fields(
 )
 ANTHROPIC = Fields(
     {
-        **_same("model", "max_tokens", "tools", "draft"),
+        **_same("model", "max_tokens", "tools", "draft", "adapter"),
         **_same(*PARAMETERS),
         "stop": "stop_sequences",
         "think": "thinking",
@@ -156,7 +156,7 @@ ANTHROPIC = Fields(
 OLLAMA = Fields(
     {
         **_same("model", "think", "tools", "format", "truncate", "logprobs", "keep_alive", "draft"),
-        **_same("dimensions"),
+        **_same("dimensions", "adapter"),
         **_TEMPLATE,
         "quantize": "quantize",
         "overflow": "shift",

@@ -80,6 +80,9 @@ Text = Annotated[str, Field(min_length=1)]
 Texts = Text | Annotated[list[Text], Field(min_length=1, max_length=2048)]
 DrafterName = Annotated[str, Field(min_length=1, max_length=256)]
 """What drafts an answer: one of `checkpoint.mlxkv_json.DRAFTS`, or the name of a model."""
+AdapterName = Annotated[str, Field(min_length=1, max_length=256)]
+AdapterNames = AdapterName | Annotated[list[AdapterName], Field(max_length=8)]
+"""Adapters that the model has for an answer, see `store.adapter_names`."""
 TopLogprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
 _TOKEN_ID = re.compile(r"[0-9]{1,9}")
 _MOST_BIAS = 1e6

@@ -6,7 +6,7 @@ downloaded: the error tells clients to pull it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,7 +16,8 @@ from mlxkv.errors import MlxkvError, ModelNotFound, UsageError
 from mlxkv.generation.request import Request
 from mlxkv.server.config import ServerConfig
 from mlxkv.server.threads import run_in_threadpool
-from mlxkv.store import catalog, hub, library, resolve
+from mlxkv.store import adapter_names, catalog, hub, library, resolve
+from mlxkv.store.adapters import stored_adapters
 from mlxkv.store.aliases import stored_aliases
 from mlxkv.store.library import StoredModel
 from mlxkv.store.refs import (
@@ -44,13 +45,17 @@ class LocalModel:
     Args:
         name: its name in the engine.
         path: its directory; None if the engine resolves the name.
+        adapter: that the name has behind the model's, see `store.adapter_names`.
     """
 
     name: str
     path: Path | None = None
+    adapter: tuple[str, ...] = ()
 
     def ask(self, request: Request, owner: str, keep_alive_s: float | None = None) -> Ask:
         """A request to this model; arguments as for `Ask`."""
+        if self.adapter:
+            request = replace(request, adapter=(*self.adapter, *request.adapter))
         return Ask(self.name, request, owner, keep_alive_s, self.path)
 
 
@@ -58,6 +63,17 @@ def listed(config: ServerConfig) -> list[StoredModel]:
     """The models on this machine, those under an alias included."""
     aliases = stored_aliases() | dict(config.aliases)
     return library.with_aliases(library.list_models(), aliases)
+
+
+def adapted(models: Sequence[StoredModel]) -> list[tuple[StoredModel, StoredModel]]:
+    """Models under adapters that name them as their base, by the name that requests use: each with
+    the model itself."""
+    found, adapters = [], stored_adapters()
+    for model in models:
+        for each in adapter_names.fitting(model.path, adapters):
+            name = f"{model.name}{adapter_names.SIGN}{each.name}"
+            found.append((replace(model, name=name, size_bytes=each.size_bytes), model))
+    return found
 
 
 def context_of(path: Path, config: ServerConfig) -> int | None:
@@ -76,7 +92,7 @@ async def present(engine: Engine, config: ServerConfig, name: str) -> LocalModel
     Args:
         engine: has the names of the models in memory.
         config: has the operator's models.
-        name: the request's name, with or without `:latest`.
+        name: the request's name, with or without `:latest`; adapters may stand behind it.
 
     Raises:
         ModelNotFound: no such model on this machine.
@@ -91,15 +107,21 @@ async def present(engine: Engine, config: ServerConfig, name: str) -> LocalModel
             return (
                 LocalModel(model) if model in known else await run_in_threadpool(_of, name, model)
             )
+    model, adapter = adapter_names.split(name.removesuffix(LATEST))
+    if adapter:
+        return replace(await present(engine, config, model), adapter=adapter)
     return await run_in_threadpool(find, name)
 
 
-async def with_drafter(engine: Engine, config: ServerConfig, ask: Ask) -> Ask:
-    """A request whose draft model, if it names one, is found as its model is.
+async def with_named(engine: Engine, config: ServerConfig, ask: Ask) -> Ask:
+    """A request whose adapters and draft model, if it names any, are found on this machine.
 
     Raises:
-        ModelNotFound: no such model on this machine.
+        ModelNotFound: no such model or adapter on this machine.
     """
+    if ask.request.adapter:
+        found = await run_in_threadpool(adapter_names.named, ask.request.adapter)
+        ask = replace(ask, request=replace(ask.request, adapter=found))
     if (name := draft_model(ask.request.draft)) is None:
         return ask
     model = await present(engine, config, name)

@@ -11,14 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlxkv.base.paths import NAME, models_dir
 from mlxkv.checkpoint.adapter import MLX_LM, PEFT, Adapter
 from mlxkv.checkpoint.adapter_files import FILES, GGUF, is_adapter
+from mlxkv.checkpoint.config import read_config
 from mlxkv.checkpoint.mlxkv_json import read_record
 from mlxkv.errors import ModelNotFound, OutputError, UsageError
 from mlxkv.store import hub
 from mlxkv.store.refs import REPO, HubRef
 
 if TYPE_CHECKING:
+    from mlxkv.models import Family
     from mlxkv.models.adapter_targets import Weighted
 
 OWN = "adapters"
@@ -80,23 +83,48 @@ def adapter_refs(given: str | Path | Sequence[str | Path] | None) -> list[Adapte
 
 
 def _ref(text: str) -> AdapterRef:
+    name, weight = weighed(text)
+    return AdapterRef(find(name), weight)
+
+
+def weighed(text: str) -> tuple[str, float]:
+    """An adapter's name, and its weight; a path that is there has none behind it.
+
+    Raises:
+        UsageError: a weight that is no number.
+    """
     name, sign, number = text.rpartition("=")
     if not sign or Path(text).expanduser().exists():
-        return AdapterRef(find(text))
+        return text, 1.0
     try:
         weight = float(number)
     except ValueError:
         weight = float("nan")
     if not abs(weight) < float("inf"):
         raise UsageError(f"must end in a number behind '='; got {text!r}", field="adapter")
-    return AdapterRef(find(name), weight)
+    return name, weight
+
+
+def kept_dir() -> Path:
+    """Where adapters are kept under names of their own, see `adapter_names.add`."""
+    return models_dir() / ".adapters"
+
+
+def kept(name: str) -> Path | None:
+    """The directory, or .gguf file, of an adapter that is kept there; None if there is none."""
+    if not NAME.fullmatch(name) or ":" in name:
+        return None
+    folder = kept_dir() / name
+    files = list(folder.glob(f"*{GGUF}"))
+    return files[0] if files else folder if is_adapter(folder) else None
 
 
 def find(name: str, *, fetch: bool = True) -> Path:
     """The directory, or .gguf file, of an adapter.
 
     Args:
-        name: a path, or a Hugging Face repository as for models: `org/name@revision:file.gguf`.
+        name: a path, a name of `adapter_names.add`, or a Hugging Face repository as for models:
+            `org/name@revision:file.gguf`.
         fetch: whether the network may be used.
 
     Raises:
@@ -109,6 +137,8 @@ def find(name: str, *, fetch: bool = True) -> Path:
         if path.suffix != GGUF and not is_adapter(path):
             raise ModelNotFound(f"{path} holds no adapter ({MLX_LM} or {PEFT})")
         return path.absolute()
+    if (here := kept(name)) is not None:
+        return here
     repo = REPO.fullmatch(name)
     if repo is None:
         raise ModelNotFound(f"{name}: no such adapter; name a directory, a .gguf file or org/name")
@@ -165,10 +195,14 @@ def keep(refs: Sequence[AdapterRef], model_dir: Path) -> None:
         list(Changes(layout.model, layout.checkpoint.family, each))
     first = len(own_adapters(model_dir))
     for i, ref in enumerate(refs, first):
-        folder = model_dir / OWN / f"{i:03d}={ref.weight!r}"
-        folder.mkdir(parents=True)
-        for file in ref.files:
-            shutil.copyfile(file, folder / file.name)
+        copy_files(ref, model_dir / OWN / f"{i:03d}={ref.weight!r}")
+
+
+def copy_files(ref: AdapterRef, folder: Path) -> None:
+    """Copy an adapter's files into a new folder; raises OSError."""
+    folder.mkdir(parents=True)
+    for file in ref.files:
+        shutil.copyfile(file, folder / file.name)
 
 
 def _cached(ref: HubRef) -> Path | None:
@@ -222,6 +256,14 @@ def read_adapters(refs: Sequence[AdapterRef], config: Mapping[str, Any]) -> list
     return [Weighted(read_adapter(ref.path, config), ref.weight) for ref in refs]
 
 
+def read_for(refs: Sequence[AdapterRef], model_dir: Path) -> tuple[Family, list[Weighted]]:
+    """A model's family, and adapters read for it; raises as `read_adapters`."""
+    from mlxkv.models import family_for
+
+    raw = read_config(model_dir)
+    return family_for(raw, str(model_dir / "config.json")), read_adapters(refs, raw)
+
+
 def other_bases(adapters: Sequence[Weighted], model_dir: Path) -> list[str]:
     """Adapters that by their names are of another model, each in a sentence.
 
@@ -229,12 +271,19 @@ def other_bases(adapters: Sequence[Weighted], model_dir: Path) -> list[str]:
     """
     if (model := _repo_of(model_dir)) is None:
         return []
-    notes = []
-    for adapter in (each.adapter for each in adapters):
-        ours, theirs = (_plain(name.rpartition("/")[2]) for name in (model, adapter.base))
-        if REPO.fullmatch(adapter.base) and theirs not in ours and ours not in theirs:
-            notes.append(f"{adapter.source} was trained on {adapter.base}; this model is {model}")
-    return notes
+    return [
+        f"{adapter.source} was trained on {adapter.base}; this model is {model}"
+        for adapter in (each.adapter for each in adapters)
+        if REPO.fullmatch(adapter.base) and not is_of(adapter.base, model_dir)
+    ]
+
+
+def is_of(base: str, model_dir: Path) -> bool:
+    """Whether a base that an adapter names is a model's, by their names."""
+    ours, theirs = (
+        _plain(name.rpartition("/")[2]) for name in (_repo_of(model_dir) or model_dir.name, base)
+    )
+    return bool(theirs) and (theirs in ours or ours in theirs)
 
 
 def _repo_of(model_dir: Path) -> str | None:
@@ -258,21 +307,27 @@ def read(path: Path) -> Adapter:
 
 
 def stored_adapters() -> list[StoredAdapter]:
-    """The adapters in Hugging Face's cache."""
-    return [
+    """The adapters that are kept under names, and those in Hugging Face's cache."""
+    folders = sorted(kept_dir().iterdir()) if kept_dir().is_dir() else ()
+    own = [(each.name, path) for each in folders if (path := kept(each.name)) is not None]
+    return [StoredAdapter(name, path, AdapterRef(path).n_bytes) for name, path in own] + [
         StoredAdapter(repo.name, repo.snapshot, repo.n_bytes)
         for repo in hub.cached_repos(is_adapter)
     ]
 
 
 def remove(name: str) -> int:
-    """Delete an adapter from Hugging Face's cache; the bytes freed.
+    """Delete an adapter that is kept here or in Hugging Face's cache; the bytes freed.
 
     Raises:
         UsageError: a path, which is the user's own.
         ModelNotFound: it is not there.
         OutputError: it cannot be deleted.
     """
+    if (path := kept(name)) is not None:
+        n_bytes = AdapterRef(path).n_bytes
+        shutil.rmtree(kept_dir() / name, ignore_errors=True)
+        return n_bytes
     repo = REPO.fullmatch(name)
     if repo is None or Path(name).expanduser().exists():
         raise UsageError(f"rm takes a name that `mlxkv adapters ls` shows; got {name!r}")

@@ -253,7 +253,10 @@ def looks_like_model(text: str) -> bool:
         return False
     if text.startswith(_PATH_STARTS) or text.endswith(".gguf"):
         return True
-    if catalog.find(text) or REPO.fullmatch(text) or is_model(Path(text)):
+    if is_model(Path(text)):
+        return True
+    text = text.partition("+")[0]  # adapters may stand behind it
+    if catalog.find(text) or REPO.fullmatch(text):
         return True
     if text in stored_aliases():
         return True

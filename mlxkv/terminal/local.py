@@ -23,13 +23,15 @@ if TYPE_CHECKING:
 def load_model(name: str, dtype: str, given: Given, adapters: Sequence[str] = ()) -> LLM:
     """Load the model of that name, with adapters, and with progress on stderr."""
     from mlxkv.store import resolve
+    from mlxkv.store.adapter_names import split
     from mlxkv.store.adapters import adapter_refs
     from mlxkv.terminal.console import ProgressLine
 
     progress = ProgressLine(plain=True)
     try:
-        path = resolve.resolve(name, report=progress)
-        refs = adapter_refs(adapters)
+        model, own = split(name)
+        path = resolve.resolve(model, report=progress)
+        refs = adapter_refs([*own, *adapters])
         progress(f"loading {name}")
         with collecting_later():
             from mlxkv.llm.llm import LLM

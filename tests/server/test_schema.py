@@ -54,7 +54,7 @@ def nothing_to_break(tmp_path, monkeypatch):
 
     monkeypatch.setenv("MLXKV_MODELS", str(tmp_path))
     monkeypatch.setattr("mlxkv.store.hub.snapshots", lambda *_: [])
-    monkeypatch.setattr("mlxkv.store.hub.cached_repos", list)
+    monkeypatch.setattr("mlxkv.store.hub.cached_repos", lambda *_: [])
     monkeypatch.setattr("mlxkv.store.resolve.pull", pull)
 
 

@@ -85,7 +85,7 @@ def models(made_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     folder = tmp_path / "models"
     shutil.copytree(made_model, folder / made_model.name)
     monkeypatch.setenv("MLXKV_MODELS", str(folder))
-    monkeypatch.setattr("mlxkv.store.hub.cached_repos", list)
+    monkeypatch.setattr("mlxkv.store.hub.cached_repos", lambda *_: [])
     monkeypatch.setattr("mlxkv.store.hub.snapshots", lambda *_: [])
     return folder
 

@@ -22,6 +22,7 @@ from mlxkv.sampling.grammar import Grammar
 from mlxkv.sampling.params import PARAMETERS
 from mlxkv.server.anthropic.blocks import Block, CacheControl, ContentBlock, TextBlock
 from mlxkv.server.fields import (
+    AdapterNames,
     Count,
     DrafterName,
     LeftOut,
@@ -232,6 +233,7 @@ class MessagesRequest(CountRequest, sampled(_SAMPLING)):
 
     max_tokens: Count
     draft: DrafterName | None = None
+    adapter: AdapterNames | None = None
     stream: bool | None = None
     stop_sequences: StopTexts | None = None
     metadata: Annotated[Metadata | None, NoEffect()] = None

@@ -17,7 +17,7 @@ from mlxkv.server.errors import ThreadNotFound
 from mlxkv.server.ignored import note
 from mlxkv.server.json_route import JSONRoute
 from mlxkv.server.media.read import with_media
-from mlxkv.server.model_names import LocalModel, present, with_drafter
+from mlxkv.server.model_names import LocalModel, present, with_named
 from mlxkv.server.requests import apply_rules, build_request
 
 
@@ -33,7 +33,7 @@ def router(engine: Engine, config: ServerConfig) -> APIRouter:
             raise ThreadNotFound("no thread is kept here: send the whole conversation")
         model = await present(engine, config, body.model)
         ask = _ask(body, model, request.state.owner, **_sampling(body))
-        ask = await with_drafter(engine, config, ask)
+        ask = await with_named(engine, config, ask)
         ask = await with_media(request, engine, config, model, ask, BETWEEN)
         answer = engine.submit(apply_rules(ask, config, request))
         reply = Reply(body)
@@ -72,5 +72,6 @@ def _sampling(body: MessagesRequest) -> dict[str, Any]:
     return body.sampling() | {
         "max_tokens": body.max_tokens,
         "draft": body.draft,
+        "adapter": body.adapter,
         "stop": body.stop_sequences or None,
     }

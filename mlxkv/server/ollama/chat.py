@@ -15,7 +15,7 @@ from mlxkv.server.config import ServerConfig
 from mlxkv.server.ignored import note
 from mlxkv.server.json_route import JSONRoute
 from mlxkv.server.media.read import with_media
-from mlxkv.server.model_names import LocalModel, present, with_drafter
+from mlxkv.server.model_names import LocalModel, present, with_named
 from mlxkv.server.ollama.answers import NDJSON, Piece, Reply, error_line
 from mlxkv.server.ollama.fields import Answered, GenerateRequest
 from mlxkv.server.ollama.messages import ChatRequest, template_messages
@@ -54,7 +54,7 @@ async def _answer(
     chats = isinstance(body, ChatRequest)
     reply = Reply(body.model_name, chats, calls=chats and bool(body.tools))
     model = await present(engine, config, body.model_name)
-    ask = await with_drafter(engine, config, _ask(body, model, request.state.owner))
+    ask = await with_named(engine, config, _ask(body, model, request.state.owner))
     ask = await with_media(request, engine, config, model, ask)
     ask = apply_rules(ask, config, request)
     if model.name not in engine.names():

@@ -23,6 +23,7 @@ from mlxkv.sampling.grammar import Grammar
 from mlxkv.sampling.params import PARAMETERS
 from mlxkv.server.fields import (
     MAX_WHOLE,
+    AdapterNames,
     DrafterName,
     NoEffect,
     Part,
@@ -131,6 +132,7 @@ class Answered(Named):
     truncate: bool | None = None
     shift: bool | None = None
     draft: DrafterName | None = None
+    adapter: AdapterNames | None = None
     logprobs: bool | None = None
     top_logprobs: TopLogprobs | None = None
 
@@ -167,6 +169,7 @@ class Answered(Named):
             "format": self.grammar(),
             "template_options": self.chat_template_kwargs or None,
             "draft": self.draft,
+            "adapter": self.adapter,
         }
 
     def grammar(self) -> Grammar | None:

@@ -18,12 +18,14 @@ from mlxkv.server.config import ServerConfig
 from mlxkv.server.fields import NoEffect
 from mlxkv.server.ignored import note
 from mlxkv.server.json_route import JSONRoute
-from mlxkv.server.model_names import LocalModel, context_of, listed, present
+from mlxkv.server.model_names import LocalModel, adapted, context_of, listed, present
 from mlxkv.server.ollama.fields import Named
 from mlxkv.server.requests import whose_figures
 from mlxkv.server.threads import run_in_threadpool
 from mlxkv.store import info, resolve
+from mlxkv.store.adapter_names import SIGN
 from mlxkv.store.info import Card
+from mlxkv.store.library import StoredModel
 from mlxkv.text.tokenizer_files import ModelFiles, read_chat_template
 
 FOR_EVER = "9999-12-31T23:59:59Z"
@@ -79,7 +81,8 @@ def router(engine: Engine, config: ServerConfig) -> APIRouter:
         """The models in memory; with several API keys, the KV and sequences of the key."""
         owner = whose_figures(request, config)
         found = await run_in_threadpool(engine.loaded, owner)  # scans the KV folder
-        return JSONResponse({"models": [_loaded(each) for each in found]})
+        rows = [row for each in found for row in (_loaded(each), *_adapters(each))]
+        return JSONResponse({"models": rows})
 
     @routes.post("/api/show")
     async def show(request: Request, body: ShowRequest) -> Response:
@@ -92,20 +95,27 @@ def router(engine: Engine, config: ServerConfig) -> APIRouter:
 
 
 def _rows(cards: Cards, config: ServerConfig) -> list[dict[str, Any]]:
-    rows = []
-    for model in listed(config):
-        known = cards.of(model.name, model.path)
-        parameters = human_count(known.parameters) if known else ""
-        row = {
-            "name": model.name,
-            "model": model.name,
-            "modified_at": _modified(model.path),
-            "size": model.size_bytes,
-            "digest": info.digest(model.path),
-            "details": _details(model.family, parameters, model.quantization),
-        }
-        rows.append(row)
-    return rows
+    models = listed(config)
+    found = {model.name: _row(cards, model) for model in models}
+    for model, base in adapted(models):
+        row = found[base.name]
+        details = row["details"] | {"parent_model": base.name}
+        own = {"name": model.name, "model": model.name, "size": model.size_bytes}
+        found[model.name] = row | own | {"details": details}
+    return list(found.values())
+
+
+def _row(cards: Cards, model: StoredModel) -> dict[str, Any]:
+    known = cards.of(model.name, model.path)
+    parameters = human_count(known.parameters) if known else ""
+    return {
+        "name": model.name,
+        "model": model.name,
+        "modified_at": _modified(model.path),
+        "size": model.size_bytes,
+        "digest": info.digest(model.path),
+        "details": _details(model.family, parameters, model.quantization),
+    }
 
 
 def _details(family: str, parameters: str, quantization: str) -> dict[str, Any]:
@@ -150,6 +160,19 @@ def _loaded(model: Loaded) -> dict[str, Any]:
         "asleep": model.n_asleep,
         "kv_type": model.kv_type,
     }
+
+
+def _adapters(model: Loaded) -> list[dict[str, Any]]:
+    """A row for each set of adapters that requests have brought into memory beside a model."""
+    rows, whole = [], _loaded(model)
+    for adapter, n_bytes in model.adapters:
+        name = f"{model.name}{SIGN}{adapter}"
+        own = {"name": name, "model": name, "size": n_bytes}
+        own["size_vram"] = n_bytes if whole["size_vram"] else 0
+        own["details"] = whole["details"] | {"parent_model": model.name}
+        kept = ("digest", "expires_at", "context_length", "kv_type")
+        rows.append({key: whole[key] for key in kept} | own)
+    return rows
 
 
 def _shown(asked: str, model: LocalModel, config: ServerConfig) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from mlxkv.server.config import ServerConfig
 from mlxkv.server.fields import TopLogprobs, Whole, seconds
 from mlxkv.server.ignored import note
 from mlxkv.server.json_route import JSONRoute
-from mlxkv.server.model_names import LocalModel, present, with_drafter
+from mlxkv.server.model_names import LocalModel, present, with_named
 from mlxkv.server.openai.fields import ResponseFormat, Streamed, format_grammar
 from mlxkv.server.openai.respond import respond, several, usage
 from mlxkv.server.requests import build_request
@@ -116,7 +116,7 @@ def router(engine: Engine, config: ServerConfig) -> APIRouter:
         """Continue a text."""
         note(request, body)
         asks = body.asks(await present(engine, config, body.model), request.state.owner)
-        asks = [await with_drafter(engine, config, ask) for ask in asks]
+        asks = [await with_named(engine, config, ask) for ask in asks]
         return await respond(request, engine, config, asks, CompletionReply(body), body.stream)
 
     return routes

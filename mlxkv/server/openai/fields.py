@@ -19,6 +19,7 @@ from mlxkv.errors import UsageError
 from mlxkv.sampling.grammar import Grammar
 from mlxkv.sampling.params import GENERATION_CONFIG, PARAMETERS
 from mlxkv.server.fields import (
+    AdapterNames,
     Count,
     DrafterName,
     LogitBias,
@@ -90,6 +91,7 @@ class Sampling(Common, sampled({name: name for name in PARAMETERS} | GENERATION_
     overflow: Literal["stop", "shift"] | None = None
     keep: Whole | None = None
     draft: DrafterName | None = None
+    adapter: AdapterNames | None = None
     keep_alive: Real | str | None = None
 
     def sampling_options(self) -> dict[str, Any]:
@@ -102,6 +104,7 @@ class Sampling(Common, sampled({name: name for name in PARAMETERS} | GENERATION_
             "overflow": self.overflow,
             "keep": self.keep,
             "draft": self.draft,
+            "adapter": self.adapter,
         }
 
 

@@ -12,8 +12,9 @@ from mlxkv.engine.messages import Engine
 from mlxkv.errors import ModelNotFound
 from mlxkv.server.config import ServerConfig
 from mlxkv.server.json_route import JSONRoute
-from mlxkv.server.model_names import context_of, listed
+from mlxkv.server.model_names import adapted, context_of, listed
 from mlxkv.server.threads import run_in_threadpool
+from mlxkv.store.adapter_names import SIGN
 
 
 def router(engine: Engine, config: ServerConfig) -> APIRouter:
@@ -44,6 +45,9 @@ async def _models(engine: Engine, config: ServerConfig) -> list[dict[str, Any]]:
     rows = await run_in_threadpool(_stored, config)
     for loaded in await run_in_threadpool(engine.loaded):
         rows.setdefault(loaded.name, _model(loaded.name, 0, loaded.context))
+        for adapter, _ in loaded.adapters:
+            name = f"{loaded.name}{SIGN}{adapter}"
+            rows.setdefault(name, rows[loaded.name] | {"id": name, "display_name": name})
     for name, model in config.aliases:
         if model in rows:
             rows.setdefault(name, rows[model] | {"id": name, "display_name": name})
@@ -52,10 +56,12 @@ async def _models(engine: Engine, config: ServerConfig) -> list[dict[str, Any]]:
 
 def _stored(config: ServerConfig) -> dict[str, dict[str, Any]]:
     """The rows of stored models and their aliases, by name."""
-    rows = {}
-    for model in listed(config):
+    rows, models = {}, listed(config)
+    for model in models:
         created = int(model.path.stat().st_mtime) if model.path.exists() else 0
         rows[model.name] = _model(model.name, created, context_of(model.path, config))
+    for model, base in adapted(models):
+        rows[model.name] = rows[base.name] | {"id": model.name, "display_name": model.name}
     return rows
 
 

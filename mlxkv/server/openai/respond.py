@@ -15,7 +15,7 @@ from mlxkv.generation.outputs import TokenLogprobs
 from mlxkv.server import sse
 from mlxkv.server.config import ServerConfig
 from mlxkv.server.media.read import with_media
-from mlxkv.server.model_names import LocalModel, present, with_drafter
+from mlxkv.server.model_names import LocalModel, present, with_named
 from mlxkv.server.requests import apply_rules
 from mlxkv.server.results import AnswerState, details, draft_details, logprob_fields
 
@@ -43,7 +43,7 @@ async def asked(request: Request, engine: Engine, config: ServerConfig, body: As
         ModelNotFound: there is no such model. Also what `body.ask` and `with_media` raise.
     """
     model = await present(engine, config, body.model)
-    ask = await with_drafter(engine, config, body.ask(model, request.state.owner))
+    ask = await with_named(engine, config, body.ask(model, request.state.owner))
     return await with_media(request, engine, config, model, ask)
 
 

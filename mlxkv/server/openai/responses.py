@@ -20,7 +20,7 @@ from mlxkv.server.config import ServerConfig
 from mlxkv.server.ignored import note
 from mlxkv.server.json_route import JSONRoute
 from mlxkv.server.media.read import with_media
-from mlxkv.server.model_names import present, with_drafter
+from mlxkv.server.model_names import present, with_named
 from mlxkv.server.openai.respond import respond, submit_all
 from mlxkv.server.openai.response_live import LiveResponses, labelled
 from mlxkv.server.openai.response_reply import ResponseReply
@@ -52,7 +52,7 @@ def router(engine: Engine, config: ServerConfig) -> ResponseRoutes:
         owner = request.state.owner
         items = store.conversation(owner, body.previous_response_id, body.input)
         model = await present(engine, config, body.model)
-        ask = await with_drafter(engine, config, body.ask(model, owner, items))
+        ask = await with_named(engine, config, body.ask(model, owner, items))
         ask = await with_media(request, engine, config, model, ask)
         put = partial(store.put, owner, items, goes_on=ask.request.go_on)
         keep = put if body.store is not False else None

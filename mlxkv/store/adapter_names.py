@@ -1,0 +1,112 @@
+"""Adapters by the names of requests: `model+adapter`, and `NAME` of one that is kept here.
+
+A name in a request is never a path. It is one of `mlxkv adapters add`, or a repository in Hugging
+Face's cache; `=WEIGHT` may stand behind it.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from mlxkv.base.paths import NAME
+from mlxkv.checkpoint.adapter_files import GGUF
+from mlxkv.errors import ModelNotFound, OutputError, UsageError
+from mlxkv.store.adapters import (
+    AdapterRef,
+    StoredAdapter,
+    cached,
+    copy_files,
+    is_of,
+    kept,
+    kept_dir,
+    weighed,
+)
+
+SIGN = "+"
+_BASES = "base_model_name_or_path", "model"
+
+
+def split(name: str) -> tuple[str, tuple[str, ...]]:
+    """A model's name, and those of adapters behind it; a path that is there has none."""
+    if SIGN not in name or Path(name).expanduser().exists():
+        return name, ()
+    model, *adapters = name.split(SIGN)
+    return model, tuple(adapters)
+
+
+def named(given: Sequence[str]) -> tuple[str, ...]:
+    """Adapters that requests name, as `Request.adapter` takes them, by their paths.
+
+    Raises:
+        ModelNotFound: there is none of that name.
+        UsageError: a weight that is no number.
+    """
+    found = []
+    for text in given:
+        name, weight = weighed(text)
+        found.append(f"{_path(name)}={weight!r}")
+    return tuple(found)
+
+
+def _path(name: str) -> Path:
+    try:
+        return kept(name) or cached(name)
+    except ModelNotFound:
+        shown = name if len(name) <= 80 else f"{name[:77]}..."
+        raise ModelNotFound(
+            f"adapter {shown!r} not found: `mlxkv adapters ls` lists those that requests may name"
+        ) from None
+
+
+def add(name: str, ref: AdapterRef) -> Path:
+    """Keep a copy of an adapter under a name that requests may use; its directory.
+
+    Raises:
+        UsageError: a name that is no folder's, or one that exists.
+        OutputError: it cannot be written.
+    """
+    if not NAME.fullmatch(name) or ":" in name:
+        raise UsageError(f"an adapter's name has letters, digits, '.', '_' and '-'; got {name!r}")
+    folder, work = kept_dir() / name, kept_dir() / f".work-{name}"
+    if folder.exists():
+        raise UsageError(f"adapter {name!r} exists already; `mlxkv adapters rm` removes it")
+    try:
+        shutil.rmtree(work, ignore_errors=True)
+        copy_files(ref, work)
+        work.replace(folder)
+    except OSError as error:
+        raise OutputError(f"{error.filename or folder}: {error.strerror}") from error
+    return folder
+
+
+def shown(given: Sequence[str]) -> str:
+    """What `named` has made, as requests spell it."""
+    names = []
+    for text in given:
+        name, weight = weighed(text)
+        path = Path(name)
+        if "snapshots" in path.parts:
+            name = path.parts[path.parts.index("snapshots") - 1].removeprefix("models--")
+            name = name.replace("--", "/", 1)
+        elif path.is_absolute():
+            name = path.parent.name if path.suffix == GGUF else path.name
+        names.append(name if weight == 1 else f"{name}={weight:g}")
+    return SIGN.join(names)
+
+
+def fitting(model_dir: Path, adapters: Sequence[StoredAdapter]) -> list[StoredAdapter]:
+    """Adapters that name the model of a directory as their base."""
+    return [each for each in adapters if (base := _base_of(each.path)) and is_of(base, model_dir)]
+
+
+def _base_of(path: Path) -> str:
+    """The base that an adapter's config names; "" where it names none."""
+    try:
+        raw = json.loads((path / "adapter_config.json").read_text())
+        found = [raw.get(key) for key in _BASES]
+    except (OSError, ValueError, AttributeError):
+        return ""
+    return next((base for base in found if isinstance(base, str)), "")
