@@ -47,11 +47,12 @@ def named(given: Sequence[str]) -> tuple[str, ...]:
     found = []
     for text in given:
         name, weight = weighed(text)
-        found.append(f"{_path(name)}={weight!r}")
+        found.append(f"{find_named(name)}={weight!r}")
     return tuple(found)
 
 
-def _path(name: str) -> Path:
+def find_named(name: str) -> Path:
+    """The directory, or .gguf file, of an adapter that a request names; raises as `named`."""
     try:
         return kept(name) or cached(name)
     except ModelNotFound:

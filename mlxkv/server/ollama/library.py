@@ -30,7 +30,8 @@ from mlxkv.server.ollama.answers import NDJSON, error_line, line
 from mlxkv.server.ollama.fields import Named, Options
 from mlxkv.server.threads import run_in_threadpool
 from mlxkv.store import derive, library, resolve
-from mlxkv.store.adapters import AdapterRef, cached
+from mlxkv.store.adapter_names import find_named
+from mlxkv.store.adapters import AdapterRef
 from mlxkv.store.resolve import Report
 
 MAX_JOBS = 2
@@ -75,7 +76,7 @@ class CreateRequest(Named):
     files: Refused = Field(default=None, description="Use `mlxkv convert`.")
     adapters: dict[str, float] | None = Field(
         default=None,
-        description="Adapters in Hugging Face's cache, org/name, each with its weight.",
+        description="Adapters that are here, by name or as org/name, each with its weight.",
     )
     template: Refused = None
     system: Refused = None
@@ -159,7 +160,7 @@ def _creation(body: CreateRequest) -> Work:
     if not body.from_:
         raise UsageError("from is required: it names the stored model to start from")
     values, name, source = body.settings(), new_name(body.model_name), stored_name(body.from_)
-    refs = [AdapterRef(cached(each), weight) for each, weight in (body.adapters or {}).items()]
+    refs = [AdapterRef(find_named(each), weight) for each, weight in (body.adapters or {}).items()]
     sampling = {key: values[key] for key in _SAMPLING if key in values}
     chosen = {_SETTINGS[key]: values[key] for key in _SETTINGS if key in values}
 
