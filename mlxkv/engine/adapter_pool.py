@@ -19,7 +19,7 @@ from weakref import WeakSet
 import mlx.core as mx
 
 from mlxkv.base.units import human_bytes
-from mlxkv.errors import OutOfMemory, UsageError
+from mlxkv.errors import OutOfMemory
 from mlxkv.generation.mixed import MixedModels
 from mlxkv.generation.session import Session
 from mlxkv.models.adapters import adapted, adapted_bytes
@@ -28,9 +28,6 @@ from mlxkv.store.adapters import AdapterRef, adapter_refs, read_for, stamp_of
 
 if TYPE_CHECKING:
     from mlxkv.memory.budget import Budget
-
-MOST = 256
-"""Adapters that one request may add up."""
 
 
 @dataclass(eq=False)
@@ -103,7 +100,6 @@ class AdapterPool:
         """The model under these adapters, loaded if need be.
 
         Raises:
-            UsageError: the model writes nothing.
             ModelNotFound, DownloadError: there is no such adapter.
             CheckpointError: it is damaged, or for another model.
             OutOfMemory: there is no room for it.
@@ -131,10 +127,6 @@ class AdapterPool:
     def _loaded(
         self, given: tuple[str, ...], stamp: str, refs: Sequence[AdapterRef]
     ) -> AdaptedModel:
-        if self._model.n_dimensions:
-            raise UsageError("is for models that write, not for embedding models", field="adapter")
-        if len(refs) > MOST:
-            raise UsageError(f"may name {MOST} adapters; got {len(refs)}", field="adapter")
         family, added = read_for([*self._own, *refs], self._path)
         model = adapted(self._model, family, added, self._check_room)
         n_bytes = adapted_bytes(model)
