@@ -19,10 +19,10 @@ from mlxkv.nn.decoder_model import (
     DecoderModel,
     GroupedConfig,
     Layer,
-    NormedAttention,
     grouped_fields,
     layer_windows,
 )
+from mlxkv.nn.grouped_attention import NormedAttention
 from mlxkv.nn.softmax_moe import SoftmaxMoE, SoftmaxMoEConfig, sparse_layers
 
 ROPE_THETA = 10000.0

@@ -22,10 +22,10 @@ from mlxkv.nn.decoder_model import (
     FULL,
     DecoderModel,
     GroupedConfig,
-    NormedAttention,
     grouped_fields,
 )
 from mlxkv.nn.gated_delta import IN_FLOAT32, DeltaConfig, GatedDeltaNet
+from mlxkv.nn.grouped_attention import NormedAttention
 from mlxkv.nn.layers import GatedMLP, compiled, merge_heads
 from mlxkv.nn.linear import Linear
 from mlxkv.nn.softmax_moe import SoftmaxMoE, SoftmaxMoEConfig
