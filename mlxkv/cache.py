@@ -20,13 +20,13 @@ without its defects on chunks that wrap: docs/design.md says which.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import mlx.core as mx
 
 from mlxkv.errors import UsageError
 from mlxkv.kv.buffers import Buffers
-from mlxkv.kv.layout import Cache, Mask, Place, SharedRow, Slice, windowed_mask
+from mlxkv.kv.layout import Cache, Mask, Place, SharedRow, Slice, StateSpec, windowed_mask
 from mlxkv.kv.recurrent import RecurrentCache
 from mlxkv.kv.storage import Rows
 from mlxkv.kv.types import CacheSpec, KVFormat, RecurrentSpec, ceil_step
@@ -357,13 +357,6 @@ class RotatingKVCache(Buffers):
 
 class _HasSpecs(Protocol):
     def cache_specs(self) -> Iterable[CacheSpec | None]: ...
-
-
-@runtime_checkable
-class StateSpec(Protocol):
-    """A spec of a state other than keys and values, which makes its own cache."""
-
-    def make(self) -> Cache: ...
 
 
 def make_caches(model: _HasSpecs, kv_type: str = "native") -> list[Cache]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import mlx.core as mx
 
@@ -158,6 +158,13 @@ class Cache(Protocol):
     @property
     def state(self) -> list[mx.array]: ...
     def reset(self) -> None: ...
+
+
+@runtime_checkable
+class StateSpec(Protocol):
+    """A spec of a state other than keys and values, which makes its own cache."""
+
+    def make(self) -> Cache: ...
 
 
 def windowed_mask(L: int, n_before: int, window: int) -> mx.array:
