@@ -22,7 +22,6 @@ from mlxkv.base.units import human_bytes
 from mlxkv.errors import OutOfMemory
 from mlxkv.generation.mixed import MixedModels
 from mlxkv.generation.session import Session
-from mlxkv.models.adapters import adapted, adapted_bytes
 from mlxkv.nn.model import CausalLM
 from mlxkv.store.adapters import AdapterRef, adapter_refs, read_for, stamp_of
 
@@ -127,6 +126,8 @@ class AdapterPool:
     def _loaded(
         self, given: tuple[str, ...], stamp: str, refs: Sequence[AdapterRef]
     ) -> AdaptedModel:
+        from mlxkv.models.adapters import adapted, adapted_bytes  # most servers have none
+
         family, added = read_for([*self._own, *refs], self._path)
         model = adapted(self._model, family, added, self._check_room)
         n_bytes = adapted_bytes(model)

@@ -133,7 +133,7 @@ def test_a_disk_that_gives_other_bytes_fails(factor, llm, monkeypatch):
 
 
 def test_pages_that_do_not_come_back_fail(llm, monkeypatch):
-    monkeypatch.setattr(PageDisk, "read", lambda self, keys: [None] * len(keys))
+    monkeypatch.setattr(PageDisk, "read", lambda self, key: None)
     assert "after a restart, from SSD" in failed(llm)
 
 

@@ -208,7 +208,7 @@ def test_the_first_tokens_are_kept_on_request(models, family, keep):
 def test_what_is_kept_is_not_computed_again(models, family):
     llm = load(models, family, context=600, overflow="shift", keep=290)
     computed = watch(llm)
-    llm.generate(prompt_of(590), max_tokens=20)
+    llm.generate(prompt_of(590), max_tokens=20, draft="off")  # wrong drafts are computed again
     again = [b for a, b in itertools.pairwise(computed) if b.start != a.stop]
     assert again == [range(290, 600 - 155)]
 

@@ -63,7 +63,7 @@ class Scripted(LLM):
 
         self.model.last_logits = last_logits  # pyright: ignore[reportAttributeAccessIssue]
 
-    def session(self, owner: str = "") -> Session:
+    def session(self, owner: str = "", adapter: Sequence[str] = ()) -> Session:
         """Notes each prompt that it is asked to restore, and takes the next answer for it."""
         session = super().session(owner)
         restore = session.restore

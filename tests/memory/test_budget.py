@@ -25,7 +25,7 @@ from mlxkv.generation.decoder import Row, decode
 from mlxkv.kv.buffers import Buffers
 from mlxkv.llm.llm import LLM
 from mlxkv.llm.plan import plan
-from mlxkv.memory import needs
+from mlxkv.memory import trace
 from mlxkv.memory.trace import prefill_step
 from mlxkv.prefix.open import open_pages
 from mlxkv.sampling.params import SamplingParams
@@ -371,7 +371,7 @@ def test_few_steps_are_traced_whatever_chunks_a_prompt_comes_in(paths, monkeypat
         return prefill_step(model, kv_type, n_held, n_new, last=last)
 
     llm = limited(paths["llama"], len(PROMPT) + 80, extra=1 << 20)
-    monkeypatch.setattr(needs, "prefill_step", counted)
+    monkeypatch.setattr(trace, "prefill_step", counted)
     assert not llm.budget._is_roomy(llm.session(), 0, 16)
     draw, tokens = random.Random(5), llm.tokenizer.encode(PROMPT)
     n_chunks = 0
@@ -396,8 +396,8 @@ def test_nothing_is_traced_where_there_is_ample_room(path, monkeypatch, kv_type)
 
     expected = unlimited(path, 4 * PROMPT, 5).tokens if kv_type == "native" else None
     llm = mlxkv.load(path, dtype="float32", kv_type=kv_type, memory="8GiB")
-    monkeypatch.setattr(needs, "prefill_step", refused)
-    monkeypatch.setattr(needs, "decode_step", refused)
+    monkeypatch.setattr(trace, "prefill_step", refused)
+    monkeypatch.setattr(trace, "decode_step", refused)
     for chunk in (256, 2048):
         session = llm.session()
         prompt = llm.encode(4 * PROMPT)

@@ -14,7 +14,7 @@ import pytest
 import mlxkv
 from mlxkv.base import device
 from mlxkv.kv.types import KV_TYPES
-from mlxkv.memory import needs
+from mlxkv.memory import trace
 from mlxkv.memory.budget import AMPLE
 from mlxkv.memory.needs import Needs
 from mlxkv.memory.step_bound import StepBound
@@ -56,7 +56,7 @@ def test_few_steps_of_a_definition_are_traced_where_there_is_ample_room(tmp_path
         traced.append((n_held, n_new))
         return prefill_step(model, kv_type, n_held, n_new, last=last)
 
-    monkeypatch.setattr(needs, "prefill_step", counted)
+    monkeypatch.setattr(trace, "prefill_step", counted)
     with mlxkv.load(path, dtype="float32", memory="8GiB") as llm:
         assert StepBound.of(llm.model) is None
         session = llm.session()

@@ -464,7 +464,7 @@ def test_without_penalties_a_choice_has_no_more_operations():
         sampler = Sampler(SamplingParams(presence_penalty=value, frequency_penalty=value), V)
         rows = {0: RowChoice(sampler, recent)}
         n[value] = n_primitives(*[tokens for _, tokens in choose(logits, rows)])
-    assert n[None] == n[0] == n_primitives(mx.argmax(logits, axis=-1)) < n[0.5]
+    assert n[None] == n[0] <= n_primitives(mx.argmax(logits, axis=-1)) < n[0.5]
 
 
 # Rows together ------------------------------------------------------------------------------------

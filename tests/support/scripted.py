@@ -65,7 +65,7 @@ def script(runtime: Runtime, answers: Iterable[str]) -> list[list[int]]:
         n_prompt, n_vocab = len(prompts[-1]), runtime.config.vocab_size
         return said(real, tokens, caches, n_prompt, current, n_vocab)
 
-    def session(owner: str = "") -> Session:
+    def session(owner: str = "", adapter: Sequence[str] = ()) -> Session:
         made = open_session(owner)
         restore = made.restore
 
