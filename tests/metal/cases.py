@@ -359,12 +359,19 @@ def _drawn(draw: Callable[[Any, mx.array], object], settings: Any, V: int, B: in
     raise AssertionError("nothing was evaluated")
 
 
+def _plain_model() -> Any:
+    """What a decoder asks of a model before it runs it."""
+    model = SimpleNamespace(batches=True)
+    model.plain = model
+    return model
+
+
 def _decoded(params: Any, logits: mx.array) -> None:
     """The first token of one sequence."""
     from mlxkv.generation.decoder import Decoder, Row
     from mlxkv.sampling.sampler import Sampler
 
-    model: Any = SimpleNamespace(batches=True)
+    model = _plain_model()
     session: Any = SimpleNamespace(model=model, tokens=[1])
     Decoder(model).add(Row(session, logits, Sampler(params, logits.shape[1])))
 
@@ -374,7 +381,7 @@ def _rows(params: Any, logits: mx.array) -> None:
     from mlxkv.generation.decoder import Decoder, Row
     from mlxkv.sampling.sampler import Sampler
 
-    model: Any = SimpleNamespace(batches=True)
+    model = _plain_model()
     decoder = Decoder(model)
     evaluate, mx.async_eval = mx.async_eval, lambda *arrays: None
     for row in mx.split(logits, logits.shape[0]):
