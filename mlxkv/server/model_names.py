@@ -107,7 +107,7 @@ async def present(engine: Engine, config: ServerConfig, name: str) -> LocalModel
             return (
                 LocalModel(model) if model in known else await run_in_threadpool(_of, name, model)
             )
-    model, adapter = adapter_names.split(name.removesuffix(LATEST))
+    model, adapter = adapter_names.split_name(name.removesuffix(LATEST))
     if adapter:
         return replace(await present(engine, config, model), adapter=adapter)
     return await run_in_threadpool(find, name)

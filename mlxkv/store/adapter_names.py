@@ -20,8 +20,10 @@ from mlxkv.store.adapters import (
     cached,
     copy_files,
     is_of,
+    is_there,
     kept,
     kept_dir,
+    numbered,
     weighed,
 )
 
@@ -31,8 +33,11 @@ _BASES = "base_model_name_or_path", "model"
 
 def split(name: str) -> tuple[str, tuple[str, ...]]:
     """A model's name, and those of adapters behind it; a path that is there has none."""
-    if SIGN not in name or Path(name).expanduser().exists():
-        return name, ()
+    return (name, ()) if is_there(name) else split_name(name)
+
+
+def split_name(name: str) -> tuple[str, tuple[str, ...]]:
+    """`split` of what is no path."""
     model, *adapters = name.split(SIGN)
     return model, tuple(adapters)
 
@@ -46,7 +51,7 @@ def named(given: Sequence[str]) -> tuple[str, ...]:
     """
     found = []
     for text in given:
-        name, weight = weighed(text)
+        name, weight = numbered(text)
         found.append(f"{find_named(name)}={weight!r}")
     return tuple(found)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlxkv.base.paths import NAME, models_dir
+from mlxkv.base.paths import NAME, holds, models_dir
 from mlxkv.checkpoint.adapter import MLX_LM, PEFT, Adapter
 from mlxkv.checkpoint.adapter_files import FILES, GGUF, is_adapter
 from mlxkv.checkpoint.config import read_config
@@ -93,8 +93,13 @@ def weighed(text: str) -> tuple[str, float]:
     Raises:
         UsageError: a weight that is no number.
     """
+    return (text, 1.0) if is_there(text) else numbered(text)
+
+
+def numbered(text: str) -> tuple[str, float]:
+    """`weighed` of what is no path."""
     name, sign, number = text.rpartition("=")
-    if not sign or Path(text).expanduser().exists():
+    if not sign:
         return text, 1.0
     try:
         weight = float(number)
@@ -103,6 +108,15 @@ def weighed(text: str) -> tuple[str, float]:
     if not abs(weight) < float("inf"):
         raise UsageError(f"must end in a number behind '='; got {text!r}", field="adapter")
     return name, weight
+
+
+def is_there(text: str) -> bool:
+    """Whether a text is a path at which there is something."""
+    try:
+        path = Path(text).expanduser()
+    except RuntimeError:  # the home of a user that is not known
+        return False
+    return holds(path.exists)
 
 
 def kept_dir() -> Path:
@@ -131,8 +145,8 @@ def find(name: str, *, fetch: bool = True) -> Path:
         ModelNotFound: nothing of that name, or no adapter.
         DownloadError, OutputError: it cannot be fetched.
     """
-    path = Path(name).expanduser()
-    if path.exists():
+    if is_there(name):
+        path = Path(name).expanduser()
         path = path.parent if path.name in FILES else path
         if path.suffix != GGUF and not is_adapter(path):
             raise ModelNotFound(f"{path} holds no adapter ({MLX_LM} or {PEFT})")
@@ -329,7 +343,7 @@ def remove(name: str) -> int:
         shutil.rmtree(kept_dir() / name, ignore_errors=True)
         return n_bytes
     repo = REPO.fullmatch(name)
-    if repo is None or Path(name).expanduser().exists():
+    if repo is None or is_there(name):
         raise UsageError(f"rm takes a name that `mlxkv adapters ls` shows; got {name!r}")
     plan = None
     if any(each.name == name for each in stored_adapters()):

@@ -68,6 +68,17 @@ def test_an_adapter_that_is_not_here_is_not_found_and_no_path_is_one(address, tm
             answer = turn(address, "/v1/chat/completions", **fields)
             assert answer.status_code == 404, answer.text
             assert "adapter" in answer.text
+    there = tmp_path / "a=b"
+    there.mkdir()
+    for name in ("~nobody=1", "\u00e9" * 250 + "=1", f"{there}=1", f"{tmp_path}=1"):
+        answer = turn(address, "/v1/chat/completions", model=MODEL, adapter=name)
+        assert answer.status_code == 404, answer.text
+    for name in ("~nobody+mine", "a" * 5000 + "+mine"):
+        assert turn(address, "/v1/chat/completions", model=name).status_code == 404
+    # What lies on the server's disk changes no answer.
+    for path in (there, tmp_path / "c=d"):
+        answer = turn(address, "/api/chat", model=MODEL, adapter=str(path))
+        assert answer.status_code == 400 and "a number" in answer.json()["error"]
     answer = turn(address, "/v1/messages", model=f"nowhere+{'mine'}")
     assert answer.status_code == 404
     answer = turn(address, "/api/chat", model=MODEL, adapter="mine=much")
