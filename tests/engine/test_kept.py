@@ -174,6 +174,30 @@ def test_what_is_gone_on_from_is_written_as_pages_that_are_loaded_are(
     assert written[0] == written[2] == 0 < written[1] == written[3]
 
 
+def test_a_prompt_that_leaves_them_early_has_buffers_and_files_of_its_own(
+    models, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("MLXKV_KV_DISK", "1GiB")
+    monkeypatch.setenv("MLXKV_KV", str(tmp_path))
+    served = serve(models("llama"))
+    pages = served.runtime.pages
+    disk = None if pages is None else pages.disk
+    assert disk is not None
+
+    def written() -> int:
+        disk.flush()
+        return disk.files.own_bytes()
+
+    ask(served, PROMPT + "a" * 6 * STEP)
+    before = served.next_turns.kept.nbytes
+    # The first page is gone on from; of the others it was in the caches' first time.
+    ask(served, PROMPT + "b" * 4 * STEP)
+    page = written()
+    assert served.next_turns.kept.nbytes < before
+    ask(served, PROMPT + "b" * 4 * STEP + "c" * STEP)
+    assert 0 < page < written() // 2
+
+
 def test_caches_go_when_a_model_is_loaded_another_has_requests_or_time_is_over(models, monkeypatch):
     pool = ModelPool(2**33, "float32", Given(), 300.0, 4, IdleCompute("full"))
     path = models("llama")

@@ -18,6 +18,7 @@ import time
 import weakref
 from collections.abc import Sequence
 
+from mlxkv.generation.restored import n_shared
 from mlxkv.generation.session import Session
 from mlxkv.kv.buffers import Buffers
 from mlxkv.kv.types import STEP
@@ -59,15 +60,19 @@ class Kept:
         self._until = time.monotonic() + KEPT_S
 
     def take(self, owner: str, tokens: Sequence[int]) -> Session | None:
-        """The sequence, for a prompt that shares its first page; else it is let go."""
+        """The sequence, for a prompt that shares its first page and half of it; else it is let go.
+
+        Where most of it is of no use its buffers would be larger than the prompt's.
+        """
         session = self._session
         if session is None:
             return None
-        if owner != self._owner or session.tokens[:STEP] != list(tokens[:STEP]):
+        shared = n_shared(session.tokens, tokens) if owner == self._owner else 0
+        if shared < max(STEP, session.n_held // 2):
             self.let_go()
             return None
         self._session = None
-        self._n_again[session] = session.n_held
+        self._n_again[session] = shared
         return session
 
     def used_again(self, session: Session, links: Sequence[Link]) -> None:
