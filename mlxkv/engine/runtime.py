@@ -225,7 +225,7 @@ class Runtime(TextSide):
             pages = open_pages(model, self.path, kv_type, 0, owner=owner)
             self._pages[key] = pages
             if pages is not None:
-                self.budget.adopt(pages)
+                self.budget.adopt(pages, owner)
         return self._pages[key]
 
     def _close_pages(self, stamp: str) -> None:
@@ -233,9 +233,13 @@ class Runtime(TextSide):
         for key in [key for key in self._pages if key.partition("\n")[2] == stamp]:
             pages = self._pages.pop(key)
             self._scores.pop(key, None)
-            if pages is not None:
+            if pages is None:
+                continue
+            self.budget.shares.release(pages)
+            try:
                 pages.close()
-                self.budget.shares.release(pages)
+            except BaseException as error:  # what needs the adapter's memory goes on
+                _log.warning("prefixes were not saved: %s", contained(error))
 
     def _of_owner(self, owner: str) -> list[Pages]:
         """An owner's pages under each adapter."""

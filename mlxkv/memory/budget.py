@@ -79,9 +79,9 @@ class Budget:
         self.rows.set_limit(rows_bytes(limit_bytes, self.weights_bytes))
         self.shares.set_bytes(needs.pages_bytes(limit_bytes, self.weights_bytes))
 
-    def adopt(self, pages: Pages) -> None:
-        """Add another owner's prefix pages; all owners get the same share."""
-        self.shares.adopt(pages)
+    def adopt(self, pages: Pages, owner: str) -> None:
+        """Add prefix pages of an owner; all owners get the same share."""
+        self.shares.adopt(pages, owner)
         self.limit_bytes = self._limit_bytes
 
     def plan_with(self, model: CausalLM) -> None:

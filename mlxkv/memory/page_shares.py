@@ -1,6 +1,11 @@
-"""The RAM of prefix pages: each owner gets the same share."""
+"""The RAM of prefix pages: each owner gets the same share, however many pages of adapters it has.
+
+An owner's pages under each adapter get the same part of its share.
+"""
 
 from __future__ import annotations
+
+from collections import Counter
 
 from mlxkv.memory import needs
 from mlxkv.prefix.pages import Pages
@@ -10,22 +15,26 @@ class PageShares:
     """The prefix pages of one model, of every owner; None where it has none."""
 
     def __init__(self, pages: Pages | None):
-        self._all = [] if pages is None else [pages]
+        self._all: list[Pages] = []
+        self._owners: list[str] = []  # of each
         self._n_bytes: int | None = None
         self._n_arrays = needs.page_arrays()
-        self._divide()
+        if pages is not None:
+            self.adopt(pages, "")
 
     @property
     def nbytes(self) -> int:
         return sum(pages.nbytes for pages in self._all)
 
-    def adopt(self, pages: Pages) -> None:
+    def adopt(self, pages: Pages, owner: str) -> None:
         self._all.append(pages)
+        self._owners.append(owner)
         self._divide()
 
     def release(self, pages: Pages) -> None:
         """Take pages that are closed out."""
-        self._all = [each for each in self._all if each is not pages]
+        i = next(i for i, each in enumerate(self._all) if each is pages)
+        del self._all[i], self._owners[i]
         self._divide()
 
     def set_bytes(self, n_bytes: int) -> None:
@@ -38,10 +47,12 @@ class PageShares:
         self._divide()
 
     def _divide(self) -> None:
-        for pages in self._all:
+        n_of = Counter(self._owners)
+        for pages, owner in zip(self._all, self._owners, strict=True):
+            n = len(n_of) * n_of[owner]
             if self._n_bytes is not None:
-                pages.room.budget_bytes = self._n_bytes // len(self._all)
-            pages.room.max_arrays = self._n_arrays and self._n_arrays // len(self._all)
+                pages.room.budget_bytes = self._n_bytes // n
+            pages.room.max_arrays = self._n_arrays and self._n_arrays // n
             pages.room.fit()
 
     def give_back(self, n_bytes: int) -> int:

@@ -478,11 +478,17 @@ def test_owners_share_the_arrays_that_pages_may_hold(paths, monkeypatch):
     monkeypatch.setattr(device, "max_arrays", lambda: 4000)
     llm = mlxkv.load(paths["llama"], dtype="float32")
     assert llm.pages is not None and llm.pages.room.max_arrays == 1000
-    others = [open_pages(llm.model, llm.path, "native", 0, owner=name) for name in "ab"]
-    for other in others:
+    others = []
+    for name in "abb":  # one key has pages of an adapter too
+        other = open_pages(llm.model, llm.path, "native", 0, owner=name)
         assert other is not None
-        llm.budget.adopt(other)
-    assert [pages.room.max_arrays for pages in (llm.pages, *others) if pages] == [333] * 3
+        llm.budget.adopt(other, name)
+        others.append(other)
+    shares = [pages.room.max_arrays for pages in (llm.pages, *others)]
+    assert shares == [333, 333, 166, 166]
+    assert llm.pages.room.budget_bytes == others[0].room.budget_bytes
+    llm.budget.shares.release(others[2])
+    assert others[1].room.max_arrays == 333
 
 
 def test_pages_may_hold_any_number_of_arrays_where_no_limit_is_known(paths, monkeypatch):
