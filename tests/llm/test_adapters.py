@@ -14,8 +14,12 @@ import pytest
 import mlxkv
 from mlxkv.cli import main
 from mlxkv.engine import prompt as prompts
+from mlxkv.engine.ahead.choice import IdleCompute
+from mlxkv.engine.ahead.next_turn import Answered
 from mlxkv.engine.driver import run
 from mlxkv.engine.messages import Ask
+from mlxkv.engine.scheduler import Scheduler
+from mlxkv.engine.tasks import Task
 from mlxkv.errors import MlxkvError, ModelNotFound, OutOfMemory, UsageError, WeightsError
 from mlxkv.generation import mixed as mixed_models
 from mlxkv.generation.request import Request
@@ -251,3 +255,39 @@ def test_an_engine_loads_adapters_of_requests_beside_one_base(
         lost = Ask(str(path), Request.of("a", adapter="org/none"))
         with pytest.raises(MlxkvError):
             asyncio.run(collect(engine.submit(lost)))
+
+
+def test_a_next_turn_loads_no_adapter_that_was_dropped(
+    reused: Path, kv: Path, adapter: Path
+) -> None:
+    with mlxkv.load(reused / "llama", dtype="float32") as llm:
+        served = Scheduler(llm, 2, IdleCompute("full"))
+        asked = Request.of([{"role": "user", "content": "hi"}], max_tokens=3, adapter=str(adapter))
+        served.add(Task(asked, lambda item: None, lambda: False))
+        while not served.is_idle:
+            served.step()
+        gc.collect()
+        turn = Answered(asked, "", "", {"role": "assistant", "content": "a"}, [], 512, [5] * 300)
+        served.next_turns._waiting.append(turn)
+        assert llm.adapted.give_back() > 0
+        while not served.next_turns.is_empty:
+            served.next_turns.step()
+        assert not list(llm.adapted)
+
+
+def test_an_adapter_is_dropped_also_where_its_pages_cannot_be_written(
+    reused: Path, kv: Path, adapter: Path, monkeypatch
+) -> None:
+    with mlxkv.load(reused / "llama", dtype="float32") as llm:
+        n_bytes = llm.budget.weights_bytes
+        llm.generate("a text", max_tokens=2, adapter=str(adapter))
+        pages = llm.pages_of("", (str(adapter),))
+        assert pages is not None and len(llm.budget.shares._all) == 2
+
+        def fail() -> None:
+            raise OSError("no space left")
+
+        monkeypatch.setattr(pages, "close", fail)
+        gc.collect()
+        assert llm.adapted.give_back() > 0
+        assert llm.budget.weights_bytes == n_bytes and len(llm.budget.shares._all) == 1

@@ -275,6 +275,8 @@ class NextTurns:
             return
         shared = n_shared(answered.held, tokens)
         adapter = answered.request.adapter
+        if adapter and self._runtime.adapted.find(adapter) is None:
+            return  # its memory was needed
         session = None if adapter else self.kept.take(answered.owner, tokens)
         session = session or self._runtime.session(answered.owner, adapter)
         session.media = answered.media
