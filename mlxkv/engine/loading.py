@@ -137,6 +137,8 @@ class ModelLoads:
     def _with_adapter(self, model: LoadedModel, pending: PendingRequest) -> None:
         """Hand a model to a request, once its adapters are in memory, and what drafts for it."""
         runtime = model.scheduler.runtime
+        if not self._is_here(model):
+            return self.request(model.name, runtime.path, pending)
         try:
             if not pending.adapter or runtime.adapted.find(pending.adapter) is not None:
                 return self._with_drafter(model, pending)
@@ -149,6 +151,10 @@ class ModelLoads:
             self._loads[key] = _Load(self._pool.adapting(model, pending.adapter, hold))
         self._loads[key].pending.append(pending)
         return None
+
+    def _is_here(self, model: LoadedModel) -> bool:
+        """Whether a model is still in memory: it may fail while something is loaded beside it."""
+        return self._pool.find(str(model.scheduler.runtime.path)) is model
 
     def _with_drafter(self, model: LoadedModel, pending: PendingRequest) -> None:
         """Hand a model to a request, once the one that drafts for it is in memory too.
@@ -171,7 +177,7 @@ class ModelLoads:
             except BaseException as error:
                 return on_error(contained(error))
             model.holds.discard(hold)
-            return pending.on_ready(model)
+            return self._ready(model, pending)
 
         def on_error(error: Exception) -> None:
             model.holds.discard(hold)
@@ -180,7 +186,7 @@ class ModelLoads:
             if not isinstance(error, OutOfMemory):  # there may be room later
                 model.drafters_failed.add(name)
             _log.warning("%s is answered without drafts of %s: %s", model.name, name, error)
-            return pending.on_ready(model)
+            return self._ready(model, pending)
 
         beside = PendingRequest(
             on_ready, on_error, pending.is_cancelled, None, pending.owner, "off"
@@ -188,6 +194,12 @@ class ModelLoads:
         known = runtime.draft_models.runtime(name)
         path = pending.draft_path if known is None else known.path
         return self.request(name, path, beside)
+
+    def _ready(self, model: LoadedModel, pending: PendingRequest) -> None:
+        """Hand a model to a request that has waited for another beside it."""
+        if self._is_here(model):
+            return pending.on_ready(model)
+        return self.request(model.name, model.scheduler.runtime.path, pending)
 
     def leave(self, key: str) -> bool:
         """Have a model leave when its requests have ended; whether it is here or being loaded."""

@@ -17,7 +17,9 @@ from mlxkv.engine import prompt as prompts
 from mlxkv.engine.ahead.choice import IdleCompute
 from mlxkv.engine.ahead.next_turn import Answered
 from mlxkv.engine.driver import run
+from mlxkv.engine.loading import ModelLoads, PendingRequest
 from mlxkv.engine.messages import Ask
+from mlxkv.engine.model_pool import ModelPool
 from mlxkv.engine.scheduler import Scheduler
 from mlxkv.engine.tasks import Task
 from mlxkv.errors import MlxkvError, ModelNotFound, OutOfMemory, UsageError, WeightsError
@@ -27,6 +29,7 @@ from mlxkv.kv.types import STEP
 from mlxkv.llm.plan import plan
 from mlxkv.store.adapters import adapter_refs, cached, key_of_own, own_adapters, stamp_of
 from mlxkv.store.derive import derive
+from mlxkv.store.settings import Given
 from tests.engine.test_engine import collect, tokens
 from tests.models.test_adapters import mlx_lm
 from tests.support.threaded_engine import running
@@ -291,3 +294,26 @@ def test_an_adapter_is_dropped_also_where_its_pages_cannot_be_written(
         gc.collect()
         assert llm.adapted.give_back() > 0
         assert llm.budget.weights_bytes == n_bytes and len(llm.budget.shares._all) == 1
+
+
+def test_a_request_whose_model_fails_while_its_adapter_loads_gets_it_anew(
+    reused: Path, kv: Path, adapter: Path
+) -> None:
+    path = reused / "llama"
+    pool = ModelPool(2**33, "float32", Given(), 300.0, 4)
+    loads, got = ModelLoads(pool), list[Any]()
+
+    def ask(*adapters: str) -> None:
+        pending = PendingRequest(got.append, got.append, lambda: False, None, adapter=adapters)
+        loads.request("m", path, pending)
+
+    ask()
+    loads.proceed(lambda: False)
+    ask(str(adapter))
+    pool.drop(str(path), MlxkvError("it failed"))
+    while loads:
+        loads.proceed(lambda: False)
+    first, again = got
+    assert again is not first and pool.find(str(path)) is again
+    assert again.scheduler.runtime.adapted.find([str(adapter)]) is not None
+    pool.drop(str(path))
