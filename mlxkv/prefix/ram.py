@@ -161,11 +161,16 @@ class RamPages:
         self._arriving.clear()
         self.nbytes = self.n_arrays = 0
 
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Bytes and arrays, those that arrive included."""
+        return self.nbytes + sum(self._arriving.values()), self.n_arrays + len(self._arriving)
+
     def is_over(self, budget_bytes: int, max_arrays: int | None = None) -> bool:
         """Whether there is more than a budget allows."""
         most = sys.maxsize if max_arrays is None else max_arrays
-        n_bytes = self.nbytes + sum(self._arriving.values())
-        return n_bytes > budget_bytes or self.n_arrays + len(self._arriving) > most
+        n_bytes, n_arrays = self.sizes
+        return n_bytes > budget_bytes or n_arrays > most
 
     def shrink(
         self,

@@ -38,6 +38,7 @@ class RamRoom:
         self.cap_bytes: int | None = None
         self.max_arrays: int | None = None
         self.fetcher: PageFetcher | None = None
+        self._pinned: tuple[int | None, ...] = ()
 
     @property
     def _allowed_bytes(self) -> int:
@@ -53,9 +54,14 @@ class RamRoom:
         if self.fetcher is not None and self._fetched_bytes > self._allowed_bytes:
             self.fetcher.clear()
         allowed = self._allowed_bytes - self._fetched_bytes
-        if self._ram.is_over(allowed, self.max_arrays):
+        if not self._ram.is_over(allowed, self.max_arrays):
+            self._pinned = ()
+            return
+        # Asked in each step of a decoder: what stayed the last time is pinned, and stays now.
+        if self._pinned != (allowed, self.max_arrays, *self._ram.sizes):
             spared = self._shared.spared(self._ram.size, allowed)
             self._ram.shrink(allowed, self.max_arrays, spared)
+            self._pinned = allowed, self.max_arrays, *self._ram.sizes
 
     def has(self, n_bytes: int) -> bool:
         """Whether there is room for an array of so many bytes."""

@@ -107,3 +107,21 @@ def test_a_smaller_room_is_kept_to_at_once_by_what_was_fetched_too(pages):
     pages.room.budget_bytes = STEP
     pages.room.fit()
     assert pages.nbytes == 0
+
+
+def test_pinned_pages_over_their_room_are_walked_through_once(monkeypatch):
+    pages = new_pages(SHAPE)
+    pages.ram.pin(link.name for link in told(pages, SHAPE, TALK))
+    shrunk, shrink = list[int](), RamPages.shrink
+
+    def noted(ram: RamPages, budget_bytes: int, *args, **more) -> None:
+        shrunk.append(budget_bytes)
+        shrink(ram, budget_bytes, *args, **more)
+
+    monkeypatch.setattr(RamPages, "shrink", noted)
+    pages.room.budget_bytes = n_pinned = pages.nbytes // 2
+    for _ in range(5):
+        pages.room.fit()
+    assert shrunk == [n_pinned]
+    told(pages, SHAPE, random_tokens(STEP, seed=3))
+    assert pages.nbytes == 2 * n_pinned, "another makes way at once"
