@@ -45,7 +45,8 @@ class LocalModel:
     Args:
         name: its name in the engine.
         path: its directory; None if the engine resolves the name.
-        adapter: that the name has behind the model's, see `store.adapter_names`.
+        adapter: those that the name has behind the model's, found as `store.adapter_names.named`
+            finds them.
     """
 
     name: str
@@ -95,7 +96,8 @@ async def present(engine: Engine, config: ServerConfig, name: str) -> LocalModel
         name: the request's name, with or without `:latest`; adapters may stand behind it.
 
     Raises:
-        ModelNotFound: no such model on this machine.
+        ModelNotFound: no such model on this machine, or no such adapter.
+        UsageError: an adapter's weight that is no number.
     """
     known = {*config.models, *engine.names()}
     for spelling in spellings(name):
@@ -109,24 +111,44 @@ async def present(engine: Engine, config: ServerConfig, name: str) -> LocalModel
             )
     model, adapter = adapter_names.split_name(name.removesuffix(LATEST))
     if adapter:
-        return replace(await present(engine, config, model), adapter=adapter)
+        found = await present(engine, config, model)
+        return replace(found, adapter=await run_in_threadpool(adapter_names.named, adapter))
     return await run_in_threadpool(find, name)
 
 
-async def with_named(engine: Engine, config: ServerConfig, ask: Ask) -> Ask:
-    """A request whose adapters and draft model, if it names any, are found on this machine.
+async def with_named(engine: Engine, config: ServerConfig, model: LocalModel, ask: Ask) -> Ask:
+    """A request whose adapters and draft model, if its fields name any, are found on this machine.
+
+    Args:
+        engine: as for `present`, and so is the next.
+        config: the server's.
+        model: that made the request; its own adapters are found already.
+        ask: the request.
 
     Raises:
         ModelNotFound: no such model or adapter on this machine.
+        UsageError: an adapter's weight that is no number.
     """
-    if ask.request.adapter:
-        found = await run_in_threadpool(adapter_names.named, ask.request.adapter)
-        ask = replace(ask, request=replace(ask.request, adapter=found))
+    if others := ask.request.adapter[len(model.adapter) :]:
+        found = await run_in_threadpool(adapter_names.named, others)
+        request = replace(ask.request, adapter=(*model.adapter, *found))
+        ask = replace(ask, request=request)
     if (name := draft_model(ask.request.draft)) is None:
         return ask
     model = await present(engine, config, name)
     request = replace(ask.request, draft=model.name)
     return replace(ask, request=request, draft_path=model.path)
+
+
+def without_adapters(model: LocalModel) -> LocalModel:
+    """A model for what no adapter changes.
+
+    Raises:
+        UsageError: its name has some.
+    """
+    if model.adapter:
+        raise UsageError("takes no adapters here: they change what a model writes", field="model")
+    return model
 
 
 def find(name: str) -> LocalModel:

@@ -11,9 +11,12 @@ import httpx
 import pytest
 
 from mlxkv.cli import main
+from mlxkv.server.media.abilities import Abilities
+from mlxkv.server.speech import routes as speech
 from mlxkv.store.adapter_names import fitting, kept_dir, named, shown, split
 from mlxkv.store.adapters import stored_adapters
 from tests.models.test_adapters import mlx_lm
+from tests.server.test_transcriptions import SHORT
 from tests.support.fake_engine import MODEL, serving
 from tests.support.fake_engine_ollama import STORED, LoadingEngine, made_model, models
 
@@ -83,6 +86,46 @@ def test_an_adapter_that_is_not_here_is_not_found_and_no_path_is_one(address, tm
     assert answer.status_code == 404
     answer = turn(address, "/api/chat", model=MODEL, adapter="mine=much")
     assert answer.status_code == 400 and "adapter" in answer.json()["error"]
+
+
+def test_adapters_of_a_models_name_are_found_whatever_is_asked_of_it(
+    address, engine, tmp_path, monkeypatch
+):
+    async def hears(*_: Any) -> Abilities:
+        return Abilities(frozenset({"audio"}))
+
+    monkeypatch.setattr(speech, "abilities_of", hears)
+    path = str(kept_dir() / "mine")
+    trained, sound = str(tmp_path / "trained"), {"file": ("a.wav", SHORT)}
+    documents = {"query": "q", "documents": ["d"]}
+
+    def rank(name: str) -> httpx.Response:
+        return httpx.post(f"{address}/v1/rerank", json={"model": f"{MODEL}+{name}", **documents})
+
+    def write_down(name: str) -> httpx.Response:
+        model = {"model": f"{MODEL}+{name}"}
+        return httpx.post(f"{address}/v1/audio/transcriptions", data=model, files=sound)
+
+    def post(route: str, name: str, **fields: Any) -> httpx.Response:
+        return httpx.post(address + route, json={"model": f"{MODEL}+{name}", **fields})
+
+    for ask in (write_down, rank):
+        engine.asks.clear()
+        ask("mine=0.5")
+        assert engine.last.request.adapter == (f"{path}=0.5",)
+        engine.asks.clear()
+        for name in ("none", "org/none", trained):
+            assert ask(name).status_code == 404
+        assert not engine.asks
+    for route, fields in (("/api/generate", {}), ("/tokenize", {"prompt": "a"})):
+        assert post(route, "mine", **fields).status_code == 200
+        assert post(route, trained, **fields).status_code == 404
+    for name, status in (("mine", 200), ("none", 404)):
+        body = {"model": f"{STORED}+{name}"}
+        assert httpx.post(f"{address}/api/show", json=body).status_code == status
+    for route in ("/v1/embeddings", "/api/embed", "/api/embeddings"):
+        answer = post(route, "mine", input="a", prompt="a")
+        assert answer.status_code == 400 and "takes no adapters" in answer.text
 
 
 def test_lists_have_models_under_the_adapters_made_for_them(address, engine, monkeypatch):

@@ -33,7 +33,7 @@ def router(engine: Engine, config: ServerConfig) -> APIRouter:
             raise ThreadNotFound("no thread is kept here: send the whole conversation")
         model = await present(engine, config, body.model)
         ask = _ask(body, model, request.state.owner, **_sampling(body))
-        ask = await with_named(engine, config, ask)
+        ask = await with_named(engine, config, model, ask)
         ask = await with_media(request, engine, config, model, ask, BETWEEN)
         answer = engine.submit(apply_rules(ask, config, request))
         reply = Reply(body)

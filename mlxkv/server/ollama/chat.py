@@ -54,7 +54,7 @@ async def _answer(
     chats = isinstance(body, ChatRequest)
     reply = Reply(body.model_name, chats, calls=chats and bool(body.tools))
     model = await present(engine, config, body.model_name)
-    ask = await with_named(engine, config, _ask(body, model, request.state.owner))
+    ask = await with_named(engine, config, model, _ask(body, model, request.state.owner))
     ask = await with_media(request, engine, config, model, ask)
     ask = apply_rules(ask, config, request)
     if model.name not in engine.names():

@@ -20,7 +20,7 @@ from mlxkv.server.config import ServerConfig
 from mlxkv.server.fields import Count, NoEffect, Real, Text, one_or_more, seconds
 from mlxkv.server.ignored import note
 from mlxkv.server.json_route import JSONRoute
-from mlxkv.server.model_names import present
+from mlxkv.server.model_names import present, without_adapters
 from mlxkv.server.ollama.fields import Loading, Named, Options
 
 
@@ -54,7 +54,7 @@ def router(engine: Engine, config: ServerConfig) -> APIRouter:
         truncate: bool = True,
     ) -> Embeddings:
         note(http, body)
-        model = await present(engine, config, body.model_name)
+        model = without_adapters(await present(engine, config, body.model_name))
         keep_alive_s = seconds(body.keep_alive)
         if not texts:
             await sse.unless_gone(http, engine.load(model.name, keep_alive_s, model.path))

@@ -115,8 +115,9 @@ def router(engine: Engine, config: ServerConfig) -> APIRouter:
     async def completions(request: Request, body: CompletionRequest) -> Response:
         """Continue a text."""
         note(request, body)
-        asks = body.asks(await present(engine, config, body.model), request.state.owner)
-        asks = [await with_named(engine, config, ask) for ask in asks]
+        model = await present(engine, config, body.model)
+        asks = body.asks(model, request.state.owner)
+        asks = [await with_named(engine, config, model, ask) for ask in asks]
         return await respond(request, engine, config, asks, CompletionReply(body), body.stream)
 
     return routes

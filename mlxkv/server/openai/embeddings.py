@@ -17,7 +17,7 @@ from mlxkv.server.config import ServerConfig
 from mlxkv.server.fields import Count, Real, Texts, one_or_more, seconds
 from mlxkv.server.ignored import note
 from mlxkv.server.json_route import JSONRoute
-from mlxkv.server.model_names import present
+from mlxkv.server.model_names import present, without_adapters
 from mlxkv.server.openai.fields import Common
 from mlxkv.server.threads import run_in_threadpool
 
@@ -42,7 +42,7 @@ def router(engine: Engine, config: ServerConfig) -> APIRouter:
     async def embeddings(request: Request, body: EmbeddingRequest) -> Response:
         """Embed texts, with a model that was trained for it."""
         note(request, body)
-        model = await present(engine, config, body.model)
+        model = without_adapters(await present(engine, config, body.model))
         texts = one_or_more(body.input)
         wanted = EmbedRequest(texts, body.prompt, body.dimensions, bool(body.truncate))
         keep_alive_s = seconds(body.keep_alive)

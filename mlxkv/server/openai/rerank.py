@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
+from dataclasses import replace
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request, Response
@@ -85,9 +86,8 @@ def _ask(http: Request, model: LocalModel, body: RerankRequest, text: str) -> As
     rank = Rank(body.query, text, body.instruction, body.max_tokens_per_doc)
     # Built without the recommended sampling, which a verdict's probabilities do not depend on.
     request = build_request(messages(rank.head, text), **options_of(rank))
-    keep_alive_s = seconds(body.keep_alive)
-    owner = http.state.owner
-    return Ask(model.name, request, owner, keep_alive_s, model.path, client_of(http))
+    ask = model.ask(request, http.state.owner, seconds(body.keep_alive))
+    return replace(ask, client=client_of(http))
 
 
 async def _judged(engine: Engine, asks: list[Ask], answers: list[Answer]) -> list[Ranked]:

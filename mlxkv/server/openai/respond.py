@@ -43,7 +43,7 @@ async def asked(request: Request, engine: Engine, config: ServerConfig, body: As
         ModelNotFound: there is no such model. Also what `body.ask` and `with_media` raise.
     """
     model = await present(engine, config, body.model)
-    ask = await with_named(engine, config, body.ask(model, request.state.owner))
+    ask = await with_named(engine, config, model, body.ask(model, request.state.owner))
     return await with_media(request, engine, config, model, ask)
 
 

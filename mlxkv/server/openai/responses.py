@@ -52,7 +52,7 @@ def router(engine: Engine, config: ServerConfig) -> ResponseRoutes:
         owner = request.state.owner
         items = store.conversation(owner, body.previous_response_id, body.input)
         model = await present(engine, config, body.model)
-        ask = await with_named(engine, config, body.ask(model, owner, items))
+        ask = await with_named(engine, config, model, body.ask(model, owner, items))
         ask = await with_media(request, engine, config, model, ask)
         put = partial(store.put, owner, items, goes_on=ask.request.go_on)
         keep = put if body.store is not False else None
