@@ -24,6 +24,7 @@ from pydantic_core import core_schema
 from mlxkv.errors import UsageError
 from mlxkv.generation.request import MAX_LOGPROBS
 from mlxkv.sampling.params import PARAMETERS, Parameter
+from mlxkv.store.adapter_names import MOST
 
 
 def _empty(value: Any) -> Any:
@@ -81,7 +82,7 @@ Texts = Text | Annotated[list[Text], Field(min_length=1, max_length=2048)]
 DrafterName = Annotated[str, Field(min_length=1, max_length=256)]
 """What drafts an answer: one of `checkpoint.mlxkv_json.DRAFTS`, or the name of a model."""
 AdapterName = Annotated[str, Field(min_length=1, max_length=256)]
-AdapterNames = AdapterName | Annotated[list[AdapterName], Field(max_length=8)]
+AdapterNames = AdapterName | Annotated[list[AdapterName], Field(max_length=MOST)]
 """Adapters that the model has for an answer, see `store.adapter_names`."""
 TopLogprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
 _TOKEN_ID = re.compile(r"[0-9]{1,9}")

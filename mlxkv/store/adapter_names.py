@@ -28,6 +28,8 @@ from mlxkv.store.adapters import (
 )
 
 SIGN = "+"
+MOST = 8
+"""Adapters that a model's name, or a field of a request, may have."""
 _BASES = "base_model_name_or_path", "model"
 
 
@@ -47,8 +49,10 @@ def named(given: Sequence[str]) -> tuple[str, ...]:
 
     Raises:
         ModelNotFound: there is none of that name.
-        UsageError: a weight that is no number.
+        UsageError: a weight that is no number, or too many.
     """
+    if len(given) > MOST:
+        raise UsageError(f"may be {MOST} at most; got {len(given):,}", field="adapter")
     found = []
     for text in given:
         name, weight = numbered(text)

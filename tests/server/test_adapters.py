@@ -13,7 +13,7 @@ import pytest
 from mlxkv.cli import main
 from mlxkv.server.media.abilities import Abilities
 from mlxkv.server.speech import routes as speech
-from mlxkv.store.adapter_names import fitting, kept_dir, named, shown, split
+from mlxkv.store.adapter_names import MOST, fitting, kept_dir, named, shown, split
 from mlxkv.store.adapters import stored_adapters
 from tests.models.test_adapters import mlx_lm
 from tests.server.test_transcriptions import SHORT
@@ -76,6 +76,9 @@ def test_an_adapter_that_is_not_here_is_not_found_and_no_path_is_one(address, tm
     for name in ("~nobody=1", "\u00e9" * 250 + "=1", f"{there}=1", f"{tmp_path}=1"):
         answer = turn(address, "/v1/chat/completions", model=MODEL, adapter=name)
         assert answer.status_code == 404, answer.text
+    for n, status in ((MOST, 200), (MOST + 1, 400)):
+        name = MODEL + "+mine" * n
+        assert turn(address, "/v1/chat/completions", model=name).status_code == status
     for name in ("~nobody+mine", "a" * 5000 + "+mine"):
         assert turn(address, "/v1/chat/completions", model=name).status_code == 404
     # What lies on the server's disk changes no answer.
