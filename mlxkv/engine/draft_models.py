@@ -104,7 +104,8 @@ def check(runtime: Runs, name: str, drafter: Runs) -> None:
     """
     if drafter.path == runtime.path:
         raise itself(name)
-    if Kinds.of(drafter.model.cache_specs()) is None:
+    kinds = Kinds.of(drafter.model.cache_specs())
+    if kinds is None or kinds.states:  # a state takes no draft back
         raise UsageError(
             f"needs a model that writes, and whose layers keep keys and values; {name} is none",
             field="draft",

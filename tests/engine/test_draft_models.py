@@ -18,6 +18,7 @@ from mlxkv.store.settings import Given
 from tests.engine.test_engine import collect, stats, tokens
 from tests.llm.test_drafts import Eager
 from tests.support.command_line import chat_model
+from tests.support.hybrid import hybrid_chat_model
 from tests.support.threaded_engine import running
 
 TEXT = "a text in which little is said twice, so that a model has to guess what comes next"
@@ -122,3 +123,9 @@ def test_a_model_that_drafts_is_loaded_under_the_name_that_asks_for_it(engine, m
     ask = Ask(models["large"], request, draft_path=Path(models["small"]))
     asyncio.run(collect(engine.submit(ask)))
     assert {each.name for each in engine.loaded()} == {models["large"], "small"}
+
+
+def test_a_model_that_keeps_states_drafts_for_none(engine, models, tmp_path):
+    hybrid = str(hybrid_chat_model(tmp_path / "hybrid"))
+    with pytest.raises(UsageError, match="keep keys and values"):
+        answer(engine, models["large"], draft=hybrid)
