@@ -194,8 +194,9 @@ class Pages:
             self.forget(links)
             return None
         self.touch(links)
-        if self._disk is not None:
-            self.keep(link for link in links if link.n_tokens == STEP)  # its second use
+        if self._disk is not None:  # their second use
+            again = self.ram.again if self.kinds.states else lambda link: False
+            self.keep(link for link in links if link.n_tokens == STEP or again(link))
         # Pages that no layer needs any more count as the first that one does.
         first = next(iter(needed.values()))[0]
         from_disk = [x for x in links if (first if x.start < first.start else x).name in read]

@@ -30,12 +30,13 @@ and with small pages the next page would need it again."""
 
 @dataclass(slots=True)
 class Page:
-    """A page; an evicted part is missing from `parts`."""
+    """A page; an evicted part is missing from `parts`. `n_loads`: see `RamPages.again`."""
 
     link: Link
     tokens: bytes
     parts: dict[str, Part] = field(default_factory=dict)
     used: int = 0
+    n_loads: int = 0
 
 
 class RamPages:
@@ -118,6 +119,16 @@ class RamPages:
         for link in links:
             if link.name in self._pages:
                 self._pages[link.name].used = self._tick
+
+    def again(self, link: Link) -> bool:
+        """Count that a sequence goes on from a page's state; whether another did before.
+
+        Several do behind a system prompt, one behind each answer.
+        """
+        page = self._pages.get(link.name)
+        if page is not None:
+            page.n_loads += 1
+        return page is not None and page.n_loads > 1
 
     def pin(self, names: Iterable[str]) -> None:
         """Protect pages from eviction."""

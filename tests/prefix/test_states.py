@@ -16,10 +16,20 @@ from mlxkv.cache import RecurrentCache, make_caches
 from mlxkv.kv.types import STEP, CacheSpec, RecurrentSpec
 from mlxkv.prefix.capture import Cutter
 from mlxkv.prefix.eviction import DiskLimits
-from mlxkv.prefix.layout import FULL, GRID, WINDOW, Kinds, Link, is_on_grid, n_states
+from mlxkv.prefix.layout import (
+    FULL,
+    GRID,
+    WINDOW,
+    Kinds,
+    Link,
+    is_on_grid,
+    n_states,
+    token_bytes,
+)
 from mlxkv.prefix.marks import NEAR, end_marks, until
 from mlxkv.prefix.match import Match
 from mlxkv.prefix.on_disk.disk import PageDisk
+from mlxkv.prefix.on_disk.format import page_name
 from mlxkv.prefix.on_disk.writer import PageFiles
 from mlxkv.prefix.pages import Pages
 from tests.support.tiny import tokens as random_tokens
@@ -182,6 +192,25 @@ def test_states_come_back_from_disk(tmp_path):
     assert Sequence_(again).restore([*tokens[:650], 9]).n_tokens == 600
     assert Sequence_(again).restore([*tokens[:550], 9]).n_tokens == 2 * STEP
     again.close()
+
+
+def test_a_state_that_two_sequences_go_on_from_is_written(tmp_path):
+    files = PageFiles(tmp_path, "f" * 64, DiskLimits(2**30, 0, 2**30))
+    pages = Pages(kinds(), 2**30, None, lambda: PageDisk(files, kinds(), "float32"))
+    tokens = random_tokens(3 * STEP)
+    pages.match(tokens, len(tokens))
+    Sequence_(pages).feed(tokens, marks=(600,)).finish()
+    for n_loads in (1, 2):
+        one = Sequence_(pages)
+        assert one.restore([*tokens[:650], n_loads]).n_tokens == 600
+        assert pages.disk is not None
+        pages.disk.flush()
+        tip = page_name(one.cutter._parent, token_bytes(tokens[2 * STEP : 600]))
+        link = Link(one.cutter._parent, tip, 2 * STEP, 600 - 2 * STEP)
+        assert all((link.key(part) in pages.disk) == (n_loads == 2) for part in (FULL, WINDOW))
+    pages.clear()
+    assert Sequence_(pages).restore([*tokens[:650], 9]).n_tokens == 600
+    pages.close()
 
 
 def test_marks_are_behind_the_first_and_the_last_turn_of_a_prompt():
