@@ -18,7 +18,7 @@ from mlxkv.base.power import Power
 from mlxkv.engine.ahead import choice as idle
 from mlxkv.engine.ahead import next_turn
 from mlxkv.engine.ahead.choice import IdleCompute
-from mlxkv.engine.ahead.next_turn import next_messages, reply_forms
+from mlxkv.engine.ahead.next_turn import Answered, next_messages, reply_forms
 from mlxkv.engine.engine import ThreadedEngine
 from mlxkv.engine.messages import Ask
 from mlxkv.engine.model_pool import key_of
@@ -346,6 +346,25 @@ def test_a_prompt_that_is_no_conversation_has_no_next_turn(chat):
     assert served.scheduler.next_turns.is_empty
     served.ask([*FIRST, {"role": "assistant", "content": "It"}], THOUGHT + TEXT)
     assert served.scheduler.next_turns.is_empty
+
+
+def test_each_key_has_its_next_turn_and_its_figures_whatever_another_computed(chat):
+    served = chat()
+    tokens, adapter = list(range(3, 60)) * 6, ("a",)
+    request = Request.of([{"role": "user", "content": "hi"}])
+    answers = [
+        Answered(request, owner, "", {"role": "assistant"}, [], 4096, tokens) for owner in "ab"
+    ]
+    turns = served.scheduler.next_turns
+    turns._waiting += answers
+    while not turns.is_empty:
+        turns.step()
+    for owner in "ab":
+        pages = served.runtime.pages_of(owner)
+        assert pages is not None and pages.match(tokens, len(tokens)).n_tokens == len(tokens)
+    n = len(tokens)
+    assert turns._records.use("a", tokens, n, adapter) == (0, 0.0)
+    assert [turns._records.use(owner, tokens, n)[0] for owner in "aab"] == [n, 0, n]
 
 
 def test_stopping_forgets_all(chat):

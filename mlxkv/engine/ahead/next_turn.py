@@ -172,7 +172,7 @@ class NextTurns:
         self._records, self.kept = Records(), Kept()
         self._waiting: deque[Answered] = deque(maxlen=MAX_WAITING)
         self._steps: Generator[None, None, None] | None = None
-        self._last: list[int] = []  # what was rendered last: another form may render as the same
+        self._last: tuple[object, ...] = ()  # computed last: another form may render as the same
         self._pace = Pace(STALL_S, MIN_CHUNK, STEP)
 
     @property
@@ -223,7 +223,8 @@ class NextTurns:
     def _found(self, task: Task, state: Prefilling) -> None:
         """Note what a prompt, whose session was just restored, has of what was computed."""
         generation, tokens = state.generation, state.tokens
-        n_tokens, saved_s = self._records.use(task.owner, tokens, generation.session.n_held)
+        n_held, adapter = generation.session.n_held, task.request.adapter
+        n_tokens, saved_s = self._records.use(task.owner, tokens, n_held, adapter)
         generation.ahead_tokens += n_tokens
         generation.ahead_saved_s += saved_s
 
@@ -271,10 +272,11 @@ class NextTurns:
         if answered.tokens is None:
             answered.tokens = yield from rendering(self._runtime, answered)
         tokens = answered.tokens
-        if tokens is None or len(tokens) >= answered.context or tokens == self._last:
+        adapter = answered.request.adapter
+        this = answered.owner, adapter, tokens
+        if tokens is None or len(tokens) >= answered.context or this == self._last:
             return
         shared = n_shared(answered.held, tokens)
-        adapter = answered.request.adapter
         if adapter and self._runtime.adapted.find(adapter) is None:
             return  # its memory was needed
         session = None if adapter else self.kept.take(answered.owner, tokens)
@@ -285,7 +287,7 @@ class NextTurns:
                 session.reset()
             if self._is_roomy(session, tokens):
                 yield from self._prefilling(session, answered, tokens, shared)
-                self._last = tokens
+                self._last = this
         finally:
             if adapter:
                 session.reset()
@@ -308,7 +310,8 @@ class NextTurns:
         if stop <= shared or stop - n_restored <= 1:
             return
         if answered.ahead is None:
-            answered.ahead = Ahead(answered.owner, tokens, n_restored)
+            adapter = answered.request.adapter
+            answered.ahead = Ahead(answered.owner, tokens, n_restored, adapter=adapter)
         try:
             steps = session.prefilling(tokens[:stop], lambda: self._pace.n_tokens)
             yield from self._paced(session, steps, answered.ahead)

@@ -24,6 +24,7 @@ class Ahead:
         n_computed: tokens that were computed for it; more than `stop` minus `start` where some
             were computed again.
         seconds: how long that took.
+        adapter: that it was computed under.
     """
 
     owner: str
@@ -32,6 +33,7 @@ class Ahead:
     stop: int = 0
     n_computed: int = 0
     seconds: float = 0.0
+    adapter: Sequence[str] = ()
 
     def use(self, tokens: Sequence[int], n_restored: int) -> int:
         """How many unused tokens a prompt was restored from; they count as used now."""
@@ -56,17 +58,22 @@ class Records:
         if ahead not in self._records and ahead.stop > ahead.start:
             self._records.append(ahead)
 
-    def use(self, owner: str, tokens: Sequence[int], n_restored: int) -> tuple[int, float]:
+    def use(
+        self, owner: str, tokens: Sequence[int], n_restored: int, adapter: Sequence[str] = ()
+    ) -> tuple[int, float]:
         """What a prompt was restored from, and the seconds that saved, by the speed then.
 
         Args:
             owner: of the prompt.
             tokens: the prompt.
             n_restored: leading tokens of it that were restored.
+            adapter: that it is computed under.
         """
         n_used, saved_s = 0, 0.0
         for ahead in list(self._records):
-            if ahead.owner != owner or not (n := ahead.use(tokens, n_restored)):
+            if (ahead.owner, ahead.adapter) != (owner, adapter):
+                continue
+            if not (n := ahead.use(tokens, n_restored)):
                 continue
             n_used += n
             saved_s += n * ahead.seconds / max(ahead.n_computed, 1)
