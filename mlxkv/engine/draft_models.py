@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from mlxkv.errors import UsageError
 from mlxkv.generation.drafts.small_model import SmallModel
 from mlxkv.generation.session import Session
+from mlxkv.kv.types import CacheSpec
 from mlxkv.memory.budget import Budget
 from mlxkv.nn.model import CausalLM
 from mlxkv.prefix.layout import Kinds
@@ -104,16 +105,33 @@ def check(runtime: Runs, name: str, drafter: Runs) -> None:
     """
     if drafter.path == runtime.path:
         raise itself(name)
-    kinds = Kinds.of(drafter.model.cache_specs())
-    if kinds is None or kinds.states:  # a state takes no draft back
-        raise UsageError(
-            f"needs a model that writes, and whose layers keep keys and values; {name} is none",
-            field="draft",
-        )
+    check_layers(name, drafter.model.cache_specs(), runtime.model.cache_specs())
     if (found := _difference(runtime.tokenizer, drafter.tokenizer)) is not None:
         token, ours, theirs = found
         raise UsageError(
             f"needs a model with the same tokens; {token!r} is {theirs} in {name}, and {ours} here",
+            field="draft",
+        )
+
+
+def check_layers(
+    name: str, drafter: Sequence[CacheSpec | None], model: Sequence[CacheSpec | None]
+) -> None:
+    """Check that both a model that drafts and the one it drafts for can take tokens back.
+
+    Raises:
+        UsageError: one of them cannot.
+    """
+    kinds = Kinds.of(drafter)
+    if kinds is None or kinds.states:
+        raise UsageError(
+            f"needs a model that writes, and whose layers keep keys and values; {name} is none",
+            field="draft",
+        )
+    if any(spec is not None and spec.opaque for spec in model):
+        raise UsageError(
+            "is for models whose layers keep keys and values: this one keeps states, which cannot "
+            "take a draft back",
             field="draft",
         )
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from mlxkv.errors import MediaError, ModelNotFound, UsageError
-from mlxkv.kv.types import KVFormat, first_kv_type
+from mlxkv.kv.types import CacheSpec, KVFormat, first_kv_type
 from mlxkv.media.types import AUDIO, IMAGE, Medium
 from mlxkv.memory.needs import kv_bytes
 from mlxkv.memory.plan import Plan, plan_model
@@ -92,11 +92,19 @@ def plan(
         chunk=chunk,
         encoders=encoders,
         media=media,
-        draft_bytes=_draft_bytes(draft_model(settings.draft.value), context, model, source),
+        draft_bytes=_draft_bytes(
+            draft_model(settings.draft.value), context, model, source, built.cache_specs()
+        ),
     )
 
 
-def _draft_bytes(name: str | None, context: int, target: str | Path, source: str) -> int:
+def _draft_bytes(
+    name: str | None,
+    context: int,
+    target: str | Path,
+    source: str,
+    specs: Sequence[CacheSpec | None],
+) -> int:
     """What a model takes that drafts one sequence; 0 where none does.
 
     Args:
@@ -104,16 +112,18 @@ def _draft_bytes(name: str | None, context: int, target: str | Path, source: str
         context: of the sequence.
         target: what the model is called that it drafts for.
         source: where that one's config lies.
+        specs: of its layers.
     """
     if name is None:
         return 0
+    from mlxkv.engine.draft_models import check_layers, itself
+
     layout, settings, _ = _layout(name, "auto", Given(), (), (), None)
     if name == str(target) or layout.checkpoint.source == source:
-        from mlxkv.engine.draft_models import itself
-
         raise itself(name)
     n_bytes = layout.nbytes  # `hollow` clears the weights
     model = hollow(layout)
+    check_layers(name, model.cache_specs(), specs)
     kv_type = first_kv_type(settings.kv_type.value)
     n_tokens = min(context, settings.own_context)
     kv = KVFormat(kv_type, model.compute_dtype.size)

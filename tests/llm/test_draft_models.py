@@ -17,6 +17,7 @@ from mlxkv.generation.session import Session
 from mlxkv.llm.llm import LLM
 from tests.llm.test_drafts import PROMPT, SCHEMA, Eager
 from tests.support.command_line import chat_model
+from tests.support.hybrid import hybrid_chat_model
 
 TEXT = "a text in which little is said twice, so that a model has to guess what comes next"
 
@@ -30,6 +31,7 @@ def made(tmp_path_factory) -> Path:
     for name in ("gemma3", "gemma3-copy"):
         chat_model(root / name, family="gemma3", ascii=True, sliding_window=24)
     chat_model(root / "others", special=("<|more|>",))
+    hybrid_chat_model(root / "states")
     return root
 
 
@@ -151,17 +153,19 @@ def test_a_draft_model_that_fails_ends_no_answer(made, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("drafter", "error", "text"),
+    ("name", "drafter", "error", "text"),
     [
-        ("others", UsageError, "'!' is token 4 in .*others, and token 3 here"),
-        ("llama", UsageError, "is the model itself"),
-        ("nowhere", ModelNotFound, "nowhere"),
+        ("llama", "others", UsageError, "'!' is token 4 in .*others, and token 3 here"),
+        ("llama", "llama", UsageError, "is the model itself"),
+        ("llama", "nowhere", ModelNotFound, "nowhere"),
+        ("llama", "states", UsageError, "whose layers keep keys and values; .*states is none"),
+        ("states", "llama", UsageError, "this one keeps states"),
     ],
 )
-def test_a_model_that_cannot_draft_is_refused(made, drafter: str, error, text: str):
+def test_a_model_that_cannot_draft_is_refused(made, name: str, drafter: str, error, text: str):
     with pytest.raises(error, match=text) as raised:
-        load(made, "llama", drafter)
+        load(made, name, drafter)
     assert "\n" not in str(raised.value)
     if drafter != "others":  # a plan reads no tokenizers
         with pytest.raises(error, match=text):
-            mlxkv.plan(made / "llama", context=512, draft=str(made / drafter))
+            mlxkv.plan(made / name, context=512, draft=str(made / drafter))
