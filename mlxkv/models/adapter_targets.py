@@ -44,12 +44,14 @@ class Place:
         name: of the module in its parent.
         start: the first row.
         stop: the one behind the last.
+        order: which row of the checkpoint's projection each of them is; None for all in order.
     """
 
     parent: Any
     name: Any
     start: int
     stop: int
+    order: mx.array | None = None
 
     @property
     def module(self) -> Any:
@@ -248,7 +250,7 @@ class Changes:
                 return None
             return Place(parent, int(name), 0, parent[int(name)]["weight"].shape[-2])
         if isinstance(parent, Fusing) and (fused := parent.place_of(name)) is not None:
-            return Place(parent, *fused)
+            return Place(parent, *fused, parent.order_of(name))
         module = parent.get(name)
         if not isinstance(module, nn.Module):
             return None
@@ -267,7 +269,11 @@ class Changes:
         return node
 
     def _change(self, place: Place, target: Target) -> Change:
-        return Change(place, _plain(target), self._weight, target.magnitude)
+        plain, magnitude, order = _plain(target), target.magnitude, place.order
+        if order is not None:
+            plain = LowRank(plain.a, mx.take(plain.b, order, axis=-1))
+            magnitude = None if magnitude is None else mx.take(magnitude, order)
+        return Change(place, plain, self._weight, magnitude)
 
     def _check(self, target: Target, out: int, in_dim: int, n_experts: int | None = None) -> None:
         """Raise WeightsError for a target of other sizes than its projection's."""

@@ -49,12 +49,16 @@ class GatedDeltaNet(gated_delta.GatedDeltaNet):
     def prepare(self) -> None:
         for name, order in self._orders().items():
             (part,) = self.fusions[name]
+            self._note_places(name, (part,))
             self[name] = with_rows(self[part], order)
             del self[part]
 
     def project(self, name: str, x: mx.array, norm: nn.Module | None = None) -> mx.array:
         rows = super().project(name, x, norm)
         return rows if name in self else mx.take(rows, self._orders()[name], axis=-1)
+
+    def order_of(self, part: str) -> mx.array | None:
+        return next((self._orders()[name] for name, of in self.fusions.items() if part in of), None)
 
     def _orders(self) -> dict[str, mx.array]:
         c = self._config

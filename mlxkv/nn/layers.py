@@ -147,6 +147,10 @@ class Fusing(Prepared):
         places = self.get("_places", ())
         return next((tuple(place) for name, *place in places if name == part), None)
 
+    def order_of(self, part: str) -> mx.array | None:
+        """Which row of a projection each of the rows at its place was; None for all in order."""
+        return None
+
     def joined(self, parts: Sequence[nn.Module]) -> nn.Module | None:
         """One projection with the rows of `parts`; None where that is not possible."""
         return fused(parts)

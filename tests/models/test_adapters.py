@@ -160,6 +160,32 @@ def test_adapters_with_weights_add_up_beside_packed_weights(base: Path, tmp_path
     assert abs(got - expected).max() / expected.std() < TOLERANCE
 
 
+@pytest.mark.parametrize(
+    ("case", "targets"),
+    [
+        ("qwen3-next-one-key-head", ("in_proj_qkvz", "in_proj_ba", "out_proj")),
+        ("qwen3-5-equal-heads", ("in_proj_qkv", "in_proj_z", "in_proj_a", "out_proj")),
+    ],
+)
+def test_adapters_of_gated_delta_nets_are_added_to_their_rows(
+    case: str, targets: tuple[str, ...], tmp_path: Path
+) -> None:
+    """Rows that loading puts in another order included; the sum of the weights is the reference."""
+    base = Golden.read(case).write(tmp_path / "base", "new")
+    weights = stored(base / "model.safetensors")
+    names = [f"model.layers.0.linear_attn.{name}" for name in targets]
+    shapes = {name: weights[f"{name}.weight"].shape for name in names}
+    folder = mlx_lm(tmp_path / "a", {name: (n_in, out) for name, (out, n_in) in shapes.items()})
+    for path, target in open_adapter(folder).targets.items():
+        name = f"{path}.weight"
+        weights[name] = weights[name] + target.scale * (target.a @ target.b).T
+    config = json.loads((base / "config.json").read_text())
+    sums = write_checkpoint(tmp_path / "sums", config, weights)
+    got = logits_of(adapted(base, (folder, 1.0)), tokens(20))
+    expected = logits_of(mlxkv.load_model(sums, dtype=mx.float32), tokens(20))
+    assert abs(got - expected).max() / expected.std() < TOLERANCE
+
+
 def test_a_model_with_adapters_is_made_without_them_again(base: Path, tmp_path: Path) -> None:
     first = mlx_lm(tmp_path / "1", {Q: (64, 64)})
     model, plain = adapted(base, (first, 1.0)), mlxkv.load_model(base, dtype=mx.float32)
