@@ -27,6 +27,8 @@ from mlxkv.nn.softmax_moe import SoftmaxMoE, SoftmaxMoEConfig, sparse_layers
 
 ROPE_THETA = 10000.0
 """The base where a config names none, as transformers documents it."""
+WINDOW = 4096
+"""The window where `use_sliding_window` is set and the config names none."""
 MAX_WINDOW_LAYERS = 28
 """Layers before the first that slides, where a config with a window leaves the key out."""
 
@@ -50,6 +52,8 @@ class Config(GroupedConfig):
         fields = fields.with_defaults({"head_dim": head_dim if is_moe else 128})
         if not fields.bool("use_sliding_window", False):
             fields = fields.with_values({"sliding_window": None})
+        elif "sliding_window" not in fields.raw:  # null, in a config, means none
+            fields = fields.with_values({"sliding_window": WINDOW})
         shared = grouped_fields(fields)
         if is_moe:
             sparse = sparse_layers(fields)

@@ -34,7 +34,7 @@ class Config(HybridConfig):
                 if isinstance(value := fields.any(key), Mapping)
             }
         )
-        is_moe = fields.has("num_experts")
+        is_moe = fields.any("num_experts") not in (None, 0)
         if is_moe:  # all layers are sparse, and such a config names no dense size
             fields = fields.with_values({"intermediate_size": fields.int("moe_intermediate_size")})
         fields, shared = hybrid_fields(fields)

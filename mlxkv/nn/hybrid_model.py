@@ -61,6 +61,8 @@ def hybrid_fields(fields: Fields) -> tuple[Fields, dict[str, Any]]:
     fields = fields.with_defaults(DEFAULTS)
     if not fields.bool("attn_output_gate", True):
         raise fields.error("attn_output_gate", "must be true: attention without a gate is unknown")
+    for key in ("hidden_act", "output_gate_type"):  # of the nets' convolutions, and of their gates
+        fields.str(key, "silu", among=("silu", "swish"))
     n, every = fields.n_layers(), fields.int("full_attention_interval")
     types = fields.strings("layer_types", n, (FULL, LINEAR))
     linear = [t == LINEAR for t in types] if types else [(i + 1) % every != 0 for i in range(n)]
