@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,10 +16,11 @@ from mlxkv.checkpoint.config import read_config, text_config
 from mlxkv.checkpoint.mlxkv_json import Record, read_record
 from mlxkv.errors import CheckpointError, ModelNotFound
 from mlxkv.store import catalog
-from mlxkv.store.settings import Settings, effective
+from mlxkv.store.settings import Setting, Settings, effective
 
 if TYPE_CHECKING:
     from mlxkv.checkpoint.weights import TensorInfo, Weights
+    from mlxkv.kv.types import CacheSpec
     from mlxkv.models.loader import Layout
 
 FORMULA = "n_kv_heads * (k_dim + v_dim) * bytes per value, summed over the layers"
@@ -103,6 +104,7 @@ class Card:
         if kv.state_bytes:
             cache += f" in {kv.n_full_layers} layers, and {human_bytes(kv.state_bytes)} of "
             cache += f"states in {kv.n_state_layers}"
+        formula = FORMULA + (", plus the states" if kv.state_bytes else "")
         from mlxkv.checkpoint.weights import skipped_text
 
         rows = [
@@ -117,7 +119,7 @@ class Card:
                 if self.dimensions
                 else (
                     ("KV cache", cache),
-                    ("", f"{human_bytes(kv.context_bytes)} at full context; {FORMULA}"),
+                    ("", f"{human_bytes(kv.context_bytes)} at full context; {formula}"),
                 )
             ),
             ("shape", ", ".join(f"{key} {value:,}" for key, value in self.config.items())),
@@ -272,12 +274,20 @@ def describe(name: str, model_dir: Path, layout: Layout | None = None) -> Card:
             for path in sorted(model_dir.iterdir())
             if path.is_file()
         ),
-        settings=effective(model_dir),
+        settings=_settings(model_dir, model.cache_specs()),
         skipped=tuple(checkpoint.skipped),
         media=_media(model.media_kinds, infos),
         dimensions=model.n_dimensions,
         prompts=tuple(checkpoint.config.sentence.prompts) if family.embeds else (),
     )
+
+
+def _settings(model_dir: Path, specs: Sequence[CacheSpec | None]) -> Settings:
+    """Those that count for a model: one whose layers keep states takes no drafts."""
+    settings = effective(model_dir)
+    if any(spec is not None and spec.opaque for spec in specs):
+        return replace(settings, draft=Setting("draft", "off", "layers keep states"))
+    return settings
 
 
 def _media(kinds: Collection[str], infos: Mapping[str, TensorInfo]) -> dict[str, int]:
