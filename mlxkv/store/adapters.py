@@ -340,7 +340,10 @@ def remove(name: str) -> int:
     """
     if (path := kept(name)) is not None:
         n_bytes = AdapterRef(path).n_bytes
-        shutil.rmtree(kept_dir() / name, ignore_errors=True)
+        try:
+            shutil.rmtree(kept_dir() / name)
+        except OSError as error:
+            raise OutputError(f"{error.filename}: {error.strerror}") from error
         return n_bytes
     repo = REPO.fullmatch(name)
     if repo is None or is_there(name):

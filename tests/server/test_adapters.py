@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -144,7 +147,11 @@ def test_lists_have_models_under_the_adapters_made_for_them(address, engine, mon
     assert ps[f"{MODEL}+mine=0.5"]["size"] == 1000
 
 
-def test_names_of_adapters_are_read_and_shown(address, models, tmp_path, capsys):
+def refuse(path: str, **_: Any) -> None:
+    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+
+def test_names_of_adapters_are_read_and_shown(address, models, tmp_path, capsys, monkeypatch):
     assert split("a+b=2+org/c") == ("a", ("b=2", "org/c"))
     (tmp_path / "c++").mkdir()
     assert split(str(tmp_path / "c++")) == (str(tmp_path / "c++"), ())
@@ -153,6 +160,10 @@ def test_names_of_adapters_are_read_and_shown(address, models, tmp_path, capsys)
     assert [each.name for each in fitting(models / "tiny-1k", stored_adapters())] == ["mine"]
     assert fitting(models, stored_adapters()) == []
     assert main(["adapters", "add", "mine", str(tmp_path / "trained")]) == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", refuse)
+        assert main(["adapters", "rm", "mine"]) != 0
+    assert "mine: Permission denied" in capsys.readouterr().err
     assert main(["adapters", "rm", "mine"]) == 0
     assert "removed mine" in capsys.readouterr().out
     assert stored_adapters() == []
