@@ -130,12 +130,21 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(error, MlxkvError):
             return _fail(error.spelled(options_of(app, args)), error.exit_code)
         if isinstance(error, usage_error):
-            text = cast(typer.BadParameter, error).format_message()
-            return _fail(f"{text.rstrip('.')}; see `mlxkv --help`", UsageError.exit_code)
+            return _misused(cast(typer.BadParameter, error))
         if lacks_memory(error):
             return _fail(f"memory ran out ({one_line(error)})", OutOfMemory.exit_code)
         text = f"unexpected {type(error).__name__}: {one_line(error)}"
         return _fail(f"{text} (--debug shows the trace)", 1)
+
+
+def _misused(error: typer.BadParameter) -> int:
+    """Say what of a command line is wrong; a group without a command has its help for that."""
+    text, context = error.format_message(), getattr(error, "ctx", None)
+    if type(error).__name__ == "NoArgsIsHelpError":
+        print(text, file=sys.stderr)
+        return UsageError.exit_code
+    command = "mlxkv" if context is None else context.command_path
+    return _fail(f"{text.rstrip('.')}; see `{command} --help`", UsageError.exit_code)
 
 
 def _fail(message: str, code: int) -> int:

@@ -475,3 +475,11 @@ def test_a_format_that_cannot_be_read_is_refused_before_a_model_is_loaded(
         file.write_text(text)
     told = call("run", "nonesuch", "hello", "--format", str(file))
     assert_one_line(told, 2, words)
+
+
+def test_a_wrong_use_names_the_help_of_its_own_command(call):
+    for args, command in ((("run", "--nosuch"), "mlxkv run"), (("kv", "nosuch"), "mlxkv kv")):
+        assert_one_line(call(*args), 2, f"see `{command} --help`")
+    alone = call("kv")
+    assert alone.returncode in (0, 2)  # as Typer's version has it
+    assert "\nCommands:\n" in alone.stdout + alone.stderr
