@@ -650,6 +650,7 @@ def test_show_tells_what_a_model_is(client, models):
     assert shown.modelinfo["general.architecture"] == "llama"
     assert shown.modelinfo["llama.context_length"] > 0
     assert shown.modelinfo["mlxkv.kv_bytes_per_token"] > 0
+    assert shown.modelinfo["mlxkv.kv_state_bytes"] == 0
     assert shown.parameters == f"num_ctx {shown.modelinfo['llama.context_length']}"
 
 

@@ -228,5 +228,6 @@ def _model_info(asked: str, about: Card, context: int) -> dict[str, Any]:
         "mlxkv.bits_per_weight": about.bits_per_weight,
         "mlxkv.kv_bytes_per_token": about.kv.bytes_per_token,
         "mlxkv.kv_window_bytes": about.kv.window_bytes,
+        "mlxkv.kv_state_bytes": about.kv.state_bytes,
         "mlxkv.kv_context_bytes": about.kv.context_bytes,
     }
