@@ -38,6 +38,8 @@ def text(plan: Plan) -> str:
 def _rows(plan: Plan) -> str:
     held = f"{plan.sequences} x {plan.context:,} tokens" if plan.sequences > 1 else ""
     longest = ", ".join(f"{_short(name)} {n:,}" for name, n in plan.max_contexts.items())
+    until = " until windows are full" if any(kind.spec.window for kind in plan.layers) else ""
+    what = "tokens, or of a state" if any(kind.is_state for kind in plan.layers) else "tokens"
     rows = [
         ("weights", human_bytes(plan.weights_bytes), ""),
         *(("", "", note) for note in _encoders(plan)),
@@ -46,10 +48,10 @@ def _rows(plan: Plan) -> str:
             "KV cache",
             human_bytes(plan.kv_bytes),
             f"{held or f'{plan.context:,} tokens'}, {plan.kv_type}; "
-            f"{human_bytes(plan.kv_bytes_per_token)} a token until windows are full",
+            f"{human_bytes(plan.kv_bytes_per_token)} a token{until}",
         ),
         *(
-            ("", "", f"{human_bytes(kind.nbytes)} in {kind.n_layers} layers, {_kind(plan, kind)}")
+            ("", "", f"{human_bytes(kind.nbytes)} in {_layers(kind.n_layers)}, {_kind(plan, kind)}")
             for kind in plan.layers
         ),
         *_media(plan),
@@ -68,7 +70,7 @@ def _rows(plan: Plan) -> str:
             f"MLX's peak memory, with {human_bytes(plan.pages_bytes)} of prefix pages, which make "
             "room where there is need",
         ),
-        ("formula", "", "sequences x sum(layers x n_kv_heads x bytes of k and v x tokens)"),
+        ("formula", "", f"sequences x sum(layers x n_kv_heads x bytes of k and v x {what})"),
         ("", "", plan.formula),
     ]
     return _table(rows)
@@ -80,6 +82,10 @@ def _table(rows: Sequence[tuple[str, str, str]]) -> str:
 
 def _short(kv_type: str) -> str:
     return kv_type if kv_type in _MARKS else "by layer"
+
+
+def _layers(n: int) -> str:
+    return f"{n} layer" if n == 1 else f"{n} layers"
 
 
 def _kind(plan: Plan, kind: LayerKind) -> str:

@@ -9,6 +9,7 @@ import pytest
 import mlxkv
 from mlxkv.llm.llm import LLM
 from mlxkv.store.info import describe
+from mlxkv.terminal import plan_text
 from tests.support.hybrid import hybrid_chat_model
 
 pytestmark = pytest.mark.usefixtures("kv")
@@ -92,6 +93,7 @@ def test_its_memory_is_planned_with_states_of_one_size(folder):
     states = [next(kind for kind in plan.layers if kind.is_state) for plan in (short, long)]
     assert states[0].nbytes == states[1].nbytes > 0
     assert states[0].n_layers == 2
+    assert "in 1 layer, full" in (shown := plan_text.text(long)) and "windows" not in shown
     assert long.kv_bytes - states[0].nbytes == 16 * (short.kv_bytes - states[0].nbytes)
 
 
