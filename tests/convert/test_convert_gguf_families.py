@@ -9,13 +9,14 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from gguf import GGUFReader
 from mlx.utils import tree_flatten
 
 import mlxkv
 from mlxkv.convert import convert
 from mlxkv.models import family_for
 from tests.families.test_parity import Golden
-from tests.support import tiny
+from tests.support import gguf_qwen, tiny
 from tests.support.gguf_families import write_family
 
 
@@ -108,6 +109,19 @@ def reference(folder: Path, config: dict[str, Any], weights: dict[str, np.ndarra
 def logits(folder: Path, prompt: list[int]) -> np.ndarray:
     model = mlxkv.load_model(folder, dtype=mx.float32)
     return np.array(model(mx.array([prompt]))[0])
+
+
+@pytest.mark.parametrize("name", ["qwen3next", "qwen35moe"])
+def test_projections_that_some_files_have_in_one_are_taken_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+):
+    """Of the first Qwen3-Next those of a gated delta net, of others those of experts."""
+    monkeypatch.setattr(gguf_qwen, "_in_parts", lambda c, name, array: {name: array})
+    monkeypatch.setattr(gguf_qwen, "_experts", lambda name, array: {f"{name}.weight": array})
+    test_a_file_gives_the_logits_of_the_checkpoint_it_was_made_of(tmp_path, name)
+    held = {tensor.name for tensor in GGUFReader(tmp_path / "a.gguf").tensors}
+    stem = {"qwen3next": "ssm_in", "qwen35moe": "ffn_gate_up_exps"}[name]
+    assert f"blk.0.{stem}.weight" in held
 
 
 @pytest.mark.parametrize("name", CASES)

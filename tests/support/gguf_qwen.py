@@ -41,12 +41,16 @@ def changed(c: Mapping[str, Any], name: str, array: np.ndarray) -> dict[str, np.
     elif name.endswith("norm.weight") and not name.endswith("linear_attn.norm.weight"):
         array = array + np.float32(1)
     elif name.endswith("experts.gate_up_proj"):
-        gate, up = np.split(array, 2, axis=1)
-        stem = name.removesuffix("gate_up_proj")
-        return {f"{stem}gate_proj.weight": gate, f"{stem}up_proj.weight": up}
+        return _experts(name, array)
     elif name.endswith("experts.down_proj"):
         name += ".weight"
     return {name: array}
+
+
+def _experts(name: str, array: np.ndarray) -> dict[str, np.ndarray]:
+    gate, up = np.split(array, 2, axis=1)
+    stem = name.removesuffix("gate_up_proj")
+    return {f"{stem}gate_proj.weight": gate, f"{stem}up_proj.weight": up}
 
 
 def _in_parts(c: Mapping[str, Any], name: str, array: np.ndarray) -> dict[str, np.ndarray]:

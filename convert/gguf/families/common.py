@@ -8,7 +8,8 @@ from typing import Any
 
 from mlxkv.errors import WeightsError
 
-from ..architecture import Config, Tensors
+from ..architecture import Config, Rows, Tensors
+from ..file import GGUFTensor
 from ..metadata import Metadata, short_number, token_ids
 
 _BLOCK = re.compile(r"blk\.(\d{1,9})\.([^.]+)", re.ASCII)
@@ -33,6 +34,24 @@ EXPERTS = {
     "ffn_up_exps": "mlp.switch_mlp.up_proj",
     "ffn_down_exps": "mlp.switch_mlp.down_proj",
 }
+
+
+def fused_experts(tensor: GGUFTensor, block: str = "mlp.switch_mlp") -> Mapping[str, Rows]:
+    """Gates and the others of all experts, where each expert's are in one matrix.
+
+    Args:
+        tensor: of the file.
+        block: our name of a layer's experts.
+    """
+    prefix, _, name = tensor.name.rpartition(".ffn_gate_up_exps.")
+    if name != "weight" or len(tensor.shape) != 3 or tensor.shape[1] % 2:
+        return {}
+    n_experts, both, columns = tensor.shape
+    shape, at = (n_experts, both // 2, columns), f"model.layers.{prefix.removeprefix('blk.')}"
+    return {
+        f"{at}.{block}.{part}_proj.weight": Rows(shape, start, both // 2, both)
+        for part, start in (("gate", 0), ("up", both // 2))
+    }
 
 
 def sizes(m: Metadata, tensors: Tensors, *, extra_layers: int = 0) -> Config:

@@ -13,7 +13,7 @@ from ..architecture import Architecture, Rows
 from ..file import GGUFTensor, dequantize
 from ..metadata import Metadata, short_number, token_ids
 from ..rope import ROPE_FACTORS
-from .common import block_of
+from .common import block_of, fused_experts
 from .gemma import FOUR_NORMS
 
 PER_LAYER_TOP = {
@@ -115,16 +115,7 @@ def _experts(m: Metadata) -> dict[str, Any]:
 
 
 def _parts(tensor: GGUFTensor) -> Mapping[str, Rows]:
-    """Gates and the others of all experts, each expert's in one matrix."""
-    prefix, _, name = tensor.name.rpartition(".ffn_gate_up_exps.")
-    if name != "weight" or len(tensor.shape) != 3 or tensor.shape[1] % 2:
-        return {}
-    n_experts, both, columns = tensor.shape
-    shape, at = (n_experts, both // 2, columns), f"model.layers.{prefix.removeprefix('blk.')}"
-    return {
-        f"{at}.experts.switch_glu.{part}_proj.weight": Rows(shape, start, both // 2, both)
-        for part, start in (("gate", 0), ("up", both // 2))
-    }
+    return fused_experts(tensor, "experts.switch_glu")
 
 
 def _only(m: Metadata, key: str, values: list[Any]) -> int | None:

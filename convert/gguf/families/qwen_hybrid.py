@@ -19,6 +19,7 @@ from .common import (
     EXPERTS,
     HEAD_NORMS,
     block_of,
+    fused_experts,
     grouped,
     is_past_the_end,
     theta,
@@ -88,6 +89,8 @@ def _orders(tensor: GGUFTensor, c: Mapping[str, Any], *, tiled: bool) -> Mapping
     match stem:
         case "attn_qkv":
             return {f"{at}in_proj_qkv.weight": Order(tensor.shape, wide if tiled else None)}
+        case "ssm_in":  # both in one, as the first files of Qwen3-Next have them
+            return _of_key_heads(tensor, at, c)
         case "attn_gate":
             rows = _untiled(H, r, D) if tiled else None
             return {f"{at}in_proj_z.weight": Order(tensor.shape, rows)}
@@ -118,6 +121,24 @@ def _orders(tensor: GGUFTensor, c: Mapping[str, Any], *, tiled: bool) -> Mapping
             return {name: Order((1, c["hidden_size"]))}
         case _:
             return {}
+
+
+def _of_key_heads(tensor: GGUFTensor, at: str, c: Mapping[str, Any]) -> Mapping[str, Order]:
+    """A projection with, of each key head, its query, its key, and its value heads and gates."""
+    (H, r), D = _heads(c), c["linear_key_head_dim"]
+    wide = r * c["linear_value_head_dim"]
+
+    def rows(first: int, n: int) -> tuple[int, ...]:
+        return tuple(h * 2 * (D + wide) + first + i for h in range(H) for i in range(n))
+
+    parts = {
+        "in_proj_qkv": rows(0, D) + rows(D, D) + rows(2 * D, wide),
+        "in_proj_z": rows(2 * D + wide, wide),
+    }
+    return {
+        f"{at}{name}.weight": Order((len(own), *tensor.shape[1:]), own)
+        for name, own in parts.items()
+    }
 
 
 def _heads(c: Mapping[str, Any]) -> tuple[int, int]:
@@ -156,8 +177,18 @@ def _grouped(tensor: GGUFTensor, config: Mapping[str, Any]) -> Mapping[str, Orde
 
 QWEN35 = Architecture(hybrid_config, _NAMES, "bfloat16", unused=is_past_the_end, orders=_tiled)
 QWEN35MOE = Architecture(
-    hybrid_config, _WITH_EXPERTS, "bfloat16", unused=is_past_the_end, orders=_tiled
+    hybrid_config,
+    _WITH_EXPERTS,
+    "bfloat16",
+    unused=is_past_the_end,
+    parts=fused_experts,
+    orders=_tiled,
 )
 QWEN3NEXT = Architecture(
-    hybrid_config, _WITH_EXPERTS, "bfloat16", unused=is_past_the_end, orders=_grouped
+    hybrid_config,
+    _WITH_EXPERTS,
+    "bfloat16",
+    unused=is_past_the_end,
+    parts=fused_experts,
+    orders=_grouped,
 )
