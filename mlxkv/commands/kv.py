@@ -164,11 +164,12 @@ def export(
 ) -> None:
     """Write a name and its KV into one file."""
     from mlxkv.base.units import human_bytes
+    from mlxkv.llm import imported_kv
     from mlxkv.saved_kv import signature
 
     path = Path(file)
     key = None if sign is None else signature.private_key(Path(sign))
-    _names().export(name, path)
+    imported_kv.export(name, path)
     signed = "" if key is None else f", signed in {signature.sign(path, key)}"
     print(f"{path}: {human_bytes(path.stat().st_size)}{signed}")
 

@@ -12,7 +12,7 @@ import mlx.core as mx
 
 from mlxkv.base.paths import kv_dir
 from mlxkv.engine.runtime import Runtime
-from mlxkv.errors import CheckpointError, UsageError
+from mlxkv.errors import CheckpointError, ModelNotFound, UsageError
 from mlxkv.generation.kv_check import KVCheck, KVReport
 from mlxkv.kv.storage import storage_of
 from mlxkv.kv.types import KVFormat
@@ -71,6 +71,28 @@ def import_file(
     return KVNames(kv_dir()).import_(
         file, name=name, fingerprint=wanted, check=check, trusted=bool(trust)
     )
+
+
+def export(name: str, file: Path) -> None:
+    """Write saved KV into a file that `import_file` takes.
+
+    Raises:
+        UsageError: no such name, its model's KV cannot be imported, or the file is there already.
+        CheckpointError, OutputError: as `KVNames.export`.
+    """
+    names = KVNames(kv_dir())
+    named = names.load(name)
+    try:
+        specs = lay_out(resolve(named.model, fetch=False), named.dtype).model.cache_specs()
+    except (CheckpointError, ModelNotFound):  # it may be gone: importing will tell
+        specs = []
+    kinds = Kinds.of(specs)
+    if kinds is not None and kinds.states:
+        raise UsageError(
+            f"the KV of {named.model} cannot be exported: its layers keep states, which no other "
+            "machine imports; save it there"
+        )
+    names.export(name, file)
 
 
 def _shapes(path: Path, named: NamedKV) -> dict[str, dict[str, TensorShape]]:

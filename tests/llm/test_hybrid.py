@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import mlxkv
+from mlxkv.cli import main
 from mlxkv.llm.llm import LLM
 from mlxkv.store.info import describe
 from mlxkv.terminal import plan_text
@@ -80,12 +81,14 @@ def test_a_batch_gives_each_prompt_its_own_answer(llm, folder):
     assert [x.text for x in together] == [x.text for x in alone]
 
 
-def test_a_saved_prefix_is_gone_on_from_and_checked(llm):
+def test_a_saved_prefix_is_gone_on_from_and_checked_and_not_exported(llm, tmp_path, capsys):
     llm.save_kv("weir", DOCUMENT)
     again = mlxkv.load(llm.path)
     answer = again.generate(DOCUMENT + "Who built it?", max_tokens=3, temperature=0)
     assert answer.stats.computed_tokens <= 32
     assert again.verify_kv("weir").passed
+    assert main(["kv", "export", "weir", str(tmp_path / "weir.kv")]) == 2
+    assert "cannot be exported: its layers keep states" in capsys.readouterr().err
 
 
 def test_its_memory_is_planned_with_states_of_one_size(folder):
