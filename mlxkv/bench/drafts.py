@@ -14,7 +14,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from mlxkv.errors import UsageError
 from mlxkv.generation.outputs import Result
+from mlxkv.kv.types import keep_states
 from mlxkv.llm.llm import LLM
 
 OFF = "off"
@@ -127,6 +129,13 @@ class Run:
     cpu_ms: float
     tokens_a_pass: float
     same: bool = True
+
+
+def tasks_for(llm: LLM) -> tuple[Task, ...]:
+    """`TASKS`; raises UsageError for a model that takes no drafts."""
+    if keep_states(llm.model.cache_specs()):
+        raise UsageError(f"{llm.path} takes no drafts: its layers keep states")
+    return TASKS
 
 
 def answers(llm: LLM, task: Task, mode: str, temperature: float, n_tokens: int) -> list[Result]:

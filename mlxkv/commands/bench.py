@@ -118,7 +118,7 @@ def _bench_drafts(o: BenchOptions, name: str) -> int:
         with load(
             name, memory=o.memory, kv_type=o.kv_type, draft=o.drafter, adapter=o.adapter
         ) as llm:
-            for i, task in enumerate(drafts.TASKS):
+            for i, task in enumerate(drafts.tasks_for(llm)):
                 progress(f"{i + 1} of {len(drafts.TASKS)}  {task.name}")
                 try:
                     runs += drafts.compared(

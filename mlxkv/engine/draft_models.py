@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from mlxkv.errors import UsageError
 from mlxkv.generation.drafts.small_model import SmallModel
 from mlxkv.generation.session import Session
-from mlxkv.kv.types import CacheSpec
+from mlxkv.kv.types import CacheSpec, keep_states
 from mlxkv.memory.budget import Budget
 from mlxkv.nn.model import CausalLM
 from mlxkv.prefix.layout import Kinds
@@ -128,7 +128,7 @@ def check_layers(
             f"needs a model that writes, and whose layers keep keys and values; {name} is none",
             field="draft",
         )
-    if any(spec is not None and spec.opaque for spec in model):
+    if keep_states(model):
         raise UsageError(
             "is for models whose layers keep keys and values: this one keeps states, which cannot "
             "take a draft back",

@@ -132,6 +132,12 @@ class RecurrentSpec(CacheSpec):
         return n * (8 * self.n_channels + self.n_heads * head) + states
 
 
+def keep_states(specs: Iterable[CacheSpec | None]) -> bool:
+    """Whether a layer keeps something else than keys and values of tokens: it cannot take tokens
+    back, as drafts need."""
+    return any(spec is not None and spec.opaque for spec in specs)
+
+
 GROUP_SIZES = (64, 32)
 """Values that share a scale and a bias: the largest that divides the head's size."""
 

@@ -15,12 +15,12 @@ from mlxkv.base.units import human_bytes, human_count
 from mlxkv.checkpoint.config import read_config, text_config
 from mlxkv.checkpoint.mlxkv_json import Record, read_record
 from mlxkv.errors import CheckpointError, ModelNotFound
+from mlxkv.kv.types import CacheSpec, KVFormat, keep_states
 from mlxkv.store import catalog
 from mlxkv.store.settings import Setting, Settings, effective
 
 if TYPE_CHECKING:
     from mlxkv.checkpoint.weights import TensorInfo, Weights
-    from mlxkv.kv.types import CacheSpec
     from mlxkv.models.loader import Layout
 
 FORMULA = "n_kv_heads * (k_dim + v_dim) * bytes per value, summed over the layers"
@@ -285,7 +285,7 @@ def describe(name: str, model_dir: Path, layout: Layout | None = None) -> Card:
 def _settings(model_dir: Path, specs: Sequence[CacheSpec | None]) -> Settings:
     """Those that count for a model: one whose layers keep states takes no drafts."""
     settings = effective(model_dir)
-    if any(spec is not None and spec.opaque for spec in specs):
+    if keep_states(specs):
         return replace(settings, draft=Setting("draft", "off", "layers keep states"))
     return settings
 
@@ -321,7 +321,6 @@ def _parameters(infos: Mapping[str, Any], config: Mapping[str, Any], source: str
 
 
 def _kv_facts(specs: list[Any], checkpoint: Any, context: int) -> KVFacts:
-    from mlxkv.kv.types import KVFormat
     from mlxkv.models.dtypes import compute_dtype
 
     dtype = compute_dtype("auto", checkpoint)

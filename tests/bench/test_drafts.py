@@ -9,6 +9,7 @@ import pytest
 from mlxkv.bench.drafts import TASKS, Run, rows
 from mlxkv.cli import main
 from tests.support.command_line import chat_model
+from tests.support.hybrid import hybrid_chat_model
 
 
 def test_each_task_has_a_row_and_one_that_does_not_fit_is_named(tmp_path, monkeypatch, capsys):
@@ -33,6 +34,12 @@ def test_what_says_nothing_with_drafts_is_refused(tmp_path, options, capsys):
     folder = chat_model(tmp_path / "large")
     assert main(["bench", str(folder), "--draft", *options]) in (2, 3)
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_model_that_takes_no_drafts_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MLXKV_KV_DISK", "0")
+    assert main(["bench", str(hybrid_chat_model(tmp_path / "states")), "--draft"]) == 2
+    assert "takes no drafts: its layers keep states" in capsys.readouterr().err
 
 
 def test_a_ratio_is_the_median_over_pairs():
