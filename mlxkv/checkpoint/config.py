@@ -71,7 +71,8 @@ def text_config(raw: Mapping[str, Any]) -> dict[str, Any]:
     """The language model's part of a config, multimodal ones nest it under `text_config`.
 
     Keys of the outer level that the inner one leaves out (`quantization`, `dtype`, end tokens,
-    `tie_word_embeddings`) are carried over.
+    `tie_word_embeddings`) are carried over. A head is tied where either says so: transformers 5
+    ties by the outer level, and writes the text model's default inside.
     """
     inner = raw.get("text_config")
     if not isinstance(inner, Mapping):
@@ -84,7 +85,10 @@ def text_config(raw: Mapping[str, Any]) -> dict[str, Any]:
         )
         if raw.get(key) is not None
     }  # fmt: skip
-    return {**outer, **{key: value for key, value in inner.items() if value is not None}}
+    found = {**outer, **{key: value for key, value in inner.items() if value is not None}}
+    if raw.get("tie_word_embeddings") is True:
+        found["tie_word_embeddings"] = True
+    return found
 
 
 def with_towers(raw: Mapping[str, Any], towers: Container[str]) -> dict[str, Any]:

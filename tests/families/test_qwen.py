@@ -38,5 +38,13 @@ def test_other_gates_and_activations_of_a_hybrid_are_refused(key: str, value: An
     assert config_of("qwen3-5-plain", output_gate_type="swish", hidden_act="silu")
 
 
+@pytest.mark.parametrize(("outer", "inner"), [(True, False), (False, True), (True, None)])
+def test_a_head_is_tied_where_either_level_of_a_config_says_so(outer: bool, inner: Any) -> None:
+    text = json.loads((GOLDEN / "qwen3-5-plain" / "config.hub.json").read_text())
+    text["tie_word_embeddings"] = inner
+    raw = {"model_type": "qwen3_5", "text_config": text, "tie_word_embeddings": outer}
+    assert family_for(raw, "config.json").config(raw, "config.json").tie_word_embeddings
+
+
 def test_a_qwen3_5_of_no_experts_is_dense() -> None:
     assert config_of("qwen3-5-plain", num_experts=0) == config_of("qwen3-5-plain")
