@@ -146,7 +146,7 @@ def _adapted(model: CausalLM, changes: Sequence[Change]) -> Adapted:
         weighed = [(c, _weighed(c)) for c in found]
         change = total([x if of_rows else x.within(c.place.start, n_rows) for c, x in weighed])
         factor = None if change.factor is None else change.factor.astype(dtype)
-        return LowRank(change.a.astype(dtype), change.b.astype(dtype), factor)
+        return LowRank(change.a.astype(dtype), change.b.astype(dtype), factor, change.parts)
 
     if isinstance(module, nn.Embedding | nn.QuantizedEmbedding):
         return AdaptedEmbedding(module, summed(of_rows=True), summed())

@@ -34,6 +34,9 @@ MOST_ROWS = 8
 Act = tuple[int, float, float]
 Norm = Any
 """A module with `scale` and `eps`."""
+Low = tuple[mx.array, mx.array, mx.array | None, mx.array | None, tuple[int, ...], tuple[int, ...]]
+"""Changes of a product's rows, see `lora_kernel.RowsChange`: `a`, `b`, factor, shift, the change of
+each row, and what each part of them is."""
 
 _tracing = False
 
@@ -113,11 +116,16 @@ def linear(
     norm: Norm | None = None,
     plus: mx.array | None = None,
     act: Act = NO_ACT,
+    low: Low | None = None,
 ) -> mx.array:
-    """act(norm(x) W^T + b) + plus, `[..., N]` or with an activation `[..., N / 2]`."""
+    """act(norm(x) W^T + b) + plus, `[..., N]` or with an activation `[..., N / 2]`; `low` changes
+    what the activation takes."""
     if _tracing:
         return stand_ins.rows(x, _out_dim(weight, act), plus)
     ops = _ops()
+    if low is not None:
+        scale, eps = (None, -1.0) if norm is None else (norm.scale, norm.eps)
+        return ops.changed_linear(x, weight, scale, eps, plus, act, low)
     if norm is None:
         return ops.linear(x, weight, None, -1.0, plus, act)
     return ops.linear(x, weight, norm.scale, norm.eps, plus, act)
@@ -227,12 +235,21 @@ def stepped(
 
 
 def gated_mlp(
-    x: mx.array, up: Weight, norm: Norm | None, down: Weight, plus: mx.array | None, act: Act
+    x: mx.array,
+    up: Weight,
+    norm: Norm | None,
+    down: Weight,
+    plus: mx.array | None,
+    act: Act,
+    lows: tuple[Low | None, Low | None] = (None, None),
 ) -> mx.array:
-    """`linear(linear(x, up, norm, act=act), down, plus=plus)`; one operation of a few rows."""
+    """`linear(linear(x, up, norm, act=act), down, plus=plus)`, changed by `lows`; one operation of
+    a few rows."""
     if _tracing or x.size > MOST_ROWS * x.shape[-1]:
-        return linear(linear(x, up, norm, act=act), down, plus=plus)
+        return linear(linear(x, up, norm, act=act, low=lows[0]), down, plus=plus, low=lows[1])
     scale, eps = (None, -1.0) if norm is None else (norm.scale, norm.eps)
+    if lows != (None, None):
+        return _ops().changed_mlp(x, up, scale, eps, down, plus, act, *lows)
     return _ops().gated_mlp(x, up, scale, eps, down, plus, act)
 
 

@@ -230,9 +230,11 @@ class GatedMLP(Fusing):
         if whole is None:
             between = on_halves(gate.function, self.project("gate_up_proj", x, norm))
         elif "_weight" in whole and gate.act is not None and x.dtype == mx.float32:
-            if "_weight" in (down := self["down_proj"]):
-                return kernels.gated_mlp(x, whole["_weight"], norm, down["_weight"], plus, gate.act)
-            between = kernels.linear(x, whole["_weight"], norm, act=gate.act)
+            weight, low, down = whole["_weight"], whole.low, self["down_proj"]
+            if "_weight" in down:
+                lows = low, down.low
+                return kernels.gated_mlp(x, weight, norm, down["_weight"], plus, gate.act, lows)
+            between = kernels.linear(x, weight, norm, act=gate.act, low=low)
         else:
             between = on_halves(gate.function, whole(x, norm))
         return self["down_proj"](between, plus=plus)

@@ -62,7 +62,12 @@ class Product(kernels.Settled, nn.Module):
     """A product x W^T whose output rows can be divided over the cores.
 
     `norm(x) W^T + b + plus` is one operation of the kernels, where they are.
+
+    Attributes:
+        low: what changes its rows in the kernels; see `lora_rows.RowsLinear`.
     """
+
+    low: kernels.Low | None = None
 
     def settle(self, *, is_hollow: bool = False) -> None:
         """Take what is loaded for the kernels, or divide it over the cores."""

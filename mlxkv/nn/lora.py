@@ -23,6 +23,9 @@ from mlxkv.nn import kernels
 RANKS = 32
 """The kernels take weights with a multiple of this many columns: ranks are filled up with zeros."""
 
+Part = tuple[int, int, int]
+"""Ranks, and the output rows that they change: the first, and the one behind the last."""
+
 
 @dataclass(frozen=True, slots=True)
 class LowRank:
@@ -32,11 +35,19 @@ class LowRank:
         a: `[in, r]`; of experts or heads `[N, in, r]`.
         b: `[r, out]`; of experts or heads `[N, r, out]`.
         factor: of the base's product, `[out]`; None for 1.
+        parts: of which it is made, in the ranks' order, with zeros for other output rows; () for
+            one that changes all rows.
     """
 
     a: mx.array
     b: mx.array
     factor: mx.array | None = None
+    parts: tuple[Part, ...] = ()
+
+    @property
+    def own_parts(self) -> tuple[Part, ...]:
+        """`parts`, of which there is one at least."""
+        return self.parts or ((self.b.shape[-2], 0, self.b.shape[-1]),)
 
     def within(self, start: int, n_rows: int) -> LowRank:
         """The change of a projection of `n_rows`, of which it changes those from `start` on."""
@@ -47,7 +58,7 @@ class LowRank:
         factor = self.factor
         if factor is not None:
             factor = mx.pad(factor, [(start, after)], constant_values=1)
-        return LowRank(self.a, b, factor)
+        return LowRank(self.a, b, factor, ((b.shape[-2], start, n_rows - after),))
 
 
 def total(changes: Sequence[LowRank]) -> LowRank:
@@ -59,6 +70,7 @@ def total(changes: Sequence[LowRank]) -> LowRank:
         mx.concatenate([change.a for change in changes], axis=-1),
         mx.concatenate([change.b for change in changes], axis=-2),
         1 + sum(factors[1:], factors[0]) if factors else None,
+        tuple([part for change in changes for part in change.own_parts]),
     )
 
 
@@ -102,11 +114,18 @@ class AdaptedLinear(kernels.Settled, Adapted):
     """A projection, see `linear.Product`; its matrices are kept as weights are, `[r, in]` and
     `[out, r]`."""
 
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """`LowRank.own_parts` of its change."""
+        return self["_parts"]
+
     def __init__(self, base: nn.Module, change: LowRank):
         a, b = change.a.T, change.b.T
+        parts = change.own_parts
         if kernels.kernels() is not None and (more := -a.shape[0] % RANKS):
             a, b = mx.pad(a, [(0, more), (0, 0)]), mx.pad(b, [(0, 0), (0, more)])
         super().__init__(base, LowRank(mx.contiguous(a), mx.contiguous(b)))
+        self._parts = parts
         if change.factor is not None:
             self.factor = change.factor
             if "bias" in base:

@@ -1,7 +1,8 @@
 """Several changes of one model in one step: each row of the batch has its own, or none.
 
 The product with the base's weight is that of all rows together. The changes' matrices lie in one
-array, filled up with zeros to the largest rank, and each row is multiplied by its own pair.
+array, filled up with zeros to the largest rank, and each row is multiplied by its own pair: of
+projections in the kernels, with the base's product (`lora_kernel`).
 
 Invariants:
 - A step has one token a row. `RowChanges.at` says the change of each before the step's graph is
@@ -19,7 +20,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxkv.base import device
-from mlxkv.nn import kernels
+from mlxkv.nn import kernels, lora_kernel
 from mlxkv.nn.lora import (
     Adapted,
     AdaptedEmbedding,
@@ -39,20 +40,21 @@ class RowChanges:
     """Which of `n` changes each row of the next step has.
 
     Attributes:
-        at: `[B]`.
+        of: the change of each row.
+        at: the same, `[B]`.
         arrays: that all modules keep of the changes.
     """
 
     def __init__(self, n: int):
         self.n = n
-        self._of: tuple[int, ...] = ()
+        self.of: tuple[int, ...] = ()
         self.at = mx.zeros((0,), mx.uint32)
         self.arrays: list[mx.array] = []
 
     def set(self, of: Sequence[int]) -> None:
         """Say the change of each row."""
-        if (found := tuple(of)) != self._of:
-            self._of, self.at = found, mx.array(found, mx.uint32)
+        if (found := tuple(of)) != self.of:
+            self.of, self.at = found, mx.array(found, mx.uint32)
 
     def kept(self, array: mx.array) -> mx.array:
         """An array that counts as memory."""
@@ -124,7 +126,12 @@ class RowsLinear(nn.Module):
         self, base: nn.Module, adapted: Sequence[AdaptedLinear | None], changes: RowChanges
     ):
         super().__init__()
-        self.base, self._changes = base, changes
+        self.base, self._changes, self._in_kernels = base, changes, None
+        if lora_kernel.takes(base.get("_weight"), adapted):
+            self._weight = base["_weight"]
+            self._in_kernels = lora_kernel.RowsChange(adapted, changes)
+            changes.arrays += self._in_kernels.arrays
+            return
         pairs = [None if c is None else (c["lora_a"].T, c["lora_b"].T) for c in adapted]
         self._low = LowRanks(pairs, changes)
         for name, neutral in (("factor", 1.0), ("shift", 0.0)):
@@ -133,9 +140,16 @@ class RowsLinear(nn.Module):
                 rows = [mx.full(some.shape, neutral, some.dtype) if x is None else x for x in found]
                 self[name] = changes.kept(mx.stack(rows)[:, None])  # [n, 1, out]
 
+    @property
+    def low(self) -> kernels.Low | None:
+        """See `linear.Product`."""
+        return None if self._in_kernels is None else self._in_kernels.low
+
     def __call__(
         self, x: mx.array, norm: nn.Module | None = None, plus: mx.array | None = None
     ) -> mx.array:
+        if self._in_kernels is not None:
+            return kernels.linear(x, self["_weight"], norm, plus, low=self._in_kernels.low)
         base: Any = self["base"]
         x = x if norm is None else norm(x)
         if "factor" in self:
@@ -145,6 +159,8 @@ class RowsLinear(nn.Module):
 
     def of_rows(self, x: mx.array, start: int, stop: int) -> mx.array:
         """The product with some of the output rows."""
+        if self._in_kernels is not None:
+            return self(x)[..., start:stop]
         base: Any = self["base"]
         y = base.of_rows(x, start, stop)
         if "factor" in self:

@@ -123,13 +123,18 @@ def base(tmp_path: Path) -> Path:
     return write_checkpoint(tmp_path / "base", llama_config())
 
 
-def mlx_lm(folder: Path, targets: dict[str, tuple[int, int]], scale: float = 2.0, **config) -> Path:
-    """An adapter of rank 3 as mlx-lm writes it: path -> (in, out)."""
+def mlx_lm(
+    folder: Path, targets: dict[str, tuple[int, int]], scale: float = 2.0, rank: int = 3, **config
+) -> Path:
+    """An adapter as mlx-lm writes it: path -> (in, out)."""
     arrays = {}
     for path, (n_in, n_out) in targets.items():
-        arrays[f"{path}.lora_a"] = mx.array(tensor(f"{path}.a", [n_in, 3]))
-        arrays[f"{path}.lora_b"] = mx.array(tensor(f"{path}.b", [3, n_out]))
-    parameters = {"rank": 3, "scale": scale, "dropout": 0.0}
+        arrays[f"{path}.lora_a"] = mx.array(tensor(f"{path}.a", [n_in, rank]))
+        arrays[f"{path}.lora_b"] = mx.array(tensor(f"{path}.b", [rank, n_out]))
+    if config.get("fine_tune_type") == "dora":
+        for path, (_, n_out) in targets.items():
+            arrays[f"{path}.m"] = mx.array(1 + abs(tensor(f"{path}.m", [n_out])))
+    parameters = {"rank": rank, "scale": scale, "dropout": 0.0}
     return write_adapter(
         folder, MLX_LM, {"lora_parameters": parameters, "num_layers": -1, **config}, arrays
     )
@@ -184,6 +189,41 @@ def test_adapters_of_gated_delta_nets_are_added_to_their_rows(
     got = logits_of(adapted(base, (folder, 1.0)), tokens(20))
     expected = logits_of(mlxkv.load_model(sums, dtype=mx.float32), tokens(20))
     assert abs(got - expected).max() / expected.std() < TOLERANCE
+
+
+def test_rows_on_packed_weights_are_each_as_alone(base: Path, tmp_path: Path) -> None:
+    """Adapters of other targets and ranks each, DoRA among them, and the base; two rows have one of
+    them. More rows than the kernels take at a time."""
+    raw = llama_config(quantization={"group_size": 32, "bits": 4})
+    packed = {}
+    for name, weight in stored(base / "model.safetensors").items():
+        if not name.endswith("_proj.weight"):
+            packed[name] = weight
+            continue
+        arrays = mx.quantize(weight, group_size=32, bits=4)
+        for kind, array in zip(("weight", "scales", "biases"), arrays, strict=True):
+            packed[name.removesuffix("weight") + kind] = array
+    model = mlxkv.load_model(write_checkpoint(tmp_path / "packed", raw, packed), dtype=mx.float32)
+    mlp, attention = "model.layers.1.mlp", "model.layers.1.self_attn"
+    folders = [
+        mlx_lm(tmp_path / "1", {f"{mlp}.up_proj": (64, 96), f"{mlp}.down_proj": (96, 64)}),
+        mlx_lm(tmp_path / "2", {Q: (64, 64), K: (64, 32), f"{attention}.o_proj": (64, 64)}, rank=5),
+        mlx_lm(tmp_path / "3", {K: (64, 32), f"{mlp}.gate_proj": (64, 96)}, fine_tune_type="dora"),
+    ]
+    family = family_for(raw, "")
+    models = [model] + [beside(model, family, [Weighted(open_adapter(each))]) for each in folders]
+    changes = RowChanges(len(models))
+    merged = merge_changes(models, changes)
+    of = [1, 2, 0, 3, 2, 1, 3, 3, 0]
+    changes.set(of)
+    prompt, caches, alone = tokens(20), [mlxkv.make_caches(model) for _ in of], []
+    for i, own in zip(of, caches, strict=True):
+        models[i].last_logits(mx.array([prompt[:-1]]), own)
+        alone.append(logits_of(models[i], prompt)[-1])
+    got = np.array(merged.last_logits(mx.array([[prompt[-1]]] * len(of)), batch(caches)))
+    for row, ref in zip(got, alone, strict=True):
+        assert abs(row - ref).max() / ref.std() < TOLERANCE
+    assert min(abs(got[i] - got[2]).max() for i in (0, 1, 3)) > 0.1
 
 
 def test_a_model_with_adapters_is_made_without_them_again(base: Path, tmp_path: Path) -> None:

@@ -96,6 +96,9 @@ struct Kernels {
   // C[M, N] += A[M, K] B[K, N]; N a multiple of 16.
   void (*matmul)(const float* A, int lda, const float* B, int ldb, float* C, int ldc, int M, int N,
                  int K);
+  // out[i] += the sum over j of h[j] b[i / 16][j][i % 16] for i < n, a multiple of 16, and r ranks;
+  // b is BF16, F16 or F32.
+  void (*spread)(const void* b, Kind, const float* h, int r, int n, float* out);
   // Scales or biases from `at` on as floats.
   void (*numbers)(const void*, Scale, size_t at, int n, float* out);
   void (*gate)(const float* gate, const float* up, float* out, int n, Act, float alpha, float limit);

@@ -4,6 +4,8 @@
 #include "attention.cpp"
 #include "logits.cpp"
 #include "op.cpp"
+#include "low_rank.cpp"
+#include "weights.cpp"
 #include "products.cpp"
 #include "embed.cpp"
 #include "step.cpp"

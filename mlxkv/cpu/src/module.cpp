@@ -86,10 +86,31 @@ Activation activation_of(PyObject* tuple) {
           real(PyTuple_GetItem(tuple, 2))};
 }
 
+// (a, b, factor, shift, changes of rows, (first rank, last rank, first column, last column) of parts)
+struct LowRankArgs {
+  explicit LowRankArgs(PyObject* tuple) {
+    if (tuple == Py_None) return;
+    factor = maybe(PyTuple_GetItem(tuple, 2)), shift = maybe(PyTuple_GetItem(tuple, 3));
+    low.emplace(LowRanks{array_of(PyTuple_GetItem(tuple, 0)), array_of(PyTuple_GetItem(tuple, 1)),
+                         factor, shift, wholes(PyTuple_GetItem(tuple, 4)), {}});
+    const auto numbers = wholes(PyTuple_GetItem(tuple, 5));
+    for (size_t i = 0; i + 3 < numbers.size(); i += 4)
+      low->parts.push_back({numbers[i], numbers[i + 1], numbers[i + 2], numbers[i + 3]});
+  }
+  Maybe factor, shift;
+  MaybeLow low;
+};
+
 mx::array py_linear(Args a) {
   WeightArgs weights(a[1]);
   return linear(array_of(a[0]), weights.weights, maybe(a[2]), real(a[3]), maybe(a[4]),
                 activation_of(a[5]));
+}
+mx::array py_changed_linear(Args a) {
+  WeightArgs weights(a[1]);
+  LowRankArgs low(a[6]);
+  return linear(array_of(a[0]), weights.weights, maybe(a[2]), real(a[3]), maybe(a[4]),
+                activation_of(a[5]), low.low);
 }
 mx::array py_experts(Args a) {
   WeightArgs weights(a[1]);
@@ -130,6 +151,12 @@ mx::array py_gated_mlp(Args a) {
   WeightArgs up(a[1]), down(a[4]);
   return gated_mlp(array_of(a[0]), up.weights, maybe(a[2]), real(a[3]), down.weights, maybe(a[5]),
                    activation_of(a[6]));
+}
+mx::array py_changed_mlp(Args a) {
+  WeightArgs up(a[1]), down(a[4]);
+  LowRankArgs of_up(a[7]), of_down(a[8]);
+  return gated_mlp(array_of(a[0]), up.weights, maybe(a[2]), real(a[3]), down.weights, maybe(a[5]),
+                   activation_of(a[6]), of_up.low, of_down.low);
 }
 // (codes, scales, biases, bits, group, dim)
 CodedKV coded(PyObject* t) {
@@ -179,6 +206,7 @@ PyCFunction function(F f) {
 
 PyMethodDef methods[] = {
     {"linear", function(call<6, py_linear>), METH_FASTCALL, nullptr},
+    {"changed_linear", function(call<7, py_changed_linear>), METH_FASTCALL, nullptr},
     {"experts", function(call<4, py_experts>), METH_FASTCALL, nullptr},
     {"rms_norm", function(call<4, py_rms_norm>), METH_FASTCALL, nullptr},
     {"rotate", function(call<9, py_rotate>), METH_FASTCALL, nullptr},
@@ -186,6 +214,7 @@ PyMethodDef methods[] = {
     {"attend_codes", function(call<8, py_attend_codes>), METH_FASTCALL, nullptr},
     {"attend_step", function(call<16, py_attend_step>), METH_FASTCALL, nullptr},
     {"gated_mlp", function(call<7, py_gated_mlp>), METH_FASTCALL, nullptr},
+    {"changed_mlp", function(call<9, py_changed_mlp>), METH_FASTCALL, nullptr},
     {"embed", function(call<3, py_embed>), METH_FASTCALL, nullptr},
     {"largest", function(call<1, py_largest>), METH_FASTCALL, nullptr},
     {"first_largest", function(call<1, py_first_largest>), METH_FASTCALL, nullptr},

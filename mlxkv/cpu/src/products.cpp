@@ -34,6 +34,7 @@ struct Job {
   Activation activation;
   bool is_chunk;
   float* out;
+  const LowRank* low = nullptr;
 
   bool has_act() const { return activation.act != Act::NONE; }
   bool is_many(const Group& g) const { return is_chunk && g.count >= MANY_ROWS; }
@@ -47,6 +48,8 @@ struct Job {
       for (int c = 0; c < R; ++c) a[c] += bias[first + c];
     if (bias && has_act())
       for (int c = 0; c < R; ++c) u[c] += bias[out_dim + first + c];
+    if (low) low->change(i, first, first + R, a);
+    if (low && has_act()) low->change(i, out_dim + first, out_dim + first + R, u);
     if (has_act()) kernels.gate(a, u, a, R, activation.act, activation.alpha, activation.limit);
     const size_t at = target(i) + first;
     if (residual)
@@ -153,6 +156,11 @@ void few_rows(const Job& job, const Group& group, const Prepared& x, int first, 
   float *a = local.floats(size_t(2) * MOST_ROWS * step), *u = a + MOST_ROWS * step;
   for (int m = 0; m < group.count; m += MOST_ROWS) {
     const int n = std::min(MOST_ROWS, group.count - m), i = group.place + m;
+    for (int j = 0; job.low && j < n; ++j) {
+      job.low->fetch(group.first + m + j, first, last);
+      if (job.has_act())
+        job.low->fetch(group.first + m + j, job.out_dim + first, job.out_dim + last);
+    }
     // Rows behind the group's are zeros, whose results are left.
     kernels.rows(group.weight, x.values(i), x.sums(i), whole(n), first, last, a, step);
     if (job.has_act())
@@ -236,64 +244,25 @@ void compute(Job& job) {
   });
 }
 
-Scale scale_of(const mx::array& scales, Kind kind) {
-  if (scales.dtype() == mx::float32) return Scale::F32;
-  if (scales.dtype() == mx::bfloat16) return Scale::BF16;
-  if (scales.dtype() == mx::float16) return Scale::F16;
-  require(scales.dtype() == mx::uint8, "scales of that dtype are not known");
-  return kind == Kind::FP4 ? Scale::E4M3 : Scale::E8M0;
-}
-
-// The numbers of a weight: where its values lie is known when it is computed.
-Weight shape_of(const Weights& weights, int K) {
-  Weight p{};
-  p.kind = weights.kind;
-  p.group = weights.group;
-  p.K = K;
-  p.N = weights.w.shape(-2);
-  require(K % 32 == 0 && K > 0, "rows are no multiple of 32 values");
-  if (!is_packed(p.kind)) return p;
-  require(weights.scales.has_value(), "packed weights have scales");
-  require(int64_t(K) * bits_of(p.kind) == int64_t(weights.w.shape(-1)) * 32, "codes of other rows");
-  require(p.group >= 16 && K % p.group == 0, "groups do not divide rows");
-  require(K / p.group <= MOST_GROUPS, "rows have too many groups");
-  p.scale = scale_of(*weights.scales, p.kind);
-  // mxfp4 has groups of 32 with powers of two, nvfp4 of 16 with floats.
-  if (p.kind == Kind::FP4 && p.group == 32) p.scale = Scale::E8M0;
-  return p;
-}
-
-// Sets where the values of one expert lie, and takes the arrays that were used off `in`.
-struct Located {
-  Weight weight;
-  const float* bias;
-};
-Located locate(Weight p, const Arrays& in, size_t& at, bool has_biases, bool has_bias, int expert) {
-  const auto& w = in[at++];
-  const size_t bytes_of_rows = size_t(p.N) * p.K * bits_of(p.kind) / 8;
-  p.w = reinterpret_cast<const uint32_t*>(w.data<char>() + expert * bytes_of_rows);
-  if (is_packed(p.kind)) {
-    const auto& scales = in[at++];
-    const size_t bytes = size_t(p.N) * p.n_groups() * scales.itemsize() * expert;
-    p.scales = scales.data<char>() + bytes;
-    if (has_biases) p.biases = in[at++].data<char>() + bytes;
+// The same of rows that are changed; their arrays are taken off `in`.
+void compute(Job& job, const MaybeLowShape& changes, const Arrays& in, size_t& at) {
+  if (!changes) return compute(job);
+  static thread_local Scratch of_rows;
+  if (job.is_normed) {
+    float* rows = of_rows.floats(size_t(job.n_rows) * job.K);
+    for (int i = 0; i < job.n_rows; ++i)
+      in_use().rms(job.row(i), job.norm, job.eps, job.K, rows + size_t(i) * job.K);
+    job.x = rows, job.is_normed = false;
   }
-  const float* bias = has_bias ? floats_of(in[at++]) + size_t(expert) * p.N : nullptr;
-  return {p, bias};
-}
-
-void add_weights(Inputs& in, const Weights& weights) {
-  in.arrays.push_back(weights.w);
-  in.add(weights.scales);
-  in.add(weights.biases);
-  require(!weights.bias || weights.bias->dtype() == mx::float32, "a bias is not float32");
-  in.add(weights.bias);
+  const LowRank low(*changes, in, at, job.x, job.n_rows);
+  job.low = &low;
+  compute(job);
 }
 
 }  // namespace
 
 mx::array linear(const mx::array& x, const Weights& weights, const Maybe& norm, float eps,
-                 const Maybe& residual, Activation activation) {
+                 const Maybe& residual, Activation activation, const MaybeLow& low) {
   require(x.dtype() == mx::float32 && x.ndim() >= 2, "x is no rows of float32");
   const int K = x.shape(-1);
   const Weight shape = shape_of(weights, K);
@@ -309,6 +278,7 @@ mx::array linear(const mx::array& x, const Weights& weights, const Maybe& norm, 
   add_weights(in, weights);
   in.add(norm);
   in.add(residual);
+  const auto changes = low_rank_shape(low, K, shape.N, int(x.size() / K), in);
   auto run = [=](const Arrays& in, mx::array& out) {
     static thread_local Scratch of_x, of_residual;
     size_t at = 1;
@@ -327,12 +297,12 @@ mx::array linear(const mx::array& x, const Weights& weights, const Maybe& norm, 
     job.activation = activation;
     job.is_chunk = is_chunk;
     job.out = floats_of(out);
-    compute(job);
+    compute(job, changes, in, at);
   };
-  return operation("MlxkvLinear", out_shape,
-                   {double(shape.kind), double(shape.group), double(has_biases), double(has_bias),
-                    double(has_norm), eps, double(has_residual), double(activation.act)},
-                   run, in.arrays);
+  Op::Numbers numbers{double(shape.kind), double(shape.group), double(has_biases), double(has_bias),
+                      double(has_norm), eps, double(has_residual), double(activation.act)};
+  if (changes) changes->add_to(numbers);
+  return operation("MlxkvLinear", out_shape, numbers, run, in.arrays);
 }
 
 mx::array experts(const mx::array& x, const Weights& weights, const mx::array& chosen,

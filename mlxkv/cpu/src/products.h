@@ -1,7 +1,7 @@
 // Products of rows with weights: `linear`, and `experts`, where each row has its own weight.
 #pragma once
 
-#include "op.h"
+#include "low_rank.h"
 
 // Weights [N, K] or [E, N, K] as MLX packs them, with what belongs to them.
 struct Weights {
@@ -18,9 +18,10 @@ struct Activation {
   float alpha, limit;
 };
 
-// act(rms_norm(x) W^T + b) + residual of x [..., K]; the norm's weight may be left out.
+// act(rms_norm(x) W^T + b) + residual of x [..., K]; the norm's weight may be left out. Changes are
+// of what the activation takes.
 mx::array linear(const mx::array& x, const Weights&, const Maybe& norm, float eps,
-                 const Maybe& residual, Activation);
+                 const Maybe& residual, Activation, const MaybeLow& = {});
 
 // act(x W_e^T + b_e) for the k experts [..., k] of each row: [..., k, N].
 // x is [..., K], a row for all its experts, or [..., k, K].

@@ -104,7 +104,8 @@ Arrays attend_step(const mx::array& qkv, const mx::array& frequencies, const mx:
 }
 
 mx::array gated_mlp(const mx::array& x, const Weights& up, const Maybe& norm, float eps,
-                    const Weights& down, const Maybe& residual, Activation activation) {
+                    const Weights& down, const Maybe& residual, Activation activation,
+                    const MaybeLow& of_up, const MaybeLow& of_down) {
   require(x.dtype() == mx::float32 && x.ndim() >= 2, "x is no rows of float32");
   const int K = x.shape(-1), n = int(x.size() / K);
   require(activation.act != Act::NONE && n <= MOST_ROWS, "many rows are products of their own");
@@ -121,6 +122,8 @@ mx::array gated_mlp(const mx::array& x, const Weights& up, const Maybe& norm, fl
   add_weights(in, down);
   in.add(norm);
   in.add(residual);
+  const auto up_changes = low_rank_shape(of_up, K, up_shape.N, n, in);
+  const auto down_changes = low_rank_shape(of_down, down_shape.K, down_shape.N, n, in);
   auto run = [=](const Arrays& in, mx::array& out) {
     static thread_local Scratch of_x, of_residual, of_between;
     size_t at = 1;
@@ -136,23 +139,26 @@ mx::array gated_mlp(const mx::array& x, const Weights& up, const Maybe& norm, fl
     job.is_normed = is_normed;
     job.norm = has_norm ? floats_of(in[at++]) : nullptr;
     job.eps = eps;
+    const float* added = has_residual ? dense(in[at++], of_residual) : nullptr;
     job.activation = activation;
     job.out = of_between.floats(size_t(n) * down_shape.K);
-    compute(job);
+    compute(job, up_changes, in, at);
     Job last{};
     last.n_rows = n;
     last.groups = {{second.weight, second.bias, 0, n}};
     last.x = job.out;
     last.K = down_shape.K;
     last.out_dim = down_shape.N;
-    last.residual = has_residual ? dense(in[at++], of_residual) : nullptr;
+    last.residual = added;
     last.out = floats_of(out);
-    compute(last);
+    compute(last, down_changes, in, at);
   };
-  return operation("MlxkvGatedMLP", out_shape,
-                   {double(up_shape.kind), double(up_shape.group), double(down_shape.kind),
-                    double(down_shape.group), double(up_biases), double(up_bias),
-                    double(down_biases), double(down_bias), double(has_norm), eps,
-                    double(has_residual), double(activation.act), activation.alpha, activation.limit},
-                   run, in.arrays);
+  Op::Numbers numbers{double(up_shape.kind), double(up_shape.group), double(down_shape.kind),
+                      double(down_shape.group), double(up_biases), double(up_bias),
+                      double(down_biases), double(down_bias), double(has_norm), eps,
+                      double(has_residual), double(activation.act), activation.alpha,
+                      activation.limit};
+  for (auto* changes : {&up_changes, &down_changes})
+    if (*changes) (*changes)->add_to(numbers);
+  return operation("MlxkvGatedMLP", out_shape, numbers, run, in.arrays);
 }

@@ -18,4 +18,5 @@ Arrays attend_step(const mx::array& qkv, const mx::array& frequencies, const mx:
 
 // down(act(norm(x) W^T + b)) + residual of up to MOST_ROWS rows; `up` as for `linear`.
 mx::array gated_mlp(const mx::array& x, const Weights& up, const Maybe& norm, float eps,
-                    const Weights& down, const Maybe& residual, Activation);
+                    const Weights& down, const Maybe& residual, Activation,
+                    const MaybeLow& of_up = {}, const MaybeLow& of_down = {});

@@ -1,0 +1,66 @@
+// Changes of products by matrices of low rank, of which each row has its own: see `nn/lora_rows`.
+#pragma once
+
+#include "op.h"
+
+// Ranks [first, last) of a change, which add to columns [start, stop) of the product.
+struct LowRankPart {
+  int first, last, start, stop;
+  size_t at = 0;  // where its values begin in `b`
+
+  int rank() const { return last - first; }
+  size_t n_values() const { return size_t(rank()) * padded(stop - start); }
+};
+
+// Row i becomes (row i) factor + shift + (x_i a^T) b, with those of change `of[i % of.size()]`; a
+// change of -1 leaves it as it is.
+struct LowRanks {
+  const mx::array &a, &b;         // [n, R, K] and [n, values of all parts], float32 or 16 bits
+  const Maybe &factor, &shift;    // [n, N], float32
+  std::vector<int> of;
+  std::vector<LowRankPart> parts;  // values of a part: [columns / 16, ranks, 16]
+};
+using MaybeLow = std::optional<LowRanks>;
+
+// Their numbers: where the arrays lie is known when they are used.
+struct LowRankShape {
+  Weight a{};
+  Kind b_kind = Kind::F32;
+  size_t n_values = 0;
+  int N = 0;  // columns of the product
+  bool has_factor = false, has_shift = false;
+  std::vector<int> of;
+  std::vector<LowRankPart> parts;
+
+  // Of a product [n_rows, N] of rows of K.
+  LowRankShape(const LowRanks&, int K, int N, int n_rows);
+  // What tells two of them apart.
+  void add_to(Op::Numbers&) const;
+};
+using MaybeLowShape = std::optional<LowRankShape>;
+
+// The numbers of changes, if there are any, whose arrays are added to `in`.
+MaybeLowShape low_rank_shape(const MaybeLow&, int K, int N, int n_rows, Inputs& in);
+
+// Changes at work in one product.
+class LowRank {
+ public:
+  // Takes the arrays of `low_rank_shape` off `in`, and multiplies rows with `a`.
+  LowRank(const LowRankShape& shape, const Arrays& in, size_t& at, const float* x, int n_rows);
+  // Columns [first, last) of row i of the product; up to 15 values behind them are written.
+  void change(int i, int first, int last, float* values) const;
+  // Begins to read what that needs.
+  void fetch(int i, int first, int last) const;
+
+ private:
+  int of(int i) const { return shape_.of[i % shape_.of.size()]; }
+  // Calls f(values of `b`, part, first column, last) for the parts of row i that meet columns.
+  template <class F>
+  void each(int i, int first, int last, F&& f) const;
+  void reduce(const float* x, int first, int count, int start, int stop);
+
+  const LowRankShape& shape_;
+  const char *a_, *b_;
+  const float *factor_ = nullptr, *shift_ = nullptr;
+  float* h_;  // [n_rows, R]
+};
