@@ -14,6 +14,7 @@ import mlx.core as mx
 
 from mlxkv.generation.session import Session
 from mlxkv.kv.layout import LayerCache
+from mlxkv.nn import kernels
 from mlxkv.nn.lora_rows import RowChanges, merge_changes
 from mlxkv.nn.model import CausalLM
 
@@ -73,6 +74,7 @@ class MixedModels:
             self._refused = set(wanted)
             return
         mx.eval(changes.arrays)
+        kernels.ask_for_huge_pages(changes.arrays)
         self._models, self._merged, self._changes = known, merged, changes
         self._nbytes = n_bytes
         self._count(n_bytes)

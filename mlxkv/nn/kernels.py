@@ -69,9 +69,15 @@ def settle(model: nn.Module, *, is_hollow: bool = False) -> None:
     for module in reversed(model.modules()):
         if isinstance(module, Settled):
             module.settle(is_hollow=is_hollow)
+    if not is_hollow:
+        ask_for_huge_pages([array for _, array in tree_flatten(model.parameters())])
+
+
+def ask_for_huge_pages(arrays: list[Any]) -> None:
+    """Have computed arrays that the kernels read in every step lie in large pages, soon."""
     found = kernels()
-    if found is not None and not is_hollow:
-        found.huge_pages([array for _, array in tree_flatten(model.parameters())])
+    if found is not None:
+        found.huge_pages(arrays)
 
 
 def kernels() -> ModuleType | None:

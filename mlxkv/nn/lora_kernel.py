@@ -53,7 +53,7 @@ class RowsChange:
         n_out = some[0]["lora_b"].shape[0]
         parts = _common([change.parts for change in some], n_out)
         pairs = [_laid_out(change, parts) for change in some]
-        self._a, self._b = (mx.stack(arrays) for arrays in zip(*pairs, strict=True))
+        self._a, self._b = (mx.stack(list(arrays)) for arrays in zip(*pairs, strict=True))
         self._factor = _stacked([change.get("factor") for change in some], 1.0)
         self._shift = _stacked([change.get("shift") for change in some], 0.0)
         ends = itertools.pairwise(itertools.accumulate((n for n, *_ in parts), initial=0))
@@ -100,7 +100,7 @@ def _laid_out(change: AdaptedLinear, parts: Sequence[Part]) -> tuple[mx.array, m
         rows = mx.concatenate([a[:0], *(a[at] for at in ranges)])
         columns = mx.concatenate([b[:, :0], *(b[:, at] for at in ranges)], axis=1)[start:stop]
         of_a.append(mx.pad(rows, [(0, rank - rows.shape[0]), (0, 0)]))
-        more = (0, -(stop - start) % BLOCK), (0, rank - columns.shape[1])
+        more = [(0, -(stop - start) % BLOCK), (0, rank - columns.shape[1])]
         blocks = mx.unflatten(mx.pad(columns, more), 0, (-1, BLOCK))
         of_b.append(blocks.swapaxes(1, 2).flatten())
     return mx.concatenate(of_a), mx.concatenate(of_b)

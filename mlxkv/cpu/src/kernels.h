@@ -96,6 +96,8 @@ struct Kernels {
   // C[M, N] += A[M, K] B[K, N]; N a multiple of 16.
   void (*matmul)(const float* A, int lda, const float* B, int ldb, float* C, int ldc, int M, int N,
                  int K);
+  // out[j] = row j of a [n, K] times x; a is BF16, F16 or F32, K a multiple of 16.
+  void (*dots)(const void* a, Kind, const float* x, int n, int K, float* out);
   // out[i] += the sum over j of h[j] b[i / 16][j][i % 16] for i < n, a multiple of 16, and r ranks;
   // b is BF16, F16 or F32.
   void (*spread)(const void* b, Kind, const float* h, int r, int n, float* out);

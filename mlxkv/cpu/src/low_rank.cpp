@@ -7,7 +7,7 @@
 
 namespace {
 
-// Ranks that are a piece of work.
+// Ranks that are a piece of work, where rows are few.
 constexpr int RANKS = 8;
 
 Kind kind_of(const mx::array& x) {
@@ -16,9 +16,6 @@ Kind kind_of(const mx::array& x) {
   require(x.dtype() == mx::float16, "changes are no floats");
   return Kind::F16;
 }
-
-// 1 to 4, 6 or 8 rows are computed at a time.
-int whole_rows(int n) { return n > 4 ? (n + 1) / 2 * 2 : n; }
 
 }  // namespace
 
@@ -67,36 +64,16 @@ LowRank::LowRank(const LowRankShape& shape, const Arrays& in, size_t& at, const 
   if (shape.has_shift) shift_ = floats_of(in[at++]);
   static thread_local Scratch kept;
   h_ = kept.floats(size_t(n_rows) * shape.a.N);
-  struct Piece {
-    int first, count, rank;
-  };
-  std::vector<Piece> pieces;
-  for (int i = 0, n = 1; i < n_rows; i += n, n = 1) {
-    if (of(i) < 0) continue;
-    while (n < MOST_ROWS && i + n < n_rows && of(i + n) == of(i)) ++n;
-    for (int rank = 0; rank < shape.a.N; rank += RANKS) pieces.push_back({i, n, rank});
-  }
-  Pool::get().run(int(pieces.size()), [&](int i) {
-    const auto& piece = pieces[i];
-    reduce(x, piece.first, piece.count, piece.rank, std::min(shape.a.N, piece.rank + RANKS));
+  // As few pieces as keep all cores at work.
+  const int R = shape.a.N, n = n_rows < 2 * Pool::get().size() ? (R + RANKS - 1) / RANKS : 1;
+  const int step = n > 1 ? RANKS : R;
+  Pool::get().run(n_rows * n, [&](int piece) {
+    const int i = piece / n, rank = piece % n * step;
+    if (of(i) < 0) return;
+    const size_t row = (size_t(of(i)) * R + rank) * shape.a.K;
+    in_use().dots(a_ + row * bits_of(shape.a.kind) / 8, shape.a.kind, x + size_t(i) * shape.a.K,
+                  std::min(step, R - rank), shape.a.K, h_ + size_t(i) * R + rank);
   });
-}
-
-// Ranks [start, stop) of rows with one change.
-void LowRank::reduce(const float* x, int first, int count, int start, int stop) {
-  const auto& kernels = in_use();
-  Weight a = shape_.a;
-  a.w = reinterpret_cast<const uint32_t*>(a_ + size_t(of(first)) * a.N * a.K * bits_of(a.kind) / 8);
-  const int M = whole_rows(count), length = length_of(a, kernels.lanes);
-  static thread_local Scratch local;
-  float* rows = local.floats(size_t(M) * (length + RANKS));
-  float* found = rows + size_t(M) * length;
-  if (M > count) std::memset(rows, 0, sizeof(float) * M * length);
-  for (int m = 0; m < count; ++m)
-    kernels.prepare(a, x + size_t(first + m) * a.K, M, rows + m * kernels.lanes);
-  kernels.rows(a, rows, nullptr, M, start, stop, found, RANKS);
-  for (int m = 0; m < count; ++m)
-    std::memcpy(h_ + size_t(first + m) * a.N + start, found + m * RANKS, sizeof(float) * (stop - start));
 }
 
 template <class F>

@@ -57,7 +57,6 @@ class LowRank {
   // Calls f(values of `b`, part, first column, last) for the parts of row i that meet columns.
   template <class F>
   void each(int i, int first, int last, F&& f) const;
-  void reduce(const float* x, int first, int count, int start, int stop);
 
   const LowRankShape& shape_;
   const char *a_, *b_;

@@ -148,6 +148,18 @@ class Prepared {
   float *values_, *sums_;
 };
 
+// Columns [first, last) of n rows of a group from row `m` on, whose changes begin to be read for a
+// few columns at a time: a core has to wait behind too many reads at once.
+void changed_rows(const Job& job, const Group& group, const Prepared& x, int m, int n, int first,
+                  int last, float* out, int ldo) {
+  const int i = group.place + m;
+  for (int c = first; c < last; c += 16) {
+    const int stop = std::min(last, c + 16);
+    for (int j = 0; j < n; ++j) job.low->fetch(group.first + m + j, c, stop);
+    in_use().rows(group.weight, x.values(i), x.sums(i), whole(n), c, stop, out + c - first, ldo);
+  }
+}
+
 // Columns [first, last) of the result, of the rows of a group.
 void few_rows(const Job& job, const Group& group, const Prepared& x, int first, int last) {
   const auto& kernels = in_use();
@@ -156,16 +168,17 @@ void few_rows(const Job& job, const Group& group, const Prepared& x, int first, 
   float *a = local.floats(size_t(2) * MOST_ROWS * step), *u = a + MOST_ROWS * step;
   for (int m = 0; m < group.count; m += MOST_ROWS) {
     const int n = std::min(MOST_ROWS, group.count - m), i = group.place + m;
-    for (int j = 0; job.low && j < n; ++j) {
-      job.low->fetch(group.first + m + j, first, last);
-      if (job.has_act())
-        job.low->fetch(group.first + m + j, job.out_dim + first, job.out_dim + last);
-    }
     // Rows behind the group's are zeros, whose results are left.
-    kernels.rows(group.weight, x.values(i), x.sums(i), whole(n), first, last, a, step);
-    if (job.has_act())
-      kernels.rows(group.weight, x.values(i), x.sums(i), whole(n), job.out_dim + first,
-                   job.out_dim + last, u, step);
+    if (!job.low) {
+      kernels.rows(group.weight, x.values(i), x.sums(i), whole(n), first, last, a, step);
+      if (job.has_act())
+        kernels.rows(group.weight, x.values(i), x.sums(i), whole(n), job.out_dim + first,
+                     job.out_dim + last, u, step);
+    } else {
+      changed_rows(job, group, x, m, n, first, last, a, step);
+      if (job.has_act())
+        changed_rows(job, group, x, m, n, job.out_dim + first, job.out_dim + last, u, step);
+    }
     for (int j = 0; j < n; ++j)
       job.finish(group.bias, a + j * step, u + j * step, first, R, group.first + m + j);
   }
