@@ -119,6 +119,11 @@ class AdaptedLinear(kernels.Settled, Adapted):
         """`LowRank.own_parts` of its change."""
         return self["_parts"]
 
+    @property
+    def narrow_dtypes(self) -> tuple[mx.Dtype, ...]:
+        """The smallest that hold all values of `lora_a` and of `lora_b`, as far as that is known."""
+        return self.get("_narrow", (mx.float32, mx.float32))
+
     def __init__(self, base: nn.Module, change: LowRank):
         a, b = change.a.T, change.b.T
         parts = change.own_parts
@@ -136,6 +141,8 @@ class AdaptedLinear(kernels.Settled, Adapted):
         self.uses_kernels = all(weight is not None for weight in found)
         if self.uses_kernels:
             self._a, self._b = found
+        if self.uses_kernels and not is_hollow:
+            self._narrow = tuple(_narrowest(self[name]) for name in ("lora_a", "lora_b"))
 
     def __call__(
         self, x: mx.array, norm: nn.Module | None = None, plus: mx.array | None = None
@@ -166,6 +173,13 @@ class AdaptedLinear(kernels.Settled, Adapted):
 
     def _changed(self, y: mx.array, x: mx.array, b: mx.array) -> mx.array:
         return mx.addmm(y, x @ self["lora_a"].T, b.T)
+
+
+def _narrowest(array: mx.array) -> mx.Dtype:
+    for dtype in (mx.bfloat16, mx.float16):
+        if mx.array_equal(array.astype(dtype).astype(array.dtype), array).item():
+            return dtype
+    return array.dtype
 
 
 class AdaptedEmbedding(Adapted):
