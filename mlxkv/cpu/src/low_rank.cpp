@@ -58,8 +58,13 @@ MaybeLowShape low_rank_shape(const MaybeLow& low, int K, int N, int n_rows, Inpu
 }
 
 LowRank::LowRank(const LowRankShape& shape, const Arrays& in, size_t& at, const float* x, int n_rows)
-    : shape_(shape), a_(in[at].data<char>()), b_(in[at + 1].data<char>()) {
+    : shape_(shape),
+      a_(in[at].data<char>()),
+      b_(in[at + 1].data<char>()),
+      of_(n_rows),
+      b_bytes_(bits_of(shape.b_kind) / 8) {
   at += 2;
+  for (int i = 0; i < n_rows; ++i) of_[i] = shape.of[i % shape.of.size()];
   if (shape.has_factor) factor_ = floats_of(in[at++]);
   if (shape.has_shift) shift_ = floats_of(in[at++]);
   static thread_local Scratch kept;
@@ -69,8 +74,8 @@ LowRank::LowRank(const LowRankShape& shape, const Arrays& in, size_t& at, const 
   const int step = n > 1 ? RANKS : R;
   Pool::get().run(n_rows * n, [&](int piece) {
     const int i = piece / n, rank = piece % n * step;
-    if (of(i) < 0) return;
-    const size_t row = (size_t(of(i)) * R + rank) * shape.a.K;
+    if (of_[i] < 0) return;
+    const size_t row = (size_t(of_[i]) * R + rank) * shape.a.K;
     in_use().dots(a_ + row * bits_of(shape.a.kind) / 8, shape.a.kind, x + size_t(i) * shape.a.K,
                   std::min(step, R - rank), shape.a.K, h_ + size_t(i) * R + rank);
   });
@@ -78,25 +83,25 @@ LowRank::LowRank(const LowRankShape& shape, const Arrays& in, size_t& at, const 
 
 template <class F>
 void LowRank::each(int i, int first, int last, F&& f) const {
-  const char* own = b_ + of(i) * shape_.n_values * bits_of(shape_.b_kind) / 8;
+  const char* own = b_ + of_[i] * shape_.n_values * b_bytes_;
   for (const auto& part : shape_.parts) {
     const int start = std::max(first, part.start), stop = std::min(last, part.stop);
     if (start >= stop) continue;
     const size_t at = part.at + size_t(start - part.start) * part.rank();
-    f(own + at * bits_of(shape_.b_kind) / 8, part, start, stop);
+    f(own + at * b_bytes_, part, start, stop);
   }
 }
 
 void LowRank::fetch(int i, int first, int last) const {
-  if (of(i) < 0) return;
+  if (of_[i] < 0) return;
   each(i, first, last, [&](const char* b, const LowRankPart& part, int start, int stop) {
-    const size_t n_bytes = size_t(padded(stop - start)) * part.rank() * bits_of(shape_.b_kind) / 8;
+    const size_t n_bytes = size_t(padded(stop - start)) * part.rank() * b_bytes_;
     for (size_t at = 0; at < n_bytes; at += 64) __builtin_prefetch(b + at);
   });
 }
 
 void LowRank::change(int i, int first, int last, float* values) const {
-  const int change = of(i);
+  const int change = of_[i];
   if (change < 0) return;
   const size_t row = size_t(change) * shape_.N + first;
   if (factor_)

@@ -53,7 +53,6 @@ class LowRank {
   void fetch(int i, int first, int last) const;
 
  private:
-  int of(int i) const { return shape_.of[i % shape_.of.size()]; }
   // Calls f(values of `b`, part, first column, last) for the parts of row i that meet columns.
   template <class F>
   void each(int i, int first, int last, F&& f) const;
@@ -61,5 +60,7 @@ class LowRank {
   const LowRankShape& shape_;
   const char *a_, *b_;
   const float *factor_ = nullptr, *shift_ = nullptr;
+  std::vector<int> of_;  // the change of each row
+  size_t b_bytes_;       // of a value of `b`
   float* h_;  // [n_rows, R]
 };
