@@ -121,7 +121,7 @@ class AdaptedLinear(kernels.Settled, Adapted):
 
     @property
     def narrow_dtypes(self) -> tuple[mx.Dtype, ...]:
-        """The smallest that hold all values of `lora_a` and of `lora_b`, as far as that is known."""
+        """The smallest that hold all values of `lora_a` and of `lora_b`, where they are known."""
         return self.get("_narrow", (mx.float32, mx.float32))
 
     def __init__(self, base: nn.Module, change: LowRank):
