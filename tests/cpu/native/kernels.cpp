@@ -173,6 +173,19 @@ bool same_largest(const Kernels& k, const Kernels& baseline) {
   return true;
 }
 
+// What a change of n ranks adds to a row of `columns` values.
+bool low_rank(const Kernels& k, const Kernels& baseline, Kind kind, int n, int columns) {
+  const Stored a(kind, Scale::F32, n, 96, 32, false), b(kind, Scale::F32, n, columns, 32, false);
+  const Floats x = random_floats(96);
+  auto added = [&](const Kernels& own) {
+    Floats h(static_cast<size_t>(n)), out(static_cast<size_t>(columns), 1.0f);
+    own.dots(a.weight.w, kind, x.data(), n, 96, h.data());
+    own.spread(b.weight.w, kind, h.data(), n, columns, out.data());
+    return out;
+  };
+  return agree("a change", k, a.weight, added(k), added(baseline));
+}
+
 }  // namespace
 
 int main() {
@@ -184,6 +197,9 @@ int main() {
     std::printf("%s\n", k->name);
     for (auto [N, K] : {std::pair(17, 96), {50, 160}, {5, 1152}}) fine &= all_products(*k, *baseline, N, K);
     fine &= same_largest(*k, *baseline);
+    for (Kind kind : {Kind::F32, Kind::BF16, Kind::F16})
+      for (auto [n, columns] : {std::pair(1, 16), {7, 48}, {24, 112}})
+        fine &= low_rank(*k, *baseline, kind, n, columns);
     for (int G : {1, 3, 8})
       for (auto [L, S] : {std::pair(1, 1), {5, 5}, {7, 70}, {33, 130}})
         fine &= attention(*k, *baseline, G, 48, 32, L, S);
