@@ -184,7 +184,8 @@ class Changes:
             if target.magnitude is not None:
                 raise UnsupportedModel(self._says(target, "is DoRA of experts: only LoRA is"))
         plain = {i: _plain(target) for i, target in targets.items()}
-        zero = LowRank(*(mx.zeros_like(x) for x in (plain[max(plain)].a, plain[max(plain)].b)))
+        one = next(iter(plain.values()))
+        zero = LowRank(mx.zeros_like(one.a), mx.zeros_like(one.b))
         all_of = [plain.get(i, zero) for i in range(n_experts)]
         a, b = mx.stack([c.a for c in all_of]), mx.stack([c.b for c in all_of])
         return Change(place, LowRank(a, b), self._weight)
