@@ -15,6 +15,7 @@ import mlxkv
 from mlxkv.checkpoint.weights import open_weights
 from mlxkv.convert import convert
 from mlxkv.errors import ConfigError, UnsupportedModel, WeightsError
+from mlxkv.models import reading
 from mlxkv.models.gpt_oss import Config, remap
 from mlxkv.nn.attention import attend
 from mlxkv.nn.moe import QuantizedExpertLinear
@@ -191,7 +192,8 @@ def test_mlx_communitys_layout_is_the_same_model(tmp_path, released):
     assert_same(logits(folder), logits(same))
 
 
-def test_packed_experts_are_never_unpacked_in_memory(tmp_path):
+def test_packed_experts_are_never_unpacked_in_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(reading, "MOST_BYTES", 1)  # layer after layer
     config = {**RELEASED, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4,
               "layer_types": None, "num_local_experts": 8}  # fmt: skip
     stored = weights_of(config)

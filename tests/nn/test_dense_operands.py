@@ -20,9 +20,15 @@ from mlxkv.nn.moe import ExpertLinear
 from tests.nn.test_batch import FAMILIES, Case, folder, load  # noqa: F401
 
 CHUNK = 40
-COPIED = {"glm4-moe-plain": "rope of 8 of", "glm4-moe-lite-plain": "rope of 8 of (2, 4, 1, 8)"}
-"""What is copied all the same: heads that turn in part and in halves, and the turning part of a
-batch's queries, where the rest of each head comes first."""
+COPIED = {
+    "glm4-moe-plain": "rope of 8 of",
+    "glm4-moe-lite-plain": "rope of 8 of (2, 4, 1, 8)",
+    "qwen3-next-plain": "rms_norm of",
+    "qwen3-5-plain": "rms_norm of",
+}
+"""What is copied all the same: heads that turn in part and in halves, the turning part of a
+batch's queries, where the rest of each head comes first, and what a gated delta net norms: heads
+that are some of a convolution's channels, and its result, which lies head by head."""
 
 
 def strides(x: mx.array) -> tuple[int, ...]:
