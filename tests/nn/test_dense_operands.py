@@ -23,8 +23,8 @@ CHUNK = 40
 COPIED = {
     "glm4-moe-plain": "rope of 8 of",
     "glm4-moe-lite-plain": "rope of 8 of (2, 4, 1, 8)",
-    "qwen3-next-plain": "rms_norm of",
-    "qwen3-5-plain": "rms_norm of",
+    "qwen3-next-plain": ("rms_norm of", "rope of 8 of"),
+    "qwen3-5-plain": ("rms_norm of", "rope of 8 of"),
 }
 """What is copied all the same: heads that turn in part and in halves, the turning part of a
 batch's queries, where the rest of each head comes first, and what a gated delta net norms: heads
