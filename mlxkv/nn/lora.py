@@ -210,8 +210,8 @@ class AdaptedEmbedding(Adapted):
         return mx.addmm(y, x @ self["head_a"], self["head_b"]) if "head_a" in self else y
 
 
-class AdaptedExperts(Adapted):
-    """The projection of a layer's experts, see `moe.ExpertLinear`."""
+class OfExperts(nn.Module):
+    """What a block of experts asks of a projection, answered by the `base` that is changed."""
 
     @property
     def n_experts(self) -> int:
@@ -224,6 +224,10 @@ class AdaptedExperts(Adapted):
     @property
     def gathers(self) -> bool:
         return self["base"].gathers
+
+
+class AdaptedExperts(OfExperts, Adapted):
+    """The projection of a layer's experts, see `moe.ExpertLinear`."""
 
     def __call__(self, x: mx.array, indices: mx.array, in_order: bool = False) -> mx.array:
         base: Any = self["base"]

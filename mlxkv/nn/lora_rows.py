@@ -28,6 +28,7 @@ from mlxkv.nn.lora import (
     AdaptedHeads,
     AdaptedLinear,
     AdaptedRouter,
+    OfExperts,
 )
 from mlxkv.nn.moe import GatedExperts
 from mlxkv.nn.tree import copied, merged
@@ -246,7 +247,7 @@ class RowsHeads(nn.Module):
         return base.back(x) + (x @ b.swapaxes(-1, -2)) @ a.swapaxes(-1, -2)
 
 
-class RowsExperts(nn.Module):
+class RowsExperts(OfExperts):
     """The projection of a layer's experts, see `moe.ExpertLinear`.
 
     `indices` are those of experts and changes in one: `expert * n + change`, so that rows in the
@@ -261,18 +262,6 @@ class RowsExperts(nn.Module):
                 arrays = [None if pair is None else pair[i] for pair in _pairs(adapted)]
                 stack = changes.stacked(arrays, axis=1)  # [E, n, in, r]
                 self[name] = changes.kept(stack.flatten(0, 1))
-
-    @property
-    def n_experts(self) -> int:
-        return self["base"].n_experts
-
-    @property
-    def dense_rows(self) -> int:
-        return self["base"].dense_rows
-
-    @property
-    def gathers(self) -> bool:
-        return self["base"].gathers
 
     def __call__(self, x: mx.array, indices: mx.array, in_order: bool = False) -> mx.array:
         base: Any = self["base"]
