@@ -5,6 +5,7 @@ Whatever happens, what is handed out is the KV of exactly the tokens it is hande
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 from pathlib import Path
@@ -126,6 +127,7 @@ def interrupted(action, n_call: int) -> bool:
             if calls == n_call + 2:  # the first is the action's own
                 raise Interrupt
 
+    gc.disable()  # what its callbacks call is no call of the action, and what they raise is lost
     sys.setprofile(profile)
     try:
         action()
@@ -133,6 +135,7 @@ def interrupted(action, n_call: int) -> bool:
         return True
     finally:
         sys.setprofile(None)
+        gc.enable()
     return False
 
 
