@@ -252,6 +252,11 @@ _NO_MEMORY = re.compile(
 )
 
 
+def shortened(name: str) -> str:
+    """A name for a message: of a long one the first 77 characters and dots."""
+    return name if len(name) <= 80 else f"{name[:77]}..."
+
+
 def lacks_memory(error: BaseException) -> bool:
     """Whether the system, Python or a library could not get memory, or the stack of a thread."""
     if isinstance(error, OSError) and error.errno is not None:

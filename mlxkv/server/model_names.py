@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mlxkv.base.paths import NAME, models_dir, slug
 from mlxkv.engine.messages import Ask, Engine
-from mlxkv.errors import MlxkvError, ModelNotFound, UsageError
+from mlxkv.errors import MlxkvError, ModelNotFound, UsageError, shortened
 from mlxkv.generation.request import Request
 from mlxkv.server.config import ServerConfig
 from mlxkv.server.threads import run_in_threadpool
@@ -254,4 +254,4 @@ def _not_found(name: str) -> ModelNotFound:
 
 
 def _short(name: str) -> str:
-    return repr(name if len(name) <= 80 else name[:77] + "...")
+    return repr(shortened(name))

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from mlxkv.base import regular
 from mlxkv.base.durable import write_whole
 from mlxkv.base.paths import models_dir
-from mlxkv.errors import MlxkvError, OutputError, UsageError
+from mlxkv.errors import MlxkvError, OutputError, UsageError, shortened
 
 FILE = ".aliases.json"
 """No model has a name that starts with a dot."""
@@ -62,8 +62,7 @@ def check_alias_spelling(name: str) -> None:
         UsageError: it is none.
     """
     if len(name) > _MAX_CHARS or not SPELLING.fullmatch(name) or name.endswith(".gguf"):
-        shown = name if len(name) <= 80 else name[:77] + "..."
         raise UsageError(
             "an alias must be letters, digits, '.', '_', '-' and '@', in parts that '/' or ':' "
-            f"joins; got {shown!r}"
+            f"joins; got {shortened(name)!r}"
         )

@@ -16,6 +16,7 @@ from fastapi import Request as HTTPRequest
 from starlette.exceptions import HTTPException
 
 from mlxkv.engine.messages import Ask, Engine
+from mlxkv.errors import shortened
 from mlxkv.generation.request import is_messages
 from mlxkv.media.limits import MAX_FILES, MAX_PICTURE_BYTES, MAX_SOUND_BYTES
 from mlxkv.server import sse
@@ -78,8 +79,8 @@ async def with_media(
 def _check(given: Sequence[Given], able: Abilities, model: LocalModel) -> None:
     for each in given:
         if each.kind not in able.kinds:
-            name = repr(model.name if len(model.name) <= 80 else model.name[:77] + "...")
-            raise refused(each.place, f"model {name} takes no {KINDS[each.kind][0]}")
+            name = shortened(model.name)
+            raise refused(each.place, f"model {name!r} takes no {KINDS[each.kind][0]}")
 
 
 async def _files(
