@@ -11,14 +11,14 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from mlxkv.base.paths import NAME
 from mlxkv.checkpoint.adapter_files import GGUF
-from mlxkv.errors import ModelNotFound, OutputError, UsageError
+from mlxkv.errors import ModelNotFound, OutputError, UsageError, shortened
 from mlxkv.store.adapters import (
     AdapterRef,
     StoredAdapter,
     cached,
     copy_files,
+    is_keepable,
     is_of,
     is_there,
     kept,
@@ -65,9 +65,9 @@ def find_named(name: str) -> Path:
     try:
         return kept(name) or cached(name)
     except ModelNotFound:
-        shown = name if len(name) <= 80 else f"{name[:77]}..."
         raise ModelNotFound(
-            f"adapter {shown!r} not found: `mlxkv adapters ls` lists those that requests may name"
+            f"adapter {shortened(name)!r} not found: `mlxkv adapters ls` lists those that requests "
+            "may name"
         ) from None
 
 
@@ -78,7 +78,7 @@ def add(name: str, ref: AdapterRef) -> Path:
         UsageError: a name that is no folder's, or one that exists.
         OutputError: it cannot be written.
     """
-    if not NAME.fullmatch(name) or ":" in name:
+    if not is_keepable(name):
         raise UsageError(f"an adapter's name has letters, digits, '.', '_' and '-'; got {name!r}")
     folder, work = kept_dir() / name, kept_dir() / f".work-{name}"
     if folder.exists():

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -126,11 +126,20 @@ def kept_dir() -> Path:
 
 def kept(name: str) -> Path | None:
     """The directory, or .gguf file, of an adapter that is kept there; None if there is none."""
-    if not NAME.fullmatch(name) or ":" in name:
+    if not is_keepable(name):
         return None
-    folder = kept_dir() / name
-    files = list(folder.glob(f"*{GGUF}"))
-    return files[0] if files else folder if is_adapter(folder) else None
+    path = _in_folder(kept_dir() / name)
+    return path if path.suffix == GGUF or is_adapter(path) else None
+
+
+def is_keepable(name: str) -> bool:
+    """Whether an adapter may be kept under a name."""
+    return NAME.fullmatch(name) is not None and ":" not in name
+
+
+def _in_folder(folder: Path) -> Path:
+    """The adapter that was copied into a folder: its .gguf file, or the folder."""
+    return next(folder.glob(f"*{GGUF}"), folder)
 
 
 def find(name: str, *, fetch: bool = True) -> Path:
@@ -153,10 +162,9 @@ def find(name: str, *, fetch: bool = True) -> Path:
         return path.absolute()
     if (here := kept(name)) is not None:
         return here
-    repo = REPO.fullmatch(name)
-    if repo is None:
+    ref = HubRef.read(name)
+    if ref is None:
         raise ModelNotFound(f"{name}: no such adapter; name a directory, a .gguf file or org/name")
-    ref = HubRef(repo["repo"], repo["wanted"], repo["revision"])
     found = _cached(ref)
     if found is None and not fetch:
         raise ModelNotFound(f"{name} is not here; a model that is loaded with it fetches it")
@@ -169,8 +177,8 @@ def cached(name: str) -> Path:
     Raises:
         ModelNotFound: it is not there.
     """
-    repo = REPO.fullmatch(name)
-    found = repo and _cached(HubRef(repo["repo"], repo["wanted"], repo["revision"]))
+    ref = HubRef.read(name)
+    found = ref and _cached(ref)
     if not found:
         raise ModelNotFound(f"no adapter {name!r} is in Hugging Face's cache; name it as org/name")
     return found
@@ -183,8 +191,7 @@ def own_adapters(model_dir: Path) -> list[AdapterRef]:
         number, _, weight = each.name.partition("=")
         if not number.isdecimal():
             continue
-        files = list(each.glob(f"*{GGUF}"))
-        found.append(AdapterRef(files[0] if files else each, float(weight)))
+        found.append(AdapterRef(_in_folder(each), float(weight)))
     return found
 
 
@@ -340,21 +347,23 @@ def remove(name: str) -> int:
     """
     if (path := kept(name)) is not None:
         n_bytes = AdapterRef(path).n_bytes
-        try:
-            shutil.rmtree(kept_dir() / name)
-        except OSError as error:
-            raise OutputError(f"{error.filename}: {error.strerror}") from error
+        _deleted(lambda: shutil.rmtree(kept_dir() / name))
         return n_bytes
-    repo = REPO.fullmatch(name)
-    if repo is None or is_there(name):
+    ref = HubRef.read(name)
+    if ref is None or is_there(name):
         raise UsageError(f"rm takes a name that `mlxkv adapters ls` shows; got {name!r}")
     plan = None
     if any(each.name == name for each in stored_adapters()):
-        plan = hub.plan_removal(repo["repo"], repo["revision"])
+        plan = hub.plan_removal(ref.repo_id, ref.revision)
     if plan is None:
         raise ModelNotFound(f"no adapter {name!r} is here; `mlxkv adapters ls` lists what is")
+    _deleted(plan.execute)
+    return plan.n_bytes
+
+
+def _deleted(delete: Callable[[], object]) -> None:
+    """Delete something; OutputError where that fails."""
     try:
-        plan.execute()
+        delete()
     except OSError as error:
         raise OutputError(f"{error.filename}: {error.strerror}") from error
-    return plan.n_bytes

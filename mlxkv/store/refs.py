@@ -64,6 +64,12 @@ class HubRef:
     wanted: str | None
     revision: str | None = None
 
+    @classmethod
+    def read(cls, name: str) -> HubRef | None:
+        """What a name says; None where it names no repository."""
+        found = REPO.fullmatch(name)
+        return found and cls(found["repo"], found["wanted"], found["revision"])
+
     @property
     def repo(self) -> str:
         """`org/name`, or `org/name@revision`."""
@@ -214,9 +220,9 @@ def locate(name: str) -> Ref:
     path = Path(name)
     if is_model(path) or (path.suffix == ".gguf" and holds(path.is_file)):
         return PathRef(path)
-    repo, exists = REPO.fullmatch(name), holds(path.exists)
+    repo, exists = HubRef.read(name), holds(path.exists)
     if repo and not exists:
-        return HubRef(repo["repo"], repo["wanted"], repo["revision"])
+        return repo
     if exists or name.endswith(".gguf") or "/" in name:
         return PathRef(path)
     raise ModelNotFound(f"no model named {name!r}{_did_you_mean(name)}")
