@@ -7,8 +7,8 @@ Invariants:
 - One sequence is kept, while its model has no requests: the first prompt that is computed takes it
   over or has it let go. So it takes no memory that a request could have.
 - Its KV counts as any sequence's, and pages have all of it: letting it go loses nothing.
-- Only requests of its owner take it over. Under a request's adapters none is kept: they would stay
-  in memory for it.
+- Only requests of its owner take it over, for the same model. Under a request's adapters none is
+  kept: they would stay in memory for it.
 - Pages that are gone on from in it count as used again: they are written to disk then.
 """
 
@@ -22,6 +22,7 @@ from mlxkv.generation.restored import n_shared
 from mlxkv.generation.session import Session
 from mlxkv.kv.buffers import Buffers
 from mlxkv.kv.types import STEP
+from mlxkv.nn.model import CausalLM
 from mlxkv.prefix.layout import Link
 
 KEPT_S = 60.0
@@ -44,11 +45,12 @@ class Kept:
     def keep(self, session: Session, owner: str) -> None:
         """Keep a sequence, whose prefix pages have, in place of the last; or free its caches.
 
-        They are freed where memory was short, where others could not go on from its KV, and where
-        that lies in buffers which other sequences had a part of.
+        They are freed under adapters of a request, where memory was short, where others could not
+        go on from its KV, and where that lies in buffers which other sequences had a part of.
         """
         self.let_go()
         can_give = session.gives_pages and session.n_held >= STEP and not session.rungs
+        can_give &= session.model is session.model.plain
         if not can_give or not _has_own_buffers(session):
             session.reset()
             return
@@ -59,7 +61,7 @@ class Kept:
         self._session, self._owner = session, owner
         self._until = time.monotonic() + KEPT_S
 
-    def take(self, owner: str, tokens: Sequence[int]) -> Session | None:
+    def take(self, owner: str, model: CausalLM, tokens: Sequence[int]) -> Session | None:
         """The sequence, for a prompt that shares its first page and half of it; else it is let go.
 
         Where most of it is of no use its buffers would be larger than the prompt's.
@@ -67,7 +69,8 @@ class Kept:
         session = self._session
         if session is None:
             return None
-        shared = n_shared(session.tokens, tokens) if owner == self._owner else 0
+        fits = owner == self._owner and model is session.model
+        shared = n_shared(session.tokens, tokens) if fits else 0
         if shared < max(STEP, session.n_held // 2):
             self.let_go()
             return None

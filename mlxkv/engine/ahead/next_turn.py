@@ -203,7 +203,7 @@ class NextTurns:
         """
         if task.keeps_session:
             return
-        if is_kept and not self._idle.is_off and not task.request.adapter:
+        if is_kept and not self._idle.is_off:
             self.kept.keep(generation.session, task.owner)
         else:
             generation.session.reset()
@@ -215,10 +215,12 @@ class NextTurns:
         quietly("counting a next turn failed", lambda: self._found(task, state))
 
     def _hand_over(self, task: Task, generation: Generation) -> None:
-        if generation.session.n_held or task.keeps_session or task.request.adapter:
+        session = generation.session
+        if session.n_held or task.keeps_session:
             self.kept.let_go()
-        elif (session := self.kept.take(task.owner, generation.remaining())) is not None:
-            generation.session = session
+        else:
+            kept = self.kept.take(task.owner, session.model, generation.remaining())
+            generation.session = kept or session
 
     def _found(self, task: Task, state: Prefilling) -> None:
         """Note what a prompt, whose session was just restored, has of what was computed."""
@@ -279,8 +281,8 @@ class NextTurns:
         shared = n_shared(answered.held, tokens)
         if adapter and self._runtime.adapted.find(adapter) is None:
             return  # its memory was needed
-        session = None if adapter else self.kept.take(answered.owner, tokens)
-        session = session or self._runtime.session(answered.owner, adapter)
+        session = self._runtime.session(answered.owner, adapter)
+        session = self.kept.take(answered.owner, session.model, tokens) or session
         session.media = answered.media
         try:
             if not self._is_roomy(session, tokens):
@@ -289,10 +291,7 @@ class NextTurns:
                 yield from self._prefilling(session, answered, tokens, shared)
                 self._last = this
         finally:
-            if adapter:
-                session.reset()
-            else:
-                self.kept.keep(session, answered.owner)
+            self.kept.keep(session, answered.owner)
 
     def _is_roomy(self, session: Session, tokens: Sequence[int]) -> bool:
         return self._runtime.budget.is_roomy(session, len(tokens), STEP)
