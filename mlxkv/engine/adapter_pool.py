@@ -107,8 +107,7 @@ class AdapterPool:
         stamp = stamp_of(refs)
         found = self._all.get(stamp)
         if found is None:
-            each = (given,) if isinstance(given, str) else tuple(given)
-            self._all[stamp] = found = self._loaded(each, stamp, refs)
+            self._all[stamp] = found = self._loaded(tuple(given), stamp, refs)
         found.used_at = time.monotonic()
         return found
 

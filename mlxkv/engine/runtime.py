@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten
 
 from mlxkv.base import device
 from mlxkv.base.stepwise import finished
-from mlxkv.engine.adapter_pool import AdapterPool
+from mlxkv.engine.adapter_pool import AdaptedModel, AdapterPool
 from mlxkv.engine.draft_models import DraftModels
 from mlxkv.engine.media.side import MediaSide
 from mlxkv.errors import UsageError, contained
@@ -214,13 +214,13 @@ class Runtime(TextSide):
             owner: of the request.
             adapter: of the request; None is returned where it is not in memory.
         """
-        model, key = self.model, owner
-        if adapter:
-            found = self.adapted.find(adapter)
-            if found is None:
-                return None
-            model, key = found.model, f"{owner}\n{found.stamp}"
-        if key not in self._pages:
+        found = self.adapted.find(adapter) if adapter else None
+        return None if adapter and found is None else self._pages_under(owner, found)
+
+    def _pages_under(self, owner: str, adapted: AdaptedModel | None) -> Pages | None:
+        """An owner's pages, of the model under adapters of a request, or none."""
+        model = self.model if adapted is None else adapted.model
+        if (key := _place(owner, adapted)) not in self._pages:
             kv_type = first_kv_type(self.kv_type)
             pages = open_pages(model, self.path, kv_type, 0, owner=owner)
             self._pages[key] = pages
@@ -273,11 +273,10 @@ class Runtime(TextSide):
         """
         self.must_write()
         found = self.adapted.get(adapter) if adapter else None
-        model, key = (
-            (self.model, owner) if found is None else (found.model, f"{owner}\n{found.stamp}")
-        )
-        scores = self._scores.setdefault(key, Scores())
-        session = Session(model, self.kv_type, self.pages_of(owner, adapter), self.budget, scores)
+        model = self.model if found is None else found.model
+        scores = self._scores.setdefault(_place(owner, found), Scores())
+        pages = self._pages_under(owner, found)
+        session = Session(model, self.kv_type, pages, self.budget, scores)
         if found is not None:
             found.sessions.add(session)
         return session
@@ -309,6 +308,11 @@ class Runtime(TextSide):
             _close(self._pages, self.drafting)
         if self._unwire is not None:
             self._unwire()
+
+
+def _place(owner: str, adapted: AdaptedModel | None) -> str:
+    """What an owner's pages, under adapters of a request or none, are kept under."""
+    return owner if adapted is None else f"{owner}\n{adapted.stamp}"
 
 
 def _past_of(
