@@ -15,7 +15,7 @@ from mlxkv.checkpoint.config import read_json
 from mlxkv.errors import TokenizerError, one_line
 
 from ..gguf.pretokenizers import PRE_TOKENIZERS
-from .sentencepiece import listed_tokens
+from .sentencepiece import add_listed, listed_tokens
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -52,7 +52,7 @@ class MergedTokens:
         Raises:
             TokenizerError: the files do not fit together.
         """
-        from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+        from tokenizers import Tokenizer, decoders, models, normalizers
 
         try:
             model = models.BPE(vocab=dict(self.vocabulary), merges=self.merges)
@@ -66,13 +66,7 @@ class MergedTokens:
         before = self.config.get("add_prefix_space") is True
         made.pre_tokenizer = PRE_TOKENIZERS[self.kind].build(before)  # pyright: ignore
         made.decoder = decoders.ByteLevel()  # pyright: ignore
-        for i, (text, special) in sorted(self.added.items()):
-            made.add_tokens([AddedToken(text, special=special, normalized=False)])
-            if made.token_to_id(text) != i:
-                raise TokenizerError(
-                    f"{self.path}: added token {text!r} has id {i}, which the vocabulary of "
-                    f"{len(self.vocabulary):,} leaves no place for"
-                )
+        add_listed(made, self.added, len(self.vocabulary), self.path)
         return made
 
     def write(self, folder: Path) -> None:

@@ -53,7 +53,7 @@ class SentencePieceModel:
             TokenizerError: the vocabulary or the added tokens are inconsistent.
         """
         tokenizer = build(self.pieces, str(self.path))
-        self._add_tokens(tokenizer)
+        add_listed(tokenizer, self.added, len(self.pieces.tokens), self.path)
         bos = self._template_token(tokenizer, "bos", True)
         set_template(tokenizer, bos, self._template_token(tokenizer, "eos", False))
         return tokenizer
@@ -73,17 +73,6 @@ class SentencePieceModel:
         if isinstance(stated, str):
             return stated
         return self.pieces.tokens[self.ids[name]] if name in self.ids else None
-
-    def _add_tokens(self, tokenizer: Tokenizer) -> None:
-        from tokenizers import AddedToken
-
-        for i, (text, special) in sorted(self.added.items()):
-            tokenizer.add_tokens([AddedToken(text, special=special, normalized=False)])
-            if tokenizer.token_to_id(text) != i:
-                raise TokenizerError(
-                    f"{self.path}: added token {text!r} has id {i}, which the vocabulary of "
-                    f"{len(self.pieces.tokens):,} leaves no place for"
-                )
 
     def _template_token(self, tokenizer: Tokenizer, name: str, default: bool) -> dict[str, int]:
         """Text and id of the token at one end of a text; {} for none."""
@@ -161,3 +150,22 @@ def listed_tokens(folder: Path, config: Mapping[str, Any], n: int) -> dict[int, 
             if key.isdecimal() and isinstance(entry, Mapping) and "content" in entry:
                 found[int(key)] = (str(entry["content"]), bool(entry.get("special", False)))
     return {i: token for i, token in found.items() if i >= n}
+
+
+def add_listed(
+    tokenizer: Tokenizer, added: Mapping[int, tuple[str, bool]], n: int, path: Path
+) -> None:
+    """Add what `listed_tokens` found behind a vocabulary of `n`.
+
+    Raises:
+        TokenizerError: one has an id that it does not get there; `path` is named.
+    """
+    from tokenizers import AddedToken
+
+    for i, (text, special) in sorted(added.items()):
+        tokenizer.add_tokens([AddedToken(text, special=special, normalized=False)])
+        if tokenizer.token_to_id(text) != i:
+            raise TokenizerError(
+                f"{path}: added token {text!r} has id {i}, which the vocabulary of {n:,} leaves no "
+                "place for"
+            )

@@ -85,10 +85,13 @@ def _orders(tensor: GGUFTensor, c: Mapping[str, Any], *, tiled: bool) -> Mapping
     at, heads, D = f"model.layers.{layer}.linear_attn.", _heads(c), c["linear_value_head_dim"]
     H, r, n_keys = *heads, 2 * c["linear_num_key_heads"] * c["linear_key_head_dim"]
     tiled = tiled and r > 1
-    wide = tuple(range(n_keys)) + tuple(n_keys + row for row in _untiled(H, r, D))
+
+    def wide() -> tuple[int, ...] | None:
+        return (*range(n_keys), *(n_keys + row for row in _untiled(H, r, D))) if tiled else None
+
     match stem:
         case "attn_qkv":
-            return {f"{at}in_proj_qkv.weight": Order(tensor.shape, wide if tiled else None)}
+            return {f"{at}in_proj_qkv.weight": Order(tensor.shape, wide())}
         case "ssm_in":  # both in one, as the first files of Qwen3-Next have them
             return _of_key_heads(tensor, at, c)
         case "attn_gate":
@@ -112,7 +115,7 @@ def _orders(tensor: GGUFTensor, c: Mapping[str, Any], *, tiled: bool) -> Mapping
         case "ssm_conv1d":
             n_taps = c["linear_conv_kernel_dim"]
             shape = (tensor.shape[0], n_taps, 1)
-            return {f"{at}conv1d.weight": Order(shape, wide if tiled else None)}
+            return {f"{at}conv1d.weight": Order(shape, wide())}
         case "ssm_out":
             columns = (r, H, D) if tiled else None
             return {f"{at}out_proj.weight": Order(tensor.shape, None, columns)}
