@@ -26,7 +26,6 @@ from mlxkv.errors import (
     one_line,
 )
 
-HELP = {"help_option_names": ["-h", "--help"]}
 HOMES = {
     "pull": "models:pull",
     "list": "models:list_",
@@ -106,7 +105,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # keeps rich out of the start
     pretty_exceptions_enable=False,
     add_completion=False,
-    context_settings=HELP,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 

@@ -103,8 +103,8 @@ class RecurrentCache:
 
     @property
     def buffers(self) -> list[mx.array]:
-        """The arrays of the state, which a traced step replaces."""
-        return list(self.arrays)
+        """`state`, which a traced step replaces."""
+        return self.state
 
     @buffers.setter
     def buffers(self, arrays: Sequence[mx.array]) -> None:

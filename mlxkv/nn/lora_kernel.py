@@ -10,7 +10,7 @@ loses nothing.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import mlx.core as mx
@@ -58,13 +58,10 @@ class RowsChange:
             mx.stack(list(arrays)).astype(_common_dtype([each.narrow_dtypes[i] for each in some]))
             for i, arrays in enumerate(zip(*pairs, strict=True))
         )
-        self._factor = _stacked([change.get("factor") for change in some], 1.0)
-        self._shift = _stacked([change.get("shift") for change in some], 0.0)
-        ends = itertools.pairwise(itertools.accumulate((n for n, *_ in parts), initial=0))
+        self._factor = stacked([change.get("factor") for change in some], 1.0)
+        self._shift = stacked([change.get("shift") for change in some], 0.0)
         self._parts = tuple(
-            number
-            for ranks, (_, *columns) in zip(ends, parts, strict=True)
-            for number in (*ranks, *columns)
+            number for ranks, (_, *columns) in _ranked(parts) for number in (*ranks, *columns)
         )
         kept = (self._a, self._b, self._factor, self._shift)
         self.arrays = [array for array in kept if array is not None]
@@ -102,8 +99,7 @@ def _laid_out(change: AdaptedLinear, parts: Sequence[Part]) -> tuple[mx.array, m
     """The matrices of one change `[ranks, in]` and `[values]`, filled up to these parts."""
     a, b = change["lora_a"], change["lora_b"]
     of_a, of_b = [], []
-    ends = itertools.pairwise(itertools.accumulate((n for n, *_ in change.parts), initial=0))
-    own = list(zip(ends, change.parts, strict=True))
+    own = list(_ranked(change.parts))
     for rank, start, stop in parts:
         ranges = [slice(*at) for at, (_, *where) in own if start <= where[0] and where[1] <= stop]
         rows = mx.concatenate([a[:0], *(a[at] for at in ranges)])
@@ -115,8 +111,15 @@ def _laid_out(change: AdaptedLinear, parts: Sequence[Part]) -> tuple[mx.array, m
     return mx.concatenate(of_a), mx.concatenate(of_b)
 
 
-def _stacked(arrays: Sequence[mx.array | None], neutral: float) -> mx.array | None:
+def _ranked(parts: Sequence[Part]) -> Iterator[tuple[tuple[int, int], Part]]:
+    """Parts, each behind its first rank and the one behind its last."""
+    ends = itertools.pairwise(itertools.accumulate((n for n, *_ in parts), initial=0))
+    return zip(ends, parts, strict=True)
+
+
+def stacked(arrays: Sequence[mx.array | None], neutral: float) -> mx.array | None:
+    """Vectors of all changes in one array, None as one of a number; None where all are None."""
     some = next((array for array in arrays if array is not None), None)
     if some is None:
         return None
-    return mx.stack([mx.full(some.shape, neutral) if x is None else x for x in arrays])
+    return mx.stack([mx.full(some.shape, neutral, some.dtype) if x is None else x for x in arrays])

@@ -137,9 +137,8 @@ class RowsLinear(nn.Module):
         self._low = LowRanks(pairs, changes)
         for name, neutral in (("factor", 1.0), ("shift", 0.0)):
             found = [None if c is None else c.get(name) for c in adapted]
-            if (some := next((x for x in found if x is not None), None)) is not None:
-                rows = [mx.full(some.shape, neutral, some.dtype) if x is None else x for x in found]
-                self[name] = changes.kept(mx.stack(rows)[:, None])  # [n, 1, out]
+            if (rows := lora_kernel.stacked(found, neutral)) is not None:
+                self[name] = changes.kept(rows[:, None])  # [n, 1, out]
 
     @property
     def low(self) -> kernels.Low | None:
