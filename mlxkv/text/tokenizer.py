@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mlxkv.base import panics
 from mlxkv.chat.chat_template import ChatTemplate
 from mlxkv.chat.control import Controls
 from mlxkv.chat.prompt_writer import PromptWriter
@@ -86,7 +87,8 @@ class Tokenizer:
                 not in the vocabulary; the message names the file and the key.
         """
         model_dir = Path(model_dir)
-        with told_as_tokenizer_error(f"{model_dir / 'tokenizer.json'}: cannot be used"):
+        what = f"{model_dir / 'tokenizer.json'}: cannot be used"
+        with told_as_tokenizer_error(what), panics.without_traces():
             return cls._read(model_dir)
 
     @classmethod

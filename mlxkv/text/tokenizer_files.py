@@ -86,7 +86,7 @@ def told_as_tokenizer_error(what: str, only_panics: bool = False) -> Iterator[No
     """What the tokenizers library raises, or only what of it is no Exception, as one line.
 
     A panic inside it is a BaseException of a class that cannot be imported. The library itself
-    writes a trace of it on stderr as well.
+    writes a trace of it on stderr as well (see `base/panics`).
 
     Raises:
         TokenizerError: it raised something.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -589,3 +590,18 @@ def test_a_file_that_the_library_panics_on_later_is_named(monkeypatch):
     monkeypatch.setattr(tokenizer_module, "apply_added_tokens", panics)
     with pytest.raises(TokenizerError, match=r"byte_level.tokenizer\.json: cannot be used: index"):
         Tokenizer.from_dir(FOLDER / "byte_level")
+
+
+def test_a_panic_at_load_leaves_no_trace_and_takes_no_other_line_with_it(monkeypatch, capfd):
+    """What Rust 1.8x writes on the descriptor itself."""
+
+    def panics(*_):
+        os.write(2, b"before\n\nthread '<unnamed>' (12) panicked at src/lib.rs:3:5:\nindex out ")
+        os.write(2, b"of\nbounds\nnote: run with `RUST_BACKTRACE=1` to show a trace\nbehind\n")
+        raise PanicException("index out of bounds")
+
+    monkeypatch.delenv("RUST_BACKTRACE", raising=False)
+    monkeypatch.setattr(tokenizer_module, "apply_added_tokens", panics)
+    with pytest.raises(TokenizerError):
+        Tokenizer.from_dir(FOLDER / "byte_level")
+    assert capfd.readouterr().err == "before\nbehind\n"
