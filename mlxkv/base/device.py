@@ -36,6 +36,8 @@ STACK_BYTES = 8 << 20
 """Of a stream's thread."""
 LOOK_S = 0.1
 """How long what was read of the process's limits is believed: a budget asks at each token."""
+_M_ARENA_MAX = -8
+"""Of glibc's `mallopt`."""
 _OF_THREAD = threading.local()
 _OPENBLAS = ("libopenblas.so.0", "libopenblas.so")
 
@@ -131,6 +133,13 @@ def trim() -> None:
     """Return freed memory that the C library keeps (glibc) to the system."""
     if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
         trim(0)
+
+
+def keep_one_heap() -> None:
+    """Have threads that start from now on take memory from the process's heap (glibc), and not each
+    from a heap of its own, of which `trim` does not return what is free at its end."""
+    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
+        mallopt(_M_ARENA_MAX, 1)
 
 
 def finish() -> None:

@@ -116,6 +116,7 @@ class ServeOptions:
 @takes(ServeOptions)
 def serve(options: ServeOptions) -> int:
     """Serve models over HTTP: the APIs of OpenAI, Ollama and Anthropic."""
+    from mlxkv.base import device
     from mlxkv.base.paths import asleep_dir
     from mlxkv.base.seal import seal_of_environment
     from mlxkv.base.units import parse_bytes
@@ -124,6 +125,7 @@ def serve(options: ServeOptions) -> int:
     from mlxkv.store.resolve import resolve
     from mlxkv.store.settings import COMMAND_LINE, Given, draft_model
 
+    device.keep_one_heap()
     o = options
     limit_bytes = parse_bytes(o.memory or os.environ.get("MLXKV_MEMORY"))
     config = _config(options, limit_bytes)

@@ -151,3 +151,46 @@ def test_nothing_is_wired_on_the_cpu(metal, monkeypatch, path):
 
 def test_doctor_shows_what_is_wired(metal):
     assert "up to 10.0 GiB wired" in doctor._memory({}, "metal").value
+
+
+_THREADS_THAT_FREE = """
+import ctypes, sys, threading
+from pathlib import Path
+from mlxkv.base import device
+if "one" in sys.argv:
+    device.keep_one_heap()
+c = ctypes.CDLL(None)
+c.malloc.restype, c.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+c.free.argtypes = [ctypes.c_void_p]
+c.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
+c.free(c.malloc(31 << 20))  # as a chunk does: glibc keeps twice as much from then on
+together = threading.Barrier(9)
+def work():
+    held = [c.malloc(100_000) for _ in range(200)]
+    for each in held:
+        c.memset(each, 1, 100_000)
+    together.wait()
+    for each in held:
+        c.free(each)
+    together.wait()
+    together.wait()
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+before = resident()
+for _ in range(8):
+    threading.Thread(target=work).start()
+together.wait()
+together.wait()
+device.trim()
+print(resident() - before)
+together.wait()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not hasattr(os, "confstr"), reason="glibc's")
+def test_one_heap_gives_back_what_threads_have_freed():
+    kept = {
+        how: int(subprocess.check_output([sys.executable, "-c", _THREADS_THAT_FREE, how]))
+        for how in ("one", "each")
+    }
+    assert kept["one"] < 4 << 20 < kept["each"]
