@@ -17,6 +17,7 @@ import mlx.core as mx
 
 from mlxkv.kv.layout import Cache
 from mlxkv.kv.types import STEP
+from mlxkv.prefix.checkpoints import goes_on
 from mlxkv.prefix.layout import FULL, GRID, WINDOW, Link, chain_of, is_on_grid, token_bytes
 from mlxkv.prefix.marks import end_marks, until
 from mlxkv.prefix.on_disk.format import ROOT, page_name
@@ -44,8 +45,9 @@ class Cutter:
 
         `tip`: window rows of the tokens behind the last complete page.
         """
-        n_pages = len(tokens) // STEP
-        self._links = list(chain_of(token_bytes(tokens), n_pages))
+        n_pages, data = len(tokens) // STEP, token_bytes(tokens)
+        self._links = list(chain_of(data, n_pages))
+        self._is_gone_on = bool(self._states) and goes_on(self._pages, self._links, data)
         self._parent = self._links[-1].name if self._links else ROOT
         self._start = self._kept = STEP * n_pages
         self._rows: list[Part] | None = []
@@ -119,6 +121,9 @@ class Cutter:
         self.advance(tokens, n)
         links = self._end(tokens, n)
         self._pages.touch(links)
+        if self._is_gone_on:
+            self._pages.keep(self._pages.checkpoints.ended(links))
+        self._is_gone_on = bool(self._states)  # what goes on in these caches is no new sequence
         return links
 
     def _store(self, tokens: Sequence[int], n_tokens: int, with_state: bool) -> Link:

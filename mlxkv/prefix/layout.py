@@ -126,7 +126,10 @@ def is_on_grid(n: int, n_tokens: int) -> bool:
 
 
 def n_states(n_tokens: int) -> int:
-    """States that are kept of one sequence: of the grid, and of the ends of prompt and answer."""
+    """States that are kept of one sequence: of the grid, and of the ends of prompt and answer.
+
+    Those of turns between make way for others.
+    """
     return 2 + sum(is_on_grid(n, n_tokens) for n in range(GRID, n_tokens + 1, GRID))
 
 

@@ -25,6 +25,7 @@ import mlx.core as mx
 from mlxkv.errors import UsageError
 from mlxkv.kv.layout import Cache
 from mlxkv.kv.types import STEP
+from mlxkv.prefix.checkpoints import Checkpoints
 from mlxkv.prefix.layout import WINDOW, Kinds, Link, part_names, token_bytes
 from mlxkv.prefix.match import WORTH, Match, plan_match
 from mlxkv.prefix.on_disk.format import PageKey
@@ -51,6 +52,7 @@ class Pages:
 
     Attributes:
         room: what they may take in RAM.
+        checkpoints: which ends of conversations go to disk.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class Pages:
         self._disk: PageDisk | None = None
         self._unreadable: set[PageKey] = set()
         self._writes_through = False
+        self.checkpoints = Checkpoints(self)
 
     @property
     def nbytes(self) -> int:
@@ -137,8 +140,7 @@ class Pages:
 
     def tokens(self, link: Link) -> bytes:
         """A page's tokens, packed; none where they cannot be read."""
-        page = self.ram.get(link.name)
-        if page is not None:
+        if (page := self.ram.get(link.name)) is not None:
             return page.tokens
         if self._disk is None:
             return b""
@@ -165,8 +167,8 @@ class Pages:
         fetcher = self._disk.fetcher
         most = min(FETCH_BYTES, max(0, free_bytes) + fetcher.nbytes)
         n_bytes = min(most, fetcher.nbytes + sum(map(self._disk.files.at.nbytes, wanted)))
-        n_bytes = self.room.make_ahead(n_bytes, part_names(needed))
-        fetcher.fetch(wanted, n_bytes, is_guess=is_guess)
+        has_room = self.room.make_ahead(n_bytes, part_names(needed))
+        fetcher.fetch(wanted, has_room, is_guess=is_guess)
 
     def fetched(self) -> tuple[int, float]:
         """Bytes that `load` had fetched already since the last call, and seconds that saved."""
@@ -186,20 +188,18 @@ class Pages:
         kept, read = part_names(needed), set[str]()
         try:
             for part, some in needed.items():
-                parts = self._bring(part, some, kept, read)
-                if parts is None:
+                if (parts := self._bring(part, some, kept, read)) is None:
                     return None
                 load_parts([caches[i] for i in self.kinds.caches(part)], parts, stop, room)
         except UsageError:
             self.forget(links)
             return None
         self.touch(links)
-        if self._disk is not None:  # their second use
-            again = self.ram.again if self.kinds.states else lambda link: False
-            self.keep(link for link in links if link.n_tokens == STEP or again(link))
+        if self._disk is not None:
+            self.keep(self.checkpoints.loaded(links))
         # Pages that no layer needs any more count as the first that one does.
         first = next(iter(needed.values()))[0]
-        from_disk = [x for x in links if (first if x.start < first.start else x).name in read]
+        from_disk = (x for x in links if (first if x.start < first.start else x).name in read)
         return sum(min(link.stop, stop) - link.start for link in from_disk)
 
     def rows_before(self, link: Link, stop: int) -> Part | None:
@@ -272,6 +272,8 @@ class Pages:
         if self.disk is None:
             return
         pages = [page for link in links if (page := self.ram.get(link.name)) is not None]
+        if named:
+            self.checkpoints.forget(page.link for page in pages)
         self.disk.write(
             (
                 (page.link.key(part), page.link.start, page.tokens, kv)
@@ -293,8 +295,8 @@ class Pages:
 
     def keys_to_resume(self, links: Sequence[Link]) -> list[PageKey]:
         """Names on disk of what is needed to go on behind the last of some pages."""
-        needed = self.kinds.all_needed(links, links[-1].stop)
-        return [link.key(part) for part, some in needed.items() for link in some]
+        needed = self.kinds.all_needed(links, links[-1].stop).items()
+        return [link.key(part) for part, some in needed for link in some]
 
     def forget(self, links: Iterable[Link]) -> None:
         """Give up pages that hold no KV of this model, in RAM and on disk."""
@@ -317,9 +319,9 @@ class Pages:
         """
         fetched = 0 if self._disk is None else self._disk.fetcher.clear()
         n_bytes -= fetched
-        before, pages = self.ram.nbytes, list(self.ram)
         if n_bytes <= 0:
             return fetched
+        before, pages = self.ram.nbytes, list(self.ram)
         going = {page.link.name: dict(page.parts) for page in pages}
         self.room.cap_bytes = max(0, before - n_bytes)
         self.room.fit()
@@ -352,7 +354,7 @@ class Pages:
         Args:
             at_exit: the interpreter is ending: no disk is opened any more.
         """
-        links = sorted((page.link for page in self.ram), key=lambda link: link.start)
+        links = self.ram.worth_keeping()
         # A sequence of less than a page is computed faster than a process starts.
         if links and links[-1].stop >= STEP and not (at_exit and self._disk is None):
             self.keep(links, wait=True)

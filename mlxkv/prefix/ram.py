@@ -5,7 +5,8 @@ Invariants:
   those that arrive, from the end of `arriving` on, when others have made way. Any thread may read
   them.
 - Eviction order: 1. window parts not needed to resume at a leaf or branch, or in the page before
-  it, anchors last; 2. leaves, window part first. LRU within each.
+  it, anchors last; among them the states of turns that their conversation has passed; 2. leaves,
+  window part first. LRU within each.
 - What belongs to a prefix that many sequences share goes after all else. Pinned pages stay.
 """
 
@@ -218,14 +219,54 @@ class RamPages:
             page
             for name, page in self._pages.items()
             if WINDOW in page.parts
-            and name not in near
+            and (name not in near or self.is_passed(page))
             and name not in self._pinned
             and (name, WINDOW) not in spared
         ]
         for page in sorted(far, key=lambda p: (self._is_anchor(p), p.used, p.link.start)):
             if is_enough():
                 return
-            self.drop(page, [WINDOW])
+            self.drop(page, [WINDOW] if page.link.n_tokens == STEP else tuple(page.parts))
+
+    def worth_keeping(self) -> list[Link]:
+        """The pages to write when all are given up, trunk first."""
+        links = (page.link for page in self if not self.is_passed(page))
+        return sorted(links, key=lambda link: link.start)
+
+    def is_passed(self, page: Page) -> bool:
+        """Whether it is the end of a turn that one conversation passed, and no other went on from,
+        whose state takes more than the keys and values of the tokens that it may save.
+
+        Never so is the first state of a sequence: a system prompt's.
+        """
+        if not self._kinds.states or page.link.n_tokens == STEP or page.n_loads > 1:
+            return False
+        if FULL not in page.parts or WINDOW not in page.parts:
+            return False
+        longer = (x for x in self.behind(page.link.parent) if x.link.n_tokens > page.link.n_tokens)
+        if not any(other.tokens.startswith(page.tokens) for other in longer):
+            return False
+        before = self._state_before(page)
+        token_bytes = page.parts[FULL].nbytes / page.link.n_tokens
+        return before > 0 and (page.link.stop - before) * token_bytes < page.parts[WINDOW].nbytes
+
+    def _state_before(self, page: Page) -> int:
+        """Tokens of a page's sequence up to the last state before its own; 0 for none."""
+        at: Page | None = page
+        while at is not None:
+            shorter = [
+                other.link.stop
+                for other in self.behind(at.link.parent)
+                if WINDOW in other.parts
+                and other.link.n_tokens < at.link.n_tokens
+                and at.tokens.startswith(other.tokens)
+            ]
+            if shorter:
+                return max(shorter)
+            at = self._pages.get(at.link.parent)
+            if at is not None and WINDOW in at.parts:
+                return at.link.stop
+        return 0
 
     def _is_anchor(self, page: Page) -> bool:
         """Whether it is one of `ANCHORS`, from which a prompt that was edited far back resumes."""

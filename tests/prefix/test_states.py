@@ -7,6 +7,7 @@ number made of all of them, so that a test sees *what* came back.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -24,12 +25,10 @@ from mlxkv.prefix.layout import (
     Link,
     is_on_grid,
     n_states,
-    token_bytes,
 )
 from mlxkv.prefix.marks import NEAR, end_marks, until
 from mlxkv.prefix.match import Match
 from mlxkv.prefix.on_disk.disk import PageDisk
-from mlxkv.prefix.on_disk.format import page_name
 from mlxkv.prefix.on_disk.writer import PageFiles
 from mlxkv.prefix.pages import Pages
 from tests.support.tiny import tokens as random_tokens
@@ -37,6 +36,23 @@ from tests.support.tiny import tokens as random_tokens
 STATE = RecurrentSpec(n_channels=2, n_tail=1, n_heads=1, key_dim=1, value_dim=2)
 SPECS: list[CacheSpec | None] = [STATE, CacheSpec(1, 2, 2), STATE]
 STATE_BYTES = 2 * 4 * (2 + 2)
+
+
+def spec_of_state() -> RecurrentSpec:
+    assert isinstance(SPECS[0], RecurrentSpec)
+    return SPECS[0]
+
+
+@pytest.fixture
+def heavy(monkeypatch):
+    """States that take as much as the keys and values of 2,000 tokens."""
+    spec = RecurrentSpec(n_channels=2, n_tail=1, n_heads=1, key_dim=1, value_dim=4000)
+    monkeypatch.setitem(globals(), "SPECS", [spec, SPECS[1], spec])
+
+
+def opened(folder: Path) -> Pages:
+    files = PageFiles(folder, "f" * 64, DiskLimits(2**30, 0, 2**30))
+    return Pages(kinds(), 2**30, None, lambda: PageDisk(files, kinds(), "float32"))
 
 
 def kinds() -> Kinds:
@@ -88,8 +104,9 @@ class Sequence_:
 
     def _state(self) -> tuple[mx.array, mx.array]:
         n, mixed = len(self.tokens), sum(t * (i % 97) for i, t in enumerate(self.tokens)) % 9973
-        values = [float(n), float(mixed)]
-        return mx.array(values)[None, None], mx.array(values)[None, None, None]
+        values = mx.array([float(n), float(mixed)])
+        state = mx.concatenate([values, mx.zeros(spec_of_state().value_dim - 2)])
+        return values[None, None], state[None, None, None]
 
     def finish(self) -> list[Link]:
         return self.cutter.finish(self.tokens, len(self.tokens))
@@ -178,36 +195,98 @@ def test_states_between_a_root_and_a_leaf_give_way_before_anything_else():
 
 
 def test_states_come_back_from_disk(tmp_path):
-    def opened() -> Pages:
-        files = PageFiles(tmp_path, "f" * 64, DiskLimits(2**30, 0, 2**30))
-        return Pages(kinds(), 2**30, None, lambda: PageDisk(files, kinds(), "float32"))
-
     tokens = random_tokens(3 * STEP + 50)
-    pages = opened()
+    pages = opened(tmp_path)
     pages.match(tokens, len(tokens))
     Sequence_(pages).feed(tokens, marks=(2 * STEP, 600)).finish()
     pages.close()
-    again = opened()
+    again = opened(tmp_path)
     assert Sequence_(again).restore([*tokens, 9]).n_tokens == len(tokens)
     assert Sequence_(again).restore([*tokens[:650], 9]).n_tokens == 600
     assert Sequence_(again).restore([*tokens[:550], 9]).n_tokens == 2 * STEP
     again.close()
 
 
-def test_a_state_that_two_sequences_go_on_from_is_written(tmp_path):
-    files = PageFiles(tmp_path, "f" * 64, DiskLimits(2**30, 0, 2**30))
-    pages = Pages(kinds(), 2**30, None, lambda: PageDisk(files, kinds(), "float32"))
-    tokens = random_tokens(3 * STEP)
-    pages.match(tokens, len(tokens))
-    Sequence_(pages).feed(tokens, marks=(600,)).finish()
-    for n_loads in (1, 2):
+def conversation(pages: Pages, tokens: list[int], ends: Sequence[int]) -> None:
+    """Turns that end at these tokens, each in caches of its own."""
+    for n in ends:
         one = Sequence_(pages)
-        assert one.restore([*tokens[:650], n_loads]).n_tokens == 600
-        assert pages.disk is not None
-        pages.disk.flush()
-        tip = page_name(one.cutter._parent, token_bytes(tokens[2 * STEP : 600]))
-        link = Link(one.cutter._parent, tip, 2 * STEP, 600 - 2 * STEP)
-        assert all((link.key(part) in pages.disk) == (n_loads == 2) for part in (FULL, WINDOW))
+        at = one.restore(tokens[: n + 1]).n_tokens
+        one.feed(tokens[at:n]).finish()
+
+
+def states_on_disk(pages: Pages) -> list[int]:
+    assert pages.disk is not None
+    pages.disk.flush()
+    found = pages.disk.files.at.present()
+    return sorted(key.n_tokens for key in found if key.part == WINDOW)
+
+
+def test_a_killed_process_loses_less_than_a_page_of_a_conversation(tmp_path, heavy):
+    tokens = random_tokens(1500)
+    pages = opened(tmp_path)
+    conversation(pages, tokens, [300])
+    for n in (500, 530, 900, 1010, 1300):
+        conversation(pages, tokens, [n])
+        assert len(states_on_disk(pages)) <= 3  # the first, and two ends
+        after_kill = Sequence_(opened(tmp_path)).restore(tokens)
+        assert n - STEP < after_kill.n_tokens <= n
+    before = states_on_disk(pages)
+    conversation(pages, tokens, [1400])
+    assert states_on_disk(pages) == before  # a state is near
+    pages.close()
+
+
+def test_an_end_that_two_conversations_went_on_from_stays_on_disk(tmp_path, heavy):
+    tokens, ends = random_tokens(1500), (300, 600, 900, 1200, 1500)
+    pages = opened(tmp_path)
+    conversation(pages, tokens, ends[:2])
+    other = [*tokens[:600], *random_tokens(100, seed=5)]
+    conversation(pages, other, [650])
+    conversation(pages, tokens, ends[2:])
+    states_on_disk(pages)
+    assert Sequence_(opened(tmp_path)).restore([*tokens[:600], 7]).n_tokens == 600
+    assert Sequence_(opened(tmp_path)).restore([*tokens[:900], 7]).n_tokens == 600
+    pages.close()
+
+
+def test_one_prompt_is_not_written_at_its_end(tmp_path):
+    tokens, pages = random_tokens(900), opened(tmp_path)
+    conversation(pages, tokens, [600])
+    assert not states_on_disk(pages)
+    for i in range(3):  # questions behind a system prompt, which is at 600
+        conversation(pages, [*tokens[:600], *random_tokens(300, seed=i + 1)], [900])
+        # The first could be the next turn of a conversation.
+        assert states_on_disk(pages) == [600 - 2 * STEP, 900 - 3 * STEP]
+    pages.close()
+
+
+def test_states_of_passed_turns_make_way_before_others(heavy):
+    tokens, ends = random_tokens(1500), (300, 400, 500, 600, 700)
+    pages = new_pages()
+    conversation(pages, tokens, ends)
+    other = random_tokens(300, seed=9)
+    Sequence_(pages).feed(other).finish()
+    conversation(pages, tokens, [800])
+    pages.room.budget_bytes = pages.nbytes - 3 * 2 * 4 * 4000
+    pages.room.fit()
+    assert Sequence_(pages).restore([*other, 1]).n_tokens == 300
+    assert [Sequence_(pages).restore([*tokens[:n], 7]).n_tokens for n in (300, 400, 800)] == [
+        300,
+        300,
+        800,
+    ]
+
+
+def test_a_state_near_another_is_written_when_a_second_sequence_goes_on_from_it(tmp_path):
+    pages, tokens = opened(tmp_path), random_tokens(3 * STEP)
+    pages.match(tokens, len(tokens))
+    Sequence_(pages).feed(tokens, marks=(580, 600)).finish()
+    assert Sequence_(pages).restore([*tokens[:590], 0]).n_tokens == 580
+    for n_loads in (1, 2):
+        assert Sequence_(pages).restore([*tokens[:650], n_loads]).n_tokens == 600
+        expected = [580 - 2 * STEP, 600 - 2 * STEP][:n_loads]
+        assert [n for n in states_on_disk(pages) if n < STEP] == expected
     pages.clear()
     assert Sequence_(pages).restore([*tokens[:650], 9]).n_tokens == 600
     pages.close()
@@ -220,6 +299,11 @@ def test_marks_are_behind_the_first_and_the_last_turn_of_a_prompt():
     assert end_marks([9, *[1] * NEAR], {9}) == {1}
     assert end_marks([9, *[1] * (NEAR + 1)], {9}) == {1, NEAR + 1}
     assert end_marks([1, 2, 9], {9}) == {2}
+
+
+def test_ends_of_turns_between_are_marks_at_distances_that_double():
+    tokens = ([1] * 199 + [9]) * 20 + [1] * 5
+    assert end_marks(tokens, {9}) == {200, 1800, 3000, 3600, 4000}
 
 
 def test_chunks_end_at_marks_and_on_the_grid():
