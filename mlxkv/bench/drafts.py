@@ -16,7 +16,7 @@ from typing import Any
 
 from mlxkv.errors import UsageError
 from mlxkv.generation.outputs import Result
-from mlxkv.kv.types import keep_states
+from mlxkv.kv.types import take_drafts
 from mlxkv.llm.llm import LLM
 
 OFF = "off"
@@ -133,8 +133,8 @@ class Run:
 
 def tasks_for(llm: LLM) -> tuple[Task, ...]:
     """`TASKS`; raises UsageError for a model that takes no drafts."""
-    if keep_states(llm.model.cache_specs()):
-        raise UsageError(f"{llm.path} takes no drafts: its layers keep states")
+    if not take_drafts(llm.model.cache_specs()):
+        raise UsageError(f"{llm.path} takes no drafts: its states cannot be taken back")
     return TASKS
 
 

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from mlxkv.errors import UsageError
 from mlxkv.generation.drafts.small_model import SmallModel
 from mlxkv.generation.session import Session
-from mlxkv.kv.types import CacheSpec, keep_states
+from mlxkv.kv.types import CacheSpec, take_drafts
 from mlxkv.memory.budget import Budget
 from mlxkv.nn.model import CausalLM
 from mlxkv.prefix.layout import Kinds
@@ -128,10 +128,9 @@ def check_layers(
             f"needs a model that writes, and whose layers keep keys and values; {name} is none",
             field="draft",
         )
-    if keep_states(model):
+    if not take_drafts(model):
         raise UsageError(
-            "is for models whose layers keep keys and values: this one keeps states, which cannot "
-            "take a draft back",
+            "is for models that can take a draft back: this one keeps states that cannot",
             field="draft",
         )
 

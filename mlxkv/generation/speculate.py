@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, cast
 import mlx.core as mx
 
 from mlxkv.base import device
+from mlxkv.cache import RecurrentCache
 from mlxkv.errors import contained
 from mlxkv.generation.drafts.chooser import LaneChooser
 from mlxkv.generation.drafts.drafter import Promise, Proposal
@@ -147,7 +148,7 @@ class Speculation:
     def _most(self, lane: Lane) -> int:
         """Tokens that a row's draft may have."""
         session, n_held = lane.row.session, lane.row.session.n_held
-        if len(sliceable(session.caches)) != len(session.caches):
+        if len(sliceable(session.caches)) + len(_states(lane)) != len(session.caches):
             return 0  # a state that cannot be taken back
         n = min(most_tokens() - 1, ceil_step(n_held + 1) - n_held - 1)
         if lane.row.max_tokens is not None:
@@ -168,6 +169,7 @@ class Speculation:
             # A row of shared buffers is copied out for it.
             is_shared = any(cache.row is not None for cache in sliceable(session.caches))
             n_bytes = session.nbytes if is_shared else 0
+            n_bytes += sum(cache.nbytes for cache in _states(lane))  # of before it, beside it
             lane.roomy = (*asked, session.has_room(n_bytes, n_new))
         return lane.roomy[2]
 
@@ -234,6 +236,8 @@ class Speculation:
         """Logits `[T, V]` of all places, and hidden states `[T, 1, E]` where a row hears them."""
         fed = [token for row in rows for token in (row.lane.row.tokens[-1], *row.draft)]
         tokens = mx.array(fed, mx.int32)
+        for cache in (cache for row in rows if row.draft for cache in _states(row.lane)):
+            cache.begin_draft()
         first = rows[0].lane.row.session
         places = [row.lane for row in rows for _ in row.places]
         model = first.model if len(rows) == 1 else self._model_of(places)
@@ -293,6 +297,10 @@ class Speculation:
             if row.draft:
                 _take_back(lane, row.n_held + 1 + n_right)
                 _drafts(lane).record(drafts[lane], len(row.draft), n_right)
+
+
+def _states(lane: Lane) -> list[RecurrentCache]:
+    return [c for c in lane.row.session.caches if isinstance(c, RecurrentCache)]
 
 
 def _drafts(lane: Lane) -> Drafts:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -121,6 +121,10 @@ class LayerCache(Protocol):
     def mask(self, L: int) -> Mask: ...
 
 
+Replay = Callable[[int], Sequence[mx.array]]
+"""How many tokens of the last `store` -> the state behind these; behind 0 the one before."""
+
+
 class StateCache(Protocol):
     """What a layer that keeps a state needs of a cache."""
 
@@ -129,7 +133,12 @@ class StateCache(Protocol):
         """The state of each sequence, along the first axis; `()` before the first token."""
         ...
 
-    def store(self, arrays: Sequence[mx.array], n_new: int) -> None:
+    @property
+    def is_drafted(self) -> bool:
+        """Whether some of the next tokens may be taken back: `store` is given `replay`."""
+        ...
+
+    def store(self, arrays: Sequence[mx.array], n_new: int, replay: Replay | None = None) -> None:
         """Replace it by the one that `n_new` more tokens leave."""
         ...
 

@@ -4,6 +4,8 @@ Invariants:
 - State and offset are stored at once, with nothing called in between: an interrupt finds the state
   as it was before or as it is after.
 - An array that was stored is not written to: what `read` gave stays as it was.
+- Of a pass with a draft the state before it and what its tokens wrote are held until the next
+  `store`, not the states behind each: one is computed again where a draft was wrong.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from mlxkv.errors import UsageError
-from mlxkv.kv.layout import Mask, Slice
+from mlxkv.kv.layout import Mask, Replay, Slice
 from mlxkv.kv.storage import Rows
 from mlxkv.kv.types import CacheSpec, RecurrentSpec
 
@@ -29,15 +31,17 @@ class StateRows:
 class RecurrentCache:
     """The state of a layer that keeps one in place of keys and values.
 
-    It goes forward, or back to a state that was taken by `read`; to the start always. While
-    sequences are decoded together their states are rows of the same arrays (`share`); the first
-    look at a cache's own state takes its row out.
+    It goes forward, or back to a state that was taken by `read`, or to one within the last pass
+    with a draft; to the start always. While sequences are decoded together their states are rows of
+    the same arrays (`share`); the first look at a cache's own state takes its row out.
 
     Args:
         spec: the layer's shape.
     """
 
-    __slots__ = ("__weakref__", "_at", "_first", "_own", "_rows", "copied", "spec")
+    __slots__ = (
+        "__weakref__", "_at", "_first", "_own", "_replay", "_rows", "copied", "is_drafted", "spec",
+    )  # fmt: skip
 
     def __init__(self, spec: RecurrentSpec):
         self.spec: CacheSpec | None = spec
@@ -48,6 +52,8 @@ class RecurrentCache:
         """Forget everything."""
         self._own: tuple[tuple[mx.array, ...], int] = ((), 0)
         self._rows, self._first, self._at = None, 0, 0
+        self.is_drafted = False
+        self._replay: tuple[int, Replay] | None = None
 
     @property
     def offset(self) -> int:
@@ -73,15 +79,22 @@ class RecurrentCache:
             self._rows = None
         return self._own[0]
 
-    def store(self, arrays: Sequence[mx.array], n_new: int) -> None:
+    def begin_draft(self) -> None:
+        """The next tokens are those of a draft: until the next `store` they can be taken back."""
+        self.is_drafted = True
+
+    def store(self, arrays: Sequence[mx.array], n_new: int, replay: Replay | None = None) -> None:
         """Replace the state by the one that `n_new` more tokens leave.
 
         Args:
             arrays: `[B, ...]` each; a view of something larger is copied.
             n_new: at least 1.
+            replay: gives the states between, where `is_drafted`.
         """
-        copied, offset = tuple(map(self.copied, arrays)), self.offset + n_new
-        self._rows, self._own = None, (copied, offset)
+        copied, before = tuple(map(self.copied, arrays)), self.offset
+        kept = None if replay is None else (before, replay)
+        self._rows, self._own, self._replay = None, (copied, before + n_new), kept
+        self.is_drafted = False
 
     def share(self, rows: StateRows, at: int) -> None:
         """Use the row `at` of states that several sequences share: that of this cache, just put in.
@@ -90,7 +103,7 @@ class RecurrentCache:
         """
         first = self.offset - rows.now[1]
         self._rows, self._first, self._at = rows, first, at
-        self._own = (), 0
+        self._own, self._replay = ((), 0), None
 
     def is_row_of(self, rows: StateRows, at: int) -> bool:
         """Whether its state is that row."""
@@ -153,10 +166,11 @@ class RecurrentCache:
         tail, state = last.arrays
         state = state.reshape(-1, spec.n_heads, spec.key_dim, spec.value_dim)
         arrays = tuple(map(self.copied, (tail.squeeze(2), state)))
-        self._rows, self._own = None, (arrays, last.stop)
+        self._rows, self._own, self._replay = None, (arrays, last.stop), None
 
     def rewind(self, offset: int) -> bool:
-        """Forget the tokens from `offset` on: possible at the tip, and to 0, which starts again.
+        """Forget the tokens from `offset` on: possible at the tip, within the last pass with a
+        draft, and to 0, which starts again.
 
         Raises:
             UsageError: `offset` is negative or lies ahead.
@@ -165,4 +179,7 @@ class RecurrentCache:
             raise UsageError(f"cannot rewind to {offset}: allowed is 0 to {self.offset}")
         if offset == 0:
             self.reset()
+        elif self._replay is not None and self._replay[0] <= offset < self.offset:
+            start, replay = self._replay
+            self._rows, self._own = None, (tuple(map(self.copied, replay(offset - start))), offset)
         return offset == self.offset

@@ -132,10 +132,10 @@ class RecurrentSpec(CacheSpec):
         return n * (8 * self.n_channels + self.n_heads * head) + states
 
 
-def keep_states(specs: Iterable[CacheSpec | None]) -> bool:
-    """Whether a layer keeps something else than keys and values of tokens: it cannot take tokens
-    back, as drafts need."""
-    return any(spec is not None and spec.opaque for spec in specs)
+def take_drafts(specs: Iterable[CacheSpec | None]) -> bool:
+    """Whether all layers can take back the tokens of a draft."""
+    own = (spec for spec in specs if spec is not None)
+    return all(isinstance(spec, RecurrentSpec) or not spec.opaque for spec in own)
 
 
 GROUP_SIZES = (64, 32)

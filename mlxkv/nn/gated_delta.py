@@ -12,12 +12,14 @@ from typing import ClassVar
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlxkv.base import device
 from mlxkv.checkpoint.config import Fields
 from mlxkv.kv.layout import StateCache
 from mlxkv.kv.types import RecurrentSpec
 from mlxkv.nn import delta_rule
 from mlxkv.nn.layers import Fusing, compiled, silu
 from mlxkv.nn.linear import Linear
+from mlxkv.nn.wide import WideStates
 
 L2_EPS = 1e-6
 """Added to the sum of a query's and a key's squares."""
@@ -122,24 +124,61 @@ class GatedDeltaNet(Fusing):
     def __call__(
         self,
         x: mx.array,
-        cache: StateCache | None,
+        cache: StateCache | WideStates | None,
         norm: nn.Module | None = None,
         plus: mx.array | None = None,
     ) -> mx.array:
         """The layer of x `[B, L, E]`, or of norm(x), plus `plus`."""
         c = self._config
-        B, L, _ = x.shape
         y = x if norm is None else norm(x)
         mixed, z = mx.split(self.project("ordered_qkvz", y), (c.conv_dim,), axis=-1)
         b, a = mx.split(self.project("ordered_ba", y), 2, axis=-1)
-        tail, state = self._held(cache, B, mixed.dtype)
-        mixed, tail = self._convolved(mixed, tail)
-        o, state = self._of_rule(mixed, b, a, state)
-        if cache is not None:
-            cache.store((tail, state.reshape(B, -1, *state.shape[-2:])), L)
+        if isinstance(cache, WideStates):
+            o = cache.each(self._read, mixed, b, a)
+        else:
+            o = self._read(cache, mixed, b, a)
         y = mx.fast.rms_norm(o, self["norm"]["weight"].astype(mx.float32), self._eps)
         y = _gated(y.astype(x.dtype), mx.unflatten(z, -1, (-1, c.value_head_dim)))
         return self["out_proj"](y.flatten(-2), plus=plus)
+
+    def _read(
+        self, cache: StateCache | None, mixed: mx.array, b: mx.array, a: mx.array
+    ) -> mx.array:
+        """What sequences read of their states `[B, L, Hv, Dv]`, which go on."""
+        B, L, _ = mixed.shape
+        held = self._held(cache, B, mixed.dtype)
+        if cache is None or not cache.is_drafted:
+            o, after = self._gone_on(held, mixed, b, a)
+            if cache is not None:
+                cache.store(_flat(after), L)
+            return o
+        # A draft's tokens as they are computed alone, where that costs no launches.
+        run = self._one_by_one if device.on_cpu() else self._gone_on
+
+        def replay(n: int) -> tuple[mx.array, mx.array]:
+            return _flat(run(held, mixed[:, :n], b[:, :n], a[:, :n])[1] if n else held)
+
+        o, after = run(held, mixed, b, a)
+        cache.store(_flat(after), L, replay)
+        return o
+
+    def _gone_on(
+        self, held: tuple[mx.array, mx.array], mixed: mx.array, b: mx.array, a: mx.array
+    ) -> tuple[mx.array, tuple[mx.array, mx.array]]:
+        """What L tokens read, and what is held behind them."""
+        mixed, tail = self._convolved(mixed, held[0])
+        o, state = self._of_rule(mixed, b, a, held[1])
+        return o, (tail, state)
+
+    def _one_by_one(
+        self, held: tuple[mx.array, mx.array], *rows: mx.array
+    ) -> tuple[mx.array, tuple[mx.array, mx.array]]:
+        """`_gone_on`, in a step for each token."""
+        found = []
+        for i in range(rows[0].shape[1]):
+            o, held = self._gone_on(held, *(x[:, i : i + 1] for x in rows))
+            found.append(o)
+        return mx.concatenate(found, axis=1), held
 
     def _held(self, cache: StateCache | None, B: int, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
         """The last inputs of the convolution `[B, n, C]`, and the state `[B, Hk, r, Dk, Dv]`."""
@@ -178,6 +217,12 @@ class GatedDeltaNet(Fusing):
         else:
             o, state = delta_rule.chunk(qk[:, :, 0], qk[:, :, 1], v, g, beta, state)
         return o.reshape(B, L, c.num_value_heads, -1), state
+
+
+def _flat(held: tuple[mx.array, mx.array]) -> tuple[mx.array, mx.array]:
+    """As a cache holds it: the heads along one axis."""
+    tail, state = held
+    return tail, state.flatten(1, 2)
 
 
 @compiled

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 
 from mlxkv.errors import UsageError
-from mlxkv.kv.layout import Mask
+from mlxkv.kv.layout import Mask, Replay
 from mlxkv.kv.recurrent import RecurrentCache, StateRows
 from mlxkv.kv.storage import Rows
 
@@ -25,6 +25,8 @@ class BatchStates:
     Args:
         caches: those of the layer, of one sequence each.
     """
+
+    is_drafted = False
 
     def __init__(self, caches: Sequence[RecurrentCache]):
         self.caches = tuple(caches)
@@ -58,7 +60,7 @@ class BatchStates:
         self._rows = rows
         return rows.now[0]
 
-    def store(self, arrays: Sequence[mx.array], n_new: int) -> None:
+    def store(self, arrays: Sequence[mx.array], n_new: int, replay: Replay | None = None) -> None:
         """Replace the states, which `arrays` gave before, by those that `n_new` tokens leave."""
         assert self._rows is not None, "a step begins with a look at the states"
         self._rows.now = tuple(map(mx.contiguous, arrays)), self._rows.now[1] + n_new

@@ -10,18 +10,20 @@ Invariants:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import mlx.core as mx
 
-from mlxkv.cache import RotatingKVCache
-from mlxkv.kv.layout import Cache, LayerCache, Mask, Offset, Positions
+from mlxkv.cache import RecurrentCache, RotatingKVCache
+from mlxkv.errors import UsageError
+from mlxkv.kv.layout import Cache, LayerCache, Mask, Offset, Positions, StateCache
 from mlxkv.kv.storage import Order, Ragged, Rows, Several
 
 
 def wide(
     plain: Sequence[LayerCache], n_plain: int, drafted: Sequence[tuple[Sequence[Cache], int]]
-) -> list[WideCache]:
+) -> list[WideCache | WideStates]:
     """Caches for one `model.last_logits(tokens [T, 1], caches)`.
 
     Args:
@@ -32,9 +34,16 @@ def wide(
     n_layers = len(drafted[0][0])
     steps = _Rows(n_plain, drafted)
     return [
-        WideCache(plain[i] if n_plain else None, [caches[i] for caches, _ in drafted], steps)
+        _layer(plain[i] if n_plain else None, [caches[i] for caches, _ in drafted], steps)
         for i in range(n_layers)
     ]
+
+
+def _layer(
+    plain: LayerCache | None, drafted: Sequence[Cache], rows: _Rows
+) -> WideCache | WideStates:
+    states = [cache for cache in drafted if isinstance(cache, RecurrentCache)]
+    return WideStates(plain, states, rows) if states else WideCache(plain, drafted, rows)
 
 
 class _Rows:
@@ -105,6 +114,46 @@ class WideCache:
         if order is not None:
             order = _longer(order, at - n_plain)
         return Ragged(tuple(keys), tuple(masks), order), Ragged(tuple(values), tuple(masks), order)
+
+
+class WideStates:
+    """One layer's states for such a step, where the layer keeps one."""
+
+    def __init__(self, plain: LayerCache | None, drafted: Sequence[RecurrentCache], rows: _Rows):
+        self._plain, self._drafted, self._rows = plain, drafted, rows
+
+    @property
+    def offset(self) -> Offset:
+        """Position of the first drafted sequence's next token: states know no positions."""
+        return self._drafted[0].offset
+
+    def mask(self, L: int) -> Mask:
+        """None: a state has seen what came before."""
+        return None
+
+    def update(self, k: mx.array, v: mx.array) -> tuple[Rows, Rows]:
+        """Raises UsageError: a state takes no keys and values."""
+        raise UsageError("this layer keeps a state and takes no keys and values: use `each`")
+
+    def each(self, run: Callable[..., mx.array], *rows: mx.array) -> mx.array:
+        """What run(cache, rows `[B, L, ...]`) gives of each sequence, or of those with one token.
+
+        Args:
+            run: gives `[B, L, ...]`.
+            rows: of the step, `[T, 1, ...]` each.
+
+        Returns:
+            The results, `[T, 1, ...]`.
+        """
+        found, at = list[mx.array](), self._rows.n_plain
+        if self._plain is not None:
+            states = cast(StateCache, cast(Any, self._plain))
+            found.append(run(states, *(x[:at] for x in rows)))
+        for cache, n in zip(self._drafted, self._rows.n_tokens, strict=True):
+            own = (x[at : at + n].swapaxes(0, 1) for x in rows)
+            found.append(run(cache, *own).swapaxes(0, 1))
+            at += n
+        return mx.concatenate(found) if len(found) > 1 else found[0]
 
 
 def _taken(

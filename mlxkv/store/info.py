@@ -15,7 +15,7 @@ from mlxkv.base.units import human_bytes, human_count
 from mlxkv.checkpoint.config import read_config, text_config
 from mlxkv.checkpoint.mlxkv_json import Record, read_record
 from mlxkv.errors import CheckpointError, ModelNotFound
-from mlxkv.kv.types import CacheSpec, KVFormat, keep_states
+from mlxkv.kv.types import CacheSpec, KVFormat, take_drafts
 from mlxkv.store import catalog
 from mlxkv.store.settings import Setting, Settings, effective
 
@@ -283,10 +283,10 @@ def describe(name: str, model_dir: Path, layout: Layout | None = None) -> Card:
 
 
 def _settings(model_dir: Path, specs: Sequence[CacheSpec | None]) -> Settings:
-    """Those that count for a model: one whose layers keep states takes no drafts."""
+    """Those that count for a model: one whose states cannot be taken back takes no drafts."""
     settings = effective(model_dir)
-    if keep_states(specs):
-        return replace(settings, draft=Setting("draft", "off", "layers keep states"))
+    if not take_drafts(specs):
+        return replace(settings, draft=Setting("draft", "off", "its states cannot be taken back"))
     return settings
 
 

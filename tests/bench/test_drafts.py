@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
-from mlxkv.bench.drafts import TASKS, Run, rows
+from mlxkv.bench.drafts import TASKS, Run, rows, tasks_for
 from mlxkv.cli import main
+from mlxkv.errors import UsageError
+from mlxkv.kv.types import CacheSpec
 from tests.support.command_line import chat_model
-from tests.support.hybrid import hybrid_chat_model
 
 
 def test_each_task_has_a_row_and_one_that_does_not_fit_is_named(tmp_path, monkeypatch, capsys):
@@ -36,10 +39,10 @@ def test_what_says_nothing_with_drafts_is_refused(tmp_path, options, capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_a_model_that_takes_no_drafts_is_refused(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("MLXKV_KV_DISK", "0")
-    assert main(["bench", str(hybrid_chat_model(tmp_path / "states")), "--draft"]) == 2
-    assert "takes no drafts: its layers keep states" in capsys.readouterr().err
+def test_a_model_that_takes_no_drafts_is_refused():
+    model = SimpleNamespace(cache_specs=lambda: [CacheSpec(0, 0, 0)])
+    with pytest.raises(UsageError, match="takes no drafts: its states cannot be taken back"):
+        tasks_for(cast(Any, SimpleNamespace(model=model, path="foreign")))
 
 
 def test_a_ratio_is_the_median_over_pairs():

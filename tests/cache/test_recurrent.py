@@ -81,6 +81,21 @@ def test_it_rewinds_to_its_tip_and_to_the_start_alone():
         cache.rewind(1)
 
 
+def test_it_rewinds_within_the_last_draft_until_more_is_stored():
+    cache, between = RecurrentCache(SPEC), [arrays(n) for n in range(4)]
+    cache.store(between[0], 7)
+    assert not cache.is_drafted
+    cache.begin_draft()
+    assert cache.is_drafted
+    cache.store(between[3], 3, lambda n: between[n])
+    assert cache.rewind(10) and same(cache.arrays, between[3])
+    assert cache.rewind(9) and cache.offset == 9 and same(cache.arrays, between[2])
+    assert cache.rewind(7) and same(cache.arrays, between[0])  # an answer that ends before it
+    assert not cache.rewind(6)
+    cache.store(between[1], 1)
+    assert not cache.is_drafted and not cache.rewind(7)
+
+
 @pytest.mark.parametrize(("start", "stop"), [(0, 7), (5, 6), (7, 8), (7, 7)])
 def test_it_is_read_at_its_last_token_alone(start, stop):
     cache = RecurrentCache(SPEC)

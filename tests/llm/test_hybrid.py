@@ -100,9 +100,9 @@ def test_its_memory_is_planned_with_states_of_one_size(folder):
     assert long.kv_bytes - states[0].nbytes == 16 * (short.kv_bytes - states[0].nbytes)
 
 
-def test_its_card_shows_states_and_no_drafts(folder):
+def test_its_card_shows_states_and_drafts(folder):
     card = describe("hybrid", folder)
     assert (card.kv.n_full_layers, card.kv.n_state_layers) == (1, 2)
     assert card.kv.state_bytes == 2 * 4 * (160 * 3 + 4 * 16 * 24)
-    assert str(card.settings.draft) == "off (layers keep states)"
+    assert str(card.settings.draft) == "lookup (default)"
     assert "plus the states" in card.text()
