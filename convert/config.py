@@ -162,8 +162,6 @@ def _hybrid(config: Mapping[str, Any], model_type: str) -> dict[str, Any]:
     }
     model_type = model_type.removesuffix("_text")
     found: dict[str, Any] = {"model_type": model_type, "architectures": [names[model_type]]}
-    if config.get("mtp_num_hidden_layers"):
-        found["mtp_num_hidden_layers"] = 0  # it is left out
     types = config.get("layer_types")
     if isinstance(types, list) and "full_attention" in types:
         found["full_attention_interval"] = types.index("full_attention") + 1

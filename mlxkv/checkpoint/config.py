@@ -12,7 +12,7 @@ from reprlib import repr as short
 from typing import Any
 
 from mlxkv.base import regular
-from mlxkv.checkpoint.tensor_names import TOWERS, has_next_token
+from mlxkv.checkpoint.tensor_names import TOWERS, has_mtp, has_next_token
 from mlxkv.errors import ConfigError, ModelNotFound
 
 MATHS_KEYS = frozenset(
@@ -35,6 +35,8 @@ MATHS_KEYS = frozenset(
 MAX_SIZE = 2**31 - 1
 MAX_LAYERS = 4096
 """Bounds far above every model's, so that a damaged config cannot build absurd structures."""
+MTP_LAYERS = "mtp_num_hidden_layers"
+"""How many layers Qwen3.5 has to predict the token after next; Qwen3-Next's config does not say."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -105,6 +107,9 @@ def with_next_token(raw: Mapping[str, Any], names: Container[str]) -> dict[str, 
 
     Quantized releases often leave the layer out, and keep the config.
     """
+    inner, own = raw.get("text_config"), {MTP_LAYERS: int(has_mtp(names))}
+    if own[MTP_LAYERS] or MTP_LAYERS in text_config(raw):
+        raw = {**raw, **({"text_config": {**inner, **own}} if isinstance(inner, Mapping) else own)}
     key, n_layers = "num_nextn_predict_layers", raw.get("num_hidden_layers")
     if not raw.get(key) or not isinstance(n_layers, int):
         return dict(raw)

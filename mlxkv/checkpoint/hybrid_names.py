@@ -18,14 +18,19 @@ from mlxkv.errors import WeightsError
 NEXT_TOKEN = "mtp."
 """How the names of the layer that predicts the token after next begin."""
 _OFFSET_NORM = re.compile(
-    r"(\.(input_layernorm|post_attention_layernorm|q_norm|k_norm)|^model\.norm)\.weight$"
+    r"(\.(input_layernorm|post_attention_layernorm|q_norm|k_norm)|^(model|mtp)\.norm|"
+    r"^mtp\.pre_fc_norm_(embedding|hidden))\.weight$"
 )
 _EXPERTS = re.compile(r"^(.*\.mlp)\.experts\.(gate_up_proj|down_proj)$")
 _TAPS = ".conv1d.weight"
 
 
-def hybrid_names(weights: Mapping[str, mx.array]) -> Remapped:
+def hybrid_names(weights: Mapping[str, mx.array], keeps_mtp: bool) -> Remapped:
     """The text model's weights; the names left out: encoders, and the layer `NEXT_TOKEN`.
+
+    Args:
+        weights: of a checkpoint of text alone or not.
+        keeps_mtp: whether that layer is kept.
 
     Raises:
         WeightsError: an expert is missing, or of another shape than the first.
@@ -33,6 +38,9 @@ def hybrid_names(weights: Mapping[str, mx.array]) -> Remapped:
     of_mtp = [name for name in weights if text_name(name).startswith(NEXT_TOKEN)]
     rest = {name: array for name, array in weights.items() if name not in set(of_mtp)}
     kept, skipped = language_model(rest)
+    if keeps_mtp:
+        kept |= {text_name(name): weights[name] for name in of_mtp}
+        of_mtp = []
     is_original = any(_is_original(name, array) for name, array in kept.items())
     found: dict[str, mx.array] = {}
     for name, array in kept.items():

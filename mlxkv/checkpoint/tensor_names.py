@@ -28,6 +28,8 @@ _MEDIA = re.compile(
 _LAYER = re.compile(r"^model\.layers\.(\d+)\.")
 _NEXT_TOKEN = ("eh_proj", "enorm", "hnorm", "shared_head.norm", "input_layernorm")
 """Some modules of a layer that predicts the token after next; each has a `weight`."""
+_MTP = ("fc", "norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden", "layers.0.input_layernorm")
+"""The same, where the layer is a module of its own: Qwen3-Next's and 3.5's."""
 _KV = re.compile(r"\.self_attn\.(k_proj|v_proj|k_norm|v_norm)\.")
 
 
@@ -45,6 +47,14 @@ def towers_in(names: Iterable[str]) -> frozenset[str]:
 def has_next_token(names: Container[str], n_layers: int) -> bool:
     """Whether a layer that predicts the token after next lies behind `n_layers` layers."""
     return all(f"model.layers.{n_layers}.{part}.weight" in names for part in _NEXT_TOKEN)
+
+
+def has_mtp(names: Container[str]) -> bool:
+    """Whether a layer that predicts the token after next lies beside the model, as `mtp`."""
+    return any(
+        all(f"{root}mtp.{part}.weight" in names for part in _MTP)
+        for root in ("", "language_model.", "model.language_model.")
+    )
 
 
 def without_rotary(weights: Mapping[str, mx.array], config: Any = None) -> Remapped:

@@ -1,7 +1,7 @@
 """Qwen3.5 and 3.6, dense and with experts: gated delta nets, and full attention every fourth layer.
 
-Of a multimodal checkpoint this is the text model. The layer that predicts the token after next is
-left out. Reference: transformers `modeling_qwen3_5.py`, `modeling_qwen3_5_moe.py`.
+Of a multimodal checkpoint this is the text model. Reference: transformers `modeling_qwen3_5.py`,
+`modeling_qwen3_5_moe.py`, which leave out the layer that predicts the token after next.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def remap(weights: Mapping[str, mx.array], config: Config) -> tuple[dict[str, mx
     """Names of all layouts -> ours, which are mlx-lm's; see `hybrid_names`.
 
     Returns:
-        The weights, and the names left out: encoders and the layer that predicts the token after
-        next.
+        The weights, and the names left out: encoders, and the layer that predicts the token after
+        next where the config has none.
     """
-    return hybrid_names(weights)
+    return hybrid_names(weights, config.next_token is not None)

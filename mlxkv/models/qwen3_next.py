@@ -1,7 +1,7 @@
 """Qwen3-Next: gated delta nets, full attention every fourth layer, and mixtures of experts.
 
-The layer that predicts the token after next is left out. Reference: transformers
-`modeling_qwen3_next.py`.
+Reference: transformers `modeling_qwen3_next.py`, which leaves out the layer that predicts the token
+after next.
 """
 
 from __future__ import annotations
@@ -88,6 +88,7 @@ def remap(weights: Mapping[str, mx.array], config: Config) -> tuple[dict[str, mx
     """Names of all layouts -> ours, which are mlx-lm's; see `hybrid_names`.
 
     Returns:
-        The weights, and the names left out: the layer that predicts the token after next.
+        The weights, and the names left out: the layer that predicts the token after next where the
+        config has none.
     """
-    return hybrid_names(weights)
+    return hybrid_names(weights, config.next_token is not None)

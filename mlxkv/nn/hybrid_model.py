@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxkv.checkpoint.config import Fields
+from mlxkv.checkpoint.config import MTP_LAYERS, Fields
 from mlxkv.checkpoint.rope_config import rope_config
 from mlxkv.kv.layout import LayerCache, Mask, StateCache
 from mlxkv.kv.types import CacheSpec
@@ -22,12 +22,14 @@ from mlxkv.nn.decoder_model import (
     FULL,
     DecoderModel,
     GroupedConfig,
+    NextToken,
     grouped_fields,
 )
 from mlxkv.nn.gated_delta import IN_FLOAT32, DeltaConfig, GatedDeltaNet
 from mlxkv.nn.grouped_attention import NormedAttention
 from mlxkv.nn.layers import GatedMLP, compiled, merge_heads
 from mlxkv.nn.linear import Linear
+from mlxkv.nn.model import Predictor
 from mlxkv.nn.softmax_moe import SoftmaxMoE, SoftmaxMoEConfig
 
 LINEAR = "linear_attention"
@@ -72,7 +74,14 @@ def hybrid_fields(fields: Fields) -> tuple[Fields, dict[str, Any]]:
         "linear": tuple(linear),
         "delta": DeltaConfig.read(fields),
         "rope": rope_config(fields, shared["head_dim"], default_theta=None),
+        "next_token": _next_token(fields),
     }
+
+
+def _next_token(fields: Fields) -> NextToken | None:
+    """Whether the checkpoint has the layer `mtp`: of one layer, on the model's embedding."""
+    n, own = fields.count(MTP_LAYERS, 0), fields.bool("mtp_use_dedicated_embeddings", False)
+    return NextToken(own_embedding=False, own_head=False) if n and not own else None
 
 
 class GatedAttention(NormedAttention):
@@ -121,18 +130,20 @@ class HybridLayer(nn.Module):
 
     Args:
         config: of the model.
-        i: the layer's number.
-        delta: makes a gated delta net.
+        delta: makes a gated delta net; None for a layer with full attention.
+        sparse: whether it has experts, if the model has.
     """
 
-    def __init__(self, config: HybridConfig, i: int, delta: Callable[..., GatedDeltaNet]):
+    def __init__(
+        self, config: HybridConfig, delta: Callable[..., GatedDeltaNet] | None, sparse: bool
+    ):
         super().__init__()
         c, E, eps = config, config.hidden_size, config.rms_norm_eps
-        if c.linear[i]:
+        if delta is not None:
             self.linear_attn = delta(E, eps, c.delta)
         else:
             self.self_attn = GatedAttention(c)
-        if c.moe is not None and c.sparse[i]:
+        if c.moe is not None and sparse:
             self.mlp = SoftmaxMoE(E, c.hidden_act, c.moe)
         else:
             self.mlp = GatedMLP(E, c.intermediate_size, c.hidden_act)
@@ -149,18 +160,69 @@ class HybridLayer(nn.Module):
         return self["mlp"](x, self["post_attention_layernorm"], x)
 
 
+class NextTokenModule(nn.Module):
+    """norm(layer(W [norm_e(embedding of a token), norm_h(hidden state it was chosen from)])).
+
+    The layer has full attention, and the model's kind of MLP. As `nn.next_token`, under other
+    names. Source: SGLang's `qwen3_next_mtp.py`, as transformers leaves it out.
+    """
+
+    def __init__(self, config: HybridConfig):
+        super().__init__()
+        c, E = config, config.hidden_size
+        self.fc = Linear(2 * E, E, bias=False)
+        self.layers = [HybridLayer(c, None, sparse=True)]
+        norms = (c.norm(E, c.rms_norm_eps) for _ in range(3))
+        self.norm, self.pre_fc_norm_embedding, self.pre_fc_norm_hidden = norms
+
+    def __call__(self, embedding: mx.array, hidden: mx.array, cache: LayerCache | None) -> mx.array:
+        """What stands for the hidden states of tokens, of both `[B, L, E]`."""
+        x = self["pre_fc_norm_embedding"](embedding)
+        x = self["fc"](mx.concatenate([x, self["pre_fc_norm_hidden"](hidden)], axis=-1))
+        L = x.shape[1]
+        mask: Mask = None if L == 1 else "causal" if cache is None else cache.mask(L)
+        return self["norm"](self["layers"][0](x, mask, cache))
+
+
 class HybridModel(DecoderModel):
     """A decoder of hybrid layers with its head."""
 
     def __init__(self, config: HybridConfig, delta: Callable[..., GatedDeltaNet] = GatedDeltaNet):
+        c = config
+        layers = zip(c.linear, c.sparse, strict=True)
         super().__init__(
-            config, [HybridLayer(config, i, delta) for i in range(config.num_hidden_layers)]
+            c, [HybridLayer(c, delta if linear else None, sparse) for linear, sparse in layers]
         )
+        if c.next_token is not None:
+            self.mtp = NextTokenModule(c)
 
     def keeps_dtype(self, name: str) -> bool:
         return name.endswith(IN_FLOAT32)
 
     def cache_specs(self) -> list[CacheSpec | None]:
         c = self.config
-        full = CacheSpec(c.num_key_value_heads, c.head_dim, c.head_dim)
-        return [c.delta.spec if linear else full for linear in c.linear]
+        return [c.delta.spec if linear else _full_spec(c) for linear in c.linear]
+
+    def predictor(self) -> Predictor | None:
+        return None if self.config.next_token is None else HybridNextTokens(self)
+
+
+def _full_spec(config: HybridConfig) -> CacheSpec:
+    return CacheSpec(config.num_key_value_heads, config.head_dim, config.head_dim)
+
+
+@dataclass(frozen=True, slots=True)
+class HybridNextTokens:
+    """The `Predictor` of a model with the layer `mtp`."""
+
+    model: HybridModel
+
+    @property
+    def spec(self) -> CacheSpec:
+        return _full_spec(self.model.config)
+
+    def hidden(self, tokens: mx.array, hidden: mx.array, cache: LayerCache | None) -> mx.array:
+        return self.model["mtp"](self.model.embed(tokens), hidden, cache)
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        return self.model.logits(hidden)

@@ -11,6 +11,7 @@ from mlxkv.cli import main
 from mlxkv.llm.llm import LLM
 from mlxkv.store.info import describe
 from mlxkv.terminal import plan_text
+from tests.generation.test_speculate import Eager
 from tests.support.hybrid import hybrid_chat_model
 
 pytestmark = pytest.mark.usefixtures("kv")
@@ -89,6 +90,21 @@ def test_a_saved_prefix_is_gone_on_from_and_checked_and_not_exported(llm, tmp_pa
     assert again.verify_kv("weir").passed
     assert main(["kv", "export", "weir", str(tmp_path / "weir.kv")]) == 2
     assert "cannot be exported: its layers keep states" in capsys.readouterr().err
+
+
+def test_drafts_of_its_next_token_layer_and_of_earlier_text_change_no_answer(llm, tmp_path):
+    folder = hybrid_chat_model(tmp_path / "mtp", mtp_num_hidden_layers=1)
+    drafted = mlxkv.load(folder, draft="auto", dtype="float32")
+    drafted.drafting.costs = Eager()
+    n_of_layer = 0
+    for options in ({"temperature": 0}, {"temperature": 1.0, "seed": 3}):
+        plain = drafted.generate(DOCUMENT, draft="off", max_tokens=40, **options)
+        for draft in ("mtp", "auto"):
+            found = drafted.generate(DOCUMENT, draft=draft, max_tokens=40, **options)
+            assert found.tokens == plain.tokens
+            counts = found.stats.drafts
+            n_of_layer += counts.by.get("mtp", (0, 0))[0] if counts else 0
+    assert n_of_layer > 5
 
 
 def test_its_memory_is_planned_with_states_of_one_size(folder):
