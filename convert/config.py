@@ -105,7 +105,7 @@ def _text(raw: Mapping[str, Any], tied: bool) -> dict[str, Any]:
     elif model_type in ("gemma3", "gemma3_text"):
         config |= {"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"]}
         config |= _sliding_window_pattern(config)
-    elif model_type == "glm4_moe_lite":
+    elif model_type in ("glm4_moe_lite", "glm_moe_dsa"):
         config |= _first_dense(config)
     elif model_type == "qwen3_moe" and "num_experts" not in config:
         config["num_experts"] = config.get("num_local_experts")

@@ -36,6 +36,7 @@ NATIVE = {
     "glm4": "glm4",
     "glm4_moe": "glm4_moe",
     "glm4_moe_lite": "glm4_moe_lite",
+    "glm_moe_dsa": "glm_moe_dsa",
     "gpt_oss": "gpt_oss",
     "qwen3": "qwen3",
     "qwen3_moe": "qwen3",

@@ -33,13 +33,13 @@ class Config(LatentConfig):
     def read(cls, fields: Fields) -> Self:
         return cls(
             **latent_fields(fields),
-            dense_layers=_dense_layers(fields),
+            dense_layers=dense_layers(fields),
             moe=MoEConfig.read(fields),
             next_token=NextToken() if fields.count("num_nextn_predict_layers", 0) else None,
         )
 
 
-def _dense_layers(fields: Fields) -> tuple[bool, ...]:
+def dense_layers(fields: Fields) -> tuple[bool, ...]:
     """Which layers have a plain MLP: `mlp_layer_types`, else the first few, one by default."""
     n_layers = fields.n_layers()
     if fields.int("moe_layer_freq", 1) != 1:

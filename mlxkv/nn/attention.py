@@ -40,9 +40,8 @@ def attend(
         k: `[B, Hk, S, k_dim]`, quantized or not; `Ragged` for one query of each of some sequences.
         v: `[B, Hk, S, v_dim]`, in the keys' form.
         scale: factor on the scores.
-        mask: None, `"causal"` (aligned at the end), or bool `[L, S]`, true where visible, never
-            past the query's own position but as a `TwoWayMask` says. For one query a row also bool
-            `[B, 1, 1, S]`.
+        mask: None, `"causal"` (aligned at the end), or bool `[L, S]` or `[B, 1, L, S]`, true where
+            visible, never past the query's own position but as a `TwoWayMask` says.
         sinks: one logit per head that takes part in the softmax and has no value, `[H]`.
         softcap: bound of the scores, `c * tanh(score / c)`, before the mask.
 
@@ -150,7 +149,7 @@ def _attend_on_all_cores(
                 k[:, :, :seen],
                 v[:, :, :seen],
                 scale=scale,
-                mask=whole if isinstance(whole, str) else whole[start:stop, :seen],
+                mask=whole if isinstance(whole, str) else whole[..., start:stop, :seen],
                 sinks=sinks,
                 stream=stream,
             )
@@ -286,12 +285,12 @@ class _Visible:
         return self.S if self.mask is None else self.S - self.L + self.stop
 
     def block(self, first: int, last: int) -> mx.array | None:
-        """bool `[queries, last - first]` for the keys `[first, last)`; None if all are visible."""
+        """bool `[..., queries, keys]` for the keys `[first, last)`; None if all are visible."""
         if self.mask is None:
             return None
         mask = self.mask.array if isinstance(self.mask, TwoWayMask) else self.mask
         if isinstance(mask, mx.array):
-            return mask[self.start : self.stop, first:last]
+            return mask[..., self.start : self.stop, first:last]
         n_before = self.S - self.L
         if last <= n_before + self.start + 1:
             return None

@@ -165,6 +165,25 @@ FAMILIES = {
         },
         frozenset({"mlp.gate"}),
     ),
+    "glm-moe-dsa": Family(
+        {
+            **SIZES,
+            **EXPERTS,
+            "model_type": "glm_moe_dsa",
+            "num_hidden_layers": 2,
+            "first_k_dense_replace": 1,
+            "q_lora_rank": 32,
+            "kv_lora_rank": 64,
+            "qk_nope_head_dim": 32,
+            "qk_rope_head_dim": 16,
+            "v_head_dim": 32,
+            "index_head_dim": 32,
+            "index_n_heads": 16,
+            "index_topk": 8,
+            "rope_theta": 1e4,
+        },
+        frozenset({"mlp.gate"}),
+    ),
     "gpt-oss": Family(
         {
             **SIZES,

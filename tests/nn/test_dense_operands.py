@@ -23,6 +23,7 @@ CHUNK = 40
 COPIED = {
     "glm4-moe-plain": "rope of 8 of",
     "glm4-moe-lite-plain": "rope of 8 of (2, 4, 1, 8)",
+    "glm-moe-dsa-plain": "rope of 8 of (2, 4, 1, 8)",
     "qwen3-next-plain": ("rms_norm of", "rope of 8 of"),
     "qwen3-5-plain": ("rms_norm of", "rope of 8 of"),
 }

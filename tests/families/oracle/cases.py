@@ -19,6 +19,7 @@ from tests.families.oracle import (
     glm4_cases,
     glm4_moe_cases,
     glm4_moe_lite_cases,
+    glm_moe_dsa_cases,
     gpt_oss_cases,
     qwen_cases,
 )
@@ -268,6 +269,7 @@ CASES = (
     *glm4_cases.CASES,
     *glm4_moe_cases.CASES,
     *glm4_moe_lite_cases.CASES,
+    *glm_moe_dsa_cases.CASES,
     *gpt_oss_cases.CASES,
     *qwen_cases.CASES,
 )
