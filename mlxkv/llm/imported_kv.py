@@ -12,13 +12,13 @@ import mlx.core as mx
 
 from mlxkv.base.paths import kv_dir
 from mlxkv.engine.runtime import Runtime
-from mlxkv.errors import CheckpointError, ModelNotFound, UsageError
+from mlxkv.errors import CheckpointError, UsageError
 from mlxkv.generation.kv_check import KVCheck, KVReport
 from mlxkv.kv.storage import storage_of
-from mlxkv.kv.types import KVFormat
+from mlxkv.kv.types import KVFormat, RecurrentSpec
 from mlxkv.models.loader import lay_out
 from mlxkv.prefix.eviction import DiskLimits
-from mlxkv.prefix.layout import Kinds, token_ids
+from mlxkv.prefix.layout import FULL, WINDOW, Kinds, token_ids
 from mlxkv.prefix.on_disk.disk import PageDisk
 from mlxkv.prefix.on_disk.format import PageFile
 from mlxkv.prefix.on_disk.writer import PageFiles
@@ -65,8 +65,10 @@ def import_file(
 
     def check(named: NamedKV) -> Callable[[PageFile], None]:
         check_text(named, token_ids(named.tokens), Tokenizer.from_dir(path))
-        shapes = _shapes(path, named)
-        return lambda page: check_page(page, shapes[page.key.part])
+        shapes, states = _shapes(path, named)
+        return lambda page: check_page(
+            page, shapes[page.key.part], is_state=states and page.key.part == WINDOW
+        )
 
     return KVNames(kv_dir()).import_(
         file, name=name, fingerprint=wanted, check=check, trusted=bool(trust)
@@ -77,45 +79,42 @@ def export(name: str, file: Path) -> None:
     """Write saved KV into a file that `import_file` takes.
 
     Raises:
-        UsageError: no such name, its model's KV cannot be imported, or the file is there already.
+        UsageError: no such name, or the file is there already.
         CheckpointError, OutputError: as `KVNames.export`.
     """
-    names = KVNames(kv_dir())
-    named = names.load(name)
-    try:
-        specs = lay_out(resolve(named.model, fetch=False), named.dtype).model.cache_specs()
-    except (CheckpointError, ModelNotFound):  # it may be gone: importing will tell
-        specs = []
-    kinds = Kinds.of(specs)
-    if kinds is not None and kinds.states:
-        raise UsageError(
-            f"the KV of {named.model} cannot be exported: its layers keep states, which no other "
-            "machine imports; save it there"
-        )
-    names.export(name, file)
+    KVNames(kv_dir()).export(name, file)
 
 
-def _shapes(path: Path, named: NamedKV) -> dict[str, dict[str, TensorShape]]:
-    """Part -> the tensors that a page of it has.
+def _shapes(path: Path, named: NamedKV) -> tuple[dict[str, dict[str, TensorShape]], bool]:
+    """Part -> the tensors that a page of it has; and whether the second part is a state.
 
     Raises:
-        ValueError: the model has no pages, or those of states, which are not imported.
+        ValueError: the model has no pages.
     """
     specs = lay_out(path, named.dtype).model.cache_specs()
     kinds = Kinds.of(specs)
-    if kinds is None or kinds.states:
+    if kinds is None:
         raise ValueError("its model has layers that keep a state instead of KV: save it here")
     dtype = getattr(mx, named.dtype)
     owned = list(KVFormat(named.kv_type).layers(specs))
-    shapes: dict[str, dict[str, TensorShape]] = {"full": {}, "window": {}}
+    shapes: dict[str, dict[str, TensorShape]] = {FULL: {}, WINDOW: {}}
     for part in kinds.parts:
         for index in kinds.caches(part):
             spec, kv = owned[index]
+            if isinstance(spec, RecurrentSpec):
+                shapes[part] |= _of_state(index, spec, named.dtype)
+                continue
             rows = (mx.zeros((1, spec.n_kv_heads, 1, n), dtype) for n in (spec.k_dim, spec.v_dim))
             for j, x in enumerate(storage_of(kv.name).encode_both(*rows)):
                 B, H, _, D = x.shape
                 shapes[part][f"{index}.{j}"] = str(x.dtype).rpartition(".")[2], (B, H, D)
-    return shapes
+    return shapes, kinds.states
+
+
+def _of_state(index: int, spec: RecurrentSpec, dtype: str) -> dict[str, TensorShape]:
+    """The arrays of a state, as `RecurrentCache.read` gives them."""
+    state = "float32", (1, spec.n_heads, spec.key_dim * spec.value_dim)
+    return {f"{index}.0": (dtype, (1, spec.n_tail, spec.n_channels)), f"{index}.1": state}
 
 
 def verify(

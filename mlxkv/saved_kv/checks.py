@@ -19,26 +19,30 @@ TensorShape = tuple[str, tuple[int, int, int]]
 """MLX's name of the dtype, and B, H and D, of an array `[B, H, S, D]`."""
 
 
-def check_page(page: PageFile, expected: Mapping[str, TensorShape]) -> None:
+def check_page(
+    page: PageFile, expected: Mapping[str, TensorShape], *, is_state: bool = False
+) -> None:
     """Raise ValueError unless a page has the arrays of a model, with values that KV can have.
 
     Args:
         page: one part of a page.
         expected: by the names of its tensors.
+        is_state: whether it is the state behind the page's last token, in one row.
     """
+    n_rows = 1 if is_state else page.key.n_tokens
     where = f"tokens {page.start:,} to {page.start + page.key.n_tokens - 1:,}"
     if page.tensors.keys() != expected.keys():
         raise ValueError(f"{where} have KV of other layers than the model")
     for name, (dtype, (B, H, D)) in expected.items():
         tensor = page.tensors[name]
-        if page.dtypes[name] != dtype or tensor.shape != (B, H, page.key.n_tokens, D):
+        if page.dtypes[name] != dtype or tensor.shape != (B, H, n_rows, D):
             raise ValueError(
                 f"{where}: array {name} is {page.dtypes[name]} {list(tensor.shape)}, "
-                f"not {dtype} {[B, H, page.key.n_tokens, D]}"
+                f"not {dtype} {[B, H, n_rows, D]}"
             )
         if not _is_finite(tensor, dtype):
             raise ValueError(f"{where}: array {name} has values that are no finite numbers")
-    if page.key.n_tokens > 1 and all(map(_is_constant, page.tensors.values())):
+    if n_rows > 1 and all(map(_is_constant, page.tensors.values())):
         raise ValueError(f"{where} have the same KV for every token")
 
 

@@ -7,11 +7,17 @@ from pathlib import Path
 import pytest
 
 import mlxkv
-from mlxkv.cli import main
+from mlxkv.base.paths import kv_dir
+from mlxkv.errors import CheckpointError
+from mlxkv.llm.imported_kv import export, import_file
 from mlxkv.llm.llm import LLM
+from mlxkv.prefix.layout import WINDOW
+from mlxkv.prefix.on_disk.format import PageFile
+from mlxkv.saved_kv.registry import KVNames
 from mlxkv.store.info import describe
 from mlxkv.terminal import plan_text
 from tests.generation.test_speculate import Eager
+from tests.llm.test_imported_kv import forged, forget, tensors
 from tests.support.hybrid import hybrid_chat_model
 
 pytestmark = pytest.mark.usefixtures("kv")
@@ -82,14 +88,30 @@ def test_a_batch_gives_each_prompt_its_own_answer(llm, folder):
     assert [x.text for x in together] == [x.text for x in alone]
 
 
-def test_a_saved_prefix_is_gone_on_from_and_checked_and_not_exported(llm, tmp_path, capsys):
+def test_a_saved_prefix_is_gone_on_from_and_checked(llm):
     llm.save_kv("weir", DOCUMENT)
     again = mlxkv.load(llm.path)
     answer = again.generate(DOCUMENT + "Who built it?", max_tokens=3, temperature=0)
     assert answer.stats.computed_tokens <= 32
     assert again.verify_kv("weir").passed
-    assert main(["kv", "export", "weir", str(tmp_path / "weir.kv")]) == 2
-    assert "cannot be exported: its layers keep states" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("is_forged", (False, True))
+def test_an_import_serves_prompts_once_its_state_was_computed(llm, tmp_path, is_forged):
+    def changed(page: PageFile) -> PageFile:
+        return tensors(lambda x: x * 2, page.start)(page) if page.key.part == WINDOW else page
+
+    llm.save_kv("weir", DOCUMENT)
+    export("weir", file := tmp_path / "weir.kv")
+    KVNames(kv_dir()).remove("weir")
+    forget(llm)
+    import_file(forged(file, page=changed) if is_forged else file, model=str(llm.path))
+    if is_forged:
+        with pytest.raises(CheckpointError, match="is not what this model computes"):
+            llm.generate("Who?", max_tokens=2, kv_from="weir")
+        return
+    assert llm.generate("Who?", max_tokens=2, kv_from="weir").stats.restored_tokens == len(DOCUMENT)
+    assert llm.generate(DOCUMENT + "?", max_tokens=2).stats.computed_tokens <= 2
 
 
 def test_drafts_of_its_next_token_layer_and_of_earlier_text_change_no_answer(llm, tmp_path):
