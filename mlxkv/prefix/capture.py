@@ -48,6 +48,7 @@ class Cutter:
         n_pages, data = len(tokens) // STEP, token_bytes(tokens)
         self._links = list(chain_of(data, n_pages))
         self._is_gone_on = bool(self._states) and goes_on(self._pages, self._links, data)
+        self._last_end: Link | None = None
         self._parent = self._links[-1].name if self._links else ROOT
         self._start = self._kept = STEP * n_pages
         self._rows: list[Part] | None = []
@@ -123,7 +124,10 @@ class Cutter:
         self._pages.touch(links)
         if self._is_gone_on:
             self._pages.keep(self._pages.checkpoints.ended(links))
-        self._is_gone_on = bool(self._states)  # what goes on in these caches is no new sequence
+        if self._states and links:  # what goes on in these caches goes on from here
+            if self._last_end is not None and self._last_end.name != links[-1].name:
+                self._pages.ram.again(self._last_end)
+            self._is_gone_on, self._last_end = True, links[-1]
         return links
 
     def _store(self, tokens: Sequence[int], n_tokens: int, with_state: bool) -> Link:

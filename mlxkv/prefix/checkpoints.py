@@ -34,6 +34,8 @@ class Holds(Protocol):
 
     @property
     def disk(self) -> PageDisk | None: ...
+    @property
+    def opened_disk(self) -> PageDisk | None: ...
     def tokens(self, link: Link) -> bytes: ...
 
 
@@ -57,16 +59,17 @@ class Checkpoints:
         whole = [link for link in links if link.n_tokens == STEP]
         if not self._pages.kinds.states:
             return whole
-        is_worth = self._pages.ram.again(links[-1]) or not self._has_near(links)
-        if len(whole) == len(links) or not is_worth:
+        is_shared = self._pages.ram.again(links[-1])
+        if len(whole) == len(links) or not (is_shared or not self._has_near(links)):
             return whole
-        self._note(links[-1])
+        if not is_shared:
+            self._note(links[-1])
         return list(links)
 
     def ended(self, links: Sequence[Link]) -> list[Link]:
         """Pages of a conversation to write at the end of an answer; none if disk has one near it.
 
-        Ends of it but the last are deleted.
+        Ends of it but the last are deleted, and those that were left.
         """
         # A sequence of less than a page is computed faster than a process starts.
         if not links or links[-1].stop < STEP or self._pages.disk is None or self._has_near(links):
@@ -97,17 +100,23 @@ class Checkpoints:
                 continue
             if end.name == page_name(end.parent, self._pages.tokens(page)[: 4 * end.n_tokens]):
                 found.append(end)
-        for end in sorted(found, key=lambda link: link.stop)[:-1]:
-            del self._ends[end.name]
+        going = sorted(found, key=lambda link: link.stop)[:-1]
+        for end in self._ends.values():
+            if (known := ram.get(end.name)) is not None and ram.is_left(known):
+                going.append(end)
+        for end in going:
             known = ram.get(end.name)
-            if disk is not None and (known is None or ram.is_passed(known)):
+            if known is not None and not ram.is_passed(known):
+                continue
+            self._ends.pop(end.name, None)
+            if disk is not None:
                 for part in self._pages.kinds.parts:
                     disk.remove(end.key(part))
 
     def _has_near(self, links: Sequence[Link]) -> bool:
         """Whether disk has a state of a sequence less than `STEP` tokens before its end, or at
         it."""
-        disk, stop = self._pages.disk, links[-1].stop
+        disk, stop = self._pages.opened_disk, links[-1].stop
         if disk is None:
             return False
         for link in links[-2:]:

@@ -195,8 +195,8 @@ class Pages:
             self.forget(links)
             return None
         self.touch(links)
-        if self._disk is not None:
-            self.keep(self.checkpoints.loaded(links))
+        again = self.checkpoints.loaded(links)
+        self.keep(again if self._disk is not None else ())
         # Pages that no layer needs any more count as the first that one does.
         first = next(iter(needed.values()))[0]
         from_disk = (x for x in links if (first if x.start < first.start else x).name in read)
@@ -269,7 +269,7 @@ class Pages:
             named: they belong to named KV, see `PageFiles.write`.
             wait: for room in the writer's queue.
         """
-        if self.disk is None:
+        if not (links := list(links)) or self.disk is None:
             return
         pages = [page for link in links if (page := self.ram.get(link.name)) is not None]
         if named:

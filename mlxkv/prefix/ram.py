@@ -234,39 +234,57 @@ class RamPages:
         return sorted(links, key=lambda link: link.start)
 
     def is_passed(self, page: Page) -> bool:
-        """Whether it is the end of a turn that one conversation passed, and no other went on from,
-        whose state takes more than the keys and values of the tokens that it may save.
+        """Whether it is the end of a turn that its conversation has passed, and no other went on
+        from, whose state takes more than the keys and values of the tokens that it may save.
 
-        Never so is the first state of a sequence: a system prompt's.
+        Either the conversation went on from it, or from the state before it (`is_left`). Never so
+        is the first state of a sequence: a system prompt's.
         """
-        if not self._kinds.states or page.link.n_tokens == STEP or page.n_loads > 1:
-            return False
-        if FULL not in page.parts or WINDOW not in page.parts:
-            return False
-        longer = (x for x in self.behind(page.link.parent) if x.link.n_tokens > page.link.n_tokens)
-        if not any(other.tokens.startswith(page.tokens) for other in longer):
+        if not self._has_own_state(page) or page.n_loads > 1:
             return False
         before = self._state_before(page)
+        if before is None or not (self.is_left(page) or self._is_gone_on(page)):
+            return False
         token_bytes = page.parts[FULL].nbytes / page.link.n_tokens
-        return before > 0 and (page.link.stop - before) * token_bytes < page.parts[WINDOW].nbytes
+        n_saved = page.link.stop - before.link.stop
+        return n_saved * token_bytes < page.parts[WINDOW].nbytes
 
-    def _state_before(self, page: Page) -> int:
-        """Tokens of a page's sequence up to the last state before its own; 0 for none."""
+    def is_left(self, page: Page) -> bool:
+        """Whether it is an end with a state that nothing went on from, but from the state before it
+        since: an answer's whose client left out what was thought."""
+        if page.n_loads or not self._has_own_state(page):
+            return False
+        before = self._state_before(page)
+        return before is not None and before.n_loads > 0 and before.used > page.used
+
+    def _has_own_state(self, page: Page) -> bool:
+        is_tip = self._kinds.states and page.link.n_tokens < STEP
+        return is_tip and FULL in page.parts and WINDOW in page.parts
+
+    def _is_gone_on(self, page: Page) -> bool:
+        """Whether what went on from a page has come further, within a page or beyond."""
+        return page.n_loads > 0 and any(
+            other.link.n_tokens > page.link.n_tokens and other.tokens.startswith(page.tokens)
+            for other in self.behind(page.link.parent)
+        )
+
+    def _state_before(self, page: Page) -> Page | None:
+        """The last page before one in its sequence that has a state."""
         at: Page | None = page
         while at is not None:
             shorter = [
-                other.link.stop
+                other
                 for other in self.behind(at.link.parent)
                 if WINDOW in other.parts
                 and other.link.n_tokens < at.link.n_tokens
                 and at.tokens.startswith(other.tokens)
             ]
             if shorter:
-                return max(shorter)
+                return max(shorter, key=lambda other: other.link.n_tokens)
             at = self._pages.get(at.link.parent)
             if at is not None and WINDOW in at.parts:
-                return at.link.stop
-        return 0
+                return at
+        return None
 
     def _is_anchor(self, page: Page) -> bool:
         """Whether it is one of `ANCHORS`, from which a prompt that was edited far back resumes."""

@@ -243,11 +243,32 @@ def test_an_end_that_two_conversations_went_on_from_stays_on_disk(tmp_path, heav
     conversation(pages, tokens, ends[:2])
     other = [*tokens[:600], *random_tokens(100, seed=5)]
     conversation(pages, other, [650])
-    conversation(pages, tokens, ends[2:])
-    states_on_disk(pages)
+    for n in ends[2:]:
+        conversation(pages, tokens, [n])
+        states_on_disk(pages)
     assert Sequence_(opened(tmp_path)).restore([*tokens[:600], 7]).n_tokens == 600
     assert Sequence_(opened(tmp_path)).restore([*tokens[:900], 7]).n_tokens == 600
     pages.close()
+
+
+def test_of_answers_that_were_left_nothing_stays_and_a_restart_goes_on(tmp_path, heavy):
+    """As where a client leaves out what was thought: turns go on behind the last question."""
+    tokens, pages = random_tokens(2000), opened(tmp_path)
+    asked = range(300, 1900, 100)
+    for i, n in enumerate(asked):
+        one = Sequence_(pages)
+        at = one.restore([*tokens[:n], -1]).n_tokens
+        assert at == (asked[i - 1] if i else 0)
+        thought = random_tokens(50, seed=i + 1)
+        one.feed([*tokens[at:n], *thought], marks=(200, n)).finish()
+        assert len(states_on_disk(pages)) <= 4
+    pages.close()
+    after = opened(tmp_path)
+    # The system prompt's, that of the last question, those of the last ends.
+    assert len(states_on_disk(after)) <= 7
+    assert Sequence_(after).restore([*tokens[:1850], 7]).n_tokens == 1800
+    assert Sequence_(after).restore([*tokens[:250], 7]).n_tokens == 200
+    after.close()
 
 
 def test_one_prompt_is_not_written_at_its_end(tmp_path):
