@@ -6,22 +6,21 @@ The layer that predicts the token after next is left out. Reference: transformer
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Self
 
 import mlx.core as mx
 
 from mlxkv.checkpoint.config import Fields
+from mlxkv.checkpoint.latent_names import latent_names
 from mlxkv.kv.layout import Caches, LayerCache, Mask
 from mlxkv.kv.types import CacheSpec
-from mlxkv.models.glm4_moe_lite import dense_layers, remap
 from mlxkv.nn.decoder_model import DecoderModel, TwoNorms
 from mlxkv.nn.latent_attention import LatentConfig, latent_fields
 from mlxkv.nn.model import Embedded, attention_masks
-from mlxkv.nn.sigmoid_moe import CORRECTION_BIAS, MoE, MoEConfig
+from mlxkv.nn.sigmoid_moe import CORRECTION_BIAS, MoE, MoEConfig, dense_layers
 from mlxkv.nn.sparse_attention import Chosen, IndexerConfig, SparseAttention, indexer_types
-
-__all__ = ["Config", "Model", "remap"]
 
 INDEXED = "indexed_attention"
 """Every layer's type, also of those that see what an earlier one chose."""
@@ -105,3 +104,8 @@ class Model(DecoderModel):
         for i, layer in enumerate(self.model.layers):
             x, chosen = layer(x, mask, None if caches is None else caches[i], chosen)
         return self.model.norm(x)
+
+
+def remap(weights: Mapping[str, mx.array], config: Config) -> tuple[dict[str, mx.array], list[str]]:
+    """Names of all layouts -> ours; see `latent_names`."""
+    return latent_names(weights, config)

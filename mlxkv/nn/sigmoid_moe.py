@@ -61,6 +61,18 @@ class MoEConfig:
         )
 
 
+def dense_layers(fields: Fields) -> tuple[bool, ...]:
+    """Which layers have a plain MLP: `mlp_layer_types`, else the first few, one by default."""
+    n_layers = fields.n_layers()
+    if fields.int("moe_layer_freq", 1) != 1:
+        raise fields.error("moe_layer_freq", "must be 1: every layer after the dense ones")
+    n_dense = fields.count("first_k_dense_replace", 1)
+    types = fields.strings("mlp_layer_types", n_layers, ("dense", "sparse"))
+    if types is not None:
+        return tuple(kind == "dense" for kind in types)
+    return tuple(i < n_dense for i in range(n_layers))
+
+
 class Router(Prepared):
     """The experts of each token: the largest sigmoid(logit) + correction bias, in float32.
 

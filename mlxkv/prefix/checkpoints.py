@@ -78,6 +78,13 @@ class Checkpoints:
         self._note(links[-1])
         return list(links)
 
+    def closing(self) -> list[Link]:
+        """The pages in RAM to write, trunk first, when they are given up; what their conversations
+        have passed is deleted."""
+        known = [page for end in self._ends.values() if (page := self._pages.ram.get(end.name))]
+        self._delete([page.link for page in known if self._pages.ram.is_passed(page)])
+        return self._pages.ram.worth_keeping()
+
     def forget(self, links: Iterable[Link]) -> None:
         """Never delete these."""
         for link in links:
@@ -91,7 +98,7 @@ class Checkpoints:
 
     def _drop_earlier(self, links: Sequence[Link]) -> None:
         """Delete the files of earlier ends of a sequence, but for the last."""
-        disk, ram = self._pages.disk, self._pages.ram
+        ram = self._pages.ram
         of_chain = {link.parent: link for link in links}
         found = []
         for end in self._ends.values():
@@ -104,10 +111,11 @@ class Checkpoints:
         for end in self._ends.values():
             if (known := ram.get(end.name)) is not None and ram.is_left(known):
                 going.append(end)
+        self._delete(end for end in going if (p := ram.get(end.name)) is None or ram.is_passed(p))
+
+    def _delete(self, going: Iterable[Link]) -> None:
+        disk = self._pages.opened_disk
         for end in going:
-            known = ram.get(end.name)
-            if known is not None and not ram.is_passed(known):
-                continue
             self._ends.pop(end.name, None)
             if disk is not None:
                 for part in self._pages.kinds.parts:

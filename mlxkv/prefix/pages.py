@@ -354,7 +354,7 @@ class Pages:
         Args:
             at_exit: the interpreter is ending: no disk is opened any more.
         """
-        links = self.ram.worth_keeping()
+        links = self.checkpoints.closing()
         # A sequence of less than a page is computed faster than a process starts.
         if links and links[-1].stop >= STEP and not (at_exit and self._disk is None):
             self.keep(links, wait=True)
