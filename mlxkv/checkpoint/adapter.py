@@ -7,6 +7,7 @@ Nothing here knows a model: `models.adapters` finds what a target changes.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +15,36 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlxkv.base import regular
+from mlxkv.checkpoint.tensor_names import text_name
 from mlxkv.checkpoint.weights import Weights, read_header
 from mlxkv.errors import WeightsError
 
 CONFIG = "adapter_config.json"
 MLX_LM, PEFT = "adapters.safetensors", "adapter_model.safetensors"
+
+
+_LAYER = re.compile(r"(^|\.)layers\.(\d+)\.")
+_BEHIND = ("lm_head", "model.norm")
+"""Paths of what lies behind all layers."""
+_PEFT = "base_model.model."
+"""Before the paths in PEFT's files."""
+
+
+def first_layer(paths: Iterable[str], n_layers: int) -> int:
+    """The first layer of a model that changes of these paths reach: what lies before it computes
+    the same. 0 where something before all layers is changed, the last where only the head is.
+
+    Args:
+        paths: of projections in a checkpoint.
+        n_layers: of the model.
+    """
+    first = n_layers - 1
+    for path in paths:
+        if (match := _LAYER.search(path)) is not None:
+            first = min(first, int(match[2]))
+        elif not text_name(path.removeprefix(_PEFT)).startswith(_BEHIND):
+            return 0
+    return first
 
 
 @dataclass(frozen=True, slots=True)

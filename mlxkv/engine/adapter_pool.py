@@ -3,6 +3,9 @@
 Invariants:
 - Each set of adapters, with its weights, is a model of its own on the arrays of the one base. It
   has pages of its own, and their matrices count as weights of the base's budget.
+- Where it changes only the layers from a border on, the layers below share pages with the base
+  (`prefix.border`). There is one border, at the lowest layer that any adapter seen so far changes;
+  what is in memory moves there when no sequence of it lives.
 - One is dropped only while none of its sequences lives, LRU first: where another needs its memory,
   or KV does.
 """
@@ -19,14 +22,18 @@ from weakref import WeakSet
 import mlx.core as mx
 
 from mlxkv.base.units import human_bytes
+from mlxkv.checkpoint.adapter import first_layer
 from mlxkv.errors import OutOfMemory
 from mlxkv.generation.mixed import MixedModels
 from mlxkv.generation.session import Session
 from mlxkv.nn.model import CausalLM
+from mlxkv.prefix.layout import Kinds
+from mlxkv.store.adapter_names import first_kept_layer
 from mlxkv.store.adapters import AdapterRef, adapter_refs, read_for, stamp_of
 
 if TYPE_CHECKING:
     from mlxkv.memory.budget import Budget
+    from mlxkv.models.adapter_targets import Weighted
 
 
 @dataclass(eq=False)
@@ -38,6 +45,7 @@ class AdaptedModel:
         stamp: names them, `store.adapters.stamp_of`.
         model: on the base's arrays.
         n_bytes: of the adapters' matrices.
+        border: the layer from which on its pages are its own; None for all.
         used_at: time of its last request.
         sessions: its live sequences.
     """
@@ -46,6 +54,7 @@ class AdaptedModel:
     stamp: str
     model: CausalLM
     n_bytes: int
+    border: int | None
     used_at: float = field(default_factory=time.monotonic)
     sessions: WeakSet[Session] = field(default_factory=WeakSet)
 
@@ -63,10 +72,12 @@ class AdapterPool:
         path: its directory.
         own: those adapters.
         budget: where matrices count.
-        on_drop: called with the stamp of what was dropped.
+        on_drop: called with the stamp of what was dropped, or of what has pages at a border that
+            is not the model's any more.
 
     Attributes:
         mixed: steps of rows with different adapters.
+        border: see the module; None while no adapter has one.
     """
 
     def __init__(
@@ -82,6 +93,8 @@ class AdapterPool:
         self._all: dict[str, AdaptedModel] = {}
         self.mixed = MixedModels(self._count)
         budget.spare = self.give_back
+        self._n_layers = 0 if own else _layers_to_cut(model)
+        self.border = first_kept_layer(path, self._n_layers) if self._n_layers else None
 
     def __iter__(self) -> Iterator[AdaptedModel]:
         """Those in memory; safe while one is dropped."""
@@ -109,6 +122,9 @@ class AdapterPool:
         if found is None:
             self._all[stamp] = found = self._loaded(tuple(given), stamp, refs)
         found.used_at = time.monotonic()
+        if found.border is not None and found.border != self.border and found.is_idle:
+            self._on_drop(stamp)
+            found.border = self.border
         return found
 
     def give_back(self, n_bytes: int | None = None) -> int:
@@ -132,7 +148,15 @@ class AdapterPool:
         n_bytes = adapted_bytes(model)
         self._budget.weights_bytes += n_bytes
         self._plan()
-        return AdaptedModel(given, stamp, model, n_bytes)
+        return AdaptedModel(given, stamp, model, n_bytes, self._border_of(added))
+
+    def _border_of(self, added: Sequence[Weighted]) -> int | None:
+        """The model's border, moved down to what adapters change; None where they have none."""
+        paths = [path for each in added for path in each.adapter.targets]
+        if not self._n_layers or not (first := first_layer(paths, self._n_layers)):
+            return None
+        self.border = min(first, self.border or first)
+        return self.border
 
     def _check_room(self, n_bytes: int) -> None:
         """Make room for matrices; raise OutOfMemory where there is none."""
@@ -164,3 +188,13 @@ class AdapterPool:
 
     def _count(self, n_bytes: int) -> None:
         self._budget.weights_bytes += n_bytes
+
+
+def _layers_to_cut(model: CausalLM) -> int:
+    """Layers of a model whose pages can be kept by groups of layers; 0 for another.
+
+    Not where a layer needs more than its input, keeps a state, or rotates keys anew.
+    """
+    kinds = Kinds.of(model.cache_specs())
+    cannot = kinds is None or kinds.states or model.stable_tokens is not None
+    return 0 if cannot or not model.cuts_layers else len(model.cache_specs())

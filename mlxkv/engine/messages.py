@@ -164,6 +164,7 @@ class Counts:
         draft_passes: steps that computed drafted tokens, summed over answers.
         drafted_tokens: drafter -> drafted tokens that were computed.
         accepted_tokens: drafter -> those of them that were right.
+        upper_tokens: as for `Stats`.
     """
 
     requests: int = 0
@@ -184,6 +185,7 @@ class Counts:
     draft_passes: int = 0
     drafted_tokens: dict[str, int] = field(default_factory=dict)
     accepted_tokens: dict[str, int] = field(default_factory=dict)
+    upper_tokens: int = 0
 
     def copy(self) -> Counts:
         """A snapshot."""

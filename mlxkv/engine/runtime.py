@@ -30,6 +30,7 @@ from mlxkv.memory.budget import Budget
 from mlxkv.models.loader import Layout, lay_out, loading
 from mlxkv.nn.embedder import Embedder
 from mlxkv.nn.model import CausalLM
+from mlxkv.prefix.border import Border, open_border, open_upper
 from mlxkv.prefix.open import open_pages
 from mlxkv.prefix.pages import Pages
 from mlxkv.sampling.params import SamplingParams, recommended, suppressed
@@ -134,6 +135,7 @@ class Runtime(TextSide):
         self.budget = Budget(model, weights_bytes, limit_bytes, self.pages)
         self.adapted = AdapterPool(model, path, self.adapters, self.budget, self._close_pages)
         self._pages: dict[str, Pages | None] = {"": self.pages}
+        self._borders: dict[tuple[str, int], Border] = {}
         self._scores: dict[str, Scores] = {}
         past = _past_of(self._pages, model.config.vocab_size)
         self.drafting = Drafting(past, model)
@@ -219,14 +221,34 @@ class Runtime(TextSide):
 
     def _pages_under(self, owner: str, adapted: AdaptedModel | None) -> Pages | None:
         """An owner's pages, of the model under adapters of a request, or none."""
-        model = self.model if adapted is None else adapted.model
         if (key := _place(owner, adapted)) not in self._pages:
-            kv_type = first_kv_type(self.kv_type)
-            pages = open_pages(model, self.path, kv_type, 0, owner=owner)
-            self._pages[key] = pages
-            if pages is not None:
-                self.budget.adopt(pages, owner)
+            kv_type, border = first_kv_type(self.kv_type), self._border(owner, adapted)
+            if adapted is None or border is None:
+                model = self.model if adapted is None else adapted.model
+                pages = open_pages(model, self.path, kv_type, 0, owner=owner)
+            else:
+                pages = open_upper(adapted.model, self.path, kv_type, border, owner)
+            self._adopt(key, pages, owner)
         return self._pages[key]
+
+    def _border(self, owner: str, adapted: AdaptedModel | None) -> Border | None:
+        """Where an owner's pages of the base and of adapters part; None where they share none."""
+        at = self.adapted.border if adapted is None else adapted.border
+        base = None if at is None else self._pages_under(owner, None)
+        if at is None or base is None:
+            return None
+        if (owner, at) not in self._borders:
+            kv_type = first_kv_type(self.kv_type)
+            border = open_border(self.model, self.path, kv_type, base, at, owner)
+            self._borders[owner, at] = border
+            self._adopt(f"{owner}\nbelow {at}", border.lower, owner)
+            self._adopt(f"{owner}\nat {at}", border.stream, owner)
+        return self._borders[owner, at]
+
+    def _adopt(self, key: str, pages: Pages | None, owner: str) -> None:
+        self._pages[key] = pages
+        if pages is not None:
+            self.budget.adopt(pages, owner)
 
     def _close_pages(self, stamp: str) -> None:
         """Close the pages of an adapter that is dropped."""
@@ -275,8 +297,8 @@ class Runtime(TextSide):
         found = self.adapted.get(adapter) if adapter else None
         model = self.model if found is None else found.model
         scores = self._scores.setdefault(_place(owner, found), Scores())
-        pages = self._pages_under(owner, found)
-        session = Session(model, self.kv_type, pages, self.budget, scores)
+        pages, border = self._pages_under(owner, found), self._border(owner, found)
+        session = Session(model, self.kv_type, pages, self.budget, scores, border)
         if found is not None:
             found.sessions.add(session)
         return session

@@ -42,6 +42,7 @@ class Tally:
             restored_ram_tokens=stats.restored_ram_tokens,
             restored_ssd_tokens=stats.restored_ssd_tokens,
             computed_tokens=stats.computed_tokens,
+            upper_tokens=stats.upper_tokens,
             next_turn_used_tokens=stats.ahead_tokens,
             next_turn_saved_s=stats.ahead_saved_s,
         )

@@ -82,7 +82,7 @@ class Generation:
         self._n_prompt = len(tokens)
         self._clock = Clock()
         self._prompt: list[int] = []
-        self._restored = Restored(0)
+        self._restored, self._n_upper = Restored(0), 0
         self._scorer: PromptLogprobs | None = None
         self._parts: list[Parts] = []
         self._logprobs: list[TokenLogprobs] = []
@@ -135,6 +135,8 @@ class Generation:
     def row(self, logits: mx.array) -> Row:
         """It as a row of a decoder, which decodes from the logits `[1, V]` after its last token."""
         masker, n_vocab, drafting = self.masker, self.sampler.n_vocab, self._drafting
+        if not self.n_generated:
+            self._n_upper = self.session.n_lifted
         return Row(
             self.session,
             logits,
@@ -279,6 +281,7 @@ class Generation:
             image_tokens=n_rows[IMAGE],
             audio_tokens=n_rows[AUDIO],
             drafts=self._drafts(),
+            upper_tokens=self._n_upper,
         )
 
     def _drafts(self) -> DraftStats | None:

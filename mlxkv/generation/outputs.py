@@ -80,6 +80,8 @@ class Stats:
         image_tokens: tokens of the prompt that are rows of pictures.
         audio_tokens: those that are rows of sound.
         drafts: what drafts gave; None where there were none.
+        upper_tokens: computed tokens of which only the layers from an adapter's border on were
+            computed, the lower ones restored.
     """
 
     prompt_tokens: int
@@ -103,6 +105,7 @@ class Stats:
     image_tokens: int = 0
     audio_tokens: int = 0
     drafts: DraftStats | None = None
+    upper_tokens: int = 0
 
     @property
     def tokens_a_pass(self) -> float:

@@ -42,6 +42,20 @@ class Listener(Protocol):
         ...
 
 
+class Tap(Protocol):
+    """Hears the residual stream of a prompt at a border between layers.
+
+    Attributes:
+        at: the layer whose input it is.
+    """
+
+    at: int
+
+    def hear(self, start: int, rows: mx.array) -> None:
+        """A chunk is computed: rows `[1, L, E]` at the positions from `start` on."""
+        ...
+
+
 def hears_all(listener: Listener | None) -> bool:
     """Whether every hidden state of a prompt is computed."""
     return listener is not None and listener.hears_all
@@ -89,6 +103,7 @@ def prefilling(
     start: int = 0,
     media: MediaRows | None = None,
     listener: Listener | None = None,
+    tap: Callable[[], Tap | None] = lambda: None,
 ) -> Generator[tuple[int, int], None, mx.array]:
     """`prefill`, a chunk each time that the next is asked for.
 
@@ -102,6 +117,8 @@ def prefilling(
         start: position of the first token in the prompt.
         media: among the tokens.
         listener: hears hidden states, but of chunks that are scored.
+        tap: asked before each chunk what hears the residual stream, if anything does; chunks that
+            are scored are not heard.
 
     Yields:
         (done, all) after each chunk but the last, and after each medium that was encoded.
@@ -118,6 +135,12 @@ def prefilling(
             placed = media.placed(start + done, n_new)
         if scorer is not None and scorer.wants(start + done, n_new):
             logits = scorer.score(model, new, caches, start + done, placed)
+        elif (hears := tap()) is not None:
+            stream = model.below(model.embed(new, placed), caches, hears.at)
+            hears.hear(start + done, stream)
+            hidden = model.above(stream, caches, hears.at)
+            heard = [] if listener is None else listener.hear(start + done, new, hidden)
+            heard, logits = [*heard, stream], model.logits(hidden[:, -1:])[:, 0]
         elif listener is not None:
             hidden = model.hidden_states(new, caches, placed, last_only=not listener.hears_all)
             heard = listener.hear(start + done, new, hidden)

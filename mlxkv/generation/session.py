@@ -16,27 +16,29 @@ from mlxkv.base.device import default_chunk
 from mlxkv.base.stepwise import finished
 from mlxkv.cache import convert_caches, make_caches
 from mlxkv.generation.asking import asked
+from mlxkv.generation.held import Held
+from mlxkv.generation.lifting import behind, lifting
 from mlxkv.generation.media import MediaRows
-from mlxkv.generation.prefill import Listener, hears_all, prefilling
+from mlxkv.generation.prefill import Tap, hears_all, prefilling
 from mlxkv.generation.prompt_logprobs import PromptLogprobs, Scores
 from mlxkv.generation.restored import Restored, explained, n_shared
-from mlxkv.kv.layout import Cache
 from mlxkv.kv.types import AUTO, STEP, ceil_step, first_kv_type
 from mlxkv.media.prompt import NO_MEDIA
 from mlxkv.media.types import Medium
 from mlxkv.memory.budget import Budget
-from mlxkv.memory.figures import kv_use
 from mlxkv.memory.media import Rows
-from mlxkv.memory.types import ALLOCATION_ERRORS, Grant, KVUse, Rung, is_allocation_failure
+from mlxkv.memory.types import ALLOCATION_ERRORS, Grant, Rung, is_allocation_failure
 from mlxkv.nn.blocks import growth_bytes, sliceable
 from mlxkv.nn.model import CausalLM
+from mlxkv.prefix.border import Border
+from mlxkv.prefix.border_capture import BorderCutter
 from mlxkv.prefix.capture import Cutter
 from mlxkv.prefix.layout import Link
 from mlxkv.prefix.match import WORTH, Match
 from mlxkv.prefix.pages import Pages
 
 
-class Session:
+class Session(Held):
     """The caches of one sequence, and which tokens they hold.
 
     Args:
@@ -45,6 +47,7 @@ class Session:
         pages: where prefixes come from and go to; None for a sequence that keeps to itself.
         budget: asked before the caches grow; None for a sequence that takes what it wants.
         scores: log-probabilities of recent prompts that share its pages; None keeps none.
+        border: where it shares pages with the model's adapters, or the base; None for none.
 
     Attributes:
         kv_type: the format that the KV is in now.
@@ -52,6 +55,7 @@ class Session:
         listener: hears what is computed of prompts; None for none.
         turn_ends: tokens that end a turn, see `prefix.marks`.
         rungs: what was done since the last `restore` to free memory.
+        n_lifted: tokens of the prompt of which only the layers above the border were computed.
     """
 
     def __init__(
@@ -61,17 +65,15 @@ class Session:
         pages: Pages | None = None,
         budget: Budget | None = None,
         scores: Scores | None = None,
+        border: Border | None = None,
     ):
-        self.model = model
-        self.is_auto = kv_type == AUTO
-        self.kv_type = self._first_type = first_kv_type(kv_type)
-        self.caches: list[Cache] = make_caches(model, self.kv_type)
-        self.media, self._known = NO_MEDIA, list[int]()
-        self.listener: Listener | None = None
+        super().__init__(model, first_kv_type(kv_type))
+        self.is_auto, self.media = kv_type == AUTO, NO_MEDIA
         self.turn_ends: Collection[int] = ()
         self.pages, self._budget, self._scores = pages, budget, scores
         self._scorer: PromptLogprobs | None = None
-        self._cutter = None if pages is None else Cutter(pages, self.caches)
+        self._border, self.n_lifted = border, 0
+        self._cutter = self._new_cutter()
         self._stable = model.stable_tokens if pages is None else pages.stable
         self._longest = 0  # tokens that the caches have held since they were empty
         self._n_restored = 0  # tokens of the last prompt that were not computed
@@ -80,38 +82,14 @@ class Session:
             budget.join(self)
 
     @property
-    def tokens(self) -> list[int]:
-        """The tokens whose KV is held."""
-        return self._known[: self._settle()]
-
-    @property
-    def n_held(self) -> int:
-        """Tokens that the caches hold."""
-        return self.caches[0].offset if self.caches else 0
-
-    @property
     def gives_pages(self) -> bool:
         """Whether others can go on from what it computes."""
         return self._cutter is not None and self._shareable(0)
 
     @property
-    def nbytes(self) -> int:
-        """Bytes that the caches take."""
-        return sum(cache.nbytes for cache in self._all)
-
-    @property
-    def _all(self) -> list[Cache]:
-        """Its caches, and its listener's."""
-        return self.caches if self.listener is None else [*self.caches, *self.listener.caches]
-
-    @property
     def page_bytes(self) -> int:
         """Bytes kept beside the caches for the next page."""
         return 0 if self._cutter is None else self._cutter.nbytes
-
-    def use(self) -> KVUse:
-        """What of the caches is used."""
-        return kv_use(self._all)
 
     def reset(self) -> None:
         """Forget everything."""
@@ -120,9 +98,13 @@ class Session:
         if self.kv_type != self._first_type:
             self.kv_type = self._first_type
             self.caches[:] = make_caches(self.model, self.kv_type)
-            if self.pages is not None:
-                self._cutter = Cutter(self.pages, self.caches)
+            self._cutter = self._new_cutter()
         self._empty()
+
+    def _new_cutter(self) -> Cutter | None:
+        if self.pages is None or self._border is None:
+            return None if self.pages is None else Cutter(self.pages, self.caches)
+        return BorderCutter(self.pages, self.caches, self._border)
 
     def _empty(self) -> None:
         """Forget everything, and stay in the same format."""
@@ -167,7 +149,7 @@ class Session:
 
         At least one token is left to compute, whose logits are the answer's first.
         """
-        self.rungs = []
+        self.rungs, self.n_lifted = [], 0
         if self._budget is not None:
             self._budget.begin_prompt(self)
         try:
@@ -237,12 +219,8 @@ class Session:
 
     def _cut_from(self, tokens: Sequence[int], match: Match) -> None:
         """Have what comes next cut behind `tokens`, which the caches hold."""
-        if self._cutter is None or self.pages is None:
-            return
-        rows = None
-        if match.links and match.links[-1].start < len(tokens) <= match.n_tokens:
-            rows = self.pages.rows_before(match.links[-1], len(tokens))
-        self._cutter.restart(tokens, rows)
+        if self._cutter is not None:
+            self._cutter.resume(tokens, match)
 
     def prefill(
         self,
@@ -289,6 +267,7 @@ class Session:
         media = MediaRows(self.model, self.media, tokens, kept, self._make_room)
         if self._cutter is not None:
             self._cutter.expect(tokens, self.turn_ends)
+        first, start = start, (yield from self._lifting(tokens, start, chunk))
 
         def take(n_left: int, n: int) -> int:
             at, n_new = start + n - n_left, min(chunk() or default_chunk(), n_left)
@@ -301,12 +280,37 @@ class Session:
                 self._budget.note()
 
         new = self.media.vocabulary(tokens[start:])
-        logits = yield from prefilling(
-            self.model, new, self.caches, take, computed, scorer, start, media, self.listener
-        )
+        given = self.model, new, self.caches, take, computed, scorer, start, media, self.listener
+        steps = prefilling(*given, self._tap)
+        logits = yield from behind(start - first, steps)
         self._scorer = None
         self._longest = max(self._longest, len(tokens))
         return logits
+
+    def _lifting(
+        self, tokens: list[int], start: int, chunk: Callable[[], int | None]
+    ) -> Generator[tuple[int, int], None, int]:
+        """Compute what only the layers above the border lack; tokens that all caches hold then."""
+        cutter = self._cutter
+        if not isinstance(cutter, BorderCutter):
+            return start
+        is_whole = bool(self.model.two_way_kinds) and min(tokens) < 0
+        lift = None if is_whole else cutter.lift(tokens, start, self._most(tokens))
+        if lift is not None:
+
+            def take(at: int, n: int) -> int:
+                return self._take(at, min(chunk() or default_chunk(), n), False, False)
+
+            yield from lifting(self, cutter, lift, tokens, start, take)
+            stop, self._known = self._settle(), tokens
+            cutter.lifted(tokens[:stop], lift)
+            self.n_lifted, start = max(0, stop - start), stop
+        cutter.begin(tokens, start, is_whole)
+        return start
+
+    def _tap(self) -> Tap | None:
+        """What hears the residual stream of the next chunk."""
+        return self._cutter.tap if isinstance(self._cutter, BorderCutter) else None
 
     def _take(self, at: int, n_new: int, last: bool, whole: bool) -> int:
         """How many of the next tokens of a prompt there is memory for; see `asked`."""
@@ -384,15 +388,3 @@ class Session:
         """Whether the KV of `n` tokens is the one that any prompt with them has."""
         self._longest = max(self._longest, n)
         return self._stable is None or self._longest <= self._stable
-
-    def _settle(self) -> int:
-        """Tokens that every cache holds: an interrupt may have come between two layers."""
-        offsets = {cache.offset for cache in self.caches}
-        n = min(len(self._known), *offsets)
-        return n if offsets <= {n} or self._rewind(n) else 0
-
-    def _rewind(self, offset: int) -> bool:
-        """Take all caches back; where one cannot, all start again."""
-        if not (done := all(cache.rewind(offset) for cache in self.caches)):
-            self.reset()
-        return done

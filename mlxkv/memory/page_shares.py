@@ -1,11 +1,12 @@
 """The RAM of prefix pages: each owner gets the same share, however many pages of adapters it has.
 
-An owner's pages under each adapter get the same part of its share.
+An owner's pages under each adapter get the same part of its share, those of some layers alone as
+much less as they have fewer bytes a token (`Pages.weight`).
 """
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 
 from mlxkv.memory import needs
 from mlxkv.prefix.pages import Pages
@@ -47,12 +48,17 @@ class PageShares:
         self._divide()
 
     def _divide(self) -> None:
-        n_of = Counter(self._owners)
+        weights: defaultdict[str, float] = defaultdict(float)
+        n_of: defaultdict[str, int] = defaultdict(int)
         for pages, owner in zip(self._all, self._owners, strict=True):
-            n = len(n_of) * n_of[owner]
+            weights[owner] += pages.weight
+            n_of[owner] += 1
+        for pages, owner in zip(self._all, self._owners, strict=True):
             if self._n_bytes is not None:
-                pages.room.budget_bytes = self._n_bytes // n
-            pages.room.max_arrays = self._n_arrays and self._n_arrays // n
+                n = len(weights) * weights[owner]
+                pages.room.budget_bytes = int(self._n_bytes * pages.weight // n)
+            n_arrays = self._n_arrays and self._n_arrays // (len(n_of) * n_of[owner])
+            pages.room.max_arrays = n_arrays
             pages.room.fit()
 
     def give_back(self, n_bytes: int) -> int:

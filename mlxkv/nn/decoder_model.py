@@ -298,15 +298,31 @@ class DecoderModel(CausalLM):
         x = x if self._embed_scale is None else x * self._embed_scale
         return placed(x, media) if media else x
 
+    @property
+    def cuts_layers(self) -> bool:
+        return type(self).forward is DecoderModel.forward
+
     def forward(self, inputs: Embedded, caches: Caches, last_only: bool = False) -> mx.array:
         x, _, media = inputs
         runs = self.two_way_runs(media) if media else ()
-        masks = attention_masks(self._windows, caches, x.shape[1], runs)
         # A next-token layer may lie behind the model's own.
-        layers = self.model.layers[: len(self._windows)]
-        for i, (layer, window) in enumerate(zip(layers, self._windows, strict=True)):
-            x = layer(x, masks[window], None if caches is None else caches[i])
-        return self.model.norm(x)
+        return self.model.norm(self._through(x, caches, range(len(self._windows)), runs))
+
+    def below(self, x: mx.array, caches: Caches, border: int) -> mx.array:
+        return self._through(x, caches, range(border))
+
+    def above(self, x: mx.array, caches: Caches, border: int) -> mx.array:
+        return self.model.norm(self._through(x, caches, range(border, len(self._windows))))
+
+    def _through(
+        self, x: mx.array, caches: Caches, layers: range, runs: Sequence[tuple[int, int]] = ()
+    ) -> mx.array:
+        windows = self._windows[layers.start : layers.stop]
+        own = None if caches is None else [caches[i] for i in layers]
+        masks = attention_masks(windows, own, x.shape[1], runs)
+        for i, window in zip(layers, windows, strict=True):
+            x = self.model.layers[i](x, masks[window], None if caches is None else caches[i])
+        return x
 
     def logits(self, hidden: mx.array) -> mx.array:
         tied = self.config.tie_word_embeddings

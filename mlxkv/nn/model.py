@@ -331,6 +331,22 @@ class CausalLM(nn.Module):
         """
         raise NotImplementedError
 
+    @property
+    def cuts_layers(self) -> bool:
+        """Whether `below` and `above` are `forward`: a layer needs no more than its input."""
+        return False
+
+    def below(self, x: mx.array, caches: Caches, border: int) -> mx.array:
+        """The input `[B, L, E]` of layer `border`, of embeddings `[B, L, E]`.
+
+        No media that see each other both ways may be among them.
+        """
+        raise NotImplementedError
+
+    def above(self, x: mx.array, caches: Caches, border: int) -> mx.array:
+        """Final hidden states `[B, L, E]` of what `below` gives; caches of all layers."""
+        raise NotImplementedError
+
     def logits(self, hidden: mx.array) -> mx.array:
         """Logits `[B, L, V]` of final hidden states `[B, L, E]`."""
         raise NotImplementedError

@@ -20,6 +20,7 @@ from mlxkv.kv.types import STEP
 from mlxkv.prefix.checkpoints import goes_on
 from mlxkv.prefix.layout import FULL, GRID, WINDOW, Link, chain_of, is_on_grid, token_bytes
 from mlxkv.prefix.marks import end_marks, until
+from mlxkv.prefix.match import Match
 from mlxkv.prefix.on_disk.format import ROOT, page_name
 from mlxkv.prefix.on_disk.part import Part
 from mlxkv.prefix.pages import Pages
@@ -54,6 +55,18 @@ class Cutter:
         self._rows: list[Part] | None = []
         if self._window and tip is not None and tip.start == self._start:
             self._rows, self._kept = [tip], tip.stop
+
+    def resume(self, tokens: Sequence[int], match: Match) -> None:
+        """`restart`, with the window rows that pages have of a prompt.
+
+        Args:
+            tokens: that the caches hold now.
+            match: what was found of the prompt.
+        """
+        rows = None
+        if match.links and match.links[-1].start < len(tokens) <= match.n_tokens:
+            rows = self._pages.rows_before(match.links[-1], len(tokens))
+        self.restart(tokens, rows)
 
     def forget(self, n: int) -> None:
         """Have the pages forget those of the sequence's that end behind `n` tokens."""

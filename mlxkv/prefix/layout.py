@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from struct import pack
 
 from mlxkv.kv.types import STEP, CacheSpec, RecurrentSpec
@@ -61,6 +61,13 @@ class Kinds:
         if not full or windows or len(full) + len(states) < len(owned):
             return None
         return cls(full, states, reach=1, stride=STEP, states=True)
+
+    def within(self, start: int, stop: int) -> Kinds:
+        """Those of the caches from `start` to the one before `stop` alone."""
+        full, window = (
+            tuple(i for i in some if start <= i < stop) for some in (self.full, self.window)
+        )
+        return replace(self, full=full, window=window)
 
     @property
     def parts(self) -> tuple[str, ...]:

@@ -26,6 +26,7 @@ class Match:
         shared: leading tokens of the prompt that some known sequence has as well.
         held: tokens of that sequence from `shared` on, some of them.
         n_known: how far that sequence is known.
+        below: the same of the layers below a border, where those have pages apart (`border`).
     """
 
     links: tuple[Link, ...] = ()
@@ -33,6 +34,7 @@ class Match:
     shared: int = 0
     held: tuple[int, ...] = ()
     n_known: int = 0
+    below: Match | None = None
 
 
 class Holdings(Protocol):

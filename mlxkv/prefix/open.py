@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -40,6 +42,21 @@ class CachedModel(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Some of a model's layers, which have pages apart.
+
+    Args:
+        name: tells their pages on disk from those of others of the same model.
+        kinds: of their caches.
+        made: makes the pages, of what `Pages` takes.
+    """
+
+    name: str
+    kinds: Kinds
+    made: Callable[..., Pages]
+
+
 def fingerprint_in(root: Path, path: Path, dtype: str, kv_type: str, adapters: str = "") -> str:
     """The fingerprint of a model's KV, with the hash of its weights kept in the pages' folder."""
     from mlxkv.prefix.fingerprint import fingerprint
@@ -55,6 +72,7 @@ def open_pages(
     budget_bytes: int,
     folder: Path | None = None,
     owner: str = "",
+    group: Group | None = None,
 ) -> Pages | None:
     """The pages of a loaded model; None where `Kinds.of` has none.
 
@@ -65,11 +83,12 @@ def open_pages(
         budget_bytes: bytes that pages may take in RAM.
         folder: folder of pages on disk; None for the user's default.
         owner: only requests of this owner share the pages; empty: all requests.
+        group: layers that they are of; None for all.
 
     Raises:
         UsageError: MLXKV_KV_DISK is not a size, or MLXKV_KV_KEY no key.
     """
-    kinds = Kinds.of(model.cache_specs())
+    kinds = Kinds.of(model.cache_specs()) if group is None else group.kinds
     check_cap()
     seal_of_environment()  # a bad key is an error before anything is computed
     if kinds is None:
@@ -84,10 +103,12 @@ def open_pages(
         limits = DiskLimits.for_folder(root)
         if limits.cap_bytes == 0:
             return None
-        name = fingerprint_in(root, path, dtype, kv_type, model.adapter_key)
+        key = model.adapter_key if group is None else f"{model.adapter_key} {group.name}"
+        name = fingerprint_in(root, path, dtype, kv_type, key)
         if owner:
             name = hashlib.sha256(f"{name} {owner}".encode()).hexdigest()[: len(name)]
         near = -(-kinds.reach // STEP) + 1 if kinds.window and not kinds.states else 0
         return PageDisk(PageFiles(root, name, limits, window_pages=near), kinds, dtype)
 
-    return Pages(kinds, budget_bytes, model.stable_tokens, open_disk)
+    made = Pages if group is None else group.made
+    return made(kinds, budget_bytes, model.stable_tokens, open_disk)

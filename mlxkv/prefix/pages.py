@@ -53,6 +53,7 @@ class Pages:
     Attributes:
         room: what they may take in RAM.
         checkpoints: which ends of conversations go to disk.
+        weight: their part of an owner's room; 1 for pages of all layers.
     """
 
     def __init__(
@@ -62,8 +63,7 @@ class Pages:
         stable: int | None = None,
         open_disk: Callable[[], PageDisk | None] | None = None,
     ):
-        self.kinds = kinds
-        self.stable = stable
+        self.kinds, self.stable, self.weight = kinds, stable, 1.0
         self.ram = RamPages(kinds)
         self._shared = SharedPrefixes(kinds)
         self.room = RamRoom(self.ram, self._shared, budget_bytes)

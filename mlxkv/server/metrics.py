@@ -29,6 +29,7 @@ _TOKENS = (
     "restored_ram",
     "restored_ssd",
     "computed",
+    "upper",
     "generated",
     "next_turn",
     "next_turn_used",
@@ -86,8 +87,9 @@ def _metrics_of_models(models: Mapping[str, Counts]) -> Iterator[Metric]:
     )
     yield _counter(
         "mlxkv_tokens",
-        "Tokens by kind. Prompt tokens are restored from RAM or SSD, or computed; next_turn: "
-        "computed before the prompt came; next_turn_used: those that a prompt had.",
+        "Tokens by kind. Prompt tokens are restored from RAM or SSD, or computed; upper: those "
+        "computed of which an adapter's layers alone were; next_turn: computed before the prompt "
+        "came; next_turn_used: those that a prompt had.",
         ("model", "kind"),
         {
             (model, kind): getattr(counts, f"{kind}_tokens")

@@ -161,8 +161,14 @@ def details(stats: Stats | None) -> dict[str, Any]:
         "miss": stats.miss and dataclasses.asdict(stats.miss),
         **({"moved_chars": stats.moved_chars} if stats.moved_chars else {}),
         **media_details(stats),
+        **upper_details(stats),
         **ahead_details(stats),
     }
+
+
+def upper_details(stats: Stats) -> dict[str, Any]:
+    """Computed tokens whose lower layers were restored; empty where there were none."""
+    return {"upper_tokens": stats.upper_tokens} if stats.upper_tokens else {}
 
 
 def media_details(stats: Stats) -> dict[str, Any]:

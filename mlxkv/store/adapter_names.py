@@ -9,10 +9,13 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
+from mlxkv.checkpoint.adapter import MLX_LM, PEFT, first_layer
 from mlxkv.checkpoint.adapter_files import GGUF
-from mlxkv.errors import ModelNotFound, OutputError, UsageError, shortened
+from mlxkv.checkpoint.weights import read_header
+from mlxkv.errors import CheckpointError, ModelNotFound, OutputError, UsageError, shortened
 from mlxkv.store.adapters import (
     AdapterRef,
     StoredAdapter,
@@ -110,6 +113,23 @@ def shown(given: Sequence[str]) -> str:
 def fitting(model_dir: Path, adapters: Sequence[StoredAdapter]) -> list[StoredAdapter]:
     """Adapters that name the model of a directory as their base."""
     return [each for each in adapters if (base := _base_of(each.path)) and is_of(base, model_dir)]
+
+
+def first_kept_layer(model_dir: Path, n_layers: int) -> int | None:
+    """The first layer that adapters kept here for a model change; None where there are none.
+
+    Only headers are read. What changes something before all layers, llama.cpp's adapters, and what
+    cannot be read do not count.
+    """
+    folders = kept_dir().iterdir() if kept_dir().is_dir() else ()
+    found = list[int]()
+    for folder in folders:
+        files = [file for name in (MLX_LM, PEFT) if (file := folder / name).is_file()]
+        if not files or not is_of(_base_of(folder), model_dir):
+            continue
+        with suppress(CheckpointError):
+            found.append(first_layer(read_header(files[0]), n_layers))
+    return min((first for first in found if first), default=None)
 
 
 def _base_of(path: Path) -> str:

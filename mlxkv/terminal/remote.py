@@ -291,6 +291,7 @@ def _stats(line: Mapping[str, Any], first_s: float) -> Stats | None:
             ahead_saved_s=cache.get("ahead_saved_s", 0.0),
             rungs=tuple(Rung(**rung) for rung in memory["gave_way"]),
             drafts=_drafts(cache.get("drafts")),
+            upper_tokens=cache.get("upper_tokens", 0),
         )
     except (KeyError, TypeError):
         return None

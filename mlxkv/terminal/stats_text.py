@@ -72,6 +72,8 @@ def describe_prompt(stats: Stats) -> str:
     )
     parts = ", ".join(f"{n:,} {source}" for n, source in sources if n)
     text = f"{stats.prompt_tokens:,} tokens: {parts}"
+    if stats.upper_tokens:
+        text += f"; {stats.upper_tokens:,} of these in the adapter's layers alone"
     if stats.ahead_tokens:
         text += (
             f"; {stats.ahead_tokens:,} computed before (saved about {stats.ahead_saved_s:.1f} s)"

@@ -28,6 +28,7 @@ from mlxkv.server.results import (
     draft_details,
     logprob_fields,
     media_details,
+    upper_details,
 )
 
 NDJSON = "application/x-ndjson"
@@ -159,6 +160,7 @@ def _figures(stats: Stats) -> dict[str, Any]:
             "miss": stats.miss and dataclasses.asdict(stats.miss),
             **({"moved_chars": stats.moved_chars} if stats.moved_chars else {}),
             **media_details(stats),
+            **upper_details(stats),
             **ahead_details(stats),
             **draft_details([stats]),
         },
