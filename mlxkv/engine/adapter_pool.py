@@ -22,13 +22,12 @@ from weakref import WeakSet
 import mlx.core as mx
 
 from mlxkv.base.units import human_bytes
-from mlxkv.checkpoint.adapter import first_layer
 from mlxkv.errors import OutOfMemory
 from mlxkv.generation.mixed import MixedModels
 from mlxkv.generation.session import Session
 from mlxkv.nn.model import CausalLM
 from mlxkv.prefix.layout import Kinds
-from mlxkv.store.adapter_names import first_kept_layer
+from mlxkv.store.adapter_names import first_changed, first_kept_layer
 from mlxkv.store.adapters import AdapterRef, adapter_refs, read_for, stamp_of
 
 if TYPE_CHECKING:
@@ -93,7 +92,7 @@ class AdapterPool:
         self._all: dict[str, AdaptedModel] = {}
         self.mixed = MixedModels(self._count)
         budget.spare = self.give_back
-        self._n_layers = 0 if own else _layers_to_cut(model)
+        self._n_layers = 0 if own else layers_to_cut(model)
         self.border = first_kept_layer(path, self._n_layers) if self._n_layers else None
 
     def __iter__(self) -> Iterator[AdaptedModel]:
@@ -152,8 +151,7 @@ class AdapterPool:
 
     def _border_of(self, added: Sequence[Weighted]) -> int | None:
         """The model's border, moved down to what adapters change; None where they have none."""
-        paths = [path for each in added for path in each.adapter.targets]
-        if not self._n_layers or not (first := first_layer(paths, self._n_layers)):
+        if not self._n_layers or not (first := first_changed(added, self._n_layers)):
             return None
         self.border = min(first, self.border or first)
         return self.border
@@ -190,7 +188,7 @@ class AdapterPool:
         self._budget.weights_bytes += n_bytes
 
 
-def _layers_to_cut(model: CausalLM) -> int:
+def layers_to_cut(model: CausalLM) -> int:
     """Layers of a model whose pages can be kept by groups of layers; 0 for another.
 
     Not where a layer needs more than its input, keeps a state, or rotates keys anew.

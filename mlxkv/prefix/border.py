@@ -25,7 +25,7 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 
-from mlxkv.kv.layout import Cache
+from mlxkv.kv.layout import Cache, Slice
 from mlxkv.kv.types import STEP, KVFormat
 from mlxkv.prefix.layout import FULL, WINDOW, Kinds, Link, part_names
 from mlxkv.prefix.match import WORTH, Match
@@ -102,6 +102,11 @@ class LowerPages(Pages):
         super().forget(links)
         self.base.forget(links)
 
+    def part(self, link: Link, part: str) -> Part | None:
+        """A part of a page; None where it cannot be had."""
+        found = self._bring(part, [link], {(link.name, part)}, set())
+        return None if found is None else found[0]
+
     def drop_doubles(self, links: Sequence[Link]) -> None:
         """Give up in RAM what the base's pages have there as well."""
         for link in links:
@@ -133,6 +138,42 @@ class LowerPages(Pages):
         mine, slices = set(self.kinds.caches(part)), whole.slices()
         numbers = self.base.kinds.caches(part)
         return Part.of([x for i, x in zip(numbers, slices, strict=True) if i in mine])
+
+
+class JoinedPages(Pages):
+    """Takes pages of the layers from a border on, and gives the base pages of all layers: what it
+    lacks is in `LowerPages`.
+
+    Args:
+        lower: of the layers below.
+        kinds: of the layers above.
+    """
+
+    def __init__(self, lower: LowerPages, kinds: Kinds):
+        super().__init__(kinds, 0)
+        self._lower_pages = lower
+
+    def has(self, link: Link) -> bool:
+        return self._lower_pages.base.has(link)
+
+    def add(
+        self, link: Link, tokens: bytes, parts: dict[str, Part], chain: Sequence[Link] = ()
+    ) -> None:
+        lower = self._lower_pages
+        below = {part: lower.part(link, part) for part in lower.kinds.parts}
+        whole = {
+            part: Part.of([x for each in (below.get(part), parts.get(part)) for x in _slices(each)])
+            for part in lower.base.kinds.parts
+            if (below.get(part) is not None or part not in below)
+            and (part in parts or not self.kinds.caches(part))
+        }
+        mx.eval([part.words for part in whole.values()])
+        if whole:
+            lower.base.add(link, tokens, whole, chain)
+
+
+def _slices(part: Part | None) -> list[Slice]:
+    return [] if part is None else part.slices()
 
 
 class UpperPages(Pages):

@@ -14,7 +14,7 @@ import mlx.core as mx
 
 from mlxkv.kv.layout import Cache, Slice
 from mlxkv.kv.types import STEP
-from mlxkv.prefix.border import Border, Lift
+from mlxkv.prefix.border import Border, JoinedPages, Lift
 from mlxkv.prefix.capture import Cutter
 from mlxkv.prefix.layout import FULL, Link, chain_of, token_bytes
 from mlxkv.prefix.match import Match
@@ -127,9 +127,11 @@ class BorderCutter(Cutter):
 
     def __init__(self, pages: Pages, caches: Sequence[Cache], border: Border):
         self.border = border
+        self.recorder = Recorder(border)
         is_base = pages is border.lower.base
         self._below = None if is_base else Cutter(border.lower, caches)
-        self.recorder = Recorder(border)
+        kinds = border.lower.base.kinds.within(border.at, len(caches))
+        self._joined = Cutter(JoinedPages(border.lower, kinds), caches) if is_base else None
         super().__init__(pages, caches)
 
     @property
@@ -138,13 +140,9 @@ class BorderCutter(Cutter):
         return self.recorder if self.recorder.is_on else None
 
     def lift(self, tokens: Sequence[int], start: int, limit: int) -> Lift | None:
-        """See `Border.lift`.
-
-        The base's pages need the rows of all windows at once, which rotating caches below the
-        border do not have any more by then: it is computed whole.
-        """
-        if self._below is None and self._window:
-            return None
+        """See `Border.lift`; `advance_above` cuts what comes behind `start`."""
+        if self._joined is not None:
+            self._joined.restart(tokens[:start])
         return self.border.lift(tokens, start, limit)
 
     def resume(self, tokens: Sequence[int], match: Match) -> None:
@@ -154,9 +152,9 @@ class BorderCutter(Cutter):
 
     def lifted(self, tokens: Sequence[int], lift: Lift) -> None:
         """All caches hold `tokens` now; `advance_above` has cut what is above the border."""
-        if len(tokens) < lift.stop:  # it ended early
+        if self._below is None or len(tokens) < lift.stop:  # it ended early
             self.resume(tokens, Match())
-        elif self._below is not None:
+        else:
             self._below.resume(tokens, lift.below)
 
     def begin(self, tokens: Sequence[int], start: int, is_whole: bool) -> None:
@@ -188,7 +186,10 @@ class BorderCutter(Cutter):
 
     def advance_above(self, tokens: Sequence[int], n: int) -> None:
         """`advance`, while the layers below the border hold more than `n` tokens."""
-        super().advance(tokens, n)
+        if self._joined is not None:
+            self._joined.advance(tokens, n)
+        else:
+            super().advance(tokens, n)
 
     def advance(self, tokens: Sequence[int], n: int) -> None:
         super().advance(tokens, n)

@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mlxkv.checkpoint.adapter import MLX_LM, PEFT, first_layer
 from mlxkv.checkpoint.adapter_files import GGUF
@@ -29,6 +30,9 @@ from mlxkv.store.adapters import (
     numbered,
     weighed,
 )
+
+if TYPE_CHECKING:
+    from mlxkv.models.adapter_targets import Weighted
 
 SIGN = "+"
 MOST = 8
@@ -113,6 +117,11 @@ def shown(given: Sequence[str]) -> str:
 def fitting(model_dir: Path, adapters: Sequence[StoredAdapter]) -> list[StoredAdapter]:
     """Adapters that name the model of a directory as their base."""
     return [each for each in adapters if (base := _base_of(each.path)) and is_of(base, model_dir)]
+
+
+def first_changed(adapters: Sequence[Weighted], n_layers: int) -> int:
+    """The first layer that adapters change of a model, see `checkpoint.adapter.first_layer`."""
+    return first_layer([path for each in adapters for path in each.adapter.targets], n_layers)
 
 
 def first_kept_layer(model_dir: Path, n_layers: int) -> int | None:

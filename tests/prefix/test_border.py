@@ -6,6 +6,7 @@ every token in the same chunk.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,9 +15,18 @@ import numpy as np
 import pytest
 
 import mlxkv
+from mlxkv.base.stepwise import finished
+from mlxkv.cache import make_caches
+from mlxkv.checkpoint.adapter import first_layer
+from mlxkv.engine.adapter_pool import layers_to_cut
 from mlxkv.generation.session import Session
 from mlxkv.kv.types import STEP
 from mlxkv.llm.llm import LLM
+from mlxkv.server.results import details
+from mlxkv.store.adapter_names import add
+from mlxkv.store.adapters import AdapterRef
+from mlxkv.terminal.stats_text import describe_prompt
+from tests.families.test_parity import Golden
 from tests.models.test_adapters import mlx_lm
 from tests.support.command_line import chat_model
 from tests.support.tiny import GEMMA, LLAMA
@@ -121,11 +131,11 @@ def test_adapters_with_other_borders_move_it_down(load, adapter):
 
 
 def test_windows_are_restored_at_the_border(load, adapter):
-    """The base's pages need the rows of all windows, which those below have overwritten."""
+    """The base's pages have the rows of all windows, which those below have overwritten."""
     llm, given = load("gemma3"), [adapter(2, i, "gemma3") for i in range(3)]
     ask(llm, prompt(0), given[0])
     assert ask(llm, prompt(1), given[1]) == (0, 512)
-    assert ask(llm, prompt(2)) == (0, 0)
+    assert ask(llm, prompt(2)) == (0, 512)
     assert ask(llm, prompt(3), given[2]) == (0, 512)
     for i, each in enumerate(((), *given)):
         assert ask(llm, prompt(4 + i), each) == (512, 0)
@@ -160,3 +170,82 @@ def test_ten_adapters_keep_the_lower_layers_once(load, adapter):
     below, above = (LAYERS - 1) * (n + 11 * n_rest), n + n_rest + 10 * (n + n_rest)
     of_stream = 64 * 4 * (n + 11 * n_rest)
     assert llm.pages_bytes(None) == of_kv * (below + above) + of_stream
+    rooms = {pages.weight: pages.room.budget_bytes for pages in llm._pages.values() if pages}
+    assert sorted(rooms) == [1 / LAYERS, 1 - 1 / LAYERS, 1]  # the stream is as large as a layer
+    assert rooms[1] == pytest.approx(LAYERS * rooms[1 / LAYERS], abs=LAYERS)
+
+
+@pytest.mark.parametrize("what", ["given up", "looked at", "page lost"])
+def test_an_interrupted_switch_goes_on_from_what_all_layers_hold(load, adapter, what):
+    llm = load()
+    ask(llm, prompt(0), adapter(2))
+    session, tokens = llm.session(adapter=adapter(2, 1)), prompt(1)
+    session.restore(tokens)
+    steps = session.prefilling(tokens, lambda: STEP)
+    assert next(steps) == (STEP, len(tokens))
+    if what == "page lost":
+        llm._borders["", 2].stream.clear()
+    elif what == "looked at":
+        assert session.tokens == tokens[:STEP]
+    else:
+        steps.close()
+        session.finish()
+        assert ask(llm, prompt(2), adapter(2, 1)) == (STEP, STEP)
+        return
+    logits = finished(steps)
+    assert (session.n_held, session.n_lifted) == (len(tokens), STEP)
+    alone = Session(session.model)
+    np.testing.assert_array_equal(logits, alone.prefill(tokens, chunk=STEP))
+    session.finish()
+    assert ask(llm, prompt(2), adapter(2, 1)) == (2 * STEP, 0)
+
+
+CUT = ("llama-gqa", "mistral-sliding", "gemma2-text", "gemma3-text", "glm4-moe-lite-plain",
+       "gpt-oss-plain", "qwen3-plain")  # fmt: skip
+WHOLE = ("gemma3n-text", "gemma4-moe", "qwen3-next-plain", "llama-longrope-long")
+
+
+@pytest.mark.parametrize("name", [*CUT, *WHOLE])
+def test_layers_are_cut_where_one_needs_its_input_alone(tmp_path, name):
+    """In two pieces they compute what they do in one, bit for bit."""
+    model = mlxkv.load_model(Golden.read(name).write(tmp_path / name, "new"), dtype=mx.float32)
+    n_layers = layers_to_cut(model)
+    assert n_layers == (len(model.cache_specs()) if name in CUT else 0)
+    if n_layers:
+        whole, cut, tokens = make_caches(model), make_caches(model), mx.array([DOCUMENT[:60]])
+        for chunk in (tokens[:, :40], tokens[:, 40:]):
+            expected = model.hidden_states(chunk, whole)
+            x = model.below(model.embed(chunk), cut, n_layers - 1)
+            np.testing.assert_array_equal(model.above(x, cut, n_layers - 1), expected)
+
+
+def test_the_border_of_adapters_that_are_kept_is_known_from_the_start(
+    load, adapter, checkpoints, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("MLXKV_MODELS", str(tmp_path / "models"))
+    for first in (3, 2, 0):
+        folder = Path(adapter(first)[0])
+        config = json.loads((folder / "adapter_config.json").read_text())
+        config["model"] = "org/llama" if first != 2 else "org/other"
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+        add(f"of-{first}", AdapterRef(folder))
+    llm = load()
+    assert llm.adapted.border == 3
+    ask(llm, prompt(0))
+    assert ask(llm, prompt(1), adapter(3)) == (0, 512)
+
+
+def test_changes_of_the_head_reach_the_last_layer_and_of_the_embedding_the_first():
+    head, layer = "lm_head", "base_model.model.model.layers.5.mlp.up_proj.lora_A.weight"
+    assert first_layer([head, f"base_model.model.{head}.lora_A.weight"], 8) == 7
+    assert first_layer([head, layer, "language_model.model.layers.6.self_attn.q_proj"], 8) == 5
+    assert first_layer([layer, "model.embed_tokens"], 8) == 0
+
+
+def test_an_answer_says_how_much_was_computed_in_the_upper_layers_alone(load, adapter):
+    llm = load()
+    for given, n_upper in ((adapter(2), 0), (None, 552), (adapter(2, 1), 552)):
+        stats = llm.generate(prompt(0, 41), adapter=given, max_tokens=2).stats
+        assert (stats.computed_tokens, stats.upper_tokens) == (553, n_upper)
+        assert ("in the adapter's layers alone" in describe_prompt(stats)) == (n_upper > 0)
+        assert details(stats).get("upper_tokens", 0) == n_upper
