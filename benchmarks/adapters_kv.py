@@ -1,9 +1,10 @@
 """What a switch of adapter costs on a prompt that is known, and what ten adapters keep of it:
 `python -m benchmarks.adapters_kv`.
 
-A random Llama, and adapters of rank 8 on the MLPs and queries of its last layers. A prompt that
-nothing is known of is computed under an adapter (whole), then one that the others have computed
-(switch), in turn; ratios are medians over pairs. Pages lie in RAM.
+A random Llama, and adapters of rank 8 on queries and values (PEFT's choice for a Llama), or on all
+projections, of its last layers. A prompt that nothing is known of is computed under an adapter
+(whole), then one that the others have computed (switch), in turn; ratios are medians over pairs.
+Pages lie in RAM.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from mlxkv.llm.llm import LLM
 
 N_ADAPTERS = 10
-HIDDEN, N_VOCAB = 512, 256
+HIDDEN, KV, N_VOCAB = 256, 128, 256
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -35,6 +36,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--tokens", type=int, default=4000)
     parser.add_argument("--runs", type=int, default=5, help="pairs of runs, at most 10")
+    parser.add_argument("--targets", choices=("qv", "all"), default="qv")
     parser.add_argument("--kv-type", default="native")
     return parser.parse_args(argv)
 
@@ -50,16 +52,19 @@ def write_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text("{}")
 
 
-def write_adapter(folder: Path, layers: range, seed: int) -> str:
+def write_adapter(folder: Path, layers: range, seed: int, targets: str) -> str:
     """A random LoRA adapter as mlx-lm writes it."""
     import mlx.core as mx
 
-    sizes = {
-        "self_attn.q_proj": (HIDDEN, HIDDEN),
-        "mlp.gate_proj": (HIDDEN, 2 * HIDDEN),
-        "mlp.up_proj": (HIDDEN, 2 * HIDDEN),
-        "mlp.down_proj": (2 * HIDDEN, HIDDEN),
-    }
+    sizes = {"self_attn.q_proj": (HIDDEN, HIDDEN), "self_attn.v_proj": (HIDDEN, KV)}
+    if targets == "all":
+        sizes |= {
+            "self_attn.k_proj": (HIDDEN, KV),
+            "self_attn.o_proj": (HIDDEN, HIDDEN),
+            "mlp.gate_proj": (HIDDEN, 2 * HIDDEN),
+            "mlp.up_proj": (HIDDEN, 2 * HIDDEN),
+            "mlp.down_proj": (2 * HIDDEN, HIDDEN),
+        }
     mx.random.seed(seed)
     arrays = {}
     for i in layers:
@@ -100,10 +105,12 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        write_tiny_llama(root / "model", args.layers, HIDDEN, 4, 64, N_VOCAB)
+        write_tiny_llama(root / "model", args.layers, HIDDEN, KV // 64, 64, N_VOCAB)
         write_tokenizer(root / "model")
         changed = range(args.layers - args.changed, args.layers)
-        adapters = [write_adapter(root / f"a{i}", changed, i) for i in range(N_ADAPTERS)]
+        adapters = [
+            write_adapter(root / f"a{i}", changed, i, args.targets) for i in range(N_ADAPTERS)
+        ]
         with mlxkv.load(root / "model", dtype="float32", kv_type=args.kv_type) as llm:
             measure(llm, adapters, args)
 

@@ -25,7 +25,7 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 
-from mlxkv.kv.layout import Cache, Slice
+from mlxkv.kv.layout import Cache
 from mlxkv.kv.types import STEP, KVFormat
 from mlxkv.prefix.layout import FULL, WINDOW, Kinds, Link, part_names
 from mlxkv.prefix.match import WORTH, Match
@@ -159,21 +159,16 @@ class JoinedPages(Pages):
     def add(
         self, link: Link, tokens: bytes, parts: dict[str, Part], chain: Sequence[Link] = ()
     ) -> None:
-        lower = self._lower_pages
-        below = {part: lower.part(link, part) for part in lower.kinds.parts}
-        whole = {
-            part: Part.of([x for each in (below.get(part), parts.get(part)) for x in _slices(each)])
-            for part in lower.base.kinds.parts
-            if (below.get(part) is not None or part not in below)
-            and (part in parts or not self.kinds.caches(part))
-        }
+        lower, whole = self._lower_pages, dict[str, Part]()
+        for part in lower.base.kinds.parts:
+            groups = [lower.part(link, part)] if lower.kinds.caches(part) else []
+            groups += [parts.get(part)] if self.kinds.caches(part) else []
+            found = [each for each in groups if each is not None]
+            if len(found) == len(groups):
+                whole[part] = Part.of([x for each in found for x in each.slices()])
         mx.eval([part.words for part in whole.values()])
         if whole:
             lower.base.add(link, tokens, whole, chain)
-
-
-def _slices(part: Part | None) -> list[Slice]:
-    return [] if part is None else part.slices()
 
 
 class UpperPages(Pages):
