@@ -92,7 +92,7 @@ def test_metrics_are_the_engines_figures(url, engine):
     expected["mlxkv_next_turn_saved_seconds_total", MODEL] = counts.next_turn_saved_s
     expected["mlxkv_fetched_bytes_total", MODEL] = counts.fetched_bytes
     expected["mlxkv_fetch_saved_seconds_total", MODEL] = counts.fetch_saved_s
-    for kind in (*tokens, "next_turn", "next_turn_used"):
+    for kind in (*tokens, "next_turn", "next_turn_used", "upper"):
         expected["mlxkv_tokens_total", kind, MODEL] = getattr(counts, f"{kind}_tokens")
     for kind, n_bytes in stats.memory.items():
         expected["mlxkv_memory_bytes", kind] = n_bytes
