@@ -28,6 +28,7 @@ from mlxkv.errors import UsageError
 from mlxkv.kv.buffers import Buffers
 from mlxkv.kv.layout import Cache, Mask, Place, SharedRow, Slice, StateSpec, windowed_mask
 from mlxkv.kv.recurrent import RecurrentCache
+from mlxkv.kv.sliding import Sliding
 from mlxkv.kv.storage import Rows
 from mlxkv.kv.types import CacheSpec, KVFormat, RecurrentSpec, ceil_step
 
@@ -132,16 +133,16 @@ class KVCache(Buffers):
         return self.columns(self.offset)
 
 
-class RotatingKVCache(Buffers):
+class RotatingKVCache(Sliding):
     """Keeps what a sliding window of `max_size` tokens needs.
 
     Single tokens are written in place, over the oldest once `max_size` are held. A chunk of L
     tokens is appended in temporal order to at most `max_size - 1` earlier ones, so that its first
     query sees its whole window; the surplus is dropped by the next update, and until then
-    `rewind` can give it back.
+    `rewind` can give it back. Drafts are written into room behind the window (`make_room`).
 
     Rows are in temporal order from `_head` on and wrap at `capacity`; `_head` is not 0 only in a
-    full ring of `max_size`.
+    full ring of `max_size`, and in longer buffers, which do not wrap.
 
     Args:
         max_size: tokens that a query sees, itself included; at least 1.
@@ -152,7 +153,7 @@ class RotatingKVCache(Buffers):
         UsageError: `max_size` is not positive.
     """
 
-    __slots__ = ("_head", "_n", "max_size")
+    __slots__ = ()
 
     def __init__(self, max_size: int, spec: CacheSpec | None = None, kv_type: str = "native"):
         if max_size < 1:
@@ -189,8 +190,10 @@ class RotatingKVCache(Buffers):
         """
         L = self._check(k, v)
         arrays = self.encoded(k, v)
-        if self.row is not None and self._head and self._n < self.max_size:
-            self._straighten()  # outside of shared buffers only a full ring has a head
+        if self._has_behind(L):
+            return self._behind(arrays, L)
+        if self._head and self._n < self.max_size:
+            self._straighten()  # a row of shared buffers, or what was taken back
         if self._n + L <= self.max_size:
             buffers, n, head = self._appended(arrays, L)
         elif L == 1:
@@ -228,29 +231,24 @@ class RotatingKVCache(Buffers):
         pairs = zip(old, arrays, strict=True)
         return [mx.concatenate(list(pair), axis=2) for pair in pairs], kept + L, 0
 
-    def next_place(self) -> Place | None:
-        n, size, capacity = self._n, self.max_size, self.capacity
-        fits = capacity == size or n < capacity < size
-        return self._place(n if n < size else self._head, min(n + 1, size)) if fits else None
+    def next_place(self, n: int = 1) -> Place | None:
+        held, size, capacity = self._n, self.max_size, self.capacity
+        if self._has_behind(n):
+            return self._place_behind(n)
+        if n > 1:  # over the oldest ones they could not be taken back
+            return self._place(held, n) if held + n <= capacity <= size else None
+        fits = capacity == size or held < capacity < size
+        column, length = held if held < size else self._head, min(held + 1, size)
+        return self._place(column, length=length) if fits else None
 
-    def stepped(self, keys: mx.array, values: mx.array) -> None:
-        n, head = self._n + 1, self._head
-        if n > self.max_size:
-            n, head = n - 1, (head + 1) % self.max_size
-        self.buffers, self._n, self._head, self.offset = [keys, values], n, head, self.offset + 1
-
-    def _temporal(self, start: int, stop: int) -> tuple[mx.array, ...]:
-        """Rows `[start, stop)` counted from the oldest, in temporal order."""
-        start, stop = start + self._head, stop + self._head
-        arrays, capacity = self.arrays, self.capacity
-        if start >= capacity:
-            start, stop = start - capacity, stop - capacity
-        if stop <= capacity:
-            return tuple(array[:, :, start:stop] for array in arrays)
-        stop -= capacity
-        return tuple(
-            mx.concatenate([array[:, :, start:], array[:, :, :stop]], axis=2) for array in arrays
-        )
+    def stepped(self, keys: mx.array, values: mx.array, n: int = 1) -> None:
+        if self._has_behind(n):
+            self._moved_on([keys, values], n)
+            return
+        held, head, offset = self._n + n, self._head, self.offset + n
+        if held > self.max_size:
+            held, head = self.max_size, (head + 1) % self.max_size
+        self.buffers, self._n, self._head, self.offset = [keys, values], held, head, offset
 
     def mask(self, L: int) -> Mask:
         """Mask for the KV that an update of `L` tokens will return."""
@@ -339,19 +337,16 @@ class RotatingKVCache(Buffers):
         first_needed = max(0, offset - (self.max_size - 1))
         if first_needed < offset and first > first_needed:
             return False
-        if self._head:
+        if self._head and (self._wraps or self.row is not None):
             self._straighten()
         self._n, self.offset = max(0, offset - first), offset
         return True
 
-    def _straighten(self) -> None:
-        """Have the rows begin at 0, in buffers of its own."""
-        buffers = list(self._temporal(0, self._n))
-        self.buffers, self.row, self._head = buffers, None, 0
-
     @property
     def state(self) -> list[mx.array]:
         """Arrays held, to evaluate or save; `[]` if none. A ring is in its own order."""
+        if self._head and not self._wraps:
+            return list(self._temporal(0, self._n))
         return self.columns(self._n)
 
 

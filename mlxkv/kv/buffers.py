@@ -116,26 +116,38 @@ class Buffers(Stepping):
         """What is stored of keys and values `[B, H, L, D]`, of B sequences like this one."""
         return self._storage.encode_both(k, v)
 
-    def decoded(self, arrays: Sequence[mx.array], n: int) -> tuple[Rows, Rows]:
-        """Keys and values of the first `n` tokens of what is stored."""
+    def decoded(self, arrays: Sequence[mx.array], n: int, first: int = 0) -> tuple[Rows, Rows]:
+        """Keys and values of `n` tokens of what is stored, from column `first` on."""
+        if first:
+            arrays = [array[:, :, first : first + n] for array in arrays]
         return self._storage.decode_both(arrays, n, *self._rows[2:4])
 
-    def next_place(self) -> Place | None:
-        """See `Stepping`: of buffers that hold all tokens."""
-        return self._place(self.offset, self.offset + 1) if self.offset < self.capacity else None
+    def next_place(self, n: int = 1) -> Place | None:
+        """See `Stepping`: of n tokens, in buffers that hold all of them."""
+        return self._place(self.offset, n) if self.offset + n <= self.capacity else None
 
-    def stepped(self, keys: mx.array, values: mx.array) -> None:
-        self.buffers, self.offset = [keys, values], self.offset + 1
+    def stepped(self, keys: mx.array, values: mx.array, n: int = 1) -> None:
+        """See `Stepping`."""
+        self.buffers, self.offset = [keys, values], self.offset + n
 
-    def _place(self, column: int, length: int) -> Place | None:
-        """A place in native buffers of one sequence alone; None where these are not."""
+    def _place(self, column: int, n: int = 1, length: int | None = None) -> Place | None:
+        """A place in native buffers of one sequence alone; None where these are not.
+
+        Args:
+            column: of the first of n tokens, which stand beside each other.
+            length: columns that it sees; None for those up to its own.
+        """
         rows = self._rows
         if self.row is not None or not rows or rows[0] != 1 or len(self.buffers) != 2:
             return None
         if not isinstance(self._storage, Native):
             return None
         keys, values = self.buffers
-        return Place(keys, values, (self.offset,), (column,), (length,))
+        seen = column + 1 if length is None else length
+        if n == 1:
+            return Place(keys, values, (self.offset,), (column,), (seen,))
+        behind = (tuple(range(first, first + n)) for first in (self.offset, column, seen))
+        return Place(keys, values, *behind)
 
     @property
     def first(self) -> int:

@@ -81,14 +81,16 @@ Offset = int | Positions
 
 
 class Place(NamedTuple):
-    """Where a kernel writes the next token of each of B sequences, and what that token sees.
+    """Where a kernel writes the next token of each of B sequences, and what that token sees; or the
+    next B tokens of one.
 
     Args:
-        keys: a buffer `[B, H, capacity, k_dim]`, float or not.
+        keys: a buffer `[B, H, capacity, k_dim]`, `[1, ...]` of one sequence; float or not.
         values: the same of the values.
         positions: of the tokens.
         columns: where their keys and values are written.
-        lengths: columns that they see, from the first one on.
+        lengths: columns that they see.
+        starts: the first of these; () for the buffers' first.
     """
 
     keys: mx.array
@@ -96,10 +98,11 @@ class Place(NamedTuple):
     positions: tuple[int, ...]
     columns: tuple[int, ...]
     lengths: tuple[int, ...]
+    starts: tuple[int, ...] = ()
 
 
 class Stepping:
-    """A layer's KV that a kernel may extend by one token of each sequence."""
+    """A layer's KV that a kernel may extend: by a token of each sequence, or by several of one."""
 
     __slots__ = ()
 

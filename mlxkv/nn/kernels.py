@@ -233,10 +233,10 @@ def stepped(
     q_norm, k_norm, eps = None, None, 0.0
     if norms is not None:
         q_norm, k_norm, eps = norms[0].scale, norms[1].scale, norms[0].eps
-    keys, values, positions, columns, lengths = place
+    keys, values, positions, columns, lengths, starts = place
     return _ops().attend_step(
         qkv, frequencies, keys, values, n_heads, keys.shape[1], positions, factor, q_norm, k_norm,
-        eps, columns, lengths, scale, softcap or 0.0, sinks,
+        eps, columns, lengths, starts, scale, softcap or 0.0, sinks,
     )  # fmt: skip
 
 

@@ -15,9 +15,18 @@ from typing import Any, cast
 
 import mlx.core as mx
 
-from mlxkv.cache import RecurrentCache, RotatingKVCache
+from mlxkv.cache import KVCache, RecurrentCache, RotatingKVCache
 from mlxkv.errors import UsageError
-from mlxkv.kv.layout import Cache, LayerCache, Mask, Offset, Positions, StateCache
+from mlxkv.kv.layout import (
+    Cache,
+    LayerCache,
+    Mask,
+    Offset,
+    Place,
+    Positions,
+    StateCache,
+    Stepping,
+)
 from mlxkv.kv.storage import Order, Ragged, Rows, Several
 
 
@@ -73,8 +82,10 @@ class _Rows:
         return self._made[1]
 
 
-class WideCache:
+class WideCache(Stepping):
     """One layer's caches for a step of several tokens of some sequences."""
+
+    __slots__ = ("_drafted", "_plain", "_rows")
 
     def __init__(
         self,
@@ -93,6 +104,19 @@ class WideCache:
         """None: what a token sees comes with the keys that `update` returns."""
         assert L == 1, L
         return None
+
+    def next_place(self) -> Place | None:
+        """Where the tokens of a sequence alone go; None with others beside it."""
+        if self._plain is not None or len(self._drafted) != 1:
+            return None
+        (cache,) = self._drafted
+        is_sliceable = isinstance(cache, KVCache | RotatingKVCache)
+        return cache.next_place(self._rows.n_tokens[0]) if is_sliceable else None
+
+    def stepped(self, keys: mx.array, values: mx.array) -> None:
+        (cache,) = self._drafted
+        assert isinstance(cache, KVCache | RotatingKVCache)
+        cache.stepped(keys, values, self._rows.n_tokens[0])
 
     def update(self, k: mx.array, v: mx.array) -> tuple[Ragged, Ragged]:
         """Append k `[T, H, 1, k_dim]` and v `[T, H, 1, v_dim]`: the tokens of all sequences."""

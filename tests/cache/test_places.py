@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import random
+
 import mlx.core as mx
 import numpy as np
 import pytest
 
 from mlxkv.cache import KVCache, RotatingKVCache
-from mlxkv.kv.types import STEP
+from mlxkv.kv.sliding import ROOM
+from mlxkv.kv.storage import dense
+from mlxkv.kv.types import STEP, CacheSpec
 
 H, D = 2, 16
 
 
-def tokens(n: int, seed: int) -> tuple[mx.array, mx.array]:
-    keys = mx.random.split(mx.random.key(seed), 2)
-    return mx.random.normal((1, H, n, D), key=keys[0]), mx.random.normal((1, H, n, D), key=keys[1])
+def tokens(n: int, seed: int, dim: int = D) -> tuple[mx.array, mx.array]:
+    keys, shape = mx.random.split(mx.random.key(seed), 2), (1, H, n, dim)
+    return mx.random.normal(shape, key=keys[0]), mx.random.normal(shape, key=keys[1])
 
 
 def write(buffer: mx.array, column: int, x: mx.array) -> mx.array:
@@ -47,6 +51,35 @@ def test_a_step_in_place_is_an_update(make, n_prompt):
         ):
             assert np.array_equal(np.array(one), np.array(other))
     assert n_stepped >= 12, "but for growth and what a chunk left over"
+
+
+@pytest.mark.parametrize("kv_type", ["native", "q8"])
+@pytest.mark.parametrize("size", [1, 5, 9])
+def test_a_draft_behind_a_full_window_is_taken_back(size, kv_type):
+    chance = random.Random(size)
+    spec = CacheSpec(H, 64, 64, size)
+    usual, roomy = (RotatingKVCache(size, spec, kv_type) for _ in range(2))
+    for i in range(60):
+        n, n_new = chance.choice((1, 1, 2, 5)), chance.choice((1, 1, 1, 2, 4))
+        if n > 1:
+            roomy.make_room(n)
+        if size < usual.offset < 30 and kv_type == "native":
+            assert (roomy.next_place(n) is None) is (n > 1 and not roomy._has_behind(n))
+        found = [cache.update(*tokens(n, i, 64)) for cache in (usual, roomy)]
+        ours, theirs = ([dense(rows) for rows in kv] for kv in found)
+        for one, other in zip(ours, theirs, strict=True):  # a token sees them in any order
+            axis = 2 if n == 1 else 0
+            assert np.array_equal(np.sort(np.array(one), axis), np.sort(np.array(other), axis))
+        for cache in (usual, roomy):
+            assert cache.rewind(cache.offset - max(0, n - n_new))
+        for one, other in zip(usual.state, roomy.state, strict=True):
+            assert one.shape == other.shape
+        first = max(usual.first, roomy.first)
+        parts = [cache.read(first, cache.offset).arrays for cache in (usual, roomy)]
+        for one, other in zip(*parts, strict=True):
+            assert np.array_equal(np.array(one), np.array(other))
+        assert str(usual.mask(3)) == str(roomy.mask(3))
+    assert roomy.capacity in (size, size + ROOM), "it is a ring again in time"
 
 
 def test_full_quantized_and_shared_buffers_have_no_place():

@@ -49,11 +49,32 @@ def test_a_step_of_attention(ops, places, H, Hk, is_plain):
 
     before = np.array(k)
     got, got_k, got_v = ops.attend_step(
-        qkv, FREQUENCIES, k, v, *how, columns, lengths, 0.125, cap, sinks
+        qkv, FREQUENCIES, k, v, *how, columns, lengths, (), 0.125, cap, sinks
     )
     assert same(got, mx.concatenate(expected))
     assert same(got_k, keys) and same(got_v, values)
     assert same(k, mx.array(before)), "what is read elsewhere stays as it is"
+
+
+@pytest.mark.parametrize("window", [CAPACITY, 40])
+def test_tokens_of_one_sequence_are_its_steps(ops, window):
+    n, H, first = 4, 3, 300
+    qkv, how = normal(n, 1, 3 * H * D), (1.0, None, None, 0.0)
+    k, v = normal(1, H, CAPACITY, D, seed=1), normal(1, H, CAPACITY, D, seed=2)
+    at = range(first, first + n)
+    starts = tuple(max(0, i + 1 - window) for i in at)
+    seen = tuple(i + 1 - start for i, start in zip(at, starts, strict=True))
+    got = ops.attend_step(
+        qkv, FREQUENCIES, k, v, H, H, (*at,), *how, (*at,), seen, starts, 0.125, 0.0, None
+    )
+    outs = []
+    for i, row in enumerate(at):
+        out, k, v = ops.attend_step(
+            qkv[i : i + 1], FREQUENCIES, k, v, H, H, (row,), *how, (row,), seen[i : i + 1],
+            starts[i : i + 1], 0.125, 0.0, None,
+        )  # fmt: skip
+        outs.append(out)
+    assert same(got[0], mx.concatenate(outs)) and same(got[1], k) and same(got[2], v)
 
 
 def test_a_buffer_that_nothing_else_reads_is_written_in_place(ops):
@@ -62,7 +83,23 @@ def test_a_buffer_that_nothing_else_reads_is_written_in_place(ops):
     places = [address(x) for x in (k, v)]
     for i in range(3):
         out, k, v = ops.attend_step(
-            qkv, FREQUENCIES, k, v, 1, 1, (i,), 1.0, None, None, 0.0, (i,), (i + 1,), 1.0, 0.0, None
+            qkv,
+            FREQUENCIES,
+            k,
+            v,
+            1,
+            1,
+            (i,),
+            1.0,
+            None,
+            None,
+            0.0,
+            (i,),
+            (i + 1,),
+            (),
+            1.0,
+            0.0,
+            None,
         )
         mx.eval(out, k, v)
     assert [address(x) for x in (k, v)] == places
@@ -72,14 +109,15 @@ def address(x: mx.array) -> int:
     return np.array(x, copy=False).__array_interface__["data"][0]
 
 
-@pytest.mark.parametrize("change", ["columns", "lengths", "positions", "heads", "dtype"])
+@pytest.mark.parametrize("change", ["columns", "lengths", "starts", "positions", "heads", "dtype"])
 def test_places_that_do_not_fit_are_refused(ops, change):
     n = 2 if change == "heads" else 1
     k = normal(1, n, CAPACITY, D).astype(mx.float16 if change == "dtype" else mx.float32)
     columns = (CAPACITY,) if change == "columns" else (0,)
     lengths = (CAPACITY + 1,) if change == "lengths" else (1,)
     positions = (0, 1) if change == "positions" else (0,)
-    how = 1, 1, positions, 1.0, None, None, 0.0, columns, lengths, 1.0, 0.0, None
+    starts = (CAPACITY,) if change == "starts" else (0,)
+    how = 1, 1, positions, 1.0, None, None, 0.0, columns, lengths, starts, 1.0, 0.0, None
     with pytest.raises(ValueError):
         ops.attend_step(normal(1, 1, 3 * D), FREQUENCIES, k, k, *how)
 

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 
+from mlxkv.cache import RotatingKVCache
 from tests.metal import hollow, shim, theirs
 from tests.metal.count import COPIES, Counts, count
 from tests.metal.proportions import FOREIGN, MODELS, PICTURES, Config
@@ -127,13 +128,20 @@ def decode_step(side: Side, model: Any, caches: Any, B: int = 1) -> Counts:
 
 def draft_pass(side: Ours, model: Any, caches: Any, L: int) -> Counts:
     """Count a pass of one token and a draft, L in all, behind passes whose draft was wrong."""
+
+    def computed() -> mx.array:
+        for cache in caches:
+            if isinstance(cache, RotatingKVCache):
+                cache.make_room(L)
+        return model(hollow.tokens(1, L), caches)
+
     for _ in range(2):
         with shim.gpu():
-            model(hollow.tokens(1, L), caches)
+            computed()
         hollow.settle(caches, model)
         assert all(cache.rewind(cache.offset - L + 1) for cache in caches)
     with shim.gpu():
-        logits = model(hollow.tokens(1, L), caches)
+        logits = computed()
         return count(shim.graph(logits, *side.kept(caches)))
 
 

@@ -27,9 +27,6 @@ WIDEST_DRAFT = {"gemma-2b": 4, "gemma4-e2b": 4, "gemma4-26b-a4b": 4, "gpt-oss-20
 """Tokens of a pass up to which Metal's kernel for few queries takes the heads of a KV head: 32 of
 their queries. Where they are more, attention is five kernels and not one; experts of 64 choices and
 more are sorted."""
-WINDOWS = {"ministral-8b": 1.21, "gemma2-2b": 1.17, "gemma3-4b": 1.17, "gemma4-31b": 1.2}
-"""Where most layers have a window that is full: a chunk is appended to its rows by copies, which
-takes two kernels more than a token's write over the oldest."""
 
 each_model = pytest.mark.parametrize("model", MODELS)
 each_foreign_model = pytest.mark.parametrize("model", FOREIGN)
@@ -102,10 +99,8 @@ def test_every_figure_of_every_model_has_a_golden(now, recorded):
 def test_a_pass_with_a_draft_launches_little_more_than_a_step(now, model, L):
     ours = number(now, "launches", model, f"draft, {L} tokens q4")
     step = number(now, "launches", model, "decode q4")
-    most = WINDOWS.get(model, 1.15)
-    if L > WIDEST_DRAFT.get(model, max(DRAFTED)):
-        most = 1.45
-    assert ours <= most * step
+    is_fused = L <= WIDEST_DRAFT.get(model, max(DRAFTED))
+    assert ours <= (1.15 if is_fused else 1.45) * step
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "q4"])

@@ -138,13 +138,13 @@ mx::array py_attend(Args a) {
                 Softmax{real(a[3]), real(a[4]), PyObject_IsTrue(a[5]) == 1, mask, sinks});
 }
 // qkv, frequencies, k, v, n_heads, n_kv_heads, offsets, factor, q_norm, k_norm, eps, columns,
-// lengths, scale, cap, sinks
+// lengths, starts, scale, cap, sinks
 Arrays py_attend_step(Args a) {
-  Maybe mask, sinks = maybe(a[15]);
+  Maybe mask, sinks = maybe(a[16]);
   return attend_step(array_of(a[0]), array_of(a[1]), array_of(a[2]), array_of(a[3]),
                      {whole(a[4]), whole(a[5]), wholes(a[6]), real(a[7])}, maybe(a[8]), maybe(a[9]),
-                     real(a[10]), {wholes(a[11]), wholes(a[12])},
-                     Softmax{real(a[13]), real(a[14]), false, mask, sinks});
+                     real(a[10]), {wholes(a[11]), wholes(a[12]), wholes(a[13])},
+                     Softmax{real(a[14]), real(a[15]), false, mask, sinks});
 }
 // x, up, norm, eps, down, residual, act
 mx::array py_gated_mlp(Args a) {
@@ -212,7 +212,7 @@ PyMethodDef methods[] = {
     {"rotate", function(call<9, py_rotate>), METH_FASTCALL, nullptr},
     {"attend", function(call<8, py_attend>), METH_FASTCALL, nullptr},
     {"attend_codes", function(call<8, py_attend_codes>), METH_FASTCALL, nullptr},
-    {"attend_step", function(call<16, py_attend_step>), METH_FASTCALL, nullptr},
+    {"attend_step", function(call<17, py_attend_step>), METH_FASTCALL, nullptr},
     {"gated_mlp", function(call<7, py_gated_mlp>), METH_FASTCALL, nullptr},
     {"changed_mlp", function(call<9, py_changed_mlp>), METH_FASTCALL, nullptr},
     {"embed", function(call<3, py_embed>), METH_FASTCALL, nullptr},

@@ -3,19 +3,24 @@
 
 namespace {
 
-// Heads of one token of each sequence, and where their KV lies.
+// Heads of rows, and where their KV lies: each row is the next token of a sequence of its own, or all
+// are the next tokens of one, whose buffers are those of a single row.
 struct Step {
   Sizes sizes;
+  bool is_one;
   Rotation rotation;
   Places places;
   float eps;
   bool is_normed;
   int half;
 
+  // A row's place in the buffers.
+  int of(int b) const { return is_one ? 0 : b; }
+  int start(int b) const { return places.starts.empty() ? 0 : places.starts[b]; }
   Op::Numbers numbers() const {
     Op::Numbers found{double(rotation.n_heads), double(rotation.n_kv_heads), rotation.factor, eps,
                       double(is_normed)};
-    for (auto* of : {&rotation.offsets, &places.columns, &places.lengths})
+    for (auto* of : {&rotation.offsets, &places.columns, &places.lengths, &places.starts})
       found.insert(found.end(), of->begin(), of->end());
     return found;
   }
@@ -37,12 +42,14 @@ void check_step(const Step& step, const mx::array& qkv, const mx::array& k, cons
   check(s, qkv);
   require(s.D * (s.H + 2 * s.Hk) == qkv.shape(2) && 2 * step.half <= s.D, "heads of another size");
   for (auto* buffer : {&k, &v})
-    require_floats(*buffer, {s.B, s.Hk, s.S, s.D}, "KV of another shape");
-  const auto& [columns, lengths] = step.places;
+    require_floats(*buffer, {step.is_one ? 1 : s.B, s.Hk, s.S, s.D}, "KV of another shape");
+  const auto& [columns, lengths, starts] = step.places;
+  require(starts.empty() || int(starts.size()) == s.B, "positions of other rows");
   for (auto* of : {&columns, &lengths, &step.rotation.offsets})
     require(int(of->size()) == s.B, "positions of other rows");
   for (int b = 0; b < s.B; ++b)
-    require(columns[b] >= 0 && columns[b] < s.S && lengths[b] > 0 && lengths[b] <= s.S,
+    require(columns[b] >= 0 && columns[b] < s.S && lengths[b] > 0 && lengths[b] <= s.S &&
+                step.start(b) >= 0 && step.start(b) <= s.S - lengths[b],
             "positions past the buffers");
 }
 
@@ -52,7 +59,7 @@ mx::array written(const Step& step, bool is_keys, const mx::array& buffer, const
     const int first = step.sizes.H + (is_keys ? 0 : step.sizes.Hk);
     float* to = floats_of(out);
     step.turn(in, 1, first, first + step.sizes.Hk, [&](int b, int h) {
-      return to + b * out.strides(0) + h * out.strides(1) + step.places.columns[b] * out.strides(2);
+      return to + step.of(b) * out.strides(0) + h * out.strides(1) + step.places.columns[b] * out.strides(2);
     });
   };
   auto numbers = step.numbers();
@@ -69,7 +76,7 @@ Arrays attend_step(const mx::array& qkv, const mx::array& frequencies, const mx:
                    const Maybe& k_norm, float eps, const Places& places, const Softmax& softmax) {
   require(qkv.ndim() == 3 && qkv.shape(1) == 1 && k.ndim() == 4, "heads are not [B, 1, N]");
   const int H = rotation.n_heads, Hk = rotation.n_kv_heads, D = k.shape(3);
-  const Step step{{qkv.shape(0), H, Hk, 1, k.shape(2), D, D}, rotation, places, eps,
+  const Step step{{qkv.shape(0), H, Hk, 1, k.shape(2), D, D}, k.shape(0) == 1, rotation, places, eps,
                   q_norm.has_value(), int(frequencies.size())};
   check_step(step, qkv, k, v);
   require(!softmax.mask, "a step has no mask");
@@ -93,7 +100,10 @@ Arrays attend_step(const mx::array& qkv, const mx::array& frequencies, const mx:
     const View K(in[0], of_q), V(in[1], of_q);  // which lie densely: they are not copied
     Heads a = heads;
     a.q_head = D, a.k_row = K.strides[2], a.v_row = V.strides[2];
-    auto rows = [&](int b, int h, int, int, Heads&) { return std::pair(K.head(b, h), V.head(b, h)); };
+    auto rows = [&](int b, int h, int, int, Heads&) {
+      const int of = step.of(b), start = step.start(b);
+      return std::pair(K.head(of, h) + start * K.strides[2], V.head(of, h) + start * V.strides[2]);
+    };
     attend_ones(s, a, step.places.lengths, query, rows,
                 has_sinks ? floats_of(in.back()) : nullptr, floats_of(out));
   };

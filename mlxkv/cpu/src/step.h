@@ -5,13 +5,15 @@
 #include "attention.h"
 #include "products.h"
 
-// Where a token's KV is written, and how many keys from the first one on it sees: of each sequence.
+// Where a token's KV is written, how many keys it sees, and the first of them: of each row. No starts
+// are those of the buffers.
 struct Places {
-  std::vector<int> columns, lengths;
+  std::vector<int> columns, lengths, starts;
 };
 
 // Attention of heads [B, 1, (H + 2 Hk) D], turned as by `rotate`, whose keys and values are written
-// into buffers [B, Hk, S, D]: the result [B, 1, H D], and the two buffers.
+// into buffers [B, Hk, S, D], or [1, Hk, S, D] if all are of one sequence: the result [B, 1, H D],
+// and the two buffers.
 Arrays attend_step(const mx::array& qkv, const mx::array& frequencies, const mx::array& k,
                    const mx::array& v, const Rotation&, const Maybe& q_norm, const Maybe& k_norm,
                    float eps, const Places&, const Softmax&);
