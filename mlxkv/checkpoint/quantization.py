@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mlxkv.errors import UnsupportedModel
@@ -100,8 +100,8 @@ class Quantization:
         by_path: module path -> its own format; None for one that is not quantized.
     """
 
-    default: Format
-    by_path: Mapping[str, Format | None]
+    default: Format = Format()
+    by_path: Mapping[str, Format | None] = field(default_factory=dict)
 
     @classmethod
     def from_config(cls, raw: Mapping[str, Any], source: str) -> Quantization | None:
@@ -132,6 +132,10 @@ class Quantization:
             if path not in _FORMAT_KEYS and (isinstance(value, Mapping) or value is False)
         }
         return cls(Format.from_dict(entry, source), by_path)
+
+    def adding(self, formats: Mapping[str, Format | None]) -> Quantization:
+        """The same with formats of further modules."""
+        return replace(self, by_path={**self.by_path, **formats})
 
     def at(self, path: str) -> Format | None:
         """The format of the weight of the module at `path`.

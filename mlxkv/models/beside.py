@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import mlx.core as mx
 
 from mlxkv.checkpoint.config import read_config
+from mlxkv.checkpoint.quantization import Format, Quantization
 from mlxkv.checkpoint.weights import open_weights
 from mlxkv.errors import CheckpointError
 
@@ -23,10 +24,22 @@ PREFIX = "assistant."
 _log = logging.getLogger("mlxkv")
 
 
-def assistant_beside(
-    path: Path, config: Any
-) -> tuple[AssistantConfig | None, Mapping[str, mx.array]]:
-    """The config and lazy weights of a model's assistant; None and nothing without one.
+class Beside(NamedTuple):
+    """An assistant.
+
+    Args:
+        config: its own; None without one.
+        weights: lazy ones, under their names in the model.
+        formats: module path in the model -> how its weight is quantized.
+    """
+
+    config: AssistantConfig | None = None
+    weights: Mapping[str, mx.array] = {}
+    formats: Mapping[str, Format | None] = {}
+
+
+def assistant_beside(path: Path, config: Any) -> Beside:
+    """The assistant of a model.
 
     One that cannot be used is named in the log, and left out: no answer depends on it.
 
@@ -37,23 +50,29 @@ def assistant_beside(
     path = path.absolute()
     folder = path.parent / (path.name + SUFFIX)
     if not folder.is_dir():
-        return None, {}
+        return Beside()
     from mlxkv.models.gemma4_assistant import MODEL_TYPES, AssistantConfig
     from mlxkv.models.gemma4_config import Config
 
     if not isinstance(config, Config):
-        return None, {}
+        return Beside()
     try:
         raw, source = read_config(folder), str(folder / "config.json")
-        if raw.get("model_type") not in MODEL_TYPES or raw.get("quantization"):
-            raise CheckpointError(f"{source}: is of no assistant in 16 or 32 bits")
+        if raw.get("model_type") not in MODEL_TYPES:
+            raise CheckpointError(f"{source}: is of no assistant")
+        quantization = Quantization.from_config(raw, source)
         found = AssistantConfig.from_dict(raw, source)
         if not found.fits(config):
             raise CheckpointError(f"{source}: the assistant is not one of {path}")
         weights = open_weights(folder).arrays()
+        packed = [name.removesuffix(".scales") for name in weights if name.endswith(".scales")]
+        if packed and quantization is None:
+            raise CheckpointError(f"{source}: key 'quantization' is missing and weights are packed")
     except CheckpointError as error:
         _log.warning("the assistant is left out: %s", error)
-        return None, {}
+        return Beside()
     if found.text.tie_word_embeddings:
-        weights = {name: array for name, array in weights.items() if name != "lm_head.weight"}
-    return found, {PREFIX + name: array for name, array in weights.items()}
+        weights = {k: array for k, array in weights.items() if not k.startswith("lm_head.")}
+        packed = [name for name in packed if name != "lm_head"]
+    formats = {} if quantization is None else {PREFIX + at: quantization.at(at) for at in packed}
+    return Beside(found, {PREFIX + k: array for k, array in weights.items()}, formats)

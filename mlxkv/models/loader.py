@@ -9,34 +9,33 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
-import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxkv.base import device
 from mlxkv.base.stepwise import finished
 from mlxkv.base.units import human_bytes
 from mlxkv.checkpoint.config import read_config, text_config, with_next_token, with_towers
-from mlxkv.checkpoint.quantization import Quantization
+from mlxkv.checkpoint.quantization import Format, Quantization
 from mlxkv.checkpoint.tensor_names import towers_in
 from mlxkv.checkpoint.weights import Weights, open_weights, skipped_text
-from mlxkv.errors import Hint, OutOfMemory, UnsupportedModel, WeightsError
+from mlxkv.errors import Hint, OutOfMemory
 from mlxkv.models import Family, family_for
-from mlxkv.models.beside import assistant_beside
+from mlxkv.models.beside import Beside, assistant_beside
 from mlxkv.models.copies import with_own_head, with_own_next_token
 from mlxkv.models.dtypes import (
     checkpoint_dtype,
     compute_dtype,
     in_dtype,
-    is_float,
     scale_dtypes,
     without_float16,
 )
+from mlxkv.models.fitting import check_names, pack_modules
 from mlxkv.models.late import EncoderWeights, stamps_of
 from mlxkv.models.reading import Reading
 from mlxkv.nn.encoders import Waiting, encoder_of, placeholder
@@ -63,6 +62,7 @@ class Checkpoint:
         config: the family's view of `raw`.
         weights: headers of all tensors.
         skipped: tensors that are left out on purpose, such as a vision tower's.
+        beside: formats of what lies beside it, by module path.
     """
 
     raw: Mapping[str, Any]
@@ -71,6 +71,7 @@ class Checkpoint:
     config: Any
     weights: Weights
     skipped: Sequence[str]
+    beside: Mapping[str, Format | None] = dataclasses.field(default_factory=dict)
 
     @property
     def dtype(self) -> mx.Dtype:
@@ -153,9 +154,12 @@ def open_checkpoint(
     found = with_next_token(with_towers(raw, towers), weights.infos if guesses else ())
     config = family.config(found, source)
     kept, skipped = family.remap(weights.arrays(), config)
-    assistant, beside = assistant_beside(path, config) if guesses else (None, {})
-    if assistant is not None:
-        config, kept = dataclasses.replace(config, assistant=assistant), {**kept, **beside}
+    beside = assistant_beside(path, config) if guesses else Beside()
+    if beside.config is not None:
+        config, kept = (
+            dataclasses.replace(config, assistant=beside.config),
+            {**kept, **beside.weights},
+        )
     if family.embeds:
         from mlxkv.checkpoint.sentence import dense_weights, read_sentence, with_dense
 
@@ -163,7 +167,7 @@ def open_checkpoint(
         config = dataclasses.replace(config, sentence=sentence)
         dense = dense_weights(path, sentence, weights)
         weights, kept = with_dense(weights, dense), {**kept, **dense.arrays}
-    return Checkpoint(raw, source, family, config, weights, skipped), kept
+    return Checkpoint(raw, source, family, config, weights, skipped, beside.formats), kept
 
 
 def lay_out(
@@ -196,6 +200,8 @@ def lay_out(
         model = checkpoint.family.build(config)
         root = model.weights_root()
         quantization = Quantization.from_config(text_config(checkpoint.raw), checkpoint.source)
+        if checkpoint.beside:
+            quantization = (quantization or Quantization()).adding(checkpoint.beside)
         pack_modules(root, kept, quantization, checkpoint.source)
     check_names(root, kept, path)
     target = without_float16(model, dtype, compute_dtype(dtype, checkpoint.dtype))
@@ -308,64 +314,6 @@ def _check_process(path: str | Path, n_bytes: int) -> None:
             f"{path}: its weights take {human_bytes(n_bytes)}, and {tight} leaves "
             f"{human_bytes(free)} for them: raise it, or quantize the model (see `mlxkv convert`)"
         )
-
-
-def pack_modules(
-    root: nn.Module, weights: Mapping[str, Any], quantization: Quantization | None, source: str
-) -> None:
-    """Turn the modules whose weights are packed into their quantized kind.
-
-    Raises:
-        UnsupportedModel: packed weights, and the config does not say how.
-    """
-    packed = {name.removesuffix(".scales") for name in weights if name.endswith(".scales")}
-    if not packed:
-        return
-    if quantization is None:
-        raise UnsupportedModel(f"{source}: key 'quantization' is missing and weights are packed")
-
-    def kind(path: str, module: nn.Module) -> bool | dict[str, Any]:
-        if path not in packed or not hasattr(module, "to_quantized"):
-            return False
-        entry = quantization.at(path) or quantization.default
-        if module["weight"].shape[-1] % entry.group_size:
-            raise WeightsError(
-                f"{source}: {path} has rows of {module['weight'].shape[-1]}, which groups of "
-                f"{entry.group_size} do not divide"
-            )
-        return entry.to_dict()
-
-    nn.quantize(root, class_predicate=kind)
-
-
-def check_names(root: nn.Module, weights: Mapping[str, mx.array], where: Path) -> None:
-    """Hold a checkpoint's names and shapes against the model's.
-
-    Raises:
-        WeightsError: lists what is missing, unknown, or of another shape.
-    """
-    expected = dict(tree_flatten(root.parameters()))
-    missing, unknown = expected.keys() - weights.keys(), weights.keys() - expected.keys()
-    if missing:
-        raise WeightsError(f"{where}: {_listed(missing)} missing from the weights")
-    if unknown:
-        raise WeightsError(f"{where}: {_listed(unknown)} not known to this architecture")
-    for name in sorted(expected):
-        want, got = expected[name], weights[name]
-        if want.shape != got.shape:
-            raise WeightsError(
-                f"{where}: tensor {name} has shape {list(got.shape)}; config.json makes it "
-                f"{list(want.shape)}"
-            )
-        if want.dtype != got.dtype and not (is_float(want) and is_float(got)):
-            kind = "a floating dtype" if is_float(want) else want.dtype
-            raise WeightsError(f"{where}: tensor {name} is {got.dtype}; it must be {kind}")
-
-
-def _listed(names: Iterable[str]) -> str:
-    names = sorted(names)
-    shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-    return f"{len(names)} tensor{'s' if len(names) > 1 else ''} ({shown})"
 
 
 def _settling(model: CausalLM, meanwhile: Callable[[], object]) -> Iterator[None]:

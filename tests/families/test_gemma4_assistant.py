@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import mlxkv
+from mlxkv.convert import convert
 from mlxkv.generation.decoder import Decoder, Row
 from mlxkv.generation.drafts.borrowed import Borrowed
 from mlxkv.generation.drafts.drafts import Drafts
@@ -85,6 +86,34 @@ def test_what_it_reads_is_the_last_full_and_the_last_sliding_layers(pair):
     assert (sliding[0].shape[2], full[0].shape[2]) == (24, 50)
     assert mx.array_equal(sliding[0], caches[4].read(26, 50).arrays[0])
     assert mx.array_equal(full[1], caches[5].read(0, 50).arrays[1])
+
+
+@pytest.mark.parametrize("is_large_packed", [False, True])
+def test_a_quantized_assistant_has_formats_of_its_own(tmp_path: Path, is_large_packed: bool):
+    folder, beside = made(tmp_path, "clusters"), tmp_path / "gemma-assistant"
+    if is_large_packed:  # in another format
+        convert(folder, tmp_path / "small", quantize="q4")
+        folder, beside = tmp_path / "small", beside.rename(tmp_path / "small-assistant")
+    raw = json.loads((beside / "config.json").read_text())
+    weights: dict[str, Any] = {**mx.load(str(beside / "model.safetensors"))}
+    packed, how = dict(weights), dict[str, Any](group_size=32, bits=8)
+    for name, array in packed.copy().items():
+        if array.ndim == 2 and array.shape[1] % 32 == 0:
+            at, parts = name.removesuffix("weight"), mx.quantize(array, **how)
+            packed |= zip((name, f"{at}scales", f"{at}biases"), parts, strict=True)
+            weights[name] = mx.dequantize(*parts, **how)
+    models = []
+    for arrays, quantization in ((weights, None), (packed, {**how, "mode": "affine"})):
+        mx.save_safetensors(str(beside / "new.safetensors"), arrays)
+        (beside / "new.safetensors").rename(beside / "model.safetensors")
+        (beside / "config.json").write_text(json.dumps({**raw, "quantization": quantization}))
+        models.append(mlxkv.load_model(folder, dtype=mx.float32))
+    x = {name: mx.array(array) for name, array in oracle.inputs().items()}
+    kv = [(x[f"{kind}.k"], x[f"{kind}.v"]) for kind in oracle.TYPES]
+    guess = x["embeddings"][0], x["hidden"], kv, oracle.N_HELD
+    for one, other in zip(*(model.assistant(*guess) for model in models), strict=True):
+        assert mx.abs(one - other).max() < TOLERANCE * mx.abs(one).max()
+    assert ["scales" in model.assistant.model.embed_tokens for model in models] == [False, True]
 
 
 def test_an_assistant_counts_and_one_of_another_model_is_left_out(tmp_path: Path, caplog):
