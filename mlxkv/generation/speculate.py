@@ -20,19 +20,20 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cached_property
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import mlx.core as mx
 
 from mlxkv.base import device
-from mlxkv.cache import RecurrentCache
+from mlxkv.cache import RecurrentCache, RotatingKVCache
 from mlxkv.errors import contained
 from mlxkv.generation.drafts.chooser import LaneChooser
 from mlxkv.generation.drafts.drafter import Promise, Proposal
 from mlxkv.generation.drafts.drafts import GRAMMAR, Drafts, LookAhead
 from mlxkv.generation.drafts.pace import Chance, Costs, Rates, drafted, tried
+from mlxkv.generation.drafts.places import PassRow, find_masks, lay_out, mask_of_one, pass_row
 from mlxkv.generation.flight import (
     Drawn,
     Flight,
@@ -44,16 +45,14 @@ from mlxkv.generation.flight import (
     settle,
 )
 from mlxkv.generation.mixed import next_logits
+from mlxkv.kv.layout import Cache
 from mlxkv.kv.types import STEP, ceil_step
 from mlxkv.nn.batch import batch
 from mlxkv.nn.blocks import sliceable
 from mlxkv.nn.model import CausalLM
 from mlxkv.nn.wide import wide
-from mlxkv.sampling.math import soundness
+from mlxkv.sampling.math import rows_of, soundness
 from mlxkv.sampling.sampler import RowChoice, choose
-
-if TYPE_CHECKING:
-    import numpy as np
 
 
 def most_tokens() -> int:
@@ -67,17 +66,6 @@ def most_tokens() -> int:
 
 Plan = Mapping[Lane, Proposal | Promise]
 """The drafts of a pass, cut to what is worth computing."""
-
-
-@dataclass(slots=True)
-class _Row:
-    """A sequence of a pass: its draft, what may come at each place, and tokens held before it."""
-
-    lane: Lane
-    draft: list[int]
-    masks: list[np.ndarray | None]
-    n_held: int
-    places: range = field(default_factory=lambda: range(0))
 
 
 class Speculation:
@@ -138,12 +126,18 @@ class Speculation:
         most = self._most(lane)
         if most < 1:
             return None
-        if row.look_ahead is not None and (forced := _forced(row.look_ahead)):
-            return Proposal(forced[:most], GRAMMAR)
-        found = row.drafts.propose(most)
-        if row.look_ahead is not None and isinstance(found, Proposal):
-            return _led(row.look_ahead, found, most)
-        return found
+        if row.look_ahead is None:
+            return row.drafts.propose(most)
+        if not (forced := _forced(row.look_ahead)[:most]):
+            found = row.drafts.propose(most)
+            return _led(row.look_ahead, found, most) if isinstance(found, Proposal) else found
+        only = Proposal(forced, GRAMMAR, forced=len(forced))
+        found = row.drafts.behind(forced, most - len(forced)) if len(forced) < most else None
+        if found is None:
+            return only
+        found = replace(found, tokens=[*forced, *found.tokens], forced=len(forced))
+        led = _led(row.look_ahead, found, most)
+        return led if led is not None and led.n_guessed else only
 
     def _most(self, lane: Lane) -> int:
         """Tokens that a row's draft may have."""
@@ -170,6 +164,7 @@ class Speculation:
             is_shared = any(cache.row is not None for cache in sliceable(session.caches))
             n_bytes = session.nbytes if is_shared else 0
             n_bytes += sum(cache.nbytes for cache in _states(lane))  # of before it, beside it
+            n_bytes += sum(cache.room_bytes(n_new) for cache in _windows(session.caches))
             lane.roomy = (*asked, session.has_room(n_bytes, n_new))
         return lane.roomy[2]
 
@@ -177,11 +172,10 @@ class Speculation:
     def _chance(lane: Lane, proposal: Proposal | Promise | None) -> Chance:
         if proposal is None:
             return Chance()
-        if proposal.by == GRAMMAR:
-            return Chance(proposal.n, 1.0, 1.0)
         right, further = _drafts(lane).rates.right(proposal.rated)
-        sure = proposal.sure if isinstance(proposal, Proposal) else 0
-        return Chance(proposal.n, right, further, proposal.seconds, sure)
+        if isinstance(proposal, Promise):
+            return Chance(proposal.n, right, further, proposal.seconds)
+        return Chance(proposal.n, right, further, 0.0, proposal.sure, proposal.forced)
 
     def run(self, lanes: Sequence[Lane], plan: Plan) -> bool:
         """Compute the next tokens of rows, which then wait in their queues.
@@ -191,62 +185,54 @@ class Speculation:
             plan: for some of them.
 
         Returns:
-            False, with nothing done, where the grammars, or those who promised, leave nothing of
-            the plan.
+            False, with nothing done, where those who promised leave nothing of the plan.
         """
         drafts = {lane: found for lane in plan if (found := _drawn(lane, plan[lane])) is not None}
         started = time.perf_counter()
-        rows = [self._row(lane, drafts.get(lane)) for lane in lanes]
-        if not any(row.draft for row in rows):
+        if not drafts:
             return False
+        rows = [pass_row(lane, drafts.get(lane)) for lane in lanes]
         # Those with one token first: see `nn.wide`.
         rows.sort(key=lambda row: len(row.draft) > 0)
-        at = 0
-        for row in rows:
-            row.places = range(at, at + 1 + len(row.draft))
-            at += len(row.places)
-            row.lane.ready = None
+        n_tokens = lay_out(rows)
         logits, hidden = self._logits(rows)
-        places = [row.lane for row in rows for _ in row.places]
+        places = [row.lane for row in rows for i in row.at if i is not None]
         flight = Flight(places, logits, soundness(logits), None, [], hidden=hidden)
         mx.async_eval(*flight.arrays)
+        for row in rows:  # while the pass is computed
+            find_masks(row)
         flight.parts += choose(logits, self._choices(rows, flight))
         settle(flight)
         mx.eval(*flight.arrays)
         self._accept(rows, flight, drafts)
-        self.costs.record(len(rows), at, time.perf_counter() - started)
+        if len(places) == n_tokens:  # a pass that leaves logits out says nothing of others
+            self.costs.record(len(rows), n_tokens, time.perf_counter() - started)
         return True
 
-    def _row(self, lane: Lane, proposal: Proposal | None) -> _Row:
-        n_held = lane.row.session.n_held
-        if proposal is None or lane.row.look_ahead is None:
-            draft = [] if proposal is None else proposal.tokens
-            return _Row(lane, draft, [None] * (1 + len(draft)), n_held)
-        try:
-            masks = lane.row.look_ahead.masks(proposal.tokens)
-        except BaseException as error:  # said when it is this token's turn
-            contained(error)
-            masks = []
-        draft = proposal.tokens[: max(0, len(masks) - 1)]
-        if not draft and proposal.by != GRAMMAR:
-            _drafts(lane).rates.record(proposal.rated, 0, 1)
-        return _Row(lane, draft, masks, n_held)
-
-    def _logits(self, rows: Sequence[_Row]) -> tuple[mx.array, mx.array | None]:
-        """Logits `[T, V]` of all places, and hidden states `[T, 1, E]` where a row hears them."""
+    def _logits(self, rows: Sequence[PassRow]) -> tuple[mx.array, mx.array | None]:
+        """Logits `[n, V]` of the places that need them, and hidden states `[T, 1, E]` of all places
+        where a row hears them."""
         fed = [token for row in rows for token in (row.lane.row.tokens[-1], *row.draft)]
         tokens = mx.array(fed, mx.int32)
         for cache in (cache for row in rows if row.draft for cache in _states(row.lane)):
             cache.begin_draft()
         first = rows[0].lane.row.session
-        places = [row.lane for row in rows for _ in row.places]
-        model = first.model if len(rows) == 1 else self._model_of(places)
+        lanes = [row.lane for row in rows for _ in row.places]
+        model = first.model if len(rows) == 1 else self._model_of(lanes)
         assert model is not None, "rows that are not computed together have no drafts"
-        if len(rows) == 1 and (self._model.one_part or not device.on_cpu()):
-            if not hears(rows[0].lane):
-                return model(tokens[None], first.caches)[0], None
+        places = [place for row in rows for place in row.places]
+        at = [i for row in rows for i in row.at]
+        used = [place for place, i in zip(places, at, strict=True) if i is not None]
+        hear = any(hears(row.lane) for row in rows)
+        for row in rows:
+            for cache in _windows(row.lane.row.session.caches if row.draft else ()):
+                cache.make_room(len(row.places))
+        if len(rows) == 1 and self._model.one_part:
+            return rows_of(model(tokens[None], first.caches)[0], used), None
+        if len(rows) == 1 and not device.on_cpu():
             hidden = model.hidden_states(tokens[None], first.caches)
-            return model.logits(hidden)[0], hidden.swapaxes(0, 1)
+            logits = model.logits(rows_of(hidden[0], used)[None])[0]
+            return logits, hidden.swapaxes(0, 1) if hear else None
         plain = [row for row in rows if not row.draft]
         drafted = [(row.lane.row.session.caches, len(row.places)) for row in rows if row.draft]
         held = (
@@ -255,23 +241,33 @@ class Speculation:
             else ()
         )
         caches = wide(held, len(plain), drafted)
-        return next_logits(model, tokens[:, None], caches, any(hears(row.lane) for row in rows))
+        if len(used) == len(fed) or model is not first.model:  # rows of several adapters stay
+            logits, hidden = next_logits(model, tokens[:, None], caches, hear)
+            return rows_of(logits, used), hidden
+        hidden = model.hidden_states(tokens[:, None], caches)
+        return model.logits(rows_of(hidden, used))[:, 0], hidden if hear else None
 
     @staticmethod
-    def _choices(rows: Sequence[_Row], flight: Flight) -> dict[int, RowChoice]:
+    def _choices(rows: Sequence[PassRow], flight: Flight) -> dict[int, RowChoice]:
         found = {}
         for row in rows:
-            lane = row.lane
-            if not row.draft and lane.row.allowed is not None:
-                row.masks = [mask_of(flight, row.places[0], lane)]
-            for j, place in enumerate(row.places):
+            lane, first = row.lane, row.at[0]
+            if not row.draft and lane.row.allowed is not None and first is not None:
+                row.masks = [mask_of(flight, first, lane)]
+            for j, i in enumerate(row.at):
+                if i is None:
+                    continue
                 barred = lane.row.ends if lane.n_drawn + j < lane.row.min_tokens else ()
                 recent = history(lane, row.draft[:j])
-                found[place] = RowChoice(lane.row.sampler, recent, row.masks[j], barred, ahead=j)
+                # Places that do not count are chosen for as well, and not looked at.
+                mask = row.masks[j] if j < len(row.masks) else None
+                if isinstance(mask, int):
+                    mask = mask_of_one(mask, flight.logits.shape[1])
+                found[i] = RowChoice(lane.row.sampler, recent, mask, barred, ahead=j)
         return found
 
     def _accept(
-        self, rows: Sequence[_Row], flight: Flight, drafts: Mapping[Lane, Proposal]
+        self, rows: Sequence[PassRow], flight: Flight, drafts: Mapping[Lane, Proposal]
     ) -> None:
         """Queue what was chosen as far as drafts are right, and take back what is behind it."""
         assert flight.tokens is not None
@@ -280,23 +276,26 @@ class Speculation:
         told = {} if flight.told is None else flight.told.by_row()
         for row in rows:
             lane, n_right = row.lane, 0
-            for j, place in enumerate(row.places):
-                error = lane.error or error_of(sound[place], place in flight.stuck)
+            for j, (place, i) in enumerate(zip(row.places, row.at, strict=True)):
+                error = lane.error
+                if i is not None:
+                    error = error or error_of(sound[i], i in flight.stuck)
                 if error is not None:
                     lane.queue.append(Drawn(None, error))
                     break
-                logprob, top = told.get(place, (None, ()))
+                token = cast(int, row.masks[j]) if i is None else values[i]
+                logprob, top = (None, ()) if i is None else told.get(i, (None, ()))
                 hidden = flight.heard(place, lane)
-                lane.queue.append(Drawn(values[place], None, logprob, top, hidden))
+                lane.queue.append(Drawn(token, None, logprob, top, hidden))
                 lane.n_drawn += 1
                 lane.row.sampler.take(1)
-                if j == len(row.draft) or values[place] != row.draft[j]:
-                    lane.ready = mx.array(values[place : place + 1], mx.uint32)
+                if j == len(row.draft) or token != row.draft[j]:
+                    lane.ready = mx.array([token], mx.uint32)
                     break
                 n_right += 1
-            if row.draft:
+            if len(row.places) > 1:
                 _take_back(lane, row.n_held + 1 + n_right)
-                _drafts(lane).record(drafts[lane], len(row.draft), n_right)
+                _drafts(lane).record(drafts[lane], len(row.places) - 1, n_right)
 
 
 def _states(lane: Lane) -> list[RecurrentCache]:
@@ -322,6 +321,10 @@ def _drawn(lane: Lane, planned: Proposal | Promise) -> Proposal | None:
         return planned
     tokens = planned.draw(planned.n, LaneChooser(lane))
     return Proposal(tokens, planned.by, planned.kind, planned.source) if tokens else None
+
+
+def _windows(caches: Sequence[Cache]) -> list[RotatingKVCache]:
+    return [cache for cache in caches if isinstance(cache, RotatingKVCache)]
 
 
 def _forced(look_ahead: LookAhead) -> list[int]:

@@ -25,6 +25,7 @@ import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -255,9 +256,7 @@ class Masker:
     ):
         self._keys, self._bytes_of = keys, bytes_of
         self._matcher, self._ends, self._kind = matcher, frozenset(ends), kind
-        self._is_text = is_text
-        self._gate = gate
-        self.finished = False
+        self._is_text, self._gate, self.finished = is_text, gate, False
 
     def allowed(self, V: int) -> np.ndarray:
         """Which tokens may come: bool [V], made on the host.
@@ -319,9 +318,10 @@ class Masker:
         return twin
 
     def forced(self) -> list[int]:
-        """Tokens that come next, whatever the model chooses, as far as that is known cheaply."""
+        """Tokens that alone may come next, one after the other, as far as that is known cheaply."""
         is_open = self._gate is not None and (self._gate.inside or self._gate.openers)
-        return [] if self.finished or is_open else list(self._matcher.compute_ff_tokens())
+        found = [] if self.finished or is_open else self._matcher.compute_ff_tokens()
+        return [*takewhile(lambda t: t < len(self._is_text) and self._is_text[t], found)]
 
     def led(self, tokens: Sequence[int]) -> tuple[int, list[int]]:
         """How many of these tokens may come, and what comes behind them whatever is chosen.
@@ -359,8 +359,8 @@ class Masker:
         Where only one text can follow, llguidance gives the token that the tokenizer makes of it,
         and where merges spell a special token, that is none of the text.
         """
-        n = len(self._is_text)
-        return np.array([self._matcher.validate_tokens([t]) for t in range(n)], bool)
+        ids = range(len(self._is_text))
+        return np.array([self._matcher.validate_tokens([t]) for t in ids], bool)
 
 
 def _source(grammar: Grammar, tokenizer: Tokenizer, name: str) -> tuple[str, Weight]:

@@ -136,6 +136,8 @@ class Sampler:
     def take(self, n: int) -> None:
         """Count the next tokens as chosen, with the random numbers that `ahead` chose them with."""
         self.n_chosen += n
+        if n and not self.greedy:  # those of places where nothing was drawn are taken as well
+            self._numbers(ahead=n - 1)
         del self._coming[:n]
 
     def _numbers(self, ahead: int | None = None) -> list[float]:

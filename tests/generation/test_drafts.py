@@ -12,7 +12,7 @@ from hypothesis import given
 from mlxkv.generation.drafts import lookup
 from mlxkv.generation.drafts.drafter import Proposal
 from mlxkv.generation.drafts.drafting import Drafting
-from mlxkv.generation.drafts.drafts import Drafts
+from mlxkv.generation.drafts.drafts import GRAMMAR, Drafts
 from mlxkv.generation.drafts.following import Following
 from mlxkv.generation.drafts.lookup import GRAM, Lookup, PastTokens
 from mlxkv.generation.drafts.pace import (
@@ -25,7 +25,7 @@ from mlxkv.generation.drafts.pace import (
     drafted,
     tried,
 )
-from mlxkv.generation.drafts.short import FIRST_KIND, Short
+from mlxkv.generation.drafts.short import FIRST_KIND, BehindForced, Short
 
 
 def proposed(drafter: Lookup, most: int = 9) -> list[int]:
@@ -233,6 +233,39 @@ def test_what_followed_two_tokens_goes_before_what_followed_one():
     assert found.tokens == [2, 4, 8, 1, 2, 9]
     assert Short([1, -1]).propose(9) is None
     assert Short([1, -1, 2, 1]).propose(9) is None
+
+
+def test_what_came_behind_a_forced_name_is_proposed_behind_the_next():
+    behind = BehindForced()
+    assert behind.behind([1, 2], 4) is None
+    for token in (1, 2, 8, 9, 5):  # a mark and a space came behind the name, then a value
+        behind.add(token)
+    for _ in range(2):  # it is asked while a step is under way, and once more behind it
+        found = behind.behind([3, 4, 6], 2)
+        assert found is not None and found.tokens == [8, 9]
+    assert behind.propose(4) is None
+
+
+def test_lookups_see_tokens_that_have_not_come_yet():
+    lookup = Lookup([1, 2, 3, 4, 5, 6, 7, 1, 2])
+    found = lookup.behind([3, 4], 2)
+    assert found is not None and (found.tokens, found.kind) == ([5, 6], 1)
+    assert lookup.behind([9], 2) is None and proposed(lookup) == []
+    short = Short([7, 4, 5, 6, 7])
+    assert (found := short.behind([4], 1)) is not None and found.tokens == [5]
+
+
+def test_forced_tokens_are_certain_and_say_nothing_of_guesses():
+    found = Proposal([1, 2, 3, 4], "lookup", 8, forced=2)
+    assert [found.is_only(i) for i in range(4)] == [True, True, False, False]
+    assert Chance(4, 0.5, 0.5, forced=2).gains(4) == [1.0, 1.0, 0.5, 0.25]
+    drafts = Drafts([])
+    drafts.record(found, 4, 3)
+    assert drafts.counts.by == {GRAMMAR: (2, 2), "lookup": (2, 1)}
+    first, further = drafts.rates.right(("lookup", 8))
+    assert first > 0.2 and further < 0.85
+    drafts.record(found.first(2), 2, 2)
+    assert drafts.rates.right(("lookup", 8)) == (first, further)
 
 
 def test_tokens_that_come_where_those_before_them_do_are_worth_as_much():

@@ -53,10 +53,11 @@ SCHEMA = {
         {"temperature": 0.8, "seed": 3, "presence_penalty": 0.5, "logprobs": 2},
         {"temperature": 0.5, "seed": 4, "min_tokens": 40, "repeat_penalty": 1.1},
         {"format": SCHEMA, "temperature": 1.0, "seed": 1, "logprobs": 0},
+        {"format": SCHEMA, "temperature": 1.0, "seed": 5, "presence_penalty": 0.5},
         {"format": re.compile("(hello |there ){12}"), "temperature": 1.0, "seed": 2},
         {"temperature": 0, "context": 60, "overflow": "shift"},
     ],
-    ids=("greedy", "penalty", "min_tokens", "schema", "regex", "shift"),
+    ids=("greedy", "penalty", "min_tokens", "schema", "forced", "regex", "shift"),
 )
 def test_a_draft_changes_nothing_of_an_answer(llm: LLM, options: dict[str, Any]):
     options = {"max_tokens": 60, **options}

@@ -262,6 +262,17 @@ def test_tokens_are_led_as_far_as_they_may_come_and_on_by_what_is_forced():
     assert masker.led([*of("a"), *of("d")]) == (len(of("a")), [])  # b or c
     assert masker.led(of("b")) == (0, of("a"))
     masker.advance(of("a")[0])  # where it was
+    masker.advance(of("b")[0])
+    forced = masker.forced()
+    for token in forced:  # which alone may come, and nothing where it must not
+        may = np.flatnonzero(masker.allowed(width(tokenizer)))
+        assert may.tolist() == [token] == masker.forced()[:1]
+        fork = masker.fork()
+        fork._is_text = masker._is_text.copy()
+        fork._is_text[token] = False
+        assert fork.forced() == []
+        masker.advance(token)
+    assert len(forced) > 1
 
 
 TEMPLATES = {

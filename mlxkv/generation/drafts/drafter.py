@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from mlxkv.generation.drafts.pace import Kind
 
@@ -22,6 +22,7 @@ class Proposal:
         kind: proposals of one drafter and kind are right about as often.
         source: which of the drafters of this name; a model's path.
         sure: how many of the last tokens come where those before them do: a grammar forces them.
+        forced: how many of the first tokens come whatever is chosen.
     """
 
     tokens: list[int]
@@ -29,11 +30,17 @@ class Proposal:
     kind: int = 0
     source: str = ""
     sure: int = 0
+    forced: int = 0
 
     @property
     def n(self) -> int:
         """How many there are."""
         return len(self.tokens)
+
+    @property
+    def n_guessed(self) -> int:
+        """How many may be wrong where those before them are right."""
+        return max(0, self.n - self.forced - self.sure)
 
     @property
     def seconds(self) -> float:
@@ -48,7 +55,11 @@ class Proposal:
     def first(self, n: int) -> Proposal:
         """The first n of them."""
         sure = max(0, self.sure - max(0, self.n - n))
-        return replace(self, tokens=self.tokens[:n], sure=sure)
+        return replace(self, tokens=self.tokens[:n], sure=sure, forced=min(self.forced, n))
+
+    def is_only(self, i: int) -> bool:
+        """Whether nothing but token i can come at its place."""
+        return i < self.forced or self.n - self.sure <= i < self.n
 
 
 class Chooser(Protocol):
@@ -127,4 +138,13 @@ class Drafter(Protocol):
 
     def end(self) -> None:
         """The answer has ended."""
+        ...
+
+
+@runtime_checkable
+class LooksBehind(Protocol):
+    """A drafter that can say what may follow tokens which have not come yet."""
+
+    def behind(self, tokens: Sequence[int], most: int) -> Proposal | None:
+        """What may follow the tokens so far and these, at most so many."""
         ...

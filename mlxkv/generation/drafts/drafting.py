@@ -13,7 +13,7 @@ from mlxkv.generation.drafts.following import Following
 from mlxkv.generation.drafts.lookup import Lookup, PastTokens
 from mlxkv.generation.drafts.mtp import Mtp
 from mlxkv.generation.drafts.pace import Costs, Rates, Time
-from mlxkv.generation.drafts.short import Short
+from mlxkv.generation.drafts.short import BehindForced, Short
 from mlxkv.generation.drafts.small_model import SmallModel
 from mlxkv.generation.prefill import Listener
 from mlxkv.kv.layout import Cache
@@ -123,7 +123,7 @@ class AnswerDrafting:
             drafters: list[Drafter] = []
             if self._past is not None:
                 lookup = Lookup(tokens, self._past)
-                drafters += [lookup, Following(lookup), Short(tokens)]
+                drafters += [lookup, Following(lookup), Short(tokens), BehindForced()]
             if self._mtp is not None:
                 drafters.append(self._mtp)
             if self._further is not None:

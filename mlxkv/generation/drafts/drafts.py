@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import takewhile
 from typing import TYPE_CHECKING, Protocol
 
-from mlxkv.generation.drafts.drafter import Drafter, Promise, Proposal
+from mlxkv.generation.drafts.drafter import Drafter, LooksBehind, Promise, Proposal
 from mlxkv.generation.drafts.pace import Chance, Counts, Kind, Rates
 
 if TYPE_CHECKING:
@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     import numpy as np
 
     from mlxkv.sampling.grammar import Masker
+
+    May = np.ndarray | int | None
+    """What may come at a place: bool `[V]`; a token, where nothing else may; None for anything."""
 
 GRAMMAR = "grammar"
 """The name under which tokens that a grammar forces are counted."""
@@ -35,10 +38,15 @@ class LookAhead(Protocol):
         """How many tokens of a draft may come, and what comes behind them whatever is chosen."""
         ...
 
-    def masks(self, draft: Sequence[int]) -> list[np.ndarray | None]:
+    def masks(self, draft: Sequence[int], only: Collection[int] = ()) -> list[May]:
         """What may come in place of the first token, and behind each token of a draft.
 
-        As many as tokens of the draft may come, and one more: bool `[V]`, None for anything.
+        Args:
+            draft: the tokens.
+            only: indices of those that `forced` or `led` has named.
+
+        Returns:
+            As many as tokens of the draft may come, and one more.
         """
         ...
 
@@ -64,17 +72,22 @@ class MaskerAhead:
     def _known(self, tokens: Sequence[int]) -> list[int]:
         return [*takewhile(lambda token: token < self._n_vocab, tokens)]
 
-    def masks(self, draft: Sequence[int]) -> list[np.ndarray | None]:
-        fork = self._masker.fork()
-        found = [fork.allowed(self._n_vocab)]
-        for token in draft:
-            if not found[-1][token]:
-                break
+    def masks(self, draft: Sequence[int], only: Collection[int] = ()) -> list[May]:
+        fork, found = self._masker.fork(), []
+        for i, token in enumerate(draft):
+            if i in only:
+                if i and fork.forced()[:1] != [token]:
+                    return found
+                found.append(token)
+            else:
+                found.append(mask := fork.allowed(self._n_vocab))
+                if not mask[token]:
+                    return found
             fork.advance(token)
             if fork.finished:  # the answer ends with it
-                break
-            found.append(fork.allowed(self._n_vocab))
-        return [*found]
+                return found
+        found.append(fork.allowed(self._n_vocab))
+        return found
 
 
 class Drafts:
@@ -91,6 +104,7 @@ class Drafts:
 
     def __init__(self, drafters: Sequence[Drafter], rates: Rates | None = None):
         self._drafters = drafters
+        self._lookers = [each for each in drafters if isinstance(each, LooksBehind)]
         self.rates = Rates() if rates is None else rates
         self.counts = Counts()
         self.hears = any(drafter.hears for drafter in drafters)
@@ -113,6 +127,12 @@ class Drafts:
         self._open = {each.rated: each.tokens[0] for each in known}
         return max(found, key=self._worth, default=None)
 
+    def behind(self, tokens: Sequence[int], most: int) -> Proposal | None:
+        """What may come behind tokens that come next in any case, at most so many."""
+        found = [each for one in self._lookers if (each := one.behind(tokens, most)) is not None]
+        self._open = {}  # what was known of the next token says nothing of those behind it
+        return max(found, key=self._worth, default=None)
+
     def _worth(self, found: Proposal | Promise) -> float:
         gains = Chance(found.n, *self.rates.right(found.rated)).gains(COUNTED)
         return sum(gains) * (1 - TOLL if isinstance(found, Promise) else 1)
@@ -124,8 +144,12 @@ class Drafts:
 
     def record(self, proposal: Proposal, n_proposed: int, n_right: int) -> None:
         """Of a proposal so many tokens were computed, and so many came."""
-        self.counts.add(proposal.by, n_proposed, n_right)
-        n_guessed = proposal.n - proposal.sure
-        if proposal.by != GRAMMAR:
+        forced = min(proposal.forced, n_proposed)
+        by = {GRAMMAR: (forced, min(n_right, forced))} if forced else {}
+        if n_proposed > forced:
+            by[proposal.by] = n_proposed - forced, max(0, n_right - forced)
+        self.counts.add(by)
+        n_guessed = min(proposal.n_guessed, n_proposed - forced)
+        if n_guessed > 0 and n_right >= forced:
             self._open.pop(proposal.rated, None)
-            self.rates.record(proposal.rated, min(n_right, n_guessed), min(n_proposed, n_guessed))
+            self.rates.record(proposal.rated, min(n_right - forced, n_guessed), n_guessed)

@@ -69,7 +69,7 @@ class Following:
             return None
         if found is not None and (found.text, found.at) == (self._text, self._at):
             return None  # it is proposed already
-        tokens = self._lookup.behind(self._text, self._at, most)
+        tokens = self._lookup.standing(self._text, self._at, most)
         kind = FIRST_KIND + (self._agreed.bit_count() >= MANY)
         return Proposal(tokens, self.name, kind) if tokens else None
 

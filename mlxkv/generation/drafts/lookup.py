@@ -181,6 +181,11 @@ class Place:
     at: int
     n: int
 
+    @property
+    def kind(self) -> int:
+        """Of what is proposed from there."""
+        return sum(self.n >= n for n in KINDS)
+
 
 class Lookup:
     """Proposes what followed the last tokens before.
@@ -210,8 +215,23 @@ class Lookup:
         """Nothing: the answer is given to `PastTokens` as a whole."""
 
     def propose(self, most: int) -> Proposal | None:
-        tokens, self.found = self._own.tokens, None
-        if most < 1 or len(tokens) < GRAM or min(tokens[-GRAM:]) < 0:
+        self.found = place = self._place(self._own.tokens) if most >= 1 else None
+        if place is None:
+            return None
+        found = self.standing(place.text, place.at, most)
+        return Proposal(found, self.name, place.kind) if found else None
+
+    def behind(self, tokens: Sequence[int], most: int) -> Proposal | None:
+        """See `LooksBehind`."""
+        place = self._place([*self._own.tokens[-LONGEST:], *tokens]) if most >= 1 else None
+        if place is None:
+            return None
+        found = _behind(place.text.tokens, place.at, most, grows=False)
+        return Proposal(found, self.name, place.kind) if found else None
+
+    def _place(self, tokens: Sequence[int]) -> Place | None:
+        """Where the last of these tokens stand with the most before them."""
+        if len(tokens) < GRAM or min(tokens[-GRAM:]) < 0:
             return None
         if self._texts is None:  # not before the first token
             self._texts = [] if self._past is None else self._past.recalled()
@@ -222,19 +242,14 @@ class Lookup:
                 n = _n_common(source.tokens, place, tokens)
                 if n > best:
                     best, text, at = n, source, place
-        self.found = Place(text, at, best) if best else None
-        if self.found is None:
-            return None
-        found = self.behind(text, at, most)
-        kind = sum(best >= n for n in KINDS)
-        return Proposal(found, self.name, kind) if found else None
+        return Place(text, at, best) if best else None
 
     @property
     def tokens(self) -> list[int]:
         """All so far, the prompt's and the answer's."""
         return self._own.tokens
 
-    def behind(self, text: Ngrams, at: int, most: int) -> list[int]:
+    def standing(self, text: Ngrams, at: int, most: int) -> list[int]:
         """Tokens that stand from a place on, at most so many."""
         return _behind(text.tokens, at, most, grows=text is self._own)
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 LATEST = 4
@@ -33,7 +33,7 @@ FIRST_SLOPE = 0.04
 BACKOFF, LONGEST_BACKOFF = 16, 512
 LONG = 3
 """Kinds from here on have much in common with what they are taken from."""
-PRIORS = (0.3, 0.45, 0.6, 0.75, 0.85, 0.9, 0.5, 0.7, 0.2, 0.35)
+PRIORS = (0.3, 0.45, 0.6, 0.75, 0.85, 0.9, 0.5, 0.7, 0.2, 0.35, 0.6)
 """How often a first token of each kind is taken to be right at first."""
 FURTHER = 0.85
 """The same of a token behind a right one, at least."""
@@ -188,6 +188,7 @@ class Chance:
         further: how often each one behind right ones is.
         seconds: what drafting each of them takes, besides the pass.
         sure: how many of the last ones come where those before them do.
+        forced: how many of the first ones come in any case.
     """
 
     n: int = 0
@@ -195,11 +196,15 @@ class Chance:
     further: float = 0.0
     seconds: float = 0.0
     sure: int = 0
+    forced: int = 0
 
     def gains(self, most: int) -> list[float]:
         """How often each of the first tokens counts."""
-        last = max(0, self.n - self.sure - 1)
-        return [self.right * self.further ** min(k, last) for k in range(min(self.n, most))]
+        n, first = min(self.n, most), self.forced
+        last = max(0, self.n - first - self.sure - 1)
+        right, further = self.right, self.further
+        guessed = [right * further ** min(k, last) for k in range(n - first)]
+        return [1.0] * min(first, n) + guessed
 
 
 def drafted(chances: Sequence[Chance], costs: Costs, most: int) -> list[int]:
@@ -258,9 +263,11 @@ class Counts:
     accepted: int = 0
     by: dict[str, tuple[int, int]] = field(default_factory=dict)
 
-    def add(self, drafter: str, proposed: int, accepted: int) -> None:
+    def add(self, by: Mapping[str, tuple[int, int]]) -> None:
+        """Count a pass: drafter -> (proposed, accepted)."""
         self.passes += 1
-        self.proposed += proposed
-        self.accepted += accepted
-        before = self.by.get(drafter, (0, 0))
-        self.by[drafter] = before[0] + proposed, before[1] + accepted
+        for drafter, (proposed, accepted) in by.items():
+            self.proposed += proposed
+            self.accepted += accepted
+            before = self.by.get(drafter, (0, 0))
+            self.by[drafter] = before[0] + proposed, before[1] + accepted
