@@ -20,6 +20,8 @@ from mlxkv.kv.types import take_drafts
 from mlxkv.llm.llm import LLM
 
 OFF = "off"
+STREAMS = "4 streams"
+"""The name of all tasks that have no format, answered together."""
 FUNCTIONS = "\n\n".join(
     f"def area_{i}(width_{i}, height):\n"
     f"    total = width_{i} * {i + 2} + height\n"
@@ -60,6 +62,8 @@ def said(text: str) -> list[dict[str, Any]]:
 
 
 Prompt = str | list[dict[str, Any]]
+Job = Callable[[str], list[Result]]
+"""(what drafts) -> answers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,11 +135,16 @@ class Run:
     same: bool = True
 
 
-def tasks_for(llm: LLM) -> tuple[Task, ...]:
-    """`TASKS`; raises UsageError for a model that takes no drafts."""
+def jobs_for(llm: LLM, temperature: float, n_tokens: int) -> dict[str, Job]:
+    """What makes the answers of each task, and of some together; UsageError for a model that takes
+    no drafts."""
     if not take_drafts(llm.model.cache_specs()):
         raise UsageError(f"{llm.path} takes no drafts: its states cannot be taken back")
-    return TASKS
+    found: dict[str, Job] = {
+        task.name: lambda mode, task=task: answers(llm, task, mode, temperature, n_tokens)
+        for task in TASKS
+    }
+    return found | {STREAMS: lambda mode: streams(llm, mode, temperature, n_tokens)}
 
 
 def answers(llm: LLM, task: Task, mode: str, temperature: float, n_tokens: int) -> list[Result]:
@@ -148,7 +157,7 @@ def answers(llm: LLM, task: Task, mode: str, temperature: float, n_tokens: int) 
 
 
 def streams(llm: LLM, mode: str, temperature: float, n_tokens: int) -> list[Result]:
-    """Four tasks at a time."""
+    """The tasks that have no format, all at a time."""
     llm.drafting.forget()
     prompts = [_prompt(llm, task.prompt) for task in TASKS if not task.options]
     return llm.generate(prompts, max_tokens=n_tokens, temperature=temperature, seed=7, draft=mode)
@@ -179,7 +188,7 @@ def measured(make: Callable[[], list[Result]], **about: Any) -> tuple[Run, list[
 
 def compared(
     name: str,
-    make: Callable[[str], list[Result]],
+    make: Job,
     modes: tuple[str, str],
     n_runs: int,
     **about: Any,
@@ -188,22 +197,30 @@ def compared(
 
     Args:
         name: of the task.
-        make: (what drafts) -> answers.
+        make: makes the answers.
         modes: `off`, and another.
         n_runs: of each.
         about: fields of each run.
     """
-    runs: list[Run] = []
-    for index in range(-1, n_runs):
-        tokens = {}
-        for mode in modes if index % 2 else modes[::-1]:
-            run, tokens[mode] = measured(
-                lambda mode=mode: make(mode), task=name, mode=mode, index=index, **about
-            )
-            runs.append(run)
-        same = tokens[modes[0]] == tokens[modes[1]]
-        runs[-2:] = [Run(**{**asdict(run), "same": same}) for run in runs[-2:]]
-    return [run for run in runs if run.index >= 0]
+    found = [pair(make, modes, index, task=name, **about) for index in range(-1, n_runs)]
+    return [run for runs in found[1:] for run in runs]
+
+
+def pair(make: Job, modes: tuple[str, str], index: int, **about: Any) -> list[Run]:
+    """A run of each mode, which of them is first alternating with the index; for others `compared`.
+
+    Args:
+        make: makes the answers.
+        modes: `off`, and another.
+        index: of the runs.
+        about: their other fields.
+    """
+    runs, tokens = [], {}
+    for mode in modes if index % 2 else modes[::-1]:
+        run, tokens[mode] = measured(lambda mode=mode: make(mode), mode=mode, index=index, **about)
+        runs.append(run)
+    same = tokens[modes[0]] == tokens[modes[1]]
+    return [Run(**{**asdict(run), "same": same}) for run in runs]
 
 
 @dataclass(frozen=True, slots=True)

@@ -118,20 +118,16 @@ def _bench_drafts(o: BenchOptions, name: str) -> int:
         with load(
             name, memory=o.memory, kv_type=o.kv_type, draft=o.drafter, adapter=o.adapter
         ) as llm:
-            for i, task in enumerate(drafts.tasks_for(llm)):
-                progress(f"{i + 1} of {len(drafts.TASKS)}  {task.name}")
+            jobs = drafts.jobs_for(llm, 0.0, n_tokens)
+            for i, (task, make) in enumerate(jobs.items()):
+                progress(f"{i + 1} of {len(jobs)}  {task}")
+                modes = drafts.OFF, o.drafter
                 try:
-                    runs += drafts.compared(
-                        task.name,
-                        lambda mode, task=task: drafts.answers(llm, task, mode, 0.0, n_tokens),
-                        (drafts.OFF, o.drafter),
-                        n_runs,
-                        temperature=0.0,
-                    )
+                    runs += drafts.compared(task, make, modes, n_runs, temperature=0.0)
                 except ContextExceeded as error:
                     progress.clear()
                     said = f"{error.n_tokens:,} tokens, and the context is {error.context:,}"
-                    print(f"not measured: {task.name}: the prompt has {said}", file=sys.stderr)
+                    print(f"not measured: {task}: a prompt has {said}", file=sys.stderr)
     except KeyboardInterrupt:
         complete = False
     finally:

@@ -24,7 +24,7 @@ def test_each_task_has_a_row_and_one_that_does_not_fit_is_named(tmp_path, monkey
     found = json.loads(out)
     assert [row["task"] for row in found["rows"]] == [task.name for task in TASKS[1:]]
     assert all(row["n_same"] == row["n_runs"] == 1 for row in found["rows"])
-    assert f"not measured: {TASKS[0].name}: the prompt has" in err and "overflow" not in err
+    assert f"not measured: {TASKS[0].name}: a prompt has" in err and "overflow" not in err
     short = chat_model(tmp_path / "short", ascii=True, max_position_embeddings=64)
     assert main(["bench", str(short), "--draft", "--tokens", "2", "--repeat", "1"]) == 2
     assert "mlxkv: no task fits the context of" in capsys.readouterr().err
