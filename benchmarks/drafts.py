@@ -14,6 +14,7 @@ import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,9 @@ def report(output: Path, written: Mapping[str, Any]) -> None:
         return
     head = ["# Drafts", "", *machine_lines(dict(written)), "", table(written)]
     keep(output, written, "\n".join(head))
+    if find_spec("matplotlib") is None:  # what was measured is kept all the same
+        print("no plot: matplotlib is not installed; --from the .json draws it later")
+        return
     plot(written, output.with_suffix("").with_suffix(".svg"))
 
 

@@ -95,7 +95,7 @@ def test_a_quantized_assistant_has_formats_of_its_own(tmp_path: Path, is_large_p
         convert(folder, tmp_path / "small", quantize="q4")
         folder, beside = tmp_path / "small", beside.rename(tmp_path / "small-assistant")
     raw = json.loads((beside / "config.json").read_text())
-    weights: dict[str, Any] = {**mx.load(str(beside / "model.safetensors"))}
+    weights: dict[str, Any] = dict(mx.load(str(beside / "model.safetensors")))  # pyright: ignore
     packed, how = dict(weights), dict[str, Any](group_size=32, bits=8)
     for name, array in packed.copy().items():
         if array.ndim == 2 and array.shape[1] % 32 == 0:

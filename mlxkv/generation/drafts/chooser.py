@@ -34,6 +34,7 @@ class LaneChooser:
             if len(masks) <= n_before:
                 return None
             mask = masks[n_before]
+            assert not isinstance(mask, int), "no place was named as one of a single token"
             if mask is not None and not mask.any():
                 return None
         barred = row.ends if lane.n_drawn + n_before < row.min_tokens else ()

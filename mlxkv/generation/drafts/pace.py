@@ -25,7 +25,7 @@ LATEST = 4
 """Times that are remembered; the shortest counts, as what holds something up only adds."""
 LEARN, LEARN_FIRST = 0.1, 0.25
 """Weight of the latest token in how often tokens are right, and of a text's first one."""
-WORTH, WORTH_OF_BATCH = 1.1, 1.5
+WORTH, WORTH_OF_BATCH = 1.1, 1.2
 """How many times the tokens a second of no draft a draft must promise: of one sequence, and of
 several, where a row with a draft leaves the others' block by a copy."""
 FIRST_SLOPE = 0.04
