@@ -166,6 +166,8 @@ def main() -> int:
         took = time.monotonic() - started
         print(f"{index} {job.model}, {job.task}, {job.temperature}: {took:.1f} s", flush=True)
     report(args.output, written)
+    if not tables(written):
+        print(f"no pair of runs was done within {args.minutes:g} minutes")
     return 0
 
 
