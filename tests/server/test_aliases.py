@@ -118,12 +118,13 @@ def test_an_alias_deletes_no_model(address, models):
 def test_both_sdks_read_the_models(address, sdk):
     package = pytest.importorskip(sdk)
     if sdk == "openai":
-        client = package.OpenAI(base_url=f"{address}/v1", api_key="none")
+        made = package.OpenAI(base_url=f"{address}/v1", api_key="none")
     else:
-        client = package.Anthropic(base_url=address, api_key="none")
-    found = {model.id: model for model in client.models.list()}
-    assert {"gpt-4o", STORED} <= found.keys()
-    assert client.models.retrieve("gpt-4o").id == "gpt-4o"
+        made = package.Anthropic(base_url=address, api_key="none")
+    with made as client:
+        found = {model.id: model for model in client.models.list()}
+        assert {"gpt-4o", STORED} <= found.keys()
+        assert client.models.retrieve("gpt-4o").id == "gpt-4o"
 
 
 def test_a_stored_model_that_drafts_keeps_its_name_and_no_path_shows(address, engine, models):

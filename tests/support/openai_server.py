@@ -14,14 +14,16 @@ from tests.support.fake_engine import FakeEngine, serving
 class OpenAIServer:
     """What tests of OpenAI's APIs talk to."""
 
-    def __init__(self, engine: FakeEngine, url: str):
-        self.engine, self.url = engine, url
-        self.client = openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0)
+    def __init__(self, engine: FakeEngine, url: str, client: openai.OpenAI):
+        self.engine, self.url, self.client = engine, url, client
 
     @classmethod
     @contextmanager
     def running(cls, **options: Any) -> Iterator[Self]:
         """One with a new engine; options of `serving`."""
         engine = FakeEngine()
-        with serving(engine, **options) as url:
-            yield cls(engine, url)
+        with (
+            serving(engine, **options) as url,
+            openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0) as client,
+        ):
+            yield cls(engine, url, client)
