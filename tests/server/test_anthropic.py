@@ -16,6 +16,7 @@ from mlxkv.engine.messages import Busy
 from mlxkv.errors import CheckpointError, ContextExceeded, KVCacheFull, OutOfMemory, TemplateError
 from mlxkv.generation.outputs import Chunk, Miss
 from mlxkv.parsers.events import ToolCall
+from tests.support.connections import left
 from tests.support.fake_engine import MODEL, FakeEngine, options_of, says, serving, stats
 from tests.support.fake_engine_ollama import STORED, address, engine, made_model, models, server
 
@@ -635,16 +636,14 @@ def test_a_client_that_leaves_a_stream_cancels_its_answer(client, engine):
     given: Any = {"model": MODEL, "max_tokens": 100, "messages": HELLO}
     with client.messages.stream(**given) as stream:
         assert next(iter(stream.text_stream)) == "Hel"
-    assert engine.answers[0].cancelled.wait(2)
+    assert engine.answers[0].cancelled.wait(10)
 
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_before_the_answer_cancels_it(address, engine, stream):
     engine.script = lambda ask: [30.0, Chunk("lo", 2, "stop", stats())]
     body = {"model": MODEL, "max_tokens": 5, "messages": HELLO, "stream": stream}
-    with pytest.raises(httpx.ReadTimeout):
-        httpx.post(f"{address}/v1/messages", json=body, timeout=0.3)
-    assert engine.answers[-1].cancelled.wait(2)
+    assert left(engine, address, "/v1/messages", body).cancelled.wait(10)
 
 
 def test_a_silent_stream_shows_that_it_lives(models):

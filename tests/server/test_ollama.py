@@ -24,6 +24,7 @@ from mlxkv.sampling.params import SamplingParams
 from mlxkv.store import refs, resolve, settings
 from mlxkv.store.adapters import own_adapters
 from tests.models.test_adapters import mlx_lm
+from tests.support.connections import left
 from tests.support.fake_engine import MODEL, options_of, says, serving, stats
 from tests.support.fake_engine_ollama import (
     STORED,
@@ -562,13 +563,6 @@ def test_a_body_without_a_content_type_is_json(address):
 # Clients that go
 
 
-def wait_for(done, seconds: float = 3.0) -> bool:
-    until = time.monotonic() + seconds
-    while not done() and time.monotonic() < until:
-        time.sleep(0.005)
-    return bool(done())
-
-
 @pytest.mark.parametrize("path", ["chat", "generate"])
 def test_a_client_that_leaves_a_stream_cancels_its_answer(address, engine, path):
     engine.script = lambda ask: [Chunk("Hel", 1), 30.0, Chunk("lo", 2, "stop", stats())]
@@ -577,16 +571,14 @@ def test_a_client_that_leaves_a_stream_cancels_its_answer(address, engine, path)
     )
     with httpx.stream("POST", f"{address}/api/{path}", json=body) as response:
         next(response.iter_lines())
-    assert engine.answers[0].cancelled.wait(2)
+    assert engine.answers[0].cancelled.wait(10)
 
 
 def test_a_client_that_leaves_before_the_answer_cancels_it(address, engine):
     engine.script = lambda ask: [30.0, Chunk("lo", 2, "stop", stats())]
     for stream in (True, False):
-        with pytest.raises(httpx.ReadTimeout):
-            body = {"model": MODEL, "messages": HELLO, "stream": stream}
-            httpx.post(f"{address}/api/chat", json=body, timeout=0.3)
-        assert engine.answers[-1].cancelled.wait(2)
+        body = {"model": MODEL, "messages": HELLO, "stream": stream}
+        assert left(engine, address, "/api/chat", body).cancelled.wait(10)
 
 
 # Models
@@ -827,4 +819,4 @@ def test_a_pull_blocks_nobody_and_ends_with_its_client(address, client, monkeypa
         assert json.loads(next(reports)) == {"status": "step 0"}
         assert client.chat(MODEL, HELLO).message.content == "Hello world"
         assert not ended.is_set()
-    assert ended.wait(2)
+    assert ended.wait(10)

@@ -6,11 +6,9 @@ import asyncio
 import contextlib
 import errno
 import json
-import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -20,6 +18,7 @@ from starlette.exceptions import HTTPException
 from mlxkv.server.config import ServerConfig, bodies_bytes
 from mlxkv.server.edge.bodies import MESSAGE_BYTES, Bodies
 from mlxkv.server.edge.serving import OTHER_FILES
+from tests.support.connections import received, sending, until
 from tests.support.fake_engine import MODEL, FakeEngine, says, serving, serving_as
 from tests.support.paths import ROOT
 
@@ -28,39 +27,8 @@ HELLO = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}
 QUICK = {"head_s": 0.3, "body_s": 0.3, "stall_s": 0.3}
 
 
-@contextlib.contextmanager
-def sending(url: str, data: bytes, **options: int) -> Iterator[socket.socket]:
-    """A connection on which this was sent."""
-    host, port = url.removeprefix("http://").split(":")
-    with socket.socket() as connection:
-        connection.settimeout(5)
-        for name, value in options.items():
-            connection.setsockopt(socket.SOL_SOCKET, getattr(socket, name), value)
-        connection.connect((host, int(port)))
-        connection.sendall(data)
-        yield connection
-
-
-def received(connection: socket.socket) -> bytes:
-    """All until the server closes the connection."""
-    found = b""
-    with contextlib.suppress(ConnectionResetError):
-        while part := connection.recv(65536):
-            found += part
-    return found
-
-
-def until(holds: Callable[[], object]) -> None:
-    """Wait until something holds, for some seconds at most."""
-    for _ in range(1000):
-        if holds():
-            return
-        time.sleep(0.005)
-    raise AssertionError("it does not come to hold")
-
-
 def ask(url: str, path: str = "/v1/chat/completions", **fields: object) -> httpx.Response:
-    return httpx.post(url + path, json={**HELLO, **fields}, timeout=5)
+    return httpx.post(url + path, json={**HELLO, **fields}, timeout=10)
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +138,7 @@ def test_where_all_connections_have_requests_a_new_one_is_refused():
     engine = FakeEngine(lambda ask: [1e9])
     with (
         serving(engine, max_connections=2) as url,
-        httpx.Client(timeout=5) as client,
+        httpx.Client(timeout=10) as client,
         contextlib.ExitStack() as stack,
     ):
         body = json.dumps({**HELLO, "stream": True}).encode()
@@ -227,7 +195,7 @@ def test_a_stream_that_is_not_read_is_cancelled_and_its_connection_closed():
         head = HEAD + b"Content-Length: %d\r\n\r\n" % len(body)
         with sending(url, head + body, SO_RCVBUF=4096):
             until(lambda: engine.answers)
-            assert engine.answers[0].cancelled.wait(5)
+            assert engine.answers[0].cancelled.wait(10)
             assert engine.answers[0].n_read < 200
             until(lambda: not server.server_state.connections)
 

@@ -22,7 +22,8 @@ from mlxkv.generation.outputs import Chunk
 from mlxkv.server import sse
 from mlxkv.server.config import ServerConfig
 from mlxkv.server.edge.log_lines import OncePerMinute, WithoutKeys
-from tests.server.edge.test_connections import HEAD, sending, until
+from tests.server.edge.test_connections import HEAD
+from tests.support.connections import sending, until
 from tests.support.fake_engine import MODEL, FakeEngine, serving_as
 
 HANGS = """
@@ -47,7 +48,7 @@ engine.close = threading.Event().wait
 _run(engine, ServerConfig(port=0, end_s=1.0))
 """
 WITHOUT_MORE_THREADS = """
-import os, signal, threading, time
+import os, signal, sys, threading
 from mlxkv.commands.serve import _run
 from mlxkv.server import sse
 from mlxkv.server.config import ServerConfig
@@ -59,7 +60,7 @@ engine.put_to_sleep = lambda: done.append("asleep")
 def refuse(self):
     raise RuntimeError("can't start new thread")
 def end():
-    time.sleep(0.5)
+    sys.stdin.readline()
     threading.Thread.start = refuse
     os.kill(os.getpid(), signal.SIGINT)
 threading.Thread(target=end, daemon=True).start()
@@ -191,7 +192,10 @@ def test_no_key_is_logged_in_a_message_or_a_trace():
 
 
 def test_it_ends_where_no_thread_can_be_started_any_more():
-    done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_MORE_THREADS], capture_output=True, text=True, timeout=60
-    )
-    assert (done.returncode, done.stdout.strip()) == (0, "['asleep', 'closed']"), done.stderr
+    command, pipe = [sys.executable, "-c", WITHOUT_MORE_THREADS], subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as made:
+        assert made.stderr is not None
+        url = made.stderr.readline().split()[-1]
+        assert httpx.get(f"{url}/health", timeout=20).status_code == 200
+        printed, errors = made.communicate("end\n", timeout=60)
+    assert (made.returncode, printed.strip()) == (0, "['asleep', 'closed']"), errors
