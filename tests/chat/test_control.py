@@ -71,6 +71,6 @@ def test_added_tokens_are_control_where_a_template_writes_them():
 def test_a_long_text_of_brackets_is_scanned_in_no_time():
     many = Controls(frozenset(f"<|reserved_special_token_{i}|>" for i in range(250)))
     messages = [{"role": "user", "content": "<|reserved <div>x</div> " * 5_000}]
-    start = time.perf_counter()
+    start = time.thread_time()
     assert many.mark(messages)[0] == ""
-    assert time.perf_counter() - start < 0.25
+    assert time.thread_time() - start < 0.25

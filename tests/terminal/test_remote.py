@@ -176,17 +176,17 @@ def test_pieces_come_while_it_is_written_and_ctrl_c_ends_it_here_and_there(serve
     assert len(start) == 20
     assert (long_answer.poll(), running(server)) == (None, 1)
     long_answer.send_signal(signal.SIGINT)
-    out, err = long_answer.communicate(timeout=10)
+    out, err = long_answer.communicate(timeout=30)
     assert (long_answer.returncode, err) == (130, b"")
     assert out.endswith(b"\n")
-    assert within_s(5, lambda: running(server) == 0), "the server goes on with it"
+    assert within_s(30, lambda: running(server) == 0), "the server goes on with it"
 
 
 def test_who_is_killed_leaves_nothing_behind(server, long_answer):
     assert long_answer.stdout is not None
     long_answer.stdout.read(20)
     long_answer.kill()
-    assert within_s(5, lambda: running(server) == 0)
+    assert within_s(30, lambda: running(server) == 0)
 
 
 def test_a_reader_that_goes_away_ends_it_quietly_here_and_there(server, long_answer):
@@ -194,8 +194,8 @@ def test_a_reader_that_goes_away_ends_it_quietly_here_and_there(server, long_ans
     long_answer.stdout.read(20)
     long_answer.stdout.close()
     assert long_answer.stderr.read() == b""
-    assert long_answer.wait(10) != 0
-    assert within_s(5, lambda: running(server) == 0)
+    assert long_answer.wait(30) != 0
+    assert within_s(30, lambda: running(server) == 0)
     long_answer.stdout = None  # for `communicate`
 
 
@@ -210,11 +210,11 @@ def test_ctrl_c_before_the_first_word_cancels_too(fake, engine, away):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
-    assert within_s(10, lambda: len(engine.answers) > n_before)
+    assert within_s(30, lambda: len(engine.answers) > n_before)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=10)
+    out, err = process.communicate(timeout=30)
     assert (process.returncode, out, err) == (130, b"\n", b"")
-    assert engine.answers[-1].cancelled.wait(5)
+    assert engine.answers[-1].cancelled.wait(10)
 
 
 def test_what_is_waited_for_is_shown_and_goes_before_an_error_is(server, away):
@@ -234,7 +234,7 @@ def test_a_server_that_dies_is_one_line(here, away):
     assert process.stdout is not None
     process.stdout.read(20)
     made.stop(signal.SIGKILL)
-    _, err = process.communicate(timeout=10)
+    _, err = process.communicate(timeout=30)
     assert process.returncode == 1
     # What the system says of it depends on what was under way.
     broken = (f"mlxkv: {made.url} closed", f"mlxkv: the connection to {made.url} broke")
@@ -415,7 +415,7 @@ def test_a_chat_with_a_server_says_what_a_chat_here_says(server, here, away, tmp
 def test_ctrl_c_stops_an_answer_of_the_server_and_the_chat_goes_on(server, away):
     with Terminal(Path(away["HOME"]), "chatty", "--server", server.url) as terminal:
         stop_an_answer(terminal)
-        assert within_s(5, lambda: running(server) == 0)
+        assert within_s(30, lambda: running(server) == 0)
         terminal.say("/set max_tokens 4")
         terminal.say("/set verbose")
         assert "4 tokens" in terminal.say("go on")
@@ -555,7 +555,7 @@ def test_an_answer_that_is_left_is_cancelled_and_stays_in_the_history(engine, sp
     chunks = talk.send("hello", max_tokens=5)
     assert next(chunks).text == "Hel"
     chunks.close()
-    assert engine.answers[-1].cancelled.wait(5)
+    assert engine.answers[-1].cancelled.wait(10)
     turns = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "Hel"}]
     assert talk.messages == [{"role": "system", "content": "Be brief."}, *turns]
 
