@@ -47,6 +47,10 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
+_LONG_ROOMS = ("metal", "memory", "end_to_end", "engine", "prefix", "commands", "terminal", "bench",
+               "benchmarks", "generation", "llm", "cpu")  # fmt: skip
+LONG = tuple(f"tests/{room}/" for room in _LONG_ROOMS)
+
 # Tiny models on shared machines: a slow example is no failure, and a run repeats itself.
 hypothesis.settings.register_profile("mlxkv", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("mlxkv")
@@ -69,6 +73,12 @@ def pytest_collection() -> Generator[None, object, object]:
     finally:
         gc.freeze()
         gc.enable()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Rooms with tests that take seconds come first: near the end, when one worker has no file
+    left, the other's last one is short."""
+    items.sort(key=lambda item: not item.nodeid.startswith(LONG))
 
 
 def pytest_report_header() -> str:
