@@ -61,7 +61,7 @@ class Pictures(BaseHTTPRequestHandler):
 def pictures() -> Iterator[str]:
     """The address of a server of pictures."""
     with ThreadingHTTPServer(("127.0.0.1", 0), Pictures) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         yield f"127.0.0.1:{server.server_port}"
         server.shutdown()
 

@@ -30,7 +30,7 @@ class Ollama(BaseHTTPRequestHandler):
 def ollama() -> Iterator[int]:
     """The port of a server that is not mlxkv's."""
     server = HTTPServer(("127.0.0.1", 0), Ollama)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     yield server.server_port
     server.shutdown()
