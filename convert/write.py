@@ -31,7 +31,9 @@ import numpy as np
 from mlxkv.base.device import side_streams
 from mlxkv.base.disk import check_space
 from mlxkv.base.durable import sync_path
+from mlxkv.checkpoint.quantization import Format
 from mlxkv.errors import Hint, OutputError, WeightsError
+from mlxkv.nn import kernels
 
 from .fidelity import Fidelity
 from .plan import ITEM_BYTES, ConvertPlan, PlannedTensor
@@ -83,6 +85,7 @@ def write_model(
     check_room(output, plan.total_bytes)
     with _partial_folder(output, overwrite) as folder:
         for name, members in plan.shards.items():
+            kernels.look_again()  # they may have been built meanwhile
             with _errors_as_output(output), _naming(plan.source):
                 _write_shard(folder / name, members, tensors, advance, fidelity, rounding)
         with _errors_as_output(output):
@@ -340,10 +343,17 @@ def _block(
         arrays = rounding(planned, _cast(planned, source.rows(start, stop), dtype))
     else:
         values = _cast(planned, source.rows(start, stop), dtype)
-        size, bits, mode = target.group_size, target.bits, target.mode
-        arrays = tuple(mx.quantize(values, size, bits, mode=mode, stream=stream))
+        arrays = _quantized(values, target, stream)
     mx.async_eval(*arrays)
     return arrays
+
+
+def _quantized(values: mx.array, target: Format, stream: mx.Stream) -> tuple[mx.array, ...]:
+    """Finite values in a format."""
+    size, bits = target.group_size, target.bits
+    if has_biases(target):
+        return kernels.quantized(values, size, bits, stream)
+    return tuple(mx.quantize(values, size, bits, mode=target.mode, stream=stream))
 
 
 def _cast(planned: PlannedTensor, values: mx.array, dtype: mx.Dtype) -> mx.array:

@@ -17,13 +17,22 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlxkv.base import device
-from mlxkv.cpu.formats import ACTS, NO_ACT, Weight, clamped, is_known, narrowed, weight_of
+from mlxkv.cpu.formats import (
+    ACTS,
+    KINDS,
+    NO_ACT,
+    Weight,
+    clamped,
+    is_known,
+    narrowed,
+    weight_of,
+)
 from mlxkv.cpu.library import library, look_again, state
 from mlxkv.kv.layout import Mask, Offset, Place, Positions, TwoWayMask
 from mlxkv.kv.storage import KV, QuantizedRows, Ragged, in_parts
 from mlxkv.nn import stand_ins
 
-__all__ = ["ACTS", "NO_ACT", "Weight", "clamped", "narrowed", "state"]
+__all__ = ["ACTS", "NO_ACT", "Weight", "clamped", "look_again", "narrowed", "state"]
 
 MOST_SHARED, LONGEST_HEAD = 16, 1024
 """Query heads of a KV head, and values of a head, that the kernels take."""
@@ -166,6 +175,22 @@ def rms_norm(
     if _tracing:
         return stand_ins.rows(x, x.shape[-1], plus)
     return _ops().rms_norm(x, scale, eps, plus)
+
+
+def quantized(
+    values: mx.array, group_size: int, bits: int, stream: mx.Stream
+) -> tuple[mx.array, ...]:
+    """`mx.quantize` of rows of finite floats `[..., K]` to an affine format, the same to the bit.
+
+    Returns:
+        Codes `[..., K * bits / 32]`, scales and biases `[..., K / group_size]`, being computed on
+        the stream.
+    """
+    found = kernels() if ("affine", bits) in KINDS else None
+    if found is None:
+        return tuple(mx.quantize(values, group_size, bits, stream=stream))
+    with mx.stream(stream):
+        return found.quantize(values, group_size, bits)
 
 
 def largest(logits: mx.array) -> mx.array | None:

@@ -9,3 +9,4 @@
 #include "products.cpp"
 #include "embed.cpp"
 #include "step.cpp"
+#include "quantize.cpp"

@@ -14,6 +14,7 @@
 #include "mlx/version.h"
 #include "pool.h"
 #include "products.h"
+#include "quantize.h"
 #include "step.h"
 
 namespace {
@@ -129,6 +130,8 @@ mx::array py_embed(Args a) {
   WeightArgs weights(a[1]);
   return embed(array_of(a[0]), weights.weights, whole(a[2]));
 }
+// x, group, bits
+Arrays py_quantize(Args a) { return quantize(array_of(a[0]), whole(a[1]), whole(a[2])); }
 mx::array py_largest(Args a) { return largest(array_of(a[0])); }
 mx::array py_first_largest(Args a) { return first_largest(array_of(a[0])); }
 // q, k, v, scale, cap, causal, mask, sinks
@@ -216,6 +219,7 @@ PyMethodDef methods[] = {
     {"gated_mlp", function(call<7, py_gated_mlp>), METH_FASTCALL, nullptr},
     {"changed_mlp", function(call<9, py_changed_mlp>), METH_FASTCALL, nullptr},
     {"embed", function(call<3, py_embed>), METH_FASTCALL, nullptr},
+    {"quantize", function(call<3, py_quantize>), METH_FASTCALL, nullptr},
     {"largest", function(call<1, py_largest>), METH_FASTCALL, nullptr},
     {"first_largest", function(call<1, py_first_largest>), METH_FASTCALL, nullptr},
     {"huge_pages", py_huge_pages, METH_O, nullptr},

@@ -186,6 +186,42 @@ bool low_rank(const Kernels& k, const Kernels& baseline, Kind kind, int n, int c
   return agree("a change", k, a.weight, added(k), added(baseline));
 }
 
+// Codes, scales and biases of 5 groups, in one row of bytes.
+std::vector<uint8_t> rounded(const Kernels& k, Scale kind, int group, int bits) {
+  constexpr int N = 5;
+  seed = 7;
+  const size_t size = kind == Scale::F32 ? 4 : 2, n = size_t(N * group);
+  std::unique_ptr<uint8_t[]> x(new uint8_t[n * size]);
+  for (size_t i = 0; i < n; ++i) {
+    const float value = random_float();
+    uint32_t word;
+    std::memcpy(&word, &value, 4);
+    if (kind != Scale::F32) word = kind == Scale::F16 ? word >> 16 & 0xbfff : word >> 16;
+    std::memcpy(&x[i * size], &word, size);
+  }
+  const size_t n_codes = n * size_t(bits) / 8;
+  std::vector<uint8_t> found(n_codes + 2 * N * sizeof(float));
+  std::unique_ptr<uint8_t[]> codes(new uint8_t[n_codes]);
+  Floats scales(N), biases(N);
+  k.quantize({x.get(), kind, N, group, bits, codes.get(), scales.data(), biases.data()});
+  std::memcpy(found.data(), codes.get(), n_codes);
+  std::memcpy(found.data() + n_codes, scales.data(), N * sizeof(float));
+  std::memcpy(found.data() + n_codes + N * sizeof(float), biases.data(), N * sizeof(float));
+  return found;
+}
+
+bool same_rounding(const Kernels& k, const Kernels& baseline) {
+  bool fine = true;
+  for (Scale kind : {Scale::F32, Scale::BF16, Scale::F16})
+    for (int group : {32, 64, 128})
+      for (int bits : {2, 3, 4, 5, 6, 8})
+        if (rounded(k, kind, group, bits) != rounded(baseline, kind, group, bits)) {
+          std::printf("%s: groups of %d at %d bits differ\n", k.name, group, bits);
+          fine = false;
+        }
+  return fine;
+}
+
 }  // namespace
 
 int main() {
@@ -197,6 +233,7 @@ int main() {
     std::printf("%s\n", k->name);
     for (auto [N, K] : {std::pair(17, 96), {50, 160}, {5, 1152}}) fine &= all_products(*k, *baseline, N, K);
     fine &= same_largest(*k, *baseline);
+    fine &= same_rounding(*k, *baseline);
     for (Kind kind : {Kind::F32, Kind::BF16, Kind::F16})
       for (auto [n, columns] : {std::pair(1, 16), {7, 48}, {24, 112}})
         fine &= low_rank(*k, *baseline, kind, n, columns);
