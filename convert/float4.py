@@ -30,6 +30,8 @@ def _e4m3_values() -> np.ndarray:
 
 E4M3 = _e4m3_values()
 """Values of the codes of 8-bit floats with 4 bits of exponent."""
+E5M2 = (np.arange(256, dtype=np.uint16) << 8).view(np.float16).astype(np.float32)
+"""The same with 5 bits of exponent: float16 without its lower byte."""
 
 
 def e8m0(codes: np.ndarray) -> np.ndarray:

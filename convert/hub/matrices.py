@@ -113,13 +113,14 @@ class Integers:
 
 @dataclass(frozen=True, slots=True)
 class Float8:
-    """E4M3 values under scales of blocks, rows, matrices or the whole.
+    """8-bit floats under scales of blocks, rows, matrices or the whole.
 
     Attributes:
         codes: uint8, of `shape`.
         scales: float32, as many dimensions as `shape`; each divides the weight evenly, but for the
             last block.
         block: rows and columns that share a scale.
+        is_e5m2: 5 bits of exponent, which MXFP8 of MLX does not have, instead of E4M3.
     """
 
     shape: tuple[int, ...]
@@ -130,6 +131,7 @@ class Float8:
     scale_dtype: str = "float32"
     row_step: int = 1
     is_exact: bool = True
+    is_e5m2: bool = False
 
     @property
     def format(self) -> Format | None:
@@ -137,6 +139,7 @@ class Float8:
         mantissas, exponents = np.frexp(self.scales)
         small = (exponents > -126) & (exponents < 128)
         fits = self.shape[-1] % 32 == 0 and self.block[1] % 32 == 0
+        fits = fits and not self.is_e5m2
         return MXFP8 if fits and (mantissas == 0.5).all() and small.all() else None
 
     def _row_scales(self, start: int, stop: int) -> np.ndarray:
@@ -150,8 +153,9 @@ class Float8:
     def values(self, start: int, stop: int) -> np.ndarray:
         columns = np.arange(self.shape[-1]) // self.block[1]
         codes = self.codes.reshape(-1, self.shape[-1])[start:stop]
+        table = float4.E5M2 if self.is_e5m2 else float4.E4M3
         with np.errstate(all="ignore"):
-            return float4.E4M3[codes] * self._row_scales(start, stop)[:, columns]
+            return table[codes] * self._row_scales(start, stop)[:, columns]
 
     def packed(self, start: int, stop: int) -> Arrays:
         codes = np.ascontiguousarray(self.codes.reshape(-1, self.shape[-1])[start:stop])
@@ -160,6 +164,31 @@ class Float8:
         columns = np.arange(self.shape[-1] // 32) * 32 // self.block[1]
         _, exponents = np.frexp(self._row_scales(start, stop)[:, columns])
         return codes.view("<u4"), (exponents - 1 + 127).astype(np.uint8)
+
+
+@dataclass(frozen=True, slots=True)
+class PlainFloat8:
+    """8-bit floats as they are, a matrix or a vector: 16 bits of either kind hold them exactly.
+
+    Attributes:
+        codes: uint8, of `shape`.
+        table: values of the codes, float32 `[256]`.
+    """
+
+    shape: tuple[int, ...]
+    label: str
+    codes: np.ndarray
+    table: np.ndarray
+    format: Format | None = None
+    scale_dtype: str = "float32"
+    row_step: int = 1
+    is_exact: bool = True
+
+    def values(self, start: int, stop: int) -> np.ndarray:
+        return self.table[self.codes.reshape(matrix_shape(self.shape))[start:stop]]
+
+    def packed(self, start: int, stop: int) -> Arrays:
+        raise NotImplementedError("has no scales")
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,14 +1,14 @@
 """Which of a checkpoint's arrays make one weight of another quantizer's format.
 
-The arrays' names and shapes say it. The config is asked for what they leave open only: GPTQ's bits,
-and whether its zeros are stored less one.
+The arrays' names and shapes say it. The config is asked for what they leave open only: bits where
+several sizes of codes fill as many words, and whether GPTQ's zeros are stored less one.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,21 +16,17 @@ import numpy as np
 
 from mlxkv.checkpoint.quantization import other_settings
 from mlxkv.checkpoint.weights import TensorInfo
-from mlxkv.errors import CheckpointError, WeightsError
 
 from .. import float4
-from .matrices import CodeBook, Float4, Float8, Integers, Matrix
+from .arrays import FLOATS8, ArrayReader, Rows
+from .compressed import packed_integers
+from .matrices import CodeBook, Float4, Float8, Integers, Matrix, PlainFloat8
 from .unused import unused_arrays
-from .words import awq_codes, from_words, gptq_codes, in_awq_order, word_by_word
+from .words import awq_codes, from_words, gptq_codes, in_awq_order
 
-_NUMPY = {
-    "F32": "<f4", "F16": "<f2", "BF16": "<u2", "F8_E4M3": "u1", "F8_E8M0": "u1", "U8": "u1",
-    "I8": "i1", "I16": "<i2", "I32": "<i4", "U32": "<u4", "I64": "<i8",
-}  # fmt: skip
 _NESTED = "nested_absmax"
 _STEP = 32
 """Rows of a transposed matrix whose zeros fill whole words, at any bits."""
-_Rows = Callable[[int, int], np.ndarray]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,17 +54,12 @@ def find_matrices(infos: Mapping[str, TensorInfo], raw: Mapping[str, Any], sourc
     reader = _Reader(infos, settings, source)
     matrices = dict(reader.all())
     rest = [name for name in infos if name not in reader.used]
-    unused = unused_arrays(rest, quantized=bool(settings or matrices))
+    is_quantized = any(not isinstance(each, PlainFloat8) for each in matrices.values())
+    unused = unused_arrays(rest, quantized=bool(settings) or is_quantized)
     return Found(matrices, frozenset(reader.used), unused)
 
 
-@dataclass(slots=True)
-class _Reader:
-    infos: Mapping[str, TensorInfo]
-    settings: Mapping[str, Any]
-    source: str
-    used: set[str] = field(default_factory=set)
-
+class _Reader(ArrayReader):
     def all(self) -> Iterator[tuple[str, Matrix]]:
         makers: tuple[tuple[str, Callable[[str], Matrix]], ...] = (
             (".qweight", self.columns),
@@ -82,46 +73,17 @@ class _Reader:
                 yield name, self.scaled(name, scale)
             elif f"{name}.absmax" in self.infos and f"{name}.quant_map" in self.infos:
                 yield name, self.code_book(name)
+        for name in [name for name in self.infos if name not in self.used]:
+            if self.infos[name].dtype in FLOATS8:
+                yield name, self.cast(name)
 
     def scale_of(self, name: str) -> str | None:
         """The scale beside a weight that is stored in 8 bits."""
-        if self.infos[name].dtype not in ("F8_E4M3", "I8", "U8") or name.endswith("_packed"):
+        if self.infos[name].dtype not in (*FLOATS8, "I8", "U8") or name.endswith("_packed"):
             return None
         stem = name.removesuffix(".weight")
         names = (f"{name}_scale_inv", f"{name}_scale", f"{stem}.SCB")
         return next((scale for scale in names if scale in self.infos), None)
-
-    def error(self, name: str, what: str) -> WeightsError:
-        return WeightsError(f"{self.source}: {name} {what}")
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        if name not in self.infos:
-            raise self.error(name, "is missing beside the weight's other arrays")
-        return self.infos[name].shape
-
-    def array(self, name: str) -> np.ndarray:
-        """An array as it lies in the file, mapped; bfloat16 as its bits."""
-        shape = self.shape(name)
-        info = self.infos[name]
-        if info.dtype not in _NUMPY:
-            raise self.error(name, f"has dtype {info.dtype}, which is not supported")
-        self.used.add(name)
-        if 0 in shape:
-            raise self.error(name, "is empty")
-        try:
-            flat = np.memmap(info.file, _NUMPY[info.dtype], "r", info.offset, shape or (1,))
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{info.file}: cannot be read") from error
-        return flat.reshape(shape)
-
-    def floats(self, name: str, part: Any = ...) -> np.ndarray:
-        """Some of an array's values in float32."""
-        values, dtype = np.asarray(self.array(name)[part]), self.infos[name].dtype
-        if dtype == "BF16":
-            return (values.astype(np.uint32) << 16).view(np.float32)
-        if dtype == "F8_E4M3":
-            return float4.E4M3[values]
-        return float4.e8m0(values) if dtype == "F8_E8M0" else values.astype(np.float32)
 
     def scaled(self, name: str, scale: str) -> Matrix:
         """FP8, 8-bit integers or NVFP4 with their scales beside them."""
@@ -137,7 +99,13 @@ class _Reader:
             scales = float4.e8m0(self.array(scale))
         if len(shape) < 2 or scales.size == 0:
             raise self.error(name, f"is {list(shape)}, not a matrix")
-        return Float8(shape, "FP8", self.array(name), *self.blocks(scale, scales, shape))
+        codes, blocks = self.array(name), self.blocks(scale, scales, shape)
+        return Float8(shape, "FP8", codes, *blocks, is_e5m2=dtype == "F8_E5M2")
+
+    def cast(self, name: str) -> Matrix:
+        """8-bit floats without a scale, as a cast of the whole model leaves them."""
+        codes, dtype = self.array(name), self.infos[name].dtype
+        return PlainFloat8(codes.shape or (1,), dtype.removeprefix("F8_"), codes, FLOATS8[dtype])
 
     def blocks(
         self, name: str, scales: np.ndarray, shape: tuple[int, ...]
@@ -239,11 +207,6 @@ class _Reader:
     def _part_of(self, name: str, start: int, stop: int) -> np.ndarray:
         return self.floats(name, np.s_[start:stop])
 
-    def scale_dtype(self, scale: str, symmetric: bool) -> str:
-        """See `Integers`."""
-        names = {"F16": "float16", "BF16": "bfloat16"}
-        return names.get(self.infos[scale].dtype, "float32") if symmetric else "float32"
-
     def compressed(self, stem: str) -> Matrix:
         """compressed-tensors: integers of a row in words, or 4-bit floats in bytes."""
         name, scale = f"{stem}.weight_packed", f"{stem}.weight_scale"
@@ -254,55 +217,7 @@ class _Reader:
                 with np.errstate(divide="ignore"):
                     seconds = 1 / self.floats(f"{stem}.weight_global_scale").ravel()
             return self.float4(name, scale, seconds, mode)
-        words, shape = self.array(name), self.array(f"{stem}.weight_shape").tolist()
-        scales = self.shape(scale)
-        if words.ndim != 2 or len(shape) != 2 or not all(n > 0 for n in shape):
-            raise self.error(name, "is not a packed matrix")
-        n_out, n_in = shape
-        bits = 32 // -(-n_in // words.shape[1])
-        fits = 1 < bits <= 8 and words.shape == (n_out, -(-n_in // (32 // bits)))
-        if not fits or len(scales) != 2 or scales[0] != n_out or not scales[1] or n_in % scales[1]:
-            raise self.error(name, f"is {list(words.shape)}, which does not fit {shape}")
-        self.array(scale)
-        zeros = self._packed_zeros(f"{stem}.weight_zero_point", scales, bits)
-        order = self._order(f"{stem}.weight_g_idx", n_in, scales[1], n_in // scales[1])
-
-        def read(start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-            codes = word_by_word(np.asarray(words[start:stop]), bits)[:, :n_in]
-            return codes, self.floats(scale, np.s_[start:stop]), zeros(start, stop)
-
-        dtype = self.scale_dtype(scale, f"{stem}.weight_zero_point" not in self.infos)
-        label, group = f"int{bits}", n_in // scales[1]
-        return Integers((n_out, n_in), label, bits, group, read, order, dtype)
-
-    def _packed_zeros(self, name: str, shape: tuple[int, ...], bits: int) -> _Rows:
-        """Zeros of each row's groups: packed along the rows, or as they are."""
-        middle = 1 << (bits - 1)
-        if name not in self.infos:
-            return lambda start, stop: np.full((stop - start, shape[1]), middle, np.float32)
-        zeros, per_word = self.array(name), 32 // bits
-        if zeros.dtype == np.int8 and zeros.shape == shape:
-            return lambda start, stop: zeros[start:stop].astype(np.float32) + middle
-        if zeros.dtype.itemsize != 4 or zeros.shape != (-(-shape[0] // per_word), shape[1]):
-            raise self.error(name, f"is {list(zeros.shape)}, which does not fit {list(shape)}")
-
-        def read(start: int, stop: int) -> np.ndarray:
-            first = start // per_word
-            words = np.asarray(zeros[first : -(-stop // per_word)])
-            found = word_by_word(words.T, bits).T[start - first * per_word :][: stop - start]
-            return found.astype(np.float32)
-
-        return read
-
-    def _order(self, name: str, n_in: int, n_groups: int, group: int) -> np.ndarray | None:
-        """Group of each column; None where groups are neighbours in order."""
-        if name not in self.infos:
-            return None
-        order = np.asarray(self.array(name)).ravel()
-        if len(order) != n_in or not ((order >= 0) & (order < n_groups)).all():
-            raise self.error(name, f"must name one of {n_groups} groups for {n_in} columns")
-        in_order = np.arange(n_in) // group
-        return None if np.array_equal(order, in_order) else order.astype(np.int64)
+        return packed_integers(self, stem)
 
     def columns(self, stem: str) -> Matrix:
         """AutoAWQ and AutoGPTQ, whose matrices are `[in, out]`."""
@@ -318,7 +233,7 @@ class _Reader:
         if not fits or (not is_gptq and words.shape[1] * 8 != n_out):
             raise self.error(f"{stem}.qweight", f"is {list(words.shape)}, which does not fit")
         zeros, symmetric = self._column_zeros(stem, scales.shape, bits, is_gptq)
-        order = self._order(f"{stem}.g_idx", n_in, n_groups, group)
+        order = self.order(f"{stem}.g_idx", n_in, n_groups, group)
         codes = gptq_codes if is_gptq else awq_codes
 
         def read(start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -359,7 +274,7 @@ class _Reader:
 
     def _column_zeros(
         self, stem: str, shape: tuple[int, ...], bits: int, is_gptq: bool
-    ) -> tuple[_Rows, bool]:
+    ) -> tuple[Rows, bool]:
         """Zeros of each column's groups, and whether all are the middle of the codes."""
         name, (n_groups, n_out), middle = f"{stem}.qzeros", shape, 1 << (bits - 1)
 

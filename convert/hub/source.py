@@ -32,7 +32,7 @@ from ..tensors import SourceTensor, matrix_shape
 from .matrices import Matrix
 from .other_formats import Found, find_matrices
 from .stored import MatrixPart, MatrixTensor, Stored
-from .tensors import ComputedPart, DenseTensor, Part, QuantizedTensor, StackedPart
+from .tensors import NAMES, ComputedPart, DenseTensor, Part, QuantizedTensor, StackedPart
 
 if TYPE_CHECKING:
     from .merges import MergedTokens
@@ -125,7 +125,10 @@ def _open_stored(path: Path, raw: Mapping[str, Any], source: str) -> Stored:
     inner = text_config(raw)
     stated = str(inner.get("dtype") or inner.get("torch_dtype") or "").removeprefix("torch.")
     dtype = stated if stated in DTYPES else str(plain.dtype).removeprefix("mlx.core.")
-    return Stored(plain, found, dtype)
+    if stated not in DTYPES and not any(NAMES.get(i.dtype) in DTYPES for i in plain.infos.values()):
+        dtype = "float16"  # where all is cast to 8 bits
+    apart = {info.file for info in weights.infos.values() if info.dtype == "F8_E5M2"}
+    return Stored(plain, found, dtype, frozenset(apart))
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -56,11 +57,13 @@ class Stored:
         weights: those of the files that are no part of `found`.
         found: weights of other quantizers.
         dtype: of what is computed with.
+        apart: files that hold a dtype which MLX does not load.
     """
 
     weights: Weights
     found: Found
     dtype: str
+    apart: frozenset[Path] = frozenset()
 
     @property
     def infos(self) -> Mapping[str, TensorInfo]:
@@ -76,7 +79,10 @@ class Stored:
         Args:
             computed: a tensor of the model. What is stored for its part of its layer is decoded.
         """
-        found = self.weights.arrays()
+        infos = self.weights.infos
+        loadable = {n: info for n, info in infos.items() if info.file not in self.apart}
+        found = Weights(loadable).arrays()
+        found |= {n: self._array(n, is_read=bool(computed)) for n in infos if n not in loadable}
         match = _MODULE.search(computed)
         dtype = getattr(mx, self.dtype)
         for name, matrix in self.found.matrices.items():
@@ -87,6 +93,13 @@ class Stored:
             else:
                 found[name] = mx.zeros(matrix.shape, dtype)
         return found
+
+    def _array(self, name: str, *, is_read: bool) -> mx.array:
+        """A plain array of a file that MLX does not load; zeros where no value is needed."""
+        part, shape = self.part(name), self.infos[name].shape
+        if not is_read:
+            return mx.zeros(shape, getattr(mx, part.dtype))
+        return part.rows(0, matrix_shape(shape)[0]).reshape(shape)
 
     def part(self, name: str) -> Part:
         """One of them.

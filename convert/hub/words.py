@@ -9,11 +9,12 @@ _AWQ_ORDER = np.array([0, 4, 1, 5, 2, 6, 3, 7])
 
 
 def from_words(words: np.ndarray, bits: int) -> np.ndarray:
-    """Codes of rows of 32-bit words, lowest bits first: uint8 `[n, words * 32 / bits]`."""
+    """Codes of rows of 32-bit words, lowest bits first: uint8 `[n, words * 32 // bits]`."""
     stream = np.ascontiguousarray(words).view(np.uint8)
     if bits == 8:
         return stream
-    found = np.unpackbits(stream, axis=1, bitorder="little").reshape(len(words), -1, bits)
+    found = np.unpackbits(stream, axis=1, bitorder="little")
+    found = found[:, : found.shape[1] // bits * bits].reshape(len(words), -1, bits)
     return np.packbits(found, axis=2, bitorder="little")[..., 0]
 
 

@@ -91,6 +91,14 @@ def other_settings(raw: Mapping[str, Any]) -> Mapping[str, Any]:
     return {}
 
 
+def is_cast_to_8_bits(raw: Mapping[str, Any]) -> bool:
+    """Whether a config.json says that all weights are 8-bit floats without scales."""
+    inner = raw.get("text_config")
+    parts = (raw, inner if isinstance(inner, Mapping) else {})
+    stated = [part.get(key) for part in parts for key in ("dtype", "torch_dtype")]
+    return any(str(dtype).removeprefix("torch.").startswith("float8") for dtype in stated)
+
+
 @dataclass(frozen=True, slots=True)
 class Quantization:
     """The formats of a checkpoint.

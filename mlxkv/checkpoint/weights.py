@@ -23,6 +23,7 @@ from mlxkv.errors import CheckpointError, ModelNotFound, UnsupportedModel, one_l
 
 _FLOATS = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
 _LOADABLE = {*_FLOATS, "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64", "BOOL"}
+_CONVERTIBLE = ("F8_E4M3", "F8_E5M2")
 _BITS = {"F32": 32, "F16": 16, "BF16": 16, "F64": 64, "U8": 8, "I8": 8, "U16": 16, "I16": 16,
          "U32": 32, "I32": 32, "U64": 64, "I64": 64, "BOOL": 8, "C64": 64, "F8_E4M3": 8,
          "F8_E5M2": 8, "F8_E8M0": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4}  # fmt: skip
@@ -87,9 +88,10 @@ class Weights:
         """
         for name, info in self.infos.items():
             if info.dtype not in _LOADABLE:
+                can = "; `mlxkv convert` reads it" if info.dtype in _CONVERTIBLE else ""
                 raise UnsupportedModel(
                     f"{info.file}: tensor {name} has dtype {info.dtype}; supported are "
-                    f"{', '.join(sorted(_LOADABLE))}"
+                    f"{', '.join(sorted(_LOADABLE))}{can}"
                 )
         arrays: dict[str, mx.array] = {}
         for file in self.files:

@@ -14,7 +14,7 @@ Invariants:
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,12 +39,14 @@ from mlxkv.store.resolve import needs_conversion
 FIRST_BYTES = 100_000
 """Of each file's first request: most headers are shorter, and a second request costs more."""
 _PARALLEL = 8
-_DECIDING = ("g_idx", "weight_shape", "weight_scale", "weight_scale_2", "weight_scale_inv",
-             "weight_global_scale")  # fmt: skip
-"""Ends of the names of arrays whose values decide which format a matrix becomes."""
+_DECIDING = ("g_idx", "weight_shape", "_scale", "_scale_2", "_scale_inv")
+_OF_INPUTS = ("input_scale", "activation_scale", "input_global_scale", "k_scale", "v_scale")
+"""Ends of the names of arrays whose values decide which format a matrix becomes, and of those that
+do not."""
 _SMALL = 128 << 10
-_MOST_SMALL = 4000
-"""Each takes a request."""
+_NEAR, _SPAN = 4 << 10, 4 << 20
+"""Bytes between two small arrays that are fetched along, and of a request at most."""
+_MOST_REQUESTS = 4000
 
 
 @contextmanager
@@ -154,20 +156,20 @@ def _as_converted(folder: Path, listing: Listing) -> Path:
     from mlxkv.convert import convert  # pyright: ignore[reportMissingImports]
     from mlxkv.convert.write import write_headers  # pyright: ignore[reportMissingImports]
 
-    needed = [
+    spans = _spans(
         info
         for path in folder.glob("*.safetensors")
         for name, info in read_header(path).items()
-        if (name.endswith(_DECIDING) or "quant_state" in name) and info.nbytes <= _SMALL
-    ]
-    if len(needed) > _MOST_SMALL:
+        if _decides(name) and info.nbytes <= _SMALL
+    )
+    if len(spans) > _MOST_REQUESTS:
         raise DownloadError(
-            f"{listing.name} has {len(needed):,} small arrays that decide what its weights become: "
-            f"`mlxkv pull {listing.name}`, then plan it"
+            f"{listing.name} has small arrays in {len(spans):,} places that decide what its "
+            f"weights become: `mlxkv pull {listing.name}`, then plan it"
         )
     try:
         with ThreadPoolExecutor(_PARALLEL) as pool:
-            list(pool.map(lambda info: _fetch_array(listing, info), needed))
+            list(pool.map(lambda span: _fetch_span(listing, *span), spans))
     except Exception as error:  # the HTTP client behind it differs from version to version
         raise translate(listing.repo_id, error, listing.revision) from error
     converted = folder / "converted"
@@ -177,11 +179,32 @@ def _as_converted(folder: Path, listing: Listing) -> Path:
     return converted
 
 
-def _fetch_array(listing: Listing, info: TensorInfo) -> None:
-    """Write an array of a file at its place in the file that stands for it."""
-    with info.file.open("r+b") as file:
-        file.seek(info.offset)
-        file.write(_range(listing, info.file.name, info.offset, info.nbytes))
+def _decides(name: str) -> bool:
+    """Whether an array's values decide which format a matrix becomes."""
+    return "quant_state" in name or (name.endswith(_DECIDING) and not name.endswith(_OF_INPUTS))
+
+
+def _spans(infos: Iterable[TensorInfo]) -> list[tuple[Path, int, int]]:
+    """Parts of files that hold these arrays, neighbours in one: file, first byte and end.
+
+    Files list arrays by dtype, so that single scales of thousands of matrices are neighbours.
+    """
+    found: list[tuple[Path, int, int]] = []
+    for info in sorted(infos, key=lambda info: (info.file, info.offset)):
+        end = info.offset + info.nbytes
+        file, start, last = found[-1] if found else (None, 0, 0)
+        if file == info.file and info.offset - last <= _NEAR and end - start <= _SPAN:
+            found[-1] = (info.file, start, end)
+        else:
+            found.append((info.file, info.offset, end))
+    return found
+
+
+def _fetch_span(listing: Listing, file: Path, start: int, stop: int) -> None:
+    """Write a part of a repository's file at its place in the file that stands for it."""
+    with file.open("r+b") as opened:
+        opened.seek(start)
+        opened.write(_range(listing, file.name, start, stop - start))
 
 
 def _fetch_start(listing: Listing, name: str, path: Path, n_bytes: int) -> None:

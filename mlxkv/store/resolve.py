@@ -29,7 +29,7 @@ from mlxkv.checkpoint import mlxkv_json
 from mlxkv.checkpoint.config import read_config
 from mlxkv.checkpoint.gguf_names import first_parts, mmproj_beside, parts_of
 from mlxkv.checkpoint.mlxkv_json import RECORD, Record, read_record
-from mlxkv.checkpoint.quantization import other_settings
+from mlxkv.checkpoint.quantization import is_cast_to_8_bits, other_settings
 from mlxkv.errors import Hint, MlxkvError, ModelNotFound, OutputError, UsageError
 from mlxkv.store import hub
 from mlxkv.store.catalog import CatalogModel
@@ -151,14 +151,17 @@ def _no_model(folder: Path) -> ModelNotFound:
 
 
 def needs_conversion(folder: Path) -> bool:
-    """Whether a model directory holds weights that another quantizer than MLX's has made."""
+    """Whether a model directory holds weights that another quantizer than MLX's has made, or
+    8-bit floats, which MLX does not load.
+    """
     try:
         raw = read_config(folder)
     except MlxkvError:
         return False  # the loader says what is wrong with it
     # ModelOpt's older exports say it in a file of its own.
-    is_modelopt = (folder / "hf_quant_config.json").exists() and not raw.get("quantization")
-    return is_modelopt or bool(other_settings(raw))
+    is_modelopt = (folder / "hf_quant_config.json").exists()
+    is_other = is_modelopt or is_cast_to_8_bits(raw)
+    return bool(other_settings(raw)) or (is_other and not raw.get("quantization"))
 
 
 def _weight_files(folder: Path) -> list[Path]:

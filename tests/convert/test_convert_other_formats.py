@@ -21,8 +21,10 @@ from tests.families.test_parity import Golden
 from tests.support import tiny
 from tests.support.other_formats import (
     CASES,
+    CONFIG,
     Stored,
     checkpoint,
+    e5m2,
     fp8,
     fp8_tensor,
     gptq,
@@ -137,6 +139,36 @@ def test_arrays_that_do_not_fit_are_named(
     with pytest.raises(WeightsError, match=message) as raised:
         convert(source, tmp_path / "out")
     assert "\n" not in str(raised.value)
+
+
+def test_words_of_four_codes_are_not_read_where_the_config_names_no_bits(tmp_path: Path):
+    settings = {"quant_method": "compressed-tensors", "config_groups": {"a": {"targets": ["re:("]}}}
+    source, _ = checkpoint(tmp_path / "in", settings, CASES["int7"][1])
+    message = r"q_proj.weight_packed may hold codes of 7 or 8 bits, .* says no number"
+    with pytest.raises(WeightsError, match=message):
+        convert(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", ["F8_E5M2", "F8_E4M3"])
+def test_a_model_that_was_cast_to_8_bits_keeps_its_values(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+):
+    """Norms and embedding too; a model of 16-bit values runs, with the same ones."""
+    monkeypatch.setenv("MLXKV_MODELS", str(tmp_path / "models"))
+    random, stored, values = np.random.default_rng(0), Stored(), {}
+    for name, shape in tiny.tensor_shapes(CONFIG).items():
+        codes, values[name] = e5m2(random, shape)
+        if kind == "F8_E4M3":
+            codes = random_fp8(random, shape)
+            values[name] = fp8(codes)
+        stored[name] = (kind, codes)
+    config = {**CONFIG, "torch_dtype": f"float8_{kind[3:].lower()}"}
+    folder = resolve.resolve(str(write(tmp_path / "in", config, stored)))
+    arrays: Any = mx.load(str(folder / "model.safetensors"))
+    assert {array.dtype for array in arrays.values()} == {mx.float16}
+    for name, expected in values.items():
+        np.testing.assert_array_equal(np.array(arrays[name].astype(mx.float32)), expected)
+    assert mlxkv.load_model(folder)(mx.array([[1, 2]])).shape == (1, 2, 96)
 
 
 def test_mixed_recipes_of_mlx_lm_load(tmp_path: Path):

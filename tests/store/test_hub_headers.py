@@ -137,6 +137,28 @@ def test_a_checkpoint_of_another_quantizer_is_planned_as_what_it_becomes(name, s
     assert found == plan(becomes)
 
 
+def test_second_scales_that_are_neighbours_take_one_request(served, tmp_path, monkeypatch):
+    """As safetensors orders them, wider dtypes first: a mixture has one for each expert."""
+    settings, case, *_ = OTHERS["nvfp4"]
+    source, _ = checkpoint(tmp_path / "source", settings, case)
+    data = (source / FILE).read_bytes()
+    header = json.loads(data[8 : (start := 8 + struct.unpack("<Q", data[:8])[0])])
+    parts, ordered = [], {}
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["dtype"] != "F32"):
+        first, last = (start + at for at in entry["data_offsets"])
+        at = sum(map(len, parts))
+        ordered[name] = {**entry, "data_offsets": [at, at + last - first]}
+        parts.append(data[first:last])
+    (source / FILE).write_bytes(safetensors(ordered) + b"".join(parts))
+    monkeypatch.setattr(hub_headers, "_SMALL", 4)  # as if groups' scales were large
+    monkeypatch.setattr(hub_headers, "_MOST_REQUESTS", 1)
+    served.repos = {REPO: files_of(source)}
+    becomes = convert(source, tmp_path / "out").path
+    assert becomes is not None
+    assert plan(REPO) == plan(becomes)
+    assert len([name for name, _ in served.ranged if name == FILE]) == 2
+
+
 def test_the_command_prints_the_same_as_for_the_directory(tmp_path):
     source = write_checkpoint(tmp_path / "source", llama_config(), shards=2)
     with serve(Hub({REPO: files_of(source)})) as hub:

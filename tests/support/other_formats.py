@@ -69,6 +69,18 @@ def fp8_tensor(random: np.random.Generator, shape: tuple[int, int]) -> tuple[Sto
     return stored, fp8(codes) * scale
 
 
+def e5m2(random: np.random.Generator, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Codes of 8-bit floats with 5 bits of exponent, and their values."""
+    halves = (random.standard_normal(shape) * 50).astype(np.float16).view(np.uint16) & 0xFF00
+    return (halves >> 8).astype(np.uint8), halves.view(np.float16).astype(np.float32)
+
+
+def fp8_wide(random: np.random.Generator, shape: tuple[int, int]) -> tuple[Stored, np.ndarray]:
+    codes, values = e5m2(random, shape)
+    scale = np.array(0.00123, np.float32)
+    return {"weight": ("F8_E5M2", codes), "weight_scale": ("F32", scale)}, values * scale
+
+
 def fp8_blocks(scales: Callable[[np.random.Generator], np.ndarray], end: str) -> Case:
     def make(random: np.random.Generator, shape: tuple[int, int]) -> tuple[Stored, np.ndarray]:
         codes, found = random_fp8(random, shape), scales(random)
@@ -111,18 +123,19 @@ def whole_words(codes: np.ndarray, bits: int) -> np.ndarray:
     return (padded.astype(np.uint64) << np.arange(n, dtype=np.uint64) * bits).sum(-1).astype("<u4")
 
 
-def packed_ints(bits: int, group: int, symmetric: bool = True) -> Case:
-    """compressed-tensors."""
+def packed_ints(bits: int, group: int, symmetric: bool = True, gaps: bool = True) -> Case:
+    """compressed-tensors, which leaves no gaps since 0.20."""
+    pack = whole_words if gaps else words_of
 
     def make(random: np.random.Generator, shape: tuple[int, int]) -> tuple[Stored, np.ndarray]:
         codes, scales, zeros, values = grouped(random, shape, bits, group or shape[1], symmetric)
         stored: Stored = {
-            "weight_packed": ("I32", whole_words(codes, bits)),
+            "weight_packed": ("I32", pack(codes, bits)),
             "weight_scale": ("F16", scales),
             "weight_shape": ("I64", np.array(shape)),
         }
         if not symmetric:
-            stored["weight_zero_point"] = ("I32", whole_words(zeros.T, bits).T)
+            stored["weight_zero_point"] = ("I32", pack(zeros.T, bits).T)
         return stored, values
 
     return make
@@ -249,6 +262,18 @@ def bitsandbytes(nested: bool) -> Case:
     return make
 
 
+def stating(bits: int, **others: int) -> dict[str, Any]:
+    """compressed-tensors' config: bits of all linear layers, and of those that have a name."""
+    groups = {"Linear": bits, **{f"re:.*{name}$": n for name, n in others.items()}}
+    return {
+        "quant_method": "compressed-tensors",
+        "config_groups": {
+            f"group_{i}": {"targets": [target], "weights": {"num_bits": n}}
+            for i, (target, n) in enumerate(groups.items())
+        },
+    }
+
+
 def llm_int8(random: np.random.Generator, shape: tuple[int, int]) -> tuple[Stored, np.ndarray]:
     codes = random.integers(-127, 128, shape).astype(np.int8)
     largest = random.uniform(0.1, 0.2, shape[0]).astype(np.float32)
@@ -259,6 +284,7 @@ def llm_int8(random: np.random.Generator, shape: tuple[int, int]) -> tuple[Store
 # Method, arrays, what `describe` says they become, and the largest error over the largest value.
 CASES: dict[str, tuple[dict[str, Any], Case, str, float]] = {
     "fp8-tensor": ({"quant_method": "fp8"}, fp8_tensor, "float16", 5e-4),
+    "fp8-e5m2": ({"quant_method": "fp8"}, fp8_wide, "float16", 5e-4),
     "fp8-block": (
         {"quant_method": "fp8", "weight_block_size": [64, 64]},
         fp8_blocks(any_scales, "weight_scale_inv"),
@@ -290,7 +316,19 @@ CASES: dict[str, tuple[dict[str, Any], Case, str, float]] = {
         "affine3 g64, float32",
         1e-6,
     ),
-    "int8-packed": ({"quant_method": "compressed-tensors"}, packed_ints(8, 0), "affine8", 1e-6),
+    "int5-dense": (
+        {"quant_method": "compressed-tensors"},
+        packed_ints(5, 32, False, gaps=False),
+        "affine5 g32, float32",
+        1e-6,
+    ),
+    "int7": (
+        stating(8, q_proj=7, k_proj=7, v_proj=7, o_proj=7, gate_proj=7, up_proj=7, down_proj=7),
+        packed_ints(7, 64, False),
+        "affine8 g64, float32",
+        1e-6,
+    ),
+    "int8-packed": (stating(8, lm_head=7), packed_ints(8, 0), "affine8", 1e-6),
     "int8": ({"quant_method": "compressed-tensors"}, int8, "affine8 g128, float16", 1e-6),
     "gptq": ({"quant_method": "gptq", "bits": 4}, gptq(4), "affine4 g32, float16", 1e-6),
     "gptq-3": ({"quant_method": "gptq", "bits": 3}, gptq(3, False), "affine3 g32, float32", 1e-6),
