@@ -194,10 +194,10 @@ def _write(
 ) -> Path:
     from .write import write_model
 
-    done_bytes = 0
+    done_bytes, total_bytes = 0, plan.total_bytes  # a sum over all tensors
 
     def report(phase: str, name: str = "") -> None:
-        progress(Progress(phase, done_bytes, plan.total_bytes, name))
+        progress(Progress(phase, done_bytes, total_bytes, name))
 
     def advance(name: str, n_bytes: int) -> None:
         nonlocal done_bytes

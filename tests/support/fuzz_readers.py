@@ -20,8 +20,9 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from mlxkv.convert.open import open_source
 from mlxkv.convert.plan import MAX_SHARD_BYTES, make_plan, parse_options
@@ -31,6 +32,7 @@ from tests.support.gguf_files import write_model
 
 MEMORY_BYTES = 3 << 30
 SLOW_S = 10.0
+IN_MEMORY = Path("/dev/shm")
 WEIGHTS, KIND = "model.safetensors", "kind"
 _NUMBERS = ("0", "-1", "1", "7", "65536", "4294967296", "1e400", "0.5", "null", '"x"', "[]", "{}")
 
@@ -188,46 +190,62 @@ def _write(target: Path, data: bytes) -> None:
     target.write_bytes(data)
 
 
+class _Copy:
+    """A copy of a folder in which one file at a time has other content."""
+
+    def __init__(self, source: Path, more: Mapping[str, bytes] = MappingProxyType({})) -> None:
+        self.contents = {file.name: file.read_bytes() for file in source.iterdir()} | dict(more)
+        self.changed: str | None = None
+
+    def write(self, target: Path, name: str, data: bytes) -> None:
+        back = self.contents if self.changed is None else {}
+        if self.changed is None:
+            shutil.rmtree(target, ignore_errors=True)
+            target.mkdir()
+        elif self.changed != name:
+            back = {self.changed: self.contents[self.changed]}
+        for file, content in {**back, name: data}.items():
+            (target / file).unlink(missing_ok=True)  # what is mapped keeps the old one
+            (target / file).write_bytes(content)
+        self.changed = name
+
+
 def _tokenizer_mutation(source: Path) -> Callable[[random.Random, Path], None]:
-    contents = {file: file.read_bytes() for file in source.iterdir() if file.name != "config.json"}
+    copy = _Copy(source, {KIND: source.name.encode()})
+    names = sorted(name for name in copy.contents if name not in ("config.json", KIND))
 
     def write(draw: random.Random, target: Path) -> None:
-        shutil.rmtree(target, ignore_errors=True)
-        shutil.copytree(source, target)
-        (target / KIND).write_text(source.name)
-        file = draw.choice(sorted(contents))
-        data = contents[file]
-        if file.suffix == ".json" and draw.random() < 0.5:
-            (target / file.name).write_text(mutated_json(data.decode(), draw))
+        name = draw.choice(names)
+        data = copy.contents[name]
+        if name.endswith(".json") and draw.random() < 0.5:
+            copy.write(target, name, mutated_json(data.decode(), draw).encode())
         else:
-            (target / file.name).write_bytes(mutated(data, draw, len(data)))
+            copy.write(target, name, mutated(data, draw, len(data)))
 
     return write
 
 
 def _folder_mutation(source: Path) -> Callable[[random.Random, Path], None]:
-    weights, config = WEIGHTS, "config.json"
-    data, text = (source / weights).read_bytes(), (source / config).read_text()
+    copy, config = _Copy(source), "config.json"
+    data, text = copy.contents[WEIGHTS], copy.contents[config].decode()
     head = 8 + struct.unpack("<Q", data[:8])[0]
     header = data[8:head].decode()
 
     def write(draw: random.Random, target: Path) -> None:
-        shutil.rmtree(target, ignore_errors=True)
-        shutil.copytree(source, target)
         kind = draw.randrange(4)
         if kind == 0:
-            (target / config).write_text(mutated_json(text, draw))
+            copy.write(target, config, mutated_json(text, draw).encode())
         elif kind == 1:
             new = mutated_json(header, draw).encode()
-            (target / weights).write_bytes(struct.pack("<Q", len(new)) + new + data[head:])
+            copy.write(target, WEIGHTS, struct.pack("<Q", len(new)) + new + data[head:])
         elif kind == 2:
-            (target / weights).write_bytes(mutated(data, draw, head))
+            copy.write(target, WEIGHTS, mutated(data, draw, head))
         else:
             # The header stays: values of scales, orders and states go wrong.
             spoiled = bytearray(data)
             for _ in range(draw.randint(1, 200)):
                 spoiled[draw.randrange(head, len(data))] = draw.randrange(256)
-            (target / weights).write_bytes(spoiled)
+            copy.write(target, WEIGHTS, bytes(spoiled))
 
     return write
 
@@ -242,7 +260,8 @@ def main() -> int:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES * 4, MEMORY_BYTES * 4))
     begins = tuple(args.only.split(","))
     ends_s, failures, counts = time.monotonic() + args.seconds, 0, {}
-    with tempfile.TemporaryDirectory() as folder:
+    in_memory = str(IN_MEMORY) if IN_MEMORY.is_dir() else None
+    with tempfile.TemporaryDirectory(dir=in_memory) as folder:
         root = Path(folder)
         sources = {**gguf_files(root), **folders(root), **tokenizer_files(root)}
         chosen = {name: path for name, path in sources.items() if name.startswith(begins)}
