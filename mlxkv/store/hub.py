@@ -91,6 +91,12 @@ def _refs(repo_id: str) -> dict[str, str]:
     return found
 
 
+def complete_revisions(repo_id: str) -> list[str]:
+    """Branches and tags whose model is complete in the cache, as `org/name@revision`."""
+    root, refs = repo_folder(repo_id) / "snapshots", _refs(repo_id)
+    return [full_name(repo_id, ref) for ref in sorted(refs) if is_complete(root / refs[ref])]
+
+
 def cached_snapshot(
     repo_id: str, revision: str | None = None, holds: Callable[[Path], bool] | None = None
 ) -> Path | None:

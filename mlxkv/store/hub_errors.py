@@ -6,7 +6,7 @@ import errno
 from typing import TYPE_CHECKING
 
 from mlxkv.errors import DownloadError, MlxkvError, ModelNotFound, OutputError, UsageError
-from mlxkv.store.hub import full_name
+from mlxkv.store.hub import complete_revisions, full_name
 
 if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 _WRITING = (errno.EFBIG, errno.EIO, errno.EROFS)
 """Of a disk, with no file's name where a write fails."""
+_SHOWN = 3
+"""Other revisions that a message names."""
 
 
 def hush() -> None:
@@ -57,14 +59,17 @@ def translate(repo_id: str, error: Exception, revision: str | None = None) -> Ml
             return OutputError(f"{name} cannot be written: {error.strerror}; set HF_HUB_CACHE")
         case OSError() if error.filename:
             return OutputError(f"{error.filename}: {error.strerror}; set HF_HUB_CACHE")
+    others = [other for other in complete_revisions(repo_id) if other != name][:_SHOWN]
     if constants.HF_HUB_OFFLINE:
+        have = f"; what is here: {', '.join(others)}" if others else ""
         return DownloadError(
             f"{name} is not complete in the cache and HF_HUB_OFFLINE is set: unset it, then "
-            f"`mlxkv pull {name}`"
+            f"`mlxkv pull {name}`{have}"
         )
+    have = f"such as {', '.join(others)}" if others else "`mlxkv list`"
     return DownloadError(
         f"cannot download {name}: {host} cannot be reached ({type(error).__name__}). Check the "
-        "network or HF_ENDPOINT, or run a model you have (`mlxkv list`)"
+        f"network or HF_ENDPOINT, or run a model you have ({have})"
     )
 
 

@@ -90,11 +90,13 @@ def test_each_revision_is_a_model_of_its_own(served, cache):
     assert not (cache / "models--org--tiny").exists()
 
 
-def test_a_revision_alone_does_not_stand_for_the_repository(served):
+def test_a_revision_alone_does_not_stand_for_the_repository_and_is_named(served, monkeypatch):
     served.revisions["v1"] = OTHER
     resolve.pull(f"{REPO}@v1")
     with pytest.raises(ModelNotFound):
         resolve.resolve(REPO, fetch=False)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    refused(DownloadError, f"mlxkv pull {REPO}", f"what is here: {REPO}@v1")
 
 
 @pytest.mark.parametrize("main", [None, OTHER, "0" * 40, "", "../../x"])
