@@ -43,7 +43,8 @@ def changes(plan: ConvertPlan, errors: Mapping[str, float]) -> list[str]:
     lines += left_out(plan)
     lines += [f"{same} tensors keep their quantized values"] if same else []
     return lines + [
-        f"{kinds[kind]} tensors, {kind}: off by {error:.2g} of their root mean square"
+        f"{kinds[kind]} tensors, {kind}: "
+        + (f"off by {error:.2g} of their root mean square" if error else "no difference")
         for kind, error in errors.items()
     ]
 
