@@ -36,7 +36,7 @@ E5M2 = (np.arange(256, dtype=np.uint16) << 8).view(np.float16).astype(np.float32
 
 def e8m0(codes: np.ndarray) -> np.ndarray:
     """Powers of two by their exponents, uint8, as float32; NaN for 255."""
-    found = np.ldexp(np.float32(1), codes.astype(np.int32) - 127)
+    found = np.ldexp(np.float32(1), np.minimum(codes, 254).astype(np.int32) - 127)
     return np.where(codes == 255, np.float32(np.nan), found)
 
 

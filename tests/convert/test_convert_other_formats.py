@@ -11,7 +11,7 @@ import pytest
 
 import mlxkv
 from mlxkv.checkpoint.weights import TensorInfo
-from mlxkv.convert import changes, convert, describe
+from mlxkv.convert import changes, convert, describe, float4
 from mlxkv.convert.hub import other_formats
 from mlxkv.convert.hub.matrices import Float8
 from mlxkv.convert.plan import ConvertPlan
@@ -139,6 +139,12 @@ def test_arrays_that_do_not_fit_are_named(
     with pytest.raises(WeightsError, match=message) as raised:
         convert(source, tmp_path / "out")
     assert "\n" not in str(raised.value)
+
+
+def test_powers_of_two_by_all_their_codes():
+    found = float4.e8m0(np.arange(256, dtype=np.uint8))
+    np.testing.assert_array_equal(found[:255], 2.0 ** np.arange(-127.0, 128))
+    assert np.isnan(found[255])
 
 
 def test_words_of_four_codes_are_not_read_where_the_config_names_no_bits(tmp_path: Path):

@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -258,6 +259,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="readers, by the beginning of their names")
     args = parser.parse_args()
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES * 4, MEMORY_BYTES * 4))
+    warnings.simplefilter("error", RuntimeWarning)  # which would be a line on the user's screen
     begins = tuple(args.only.split(","))
     ends_s, failures, counts = time.monotonic() + args.seconds, 0, {}
     in_memory = str(IN_MEMORY) if IN_MEMORY.is_dir() else None
