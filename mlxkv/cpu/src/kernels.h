@@ -20,8 +20,6 @@ constexpr int MOST_ROWS = 8;
 constexpr int PANEL = 48, PANEL_VALUES = 512, TOKENS = 64;
 // Query heads that share a KV head at most, and the longest head.
 constexpr int MOST_SHARED = 16, LONGEST_HEAD = 1024;
-// Values of a group that is quantized, at most.
-constexpr int MOST_OF_GROUP = 128;
 
 inline int padded(int n) { return (n + 15) / 16 * 16; }
 inline bool is_packed(Kind kind) { return kind < Kind::BF16; }
@@ -79,20 +77,9 @@ struct Codes {
   size_t code_row, scale_row;  // from row to row, in words and in scales
 };
 
-// Values in groups, what is made of them, and where it is written: see `quantize.h`.
-struct Rounded {
-  const void* x;
-  Scale kind;  // of the values: F32, BF16 or F16
-  size_t n_groups;
-  int group, bits;
-  uint8_t* codes;
-  float *scales, *biases;
-};
-
 struct Kernels {
   const char* name;
   int lanes;
-  void (*quantize)(const Rounded&);
   // A row of activations in the order in which weights are unpacked, filled up with zeros: `length`
   // values, one of M rows that lie vector by vector, [length / lanes, M, lanes].
   void (*prepare)(const Weight&, const float* x, int M, float* out);

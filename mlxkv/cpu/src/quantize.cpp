@@ -5,6 +5,7 @@
 #include "mlx/allocator.h"
 #include "mlx/backend/cpu/encoder.h"
 #include "mlx/ops.h"
+#include "rounding.h"
 
 namespace {
 
@@ -27,12 +28,13 @@ void round_groups(const mx::array& x, int group, int bits, Arrays& outputs) {
   const Scale kind = x.dtype() == mx::float32   ? Scale::F32
                      : x.dtype() == mx::float16 ? Scale::F16
                                                 : Scale::BF16;
+  const Quantizer round = quantizer_of(in_use());
   const size_t n = x.size() / group;
   float scales[SOME_GROUPS], biases[SOME_GROUPS];
   for (size_t at = 0; at < n; at += SOME_GROUPS) {
     const size_t some = std::min(SOME_GROUPS, n - at);
-    in_use().quantize({x.data<char>() + at * group * x.itemsize(), kind, some, group, bits,
-                       outputs[0].data<uint8_t>() + at * group * bits / 8, scales, biases});
+    round({x.data<char>() + at * group * x.itemsize(), kind, some, group, bits,
+           outputs[0].data<uint8_t>() + at * group * bits / 8, scales, biases});
     store(scales, some, outputs[1], at);
     store(biases, some, outputs[2], at);
   }

@@ -1,6 +1,7 @@
 // The kernels of each instruction set that this machine has, on memory of exactly the sizes that
 // they are told: for sanitizers. Results are compared with the baseline's.
 #include "kernels.h"
+#include "rounding.h"
 
 #include <algorithm>
 #include <cmath>
@@ -203,7 +204,7 @@ std::vector<uint8_t> rounded(const Kernels& k, Scale kind, int group, int bits) 
   std::vector<uint8_t> found(n_codes + 2 * N * sizeof(float));
   std::unique_ptr<uint8_t[]> codes(new uint8_t[n_codes]);
   Floats scales(N), biases(N);
-  k.quantize({x.get(), kind, N, group, bits, codes.get(), scales.data(), biases.data()});
+  quantizer_of(k)({x.get(), kind, N, group, bits, codes.get(), scales.data(), biases.data()});
   std::memcpy(found.data(), codes.get(), n_codes);
   std::memcpy(found.data() + n_codes, scales.data(), N * sizeof(float));
   std::memcpy(found.data() + n_codes + N * sizeof(float), biases.data(), N * sizeof(float));
