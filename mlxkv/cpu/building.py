@@ -25,7 +25,7 @@ from mlxkv.cpu.toolchain import BuildError, Mlx, Toolchain, installed_mlx, toolc
 from mlxkv.errors import one_line
 
 SOURCES = Path(__file__).with_name("src")
-UNITS = ("mlx", "avx512", "avx2", "baseline", "pool", "huge_pages")
+UNITS = ("mlx", "amx", "avx512", "avx2", "baseline", "pool", "huge_pages")
 """`mlx.cpp` takes in all that needs MLX's headers, which take longest to read."""
 FLAGS = (
     *("-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing"),

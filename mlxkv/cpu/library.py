@@ -17,7 +17,7 @@ from mlxkv.cpu import building
 from mlxkv.cpu.toolchain import BuildError, is_supported, toolchain
 
 SWITCH = "MLXKV_KERNELS"
-"""`0` leaves the kernels out; `baseline`, `avx2` or `avx512` names their instruction set."""
+"""`0` leaves the kernels out; `baseline`, `avx2`, `avx512` or `amx` names their instruction set."""
 _NAME = "_mlxkv_cpu"
 
 

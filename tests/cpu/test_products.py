@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from mlxkv.cpu.formats import DENSE, NO_ACT, clamped
 from tests.cpu import reference
+from tests.cpu.conftest import SETS, held_to
 from tests.cpu.reference import assert_near, dense, packed
 
 AFFINE = [("affine", bits, group) for bits in (2, 3, 4, 5, 6, 8) for group in (32, 64, 128)]
@@ -19,6 +20,12 @@ ROWS = (1, 2, 3, 4, 5, 8, 9, 15, 16, 17, 40)
 """One to a pass, more than one, and a chunk of panels."""
 SHAPES = [(64, 128), (96, 384), (130, 1152)]
 """Rows that panels and lanes divide, and that they do not."""
+
+
+@pytest.fixture(params=[*SETS, "amx"])
+def ops(request):
+    """The kernels, held to an instruction set; AMX has nothing of its own but products."""
+    yield from held_to(request.param)
 
 
 def normal(*shape: int, seed: int = 0) -> mx.array:
@@ -85,6 +92,17 @@ def test_rows_are_equal_to_each_alone_bit_for_bit(ops):
         for i in range(8):
             alone = ops.linear(x[i : i + 1], weight, None, -1.0, None, NO_ACT)
             assert mx.array_equal(whole[i : i + 1], alone).item(), (form, i)
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+@pytest.mark.parametrize("n_rows", [4, 20])
+def test_what_is_no_number_stays_none_and_in_its_row(ops, n_rows, bad):
+    """The parts of activations that the tiles of AMX take must not make a number of it."""
+    weight, _ = packed(normal(48, 96), "affine", 4, 32)
+    x = normal(1, n_rows, 96)
+    x[0, 1, 70] = bad
+    got = np.isfinite(np.array(ops.linear(x, weight, None, -1.0, None, NO_ACT)))
+    assert not got[0, 1].any() and got[0, [0, *range(2, n_rows)]].all()
 
 
 @pytest.mark.parametrize("is_shared", [True, False])

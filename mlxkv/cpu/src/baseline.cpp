@@ -14,6 +14,9 @@ extern const Kernels table;
 namespace avx512 {
 extern const Kernels table;
 }
+namespace amx {
+const Kernels* kernels();  // null where there is no AMX
+}
 #endif
 
 const Kernels* kernels(const char* name) {
@@ -21,6 +24,8 @@ const Kernels* kernels(const char* name) {
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (has_avx512 && (!name || !std::strcmp(name, "amx")))
+    if (const Kernels* found = amx::kernels()) return found;
   if (has_avx512 && (!name || !std::strcmp(name, "avx512"))) return &avx512::table;
   if (has_avx2 && (!name || !std::strcmp(name, "avx2"))) return &avx2::table;
 #endif

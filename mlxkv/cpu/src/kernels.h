@@ -16,15 +16,17 @@ constexpr int MOST_GROUPS = 2048, KEYS = 256, BLOCK = 64, LANES = 64;
 // Rows of activations that one pass over the weights serves.
 constexpr int MOST_ROWS = 8;
 // A chunk's product is made of panels of unpacked weights, rows and values of each, and of tiles
-// of transposed activations, rows of each.
-constexpr int PANEL = 48, PANEL_VALUES = 512, TOKENS = 64;
+// of activations, rows of each. Rows whose results are kept meanwhile.
+constexpr int PANEL = 48, PANEL_VALUES = 512, TOKENS = 64, KEPT_ROWS = 512;
+// Floats that `many` needs.
+constexpr int MANY_FLOATS = PANEL * (PANEL_VALUES + KEPT_ROWS + 16);
 // Query heads that share a KV head at most, and the longest head.
 constexpr int MOST_SHARED = 16, LONGEST_HEAD = 1024;
 
 inline int padded(int n) { return (n + 15) / 16 * 16; }
 inline bool is_packed(Kind kind) { return kind < Kind::BF16; }
 // Bits of a value.
-inline int bits_of(Kind kind) {
+constexpr int bits_of(Kind kind) {
   switch (kind) {
     case Kind::Q2: return 2;
     case Kind::Q3: return 3;
@@ -79,23 +81,22 @@ struct Codes {
 
 struct Kernels {
   const char* name;
-  int lanes;
-  // A row of activations in the order in which weights are unpacked, filled up with zeros: `length`
-  // values, one of M rows that lie vector by vector, [length / lanes, M, lanes].
-  void (*prepare)(const Weight&, const float* x, int M, float* out);
+  // Floats that a prepared row takes.
+  int (*length)(const Weight&);
+  // A row of activations as `rows` takes it: row m of M that are prepared together, which take M
+  // times `length`.
+  void (*prepare)(const Weight&, const float* x, int m, int M, float* out);
   void (*group_sums)(const Weight&, const float* x, float* out);
   // out[m * ldo + n - first] for the weight's rows [first, last) and M = 1 to 4, 6 or 8 prepared
-  // rows, [length / lanes, M, lanes]. `sums` are those of `group_sums`, a row behind the other.
+  // rows. `sums` are those of `group_sums`, a row behind the other.
   void (*rows)(const Weight&, const float* x, const float* sums, int M, int first, int last,
                float* out, int ldo);
-  // Values [start, stop) of n rows from `first` on, in the order of prepared rows:
-  // out[row * PANEL_VALUES + value - start].
-  void (*panel)(const Weight&, int first, int n, int start, int stop, float* out);
-  // 16 rows of activations prepared and transposed: out[value * ldo + row].
-  void (*transpose)(const Weight&, const float* const* x, float* out, int ldo);
-  // C[M, N] += A[M, K] B[K, N]; N a multiple of 16.
-  void (*matmul)(const float* A, int lda, const float* B, int ldb, float* C, int ldc, int M, int N,
-                 int K);
+  // 16 rows of activations as `many` takes them: those from `first` on of `width`, a tile.
+  void (*prepare_tile)(const Weight&, const float* const* x, int first, int width, float* out);
+  // out[m * PANEL + r] for R <= PANEL rows of the weight and M rows of activations in tiles of
+  // TOKENS (the last of fewer), a multiple of 16 and at most KEPT_ROWS. `scratch` is MANY_FLOATS.
+  void (*many)(const Weight&, const float* x, const float* sums, int M, int first, int R, float* out,
+               float* scratch);
   // out[j] = row j of a [n, K] times x; a is BF16, F16 or F32, K a multiple of 16.
   void (*dots)(const void* a, Kind, const float* x, int n, int K, float* out);
   // out[i] += the sum over j of h[j] b[i / 16][j][i % 16] for i < n, a multiple of 16, and r ranks;
@@ -117,12 +118,6 @@ struct Kernels {
   void (*attend_chunk)(const Heads&, const float* q, const float* k, const float* v,
                        const float* sinks, int first, int last, float* out, float* scratch);
 };
-
-// Values of a prepared row.
-inline int length_of(const Weight& p, int lanes) {
-  const int block = lanes * values_of_word(p.kind);
-  return (p.K + block - 1) / block * block;
-}
 
 inline size_t chunk_floats(const Heads& a, int n) {
   const size_t panels = (size_t(n) * a.G + LANES - 1) / LANES;

@@ -8,9 +8,9 @@
 
 namespace {
 
-// Rows from which a chunk's product is made with weights unpacked to floats, a panel at a time (each
-// part of a sum begins at 0, which keeps digits), and rows whose results are kept meanwhile.
-constexpr int MANY_ROWS = 16, KEPT_ROWS = 512;
+// Rows from which a chunk's product is made with weights that are unpacked before, a panel at a time
+// (each part of a sum begins at 0, which keeps digits).
+constexpr int MANY_ROWS = 16;
 // Values of a weight that are a piece of work, and of one that few rows meet.
 constexpr int PIECE = 32768;
 
@@ -63,15 +63,15 @@ int whole(int n) { return n > 4 ? (n + 1) / 2 * 2 : n; }
 // Rows that are computed for n of them.
 int filled(int n) { return n / MOST_ROWS * MOST_ROWS + whole(n % MOST_ROWS); }
 
-// Rows as the kernels take them: prepared, with sums of their groups, those of a pass interleaved.
-// Those of a group of many are transposed, in tiles of TOKENS rows (the last of fewer, a multiple of
-// 16). Both are filled up with zeros.
+// Rows as the kernels take them: prepared, with sums of their groups, those of a pass together.
+// Those of a group of many are in tiles of TOKENS rows (the last of fewer, a multiple of 16). Both
+// are filled up with zeros.
 class Prepared {
  public:
   explicit Prepared(Job& job) : job_(job) {
     const Weight& weight = job.groups[0].weight;
     n_sums_ = padded(weight.n_groups());
-    length_ = length_of(weight, in_use().lanes);
+    length_ = in_use().length(weight);
     int n_rows = 0;
     for (auto& group : job.groups) {
       group.place = n_rows;
@@ -83,7 +83,7 @@ class Prepared {
     for (const auto& group : job.groups) {
       if (!job.is_many(group)) fill(group);
       if (job.is_many(group))
-        Pool::get().run(padded(group.count) / 16, [&](int i) { transpose(group, i * 16); });
+        Pool::get().run(padded(group.count) / 16, [&](int i) { prepare_tile(group, i * 16); });
       else if (group.count >= MANY_ROWS)
         Pool::get().run(group.count, [&](int i) { prepare(group, i); });
       else
@@ -94,7 +94,7 @@ class Prepared {
   int length() const { return length_; }
   const float* sums(int row) const { return sums_ + size_t(row) * n_sums_; }
   float* values(int row) const { return values_ + size_t(row) * length_; }
-  // A tile [length, width] from row `at` of a group on.
+  // A tile from row `at` of a group on, and its rows.
   float* tile(const Group& group, int at) const { return values(group.place + at); }
   static int width(const Group& group, int at) {
     return std::min(TOKENS, padded(group.count) - at);
@@ -121,14 +121,16 @@ class Prepared {
     static thread_local Scratch local;
     const float* x = row(group.first + i, local.floats(job_.K));
     const int pass = i / MOST_ROWS * MOST_ROWS, M = whole(std::min(MOST_ROWS, group.count - pass));
-    float* to = values(group.place + pass) + (i - pass) * in_use().lanes;
-    in_use().prepare(group.weight, x, M, to);
+    in_use().prepare(group.weight, x, i - pass, M, values(group.place + pass));
+    add_sums(group, x, i);
+  }
+  void add_sums(const Group& group, const float* x, int i) {
     if (n_sums_)
       in_use().group_sums(group.weight, x, sums_ + size_t(group.place + i) * n_sums_);
   }
 
   // 16 rows of a group.
-  void transpose(const Group& group, int first) {
+  void prepare_tile(const Group& group, int first) {
     static thread_local Scratch local;
     float* normed = local.floats(size_t(16 + 1) * job_.K);
     float* zeros = normed + size_t(16) * job_.K;
@@ -139,8 +141,9 @@ class Prepared {
                     ? row(group.first + first + i, normed + size_t(i) * job_.K)
                     : zeros;
     const int start = first / TOKENS * TOKENS;
-    in_use().transpose(group.weight, rows, tile(group, start) + (first - start),
-                       width(group, start));
+    in_use().prepare_tile(group.weight, rows, first - start, width(group, start),
+                          tile(group, start));
+    for (int i = 0; i < 16; ++i) add_sums(group, rows[i], first + i);
   }
 
   const Job& job_;
@@ -184,51 +187,20 @@ void few_rows(const Job& job, const Group& group, const Prepared& x, int first, 
   }
 }
 
-// R rows of a panel times `n` rows of activations from `m` on, a multiple of TOKENS: [R, ldo].
-void many_products(const Group& group, const Prepared& x, int row, int R, int m, int n, float* panel,
-                   float* out, int ldo) {
-  const auto& kernels = in_use();
-  for (int r = 0; r < R; ++r) std::memset(out + size_t(r) * ldo, 0, sizeof(float) * n);
-  for (int start = 0; start < x.length(); start += PANEL_VALUES) {
-    const int stop = std::min(x.length(), start + PANEL_VALUES);
-    kernels.panel(group.weight, row, R, start, stop, panel);
-    for (int t = m; t < m + n; t += TOKENS) {
-      const int width = x.width(group, t);
-      kernels.matmul(panel, PANEL_VALUES, x.tile(group, t) + size_t(start) * width, width,
-                     out + t - m, ldo, R, width, stop - start);
-    }
-  }
-}
-
-// 16 columns of R results as rows of PANEL.
-void to_rows(const float* results, int ldo, int R, float* out) {
-  Weight shape{};
-  shape.kind = Kind::F32, shape.K = 16;
-  for (int r = 0; r < R; r += 16) {
-    const float* rows[16];
-    for (int i = 0; i < 16; ++i) rows[i] = results + size_t(r + i) * ldo;
-    in_use().transpose(shape, rows, out + r, PANEL);
-  }
-}
-
 void many_rows(const Job& job, const Group& group, const Prepared& x, int first, int last) {
+  const auto& kernels = in_use();
   const int R = last - first, kept = std::min(padded(group.count), KEPT_ROWS);
-  const int ldo = kept + 16;  // no power of 2: rows of a column lie in other sets of the cache
   static thread_local Scratch local;
-  float* panel = local.floats(size_t(PANEL) * (PANEL_VALUES + 2 * ldo + 2 * 16));
-  float *A = panel + PANEL * PANEL_VALUES, *U = A + size_t(PANEL) * ldo;
-  float *a = U + size_t(PANEL) * ldo, *u = a + 16 * PANEL;
+  float* scratch = local.floats(MANY_FLOATS + size_t(2) * kept * PANEL);
+  float *a = scratch + MANY_FLOATS, *u = a + size_t(kept) * PANEL;
   for (int m = 0; m < group.count; m += kept) {
-    const int n = std::min(kept, group.count - m);
-    many_products(group, x, first, R, m, padded(n), panel, A, ldo);
+    const int n = std::min(kept, group.count - m), place = group.place + m;
+    kernels.many(group.weight, x.tile(group, m), x.sums(place), padded(n), first, R, a, scratch);
     if (job.has_act())
-      many_products(group, x, job.out_dim + first, R, m, padded(n), panel, U, ldo);
-    for (int i = 0; i < n; i += 16) {
-      to_rows(A + i, ldo, R, a);
-      if (job.has_act()) to_rows(U + i, ldo, R, u);
-      for (int j = 0; j < std::min(16, n - i); ++j)
-        job.finish(group.bias, a + j * PANEL, u + j * PANEL, first, R, group.first + m + i + j);
-    }
+      kernels.many(group.weight, x.tile(group, m), x.sums(place), padded(n), job.out_dim + first, R,
+                   u, scratch);
+    for (int i = 0; i < n; ++i)
+      job.finish(group.bias, a + i * PANEL, u + i * PANEL, first, R, group.first + m + i);
   }
 }
 

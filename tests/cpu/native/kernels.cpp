@@ -61,33 +61,39 @@ struct Stored {
   }
 };
 
-// Results [M, N] of a few rows, and of 16 as panels.
+// Results [M, N] of a few rows, and of many.
 Floats few(const Kernels& k, const Weight& p, const Floats& x, int M) {
-  const int length = length_of(p, k.lanes), n_sums = padded(p.n_groups()), ldo = padded(p.N);
-  Floats prepared(size_t(M) * size_t(length)), sums(size_t(M) * size_t(n_sums));
+  const size_t length = size_t(k.length(p)), n_sums = size_t(padded(p.n_groups()));
+  const int ldo = padded(p.N);
+  Floats prepared(size_t(M) * length), sums(size_t(M) * n_sums);
   for (int m = 0; m < M; ++m) {
-    k.prepare(p, x.data() + m * p.K, M, prepared.data() + m * k.lanes);
-    if (n_sums) k.group_sums(p, x.data() + m * p.K, sums.data() + m * n_sums);
+    k.prepare(p, x.data() + m * p.K, m, M, prepared.data());
+    if (n_sums) k.group_sums(p, x.data() + m * p.K, sums.data() + size_t(m) * n_sums);
   }
   Floats out(size_t(M) * size_t(ldo));
   k.rows(p, prepared.data(), sums.data(), M, 0, p.N, out.data(), ldo);
   return out;
 }
 
-Floats many(const Kernels& k, const Weight& p, const Floats& x) {
-  const int length = length_of(p, k.lanes);
-  Floats tile(size_t(length) * 16), panel(size_t(PANEL) * PANEL_VALUES);
-  const float* rows[16];
-  for (int i = 0; i < 16; ++i) rows[i] = x.data() + i * p.K;
-  k.transpose(p, rows, tile.data(), 16);
-  Floats out(size_t(p.N) * 16);
-  for (int first = 0; first < p.N; first += PANEL)
-    for (int start = 0; start < length; start += PANEL_VALUES) {
-      const int n = std::min(PANEL, p.N - first), stop = std::min(length, start + PANEL_VALUES);
-      k.panel(p, first, n, start, stop, panel.data());
-      k.matmul(panel.data(), PANEL_VALUES, tile.data() + start * 16, 16, out.data() + first * 16, 16,
-               n, 16, stop - start);
+Floats many(const Kernels& k, const Weight& p, const Floats& x, int M) {
+  const size_t length = size_t(k.length(p)), n_sums = size_t(padded(p.n_groups()));
+  Floats tiles(size_t(M) * length), sums(size_t(M) * n_sums), scratch(static_cast<size_t>(MANY_FLOATS));
+  for (int i = 0; i < M; i += 16) {
+    const float* rows[16];
+    const int start = i / TOKENS * TOKENS, width = std::min(TOKENS, M - start);
+    for (int j = 0; j < 16; ++j) {
+      rows[j] = x.data() + (i + j) * p.K;
+      if (n_sums) k.group_sums(p, rows[j], sums.data() + size_t(i + j) * n_sums);
     }
+    k.prepare_tile(p, rows, i - start, width, tiles.data() + size_t(start) * length);
+  }
+  Floats out(size_t(M) * size_t(p.N)), panel(size_t(M) * PANEL);
+  for (int first = 0; first < p.N; first += PANEL) {
+    const int R = std::min(PANEL, p.N - first);
+    k.many(p, tiles.data(), sums.data(), M, first, R, panel.data(), scratch.data());
+    for (int m = 0; m < M; ++m)
+      std::copy_n(panel.data() + m * PANEL, R, out.data() + m * p.N + first);
+  }
   return out;
 }
 
@@ -104,8 +110,9 @@ bool agree(const char* what, const Kernels& k, const Weight& p, const Floats& a,
 }
 
 bool products(const Kernels& k, const Kernels& baseline, const Weight& p) {
-  const Floats x = random_floats(size_t(16) * size_t(p.K));
-  bool fine = agree("many", k, p, many(k, p, x), many(baseline, p, x));
+  constexpr int MANY = TOKENS + 16;
+  const Floats x = random_floats(size_t(MANY) * size_t(p.K));
+  bool fine = agree("many", k, p, many(k, p, x, MANY), many(baseline, p, x, MANY));
   const Floats alone = few(k, p, x, 1);
   for (int M : {1, 2, 3, 4, 6, 8}) {
     const Floats together = few(k, p, x, M);
@@ -228,7 +235,7 @@ bool same_rounding(const Kernels& k, const Kernels& baseline) {
 int main() {
   const Kernels* baseline = kernels("baseline");
   bool fine = true;
-  for (const char* name : {"baseline", "avx2", "avx512"}) {
+  for (const char* name : {"baseline", "avx2", "avx512", "amx"}) {
     const Kernels* k = kernels(name);
     if (!k) continue;
     std::printf("%s\n", k->name);

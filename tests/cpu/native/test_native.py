@@ -46,7 +46,7 @@ def run(program: Path, *arguments: str) -> None:
 
 
 def test_kernels_stay_in_their_memory_and_agree_with_the_baseline(tmp_path: Path) -> None:
-    units = [building.SOURCES / f"{name}.cpp" for name in ("avx512", "avx2", "baseline")]
+    units = [building.SOURCES / f"{name}.cpp" for name in ("amx", "avx512", "avx2", "baseline")]
     run(build(tmp_path, MEMORY, *units, HERE / "kernels.cpp"))
 
 
