@@ -35,6 +35,7 @@ class ServerConfig:
         context: tokens of prompt and answer together, for all models; None for each model's own.
         max_body_bytes: size of a request.
         max_bodies_bytes: size of all requests together that are not answered yet.
+        max_upload_bytes: size of a file that is sent to make a model of.
         max_connections: at a time; fewer where the process may have fewer files.
         head_s: time in which the head of a request has to come.
         body_s: time in which the body of a request has to come; longer by its size, see
@@ -67,6 +68,7 @@ class ServerConfig:
     context: int | None = None
     max_body_bytes: int = 32 << 20
     max_bodies_bytes: int = 256 << 20
+    max_upload_bytes: int = 4 << 30
     max_connections: int = 1024
     head_s: float = 10.0
     body_s: float = 30.0

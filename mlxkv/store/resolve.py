@@ -97,7 +97,8 @@ def local(ref: StoredRef | CatalogRef | HubRef, *, report: Report = silent) -> P
 
 
 def pull(name: str, *, report: Report = silent) -> Path:
-    """Fetch a model, or the changed files of a repository, and return its directory.
+    """Fetch a model, or the changed files of a repository, and return its directory; of an adapter
+    its folder or .gguf file.
 
     Raises:
         UsageError: a path, which cannot be pulled.
@@ -106,9 +107,10 @@ def pull(name: str, *, report: Report = silent) -> Path:
     ref = locate(name)
     if isinstance(ref, PathRef):
         raise UsageError(f"{ref.path} is a path: pull takes a model's name or org/name")
-    if not isinstance(ref, HubRef) and (folder := local(ref)) is not None:
-        return folder
-    return _fetch(ref, report)
+    if isinstance(ref, HubRef):
+        path = _download(ref, report)
+        return path if _holds_adapter(path) else _of_download(ref, path, report)
+    return _fetch(ref, report) if (folder := local(ref)) is None else folder
 
 
 def _fetch(ref: StoredRef | CatalogRef | HubRef, report: Report) -> Path:
@@ -118,10 +120,27 @@ def _fetch(ref: StoredRef | CatalogRef | HubRef, report: Report) -> Path:
         case CatalogRef(model):
             return _pull_catalog(model, report)
         case HubRef():
-            path = _download(ref, report)
-            if path.is_dir():
-                return _runnable_snapshot(ref, path, report)
-            return _converted_from_hub(ref, path, report)
+            return _of_download(ref, _download(ref, report), report)
+
+
+def _of_download(ref: HubRef, path: Path, report: Report) -> Path:
+    """The directory of a model whose snapshot, or GGUF file, was fetched."""
+    if _holds_adapter(path):
+        raise _adapter_alone(ref.name)
+    if path.is_dir():
+        return _runnable_snapshot(ref, path, report)
+    return _converted_from_hub(ref, path, report)
+
+
+def _holds_adapter(path: Path) -> bool:
+    """Whether a snapshot, or a GGUF file, is an adapter and no model."""
+    from mlxkv.checkpoint.adapter_files import is_adapter
+
+    if path.is_dir():
+        return not is_model(path) and is_adapter(path)
+    from mlxkv.convert.gguf.file import open_gguf  # pyright: ignore[reportMissingImports]
+
+    return open_gguf(path).metadata.get("general.type") == "adapter"
 
 
 def _resolve_path(path: Path, report: Report) -> Path:
@@ -143,11 +162,13 @@ def _no_model(folder: Path) -> ModelNotFound:
     from mlxkv.checkpoint.adapter_files import is_adapter
 
     if is_adapter(folder):
-        return ModelNotFound(
-            f"{folder} holds an adapter and no model: give the model that it was made for",
-            hints=[Hint("adapter", str(folder), "adds it")],
-        )
+        return _adapter_alone(str(folder))
     return ModelNotFound(f"{folder} holds no config.json: not a model directory")
+
+
+def _adapter_alone(name: str) -> ModelNotFound:
+    text = f"{name} holds an adapter and no model: give the model that it was made for"
+    return ModelNotFound(text, hints=[Hint("adapter", name, "adds it")])
 
 
 def needs_conversion(folder: Path) -> bool:

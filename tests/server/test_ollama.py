@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import shutil
 import threading
 import time
@@ -750,11 +751,43 @@ def test_create_keeps_adapters_of_the_cache_with_the_model(address, models, tmp_
     assert (ref.weight, ref.path.name) == (0.5, "000=0.5")
 
 
+def test_create_makes_a_model_of_adapters_that_clients_send(client, address, models, tmp_path):
+    size = json.loads((models / "tiny-1k" / "config.json").read_text())["hidden_size"]
+    adapter = mlx_lm(tmp_path / "adapter", {"model.layers.0.self_attn.o_proj": (size, size)})
+    files = {f"here/{file.name}": client.create_blob(file) for file in adapter.iterdir()}
+    first, *_ = (f"{address}/api/blobs/{digest}" for digest in files.values())
+    assert httpx.head(first).status_code == 200
+    assert httpx.head(first[:-1] + "g").status_code == 400
+    unknown = f"{address}/api/blobs/sha256:{'0' * 64}"
+    assert "digest is" in httpx.post(unknown, content=b"other").json()["error"]
+    assert httpx.head(unknown).status_code == 404
+    assert client.create("tuned", from_=STORED, adapters=files).status == "success"
+    (ref,) = own_adapters(models / "tuned")
+    for file in adapter.iterdir():
+        assert (ref.path / file.name).read_bytes() == file.read_bytes()
+    # What does not fit is told without the server's paths; a file that is not needed stays out.
+    wide = mlx_lm(tmp_path / "wide", {"model.layers.0.self_attn.o_proj": (size + 1, size)})
+    files = {file.name: client.create_blob(file) for file in wide.iterdir()}
+    answer = post(address, "/api/create", {"model": "a", "from": STORED, "adapters": files})
+    assert "o_proj.lora_a is" in answer.text and str(models) not in answer.text
+    del files["adapters.safetensors"]
+    assert "must have adapter_config.json with" in refused(
+        address, "/api/create", **{"model": "a", "from": STORED, "adapters": files, "stream": False}
+    )
+    folder = models / ".uploads"
+    assert {len(path.name) for path in folder.iterdir()} == {64}
+    old = folder / files["adapter_config.json"].removeprefix("sha256:")
+    os.utime(old, (0, 0))
+    client.create_blob(adapter / "adapters.safetensors")
+    assert not old.exists()
+
+
 @pytest.mark.parametrize(
     ("body", "words"),
     [
         ({}, "from is required"),
         ({"from": STORED, "adapters": {"a.gguf": "sha256:0"}}, "adapters"),
+        ({"from": STORED, "adapters": {"a": f"sha256:{'0' * 64}"}}, "send the file to /api/blobs"),
         ({"from": STORED, "quantize": "q4_K_M"}, "affine4"),
         ({"from": STORED, "quantize": "auto"}, "use `mlxkv convert`"),
         ({"from": STORED, "system": "Be brief"}, "system: not supported"),

@@ -12,7 +12,7 @@ from huggingface_hub import close_session, constants
 from mlxkv.checkpoint.adapter import Adapter
 from mlxkv.errors import ModelNotFound, UsageError
 from mlxkv.models.adapters import Weighted
-from mlxkv.store import adapters, library
+from mlxkv.store import adapters, library, resolve
 from tests.support.hub_server import Hub, point_client_at, serve
 
 REPO, OTHER = "org/adapter", "org/model"
@@ -57,6 +57,9 @@ def test_an_adapter_of_a_repository_is_fetched_once_listed_and_removed(served: H
     assert served.requests == []
     assert [(each.name, each.path) for each in adapters.stored_adapters()] == [(REPO, ref.path)]
     assert library.list_models() == []
+    assert resolve.pull(REPO) == ref.path
+    with pytest.raises(ModelNotFound, match="holds an adapter and no model"):
+        resolve.resolve(REPO)
     with pytest.raises(ModelNotFound, match=f"{OTHER} holds no adapter"):
         adapters.find(OTHER)
     with pytest.raises(UsageError, match="takes a name"):

@@ -5,6 +5,7 @@ Invariants:
   for each piece that it came in.
 - It stays within `max_bodies_bytes`: past it, the incomplete body with the most bytes is refused,
   so that clients which never finish do not keep small requests out.
+- A file that goes to the disk as it comes (`UPLOADS`) counts there only as what is not written.
 - A body has `body_s`, and a second more for each `min_body_rate` bytes that came.
 """
 
@@ -24,6 +25,8 @@ from mlxkv.server.errors import stopping
 _log = logging.getLogger(__name__)
 
 
+UPLOADS = "/api/blobs/"
+"""Paths whose bodies are files."""
 MESSAGE_BYTES = 64
 """What a piece of a body takes besides its bytes."""
 
@@ -38,17 +41,18 @@ class Bodies:
         self.held_bytes = 0
 
     @contextmanager
-    def body(self, headers: dict[str, str]) -> Iterator[Body]:
-        """The body of one request, until its answer has ended.
+    def body(self, headers: dict[str, str], path: str = "") -> Iterator[Body]:
+        """The body of one request to a path, until its answer has ended.
 
         Raises:
             HTTPException: its Content-Length is past the limit.
         """
-        limit = self._config.max_body_bytes
+        is_upload = path.startswith(UPLOADS)
+        limit = self._config.max_upload_bytes if is_upload else self._config.max_body_bytes
         length = headers.get("content-length", "")
         if length.isascii() and length.isdigit() and (len(length) > 19 or int(length) > limit):
             raise _too_large(limit)
-        body = Body(self, self._config)
+        body = Body(self, self._config, limit, is_upload)
         self._coming.add(body)
         if self._is_ending:
             body.refuse(stopping())
@@ -61,8 +65,9 @@ class Bodies:
     def add(self, body: Body, n_bytes: int) -> None:
         """Count bytes of a body, and refuse bodies until all of them fit."""
         body.n_bytes += n_bytes
-        body.held_bytes += n_bytes + MESSAGE_BYTES
-        self.held_bytes += n_bytes + MESSAGE_BYTES
+        more = n_bytes + MESSAGE_BYTES - (body.held_bytes if body.is_upload else 0)
+        body.held_bytes += more
+        self.held_bytes += more
         while self.held_bytes > self._config.max_bodies_bytes and self._coming:
             largest = max(self._coming, key=lambda each: (each.held_bytes, each is body))
             self._coming.discard(largest)
@@ -85,13 +90,20 @@ class Bodies:
 class Body:
     """The body of one request.
 
+    Args:
+        bodies: all of them.
+        config: has the bounds of time.
+        limit: bytes at most.
+        is_upload: whether a piece is written to the disk before the next is asked for.
+
     Attributes:
         n_bytes: received so far.
         held_bytes: what they take.
     """
 
-    def __init__(self, bodies: Bodies, config: ServerConfig):
+    def __init__(self, bodies: Bodies, config: ServerConfig, limit: int, is_upload: bool = False):
         self._bodies, self._config = bodies, config
+        self._limit, self.is_upload = limit, is_upload
         self._loop = asyncio.get_running_loop()
         self._started = self._loop.time()
         self._is_complete = False
@@ -130,8 +142,8 @@ class Body:
         if message["type"] != "http.request":
             return
         self._bodies.add(self, len(message.get("body", b"")))
-        if self.n_bytes > self._config.max_body_bytes:
-            raise _too_large(self._config.max_body_bytes)
+        if self.n_bytes > self._limit:
+            raise _too_large(self._limit)
         if self._refusal is not None:
             raise self._refusal
         if not message.get("more_body", False):

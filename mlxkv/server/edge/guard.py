@@ -93,7 +93,7 @@ class Guard:
             scope.setdefault("state", {})["owner"] = owner
             if scope["method"] == "POST" and scope["path"] not in OPEN_PATHS:
                 self._expect(owner, client_named(headers.get("user-agent", "")))
-            with self._bodies.body(headers) as body:
+            with self._bodies.body(headers, scope["path"]) as body:
                 await self._app(scope, lambda: body.receive(receive), watched)
         except asyncio.CancelledError:
             raise

@@ -29,7 +29,7 @@ from mlxkv.server.model_names import find, new_name, pullable_name, stored_name
 from mlxkv.server.ollama.answers import NDJSON, error_line, line
 from mlxkv.server.ollama.fields import Named, Options
 from mlxkv.server.threads import run_in_threadpool
-from mlxkv.store import derive, library, resolve
+from mlxkv.store import derive, library, resolve, uploads
 from mlxkv.store.adapter_names import find_named
 from mlxkv.store.adapters import AdapterRef
 from mlxkv.store.resolve import Report
@@ -74,9 +74,10 @@ class CreateRequest(Named):
     parameters: Options | None = Field(None, description=f"{', '.join(_KEPT)}.")
     stream: bool | None = None
     files: Refused = Field(default=None, description="Use `mlxkv convert`.")
-    adapters: dict[str, float] | None = Field(
+    adapters: dict[str, float | str] | None = Field(
         default=None,
-        description="Adapters that are here, by name or as org/name, each with its weight.",
+        description="Adapters that are here, by name or as org/name, each with its weight; or "
+        "files by name, each with the digest under which /api/blobs has it.",
     )
     template: Refused = None
     system: Refused = None
@@ -160,20 +161,26 @@ def _creation(body: CreateRequest) -> Work:
     if not body.from_:
         raise UsageError("from is required: it names the stored model to start from")
     values, name, source = body.settings(), new_name(body.model_name), stored_name(body.from_)
-    refs = [AdapterRef(find_named(each), weight) for each, weight in (body.adapters or {}).items()]
+    refs, files = list[AdapterRef](), dict[str, str]()
+    for each, given in (body.adapters or {}).items():
+        if isinstance(given, str):
+            files[each] = given
+        else:
+            refs.append(AdapterRef(find_named(each), given))
     sampling = {key: values[key] for key in _SAMPLING if key in values}
     chosen = {_SETTINGS[key]: values[key] for key in _SETTINGS if key in values}
 
     def work(report: Report) -> object:
-        return derive.derive(
-            resolve.resolve(source, fetch=False, report=report),
-            name,
-            quantize=body.quantize or None,
-            chosen=chosen,
-            sampling=SamplingParams(**sampling) if sampling else None,
-            adapters=refs,
-            report=report,
-        )
+        with uploads.adapters_of(files) as sent:
+            return derive.derive(
+                resolve.resolve(source, fetch=False, report=report),
+                name,
+                quantize=body.quantize or None,
+                chosen=chosen,
+                sampling=SamplingParams(**sampling) if sampling else None,
+                adapters=[*refs, *sent],
+                report=report,
+            )
 
     return work
 

@@ -181,6 +181,25 @@ def test_a_body_in_single_bytes_is_held_for_more_than_its_length():
     assert asyncio.run(pieces()) < 100
 
 
+def test_a_file_has_a_bound_of_its_own_and_is_not_held():
+    async def send(n_pieces: int) -> Bodies:
+        config = ServerConfig(max_body_bytes=100, max_bodies_bytes=3000, max_upload_bytes=10_000)
+        bodies = Bodies(config)
+        with bodies.body({}, "/api/blobs/sha256:0") as body:
+            for _ in range(n_pieces):
+                await body.receive(piece)
+            assert bodies.held_bytes < 2000
+        return bodies
+
+    async def piece() -> dict[str, Any]:
+        return {"type": "http.request", "body": b"x" * 1000, "more_body": True}
+
+    assert asyncio.run(send(10)).held_bytes == 0
+    with pytest.raises(HTTPException) as caught:
+        asyncio.run(send(11))
+    assert caught.value.status_code == 413
+
+
 @pytest.mark.parametrize(
     "memory_gib, bodies_mib", [(0.25, 64), (1, 64), (2, 128), (4, 256), (64, 256)]
 )
