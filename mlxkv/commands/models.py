@@ -58,12 +58,21 @@ def list_(as_json: AsJson = False) -> None:
 
 
 def show(model: Model, as_json: AsJson = False) -> None:
-    """Show a model's shape, size, KV cache, licence and files."""
-    from mlxkv.store import resolve
+    """Show a model's shape, size, KV cache, licence and files, and its adapters."""
+    from mlxkv.store import adapters, resolve
+    from mlxkv.store.adapter_names import split
     from mlxkv.store.info import describe, to_dict
+    from mlxkv.terminal import adapter_text
 
-    card = describe(model, resolve.resolve(model, fetch=False))
-    print(json.dumps(to_dict(card), indent=2) if as_json else card.text())
+    name, named = split(model)
+    path = resolve.resolve(name, fetch=False)
+    refs = [*adapters.own_adapters(path), *adapters.adapter_refs(named, fetch=False)]
+    card, added = describe(name, path), [(adapters.read(ref.path), ref.weight) for ref in refs]
+    if as_json:
+        rows = [adapter_text.to_dict(each) | {"weight": weight} for each, weight in added]
+        print(json.dumps(to_dict(card) | {"adapters": rows}, indent=2))
+        return
+    print("\n\n".join([card.text(), *(adapter_text.text(*each) for each in added)]))
 
 
 def rm(

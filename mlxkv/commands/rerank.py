@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from mlxkv.commands.inputs import texts_or_lines
-from mlxkv.commands.options import AsJson, Context, DType, KVType, Memory, Model
+from mlxkv.commands.options import Adapters, AsJson, Context, DType, KVType, Memory, Model
 
 
 def rerank(
@@ -27,6 +27,7 @@ def rerank(
     max_tokens_per_doc: Annotated[
         int | None, typer.Option(help="Cut longer documents; default: an error.")
     ] = None,
+    adapter: Adapters = None,
     as_json: AsJson = False,
     context: Context = None,
     kv_type: KVType = None,
@@ -44,7 +45,7 @@ def rerank(
     texts = texts_or_lines(documents, "nothing to rank")
     check(query, texts, top_n, max_tokens_per_doc)
     given = Given(context=context, kv_type=kv_type, memory=memory, origin=COMMAND_LINE)
-    with load_model(model, dtype, given) as llm:
+    with load_model(model, dtype, given, adapter or ()) as llm:
         ranked = llm.rerank(
             query, texts, instruction=instruction, max_tokens_per_doc=max_tokens_per_doc
         )

@@ -47,6 +47,7 @@ class AdaptedModel:
         border: the layer from which on its pages are its own; None for all.
         used_at: time of its last request.
         sessions: its live sequences.
+        owners: whose requests have named them.
     """
 
     given: tuple[str, ...]
@@ -56,6 +57,7 @@ class AdaptedModel:
     border: int | None
     used_at: float = field(default_factory=time.monotonic)
     sessions: WeakSet[Session] = field(default_factory=WeakSet)
+    owners: set[str] = field(default_factory=set)
 
     @property
     def is_idle(self) -> bool:

@@ -109,7 +109,8 @@ class LoadedModel:
         )
 
     def describe(self, owner: str | None = None) -> Loaded:
-        """Its state, for front ends; sequences, KV and pages are an owner's, or all for None."""
+        """Its state, for front ends; sequences, KV, pages and requests' adapters are an owner's, or
+        all for None."""
         runtime, card = self.scheduler.runtime, self.card
         use, end = self.use(owner), self.expires_at()
         until = None if end is None else time.time() + end - time.monotonic()
@@ -133,5 +134,9 @@ class LoadedModel:
             digest=self.digest,
             n_asleep=self.scheduler.sleep.n_asleep(owner),
             kv_type=runtime.kv_type,
-            adapters=tuple([(shown(each.given), each.n_bytes) for each in runtime.adapted]),
+            adapters=tuple(
+                (shown(each.given), each.n_bytes)
+                for each in runtime.adapted
+                if owner is None or owner in each.owners
+            ),
         )

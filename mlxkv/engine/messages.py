@@ -111,7 +111,7 @@ class Loaded:
     n_asleep: int = 0
     kv_type: str = "native"
     adapters: tuple[tuple[str, int], ...] = ()
-    """Those of requests by their names, and the bytes that they take."""
+    """Those of an owner's requests by their names, and the bytes that they take."""
 
 
 @dataclass(frozen=True, slots=True)

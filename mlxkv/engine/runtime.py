@@ -301,6 +301,7 @@ class Runtime(TextSide):
         session = Session(model, self.kv_type, pages, self.budget, scores, border)
         if found is not None:
             found.sessions.add(session)
+            found.owners.add(owner)
         return session
 
     def decoder(self) -> Decoder:

@@ -16,6 +16,7 @@ from mlxkv.memory.plan import Plan, plan_model
 from mlxkv.memory.trace import hollow
 from mlxkv.models.adapters import adapted_bytes
 from mlxkv.models.loader import Layout, lay_out
+from mlxkv.store.adapter_names import split
 from mlxkv.store.adapters import adapter_refs, own_adapters, read_adapters
 from mlxkv.store.refs import HubRef, locate
 from mlxkv.store.settings import Given, Settings, draft_model, draws_on_model, effective
@@ -45,7 +46,7 @@ def plan(
     are fetched, and nothing is kept. Arguments that are None have the defaults of `load`.
 
     Args:
-        model: path or name.
+        model: path or name; adapters may stand behind it, as in `load`.
         context: tokens a sequence; may exceed the model's own.
         sequences: sequences at a time; of an embedding model a batch is planned, whatever these
             and `kv_type` are.
@@ -69,6 +70,7 @@ def plan(
     for field, n in (("context", context), ("sequences", sequences), ("chunk", chunk)):
         if n is not None and n < 1:
             raise UsageError(f"must be at least 1; got {n}", field=field)
+    model, named = split(str(model))
     layout, settings, media = _layout(
         model, dtype, Given(None, kv_type, memory, draft=draft), images, audio, image_budget
     )
@@ -80,7 +82,8 @@ def plan(
         )
     weights_bytes, encoders = layout.nbytes, layout.encoder_bytes  # `hollow` clears the weights
     own = own_adapters(Path(layout.checkpoint.source).parent)
-    added = read_adapters([*own, *adapter_refs(adapter)], layout.checkpoint.raw)
+    refs = [*own, *adapter_refs(named), *adapter_refs(adapter)]
+    added = read_adapters(refs, layout.checkpoint.raw)
     built, source = hollow(layout, added), layout.checkpoint.source
     return plan_model(
         built,

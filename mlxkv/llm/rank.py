@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from mlxkv.engine import prompt as prompts
 from mlxkv.engine.driver import run
@@ -30,6 +31,7 @@ def rerank(
     instruction: str | None = None,
     top_n: int | None = None,
     max_tokens_per_doc: int | None = None,
+    adapter: str | Path | Sequence[str | Path] | None = None,
 ) -> list[Ranked]:
     """Judge how well documents fit a query, by the probability that a model says yes.
 
@@ -42,6 +44,7 @@ def rerank(
         instruction: what makes a document fit; None for that of a web search.
         top_n: how many to return; None for all.
         max_tokens_per_doc: cut longer ones; None for an error past the context.
+        adapter: as for `LLM.generate`.
 
     Returns:
         The best first.
@@ -56,7 +59,7 @@ def rerank(
     found: list[Ranked] = []
     for start in range(0, len(documents), AT_A_TIME):
         generations = [
-            _generation(runtime, Rank(query, document, instruction, max_tokens_per_doc))
+            _generation(runtime, Rank(query, document, instruction, max_tokens_per_doc), adapter)
             for document in documents[start : start + AT_A_TIME]
         ]
         answers: list[list[Chunk]] = [[] for _ in generations]
@@ -66,6 +69,10 @@ def rerank(
     return in_order(found, top_n)
 
 
-def _generation(runtime: Runtime, rank: Rank) -> Generation:
-    request = Request.of(messages(rank.head, rank.document), **options_of(rank))
-    return prompts.start(runtime, request, prompts.prepare(runtime, request), runtime.session())
+def _generation(
+    runtime: Runtime, rank: Rank, adapter: str | Path | Sequence[str | Path] | None
+) -> Generation:
+    prompt = messages(rank.head, rank.document)
+    request = Request.of(prompt, adapter=adapter, **options_of(rank))
+    session = runtime.session(adapter=request.adapter)
+    return prompts.start(runtime, request, prompts.prepare(runtime, request), session)

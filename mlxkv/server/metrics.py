@@ -180,13 +180,13 @@ def router(engine: Engine, config: ServerConfig) -> APIRouter:
     @routes.get("/metrics")
     async def metrics(request: Request) -> Response:
         """Metrics in Prometheus' text format: of the engine; with several API keys, of the key."""
-        registry = registry_of(whose_figures(request, config))
+        registry = registry_of(whose_figures(request))
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
     @routes.get("/stats.json")
     async def stats(request: Request) -> Response:
         """The same metrics as JSON, with the models in memory and the API key's clients."""
-        owner, whose = request.state.owner, whose_figures(request, config)
+        owner, whose = request.state.owner, whose_figures(request)
         shown = await run_in_threadpool(_shown, engine, owner, whose)  # scans the KV folder
         return JSONResponse(shown, headers={"Cache-Control": "no-store"})
 

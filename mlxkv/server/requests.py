@@ -17,9 +17,9 @@ from mlxkv.server.agents.state_memory import StateMemory
 from mlxkv.server.config import ServerConfig
 
 
-def whose_figures(http: HTTPRequest, config: ServerConfig) -> str | None:
+def whose_figures(http: HTTPRequest) -> str | None:
     """The owner whose figures a request may see: its own; None for all, where there is one key."""
-    return http.state.owner if len(set(config.api_keys)) > 1 else None
+    return http.state.owner if len(http.app.state.api_keys.keys) > 1 else None
 
 
 def build_request(prompt: Prompt, **options: Any) -> Request:

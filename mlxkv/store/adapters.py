@@ -66,11 +66,14 @@ class StoredAdapter:
     size_bytes: int
 
 
-def adapter_refs(given: str | Path | Sequence[str | Path] | None) -> list[AdapterRef]:
+def adapter_refs(
+    given: str | Path | Sequence[str | Path] | None, *, fetch: bool = True
+) -> list[AdapterRef]:
     """Find adapters, fetched first if need be.
 
     Args:
         given: each a path or a Hugging Face repository, which may end in "=WEIGHT".
+        fetch: whether the network may be used.
 
     Raises:
         UsageError: a weight that is no number.
@@ -79,12 +82,8 @@ def adapter_refs(given: str | Path | Sequence[str | Path] | None) -> list[Adapte
     if given is None:
         return []
     each = [given] if isinstance(given, str | Path) else given
-    return [_ref(str(text)) for text in each]
-
-
-def _ref(text: str) -> AdapterRef:
-    name, weight = weighed(text)
-    return AdapterRef(find(name), weight)
+    found = [weighed(str(text)) for text in each]
+    return [AdapterRef(find(name, fetch=fetch), weight) for name, weight in found]
 
 
 def weighed(text: str) -> tuple[str, float]:

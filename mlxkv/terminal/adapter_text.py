@@ -14,8 +14,13 @@ if TYPE_CHECKING:
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 
-def text(adapter: Adapter) -> str:
-    """One fact a line."""
+def text(adapter: Adapter, weight: float = 1.0) -> str:
+    """One fact a line.
+
+    Args:
+        adapter: what is shown.
+        weight: that its model is loaded with.
+    """
     facts = to_dict(adapter)
     projections = [f"{name} x {n}" for name, n in facts["projections"].items()]
     layers = facts["layers"]
@@ -28,6 +33,7 @@ def text(adapter: Adapter) -> str:
         ("changes", ", ".join(projections)),
         ("layers", f"{layers[0]} to {layers[-1]}, {len(layers)} of them" if layers else "none"),
         ("path", facts["path"]),
+        *([] if weight == 1 else [("weight", f"{weight:g}")]),
     ]
     return "\n".join(f"{key:<9} {value}" for key, value in rows)
 

@@ -14,6 +14,7 @@ from mlxkv.errors import ContextExceeded, UsageError
 from mlxkv.generation.rank import Rank, messages, options_of
 from mlxkv.generation.request import Request
 from mlxkv.sampling.logprobs import tell
+from tests.models.test_adapters import mlx_lm
 from tests.support.command_line import chat_model
 
 pytestmark = pytest.mark.any_device
@@ -33,7 +34,7 @@ def plain(tmp_path_factory):
     return chat_model(tmp_path_factory.mktemp("rank") / "chat", max_position_embeddings=1024)
 
 
-def test_a_score_is_the_models_own_and_the_query_is_computed_once(plain, monkeypatch):
+def test_a_score_is_the_models_own_and_the_query_is_computed_once(plain, monkeypatch, tmp_path):
     monkeypatch.setenv("MLXKV_KV_DISK", "0")
     llm = mlxkv.load(plain, dtype="float32")
     found = llm.rerank(QUERY, DOCUMENTS)
@@ -51,6 +52,9 @@ def test_a_score_is_the_models_own_and_the_query_is_computed_once(plain, monkeyp
     computed = sum(x.n_computed for x in found)
     assert computed <= sum(x.n_tokens - shared for x in found) + max(x.n_tokens for x in found)
     assert [x.index for x in llm.rerank(QUERY, DOCUMENTS, top_n=2)] == [x.index for x in found[:2]]
+    adapter = mlx_lm(tmp_path / "a", {"model.layers.0.self_attn.q_proj": (64, 64)})
+    scores = {x.index: x.score for x in llm.rerank(QUERY, DOCUMENTS, adapter=str(adapter))}
+    assert scores != {x.index: x.score for x in found}
 
 
 def test_a_qwen3_reranker_gets_its_own_prompt_and_texts_no_control_tokens(folder):

@@ -47,6 +47,7 @@ def adapter(reused: Path, tmp_path: Path) -> Path:
 def test_its_bytes_count_in_plan_and_budget(reused: Path, kv: Path, adapter: Path) -> None:
     base, path = plan(reused / "llama"), reused / "llama"
     planned = plan(path, adapter=adapter)
+    assert plan(f"{path}+{adapter}").weights_bytes == planned.weights_bytes
     llm = mlxkv.load(path, adapter=adapter)
     assert llm.budget.weights_bytes == planned.weights_bytes > base.weights_bytes
     limit = (base.weights_bytes + planned.weights_bytes) // 2
@@ -84,6 +85,9 @@ def test_the_command_line_takes_and_shows_adapters(reused, kv, adapter, capsys) 
     shown = json.loads(capsys.readouterr().out)
     assert (shown["base"], shown["ranks"], shown["layers"]) == ("org/base", [3], [0, 1])
     assert shown["projections"] == {"down_proj": 1, "q_proj": 1}
+    assert main(["show", f"{reused / 'llama'}+{adapter}=0.5", "--json"]) == 0
+    (shown,) = json.loads(capsys.readouterr().out)["adapters"]
+    assert (shown["weight"], shown["layers"]) == (0.5, [0, 1])
     for args, message in (
         (
             ["run", "--adapter", str(adapter / "none"), str(reused / "llama"), "a"],
@@ -255,6 +259,7 @@ def test_an_engine_loads_adapters_of_requests_beside_one_base(
         assert asyncio.run(together(engine, asks)) == expected
         (loaded,) = engine.loaded()
         assert {name for name, _ in loaded.adapters} == {"adapter", "adapter=0.5"}
+        assert engine.loaded("")[0].adapters and not engine.loaded("other's")[0].adapters
         lost = Ask(str(path), Request.of("a", adapter="org/none"))
         with pytest.raises(MlxkvError):
             asyncio.run(collect(engine.submit(lost)))

@@ -115,6 +115,9 @@ def test_adapters_of_a_models_name_are_found_whatever_is_asked_of_it(
     def post(route: str, name: str, **fields: Any) -> httpx.Response:
         return httpx.post(address + route, json={"model": f"{MODEL}+{name}", **fields})
 
+    body = {"model": f"{MODEL}+mine=0.5", "adapter": ["mine"], **documents}
+    httpx.post(f"{address}/v1/rerank", json=body)
+    assert engine.last.request.adapter == (f"{path}=0.5", f"{path}=1.0")
     for ask in (write_down, rank):
         engine.asks.clear()
         ask("mine=0.5")
@@ -132,6 +135,8 @@ def test_adapters_of_a_models_name_are_found_whatever_is_asked_of_it(
     for route in ("/v1/embeddings", "/api/embed", "/api/embeddings"):
         answer = post(route, "mine", input="a", prompt="a")
         assert answer.status_code == 400 and "takes no adapters" in answer.text
+        answer = httpx.post(address + route, json={"model": MODEL, "input": "a", "adapter": "mine"})
+        assert answer.status_code == 400 and "adapter" in answer.text
 
 
 def test_lists_have_models_under_the_adapters_made_for_them(address, engine, monkeypatch):

@@ -17,7 +17,15 @@ from mlxkv.engine.messages import EmbedAsk, Embeddings, Engine
 from mlxkv.generation.embed_request import EmbedRequest
 from mlxkv.server import sse
 from mlxkv.server.config import ServerConfig
-from mlxkv.server.fields import Count, NoEffect, Real, Text, one_or_more, seconds
+from mlxkv.server.fields import (
+    Count,
+    NoEffect,
+    Real,
+    Refused,
+    Text,
+    one_or_more,
+    seconds,
+)
 from mlxkv.server.ignored import note
 from mlxkv.server.json_route import JSONRoute
 from mlxkv.server.model_names import present, without_adapters
@@ -31,6 +39,7 @@ class EmbedBody(Named):
     truncate: bool | None = None
     dimensions: Count | None = None
     options: Annotated[Options | Loading | None, NoEffect()] = None
+    adapter: Refused = None
     keep_alive: Real | str | None = None
 
 
@@ -39,6 +48,7 @@ class EmbeddingsBody(Named):
 
     prompt: str = ""
     options: Annotated[Options | Loading | None, NoEffect()] = None
+    adapter: Refused = None
     keep_alive: Real | str | None = None
 
 

@@ -79,7 +79,7 @@ def router(engine: Engine, config: ServerConfig) -> APIRouter:
     @routes.get("/api/ps")
     async def ps(request: Request) -> Response:
         """The models in memory; with several API keys, the KV and sequences of the key."""
-        owner = whose_figures(request, config)
+        owner = whose_figures(request)
         found = await run_in_threadpool(engine.loaded, owner)  # scans the KV folder
         rows = [row for each in found for row in (_loaded(each), *_adapters(each))]
         return JSONResponse({"models": rows})

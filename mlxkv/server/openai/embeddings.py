@@ -14,7 +14,7 @@ from mlxkv.engine.messages import EmbedAsk, Engine
 from mlxkv.generation.embed_request import EmbedRequest
 from mlxkv.server import sse
 from mlxkv.server.config import ServerConfig
-from mlxkv.server.fields import Count, Real, Texts, one_or_more, seconds
+from mlxkv.server.fields import Count, Real, Refused, Texts, one_or_more, seconds
 from mlxkv.server.ignored import note
 from mlxkv.server.json_route import JSONRoute
 from mlxkv.server.model_names import present, without_adapters
@@ -31,6 +31,7 @@ class EmbeddingRequest(Common):
     dimensions: Count | None = None
     prompt: str | None = None
     truncate: bool | None = None
+    adapter: Refused = None
     keep_alive: Real | str | None = None
 
 

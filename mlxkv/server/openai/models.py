@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from mlxkv.engine.messages import Engine
@@ -13,6 +13,7 @@ from mlxkv.errors import ModelNotFound
 from mlxkv.server.config import ServerConfig
 from mlxkv.server.json_route import JSONRoute
 from mlxkv.server.model_names import adapted, context_of, listed
+from mlxkv.server.requests import whose_figures
 from mlxkv.server.threads import run_in_threadpool
 from mlxkv.store.adapter_names import SIGN
 
@@ -22,17 +23,17 @@ def router(engine: Engine, config: ServerConfig) -> APIRouter:
     routes = APIRouter(route_class=JSONRoute, tags=["openai"])
 
     @routes.get("/v1/models")
-    async def models() -> Response:
+    async def models(request: Request) -> Response:
         """The models on this machine."""
-        rows = await _models(engine, config)
+        rows = await _models(engine, config, whose_figures(request))
         ends = {"first_id": rows[0]["id"], "last_id": rows[-1]["id"]} if rows else {}
         page = {"has_more": False, "first_id": None, "last_id": None, **ends}
         return JSONResponse({"object": "list", "data": rows, **page})
 
     @routes.get("/v1/models/{name:path}")
-    async def model(name: str) -> Response:
+    async def model(name: str, request: Request) -> Response:
         """One of the models on this machine."""
-        for row in await _models(engine, config):
+        for row in await _models(engine, config, whose_figures(request)):
             if row["id"] == name:
                 return JSONResponse(row)
         raise ModelNotFound(f"model {name[:80]!r} not found: GET /v1/models lists the models")
@@ -40,10 +41,11 @@ def router(engine: Engine, config: ServerConfig) -> APIRouter:
     return routes
 
 
-async def _models(engine: Engine, config: ServerConfig) -> list[dict[str, Any]]:
-    """The models on this machine, and those loaded from other folders."""
+async def _models(engine: Engine, config: ServerConfig, owner: str | None) -> list[dict[str, Any]]:
+    """The models on this machine, and those loaded from other folders; of adapters in memory an
+    owner's, or all for None."""
     rows = await run_in_threadpool(_stored, config)
-    for loaded in await run_in_threadpool(engine.loaded):
+    for loaded in await run_in_threadpool(engine.loaded, owner):
         rows.setdefault(loaded.name, _model(loaded.name, 0, loaded.context))
         for adapter, _ in loaded.adapters:
             name = f"{loaded.name}{SIGN}{adapter}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, Any
 
@@ -30,10 +31,10 @@ from mlxkv.generation.rank import (
 from mlxkv.server import sse
 from mlxkv.server.agents.clients import client_of
 from mlxkv.server.config import ServerConfig
-from mlxkv.server.fields import Count, Part, Real, Refused, Text, seconds
+from mlxkv.server.fields import AdapterNames, Count, Part, Real, Refused, Text, seconds
 from mlxkv.server.ignored import note
 from mlxkv.server.json_route import JSONRoute
-from mlxkv.server.model_names import LocalModel, present
+from mlxkv.server.model_names import LocalModel, present, with_named
 from mlxkv.server.requests import build_request
 
 
@@ -53,6 +54,7 @@ class RerankRequest(Part):
     return_documents: bool | None = None
     max_tokens_per_doc: Count | None = None
     instruction: str | None = None
+    adapter: AdapterNames | None = None
     keep_alive: Real | str | None = None
     rank_fields: Refused = None
     max_chunks_per_doc: Refused = None
@@ -74,7 +76,9 @@ def router(engine: Engine, config: ServerConfig) -> APIRouter:
         texts = body.texts()
         check(body.query, texts, body.top_n, body.max_tokens_per_doc)
         model = await present(engine, config, body.model)
-        asks = [_ask(request, model, body, text) for text in texts]
+        first = await with_named(engine, config, model, _ask(request, model, body, texts[0]))
+        adapter = first.request.adapter  # found once: all documents have the same
+        asks = [_ask(request, model, body, text, adapter) for text in texts]
         answers: list[Answer] = []
         found = await sse.unless_gone(request, _judged(engine, asks, answers), answers)
         return JSONResponse(_shown(body, texts, found))
@@ -82,11 +86,29 @@ def router(engine: Engine, config: ServerConfig) -> APIRouter:
     return routes
 
 
-def _ask(http: Request, model: LocalModel, body: RerankRequest, text: str) -> Ask:
+def _ask(
+    http: Request,
+    model: LocalModel,
+    body: RerankRequest,
+    text: str,
+    adapter: Sequence[str] | None = None,
+) -> Ask:
+    """The request for one document.
+
+    Args:
+        http: that it came with.
+        model: that judges.
+        body: what is asked for.
+        text: of the document.
+        adapter: those of the model and the body, found; None to take them as they are named.
+    """
     rank = Rank(body.query, text, body.instruction, body.max_tokens_per_doc)
     # Built without the recommended sampling, which a verdict's probabilities do not depend on.
-    request = build_request(messages(rank.head, text), **options_of(rank))
+    options = options_of(rank) | {"adapter": body.adapter}
+    request = build_request(messages(rank.head, text), **options)
     ask = model.ask(request, http.state.owner, seconds(body.keep_alive))
+    if adapter is not None:
+        ask = replace(ask, request=replace(ask.request, adapter=tuple(adapter)))
     return replace(ask, client=client_of(http))
 
 

@@ -34,6 +34,7 @@ class TranscriptionForm(BaseModel):
         None, alias="timestamp_granularities[]", description="With verbose_json; of segments only."
     )
     include: Refused = Field(None, alias="include[]")
+    adapter: Refused = Field(None, description="Not here: name it in `model`, as MODEL+NAME.")
     chunking_strategy: Annotated[Any, NoEffect()] = None
 
     @model_validator(mode="after")
