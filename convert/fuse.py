@@ -136,7 +136,8 @@ class FusedTensor:
         return magnitude / norms * (values + added) - values
 
     def _products(self, change: Change, start: int, stop: int) -> Iterator[mx.array]:
-        a, b = change.change.a, change.change.b
+        plain = change.change.folded()
+        a, b = plain.a, plain.b
         if change.of_rows:
             yield a[start:stop] @ b
             return

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -60,11 +60,11 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """What is added to a weight, in float32.
+    """What is added to a weight.
 
     Args:
         place: which.
-        change: without the adapter's weight.
+        change: without the adapter's weight, in the file's dtype.
         weight: the adapter's.
         magnitude: DoRA's norms of the rows of the sum; None for plain LoRA.
         of_rows: of the rows that an embedding gives for tokens, not of its product as a head.
@@ -145,7 +145,7 @@ class Changes:
             raise self._misfit(target, f"{n_tokens} tokens of {dims} values")
         if target.magnitude is not None:
             raise UnsupportedModel(self._says(target, "is DoRA of an embedding: only LoRA is"))
-        change, w = _plain(target), self._weight
+        change, w = _plain(target).folded(), self._weight
         yield Change(place, change, w, of_rows=True)
         if target.kind == "tied" and place.name == "embed_tokens":
             yield Change(place, LowRank(change.b.T, change.a.T), w)
@@ -161,7 +161,7 @@ class Changes:
             raise UnsupportedModel(self._says(target, f"is DoRA of {_KV_B}: only LoRA is"))
         n_heads, rank, n_keys = keys.module["weight"].shape[0], keys.stop, columns(keys.module)
         self._check(target, n_heads * (n_keys + values.stop), rank)
-        plain, w = _plain(target), self._weight
+        plain, w = _plain(target).folded(), self._weight
         heads = plain.b.reshape(plain.b.shape[0], n_heads, -1).swapaxes(0, 1)  # [H, r, keys + v]
         of_keys, of_values = heads[..., :n_keys], heads[..., n_keys:]
         yield Change(keys, LowRank(of_keys.swapaxes(-1, -2), plain.a.T[None]), w)
@@ -183,7 +183,7 @@ class Changes:
             self._check(target, place.stop - place.start, columns(place.module))
             if target.magnitude is not None:
                 raise UnsupportedModel(self._says(target, "is DoRA of experts: only LoRA is"))
-        plain = {i: _plain(target) for i, target in targets.items()}
+        plain = {i: _plain(target).folded() for i, target in targets.items()}
         one = next(iter(plain.values()))
         zero = LowRank(mx.zeros_like(one.a), mx.zeros_like(one.b))
         all_of = [plain.get(i, zero) for i in range(n_experts)]
@@ -272,7 +272,7 @@ class Changes:
     def _change(self, place: Place, target: Target) -> Change:
         plain, magnitude, order = _plain(target), target.magnitude, place.order
         if order is not None:
-            plain = LowRank(plain.a, mx.take(plain.b, order, axis=-1))
+            plain = replace(plain, b=mx.take(plain.b, order, axis=-1))
             magnitude = None if magnitude is None else mx.take(magnitude, order)
         return Change(place, plain, self._weight, magnitude)
 
@@ -304,7 +304,7 @@ def _is_projection(module: Any) -> bool:
 
 
 def _plain(target: Target) -> LowRank:
-    return LowRank(_float(target.a), _float(target.b) * target.scale)
+    return LowRank(target.a, target.b, scales=(target.scale,))
 
 
 def _float(array: mx.array) -> mx.array:

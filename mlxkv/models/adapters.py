@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -30,6 +31,7 @@ from mlxkv.nn.lora import (
     dora,
     total,
 )
+from mlxkv.nn.lora_kernel import KernelLinear, takes
 from mlxkv.nn.model import CausalLM
 from mlxkv.nn.moe import ExpertLinear, GatedExperts
 from mlxkv.nn.sigmoid_moe import Router
@@ -144,13 +146,21 @@ def _adapted(model: CausalLM, changes: Sequence[Change]) -> Adapted:
         if not found:
             return None
         weighed = [(c, _weighed(c)) for c in found]
-        change = total([x if of_rows else x.within(c.place.start, n_rows) for c, x in weighed])
+        return total([x if of_rows else x.within(c.place.start, n_rows) for c, x in weighed])
+
+    def computed(change: LowRank | None) -> LowRank | None:
+        if change is None:
+            return None
+        change = change.folded()
         factor = None if change.factor is None else change.factor.astype(dtype)
-        return LowRank(change.a.astype(dtype), change.b.astype(dtype), factor, change.parts)
+        return LowRank(change.a.astype(dtype), change.b.astype(dtype), factor)
 
     if isinstance(module, nn.Embedding | nn.QuantizedEmbedding):
-        return AdaptedEmbedding(module, summed(of_rows=True), summed())
-    change = summed()
+        return AdaptedEmbedding(module, computed(summed(of_rows=True)), computed(summed()))
+    as_read = summed()
+    if as_read is not None and takes(module, as_read, dtype):
+        return KernelLinear(module, as_read)
+    change = computed(as_read)
     assert change is not None
     if isinstance(module, ExpertLinear):
         return AdaptedExperts(module, change)
@@ -165,8 +175,8 @@ def _weighed(change: Change) -> LowRank:
     """A change times its adapter's weight."""
     w, found = change.weight, change.change
     if change.magnitude is None:
-        return LowRank(found.a, w * found.b)
-    found = dora(_dense(change.place), found, change.magnitude)
+        return replace(found, scales=tuple([w * scale for scale in found.own_scales]))
+    found = dora(_dense(change.place), found.folded(), change.magnitude)
     assert found.factor is not None
     return LowRank(found.a, w * found.b, 1 + w * (found.factor - 1))
 

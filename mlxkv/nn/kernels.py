@@ -43,9 +43,18 @@ MOST_ROWS = 8
 Act = tuple[int, float, float]
 Norm = Any
 """A module with `scale` and `eps`."""
-Low = tuple[mx.array, mx.array, mx.array | None, mx.array | None, tuple[int, ...], tuple[int, ...]]
-"""Changes of a product's rows, see `lora_kernel.RowsChange`: `a`, `b`, factor, shift, the change of
-each row, and what each part of them is."""
+Low = tuple[
+    mx.array,
+    mx.array,
+    mx.array | None,
+    mx.array | None,
+    tuple[int, ...],
+    tuple[int, ...],
+    mx.array,
+]
+"""Changes of a product's rows, see `lora_kernel`: `a`, `b`, factor, shift, the change of each row
+(one for all, or those of some rows in turn), what each part of them is, and the scale of each rank.
+"""
 
 _tracing = False
 

@@ -5,23 +5,18 @@ too.
 
 LoRA (https://arxiv.org/abs/2106.09685) has no factor f. DoRA (https://arxiv.org/abs/2402.09353)
 brings the rows of W + (a b)^T to given norms: f is the norm over the row's own, and is multiplied
-into b as well. Scales are part of b. A module here stands in the place of its base; its arrays are
-parameters, so that memory counts them.
+into b as well. Scales are part of b, but in the kernels (`lora_kernel`). A module here stands in
+the place of its base; its arrays are parameters, so that memory counts them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-
-from mlxkv.nn import kernels
-
-RANKS = 32
-"""The kernels take weights with a multiple of this many columns: ranks are filled up with zeros."""
 
 Part = tuple[int, int, int]
 """Ranks, and the output rows that they change: the first, and the one behind the last."""
@@ -37,17 +32,35 @@ class LowRank:
         factor: of the base's product, `[out]`; None for 1.
         parts: of which it is made, in the ranks' order, with zeros for other output rows; () for
             one that changes all rows.
+        scales: of the parts, with which `b` is still to be multiplied; () for 1.
     """
 
     a: mx.array
     b: mx.array
     factor: mx.array | None = None
     parts: tuple[Part, ...] = ()
+    scales: tuple[float, ...] = ()
 
     @property
     def own_parts(self) -> tuple[Part, ...]:
         """`parts`, of which there is one at least."""
         return self.parts or ((self.b.shape[-2], 0, self.b.shape[-1]),)
+
+    @property
+    def own_scales(self) -> tuple[float, ...]:
+        """`scales`, one for each of `own_parts`."""
+        return self.scales or (1.0,) * len(self.own_parts)
+
+    def rank_scales(self) -> mx.array:
+        """The scale of each rank, float32 `[r]`."""
+        parts = zip(self.own_parts, self.own_scales, strict=True)
+        return mx.array([scale for (rank, *_), scale in parts for _ in range(rank)], mx.float32)
+
+    def folded(self) -> LowRank:
+        """The same in float32, with the scales in `b`."""
+        a, b = self.a.astype(mx.float32), self.b.astype(mx.float32)
+        b = b * self.rank_scales()[:, None] if self.scales else b
+        return replace(self, a=a, b=b, scales=())
 
     def within(self, start: int, n_rows: int) -> LowRank:
         """The change of a projection of `n_rows`, of which it changes those from `start` on."""
@@ -58,7 +71,8 @@ class LowRank:
         factor = self.factor
         if factor is not None:
             factor = mx.pad(factor, [(start, after)], constant_values=1)
-        return LowRank(self.a, b, factor, ((b.shape[-2], start, n_rows - after),))
+        parts = ((b.shape[-2], start, n_rows - after),)
+        return LowRank(self.a, b, factor, parts, self.scales)
 
 
 def total(changes: Sequence[LowRank]) -> LowRank:
@@ -71,6 +85,7 @@ def total(changes: Sequence[LowRank]) -> LowRank:
         mx.concatenate([change.b for change in changes], axis=-2),
         1 + sum(factors[1:], factors[0]) if factors else None,
         tuple([part for change in changes for part in change.own_parts]),
+        tuple([scale for change in changes for scale in change.own_scales]),
     )
 
 
@@ -79,7 +94,7 @@ def dora(weight: mx.array, change: LowRank, magnitude: mx.array) -> LowRank:
 
     Args:
         weight: of the base, float32 `[out, in]`.
-        change: the plain one, in float32.
+        change: the plain one, `LowRank.folded`.
         magnitude: norms of the rows of the sum, `[out]`.
     """
     norms = mx.linalg.norm(weight + (change.a @ change.b).T, axis=1)
@@ -110,47 +125,22 @@ class Adapted(nn.Module):
         return sum(array.nbytes for array in self.own_arrays().values())
 
 
-class AdaptedLinear(kernels.Settled, Adapted):
+class AdaptedLinear(Adapted):
     """A projection, see `linear.Product`; its matrices are kept as weights are, `[r, in]` and
     `[out, r]`."""
 
-    @property
-    def parts(self) -> tuple[Part, ...]:
-        """`LowRank.own_parts` of its change."""
-        return self["_parts"]
-
-    @property
-    def narrow_dtypes(self) -> tuple[mx.Dtype, ...]:
-        """The smallest that hold all values of `lora_a` and of `lora_b`, where they are known."""
-        return self.get("_narrow", (mx.float32, mx.float32))
-
     def __init__(self, base: nn.Module, change: LowRank):
-        a, b = change.a.T, change.b.T
-        parts = change.own_parts
-        if kernels.kernels() is not None and (more := -a.shape[0] % RANKS):
-            a, b = mx.pad(a, [(0, more), (0, 0)]), mx.pad(b, [(0, 0), (0, more)])
-        super().__init__(base, LowRank(mx.contiguous(a), mx.contiguous(b)))
-        self._parts = parts
+        a, b = mx.contiguous(change.a.T), mx.contiguous(change.b.T)
+        super().__init__(base, LowRank(a, b))
         if change.factor is not None:
             self.factor = change.factor
             if "bias" in base:
                 self.shift = base["bias"] * (1 - change.factor)
 
-    def settle(self, *, is_hollow: bool = False) -> None:
-        found = [kernels.weight({"weight": self[name]}) for name in ("lora_a", "lora_b")]
-        self.uses_kernels = all(weight is not None for weight in found)
-        if self.uses_kernels:
-            self._a, self._b = found
-        if self.uses_kernels and not is_hollow:
-            self._narrow = tuple(_narrowest(self[name]) for name in ("lora_a", "lora_b"))
-
     def __call__(
         self, x: mx.array, norm: nn.Module | None = None, plus: mx.array | None = None
     ) -> mx.array:
         base: Any = self["base"]
-        if self.uses_kernels and "factor" not in self and x.dtype == mx.float32:
-            y = base(x) if norm is None and plus is None else base(x, norm, plus)
-            return kernels.linear(kernels.linear(x, self["_a"], norm), self["_b"], plus=y)
         if norm is not None:
             x = norm(x)
         if "factor" in self:
@@ -173,13 +163,6 @@ class AdaptedLinear(kernels.Settled, Adapted):
 
     def _changed(self, y: mx.array, x: mx.array, b: mx.array) -> mx.array:
         return mx.addmm(y, x @ self["lora_a"].T, b.T)
-
-
-def _narrowest(array: mx.array) -> mx.Dtype:
-    for dtype in (mx.bfloat16, mx.float16):
-        if mx.array_equal(array.astype(dtype).astype(array.dtype), array).item():
-            return dtype
-    return array.dtype
 
 
 class AdaptedEmbedding(Adapted):

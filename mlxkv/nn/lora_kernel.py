@@ -1,24 +1,32 @@
-"""Changes of one projection as the kernels take them: each row of a batch has its own, or none.
+"""Changes of one projection as the kernels take them: of all rows, or each row of a batch has its
+own, or none.
 
-The kernels add (x a) b to the base's product before they hand it on, and read what the changes
+The kernels add (x a) s b to the base's product before they hand it on, and read what the changes
 have: where a projection is several in one, as q, k and v are, each of these parts has its own ranks
 and columns, filled up to the largest rank of any change, and no zeros beside them. Values of `b`
-lie in the order in which they are read, in blocks of 16 columns. Both are in 16 bits where that
-loses nothing.
+lie in the order in which they are read, in blocks of 16 columns. Scales are apart, so that both
+matrices stay in 16 bits where the file has them so, or where that loses nothing.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from mlxkv.nn import kernels
-from mlxkv.nn.lora import AdaptedLinear, Part
+from mlxkv.nn.lora import AdaptedLinear, LowRank, Part
 
 BLOCK = 16
+
+Piece = tuple[mx.array, mx.array, mx.array, int, int]
+"""`a` `[r, in]`, `b` `[columns, r]` and scales `[r]` of some ranks, and the output rows that they
+change: the first, and the one behind the last."""
+Laid = tuple[mx.array, mx.array, mx.array]
+"""`[1, ranks, in]`, `[1, values]` and scales `[1, ranks]` of a change."""
 
 
 class Rows(Protocol):
@@ -27,12 +35,64 @@ class Rows(Protocol):
     of: tuple[int, ...]
 
 
-def takes(weight: kernels.Weight | None, adapted: Sequence[AdaptedLinear | None]) -> bool:
-    """Whether the kernels take changes of a product with this weight."""
-    some = next(change for change in adapted if change is not None)
-    rows, columns = some["lora_b"].shape[0], some["lora_a"].shape[1]
-    fits = rows % (2 * BLOCK) == 0 and columns % 32 == 0
-    return weight is not None and fits and some["lora_a"].dtype == mx.float32
+def takes(base: nn.Module, change: LowRank, dtype: mx.Dtype) -> bool:
+    """Whether the kernels take a change of a settled projection that computes in a dtype."""
+    fits = change.a.ndim == 2 and change.a.shape[0] % 32 == 0
+    fits = fits and change.b.shape[1] % (2 * BLOCK) == 0
+    return fits and base.get("_weight") is not None and dtype == mx.float32
+
+
+class KernelLinear(kernels.Settled, AdaptedLinear):
+    """A projection whose change the kernels add.
+
+    Args:
+        base: see `takes`.
+        change: as read: its matrices may be in 16 bits, and its scales are not in `b`.
+    """
+
+    def __init__(self, base: nn.Module, change: LowRank):
+        nn.Module.__init__(self)
+        self.base, self._weight = base, base["_weight"]
+        parts = _common([change.own_parts], change.b.shape[1])
+        self.lora_a, self.lora_b, self.scales = _laid_out(_pieces_of(change), parts)
+        self._parts = tuple(parts)
+        if change.factor is not None:
+            self.factor = change.factor[None]
+            if "bias" in base:
+                self.shift = base["bias"] * (1 - self.factor)
+        self.settle(is_hollow=True)
+
+    def settle(self, *, is_hollow: bool = False) -> None:
+        """Take the arrays, in 16 bits where that loses nothing; see `kernels.Settled`."""
+        for name in () if is_hollow else ("lora_a", "lora_b"):
+            self[name] = self[name].astype(_narrowest(self[name]))
+            mx.eval(self[name])
+        factor, shift = self.get("factor"), self.get("shift")
+        arrays = self["lora_a"], self["lora_b"], factor, shift
+        self._low = (*arrays, (0,), _numbers(self["_parts"]), self["scales"])
+
+    @property
+    def low(self) -> kernels.Low:
+        """See `linear.Product`."""
+        return self["_low"]
+
+    def pieces(self) -> Iterator[Piece]:
+        """What it adds, as it lies."""
+        a, blocks, scales, at = self["lora_a"][0], self["lora_b"][0], self["scales"][0], 0
+        for ranks, (rank, start, stop) in _ranked(self["_parts"]):
+            n = -(-(stop - start) // BLOCK) * BLOCK
+            b = blocks[at : at + n * rank].reshape(-1, rank, BLOCK).swapaxes(1, 2).flatten(0, 1)
+            own = slice(*ranks)
+            yield a[own], b[: stop - start], scales[own], start, stop
+            at += n * rank
+
+    def __call__(
+        self, x: mx.array, norm: nn.Module | None = None, plus: mx.array | None = None
+    ) -> mx.array:
+        return kernels.linear(x, self["_weight"], norm, plus, low=self["_low"])
+
+    def of_rows(self, x: mx.array, start: int, stop: int) -> mx.array:
+        return self(x)[..., start:stop]
 
 
 class RowsChange:
@@ -46,24 +106,21 @@ class RowsChange:
         arrays: what it keeps.
     """
 
-    def __init__(self, adapted: Sequence[AdaptedLinear | None], rows: Rows):
+    def __init__(self, adapted: Sequence[KernelLinear | None], rows: Rows):
         some = [change for change in adapted if change is not None]
         counted = itertools.count()
         self._numbers = [-1 if change is None else next(counted) for change in adapted]
         self._rows, self._of = rows, None
-        n_out = some[0]["lora_b"].shape[0]
-        parts = _common([change.parts for change in some], n_out)
-        pairs = [_laid_out(change, parts) for change in some]
-        self._a, self._b = (
-            mx.stack(list(arrays)).astype(_common_dtype([each.narrow_dtypes[i] for each in some]))
-            for i, arrays in enumerate(zip(*pairs, strict=True))
+        n_out = some[0]["_weight"][0].shape[0]
+        parts = _common([change["_parts"] for change in some], n_out)
+        laid = [_laid_out(list(change.pieces()), parts) for change in some]
+        self._a, self._b, self._scales = (
+            mx.concatenate(list(arrays)) for arrays in zip(*laid, strict=True)
         )
-        self._factor = stacked([change.get("factor") for change in some], 1.0)
-        self._shift = stacked([change.get("shift") for change in some], 0.0)
-        self._parts = tuple(
-            number for ranks, (_, *columns) in _ranked(parts) for number in (*ranks, *columns)
-        )
-        kept = (self._a, self._b, self._factor, self._shift)
+        self._factor = _joined([change.get("factor") for change in some], 1.0)
+        self._shift = _joined([change.get("shift") for change in some], 0.0)
+        self._parts = _numbers(parts)
+        kept = (self._a, self._b, self._scales, self._factor, self._shift)
         self.arrays = [array for array in kept if array is not None]
 
     @property
@@ -72,13 +129,17 @@ class RowsChange:
         if self._rows.of is not self._of:
             self._of = self._rows.of
             of = tuple([self._numbers[i] for i in self._of])
-            self._low = (self._a, self._b, self._factor, self._shift, of, self._parts)
+            arrays = self._a, self._b, self._factor, self._shift
+            self._low = (*arrays, of, self._parts, self._scales)
         return self._low
 
 
-def _common_dtype(dtypes: Sequence[mx.Dtype]) -> mx.Dtype:
-    """One that holds the values of all."""
-    return dtypes[0] if len(set(dtypes)) == 1 else mx.float32
+def _pieces_of(change: LowRank) -> list[Piece]:
+    a, b, scales = change.a.T, change.b.T, change.rank_scales()
+    return [
+        (a[slice(*ranks)], b[start:stop, slice(*ranks)], scales[slice(*ranks)], start, stop)
+        for ranks, (_, start, stop) in _ranked(change.own_parts)
+    ]
 
 
 def _common(found: Sequence[Sequence[Part]], n_out: int) -> list[Part]:
@@ -95,20 +156,25 @@ def _common(found: Sequence[Sequence[Part]], n_out: int) -> list[Part]:
     return [(max(sum(rank for rank, *_ in parts) for parts in found), 0, n_out)]
 
 
-def _laid_out(change: AdaptedLinear, parts: Sequence[Part]) -> tuple[mx.array, mx.array]:
-    """The matrices of one change `[ranks, in]` and `[values]`, filled up to these parts."""
-    a, b = change["lora_a"], change["lora_b"]
-    of_a, of_b = [], []
-    own = list(_ranked(change.parts))
-    for rank, start, stop in parts:
-        ranges = [slice(*at) for at, (_, *where) in own if start <= where[0] and where[1] <= stop]
-        rows = mx.concatenate([a[:0], *(a[at] for at in ranges)])
-        columns = mx.concatenate([b[:, :0], *(b[:, at] for at in ranges)], axis=1)[start:stop]
-        of_a.append(mx.pad(rows, [(0, rank - rows.shape[0]), (0, 0)]))
-        more = [(0, -(stop - start) % BLOCK), (0, rank - columns.shape[1])]
-        blocks = mx.unflatten(mx.pad(columns, more), 0, (-1, BLOCK))
-        of_b.append(blocks.swapaxes(1, 2).flatten())
-    return mx.concatenate(of_a), mx.concatenate(of_b)
+def _laid_out(pieces: Sequence[Piece], parts: Sequence[Part]) -> Laid:
+    """Pieces of one change, filled up to these parts."""
+    laid = [_part(pieces, *part) for part in parts]
+    a, b, scales = (mx.concatenate(list(arrays)) for arrays in zip(*laid, strict=True))
+    return a[None], b[None], scales[None]
+
+
+def _part(pieces: Sequence[Piece], rank: int, start: int, stop: int) -> Laid:
+    """Those of some output rows: `[rank, in]`, the values of `b`, and scales `[rank]`."""
+    own = [piece for piece in pieces if start <= piece[3] and piece[4] <= stop]
+    first_a, first_b, _, *_ = pieces[0]
+    a = mx.concatenate([first_a[:0], *(piece[0] for piece in own)])
+    columns = [mx.pad(b, [(at - start, stop - end), (0, 0)]) for _, b, _, at, end in own]
+    b = mx.concatenate([mx.zeros((stop - start, 0), first_b.dtype), *columns], axis=1)
+    scales = mx.concatenate([mx.zeros((0,)), *(piece[2] for piece in own)])
+    missing = rank - a.shape[0]
+    b = mx.pad(b, [(0, -(stop - start) % BLOCK), (0, missing)])
+    blocks = mx.unflatten(b, 0, (-1, BLOCK)).swapaxes(1, 2)
+    return mx.pad(a, [(0, missing), (0, 0)]), blocks.flatten(), mx.pad(scales, [(0, missing)])
 
 
 def _ranked(parts: Sequence[Part]) -> Iterator[tuple[tuple[int, int], Part]]:
@@ -117,9 +183,28 @@ def _ranked(parts: Sequence[Part]) -> Iterator[tuple[tuple[int, int], Part]]:
     return zip(ends, parts, strict=True)
 
 
-def stacked(arrays: Sequence[mx.array | None], neutral: float) -> mx.array | None:
-    """Vectors of all changes in one array, None as one of a number; None where all are None."""
+def _numbers(parts: Sequence[Part]) -> tuple[int, ...]:
+    """What the kernels take of parts: ranks and columns of each."""
+    return tuple(n for ranks, (_, *columns) in _ranked(parts) for n in (*ranks, *columns))
+
+
+def _narrowest(array: mx.array) -> mx.Dtype:
+    """The smallest that holds all values."""
+    for dtype in (mx.bfloat16, mx.float16) if array.dtype == mx.float32 else ():
+        if mx.array_equal(array.astype(dtype).astype(array.dtype), array).item():
+            return dtype
+    return array.dtype
+
+
+def _joined(arrays: Sequence[mx.array | None], neutral: float) -> mx.array | None:
+    """Vectors `[1, N]` of all changes in one array, None as one of a number; None where all are."""
     some = next((array for array in arrays if array is not None), None)
     if some is None:
         return None
-    return mx.stack([mx.full(some.shape, neutral, some.dtype) if x is None else x for x in arrays])
+    full = mx.full(some.shape, neutral, some.dtype)
+    return mx.concatenate([full if array is None else array for array in arrays])
+
+
+def stacked(arrays: Sequence[Any], neutral: float) -> mx.array | None:
+    """`_joined` of vectors `[N]`."""
+    return _joined([None if array is None else array[None] for array in arrays], neutral)

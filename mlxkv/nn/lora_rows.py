@@ -14,13 +14,13 @@ Invariants:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlxkv.base import device
-from mlxkv.nn import kernels, lora_kernel
+from mlxkv.nn import kernels
 from mlxkv.nn.lora import (
     Adapted,
     AdaptedEmbedding,
@@ -30,6 +30,7 @@ from mlxkv.nn.lora import (
     AdaptedRouter,
     OfExperts,
 )
+from mlxkv.nn.lora_kernel import KernelLinear, RowsChange, stacked
 from mlxkv.nn.moe import GatedExperts
 from mlxkv.nn.tree import copied, merged
 
@@ -43,19 +44,21 @@ class RowChanges:
     Attributes:
         of: the change of each row.
         at: the same, `[B]`.
+        rows: their numbers, `[B]`: MLX would count them in every product.
         arrays: that all modules keep of the changes.
     """
 
     def __init__(self, n: int):
         self.n = n
         self.of: tuple[int, ...] = ()
-        self.at = mx.zeros((0,), mx.uint32)
+        self.at = self.rows = mx.zeros((0,), mx.uint32)
         self.arrays: list[mx.array] = []
 
     def set(self, of: Sequence[int]) -> None:
         """Say the change of each row."""
         if (found := tuple(of)) != self.of:
             self.of, self.at = found, mx.array(found, mx.uint32)
+            self.rows = mx.array([*range(len(found))], mx.uint32)
 
     def kept(self, array: mx.array) -> mx.array:
         """An array that counts as memory."""
@@ -90,14 +93,23 @@ class Matrices:
         at = self._changes.at
         if self._weight is not None and x.dtype == mx.float32:
             return kernels.experts(x, self._weight, at[:, None, None]).squeeze(-2)
-        return gathered(x, self._stack.swapaxes(-1, -2), at)
+        return gathered(x, self._stack.swapaxes(-1, -2), at, self._changes.rows)
 
 
-def gathered(x: mx.array, matrices: mx.array, at: mx.array, in_order: bool = False) -> mx.array:
-    """Products `[..., 1, out]` of rows `[..., 1, in]` with the matrices `[N, in, out]` at `at`."""
+def gathered(
+    x: mx.array,
+    matrices: mx.array,
+    at: mx.array,
+    rows: mx.array | None = None,
+    in_order: bool = False,
+) -> mx.array:
+    """Products `[..., 1, out]` of rows `[..., 1, in]` with the matrices `[N, in, out]` at `at`.
+
+    `rows` are the numbers of x's rows, where they are at hand; `in_order` says that `at` is sorted.
+    """
     if device.on_cpu() and x.dtype != mx.float32:  # MLX gathers no other dtype there
         return x @ matrices[at]
-    return mx.gather_mm(x, matrices, rhs_indices=at, sorted_indices=in_order)
+    return mx.gather_mm(x, matrices, rows, at, sorted_indices=in_order)
 
 
 class LowRanks:
@@ -128,16 +140,17 @@ class RowsLinear(nn.Module):
     ):
         super().__init__()
         self.base, self._changes, self._in_kernels = base, changes, None
-        if lora_kernel.takes(base.get("_weight"), adapted):
+        if any(isinstance(change, KernelLinear) for change in adapted):  # or none of them
             self._weight = base["_weight"]
-            self._in_kernels = lora_kernel.RowsChange(adapted, changes)
+            own = cast("Sequence[KernelLinear | None]", adapted)
+            self._in_kernels = RowsChange(own, changes)
             changes.arrays += self._in_kernels.arrays
             return
         pairs = [None if c is None else (c["lora_a"].T, c["lora_b"].T) for c in adapted]
         self._low = LowRanks(pairs, changes)
         for name, neutral in (("factor", 1.0), ("shift", 0.0)):
             found = [None if c is None else c.get(name) for c in adapted]
-            if (rows := lora_kernel.stacked(found, neutral)) is not None:
+            if (rows := stacked(found, neutral)) is not None:
                 self[name] = changes.kept(rows[:, None])  # [n, 1, out]
 
     @property
@@ -268,7 +281,7 @@ class RowsExperts(OfExperts):
         if "lora_a" not in self:
             return y
         for name in ("lora_a", "lora_b"):
-            x = gathered(x, self[name], indices, in_order)
+            x = gathered(x, self[name], indices, in_order=in_order)
         return y + x
 
     def of(self, expert: int, x: mx.array) -> mx.array:

@@ -38,6 +38,7 @@ LowRankShape::LowRankShape(const LowRanks& low, int K, int N, int n_rows)
   for (int i : of) require(-1 <= i && i < n, "there is no such change");
   require_floats(low.factor, {n, N}, "factors of another product");
   require_floats(low.shift, {n, N}, "shifts of another product");
+  require_floats(low.scales, {n, a.N}, "scales of other ranks");
 }
 
 void LowRankShape::add_to(Op::Numbers& numbers) const {
@@ -52,33 +53,56 @@ MaybeLowShape low_rank_shape(const MaybeLow& low, int K, int N, int n_rows, Inpu
   MaybeLowShape shape(std::in_place, *low, K, N, n_rows);
   in.arrays.push_back(low->a);
   in.arrays.push_back(low->b);
+  in.arrays.push_back(low->scales);
   in.add(low->factor);
   in.add(low->shift);
   return shape;
 }
 
-LowRank::LowRank(const LowRankShape& shape, const Arrays& in, size_t& at, const float* x, int n_rows)
+LowRank::LowRank(const LowRankShape& shape, const Arrays& in, size_t& at, int n_rows)
     : shape_(shape),
       a_(in[at].data<char>()),
       b_(in[at + 1].data<char>()),
+      scales_(floats_of(in[at + 2])),
       of_(n_rows),
       b_bytes_(bits_of(shape.b_kind) / 8) {
-  at += 2;
+  at += 3;
   for (int i = 0; i < n_rows; ++i) of_[i] = shape.of[i % shape.of.size()];
   if (shape.has_factor) factor_ = floats_of(in[at++]);
   if (shape.has_shift) shift_ = floats_of(in[at++]);
   static thread_local Scratch kept;
   h_ = kept.floats(size_t(n_rows) * shape.a.N);
+}
+
+void LowRank::multiply(const float* x) const {
   // As few pieces as keep all cores at work.
-  const int R = shape.a.N, n = n_rows < 2 * Pool::get().size() ? (R + RANKS - 1) / RANKS : 1;
+  const int R = n_ranks(), n_rows = int(of_.size());
+  const int n = n_rows < 2 * Pool::get().size() ? (R + RANKS - 1) / RANKS : 1;
   const int step = n > 1 ? RANKS : R;
   Pool::get().run(n_rows * n, [&](int piece) {
     const int i = piece / n, rank = piece % n * step;
     if (of_[i] < 0) return;
-    const size_t row = (size_t(of_[i]) * R + rank) * shape.a.K;
-    in_use().dots(a_ + row * bits_of(shape.a.kind) / 8, shape.a.kind, x + size_t(i) * shape.a.K,
-                  std::min(step, R - rank), shape.a.K, h_ + size_t(i) * R + rank);
+    const Weight& a = shape_.a;
+    const size_t row = size_t(of_[i]) * R + rank;
+    const int count = std::min(step, R - rank);
+    float* h = h_ + size_t(i) * R + rank;
+    in_use().dots(a_ + row * a.K * bits_of(a.kind) / 8, a.kind, x + size_t(i) * a.K, count, a.K, h);
+    for (int j = 0; j < count; ++j) h[j] *= scales_[row + j];
   });
+}
+
+Weight LowRank::matrix() const {
+  Weight one = shape_.a;
+  const size_t n_bytes = size_t(one.N) * one.K * bits_of(one.kind) / 8;
+  one.w = reinterpret_cast<const uint32_t*>(a_ + shape_.of[0] * n_bytes);
+  return one;
+}
+
+void LowRank::scale() const {
+  const int R = n_ranks();
+  const float* scales = scales_ + size_t(shape_.of[0]) * R;
+  for (size_t i = 0; i < of_.size(); ++i)
+    for (int j = 0; j < R; ++j) h_[i * R + j] *= scales[j];
 }
 
 template <class F>

@@ -12,10 +12,11 @@ struct LowRankPart {
   size_t n_values() const { return size_t(rank()) * padded(stop - start); }
 };
 
-// Row i becomes (row i) factor + shift + (x_i a^T) b, with those of change `of[i % of.size()]`; a
-// change of -1 leaves it as it is.
+// Row i becomes (row i) factor + shift + ((x_i a^T) scales) b, with those of change
+// `of[i % of.size()]`; a change of -1 leaves it as it is.
 struct LowRanks {
   const mx::array &a, &b;         // [n, R, K] and [n, values of all parts], float32 or 16 bits
+  const mx::array& scales;        // [n, R], float32
   const Maybe &factor, &shift;    // [n, N], float32
   std::vector<int> of;
   std::vector<LowRankPart> parts;  // values of a part: [columns / 16, ranks, 16]
@@ -45,8 +46,17 @@ MaybeLowShape low_rank_shape(const MaybeLow&, int K, int N, int n_rows, Inputs& 
 // Changes at work in one product.
 class LowRank {
  public:
-  // Takes the arrays of `low_rank_shape` off `in`, and multiplies rows with `a`.
-  LowRank(const LowRankShape& shape, const Arrays& in, size_t& at, const float* x, int n_rows);
+  // Takes the arrays of `low_rank_shape` off `in`.
+  LowRank(const LowRankShape& shape, const Arrays& in, size_t& at, int n_rows);
+
+  // First rows of x are multiplied with `a`: here, or by who asks where all have one change.
+  void multiply(const float* x) const;
+  bool is_one() const { return shape_.of.size() == 1 && shape_.of[0] >= 0; }
+  Weight matrix() const;  // `a` of that change
+  int n_ranks() const { return shape_.a.N; }
+  float* ranks() const { return h_; }  // [n_rows, R], which `scale` completes
+  void scale() const;
+
   // Columns [first, last) of row i of the product; up to 15 values behind them are written.
   void change(int i, int first, int last, float* values) const;
   // Begins to read what that needs.
@@ -59,7 +69,7 @@ class LowRank {
 
   const LowRankShape& shape_;
   const char *a_, *b_;
-  const float *factor_ = nullptr, *shift_ = nullptr;
+  const float *scales_, *factor_ = nullptr, *shift_ = nullptr;
   std::vector<int> of_;  // the change of each row
   size_t b_bytes_;       // of a value of `b`
   float* h_;  // [n_rows, R]

@@ -87,13 +87,15 @@ Activation activation_of(PyObject* tuple) {
           real(PyTuple_GetItem(tuple, 2))};
 }
 
-// (a, b, factor, shift, changes of rows, (first rank, last rank, first column, last column) of parts)
+// (a, b, factor, shift, changes of rows, (first rank, last rank, first column, last column) of parts,
+// scales)
 struct LowRankArgs {
   explicit LowRankArgs(PyObject* tuple) {
     if (tuple == Py_None) return;
     factor = maybe(PyTuple_GetItem(tuple, 2)), shift = maybe(PyTuple_GetItem(tuple, 3));
     low.emplace(LowRanks{array_of(PyTuple_GetItem(tuple, 0)), array_of(PyTuple_GetItem(tuple, 1)),
-                         factor, shift, wholes(PyTuple_GetItem(tuple, 4)), {}});
+                         array_of(PyTuple_GetItem(tuple, 6)), factor, shift,
+                         wholes(PyTuple_GetItem(tuple, 4)), {}});
     const auto numbers = wholes(PyTuple_GetItem(tuple, 5));
     for (size_t i = 0; i + 3 < numbers.size(); i += 4)
       low->parts.push_back({numbers[i], numbers[i + 1], numbers[i + 2], numbers[i + 3]});

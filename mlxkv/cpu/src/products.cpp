@@ -229,17 +229,40 @@ void compute(Job& job) {
   });
 }
 
+// Products of rows with `a` of the one change that all of them have, as those with any weight.
+void to_ranks(const Job& job, const LowRank& low) {
+  Job ranks{};
+  ranks.groups = {{low.matrix(), nullptr, 0, job.n_rows}};
+  ranks.x = job.x;
+  ranks.n_rows = job.n_rows;
+  ranks.K = job.K;
+  ranks.out_dim = low.n_ranks();
+  ranks.is_chunk = true;
+  ranks.out = low.ranks();
+  compute(ranks);
+  low.scale();
+}
+
 // The same of rows that are changed; their arrays are taken off `in`.
 void compute(Job& job, const MaybeLowShape& changes, const Arrays& in, size_t& at) {
   if (!changes) return compute(job);
   static thread_local Scratch of_rows;
   if (job.is_normed) {
     float* rows = of_rows.floats(size_t(job.n_rows) * job.K);
-    for (int i = 0; i < job.n_rows; ++i)
+    auto norm = [&](int i) {
       in_use().rms(job.row(i), job.norm, job.eps, job.K, rows + size_t(i) * job.K);
+    };
+    if (job.n_rows >= MANY_ROWS)
+      Pool::get().run(job.n_rows, norm);
+    else
+      for (int i = 0; i < job.n_rows; ++i) norm(i);
     job.x = rows, job.is_normed = false;
   }
-  const LowRank low(*changes, in, at, job.x, job.n_rows);
+  const LowRank low(*changes, in, at, job.n_rows);
+  if (job.is_chunk && job.n_rows >= MANY_ROWS && low.is_one())
+    to_ranks(job, low);
+  else
+    low.multiply(job.x);
   job.low = &low;
   compute(job);
 }
