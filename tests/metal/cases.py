@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import mlx.core as mx
 
 from mlxkv.cache import RotatingKVCache
+from mlxkv.nn.lora_rows import RowChanges, merge_changes
 from tests.metal import hollow, shim, theirs
 from tests.metal.count import COPIES, Counts, count
 from tests.metal.proportions import FOREIGN, MODELS, PICTURES, Config
@@ -200,6 +201,26 @@ def of_joining(side: Ours, name: str) -> Iterator[Figure]:
     case = "batch 16, joined one by one q4"
     yield "launches", name, case, counts.launches
     yield "hidden_bytes", name, case, counts.hidden_bytes.total()
+
+
+def of_adapters(side: Ours, name: str) -> Iterator[Figure]:
+    """Figures of two layers with an adapter of all projections, of rank 8: alone, and of eight
+    sequences with one each; beside those without."""
+    config = {**MODELS[name], "num_hidden_layers": 2}
+    base = side.model(config, mx.bfloat16, quantized=True)
+    adapted = [hollow.adapted(base, config, 8) for _ in range(8)]
+    changes = RowChanges(9)
+    merged = merge_changes([base, *adapted], changes)
+    changes.set(range(1, 9))
+    hollow.settle(changes.arrays, merged)
+    for model, rows, case in ((base, base, "2 layers"), (adapted[0], merged, "2 layers, adapters")):
+        one = decode_step(side, model, side.caches(model, HELD))
+        yield "launches", name, f"{case}, decode q4", one.launches
+        chunk = step(side, model, side.caches(model, HELD), 1, 512)
+        yield "launches", name, f"{case}, chunk 512 q4", chunk.launches
+        eight = decode_step(side, rows, side.batch(base, [HELD - 7 * i for i in range(8)]), 8)
+        yield "launches", name, f"{case}, batch 8 q4", eight.launches
+        yield "hidden_bytes", name, f"{case}, batch 8 q4", eight.hidden_bytes.total()
 
 
 def of_foreign_model(side: Side, name: str) -> Iterator[Figure]:

@@ -111,6 +111,27 @@ def model(config: Config, dtype: mx.Dtype, quantized: bool) -> Any:
     return built
 
 
+def adapted(base: Any, config: Config, rank: int) -> Any:
+    """A model of Llama's shape under an adapter of all its projections."""
+    from mlxkv.checkpoint.adapter import Adapter, Target
+    from mlxkv.models import adapters, family_for
+
+    E, F = config["hidden_size"], config["intermediate_size"]
+    kv = E // config["num_attention_heads"] * config["num_key_value_heads"]
+    sizes = {f"self_attn.{x}_proj": (E, n) for x, n in zip("qkvo", (E, kv, kv, E), strict=True)}
+    sizes |= {"mlp.gate_proj": (E, F), "mlp.up_proj": (E, F), "mlp.down_proj": (F, E)}
+    targets = {
+        f"model.layers.{i}.{name}": Target(
+            name, hollow((n_in, rank), mx.bfloat16), hollow((rank, out), mx.bfloat16), 2.0
+        )
+        for i in range(config["num_hidden_layers"])
+        for name, (n_in, out) in sizes.items()
+    }
+    adapter = Adapter("a", "mlx-lm", "LoRA", "", targets, "0")
+    family = family_for(dict(config), "config.json")
+    return adapters.adapted(base, family, [adapters.Weighted(adapter)])
+
+
 def _quantization(config: Config, path: str, module: nn.Module) -> bool | dict[str, Any]:
     """4 bits as released checkpoints have them: routers at 8, GPT-OSS' experts in mxfp4."""
     if not hasattr(module, "to_quantized") or module["weight"].shape[-1] % 64:

@@ -41,6 +41,7 @@ def _all(side: Any, names: list[str]) -> Iterator[tuple[str, str, str, Any]]:
                 yield from cases.of_mixed_lengths(side, name)
                 if isinstance(side, cases.Ours):
                     yield from cases.of_joining(side, name)
+                    yield from cases.of_adapters(side, name)
     for name in cases.PICTURES if isinstance(side, cases.Ours) else ():
         if not names or name in names:
             yield from cases.of_picture(name)
