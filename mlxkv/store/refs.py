@@ -313,3 +313,14 @@ def output_path(name: str) -> Path:
         raise OutputError(f"{models_dir()}: {error.strerror}") from error
     check_spelling(name)
     return models_dir() / slug(name)
+
+
+def is_adapter_alone(path: Path) -> bool:
+    """Whether a snapshot, or a GGUF file, is an adapter and no model."""
+    from mlxkv.checkpoint.adapter_files import is_adapter
+
+    if path.is_dir():
+        return not is_model(path) and is_adapter(path)
+    from mlxkv.convert.gguf.file import open_gguf  # pyright: ignore[reportMissingImports]
+
+    return open_gguf(path).metadata.get("general.type") == "adapter"

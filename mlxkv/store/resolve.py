@@ -40,6 +40,7 @@ from mlxkv.store.refs import (
     HubRef,
     PathRef,
     StoredRef,
+    is_adapter_alone,
     is_model,
     locate,
     stored,
@@ -109,7 +110,7 @@ def pull(name: str, *, report: Report = silent) -> Path:
         raise UsageError(f"{ref.path} is a path: pull takes a model's name or org/name")
     if isinstance(ref, HubRef):
         path = _download(ref, report)
-        return path if _holds_adapter(path) else _of_download(ref, path, report)
+        return path if is_adapter_alone(path) else _of_download(ref, path, report)
     return _fetch(ref, report) if (folder := local(ref)) is None else folder
 
 
@@ -125,22 +126,11 @@ def _fetch(ref: StoredRef | CatalogRef | HubRef, report: Report) -> Path:
 
 def _of_download(ref: HubRef, path: Path, report: Report) -> Path:
     """The directory of a model whose snapshot, or GGUF file, was fetched."""
-    if _holds_adapter(path):
+    if is_adapter_alone(path):
         raise _adapter_alone(ref.name)
     if path.is_dir():
         return _runnable_snapshot(ref, path, report)
     return _converted_from_hub(ref, path, report)
-
-
-def _holds_adapter(path: Path) -> bool:
-    """Whether a snapshot, or a GGUF file, is an adapter and no model."""
-    from mlxkv.checkpoint.adapter_files import is_adapter
-
-    if path.is_dir():
-        return not is_model(path) and is_adapter(path)
-    from mlxkv.convert.gguf.file import open_gguf  # pyright: ignore[reportMissingImports]
-
-    return open_gguf(path).metadata.get("general.type") == "adapter"
 
 
 def _resolve_path(path: Path, report: Report) -> Path:
