@@ -320,8 +320,9 @@ class DecoderModel(CausalLM):
         windows = self._windows[layers.start : layers.stop]
         own = None if caches is None else [caches[i] for i in layers]
         masks = attention_masks(windows, own, x.shape[1], runs)
-        for i, window in zip(layers, windows, strict=True):
-            x = self.model.layers[i](x, masks[window], None if caches is None else caches[i])
+        blocks = self.model.layers[layers.start : layers.stop]
+        for i, (block, window) in enumerate(zip(blocks, windows, strict=True)):
+            x = block(x, masks[window], None if own is None else own[i])
         return x
 
     def logits(self, hidden: mx.array) -> mx.array:
