@@ -58,13 +58,18 @@ def named(given: Sequence[str]) -> tuple[str, ...]:
         ModelNotFound: there is none of that name.
         UsageError: a weight that is no number, or too many.
     """
-    if len(given) > MOST:
-        raise UsageError(f"may be {MOST} at most; got {len(given):,}", field="adapter")
+    check_number(len(given))
     found = []
     for text in given:
         name, weight = numbered(text)
         found.append(f"{find_named(name)}={weight!r}")
     return tuple(found)
+
+
+def check_number(n: int, field: str = "adapter") -> None:
+    """Raise UsageError where a field has more than `MOST` adapters."""
+    if n > MOST:
+        raise UsageError(f"may be {MOST} at most; got {n:,}", field=field)
 
 
 def find_named(name: str) -> Path:

@@ -3,7 +3,9 @@
 Invariants:
 - A file lies under its digest once all of it is there and has that digest: it comes there by a
   rename.
-- One that no request has named for `KEPT_S` is removed when the next one is sent.
+- Content under a digest is never written to: a second link to it is a name to read it by.
+- One that no request has named for `KEPT_S` is removed when the next one is sent, and so is what a
+  process that was killed has left.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from pathlib import Path
 from mlxkv.base.disk import check_space
 from mlxkv.base.paths import models_dir
 from mlxkv.checkpoint.adapter_files import FILES, GGUF, is_adapter
-from mlxkv.errors import CheckpointError, OutputError, UsageError
+from mlxkv.errors import CheckpointError, OutputError, UsageError, shortened
+from mlxkv.store.adapter_names import check_number
 from mlxkv.store.adapters import AdapterRef
 
 KEPT_S = 24 * 3600.0
@@ -102,21 +105,25 @@ class Upload:
 
     def close(self) -> None:
         """Remove what is not finished."""
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # on a full disk: it holds what could not be written
             self._file.close()
+        with contextlib.suppress(OSError):
             self._part.unlink()
 
 
 @contextlib.contextmanager
-def adapters_of(files: Mapping[str, str]) -> Iterator[list[AdapterRef]]:
+def adapters_of(files: Mapping[str, str], n_others: int = 0) -> Iterator[list[AdapterRef]]:
     """The adapters that sent files are, in a folder that is removed afterwards.
 
     Args:
         files: digests by names, of which the last part counts: adapter_config.json and its
             safetensors are one adapter, each .gguf file is another. Other files are left out.
+        n_others: adapters that the model is made with beside them.
 
     Raises:
-        UsageError: a digest that was not sent, or no adapter among the files.
+        UsageError: a digest that was not sent, no adapter among the files, too many adapters, or
+            two files of one name.
+        OutputError: the folder cannot be written.
     """
     if not files:
         yield []
@@ -127,7 +134,9 @@ def adapters_of(files: Mapping[str, str]) -> Iterator[list[AdapterRef]]:
         work = tempfile.TemporaryDirectory(prefix=".work-", dir=uploads_dir())
     with work as name:
         try:
-            yield _laid_out(found, Path(name))
+            with _writing():
+                refs = _laid_out(found, Path(name), n_others)
+            yield refs
         except CheckpointError as error:  # the folder means nothing to who sent the files
             error.text = error.text.replace(f"{name}/", "")
             raise
@@ -137,35 +146,41 @@ def _found(name: str, digest: str) -> Path:
     try:
         path = find(digest)
     except UsageError as error:
-        raise UsageError(f"{name!r}: {error}", field="adapters") from None
+        raise UsageError(f"{shortened(name)!r}: {error}", field="adapters") from None
     if path is None:
         raise UsageError(
-            f"{name!r}: {digest} is not here: send the file to /api/blobs/{digest}",
+            f"{shortened(name)!r}: {digest} is not here: send the file to /api/blobs/{digest}",
             field="adapters",
         )
     return path
 
 
-def _laid_out(found: Mapping[str, Path], work: Path) -> list[AdapterRef]:
-    refs, folder = [], work / "adapter"
+def _laid_out(found: Mapping[str, Path], work: Path, n_others: int) -> list[AdapterRef]:
+    folder = work / "adapter"
     folder.mkdir()
-    for i, (name, path) in enumerate(found.items()):
+    gguf = list[Path]()
+    for name, path in found.items():
         base = re.split(r"[\\/]", name)[-1]
         if base in FILES:
-            _link(path, folder / base)
+            if (target := folder / base).exists():
+                raise UsageError(f"must have one {base}; got two", field="adapters")
+            _link(path, target)
         elif _is_gguf(path):
-            (work / str(i)).mkdir()
-            _link(path, target := work / str(i) / f"adapter{GGUF}")
-            refs.append(AdapterRef(target))
-    if is_adapter(folder):
-        refs.append(AdapterRef(folder))
-    if not refs:
+            gguf.append(path)
+    n_found = len(gguf) + is_adapter(folder)
+    if not n_found:
         raise UsageError(
             f"must have {FILES[0]} with {' or '.join(FILES[1:])}, or {GGUF} files; got "
             f"{', '.join(sorted(found))[:200]}",
             field="adapters",
         )
-    return refs
+    check_number(n_found + n_others, "adapters")
+    refs = list[AdapterRef]()
+    for i, path in enumerate(gguf):
+        (work / str(i)).mkdir()
+        _link(path, target := work / str(i) / f"adapter{GGUF}")
+        refs.append(AdapterRef(target))
+    return [*refs, AdapterRef(folder)] if is_adapter(folder) else refs
 
 
 def _link(path: Path, target: Path) -> None:
@@ -183,7 +198,11 @@ def _is_gguf(path: Path) -> bool:
 def _remove_old(folder: Path) -> None:
     for path in folder.iterdir():
         with contextlib.suppress(OSError):
-            if path.is_file() and time.time() - path.stat().st_mtime > KEPT_S:
+            if time.time() - path.stat().st_mtime <= KEPT_S:
+                continue
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
                 path.unlink()
 
 

@@ -30,7 +30,7 @@ from mlxkv.server.ollama.answers import NDJSON, error_line, line
 from mlxkv.server.ollama.fields import Named, Options
 from mlxkv.server.threads import run_in_threadpool
 from mlxkv.store import derive, library, resolve, uploads
-from mlxkv.store.adapter_names import find_named
+from mlxkv.store.adapter_names import check_number, find_named
 from mlxkv.store.adapters import AdapterRef
 from mlxkv.store.resolve import Report
 
@@ -167,11 +167,12 @@ def _creation(body: CreateRequest) -> Work:
             files[each] = given
         else:
             refs.append(AdapterRef(find_named(each), given))
+    check_number(len(refs), "adapters")
     sampling = {key: values[key] for key in _SAMPLING if key in values}
     chosen = {_SETTINGS[key]: values[key] for key in _SETTINGS if key in values}
 
     def work(report: Report) -> object:
-        with uploads.adapters_of(files) as sent:
+        with uploads.adapters_of(files, len(refs)) as sent:
             return derive.derive(
                 resolve.resolve(source, fetch=False, report=report),
                 name,
