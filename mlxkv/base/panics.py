@@ -12,11 +12,9 @@ from contextlib import ExitStack, contextmanager, suppress
 from typing import IO
 
 _STDERR = 2
-_TRACE = re.compile(
-    rb"\n?^thread '[^\n]*' (?:\(\d+\) )?panicked at "
-    rb".*?(?:^note: run with `RUST_BACKTRACE[^\n]*\n|\Z)",
-    re.MULTILINE | re.DOTALL,
-)
+_HEAD = rb"\n?^thread '[^\n]*' (?:\(\d+\) )?panicked at [^\n]*\n"
+_NOTE = rb"note: run with `RUST_BACKTRACE[^\n]*\n"
+"""Behind the message of a process's first panic alone."""
 _one_at_a_time = threading.Lock()
 
 
@@ -40,15 +38,26 @@ def _held_in(held: IO[bytes]) -> Iterator[None]:
     real = os.dup(_STDERR)
     _flush()
     os.dup2(held.fileno(), _STDERR)
+    message = ""
     try:
         yield
+    except BaseException as error:
+        message = str(error)
+        raise
     finally:
         _flush()
         os.dup2(real, _STDERR)
         os.close(real)
         held.seek(0)
         with suppress(OSError):
-            _write(_TRACE.sub(b"", held.read()))
+            _write(_trace_of(message).sub(b"", held.read()))
+
+
+def _trace_of(message: str) -> re.Pattern[bytes]:
+    """What a panic writes: its message, else all up to the note, else one line."""
+    known = re.escape(message.encode(errors="replace"))
+    end = rb"(?:%b\n(?:%b)?|.*?^%b|[^\n]*\n?)" % (known, _NOTE, _NOTE)
+    return re.compile(_HEAD + end, re.MULTILINE | re.DOTALL)
 
 
 def _flush() -> None:

@@ -592,13 +592,27 @@ def test_a_file_that_the_library_panics_on_later_is_named(monkeypatch):
         Tokenizer.from_dir(FOLDER / "byte_level")
 
 
-def test_a_panic_at_load_leaves_no_trace_and_takes_no_other_line_with_it(monkeypatch, capfd):
-    """What Rust 1.8x writes on the descriptor itself."""
+NOTE = b"note: run with `RUST_BACKTRACE=1` to show a trace\n"
+
+
+@pytest.mark.parametrize(
+    ("said", "written"),
+    [
+        ("index out of\nbounds", b"index out of\nbounds\n"),
+        ("index out of\nbounds", b"index out of\nbounds\n" + NOTE),
+        ("other", b"index out of\nbounds\n" + NOTE),
+        ("other", b"index out of bounds\n"),
+    ],
+)
+def test_a_panic_at_load_leaves_no_trace_and_takes_no_other_line_with_it(
+    monkeypatch, capfd, said, written
+):
+    """What Rust 1.8x writes on the descriptor itself; the note with a process's first panic."""
 
     def panics(*_):
-        os.write(2, b"before\n\nthread '<unnamed>' (12) panicked at src/lib.rs:3:5:\nindex out ")
-        os.write(2, b"of\nbounds\nnote: run with `RUST_BACKTRACE=1` to show a trace\nbehind\n")
-        raise PanicException("index out of bounds")
+        os.write(2, b"before\n\nthread '<unnamed>' (12) panicked at src/lib.rs:3:5:\n" + written)
+        os.write(2, b"behind\n")
+        raise PanicException(said)
 
     monkeypatch.delenv("RUST_BACKTRACE", raising=False)
     monkeypatch.setattr(tokenizer_module, "apply_added_tokens", panics)
