@@ -77,23 +77,23 @@ def packed_integers(reader: ArrayReader, stem: str) -> Matrix:
 def _chosen(reader: ArrayReader, stem: str, fitting: list[_Packing]) -> _Packing:
     """Of packings that fit the shapes, the one of the config's bits, without gaps first."""
     sizes = sorted({each.bits for each in fitting})
-    bits = sizes[0] if len(sizes) == 1 else stated_bits(reader.settings, stem)
-    found = next((each for each in fitting if each.bits == bits), None)
-    if found is None:
-        may, says = " or ".join(map(str, sizes)), "no number" if bits is None else bits
+    stated = stated_bits(reader.settings, stem)
+    may = [bits for bits in sizes if bits in stated] if len(sizes) > 1 else sizes
+    if len(may) != 1:
+        of_shape, of_config = (" or ".join(map(str, found)) for found in (sizes, sorted(stated)))
         raise reader.error(
-            f"{stem}.weight_packed", f"may hold codes of {may} bits, and the config says {says}"
+            f"{stem}.weight_packed",
+            f"may hold codes of {of_shape} bits, and the config says {of_config or 'no number'}",
         )
-    return found
+    return next(each for each in fitting if each.bits == may[0])
 
 
-def stated_bits(settings: Mapping[str, Any], module: str) -> int | None:
-    """What the config says of a module's bits; None for nothing, or for more than one number.
-
-    Groups that name the module go before groups that name its class.
+def stated_bits(settings: Mapping[str, Any], module: str) -> set[int]:
+    """What the config says of a module's bits: of groups that name it; where none does, of all that
+    name a class, since a checkpoint does not say a module's.
     """
     groups = settings.get("config_groups")
-    found: tuple[set[Any], set[Any]] = (set(), set())
+    named, of_class = set[int](), set[int]()
     for group in groups.values() if isinstance(groups, Mapping) else ():
         if not isinstance(group, Mapping) or not isinstance(group.get("weights"), Mapping):
             continue
@@ -101,12 +101,10 @@ def stated_bits(settings: Mapping[str, Any], module: str) -> int | None:
         for target in targets if isinstance(targets, list) else ():
             if isinstance(target, str) and type(bits) is int:
                 if _names(target, module):
-                    found[0].add(bits)
+                    named.add(bits)
                 elif target.isidentifier():
-                    found[1].add(bits)
-    named, of_class = found
-    sizes = named or of_class
-    return next(iter(sizes)) if len(sizes) == 1 else None
+                    of_class.add(bits)
+    return named or of_class
 
 
 def _names(target: str, module: str) -> bool:

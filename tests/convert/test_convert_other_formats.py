@@ -155,6 +155,14 @@ def test_words_of_four_codes_are_not_read_where_the_config_names_no_bits(tmp_pat
         convert(source, tmp_path / "out")
 
 
+def test_of_the_bits_that_the_config_says_of_classes_those_that_fit_count(tmp_path: Path):
+    settings, case, becomes, _ = CASES["int8-packed"]
+    groups = {**settings["config_groups"]}
+    groups["of_embedding"] = {"targets": ["Embedding"], "weights": {"num_bits": 4}}
+    source, _ = checkpoint(tmp_path / "in", {**settings, "config_groups": groups}, case)
+    assert becomes in describe(convert(source, tmp_path / "out").plan)
+
+
 @pytest.mark.parametrize("kind", ["F8_E5M2", "F8_E4M3"])
 def test_a_model_that_was_cast_to_8_bits_keeps_its_values(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
