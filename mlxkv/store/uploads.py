@@ -2,7 +2,7 @@
 
 Invariants:
 - A file lies under its digest once all of it is there and has that digest: it comes there by a
-  rename.
+  rename, when it is on permanent storage.
 - Content under a digest is never written to: a second link to it is a name to read it by.
 - One that no request has named for `KEPT_S` is removed when the next one is sent, and so is what a
   process that was killed has left.
@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from mlxkv.base import durable
 from mlxkv.base.disk import check_space
 from mlxkv.base.paths import models_dir
 from mlxkv.checkpoint.adapter_files import FILES, GGUF, is_adapter
@@ -100,6 +101,8 @@ class Upload:
         if (got := self._hash.hexdigest()) != self._path.name:
             raise UsageError(f"the file's digest is sha256:{got}, not sha256:{self._path.name}")
         with _writing():
+            self._file.flush()
+            durable.sync(self._file.fileno())
             self._file.close()
             self._part.replace(self._path)
 

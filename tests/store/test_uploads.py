@@ -6,6 +6,7 @@ import os
 
 import pytest
 
+from mlxkv.base import durable
 from mlxkv.errors import OutputError, UsageError
 from mlxkv.store import adapter_names, uploads
 
@@ -28,6 +29,15 @@ def sent(content: bytes) -> str:
     upload.finish()
     upload.close()
     return digest_of(content)
+
+
+def test_a_file_has_its_name_when_a_power_cut_leaves_it_whole(monkeypatch):
+    path, noted = uploads.path_of(digest_of(b"new")), []
+    monkeypatch.setattr(
+        durable, "sync", lambda handle: noted.append((os.fstat(handle).st_size, path.exists()))
+    )
+    sent(b"new")
+    assert noted == [(3, False)]
 
 
 def test_two_files_of_one_name_are_refused_and_neither_is_written_to():
