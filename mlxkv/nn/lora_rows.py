@@ -7,7 +7,8 @@ projections in the kernels, with the base's product (`lora_kernel`).
 Invariants:
 - A step has one token a row. `RowChanges.at` says the change of each before the step's graph is
   built.
-- A row without a change is multiplied by zeros: the sum is that of the base, exactly.
+- A row without a change has the base's product, exactly: it is multiplied by zeros, in the kernels
+  by nothing.
 - A row's numbers never meet another row's.
 """
 

@@ -140,7 +140,7 @@ def adapters_of(files: Mapping[str, str], n_others: int = 0) -> Iterator[list[Ad
             with _writing():
                 refs = _laid_out(found, Path(name), n_others)
             yield refs
-        except CheckpointError as error:  # the folder means nothing to who sent the files
+        except CheckpointError as error:  # the client does not know the folder
             error.text = error.text.replace(f"{name}/", "")
             raise
 
