@@ -163,7 +163,7 @@ class Speculation:
             # A row of shared buffers is copied out for it.
             is_shared = any(cache.row is not None for cache in sliceable(session.caches))
             n_bytes = session.nbytes if is_shared else 0
-            n_bytes += sum(cache.nbytes for cache in _states(lane))  # of before it, beside it
+            n_bytes += sum(cache.state_bytes for cache in _states(lane))  # of before it, beside it
             n_bytes += sum(cache.room_bytes(n_new) for cache in _windows(session.caches))
             lane.roomy = (*asked, session.has_room(n_bytes, n_new))
         return lane.roomy[2]

@@ -125,6 +125,11 @@ class RecurrentCache:
 
     @property
     def nbytes(self) -> int:
+        """Bytes that the state takes, and the one before the last draft while that is held."""
+        return self.state_bytes * (1 if self._replay is None else 2)
+
+    @property
+    def state_bytes(self) -> int:
         """Bytes that the state takes; of shared rows this sequence's part."""
         rows = self._rows
         arrays = self._own[0] if rows is None else rows.now[0]

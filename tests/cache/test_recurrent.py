@@ -87,13 +87,15 @@ def test_it_rewinds_within_the_last_draft_until_more_is_stored():
     assert not cache.is_drafted
     cache.begin_draft()
     assert cache.is_drafted
+    n_bytes = cache.nbytes
     cache.store(between[3], 3, lambda n: between[n])
+    assert cache.nbytes == 2 * n_bytes  # of the state before as well
     assert cache.rewind(10) and same(cache.arrays, between[3])
     assert cache.rewind(9) and cache.offset == 9 and same(cache.arrays, between[2])
     assert cache.rewind(7) and same(cache.arrays, between[0])  # an answer that ends before it
     assert not cache.rewind(6)
     cache.store(between[1], 1)
-    assert not cache.is_drafted and not cache.rewind(7)
+    assert not cache.is_drafted and not cache.rewind(7) and cache.nbytes == n_bytes
 
 
 @pytest.mark.parametrize(("start", "stop"), [(0, 7), (5, 6), (7, 8), (7, 7)])
