@@ -153,20 +153,22 @@ class Speculation:
 
     @staticmethod
     def _has_room(lane: Lane, n_new: int) -> bool:
-        """Whether so many tokens can be computed at once; asked once in a step of `STEP` tokens.
+        """Whether so many tokens can be computed at once; asked once in a step of `STEP` tokens, and
+        where windows are moved.
 
         Nothing gives way for it.
         """
         session = lane.row.session
-        asked = session.n_held // STEP, n_new
-        if lane.roomy[:2] != asked:
+        # A window may have become full since it was asked, and is moved then.
+        moved_bytes = sum(cache.room_bytes(n_new) for cache in _windows(session.caches))
+        asked = session.n_held // STEP, n_new, moved_bytes
+        if lane.roomy[:3] != asked:
             # A row of shared buffers is copied out for it.
             is_shared = any(cache.row is not None for cache in sliceable(session.caches))
-            n_bytes = session.nbytes if is_shared else 0
+            n_bytes = moved_bytes + (session.nbytes if is_shared else 0)
             n_bytes += sum(cache.state_bytes for cache in _states(lane))  # of before it, beside it
-            n_bytes += sum(cache.room_bytes(n_new) for cache in _windows(session.caches))
             lane.roomy = (*asked, session.has_room(n_bytes, n_new))
-        return lane.roomy[2]
+        return lane.roomy[3]
 
     @staticmethod
     def _chance(lane: Lane, proposal: Proposal | Promise | None) -> Chance:

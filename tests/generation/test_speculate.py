@@ -206,6 +206,17 @@ def test_pages_hold_what_was_chosen_and_nothing_else(name: str, folder):
     assert float(mx.abs(ours - theirs).max()) < 1e-3 * float(mx.std(theirs))
 
 
+def test_a_window_that_becomes_full_asks_before_it_is_moved(folder, monkeypatch):
+    """It does within a step of 256 tokens, for which room was asked while it was not full."""
+    model = load(folder, "mistral-sliding")
+    request = Request(tuple(random_tokens(6, 96, seed=4)), GREEDY, 40)
+    answer = request.alone(model)
+    asked: list[int] = []
+    monkeypatch.setattr(Session, "has_room", lambda _, n_bytes, __=0: asked.append(n_bytes) or True)
+    session, _ = drawn(model, request, Oracle(answer, 0.0))
+    assert max(asked) >= session.nbytes > 0
+
+
 @pytest.mark.parametrize("n_fail", (1, 3))
 def test_a_row_goes_on_after_an_allocation_failed_in_a_draft(n_fail: int, folder, monkeypatch):
     model = load(folder, "llama-gqa")
