@@ -282,7 +282,7 @@ class Session(Held):
         new = self.media.vocabulary(tokens[start:])
         given = self.model, new, self.caches, take, computed, scorer, start, media, self.listener
         steps = prefilling(*given, self._tap)
-        logits = yield from behind(start - first, steps)
+        logits = yield from behind(max(0, start - first), steps)
         self._scorer = None
         self._longest = max(self._longest, len(tokens))
         return logits
@@ -303,6 +303,8 @@ class Session(Held):
 
             yield from lifting(self, cutter, lift, tokens, start, take)
             stop, self._known = self._settle(), tokens
+            if not stop and self._budget is not None:  # it starts over, and so does its reservation
+                self._budget.admit(self, len(tokens))
             cutter.lifted(tokens[:stop], lift)
             self.n_lifted, start = max(0, stop - start), stop
         cutter.begin(tokens, start, is_whole)

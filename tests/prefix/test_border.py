@@ -22,6 +22,7 @@ from mlxkv.engine.adapter_pool import layers_to_cut
 from mlxkv.generation.session import Session
 from mlxkv.kv.types import STEP
 from mlxkv.llm.llm import LLM
+from mlxkv.prefix.border import StreamPages
 from mlxkv.server.results import details
 from mlxkv.store.adapter_names import add
 from mlxkv.store.adapters import AdapterRef
@@ -128,6 +129,19 @@ def test_adapters_with_other_borders_move_it_down(load, adapter):
     assert ask(llm, prompt(4), adapter(0)) == (0, 0)  # it changes all layers
     assert llm.adapted.border == 1
     assert ask(llm, prompt(5), adapter(2)) == (0, 512)
+
+
+def test_a_lift_that_has_to_start_over_keeps_its_reservation(load, adapter, monkeypatch):
+    """Behind a page of the stream that cannot be read; the windows below do not go back."""
+    llm, tokens = load("gemma3"), prompt(1)
+    ask(llm, prompt(0), adapter(2, 0, "gemma3"))
+    rows = StreamPages.rows
+    monkeypatch.setattr(StreamPages, "rows", lambda *x: rows(*x) if x[2] < STEP else None)
+    session = llm.session(adapter=adapter(2, 1, "gemma3"))
+    session.restore(tokens)
+    steps = session.prefilling(tokens, lambda: STEP)
+    reserved = [llm.budget._accounts[session].n_admitted for _ in range(2) if next(steps)]
+    assert reserved == [len(tokens)] * 2 and session.n_held == STEP
 
 
 def test_windows_are_restored_at_the_border(load, adapter):
