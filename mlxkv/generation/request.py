@@ -144,9 +144,8 @@ class Request:
         """
         known = {f.name for f in fields(cls)} - {"prompt", "sampling", "format"}
         if unknown := sorted(options.keys() - known - SAMPLING):
-            raise UsageError(
-                f"unknown option {unknown[0]!r}; allowed are {', '.join(sorted(known | SAMPLING))}"
-            )
+            allowed = ", ".join(sorted({*known, *SAMPLING, "format"}))
+            raise UsageError(f"unknown option {unknown[0]!r}; allowed are {allowed}")
         options = {name: value for name, value in options.items() if value is not None}
         sampling = {name: options.pop(name) for name in SAMPLING & options.keys()}
         grammar = None if format is None else _grammar(format)

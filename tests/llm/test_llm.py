@@ -171,7 +171,7 @@ def test_a_prompt_over_the_context_is_an_error_unless_it_may_be_cut(folder):
         ([5, 10**6], {}, "token id 1000000 is out of range"),
         ([True], {}, "token id True is out of range"),
         ("x", {"max_tokens": 0}, "max_tokens must be at least 1; got 0"),
-        ("x", {"tempo": 1}, "unknown option 'tempo'"),
+        ("x", {"tempo": 1}, "unknown option 'tempo'; allowed are .* format, "),
         ("x", {"stop": ""}, "stop must be a text that is not empty"),
         ("x", {"think": True}, "think and tools need messages"),
         ([USER], {"think": "loud"}, "think must be on, off, low, medium, high; got 'loud'"),
