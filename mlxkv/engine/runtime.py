@@ -222,7 +222,9 @@ class Runtime(TextSide):
     def _pages_under(self, owner: str, adapted: AdaptedModel | None) -> Pages | None:
         """An owner's pages, of the model under adapters of a request, or none."""
         if (key := _place(owner, adapted)) not in self._pages:
-            kv_type, border = first_kv_type(self.kv_type), self._border(owner, adapted)
+            kv_type = first_kv_type(self.kv_type)
+            # The base's own are what a border is made of.
+            border = None if adapted is None else self._border(owner, adapted)
             if adapted is None or border is None:
                 model = self.model if adapted is None else adapted.model
                 pages = open_pages(model, self.path, kv_type, 0, owner=owner)

@@ -93,10 +93,12 @@ def following(session: Session, logits: mx.array) -> list[np.ndarray]:
     return found
 
 
-def ask(llm: LLM, tokens: list[int], adapter: tuple[str, ...] = ()) -> tuple[int, int]:
+def ask(
+    llm: LLM, tokens: list[int], adapter: tuple[str, ...] = (), owner: str = ""
+) -> tuple[int, int]:
     """Tokens of a prompt that were restored, and of which only the upper layers were computed;
     what follows is that of a run without pages."""
-    session = llm.session(adapter=adapter)
+    session = llm.session(owner, adapter)
     n = session.restore(tokens).n_tokens
     logits = session.prefill(tokens, chunk=STEP)
     mx.eval(logits)
@@ -117,6 +119,13 @@ def test_a_switch_of_adapter_computes_the_upper_layers_alone(load, adapter, kv_t
     assert ask(llm, prompt(3), adapter(3)) == (0, 512)  # one that changes less
     for i, given in enumerate(((), adapter(2), adapter(2, 1), adapter(3))):
         assert ask(llm, prompt(4 + i), given) == (512, 0)
+
+
+def test_an_owner_whose_first_request_is_of_the_base_shares_its_lower_layers(load, adapter):
+    llm = load()
+    ask(llm, prompt(0), adapter(2))
+    assert ask(llm, prompt(1), owner="another") == (0, 0)  # sees nothing of the first owner's
+    assert ask(llm, prompt(2), adapter(2), owner="another") == (0, 512)
 
 
 def test_adapters_with_other_borders_move_it_down(load, adapter):
