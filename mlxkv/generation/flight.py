@@ -106,8 +106,8 @@ class Lane:
         n_drawn: tokens chosen, given out or not.
         ready: `[1]`, a token that is given out and not yet fed, where no flight has it.
         queue: chosen together, to be given out; the last may be an error.
-        roomy: (step of 256 tokens, tokens at once, bytes of windows that are moved for them, whether
-            they have room), as last asked.
+        roomy: (step of 256 tokens, tokens at once, bytes of windows that are moved for them,
+            whether they have room), as last asked.
         error: what its mask raised.
         full: why it cannot be fed any more, once its last token is given out.
         gone: it has left.

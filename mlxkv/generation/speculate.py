@@ -153,10 +153,9 @@ class Speculation:
 
     @staticmethod
     def _has_room(lane: Lane, n_new: int) -> bool:
-        """Whether so many tokens can be computed at once; asked once in a step of `STEP` tokens, and
-        where windows are moved.
+        """Whether so many tokens can be computed at once; nothing gives way for it.
 
-        Nothing gives way for it.
+        Asked once in a step of `STEP` tokens, and where windows are to be moved.
         """
         session = lane.row.session
         # A window may have become full since it was asked, and is moved then.
