@@ -70,7 +70,7 @@ def plan(
     for field, n in (("context", context), ("sequences", sequences), ("chunk", chunk)):
         if n is not None and n < 1:
             raise UsageError(f"must be at least 1; got {n}", field=field)
-    model, named = split(str(model))
+    model, named = split(model) if isinstance(model, str) else (model, ())
     layout, settings, media = _layout(
         model, dtype, Given(None, kv_type, memory, draft=draft), images, audio, image_budget
     )

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import pytest
 
-from mlxkv.bench.drafts import TASKS, Run, rows, tasks_for
+from mlxkv.bench.drafts import TASKS, Run, jobs_for, rows
 from mlxkv.cli import main
 from mlxkv.errors import UsageError
 from mlxkv.kv.types import CacheSpec
@@ -42,7 +42,7 @@ def test_what_says_nothing_with_drafts_is_refused(tmp_path, options, capsys):
 def test_a_model_that_takes_no_drafts_is_refused():
     model = SimpleNamespace(cache_specs=lambda: [CacheSpec(0, 0, 0)])
     with pytest.raises(UsageError, match="takes no drafts: its states cannot be taken back"):
-        tasks_for(cast(Any, SimpleNamespace(model=model, path="foreign")))
+        jobs_for(cast(Any, SimpleNamespace(model=model, path="foreign")), 0.0, 8)
 
 
 def test_a_ratio_is_the_median_over_pairs():

@@ -27,15 +27,41 @@ def said(
         n_vocab: width of the logits.
     """
     offset, logits = caches[0].offset, real(tokens, caches)
-    last = offset.of if isinstance(offset, Positions) else (offset + tokens.shape[1] - 1,)
     rows = []
-    for row, position in enumerate(last):
-        at = position + 1 - n_prompt
+    for row, token in enumerate(_next_of(answer, offset, tokens, n_prompt)):
         own = logits[row : row + 1]
-        if 0 <= at < len(answer):  # not inside the prompt, nor one step ahead
-            own = mx.where(mx.arange(n_vocab) == answer[at], 100.0, own * 0)
+        if token is not None:
+            own = mx.where(mx.arange(n_vocab) == token, 100.0, own * 0)
         rows.append(own)
     return mx.concatenate(rows)
+
+
+def _next_of(
+    answer: Sequence[int], offset: Any, tokens: mx.array, n_prompt: int
+) -> list[int | None]:
+    """For each row the answer's token behind it; None inside the prompt, or one step ahead."""
+    last = offset.of if isinstance(offset, Positions) else (offset + tokens.shape[1] - 1,)
+    places = [position + 1 - n_prompt for position in last]
+    return [answer[at] if 0 <= at < len(answer) else None for at in places]
+
+
+_TOLD = 1e4
+"""A hidden state's first value from which on it says the next token: so much above it."""
+
+
+def _told(hidden: mx.array, following: Sequence[int | None]) -> mx.array:
+    """Hidden states `[T, 1, E]` that say what follows them."""
+    for row, token in enumerate(following):
+        if token is not None:
+            hidden[row, 0, 0] = _TOLD + token
+    return hidden
+
+
+def _read(hidden: mx.array, logits: mx.array) -> mx.array:
+    """Logits of states, but what is said for those that say it."""
+    first = hidden[..., :1]
+    said = mx.where(mx.arange(logits.shape[-1]) == first - _TOLD, 100.0, 0.0)
+    return mx.where(first >= _TOLD, said, logits)
 
 
 def draft_on_cpu_alone(runtime: Runtime) -> None:
@@ -65,6 +91,18 @@ def script(runtime: Runtime, answers: Iterable[str]) -> list[list[int]]:
         n_prompt, n_vocab = len(prompts[-1]), runtime.config.vocab_size
         return said(real, tokens, caches, n_prompt, current, n_vocab)
 
+    # A pass that leaves logits out, of tokens that a grammar forces, takes these two.
+    real_states, real_logits = model.hidden_states, model.logits
+
+    def hidden_states(tokens: mx.array, caches: Any = None) -> mx.array:
+        if not prompts or caches is None or tokens.shape[1] > 1:
+            return real_states(tokens, caches)
+        offset, hidden = caches[0].offset, real_states(tokens, caches)
+        return _told(hidden, _next_of(current, offset, tokens, len(prompts[-1])))
+
+    def logits(hidden: mx.array) -> mx.array:
+        return _read(hidden, real_logits(hidden))
+
     def session(owner: str = "", adapter: Sequence[str] = ()) -> Session:
         made = open_session(owner)
         restore = made.restore
@@ -77,6 +115,7 @@ def script(runtime: Runtime, answers: Iterable[str]) -> list[list[int]]:
         made.restore = noted  # pyright: ignore[reportAttributeAccessIssue]
         return made
 
+    model.hidden_states, model.logits = hidden_states, logits  # pyright: ignore[reportAttributeAccessIssue]
     model.last_logits = last_logits  # pyright: ignore[reportAttributeAccessIssue]
     runtime.session = session  # pyright: ignore[reportAttributeAccessIssue]
     return prompts
