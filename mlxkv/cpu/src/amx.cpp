@@ -1,6 +1,7 @@
-// Products of many rows in the tiles of AMX; all else is AVX-512's. Words of 16 rows of a weight
-// are turned, so that a lane has those of a row, and unpacked to one factor of a product of tiles;
-// parts of 16 rows of activations are the other. What that gives for a group is scaled and added.
+// Products of many rows in the tiles of AMX, and of a few in whole numbers; all else is AVX-512's.
+// For many, words of 16 rows of a weight are turned, so that a lane has those of a row, and are
+// unpacked to one factor of a product of tiles; parts of 16 rows of activations are the other. What that
+// gives for a group is scaled and added.
 #include "kernels.h"
 
 #if defined(__x86_64__) && __has_include(<amxbf16intrin.h>)
@@ -18,9 +19,9 @@ extern const Kernels table;
 
 namespace amx {
 
-#define TGT                                                                  \
-  __attribute__((                                                            \
-      target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi2," \
+#define TGT                                                                                      \
+  __attribute__((                                                                                \
+      target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vbmi2,avx512vnni," \
              "amx-tile,amx-bf16,prefer-vector-width=512")))
 #define FN TGT static
 #define IN TGT static inline __attribute__((always_inline))
@@ -183,30 +184,38 @@ class Block {
   alignas(64) float scales_[(MOST + 4) * 16], biases_[(MOST + 4) * 16];
 };
 
-// Whether products are made here.
+// Whether products of many rows are made here; those of a few are of fewer kinds.
 bool takes(const Weight& p) {
   return p.kind <= Kind::BF16 && (!is_packed(p.kind) || p.group % 32 == 0) && p.N >= 16 &&
          int64_t(p.K) * bits_of(p.kind) >= 4 * 32;
 }
 
-// A prepared row takes three halves of each float; AVX-512's are as they were, in as much room.
+#include "amx_rows.inc"
+#include "amx_prepare.inc"
+
+// A prepared row takes three halves of each float, or the chunks of `rows`; AVX-512's are as they
+// were, in as much room.
 FN int length(const Weight& p) {
   const int own = avx512::table.length(p), parts = p.K / 2 * PARTS;
-  return takes(p) && own < parts ? parts : own;
+  const int chunks = takes_few(p) ? (p.K + CHUNK - 1) / CHUNK * chunk_floats(1) : 0;
+  const int most = parts > chunks ? parts : chunks;
+  return takes(p) && own < most ? most : own;
 }
 
 #include "amx_many.inc"
 
-// Whether the machine has tiles of bfloat16, and the system keeps their registers: the
-// process has to ask for that.
+// Whether the machine has tiles of bfloat16 and what is used of AVX-512, and the system keeps their
+// registers: the process has to ask for that.
 __attribute__((target("xsave"))) bool is_there() {
-  constexpr unsigned BF16 = 1 << 22, TILES = 1 << 24, VBMI2 = 1 << 6, OSXSAVE = 1 << 27;
+  constexpr unsigned BF16 = 1 << 22, TILES = 1 << 24, OSXSAVE = 1 << 27;
+  constexpr unsigned VBMI = 1 << 1, VBMI2 = 1 << 6, VNNI = 1 << 11, VECTORS = VBMI | VBMI2 | VNNI;
   constexpr unsigned long STATE = 3 << 17;
   constexpr long ASK = 0x1023, TILE_DATA = 18;
   unsigned a, b, c, d;
   if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & OSXSAVE) || (_xgetbv(0) & STATE) != STATE)
     return false;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & BF16) || !(d & TILES) || !(c & VBMI2))
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & BF16) || !(d & TILES) ||
+      (c & VECTORS) != VECTORS)
     return false;
   return !syscall(SYS_arch_prctl, ASK, TILE_DATA);
 }
@@ -216,7 +225,8 @@ const Kernels* kernels() {
   static const Kernels found = [] {
     Kernels all = avx512::table;
     all.name = "amx";
-    all.length = length, all.prepare_tile = prepare_tile, all.many = many;
+    all.length = length, all.prepare = prepare, all.rows = rows;
+    all.prepare_tile = prepare_tile, all.many = many;
     return all;
   }();
   return has ? &found : nullptr;
