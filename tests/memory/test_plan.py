@@ -94,7 +94,7 @@ def meets(
 ) -> bool:
     """Whether the largest of a few runs is what was expected."""
     largest = 0
-    for _ in range(20):  # on a busy machine fewer of MLX's tasks are in flight
+    for _ in range(60):  # on a busy machine fewer of MLX's tasks are in flight
         largest = max(largest, run(*arguments))
         if expected == pytest.approx(largest, rel=tolerance):
             return True

@@ -71,7 +71,7 @@ def is_answered(case: Case) -> None:
 def test_no_request_is_an_error_of_the_server(document, method, path):
     """Requests are made here: schemathesis' own `parametrize` makes all of them at collection."""
     settings = hypothesis.settings(
-        max_examples=10,
+        max_examples=6,
         phases=[Phase.explicit, Phase.generate],
         suppress_health_check=list(HealthCheck),
     )
